@@ -1,0 +1,25 @@
+"""User-facing errors and the "did you mean" that goes with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: a recipe, an argument or a file the user can fix. The CLI exits 2, with no traceback."""
+
+
+class RunError(RuntimeError):
+    """A run that was well described failed while running. The CLI exits 1, with no traceback."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
+    choices = list(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if 0 < len(choices) <= 12:
+        return f"; one of: {', '.join(choices)}"
+    return ""

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from trainfw.config import Config, invalid
+
+AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+"""Mesh axes, from least to most communication (so from the slowest links to the fastest)."""
+
+
+class ParallelConfig(Config):
+    """The layout: how many devices each mesh axis spans. One axis may be -1: the devices that are left."""
+
+    pipeline: int = 1
+    """Stages of layers. (More than 1 is not built yet.)"""
+    data: int = 1
+    """Replicas of the parameters; each takes a part of the batch."""
+    fsdp: int = -1
+    """Devices over which parameters, gradients, optimizer state and the batch are sharded."""
+    expert: int = 1
+    """Devices over which experts are spread. (More than 1 is not built yet.)"""
+    context: int = 1
+    """Devices over which the sequence is split. (More than 1 is not built yet.)"""
+    tensor: int = 1
+    """Devices over which heads, feed-forward columns and the vocabulary are split."""
+    rules: dict[str, list[str]] = Field(default_factory=dict)
+    """Replace entries of the rules table: a logical dim name -> the mesh axes that shard it."""
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self) -> ParallelConfig:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size == 0 or size < -1:
+                invalid(axis, f"{axis} = {size}: expected a positive size, or -1 to fill")
+        filled = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(filled) > 1:
+            invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
+        return self

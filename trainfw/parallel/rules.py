@@ -1,0 +1,141 @@
+"""Logical dim names -> mesh axes -> shardings. Nothing resolves silently.
+
+Parameters carry the names of their dims (`nnx.Param(value, axes=("embed", "mlp"))`); activations are named
+where they are constrained. One table per layout says which mesh axes shard which name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainfw.errors import UserError, did_you_mean
+from trainfw.parallel.config import AXES
+
+DEFAULT_RULES: dict[str, tuple[str, ...]] = {
+    # Parameters.
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "norm": (),
+    # Activations.
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+
+class Rules:
+    """The rules table of one layout on one mesh."""
+
+    def __init__(self, mesh: Mesh, overrides: Mapping[str, Sequence[str]] | None = None):
+        self.mesh = mesh
+        self.table = dict(DEFAULT_RULES)
+        for name, axes in (overrides or {}).items():
+            if name not in self.table:
+                raise UserError(f"parallel.rules.{name}: unknown dim name{did_you_mean(name, self.table)}")
+            for axis in axes:
+                if axis not in AXES:
+                    raise UserError(
+                        f"parallel.rules.{name} = {list(axes)}: unknown axis {axis!r}{did_you_mean(axis, AXES)}"
+                    )
+            self.table[name] = tuple(axes)
+
+    def spec(
+        self, array: str, shape: Sequence[int], names: Sequence[str | None], *, without: str | None = None
+    ) -> PartitionSpec:
+        """The PartitionSpec of `array`, whose dims have these sizes and these names.
+
+        `without` names a mesh axis to leave out: the form a sharded weight takes where it is used.
+        Raises UserError naming the array, the dim and the axis when a rule cannot apply.
+        """
+        if len(names) != len(shape):
+            raise UserError(f"{array}: has {len(shape)} dims {tuple(shape)} but {len(names)} dim names {tuple(names)}")
+        used: dict[str, str] = {}
+        entries: list[tuple[str, ...] | None] = []
+        for dim, (size, name) in enumerate(zip(shape, names, strict=True)):
+            if name is not None and name not in self.table:
+                raise UserError(f"{array}: dim {dim}: unknown dim name {name!r}{did_you_mean(name, self.table)}")
+            axes = (
+                tuple(a for a in self.table[name] if self.mesh.shape[a] > 1 and a != without)
+                if name is not None
+                else ()
+            )
+            for axis in axes:
+                if axis in used:
+                    raise UserError(
+                        f"{array}: dims {used[axis]!r} and {name!r} are both sharded over mesh axis {axis!r}; "
+                        f"change parallel.rules.{used[axis]} or parallel.rules.{name}"
+                    )
+                used[axis] = str(name)
+            parts = math.prod(self.mesh.shape[a] for a in axes)
+            if size % parts:
+                product = " * ".join(f"{a}({self.mesh.shape[a]})" for a in axes)
+                raise UserError(
+                    f"{array}: dim {dim} ({name!r}, size {size}) does not divide over mesh axes {product} = {parts}"
+                )
+            entries.append(axes or None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, array: str, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(array, shape, names))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+_active: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("trainfw_rules", default=None)
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules | None) -> Iterator[None]:
+    """While tracing inside, `constrain` and `gather_weight` follow `rules`; outside they do nothing."""
+    token = _active.set(rules)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, array: str, *names: str | None) -> jax.Array:
+    """Shard activation `x` by the logical names of its dims, under the rules in use."""
+    rules = _active.get()
+    if rules is None or rules.mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, rules.spec(array, x.shape, names)))
+
+
+def gather_weight(x: jax.Array, array: str, *names: str | None) -> jax.Array:
+    """A weight where it is used: gathered over `fsdp`, still split over `tensor`.
+
+    Saying so keeps the partitioner from moving the (larger) activations instead.
+    """
+    rules = _active.get()
+    if rules is None or rules.mesh.size == 1:
+        return x
+    spec = rules.spec(array, x.shape, names, without="fsdp")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, spec))
+
+
+def make_mesh(layout: Any, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of `layout` (a `Layout`) over `devices`, in their order, last axis fastest."""
+    import numpy as np
+    from jax.sharding import AxisType
+
+    shape = tuple(layout.sizes.values())
+    # Auto: the partitioner propagates shardings from the constraints; explicit types are JAX's newer default.
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
