@@ -1,0 +1,115 @@
+"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainfw.models.config import LayerKind, ModelConfig
+from trainfw.models.layers import Linear, RMSNorm
+from trainfw.models.rope import apply_rope
+from trainfw.parallel import constrain
+
+LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
+"""One layer's keys and values so far, BTKh each."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What attention in every layer shares: where each query stands and which keys it may see."""
+
+    turns: dict[LayerKind, tuple[jax.Array, jax.Array]]
+    """Rotary cosines and sines by kind of layer, from `rope_turns`."""
+    start: jax.Array | int = 0
+    """Index of the first query among the keys: 0, or the length of the cache."""
+    segment_ids_BS: jax.Array | None = None
+    """Tokens see only tokens of their own segment. (Not with a cache.)"""
+
+
+def attention_mask(context: Context, num_queries: int, num_keys: int, window: int | None) -> jax.Array:
+    """Which query sees which key, bool[B or 1, S, T].
+
+    By index: positions restart with every document, indices do not. A window counts the query itself.
+    """
+    query_S1 = context.start + jnp.arange(num_queries)[:, None]
+    key_1T = jnp.arange(num_keys)[None, :]
+    seen_BST = (key_1T <= query_S1)[None]
+    if window is not None:
+        seen_BST &= (key_1T > query_S1 - window)[None]
+    if context.segment_ids_BS is not None:
+        seen_BST &= context.segment_ids_BS[:, :, None] == context.segment_ids_BS[:, None, :]
+    return seen_BST
+
+
+def attend(
+    q_BSHh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    mask_BST: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32."""
+    B, S, H, h = q_BSHh.shape
+    q_BSKGh = q_BSHh.reshape(B, S, k_BTKh.shape[2], -1, h)
+    scores_BKGST = jnp.einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)
+    # Finite, so that a row which sees nothing is a plain average rather than NaN.
+    scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, -1e30)
+    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKh.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKh).reshape(B, S, H, h)
+
+
+class Attention(nnx.Module):
+    """Projections, rotary embeddings and `attend`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, width, kv_width = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
+        std, bias, path = config.init_std, config.qkv_bias, "layers.attention"
+        self.query = Linear(f"{path}.query", (D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
+        self.key = Linear(f"{path}.key", (D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.value = Linear(f"{path}.value", (D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.output = Linear(f"{path}.output", (width, D), ("heads", "embed"), std=std, rngs=rngs)
+        self.query_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+
+    def __call__(
+        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
+        config = self.config
+        B, S, _ = x_BSD.shape
+        q_BSHh = self.query(x_BSD).reshape(B, S, config.num_heads, config.head_dim)
+        k_BSKh = self.key(x_BSD).reshape(B, S, config.num_kv_heads, config.head_dim)
+        v_BSKh = self.value(x_BSD).reshape(B, S, config.num_kv_heads, config.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BSHh, k_BSKh = self.query_norm(q_BSHh), self.key_norm(k_BSKh)
+        q_BSHh, k_BSKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BSKh, context.turns[kind])
+        q_BSHh = constrain(q_BSHh, "queries", "batch", "sequence", "act_heads", None)
+        k_BTKh = constrain(k_BSKh, "keys", "batch", "sequence", "act_kv_heads", None)
+        v_BTKh = constrain(v_BSKh, "values", "batch", "sequence", "act_kv_heads", None)
+        if cache is not None:
+            k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
+            v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
+            cache = (k_BTKh, v_BTKh)
+        window = config.sliding_window if kind == "sliding" else None
+        o_BSHh = attend(
+            q_BSHh,
+            k_BTKh,
+            v_BTKh,
+            attention_mask(context, S, k_BTKh.shape[1], window),
+            scale=config.query_scale or config.head_dim**-0.5,
+            softcap=config.attention_softcap,
+        )
+        return self.output(o_BSHh.reshape(B, S, -1)), cache

@@ -1,0 +1,157 @@
+"""What shape of decoder: the fields that tell Llama, Qwen, Mistral and Gemma apart, and presets of them."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from trainfw.config import Config, invalid
+from trainfw.errors import did_you_mean
+
+Activation = Literal["silu", "gelu_tanh"]
+LayerKind = Literal["global", "sliding"]
+
+
+class RopeScaling(Config):
+    """How rotary frequencies are stretched past the length the model was first trained on."""
+
+    kind: Literal["llama3", "linear"]
+    """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a smooth transition."""
+    factor: PositiveFloat
+    """How many times longer the context becomes."""
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: frequencies that turn fewer times than this within the original length are divided by `factor`."""
+    high_freq_factor: PositiveFloat | None = None
+    """llama3: frequencies that turn more times than this within the original length are kept."""
+    original_max_position: PositiveInt | None = None
+    """llama3: the original length, in tokens."""
+
+    @model_validator(mode="after")
+    def _fields_suit_the_kind(self) -> RopeScaling:
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position"):
+            given = getattr(self, name) is not None
+            if given != (self.kind == "llama3"):
+                invalid(name, f"{name} {'does not apply to' if given else 'is required by'} kind: {self.kind}")
+        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
+            invalid(
+                "low_freq_factor",
+                f"low_freq_factor = {self.low_freq_factor:g} must be less than "
+                f"high_freq_factor = {self.high_freq_factor:g}",
+            )
+        return self
+
+
+class ModelConfig(Config):
+    """A decoder-only transformer. `preset` gives the values of a published model; other fields override them."""
+
+    preset: str | None = None
+    """Start from a named model, for example `llama3.2-1b`."""
+    vocab_size: PositiveInt
+    """Rows of the embedding table."""
+    hidden_size: PositiveInt
+    """D: width of the residual stream."""
+    intermediate_size: PositiveInt
+    """F: width of the gated feed-forward layer."""
+    num_layers: PositiveInt
+    """L: decoder layers."""
+    num_heads: PositiveInt
+    """H: query heads."""
+    num_kv_heads: PositiveInt
+    """K: key and value heads, each shared by H / K query heads."""
+    head_dim: PositiveInt
+    """h: size of a head. Left out, it is hidden_size / num_heads."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output head too."""
+    activation: Activation = "silu"
+    """The feed-forward gate: `silu` (Llama, Qwen, Mistral) or `gelu_tanh` (Gemma)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rope_local_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies in sliding layers, which are then not scaled (Gemma 3)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretch the rotary frequencies for longer contexts."""
+    max_position: PositiveInt = 8192
+    """Longest context the weights were trained for, in tokens. Informational: nothing is allocated by it."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen 2)."""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head (Qwen 3, Gemma 3)."""
+    sliding_window: PositiveInt | None = None
+    """In sliding layers a token sees this many tokens, itself included."""
+    # Not strict, so that YAML's list is taken as a tuple: a config is hashed as part of what is compiled.
+    layer_pattern: Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)] = ("global",)
+    """Kinds of attention, repeated over the layers from the first."""
+    attention_softcap: PositiveFloat | None = None
+    """Squash attention scores into (-cap, cap) with tanh (Gemma 2)."""
+    final_softcap: PositiveFloat | None = None
+    """Squash logits into (-cap, cap) with tanh (Gemma 2)."""
+    query_scale: PositiveFloat | None = None
+    """Multiplies attention scores. Null is head_dim ** -0.5."""
+    zero_centered_norm: bool = False
+    """Store norm scales as their offset from 1 (Gemma)."""
+    post_norms: bool = False
+    """Normalise the output of attention and feed-forward as well as their input (Gemma 2 and 3)."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by sqrt(hidden_size) (Gemma)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of freshly initialised weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        preset = data.get("preset")
+        if isinstance(preset, str):
+            if preset not in load_presets():
+                invalid("preset", f"unknown preset {preset!r}{did_you_mean(preset, load_presets())}")
+            data = load_presets()[preset] | data
+        hidden, heads = data.get("hidden_size"), data.get("num_heads")
+        if "head_dim" not in data and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            if hidden % heads:
+                invalid("head_dim", f"hidden_size = {hidden} does not divide by num_heads = {heads}: give head_dim")
+            data = data | {"head_dim": hidden // heads}
+        return data
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            invalid(
+                "num_kv_heads", f"num_heads = {self.num_heads} does not divide by num_kv_heads = {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            invalid("head_dim", f"head_dim = {self.head_dim} is odd, but rotary embeddings turn pairs")
+        slides = "sliding" in self.layer_kinds
+        if slides and self.sliding_window is None:
+            invalid("sliding_window", "layer_pattern has sliding layers: give sliding_window")
+        if not slides and self.rope_local_theta is not None:
+            invalid("rope_local_theta", "rope_local_theta applies to sliding layers, and layer_pattern has none")
+        return self
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of attention of every layer, in order."""
+        period = len(self.layer_pattern)
+        return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
+
+
+@functools.cache
+def load_presets() -> dict[str, dict[str, Any]]:
+    """The presets by name, as plain fields of `ModelConfig` (presets.yaml; where its figures come from is dropped)."""
+    presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
+    return {
+        name: {key: value for key, value in fields.items() if key != "source"}
+        for name, fields in presets.items()
+        if not name.startswith(".")
+    }
+
+
+def preset_names() -> list[str]:
+    """The names that `model.preset` takes, in the order of presets.yaml."""
+    return list(load_presets())

@@ -1,0 +1,181 @@
+"""One family of decoder-only transformers; `ModelConfig` makes it Llama, Qwen, Mistral or Gemma."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainfw.models.attention import Attention, Context, LayerCache
+from trainfw.models.config import LayerKind, ModelConfig
+from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm
+from trainfw.models.rope import rope_turns
+from trainfw.models.stack import Remat, init_stack, run_stack
+from trainfw.parallel import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens decoded so far, in every layer."""
+
+    keys_LBTKh: jax.Array
+    values_LBTKh: jax.Array
+    length: jax.Array
+    """Tokens held, i32[]; what lies beyond is never seen, and is overwritten."""
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma normalises what is added too."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
+        self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+        self.mlp_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+
+    def __call__(
+        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        y_BSD, cache = self.attention(self.attention_norm(x_BSD), context, kind, cache)
+        if self.attention_post_norm is not None:
+            y_BSD = self.attention_post_norm(y_BSD)
+        x_BSD = constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed")
+        y_BSD = self.mlp(self.mlp_norm(x_BSD))
+        if self.mlp_post_norm is not None:
+            y_BSD = self.mlp_post_norm(y_BSD)
+        return constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed"), cache
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits. All its state is `nnx.Param`, in f32, with the logical names of its dims as `axes`.
+
+    Args:
+        config: the shape.
+        rngs: draws the initial weights.
+        compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
+            and logits are f32 whatever it is.
+        remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
+            "dots" saves what the layers' projections return as well.
+        scan_layers: compile one layer (one period of `layer_pattern`) and loop over it, rather than all layers in
+            a row. The parameters and the numbers are the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        compute_dtype: str = "float32",
+        remat: Remat = "none",
+        scan_layers: bool = True,
+    ):
+        self.config, self.compute_dtype, self.remat, self.scan_layers = config, compute_dtype, remat, scan_layers
+        self.embedding = Embedding(config, rngs=rngs)
+        self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
+        self.final_norm = RMSNorm(config.hidden_size, config)
+        size = (config.hidden_size, config.vocab_size)
+        self.head = (
+            None if config.tie_embeddings else Linear("head", size, ("embed", "vocab"), std=config.init_std, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """logits_BSV, f32. The arguments are those of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS))
+
+    def hidden_states(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """x_BSD after the final norm, in the compute dtype.
+
+        Args:
+            tokens_BS: i32.
+            segment_ids_BS: a token sees only tokens with its own id: packed documents do not see each other.
+            positions_BS: place of each token in its document, for the rotary embeddings; by default 0, 1, 2 ...
+        """
+        if positions_BS is None:
+            positions_BS = jnp.arange(tokens_BS.shape[1])[None]
+        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS)
+        x_BSD, _ = self._run(tokens_BS, context, None)
+        return x_BSD
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """logits_BSV, f32, from what `hidden_states` returns."""
+        if self.head is None:
+            logits_BSV = self.embedding.logits(x_BSD)
+        else:
+            logits_BSV = self.head(x_BSD, dtype=jnp.dtype(jnp.float32))
+        if self.config.final_softcap is not None:
+            logits_BSV = self.config.final_softcap * jnp.tanh(logits_BSV / self.config.final_softcap)
+        return constrain(logits_BSV, "logits", "batch", "sequence", "act_vocab")
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache with room for `length` tokens."""
+        config = self.config
+        shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
+        empty = jnp.zeros(shape, self.compute_dtype)
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+    def decode(self, tokens_BS: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """(logits_BSV, the cache with these tokens): the S tokens that follow those in the cache, which must fit."""
+        x_BSD, cache = self.decode_hidden_states(tokens_BS, cache)
+        return self.logits(x_BSD), cache
+
+    def decode_hidden_states(self, tokens_BS: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """`decode` without the head: x_BSD after the final norm."""
+        positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
+        context = Context(self._turns(positions_BS), start=cache.length)
+        x_BSD, (keys, values) = self._run(tokens_BS, context, (cache.keys_LBTKh, cache.values_LBTKh))
+        return x_BSD, KVCache(keys, values, cache.length + tokens_BS.shape[1])
+
+    def _turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
+        return {kind: rope_turns(positions_BS, self.config, kind) for kind in set(self.config.layer_kinds)}
+
+    def _run(self, tokens_BS: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        config = self.config
+        x_BSD = self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
+        if config.scale_embeddings:
+            x_BSD = x_BSD * jnp.asarray(math.sqrt(config.hidden_size), x_BSD.dtype)
+        x_BSD = constrain(x_BSD, "embeddings", "batch", "sequence", "act_embed")
+        graphdef, params = nnx.split(self.layers)
+
+        def step(x_BSD: jax.Array, slice_: Any, kind: LayerKind) -> tuple[jax.Array, Any]:
+            layer_params, layer_cache = slice_
+            return nnx.merge(graphdef, layer_params)(x_BSD, context, kind, layer_cache)
+
+        x_BSD, cache = run_stack(
+            step,
+            x_BSD,
+            (params, cache),
+            config.layer_kinds,
+            len(config.layer_pattern),
+            scan=self.scan_layers,
+            remat=self.remat,
+        )
+        return self.final_norm(x_BSD), cache
+
+
+def abstract_model(config: ModelConfig, **options: Any) -> Transformer:
+    """The model with shapes in place of arrays, for which no memory is taken. `options` are Transformer's."""
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, a tied table counted once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
