@@ -1,0 +1,125 @@
+"""Iterators over rows: endless and shuffled for training, one ordered pass for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from trainfw.data.config import DataConfig
+from trainfw.data.rows import FIELDS, Rows
+from trainfw.data.store import TokenStore
+from trainfw.errors import UserError
+
+Batch = dict[str, np.ndarray]
+"""The arrays named in `rows.FIELDS`, each (B, S): B is this process's share of the global batch."""
+
+READ_THREADS = 2
+"""Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
+
+
+class TrainIterator(Iterator[Batch]):
+    """Training batches without end; see `train_iterator`."""
+
+    def __init__(
+        self, rows: Rows, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
+    ) -> None:
+        self._global_batch_size = global_batch_size
+        self._process_index = process_index
+        self._process_count = process_count
+        self._prefetch = config.prefetch
+        self._order = _order(rows, config)
+        stream = grain.MapDataset.source(rows)
+        if config.shuffle:
+            stream = stream.shuffle(config.seed)
+        self._stream = stream.repeat()
+        self._seek(0)
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._next_row += self._global_batch_size
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the last batch returned ended; the same in every process, whatever their number. JSON-serialisable."""
+        return {"next_row": self._next_row, "order": self._order}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with any number of processes. Raises UserError where it is of another order of rows."""
+        if state["order"] != self._order:
+            raise UserError(
+                "the data has changed since this state was saved (its text, tokenizer, sequence_length, shuffle or "
+                "seed), so its place means nothing here; restore the data, or start a new run"
+            )
+        self.close()
+        self._seek(state["next_row"])
+
+    def close(self) -> None:
+        """Stop reading ahead. Closing twice is harmless."""
+        self._batches.close()
+
+    def _seek(self, next_row: int) -> None:
+        share = self._global_batch_size // self._process_count
+        batches = self._stream[next_row:].batch(share, drop_remainder=True)
+        # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
+        mine = batches[self._process_index :: self._process_count]
+        threads = min(READ_THREADS, self._prefetch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+        self._batches = iter(mine.to_iter_dataset(options))
+        self._next_row = next_row
+
+
+def train_iterator(
+    store: TokenStore, config: DataConfig, *, global_batch_size: int, process_index: int = 0, process_count: int = 1
+) -> TrainIterator:
+    """This process's share of endless batches, (global_batch_size / process_count, S) each, reshuffled every epoch.
+
+    Global batch k is rows [k*B, k*B + B) of one endless order that the number of processes does not change; the
+    shares in order of process make it up. Raises UserError where the batch does not divide, or has too few rows.
+    """
+    _check_share(global_batch_size, process_count)
+    rows = Rows(store, config.sequence_length)
+    rows.require(global_batch_size)
+    return TrainIterator(rows, config, global_batch_size, process_index, process_count)
+
+
+def validation_batches(
+    store: TokenStore,
+    config: DataConfig,
+    *,
+    global_batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_batches: int | None = None,
+) -> Iterator[Batch]:
+    """This process's share of one pass in order; the last batch is filled up with rows of zeros (`loss_mask` 0).
+
+    Every process sees the same number of batches. Raises UserError where the batch does not divide.
+    """
+    share = _check_share(global_batch_size, process_count)
+    rows = Rows(store, config.sequence_length)
+    starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
+    return (_batch(rows, start, share) for start in starts[:max_batches])
+
+
+def _batch(rows: Rows, start: int, size: int) -> Batch:
+    batch = {name: np.zeros((size, rows.sequence_length), dtype) for name, dtype in FIELDS.items()}
+    for i, index in enumerate(range(start, min(start + size, len(rows)))):
+        for name, values in rows[index].items():
+            batch[name][i] = values
+    return batch
+
+
+def _check_share(global_batch_size: int, process_count: int) -> int:
+    share, rest = divmod(global_batch_size, process_count)
+    if rest or share < 1:
+        raise UserError(f"a global batch of {global_batch_size} does not divide among {process_count} processes")
+    return share
+
+
+def _order(rows: Rows, config: DataConfig) -> str:
+    state = f"{rows.store.digest} {rows.sequence_length} {config.shuffle} {config.seed if config.shuffle else None}"
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+Progress = Callable[[str, int, int | None], None]
+"""Called as `progress(description, completed, total)`; `total` is None where it is not known beforehand."""
+
+
+def reported(items: Iterable[T], description: str, total: int | None, progress: Progress | None) -> Iterator[T]:
+    """The same items, each reported to `progress` once it has been used."""
+    for completed, item in enumerate(items, start=1):
+        yield item
+        if progress is not None:
+            progress(description, completed, total)

@@ -1,0 +1,224 @@
+"""Tokenizers. All are Hugging Face `tokenizers` pipelines, so a run's tokenizer is a plain tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
+from trainfw.data.progress import Progress, reported
+from trainfw.errors import UserError
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+
+BPE_SAMPLE_BYTES = 64_000_000
+"""BPE is trained on no more text than this, from the start of the training split: more changes few merges."""
+
+# GPT-4's split, with numbers cut into two digits (not three), as a small vocabulary has no room for a thousand numbers.
+_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<｜begin▁of▁sentence｜>")
+_KNOWN_EOS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back. A special token's name within a text is text like any other."""
+
+    backend: tokenizers.Tokenizer
+    bos_id: int
+    """Starts every document; `eos_id` for a tokenizer that has no such token."""
+    eos_id: int
+    """Ends every document."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The rest of its tokenizer_config.json (a chat template, say), kept for those who export it."""
+
+    def __post_init__(self) -> None:
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with neither bos nor eos."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def fingerprint(self) -> str:
+        """Two tokenizers with one fingerprint encode alike."""
+        state = f"{self.bos_id} {self.eos_id} {self.backend.to_str()}"
+        return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+
+    def save(self, directory: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `load_tokenizer` and transformers read them."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.settings,
+        }
+        settings["eos_token"] = self.backend.id_to_token(self.eos_id)
+        if self.bos_id != self.eos_id:
+            settings["bos_token"] = self.backend.id_to_token(self.bos_id)
+        self.backend.save(str(directory / "tokenizer.json"))
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+class TextStream:
+    """Decodes tokens as they arrive, holding back a character until all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # the tokens of the last text given: a decoder may look at its left neighbour
+        self._held: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; often a word, and empty within a character."""
+        self._held.append(token_id)
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def flush(self) -> str:
+        """The text still held back, its incomplete characters as U+FFFD."""
+        return self._give(self._text())
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._held)[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._shown, self._held = self._held, []
+        return text
+
+
+def vocab_size(config: TokenizerConfig) -> int:
+    """The vocabulary's size, known before any data is read."""
+    if config.name == "bytes":
+        return BYTE_VOCAB_SIZE
+    if config.name == "bpe":
+        assert config.vocab_size is not None
+        return config.vocab_size
+    assert config.path is not None
+    return load_tokenizer(config.path).vocab_size
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, whose id is the byte; bos is 256 and eos 257."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(zip(_byte_names(), range(256))), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([BOS, EOS])
+    return Tokenizer(backend, bos_id=256, eos_id=257)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Tokenizer:
+    """Byte-level BPE of `vocab_size` tokens, trained on the first `BPE_SAMPLE_BYTES` of `texts`; lossless.
+
+    Raises UserError where there is too little text for so many tokens.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=_byte_names(),
+        show_progress=False,
+    )
+    sample = _first_bytes(texts, BPE_SAMPLE_BYTES)
+    backend.train_from_iterator(reported(sample, "Training the tokenizer", None, progress), trainer)
+    tokenizer = Tokenizer(backend, bos_id=0, eos_id=1)  # special tokens come first
+    if tokenizer.vocab_size < vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size = {vocab_size}: the training split is too small for that; "
+            f"it gives {tokenizer.vocab_size} tokens at most"
+        )
+    return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of a directory that holds one (what `Tokenizer.save` wrote, say).
+
+    Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
+    it, else from the usual names. Raises UserError where there is no such file, or no token that ends a document.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{file}: not a tokenizer.json that can be read: {error}") from error
+    settings = _json_object(file.parent / "tokenizer_config.json")
+    template = file.parent / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    roles = _json_object(file.parent / "special_tokens_map.json") | settings
+    eos = _special_id(backend, roles.get("eos_token"), _KNOWN_EOS)
+    bos = _special_id(backend, roles.get("bos_token"), _KNOWN_BOS)
+    if eos is None:
+        raise UserError(
+            f"{file}: no token that ends a document; name it as eos_token in {file.parent / 'tokenizer_config.json'} "
+            f"(none of the usual names is in the vocabulary: {', '.join(_KNOWN_EOS)})"
+        )
+    return Tokenizer(backend, eos if bos is None else bos, eos, settings)
+
+
+def _special_id(backend: tokenizers.Tokenizer, named: Any, known: Iterable[str]) -> int | None:
+    if isinstance(named, dict):  # a serialised AddedToken
+        named = named.get("content")
+    names = [named] if isinstance(named, str) else known
+    return next((id_ for name in names if (id_ := backend.token_to_id(name)) is not None), None)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    seen = 0
+    for text in texts:
+        yield text
+        seen += len(text.encode())
+        if seen >= limit:
+            return
+
+
+def _byte_names() -> list[str]:
+    """The printable character by which byte-level vocabularies (GPT-2's and since) write each byte, by byte."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    spare = itertools.count(256)
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
