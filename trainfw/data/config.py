@@ -40,7 +40,7 @@ class DataConfig(Config):
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
+    """The tokenizer that turns text into tokens."""
     sequence_length: int = Field(ge=1)
     """Tokens in a row. Documents are concatenated and cut into rows of this length."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)

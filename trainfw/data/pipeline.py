@@ -34,7 +34,8 @@ class TrainIterator(Iterator[Batch]):
         self._order = _order(rows, config)
         stream = grain.MapDataset.source(rows)
         if config.shuffle:
-            stream = stream.shuffle(config.seed)
+            # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
+            stream = stream.shuffle(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
         self._stream = stream.repeat()
         self._seek(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import tokenize
@@ -23,6 +24,8 @@ STDLIB_EXCLUDED = {
     *("test", "tests", "idle_test"),  # repetitive, and some distributions leave them out
     *("encodings", "pydoc_data"),  # generated tables
 }
+STDLIB_BUILT_HERE = ("_sysconfigdata", "config-")
+"""What these hold depends on how and where this Python was built."""
 
 
 class Document(NamedTuple):
@@ -56,26 +59,26 @@ class Source:
 
     def documents(self) -> Iterator[Document]:
         """Every document that is not empty, in order. Raises UserError where an input cannot be read."""
-        for source in self.inputs:
+        for item in self.inputs:
             try:
-                for place, text in source.read(source.path, self.text_field):
+                for place, text in item.read(item.path, self.text_field):
                     if text:
-                        yield Document(source.name + place, text)
+                        yield Document(item.name + place, text)
             except OSError as error:
-                raise UserError(f"cannot read {source.path}: {error.strerror or error}") from error
+                raise UserError(f"cannot read {item.path}: {error.strerror or error}") from error
 
     def fingerprint(self) -> str:
         """Changes when an input does: the name, size and time of each file, without reading any of them."""
         state: list[Any] = [self.identity, self.text_field]
-        for source in self.inputs:
-            for path in sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]:
+        for item in self.inputs:
+            for path in sorted(item.path.rglob("*")) if item.path.is_dir() else [item.path]:
                 stat = path.stat()
-                state.append((source.name, path.name, stat.st_size, 0 if self.identity else stat.st_mtime_ns))
+                state.append((item.name, path.name, stat.st_size, 0 if self.identity else stat.st_mtime_ns))
         return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
     def num_documents(self) -> int | None:
         """How many documents there are, where that is one per file; None where it takes reading."""
-        return len(self.inputs) if all(source.read in (read_text, read_python) for source in self.inputs) else None
+        return len(self.inputs) if all(item.read in (read_text, read_python) for item in self.inputs) else None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -140,11 +143,12 @@ def _is_saved_dataset(path: Path) -> bool:
 def _python_stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     inputs = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        built_here = path.name.startswith("_sysconfigdata") or parts[0].startswith("config-")
-        if not built_here and STDLIB_EXCLUDED.isdisjoint(parts):
-            inputs.append(Input(path, "/".join(parts), read_python))
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = sorted(set(subdirectories) - STDLIB_EXCLUDED)
+        for path in sorted(Path(directory, file) for file in files if file.endswith(".py")):
+            name = path.relative_to(root).as_posix()
+            if not name.startswith(STDLIB_BUILT_HERE):
+                inputs.append(Input(path, name, read_python))
     if not inputs:
         raise UserError(f"source {STDLIB}: this Python keeps no .py files in {root}; name files of your own")
     return Source(tuple(inputs), "", identity=f"{STDLIB} {sys.version}")
