@@ -2,7 +2,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -108,7 +107,6 @@ def test_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
 
 def test_interrupted_build_leaves_nothing_in_the_way(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("trainfw.data.cache.shutil.rmtree", shutil.rmtree)
         patch.setattr("trainfw.data.store.StoreWriter.info", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config)
