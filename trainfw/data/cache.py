@@ -23,7 +23,7 @@ from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, tr
 from trainfw.errors import UserError
 
 FORMAT_VERSION = 1
-BATCH_CHARACTERS = 4_000_000
+BATCH_CHARACTERS = 1_000_000
 """Text tokenised at once: enough for every core, little enough for any memory."""
 
 
