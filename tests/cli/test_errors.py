@@ -1,0 +1,139 @@
+"""Malformed and impossible input: exit 2, one readable message, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.helpers import write_recipe
+from trainfw.cli import main
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trainfw", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+# (a line put into the recipe, or None; arguments; what the message must say)
+OVERRIDES = {
+    "unknown key": ("train.stepz=5", "command line: train.stepz = 5: unknown key; did you mean 'train.steps'?"),
+    "unknown section": ("trian.steps=5", "unknown key; did you mean 'train'?"),
+    "key of another section": ("train.learning_rate=1", "did you mean 'optimizer.learning_rate'?"),
+    "word for a number": ("train.steps=many", "train.steps = 'many': expected a valid integer"),
+    "float for an integer": ("train.steps=1.5", "train.steps = 1.5: expected a valid integer"),
+    "quoted number": ("train.steps='5'", "train.steps = '5': expected a valid integer"),
+    "boolean for a number": ("train.steps=true", "train.steps = True: expected a valid integer"),
+    "zero steps": ("train.steps=0", "train.steps = 0: expected greater than or equal to 1"),
+    "negative batch": ("train.global_batch_size=-8", "train.global_batch_size = -8: expected greater"),
+    "null where required": ("train.steps=null", "train.steps = null: expected a valid integer"),
+    "no equals sign": ("train.steps", "expected key=value, such as train.steps=50"),
+    "nothing before the equals sign": ("=5", "expected key=value"),
+    "section for a value": ("train.steps.more=5", "train.steps = {'more': 5}: expected a valid integer"),
+    "value for a section": ("train=5", "train = 5: expected a section"),
+    "broken YAML value": ("name=[a", "not valid YAML"),
+    "unknown preset": ("model.preset=llama3.1-8", "did you mean 'llama3.1-8b'?"),
+    "unknown optimizer": ("optimizer.name=adam", "expected one of adamw, lion, adafactor, muon; did you mean 'adamw'?"),
+    "unknown schedule": ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
+    "unknown dtype": ("train.compute_dtype=bf16", "expected one of float32, bfloat16"),
+    "unknown remat": ("train.remat=ful", "did you mean 'full'?"),
+    "learning rate of zero": ("optimizer.learning_rate=0", "expected greater than 0"),
+    "decay_steps without wsd": ("optimizer.decay_steps=5", "decay_steps belongs to schedule wsd"),
+    "adam rate without muon": ("optimizer.adam_learning_rate=0.1", "adam_learning_rate belongs to muon"),
+    "decay pattern that matches nothing": ("optimizer.weight_decay_exclude=[lyers.*]", "'lyers.*' matches none"),
+    "accumulation does not divide": ("train.accumulation_steps=3", "does not divide train.global_batch_size = 8"),
+    "heads do not divide": ("model.num_kv_heads=3", "model.num_kv_heads"),
+    "odd head_dim": ("model.head_dim=15", "model.head_dim"),
+    "two axes to fill": ("parallel.tensor=-1", "only one axis may be -1, but fsdp and tensor are"),
+    "axis of zero": ("parallel.data=0", "expected a positive size, or -1 to fill"),
+    "unknown axis": ("parallel.fdsp=2", "did you mean 'parallel.fsdp'?"),
+    "layout larger than the devices": ("parallel.fsdp=16", "fsdp(16) * expert(1) * context(1) * tensor(1) = 16, but"),
+    "layout that does not divide": ("parallel.data=3", "the fixed axes multiply to 3, which does not divide 8 devices"),
+    "batch does not divide": ("train.global_batch_size=12", "does not divide over data(1) * fsdp(8)"),
+    "heads over tensor": ("parallel.tensor=8", "does not divide over parallel.tensor = 8"),
+    "axis that is not built": ("parallel.pipeline=2", "this axis is not built yet"),
+    "rule for an unknown dim": ("parallel.rules={embd: [fsdp]}", "parallel.rules.embd: unknown dim name; did you mean"),
+    "rule over an unknown axis": ("parallel.rules={embed: [fsd]}", "unknown axis 'fsd'; did you mean 'fsdp'?"),
+    "rules that collide": ("parallel.rules={mlp: [fsdp]}", "are both sharded over mesh axis 'fsdp'"),
+    "unknown topology": ("hardware.topology=trn2.48xl", "did you mean 'trn2.48xlarge'?"),
+    "topology of another size": ("hardware.topology=trn2.48xlarge", "simulate them with --devices 64"),
+    "count without a topology": ("hardware.count=2", "needs hardware.topology"),
+    "vocabulary smaller than the tokenizer's": ("model.vocab_size=100", "expected 258 or more"),
+    "no such source": ("data.source=nowhere/*.txt", "nowhere/*.txt"),
+    "split that leaves nothing": ("data.validation_fraction=1.5", "expected less than 1"),
+    "tokenizer without its file": ("data.tokenizer.name=file", "`name: file` needs path"),
+    "no such tokenizer": ("data.tokenizer={name: file, path: nowhere.json}", "nowhere.json"),
+    "name with a slash": ("name=a/b", "name = 'a/b': expected"),
+}
+
+FILES = {
+    "empty": ("", "is empty"),
+    "a list": ("- a\n- b\n", "expected `key: value` lines"),
+    "broken YAML": ("model: {preset: tiny\ntrain: x\n", "not valid YAML"),
+    "a tab": ("model:\n\tpreset: tiny\n", "recipe.yaml:2: not valid YAML"),
+    "a key written twice": ("name: a\nmodel: {preset: tiny}\nname: b\n", "name: is written twice"),
+    "no model": ("name: a\ndata: {sequence_length: 8}\n", "model: is required"),
+    "line numbers": (
+        "model: {preset: tiny}\ndata: {sequence_length: 8}\ntrain:\n  step: 5\n",
+        "recipe.yaml:4: train.step = 5: unknown key; did you mean 'train.steps'?",
+    ),
+    "extends nothing": (
+        "extends: recipe2.yaml\n",
+        "extends = 'recipe2.yaml': no such file; did you mean 'recipe.yaml'",
+    ),
+    "extends itself": ("extends: recipe.yaml\n", "comes back to itself: recipe.yaml -> recipe.yaml"),
+    "extends a number": ("extends: 5\n", "expected the path of another recipe"),
+}
+
+
+def check(capsys, code: int, message: str, tmp_path) -> None:
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 3
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_bad_overrides(name, tmp_path, monkeypatch, capsys):
+    override, message = OVERRIDES[name]
+    code = run(monkeypatch, "train", str(write_recipe(tmp_path)), override, "--run-dir", str(tmp_path / "run"))
+    check(capsys, code, message, tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_files(name, tmp_path, monkeypatch, capsys):
+    text, message = FILES[name]
+    (tmp_path / "recipe.yaml").write_text(text)
+    code = run(monkeypatch, "train", str(tmp_path / "recipe.yaml"), "--run-dir", str(tmp_path / "run"))
+    check(capsys, code, message, tmp_path)
+
+
+ARGUMENTS = {
+    "no such recipe": (["train", "quickstrat"], "no such recipe; did you mean 'quickstart'?"),
+    "resume word": (["train", "quickstart", "--resume", "yes"], "expected auto, never or must"),
+    "no devices": (["train", "quickstart", "--devices", "0"], "expected a positive number"),
+    "devices after jax": (["train", "quickstart", "--devices", "3"], "jax is already running with 8"),
+    "resume must, nothing there": (["train", "quickstart", "--resume", "must"], "no checkpoint to resume from"),
+    "eval of no run": (["eval", "nowhere"], "is not a run directory"),
+    "generate from no run": (["generate", "nowhere", "--prompt", "x"], "is not a run directory"),
+    "unknown command": (["trian"], "No such command"),
+    "unknown option": (["train", "quickstart", "--device", "2"], "No such option"),
+    "tokenizer of nothing": (["tokenizer", "train", "nowhere.txt", "--out", "t"], "nowhere.txt"),
+    "tokenizer too small": (["tokenizer", "train", "python-stdlib", "--out", "t", "--vocab-size", "9"], "9"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_bad_arguments(name, tmp_path, monkeypatch, capsys):
+    arguments, message = ARGUMENTS[name]
+    monkeypatch.chdir(tmp_path)
+    code = run(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""What several tests need: small recipes and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from trainfw import Recipe, load_recipe
+
+TINY = """
+name: tiny
+model: {preset: tiny, vocab_size: 258}
+data: {source: [TEXT], sequence_length: 32, validation_fraction: 0.2}
+train: {steps: 8, global_batch_size: 8, log_every: 1, validation_batches: 2}
+optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
+checkpoint: {every: 4}
+"""
+
+
+def write_recipe(directory: Path, **replacements: Any) -> Path:
+    """A tiny recipe over a few text files, both written into `directory`."""
+    text = directory / "text"
+    text.mkdir(exist_ok=True)
+    for number in range(30):
+        words = " ".join(f"word{number * i % 7} = {i};" for i in range(20))
+        (text / f"{number}.txt").write_text(f"document {number}: {words}\n")
+    path = directory / "recipe.yaml"
+    path.write_text(TINY.replace("TEXT", str(text / "*.txt")))
+    if replacements:
+        tree = yaml.safe_load(path.read_text())
+        for key, value in replacements.items():
+            tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+        path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def tiny_recipe(directory: Path, *overrides: str) -> Recipe:
+    return load_recipe(write_recipe(directory), overrides)
+
+
+def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Batches of random tokens in two documents a row, the second of random length, some padded."""
+    rng = np.random.default_rng(seed)
+    shape = (recipe.train.global_batch_size, recipe.data.sequence_length)
+    batches = []
+    for _ in range(steps):
+        # Some tokens are likelier than others: something to learn.
+        tokens = np.minimum(rng.geometric(0.1, (shape[0], shape[1] + 1)), recipe.model.vocab_size) - 1
+        tokens = tokens.astype(np.int32)
+        index = np.arange(shape[1])[None]
+        start = rng.integers(1, shape[1], (shape[0], 1))
+        padded = index >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
+        segment_ids = np.where(padded, 0, 1 + (index >= start)).astype(np.int32)
+        batches.append(
+            {
+                "tokens": tokens[:, :-1],
+                "targets": tokens[:, 1:],
+                "segment_ids": segment_ids,
+                "positions": np.where(index >= start, index - start, index).astype(np.int32),
+                "loss_mask": (segment_ids > 0).astype(np.float32),
+            }
+        )
+    return batches

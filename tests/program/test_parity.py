@@ -1,0 +1,63 @@
+"""The same numbers on any mesh, with any accumulation, scanned or unrolled."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import random_batches
+from trainfw import build_program, load_recipe
+
+MODEL = """
+name: parity
+model: {preset: tiny, vocab_size: 64, num_heads: 4, num_kv_heads: 2, num_layers: 3}
+data: {sequence_length: 32}
+train: {steps: 20, global_batch_size: 8}
+optimizer: {name: OPTIMIZER, learning_rate: 1.0e-3, warmup_steps: 4}
+"""
+
+VARIANTS = {
+    "fsdp 4": (4, ["parallel.fsdp=4"]),
+    "data 2, fsdp 2": (4, ["parallel.data=2", "parallel.fsdp=2"]),
+    "tensor 2, fsdp 2": (4, ["parallel.tensor=2", "parallel.fsdp=2"]),
+    "fsdp 8": (8, ["parallel.fsdp=8"]),
+    "accumulation 4": (1, ["train.accumulation_steps=4"]),
+    "accumulation 4, fsdp 2": (2, ["train.accumulation_steps=4"]),
+    "unrolled": (1, ["train.scan_layers=false"]),
+    "unrolled, tensor 2, fsdp 2": (4, ["train.scan_layers=false", "parallel.tensor=2"]),
+    "remat full, fsdp 4": (4, ["train.remat=full"]),
+}
+
+
+def losses(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw") -> list[float]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MODEL.replace("OPTIMIZER", optimizer))
+    recipe = load_recipe(path, overrides)
+    program = build_program(recipe, jax.devices()[:devices])
+    state, result = program.init(), []
+    for batch in random_batches(recipe, recipe.train.steps):
+        state, metrics = program.train_step(state, program.shard_batch(batch))
+        result.append(metrics["loss"].value())
+    return result
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return losses(tmp_path_factory.mktemp("reference"), 1, [])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_twenty_steps_agree_with_one_device(name, reference, tmp_path):
+    np.testing.assert_allclose(losses(tmp_path, *VARIANTS[name]), reference, rtol=3e-6)
+
+
+def test_the_loss_falls(reference):
+    assert reference[-1] < reference[0] - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor", "muon"])
+def test_every_optimizer_agrees_on_a_mesh(optimizer, tmp_path):
+    one = losses(tmp_path, 1, [], optimizer)
+    np.testing.assert_allclose(losses(tmp_path, 4, ["parallel.tensor=2"], optimizer), one, rtol=1e-4)

@@ -1,0 +1,3 @@
+from trainfw.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""What differs by device, and nothing else: environment before jax is imported, capabilities, peak rates."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

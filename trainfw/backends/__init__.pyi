@@ -1,0 +1,3 @@
+from .base import Backend as Backend
+from .select import current as current
+from .select import prepare as prepare

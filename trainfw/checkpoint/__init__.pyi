@@ -1,0 +1,2 @@
+from .config import CheckpointConfig as CheckpointConfig
+from .manager import Checkpoints as Checkpoints

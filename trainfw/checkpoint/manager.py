@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from trainfw.checkpoint.config import CheckpointConfig
+from trainfw.errors import RunError
+
+
+class Checkpoints:
+    """The checkpoints of one run. Each holds `params`, `rest` (of the state) and `meta` (JSON).
+
+    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO and WARNING
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else config.keep_last,
+                keep_period=config.keep_every,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
+        """Start saving; returns once the arrays are copied off the devices."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """(params, rest, meta) of a step, laid out as the given abstract arrays say."""
+        restored = self._restore(
+            step,
+            params=ocp.args.StandardRestore(params),
+            rest=ocp.args.StandardRestore(rest),
+            meta=ocp.args.JsonRestore(),
+        )
+        return restored.params, restored.rest, restored.meta
+
+    def restore_params(self, step: int, params: Any) -> Any:
+        return self._restore(step, params=ocp.args.StandardRestore(params)).params
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            where = f"{self._manager.directory}/{step}"
+            raise RunError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
+
+    def wait(self) -> None:
+        """Until everything saved is on disk. Raises what a background save failed with."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

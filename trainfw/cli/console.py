@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from trainfw.training import Reporter
+
+
+def make_reporter() -> Reporter:
+    """A progress bar on a terminal, plain lines in a pipe."""
+    return TerminalReporter() if sys.stdout.isatty() else Reporter()
+
+
+class TerminalReporter(Reporter):
+    """One Rich progress bar at the bottom; notes and logged rows scroll above it."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__()
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+        )
+        self._tasks: dict[str, Any] = {}
+        self._progress.start()
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, description: str, completed: int, total: int | None) -> None:
+        if description not in self._tasks:
+            for task in self._tasks.values():
+                self._progress.remove_task(task)
+            self._tasks = {description: self._progress.add_task(description, total=total)}
+        self._progress.update(self._tasks[description], completed=completed, total=total)
+
+    def step(self, step: int, steps: int) -> None:
+        self.progress("training", step, steps)
+
+    def close(self) -> None:
+        self._progress.stop()

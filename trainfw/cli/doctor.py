@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+import typer
+
+from trainfw.cli.options import Devices
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
+_OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
+
+
+def doctor(devices: Devices = None) -> None:
+    """Show versions, backend, devices and memory, and what is missing."""
+    from trainfw import backends
+    from trainfw.data import default_cache_dir
+
+    backends.prepare(devices)
+
+    import jax
+
+    def line(label: str, text: object) -> None:
+        typer.echo(f"{label:18} {text}")
+
+    line("trainfw", importlib.metadata.version("trainfw"))
+    line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        line(package, importlib.metadata.version(package))
+    for package, extra in _OPTIONAL.items():
+        found = importlib.util.find_spec(package) is not None
+        get = f'missing; Parquet and saved datasets need it: pip install "trainfw[{extra}]"'
+        line(package, importlib.metadata.version(package) if found else get)
+    line("backend", backends.current().name)
+    kinds = sorted({d.device_kind for d in jax.devices()})
+    line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
+    cache = default_cache_dir()
+    existing = next(p for p in (cache, *cache.parents) if p.exists())
+    line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
+    if shutil.which("nvidia-smi") and backends.current().name == "cpu":
+        line("gpu", 'an NVIDIA driver is here but jax runs on the CPU: pip install "trainfw[gpu]"')
+    line("neuron", "no backend yet: trainfw has not run on Neuron hardware")

@@ -1,0 +1,20 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe, such as train.steps=50."),
+]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+Devices = Annotated[
+    int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
+]
+Step = Annotated[
+    int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
+]

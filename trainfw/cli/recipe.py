@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import typer
+
+from trainfw.cli.options import Overrides, RecipePath
+
+app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+
+
+@app.command()
+def show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print the resolved recipe as YAML, every key written out."""
+    from trainfw.recipe import load_recipe
+
+    typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    import json
+
+    from trainfw.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command("list")
+def list_() -> None:
+    """List the bundled recipes."""
+    from trainfw.recipe import bundled_recipes
+
+    recipes = bundled_recipes()
+    width = max((len(name) for name in recipes), default=0)
+    for name, path in recipes.items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `train` a subcommand while it is the only one."""
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(help="python-stdlib, text files or a glob, .jsonl, .parquet, a dataset.")],
+    out: Annotated[str, typer.Option(help="The tokenizer.json to write, or a directory for it.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 4096,
+    text_field: Annotated[str, typer.Option(help="The column of text in JSONL, Parquet and datasets.")] = "text",
+) -> None:
+    """Train a byte-level BPE; use it with data.tokenizer.name=file data.tokenizer.path=OUT."""
+    from trainfw.cli.console import make_reporter
+    from trainfw.data import DataConfig, open_source, train_bpe
+
+    reporter = make_reporter()
+    try:
+        documents = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1)).documents()
+        tokenizer = train_bpe((d.text for d in documents), vocab_size, progress=reporter.progress)
+        tokenizer.save(out)
+    finally:
+        reporter.close()
+    typer.echo(f"{out}: {tokenizer.vocab_size:,} entries")

@@ -1,0 +1,5 @@
+"""Hardware as data: one YAML a topology, every figure with its source."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+from .config import HardwareConfig as HardwareConfig
+from .topology import Topology as Topology
+from .topology import load_topology as load_topology
+from .topology import peak_flops as peak_flops
+from .topology import topology_names as topology_names

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from trainfw.hardware import load_topology
+from trainfw.models import Transformer, flops_per_token
+from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
+from trainfw.parallel import AXES, Layout, Rules, make_mesh, use_rules
+from trainfw.program.loss import Batch, next_token_loss
+from trainfw.program.metrics import Mean
+from trainfw.program.state import TrainState
+from trainfw.recipe import Recipe
+
+Metrics = dict[str, Mean]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a recipe is on a set of devices. `train` runs it, `plan` compiles it, `check` reads it."""
+
+    recipe: Recipe
+    layout: Layout
+    mesh: Mesh
+    rules: Rules
+    graphdef: nnx.GraphDef[Transformer]
+    abstract_state: TrainState
+    """ShapeDtypeStructs with shardings."""
+    abstract_batch: Batch
+    """ShapeDtypeStructs (B, S) with shardings."""
+    init: Callable[[], TrainState]
+    """Jitted: the state before the first step, from `train.seed`; the same on every mesh."""
+    train_step: Any
+    """Jitted (state, batch) -> (state, metrics); the state is donated."""
+    eval_step: Any
+    """Jitted (params, batch) -> metrics."""
+
+    def model(self, params: Any) -> Transformer:
+        """The model with these parameters (a nested dict of arrays)."""
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's rows (B / processes, S) as its part of the global batch (B, S)."""
+        return {
+            name: jax.make_array_from_process_local_data(self.abstract_batch[name].sharding, array)
+            for name, array in local_batch.items()
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
+
+    @property
+    def device_kind(self) -> str:
+        return str(self.mesh.devices.flat[0].device_kind)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of one update (forward and backward, causal attention, no recomputation)."""
+        return self.tokens_per_step * flops_per_token(self.recipe.model, self.recipe.data.sequence_length)
+
+
+def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -> Program:
+    """Turn a recipe and devices (default: all) into the program. Compiles and allocates nothing.
+
+    Raises UserError where the recipe and the devices do not fit together.
+    """
+    devices = jax.devices() if devices is None else devices
+    layout = _checked_layout(recipe, len(devices))
+    mesh = make_mesh(layout, devices)
+    rules = Rules(mesh, recipe.parallel.rules)
+    optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
+    schedule = make_schedule(recipe.optimizer, recipe.train.steps)
+    z_loss, accumulation = recipe.train.z_loss, recipe.train.accumulation_steps
+
+    def make_model(key: jax.Array) -> Transformer:
+        return Transformer(
+            recipe.model,
+            rngs=nnx.Rngs(key),
+            compute_dtype=recipe.train.compute_dtype,
+            remat=recipe.train.remat,
+            scan_layers=recipe.train.scan_layers,
+        )
+
+    def init() -> TrainState:
+        params_key, step_key = jax.random.split(jax.random.key(recipe.train.seed))
+        params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
+
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    param_shardings = _param_shardings(variables, rules)
+    shapes = jax.eval_shape(init)
+    shardings = TrainState(
+        step=rules.replicated,
+        params=param_shardings,
+        opt_state=optimizer_shardings(optimizer, shapes.params, param_shardings, rules.replicated),
+        rng=rules.replicated,
+    )
+
+    def objective(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        with use_rules(rules):
+            return next_token_loss(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
+
+    def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+        grads, metrics = jax.grad(objective, has_aux=True)(params, batch)
+        return jax.lax.with_sharding_constraint(grads, param_shardings), metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if accumulation == 1:
+            grads, metrics = gradients(state.params, batch)
+        else:
+            grads, metrics = _accumulate(lambda part: gradients(state.params, part), batch, accumulation)
+        # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
+        count = jnp.maximum(metrics["loss"].count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
+        metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    def eval_step(params: Any, batch: Batch) -> Metrics:
+        with use_rules(rules):
+            return next_token_loss(nnx.merge(graphdef, nnx.State(params)), batch, 0.0)[1]
+
+    rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
+    batch_sharding = rules.sharding("batch", (rows, length), ("batch", "sequence"))
+    abstract_batch = {
+        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding)
+        for name, dtype in {
+            "tokens": jnp.int32,
+            "targets": jnp.int32,
+            "segment_ids": jnp.int32,
+            "positions": jnp.int32,
+            "loss_mask": jnp.float32,
+        }.items()
+    }
+    return Program(
+        recipe=recipe,
+        layout=layout,
+        mesh=mesh,
+        rules=rules,
+        graphdef=graphdef,
+        abstract_state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        ),
+        abstract_batch=abstract_batch,
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=(shardings, rules.replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
+    )
+
+
+def _accumulate(
+    gradients: Callable[[Batch], tuple[Any, Metrics]], batch: Batch, accumulation: int
+) -> tuple[Any, Metrics]:
+    """Sum gradients and metrics over `accumulation` microbatches, one after the other."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every accumulation-th row, so that each device keeps to its own rows.
+        return x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(split, batch)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)),
+    )
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)[0]
+
+
+def _param_shardings(variables: Any, rules: Rules) -> Any:
+    """Nested dict of shardings, by the dim names each parameter carries."""
+    flat = {
+        path: rules.sharding(".".join(map(str, path)), variable.shape, variable.get_metadata()["axes"])
+        for path, variable in nnx.to_flat_state(variables)
+    }
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
+    """The layout on this many devices, once everything that must fit has been seen to fit."""
+    hardware, model, rows = recipe.hardware, recipe.model, recipe.train.global_batch_size
+    if hardware.topology is not None:
+        expected = load_topology(hardware.topology).devices * hardware.count
+        if expected != num_devices:
+            raise recipe.error(
+                "hardware.topology",
+                f"{hardware.count} of it is {expected} devices, but this is {num_devices}; "
+                f"simulate them with --devices {expected}, or set hardware.topology=null to run on what there is",
+            )
+    layout = Layout.resolve(recipe.parallel, num_devices)
+    for axis in AXES:
+        if layout.sizes[axis] > 1 and axis in ("pipeline", "expert", "context"):
+            raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
+    for field in ("num_heads", "num_kv_heads"):
+        if getattr(model, field) % layout.tensor:
+            raise recipe.error(f"model.{field}", f"does not divide over parallel.tensor = {layout.tensor}")
+    parts = layout.batch_shards * recipe.train.accumulation_steps
+    if rows % parts:
+        raise recipe.error(
+            "train.global_batch_size",
+            f"does not divide over data({layout.data}) * fsdp({layout.fsdp}) * "
+            f"accumulation_steps({recipe.train.accumulation_steps}) = {parts}; "
+            f"the nearest that do: {rows // parts * parts or parts}, {(rows // parts + 1) * parts}",
+        )
+    return layout

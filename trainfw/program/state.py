@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that one step hands to the next, and that a checkpoint holds."""
+
+    step: jax.Array
+    """Updates done, int32."""
+    params: Any
+    """Nested dict of float32 arrays."""
+    opt_state: Any
+    """Optax's state."""
+    rng: jax.Array
+    """Key data for what a step draws (the step folds its number in)."""

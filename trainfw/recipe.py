@@ -1,0 +1,313 @@
+"""The typed recipe: YAML -> `Recipe`, composed of each package's own `Config`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+
+from trainfw.checkpoint import CheckpointConfig
+from trainfw.config import Config
+from trainfw.data import DataConfig
+from trainfw.errors import UserError, did_you_mean
+from trainfw.hardware import HardwareConfig
+from trainfw.models import ModelConfig
+from trainfw.optim import OptimizerConfig
+from trainfw.parallel import ParallelConfig
+from trainfw.training import TrainConfig
+
+Sources = dict[str, str]
+"""Where each dotted key was written: `file:line`, or `command line`."""
+
+_COMMAND_LINE = "command line"
+
+
+class Recipe(Config):
+    """A whole training run. See `trainfw recipe schema` for every key."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run, and its directory under runs/."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+
+    _sources: Sources = PrivateAttr(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        # Where a key was written is not part of what it says.
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def error(self, key: str, problem: str) -> UserError:
+        """A UserError that says where `key` (dotted) was written, its value, and the problem."""
+        value: Any = self
+        for part in key.split("."):
+            value = getattr(value, part)
+        return UserError(f"{_where(key, self._sources)}{key} = {_show(value)}: {problem}")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out; loads back to the same recipe."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Dotted key -> (value here, value in `other`), where they differ."""
+        mine, theirs = dict(_leaves(self.model_dump())), dict(_leaves(other.model_dump()))
+        return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe file (or a bundled recipe by name), its `extends` chain and `key=value` overrides.
+
+    Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
+    """
+    tree, sources = _read(find_recipe(path), ())
+    # A preset replaces the inherited model, so that its other keys are then refinements of it.
+    for override in sorted(overrides, key=lambda text: not text.startswith("model.preset=")):
+        key, found, text = override.partition("=")
+        if not found or not key:
+            raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
+        value = _parse(text, f"{_COMMAND_LINE}: {key}")
+        nested: dict[str, Any] = {}
+        inner = nested
+        *parents, last = key.split(".")
+        for part in parents:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+        tree = _merge(tree, nested)
+        sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
+    return _validate(tree, sources, str(path))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file. Nothing is required, since a file may extend another."""
+    schema = Recipe.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"] = {
+        "extends": {"type": "string", "description": "Another recipe that this one refines, relative to this file."},
+        **schema["properties"],
+    }
+    return schema
+
+
+def recipe_directory() -> Path:
+    """Where the bundled recipes are: inside the installed package, or at the top of the repository."""
+    package = Path(__file__).parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_directory().glob("*.yaml"))}
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """`path` itself, a bundled recipe of that name, or the recipe of a run directory."""
+    file, bundled = Path(path), bundled_recipes()
+    if (file / "recipe.yaml").is_file():
+        return file / "recipe.yaml"
+    if file.is_file():
+        return file
+    if str(path) in bundled:
+        return bundled[str(path)]
+    if file.is_dir():
+        raise UserError(f"{path}: is a directory without a recipe.yaml")
+    beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+    raise UserError(f"{path}: no such recipe{did_you_mean(str(path), [*beside, *bundled])}")
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `1e-4` is a number, and `no` and `on` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_SCALARS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?[0-9][0-9_]*",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for _tag, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
+_Loader.add_constructor(  # YAML 1.1 reads 010 as octal
+    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: {_problem(error)}") from None
+
+
+def _problem(error: Exception) -> str:
+    problem = getattr(error, "problem", None) or str(error)
+    return f"not valid YAML: {problem}"
+
+
+def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
+    """A file's keys merged over those it extends, and where each was written."""
+    chain = (*chain, file.resolve())
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{file}{f':{mark.line + 1}' if mark else ''}: {_problem(error)}") from None
+    if node is None:
+        raise UserError(f"{file}: is empty; expected keys such as model: {{preset: tiny}}")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{file}:{node.start_mark.line + 1}: expected `key: value` lines at the top level")
+    sources: Sources = {}
+    tree = _construct(node, "", file, sources)
+
+    if "extends" not in tree:
+        return tree, sources
+    base = tree.pop("extends")
+    where = sources.pop("extends")
+    if not isinstance(base, str):
+        raise UserError(f"{where}: extends = {_show(base)}: expected the path of another recipe")
+    base_file = file.parent / base
+    if not base_file.is_file():
+        beside = [str(p.relative_to(file.parent)) for p in file.parent.glob("*.yaml")]
+        raise UserError(f"{where}: extends = {base!r}: no such file{did_you_mean(base, beside)}")
+    if base_file.resolve() in chain:
+        cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
+        raise UserError(f"{where}: extends = {base!r}: the chain comes back to itself: {cycle}")
+    base_tree, base_sources = _read(base_file, chain)
+    return _merge(base_tree, tree), base_sources | sources
+
+
+def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, Any]:
+    """A mapping's values, recording the line of every key and refusing a key written twice."""
+    values: dict[str, Any] = {}
+    loader = _Loader("")
+    for key_node, value_node in node.value:
+        line = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{line}: expected a plain key")
+        name = key_node.value
+        dotted = f"{prefix}{name}"
+        if name in values:
+            raise UserError(f"{line}: {dotted}: is written twice (first at {sources[dotted]})")
+        sources[dotted] = line
+        try:
+            if isinstance(value_node, yaml.MappingNode):
+                values[name] = _construct(value_node, f"{dotted}.", file, sources)
+            else:
+                values[name] = loader.construct_object(value_node, deep=True)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"{line}: {dotted}: {_problem(error)}") from None
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and not (key == "model" and "preset" in value):
+            merged[key] = _merge(base[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+# --- Validating ----------------------------------------------------------------------------------
+
+
+def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_describe(e, sources, file) for e in error.errors(include_url=False)]
+        raise UserError("\n".join(dict.fromkeys(problems))) from None
+    recipe._sources.update(sources)
+    return recipe
+
+
+def _describe(error: Any, sources: Sources, file: str) -> str:
+    kind, value = error["type"], error["input"]
+    path = [str(part) for part in error["loc"]]
+    if kind == "combination" and error["ctx"]["field"]:
+        path.append(error["ctx"]["field"])
+    key = ".".join(path)
+    where = _where(key, sources) or f"{file}: "
+    match kind:
+        case "extra_forbidden":
+            return f"{where}{key} = {_show(value)}: unknown key{_nearest_key(key)}"
+        case "missing":
+            return f"{where}{key}: is required{_nearest_key(key) if not key else ''}"
+        case "combination":
+            return f"{where}{key}: {error['msg']}"
+        case "literal_error":
+            choices = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
+            return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}"
+        case "model_type" | "model_attributes_type":
+            return f"{where}{key} = {_show(value)}: expected a section, `{path[-1] if path else file}: {{key: value}}`"
+        case _:
+            expected = re.sub(r"^(Input should be|Value should|String should) ", "", error["msg"])
+            return f"{where}{key} = {_show(value)}: expected {expected[:1].lower()}{expected[1:]}"
+
+
+def _where(key: str, sources: Sources) -> str:
+    """`file:line: ` of the key, or of the nearest section it is in."""
+    while key:
+        if key in sources:
+            return f"{sources[key]}: "
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every valid dotted key under a Config."""
+    for name, field in config.model_fields.items():
+        yield f"{prefix}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _nearest_key(key: str) -> str:
+    """The nearest valid key: one of the same section, or one of that name in another."""
+    valid = list(_keys(Recipe))
+    parent, _, last = key.rpartition(".")
+    elsewhere = [k for k in valid if k.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    siblings = [k.rpartition(".")[2] for k in valid if k.rpartition(".")[0] == parent]
+    near = did_you_mean(last, siblings)
+    return near.replace("mean '", f"mean '{parent}.") if parent and "mean" in near else near
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    near = did_you_mean(word, choices)
+    return near if "mean" in near else ""

@@ -1,0 +1,9 @@
+from .config import TrainConfig as TrainConfig
+from .evaluation import Validation as Validation
+from .evaluation import evaluate as evaluate
+from .evaluation import load_model as load_model
+from .loop import Interrupted as Interrupted
+from .loop import Result as Result
+from .loop import train as train
+from .reporter import Reporter as Reporter
+from .run_directory import RunDirectory as RunDirectory

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainfw.config import Config, invalid
+
+
+class TrainConfig(Config):
+    """The training run: how long, on how much at a time, computed how, and what is reported."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer updates."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Rows (of data.sequence_length tokens) in one update, over all devices."""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Microbatches that one update is split into: less activation memory, the same update."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products and activations. Parameters, gradients and optimizer state are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What backward computes again: nothing; all but matrix products; all of each layer."""
+    scan_layers: bool = True
+    """Compile one layer and scan over the stack; false unrolls the layers: slower to compile, the same numbers."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5)."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial parameters."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl."""
+    validate_every: int = Field(default=0, ge=0)
+    """Steps between validations; 0: only before the first step and after the last."""
+    validation_batches: int | None = Field(default=None, ge=0)
+    """Validate on this many batches at most; 0: never; null: the whole held-out split."""
+    sample_prompt: str | None = None
+    """When the run ends, show what the model writes after this."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Tokens of that sample."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainConfig:
+        if self.global_batch_size % self.accumulation_steps:
+            invalid(
+                "accumulation_steps",
+                f"accumulation_steps = {self.accumulation_steps} does not divide "
+                f"train.global_batch_size = {self.global_batch_size}",
+            )
+        return self

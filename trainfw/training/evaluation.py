@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainfw.checkpoint import Checkpoints
+from trainfw.data import PreparedData, Tokenizer, load_tokenizer, prepare, validation_batches
+from trainfw.errors import UserError
+from trainfw.models import Transformer
+from trainfw.program import Mean, Program, build_program
+from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.reporter import Reporter
+from trainfw.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How well the model predicts the held-out documents."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    """Of the documents' UTF-8 text: comparable across tokenizers, and with a compressor."""
+    tokens: int
+    """Tokens predicted."""
+
+    def row(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "validation_loss": self.loss,
+            "validation_perplexity": self.perplexity,
+            "validation_bits_per_byte": self.bits_per_byte,
+            "validation_tokens": self.tokens,
+        }
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.3f} bits per byte"
+
+
+def validate(program: Program, params: Any, data: PreparedData, reporter: Reporter) -> Validation:
+    """Evaluate on the held-out split, or on its first `train.validation_batches` batches."""
+    recipe = program.recipe
+    batches: Iterable[Mapping[str, np.ndarray]] = validation_batches(
+        data.validation,
+        recipe.data,
+        global_batch_size=recipe.train.global_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_batches=recipe.train.validation_batches,
+    )
+    total = Mean(0.0, 0.0)
+    for number, batch in enumerate(batches, start=1):
+        metrics = program.eval_step(params, program.shard_batch(batch))
+        # Summed on the host in float64: a float32 sum over millions of tokens would round.
+        total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
+        reporter.progress("validating, batches", number, None)
+    if not total.count:
+        raise UserError("validation: the held-out split has no token to predict; raise data.validation_fraction")
+    loss = total.value()
+    # Every token of a document but its first, the begin marker, is predicted once.
+    predicted_per_byte = (data.validation.num_tokens - data.validation.num_documents) / data.validation.num_bytes
+    return Validation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=loss * predicted_per_byte / math.log(2),
+        tokens=int(total.count),
+    )
+
+
+def load_model(
+    path: str | os.PathLike[str], *, step: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model of a run and its tokenizer: `model(token_ids_BS) -> logits_BSV`.
+
+    `step` picks a checkpoint (default: the latest). Raises UserError for a path that holds no run.
+    """
+    run = RunDirectory.existing(path)
+    program, params = _restore(run, load_recipe(run.recipe_file), step, devices or jax.devices()[:1])
+    return program.model(params), load_tokenizer(run.tokenizer)
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[Validation, PreparedData]:
+    """Validate a run's checkpoint on its held-out split, or on another with `data.` overrides."""
+    reporter = reporter or Reporter()
+    run = RunDirectory.existing(path)
+    recipe = load_recipe(run.recipe_file, overrides)
+    program, params = _restore(run, recipe, step, None)
+    data = prepare(recipe.data, progress=reporter.progress)
+    if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
+        raise UserError(
+            f"{run}: the data's tokenizer is not the one the model was trained with; set data.tokenizer back"
+        )
+    return validate(program, params, data, reporter), data
+
+
+def _restore(
+    run: RunDirectory, recipe: Recipe, step: int | None, devices: Sequence[jax.Device] | None
+) -> tuple[Program, Any]:
+    steps = run.steps()
+    if step is not None and step not in steps:
+        raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    if devices is not None:
+        # Where the run was trained does not matter to whoever uses its model.
+        one = {"parallel": type(recipe.parallel)(), "hardware": type(recipe.hardware)()}
+        train = recipe.train.model_copy(update={"global_batch_size": len(devices), "accumulation_steps": 1})
+        recipe = recipe.model_copy(update={**one, "train": train})
+    program = build_program(recipe, devices)
+    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, read_only=True)
+    try:
+        return program, checkpoints.restore_params(step or steps[-1], program.abstract_state.params)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trainfw import backends
+from trainfw.checkpoint import Checkpoints
+from trainfw.data import PreparedData, TrainIterator, prepare, train_iterator
+from trainfw.errors import RunError
+from trainfw.hardware import peak_flops
+from trainfw.models import generate
+from trainfw.program import Program, TrainState, build_program
+from trainfw.program.build import Metrics
+from trainfw.recipe import Recipe
+from trainfw.training.evaluation import Validation, validate
+from trainfw.training.log import MetricsLog
+from trainfw.training.reporter import Reporter
+from trainfw.training.run_directory import Resume, RunDirectory
+
+# Steps dispatched ahead of the one waited for: the device never idles, and the host never runs far ahead.
+_IN_FLIGHT = 2
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the run saved what it had at `step`."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name} at step {step}")
+        self.signum, self.step = signum, step
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    run_dir: Path
+    step: int
+    validation: Validation | None
+    sample: str | None
+
+
+def train(
+    recipe: Recipe,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    run_dir: str | Path | None = None,
+    resume: Resume = "auto",
+    reporter: Reporter | None = None,
+) -> Result:
+    """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
+
+    `run_dir` defaults to `runs/<name>`. Raises UserError for input that cannot work (before anything is
+    written), RunError when the run fails, Interrupted when a signal stopped it after a checkpoint.
+    """
+    reporter = reporter or Reporter()
+    run = RunDirectory(run_dir or Path("runs") / recipe.name)
+    resumed_step = run.check(recipe, resume)
+    backend = backends.current()
+    program = build_program(recipe, devices)
+    count = program.mesh.size
+    reporter.note(
+        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend.name} "
+        f"device{'s' * (count > 1)} ({program.device_kind}), layout {program.layout}"
+    )
+    data = _prepare_data(recipe, reporter)
+    run.open(recipe, resumed_step)
+    with run.lock():
+        checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint)
+        log = MetricsLog(run, resumed_step)
+        try:
+            data.tokenizer.save(run.tokenizer)
+            return _Run(program, data, run, checkpoints, log, reporter).to_the_end(resumed_step)
+        finally:
+            log.close()
+            checkpoints.close()
+            reporter.close()
+
+
+def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
+    data = prepare(recipe.data, progress=reporter.progress)
+    if data.tokenizer.vocab_size > recipe.model.vocab_size:
+        raise recipe.error(
+            "model.vocab_size",
+            f"is smaller than the tokenizer's vocabulary; expected {data.tokenizer.vocab_size} or more",
+        )
+    reporter.note(
+        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out "
+        f"({data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token)"
+    )
+    return data
+
+
+class _Run:
+    """One session of a run, from its first step or a checkpoint to the last step."""
+
+    def __init__(
+        self,
+        program: Program,
+        data: PreparedData,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        reporter: Reporter,
+    ):
+        self.program, self.data, self.run = program, data, run
+        self.checkpoints, self.log, self.reporter = checkpoints, log, reporter
+        self.recipe = program.recipe
+        self.batches: TrainIterator = train_iterator(
+            data.train,
+            self.recipe.data,
+            global_batch_size=self.recipe.train.global_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        peak = peak_flops(program.device_kind, self.recipe.train.compute_dtype)
+        self.peak_flops = None if peak is None else peak * program.mesh.size
+        self.in_flight: deque[tuple[int, Metrics]] = deque()
+        self.last_completed = 0.0
+        self.times: list[float] = []
+
+    def to_the_end(self, resumed_step: int | None) -> Result:
+        steps = self.recipe.train.steps
+        state = self._start(resumed_step)
+        step = resumed_step or 0
+        validation: Validation | None = None
+        if step < steps:
+            if resumed_step is None:
+                self._validate(state, step)
+            train_step = self._compile()
+            state = self._steps(train_step, state, step)
+        validation = self._validate(state, steps)
+        if validation is not None:
+            self.reporter.note(
+                f"gzip -9 reaches {self.data.gzip_bits_per_byte:.3f} bits per byte on the same held-out documents"
+            )
+        self.checkpoints.wait()
+        sample = self._sample(state)
+        self.reporter.note(f"done: step {steps}, saved in {self.run}")
+        return Result(self.run.path, steps, validation, sample)
+
+    def _start(self, resumed_step: int | None) -> TrainState:
+        if resumed_step is None:
+            return self.program.init()
+        abstract = self.program.abstract_state
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
+        params, rest, meta = self.checkpoints.restore(resumed_step, abstract.params, rest)
+        self.batches.set_state(meta["data"])
+        self.reporter.note(f"resumed {self.run} at step {resumed_step}")
+        return TrainState(params=params, **rest)
+
+    def _compile(self) -> Any:
+        start = time.monotonic()
+        self.reporter.note("compiling the training step")
+        compiled = self.program.train_step.lower(self.program.abstract_state, self.program.abstract_batch).compile()
+        self.reporter.note(f"compiled in {time.monotonic() - start:.1f} s; {self._mfu_definition()}")
+        return compiled
+
+    def _mfu_definition(self) -> str:
+        if self.peak_flops is None:
+            dtype = self.recipe.train.compute_dtype
+            return f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
+        return (
+            f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal attention, "
+            f"no recomputation) over step time and the devices' dense {self.recipe.train.compute_dtype} peak "
+            f"({self.peak_flops:.3e} FLOP/s)"
+        )
+
+    def _steps(self, train_step: Any, state: TrainState, step: int) -> TrainState:
+        config, steps = self.recipe.train, self.recipe.train.steps
+        self.last_completed = time.monotonic()
+        with _signals() as signalled:
+            while step < steps:
+                batch = self.program.shard_batch(next(self.batches))
+                state, metrics = train_step(state, batch)
+                step += 1
+                self.in_flight.append((step, metrics))
+                if len(self.in_flight) > _IN_FLIGHT:
+                    self._complete_one()
+                every = self.recipe.checkpoint.every
+                save = step == steps or (every and step % every == 0) or bool(signalled)
+                check = config.validate_every and step % config.validate_every == 0 and step < steps
+                if save or check:
+                    self._drain()
+                    if save:
+                        self._save(step, state)
+                    if check:
+                        self._validate(state, step)
+                    self.last_completed = time.monotonic()  # neither is part of a step's time
+                if signalled and step < steps:
+                    self.checkpoints.wait()
+                    raise Interrupted(signalled[0], step)
+        return state
+
+    def _drain(self) -> None:
+        while self.in_flight:
+            self._complete_one()
+
+    def _complete_one(self) -> None:
+        """Wait for the oldest step in flight. A step's time is from the completion of the one before."""
+        step, metrics = self.in_flight.popleft()
+        loss = metrics["loss"].value()  # waits
+        now = time.monotonic()
+        self.times.append(now - self.last_completed)
+        self.last_completed = now
+        if not math.isfinite(loss):
+            saved = self.run.steps()
+            kept = f"step {saved[-1]} is the last one saved" if saved else "nothing was saved"
+            raise RunError(
+                f"step {step}: the loss is {loss}; {kept}; lower optimizer.learning_rate or look at the data"
+            )
+        self.reporter.step(step, self.recipe.train.steps)
+        if step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps:
+            self._log_step(step, loss, metrics)
+
+    def _log_step(self, step: int, loss: float, metrics: Metrics) -> None:
+        seconds = sum(self.times) / len(self.times)
+        self.times.clear()
+        row = {
+            "step": step,
+            "loss": loss,
+            "step_time_seconds": seconds,
+            "tokens_per_second": self.program.tokens_per_step / seconds,
+            "mfu": None if self.peak_flops is None else self.program.flops_per_step / seconds / self.peak_flops,
+            "grad_norm": metrics["grad_norm"].value(),
+            "learning_rate": metrics["learning_rate"].value(),
+            "tokens": step * self.program.tokens_per_step,
+        }
+        self.log.write(row)
+        self.reporter.row(row, self.recipe.train.steps)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        meta = {"data": self.batches.get_state(), "recipe": self.recipe.model_dump()}
+        self.checkpoints.save(step, state.params, rest, meta)
+
+    def _validate(self, state: TrainState, step: int) -> Validation | None:
+        if self.recipe.train.validation_batches == 0:
+            return None
+        validation = validate(self.program, state.params, self.data, self.reporter)
+        self.log.write(validation.row(step))
+        self.reporter.note(f"validation at step {step}: {validation}")
+        return validation
+
+    def _sample(self, state: TrainState) -> str | None:
+        prompt = self.recipe.train.sample_prompt
+        if prompt is None or jax.process_count() > 1:
+            return None
+        tokenizer = self.data.tokenizer
+        params = jax.device_put(state.params, jax.devices()[0])
+        tokens = generate(
+            self.program.model(params),
+            [tokenizer.bos_id, *tokenizer.encode(prompt)],
+            max_tokens=self.recipe.train.sample_tokens,
+            eos_id=tokenizer.eos_id,
+        )
+        sample = tokenizer.decode(list(tokens))
+        self.reporter.note(f"sample:\n{prompt}{sample}")
+        return sample
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM; a second one acts as if nobody caught it."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals
+        return
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, _frame: object) -> None:
+        received.append(signum)
+        restore()
+
+    for signum in previous:
+        signal.signal(signum, receive)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+class Reporter:
+    """How a run speaks to people: plain lines. The CLI has one with a progress bar for terminals."""
+
+    def __init__(self) -> None:
+        self._last_progress = time.monotonic()
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def progress(self, description: str, completed: int, total: int | None) -> None:
+        """Long work outside the step loop: `completed` of `total`, in the description's units."""
+        # A line now and then: a pipe has no bar to redraw.
+        if time.monotonic() - self._last_progress > 10 or completed == total:
+            self._last_progress = time.monotonic()
+            self.note(f"{description}: {completed:,}" + (f" of {total:,}" if total else ""))
+
+    def step(self, step: int, steps: int) -> None:
+        """A step is done."""
+
+    def row(self, row: dict[str, Any], steps: int) -> None:
+        """A logged step."""
+        mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        self.note(
+            f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  "
+            f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.2f}  "
+            f"{row['step_time_seconds']:.3f} s/step  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+        )
+
+    def close(self) -> None:
+        """The run has ended, well or not."""

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfw.errors import UserError
+from trainfw.recipe import Recipe, load_recipe
+
+Resume = Literal["auto", "never", "must"]
+
+# Keys that may change between the sessions of one run: they change where or how long it runs and what it
+# reports, not (beyond rounding) the numbers.
+FREE_KEYS = (
+    "name",
+    "parallel.",
+    "hardware.",
+    "checkpoint.",
+    "train.log_every",
+    "train.validate_every",
+    "train.validation_batches",
+    "train.sample_",
+    "train.remat",
+    "train.scan_layers",
+    "data.cache_dir",
+    "data.prefetch",
+)
+
+
+class RunDirectory:
+    """The files of one run: recipe.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """A run that has something to load. Raises UserError where there is none."""
+        run = cls(path)
+        if not run.recipe_file.is_file():
+            raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
+        if not run.steps():
+            raise UserError(f"{path}: holds no checkpoint yet")
+        return run
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints (Orbax renames a checkpoint to its step when it is whole)."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal())
+
+    def check(self, recipe: Recipe, resume: Resume) -> int | None:
+        """The step to resume from, or None to start. Reads only.
+
+        Raises UserError when the directory and the recipe do not go together.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self}: is a file; a run needs a directory of its own")
+        if not self.recipe_file.is_file() and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"{self}: holds files but no run; choose another --run-dir")
+        steps = self.steps()
+        if not steps:
+            if resume == "must":
+                raise UserError(f"{self}: holds no checkpoint to resume from (--resume must)")
+            return None
+        if resume == "never":
+            raise UserError(
+                f"{self}: already holds checkpoints up to step {steps[-1]}, which --resume never will not touch; "
+                f"choose another --run-dir"
+            )
+        self._check_same(recipe)
+        if steps[-1] > recipe.train.steps:
+            raise recipe.error("train.steps", f"{self} is already at step {steps[-1]}; expected at least that")
+        return steps[-1]
+
+    def _check_same(self, recipe: Recipe) -> None:
+        differences = {
+            key: pair
+            for key, pair in load_recipe(self.recipe_file).differences(recipe).items()
+            if not key.startswith(FREE_KEYS)
+        }
+        # More steps are a longer run; they change the schedule's shape, which `note_changes` says.
+        differences.pop("train.steps", None)
+        if differences:
+            lines = [f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in differences.items()]
+            raise UserError(
+                f"{self}: was trained with another recipe:\n" + "\n".join(lines) + "\n"
+                "set these keys back to resume it, or start another run with --run-dir or name=..."
+            )
+
+    def open(self, recipe: Recipe, resumed_step: int | None) -> None:
+        """Create the directory, store the recipe, and drop metrics newer than the step resumed from."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.recipe_file.with_suffix(".tmp")
+            temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+            temporary.replace(self.recipe_file)
+            kept = [row for row in self.metrics() if resumed_step is not None and row["step"] <= resumed_step]
+            temporary = self.metrics_file.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self.metrics_file)
+        except OSError as error:
+            raise UserError(f"{self}: cannot be written: {error.strerror}") from None
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl; a line that a crash cut short is left out."""
+        if not self.metrics_file.is_file():
+            return
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process trains here at a time. The lock goes with the process, however it ends."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{self}: another process is training here; choose another --run-dir") from None
+        try:
+            yield
+        finally:
+            lock.release()
