@@ -55,7 +55,7 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out; loads back to the same recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> (value here, value in `other`), where they differ."""
@@ -132,7 +132,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: `1e-4` is a number, and `no` and `on` are words."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as a string."""
+
+
 _Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 _SCALARS = {
     "bool": r"true|True|TRUE|false|False|FALSE",
     "null": r"~|null|Null|NULL|",
@@ -142,7 +147,7 @@ _SCALARS = {
 for _tag, _pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 _Loader.add_constructor(  # YAML 1.1 reads 010 as octal
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", ""))
 )
 
 

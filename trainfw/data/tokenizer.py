@@ -138,6 +138,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
 
     Raises UserError where there is too little text for so many tokens.
     """
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise UserError(f"vocab_size = {vocab_size}: expected {BYTE_VOCAB_SIZE} or more: every byte, and two markers")
     backend = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from trainfw.models import Transformer
 from trainfw.program.metrics import Mean
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
 """`tokens`, `targets`, `segment_ids`, `positions` (int32) and `loss_mask` (float32), each (B, S)."""
 
 

@@ -9,13 +9,16 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that one step hands to the next, and that a checkpoint holds."""
+    """Everything that one step hands to the next, and that a checkpoint holds.
 
-    step: jax.Array
-    """Updates done, int32."""
+    Leaves are arrays, or what describes them: ShapeDtypeStructs, shardings.
+    """
+
+    step: Any
+    """Updates done, an int32 scalar."""
     params: Any
     """Nested dict of float32 arrays."""
     opt_state: Any
     """Optax's state."""
-    rng: jax.Array
+    rng: Any
     """Key data for what a step draws (the step folds its number in)."""

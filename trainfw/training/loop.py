@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from trainfw.data import PreparedData, TrainIterator, prepare, train_iterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.models import generate
-from trainfw.program import Program, TrainState, build_program
-from trainfw.program.build import Metrics
+from trainfw.program import Metrics, Program, TrainState, build_program
 from trainfw.recipe import Recipe
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
@@ -73,17 +72,18 @@ def train(
         f"device{'s' * (count > 1)} ({program.device_kind}), layout {program.layout}"
     )
     data = _prepare_data(recipe, reporter)
-    run.open(recipe, resumed_step)
-    with run.lock():
-        checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint)
-        log = MetricsLog(run, resumed_step)
-        try:
-            data.tokenizer.save(run.tokenizer)
-            return _Run(program, data, run, checkpoints, log, reporter).to_the_end(resumed_step)
-        finally:
-            log.close()
-            checkpoints.close()
-            reporter.close()
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(contextlib.closing(_batches(recipe, data)))
+        stack.enter_context(run.lock())
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint)))
+        state = _first_state(program, checkpoints, batches, resumed_step)
+        # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
+        run.open(recipe, resumed_step)
+        data.tokenizer.save(run.tokenizer)
+        log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step)))
+        if resumed_step is not None:
+            reporter.note(f"resumed {run} at step {resumed_step}")
+        return _Run(program, data, batches, run, checkpoints, log, reporter).to_the_end(state, resumed_step)
 
 
 def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
@@ -100,6 +100,29 @@ def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
     return data
 
 
+def _batches(recipe: Recipe, data: PreparedData) -> TrainIterator:
+    return train_iterator(
+        data.train,
+        recipe.data,
+        global_batch_size=recipe.train.global_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _first_state(
+    program: Program, checkpoints: Checkpoints, batches: TrainIterator, resumed_step: int | None
+) -> TrainState:
+    """The checkpoint's state, with `batches` moved to its place, or the initial one."""
+    if resumed_step is None:
+        return program.init()
+    abstract = program.abstract_state
+    rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
+    params, rest, meta = checkpoints.restore(resumed_step, abstract.params, rest)
+    batches.set_state(meta["data"])
+    return TrainState(params=params, **rest)
+
+
 class _Run:
     """One session of a run, from its first step or a checkpoint to the last step."""
 
@@ -107,30 +130,23 @@ class _Run:
         self,
         program: Program,
         data: PreparedData,
+        batches: TrainIterator,
         run: RunDirectory,
         checkpoints: Checkpoints,
         log: MetricsLog,
         reporter: Reporter,
     ):
-        self.program, self.data, self.run = program, data, run
+        self.program, self.data, self.batches, self.run = program, data, batches, run
         self.checkpoints, self.log, self.reporter = checkpoints, log, reporter
         self.recipe = program.recipe
-        self.batches: TrainIterator = train_iterator(
-            data.train,
-            self.recipe.data,
-            global_batch_size=self.recipe.train.global_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         peak = peak_flops(program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * program.mesh.size
         self.in_flight: deque[tuple[int, Metrics]] = deque()
         self.last_completed = 0.0
         self.times: list[float] = []
 
-    def to_the_end(self, resumed_step: int | None) -> Result:
+    def to_the_end(self, state: TrainState, resumed_step: int | None) -> Result:
         steps = self.recipe.train.steps
-        state = self._start(resumed_step)
         step = resumed_step or 0
         validation: Validation | None = None
         if step < steps:
@@ -147,16 +163,6 @@ class _Run:
         sample = self._sample(state)
         self.reporter.note(f"done: step {steps}, saved in {self.run}")
         return Result(self.run.path, steps, validation, sample)
-
-    def _start(self, resumed_step: int | None) -> TrainState:
-        if resumed_step is None:
-            return self.program.init()
-        abstract = self.program.abstract_state
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
-        params, rest, meta = self.checkpoints.restore(resumed_step, abstract.params, rest)
-        self.batches.set_state(meta["data"])
-        self.reporter.note(f"resumed {self.run} at step {resumed_step}")
-        return TrainState(params=params, **rest)
 
     def _compile(self) -> Any:
         start = time.monotonic()
@@ -268,7 +274,7 @@ class _Run:
         return sample
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM; a second one acts as if nobody caught it."""
     received: list[int] = []

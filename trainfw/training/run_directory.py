@@ -100,9 +100,8 @@ class RunDirectory:
             )
 
     def open(self, recipe: Recipe, resumed_step: int | None) -> None:
-        """Create the directory, store the recipe, and drop metrics newer than the step resumed from."""
+        """Store the recipe, and drop metrics newer than the step resumed from."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             temporary = self.recipe_file.with_suffix(".tmp")
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
             temporary.replace(self.recipe_file)
@@ -128,11 +127,14 @@ class RunDirectory:
         """Only one process trains here at a time. The lock goes with the process, however it ends."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.path / ".lock", timeout=0)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except Timeout:
             raise UserError(f"{self}: another process is training here; choose another --run-dir") from None
+        except OSError as error:
+            raise UserError(f"{self}: cannot be written: {error.strerror}") from None
         try:
             yield
         finally:

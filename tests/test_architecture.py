@@ -1,0 +1,66 @@
+"""The house: imports point down, and the front door is fast."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trainfw
+
+PACKAGE = Path(trainfw.__file__).parent
+# Top to bottom. Packages of one row do not import each other, except where a row says so.
+ROWS = [
+    ["cli"],
+    ["training"],
+    ["program"],
+    ["recipe"],
+    ["data", "optim", "checkpoint", "interop"],
+    ["models"],
+    ["parallel"],
+    ["backends"],
+    ["hardware"],
+    ["config"],
+    ["errors"],
+]
+LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
+
+
+def imports(file: Path) -> set[tuple[str, str]]:
+    """(module, name) of every trainfw import in a file, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trainfw":
+            found |= {(node.module or "", alias.name) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    mine = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    if mine.startswith("__"):
+        return
+    for module, name in imports(file):
+        parts = module.split(".")
+        theirs = parts[1] if len(parts) > 1 else name
+        if theirs == mine:
+            continue
+        # A Config is a leaf, which the recipe composes wherever it lives.
+        if mine == "recipe" and name.endswith("Config"):
+            continue
+        assert LEVEL[theirs] > LEVEL[mine], f"{file.name} of {mine} imports {theirs}.{name}"
+        assert len(parts) <= 2, f"{file.name} reaches past the face of {theirs}: {module}"
+
+
+@pytest.mark.parametrize("code", ["import trainfw", "import trainfw.cli", "import trainfw.recipe"])
+def test_nothing_heavy_is_imported_before_it_is_needed(code):
+    heavy = ["jax", "flax", "numpy", "grain", "orbax", "tokenizers", "torch"]
+    subprocess.run([sys.executable, "-c", f"{code}, sys; assert not set({heavy}) & set(sys.modules)"], check=True)
+
+
+def test_loading_a_recipe_needs_no_jax():
+    code = "import trainfw, sys; trainfw.load_recipe('quickstart'); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,166 @@
+"""A run stopped at any moment and resumed is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import tiny_recipe, write_recipe
+from trainfw import UserError, train
+from trainfw.training import Reporter, RunDirectory
+
+
+class Quiet(Reporter):
+    def note(self, text: str) -> None: ...
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def train_quietly(recipe, run, devices=1, **kwargs):
+    return train(recipe, devices=jax.devices()[:devices], run_dir=run, reporter=Quiet(), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Eight steps without a stop."""
+    directory = tmp_path_factory.mktemp("straight")
+    recipe = tiny_recipe(directory)
+    train_quietly(recipe, directory / "run")
+    return recipe, losses(directory / "run")
+
+
+def stop_after(recipe, run, step, monkeypatch, **kwargs):
+    """Train until just after `step`, then fail as a crash would."""
+    from trainfw.training import loop
+
+    log = loop._Run._log_step
+
+    def crash(self, at, *rest):
+        log(self, at, *rest)
+        if at == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_log_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train_quietly(recipe, run, **kwargs)
+
+
+def test_resumed_is_bitwise_the_uninterrupted_run(straight, tmp_path, monkeypatch):
+    recipe, expected = straight
+    stop_after(recipe, tmp_path / "run", 6, monkeypatch)
+    assert 5 in losses(tmp_path / "run")  # beyond the checkpoint of step 4: to be replaced
+    train_quietly(recipe, tmp_path / "run")
+    assert losses(tmp_path / "run") == expected
+
+
+def test_resumed_on_another_mesh(straight, tmp_path, monkeypatch):
+    recipe, expected = straight
+    stop_after(recipe, tmp_path / "run", 6, monkeypatch)
+    train_quietly(recipe, tmp_path / "run", devices=8)
+    resumed = losses(tmp_path / "run")
+    assert resumed.keys() == expected.keys()
+    np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_finished_run_is_left_alone(straight, tmp_path):
+    recipe, expected = straight
+    train_quietly(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoints" / "8").stat().st_mtime_ns
+    train_quietly(recipe, tmp_path / "run")
+    assert losses(tmp_path / "run") == expected
+    assert (tmp_path / "run" / "checkpoints" / "8").stat().st_mtime_ns == before
+
+
+def test_another_recipe_is_refused_by_key(straight, tmp_path):
+    recipe, _ = straight
+    train_quietly(recipe, tmp_path / "run")
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
+    with pytest.raises(UserError, match=r"train\.seed: 0 there, 1 here\nset these keys back"):
+        train_quietly(other, tmp_path / "run")
+    with pytest.raises(UserError, match="choose another --run-dir"):
+        train_quietly(recipe, tmp_path / "run", resume="never")
+
+
+def test_changed_data_is_refused(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    stop_after(recipe, tmp_path / "run", 6, monkeypatch)
+    (tmp_path / "text" / "0.txt").write_text("another document altogether\n" * 20)
+    with pytest.raises(UserError, match="data has changed"):
+        train_quietly(recipe, tmp_path / "run")
+    assert losses(tmp_path / "run")[6]  # nothing saved is lost
+
+
+def test_retention(tmp_path):
+    recipe = tiny_recipe(tmp_path, "checkpoint={every: 1, keep_last: 2, keep_every: 3}")
+    train_quietly(recipe, tmp_path / "run")
+    assert RunDirectory(tmp_path / "run").steps() == [3, 6, 7, 8]
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds files but no run"):
+        train_quietly(tiny_recipe(tmp_path), tmp_path / "run")
+
+
+def command(recipe: Path, run: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "trainfw", "train", str(recipe), *overrides, "--run-dir", str(run)]
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.poll()}")
+
+
+@pytest.mark.slow
+def test_kill_9_at_a_random_moment(tmp_path):
+    recipe = write_recipe(
+        tmp_path, train={"steps": 40, "global_batch_size": 8, "log_every": 1}, checkpoint={"every": 5}
+    )
+    one_device = ["--devices", "1"]
+    subprocess.run([*command(recipe, tmp_path / "straight"), *one_device], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command(recipe, tmp_path / "killed"), *one_device], stdout=subprocess.DEVNULL)
+    moment = random.Random()
+    wait_for_step(process, tmp_path / "killed", moment.randint(6, 30))
+    time.sleep(moment.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    output = subprocess.run(
+        [*command(recipe, tmp_path / "killed"), *one_device], check=True, capture_output=True, text=True
+    ).stdout
+    assert "resumed" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "killed")) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resumes(signum, tmp_path):
+    recipe = write_recipe(tmp_path, train={"steps": 2000}, checkpoint={"every": 0})
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "run", "train.global_batch_size=8"), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(signum)
+    error = process.communicate()[1]
+    assert process.returncode == 128 + signum
+    assert "the same command resumes" in error
+    assert "Traceback" not in error
+    assert RunDirectory(tmp_path / "run").steps()[-1] >= 3
