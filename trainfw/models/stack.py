@@ -33,15 +33,16 @@ def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -
     return nnx.merge(graphdef, stacked)
 
 
-def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
-    """`step`, recomputed in the backward pass as `remat` says; untouched for "none".
+def check_remat(remat: str) -> None:
+    """Raises UserError for a policy that does not exist."""
+    if remat != "none" and remat not in REMAT_POLICIES:
+        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, ['none', *REMAT_POLICIES])}")
 
-    Raises UserError for a policy that does not exist.
-    """
+
+def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
+    """`step`, recomputed in the backward pass as `remat` says; untouched for "none"."""
     if remat == "none":
         return step
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, ['none', *REMAT_POLICIES])}")
     # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
     return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(2,))
 

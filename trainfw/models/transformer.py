@@ -14,7 +14,7 @@ from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm
 from trainfw.models.rope import rope_turns
-from trainfw.models.stack import Remat, init_stack, run_stack
+from trainfw.models.stack import Remat, check_remat, init_stack, run_stack
 from trainfw.parallel import constrain
 
 
@@ -76,6 +76,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         scan_layers: bool = True,
     ):
+        check_remat(remat)
         self.config, self.compute_dtype, self.remat, self.scan_layers = config, compute_dtype, remat, scan_layers
         self.embedding = Embedding(config, rngs=rngs)
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
@@ -129,8 +130,9 @@ class Transformer(nnx.Module):
         """An empty cache with room for `length` tokens."""
         config = self.config
         shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, self.compute_dtype)
-        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+        # Two arrays, not one twice: a cache is donated to the step that extends it.
+        keys, values = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
+        return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
     def decode(self, tokens_BS: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """(logits_BSV, the cache with these tokens): the S tokens that follow those in the cache, which must fit."""

@@ -1,0 +1,237 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from trainfw.errors import UserError
+from trainfw.interop import config_from_huggingface, params_from_huggingface
+from trainfw.models import ModelConfig, abstract_model
+
+SEQUENCE = 48
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Windows shorter than the sequence; layer counts that leave part of a period over.
+MODELS = {
+    "llama": ("Llama", {"num_hidden_layers": 3}),
+    "llama, llama3 scaling": ("Llama", {"num_hidden_layers": 2, "rope_parameters": LLAMA3}),
+    "llama, linear scaling, tied": (
+        "Llama",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        },
+    ),
+    "mistral": ("Mistral", {"num_hidden_layers": 2, "sliding_window": 7}),
+    # Qwen 2 has no head_dim of its own.
+    "qwen2": ("Qwen2", {"num_hidden_layers": 2, "head_dim": None}),
+    "qwen2, sliding": (
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": None,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("Qwen3", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": ("Gemma3Text", {"num_hidden_layers": 8, "sliding_window": 7, "query_pre_attn_scalar": 20}),
+    "gemma3, linear scaling": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+}
+
+
+def reference(family: str, changes: dict) -> torch.nn.Module:
+    """A Transformers model whose every weight is random and matters: no zero biases, no unit norms."""
+    fields = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    config = getattr(transformers, f"{family}Config")(**fields)
+    generator = torch.Generator().manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            mean = 1.0 if "norm" in name and "Gemma" not in family else 0.0
+            weight.copy_(mean + 0.2 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_match_transformers(name):
+    theirs = reference(*MODELS[name])
+    config = config_from_huggingface(theirs.config.to_dict())
+    params = params_from_huggingface(config, tensors_of(theirs))
+    ours = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.State(params))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, SEQUENCE))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    logits = nnx.jit(lambda model, tokens_BS: model(tokens_BS))(ours, jnp.asarray(tokens))
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_params_have_the_structure_of_a_fresh_model():
+    theirs = reference(*MODELS["gemma3"])
+    config = config_from_huggingface(theirs.config.to_dict())
+    params = params_from_huggingface(config, tensors_of(theirs))
+    fresh = nnx.to_pure_dict(nnx.state(abstract_model(config)))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, fresh)
+
+
+def test_tensors_that_do_not_fit_are_named():
+    theirs = reference(*MODELS["qwen2"])
+    config, tensors = config_from_huggingface(theirs.config.to_dict()), tensors_of(theirs)
+    key = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=f"no tensor {key}"):
+        params_from_huggingface(config, {k: v for k, v in tensors.items() if k != key})
+    with pytest.raises(UserError, match="no place for tensor extra"):
+        params_from_huggingface(config, tensors | {"extra": np.zeros(1)})
+    with pytest.raises(UserError, match=rf"{key} has shape \(80, 47\), but the model needs \(80, 48\)"):
+        params_from_huggingface(config, tensors | {key: tensors[key][:, 1:]})
+
+
+# As on the Hub today, keys that do not matter here left out: the form of Transformers 4.
+HUB = {
+    "llama3.2-1b": {
+        "model_type": "llama",
+        "attention_bias": False,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "gemma3-1b": {
+        "model_type": "gemma3_text",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "initializer_range": 0.02,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+    },
+}
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_configs_of_the_hub_are_our_presets(preset):
+    config = config_from_huggingface(HUB[preset])
+    assert config == ModelConfig(preset=preset).model_copy(update={"preset": None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, "'lama' is not supported; did you mean 'llama'"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+    ],
+)
+def test_what_the_model_lacks_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        config_from_huggingface(HUB["llama3.2-1b"] | changes)

@@ -1,0 +1,97 @@
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainfw.errors import UserError
+from trainfw.models import ModelConfig, Transformer, generate, sample
+
+LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
+
+
+def drawn(temperature=1.0, top_k=None, top_p=None, count=4000):
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.vmap(lambda key: sample(LOGITS, key, temperature, top_k, top_p))(keys))
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert set(drawn(temperature=0, count=8)) == {1}
+
+
+def test_samples_follow_the_distribution():
+    frequencies = np.bincount(drawn(), minlength=5) / 4000
+    np.testing.assert_allclose(frequencies, jnp.exp(LOGITS), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_p": 1e-6}, {1}),
+        ({"top_p": 0.5}, {1, 3}),
+        ({"top_p": 0.8}, {1, 3, 4}),
+        ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2, "top_p": 0.5}, {1}),
+    ],
+)
+def test_truncation_keeps_the_likeliest(options, kept):
+    assert set(drawn(**options)) == kept
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.lists(st.floats(-30, 30), min_size=3, max_size=3), st.integers(1, 3), st.floats(0.01, 1), st.floats(0.01, 5))
+def test_a_sample_is_always_a_token_that_truncation_keeps(logits, top_k, top_p, temperature):
+    token = int(sample(jnp.array(logits), jax.random.key(0), temperature, top_k, top_p))
+    assert sorted(logits, reverse=True).index(pytest.approx(logits[token])) < top_k
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(
+        preset="tiny", vocab_size=64, init_std=0.3, sliding_window=5, layer_pattern=["sliding", "global"]
+    )
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("length", [3, 16, 17])  # in a bucket, filling it, one more
+def test_greedy_generation_is_the_argmax_of_the_whole_sequence(model, length):
+    prompt = [(7 * i) % 64 for i in range(length)]
+    new = list(generate(model, prompt, max_tokens=6, temperature=0))
+    logits_SV = nnx.jit(lambda model, text: model(text))(model, jnp.array([prompt + new]))[0]
+    assert new == jnp.argmax(logits_SV[length - 1 : -1], axis=-1).tolist()
+    assert len(new) == 6
+
+
+def test_a_seed_repeats_and_another_does_not(model):
+    first, again, other = (list(generate(model, [1, 2], max_tokens=12, temperature=2.0, seed=s)) for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_generation_streams_and_ends_before_eos(model):
+    tokens = list(generate(model, [1, 2, 3], max_tokens=8, temperature=0))
+    assert list(islice(generate(model, [1, 2, 3], max_tokens=8, temperature=0), 2)) == tokens[:2]
+    cut = tokens.index(tokens[4])
+    assert list(generate(model, [1, 2, 3], max_tokens=8, temperature=0, eos_id=tokens[4])) == tokens[:cut]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "at least one token"),
+        ([64], {}, "token 64 is not in the vocabulary of 64"),
+        ([1], {"max_tokens": 0}, "max_tokens = 0"),
+        ([1], {"temperature": -1}, "temperature = -1"),
+        ([1], {"top_k": 0}, "top_k = 0"),
+        ([1], {"top_p": 0.0}, "top_p = 0.0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_at_the_call(model, prompt, options, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, prompt, **{"max_tokens": 1} | options)

@@ -1,0 +1,237 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainfw.errors import UserError
+from trainfw.models import ModelConfig, Transformer, abstract_model, count_parameters, preset_names
+from trainfw.parallel import Layout, Rules, make_mesh, use_rules
+
+# Published totals: the safetensors metadata on each model's Hugging Face page (the `source` in presets.yaml), which
+# counts a tied table once. Llama 3.1 405B is the 8-kv-head upload.
+PUBLISHED_PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_241_732_096,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
+}
+
+
+def small(**changes) -> ModelConfig:
+    """Every feature at once, with layers that do not fill the last period."""
+    fields = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 5,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "sliding_window": 3,
+        "layer_pattern": ["sliding", "global"],
+        "rope_local_theta": 100.0,
+        "attention_softcap": 2.0,
+        "final_softcap": 1.0,
+        "post_norms": True,
+        "zero_centered_norm": True,
+        "scale_embeddings": True,
+        "init_std": 0.2,
+    }
+    return ModelConfig(**fields | changes)
+
+
+def tokens(*shape: int, seed: int = 0, vocab: int = 64) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, vocab)
+
+
+@nnx.jit(static_argnames=("config", "options"))
+def _build(config: ModelConfig, options: tuple) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(0), **dict(options))
+
+
+def build(config: ModelConfig, **options) -> Transformer:
+    """Always from the same seed; jitted, because one compilation is quicker than many small ones."""
+    return _build(config, tuple(options.items()))
+
+
+run = nnx.jit(lambda model, tokens_BS, **documents: model(tokens_BS, **documents))
+decode = nnx.jit(lambda model, tokens_BS, cache: model.decode(tokens_BS, cache))
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return build(small())
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name != "tiny"])
+def test_parameters_of_a_preset_are_as_published(name):
+    assert count_parameters(ModelConfig(preset=name)) == PUBLISHED_PARAMETERS[name]
+
+
+def test_every_parameter_names_its_dims():
+    for tied in (True, False):
+        state = nnx.state(abstract_model(small(tie_embeddings=tied)))
+        for path, param in nnx.to_flat_state(state):
+            assert type(param) is nnx.Param, path
+            assert len(param.axes) == len(param.shape), path
+            assert (param.axes[0] == "layers") == (path[0] == "layers"), path
+            assert param.dtype == jnp.float32, path
+
+
+def test_layers_start_from_weights_of_their_own(model):
+    kernel_LDF = model.layers.mlp.gate.kernel[...]
+    assert kernel_LDF.shape == (5, 32, 48)
+    assert len({float(layer.sum()) for layer in kernel_LDF}) == 5
+    np.testing.assert_allclose(kernel_LDF.std(), 0.2, rtol=0.05)
+
+
+def loss_and_gradients(config: ModelConfig, shape: tuple[int, int] = (2, 9), **options):
+    """The jitted function of one and the same model and batch, for any options; and its argument."""
+    graphdef, params = nnx.split(build(config, **options))
+    pure = nnx.to_pure_dict(params)
+    batch = tokens(*shape)
+
+    def loss(pure):
+        return jnp.mean(nnx.merge(graphdef, nnx.State(pure))(batch) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss)), pure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        small(),
+        ModelConfig(preset="tiny", vocab_size=64, num_layers=3),
+        ModelConfig(preset="tiny", vocab_size=64, sliding_window=3, layer_pattern=["sliding", "global", "global"]),
+    ],
+    ids=["two periods and a layer", "layers alike", "less than a period"],
+)
+def test_scanned_and_unrolled_layers_agree(config):
+    (scan, params), (unroll, same) = (loss_and_gradients(config, scan_layers=scan) for scan in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    for scanned, unrolled in zip(*(jax.tree.leaves(f(params)) for f in (scan, unroll)), strict=True):
+        np.testing.assert_allclose(scanned, unrolled, rtol=1e-4, atol=2e-6 * float(jnp.abs(unrolled).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_remat_does_what_its_name_says(scan_layers):
+    # A batch whose activations outweigh the weights.
+    config = ModelConfig(preset="tiny", vocab_size=64, num_layers=4)
+    programs = {}
+    for remat in ("none", "dots", "full"):
+        step, params = loss_and_gradients(config, (16, 16), remat=remat, scan_layers=scan_layers)
+        # XLA's CPU backend drops optimization barriers before it schedules, and then recomputes every layer at
+        # once; with them it schedules unrolled layers as accelerators do.
+        options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        programs[remat] = step.lower(params).compile(compiler_options=options)
+    flops = {remat: program.cost_analysis()["flops"] for remat, program in programs.items()}
+    saved = {remat: program.memory_analysis().temp_size_in_bytes for remat, program in programs.items()}
+    assert flops["none"] < flops["dots"] < flops["full"]
+    assert saved["none"] > saved["dots"] > saved["full"]
+    values = {remat: jax.tree.leaves(program(params)) for remat, program in programs.items()}
+    for remat in ("dots", "full"):
+        for a, b in zip(values["none"], values[remat], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * float(jnp.abs(a).max()))
+
+
+def test_an_unknown_remat_policy_is_refused():
+    with pytest.raises(UserError, match="unknown policy 'ful'; did you mean 'full'"):
+        abstract_model(small(), remat="ful")
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(at=st.integers(1, 11), seed=st.integers(0, 100))
+def test_the_future_never_changes_the_past(model, at, seed):
+    before = tokens(1, 12, seed=seed)
+    after = before.at[0, at].set((before[0, at] + 1) % 64)
+    logits, changed = run(model, before), run(model, after)
+    np.testing.assert_array_equal(logits[:, :at], changed[:, :at])
+    assert (logits[:, at] != changed[:, at]).any()
+
+
+def test_a_packed_document_reads_as_it_does_alone(model):
+    first, second = tokens(1, 5, seed=1), tokens(1, 8, seed=2)
+    padding = jnp.zeros((1, 3), jnp.int32)
+    logits = run(
+        model,
+        jnp.concatenate([first, second, padding], axis=1),
+        segment_ids_BS=jnp.array([[1] * 5 + [2] * 8 + [0] * 3]),
+        positions_BS=jnp.concatenate([jnp.arange(5), jnp.arange(8), jnp.zeros(3, int)])[None],
+    )
+    np.testing.assert_allclose(logits[:, :5], run(model, first), atol=1e-5)
+    np.testing.assert_allclose(logits[:, 5:13], run(model, second), atol=1e-5)
+    assert jnp.isfinite(logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_decoding_agrees_with_the_whole_sequence(scan_layers):
+    model = build(small(), scan_layers=scan_layers)
+    whole = tokens(2, 12)
+    cache, pieces = model.init_cache(2, 15), []
+    for start, end in [(0, 7), (7, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
+        logits, cache = decode(model, whole[:, start:end], cache)
+        pieces.append(logits)
+    assert int(cache.length) == 12
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), run(model, whole), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_mesh_changes_where_numbers_are_and_not_what_they_are(tie_embeddings):
+    config = ModelConfig(preset="tiny", vocab_size=64, qkv_bias=True, tie_embeddings=tie_embeddings)
+    rules = Rules(make_mesh(Layout(fsdp=2, tensor=2), jax.devices()[:4]))
+    graphdef, params = nnx.split(build(config))
+    placed = jax.tree.map(
+        lambda p: p.replace(jax.device_put(p[...], rules.sharding("param", p.shape, p.axes))),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
+    )
+
+    def loss(params, tokens_BS):
+        return jnp.mean(nnx.merge(graphdef, params)(tokens_BS) ** 2)
+
+    with use_rules(rules):
+        sharded = jax.jit(jax.value_and_grad(loss))(placed, tokens(4, 8))
+    alone = jax.jit(jax.value_and_grad(lambda *args: loss(*args)))(params, tokens(4, 8))
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_f32_logits():
+    model = build(small(), compute_dtype="bfloat16")
+    x_BSD, logits = nnx.jit(lambda model, t: (model.hidden_states(t), model(t)))(model, tokens(2, 12))
+    assert x_BSD.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    exact = run(build(small()), tokens(2, 12))
+    assert jnp.abs(logits - exact).mean() < 0.05 * jnp.abs(exact).mean()
+
+
+def test_the_training_step_uses_no_operation_that_neuron_refuses():
+    step, params = loss_and_gradients(small(), remat="full")
+    program = step.lower(params).as_text()
+    for operation in ("stablehlo.if", "stablehlo.case", "custom_call @xla_python", "stablehlo.sort"):
+        assert operation not in program

@@ -1,0 +1,2 @@
+from .huggingface import config_from_huggingface as config_from_huggingface
+from .huggingface import params_from_huggingface as params_from_huggingface

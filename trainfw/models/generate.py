@@ -1,0 +1,117 @@
+"""Text from a model, a token at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trainfw.errors import UserError
+from trainfw.models.transformer import KVCache, Transformer
+
+_SAMPLING = ("temperature", "top_k", "top_p")
+
+
+def sample(
+    logits_V: jax.Array, key: jax.Array, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> jax.Array:
+    """A token, i32[], drawn from softmax(logits / temperature).
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: draw from the k likeliest tokens only.
+        top_p: of those, only from the fewest likeliest that hold this much of the probability. Holtzman et al.,
+            arXiv:1904.09751.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_V)
+    # Likeliest first, so that top-k is a prefix and top-p another.
+    sorted_V, tokens_V = jax.lax.top_k(logits_V / temperature, min(top_k or logits_V.size, logits_V.size))
+    if top_p is not None:
+        weights_V = jax.nn.softmax(sorted_V)
+        before_V = jnp.cumsum(weights_V) - weights_V
+        sorted_V = jnp.where((before_V < top_p).at[0].set(True), sorted_V, -jnp.inf)
+    return tokens_V[jax.random.categorical(key, sorted_V)]
+
+
+def generate(
+    model: Transformer,
+    prompt_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Continue a prompt: yields each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id`.
+
+    Compiles once for each power of two that the prompt and the whole text fill. Raises UserError, at the call, for
+    an argument that makes no sense.
+    """
+    prompt = list(prompt_tokens)
+    vocab = model.config.vocab_size
+    if not prompt:
+        raise UserError("prompt: needs at least one token")
+    if bad := [token for token in prompt if not 0 <= token < vocab]:
+        raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocab}")
+    if max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: expected at least 1")
+    if temperature < 0:
+        raise UserError(f"temperature = {temperature}: expected 0 (take the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k = {top_k}: expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p = {top_p}: expected more than 0 and at most 1")
+    return _generate(model, prompt, max_tokens, eos_id, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def _generate(
+    model: Transformer, prompt: list[int], max_tokens: int, eos_id: int | None, seed: int, **sampling: Any
+) -> Iterator[int]:
+    graphdef, params = nnx.split(model)
+    key = jax.random.key(seed)
+    padded = np.zeros((1, _power_of_two(len(prompt))), np.int32)
+    padded[0, : len(prompt)] = prompt
+    cache = model.init_cache(1, _power_of_two(len(prompt) + max_tokens))
+    token, cache = _extend(graphdef, params, padded, len(prompt), cache, jax.random.fold_in(key, 0), **sampling)
+    for count in range(1, max_tokens + 1):
+        if int(token) == eos_id:
+            return
+        yield int(token)
+        if count < max_tokens:
+            step_key = jax.random.fold_in(key, count)
+            token, cache = _extend(graphdef, params, token[None, None], 1, cache, step_key, **sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", *_SAMPLING), donate_argnames="cache")
+def _extend(
+    graphdef: nnx.GraphDef[Transformer],
+    params: nnx.State,
+    tokens_1S: jax.Array,
+    num_tokens: jax.Array | int,
+    cache: KVCache,
+    key: jax.Array,
+    **sampling: Any,
+) -> tuple[jax.Array, KVCache]:
+    """The token that follows the first `num_tokens` of `tokens_1S`, and the cache with those; the rest is padding.
+
+    Padding comes after the tokens, so they do not see it, and the shortened cache forgets it.
+    """
+    model = nnx.merge(graphdef, params)
+    x_1SD, extended = model.decode_hidden_states(tokens_1S, cache)
+    last_11D = jax.lax.dynamic_slice_in_dim(x_1SD, num_tokens - 1, 1, axis=1)
+    token = sample(model.logits(last_11D)[0, 0], key, **sampling)
+    return token, replace(extended, length=cache.length + num_tokens)
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of two that holds `size`, and at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
