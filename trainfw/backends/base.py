@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One kind of device: what must be true before `import jax`, and what the device can do."""
+    """One kind of device, and how programs are compiled for it."""
 
     name: str
     """JAX's platform name."""
-    environment: dict[str, str]
-    """Environment variables set, where the user has not set them, before jax is imported."""
+    compiler_options: dict[str, str] = field(default_factory=dict)
+    """XLA options with which the training step is compiled."""

@@ -8,8 +8,13 @@ from trainfw.errors import UserError
 
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
-CPU = Backend("cpu", environment={})
-GPU = Backend("gpu", environment={})
+CPU = Backend(
+    "cpu",
+    # Else the CPU pipeline drops remat's optimization barriers before it schedules, and recomputes every unrolled
+    # layer at once: all of the work and none of the memory saved.
+    compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
+)
+GPU = Backend("gpu")
 # Neuron's environment, flags and kernels are not built yet: `current` refuses the platform by name.
 BACKENDS = {backend.name: backend for backend in (CPU, GPU)}
 

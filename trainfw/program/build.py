@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from trainfw import backends
 from trainfw.hardware import load_topology
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
@@ -47,6 +48,11 @@ class Program:
     def model(self, params: Any) -> Transformer:
         """The model with these parameters (a nested dict of arrays)."""
         return nnx.merge(self.graphdef, nnx.State(params))
+
+    def compile_train_step(self) -> Any:
+        """`train_step`, compiled ahead of time with the backend's options."""
+        lowered = self.train_step.lower(self.abstract_state, self.abstract_batch)
+        return lowered.compile(compiler_options=backends.current().compiler_options)
 
     def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows (B / processes, S) as its part of the global batch (B, S)."""

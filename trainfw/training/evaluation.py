@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import PreparedData, Tokenizer, load_tokenizer, prepare, validation_batches
+from trainfw.data import PreparedData, Rows, Tokenizer, load_tokenizer, prepare, validation_batches
 from trainfw.errors import UserError
 from trainfw.models import Transformer
 from trainfw.program import Mean, Program, build_program
@@ -47,20 +46,22 @@ class Validation:
 def validate(program: Program, params: Any, data: PreparedData, reporter: Reporter) -> Validation:
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches."""
     recipe = program.recipe
-    batches: Iterable[Mapping[str, np.ndarray]] = validation_batches(
+    rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
+    batches = validation_batches(
         data.validation,
         recipe.data,
-        global_batch_size=recipe.train.global_batch_size,
+        global_batch_size=rows,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        max_batches=recipe.train.validation_batches,
+        max_batches=limit,
     )
+    everything = -(-len(Rows(data.validation, recipe.data.sequence_length)) // rows)
     total = Mean(0.0, 0.0)
     for number, batch in enumerate(batches, start=1):
         metrics = program.eval_step(params, program.shard_batch(batch))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
         total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
-        reporter.progress("validating, batches", number, None)
+        reporter.progress("validating, batches", number, everything if limit is None else min(everything, limit))
     if not total.count:
         raise UserError("validation: the held-out split has no token to predict; raise data.validation_fraction")
     loss = total.value()

@@ -167,7 +167,7 @@ class _Run:
     def _compile(self) -> Any:
         start = time.monotonic()
         self.reporter.note("compiling the training step")
-        compiled = self.program.train_step.lower(self.program.abstract_state, self.program.abstract_batch).compile()
+        compiled = self.program.compile_train_step()
         self.reporter.note(f"compiled in {time.monotonic() - start:.1f} s; {self._mfu_definition()}")
         return compiled
 
@@ -187,7 +187,8 @@ class _Run:
         with _signals() as signalled:
             while step < steps:
                 batch = self.program.shard_batch(next(self.batches))
-                state, metrics = train_step(state, batch)
+                with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
+                    state, metrics = train_step(state, batch)
                 step += 1
                 self.in_flight.append((step, metrics))
                 if len(self.in_flight) > _IN_FLIGHT:

@@ -8,16 +8,19 @@ class Reporter:
     """How a run speaks to people: plain lines. The CLI has one with a progress bar for terminals."""
 
     def __init__(self) -> None:
-        self._last_progress = time.monotonic()
+        self._progress_of, self._last_progress = "", 0.0
 
     def note(self, text: str) -> None:
         print(text, flush=True)
 
     def progress(self, description: str, completed: int, total: int | None) -> None:
         """Long work outside the step loop: `completed` of `total`, in the description's units."""
-        # A line now and then: a pipe has no bar to redraw.
-        if time.monotonic() - self._last_progress > 10 or completed == total:
-            self._last_progress = time.monotonic()
+        # A line now and then: a pipe has no bar to redraw, and short work needs none.
+        now = time.monotonic()
+        if description != self._progress_of:
+            self._progress_of, self._last_progress = description, now
+        elif now - self._last_progress > 10:
+            self._last_progress = now
             self.note(f"{description}: {completed:,}" + (f" of {total:,}" if total else ""))
 
     def step(self, step: int, steps: int) -> None:

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import random_batches, tiny_recipe
+from trainfw import build_program
+from trainfw.program import Mean
+from trainfw.program.loss import next_token_loss
+
+
+def one_step(recipe, devices=1):
+    program = build_program(recipe, jax.devices()[:devices])
+    state = program.init()
+    return program, program.train_step(state, program.shard_batch(random_batches(recipe, 1)[0]))
+
+
+def test_building_allocates_nothing(tmp_path):
+    recipe = tiny_recipe(tmp_path, "model.preset=llama3.1-405b", "train.global_batch_size=8")
+    program = build_program(recipe)
+    assert program.num_parameters == 405_853_388_800
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(program.abstract_state))
+
+
+def test_state_is_sharded_by_the_rules(tmp_path):
+    program = build_program(tiny_recipe(tmp_path, "parallel.tensor=2"))
+    state = program.init()
+    up = state.params["layers"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size * 8 == up.size  # fsdp 4 x tensor 2
+    moments = [m for m in jax.tree.leaves(state.opt_state) if m.shape == up.shape]
+    assert len(moments) >= 2
+    assert all(m.sharding == up.sharding for m in moments)
+
+
+def test_the_state_is_donated(tmp_path):
+    program = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
+    state = program.init()
+    program.train_step(state, program.shard_batch(random_batches(program.recipe, 1)[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    program = build_program(recipe, jax.devices()[:1])
+    params, batch = program.init().params, random_batches(recipe, 1)[0]
+    logits = program.model(params)(
+        batch["tokens"], segment_ids_BS=batch["segment_ids"], positions_BS=batch["positions"]
+    )
+    log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    chosen = np.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+    expected = -(chosen * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+    metrics = program.eval_step(params, program.shard_batch(batch))
+    assert metrics["loss"].value() == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["loss"].count) == batch["loss_mask"].sum()
+
+
+def test_z_loss_is_in_the_objective_and_not_in_the_metric(tmp_path):
+    program = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
+    model, batch = program.model(program.init().params), random_batches(program.recipe, 1)[0]
+    plain, metrics = next_token_loss(model, batch, 0.0)
+    with_z, metrics_z = next_token_loss(model, batch, 0.5)
+    log_z = jax.nn.logsumexp(
+        model(batch["tokens"], segment_ids_BS=batch["segment_ids"], positions_BS=batch["positions"]), axis=-1
+    )
+    assert float(with_z - plain) == pytest.approx(0.5 * float((log_z**2 * batch["loss_mask"]).sum()), rel=1e-4)
+    assert metrics["loss"].value() == metrics_z["loss"].value() == pytest.approx(float(plain / metrics["loss"].count))
+
+
+def test_masked_tokens_have_no_influence(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    program = build_program(recipe, jax.devices()[:1])
+    batch = random_batches(recipe, 1)[0]
+    padded = batch["segment_ids"] == 0
+    changed = dict(batch, tokens=np.where(padded, 7, batch["tokens"]), targets=np.where(padded, 9, batch["targets"]))
+    losses = []
+    for b in (batch, changed):
+        _, metrics = program.train_step(program.init(), program.shard_batch(b))
+        losses.append((metrics["loss"].value(), metrics["grad_norm"].value()))
+    assert losses[0] == losses[1]
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_state(tmp_path):
+    _, (_, reference) = one_step(tiny_recipe(tmp_path))
+    _, (state, metrics) = one_step(tiny_recipe(tmp_path, "train.compute_dtype=bfloat16"))
+    assert metrics["loss"].value() == pytest.approx(reference["loss"].value(), rel=0.01)
+    assert metrics["grad_norm"].value() == pytest.approx(reference["grad_norm"].value(), rel=0.05)
+    assert metrics["loss"].value() != reference["loss"].value()
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", ["true", "false"])
+def test_remat_trades_memory_for_recomputation(scan, tmp_path):
+    """What the compiled step says of itself: more FLOPs and fewer temporary bytes, from none to full."""
+
+    def cost(remat: str) -> tuple[float, int]:
+        recipe = tiny_recipe(
+            tmp_path,
+            f"train.remat={remat}",
+            "model.num_layers=8",
+            "data.sequence_length=256",
+            f"train.scan_layers={scan}",
+        )
+        compiled = build_program(recipe, jax.devices()[:1]).compile_train_step()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = cost("none"), cost("dots"), cost("full")
+    assert none[0] < dots[0] < full[0]
+    assert none[1] > dots[1] > full[1]
+
+
+def test_the_step_has_nothing_neuron_refuses_by_design(tmp_path):
+    """No host callback, no cond, no loop without a static trip count, no integer reduction over devices."""
+    program = build_program(tiny_recipe(tmp_path, "parallel.tensor=2", "train.accumulation_steps=2"))
+    jaxpr = str(jax.make_jaxpr(program.train_step)(program.abstract_state, program.abstract_batch))
+    for primitive in ("callback", "cond[", "while[", "reduce_precision", "argmax"):
+        assert primitive not in jaxpr, primitive
+
+
+def test_means_merge_by_their_counts():
+    assert (Mean(6.0, 2.0) + Mean(0.0, 1.0)).value() == 2.0
+    assert Mean(0.0, 0.0).value() == 0.0
+
+
+def test_flops_per_step_count_the_matrices_six_times(tmp_path):
+    program = build_program(tiny_recipe(tmp_path, "data.sequence_length=1"))
+    model = program.recipe.model
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    # With one token a row, attention adds next to nothing: its scores and values, for one key.
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim
+    expected = 6 * (program.num_parameters - norms)
+    assert program.flops_per_step / program.tokens_per_step == pytest.approx(expected, abs=attention)
