@@ -122,9 +122,9 @@ def loss_and_gradients(config: ModelConfig, shape: tuple[int, int] = (2, 9), **o
 @pytest.mark.parametrize(
     "config",
     [
-        small(),
-        ModelConfig(preset="tiny", vocab_size=64, num_layers=3),
-        ModelConfig(preset="tiny", vocab_size=64, sliding_window=3, layer_pattern=["sliding", "global", "global"]),
+        ModelConfig(preset="tiny", num_layers=5, sliding_window=3, layer_pattern=["sliding", "global"]),
+        ModelConfig(preset="tiny", num_layers=3),
+        ModelConfig(preset="tiny", sliding_window=3, layer_pattern=["sliding", "global", "global"]),
     ],
     ids=["two periods and a layer", "layers alike", "less than a period"],
 )

@@ -147,7 +147,8 @@ class Transformer(nnx.Module):
         return x_BSD, KVCache(keys, values, cache.length + tokens_BS.shape[1])
 
     def _turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
-        return {kind: rope_turns(positions_BS, self.config, kind) for kind in set(self.config.layer_kinds)}
+        # In order of first use, not a set's: every process must trace the same program.
+        return {kind: rope_turns(positions_BS, self.config, kind) for kind in dict.fromkeys(self.config.layer_kinds)}
 
     def _run(self, tokens_BS: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         config = self.config
