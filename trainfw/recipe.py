@@ -69,19 +69,15 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
     """
     tree, sources = _read(find_recipe(path), ())
-    # A preset replaces the inherited model, so that its other keys are then refinements of it.
+    # The preset first: it replaces the inherited model, which other overrides then refine.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.preset=")):
         key, found, text = override.partition("=")
         if not found or not key:
             raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
         value = _parse(text, f"{_COMMAND_LINE}: {key}")
-        nested: dict[str, Any] = {}
-        inner = nested
-        *parents, last = key.split(".")
-        for part in parents:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
-        tree = _merge(tree, nested)
+        if key == "model.preset":
+            tree = tree | {"model": {}}
+        tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
     return _validate(tree, sources, str(path))
 
@@ -221,6 +217,13 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{line}: {dotted}: {_problem(error)}") from None
     return values
+
+
+def _set(tree: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """`tree` with the value at `path` replaced, whatever was there."""
+    first, *rest = path
+    tree = tree if isinstance(tree, dict) else {}
+    return {**tree, first: _set(tree.get(first), rest, value) if rest else value}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,15 @@ def test_rules_can_be_replaced():
     assert rules({"embed": ["tensor"], "mlp": []}, tensor=2).spec("w", (8, 8), ("embed", "mlp")) == P(("tensor",), None)
 
 
+def test_the_gradient_of_a_gathered_weight_is_sharded_again():
+    mesh_rules = rules(fsdp=4)
+    weight = jax.device_put(jnp.ones((8, 8)), mesh_rules.sharding("w", (8, 8), ("embed", "mlp")))
+    with use_rules(mesh_rules):
+        grad = jax.jit(jax.grad(lambda w: (gather_weight(w, "w", "embed", "mlp") ** 2).sum()))(weight)
+    assert grad.sharding.spec == P("fsdp", None)
+    assert (grad == 2).all()
+
+
 def test_activations_follow_the_rules_in_use_and_none_outside():
     def f(x):
         return constrain(x * 2, "x", "batch", "act_mlp"), gather_weight(x * 3, "w", "embed", "mlp")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -120,15 +121,31 @@ def constrain(x: jax.Array, array: str, *names: str | None) -> jax.Array:
 
 
 def gather_weight(x: jax.Array, array: str, *names: str | None) -> jax.Array:
-    """A weight where it is used: gathered over `fsdp`, still split over `tensor`.
+    """A weight where it is used: gathered over `fsdp`, still split over `tensor`; its gradient is sharded again.
 
-    Saying so keeps the partitioner from moving the (larger) activations instead.
+    Saying so keeps the partitioner from moving the (larger) activations instead, and from keeping gradients whole.
     """
     rules = _active.get()
     if rules is None or rules.mesh.size == 1:
         return x
-    spec = rules.spec(array, x.shape, names, without="fsdp")
-    return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, spec))
+    gathered = NamedSharding(rules.mesh, rules.spec(array, x.shape, names, without="fsdp"))
+    return _gather(x, gathered, rules.sharding(array, x.shape, names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, gathered: NamedSharding, sharded: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, gathered)
+
+
+def _gather_forward(x: jax.Array, gathered: NamedSharding, sharded: NamedSharding) -> tuple[jax.Array, None]:
+    return _gather(x, gathered, sharded), None
+
+
+def _gather_backward(_: NamedSharding, sharded: NamedSharding, __: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(grad, sharded),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def make_mesh(layout: Any, devices: Sequence[jax.Device]) -> Mesh:
