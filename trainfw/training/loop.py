@@ -156,9 +156,7 @@ class _Run:
             state = self._steps(train_step, state, step)
         validation = self._validate(state, steps)
         if validation is not None:
-            self.reporter.note(
-                f"gzip -9 reaches {self.data.gzip_bits_per_byte:.3f} bits per byte on the same held-out documents"
-            )
+            self._compare(validation)
         self.checkpoints.wait()
         sample = self._sample(state)
         self.reporter.note(f"done: step {steps}, saved in {self.run}")
@@ -257,6 +255,13 @@ class _Run:
         self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
+
+    def _compare(self, validation: Validation) -> None:
+        first = next(row for row in self.run.metrics() if "validation_bits_per_byte" in row)
+        self.reporter.note(
+            f"held-out documents, bits per byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
+            f"{validation.bits_per_byte:.3f} now; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}"
+        )
 
     def _sample(self, state: TrainState) -> str | None:
         prompt = self.recipe.train.sample_prompt

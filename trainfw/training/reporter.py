@@ -17,7 +17,7 @@ class Reporter:
         """Long work outside the step loop: `completed` of `total`, in the description's units."""
         # A line now and then: a pipe has no bar to redraw, and short work needs none.
         now = time.monotonic()
-        if description != self._progress_of:
+        if description != self._progress_of or completed <= 1:
             self._progress_of, self._last_progress = description, now
         elif now - self._last_progress > 10:
             self._last_progress = now

@@ -67,8 +67,11 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if not self.recipe_file.is_file() and self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{self}: holds files but no run; choose another --run-dir")
+        if not self.recipe_file.is_file() and self.path.is_dir():
+            # A run killed before it stored its recipe has left its lock and an empty checkpoints/.
+            others = {p.name for p in self.path.iterdir()} - {".lock", "checkpoints"}
+            if others:
+                raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         steps = self.steps()
         if not steps:
             if resume == "must":

@@ -1,0 +1,46 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import write_recipe
+
+
+def trainfw(*arguments: str, code: int = 0, cwd=None) -> str:
+    result = subprocess.run([sys.executable, "-m", "trainfw", *arguments], capture_output=True, text=True, cwd=cwd)
+    assert result.returncode == code, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_train_generate_and_eval(tmp_path):
+    recipe = str(write_recipe(tmp_path))
+    run = str(tmp_path / "runs" / "tiny")
+    output = trainfw("train", recipe, "train.steps=4", "--devices", "2", cwd=tmp_path)
+    assert "on 2 cpu devices (cpu), layout fsdp(2)" in output
+    assert "step 4/4" in output
+    text = trainfw("generate", run, "--prompt", "word", "--max-tokens", "8", "--top-k", "5", "--top-p", "0.9")
+    assert text.startswith("word")
+    assert text == trainfw("generate", run, "--prompt", "word", "--max-tokens", "8", "--top-k", "5", "--top-p", "0.9")
+    assert "bits per byte" in trainfw("eval", run)
+    assert "done: step 4" in trainfw("train", recipe, "train.steps=4", cwd=tmp_path)
+    assert "resumed" in trainfw("train", recipe, "train.steps=6", "--devices", "4", "--resume", "must", cwd=tmp_path)
+
+
+def test_doctor():
+    output = trainfw("doctor", "--devices", "3")
+    assert "devices            3 (cpu)" in output
+    assert "has not run on Neuron hardware" in output
+
+
+def test_tokenizer_train_writes_what_a_recipe_reads(tmp_path):
+    recipe = str(write_recipe(tmp_path))
+    tokenizer = str(tmp_path / "tokenizer")
+    output = trainfw("tokenizer", "train", str(tmp_path / "text" / "*.txt"), "--vocab-size", "280", "--out", tokenizer)
+    assert output.endswith("280 entries\n")
+    spec = f"data.tokenizer={{name: file, path: {tokenizer}}}"
+    assert "name: file" in trainfw("recipe", "show", recipe, spec)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import jax
+import pytest
+
+from tests.helpers import tiny_recipe
+from trainfw import RunError, UserError, evaluate, load_model, load_recipe, train
+from trainfw.training import Reporter, RunDirectory
+
+
+class Notes(Reporter):
+    def __init__(self):
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    recipe = tiny_recipe(directory, "train.validate_every=3", "train.sample_prompt=word")
+    reporter = Notes()
+    result = train(recipe, devices=jax.devices()[:1], run_dir=directory / "run", reporter=reporter)
+    return recipe, result, reporter.notes
+
+
+def test_metrics_have_the_promised_keys(finished):
+    _, result, _ = finished
+    rows = list(RunDirectory(result.run_dir).metrics())
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    for row in steps:
+        assert set(row) == {
+            "step",
+            "loss",
+            "step_time_seconds",
+            "tokens_per_second",
+            "mfu",
+            "grad_norm",
+            "learning_rate",
+            "tokens",
+        }
+        assert row["mfu"] is None  # no published peak of a CPU
+        assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_time_seconds"])
+    assert [row["tokens"] for row in steps] == [256 * step for step in range(1, 9)]
+    validations = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in validations] == [0, 3, 6, 8]
+    assert validations[-1]["validation_bits_per_byte"] == result.validation.bits_per_byte
+
+
+def test_the_run_directory_is_self_contained(finished):
+    recipe, result, _ = finished
+    run = result.run_dir
+    assert load_recipe(run) == recipe
+    assert {p.name for p in run.iterdir()} >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "tokenizer",
+    }
+    assert list((run / "tensorboard").glob("events*"))
+    model, tokenizer = load_model(run)
+    logits_BSV = model(jax.numpy.array([[tokenizer.bos_id, *tokenizer.encode("word")]]))
+    assert logits_BSV.shape == (1, 5, recipe.model.vocab_size)
+
+
+def test_what_it_told(finished):
+    _, result, notes = finished
+    text = "\n".join(notes)
+    assert "no MFU: no published dense peak of 'cpu'" in text
+    assert text.count("compiled in") == 1
+    assert f"{result.validation.bits_per_byte:.3f} now; gzip -9 reaches" in text
+    assert f"sample:\nword{result.sample}" in text
+
+
+def test_bits_per_byte_of_the_byte_tokenizer_are_bits_per_token(finished):
+    """One token a byte, and one to end each document."""
+    _, result, _ = finished
+    validation, data = evaluate(result.run_dir, ["train.validation_batches=null"], reporter=Notes())
+    assert validation.tokens == data.validation.num_bytes + data.validation.num_documents
+    bits = validation.loss * validation.tokens / 0.6931471805599453
+    assert validation.bits_per_byte == pytest.approx(bits / data.validation.num_bytes)
+
+
+def test_training_learns(finished):
+    _, result, _ = finished
+    rows = list(RunDirectory(result.run_dir).metrics())
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"] - 0.5
+
+
+def test_a_loss_that_is_not_finite_fails_and_saves_nothing_bad(tmp_path):
+    recipe = tiny_recipe(tmp_path, "optimizer.learning_rate=1e30", "checkpoint.every=1", "optimizer.clip_norm=null")
+    with pytest.raises(RunError, match=r"step \d: the loss is nan"):
+        train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Notes())
+    for step in RunDirectory(tmp_path / "run").steps():
+        assert step < 8
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    with RunDirectory(tmp_path / "run").lock(), pytest.raises(UserError, match="another process is training here"):
+        train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Notes())
+
+
+def test_mfu_is_model_flops_over_the_peak(tmp_path, monkeypatch):
+    from trainfw.training import loop
+
+    monkeypatch.setattr(loop, "peak_flops", lambda kind, dtype: 1e12)
+    recipe = tiny_recipe(tmp_path, "train.validation_batches=0")
+    reporter = Notes()
+    result = train(recipe, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=reporter)
+    program = loop.build_program(recipe, jax.devices()[:2])
+    for row in RunDirectory(result.run_dir).metrics():
+        assert row["mfu"] == pytest.approx(program.flops_per_step / row["step_time_seconds"] / 2e12)
+    assert sum("MFU is model FLOPs" in note for note in reporter.notes) == 1
