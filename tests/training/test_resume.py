@@ -112,7 +112,7 @@ def test_retention(tmp_path):
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="holds 'thesis.txt' but no run"):
+    with pytest.raises(UserError, match=r"holds 'thesis\.txt' but no run"):
         train_quietly(tiny_recipe(tmp_path), tmp_path / "run")
 
 

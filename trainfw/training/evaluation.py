@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from trainfw.data import PreparedData, Rows, Tokenizer, load_tokenizer, prepare,
 from trainfw.errors import UserError
 from trainfw.models import Transformer
 from trainfw.program import Mean, Program, build_program
-from trainfw.recipe import Recipe, load_recipe
+from trainfw.recipe import load_recipe
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 
@@ -75,16 +76,19 @@ def validate(program: Program, params: Any, data: PreparedData, reporter: Report
     )
 
 
-def load_model(
-    path: str | os.PathLike[str], *, step: int | None = None, devices: Sequence[jax.Device] | None = None
-) -> tuple[Transformer, Tokenizer]:
-    """The model of a run and its tokenizer: `model(token_ids_BS) -> logits_BSV`.
+# Where and how a run was trained does not matter to whoever uses its model.
+_ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
+
+
+def load_model(path: str | os.PathLike[str], *, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model of a run, on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`.
 
     `step` picks a checkpoint (default: the latest). Raises UserError for a path that holds no run.
     """
     run = RunDirectory.existing(path)
-    program, params = _restore(run, load_recipe(run.recipe_file), step, devices or jax.devices()[:1])
-    return program.model(params), load_tokenizer(run.tokenizer)
+    recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, "train.global_batch_size=1"])
+    program = build_program(recipe, jax.devices()[:1])
+    return program.model(_restore(run, program, step)), load_tokenizer(run.tokenizer)
 
 
 def evaluate(
@@ -94,33 +98,27 @@ def evaluate(
     step: int | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, PreparedData]:
-    """Validate a run's checkpoint on its held-out split, or on another with `data.` overrides."""
+    """Validate a run's checkpoint on its held-out split, or on another with `data.` overrides.
+
+    Runs on all devices, by FSDP unless `parallel.` overrides say otherwise.
+    """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
-    recipe = load_recipe(run.recipe_file, overrides)
-    program, params = _restore(run, recipe, step, None)
+    recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, *overrides])
+    program = build_program(recipe)
     data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
-        raise UserError(
-            f"{run}: the data's tokenizer is not the one the model was trained with; set data.tokenizer back"
+        raise recipe.error(
+            "data.tokenizer.name",
+            f"makes other tokens than {run} was trained on; add "
+            f"data.tokenizer='{{name: file, path: {run.tokenizer}}}' to use the run's own",
         )
-    return validate(program, params, data, reporter), data
+    return validate(program, _restore(run, program, step), data, reporter), data
 
 
-def _restore(
-    run: RunDirectory, recipe: Recipe, step: int | None, devices: Sequence[jax.Device] | None
-) -> tuple[Program, Any]:
+def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
     steps = run.steps()
     if step is not None and step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    if devices is not None:
-        # Where the run was trained does not matter to whoever uses its model.
-        one = {"parallel": type(recipe.parallel)(), "hardware": type(recipe.hardware)()}
-        train = recipe.train.model_copy(update={"global_batch_size": len(devices), "accumulation_steps": 1})
-        recipe = recipe.model_copy(update={**one, "train": train})
-    program = build_program(recipe, devices)
-    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, read_only=True)
-    try:
-        return program, checkpoints.restore_params(step or steps[-1], program.abstract_state.params)
-    finally:
-        checkpoints.close()
+    with contextlib.closing(Checkpoints(run.checkpoints, program.recipe.checkpoint, read_only=True)) as checkpoints:
+        return checkpoints.restore_params(step or steps[-1], program.abstract_state.params)

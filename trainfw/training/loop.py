@@ -20,7 +20,7 @@ from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.models import generate
 from trainfw.program import Metrics, Program, TrainState, build_program
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
 from trainfw.training.reporter import Reporter
@@ -77,12 +77,12 @@ def train(
         stack.enter_context(run.lock())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint)))
         state = _first_state(program, checkpoints, batches, resumed_step)
+        if resumed_step is not None:
+            reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
         run.open(recipe, resumed_step)
         data.tokenizer.save(run.tokenizer)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step)))
-        if resumed_step is not None:
-            reporter.note(f"resumed {run} at step {resumed_step}")
         return _Run(program, data, batches, run, checkpoints, log, reporter).to_the_end(state, resumed_step)
 
 
@@ -98,6 +98,11 @@ def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
         f"({data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token)"
     )
     return data
+
+
+def _changes(run: RunDirectory, recipe: Recipe) -> str:
+    changed = load_recipe(run.recipe_file).differences(recipe)
+    return "".join(f"; {key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
 
 
 def _batches(recipe: Recipe, data: PreparedData) -> TrainIterator:

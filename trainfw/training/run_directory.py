@@ -93,7 +93,7 @@ class RunDirectory:
             for key, pair in load_recipe(self.recipe_file).differences(recipe).items()
             if not key.startswith(FREE_KEYS)
         }
-        # More steps are a longer run; they change the schedule's shape, which `note_changes` says.
+        # More steps make a longer run of the same numbers so far; the schedule's shape follows, as the user asked.
         differences.pop("train.steps", None)
         if differences:
             lines = [f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in differences.items()]
