@@ -197,7 +197,8 @@ class _Run:
                 if len(self.in_flight) > _IN_FLIGHT:
                     self._complete_one()
                 every = self.recipe.checkpoint.every
-                save = step == steps or (every and step % every == 0) or bool(signalled)
+                stop = bool(signalled)  # read once: a signal may come at any moment
+                save = stop or step == steps or (every and step % every == 0)
                 check = config.validate_every and step % config.validate_every == 0 and step < steps
                 if save or check:
                     self._drain()
@@ -206,7 +207,7 @@ class _Run:
                     if check:
                         self._validate(state, step)
                     self.last_completed = time.monotonic()  # neither is part of a step's time
-                if signalled and step < steps:
+                if stop and step < steps:
                     self.checkpoints.wait()
                     raise Interrupted(signalled[0], step)
         return state
