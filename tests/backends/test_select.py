@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -15,8 +16,10 @@ def test_simulated_devices_are_there():
 
 
 def test_another_number_after_jax_has_started_is_refused():
+    before = dict(os.environ)
     with pytest.raises(UserError, match="already running with 8"):
         backends.prepare(4)
+    assert dict(os.environ) == before
 
 
 def test_the_users_own_flags_are_kept():

@@ -25,19 +25,23 @@ def prepare(devices: int | None = None) -> None:
     `devices`: simulate this many devices on the CPU. Raises UserError when jax has already been started with
     another number, since it reads the number only once.
     """
-    if devices is not None:
-        if devices < 1:
-            raise UserError(f"--devices {devices}: expected a positive number of simulated CPU devices")
-        flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
-        os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])
-        os.environ["JAX_PLATFORMS"] = "cpu"
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if devices is not None and "jax" in sys.modules:
+    if devices is None:
+        return
+    if devices < 1:
+        raise UserError(f"--devices {devices}: expected a positive number of simulated CPU devices")
+    before = dict(os.environ)
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # read at import; a no-op once devices exist
+        jax.config.update("jax_platforms", "cpu")  # was read at import; means nothing once devices exist
         if jax.device_count() != devices:
+            os.environ.clear()
+            os.environ.update(before)
             raise UserError(
                 f"devices = {devices}: jax is already running with {jax.device_count()}; "
                 f"ask for simulated devices before anything uses jax"
