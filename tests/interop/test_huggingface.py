@@ -5,6 +5,8 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, params_from_huggingface
@@ -98,7 +100,42 @@ def tensors_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_match_transformers(name):
-    theirs = reference(*MODELS[name])
+    compare_logits(*MODELS[name])
+
+
+# One of each family, whose shape Hypothesis draws anew in every run.
+FAMILIES = ["llama, llama3 scaling", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_logits_match_transformers_in_any_shape(name, data):
+    kv_heads, group, half_dim = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(2, 8)))
+    heads, head_dim = kv_heads * group, 2 * half_dim
+    if name == "qwen2":
+        hidden, head_dim = heads * head_dim, None  # the head's size follows from the width
+    else:
+        hidden = heads * data.draw(st.integers(2, 12))
+    family, changes = MODELS[name]
+    shape = {
+        "vocab_size": data.draw(st.integers(8, 200)),
+        "hidden_size": hidden,
+        "intermediate_size": data.draw(st.integers(4, 96)),
+        "num_hidden_layers": data.draw(st.integers(1, 7)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": data.draw(st.booleans()),
+    }
+    if "sliding_window" in changes:
+        shape["sliding_window"] = data.draw(st.integers(2, SEQUENCE + 4))
+    compare_logits(family, changes | shape)
+
+
+def compare_logits(family: str, changes: dict) -> None:
+    theirs = reference(family, changes)
     config = config_from_huggingface(theirs.config.to_dict())
     params = params_from_huggingface(config, tensors_of(theirs))
     ours = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.State(params))
