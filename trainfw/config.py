@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+INT32 = 2**31 - 1
+"""The largest integer that arrays index with: the upper bound of sizes and counts."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=INT32)]
 
 
 class Config(BaseModel):
     """A section of a recipe. A field's docstring is its description in `trainfw recipe schema`."""
 
     # Strict, because a quoted "50" or a `true` where a number belongs is a mistake that should show here.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def invalid(field: str, message: str) -> NoReturn:

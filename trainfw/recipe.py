@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,14 @@ class Recipe(Config):
             value = getattr(value, part)
         return UserError(f"{_where(key, self._sources)}{key} = {_show(value)}: {problem}")
 
+    @contextlib.contextmanager
+    def blamed(self, key: str) -> Iterator[None]:
+        """A UserError inside is about `key`: say so, and where it was written."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{_where(key, self._sources)}{key}: {error}") from error
+
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out; loads back to the same recipe."""
         return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -72,11 +81,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     # The preset first: it replaces the inherited model, which other overrides then refine.
     for override in sorted(overrides, key=lambda text: not text.startswith("model.preset=")):
         key, found, text = override.partition("=")
-        if not found or not key:
+        if not found or not all(key.split(".")):
             raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
         value = _parse(text, f"{_COMMAND_LINE}: {key}")
         if key == "model.preset":
             tree = tree | {"model": {}}
+            sources = _without_model(sources)
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
     return _validate(tree, sources, str(path))
@@ -115,6 +125,8 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
         return file
     if str(path) in bundled:
         return bundled[str(path)]
+    if not str(path):
+        raise UserError("recipe: the path is empty")
     if file.is_dir():
         raise UserError(f"{path}: is a directory without a recipe.yaml")
     beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
@@ -147,15 +159,19 @@ _Loader.add_constructor(  # YAML 1.1 reads 010 as octal
 )
 
 
+# What PyYAML raises for text that is no YAML, and for tags whose values are not what they say.
+_MALFORMED = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError)
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except _MALFORMED as error:
         raise UserError(f"{where}: {_problem(error)}") from None
 
 
 def _problem(error: Exception) -> str:
-    problem = getattr(error, "problem", None) or str(error)
+    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
     return f"not valid YAML: {problem}"
 
 
@@ -163,8 +179,10 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
     """A file's keys merged over those it extends, and where each was written."""
     chain = (*chain, file.resolve())
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, _Loader)
+    except RecursionError:
+        raise UserError(f"{file}: is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -193,6 +211,8 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
         cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
         raise UserError(f"{where}: extends = {base!r}: the chain comes back to itself: {cycle}")
     base_tree, base_sources = _read(base_file, chain)
+    if "preset" in tree.get("model", ()):
+        base_sources = _without_model(base_sources)
     return _merge(base_tree, tree), base_sources | sources
 
 
@@ -214,9 +234,15 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
                 values[name] = _construct(value_node, f"{dotted}.", file, sources)
             else:
                 values[name] = loader.construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
+        except RecursionError:
+            raise UserError(f"{line}: {dotted}: is nested too deeply, or contains itself") from None
+        except _MALFORMED as error:
             raise UserError(f"{line}: {dotted}: {_problem(error)}") from None
     return values
+
+
+def _without_model(sources: Sources) -> Sources:
+    return {key: where for key, where in sources.items() if not key.startswith("model.")}
 
 
 def _set(tree: Any, path: list[str], value: Any) -> dict[str, Any]:
@@ -240,10 +266,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
+    for key, value in _leaves(tree):
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{_where(key, sources)}{key} = {_show(value)}: holds a NUL character")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_describe(e, sources, file) for e in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        if any(e["loc"] == ("model", "preset") for e in errors):  # then what it should have filled in is not missing
+            errors = [e for e in errors if not (e["loc"][0] == "model" and e["type"] == "missing")]
+        problems = [_describe(e, sources, file) for e in errors]
         raise UserError("\n".join(dict.fromkeys(problems))) from None
     recipe._sources.update(sources)
     return recipe
@@ -255,8 +287,15 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
     if kind == "combination" and error["ctx"]["field"]:
         path.append(error["ctx"]["field"])
     key = ".".join(path)
+    # A field that takes several types is followed by their names.
+    if kind != "extra_forbidden":
+        path = [part for part in path if part not in ("str", "list[str]")]
+    key = ".".join(path)
     where = _where(key, sources) or f"{file}: "
     match kind:
+        case "extra_forbidden" if "." in path[-1]:
+            section, _, rest = path[-1].partition(".")
+            return f"{where}{key}: unknown key; in a file, write it as a section, {section}: {{{rest}: ...}}"
         case "extra_forbidden":
             return f"{where}{key} = {_show(value)}: unknown key{_nearest_key(key)}"
         case "missing":

@@ -186,3 +186,25 @@ def test_one_of_many_processes_builds(config: DataConfig, tmp_path: Path) -> Non
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert builds.read_text() == "built\n"
+
+
+def test_directories_alike_but_for_their_text_do_not_share_a_cache(tmp_path):
+    """Same names, sizes and times, as images and archives make them."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            file = tmp_path / name / f"{number}.txt"
+            file.write_text(f"{name} is the text of document {number:02}")
+            os.utime(file, (0, 0))
+    texts = []
+    for name in ("a", "b"):
+        config = DataConfig(
+            source=str(tmp_path / name),
+            sequence_length=8,
+            validation_fraction=0.3,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        data = prepare(config)
+        texts.append(data.tokenizer.decode(data.train.tokens.tolist()))
+    assert texts[0].startswith("a is")
+    assert texts[1].startswith("b is")

@@ -105,6 +105,19 @@ def test_moments_are_sharded_as_their_parameters(name):
     assert found >= (2 if name == "adafactor" else 4)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_decay_pattern_may_match_any_parameter(name):
+    params = parameters()
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, schedule="constant", weight_decay_exclude=["embedding.table", "layers.norm.*"]
+    )
+    optimizer = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert rms(updates["embedding"]["table"]) == 0
+    assert rms(updates["layers"]["mlp"]["up"]["kernel"]) > 0
+
+
 def test_a_decay_pattern_that_matches_nothing_is_refused():
     optimizer = make_optimizer(OptimizerConfig(weight_decay_exclude=["layres.*"]), 10)
     with pytest.raises(UserError, match=r"'layres\.\*' matches none"):

@@ -111,12 +111,15 @@ def test_remat_trades_memory_for_recomputation(scan, tmp_path):
     assert none[1] > dots[1] > full[1]
 
 
-def test_the_step_has_nothing_neuron_refuses_by_design(tmp_path):
-    """No host callback, no cond, no loop without a static trip count, no integer reduction over devices."""
+def test_the_step_has_no_callback_no_cond_and_no_integer_reduction_over_devices(tmp_path):
     program = build_program(tiny_recipe(tmp_path, "parallel.tensor=2", "train.accumulation_steps=2"))
     jaxpr = str(jax.make_jaxpr(program.train_step)(program.abstract_state, program.abstract_batch))
     for primitive in ("callback", "cond[", "while[", "reduce_precision", "argmax"):
         assert primitive not in jaxpr, primitive
+    compiled = program.compile_train_step().as_text()
+    reductions = [line for line in compiled.splitlines() if " all-reduce(" in line or " reduce-scatter(" in line]
+    assert reductions
+    assert not [line for line in reductions if " s32[" in line or " u32[" in line]
 
 
 def test_means_merge_by_their_counts():

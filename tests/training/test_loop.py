@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+from flax import nnx
 
 from tests.helpers import tiny_recipe
 from trainfw import RunError, UserError, evaluate, load_model, load_recipe, train
@@ -20,7 +21,9 @@ class Notes(Reporter):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished")
-    recipe = tiny_recipe(directory, "train.validate_every=3", "train.sample_prompt=word")
+    recipe = tiny_recipe(
+        directory, "train.validate_every=3", "train.sample_prompt=word", "train.validation_batches=null"
+    )
     reporter = Notes()
     result = train(recipe, devices=jax.devices()[:1], run_dir=directory / "run", reporter=reporter)
     return recipe, result, reporter.notes
@@ -79,10 +82,29 @@ def test_what_it_told(finished):
 def test_bits_per_byte_of_the_byte_tokenizer_are_bits_per_token(finished):
     """One token a byte, and one to end each document."""
     _, result, _ = finished
-    validation, data = evaluate(result.run_dir, ["train.validation_batches=null"], reporter=Notes())
+    validation, data = evaluate(result.run_dir, [], reporter=Notes())
     assert validation.tokens == data.validation.num_bytes + data.validation.num_documents
     bits = validation.loss * validation.tokens / 0.6931471805599453
     assert validation.bits_per_byte == pytest.approx(bits / data.validation.num_bytes)
+
+
+def test_a_part_of_the_held_out_tokens_is_not_compared_with_gzip(tmp_path):
+    reporter = Notes()
+    recipe = tiny_recipe(tmp_path, "train.validation_batches=1", "train.steps=1")
+    result = train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=reporter)
+    assert not result.validation.complete
+    assert not any("gzip" in note for note in reporter.notes)
+
+
+def test_other_data_is_evaluated_with_the_runs_tokenizer_on_any_devices(finished, tmp_path):
+    _, result, _ = finished
+    tiny_recipe(tmp_path)
+    (tmp_path / "text" / "more.txt").write_text("more words " * 50)
+    overrides = [f"data.source={tmp_path}/text/*.txt", "data.validation_fraction=0.5"]
+    validation, _ = evaluate(result.run_dir, overrides, reporter=Notes())
+    assert validation.tokens > result.validation.tokens
+    with pytest.raises(UserError, match=r"optimizer\.name: does not change an evaluation"):
+        evaluate(result.run_dir, ["optimizer.name=lion"])
 
 
 def test_training_learns(finished):
@@ -92,11 +114,31 @@ def test_training_learns(finished):
 
 
 def test_a_loss_that_is_not_finite_fails_and_saves_nothing_bad(tmp_path):
-    recipe = tiny_recipe(tmp_path, "optimizer.learning_rate=1e30", "checkpoint.every=1", "optimizer.clip_norm=null")
-    with pytest.raises(RunError, match=r"step \d: the loss is nan"):
+    recipe = tiny_recipe(tmp_path, "optimizer.learning_rate=1e38", "checkpoint={every: 1, keep_last: 1}")
+    with pytest.raises(RunError, match=r"step \d: .* is (nan|inf)") as error:
         train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Notes())
-    for step in RunDirectory(tmp_path / "run").steps():
-        assert step < 8
+    saved = RunDirectory(tmp_path / "run").steps()
+    assert (f"step {saved[-1]} is the last one saved" if saved else "nothing was saved") in str(error.value)
+    if saved:
+        model, _ = load_model(tmp_path / "run")
+        assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_what_cannot_work_leaves_a_run_as_it_was(tmp_path):
+    recipe = tiny_recipe(tmp_path, "train.steps=4")
+    train(recipe, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=Notes())
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 99, "loss": 1.0}\n')
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for override in (
+        "parallel.rules={act_mlp: [fsdp]}",
+        "parallel.fsdp=3",
+        "optimizer.name=lion",
+        "model.vocab_size=8",
+    ):
+        with pytest.raises(UserError):
+            bad = tiny_recipe(tmp_path, "train.steps=8", override)
+            train(bad, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=Notes())
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path):

@@ -80,8 +80,10 @@ def test_a_finished_run_is_left_alone(straight, tmp_path):
     recipe, expected = straight
     train_quietly(recipe, tmp_path / "run")
     before = (tmp_path / "run" / "checkpoints" / "8").stat().st_mtime_ns
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     train_quietly(recipe, tmp_path / "run")
     assert losses(tmp_path / "run") == expected
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     assert (tmp_path / "run" / "checkpoints" / "8").stat().st_mtime_ns == before
 
 

@@ -19,6 +19,10 @@ GPU = Backend("gpu")
 BACKENDS = {backend.name: backend for backend in (CPU, GPU)}
 
 
+MAX_SIMULATED = 4096
+"""JAX sees another process beyond this (2,048 are known to work)."""
+
+
 def prepare(devices: int | None = None) -> None:
     """Set up the environment in which jax is to be imported.
 
@@ -29,8 +33,10 @@ def prepare(devices: int | None = None) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if devices is None:
         return
-    if devices < 1:
-        raise UserError(f"--devices {devices}: expected a positive number of simulated CPU devices")
+    if not 1 <= devices <= MAX_SIMULATED:
+        raise UserError(
+            f"--devices {devices}: expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
+        )
     before = dict(os.environ)
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+        self._failed = False
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO and WARNING
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
@@ -38,14 +41,17 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied off the devices."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        with self._failing_as("cannot be saved"):
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    rest=ocp.args.StandardSave(rest),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+            if not saved:
+                raise ValueError(f"step {step} is not newer than {self.latest}")
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, rest, meta) of a step, laid out as the given abstract arrays say."""
@@ -61,15 +67,30 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(params)).params
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
+        others = [other for other in self.steps() if other < step]
+        hint = f" (to fall back to step {others[-1]}, move {step} away)" if others else ""
+        with self._failing_as(f"step {step} cannot be restored{hint}"):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            where = f"{self._manager.directory}/{step}"
-            raise RunError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
 
     def wait(self) -> None:
         """Until everything saved is on disk. Raises what a background save failed with."""
-        self._manager.wait_until_finished()
+        with self._failing_as("cannot be saved"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, then let go. After a failure was raised, what it left behind is let go quietly."""
+        if self._failed:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+        else:
+            with self._failing_as("cannot be saved"):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _failing_as(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            self._failed = True
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"{self._manager.directory}: {problem}: {first}") from error

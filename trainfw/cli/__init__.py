@@ -5,7 +5,11 @@ Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by sign
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
+from typing import Annotated
 
 import typer
 
@@ -20,6 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("trainfw"))
+        raise typer.Exit
+
+
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
@@ -28,21 +45,40 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 
+# What the system says of a path that the user gave; anything else it says is a failure of the run.
+_PATH_ERRORS = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL),
+}
+
+
 def main() -> None:
+    # Raising KeyboardInterrupt inside a compiler or a half-done import ends in crashes; the training loop takes
+    # the signal over while there is something to save.
+    before = signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except RunError as error:
         _exit(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
-    except BrokenPipeError:
-        # Whoever read our output (head, less) has gone; that is no failure of ours.
-        sys.stderr.close()
-        raise SystemExit(0) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _exit(f"error: {where}{error.strerror or error}", 2 if error.errno in _PATH_ERRORS else 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "JaxRuntimeError":
+            raise  # a mistake of ours: show where
+        _exit(f"failed: {(str(error).splitlines() or ['out of memory'])[0]}", 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _exit(message: str, code: int) -> None:
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def _interrupted(_signum: int, _frame: object) -> None:
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    os._exit(130)

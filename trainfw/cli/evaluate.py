@@ -6,7 +6,7 @@ from trainfw.cli.options import Devices, Overrides, RunPath, Step
 
 
 def evaluate(run: RunPath, overrides: Overrides = None, devices: Devices = None, step: Step = None) -> None:
-    """Validate a run on its held-out documents, or on others (data.source=...)."""
+    """Validate a run on its held-out documents, or on those of another source (data.source=...)."""
     from trainfw import backends
 
     backends.prepare(devices)
@@ -19,6 +19,5 @@ def evaluate(run: RunPath, overrides: Overrides = None, devices: Devices = None,
         validation, data = training.evaluate(run, overrides or (), step=step, reporter=reporter)
     finally:
         reporter.close()
-    typer.echo(
-        f"{run}: {validation} ({validation.tokens:,} tokens; gzip -9: {data.gzip_bits_per_byte:.3f} bits per byte)"
-    )
+    gzip = f"; gzip -9 reaches {data.gzip_bits_per_byte:.3f}" if validation.complete else ""
+    typer.echo(f"{run}: {validation}{gzip}")

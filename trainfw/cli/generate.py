@@ -26,7 +26,12 @@ def generate(
 
     from trainfw import models, training
     from trainfw.data import TextStream
+    from trainfw.errors import UserError
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--prompt {prompt!r}: is not UTF-8 text") from None
     model, tokenizer = training.load_model(run, step=step)
     tokens = models.generate(
         model,

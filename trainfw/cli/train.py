@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,13 +21,15 @@ def train(
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
     from trainfw import backends
-    from trainfw.errors import UserError, did_you_mean
+    from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
 
     choices = ("auto", "never", "must")
     if resume not in choices:
-        raise UserError(f"--resume {resume}: expected auto, never or must{did_you_mean(resume, choices)}")
+        raise UserError(f"--resume {resume}: expected auto, never or must")
     loaded = load_recipe(recipe, overrides or ())
+    if run_dir is None and (Path(recipe) / "recipe.yaml").is_file():
+        run_dir = recipe  # a run directory given as the recipe goes on where it is
     backends.prepare(devices)
 
     from trainfw import training

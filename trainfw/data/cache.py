@@ -42,7 +42,7 @@ class PreparedData:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trainfw"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
 
 
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> PreparedData:
@@ -54,7 +54,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     source = open_source(config)
     tokenizer = _ready_tokenizer(config)
     fingerprint = _fingerprint(config, source, tokenizer)
-    root = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else default_cache_dir()
     directory = root / fingerprint
     try:
         if (found := _open(directory, fingerprint)) is not None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import Config, PositiveInt, invalid
 
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
@@ -36,12 +36,13 @@ class DataConfig(Config):
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
-    each), .jsonl, .parquet (a document a row), or a directory written by Hugging Face `save_to_disk`."""
+    each), .jsonl, .parquet (a document a row), or a directory written by Hugging Face `save_to_disk`. Relative paths
+    start at the working directory."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """The tokenizer that turns text into tokens."""
-    sequence_length: int = Field(ge=1)
+    sequence_length: PositiveInt
     """Tokens in a row. Documents are concatenated and cut into rows of this length."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """The share of documents held out. A hash of its text decides a document's side."""
@@ -53,5 +54,5 @@ class DataConfig(Config):
     """Seed of the shuffle."""
     cache_dir: str | None = None
     """Where tokens are cached. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
-    prefetch: int = Field(default=4, ge=0)
+    prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""

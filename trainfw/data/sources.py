@@ -68,12 +68,13 @@ class Source:
                 raise UserError(f"cannot read {item.path}: {error.strerror or error}") from error
 
     def fingerprint(self) -> str:
-        """Changes when an input does: the name, size and time of each file, without reading any of them."""
+        """Changes when an input does: the path, size, time, first and last bytes of each file; reads no more of it."""
         state: list[Any] = [self.identity, self.text_field]
         for item in self.inputs:
             for path in sorted(item.path.rglob("*")) if item.path.is_dir() else [item.path]:
                 stat = path.stat()
-                state.append((item.name, path.name, stat.st_size, 0 if self.identity else stat.st_mtime_ns))
+                known = () if self.identity else (str(path.resolve()), stat.st_mtime_ns, _ends(path, stat.st_size))
+                state.append((item.name, path.name, stat.st_size, *known))
         return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
     def num_documents(self) -> int | None:
@@ -97,7 +98,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _find(name: str) -> list[Input]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return [_input(path, path.parent)] if _is_saved_dataset(path) else _find_in_directory(path)
     if path.exists():
@@ -162,6 +163,16 @@ def read_text(path: Path, _field: str) -> Iterator[tuple[str, str]]:
     yield "", _decoded(path.read_bytes(), path, line=1)
 
 
+def _ends(path: Path, size: int, block: int = 2**16) -> str:
+    """A hash of a file's first and last block: times and sizes alone agree where images or archives set them."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        first = file.read(block)
+        file.seek(max(size - block, 0))
+        return hashlib.blake2b(first + file.read(block), digest_size=16).hexdigest()
+
+
 def read_python(path: Path, _field: str) -> Iterator[tuple[str, str]]:
     """A Python file as one document, in the encoding that it declares; skipped where it does not decode."""
     try:
@@ -180,9 +191,10 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
             where = f"{path}, line {line}"
             try:
                 row = json.loads(_decoded(data, path, line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
                 shown = data[:60].decode(errors="replace").rstrip()
-                raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}): {shown}") from error
+                what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise UserError(f"{where}: not JSON ({what}): {shown}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected an object with a {field!r} key, found {_kind(row)}")
             _check_field(field, row, where, "key")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
     it, else from the usual names. Raises UserError where there is no such file, or no token that ends a document.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")

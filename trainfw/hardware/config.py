@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 
@@ -11,7 +11,7 @@ class HardwareConfig(Config):
 
     topology: str | None = None
     """A known topology (`trn2.48xlarge`, `h100-8`, ...): the run then insists on its number of devices."""
-    count: int = Field(default=1, ge=1)
+    count: PositiveInt = 1
     """How many of that topology."""
 
     @model_validator(mode="after")

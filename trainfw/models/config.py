@@ -7,9 +7,9 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -56,7 +56,7 @@ class ModelConfig(Config):
     """D: width of the residual stream."""
     intermediate_size: PositiveInt
     """F: width of the gated feed-forward layer."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """L: decoder layers."""
     num_heads: PositiveInt
     """H: query heads."""

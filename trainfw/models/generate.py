@@ -15,6 +15,7 @@ from flax import nnx
 from trainfw.errors import UserError
 from trainfw.models.transformer import KVCache, Transformer
 
+_LONGEST = 2**20
 _SAMPLING = ("temperature", "top_k", "top_p")
 
 
@@ -64,12 +65,16 @@ def generate(
         raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocab}")
     if max_tokens < 1:
         raise UserError(f"max_tokens = {max_tokens}: expected at least 1")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature = {temperature}: expected 0 (take the likeliest token) or more")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k = {top_k}: expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p = {top_p}: expected more than 0 and at most 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed}: expected 0 to {2**32 - 1}")
+    if len(prompt) + max_tokens > _LONGEST:
+        raise UserError(f"max_tokens = {max_tokens}: the prompt and these tokens exceed {_LONGEST:,}")
     return _generate(model, prompt, max_tokens, eos_id, seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
 

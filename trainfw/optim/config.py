@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import INT32, Config, PositiveInt, invalid
 
 
 class OptimizerConfig(Config):
@@ -18,16 +18,16 @@ class OptimizerConfig(Config):
     """With `muon`: the peak for what AdamW updates. Left out, `learning_rate`."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """After warmup: stay, decay over the rest of the run, or (`wsd`) stay and decay over `decay_steps` at the end."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warmup from 0."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    warmup_steps: int = Field(default=0, ge=0, le=INT32)
+    """Steps of linear warmup; the first of them takes peak / (warmup_steps + 1)."""
+    decay_steps: PositiveInt | None = None
     """With `wsd`: the length of the final decay. Left out, a tenth of the run."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """The learning rate at the end, as a fraction of the peak."""
     b1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment (Muon: of the momentum)."""
+    """Decay of the first moment (Muon: of the momentum); Adafactor has none."""
     b2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment (Lion: of the momentum)."""
+    """Decay of the second moment (Lion: of the momentum); Adafactor's rises with the step."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the denominator of AdamW's update."""
     weight_decay: float = Field(default=0.1, ge=0)

@@ -60,9 +60,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 },
                 _muon_labels,
             )
-    if config.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+    def init(params: Params) -> Any:
+        _check_patterns(params, config.weight_decay_exclude)
+        return optimizer.init(params)
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def optimizer_shardings(
@@ -101,14 +106,17 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _decay_mask(params: Params, exclude: list[str]) -> Params:
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    # Muon hands over only a part of the parameters, so a pattern of the default list may match nothing there.
-    for pattern in exclude:
-        if pattern not in OptimizerConfig().weight_decay_exclude and not fnmatch.filter(names, pattern):
-            raise UserError(f"optimizer.weight_decay_exclude: {pattern!r} matches none of the parameters {names}")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(fnmatch.fnmatch(_name(path), pattern) for pattern in exclude), params
     )
+
+
+def _check_patterns(params: Params, exclude: list[str]) -> None:
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in exclude:
+        # The defaults suit every model: one without biases is no mistake.
+        if pattern not in OptimizerConfig().weight_decay_exclude and not fnmatch.filter(names, pattern):
+            raise UserError(f"weight_decay_exclude: {pattern!r} matches none of the parameters {', '.join(names)}")
 
 
 def _muon_labels(params: Params) -> Params:

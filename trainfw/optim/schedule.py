@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import optax
 
+from trainfw.errors import UserError
 from trainfw.optim.config import OptimizerConfig
 
 
@@ -13,7 +14,9 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None
     peak = config.learning_rate if peak is None else peak
     final = peak * config.final_fraction
     rest = max(steps - config.warmup_steps, 1)
-    decay = min(config.decay_steps or max(steps // 10, 1), rest)
+    decay = config.decay_steps or min(max(steps // 10, 1), rest)
+    if decay > rest:
+        raise UserError(f"decay_steps = {decay} is longer than the {rest} steps after warmup")
     after: optax.Schedule
     match config.schedule:
         case "constant":

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import INT32, Config, invalid
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, from least to most communication (so from the slowest links to the fastest)."""
@@ -30,7 +30,7 @@ class ParallelConfig(Config):
     def _sizes_make_sense(self) -> ParallelConfig:
         for axis in AXES:
             size = getattr(self, axis)
-            if size == 0 or size < -1:
+            if size == 0 or size < -1 or size > INT32:
                 invalid(axis, f"{axis} = {size}: expected a positive size, or -1 to fill")
         filled = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(filled) > 1:

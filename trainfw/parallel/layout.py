@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from trainfw.errors import UserError
 from trainfw.parallel.config import AXES, ParallelConfig
 
+MAX_SIMULATED_DEVICES = 2048
+"""What one process is known to simulate; nobody is advised to try more."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -32,12 +35,12 @@ class Layout:
             sizes[fill[0]] = num_devices // fixed
         elif fill:
             raise UserError(
-                f"parallel: {spelled}: the fixed axes multiply to {fixed}, which does not divide {num_devices} "
+                f"{spelled}: the fixed axes multiply to {fixed}, which does not divide {num_devices} "
                 f"device{'s' * (num_devices != 1)}{_simulate(fixed, num_devices)}"
             )
         elif fixed != num_devices:
             raise UserError(
-                f"parallel: {spelled} = {fixed}, but there {'is' if num_devices == 1 else 'are'} {num_devices} "
+                f"{spelled} = {fixed}, but there {'is' if num_devices == 1 else 'are'} {num_devices} "
                 f"device{'s' * (num_devices != 1)}{_simulate(fixed, num_devices)}"
             )
         return cls(**sizes)
@@ -56,5 +59,7 @@ class Layout:
 
 
 def _simulate(needed: int, found: int) -> str:
+    if needed > MAX_SIMULATED_DEVICES:
+        return ""
     fewer = "" if needed > found else ", set one axis to -1 to fill the devices,"
     return f"; change parallel.<axis>{fewer} or simulate {needed} devices on a CPU with --devices {needed}"

@@ -47,12 +47,12 @@ class Rules:
         self.table = dict(DEFAULT_RULES)
         for name, axes in (overrides or {}).items():
             if name not in self.table:
-                raise UserError(f"parallel.rules.{name}: unknown dim name{did_you_mean(name, self.table)}")
+                raise UserError(f"{name}: unknown dim name{did_you_mean(name, self.table)}")
             for axis in axes:
                 if axis not in AXES:
-                    raise UserError(
-                        f"parallel.rules.{name} = {list(axes)}: unknown axis {axis!r}{did_you_mean(axis, AXES)}"
-                    )
+                    raise UserError(f"{name} = {list(axes)}: unknown axis {axis!r}{did_you_mean(axis, AXES)}")
+                if axes.count(axis) > 1:
+                    raise UserError(f"{name} = {list(axes)}: names axis {axis!r} twice")
             self.table[name] = tuple(axes)
 
     def spec(

@@ -87,9 +87,11 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     layout = _checked_layout(recipe, len(devices))
     mesh = make_mesh(layout, devices)
-    rules = Rules(mesh, recipe.parallel.rules)
-    optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
-    schedule = make_schedule(recipe.optimizer, recipe.train.steps)
+    with recipe.blamed("parallel.rules"):
+        rules = Rules(mesh, recipe.parallel.rules)
+    with recipe.blamed("optimizer"):
+        optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
+        schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     z_loss, accumulation = recipe.train.z_loss, recipe.train.accumulation_steps
 
     def make_model(key: jax.Array) -> Transformer:
@@ -107,8 +109,10 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
 
     graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
-    param_shardings = _param_shardings(variables, rules)
-    shapes = jax.eval_shape(init)
+    with recipe.blamed("parallel"):
+        param_shardings = _param_shardings(variables, rules)
+    with recipe.blamed("optimizer"):
+        shapes = jax.eval_shape(init)
     shardings = TrainState(
         step=rules.replicated,
         params=param_shardings,
@@ -134,6 +138,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
+        metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
@@ -154,7 +159,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             "loss_mask": jnp.float32,
         }.items()
     }
-    return Program(
+    program = Program(
         recipe=recipe,
         layout=layout,
         mesh=mesh,
@@ -173,6 +178,9 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         ),
         eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
     )
+    with recipe.blamed("parallel"):
+        program.train_step.trace(program.abstract_state, abstract_batch)  # a rule that cannot apply shows here
+    return program
 
 
 def _accumulate(
@@ -212,7 +220,8 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
                 f"{hardware.count} of it is {expected} devices, but this is {num_devices}; "
                 f"simulate them with --devices {expected}, or set hardware.topology=null to run on what there is",
             )
-    layout = Layout.resolve(recipe.parallel, num_devices)
+    with recipe.blamed("parallel"):
+        layout = Layout.resolve(recipe.parallel, num_devices)
     for axis in AXES:
         if layout.sizes[axis] > 1 and axis in ("pipeline", "expert", "context"):
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")

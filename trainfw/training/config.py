@@ -4,15 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainfw.config import Config, invalid
+from trainfw.config import INT32, Config, invalid
 
 
 class TrainConfig(Config):
     """The training run: how long, on how much at a time, computed how, and what is reported."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=INT32)
     """Optimizer updates."""
-    global_batch_size: int = Field(default=8, ge=1)
+    global_batch_size: int = Field(default=8, ge=1, le=INT32)
     """Rows (of data.sequence_length tokens) in one update, over all devices."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Microbatches that one update is split into: less activation memory, the same update."""
@@ -24,7 +24,7 @@ class TrainConfig(Config):
     """Compile one layer and scan over the stack; false unrolls the layers: slower to compile, the same numbers."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=INT32)
     """Seed of the initial parameters."""
     log_every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl."""
@@ -34,7 +34,7 @@ class TrainConfig(Config):
     """Validate on this many batches at most; 0: never; null: the whole held-out split."""
     sample_prompt: str | None = None
     """When the run ends, show what the model writes after this."""
-    sample_tokens: int = Field(default=64, ge=1)
+    sample_tokens: int = Field(default=64, ge=1, le=2**20)
     """Tokens of that sample."""
 
     @model_validator(mode="after")

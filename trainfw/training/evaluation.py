@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import jax
 
 from trainfw.checkpoint import Checkpoints
 from trainfw.data import PreparedData, Rows, Tokenizer, load_tokenizer, prepare, validation_batches
-from trainfw.errors import UserError
+from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer
 from trainfw.program import Mean, Program, build_program
 from trainfw.recipe import load_recipe
@@ -30,6 +31,8 @@ class Validation:
     """Of the documents' UTF-8 text: comparable across tokenizers, and with a compressor."""
     tokens: int
     """Tokens predicted."""
+    complete: bool
+    """Whether these are all held-out tokens. If not, bits_per_byte takes the whole split's bytes per token."""
 
     def row(self, step: int) -> dict[str, Any]:
         return {
@@ -41,7 +44,8 @@ class Validation:
         }
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.3f} bits per byte"
+        part = "" if self.complete else f" (of the first {self.tokens:,} held-out tokens)"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.3f} bits per byte{part}"
 
 
 def validate(program: Program, params: Any, data: PreparedData, reporter: Reporter) -> Validation:
@@ -64,17 +68,23 @@ def validate(program: Program, params: Any, data: PreparedData, reporter: Report
         total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
         reporter.progress("validating, batches", number, everything if limit is None else min(everything, limit))
     if not total.count:
-        raise UserError("validation: the held-out split has no token to predict; raise data.validation_fraction")
+        raise recipe.error("train.validation_batches", "leaves no held-out token to predict")
     loss = total.value()
+    if not math.isfinite(loss):
+        raise RunError(f"validation: the loss is {loss}: the parameters are no longer finite, or overflow in the model")
     # Every token of a document but its first, the begin marker, is predicted once.
-    predicted_per_byte = (data.validation.num_tokens - data.validation.num_documents) / data.validation.num_bytes
+    predicted = data.validation.num_tokens - data.validation.num_documents
     return Validation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=loss * predicted_per_byte / math.log(2),
+        bits_per_byte=loss * predicted / data.validation.num_bytes / math.log(2),
         tokens=int(total.count),
+        complete=int(total.count) == predicted,
     )
 
+
+# What an evaluation may be told; anything else would be silently ignored.
+_EVALUATION_KEYS = ("data", "parallel", "hardware", "train.global_batch_size", "train.validation_batches")
 
 # Where and how a run was trained does not matter to whoever uses its model.
 _ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
@@ -98,21 +108,31 @@ def evaluate(
     step: int | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, PreparedData]:
-    """Validate a run's checkpoint on its held-out split, or on another with `data.` overrides.
+    """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
-    Runs on all devices, by FSDP unless `parallel.` overrides say otherwise.
+    Other data is read with the run's own tokenizer. Runs on all devices, by FSDP unless `parallel.` overrides say
+    otherwise.
     """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
-    recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, *overrides])
+    keys = [override.partition("=")[0] for override in overrides]
+    for key in keys:
+        if not key.startswith(_EVALUATION_KEYS):
+            raise UserError(
+                f"command line: {key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}"
+            )
+    settings = [*_ANY_DEVICES, *overrides]
+    if any(key.startswith("data") for key in keys):
+        settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
+    recipe = load_recipe(run.recipe_file, settings)
+    if "train.global_batch_size" not in keys:
+        rows, devices = recipe.train.global_batch_size, jax.device_count()
+        recipe = load_recipe(run.recipe_file, [*settings, f"train.global_batch_size={-(-rows // devices) * devices}"])
     program = build_program(recipe)
-    data = prepare(recipe.data, progress=reporter.progress)
+    with recipe.blamed("data"):
+        data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
-        raise recipe.error(
-            "data.tokenizer.name",
-            f"makes other tokens than {run} was trained on; add "
-            f"data.tokenizer='{{name: file, path: {run.tokenizer}}}' to use the run's own",
-        )
+        raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
     return validate(program, _restore(run, program, step), data, reporter), data
 
 

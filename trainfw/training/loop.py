@@ -62,8 +62,8 @@ def train(
     written), RunError when the run fails, Interrupted when a signal stopped it after a checkpoint.
     """
     reporter = reporter or Reporter()
-    run = RunDirectory(run_dir or Path("runs") / recipe.name)
-    resumed_step = run.check(recipe, resume)
+    run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir)
+    run.check(recipe, resume)  # early, since what follows takes a while
     backend = backends.current()
     program = build_program(recipe, devices)
     count = program.mesh.size
@@ -75,6 +75,7 @@ def train(
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(_batches(recipe, data)))
         stack.enter_context(run.lock())
+        resumed_step = run.check(recipe, resume)  # again, now that no other process can change the answer
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint)))
         state = _first_state(program, checkpoints, batches, resumed_step)
         if resumed_step is not None:
@@ -87,7 +88,8 @@ def train(
 
 
 def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
-    data = prepare(recipe.data, progress=reporter.progress)
+    with recipe.blamed("data"):
+        data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise recipe.error(
             "model.vocab_size",
@@ -106,13 +108,14 @@ def _changes(run: RunDirectory, recipe: Recipe) -> str:
 
 
 def _batches(recipe: Recipe, data: PreparedData) -> TrainIterator:
-    return train_iterator(
-        data.train,
-        recipe.data,
-        global_batch_size=recipe.train.global_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    with recipe.blamed("data"):
+        return train_iterator(
+            data.train,
+            recipe.data,
+            global_batch_size=recipe.train.global_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
 
 def _first_state(
@@ -162,7 +165,6 @@ class _Run:
         validation = self._validate(state, steps)
         if validation is not None:
             self._compare(validation)
-        self.checkpoints.wait()
         sample = self._sample(state)
         self.reporter.note(f"done: step {steps}, saved in {self.run}")
         return Result(self.run.path, steps, validation, sample)
@@ -202,14 +204,16 @@ class _Run:
                 check = config.validate_every and step % config.validate_every == 0 and step < steps
                 if save or check:
                     self._drain()
+                    # Before the save: a run that dies in between validates again, and no row is lost.
+                    if check and not stop:
+                        self._validate(state, step)
                     if save:
                         self._save(step, state)
-                    if check:
-                        self._validate(state, step)
                     self.last_completed = time.monotonic()  # neither is part of a step's time
                 if stop and step < steps:
                     self.checkpoints.wait()
                     raise Interrupted(signalled[0], step)
+            self.checkpoints.wait()  # while a signal still cannot cut it short
         return state
 
     def _drain(self) -> None:
@@ -223,12 +227,14 @@ class _Run:
         now = time.monotonic()
         self.times.append(now - self.last_completed)
         self.last_completed = now
-        if not math.isfinite(loss):
-            saved = self.run.steps()
-            kept = f"step {saved[-1]} is the last one saved" if saved else "nothing was saved"
-            raise RunError(
-                f"step {step}: the loss is {loss}; {kept}; lower optimizer.learning_rate or look at the data"
-            )
+        for name, value in {"loss": loss, **{n: metrics[n].value() for n in ("grad_norm", "update_norm")}}.items():
+            if not math.isfinite(value):
+                self.checkpoints.wait()
+                saved = self.run.steps()
+                kept = f"step {saved[-1]} is the last one saved" if saved else "nothing was saved"
+                raise RunError(
+                    f"step {step}: {name} is {value}; {kept}; lower optimizer.learning_rate or look at the data"
+                )
         self.reporter.step(step, self.recipe.train.steps)
         if step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps:
             self._log_step(step, loss, metrics)
@@ -258,7 +264,8 @@ class _Run:
         if self.recipe.train.validation_batches == 0:
             return None
         validation = validate(self.program, state.params, self.data, self.reporter)
-        self.log.write(validation.row(step))
+        if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):
+            self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
 
@@ -266,7 +273,8 @@ class _Run:
         first = next(row for row in self.run.metrics() if "validation_bits_per_byte" in row)
         self.reporter.note(
             f"held-out documents, bits per byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
-            f"{validation.bits_per_byte:.3f} now; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}"
+            f"{validation.bits_per_byte:.3f} now"
+            + (f"; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}" if validation.complete else "")
         )
 
     def _sample(self, state: TrainState) -> str | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import time
 from typing import Any
 
@@ -11,7 +13,10 @@ class Reporter:
         self._progress_of, self._last_progress = "", 0.0
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  whoever listened has gone; the run goes on
 
     def progress(self, description: str, completed: int, total: int | None) -> None:
         """Long work outside the step loop: `completed` of `total`, in the description's units."""

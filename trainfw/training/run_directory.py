@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,9 @@ class RunDirectory:
     """The files of one run: recipe.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        if not str(path):
+            raise UserError("run directory: the path is empty")
+        self.path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -58,7 +60,7 @@ class RunDirectory:
         """Steps of the finished checkpoints (Orbax renames a checkpoint to its step when it is whole)."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal())
+        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal() and p.is_dir())
 
     def check(self, recipe: Recipe, resume: Resume) -> int | None:
         """The step to resume from, or None to start. Reads only.
@@ -116,16 +118,16 @@ class RunDirectory:
             raise UserError(f"{self}: cannot be written: {error.strerror}") from None
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a line that a crash cut short is left out."""
+        """The rows of metrics.jsonl; a line that is none, as a crash may leave, is left out."""
         if not self.metrics_file.is_file():
             return
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    yield row
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process trains here at a time. The lock goes with the process, however it ends."""
         from filelock import FileLock, Timeout
