@@ -129,14 +129,14 @@ def test_what_cannot_work_leaves_a_run_as_it_was(tmp_path):
     train(recipe, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=Notes())
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 99, "loss": 1.0}\n')
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    for override in (
+    for override in [
         "parallel.rules={act_mlp: [fsdp]}",
         "parallel.fsdp=3",
         "optimizer.name=lion",
         "model.vocab_size=8",
-    ):
+    ]:
+        bad = tiny_recipe(tmp_path, "train.steps=8", override)
         with pytest.raises(UserError):
-            bad = tiny_recipe(tmp_path, "train.steps=8", override)
             train(bad, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=Notes())
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
