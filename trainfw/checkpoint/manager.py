@@ -20,7 +20,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
         self._failed = False
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every file at INFO and WARNING
+        # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(

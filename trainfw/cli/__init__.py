@@ -26,15 +26,21 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         import importlib.metadata
 
         typer.echo(importlib.metadata.version("trainfw"))
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 app.command("train")(train.train)
@@ -63,8 +69,10 @@ def main() -> None:
     except RunError as error:
         _exit(f"failed: {error}", 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _exit(f"error: {where}{error.strerror or error}", 2 if error.errno in _PATH_ERRORS else 1)
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        if error.errno in _PATH_ERRORS:
+            _exit(f"error: {what}", 2)
+        _exit(f"failed: {what}", 1)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "JaxRuntimeError":
             raise  # a mistake of ours: show where

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -25,5 +26,7 @@ class MetricsLog:
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._writer.close()
+        # Each row was flushed as it was written; a full disk here must not hide why the run ended.
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._writer.close()
