@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 INT32 = 2**31 - 1
 """The largest integer that arrays index with: the upper bound of sizes and counts."""
 
-PositiveInt = Annotated[int, Field(ge=1, le=INT32)]
+PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
 
 
 class Config(BaseModel):
