@@ -118,6 +118,8 @@ def bundled_recipes() -> dict[str, Path]:
 
 def find_recipe(path: str | os.PathLike[str]) -> Path:
     """`path` itself, a bundled recipe of that name, or the recipe of a run directory."""
+    if not str(path):
+        raise UserError("recipe: the path is empty")
     file, bundled = Path(path), bundled_recipes()
     if (file / "recipe.yaml").is_file():
         return file / "recipe.yaml"
@@ -125,8 +127,6 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
         return file
     if str(path) in bundled:
         return bundled[str(path)]
-    if not str(path):
-        raise UserError("recipe: the path is empty")
     if file.is_dir():
         raise UserError(f"{path}: is a directory without a recipe.yaml")
     beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
@@ -286,7 +286,6 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
     path = [str(part) for part in error["loc"]]
     if kind == "combination" and error["ctx"]["field"]:
         path.append(error["ctx"]["field"])
-    key = ".".join(path)
     # A field that takes several types is followed by their names.
     if kind != "extra_forbidden":
         path = [part for part in path if part not in ("str", "list[str]")]

@@ -141,7 +141,7 @@ ARGUMENTS = {
     "generate from no run": (["generate", "nowhere", "--prompt", "x"], "is not a run directory"),
     "recipe of no name": (["train", ""], "the path is empty"),
     "recipe too long": (["train", "x" * 5000], "ame too long"),
-    "devices beyond count": (["train", "quickstart", "--devices", "99999999999999"], "4096 at most"),
+    "devices beyond count": (["train", "quickstart", "--devices", "99999999999999"], "2048 at most"),
     "unknown command": (["trian"], "No such command"),
     "unknown option": (["train", "quickstart", "--device", "2"], "No such option"),
     "tokenizer of nothing": (["tokenizer", "train", "nowhere.txt", "--out", "t"], "nowhere.txt"),

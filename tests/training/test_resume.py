@@ -114,9 +114,11 @@ def test_retention(tmp_path):
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"holds 'thesis\.txt' but no run"):
+    # A recipe.yaml of one's own must not be overwritten with the resolved one.
+    (tmp_path / "run" / "recipe.yaml").write_text("precious")
+    with pytest.raises(UserError, match=r"holds 'recipe\.yaml' but no run"):
         train_quietly(tiny_recipe(tmp_path), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == "precious"
 
 
 def command(recipe: Path, run: Path, *overrides: str) -> list[str]:

@@ -19,8 +19,8 @@ GPU = Backend("gpu")
 BACKENDS = {backend.name: backend for backend in (CPU, GPU)}
 
 
-MAX_SIMULATED = 4096
-"""JAX sees another process beyond this (2,048 are known to work)."""
+MAX_SIMULATED = 2048
+"""The most devices that one process is known to simulate."""
 
 
 def prepare(devices: int | None = None) -> None:

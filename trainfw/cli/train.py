@@ -28,7 +28,7 @@ def train(
     if resume not in choices:
         raise UserError(f"--resume {resume}: expected auto, never or must")
     loaded = load_recipe(recipe, overrides or ())
-    if run_dir is None and (Path(recipe) / "recipe.yaml").is_file():
+    if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     backends.prepare(devices)
 

@@ -3,11 +3,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainfw.backends import MAX_SIMULATED
 from trainfw.errors import UserError
 from trainfw.parallel.config import AXES, ParallelConfig
-
-MAX_SIMULATED_DEVICES = 2048
-"""What one process is known to simulate; nobody is advised to try more."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Layout:
 
 
 def _simulate(needed: int, found: int) -> str:
-    if needed > MAX_SIMULATED_DEVICES:
+    if needed > MAX_SIMULATED:
         return ""
     fewer = "" if needed > found else ", set one axis to -1 to fill the devices,"
     return f"; change parallel.<axis>{fewer} or simulate {needed} devices on a CPU with --devices {needed}"

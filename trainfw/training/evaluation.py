@@ -121,13 +121,12 @@ def evaluate(
             raise UserError(
                 f"command line: {key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}"
             )
-    settings = [*_ANY_DEVICES, *overrides]
+    # The batch changes no number here: as many rows as in training, rounded up to fit the devices.
+    rows, devices = load_recipe(run.recipe_file).train.global_batch_size, jax.device_count()
+    settings = [*_ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}", *overrides]
     if any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(run.recipe_file, settings)
-    if "train.global_batch_size" not in keys:
-        rows, devices = recipe.train.global_batch_size, jax.device_count()
-        recipe = load_recipe(run.recipe_file, [*settings, f"train.global_batch_size={-(-rows // devices) * devices}"])
     program = build_program(recipe)
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=reporter.progress)

@@ -69,9 +69,9 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if not self.recipe_file.is_file() and self.path.is_dir():
-            # A run killed before it stored its recipe has left its lock and an empty checkpoints/.
-            others = {p.name for p in self.path.iterdir()} - {".lock", "checkpoints"}
+        if self.path.is_dir() and not self.checkpoints.is_dir():
+            # A run has made checkpoints/ before any other file but its lock: these files are somebody else's.
+            others = {p.name for p in self.path.iterdir()} - {".lock"}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         steps = self.steps()
