@@ -8,4 +8,8 @@ from trainfw import backends
 # Tests compile far more than they compute. `prepare` keeps flags that are set.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 backends.prepare(8)
+import jax
+
+# Started here, whichever test comes first: commands run in this process may ask for another number.
+assert jax.device_count() == 8
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")
