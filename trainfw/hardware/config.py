@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
-from trainfw.errors import did_you_mean
+from trainfw.errors import UserError, did_you_mean
+from trainfw.hardware.topology import Topology, load_topology, topology_names
 
 
 class HardwareConfig(Config):
@@ -12,14 +15,36 @@ class HardwareConfig(Config):
     topology: str | None = None
     """A known topology (`trn2.48xlarge`, `h100-8`, ...): the run then insists on its number of devices."""
     count: PositiveInt = 1
-    """How many of that topology."""
+    """How many of that topology, joined by their network."""
+    lnc: Literal[1, 2] | None = None
+    """Physical NeuronCores in a logical one, hence in one JAX device. Left out, the chip's default."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Replace figures of the topology by dotted name, such as `links.neuronlink.bandwidth: 128 GB/s`."""
+    sdk: str | None = None
+    """The Neuron SDK whose limits and packages count. Left out, the newest that trainfw has a profile of."""
+    compiler_flags: list[str] = Field(default_factory=list)
+    """Further options of neuronx-cc, after trainfw's own."""
+    fsdp_overlap: bool = True
+    """Let Neuron overlap FSDP's collectives with compute (NEURON_FSDP and others, which AWS calls experimental)."""
 
     @model_validator(mode="after")
-    def _topology_is_known(self) -> HardwareConfig:
-        from trainfw.hardware.topology import topology_names
-
-        if self.topology is not None and self.topology not in topology_names():
+    def _names_something_known(self) -> HardwareConfig:
+        if self.topology is None:
+            for field in ("count", "lnc", "parameters"):
+                if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
+                    invalid(field, f"{field} = {getattr(self, field)} needs hardware.topology to say of what")
+            return self
+        if self.topology not in topology_names():
             invalid("topology", f"unknown topology{did_you_mean(self.topology, topology_names())}")
-        if self.topology is None and self.count != 1:
-            invalid("count", f"count = {self.count} needs hardware.topology to say of what")
+        try:
+            self.load()
+        except UserError as error:
+            field = next((f for f in ("lnc", "parameters") if str(error).startswith(f)), "count")
+            invalid(field, str(error))
         return self
+
+    def load(self) -> Topology | None:
+        """The topology, or None when the recipe names none."""
+        if self.topology is None:
+            return None
+        return load_topology(self.topology, count=self.count, lnc=self.lnc, parameters=self.parameters)

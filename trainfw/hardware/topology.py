@@ -1,50 +1,295 @@
+"""The physical graph: chips, cores, the dimensions they stand in, and the links between them."""
+
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_DIRECTORY = Path(__file__).parent / "topologies"
+from trainfw.errors import UserError, did_you_mean
+from trainfw.hardware.figures import Figure, quantity
+from trainfw.hardware.schema import ChipFile, GroupsFile, SplitFile, TopologyFile
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One physical dimension: of the cores of a chip, of the chips of a unit, or of units on a network."""
+
+    name: str
+    size: int
+    kind: str
+    """`chip` (cores of one chip), `ring`, `line`, `switch` or `network`."""
+    bandwidth: float
+    """Bytes/s of one link in one direction (of one chip's port, for a switch or network; of one core, in a chip)."""
+    latency: float
+    """Seconds a hop."""
+    inside_instance: bool
+    link: str
+    """Name of the kind of link."""
+
+    def distance(self, a: int, b: int) -> int:
+        """Hops between two places along it."""
+        if self.kind == "ring":
+            return min((a - b) % self.size, (b - a) % self.size)
+        return abs(a - b) if self.kind == "line" else int(a != b)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A physical link between chips `a` and `b` (or between chip `a` and switch `b`, a string)."""
+
+    a: int
+    b: int | str
+    dim: str
+    bandwidth: float
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One unit of rentable hardware, as far as a run needs it."""
+    """`count` units of rentable hardware and the network between them.
+
+    Cores are *logical* (LNC applied: one core is one JAX device), numbered unit by unit and chip by chip, with the
+    last dimension fastest: the order in which JAX numbers devices when processes are numbered by host position.
+    """
 
     name: str
     description: str
-    devices: int
-    """JAX devices in one unit (on Trainium: logical NeuronCores at the default LNC)."""
-    device_kinds: tuple[str, ...]
-    """The `device_kind` strings under which JAX reports these devices."""
-    peak_flops: dict[str, float]
-    """Dense peak of one device, FLOP/s by compute dtype."""
+    count: int
+    lnc: int
+    chip: ChipFile
+    dims: tuple[Dimension, ...]
+    """Outermost first: the network (when count > 1), the grid of chips, the cores of a chip (when more than one)."""
+    splits: Mapping[str, SplitFile]
+    groups: tuple[GroupsFile, ...] | None
+    """Group shapes inside an instance that documents list. None: no document restricts or lists them."""
+    rules: str | None
+    """`neuron` where Neuron's rules on collective groups and permutes hold."""
+    core_links: tuple[tuple[int, int], ...]
+    figures: Mapping[str, Figure]
+    """Every figure by its dotted name, such as `links.neuronlink.bandwidth`: what `hardware.parameters` overrides."""
+    totals: Mapping[str, Figure]
+    """What the sources say of one unit."""
     sources: tuple[str, ...]
+
+    # Sizes ------------------------------------------------------------------------------------------------------
+    @property
+    def cores_per_chip(self) -> int:
+        return self.chip.cores // self.lnc
+
+    @property
+    def cores(self) -> int:
+        return math.prod(dim.size for dim in self.dims)
+
+    @property
+    def chips(self) -> int:
+        return self.cores // self.cores_per_chip
+
+    @property
+    def cores_per_instance(self) -> int:
+        return math.prod(dim.size for dim in self.dims if dim.inside_instance)
+
+    @property
+    def instances(self) -> int:
+        """Hosts, each with one process on Neuron."""
+        return self.cores // self.cores_per_instance
+
+    @property
+    def device_kinds(self) -> tuple[str, ...]:
+        return tuple(self.chip.device_kinds[self.lnc])
+
+    # Rates ------------------------------------------------------------------------------------------------------
+    def peak_flops(self, dtype: str) -> float | None:
+        """Dense peak of one core in FLOP/s, or None where no source gives it (never a guess)."""
+        figure = self.figures.get(f"chip.peak_flops.{dtype}")
+        return None if figure is None else figure.number / self.cores_per_chip
+
+    @property
+    def hbm_size(self) -> float | None:
+        """Bytes of device memory of one core."""
+        figure = self.figures.get("chip.hbm_size")
+        return None if figure is None else figure.number / self.cores_per_chip
+
+    @property
+    def hbm_bandwidth(self) -> float | None:
+        """Bytes/s of one core's share of the chip's memory."""
+        figure = self.figures.get("chip.hbm_bandwidth")
+        return None if figure is None else figure.number / self.cores_per_chip
+
+    @property
+    def core_overhead(self) -> float:
+        """Bytes of device memory that the runtime takes on one logical core."""
+        figure = self.figures.get("chip.core_overhead")
+        return 0.0 if figure is None else figure.number * self.lnc
+
+    # Geometry ---------------------------------------------------------------------------------------------------
+    def dim(self, name: str) -> Dimension:
+        return next(dim for dim in self.dims if dim.name == name)
+
+    @functools.cached_property
+    def chip_dims(self) -> tuple[Dimension, ...]:
+        """The dimensions of chips: all but the cores of a chip."""
+        return tuple(dim for dim in self.dims if dim.kind != "chip")
+
+    def coordinates(self, core: int) -> dict[str, int]:
+        """Where a core stands, by dimension."""
+        place: dict[str, int] = {}
+        for dim in reversed(self.dims):
+            core, place[dim.name] = divmod(core, dim.size)
+        return place
+
+    def chip_distance(self, a: int, b: int) -> int:
+        """Hops between two chips: 0 the same, 1 joined by a link (or through one switch, or over the network)."""
+        hops = 0
+        for dim in reversed(self.chip_dims):
+            (a, x), (b, y) = divmod(a, dim.size), divmod(b, dim.size)
+            hops += dim.distance(x, y)
+        return hops
+
+    def neighbours(self, chip: int) -> list[int]:
+        """Chips of the same unit one hop away, in the order up, left, down, right of the last two dimensions.
+
+        (The order in which `neuron-ls` lists them; further dimensions follow.)
+        """
+        dims = [dim for dim in self.chip_dims if dim.kind != "network"]
+        strides = [math.prod(d.size for d in dims[i + 1 :]) for i in range(len(dims))]
+        found: dict[int, None] = {}
+        inner = list(zip(dims, strides))[-2:]
+        outer = list(zip(dims, strides))[:-2]
+        for step, pairs in ((-1, inner), (1, inner), (-1, outer), (1, outer)):
+            for dim, stride in pairs:
+                at = chip // stride % dim.size
+                for to in range(dim.size) if dim.kind == "switch" else (at + step,):
+                    to = to % dim.size if dim.kind == "ring" else to
+                    if 0 <= to < dim.size and dim.distance(at, to) == 1:
+                        found[chip + (to - at) * stride] = None
+        return list(found)
+
+    def links(self) -> Iterator[Link]:
+        """Every link inside one unit, once. A switch counts one link for each chip it serves."""
+        dims = [dim for dim in self.chip_dims if dim.kind != "network"]
+        chips = math.prod(dim.size for dim in dims)
+        for i, dim in enumerate(dims):
+            stride = math.prod(d.size for d in dims[i + 1 :])
+            for chip in range(chips):
+                at = chip // stride % dim.size
+                if dim.kind == "switch":
+                    if dim.size > 1:
+                        yield Link(chip, f"{dim.name} switch {chip - at * stride}", dim.name, dim.bandwidth)
+                elif at + 1 < dim.size or (dim.kind == "ring" and dim.size > 2):
+                    yield Link(chip, chip + ((at + 1) % dim.size - at) * stride, dim.name, dim.bandwidth)
+
+    def hosts_of(self, cores: int) -> int:
+        """Instances that this many cores fill, rounded up."""
+        return -(-cores // self.cores_per_instance)
 
 
 def topology_names() -> list[str]:
-    return sorted(path.stem for path in _DIRECTORY.glob("*.yaml"))
+    return sorted(path.stem for path in (_HERE / "topologies").glob("*.yaml"))
+
+
+def load_topology(
+    name: str, *, count: int = 1, lnc: int | None = None, parameters: Mapping[str, Any] | None = None
+) -> Topology:
+    """`count` units of a known topology.
+
+    Args:
+        lnc: logical-core configuration (physical cores in a logical one); the chip's default when left out.
+        parameters: figures to replace, by dotted name (`links.neuronlink.bandwidth: 128 GB/s`).
+
+    Raises UserError for a name, LNC or parameter that does not exist.
+    """
+    return _load(name, count, lnc, tuple(sorted((k, str(v)) for k, v in (parameters or {}).items())))
 
 
 @functools.cache
-def load_topology(name: str) -> Topology:
-    import yaml
+def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, str], ...]) -> Topology:
+    if name not in topology_names():
+        raise UserError(f"topology {name!r}: unknown{did_you_mean(name, topology_names())}")
+    file = TopologyFile.model_validate(_read_topology(name))
+    chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{file.chip}.yaml"))
+    if lnc is None:
+        lnc = next(iter(chip.device_kinds))
+    if lnc not in chip.device_kinds:
+        expected = " or ".join(map(str, chip.device_kinds))
+        raise UserError(f"lnc = {lnc}: {name} has LNC {expected} only")
+    if count > 1 and file.network is None:
+        raise UserError(f"{count} x {name}: no network joins them; expected count = 1")
+    figures = dict(_figures({"chip": chip, "links": file.links, "on_chip": file.on_chip, "network": file.network}))
+    for key, value in parameters:
+        if key not in figures:
+            raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
+        try:
+            quantity(value)
+        except ValueError as error:
+            raise UserError(f"parameters.{key} = {error}") from None
+        figures[key] = figures[key].model_copy(update={"value": value, "source": "the recipe"})
 
-    values = yaml.safe_load((_DIRECTORY / f"{name}.yaml").read_text())
+    def dimension(name: str, size: int, kind: str, link: str, inside: bool) -> Dimension:
+        return Dimension(
+            name, size, kind, figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number, inside, link
+        )
+
+    dims = [dimension(d.name, d.size, d.kind, f"links.{d.link}", d.inside_instance) for d in file.dims]
+    if count > 1:
+        dims.insert(0, dimension("network", count, "network", "network", False))
+    if chip.cores > lnc:
+        dims.append(dimension("core", chip.cores // lnc, "chip", "on_chip", True))
     return Topology(
         name=name,
-        description=values["description"],
-        devices=values["devices"],
-        device_kinds=tuple(values["device_kinds"]),
-        peak_flops={dtype: float(flops) for dtype, flops in values["peak_flops"].items()},
-        sources=tuple(values["sources"]),
+        description=file.description,
+        count=count,
+        lnc=lnc,
+        chip=chip,
+        dims=tuple(dims),
+        splits=file.splits,
+        groups=None if file.groups is None else tuple(file.groups[lnc]),
+        rules=file.rules,
+        core_links=tuple((a, b) for a, b in file.core_links),
+        figures=figures,
+        totals=file.totals,
+        sources=tuple(file.sources),
     )
 
 
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+def _read_topology(name: str) -> dict[str, Any]:
+    values = _read(_HERE / "topologies" / f"{name}.yaml")
+    if "extends" in values:
+        base = _read_topology(values["extends"])
+        for key in ("links", "splits"):
+            values[key] = base.get(key, {}) | values.get(key, {})
+        values = base | values
+    return values
+
+
+def _figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, Figure]]:
+    """Every Figure in a tree of models and dicts, by dotted name."""
+    if isinstance(tree, Figure):
+        yield prefix, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _figures(value, f"{prefix}.{key}".lstrip("."))
+    elif hasattr(tree, "model_fields_set"):
+        for key in type(tree).model_fields:
+            yield from _figures(getattr(tree, key), f"{prefix}.{key}".lstrip("."))
+
+
+@functools.cache
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s at `dtype`, or None where no source gives it (never a guess)."""
     for name in topology_names():
-        topology = load_topology(name)
-        if device_kind in topology.device_kinds:
-            return topology.peak_flops.get(dtype)
+        chip = load_topology(name).chip
+        for lnc in chip.device_kinds:
+            if device_kind in chip.device_kinds[lnc]:
+                return load_topology(name, lnc=lnc).peak_flops(dtype)
     return None

@@ -1,0 +1,70 @@
+"""Figures with units and sources, as topology files write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import model_validator
+
+from trainfw.config import Config, invalid
+
+_UNITS = {
+    "": 1.0,
+    "B": 1.0,
+    "MiB": 2.0**20,
+    "GiB": 2.0**30,
+    "TiB": 2.0**40,
+    "GB/s": 1e9,
+    "GiB/s": 2.0**30,
+    "TB/s": 1e12,
+    "Gbit/s": 1e9 / 8,
+    "TFLOP/s": 1e12,
+    "us": 1e-6,
+    "MB": 1e6,
+}
+_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*")
+
+
+def quantity(text: Any) -> float:
+    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"` or a plain number, in SI base units and bytes.
+
+    Raises ValueError for anything else.
+    """
+    match = _QUANTITY.fullmatch(str(text))
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(u for u in _UNITS if u)}")
+    return float(match[1].replace(",", "")) * _UNITS[match[2]]
+
+
+class Claim(Config):
+    """What one document says."""
+
+    value: Any
+    source: str
+
+    @model_validator(mode="after")
+    def _is_a_quantity(self) -> Claim:
+        _checked(self.value)
+        return self
+
+
+class Figure(Claim):
+    """A figure of the hardware with where it is from; where documents disagree, what the others say too."""
+
+    also: list[Claim] = []
+    """What other documents say."""
+    note: str = ""
+    """What is derived, assumed or not confirmed about it."""
+
+    @property
+    def number(self) -> float:
+        """In SI base units and bytes."""
+        return quantity(self.value)
+
+
+def _checked(value: Any) -> None:
+    try:
+        quantity(value)
+    except ValueError as error:
+        invalid("value", str(error))
