@@ -12,16 +12,19 @@ from trainfw.config import Config, invalid
 _UNITS = {
     "": 1.0,
     "B": 1.0,
+    "MB": 1e6,
+    "GB": 1e9,
     "MiB": 2.0**20,
     "GiB": 2.0**30,
+    "TB": 1e12,
     "TiB": 2.0**40,
     "GB/s": 1e9,
     "GiB/s": 2.0**30,
     "TB/s": 1e12,
     "Gbit/s": 1e9 / 8,
     "TFLOP/s": 1e12,
+    "PFLOP/s": 1e15,
     "us": 1e-6,
-    "MB": 1e6,
 }
 _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*")
 

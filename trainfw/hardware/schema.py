@@ -12,6 +12,16 @@ from trainfw.hardware.figures import Figure
 DimensionKind = Literal["ring", "line", "switch", "network"]
 
 
+class LinkFile(Config):
+    """One kind of link."""
+
+    description: str
+    bandwidth: Figure
+    """Of one link, or of one chip's port into a switch or network; one direction."""
+    latency: Figure
+    """Of one hop."""
+
+
 class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 
@@ -29,8 +39,12 @@ class ChipFile(Config):
     hbm_bandwidth: Figure | None = None
     on_chip_memory: Figure | None = None
     """SBUF (or cache) of the chip."""
+    collective_cores: Figure | None = None
+    """Cores that only orchestrate collectives."""
     core_overhead: Figure | None = None
     """Device memory that the runtime takes for itself on every physical core."""
+    on_chip: LinkFile | None = None
+    """Between the cores of the chip, which share the bandwidth. Left out, the chip is one core."""
 
 
 class DimensionFile(Config):
@@ -44,22 +58,17 @@ class DimensionFile(Config):
     inside_instance: bool = True
 
 
-class LinkFile(Config):
-    """One kind of link."""
-
-    description: str
-    bandwidth: Figure
-    """Of one link, or of one chip's port into a switch or network; one direction."""
-    latency: Figure
-    """Of one hop."""
-
-
 class SplitFile(Config):
     """How a dimension is cut in two parts, the outer first."""
 
     parts: tuple[str, str] = Field(strict=False)
     order: list[list[int]]
     """[outer][inner] -> index along the dimension."""
+
+    @property
+    def size(self) -> int:
+        """Of the dimension it cuts."""
+        return sum(map(len, self.order))
 
 
 class GroupsFile(Config):
@@ -80,8 +89,6 @@ class TopologyFile(Config):
     dims: list[DimensionFile]
     """Of the grid of chips, outermost first: chips are numbered with the last fastest."""
     links: dict[str, LinkFile]
-    on_chip: LinkFile
-    """Between two cores of one chip; the bandwidth is one core's."""
     network: LinkFile | None = None
     """Between units; the bandwidth is one chip's. Left out, units cannot be joined."""
     splits: dict[str, SplitFile] = {}

@@ -219,7 +219,9 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         raise UserError(f"lnc = {lnc}: {name} has LNC {expected} only")
     if count > 1 and file.network is None:
         raise UserError(f"{count} x {name}: no network joins them; expected count = 1")
-    figures = dict(_figures({"chip": chip, "links": file.links, "on_chip": file.on_chip, "network": file.network}))
+    figures = dict(
+        _figures({"chip": chip, "links": file.links, "network": file.network, "host_memory": file.host_memory})
+    )
     for key, value in parameters:
         if key not in figures:
             raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
@@ -230,15 +232,14 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         figures[key] = figures[key].model_copy(update={"value": value, "source": "the recipe"})
 
     def dimension(name: str, size: int, kind: str, link: str, inside: bool) -> Dimension:
-        return Dimension(
-            name, size, kind, figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number, inside, link
-        )
+        bandwidth, latency = figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number
+        return Dimension(name, size, kind, bandwidth / (size if kind == "chip" else 1), latency, inside, link)
 
     dims = [dimension(d.name, d.size, d.kind, f"links.{d.link}", d.inside_instance) for d in file.dims]
     if count > 1:
         dims.insert(0, dimension("network", count, "network", "network", False))
     if chip.cores > lnc:
-        dims.append(dimension("core", chip.cores // lnc, "chip", "on_chip", True))
+        dims.append(dimension("core", chip.cores // lnc, "chip", "chip.on_chip", True))
     return Topology(
         name=name,
         description=file.description,
@@ -246,10 +247,11 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         lnc=lnc,
         chip=chip,
         dims=tuple(dims),
-        splits=file.splits,
+        # A split of the cores of a chip is written for one LNC.
+        splits={dim.name: split for dim in dims if (split := file.splits.get(dim.name)) and split.size == dim.size},
         groups=None if file.groups is None else tuple(file.groups[lnc]),
         rules=file.rules,
-        core_links=tuple((a, b) for a, b in file.core_links),
+        core_links=tuple((a, b) for a, b in file.core_links if lnc == next(iter(chip.device_kinds))),
         figures=figures,
         totals=file.totals,
         sources=tuple(file.sources),
