@@ -1,8 +1,15 @@
 from .config import AXES as AXES
 from .config import ParallelConfig as ParallelConfig
+from .groups import group_problem as group_problem
+from .groups import permute_problem as permute_problem
 from .layout import Layout as Layout
+from .mesh import make_mesh as make_mesh
+from .mesh import physical_order as physical_order
+from .placement import AxisPlacement as AxisPlacement
+from .placement import Placement as Placement
+from .placement import default_traffic as default_traffic
+from .placement import place as place
 from .rules import Rules as Rules
 from .rules import constrain as constrain
 from .rules import gather_weight as gather_weight
-from .rules import make_mesh as make_mesh
 from .rules import use_rules as use_rules

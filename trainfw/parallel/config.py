@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from trainfw.config import INT32, Config, invalid
+from trainfw.errors import did_you_mean
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, from least to most communication (so from the slowest links to the fastest)."""
@@ -25,6 +26,9 @@ class ParallelConfig(Config):
     """Devices over which heads, feed-forward columns and the vocabulary are split."""
     rules: dict[str, list[str]] = Field(default_factory=dict)
     """Replace entries of the rules table: a logical dim name -> the mesh axes that shard it."""
+    traffic: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Bytes that a core's collectives produce in a step over each axis, by which devices are placed on
+    hardware.topology (`trainfw check` prints them). Axes left out take those of an 8B model."""
 
     @model_validator(mode="after")
     def _sizes_make_sense(self) -> ParallelConfig:
@@ -35,4 +39,7 @@ class ParallelConfig(Config):
         filled = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(filled) > 1:
             invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
+        for axis in self.traffic:
+            if axis not in AXES:
+                invalid("traffic", f"unknown axis {axis!r}{did_you_mean(axis, AXES)}")
         return self

@@ -11,7 +11,6 @@ import contextvars
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -146,13 +145,3 @@ def _gather_backward(_: NamedSharding, sharded: NamedSharding, __: None, grad: j
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-
-
-def make_mesh(layout: Any, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of `layout` (a `Layout`) over `devices`, in their order, last axis fastest."""
-    import numpy as np
-    from jax.sharding import AxisType
-
-    shape = tuple(layout.sizes.values())
-    # Auto: the partitioner propagates shardings from the constraints; explicit types are JAX's newer default.
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

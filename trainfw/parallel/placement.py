@@ -1,0 +1,381 @@
+"""Where each mesh axis lies on the hardware, hence the order of devices in the mesh.
+
+Not a table of cases but a search. The cores of the topology stand in physical dimensions (cores of a chip, columns
+and rows of chips, nodes of an UltraServer, the network). An assignment gives every dimension, or every part of one,
+to a mesh axis. Inside an instance only the assignments are tried whose groups documents list; outside it any
+division. Of all that fit the layout, the one is taken that is predicted to spend the least time on collectives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainfw.errors import UserError
+from trainfw.hardware import Dimension, Topology
+from trainfw.parallel.config import AXES
+from trainfw.parallel.groups import group_problem
+from trainfw.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PERMUTED_AXES = ("pipeline", "context")
+"""Axes whose collectives are permutes from each place to the next: these follow direct links."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A physical dimension, or a part of it, as one mesh axis covers it."""
+
+    name: str
+    """`row`, or `row.pair` for a part."""
+    dim: str
+    size: int
+    stride: int
+    """Of its places in the dim, for a part without a table."""
+    bandwidth: float
+    """Bytes/s between two of its places, each core's share."""
+    latency: float
+
+
+@dataclass(frozen=True)
+class AxisPlacement:
+    """Where one mesh axis lies."""
+
+    axis: str
+    size: int
+    parts: tuple[str, ...]
+    """Physical dimensions (or parts of them) that it covers, innermost first."""
+    ring: bool
+    """Its cores can be walked in a closed ring over direct links."""
+    permutes: bool
+    """The order of its devices is such a ring: a permute from each to the next is legal."""
+    hops: int
+    """Links between the two farthest chips of a group."""
+    bandwidth: float
+    """Bytes/s of one core over the slowest links that it crosses."""
+    latency: float
+    """Seconds of one hop of the slowest."""
+    problem: str | None
+    """Why Neuron refuses its groups. (None in what `place` returns.)"""
+    documented: bool
+    """Whether documents list its groups, rather than merely not speaking against them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    topology: Topology
+    layout: Layout
+    order: np.ndarray
+    """Physical core of every place in the mesh, an int array shaped like it (in the order of AXES)."""
+    axes: tuple[AxisPlacement, ...]
+    """Of the axes larger than 1, outermost first."""
+    seconds: float
+    """The objective: predicted time on collectives, by the traffic that was assumed."""
+
+
+def default_traffic(layout: Layout) -> dict[str, float]:
+    """Bytes that a core's collectives produce in a step over each axis, when the program's own are not known.
+
+    Those of Llama 3.1 8B (32 layers, D 4,096, K*h 1,024) in bf16, with 8,192 tokens a core (and so a sequence that
+    grows with the context axis):
+
+        tensor    8 activations a layer (gather and scatter around attention and MLP, forward and backward)
+        expert    4 activations a layer (to the experts and back, forward and backward)
+        context   keys and values of a layer, once forward, twice backward
+        fsdp      the parameters twice, their gradients once
+        data      gradients of what fsdp, tensor and pipeline leave to a core, in f32
+        pipeline  one activation forward, one backward
+    """
+    layers, width, kv_width, parameters, tokens = 32, 4096, 1024, 8.03e9, 8192
+    activation = tokens * width * 2.0
+    mine = parameters / (layout.tensor * layout.pipeline)
+    return {
+        "tensor": 8 * layers * activation / layout.pipeline,
+        "expert": 4 * layers * activation / layout.pipeline,
+        "context": 3 * layers * tokens * 2 * kv_width * 2.0 / layout.tensor / layout.pipeline,
+        "fsdp": 3 * mine * 2.0,
+        "data": mine * 4.0 / layout.fsdp,
+        "pipeline": 2 * activation,
+    }
+
+
+def place(topology: Topology, layout: Layout, traffic: Mapping[str, float] | None = None) -> Placement:
+    """The best legal device order for `layout` on `topology`.
+
+    Args:
+        traffic: bytes that a core's collectives produce in a step over each axis (all-gathered size, or size before
+            a reduce-scatter); `default_traffic` when left out.
+
+    The objective is the sum over axes of `seconds_per_byte` times these bytes; among equals the order nearest to the
+    plain one wins, because how Neuron maps a permuted device assignment is not documented. Raises UserError when the
+    layout has another number of devices, or when no order gives every axis legal groups: with the axis that cannot
+    have them and the nearest layout that can.
+    """
+    count = math.prod(layout.sizes.values())
+    if count != topology.cores:
+        raise UserError(f"{layout} is {count} devices, but {topology.count} x {topology.name} has {topology.cores}")
+    traffic = {**default_traffic(layout), **(traffic or {})}
+    best: list[dict[str, tuple[Piece, ...]]] = []
+    least = math.inf
+    for assignment in _assignments(topology, layout):
+        seconds = sum(traffic[axis] * seconds_per_byte(pieces) for axis, pieces in assignment.items())
+        if seconds < least * (1 - 1e-9):
+            best, least = [assignment], seconds
+        elif seconds <= least * (1 + 1e-9):
+            best.append(assignment)
+    if not best:
+        raise UserError(_no_order(topology, layout))
+    orders = [_order(topology, layout, assignment) for assignment in best]
+    chosen = min(range(len(best)), key=lambda i: _moved(orders[i]))
+    return Placement(
+        topology=topology,
+        layout=layout,
+        order=orders[chosen],
+        axes=tuple(
+            _describe(topology, layout, axis, pieces, orders[chosen])
+            for axis, pieces in sorted(best[chosen].items(), key=lambda item: AXES.index(item[0]))
+        ),
+        seconds=least,
+    )
+
+
+def seconds_per_byte(pieces: tuple[Piece, ...]) -> float:
+    """Time to gather one byte in every core over these pieces, level by level from the outermost.
+
+    The sum over levels i, innermost first, of (n_i - 1) / n_i / (n_1 * ... * n_(i-1)) / bandwidth_i: the outer stage
+    of a hierarchical collective moves what the inner ones share out (aws-neuron-sdk 2.32.0
+    neuron-runtime/explore/internode-collective-comm.rst).
+    """
+    seconds, inner = 0.0, 1
+    for piece in pieces:
+        seconds += (piece.size - 1) / piece.size / inner / piece.bandwidth
+        inner *= piece.size
+    return seconds
+
+
+# The search -------------------------------------------------------------------------------------------------------
+
+
+def _assignments(topology: Topology, layout: Layout) -> Iterator[dict[str, tuple[Piece, ...]]]:
+    """Every way to give all of the hardware to the axes, each exactly its size; pieces innermost first."""
+    wanted = {axis: size for axis, size in layout.sizes.items() if size > 1}
+    if topology.groups is None:
+        yield from _over(topology, topology.dims[::-1], wanted, dict.fromkeys(wanted, ()))
+        return
+    outside = [dim for dim in reversed(topology.dims) if not dim.inside_instance]
+    for table in topology.groups:
+        cover = [tuple(_part(topology, part) for part in parts) for parts in table.cover]
+        sizes = [math.prod(piece.size for piece in pieces) for pieces in cover]
+        for axes in itertools.permutations(wanted, len(cover)):
+            if all(wanted[axis] % size == 0 for axis, size in zip(axes, sizes, strict=True)):
+                left = dict(wanted)
+                for axis, size in zip(axes, sizes, strict=True):
+                    left[axis] //= size
+                yield from _over(topology, outside, left, dict.fromkeys(wanted, ()) | dict(zip(axes, cover)))
+
+
+def _over(
+    topology: Topology, dims: tuple[Dimension, ...] | list[Dimension], left: dict[str, int], so_far: dict
+) -> Iterator[dict[str, tuple[Piece, ...]]]:
+    """`so_far` and every division of `dims` (innermost first) among axes of which `left` is left."""
+    if not dims:
+        if all(size == 1 for size in left.values()):
+            yield so_far
+        return
+    dim = dims[0]
+    for division in _divisions(dim.size, left):
+        for pieces in _pieces(topology, dim, division):
+            rest = {axis: size // division.get(axis, 1) for axis, size in left.items()}
+            grown = so_far | {axis: (*so_far[axis], piece) for axis, piece in pieces.items()}
+            yield from _over(topology, dims[1:], rest, grown)
+
+
+def _divisions(size: int, left: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Every way to write `size` as a product of one factor an axis, each dividing what is left of the axis."""
+    if size == 1:
+        yield {}
+        return
+    if not left:
+        return
+    (axis, most), *others = left.items()
+    for factor in range(1, size + 1):
+        if size % factor == 0 and most % factor == 0:
+            for division in _divisions(size // factor, dict(others)):
+                yield {axis: factor, **division} if factor > 1 else division
+
+
+def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Iterator[dict[str, Piece]]:
+    """The parts of `dim` that a division makes, in every arrangement that its table of parts allows."""
+    split = topology.splits.get(dim.name)
+    if len(division) == 1:
+        yield {axis: _part(topology, dim.name) for axis in division}
+    elif split is not None and list(division.values()) == [len(split.order), len(split.order[0])]:
+        for axes in itertools.permutations(division):
+            yield {axis: _part(topology, f"{dim.name}.{part}") for axis, part in zip(axes, split.parts, strict=True)}
+    else:  # Mixed radix, the axes with the most communication innermost.
+        stride, pieces = 1, {}
+        for axis in sorted(division, key=AXES.index, reverse=True):
+            size = division[axis]
+            hops = stride if dim.kind in ("ring", "line") else 1
+            name = f"{dim.name}.{size}" if stride == 1 else f"{dim.name}.{size}@{stride}"
+            pieces[axis] = Piece(name, dim.name, size, stride, _rate(topology, dim, 1, hops), dim.latency)
+            stride *= size
+        yield pieces
+
+
+def _part(topology: Topology, name: str) -> Piece:
+    """The piece that a dim's name, or that of a part in its table, stands for."""
+    dim_name, _, part = name.partition(".")
+    dim = topology.dim(dim_name)
+    if not part:
+        links = 2 if dim.kind == "ring" and dim.size > 2 else 1
+        return Piece(name, dim_name, dim.size, 1, _rate(topology, dim, links, 1), dim.latency)
+    split = topology.splits[dim_name]
+    inner = part == split.parts[1]
+    places = split.order[0] if inner else [row[0] for row in split.order]
+    hops = max(1, dim.distance(places[0], places[1]))
+    # Half way around a ring there are two ways to go.
+    links = 2 if dim.kind == "ring" and 2 * hops == dim.size else 1
+    return Piece(name, dim_name, len(places), 0, _rate(topology, dim, links, hops), dim.latency)
+
+
+def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
+    """Bytes/s for each core when all cores of a chip use its links at once."""
+    return dim.bandwidth if dim.kind == "chip" else dim.bandwidth * links / hops / topology.cores_per_chip
+
+
+# The order --------------------------------------------------------------------------------------------------------
+
+
+def _order(
+    topology: Topology,
+    layout: Layout,
+    assignment: Mapping[str, tuple[Piece, ...]],
+    reflected: tuple[str, ...] = PERMUTED_AXES,
+) -> np.ndarray:
+    """Physical core of every place in the mesh. Axes of `reflected` go back and forth, so that neighbours stay so."""
+    import numpy as np
+
+    digits: dict[tuple[str, str], np.ndarray] = {}
+    for axis, pieces in assignment.items():
+        position = np.arange(layout.sizes[axis])
+        shape = [1] * len(AXES)
+        shape[AXES.index(axis)] = -1
+        for piece in pieces:
+            position, digit = np.divmod(position, piece.size)
+            if axis in reflected and topology.dim(piece.dim).kind != "chip":
+                digit = np.where(position % 2, piece.size - 1 - digit, digit)
+            digits[piece.dim, piece.name] = digit.reshape(shape)
+    core = np.zeros([1] * len(AXES), int)
+    strides = {(p.dim, p.name): p.stride for pieces in assignment.values() for p in pieces}
+    for dim in topology.dims:
+        mine = {name: digit for (owner, name), digit in digits.items() if owner == dim.name}
+        split = topology.splits.get(dim.name)
+        names = None if split is None else [f"{dim.name}.{part}" for part in split.parts]
+        if names is not None and set(mine) == set(names):
+            assert split is not None
+            place = np.asarray(split.order)[mine[names[0]], mine[names[1]]]
+        else:
+            place = sum((digit * strides[dim.name, name] for name, digit in mine.items()), np.zeros_like(core))
+        core = core * dim.size + place
+    return np.broadcast_to(core, tuple(layout.sizes.values()))
+
+
+def _moved(order: np.ndarray) -> int:
+    import numpy as np
+
+    return int(np.count_nonzero(order.ravel() != np.arange(order.size)))
+
+
+def _describe(
+    topology: Topology, layout: Layout, axis: str, pieces: tuple[Piece, ...], order: np.ndarray
+) -> AxisPlacement:
+    along = AXES.index(axis)
+    groups = _groups(order, along)
+    problem = next((p for p in map(functools.partial(group_problem, topology), groups.tolist()) if p), None)
+    walk = _order(topology, layout, {axis: pieces}, reflected=(axis,))
+    return AxisPlacement(
+        axis=axis,
+        size=layout.sizes[axis],
+        parts=tuple(piece.name for piece in pieces),
+        ring=_closed(topology, _groups(walk, along)),
+        permutes=_closed(topology, groups),
+        hops=_diameter(topology, groups[0].tolist()),
+        bandwidth=min(piece.bandwidth for piece in pieces),
+        latency=max(piece.latency for piece in pieces),
+        problem=problem,
+        documented=topology.rules != "neuron" or topology.groups is not None,
+    )
+
+
+def _groups(order: np.ndarray, along: int) -> np.ndarray:
+    """(groups, size of the axis): the physical cores of every group of one axis."""
+    import numpy as np
+
+    return np.moveaxis(order, along, -1).reshape(-1, order.shape[along])
+
+
+def _closed(topology: Topology, groups: np.ndarray) -> bool:
+    """Whether each core of every group is on the chip of the next, or one hop from it, and the last of the first."""
+    chips = groups // topology.cores_per_chip
+    pairs = {(int(a), int(b)) for row in chips for a, b in zip(row, [*row[1:], row[0]], strict=True)}
+    return all(topology.chip_distance(a, b) <= 1 for a, b in pairs)
+
+
+def _diameter(topology: Topology, group: list[int]) -> int:
+    chips = sorted({core // topology.cores_per_chip for core in group})
+    return max((topology.chip_distance(a, b) for a in chips[:1] for b in chips), default=0)
+
+
+# When there is none -------------------------------------------------------------------------------------------------
+
+
+def _no_order(topology: Topology, layout: Layout) -> str:
+    tables = dict.fromkeys(
+        " x ".join(str(math.prod(_part(topology, part).size for part in parts)) for parts in table.cover)
+        for table in topology.groups or ()
+    )
+    message = (
+        f"{layout} on {topology.count} x {topology.name}: no device order gives every axis groups that Neuron takes. "
+        f"Inside an instance its documents list axes of {', '.join(tables)} cores (innermost first)"
+    )
+    nearest = nearest_legal(topology, layout)
+    if nearest is None:
+        return message
+    changed = {axis: (layout.sizes[axis], size) for axis, size in nearest.sizes.items() if size != layout.sizes[axis]}
+    # The axis to blame is the one that the nearest legal layout changes most.
+    blamed = max(changed, key=lambda axis: (abs(math.log(changed[axis][0] / changed[axis][1])), AXES.index(axis)))
+    settings = " ".join(f"parallel.{axis}={size}" for axis, (_, size) in changed.items())
+    return f"{message}; {blamed} = {layout.sizes[blamed]} cannot be legal beside the others. Nearest: {settings}"
+
+
+def nearest_legal(topology: Topology, layout: Layout) -> Layout | None:
+    """The layout of the same product, over the same axes and fsdp, that changes sizes least and has a legal order."""
+    axes = [axis for axis, size in layout.sizes.items() if size > 1 or axis == "fsdp"]
+
+    def change(sizes: dict[str, int]) -> tuple[float, float]:
+        steps = [abs(math.log(sizes[axis] / layout.sizes[axis])) for axis in axes]
+        return sum(steps), max(steps)
+
+    for sizes in sorted(_sizes(topology.cores, axes), key=change):
+        candidate = dataclasses.replace(layout, **sizes)
+        if next(_assignments(topology, candidate), None) is not None:
+            return candidate
+    return None
+
+
+def _sizes(product: int, axes: list[str]) -> Iterator[dict[str, int]]:
+    if len(axes) == 1:
+        yield {axes[0]: product}
+        return
+    for size in range(1, product + 1):
+        if product % size == 0:
+            for rest in _sizes(product // size, axes[1:]):
+                yield {axes[0]: size, **rest}
