@@ -2,8 +2,9 @@
 
 Not a table of cases but a search. The cores of the topology stand in physical dimensions (cores of a chip, columns
 and rows of chips, nodes of an UltraServer, the network). An assignment gives every dimension, or every part of one,
-to a mesh axis. Inside an instance only the assignments are tried whose groups documents list; outside it any
-division. Of all that fit the layout, the one is taken that is predicted to spend the least time on collectives.
+to a mesh axis. Inside an instance only the assignments are tried whose groups documents list (where none does: the
+axes one inside the other); outside it any division. Of all that fit the layout, the one is taken that is predicted to
+spend the least time waiting for collectives.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from trainfw.errors import UserError
 from trainfw.hardware import Dimension, Topology
@@ -24,6 +25,10 @@ from trainfw.parallel.layout import Layout
 
 if TYPE_CHECKING:
     import numpy as np
+
+EXPOSED = {"fsdp": 0.5, "data": 0.5, "pipeline": 0.5}
+"""How much of an axis's time on collectives a step waits for (1 where it is left out), an assumption: collectives of
+parameters, and those between stages, run beside compute that does not need them."""
 
 PERMUTED_AXES = ("pipeline", "context")
 """Axes whose collectives are permutes from each place to the next: these follow direct links."""
@@ -42,6 +47,10 @@ class Piece:
     bandwidth: float
     """Bytes/s between two of its places, each core's share."""
     latency: float
+
+
+Assignment: TypeAlias = dict[str, tuple[Piece, ...]]
+"""Axis -> the pieces it covers, innermost first."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def default_traffic(layout: Layout) -> dict[str, float]:
         context   keys and values of a layer, once forward, twice backward
         fsdp      the parameters twice, their gradients once
         data      gradients of what fsdp, tensor and pipeline leave to a core, in f32
-        pipeline  one activation forward, one backward
+        pipeline  one activation forward, one backward, split over tensor
     """
     layers, width, kv_width, parameters, tokens = 32, 4096, 1024, 8.03e9, 8192
     activation = tokens * width * 2.0
@@ -102,7 +111,7 @@ def default_traffic(layout: Layout) -> dict[str, float]:
         "context": 3 * layers * tokens * 2 * kv_width * 2.0 / layout.tensor / layout.pipeline,
         "fsdp": 3 * mine * 2.0,
         "data": mine * 4.0 / layout.fsdp,
-        "pipeline": 2 * activation,
+        "pipeline": 2 * activation / layout.tensor,
     }
 
 
@@ -113,19 +122,26 @@ def place(topology: Topology, layout: Layout, traffic: Mapping[str, float] | Non
         traffic: bytes that a core's collectives produce in a step over each axis (all-gathered size, or size before
             a reduce-scatter); `default_traffic` when left out.
 
-    The objective is the sum over axes of `seconds_per_byte` times these bytes; among equals the order nearest to the
-    plain one wins, because how Neuron maps a permuted device assignment is not documented. Raises UserError when the
-    layout has another number of devices, or when no order gives every axis legal groups: with the axis that cannot
-    have them and the nearest layout that can.
+    The objective is the sum over axes of `seconds_per_byte` times these bytes times `EXPOSED`; among equals the order
+    nearest to the plain one wins, because how Neuron maps a permuted device assignment is not documented. Raises
+    UserError when the layout has another number of devices, or when no order gives every axis legal groups: with the
+    axis that cannot have them and the nearest layout that can.
     """
     count = math.prod(layout.sizes.values())
     if count != topology.cores:
         raise UserError(f"{layout} is {count} devices, but {topology.count} x {topology.name} has {topology.cores}")
     traffic = {**default_traffic(layout), **(traffic or {})}
-    best: list[dict[str, tuple[Piece, ...]]] = []
-    least = math.inf
-    for assignment in _assignments(topology, layout):
-        seconds = sum(traffic[axis] * seconds_per_byte(pieces) for axis, pieces in assignment.items())
+    best: list[Assignment] = []
+    least = math.inf  # read by the search as it goes on
+
+    def predicted(assignment: Assignment) -> float:
+        return sum(EXPOSED.get(a, 1.0) * traffic[a] * seconds_per_byte(pieces) for a, pieces in assignment.items())
+
+    def promising(part: Assignment) -> bool:
+        return predicted(part) <= least * (1 + 1e-9)
+
+    for assignment in _assignments(topology, layout, promising):
+        seconds = predicted(assignment)
         if seconds < least * (1 - 1e-9):
             best, least = [assignment], seconds
         elif seconds <= least * (1 + 1e-9):
@@ -163,52 +179,100 @@ def seconds_per_byte(pieces: tuple[Piece, ...]) -> float:
 # The search -------------------------------------------------------------------------------------------------------
 
 
-def _assignments(topology: Topology, layout: Layout) -> Iterator[dict[str, tuple[Piece, ...]]]:
-    """Every way to give all of the hardware to the axes, each exactly its size; pieces innermost first."""
+def _assignments(
+    topology: Topology, layout: Layout, promising: Callable[[Assignment], bool] = lambda part: True
+) -> Iterator[Assignment]:
+    """Every way to give all of the hardware to the axes, each exactly its size; pieces innermost first.
+
+    What `promising` denies of a part is not tried on.
+    """
     wanted = {axis: size for axis, size in layout.sizes.items() if size > 1}
-    if topology.groups is None:
-        yield from _over(topology, topology.dims[::-1], wanted, dict.fromkeys(wanted, ()))
-        return
     outside = [dim for dim in reversed(topology.dims) if not dim.inside_instance]
-    for table in topology.groups:
+    for pieces in _contiguous(topology, wanted) if topology.groups is None else _documented(topology, wanted):
+        left = {axis: size // math.prod(p.size for p in pieces.get(axis, ())) for axis, size in wanted.items()}
+        yield from _over(topology, outside, left, dict.fromkeys(wanted, ()) | pieces, promising)
+
+
+def _documented(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignment]:
+    """Every way to give an instance to the axes in shapes that documents list."""
+    for table in topology.groups or ():
         cover = [tuple(_part(topology, part) for part in parts) for parts in table.cover]
-        sizes = [math.prod(piece.size for piece in pieces) for pieces in cover]
         for axes in itertools.permutations(wanted, len(cover)):
-            if all(wanted[axis] % size == 0 for axis, size in zip(axes, sizes, strict=True)):
-                left = dict(wanted)
-                for axis, size in zip(axes, sizes, strict=True):
-                    left[axis] //= size
-                yield from _over(topology, outside, left, dict.fromkeys(wanted, ()) | dict(zip(axes, cover)))
+            if all(wanted[a] % math.prod(p.size for p in pieces) == 0 for a, pieces in zip(axes, cover, strict=True)):
+                yield dict(zip(axes, cover, strict=True))
+
+
+def _contiguous(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignment]:
+    """Every way to give an instance to the axes one inside the other, so that the groups of the innermost are runs."""
+    inside = [dim for dim in reversed(topology.dims) if dim.inside_instance]
+
+    def cut(start: int, size: int) -> tuple[Piece, ...] | None:
+        """The pieces of an axis of `size` whose places are `start` cores apart, or None where it cuts a dim askew."""
+        pieces = []
+        for dim in inside:
+            if start >= dim.size:
+                if start % dim.size:
+                    return None
+                start //= dim.size
+            elif size > 1:
+                if dim.size % start:
+                    return None
+                take = min(size, dim.size // start)
+                if size % take or (dim.size // start) % take:
+                    return None
+                pieces.append(_mixed(topology, dim, take, start))
+                start, size = 1, size // take
+        return tuple(pieces)
+
+    def extend(start: int, so_far: Assignment) -> Iterator[Assignment]:
+        if start == topology.cores_per_instance:
+            yield so_far
+        for axis in wanted:
+            for size in range(2, wanted[axis] + 1) if axis not in so_far else ():
+                if wanted[axis] % size == 0 and topology.cores_per_instance // start % size == 0:
+                    pieces = cut(start, size)
+                    if pieces is not None:
+                        yield from extend(start * size, so_far | {axis: pieces})
+
+    yield from extend(1, {})
 
 
 def _over(
-    topology: Topology, dims: tuple[Dimension, ...] | list[Dimension], left: dict[str, int], so_far: dict
-) -> Iterator[dict[str, tuple[Piece, ...]]]:
+    topology: Topology,
+    dims: list[Dimension],
+    left: dict[str, int],
+    so_far: Assignment,
+    promising: Callable[[Assignment], bool],
+) -> Iterator[Assignment]:
     """`so_far` and every division of `dims` (innermost first) among axes of which `left` is left."""
+    if not promising(so_far):
+        return
     if not dims:
         if all(size == 1 for size in left.values()):
             yield so_far
         return
     dim = dims[0]
-    for division in _divisions(dim.size, left):
+    for division in _divisions(dim.size, tuple(left.items())):
         for pieces in _pieces(topology, dim, division):
             rest = {axis: size // division.get(axis, 1) for axis, size in left.items()}
             grown = so_far | {axis: (*so_far[axis], piece) for axis, piece in pieces.items()}
-            yield from _over(topology, dims[1:], rest, grown)
+            yield from _over(topology, dims[1:], rest, grown, promising)
 
 
-def _divisions(size: int, left: dict[str, int]) -> Iterator[dict[str, int]]:
+@functools.cache
+def _divisions(size: int, left: tuple[tuple[str, int], ...]) -> list[dict[str, int]]:
     """Every way to write `size` as a product of one factor an axis, each dividing what is left of the axis."""
     if size == 1:
-        yield {}
-        return
+        return [{}]
     if not left:
-        return
-    (axis, most), *others = left.items()
-    for factor in range(1, size + 1):
-        if size % factor == 0 and most % factor == 0:
-            for division in _divisions(size // factor, dict(others)):
-                yield {axis: factor, **division} if factor > 1 else division
+        return []
+    (axis, most), *others = left
+    return [
+        {axis: factor, **division} if factor > 1 else division
+        for factor in range(1, size + 1)
+        if size % factor == 0 and most % factor == 0
+        for division in _divisions(size // factor, tuple(others))
+    ]
 
 
 def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Iterator[dict[str, Piece]]:
@@ -222,11 +286,8 @@ def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Ite
     else:  # Mixed radix, the axes with the most communication innermost.
         stride, pieces = 1, {}
         for axis in sorted(division, key=AXES.index, reverse=True):
-            size = division[axis]
-            hops = stride if dim.kind in ("ring", "line") else 1
-            name = f"{dim.name}.{size}" if stride == 1 else f"{dim.name}.{size}@{stride}"
-            pieces[axis] = Piece(name, dim.name, size, stride, _rate(topology, dim, 1, hops), dim.latency)
-            stride *= size
+            pieces[axis] = _mixed(topology, dim, division[axis], stride)
+            stride *= division[axis]
         yield pieces
 
 
@@ -246,6 +307,15 @@ def _part(topology: Topology, name: str) -> Piece:
     return Piece(name, dim_name, len(places), 0, _rate(topology, dim, links, hops), dim.latency)
 
 
+def _mixed(topology: Topology, dim: Dimension, size: int, stride: int) -> Piece:
+    """`size` places of a dim that are `stride` apart."""
+    if size == dim.size:
+        return _part(topology, dim.name)
+    hops = stride if dim.kind in ("ring", "line") else 1
+    name = f"{dim.name}.{size}" if stride == 1 else f"{dim.name}.{size}@{stride}"
+    return Piece(name, dim.name, size, stride, _rate(topology, dim, 1, hops), dim.latency)
+
+
 def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
     """Bytes/s for each core when all cores of a chip use its links at once."""
     return dim.bandwidth if dim.kind == "chip" else dim.bandwidth * links / hops / topology.cores_per_chip
@@ -257,7 +327,7 @@ def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
 def _order(
     topology: Topology,
     layout: Layout,
-    assignment: Mapping[str, tuple[Piece, ...]],
+    assignment: Assignment,
     reflected: tuple[str, ...] = PERMUTED_AXES,
 ) -> np.ndarray:
     """Physical core of every place in the mesh. Axes of `reflected` go back and forth, so that neighbours stay so."""
