@@ -26,7 +26,7 @@ _UNITS = {
     "PFLOP/s": 1e15,
     "us": 1e-6,
 }
-_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*")
+_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/]*)\s*")
 
 
 def quantity(text: Any) -> float:
@@ -64,6 +64,11 @@ class Figure(Claim):
     def number(self) -> float:
         """In SI base units and bytes."""
         return quantity(self.value)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether documents disagree about it, or it is derived or assumed."""
+        return bool(self.also) or any(word in self.note for word in ("assumed", "derived", "may mean"))
 
 
 def _checked(value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, quantity
-from trainfw.hardware.schema import ChipFile, GroupsFile, SplitFile, TopologyFile
+from trainfw.hardware.schema import ChipFile, GroupsFile, LinkFile, SplitFile, TopologyFile
 
 _HERE = Path(__file__).parent
 
@@ -30,7 +30,8 @@ class Dimension:
     """Seconds a hop."""
     inside_instance: bool
     link: str
-    """Name of the kind of link."""
+    """Dotted name of the kind of link, such as `links.neuronlink`: its figures are `<link>.bandwidth`, `.latency`."""
+    description: str
 
     def distance(self, a: int, b: int) -> int:
         """Hops between two places along it."""
@@ -212,6 +213,8 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         raise UserError(f"topology {name!r}: unknown{did_you_mean(name, topology_names())}")
     file = TopologyFile.model_validate(_read_topology(name))
     chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{file.chip}.yaml"))
+    if count < 1:
+        raise UserError(f"count = {count}: expected at least 1")
     if lnc is None:
         lnc = next(iter(chip.device_kinds))
     if lnc not in chip.device_kinds:
@@ -229,17 +232,24 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
             quantity(value)
         except ValueError as error:
             raise UserError(f"parameters.{key} = {error}") from None
+        if quantity(value) == 0 and not key.endswith(".latency"):
+            raise UserError(f"parameters.{key} = {value!r}: expected more than 0")
         figures[key] = figures[key].model_copy(update={"value": value, "source": "the recipe"})
 
-    def dimension(name: str, size: int, kind: str, link: str, inside: bool) -> Dimension:
+    def dimension(name: str, size: int, kind: str, inside: bool, link: str, about: LinkFile) -> Dimension:
         bandwidth, latency = figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number
-        return Dimension(name, size, kind, bandwidth / (size if kind == "chip" else 1), latency, inside, link)
+        share = size if kind == "chip" else 1
+        return Dimension(name, size, kind, bandwidth / share, latency, inside, link, about.description)
 
-    dims = [dimension(d.name, d.size, d.kind, f"links.{d.link}", d.inside_instance) for d in file.dims]
+    dims = [
+        dimension(d.name, d.size, d.kind, d.inside_instance, f"links.{d.link}", file.links[d.link]) for d in file.dims
+    ]
     if count > 1:
-        dims.insert(0, dimension("network", count, "network", "network", False))
+        assert file.network is not None
+        dims.insert(0, dimension("network", count, "network", False, "network", file.network))
     if chip.cores > lnc:
-        dims.append(dimension("core", chip.cores // lnc, "chip", "chip.on_chip", True))
+        assert chip.on_chip is not None
+        dims.append(dimension("core", chip.cores // lnc, "chip", True, "chip.on_chip", chip.on_chip))
     return Topology(
         name=name,
         description=file.description,
