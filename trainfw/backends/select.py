@@ -2,63 +2,120 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from trainfw.backends.base import Backend
-from trainfw.errors import UserError
+from trainfw.backends.distributed import Wiring, read_wiring
+from trainfw.backends.neuron import environment, plugin
+from trainfw.errors import UserError, did_you_mean
+from trainfw.hardware import HardwareConfig
+
+if TYPE_CHECKING:
+    import jax
 
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
 CPU = Backend(
     "cpu",
+    "cpu",
     # Else the CPU pipeline drops remat's optimization barriers before it schedules, and recomputes every unrolled
     # layer at once: all of the work and none of the memory saved.
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
 )
-GPU = Backend("gpu")
-# Neuron's environment, flags and kernels are not built yet: `current` refuses the platform by name.
-BACKENDS = {backend.name: backend for backend in (CPU, GPU)}
-
+GPU = Backend("gpu", "gpu")
+NEURON = Backend("neuron", "neuron", rules="neuron", host_init=True, host_generate=True)
+BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
+SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
+"""What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
 
 MAX_SIMULATED = 2048
 """The most devices that one process is known to simulate."""
 
+_as_backend: str | None = None
 
-def prepare(devices: int | None = None) -> None:
-    """Set up the environment in which jax is to be imported.
 
-    `devices`: simulate this many devices on the CPU. Raises UserError when jax has already been started with
-    another number, since it reads the number only once.
+def prepare(
+    devices: int | None = None,
+    as_backend: str | None = None,
+    *,
+    hardware: HardwareConfig | None = None,
+    layout: Mapping[str, int] | None = None,
+    scan_layers: bool = True,
+) -> Wiring:
+    """Set up the environment in which jax is to be imported; where this process stands among others.
+
+    Args:
+        devices: simulate this many devices on the CPU.
+        as_backend: `neuron`: run on the CPU under that backend's contract, which `current` then returns.
+        hardware: what the recipe is for. Left out, this process runs on its own.
+        layout: the sizes of the mesh axes (one may be -1), by which Neuron's environment is chosen.
+        scan_layers: whether the program loops over its layers, as above.
+
+    Raises UserError when jax has already been started with another number of devices, since it reads the number only
+    once, and where the environment contradicts itself or the hardware.
     """
-    # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if devices is None:
-        return
-    if not 1 <= devices <= MAX_SIMULATED:
+    global _as_backend
+    if as_backend is not None and as_backend not in SIMULATED:
+        raise UserError(
+            f"--as {as_backend}: expected one of {', '.join(SIMULATED)}{did_you_mean(as_backend, SIMULATED)}"
+        )
+    if devices is not None and not 1 <= devices <= MAX_SIMULATED:
         raise UserError(
             f"--devices {devices}: expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
         )
-    before = dict(os.environ)
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
-    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:
-        import jax
+    topology = hardware.load() if hardware is not None else None
+    wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
+    if devices is None and as_backend is None and plugin.on_neuron(os.environ):
+        environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
+    # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if devices is not None or as_backend is not None:
+        _simulate(devices)
+    _as_backend = as_backend
+    return wiring
 
-        jax.config.update("jax_platforms", "cpu")  # was read at import; means nothing once devices exist
-        if jax.device_count() != devices:
-            os.environ.clear()
-            os.environ.update(before)
-            raise UserError(
-                f"devices = {devices}: jax is already running with {jax.device_count()}; "
-                f"ask for simulated devices before anything uses jax"
-            )
+
+def _simulate(devices: int | None) -> None:
+    before = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if devices is not None:
+        flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
+        os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])
+    if "jax" not in sys.modules:
+        return
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # was read at import; means nothing once devices exist
+    if devices is not None and jax.device_count() != devices:
+        os.environ.clear()
+        os.environ.update(before)
+        raise UserError(
+            f"devices = {devices}: jax is already running with {jax.device_count()}; "
+            f"ask for simulated devices before anything uses jax"
+        )
 
 
 def current() -> Backend:
-    """The backend of jax's default platform. Raises UserError for a platform trainfw has no backend for."""
+    """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
+
+    Raises UserError for a platform trainfw has no backend for.
+    """
     import jax
 
-    name = jax.default_backend()
-    if name not in BACKENDS:
-        raise UserError(f"platform {name!r}: trainfw has no backend for it yet; it has {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    platform = jax.default_backend()
+    if _as_backend is not None:
+        if platform != "cpu":
+            raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")
+        return SIMULATED[_as_backend]
+    if platform not in BACKENDS:
+        raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")
+    return BACKENDS[platform]
+
+
+def host_device() -> jax.Device:
+    """This process's first CPU device, whatever the default platform."""
+    import jax
+
+    return jax.local_devices(backend="cpu")[0]

@@ -1,0 +1,86 @@
+"""Which implementation an operation gets: a kernel where one fits, else the XLA form that every model has."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trainfw.backends.base import Backend
+from trainfw.backends.neuron import attention as neuron_attention
+from trainfw.backends.neuron.attention import AttentionRequest
+from trainfw.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of an operation."""
+
+    name: str
+    refuses: Callable[[Any], str | None]
+    """What of a request it cannot do, in words; None for nothing."""
+    load: Callable[[Any], Callable[..., Any]]
+    """The kernel for a request. Raises ImportError where it is not installed."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What an operation resolved to."""
+
+    name: str
+    call: Callable[..., Any] | None
+    """None: the XLA form, which is the caller's own."""
+    passed_over: tuple[str, ...] = ()
+    """`name: why` of candidates before it."""
+
+    def __str__(self) -> str:
+        others = f" (not {'; not '.join(self.passed_over)})" if self.passed_over else ""
+        return f"{self.name}{others}"
+
+
+# By operation, then by JAX's platform, best first. Whatever is left takes the XLA form.
+KERNELS: dict[str, dict[str, list[Candidate]]] = {
+    "attention": {
+        "neuron": [
+            Candidate("nkilib ring attention", neuron_attention.ring_refuses, neuron_attention.load_ring),
+            Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),
+            Candidate("neuronx-cc flash attention", neuron_attention.flash_refuses, neuron_attention.load_flash),
+        ]
+    }
+}
+
+
+def resolve(operation: str, request: AttentionRequest, backend: Backend) -> Kernel:
+    """The implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
+
+    An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
+    softcap) -> o_BSHh, with the shapes of one device: inside shard_map wherever there is more than one.
+    """
+    if operation not in KERNELS:
+        raise UserError(f"operation {operation!r}: has no kernels{did_you_mean(operation, KERNELS)}")
+    return _resolve(operation, request, backend.platform)
+
+
+@functools.cache  # which is also what logs a choice once
+def _resolve(operation: str, request: AttentionRequest, platform: str) -> Kernel:
+    passed_over = []
+    for candidate in KERNELS[operation].get(platform, []):
+        problem = candidate.refuses(request)
+        if problem is None:
+            try:
+                kernel = Kernel(candidate.name, candidate.load(request), tuple(passed_over))
+            except ImportError as error:
+                problem = f"cannot be imported: {error}"
+            else:
+                _log(logging.INFO, operation, request, kernel)
+                return kernel
+        passed_over.append(f"{candidate.name}: {problem}")
+    kernel = Kernel("XLA", None, tuple(passed_over))
+    _log(logging.WARNING if passed_over else logging.INFO, operation, request, kernel)
+    return kernel
+
+
+def _log(level: int, operation: str, request: AttentionRequest, kernel: Kernel) -> None:
+    logging.getLogger("trainfw").log(level, "%s: %s for %s", operation, kernel, request)

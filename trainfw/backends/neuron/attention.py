@@ -1,0 +1,204 @@
+"""NKI attention kernels behind the form of attention that models call. None of it has run on Neuron hardware."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Attend = Callable[..., Any]
+
+_TILE = 2048  # of keys, in flash_fwd's default FlashConfig
+_PARTITIONS = 128
+_MASKED = -9984.0  # what flash_attn_bwd itself puts for a masked score
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What one call of attention needs, in the sizes of one device."""
+
+    query_length: int
+    key_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    causal: bool = True
+    """A query sees keys up to its own index."""
+    segments: bool = False
+    """Tokens see only their own segment."""
+    window: int | None = None
+    """Keys that a query sees, itself included."""
+    softcap: float | None = None
+    cached: bool = False
+    """Queries continue keys of earlier calls."""
+    ring: int = 1
+    """Devices over which the sequence is split."""
+    lnc: int = 2
+    """Physical cores in a logical one."""
+
+
+def ring_refuses(request: AttentionRequest) -> str | None:
+    """nkilib's `ring_attention_spmd_fwd` (aws-neuron/nki-library experimental/attention/ring_attention_fwd.py)."""
+    if request.ring == 1:
+        return "the sequence is not split"
+    return "trainfw does not split sequences yet, and how JAX hands replica groups to the kernel is not documented"
+
+
+def load_ring(request: AttentionRequest) -> Attend:
+    raise ImportError("no adapter")
+
+
+def flash_refuses(request: AttentionRequest) -> str | None:
+    """What neuronx-cc's `flash_fwd` and `flash_attn_bwd` cannot do.
+
+    aws-neuron/nki-samples 6905a68a src/nki_samples/reference/attention.py, which is their source. Segments and windows
+    go in as `logit_bias`, which they take for one row of the batch: (1, 1, S, T).
+    """
+    if problem := _common_problem(request):
+        return problem
+    if request.key_length % _TILE:
+        return f"key length {request.key_length} is not a multiple of {_TILE}"
+    return None
+
+
+def nkilib_refuses(request: AttentionRequest) -> str | None:
+    """What nkilib's `attention_cte` and `attention_bwd` cannot do.
+
+    aws-neuron/nki-library 0759719d src/nkilib_src/nkilib/core/attention.
+    """
+    if problem := _common_problem(request):
+        return problem
+    if request.segments:
+        return "it has no argument for segments"
+    if request.window is not None and request.window < request.key_length:
+        return "forward and backward document windows that differ by one"
+    if request.key_length % 512 or request.query_length % _PARTITIONS:
+        return f"sequence length {request.key_length} is not a multiple of 512"
+    return None
+
+
+def _common_problem(request: AttentionRequest) -> str | None:
+    if request.ring > 1:
+        return "the sequence is split"
+    if request.cached:
+        return "it has no argument for a cache's length"
+    if request.softcap is not None:
+        return "it has no argument for a softcap"
+    if request.dtype != "bfloat16":
+        return f"it multiplies in bfloat16, not {request.dtype}"
+    if request.head_dim > _PARTITIONS:
+        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
+    if not request.causal or request.query_length != request.key_length:
+        return "it is called for causal self-attention only"
+    return None
+
+
+def load_flash(request: AttentionRequest) -> Attend:
+    """neuronx-cc's flash attention, called as apple/axlearn 34aed43c does (flash_attention/neuron_attention.py)."""
+    kernels = importlib.import_module("neuronxcc.nki.kernels.attention")
+    language = importlib.import_module("neuronxcc.nki.language")
+    flash_fwd, flash_attn_bwd = kernels.flash_fwd, kernels.flash_attn_bwd
+    biased = request.segments or (request.window is not None and request.window < request.key_length)
+    H, lnc = request.num_heads, request.lnc
+    heads = language.nc(lnc) * (H // lnc) if lnc > 1 and H % lnc == 0 else H
+
+    import jax
+    import jax.numpy as jnp
+
+    def forward(q_BSHh: Any, k_BTHh: Any, v_BTHh: Any, bias_11ST: Any, scale: float) -> tuple[Any, Any]:
+        q_BHhS, k_BHhT = q_BSHh.transpose(0, 2, 3, 1), k_BTHh.transpose(0, 2, 3, 1)
+        v_BHTh = v_BTHh.transpose(0, 2, 1, 3)
+        seed = jnp.array([1], jnp.int32)  # of a dropout that is off
+        o_BHSh, lse = flash_fwd[q_BSHh.shape[0], heads](
+            *(q_BHhS, k_BHhT, v_BHTh, seed),
+            *(() if bias_11ST is None else (bias_11ST,)),
+            use_causal_mask=True,
+            softmax_scale=scale,
+            mixed_precision=True,
+            dropout_p=0.0,
+        )
+        return o_BHSh.transpose(0, 2, 1, 3), (q_BHhS, k_BHhT, v_BHTh, bias_11ST, o_BHSh, lse)
+
+    def backward(scale: float, saved: Any, do_BSHh: Any) -> tuple[Any, ...]:
+        q_BHhS, k_BHhT, v_BHTh, bias_11ST, o_BHSh, lse = saved
+        grads = flash_attn_bwd[q_BHhS.shape[0], heads](
+            *(q_BHhS, k_BHhT, v_BHTh.swapaxes(2, 3), o_BHSh.swapaxes(2, 3), do_BSHh.transpose(0, 2, 3, 1), lse),
+            jnp.array([1], jnp.int32),
+            *(() if bias_11ST is None else (bias_11ST,)),
+            use_causal_mask=True,
+            mixed_precision=True,
+            dropout_p=0.0,
+            softmax_scale=scale,
+        )
+        return (*(grad.transpose(0, 3, 1, 2) for grad in grads), None)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def flash(q_BSHh: Any, k_BTHh: Any, v_BTHh: Any, bias_11ST: Any, scale: float) -> Any:
+        return forward(q_BSHh, k_BTHh, v_BTHh, bias_11ST, scale)[0]
+
+    flash.defvjp(forward, backward)
+
+    def attend(
+        q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, mask_BST: Any, *, scale: float, softcap: float | None = None
+    ) -> Any:
+        assert softcap is None
+        groups = q_BSHh.shape[2] // k_BTKh.shape[2]
+        k_BTHh, v_BTHh = jnp.repeat(k_BTKh, groups, axis=2), jnp.repeat(v_BTKh, groups, axis=2)
+        if not biased:
+            return flash(q_BSHh, k_BTHh, v_BTHh, None, scale)
+        B, S, _, _ = q_BSHh.shape
+        bias_BST = jnp.where(jnp.broadcast_to(mask_BST, (B, S, k_BTKh.shape[1])), 0.0, _MASKED).astype(q_BSHh.dtype)
+        rows = [slice(b, b + 1) for b in range(B)]  # the kernels take one bias for all rows, so one row at a time
+        return jnp.concatenate([flash(q_BSHh[r], k_BTHh[r], v_BTHh[r], bias_BST[r, None], scale) for r in rows])
+
+    return attend
+
+
+def load_nkilib(request: AttentionRequest) -> Attend:
+    """nkilib's flash attention: `attention_cte` forward, `attention_bwd` backward, kv heads as they are.
+
+    How kernels of `@nki.jit` are launched: aws-neuron-sdk 2.32.0 release-notes (`kernel[2]` for LNC 2).
+    """
+    attention_cte = importlib.import_module("nkilib.core.attention.attention_cte").attention_cte
+    attention_bwd = importlib.import_module("nkilib.core.attention.attention_bwd").attention_bwd
+    if request.lnc > 1:
+        attention_cte, attention_bwd = attention_cte[request.lnc], attention_bwd[request.lnc]
+
+    import jax
+    import jax.numpy as jnp
+
+    def forward(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float) -> tuple[Any, Any]:
+        B, S, H, h = q_BSHh.shape
+        K = k_BTKh.shape[2]
+        q_NSh = q_BSHh.transpose(0, 2, 1, 3).reshape(B * H, S, h)
+        k_NTh, v_NTh = (x.transpose(0, 2, 1, 3).reshape(B * K, -1, h) for x in (k_BTKh, v_BTKh))
+        o_NSh, negative_max, reciprocal = attention_cte(
+            q_NSh, k_NTh, v_NTh, scale=scale, causal_mask=True, tp_q=True, tp_k=True, cache_softmax=True
+        )
+        # (B * H, 128, S / 128) each: query s is at [s % 128, s // 128], as attention_bwd reads them.
+        lse = -(negative_max + jnp.log(reciprocal)).reshape(B, H, _PARTITIONS, S // _PARTITIONS)
+        o_BSHh = o_NSh.reshape(B, H, S, h).transpose(0, 2, 1, 3)
+        return o_BSHh, (q_BSHh, k_BTKh, v_BTKh, o_BSHh, lse)
+
+    def backward(scale: float, saved: Any, do_BSHh: Any) -> tuple[Any, ...]:
+        *arrays, lse = saved
+        q, k, v, o, do = (x.transpose(0, 2, 3, 1) for x in (*arrays, do_BSHh))
+        grads = attention_bwd(q, k, v, o, do, lse, use_causal_mask=True, mixed_precision=True, softmax_scale=scale)
+        return tuple(grad.transpose(0, 3, 1, 2) for grad in grads)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def flash(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float) -> Any:
+        return forward(q_BSHh, k_BTKh, v_BTKh, scale)[0]
+
+    flash.defvjp(forward, backward)
+
+    def attend(
+        q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, mask_BST: Any, *, scale: float, softcap: float | None = None
+    ) -> Any:
+        assert softcap is None
+        return flash(q_BSHh, k_BTKh, v_BTKh, scale)
+
+    return attend

@@ -1,0 +1,306 @@
+"""Every variable that a process on Neuron sets before jax is imported, each with its reason and its source."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainfw.backends.distributed import ROOT_PORT, Wiring
+from trainfw.backends.neuron.place import read_place
+from trainfw.backends.neuron.sdk import Sdk, load_sdk
+from trainfw.errors import UserError
+from trainfw.hardware import HardwareConfig, Topology
+
+_SDK = "aws-neuron-sdk 2.32.0"
+_ENVVARS = f"{_SDK} frameworks/jax/api-reference-guide/neuron-envvars.rst"
+_CONFIGURATION = f"{_SDK} neuron-runtime/guides/configuration-guide.rst"
+_LNC = f"{_SDK} about-neuron/arch/neuron-features/logical-neuroncore-config.rst"
+_COMPILER = f"{_SDK} compiler/neuronx-cc/api-reference-guide/index.rst"
+_JAX_ISSUES = f"{_SDK} frameworks/jax/setup/jax-neuronx-known-issues.rst"
+_OVERLAP = f"{_SDK} neuron-runtime/explore/compute-comm-overlap.rst"
+_TIPS = f"{_SDK} neuron-runtime/explore/runtime-performance-tips.rst"
+_MULTI_NODE = f"{_SDK} frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst"
+_ULTRASERVER = f"{_SDK} src/k8/k8s-ultraserver-init-script.sh"
+_RELEASES = f"{_SDK} release-notes/components/runtime.rst"
+
+_TARGETS = ("inf2", "trn1n", "trn1", "trn2")
+"""What neuronx-cc documents for --target, longer names first."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the environment."""
+
+    name: str
+    value: str | None
+    """None: only the host itself can say."""
+    reason: str
+    source: str
+    experimental: bool = False
+    """AWS calls it experimental, or does not document it."""
+    already_set: bool = False
+    """The user set it, to `value`: it stays."""
+
+
+def neuron_environment(
+    hardware: HardwareConfig,
+    wiring: Wiring,
+    *,
+    layout: Mapping[str, int],
+    scan_layers: bool,
+    environ: Mapping[str, str] | None = None,
+) -> list[Variable]:
+    """What a process on `hardware` sets, in order.
+
+    Args:
+        hardware: names a Neuron topology, or none, which suits a single process only.
+        layout: the sizes of the mesh axes; one may be -1.
+        scan_layers: whether the program loops over its layers.
+        environ: what is set already (default: os.environ); that stays as it is.
+
+    Raises UserError where processes, hosts and topology contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    topology = hardware.load()
+    instances = topology.instances if topology is not None else 1
+    if wiring.process_count != instances:
+        named = f"{topology.count} x {topology.name}" if topology is not None else "no hardware.topology"
+        raise UserError(
+            f"{wiring.process_count} process{'es' * (wiring.process_count > 1)} ({wiring.launcher}): {named} takes "
+            f"{instances}, one for each instance"
+        )
+    wanted = [
+        *_platform(topology),
+        *_processes(topology, wiring),
+        *_ultraserver(topology, wiring, environ),
+        *_network(topology, wiring),
+        *_compiler(topology, hardware, load_sdk(hardware.sdk)),
+        *_caches(),
+        *_execution(),
+        *_overlap(topology, hardware, layout, scan_layers),
+    ]
+    return [_kept(variable, environ) for variable in wanted]
+
+
+def apply(hardware: HardwareConfig, wiring: Wiring, *, layout: Mapping[str, int], scan_layers: bool) -> None:
+    """Set them, where the user has not."""
+    for warning in environment_warnings(os.environ, load_sdk(hardware.sdk), hardware.load()):
+        logging.getLogger("trainfw").warning(warning)
+    for variable in neuron_environment(hardware, wiring, layout=layout, scan_layers=scan_layers):
+        if variable.value is not None:
+            os.environ[variable.name] = variable.value
+
+
+def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topology | None) -> list[str]:
+    """What is wrong with variables that the user has set."""
+    warnings = []
+    removed = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"
+    if removed in environ and _release(sdk) >= (2, 31):
+        warnings.append(f"{removed} = {environ[removed]}: was removed in Neuron SDK 2.31; unset it ({_RELEASES})")
+    for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_RT_VIRTUAL_CORE_SIZE"):
+        if topology is not None and environ.get(name, str(topology.lnc)) != str(topology.lnc):
+            warnings.append(
+                f"{name} = {environ[name]}: {topology.name} at LNC {topology.lnc} is what the recipe says; "
+                f"unset it or set hardware.lnc ({_LNC})"
+            )
+    platforms = environ.get("JAX_PLATFORMS", "neuron,cpu").split(",")
+    if "cpu" not in platforms:
+        warnings.append(f"JAX_PLATFORMS = {environ['JAX_PLATFORMS']}: parameters are initialised on the CPU; add cpu")
+    return warnings
+
+
+def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
+    if variable.name not in environ:
+        return variable
+    value = environ[variable.name]
+    instead = "" if variable.value in (None, value) else f"; trainfw would set {variable.value}"
+    return Variable(
+        variable.name, value, f"already set, and kept{instead}", variable.source, variable.experimental, True
+    )
+
+
+def _platform(topology: Topology | None) -> Iterator[Variable]:
+    yield Variable(
+        "JAX_PLATFORMS",
+        "neuron,cpu",
+        "Neuron first; the host's CPU initialises parameters and samples text",
+        _JAX_ISSUES,
+    )
+    yield Variable(
+        "JAX_DEFAULT_PRNG_IMPL",
+        "rbg",
+        "Threefry is not fully supported; the compiler takes RNG_DEFAULT only",
+        _JAX_ISSUES,
+    )
+    if topology is None or topology.cores > 1:
+        # On a single core the training step itself has no collectives, and would run on the CPU.
+        yield Variable(
+            "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU",
+            "1",
+            "programs without collectives are compiled for the CPU, in seconds; the training step has collectives",
+            _ENVVARS,
+        )
+
+
+def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
+    if topology is not None and len(topology.chip.device_kinds) > 1:
+        yield Variable(
+            "NEURON_LOGICAL_NC_CONFIG",
+            str(topology.lnc),
+            f"physical cores in a logical one, hence {topology.cores_per_instance} devices an instance; as --lnc below",
+            _LNC,
+        )
+    if topology is None or wiring.process_count == 1:
+        return
+    yield Variable(
+        "NEURON_RT_ROOT_COMM_ID",
+        f"{wiring.head}:{ROOT_PORT}" if wiring.head else None,
+        "where the runtimes meet for collectives: process 0",
+        _CONFIGURATION,
+    )
+    yield Variable(
+        "NEURON_PJRT_PROCESSES_NUM_DEVICES",
+        ",".join([str(topology.cores_per_instance)] * wiring.process_count),
+        "devices of each process: one process an instance",
+        _ENVVARS,
+    )
+    order = "hosts sorted by (server_id, node_id)" if wiring.placed else f"from {wiring.launcher}"
+    yield Variable("NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process: {order}", _ENVVARS)
+
+
+def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
+    # Documented for units of 4 instances; nothing says what larger ones take.
+    if topology is None or (nodes := topology.instances // topology.count) != 4:
+        return
+    config = environ.get("NEURON_ULTRASERVER_NODE_CONFIG", str(nodes))
+    if config != str(nodes):
+        raise UserError(f"NEURON_ULTRASERVER_NODE_CONFIG = {config}: {topology.name} joins {nodes} instances")
+    place = read_place(nodes)
+    if place is not None and place.node_id != wiring.process_index % nodes:
+        raise UserError(
+            f"process {wiring.process_index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
+            f"{place.server_id}, but process {wiring.process_index} takes node {wiring.process_index % nodes}: number "
+            f"processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host in "
+            f"NEURON_GLOBAL_TOPOID0_HOST)"
+        )
+    host = "read from /sys/class/neuron_device on the host"
+    yield Variable("NEURON_RT_ULTRASERVER_MODE", "1", "4 instances joined by NeuronLink", _ULTRASERVER)
+    yield Variable(
+        "NEURON_RT_ULTRASERVER_SERVER_ID", place and place.server_id, f"which UltraServer: {host}", _ULTRASERVER
+    )
+    yield Variable(
+        "NEURON_RT_ULTRASERVER_NODE_ID", place and str(place.node_id), f"which of its instances: {host}", _ULTRASERVER
+    )
+
+
+def _network(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
+    if topology is None or wiring.process_count == 1:
+        return
+    yield Variable("FI_PROVIDER", "efa", "libfabric's provider between instances", _MULTI_NODE)
+    yield Variable("FI_EFA_USE_DEVICE_RDMA", "1", "RDMA to and from device memory", _MULTI_NODE)
+    if _kernel() < (5, 15):
+        yield Variable(
+            "FI_EFA_FORK_SAFE", "1", f"kernels before 5.15 need it to fork; this is {platform.release()}", _MULTI_NODE
+        )
+    if topology.name in ("trn2.48xlarge", "trn2-ultraserver"):
+        yield Variable(
+            "NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY",
+            "40-47,88-95,136-143,184-191",
+            "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them",
+            _TIPS,
+        )
+
+
+def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> Iterator[Variable]:
+    flags = []
+    if topology is not None:
+        target = next((t for t in _TARGETS if topology.name.startswith(t)), None)
+        flags += [f"--target={target}"] if target else []
+        flags += [f"--lnc={topology.lnc}"] if len(topology.chip.device_kinds) > 1 else []
+    flags += ["--model-type=transformer", "-O1"]
+    own = "; then hardware.compiler_flags" if hardware.compiler_flags else ""
+    yield Variable(
+        "NEURON_CC_FLAGS",
+        " ".join([*flags, *hardware.compiler_flags]),
+        f"options of neuronx-cc {sdk.packages['neuronx-cc']} (-O1 compiles fastest; AWS trains JAX models with it){own}",
+        _COMPILER,
+    )
+
+
+def _caches() -> Iterator[Variable]:
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
+    yield Variable(
+        "JAX_COMPILATION_CACHE_DIR", str(cache / "jax"), "compile once for all runs", "JAX 0.10 (jax-ml/jax PR 23741)"
+    )
+    yield Variable(
+        "NEURON_COMPILE_CACHE_URL",
+        str(cache / "neuron"),
+        "the compiler's own cache; a shared path or s3:// serves all hosts",
+        f"{_SDK} frameworks/torch/torch-neuronx/programming-guide (JAX scripts of AWS set it too)",
+    )
+
+
+def _execution() -> Iterator[Variable]:
+    yield Variable(
+        "NEURON_RT_EXEC_TIMEOUT",
+        "600",
+        "seconds a step may take; documents differ on the default (2, 30, 600)",
+        _CONFIGURATION,
+    )
+    yield Variable(
+        "TF_CPP_MIN_LOG_LEVEL", "2", "XLA's own warnings are not for users of recipes", "trainfw, on every backend"
+    )
+
+
+def _overlap(
+    topology: Topology | None, hardware: HardwareConfig, layout: Mapping[str, int], scan_layers: bool
+) -> Iterator[Variable]:
+    if topology is None or not hardware.fsdp_overlap:
+        return
+    sizes = _filled(layout, topology.cores)
+    if sizes.get("fsdp", 1) == 1:
+        return
+
+    def experimental(name: str, value: str, reason: str, source: str = _OVERLAP) -> Variable:
+        return Variable(name, value, reason, source, experimental=True)
+
+    if scan_layers:
+        third_party = "rahul003/axlearn 05907108 launch scripts (third party; AWS does not document it)"
+        yield experimental(
+            "NEURON_FSDP_REPEATED", "1", "overlap of FSDP's collectives with scanned layers", third_party
+        )
+    else:
+        yield experimental(
+            "NEURON_FSDP", "1", "order FSDP's and tensor's collectives so that they overlap with compute"
+        )
+        yield experimental("NEURON_FSDP_NUM_LAYER_EARLY_AG_SHIFT", "1", "gather parameters this many layers ahead")
+        yield experimental("NEURON_FSDP_NUM_LAYER_LATE_RS_SHIFT", "2", "scatter gradients this many layers later")
+    if topology.lnc != 2:
+        return  # described for LNC 2, whose logical cores have 4 communication cores
+    if not scan_layers:
+        yield experimental("NEURON_FSDP_CC_MULTISTREAM", "1", "tensor's collectives on stream 0, FSDP's on stream 1")
+    if sizes.get("tensor", 1) > 1 and not scan_layers:
+        yield experimental("NEURON_RT_DBG_DMA_PACKETIZATION_SIZE", "65536", "bytes: compute's transfers before FSDP's")
+        yield experimental(
+            "NEURON_RT_DBG_CC_DMA_PACKET_SIZE", "65536,4096", "bytes by stream: tensor's before compute's before FSDP's"
+        )
+
+
+def _filled(layout: Mapping[str, int], cores: int) -> dict[str, int]:
+    """With the axis that is -1 at the size that is left."""
+    fixed = math.prod(size for size in layout.values() if size != -1)
+    return {axis: cores // fixed if size == -1 else size for axis, size in layout.items()}
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+
+
+def _release(sdk: Sdk) -> tuple[int, ...]:
+    return tuple(int(part) for part in sdk.version.split("."))
