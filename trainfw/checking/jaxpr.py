@@ -1,0 +1,148 @@
+"""What only the jaxpr still says: modes of gathers, kinds of keys, callbacks, and the dtypes of the program's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainfw.checking.report import Finding
+from trainfw.hlo import Place, user_place
+
+_LISTED = {"bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8", "float8_e5m2", "float8_e4m3"}
+
+
+def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
+    """Findings in a jax.core.ClosedJaxpr.
+
+    Args:
+        has_e4m3fn: the hardware knows float8_e4m3fn.
+    """
+    findings: list[Finding] = []
+    seen: set[tuple[int, Place | None]] = set()
+
+    def visit(jaxpr: Any, caller: Place | None) -> None:
+        if (id(jaxpr), caller) in seen:
+            return
+        seen.add((id(jaxpr), caller))
+        for eqn in jaxpr.eqns:
+            place = eqn_place(eqn) or caller
+            name = str(eqn.source_info.name_stack)
+            op_name = f"{name}/{eqn.primitive.name}" if name else eqn.primitive.name
+            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(eqn, has_e4m3fn))
+            if not _is_randint(eqn):
+                for inner in sub_jaxprs(eqn):
+                    visit(inner, place)
+
+    visit(closed.jaxpr, None)
+    findings.extend(_arguments(closed.jaxpr, {f.rule for f in findings}, has_e4m3fn))
+    return findings
+
+
+def eqn_place(eqn: Any) -> Place | None:
+    """The user's line that made an equation; None inside JAX's own jitted functions."""
+    from jax._src import source_info_util
+
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return None
+    return user_place(Place(frame.file_name, frame.start_line) for frame in source_info_util.user_frames(traceback))
+
+
+def place_of_failure(error: BaseException) -> Place | None:
+    """Where in user code the operation stands that JAX failed to lower."""
+    place, traceback = None, error.__traceback__
+    while traceback is not None:
+        # JAX lowers equation by equation, each inside the lowering of the one that contains it.
+        eqn = traceback.tb_frame.f_locals.get("eqn")
+        if hasattr(eqn, "source_info"):
+            place = eqn_place(eqn) or place
+        traceback = traceback.tb_next
+    return place
+
+
+def read_symbolic(closed: Any) -> list[Finding]:
+    """Arguments whose shapes have symbols (`jax.export.symbolic_shape`) in them, where they are first used."""
+    return [
+        Finding("shape-dynamic", f"argument {number} is {_shape(variable)}", _first_use(closed.jaxpr, variable))
+        for number, variable in enumerate(closed.jaxpr.invars)
+        if not all(isinstance(size, int) for size in getattr(variable.aval, "shape", ()))
+    ]
+
+
+def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, jitted and differentiated functions."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _read(eqn: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
+    name = eqn.primitive.name
+    if name.endswith("callback") or name == "debug_print":
+        yield "control-callback", f"calls back to the host ({name})"
+    elif name == "check":
+        yield "control-checkify", "a checkify.check"
+    elif name == "gather" and _drops(eqn):
+        yield "gather-fill", f"gathers from {_shape(eqn.invars[0])} with mode=fill"
+    elif name.startswith("scatter") and _drops(eqn):
+        yield "scatter-drop", f"{name} into {_shape(eqn.invars[0])} with mode=drop"
+    elif name == "threefry2x32" or (name.startswith("random_") and _threefry(eqn)):
+        yield "rng-threefry", f"{name} with a Threefry key"
+    elif _is_randint(eqn):
+        yield "rng-randint", f"draws {_shape(eqn.outvars[0])} with jax.random.randint"
+    for variable in eqn.outvars:
+        yield from _dtype(variable, has_e4m3fn)
+
+
+def _dtype(variable: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
+    dtype = str(getattr(variable.aval, "dtype", "bool"))
+    rule = None
+    if dtype == "float64":
+        rule = "dtype-f64"
+    elif dtype.startswith("complex"):
+        rule = "dtype-complex"
+    elif dtype in ("int64", "uint64"):
+        rule = "dtype-int64"
+    elif dtype.endswith("fnuz"):
+        rule = "dtype-f8fnuz"
+    elif dtype == "float8_e4m3fn":
+        rule = None if has_e4m3fn else "dtype-f8e4m3fn"
+    elif dtype not in _LISTED and "<" not in dtype and dtype != "float0":  # `key<rbg>` is a type of JAX alone
+        rule = "dtype-unlisted"
+    if rule is not None:
+        yield rule, f"makes {_shape(variable)}"
+
+
+def _arguments(jaxpr: Any, found: set[str], has_e4m3fn: bool) -> Iterator[Finding]:
+    """Arguments of a dtype that no operation's result has shown already, where they are first used."""
+    for number, variable in enumerate(jaxpr.invars):
+        for rule, _ in _dtype(variable, has_e4m3fn):
+            if rule not in found:
+                message = f"argument {number} is {_shape(variable)}"
+                yield Finding(rule, message, _first_use(jaxpr, variable), f"argument {number}")
+
+
+def _first_use(jaxpr: Any, variable: Any) -> Place | None:
+    return next((eqn_place(eqn) for eqn in jaxpr.eqns if any(v is variable for v in eqn.invars)), None)
+
+
+def _drops(eqn: Any) -> bool:
+    return getattr(eqn.params.get("mode"), "name", "") == "FILL_OR_DROP"
+
+
+def _threefry(eqn: Any) -> bool:
+    impl = eqn.params.get("impl")
+    impls = [impl] if impl is not None else []
+    impls += [getattr(getattr(v.aval, "dtype", None), "_impl", None) for v in (*eqn.invars, *eqn.outvars)]
+    return any(getattr(impl, "name", "") == "threefry2x32" for impl in impls)
+
+
+def _is_randint(eqn: Any) -> bool:
+    return eqn.params.get("name") in ("_randint", "randint")
+
+
+def _shape(variable: Any) -> str:
+    aval = variable.aval
+    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]" if hasattr(aval, "dtype") else str(aval)

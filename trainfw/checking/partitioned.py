@@ -1,0 +1,180 @@
+"""Rules on a program as one core runs it: its collectives, its buffers, its memory."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from trainfw.backends import Sdk
+from trainfw.checking.report import CollectiveSum, Finding, Memory
+from trainfw.hardware import Topology
+from trainfw.hlo import Collective, Module, Partitioned, collectives
+
+_NO_BUFFER = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "opt-barrier"}
+
+
+def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topology: Topology, sdk: Sdk) -> list[Finding]:
+    """Findings in a partitioned module.
+
+    Args:
+        cores: the physical core of each partition.
+        mesh: names the axes of groups in messages.
+    """
+    found = collectives(module)
+    return [
+        *_integer_reductions(found),
+        *_groups(found, cores, mesh, topology),
+        *_communicators(found, mesh, sdk),
+        *_buffers(module, sdk),
+    ]
+
+
+def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ...]:
+    """Collectives by kind, axes, dtype and size of group, the most bytes first."""
+    counts: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
+    for collective in collectives(module):
+        axes = collective.axes(mesh) if mesh is not None else None
+        total = counts[collective.kind, axes, collective.dtype, collective.group_size]
+        total[0] += collective.times
+        total[1] += collective.total_bytes
+    rows = [
+        CollectiveSum(kind, axes, dtype, group_size, count, size)
+        for (kind, axes, dtype, group_size), (count, size) in counts.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: -row.bytes))
+
+
+def memory_of(arguments: Iterable[Any], partitioned: Partitioned | None, topology: Topology) -> Memory:
+    """Memory of one core for a function of these arguments (ShapeDtypeStructs, with shardings where they are split)."""
+    size = 0
+    for leaf in arguments:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        size += math.prod(shape) * _itemsize(leaf.dtype)
+    temporaries = None
+    analysis = partitioned.compiled.memory_analysis() if partitioned and partitioned.compiled else None
+    if analysis is not None:
+        temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(size, round(topology.core_overhead), temporaries, topology.hbm_size)
+
+
+def read_memory(memory: Memory) -> Iterator[Finding]:
+    if memory.capacity is None:
+        return
+    gib = 2**30
+    needed = memory.arguments + memory.overhead
+    if needed > memory.capacity:
+        yield Finding(
+            "memory-arguments",
+            f"{memory.arguments / gib:.2f} GiB of state and inputs and {memory.overhead / gib:.2f} GiB of runtime on a "
+            f"core of {memory.capacity / gib:.2f} GiB",
+        )
+    elif memory.temporaries is not None and needed + memory.temporaries > memory.capacity:
+        yield Finding(
+            "memory-temporaries",
+            f"{memory.temporaries / gib:.2f} GiB of temporaries beside {needed / gib:.2f} GiB of state, inputs and "
+            f"runtime, on a core of {memory.capacity / gib:.2f} GiB; the temporaries are what XLA's CPU compiler "
+            f"takes, which overstates",
+        )
+
+
+def _integer_reductions(found: list[Collective]) -> Iterator[Finding]:
+    for collective in found:
+        integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
+        if collective.kind in ("all-reduce", "reduce-scatter") and integers:
+            shape = integers[0]
+            yield _finding(
+                f"collective-integer-{collective.kind}",
+                f"{collective.kind} of {shape.dtype}[{','.join(map(str, shape.dims))}] over {_among(collective)}",
+                collective,
+            )
+
+
+def _groups(found: list[Collective], cores: list[int], mesh: Any | None, topology: Topology) -> Iterator[Finding]:
+    """One finding for each set of groups that is refused, at the first collective that uses it."""
+    from trainfw.parallel import group_problem, permute_problem
+
+    by_groups: dict[Any, list[Collective]] = defaultdict(list)
+    for collective in found:
+        by_groups[_key(collective)].append(collective)
+    for users in by_groups.values():
+        first = users[0]
+        rule, why = None, None
+        if first.pairs:
+            problem = permute_problem(topology, [(cores[a], cores[b]) for a, b in first.pairs])
+            if problem is not None:
+                rule, why = f"permute-{problem[0]}", problem[1]
+        else:
+            problems = (group_problem(topology, [cores[device] for device in group]) for group in first.groups)
+            rule, why = "collective-group", next((problem for problem in problems if problem), None)
+        if rule is not None and why is not None:
+            kinds = ", ".join(dict.fromkeys(user.kind for user in users))
+            yield _finding(rule, f"{kinds} over {_among(first, mesh)}: {why}", first, len(users))
+
+
+def _communicators(found: list[Collective], mesh: Any | None, sdk: Sdk) -> Iterator[Finding]:
+    sets = {_key(collective): collective for collective in reversed(found) if collective.groups}
+    if len(sets) > sdk.communicators:
+        names = "; ".join(_among(collective, mesh) for collective in sets.values())
+        yield Finding(
+            "communicators",
+            f"{len(sets)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}",
+            next(iter(sets.values())).instruction.place,
+        )
+
+
+def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
+    entry = module.computations[module.entry]
+    limit, gb = sdk.max_tensor_bytes, 1e9
+    inputs = [i for i in entry.instructions.values() if i.opcode == "parameter"]
+    for instruction in inputs:
+        for shape in instruction.shapes:
+            if shape.bytes >= limit:
+                user = next((i for i in entry.instructions.values() if instruction.name in i.operands), instruction)
+                message = f"input {instruction.op_name or instruction.name} is {shape.bytes / gb:.1f} GB on one core"
+                yield Finding("buffer-size", message, instruction.place or user.place, instruction.op_name)
+    known = {(shape.dtype, shape.dims) for instruction in inputs for shape in instruction.shapes}
+    outputs = [entry.source(name) for name in entry.root.operands] if entry.root.opcode == "tuple" else [entry.root]
+    for output in outputs:
+        if output is None or output.opcode == "parameter":
+            continue
+        for shape in output.shapes if output.opcode not in ("while", "get-tuple-element") else ():
+            if shape.bytes >= limit and (shape.dtype, shape.dims) not in known:
+                known.add((shape.dtype, shape.dims))
+                message = f"an output is {shape.bytes / gb:.1f} GB on one core"
+                yield Finding("buffer-size", message, output.place, output.op_name)
+    for instruction, _ in module.instructions():
+        if instruction.opcode in _NO_BUFFER:
+            continue
+        for shape in instruction.shapes:
+            if shape.bytes >= limit and (shape.dtype, shape.dims) not in known:
+                known.add((shape.dtype, shape.dims))
+                described = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+                message = f"{instruction.opcode} makes {described}, {shape.bytes / gb:.1f} GB on one core"
+                yield Finding("buffer-intermediate", message, instruction.place, instruction.op_name)
+
+
+def _key(collective: Collective) -> Any:
+    """What tells one communicator from another: who talks to whom."""
+    return collective.pairs or frozenset(map(frozenset, collective.groups))
+
+
+def _among(collective: Collective, mesh: Any | None = None) -> str:
+    axes = collective.axes(mesh) if mesh is not None else None
+    if axes:
+        return f"{', '.join(axes)} (groups of {collective.group_size})"
+    groups = collective.pairs or collective.groups
+    return f"{len(groups)} {'transfers' if collective.pairs else f'groups of {collective.group_size}'}"
+
+
+def _finding(rule: str, message: str, collective: Collective, count: int = 1) -> Finding:
+    return Finding(rule, message, collective.instruction.place, collective.instruction.op_name, count=count)
+
+
+def _itemsize(dtype: Any) -> int:
+    import jax
+
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype)).size * 4
+    return dtype.itemsize

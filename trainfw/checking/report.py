@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainfw.checking.rules import RULES, SEVERITIES, Severity
+from trainfw.hlo import Place
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a program breaks at one place."""
+
+    rule: str
+    message: str
+    """What is there, in this program."""
+    place: Place | None = None
+    """The line of user code; None where there is none (an argument, the program as a whole)."""
+    op_name: str = ""
+    """JAX's name of the operation, or of the argument."""
+    program: str = ""
+    """Which of the compiled functions: `train_step`, `eval_step`."""
+    count: int = 1
+    """How many operations at that place."""
+
+    @property
+    def severity(self) -> Severity:
+        return RULES[self.rule].severity
+
+    @property
+    def source(self) -> str:
+        return RULES[self.rule].source
+
+    @property
+    def instead(self) -> str:
+        return RULES[self.rule].instead
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule,
+            "severity": self.severity,
+            "message": self.message,
+            "file": self.place.file if self.place else None,
+            "line": self.place.line if self.place else None,
+            "op_name": self.op_name or None,
+            "program": self.program,
+            "count": self.count,
+            "source": self.source,
+            "instead": self.instead,
+        }
+
+    def __str__(self) -> str:
+        where = str(self.place) if self.place else self.op_name or "the program as a whole"
+        times = f" ({self.count} operations)" if self.count > 1 else ""
+        named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
+        return (
+            f"{self.severity}: {self.rule}: {where}\n    {self.message}{times}{named}\n"
+            f"    rule     {RULES[self.rule].summary}\n    instead  {self.instead}\n    source   {self.source}"
+        )
+
+
+@dataclass(frozen=True)
+class CollectiveSum:
+    """All collectives of one kind, dtype and set of groups in one run of a function."""
+
+    kind: str
+    axes: tuple[str, ...] | None
+    """Mesh axes; None for groups that are not along whole axes."""
+    dtype: str
+    group_size: int
+    count: int
+    """Executions in one run."""
+    bytes: int
+    """On one core in one run: the sum of the whole buffers."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one core."""
+
+    arguments: int
+    """State and inputs, exact from their shardings."""
+    overhead: int
+    """What the runtime takes for itself."""
+    temporaries: int | None
+    """What XLA's CPU compiler takes beyond the arguments: a prediction, which overstates. None: it could not say."""
+    capacity: float | None
+    """Device memory of the core. None: no figure."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found."""
+
+    hardware: str
+    cores: int
+    sdk: str | None
+    """The Neuron SDK whose rules were read; None where Neuron's rules do not apply."""
+    findings: tuple[Finding, ...]
+    """Most severe first, then by place."""
+    collectives: tuple[CollectiveSum, ...] = ()
+    """Of the first function (the training step)."""
+    memory: Memory | None = None
+
+    @property
+    def errors(self) -> list[Finding]:
+        return self._of("error")
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return self._of("warning")
+
+    @property
+    def notes(self) -> list[Finding]:
+        return self._of("note")
+
+    @property
+    def ok(self) -> bool:
+        """No errors."""
+        return not self.errors
+
+    @property
+    def verdict(self) -> str:
+        counts = ", ".join(f"{len(self._of(s))} {s}{'s' * (len(self._of(s)) != 1)}" for s in SEVERITIES)
+        rules = f"Neuron SDK {self.sdk}" if self.sdk else "memory only: Neuron's rules do not apply to this hardware"
+        return f"{'clean' if self.ok else 'refused'}: {counts} ({self.hardware}, {self.cores} cores, {rules})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `trainfw check --json` prints it. Bytes are per core, in one run of the function."""
+        return {
+            "ok": self.ok,
+            "hardware": self.hardware,
+            "cores": self.cores,
+            "sdk": self.sdk,
+            "findings": [finding.to_json() for finding in self.findings],
+            "collectives": [asdict(row) for row in self.collectives],
+            "memory": asdict(self.memory) if self.memory else None,
+        }
+
+    def __str__(self) -> str:
+        parts = [str(finding) for finding in self.findings]
+        if self.collectives:
+            parts.append("\n".join(_table(self.collectives)))
+        if self.memory:
+            parts.append("\n".join(_memory(self.memory)))
+        return "\n\n".join([*parts, self.verdict])
+
+    def _of(self, severity: Severity) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == severity]
+
+
+def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """One finding for each rule and place, with what other rules hide left out; most severe first."""
+    found: dict[tuple[Any, ...], Finding] = {}
+    for finding in findings:
+        # Without a place, the message tells one from another.
+        key = (finding.rule, finding.place or (finding.op_name, finding.message))
+        first = found.setdefault(key, finding)
+        if first is not finding:
+            found[key] = Finding(**{**first.__dict__, "count": first.count + finding.count})
+    hidden = {(rule, f.place) for f in found.values() if f.place for rule in RULES[f.rule].hides if rule != f.rule}
+    kept = [finding for finding in found.values() if (finding.rule, finding.place) not in hidden]
+    return tuple(sorted(kept, key=lambda f: (SEVERITIES.index(f.severity), f.place is None, f.place or Place("", 0))))
+
+
+def _table(rows: Iterable[CollectiveSum]) -> list[str]:
+    cells = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
+    cells += [
+        (
+            row.kind,
+            "part of an axis" if row.axes is None else ", ".join(row.axes),
+            row.dtype,
+            str(row.group_size),
+            f"{row.count:,}",
+            _size(row.bytes),
+        )
+        for row in rows
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    left = 3  # the others are numbers
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _memory(memory: Memory) -> list[str]:
+    lines = [f"memory a core     {_size(memory.arguments)} state and inputs, {_size(memory.overhead)} runtime"]
+    if memory.temporaries is not None:
+        lines.append(
+            f"                  {_size(memory.temporaries)} temporaries (predicted by XLA's CPU compiler: too many)"
+        )
+    if memory.capacity is not None:
+        lines.append(f"                  of {_size(memory.capacity)}")
+    return lines
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,237 @@
+"""What Neuron would be given: rules on the operations of a StableHLO module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainfw.checking.report import Finding
+from trainfw.checking.rules import known_custom_calls, known_operators
+from trainfw.hlo import Place, count_trips, user_place
+
+_COMPARISONS = ("LT", "LE", "GT", "GE")
+
+
+def read_stablehlo(module: Any) -> list[Finding]:
+    """Findings in a module as `lowered.compiler_ir("stablehlo")` gives it."""
+    functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in _functions(module)}
+    findings: list[Finding] = []
+    seen: set[tuple[str, Place | None]] = set()
+
+    def visit(name: str, caller: Place | None) -> None:
+        if (name, caller) in seen or name not in functions:
+            return
+        seen.add((name, caller))
+        walk(functions[name], caller)
+
+    def walk(parent: Any, caller: Place | None) -> None:
+        for op in _inside(parent):
+            frames, op_name = _location(op.location)
+            # JAX's own jitted functions are compiled apart, without lines: theirs is the caller's.
+            place = user_place(frames) or caller
+            if op.name == "func.call":
+                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place)
+                continue
+            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(op))
+            walk(op, place)
+
+    visit("main", None)
+    return findings
+
+
+def _functions(module: Any) -> Iterator[Any]:
+    return (op for op in module.body.operations if op.operation.name == "func.func")
+
+
+def _inside(op: Any) -> Iterator[Any]:
+    for region in op.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+
+
+def _location(location: Any) -> tuple[list[Place], str]:
+    """The stack frames of an operation, innermost first, and its name."""
+    frames: list[Place] = []
+    name = ""
+    left = [location]
+    while left:
+        at = left.pop()
+        if hasattr(at, "callee"):
+            left += [at.caller, at.callee]
+        elif hasattr(at, "name_str"):
+            name = name or at.name_str
+            left.append(at.child_loc)
+        elif hasattr(at, "filename"):
+            frames.append(Place(at.filename, at.start_line))
+        elif hasattr(at, "locations"):
+            left += reversed(list(at.locations))
+    return frames, name
+
+
+def _read(op: Any) -> Iterator[tuple[str, str]]:
+    dialect, _, name = op.name.partition(".")
+    if not all(_is_static(value.type) for value in (*op.operands, *op.results)):
+        yield "shape-dynamic", f"{name} of a dynamic shape"
+    if dialect == "chlo":  # decomposed into stablehlo, all but these
+        if name == "top_k" and _is_integer(op.operands[0]):
+            yield "topk-integer", f"top_k of {_type(op.operands[0])}"
+        elif name == "ragged_dot":
+            yield "op-unlisted", f"{op.name} of {_type(op.operands[0])}"
+    if dialect != "stablehlo":
+        return
+    match name:
+        case "case" | "if" if len(op.regions) > 1 and _integer(op.operands[0]) is None:
+            yield "control-cond", f"a conditional of {len(op.regions)} branches"
+        case "while" if _trip_count(op) is None:
+            yield "control-while", "a while loop whose trip count is not known when compiling"
+        case "rng_bit_generator" if "DEFAULT" not in str(op.attributes["rng_algorithm"]):
+            yield "rng-algorithm", f"rng_bit_generator with {op.attributes['rng_algorithm']}"
+        case "sort" if not _sorts_simply(op):
+            yield "sort-comparator", f"a sort of {_type(op.operands[0])} whose comparator is not one comparison"
+        case "reduce" | "reduce_window" if len(op.operands) > 2:
+            yield "reduce-variadic", f"reduces {len(op.operands) // 2} arrays at once ({_type(op.operands[0])}, ...)"
+        case "dot_general" | "dot" if _is_integer(op.operands[0]) or _is_integer(op.operands[1]):
+            yield "dot-integer", f"multiplies {_type(op.operands[0])} and {_type(op.operands[1])}"
+        case "scatter" if _is_integer(op.operands[0]) and _adds(op):
+            yield "scatter-integer", f"adds into {_type(op.operands[0])}"
+        case "convolution":
+            stride, dilation, kernel = (_large(op, key) for key in ("window_strides", "lhs_dilation", "rhs_dilation"))
+            if dilation and kernel:
+                yield "conv-dilation", f"input dilation {dilation} with kernel dilation {kernel}"
+            if dilation and stride:
+                yield "conv-stride-dilation", f"stride {stride} with input dilation {dilation}"
+        case "triangular_solve":
+            yield "op-triangular-solve", f"triangular_solve of {_type(op.operands[0])}"
+        case "reduce_precision":
+            yield "op-reduce-precision", f"reduce_precision of {_type(op.operands[0])}"
+        case "custom_call":
+            target = str(op.attributes["call_target_name"]).strip('"')
+            if target not in known_custom_calls() and not target.startswith("xla.sdy."):
+                yield "custom-call", f"calls {target}"
+    if name == "reduce_window" and (dilation := _large(op, "base_dilations") or _large(op, "window_dilations")):
+        yield "reduce-window-dilation", f"reduce_window with dilation {dilation}"
+    if name not in known_operators():
+        yield "op-unlisted", f"{op.name} of {_type(op.operands[0]) if len(op.operands) else 'nothing'}"
+
+
+# --- Operations ----------------------------------------------------------------------------------
+
+
+def _terminator(region: Any) -> Any:
+    *_, last = region.blocks[0].operations
+    return last.operation
+
+
+def _sorts_simply(op: Any) -> bool:
+    decision = _owner(_terminator(op.regions[0]).operands[0])
+    return (
+        decision is not None
+        and decision.name == "stablehlo.compare"
+        and any(f" {direction}" in str(decision.attributes["comparison_direction"]) for direction in _COMPARISONS)
+    )
+
+
+def _adds(op: Any) -> bool:
+    update = _owner(_terminator(op.regions[0]).operands[0])
+    return update is not None and update.name == "stablehlo.add"
+
+
+def _large(op: Any, attribute: str) -> list[int]:
+    """An attribute of window sizes, empty where they are all 1."""
+    if attribute not in op.attributes:
+        return []
+    values = [int(value) for value in op.attributes[attribute]]
+    return values if any(value > 1 for value in values) else []
+
+
+def _trip_count(op: Any) -> int | None:
+    """Trips of a `stablehlo.while`, where they are known when compiling."""
+    condition, body = op.regions
+    test, update = _owner(_terminator(condition).operands[0]), _terminator(body)
+    if test is None or test.name != "stablehlo.compare":
+        return None
+    direction = str(test.attributes["comparison_direction"]).split()[-1].rstrip(">")
+    counter, bound = test.operands
+    index = _argument(counter, condition)
+    if index is None:
+        counter, bound = bound, counter
+        index = _argument(counter, condition)
+        direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
+    if index is None:
+        return None
+    limit = _integer(bound)
+    carried = _argument(bound, condition)
+    if carried is not None and _argument(update.operands[carried], body) == carried:
+        limit = _integer(op.operands[carried])
+    start, step = _integer(op.operands[index]), None
+    made = _owner(update.operands[index])
+    if made is not None and made.name in ("stablehlo.add", "stablehlo.subtract"):
+        own = [_argument(operand, body) == index for operand in made.operands]
+        if own == [True, False]:
+            step = _integer(made.operands[1])
+            step = -step if step is not None and made.name == "stablehlo.subtract" else step
+        elif own == [False, True] and made.name == "stablehlo.add":
+            step = _integer(made.operands[0])
+    if limit is None or start is None or step is None:
+        return None
+    return count_trips(start, limit, step, direction)
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def _owner(value: Any) -> Any | None:
+    """The operation that makes a value; None for an argument of a block."""
+    owner = value.owner
+    return owner.operation if hasattr(owner, "operation") else None
+
+
+def _argument(value: Any, region: Any) -> int | None:
+    """Which argument of a region's block a value is."""
+    for number, argument in enumerate(region.blocks[0].arguments):
+        if argument == value:
+            return number
+    return None
+
+
+def _integer(value: Any) -> int | None:
+    """The value of an integer scalar that is known when compiling."""
+    from jaxlib.mlir import ir
+
+    op = _owner(value)
+    if op is None:
+        return None
+    if op.name == "stablehlo.constant":
+        if ir.RankedTensorType(value.type).rank:
+            return None
+        try:
+            return int(ir.DenseIntElementsAttr(op.attributes["value"])[0])
+        except ValueError:
+            return None
+    if op.name in ("stablehlo.convert", "stablehlo.reshape", "stablehlo.optimization_barrier"):
+        return _integer(op.operands[list(op.results).index(value)])
+    if op.name == "stablehlo.case" and (index := _integer(op.operands[0])) is not None:
+        # How lax.platform_dependent says which platform it is compiled for.
+        return _integer(_terminator(op.regions[min(max(index, 0), len(op.regions) - 1)]).operands[0])
+    return None
+
+
+def _element(value: Any) -> Any:
+    return getattr(value.type, "element_type", value.type)
+
+
+def _is_integer(value: Any) -> bool:
+    """Of integers, booleans aside."""
+    from jaxlib.mlir import ir
+
+    element = _element(value)
+    return isinstance(element, ir.IntegerType) and element.width > 1
+
+
+def _is_static(type_: Any) -> bool:
+    return getattr(type_, "has_static_shape", True)
+
+
+def _type(value: Any) -> str:
+    return str(value.type).removeprefix("tensor<").removesuffix(">")

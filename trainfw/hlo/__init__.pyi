@@ -1,0 +1,15 @@
+from .collectives import Collective as Collective
+from .collectives import axes_of as axes_of
+from .collectives import collectives as collectives
+from .groups import parse_groups as parse_groups
+from .module import Computation as Computation
+from .module import Instruction as Instruction
+from .module import Module as Module
+from .module import Shape as Shape
+from .module import count_trips as count_trips
+from .parse import parse_module as parse_module
+from .partition import Partitioned as Partitioned
+from .partition import partition as partition
+from .places import Place as Place
+from .places import is_library as is_library
+from .places import user_place as user_place

@@ -1,0 +1,181 @@
+"""HLO text -> Module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from trainfw.hlo.module import Computation, Instruction, Module, Shape
+from trainfw.hlo.places import Place, user_place
+
+_COMMENT = re.compile(r"/\*.*?\*/")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_SOURCE = re.compile(r'source_file="((?:[^"\\]|\\.)*)"(?:.*?source_line=(\d+))?')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def parse_module(text: str) -> Module:
+    """Read what XLA dumps (`*.txt`). Places come from its stack frame tables, or from the older `source_file`."""
+    lines = iter(text.splitlines())
+    header = next(line for line in lines if line.startswith("HloModule"))
+    name = header.split()[1].rstrip(",")
+    partitions = re.search(r"num_partitions=(\d+)", header)
+    tables: dict[str, dict[int, str]] = {table: {} for table in _TABLES}
+    computations: dict[str, Computation] = {}
+    entry = ""
+    table = None
+    places: _Places | None = None
+    for line in lines:
+        if line in _TABLES:
+            table = tables[line]
+        elif table is not None and line[:1].isdigit():
+            number, _, value = line.partition(" ")
+            table[int(number)] = value
+        elif match := _HEADER.match(line):
+            table = None
+            places = places or _Places(tables)
+            computation = _computation(match[2], lines, places)
+            computations[computation.name] = computation
+            if match[1]:
+                entry = computation.name
+    return Module(name, int(partitions[1]) if partitions else 1, entry, computations)
+
+
+class _Places:
+    """Stack frame number -> the place in user code."""
+
+    def __init__(self, tables: dict[str, dict[int, str]]):
+        self._frames = {number: _numbers(value) for number, value in tables["StackFrames"].items()}
+        self._locations = {number: _numbers(value) for number, value in tables["FileLocations"].items()}
+        self._files = {number: value.strip('"') for number, value in tables["FileNames"].items()}
+        # XLA has printed parents one too high, so that the outermost frame is its own parent.
+        self._offset = 1 if self._frames.get(1, {}).get("parent_frame_id") == 1 else 0
+        self._known: dict[int, Place | None] = {}
+
+    def __getitem__(self, frame: int) -> Place | None:
+        if frame not in self._known:
+            self._known[frame] = user_place(self._chain(frame))
+        return self._known[frame]
+
+    def _chain(self, frame: int) -> Iterator[Place]:
+        while frame in self._frames:
+            location = self._locations[self._frames[frame]["file_location_id"]]
+            yield Place(self._files[location["file_name_id"]], location["line"])
+            parent = self._frames[frame].get("parent_frame_id", 0) - self._offset
+            frame = parent if parent != frame else 0
+
+
+def _numbers(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", text)}
+
+
+def _computation(name: str, lines: Iterator[str], places: _Places) -> Computation:
+    instructions: dict[str, Instruction] = {}
+    for line in lines:
+        if line.startswith("}"):
+            break
+        instruction = _instruction(_COMMENT.sub("", line), places)
+        if instruction is not None:
+            instructions[instruction.name] = instruction
+    return Computation(name, instructions)
+
+
+def _instruction(line: str, places: _Places) -> Instruction | None:
+    match = _INSTRUCTION.match(line)
+    if match is None:
+        return None
+    shape_end = _closing(line, match.end()) if line[match.end()] == "(" else line.index(" ", match.end())
+    shapes = tuple(
+        Shape(dtype, tuple(int(dim.strip("<=?")) for dim in dims.split(",") if dim.strip("<=? ")))
+        for dtype, dims in _ARRAY.findall(_without_layouts(line[match.end() : shape_end]))
+    )
+    opening = line.index("(", shape_end)
+    end = _closing(line, opening)
+    opcode, inside = line[shape_end:opening].strip(), line[opening + 1 : end - 1]
+    attributes = dict(_attributes(line[end:]))
+    metadata = attributes.pop("metadata", "")
+    op_name, frame, source = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME, _SOURCE))
+    place = None
+    if frame is not None:
+        place = places[int(frame[1])]
+    elif source is not None:
+        place = Place(source[1], int(source[2] or 0))
+    return Instruction(
+        name=match[2],
+        opcode=opcode,
+        shapes=shapes,
+        operands=tuple(_OPERAND.findall(inside)),
+        literal=inside if opcode in ("constant", "parameter") else None,
+        attributes=attributes,
+        op_name=op_name[1] if op_name else "",
+        place=place,
+        is_root=bool(match[1]),
+    )
+
+
+def _without_layouts(shape: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", shape)
+
+
+def _attributes(text: str) -> Iterator[tuple[str, str]]:
+    """`, a=b, c={d, e=f}` -> (a, b), (c, {d, e=f})."""
+    start = depth = 0
+    quoted = False
+    parts = []
+    i = 0
+    while i < len(text):
+        c = text[i]
+        if quoted:
+            i += c == "\\"
+            quoted = c != '"'
+        elif c == '"':
+            quoted = True
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+        i += 1
+    parts.append(text[start:])
+    pending: tuple[str, str] | None = None
+    for part in parts:
+        key, equals, value = part.strip().partition("=")
+        if pending is not None and key == "device_ids":  # of the mesh whose axes are named after them
+            yield pending[0], f"{pending[1]}, {part.strip()}"
+            pending = None
+            continue
+        if pending is not None:
+            yield pending
+        pending = (key, value) if equals else None
+    if pending is not None:
+        yield pending
+
+
+def _closing(text: str, opening: int) -> int:
+    """The index after the bracket that closes the one at `opening`."""
+    depth = 0
+    quoted = False
+    i = opening
+    while i < len(text):
+        c = text[i]
+        if quoted:
+            i += c == "\\"
+            quoted = c != '"'
+        elif c == '"':
+            quoted = True
+        elif c in _CLOSING:
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+            if depth == 0:
+                return i + 1
+        i += 1
+    raise ValueError(f"HLO: no closing bracket in {text[opening : opening + 80]!r}")
