@@ -8,10 +8,19 @@ import jax
 import pytest
 
 from trainfw import UserError, backends
+from trainfw.backends import select
+
+
+@pytest.fixture
+def as_neuron():
+    backends.prepare(as_backend="neuron")
+    yield
+    backends.prepare()
 
 
 def test_simulated_devices_are_there():
     assert backends.current().name == "cpu"
+    assert str(backends.current()) == "cpu"
     assert jax.device_count() == 8
 
 
@@ -29,3 +38,44 @@ def test_the_users_own_flags_are_kept():
         "assert '--xla_cpu_enable_fast_math=false' in os.environ['XLA_FLAGS']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("as_neuron")
+def test_neurons_contract_on_the_cpu():
+    backend = backends.current()
+    assert (backend.name, backend.platform, backend.rules) == ("neuron", "cpu", "neuron")
+    assert backend.host_init
+    assert backend.host_generate
+    assert str(backend) == "neuron (simulated on the CPU)"
+    assert backend.compiler_options == select.CPU.compiler_options
+
+
+def test_the_next_prepare_ends_a_simulation():
+    backends.prepare(as_backend="neuron")
+    backends.prepare()
+    assert backends.current() is select.CPU
+
+
+@pytest.mark.usefixtures("as_neuron")
+def test_a_simulation_is_for_the_cpu_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="--as neuron: is for the CPU, but jax is already running on 'gpu'"):
+        backends.current()
+
+
+def test_only_known_backends_are_simulated():
+    with pytest.raises(UserError, match=r"--as neurom: .*did you mean 'neuron'"):
+        backends.prepare(as_backend="neurom")
+
+
+def test_a_real_neuron_platform_is_taken_and_an_unknown_one_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "neuron")
+    assert backends.current() is select.NEURON
+    assert not backends.current().simulated
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(UserError, match="platform 'tpu': trainfw has no backend for it; it has cpu, gpu, neuron"):
+        backends.current()
+
+
+def test_the_host_device_is_of_the_cpu():
+    assert backends.host_device().platform == "cpu"

@@ -16,7 +16,9 @@ from .neuron.place import sort_hosts as sort_hosts
 from .neuron.plugin import Plugin as Plugin
 from .neuron.plugin import detect_plugin as detect_plugin
 from .neuron.sdk import Sdk as Sdk
+from .neuron.sdk import installed_sdk as installed_sdk
 from .neuron.sdk import load_sdk as load_sdk
+from .neuron.sdk import sdk_problems as sdk_problems
 from .neuron.sdk import sdk_versions as sdk_versions
 from .select import MAX_SIMULATED as MAX_SIMULATED
 from .select import current as current

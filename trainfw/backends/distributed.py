@@ -132,12 +132,12 @@ def connect(wiring: Wiring) -> None:
 def expand_hosts(names: str) -> list[str]:
     """Slurm's `trn[001-004,9],head` as a list of hosts, in order. Raises UserError for what is not such a list."""
     hosts: list[str] = []
+    if not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]+\])+", names):
+        raise UserError(f"{names!r}: expected a list of hosts such as trn[001-004,9],head")
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", names):
         pieces = re.split(r"\[([^\]]*)\]", part)
         choices = [[piece] if i % 2 == 0 else _ranges(piece, names) for i, piece in enumerate(pieces)]
         hosts += ["".join(choice) for choice in itertools.product(*choices)]
-    if not hosts or "[" in "".join(hosts):
-        raise UserError(f"{names!r}: expected a list of hosts such as trn[001-004,9],head")
     return hosts
 
 

@@ -65,7 +65,7 @@ def resolve(operation: str, request: AttentionRequest, backend: Backend) -> Kern
 
 @functools.cache  # which is also what logs a choice once
 def _resolve(operation: str, request: AttentionRequest, platform: str) -> Kernel:
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in KERNELS[operation].get(platform, []):
         problem = candidate.refuses(request)
         if problem is None:

@@ -69,12 +69,22 @@ def prepare(
     wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
     if devices is None and as_backend is None and plugin.on_neuron(os.environ):
         environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
+        _tell_jax()
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend
     return wiring
+
+
+def _tell_jax() -> None:
+    """What an imported jax has already read of the environment."""
+    if "jax" in sys.modules:
+        import jax
+
+        for name in ("jax_platforms", "jax_default_prng_impl", "jax_compilation_cache_dir"):
+            jax.config.update(name, os.environ[name.upper()])
 
 
 def _simulate(devices: int | None) -> None:

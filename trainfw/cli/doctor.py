@@ -34,7 +34,7 @@ def doctor(devices: Devices = None) -> None:
         found = importlib.util.find_spec(package) is not None
         get = f'missing; Parquet and saved datasets need it: pip install "trainfw[{extra}]"'
         line(package, importlib.metadata.version(package) if found else get)
-    line("backend", backends.current().name)
+    line("backend", backends.current())
     kinds = sorted({d.device_kind for d in jax.devices()})
     line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
     stats = jax.local_devices()[0].memory_stats()
@@ -47,4 +47,13 @@ def doctor(devices: Devices = None) -> None:
     line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
     if shutil.which("nvidia-smi") and backends.current().name == "cpu":
         line("gpu", 'an NVIDIA driver is here but jax runs on the CPU: pip install "trainfw[gpu]"')
-    line("neuron", "no backend yet: trainfw has not run on Neuron hardware")
+    plugin = backends.detect_plugin()
+    line("neuron plugin", plugin)
+    release = backends.installed_sdk(plugin.versions)
+    if plugin.state == "installed":
+        known = f"{release.version} of {release.released}" if release else "these packages are of no one release"
+        line("neuron SDK", known)
+    sdk = release or backends.load_sdk()
+    for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
+        line("", problem)
+    line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")

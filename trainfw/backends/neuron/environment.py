@@ -20,6 +20,7 @@ from trainfw.hardware import HardwareConfig, Topology
 _SDK = "aws-neuron-sdk 2.32.0"
 _ENVVARS = f"{_SDK} frameworks/jax/api-reference-guide/neuron-envvars.rst"
 _CONFIGURATION = f"{_SDK} neuron-runtime/guides/configuration-guide.rst"
+_DEVELOPER = f"{_SDK} neuron-runtime/guides/nrt-developer-guide.rst"
 _LNC = f"{_SDK} about-neuron/arch/neuron-features/logical-neuroncore-config.rst"
 _COMPILER = f"{_SDK} compiler/neuronx-cc/api-reference-guide/index.rst"
 _JAX_ISSUES = f"{_SDK} frameworks/jax/setup/jax-neuronx-known-issues.rst"
@@ -162,7 +163,7 @@ def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
         "NEURON_RT_ROOT_COMM_ID",
         f"{wiring.head}:{ROOT_PORT}" if wiring.head else None,
         "where the runtimes meet for collectives: process 0",
-        _CONFIGURATION,
+        _DEVELOPER,
     )
     yield Variable(
         "NEURON_PJRT_PROCESSES_NUM_DEVICES",
@@ -170,8 +171,10 @@ def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
         "devices of each process: one process an instance",
         _ENVVARS,
     )
-    order = "hosts sorted by (server_id, node_id)" if wiring.placed else f"from {wiring.launcher}"
-    yield Variable("NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process: {order}", _ENVVARS)
+    order = "hosts sorted by (server_id, node_id)" if wiring.placed else wiring.launcher
+    yield Variable(
+        "NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process, numbered by {order}", _ENVVARS
+    )
 
 
 def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
@@ -192,10 +195,16 @@ def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str
     host = "read from /sys/class/neuron_device on the host"
     yield Variable("NEURON_RT_ULTRASERVER_MODE", "1", "4 instances joined by NeuronLink", _ULTRASERVER)
     yield Variable(
-        "NEURON_RT_ULTRASERVER_SERVER_ID", place and place.server_id, f"which UltraServer: {host}", _ULTRASERVER
+        "NEURON_RT_ULTRASERVER_SERVER_ID",
+        None if place is None else place.server_id,
+        f"which UltraServer: {host}",
+        _ULTRASERVER,
     )
     yield Variable(
-        "NEURON_RT_ULTRASERVER_NODE_ID", place and str(place.node_id), f"which of its instances: {host}", _ULTRASERVER
+        "NEURON_RT_ULTRASERVER_NODE_ID",
+        None if place is None else str(place.node_id),
+        f"which of its instances: {host}",
+        _ULTRASERVER,
     )
 
 
@@ -228,7 +237,7 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
     yield Variable(
         "NEURON_CC_FLAGS",
         " ".join([*flags, *hardware.compiler_flags]),
-        f"options of neuronx-cc {sdk.packages['neuronx-cc']} (-O1 compiles fastest; AWS trains JAX models with it){own}",
+        f"options of neuronx-cc {sdk.packages['neuronx-cc']}; -O1 as AWS trains JAX models{own}",
         _COMPILER,
     )
 
@@ -236,13 +245,16 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
 def _caches() -> Iterator[Variable]:
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
     yield Variable(
-        "JAX_COMPILATION_CACHE_DIR", str(cache / "jax"), "compile once for all runs", "JAX 0.10 (jax-ml/jax PR 23741)"
+        "JAX_COMPILATION_CACHE_DIR",
+        str(cache / "jax"),
+        "compile once for all runs",
+        "JAX 0.10, jax-ml/jax pull request 23741",
     )
     yield Variable(
         "NEURON_COMPILE_CACHE_URL",
         str(cache / "neuron"),
         "the compiler's own cache; a shared path or s3:// serves all hosts",
-        f"{_SDK} frameworks/torch/torch-neuronx/programming-guide (JAX scripts of AWS set it too)",
+        f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too",
     )
 
 
@@ -250,7 +262,7 @@ def _execution() -> Iterator[Variable]:
     yield Variable(
         "NEURON_RT_EXEC_TIMEOUT",
         "600",
-        "seconds a step may take; documents differ on the default (2, 30, 600)",
+        "seconds a step may take; documents differ on the default",
         _CONFIGURATION,
     )
     yield Variable(
@@ -271,14 +283,10 @@ def _overlap(
         return Variable(name, value, reason, source, experimental=True)
 
     if scan_layers:
-        third_party = "rahul003/axlearn 05907108 launch scripts (third party; AWS does not document it)"
-        yield experimental(
-            "NEURON_FSDP_REPEATED", "1", "overlap of FSDP's collectives with scanned layers", third_party
-        )
+        third_party = "rahul003/axlearn 05907108 launch scripts, third party; AWS does not document it"
+        yield experimental("NEURON_FSDP_REPEATED", "1", "overlap FSDP's collectives in scanned layers", third_party)
     else:
-        yield experimental(
-            "NEURON_FSDP", "1", "order FSDP's and tensor's collectives so that they overlap with compute"
-        )
+        yield experimental("NEURON_FSDP", "1", "order tensor's and FSDP's collectives to overlap compute")
         yield experimental("NEURON_FSDP_NUM_LAYER_EARLY_AG_SHIFT", "1", "gather parameters this many layers ahead")
         yield experimental("NEURON_FSDP_NUM_LAYER_LATE_RS_SHIFT", "2", "scatter gradients this many layers later")
     if topology.lnc != 2:

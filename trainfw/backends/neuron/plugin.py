@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ class Plugin:
 
     def __str__(self) -> str:
         if self.state == "installed":
-            return ", ".join(f"{name} {version}" for name, version in self.versions.items())
+            real = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+            wrong = f"; but PyPI's placeholder of {', '.join(self.placeholders)}" if self.placeholders else ""
+            return real + wrong
         if self.state == "placeholder":
             return f"{', '.join(self.placeholders)} from PyPI: placeholders without the plugin; install with: {INSTALL}"
         return f"not installed; on a Neuron instance: {INSTALL}"
@@ -39,7 +42,7 @@ def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
     versions: dict[str, str] = {}
     placeholders: list[str] = []
     for name in DISTRIBUTIONS:
-        found = next(iter(importlib.metadata.distributions(name=name, **({"path": list(path)} if path else {}))), None)
+        found = next(iter(importlib.metadata.distributions(name=name, path=list(path or sys.path))), None)
         if found is None:
             continue
         # PyPI's jax-neuronx 0.0.0, libneuronxla 1.0 and neuronx-cc 1.0 have this for a description, and no code.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainfw.config import Config, PositiveInt
@@ -44,3 +46,30 @@ def load_sdk(version: str | None = None) -> Sdk:
     if version not in sdk_versions():
         raise UserError(f"sdk {version!r}: no profile of this Neuron SDK{did_you_mean(version, sdk_versions())}")
     return Sdk.model_validate(yaml.safe_load((_DIRECTORY / f"{version}.yaml").read_text()))
+
+
+def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
+    """The release whose packages these are (distribution -> version), the newest first, or None for a mixture."""
+    known = [load_sdk(version) for version in reversed(sdk_versions())]
+    for sdk in known:
+        shared = packages.keys() & sdk.packages.keys()
+        if shared and all(_begins(packages[name], sdk.packages[name]) for name in shared):
+            return sdk
+    return None
+
+
+def sdk_problems(sdk: Sdk, jax: str, python: str) -> list[str]:
+    """Where these versions of JAX and Python are outside what a release supports."""
+    return [
+        f"{name} {found} is outside {first} to {last}, which Neuron SDK {sdk.version} supports"
+        for name, found, (first, last) in (("jax", jax, sdk.jax), ("python", python, sdk.python))
+        if not (_parts(first) <= _parts(found) and _parts(found)[: len(_parts(last))] <= _parts(last))
+    ]
+
+
+def _begins(version: str, prefix: str) -> bool:
+    return _parts(version)[: len(_parts(prefix))] == _parts(prefix)
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]

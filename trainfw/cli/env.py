@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainfw.cli.options import Overrides, RecipePath
+
+if TYPE_CHECKING:
+    from trainfw.backends import Variable, Wiring
+    from trainfw.hardware import Topology
+
+
+def env(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(help="Instances (default: from Slurm or Kubernetes, else the topology's).", show_default=False),
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Which of them this is (default: as above, else 0).", show_default=False)
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="The host of process 0.", show_default=False)] = None,
+    format: Annotated[str, typer.Option(metavar="sh|json", help="For a shell to read, or for a program.")] = "sh",
+) -> None:
+    """Print the environment that a process on Neuron sets before it imports jax, with reasons and sources."""
+    from trainfw import backends
+    from trainfw.errors import UserError
+    from trainfw.parallel import AXES
+    from trainfw.recipe import load_recipe
+
+    if format not in ("sh", "json"):
+        raise UserError(f"--format {format}: expected sh or json")
+    loaded = load_recipe(recipe, overrides or ())
+    topology = loaded.hardware.load()
+    if topology is None:
+        raise UserError(f"{recipe}: hardware.topology must say what the environment is for, such as trn2.48xlarge")
+    wiring = _wiring(topology, nodes, node_rank, head)
+    variables: list[Variable] = []
+    if topology.rules == "neuron":
+        for warning in backends.environment_warnings(os.environ, backends.load_sdk(loaded.hardware.sdk), topology):
+            typer.echo(f"warning: {warning}", err=True)
+        layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}
+        variables = backends.neuron_environment(
+            loaded.hardware, wiring, layout=layout, scan_layers=loaded.train.scan_layers
+        )
+    if format == "json":
+        typer.echo(json.dumps([asdict(variable) for variable in variables], indent=2))
+        return
+    where = f"process {wiring.process_index} of {wiring.process_count} (from {wiring.launcher})"
+    typer.echo(f"# {loaded.name} on {topology.count} x {topology.name}: {where}")
+    if not variables:
+        typer.echo(f"# nothing to set: {topology.name} is not Neuron hardware")
+    for variable in variables:
+        typer.echo(f"\n{_as_shell(variable)}")
+
+
+def _wiring(topology: Topology, nodes: int | None, node_rank: int | None, head: str | None) -> Wiring:
+    from trainfw.backends import Wiring, read_wiring
+    from trainfw.errors import UserError
+
+    if nodes is None and node_rank is None:
+        wiring = read_wiring(os.environ, topology)
+        if wiring == Wiring():
+            wiring = Wiring(0, topology.instances, launcher="nothing but the topology")
+        return wiring if head is None else replace(wiring, head=head)
+    count, index = topology.instances if nodes is None else nodes, node_rank or 0
+    if count < 1:
+        raise UserError(f"--nodes {count}: expected at least 1")
+    if not 0 <= index < count:
+        raise UserError(f"--node-rank {index}: expected 0 to {count - 1}, since there are {count} nodes")
+    return Wiring(index, count, head, "the command line")
+
+
+def _as_shell(variable: Variable) -> str:
+    marked = "experimental: " if variable.experimental else ""
+    comment = f"# {marked}{variable.reason} ({variable.source})"
+    if variable.value is None:
+        return f"{comment}\n# {variable.name} is not known here"
+    return f"{comment}\nexport {variable.name}={shlex.quote(variable.value)}"
