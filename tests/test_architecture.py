@@ -15,11 +15,13 @@ PACKAGE = Path(trainfw.__file__).parent
 # Top to bottom. Packages of one row do not import each other, except where a row says so.
 ROWS = [
     ["cli"],
+    ["checking"],
     ["training"],
     ["program"],
     ["recipe"],
     ["data", "optim", "checkpoint", "interop"],
     ["models"],
+    ["hlo"],
     ["parallel"],
     ["backends"],
     ["hardware"],

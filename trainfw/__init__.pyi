@@ -1,3 +1,5 @@
+from .checking import Report as Report
+from .checking import check as check
 from .errors import RunError as RunError
 from .errors import UserError as UserError
 from .program import Program as Program

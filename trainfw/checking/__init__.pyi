@@ -1,5 +1,5 @@
-from .check import check as check
-from .check import check_program as check_program
+from .programs import check as check
+from .programs import check_program as check_program
 from .report import Finding as Finding
 from .report import Report as Report
 from .rules import RULES as RULES

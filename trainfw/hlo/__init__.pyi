@@ -1,6 +1,6 @@
-from .collectives import Collective as Collective
-from .collectives import axes_of as axes_of
-from .collectives import collectives as collectives
+from .communication import Collective as Collective
+from .communication import axes_of as axes_of
+from .communication import collectives as collectives
 from .groups import parse_groups as parse_groups
 from .module import Computation as Computation
 from .module import Instruction as Instruction
@@ -8,8 +8,8 @@ from .module import Module as Module
 from .module import Shape as Shape
 from .module import count_trips as count_trips
 from .parse import parse_module as parse_module
-from .partition import Partitioned as Partitioned
-from .partition import partition as partition
+from .partitioning import Partitioned as Partitioned
+from .partitioning import partition as partition
 from .places import Place as Place
 from .places import is_library as is_library
 from .places import user_place as user_place

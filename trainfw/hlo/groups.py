@@ -9,7 +9,8 @@ from collections.abc import Sequence
 Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*?)\))?\s*\{([^}]*)\}")
+_TRANSPOSED = re.compile(r"(?:\[[\d,]+\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}")
 _AXIS = re.compile(r"['\"]?([\w.\-]+)['\"]?=(\d+)")
 _AXIS_REFERENCE = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
 
@@ -58,10 +59,7 @@ def _along_axes(text: str) -> Groups:
     if match is None:
         raise ValueError(f"replica groups {text!r}: no form of HLO that is known")
     sizes = {name: int(size) for name, size in _AXIS.findall(match[1])}
-    devices = list(range(math.prod(sizes.values())))
-    if match[2]:
-        ids = match[2].strip()
-        devices = [d for group in _iota(ids) for d in group] if "<=" in ids else list(_numbers(ids.strip("[]{}")))
+    devices = _devices(match[2].strip(), math.prod(sizes.values())) if match[2] else range(math.prod(sizes.values()))
     # (axis, pre-size, size): a reference to part of an axis cuts it into (pre-size, size, rest).
     wanted = [
         (name, int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS_REFERENCE.findall(match[3])
@@ -78,6 +76,15 @@ def _along_axes(text: str) -> Groups:
     inner = [chosen[name, before] for name, before, _ in wanted]
     outer = [dim for dim in range(len(shape)) if dim not in inner]
     return _cut(transposed(devices, shape, outer + inner), math.prod(shape[dim] for dim in inner))
+
+
+def _devices(text: str, count: int) -> Sequence[int]:
+    """The devices of a mesh in its order: `[16,4]T(1,0)`, an iota transposed, or a list of them."""
+    match = _TRANSPOSED.match(text)
+    if match is not None and (match[2] or "<=" in text):
+        shape = _numbers(match[1])
+        return transposed(range(count), shape, _numbers(match[2] or "") or range(len(shape)))
+    return _numbers(text.strip("[]{}"))
 
 
 def _cut(devices: Sequence[int], size: int) -> Groups:
