@@ -36,8 +36,8 @@ class AttentionRequest:
     """Queries continue keys of earlier calls."""
     ring: int = 1
     """Devices over which the sequence is split."""
-    lnc: int = 2
-    """Physical cores in a logical one."""
+    lnc: int | None = None
+    """Physical cores in a logical one. Left out, what the devices say."""
 
 
 def ring_refuses(request: AttentionRequest) -> str | None:
@@ -96,13 +96,21 @@ def _common_problem(request: AttentionRequest) -> str | None:
     return None
 
 
+def _lnc(request: AttentionRequest) -> int:
+    if request.lnc is not None:
+        return request.lnc
+    import jax
+
+    return 2 if jax.devices()[0].device_kind in ("NC_v3d", "NC_v4d") else 1  # as in hardware/chips
+
+
 def load_flash(request: AttentionRequest) -> Attend:
     """neuronx-cc's flash attention, called as apple/axlearn 34aed43c does (flash_attention/neuron_attention.py)."""
     kernels = importlib.import_module("neuronxcc.nki.kernels.attention")
     language = importlib.import_module("neuronxcc.nki.language")
     flash_fwd, flash_attn_bwd = kernels.flash_fwd, kernels.flash_attn_bwd
     biased = request.segments or (request.window is not None and request.window < request.key_length)
-    H, lnc = request.num_heads, request.lnc
+    H, lnc = request.num_heads, _lnc(request)
     heads = language.nc(lnc) * (H // lnc) if lnc > 1 and H % lnc == 0 else H
 
     import jax
@@ -164,8 +172,8 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     """
     attention_cte = importlib.import_module("nkilib.core.attention.attention_cte").attention_cte
     attention_bwd = importlib.import_module("nkilib.core.attention.attention_bwd").attention_bwd
-    if request.lnc > 1:
-        attention_cte, attention_bwd = attention_cte[request.lnc], attention_bwd[request.lnc]
+    if (lnc := _lnc(request)) > 1:
+        attention_cte, attention_bwd = attention_cte[lnc], attention_bwd[lnc]
 
     import jax
     import jax.numpy as jnp
