@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli import doctor, evaluate, generate, recipe, tokenizer, train
+from trainfw.cli import check, doctor, env, evaluate, generate, recipe, tokenizer, topology, train
 from trainfw.errors import RunError, UserError
 
 app = typer.Typer(
@@ -46,7 +46,10 @@ def _options(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
+app.command("env")(env.env)
+app.command("topology")(topology.topology)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")
 

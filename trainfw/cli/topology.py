@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainfw.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from trainfw.hardware import Topology
+    from trainfw.parallel import Layout
+
+
+def topology(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Left out, all are listed.")] = None,
+    count: Annotated[int, typer.Option("--count", help="That many of it, joined by its network.")] = 1,
+    lnc: Annotated[
+        int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.", show_default=False)
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", metavar="AXIS=N,...", help="Mesh axes to place, such as tensor=4,fsdp=-1."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also write a picture.")] = None,
+) -> None:
+    """Draw a hardware topology, and where the axes of a layout lie on it."""
+    from trainfw import report
+    from trainfw.hardware import load_topology
+    from trainfw.parallel import place
+
+    if name is None:
+        if layout is not None or svg is not None or count != 1 or lnc is not None:
+            raise UserError(
+                "--count, --lnc, --layout and --svg need the name of a topology; `trainfw topology` lists them"
+            )
+        _print(report.list_topologies())
+        return
+    hardware = load_topology(name, count=count, lnc=lnc)
+    placement = None if layout is None else place(hardware, parse_layout(layout, hardware))
+    _print(report.describe_topology(hardware))
+    typer.echo()
+    if placement is not None:
+        _print(report.describe_placement(placement))
+        typer.echo()
+    _print(report.draw_topology(hardware, placement))
+    typer.echo()
+    _print(report.doubtful_figures(hardware))
+    if svg is not None:
+        svg.write_text(report.topology_svg(hardware, placement), encoding="utf-8")
+        typer.echo(f"\nwrote {svg}")
+
+
+def parse_layout(text: str, topology: Topology) -> Layout:
+    """`tensor=4,fsdp=-1` for a topology: one axis may be -1, as fsdp is when left out, to fill.
+
+    Raises UserError for an unknown axis, a size that is none, or a product that is not the number of cores.
+    """
+    from pydantic import ValidationError
+
+    from trainfw.parallel import AXES, Layout, ParallelConfig
+
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = (word.strip() for word in part.partition("="))
+        if not equals:
+            raise UserError(f"--layout {text}: {part!r}: expected axis=size, such as tensor=4,fsdp=-1")
+        if axis not in AXES:
+            raise UserError(f"--layout {text}: unknown axis {axis!r}{did_you_mean(axis, AXES)}")
+        if axis in sizes:
+            raise UserError(f"--layout {text}: {axis} is given twice")
+        try:
+            sizes[axis] = int(size)
+        except ValueError:
+            raise UserError(f"--layout {text}: {axis} = {size!r}: expected an integer") from None
+    if -1 in sizes.values():
+        sizes.setdefault("fsdp", 1)
+    elif "fsdp" not in sizes:
+        sizes["fsdp"] = -1
+    try:
+        config = ParallelConfig(**sizes)  # type: ignore[arg-type]  # of integers alone
+    except ValidationError as error:
+        raise UserError(f"--layout {text}: {error.errors()[0]['msg']}") from None
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    spelled = " * ".join(f"{axis}({size})" for axis, size in sizes.items() if size != -1)
+    if topology.cores % fixed or (-1 not in sizes.values() and fixed != topology.cores):
+        fits = "does not divide" if topology.cores % fixed else "is not"
+        of = f"{topology.count} x {topology.name}"
+        raise UserError(f"--layout {text}: {spelled} = {fixed} {fits} the {topology.cores} cores of {of}")
+    return Layout.resolve(config, topology.cores)
+
+
+def _print(lines: Iterable[Text]) -> None:
+    """In colour on a terminal, as plain text in a pipe."""
+    from rich.console import Console
+
+    if not sys.stdout.isatty():
+        encoding = sys.stdout.encoding or "utf-8"
+        for line in lines:
+            print(line.plain.rstrip().encode(encoding, "replace").decode(encoding))
+        return
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(line, soft_wrap=True)

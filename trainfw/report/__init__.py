@@ -1,0 +1,5 @@
+"""Pictures and tables for people, of what other packages computed."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

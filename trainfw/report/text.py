@@ -1,0 +1,138 @@
+"""A topology and a placement as lines of text, 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from trainfw.hardware import Topology, load_topology, topology_names
+from trainfw.parallel import Placement
+from trainfw.report.where import COLOURS, kind_in_words, part_in_words
+
+WIDTH = 100
+
+
+def amount(value: float, unit: str) -> str:
+    """`185.6 TB/s`, `6 TiB`, `667 TFLOP/s`: with the prefix that fits, at most 2 decimals.
+
+    Sizes (`B`) in multiples of 1,024, unless they are whole GB; rates in multiples of 1,000.
+    """
+    binary = unit == "B" and value % 1e9 != 0
+    base = 1024.0 if binary else 1000.0
+    for prefix in ("", "Ki" if binary else "k", *(f"{p}i" if binary else p for p in "MGTP")):
+        if value < base or prefix.startswith("P") or (prefix == "T" and unit == "B/s"):
+            break
+        value /= base
+    return f"{value:,.2f}".rstrip("0").rstrip(".") + f" {prefix}{unit}"
+
+
+def list_topologies() -> Iterator[Text]:
+    """One line a topology."""
+    names = topology_names()
+    width = max(map(len, names))
+    for name in names:
+        topology = load_topology(name)
+        parts = [f"{topology.chips:>4} chip{'s' if topology.chips > 1 else ' '}", f"{topology.cores:>4} cores"]
+        peak = topology.peak_flops("bfloat16")
+        parts.append("" if topology.hbm_size is None else amount(topology.hbm_size * topology.cores, "B"))
+        parts.append("" if peak is None else amount(peak * topology.cores, "FLOP/s") + " bf16")
+        figures = f"  {parts[0]} {parts[1]} {parts[2]:>10} {parts[3]:>19}"
+        yield Text.assemble((f"{name:{width}}", "bold"), figures)
+        yield Text(f"{'':{width}}  {topology.description}", style="dim")
+
+
+def describe_topology(topology: Topology) -> Iterator[Text]:
+    """What it is made of, with rates and links."""
+    of = "" if topology.count == 1 else f"{topology.count} x "
+    yield Text.assemble((f"{of}{topology.name}", "bold"), f": {topology.description}")
+    lnc = f" (LNC {topology.lnc}: {topology.lnc} of {topology.chip.cores} physical cores each)"
+    instances = f", {topology.instances} instances" if topology.instances > 1 else ""
+    yield Text(
+        f"  {topology.chips} chip{'s' * (topology.chips > 1)} x {topology.cores_per_chip} "
+        f"core{'s' * (topology.cores_per_chip > 1)} = {topology.cores} cores{instances}"
+        f"{lnc if len(topology.chip.device_kinds) > 1 else ''}"
+    )
+    yield _row("chip", topology.chip.description)
+    kinds = ", ".join(topology.device_kinds) or "no document names it"
+    yield _row("device kind", f"{kinds} (in JAX)")
+    peaks = [key.rpartition(".")[2] for key in topology.figures if key.startswith("chip.peak_flops.")]
+    for dtype in peaks:
+        peak = topology.peak_flops(dtype)
+        assert peak is not None
+        in_all = amount(peak * topology.cores, "FLOP/s")
+        yield _row(f"peak {dtype}", f"{amount(peak, 'FLOP/s')} a core, {in_all} in all")
+    if not peaks:
+        yield _row("peak", "not known")
+    for label, value, unit in (("HBM", topology.hbm_size, "B"), ("HBM bandwidth", topology.hbm_bandwidth, "B/s")):
+        if value is not None:
+            yield _row(label, f"{amount(value, unit)} a core, {amount(value * topology.cores, unit)} in all")
+    if "host_memory" in topology.figures:
+        yield _row("host memory", f"{topology.figures['host_memory'].value}{' each' if topology.count > 1 else ''}")
+    yield Text()
+    yield Text("dims, outermost first (bandwidth in one direction, latency of a hop)", style="bold")
+    for dim in topology.dims:
+        per = {"chip": "a core", "ring": "a link", "line": "a link"}.get(dim.kind, "a chip")
+        rate = f"{amount(dim.bandwidth, 'B/s')} {per}"
+        text = f"  {dim.name:8} {kind_in_words(dim):15} {rate:19} {dim.latency * 1e6:5g} us  "
+        for line in textwrap.wrap(dim.description, WIDTH - len(text), break_on_hyphens=False):
+            yield Text(text + line)
+            text = " " * len(text)
+    if not topology.dims:
+        yield Text("  none: one core")
+
+
+def doubtful_figures(topology: Topology) -> Iterator[Text]:
+    """Figures on which documents disagree, or that are derived or assumed; each once, with every value."""
+    found: dict[tuple, list[str]] = {}
+    used = ("chip.", "host_memory", *(f"{dim.link}." for dim in topology.dims))
+    for key, figure in topology.figures.items():
+        if figure.doubtful and key.startswith(used):
+            found.setdefault((figure.value, figure.source, figure.note, *figure.also), []).append(key)
+    if found:
+        yield Text("figures on which documents disagree, or that are derived or assumed", style="bold")
+    for keys in found.values():
+        figure = topology.figures[keys[0]]
+        yield Text(f"  {', '.join(keys)} = {figure.value}")
+        yield from _wrapped(figure.source)
+        for claim in figure.also:
+            yield from _wrapped(f"but {claim.value}: {claim.source}")
+        if figure.note:
+            yield from _wrapped(figure.note)
+    if found:
+        yield Text("  (replace one with hardware.parameters in a recipe)")
+
+
+def describe_placement(placement: Placement) -> Iterator[Text]:
+    """The table of axes."""
+    yield Text.assemble(("layout ", "bold"), str(placement.layout))
+    lies = [" + ".join(axis.parts) for axis in placement.axes]
+    width = max([len("lies on"), *map(len, lies)])
+    head = f"  {'axis':8} {'size':>5}  {'lies on':{width}}  ring  permutes  hops  {'a core':>11}  groups"
+    yield Text(head, style="dim")
+    for axis, on in zip(placement.axes, lies, strict=True):
+        legal = axis.problem or ("legal" if axis.documented else "legal*")
+        yield Text.assemble(
+            (f"  {axis.axis:8}", COLOURS[axis.axis]),
+            f" {axis.size:5}  {on:{width}}  {_yes(axis.ring):4}  {_yes(axis.permutes):8}  {axis.hops:4}  "
+            f"{amount(axis.bandwidth, 'B/s'):>11}  {legal}",
+        )
+    for part in dict.fromkeys(part for axis in placement.axes for part in axis.parts):
+        if "@" in part:
+            yield Text(f"  {part}: {part_in_words(part)}", style="dim")
+    if not all(axis.documented for axis in placement.axes):
+        yield Text("  * no document lists which groups may be formed here; none speaks against these", style="dim")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _row(label: str, text: str) -> Text:
+    return Text.assemble((f"  {label:18} ", "dim"), text)
+
+
+def _wrapped(text: str) -> Iterator[Text]:
+    for line in textwrap.wrap(text, WIDTH - 6, break_on_hyphens=False):
+        yield Text(f"      {line}", style="dim")
