@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,9 +121,13 @@ def connect(wiring: Wiring) -> None:
 
     if wiring.process_count == 1 or jax.distributed.is_initialized():
         return
+    coordinator = f"{wiring.head}:{wiring.coordinator_port}"
+    which = f"process {wiring.process_index} of {wiring.process_count}"
+    # jax ends a process that nobody answers within 5 minutes, without an exception to say this in.
+    logging.getLogger("trainfw").info("%s (%s): meeting the others at %s", which, wiring.launcher, coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        coordinator_address=f"{wiring.head}:{wiring.coordinator_port}",
+        coordinator_address=coordinator,
         num_processes=wiring.process_count,
         process_id=wiring.process_index,
         cluster_detection_method="deactivate",  # under Slurm it would leave a process one GPU of its instance

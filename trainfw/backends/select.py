@@ -58,9 +58,7 @@ def prepare(
     """
     global _as_backend
     if as_backend is not None and as_backend not in SIMULATED:
-        raise UserError(
-            f"--as {as_backend}: expected one of {', '.join(SIMULATED)}{did_you_mean(as_backend, SIMULATED)}"
-        )
+        raise UserError(f"--as {as_backend}: is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}")
     if devices is not None and not 1 <= devices <= MAX_SIMULATED:
         raise UserError(
             f"--devices {devices}: expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
