@@ -56,7 +56,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """x_BSD. A token outside the vocabulary reads the nearest row: check data where it is made."""
         # Looked up in f32, so that the gradients of a frequent token add up in f32.
-        table_VD = gather_weight(self.table[...], "embedding.table", *self.axes)
+        table_VD = gather_weight(self.table[...], "embedding.table", *self.axes, lookup=True)
         return jnp.take(table_VD, tokens_BS, axis=0, mode="clip").astype(dtype)
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:

@@ -119,29 +119,42 @@ def constrain(x: jax.Array, array: str, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, rules.spec(array, x.shape, names)))
 
 
-def gather_weight(x: jax.Array, array: str, *names: str | None) -> jax.Array:
+def gather_weight(x: jax.Array, array: str, *names: str | None, lookup: bool = False) -> jax.Array:
     """A weight where it is used: gathered over `fsdp`, still split over `tensor`; its gradient is sharded again.
 
     Saying so keeps the partitioner from moving the (larger) activations instead, and from keeping gradients whole.
+    `lookup` says that rows of it are looked up: its gradient is then summed before it is sharded, since a scatter
+    into shards would have the partitioner replicate what is scattered where the batch spans more than one axis.
     """
     rules = _active.get()
     if rules is None or rules.mesh.size == 1:
         return x
     gathered = NamedSharding(rules.mesh, rules.spec(array, x.shape, names, without="fsdp"))
-    return _gather(x, gathered, rules.sharding(array, x.shape, names))
+    return _gather(x, rules.sharding(array, x.shape, names), gathered, lookup)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, gathered: NamedSharding, sharded: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, gathered)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, sharded: NamedSharding, gathered: NamedSharding, lookup: bool) -> jax.Array:
+    # Sharded first, or the partitioner gathers before the cast that made `x`, at twice the bytes.
+    return _constrain(x, sharded, gathered)
 
 
-def _gather_forward(x: jax.Array, gathered: NamedSharding, sharded: NamedSharding) -> tuple[jax.Array, None]:
-    return _gather(x, gathered, sharded), None
+def _gather_forward(
+    x: jax.Array, sharded: NamedSharding, gathered: NamedSharding, lookup: bool
+) -> tuple[jax.Array, None]:
+    return _gather(x, sharded, gathered, lookup), None
 
 
-def _gather_backward(_: NamedSharding, sharded: NamedSharding, __: None, grad: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(grad, sharded),)
+def _gather_backward(
+    sharded: NamedSharding, gathered: NamedSharding, lookup: bool, _: None, grad: jax.Array
+) -> tuple[jax.Array]:
+    return (_constrain(grad, gathered, sharded) if lookup else _constrain(grad, sharded),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _constrain(x: jax.Array, *shardings: NamedSharding) -> jax.Array:
+    for sharding in shardings:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return x

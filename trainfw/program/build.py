@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from trainfw import backends
-from trainfw.hardware import load_topology
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
-from trainfw.parallel import AXES, Layout, Rules, make_mesh, use_rules
+from trainfw.parallel import AXES, Layout, Placement, Rules, make_mesh, place, use_rules
+from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
 from trainfw.program.metrics import Mean
 from trainfw.program.state import TrainState
@@ -31,6 +31,8 @@ class Program:
 
     recipe: Recipe
     layout: Layout
+    placement: Placement | None
+    """Where the axes lie on `hardware.topology`; None without one, with devices in their own order."""
     mesh: Mesh
     rules: Rules
     graphdef: nnx.GraphDef[Transformer]
@@ -39,7 +41,7 @@ class Program:
     abstract_batch: Batch
     """ShapeDtypeStructs (B, S) with shardings."""
     init: Callable[[], TrainState]
-    """Jitted: the state before the first step, from `train.seed`; the same on every mesh."""
+    """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
     """Jitted (state, batch) -> (state, metrics); the state is donated."""
     eval_step: Any
@@ -60,6 +62,25 @@ class Program:
             name: jax.make_array_from_process_local_data(self.abstract_batch[name].sharding, array)
             for name, array in local_batch.items()
         }
+
+    @property
+    def batch_share(self) -> tuple[int, int]:
+        """(k, n): this process reads the k-th of n equal shares of every global batch.
+
+        Processes whose devices hold the same rows have the same k. Raises UserError where a process's rows are not
+        one such share, which happens when an axis of the batch runs inside instances and another across them.
+        """
+        rows, length = self.recipe.train.global_batch_size, self.recipe.data.sequence_length
+        indices = self.abstract_batch["tokens"].sharding.addressable_devices_indices_map((rows, length))
+        mine = {row for index in indices.values() for row in range(*index[0].indices(rows))}
+        first, count = min(mine), len(mine)
+        if max(mine) - first + 1 != count or rows % count or first % count:
+            raise self.recipe.error(
+                "parallel.data",
+                f"leaves process {jax.process_index()} rows {sorted(mine)[:4]}... of the global batch, not one "
+                f"contiguous share; let fsdp or data span whole instances",
+            )
+        return first // count, rows // count
 
     @property
     def num_parameters(self) -> int:
@@ -86,13 +107,16 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     layout = _checked_layout(recipe, len(devices))
-    mesh = make_mesh(layout, devices)
+    topology = recipe.hardware.load()
+    with recipe.blamed("parallel"):
+        placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
+    mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
         rules = Rules(mesh, recipe.parallel.rules)
     with recipe.blamed("optimizer"):
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
-    z_loss, accumulation = recipe.train.z_loss, recipe.train.accumulation_steps
+    seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
     def make_model(key: jax.Array) -> Transformer:
         return Transformer(
@@ -104,11 +128,14 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         )
 
     def init() -> TrainState:
-        params_key, step_key = jax.random.split(jax.random.key(recipe.train.seed))
+        params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
         params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
+        step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
 
-    graphdef, variables = nnx.split(nnx.eval_shape(lambda: make_model(jax.random.key(0))), nnx.Param)
+    graphdef, variables = nnx.split(
+        nnx.eval_shape(lambda: make_model(jax.random.key(0, impl="threefry2x32"))), nnx.Param
+    )
     with recipe.blamed("parallel"):
         param_shardings = _param_shardings(variables, rules)
     with recipe.blamed("optimizer"):
@@ -144,8 +171,12 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
-        with use_rules(rules):
-            return next_token_loss(nnx.merge(graphdef, nnx.State(params)), batch, 0.0)[1]
+        # In the same parts as in training, which is how much of the batch the devices have room for.
+        def metrics(part: Batch) -> Metrics:
+            with use_rules(rules):
+                return next_token_loss(nnx.merge(graphdef, nnx.State(params)), part, 0.0)[1]
+
+        return metrics(batch) if accumulation == 1 else _accumulate(metrics, batch, accumulation)
 
     rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
     batch_sharding = rules.sharding("batch", (rows, length), ("batch", "sequence"))
@@ -162,6 +193,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     program = Program(
         recipe=recipe,
         layout=layout,
+        placement=placement,
         mesh=mesh,
         rules=rules,
         graphdef=graphdef,
@@ -169,7 +201,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         ),
         abstract_batch=abstract_batch,
-        init=jax.jit(init, out_shardings=shardings),
+        init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
             in_shardings=(shardings, batch_sharding),
@@ -183,10 +215,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     return program
 
 
-def _accumulate(
-    gradients: Callable[[Batch], tuple[Any, Metrics]], batch: Batch, accumulation: int
-) -> tuple[Any, Metrics]:
-    """Sum gradients and metrics over `accumulation` microbatches, one after the other."""
+def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:
+    """The sum of what `compute` returns over `accumulation` microbatches, one after the other."""
 
     def split(x: jax.Array) -> jax.Array:
         # Every accumulation-th row, so that each device keeps to its own rows.
@@ -195,9 +225,9 @@ def _accumulate(
     parts = jax.tree.map(split, batch)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts)),
+        jax.eval_shape(compute, jax.tree.map(lambda x: x[0], parts)),
     )
-    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)[0]
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)[0]
 
 
 def _param_shardings(variables: Any, rules: Rules) -> Any:
@@ -212,8 +242,9 @@ def _param_shardings(variables: Any, rules: Rules) -> Any:
 def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     """The layout on this many devices, once everything that must fit has been seen to fit."""
     hardware, model, rows = recipe.hardware, recipe.model, recipe.train.global_batch_size
-    if hardware.topology is not None:
-        expected = load_topology(hardware.topology).devices * hardware.count
+    topology = hardware.load()
+    if topology is not None:
+        expected = topology.cores
         if expected != num_devices:
             raise recipe.error(
                 "hardware.topology",

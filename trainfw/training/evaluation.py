@@ -52,12 +52,13 @@ def validate(program: Program, params: Any, data: PreparedData, reporter: Report
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches."""
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
+    share, shares = program.batch_share
     batches = validation_batches(
         data.validation,
         recipe.data,
         global_batch_size=rows,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
         max_batches=limit,
     )
     everything = -(-len(Rows(data.validation, recipe.data.sequence_length)) // rows)

@@ -73,7 +73,7 @@ def train(
     )
     data = _prepare_data(recipe, reporter)
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(contextlib.closing(_batches(recipe, data)))
+        batches = stack.enter_context(contextlib.closing(_batches(program, data)))
         stack.enter_context(run.lock())
         resumed_step = run.check(recipe, resume)  # again, now that no other process can change the answer
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint)))
@@ -107,14 +107,15 @@ def _changes(run: RunDirectory, recipe: Recipe) -> str:
     return "".join(f"; {key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
 
 
-def _batches(recipe: Recipe, data: PreparedData) -> TrainIterator:
+def _batches(program: Program, data: PreparedData) -> TrainIterator:
+    recipe, (share, shares) = program.recipe, program.batch_share
     with recipe.blamed("data"):
         return train_iterator(
             data.train,
             recipe.data,
             global_batch_size=recipe.train.global_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share,
+            process_count=shares,
         )
 
 
