@@ -10,9 +10,13 @@ from typing import Any
 from trainfw.backends import Sdk
 from trainfw.checking.report import CollectiveSum, Finding, Memory
 from trainfw.hardware import Topology
-from trainfw.hlo import Collective, Module, Partitioned, collectives
+from trainfw.hlo import Collective, Module, Partitioned, collectives_of
 
-_NO_BUFFER = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "opt-barrier"}
+_WRITTEN_OUT = {
+    *("dot", "convolution", "gather", "scatter", "sort", "concatenate", "dynamic-update-slice", "custom-call"),
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "rng-bit-generator"),
+}
+"""Opcodes whose results no compiler fuses away."""
 
 
 def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topology: Topology, sdk: Sdk) -> list[Finding]:
@@ -22,7 +26,7 @@ def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topolog
         cores: the physical core of each partition.
         mesh: names the axes of groups in messages.
     """
-    found = collectives(module)
+    found = collectives_of(module)
     return [
         *_integer_reductions(found),
         *_groups(found, cores, mesh, topology),
@@ -34,7 +38,7 @@ def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topolog
 def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ...]:
     """Collectives by kind, axes, dtype and size of group, the most bytes first."""
     counts: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
-    for collective in collectives(module):
+    for collective in collectives_of(module):
         axes = collective.axes(mesh) if mesh is not None else None
         total = counts[collective.kind, axes, collective.dtype, collective.group_size]
         total[0] += collective.times
@@ -114,14 +118,15 @@ def _groups(found: list[Collective], cores: list[int], mesh: Any | None, topolog
 
 
 def _communicators(found: list[Collective], mesh: Any | None, sdk: Sdk) -> Iterator[Finding]:
-    sets = {_key(collective): collective for collective in reversed(found) if collective.groups}
+    sets: dict[Any, Collective] = {}
+    for collective in found:
+        if collective.groups:
+            sets.setdefault(_key(collective), collective)
     if len(sets) > sdk.communicators:
-        names = "; ".join(_among(collective, mesh) for collective in sets.values())
-        yield Finding(
-            "communicators",
-            f"{len(sets)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}",
-            next(iter(sets.values())).instruction.place,
-        )
+        users = list(sets.values())
+        names = "; ".join(_among(collective, mesh) for collective in users)
+        message = f"{len(sets)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}"
+        yield _finding("communicators", message, users[sdk.communicators])  # the first that is too many
 
 
 def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
@@ -145,7 +150,7 @@ def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
                 message = f"an output is {shape.bytes / gb:.1f} GB on one core"
                 yield Finding("buffer-size", message, output.place, output.op_name)
     for instruction, _ in module.instructions():
-        if instruction.opcode in _NO_BUFFER:
+        if instruction.opcode not in _WRITTEN_OUT:
             continue
         for shape in instruction.shapes:
             if shape.bytes >= limit and (shape.dtype, shape.dims) not in known:

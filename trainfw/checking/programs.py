@@ -91,13 +91,13 @@ def _check(
     sdk: Sdk,
     progress: Progress,
 ) -> Report:
-    """Check jitted functions with their arguments; the collectives and the memory reported are the first one's."""
+    """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
     import jax
 
     neuron = topology.rules == "neuron"
     cores = _physical_cores(mesh, topology)
     findings: list[Finding] = list(_versions(sdk)) if neuron else []
-    summary, memory = None, None
+    summary, memories = None, []
     for name, (function, arguments) in functions.items():
         progress(f"tracing {name}")
         found: list[Finding] = []
@@ -121,15 +121,21 @@ def _check(
             partitioned = None  # what the CPU cannot lower at all; the rules above have been read
         if partitioned is not None and neuron:
             found += read_partitioned(partitioned.module, cores, mesh, topology, sdk)
-        if memory is None:
-            leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
-            memory = memory_of(leaves, partitioned, topology)
-            found += read_memory(memory)
+        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+        memories.append(memory_of(leaves, partitioned, topology))
+        found += read_memory(memories[-1])
         if summary is None and partitioned is not None:
             summary = sum_collectives(partitioned.module, mesh)
         findings += [replace(finding, program=name) for finding in found]
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
-    return Report(units, topology.cores, sdk.version if neuron else None, merged(findings), summary or (), memory)
+    return Report(
+        hardware=units,
+        cores=topology.cores,
+        sdk=sdk.version if neuron else None,
+        findings=merged(findings),
+        collectives=summary or (),
+        memory=max(memories, key=lambda memory: memory.arguments + (memory.temporaries or 0), default=None),
+    )
 
 
 def _lowered_findings(traced: Any, found: set[str]) -> list[Finding]:

@@ -102,6 +102,7 @@ class Report:
     collectives: tuple[CollectiveSum, ...] = ()
     """Of the first function (the training step)."""
     memory: Memory | None = None
+    """Of the function that takes most."""
 
     @property
     def errors(self) -> list[Finding]:

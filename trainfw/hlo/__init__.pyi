@@ -1,6 +1,6 @@
 from .communication import Collective as Collective
 from .communication import axes_of as axes_of
-from .communication import collectives as collectives
+from .communication import collectives_of as collectives_of
 from .groups import parse_groups as parse_groups
 from .module import Computation as Computation
 from .module import Instruction as Instruction

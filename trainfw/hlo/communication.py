@@ -57,7 +57,7 @@ class Collective:
         return tuple(axis for axis in sizes if any(a[axis] != b[axis] for a, b in places))
 
 
-def collectives(module: Module) -> list[Collective]:
+def collectives_of(module: Module) -> list[Collective]:
     """Every collective of the module, those among single devices left out."""
     found = []
     for instruction, times in module.instructions():
