@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw.cli.options import Devices, Overrides, RecipePath
+from trainfw.errors import RunError
+
+if TYPE_CHECKING:
+    from trainfw.program import Program
+    from trainfw.training import Reporter
 
 
 def train(
@@ -18,10 +23,15 @@ def train(
     run_dir: Annotated[
         str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)
     ] = None,
+    as_backend: Annotated[
+        str | None,
+        typer.Option("--as", metavar="neuron", help="Run on the CPU what Neuron would run, under its rules."),
+    ] = None,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
     from trainfw import backends
     from trainfw.errors import UserError
+    from trainfw.parallel import AXES
     from trainfw.recipe import load_recipe
 
     choices = ("auto", "never", "must")
@@ -30,17 +40,51 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
-    backends.prepare(devices)
+    layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}
+    wiring = backends.prepare(
+        devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=loaded.train.scan_layers
+    )
+    backends.connect(wiring)
 
     from trainfw import training
     from trainfw.cli.console import make_reporter
 
     reporter = make_reporter()
+
+    def approve(program: Program) -> None:
+        if as_backend is not None:
+            _check(program, reporter)
+
     try:
-        training.train(loaded, run_dir=run_dir, resume=resume, reporter=reporter)  # type: ignore[arg-type]
+        training.train(loaded, run_dir=run_dir, resume=resume, reporter=reporter, approve=approve)  # type: ignore[arg-type]
     except training.Interrupted as stop:
         reporter.close()
         typer.echo(f"stopped by {stop}, saved; the same command resumes", err=True)
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()
+
+
+def _check(program: Program, reporter: Reporter) -> None:
+    """Refuse, as Neuron would, what `trainfw check` calls an error."""
+    from trainfw.checking import check_program
+    from trainfw.hardware import load_topology
+
+    topology = program.recipe.hardware.load()
+    if topology is None and program.mesh.size > 1:
+        raise program.recipe.error(
+            "hardware.topology",
+            f"--as neuron on {program.mesh.size} devices must know how they are joined; "
+            f"trn2.3xlarge has 4 cores, trn1.32xlarge 32, trn2.48xlarge 64",
+        )
+    # A single core is the same everywhere.
+    report = check_program(
+        program,
+        topology=topology or load_topology("trn2.3xlarge"),
+        progress=lambda text: reporter.note(f"check: {text}"),
+    )
+    if not report.ok:
+        for finding in report.errors:
+            typer.echo(f"\n{finding}", err=True)
+        raise RunError(f"Neuron would refuse this program: {report.verdict}")
+    reporter.note(f"check: {report.verdict}")

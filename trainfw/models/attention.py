@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trainfw import backends
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import Linear, RMSNorm
 from trainfw.models.rope import apply_rope
-from trainfw.parallel import constrain
+from trainfw.parallel import constrain, local_size, per_device
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
@@ -104,12 +106,36 @@ class Attention(nnx.Module):
             v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
             cache = (k_BTKh, v_BTKh)
         window = config.sliding_window if kind == "sliding" else None
-        o_BSHh = attend(
-            q_BSHh,
-            k_BTKh,
-            v_BTKh,
-            attention_mask(context, S, k_BTKh.shape[1], window),
+        kernel = backends.resolve(
+            "attention",
+            backends.AttentionRequest(
+                query_length=S,
+                key_length=k_BTKh.shape[1],
+                num_heads=local_size(config.num_heads, "act_heads"),
+                num_kv_heads=local_size(config.num_kv_heads, "act_kv_heads"),
+                head_dim=config.head_dim,
+                dtype=q_BSHh.dtype.name,
+                segments=context.segment_ids_BS is not None,
+                window=window,
+                softcap=config.attention_softcap,
+                cached=cache is not None,
+            ),
+            backends.current(),
+        )
+        run = functools.partial(
+            kernel.call or attend,
             scale=config.query_scale or config.head_dim**-0.5,
             softcap=config.attention_softcap,
         )
+        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
+        if kernel.call is None:
+            o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST)
+        else:
+            inputs = [
+                (q_BSHh, ("batch", "sequence", "act_heads", None)),
+                (k_BTKh, ("batch", "sequence", "act_kv_heads", None)),
+                (v_BTKh, ("batch", "sequence", "act_kv_heads", None)),
+                (mask_BST, ("batch" if mask_BST.shape[0] > 1 else None, None, None)),
+            ]
+            o_BSHh = per_device(run, "attention", inputs, inputs[0][1])
         return self.output(o_BSHh.reshape(B, S, -1)), cache

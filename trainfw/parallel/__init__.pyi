@@ -12,4 +12,6 @@ from .placement import place as place
 from .rules import Rules as Rules
 from .rules import constrain as constrain
 from .rules import gather_weight as gather_weight
+from .rules import local_size as local_size
+from .rules import per_device as per_device
 from .rules import use_rules as use_rules

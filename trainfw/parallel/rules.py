@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -117,6 +117,35 @@ def constrain(x: jax.Array, array: str, *names: str | None) -> jax.Array:
     if rules is None or rules.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(rules.mesh, rules.spec(array, x.shape, names)))
+
+
+def per_device(
+    function: Callable[..., jax.Array],
+    array: str,
+    inputs: Sequence[tuple[jax.Array, Sequence[str | None]]],
+    outputs: Sequence[str | None],
+) -> jax.Array:
+    """`function` of the inputs, run on each device with its own parts of them (kernels know nothing of meshes).
+
+    Args:
+        array: names the output in errors.
+        inputs: each with the logical names of its dims; what the function computes must be local to these shards.
+        outputs: the names of the dims of the result, which has the shape of the first input.
+    """
+    rules = _active.get()
+    arrays = [x for x, _ in inputs]
+    if rules is None or rules.mesh.size == 1:
+        return function(*arrays)
+    in_specs = tuple(rules.spec(array, x.shape, names) for x, names in inputs)
+    out_specs = rules.spec(array, arrays[0].shape, outputs)
+    mapped = jax.shard_map(function, mesh=rules.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return mapped(*arrays)
+
+
+def local_size(size: int, name: str) -> int:
+    """Of a dim of this logical name and global size, what one device holds, under the rules in use."""
+    rules = _active.get()
+    return size if rules is None else size // math.prod(rules.mesh.shape[axis] for axis in rules.table[name])
 
 
 def gather_weight(x: jax.Array, array: str, *names: str | None, lookup: bool = False) -> jax.Array:

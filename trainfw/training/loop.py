@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,13 @@ def train(
     run_dir: str | Path | None = None,
     resume: Resume = "auto",
     reporter: Reporter | None = None,
+    approve: Callable[[Program], None] | None = None,
 ) -> Result:
     """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
 
-    `run_dir` defaults to `runs/<name>`. Raises UserError for input that cannot work (before anything is
-    written), RunError when the run fails, Interrupted when a signal stopped it after a checkpoint.
+    `run_dir` defaults to `runs/<name>`. `approve` sees the program before anything else is done, and may raise.
+    Raises UserError for input that cannot work (before anything is written), RunError when the run fails, Interrupted
+    when a signal stopped it after a checkpoint.
     """
     reporter = reporter or Reporter()
     run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir)
@@ -68,9 +70,11 @@ def train(
     program = build_program(recipe, devices)
     count = program.mesh.size
     reporter.note(
-        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend.name} "
+        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend} "
         f"device{'s' * (count > 1)} ({program.device_kind}), layout {program.layout}"
     )
+    if approve is not None:
+        approve(program)
     data = _prepare_data(recipe, reporter)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(contextlib.closing(_batches(program, data)))
@@ -84,7 +88,11 @@ def train(
         run.open(recipe, resumed_step)
         data.tokenizer.save(run.tokenizer)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step)))
-        return _Run(program, data, batches, run, checkpoints, log, reporter).to_the_end(state, resumed_step)
+        monitor = backends.NeuronMonitor()
+        if backend.platform == "neuron":
+            stack.enter_context(monitor)
+        session = _Run(program, data, batches, run, checkpoints, log, reporter, monitor)
+        return session.to_the_end(state, resumed_step)
 
 
 def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
@@ -144,9 +152,10 @@ class _Run:
         checkpoints: Checkpoints,
         log: MetricsLog,
         reporter: Reporter,
+        monitor: backends.NeuronMonitor,
     ):
         self.program, self.data, self.batches, self.run = program, data, batches, run
-        self.checkpoints, self.log, self.reporter = checkpoints, log, reporter
+        self.checkpoints, self.log, self.reporter, self.monitor = checkpoints, log, reporter, monitor
         self.recipe = program.recipe
         peak = peak_flops(program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * program.mesh.size
@@ -252,6 +261,7 @@ class _Run:
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
             "tokens": step * self.program.tokens_per_step,
+            **self.monitor.latest(),
         }
         self.log.write(row)
         self.reporter.row(row, self.recipe.train.steps)
@@ -283,7 +293,8 @@ class _Run:
         if prompt is None or jax.process_count() > 1:
             return None
         tokenizer = self.data.tokenizer
-        params = jax.device_put(state.params, jax.devices()[0])
+        host = backends.current().host_generate
+        params = jax.device_put(state.params, backends.host_device() if host else jax.devices()[0])
         tokens = generate(
             self.program.model(params),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
