@@ -51,7 +51,7 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        where = str(self.place) if self.place else self.op_name or "the program as a whole"
+        where = str(self.place) if self.place else self.op_name or f"{self.program or 'the program'} as a whole"
         times = f" ({self.count} operations)" if self.count > 1 else ""
         named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
         return (

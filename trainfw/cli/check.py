@@ -41,7 +41,7 @@ def check(
         raise UserError("check: expected a RECIPE (or --rules)")
     chosen = list(overrides or ())
     if hardware is not None:
-        chosen += [f"hardware.topology={hardware}", f"hardware.count={count or 1}"]
+        chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
     elif count is not None:
         chosen.append(f"hardware.count={count}")
     loaded = load_recipe(recipe, chosen)
