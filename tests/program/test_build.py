@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import random_batches, tiny_recipe
-from trainfw import build_program
+from trainfw import UserError, build_program
+from trainfw.hlo import collectives_of, partition
 from trainfw.program import Mean
 from trainfw.program.loss import next_token_loss
 
@@ -135,3 +136,58 @@ def test_flops_per_step_count_the_matrices_six_times(tmp_path):
     attention = 12 * model.num_layers * model.num_heads * model.head_dim
     expected = 6 * (program.num_parameters - norms)
     assert program.flops_per_step / program.tokens_per_step == pytest.approx(expected, abs=attention)
+
+
+_ON_A_CHIP = ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]
+
+
+def test_devices_are_placed_on_the_topology(tmp_path):
+    program = build_program(tiny_recipe(tmp_path, *_ON_A_CHIP), jax.devices()[::-1])  # however they are handed over
+    assert program.placement is not None
+    assert [device.id for device in program.mesh.devices.flat] == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert program.placement.order.ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    traffic = "parallel.traffic={fsdp: 1.0e+12, tensor: 1.0}"
+    assert build_program(tiny_recipe(tmp_path, *_ON_A_CHIP, traffic)).placement.seconds > program.placement.seconds
+
+
+def test_a_layout_that_the_topology_cannot_take_is_refused_with_the_nearest(tmp_path):
+    recipe = tiny_recipe(tmp_path, "hardware={topology: trn2.3xlarge}", "parallel.tensor=2")
+    with pytest.raises(
+        UserError, match=r"parallel: .*tensor = 2 cannot be legal.*Nearest: parallel.fsdp=1 parallel.ten"
+    ):
+        build_program(recipe, jax.devices()[:4])
+
+
+def test_weights_are_gathered_in_the_compute_dtype(tmp_path):
+    program = build_program(tiny_recipe(tmp_path, "train.compute_dtype=bfloat16", "parallel.tensor=2"))
+    module = partition(program.train_step.lower(program.abstract_state, program.abstract_batch)).module
+    gathers = [c for c in collectives_of(module) if c.kind == "all-gather" and c.axes(program.mesh) == ("fsdp",)]
+    kernels = 7 * program.recipe.model.num_layers
+    assert sum(c.times for c in gathers if c.dtype == "bf16") >= kernels
+    # The embedding's table alone is read in f32, so that its gradient adds up in f32.
+    table = program.recipe.model.vocab_size * program.recipe.model.hidden_size * 4 // 2
+    assert {c.bytes for c in gathers if c.dtype == "f32"} <= {table}
+
+
+def test_the_gradient_of_the_embedding_moves_no_whole_batch(tmp_path):
+    """Where the batch spans two axes, the partitioner would replicate all of its activations for a scatter."""
+    program = build_program(tiny_recipe(tmp_path, "parallel={data: 2, fsdp: 2, tensor: 2}"))
+    module = partition(program.train_step.lower(program.abstract_state, program.abstract_batch)).module
+    recipe = program.recipe
+    batch = recipe.train.global_batch_size * recipe.data.sequence_length * recipe.model.hidden_size * 4
+    assert max(c.bytes for c in collectives_of(module) if c.kind == "all-gather") < batch
+
+
+def test_evaluation_does_not_depend_on_microbatches(tmp_path):
+    found = []
+    for accumulation in (1, 4):
+        recipe = tiny_recipe(tmp_path, f"train.accumulation_steps={accumulation}")
+        program = build_program(recipe, jax.devices()[:2])
+        batch = program.shard_batch(random_batches(recipe, 1)[0])
+        found.append(program.eval_step(program.init().params, batch)["loss"])
+    assert found[0].value() == pytest.approx(found[1].value(), rel=1e-6)
+    assert float(found[0].count) == float(found[1].count)
+
+
+def test_one_process_reads_the_whole_batch(tmp_path):
+    assert build_program(tiny_recipe(tmp_path, "parallel.tensor=2")).batch_share == (0, 1)

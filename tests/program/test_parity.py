@@ -27,6 +27,8 @@ VARIANTS = {
     "unrolled": (1, ["train.scan_layers=false"]),
     "unrolled, tensor 2, fsdp 2": (4, ["train.scan_layers=false", "parallel.tensor=2"]),
     "remat full, fsdp 4": (4, ["train.remat=full"]),
+    # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
+    "placed on a chip": (8, ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]),
 }
 
 
@@ -40,6 +42,13 @@ def losses(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw
         state, metrics = program.train_step(state, program.shard_batch(batch))
         result.append(metrics["loss"].value())
     return result
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_devices_does_not_matter(seed, reference, tmp_path, monkeypatch):
+    order = np.random.default_rng(seed).permutation(jax.devices())
+    monkeypatch.setattr(jax, "devices", lambda *_: list(order))
+    np.testing.assert_allclose(losses(tmp_path, 8, ["parallel.tensor=2", "parallel.data=2"]), reference, rtol=3e-6)
 
 
 @pytest.fixture(scope="module")

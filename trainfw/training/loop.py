@@ -70,8 +70,9 @@ def train(
     program = build_program(recipe, devices)
     count = program.mesh.size
     reporter.note(
-        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend} "
-        f"device{'s' * (count > 1)} ({program.device_kind}), layout {program.layout}"
+        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend.platform} "
+        f"device{'s' * (count > 1)} ({program.device_kind}){f', as {backend.name}' if backend.simulated else ''}, "
+        f"layout {program.layout}"
     )
     if approve is not None:
         approve(program)
