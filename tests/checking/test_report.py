@@ -129,6 +129,13 @@ def test_what_is_checked_may_be_jitted_and_arguments_may_be_arrays():
     assert check(lambda key: jax.random.uniform(key), jax.random.key(0, impl="rbg")).ok
 
 
+def test_a_jitted_function_may_say_how_its_arguments_are_split():
+    mesh = Mesh(np.array(jax.devices()[:8]), ("tensor",), axis_types=(AxisType.Auto,))
+    step = jax.jit(lambda x: x * 2, in_shardings=NamedSharding(mesh, P("tensor")))
+    report = check(step, X, mesh=mesh, hardware="trn2.3xlarge", lnc=1)
+    assert report.memory.arguments == 16 * 4 // 8
+
+
 def test_another_jax_than_the_sdk_has_is_a_note():
     report = check(jnp.sin, X, sdk="2.29")
     assert report.sdk == "2.29"

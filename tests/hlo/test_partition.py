@@ -71,6 +71,22 @@ def test_collectives_that_a_program_names(mesh):
     assert (0, 1) in found["collective-permute"].pairs
 
 
+def test_gradients_of_sharded_weights_are_scattered(mesh):
+    everywhere = ("data", "tensor")
+
+    def gradient(w, x, spec):
+        w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+        grad = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w)
+        return jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, spec))
+
+    arguments = abstract(mesh, (WIDTH, HIDDEN), everywhere), abstract(mesh, (ROWS, WIDTH), everywhere)
+    for spec, scattered in ((P(everywhere), True), (P(), False)):
+        lowered = jax.jit(lambda w, x, spec=spec: gradient(w, x, spec)).lower(*arguments)
+        (reduce,) = (c for c in collectives_of(partition(lowered).module) if c.kind == "all-reduce")
+        assert reduce.axes(mesh) == everywhere
+        assert reduce.scattered == scattered
+
+
 def test_one_device_has_no_collectives():
     partitioned = partition(jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.ones((4, 4))))
     assert partitioned.module.num_partitions == 1

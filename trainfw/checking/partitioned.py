@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainfw.backends import Sdk
@@ -40,24 +40,36 @@ def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ..
     counts: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
     for collective in collectives_of(module):
         axes = collective.axes(mesh) if mesh is not None else None
-        total = counts[collective.kind, axes, collective.dtype, collective.group_size]
+        total = counts[collective.kind, collective.scattered, axes, collective.dtype, collective.group_size]
         total[0] += collective.times
         total[1] += collective.total_bytes
     rows = [
-        CollectiveSum(kind, axes, dtype, group_size, count, size)
-        for (kind, axes, dtype, group_size), (count, size) in counts.items()
+        CollectiveSum(kind, scattered, axes, dtype, group_size, count, size)
+        for (kind, scattered, axes, dtype, group_size), (count, size) in counts.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
-def memory_of(arguments: Iterable[Any], partitioned: Partitioned | None, topology: Topology) -> Memory:
-    """Memory of one core for a function of these arguments (ShapeDtypeStructs, with shardings where they are split)."""
+def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topology: Topology) -> Memory:
+    """Memory of one core for a function of these arguments (ShapeDtypeStructs).
+
+    Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
+    """
+    compiled = partitioned.compiled if partitioned is not None else None
+    chosen: list[Any] = []
+    if compiled is not None:
+        import jax
+
+        chosen = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda sharding: sharding is None)
+    if len(chosen) != len(arguments):
+        chosen = [None] * len(arguments)
     size = 0
-    for leaf in arguments:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    for leaf, sharding in zip(arguments, chosen, strict=True):
+        sharding = leaf.sharding or sharding
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         size += math.prod(shape) * _itemsize(leaf.dtype)
     temporaries = None
-    analysis = partitioned.compiled.memory_analysis() if partitioned and partitioned.compiled else None
+    analysis = compiled.memory_analysis() if compiled is not None else None
     if analysis is not None:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(size, round(topology.core_overhead), temporaries, topology.hbm_size)

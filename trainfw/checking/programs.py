@@ -54,7 +54,8 @@ def check(
         if len(meshes) > 1:
             raise UserError(f"the arguments are split over {len(meshes)} different meshes; expected one")
         mesh = next(iter(meshes), None)
-    if mesh is not None:
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    if mesh is not None and jitted is not fn:  # a jitted function may say itself how its arguments are split
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         arguments = jax.tree.map(
             lambda leaf: (
@@ -64,7 +65,6 @@ def check(
             ),
             arguments,
         )
-    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     name = getattr(fn, "__name__", "function")
     return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
 

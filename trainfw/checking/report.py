@@ -65,6 +65,8 @@ class CollectiveSum:
     """All collectives of one kind, dtype and set of groups in one run of a function."""
 
     kind: str
+    scattered: bool
+    """All-reduces of which each device keeps its part only, which compilers turn into reduce-scatters."""
     axes: tuple[str, ...] | None
     """Mesh axes; None for groups that are not along whole axes."""
     dtype: str
@@ -169,7 +171,7 @@ def _table(rows: Iterable[CollectiveSum]) -> list[str]:
     cells = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
     cells += [
         (
-            row.kind,
+            f"{row.kind}, scattered" if row.scattered else row.kind,
             "part of an axis" if row.axes is None else ", ".join(row.axes),
             row.dtype,
             str(row.group_size),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainfw.hlo.groups import Groups, parse_groups, parse_pairs
-from trainfw.hlo.module import Instruction, Module
+from trainfw.hlo.module import Computation, Instruction, Module
 
 KINDS = (
     "all-reduce",
@@ -20,6 +20,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_SAME_ELEMENTS = {"bitcast", "convert", "copy", "reshape", "transpose"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Collective:
     pairs: tuple[tuple[int, int], ...]
     """(source, target) of a permute."""
     instruction: Instruction
+    scattered: bool = False
+    """An all-reduce of which every device keeps its own part only: compilers with a reduce-scatter use that."""
 
     @property
     def group_size(self) -> int:
@@ -59,22 +62,71 @@ class Collective:
 
 def collectives_of(module: Module) -> list[Collective]:
     """Every collective of the module, those among single devices left out."""
-    found = []
-    for instruction, times in module.instructions():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        groups: Groups = ()
-        pairs: tuple[tuple[int, int], ...] = ()
-        if kind == "collective-permute":
-            pairs = parse_pairs(instruction.attributes["source_target_pairs"])
-        else:
-            groups = parse_groups(instruction.attributes.get("replica_groups", "{}"), module.num_partitions)
-        if pairs or any(len(group) > 1 for group in groups):
-            size = _bytes(kind, instruction, max(map(len, groups), default=1))
-            dtype = max(instruction.shapes, key=lambda shape: shape.bytes).dtype
-            found.append(Collective(kind, dtype, size, times, groups, pairs, instruction))
-    return found
+    return [
+        collective
+        for name, times in module.times.items()
+        for instruction in module.computations[name].instructions.values()
+        if (collective := _collective(instruction, times, module.computations[name], module.num_partitions)) is not None
+    ]
+
+
+def _collective(
+    instruction: Instruction, times: int, computation: Computation, num_partitions: int
+) -> Collective | None:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    groups: Groups = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    if kind == "collective-permute":
+        pairs = parse_pairs(instruction.attributes["source_target_pairs"])
+    else:
+        groups = parse_groups(instruction.attributes.get("replica_groups", "{}"), num_partitions)
+    group_size = max(map(len, groups), default=1)
+    if not pairs and group_size < 2:
+        return None
+    return Collective(
+        kind=kind,
+        dtype=max(instruction.shapes, key=lambda shape: shape.bytes).dtype,
+        bytes=_bytes(kind, instruction, group_size),
+        times=times,
+        groups=groups,
+        pairs=pairs,
+        instruction=instruction,
+        scattered=kind == "all-reduce" and _is_scattered(instruction, computation, group_size),
+    )
+
+
+def _is_scattered(instruction: Instruction, computation: Computation, parts: int) -> bool:
+    """Whether all that becomes of an array is that one part of it is cut out, somewhere else on every device."""
+    elements = math.prod(instruction.shapes[0].dims)
+    while True:
+        users = computation.users.get(instruction.name, ())
+        if not users or instruction.is_root:
+            return False
+        if all(user.opcode == "dynamic-slice" for user in users):
+            return all(
+                math.prod(user.shapes[0].dims) * parts == elements and _by_partition(user, computation)
+                for user in users
+            )
+        if len(users) > 1 or users[0].opcode not in _SAME_ELEMENTS:
+            return False
+        instruction = users[0]
+
+
+def _by_partition(slice_: Instruction, computation: Computation) -> bool:
+    """Whether where a slice starts depends on which device it is."""
+    left = [operand.partition("#")[0] for operand in slice_.operands[1:]]
+    seen: set[str] = set()
+    while left:
+        name = left.pop()
+        instruction = computation.instructions[name]
+        if instruction.opcode == "partition-id":
+            return True
+        if name not in seen:
+            seen.add(name)
+            left += [operand.partition("#")[0] for operand in instruction.operands]
+    return False
 
 
 def axes_of(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:

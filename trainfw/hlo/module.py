@@ -63,6 +63,15 @@ class Computation:
     def root(self) -> Instruction:
         return next(i for i in self.instructions.values() if i.is_root)
 
+    @functools.cached_property
+    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
+        """The instructions that take each instruction's result."""
+        users: dict[str, list[Instruction]] = defaultdict(list)
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(operand.partition("#")[0] for operand in instruction.operands):
+                users[operand].append(instruction)
+        return {name: tuple(found) for name, found in users.items()}
+
     def source(self, operand: str) -> Instruction | None:
         """The instruction behind an operand, through copies, converts of scalars and elements of tuples it makes."""
         name, _, element = operand.partition("#")
