@@ -51,7 +51,8 @@ def read_wiring(environ: Mapping[str, str], topology: Topology | None = None) ->
         wiring = _explicit(environ)
     else:
         return Wiring()
-    if wiring.process_count > 1 and topology is not None and wiring.process_count != instances:
+    one_each = topology is not None and topology.rules == "neuron"  # GPUs may be shared out in other ways
+    if wiring.process_count > 1 and topology is not None and one_each and wiring.process_count != instances:
         raise UserError(
             f"{wiring.process_count} processes from {wiring.launcher}: {topology.count} x {topology.name} has "
             f"{instances} instance{'s' * (instances > 1)}, and each takes one process; "
