@@ -159,6 +159,17 @@ def while_that_counts_down(x):
     return lax.while_loop(lambda c: c[0] > 0, lambda c: (c[0] - 1, c[1] * 2), (5, x))
 
 
+@legal("control-while", X)
+def bounds_that_are_constants_of_the_caller(x):
+    zero = jnp.int32(0)
+
+    def body(x, _):
+        return lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, c[1] * 2), (zero, x))[1], None
+
+    double = jax.jit(lambda x, n: lax.fori_loop(0, n, lambda i, x: x * 2, x))
+    return lax.scan(body, double(x, 3), None, length=3)[0]
+
+
 # --- Types ---------------------------------------------------------------------------------------
 
 

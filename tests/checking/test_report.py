@@ -49,7 +49,7 @@ def test_a_refused_operation_hides_what_jax_builds_it_from():
 def test_rules_say_what_to_do(rule):
     assert rule.summary
     assert rule.instead
-    assert rule.source.startswith(("aws-neuron-sdk 2.32.0 ", "jax 0.10 "))
+    assert rule.source.startswith(("aws-neuron-sdk ", "jax 0.10 "))
     assert set(rule.hides) <= set(RULES)
 
 

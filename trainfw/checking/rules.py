@@ -31,7 +31,9 @@ def _load(name: str) -> Any:
 
 
 def _source(source: str) -> str:
-    return source if source.startswith("jax ") else f"{_SDK} {source}"
+    if source.startswith("jax "):
+        return source
+    return f"aws-neuron-sdk {source}" if source.startswith("release notes") else f"{_SDK} {source}"
 
 
 RULES: dict[str, Rule] = {

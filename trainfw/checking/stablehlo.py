@@ -10,32 +10,35 @@ from trainfw.checking.rules import known_custom_calls, known_operators
 from trainfw.hlo import Place, count_trips, user_place
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
+Arguments = tuple[int | None, ...]
+"""What a function is called with, where that is an integer known when compiling."""
 
 
 def read_stablehlo(module: Any) -> list[Finding]:
     """Findings in a module as `lowered.compiler_ir("stablehlo")` gives it."""
     functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in _functions(module)}
     findings: list[Finding] = []
-    seen: set[tuple[str, Place | None]] = set()
+    seen: set[Any] = set()
 
-    def visit(name: str, caller: Place | None) -> None:
-        if (name, caller) in seen or name not in functions:
+    def visit(name: str, caller: Place | None, arguments: Arguments) -> None:
+        if (name, caller, arguments) in seen or name not in functions:
             return
-        seen.add((name, caller))
-        walk(functions[name], caller)
+        seen.add((name, caller, arguments))
+        walk(functions[name], caller, arguments)
 
-    def walk(parent: Any, caller: Place | None) -> None:
+    def walk(parent: Any, caller: Place | None, arguments: Arguments) -> None:
         for op in _inside(parent):
             frames, op_name = _location(op.location)
             # JAX's own jitted functions are compiled apart, without lines: theirs is the caller's.
             place = user_place(frames) or caller
             if op.name == "func.call":
-                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place)
+                known = tuple(_integer(operand, arguments) for operand in op.operands)
+                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, known)
                 continue
-            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(op))
-            walk(op, place)
+            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(op, arguments))
+            walk(op, place, arguments)
 
-    visit("main", None)
+    visit("main", None, ())
     return findings
 
 
@@ -69,7 +72,7 @@ def _location(location: Any) -> tuple[list[Place], str]:
     return frames, name
 
 
-def _read(op: Any) -> Iterator[tuple[str, str]]:
+def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
     dialect, _, name = op.name.partition(".")
     if not all(_is_static(value.type) for value in (*op.operands, *op.results)):
         yield "shape-dynamic", f"{name} of a dynamic shape"
@@ -81,9 +84,9 @@ def _read(op: Any) -> Iterator[tuple[str, str]]:
     if dialect != "stablehlo":
         return
     match name:
-        case "case" | "if" if len(op.regions) > 1 and _integer(op.operands[0]) is None:
+        case "case" | "if" if len(op.regions) > 1 and _integer(op.operands[0], arguments) is None:
             yield "control-cond", f"a conditional of {len(op.regions)} branches"
-        case "while" if _trip_count(op) is None:
+        case "while" if _trip_count(op, arguments) is None:
             yield "control-while", "a while loop whose trip count is not known when compiling"
         case "rng_bit_generator" if "DEFAULT" not in str(op.attributes["rng_algorithm"]):
             yield "rng-algorithm", f"rng_bit_generator with {op.attributes['rng_algorithm']}"
@@ -145,7 +148,7 @@ def _large(op: Any, attribute: str) -> list[int]:
     return values if any(value > 1 for value in values) else []
 
 
-def _trip_count(op: Any) -> int | None:
+def _trip_count(op: Any, arguments: Arguments) -> int | None:
     """Trips of a `stablehlo.while`, where they are known when compiling."""
     condition, body = op.regions
     test, update = _owner(_terminator(condition).operands[0]), _terminator(body)
@@ -160,19 +163,15 @@ def _trip_count(op: Any) -> int | None:
         direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
     if index is None:
         return None
-    limit = _integer(bound)
-    carried = _argument(bound, condition)
-    if carried is not None and _argument(update.operands[carried], body) == carried:
-        limit = _integer(op.operands[carried])
-    start, step = _integer(op.operands[index]), None
+    limit, start, step = _integer(bound, arguments), _integer(op.operands[index], arguments), None
     made = _owner(update.operands[index])
     if made is not None and made.name in ("stablehlo.add", "stablehlo.subtract"):
         own = [_argument(operand, body) == index for operand in made.operands]
         if own == [True, False]:
-            step = _integer(made.operands[1])
+            step = _integer(made.operands[1], arguments)
             step = -step if step is not None and made.name == "stablehlo.subtract" else step
         elif own == [False, True] and made.name == "stablehlo.add":
-            step = _integer(made.operands[0])
+            step = _integer(made.operands[0], arguments)
     if limit is None or start is None or step is None:
         return None
     return count_trips(start, limit, step, direction)
@@ -195,12 +194,23 @@ def _argument(value: Any, region: Any) -> int | None:
     return None
 
 
-def _integer(value: Any) -> int | None:
-    """The value of an integer scalar that is known when compiling."""
+def _integer(value: Any, arguments: Arguments) -> int | None:
+    """The value of an integer scalar that is known when compiling.
+
+    Args:
+        arguments: those of the function that it is in.
+    """
     from jaxlib.mlir import ir
 
     op = _owner(value)
     if op is None:
+        owner, number = value.owner.owner.operation, value.arg_number
+        if owner.name == "func.func":
+            return arguments[number] if number < len(arguments) else None
+        if owner.name == "stablehlo.while" and number == _argument(
+            _terminator(owner.regions[1]).operands[number], owner.regions[1]
+        ):
+            return _integer(owner.operands[number], arguments)  # carried unchanged
         return None
     if op.name == "stablehlo.constant":
         if ir.RankedTensorType(value.type).rank:
@@ -210,10 +220,11 @@ def _integer(value: Any) -> int | None:
         except ValueError:
             return None
     if op.name in ("stablehlo.convert", "stablehlo.reshape", "stablehlo.optimization_barrier"):
-        return _integer(op.operands[list(op.results).index(value)])
-    if op.name == "stablehlo.case" and (index := _integer(op.operands[0])) is not None:
+        return _integer(op.operands[list(op.results).index(value)], arguments)
+    if op.name == "stablehlo.case" and (index := _integer(op.operands[0], arguments)) is not None:
         # How lax.platform_dependent says which platform it is compiled for.
-        return _integer(_terminator(op.regions[min(max(index, 0), len(op.regions) - 1)]).operands[0])
+        branch = op.regions[min(max(index, 0), len(op.regions) - 1)]
+        return _integer(_terminator(branch).operands[0], arguments)
     return None
 
 
