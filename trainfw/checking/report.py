@@ -194,7 +194,7 @@ def _memory(memory: Memory) -> list[str]:
     lines = [f"memory a core     {_size(memory.arguments)} state and inputs, {_size(memory.overhead)} runtime"]
     if memory.temporaries is not None:
         lines.append(
-            f"                  {_size(memory.temporaries)} temporaries (predicted by XLA's CPU compiler: too many)"
+            f"                  {_size(memory.temporaries)} temporaries (XLA's CPU compiler's, which overstate)"
         )
     if memory.capacity is not None:
         lines.append(f"                  of {_size(memory.capacity)}")
