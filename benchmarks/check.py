@@ -1,0 +1,42 @@
+"""How long `trainfw check` takes and how much memory: python benchmarks/check.py [RECIPE ...]
+
+Default: every bundled recipe for Neuron. One process each, so that peaks are of one check.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from trainfw.recipe import bundled_recipes, load_recipe
+
+
+def main() -> int:
+    names = sys.argv[1:] or [n for n, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
+    print(f"{os.cpu_count()} CPUs\n{'recipe':20} {'cores':>6} {'seconds':>8} {'peak GB':>8}  verdict")
+    failed = 0
+    for name in names:
+        topology = load_recipe(name).hardware.load()
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainfw", "check", name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds, peak = time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+        failed |= status
+        cores = topology.cores if topology else 0
+        print(
+            f"{name:20} {cores:6,} {seconds:8.1f} {peak:8.2f}  {lines[-1] if lines else 'nothing printed'}", flush=True
+        )
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
