@@ -439,7 +439,7 @@ def just_under_four_gigabytes(x):
 # --- What only warns -----------------------------------------------------------------------------
 
 
-@warns("dtype-int64", X, x64=True)
+@breaks("dtype-int64", X, x64=True)
 def int64(x):
     return x * jnp.arange(16, dtype=jnp.int64).astype(jnp.float32)  # here
 

@@ -73,6 +73,14 @@ def test_a_recipe_for_64_cores(tmp_path):
 
 
 @pytest.mark.slow
+def test_muon_and_remat_on_a_mesh(tmp_path):
+    recipe = write_recipe(tmp_path, model=MODEL, train={"global_batch_size": 16, "remat": "dots"})
+    result = trainfw("check", str(recipe), "parallel.tensor=4", "optimizer.name=muon", "--hardware", "trn2.48xlarge")
+    assert result.stdout.splitlines()[-1].startswith("clean: 0 errors, 0 warnings")
+    assert "note: op-reduce-precision-noop" in result.stdout
+
+
+@pytest.mark.slow
 def test_a_recipe_that_does_not_fit(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL | {"num_layers": 1, "intermediate_size": 60_000_000})
     result = trainfw("check", str(recipe), "hardware.topology=trn2.3xlarge", "--json", code=1)

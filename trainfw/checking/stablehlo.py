@@ -107,7 +107,8 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         case "triangular_solve":
             yield "op-triangular-solve", f"triangular_solve of {_type(op.operands[0])}"
         case "reduce_precision":
-            yield "op-reduce-precision", f"reduce_precision of {_type(op.operands[0])}"
+            rule = "op-reduce-precision" if _reduces(op) else "op-reduce-precision-noop"
+            yield rule, f"reduce_precision of {_type(op.operands[0])}"
         case "custom_call":
             target = str(op.attributes["call_target_name"]).strip('"')
             if target not in known_custom_calls() and not target.startswith("xla.sdy."):
@@ -119,6 +120,13 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 
 
 # --- Operations ----------------------------------------------------------------------------------
+
+
+def _reduces(op: Any) -> bool:
+    """Whether a reduce_precision has fewer bits than the dtype it is of."""
+    kept = int(op.attributes["exponent_bits"]), int(op.attributes["mantissa_bits"])
+    whole = {"f64": (11, 52), "f32": (8, 23), "bf16": (8, 7), "f16": (5, 10)}
+    return kept != whole.get(_type(op.operands[0]).rpartition("x")[2])
 
 
 def _terminator(region: Any) -> Any:

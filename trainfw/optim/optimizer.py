@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from trainfw.errors import UserError
 from trainfw.optim.config import OptimizerConfig
 from trainfw.optim.schedule import make_schedule
+from trainfw.parallel import by_layer
 
 Params = Any
 """A nested dict of arrays; a parameter's name is its keys joined by dots."""
@@ -44,7 +45,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optimizer = optax.partition(
                 {
                     "matrix": optax.chain(
-                        scale_by_muon(beta=config.b1, weight_dimension_numbers=_stacked_matrices),
+                        _on_whole_matrices(scale_by_muon(beta=config.b1, weight_dimension_numbers=_stacked_matrices)),
                         _match_adam_rms(),
                         optax.add_decayed_weights(config.weight_decay, mask=decays),
                         optax.scale_by_learning_rate(schedule),
@@ -128,6 +129,15 @@ def _muon_labels(params: Params) -> Params:
 def _stacked_matrices(params: Params) -> Params:
     """The layers' matrices are stacked along a leading dim, which Muon is to treat as a batch."""
     return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)
+
+
+def _on_whole_matrices(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Orthogonalise whole matrices, the layers dealt out among devices."""
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        return by_layer(muon.update, updates, state)
+
+    return optax.GradientTransformation(muon.init, update)
 
 
 def _match_adam_rms() -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ from .placement import Placement as Placement
 from .placement import default_traffic as default_traffic
 from .placement import place as place
 from .rules import Rules as Rules
+from .rules import by_layer as by_layer
 from .rules import constrain as constrain
 from .rules import gather_weight as gather_weight
 from .rules import local_size as local_size

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -160,6 +161,33 @@ def gather_weight(x: jax.Array, array: str, *names: str | None, lookup: bool = F
         return x
     gathered = NamedSharding(rules.mesh, rules.spec(array, x.shape, names, without="fsdp"))
     return _gather(x, rules.sharding(array, x.shape, names), gathered, lookup)
+
+
+def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
+    """`function` of trees of stacked matrices (layers, m, n), run by each device on whole matrices of its own layers.
+
+    For what needs a matrix in one place. Layers are dealt out to as many devices as divide them, and computed alike by
+    the others. Arrays of fewer dims go to every device. Nothing is left to the partitioner, which would permute
+    shards in ways that are no ring.
+    """
+    rules = _active.get()
+    if rules is None or rules.mesh.size == 1:
+        return function(*trees)
+    sizes, replicated = rules.mesh.shape, rules.replicated
+
+    def spec(x: Any) -> PartitionSpec:
+        axes: list[str] = []
+        for axis, size in sizes.items():
+            if x.ndim > 2 and size > 1 and x.shape[0] % math.prod(sizes[a] for a in (*axes, axis)) == 0:
+                axes.append(axis)
+        return PartitionSpec(tuple(axes) or None) if axes else PartitionSpec()
+
+    # Whole before they are dealt out, and again after: gathers and slices only.
+    trees = jax.tree.map(lambda x: _constrain(x, replicated), trees)
+    in_specs = jax.tree.map(spec, trees)
+    out_specs = jax.tree.map(spec, jax.eval_shape(function, *trees))
+    mapped = jax.shard_map(function, mesh=rules.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.tree.map(lambda x: _constrain(x, replicated), mapped(*trees))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

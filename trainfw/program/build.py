@@ -163,7 +163,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         count = jnp.maximum(metrics["loss"].count, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with use_rules(rules):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
         metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
