@@ -31,7 +31,7 @@ def test_the_custom_loop_runs(tmp_path):
 @pytest.mark.parametrize("name", FOR_NEURON)
 def test_recipes_for_neuron_check_clean(name):
     # Scanned, all but one: in an eighth of the time the same layer is read.
-    scanned = [] if name == "llama3.1-8b-trn2" else ["train.scan_layers=true"]
+    scanned = [] if name == "llama3.1-8b-trn2-ultraserver" else ["train.scan_layers=true"]
     result = subprocess.run(
         [sys.executable, "-m", "trainfw", "check", name, *scanned], capture_output=True, text=True, timeout=500
     )
@@ -41,6 +41,10 @@ def test_recipes_for_neuron_check_clean(name):
 
 
 def test_there_are_recipes_for_trn1_and_trn2():
-    assert {"llama3.1-8b-trn1", "llama3.1-8b-trn2", "llama3.1-70b-trn2", "llama2-7b-trn2", "qwen3-8b-trn2"} <= {
-        *FOR_NEURON
-    }
+    assert {
+        "llama3.1-8b-trn1",
+        "llama3.1-8b-trn2-ultraserver",
+        "llama3.1-70b-trn2-ultraserver",
+        "llama2-7b-trn2-ultraserver",
+        "qwen3-8b-trn2-ultraserver",
+    } <= {*FOR_NEURON}
