@@ -259,3 +259,18 @@ def test_what_does_not_exist_is_refused(arguments, message):
     with pytest.raises(UserError) as error:
         load_topology(**arguments)
     assert message in str(error.value)
+
+
+def test_a_file_of_ones_own_is_a_topology_too(tmp_path):
+    path = tmp_path / "mine.yaml"
+    peaks = "{float32: {value: 0.1 TFLOP/s, source: me}}"
+    chip = f"{{description: mine, cores: 1, device_kinds: {{1: [cpu]}}, peak_flops: {peaks}}}"
+    path.write_text(f"description: mine\nextends: cpu\nchip: {chip}\n")
+    topology = load_topology(str(path), count=4)
+    assert topology.cores == 4
+    assert topology.peak_flops("float32") == 0.1e12
+    path.write_text("description: mine\n")
+    with pytest.raises(UserError, match=r"mine.yaml': chip: Field required"):
+        load_topology(str(path))
+    with pytest.raises(UserError, match="No such file"):
+        load_topology(str(tmp_path / "other.yaml"))

@@ -13,7 +13,8 @@ class HardwareConfig(Config):
     """What the recipe is meant to run on. Left out, it runs on the devices it finds."""
 
     topology: str | None = None
-    """A known topology (`trn2.48xlarge`, `h100-8`, ...): the run then insists on its number of devices."""
+    """A known topology (`trn2.48xlarge`, `h100-8`, ...), or the path of a file that describes one: the run then
+    insists on its number of devices."""
     count: PositiveInt = 1
     """How many of that topology, joined by their network."""
     lnc: Literal[1, 2] | None = None
@@ -34,12 +35,12 @@ class HardwareConfig(Config):
                 if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
                     invalid(field, f"{field} = {getattr(self, field)} needs hardware.topology to say of what")
             return self
-        if self.topology not in topology_names():
+        if not self.topology.endswith(".yaml") and self.topology not in topology_names():
             invalid("topology", f"unknown topology{did_you_mean(self.topology, topology_names())}")
         try:
             self.load()
         except UserError as error:
-            field = next((f for f in ("lnc", "parameters") if str(error).startswith(f)), "count")
+            field = next((f for f in ("lnc", "parameters", "topology") if str(error).startswith(f)), "count")
             invalid(field, str(error))
         return self
 

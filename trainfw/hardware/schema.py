@@ -83,7 +83,8 @@ class TopologyFile(Config):
     """One unit of rentable hardware (`topologies/<name>.yaml`)."""
 
     description: str
-    chip: str
+    chip: str | ChipFile
+    """A file of chips/, or all that one would hold."""
     extends: str | None = None
     """Take what this file leaves out from that topology."""
     dims: list[DimensionFile]

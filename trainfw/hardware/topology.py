@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from yaml import YAMLError
+
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, quantity
 from trainfw.hardware.schema import ChipFile, GroupsFile, LinkFile, SplitFile, TopologyFile
@@ -199,20 +202,18 @@ def load_topology(
     """`count` units of a known topology.
 
     Args:
+        name: one of `topology_names()`, or the path of a topology file of one's own (ending in .yaml).
         lnc: logical-core configuration (physical cores in a logical one); the chip's default when left out.
         parameters: figures to replace, by dotted name (`links.neuronlink.bandwidth: 128 GB/s`).
 
-    Raises UserError for a name, LNC or parameter that does not exist.
+    Raises UserError for a name, LNC or parameter that does not exist, and a file that is not a topology.
     """
     return _load(name, count, lnc, tuple(sorted((k, str(v)) for k, v in (parameters or {}).items())))
 
 
 @functools.cache
 def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, str], ...]) -> Topology:
-    if name not in topology_names():
-        raise UserError(f"topology {name!r}: unknown{did_you_mean(name, topology_names())}")
-    file = TopologyFile.model_validate(_read_topology(name))
-    chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{file.chip}.yaml"))
+    file, chip = _files(name)
     if count < 1:
         raise UserError(f"count = {count}: expected at least 1")
     if lnc is None:
@@ -268,6 +269,26 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     )
 
 
+def _files(name: str) -> tuple[TopologyFile, ChipFile]:
+    own = name.endswith(".yaml")
+    if not own and name not in topology_names():
+        raise UserError(f"topology {name!r}: unknown{did_you_mean(name, topology_names())}")
+    try:
+        file = TopologyFile.model_validate(_read_topology(name))
+        chip = file.chip
+        if isinstance(chip, str):
+            chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{chip}.yaml"))
+    except (ValidationError, OSError, YAMLError, TypeError, AttributeError) as error:
+        if not own:
+            raise  # a mistake of ours
+        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"topology {name!r}: {problem}") from None
+    return file, chip
+
+
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
@@ -275,7 +296,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_topology(name: str) -> dict[str, Any]:
-    values = _read(_HERE / "topologies" / f"{name}.yaml")
+    values = _read(Path(name) if name.endswith(".yaml") else _HERE / "topologies" / f"{name}.yaml")
     if "extends" in values:
         base = _read_topology(values["extends"])
         for key in ("links", "splits"):
