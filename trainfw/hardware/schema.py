@@ -22,6 +22,20 @@ class LinkFile(Config):
     """Of one hop."""
 
 
+class TensorEngineFile(Config):
+    """A systolic array of one physical core: what it multiplies, it cuts into tiles, and pads."""
+
+    rows: PositiveInt
+    """Places along the contracted dim."""
+    columns: PositiveInt
+    """Along the free dim of the operand that stays."""
+    moving: PositiveInt
+    """Longest part of the other operand's free dim that goes through at once."""
+    moving_cycles: PositiveInt
+    """Cycles that the shortest such part takes."""
+    source: str
+
+
 class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 
@@ -35,6 +49,10 @@ class ChipFile(Config):
     """
     peak_flops: dict[str, Figure]
     """Dense peak of the chip by dtype."""
+    matmul_efficiency: Figure | None = None
+    """Share of the peak that matrix products of large, even shapes reach in training. Left out, all of it."""
+    tensor_engine: TensorEngineFile | None = None
+    """Left out, odd shapes cost nothing extra."""
     hbm_size: Figure | None = None
     hbm_bandwidth: Figure | None = None
     on_chip_memory: Figure | None = None

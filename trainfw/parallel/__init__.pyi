@@ -6,6 +6,7 @@ from .layout import Layout as Layout
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
 from .placement import AxisPlacement as AxisPlacement
+from .placement import Piece as Piece
 from .placement import Placement as Placement
 from .placement import default_traffic as default_traffic
 from .placement import place as place

@@ -61,6 +61,8 @@ class AxisPlacement:
     size: int
     parts: tuple[str, ...]
     """Physical dimensions (or parts of them) that it covers, innermost first."""
+    pieces: tuple[Piece, ...]
+    """These, with their sizes and rates."""
     ring: bool
     """Its cores can be walked in a closed ring over direct links."""
     permutes: bool
@@ -375,6 +377,7 @@ def _describe(
         axis=axis,
         size=layout.sizes[axis],
         parts=tuple(piece.name for piece in pieces),
+        pieces=pieces,
         ring=_closed(topology, _groups(walk, along)),
         permutes=_closed(topology, groups),
         hops=_diameter(topology, groups[0].tolist()),

@@ -2,3 +2,11 @@ from .analysis import Analysis as Analysis
 from .analysis import Matmul as Matmul
 from .analysis import Transfer as Transfer
 from .analysis import analyse as analyse
+from .links import Level as Level
+from .links import TransferTime as TransferTime
+from .links import link_utilisation as link_utilisation
+from .links import transfer_seconds as transfer_seconds
+from .time import Assumptions as Assumptions
+from .time import StepTime as StepTime
+from .time import shape_efficiency as shape_efficiency
+from .time import step_time as step_time

@@ -2,7 +2,7 @@
 
 The program is built on simulated devices. Where the data axis is longer than two, it is compiled with two replicas
 (of the batch, too): a replica's matrix products, memory and collectives are those of every other, and only the groups
-along `data` are longer.
+along `data` are longer. Where that is still too many devices, `fsdp` is shortened as well (see `lengthened`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainfw import backends
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REPLICAS = 2
 """Replicas that are compiled, of however many."""
 
+_SCORES = ("bkgst",)
+"""The attention scores, as the einsums of `trainfw.models` name their dims."""
+
 
 @dataclass(frozen=True)
 class Matmul:
@@ -35,9 +38,17 @@ class Matmul:
     n: int
     k: int
     dtype: str
-    """Of the operands, as HLO names it."""
+    """Of the operands, as HLO names it; the wider where they differ."""
     times: int
     """In a step."""
+    mixed: bool = False
+    """One operand is of a narrower dtype than the other."""
+    bytes: int = 0
+    """Of both operands and the result, each time."""
+    attention: bool = False
+    """A product with the scores, S x S, which a fused kernel never writes to memory."""
+    backward: bool = False
+    """Computes a gradient. (What remat computes again does not.)"""
 
     @property
     def flops(self) -> float:
@@ -69,26 +80,43 @@ class Analysis:
     streamed_bytes: float
     """Device memory read and written in a step by all else than matrix products and collectives, elementwise
     operations fused into what uses them."""
+    attention_bytes: float = 0.0
+    """Of these, attention scores."""
+    update_bytes: float = 0.0
+    """Of these, outside of forward and backward: the optimizer, and sums of gradients."""
 
     @property
     def flops(self) -> float:
         return sum(matmul.flops for matmul in self.matmuls)
 
 
-def simulated_recipe(recipe: Recipe, layout: Layout) -> tuple[Recipe, Layout]:
-    """The recipe and layout that are compiled in place of a larger one: at most `REPLICAS` along `data`."""
+def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SIMULATED) -> tuple[Recipe, Layout]:
+    """The recipe and layout that are compiled in place of a larger one.
+
+    At most `REPLICAS` along `data`, and where that is still more than `most` devices, a shorter `fsdp` too. Both
+    axes share out the batch, so a core's rows, and with them its products and activations, stay as they are.
+    """
     data = math.gcd(layout.data, REPLICAS) if layout.data > 1 else 1
     data = data if data > 1 else layout.data
-    rows = recipe.train.global_batch_size * data // layout.data
-    sizes = layout.sizes | {"data": data}
+    fsdp = layout.fsdp
+    while fsdp % 2 == 0 and fsdp > 2 and math.prod((layout.sizes | {"data": data, "fsdp": fsdp}).values()) > most:
+        fsdp //= 2
+    rows = recipe.train.global_batch_size * data * fsdp // (layout.data * layout.fsdp)
+    sizes = layout.sizes | {"data": data, "fsdp": fsdp}
     parallel = recipe.parallel.model_copy(update=sizes)
     train = recipe.train.model_copy(update={"global_batch_size": rows})
     hardware = type(recipe.hardware)()
     return recipe.model_copy(update={"parallel": parallel, "train": train, "hardware": hardware}), Layout(**sizes)
 
 
-def analyse(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> tuple[Analysis, Program, Partitioned]:
+def analyse(
+    recipe: Recipe, progress: Callable[[str], None] = lambda _: None, *, most: int = backends.MAX_SIMULATED
+) -> tuple[Analysis, Program, Partitioned]:
     """Compile the training step of `recipe` for its topology on simulated devices, which this process must have.
+
+    Args:
+        progress: told what is being done.
+        most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
 
     Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError
     where the recipe names no topology, or one too large to simulate.
@@ -102,7 +130,7 @@ def analyse(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) ->
         raise recipe.error("hardware.topology", "a plan needs hardware")
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, topology.cores)
-    small, simulated = simulated_recipe(recipe, layout)
+    small, simulated = simulated_recipe(recipe, layout, most)
     needed = math.prod(simulated.sizes.values())
     if needed > jax.device_count():
         raise UserError(f"planning {layout} compiles for {needed} devices, and this process has {jax.device_count()}")
@@ -110,12 +138,35 @@ def analyse(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) ->
     progress(f"compiling the step for {needed} cores")
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
     partitioned = partition(lowered, backends.current().compiler_options)
-    return read(partitioned.module, program.mesh, layout), program, partitioned
+    return lengthened(read(partitioned.module, program.mesh, layout), simulated), program, partitioned
+
+
+def lengthened(analysis: Analysis, simulated: Layout) -> Analysis:
+    """The analysis of a program compiled for `simulated`, at the full length of `fsdp`.
+
+    Along `fsdp` whole weights are gathered and whole gradients scattered, however many devices share them. What each
+    does with its own share shrinks: the update, and reductions of gradients along `data` alone.
+    """
+    share = simulated.fsdp / analysis.layout.fsdp
+    if share == 1:
+        return analysis
+    # Scalars, such as norms, are not shared.
+    transfers = tuple(
+        replace(t, bytes=round(t.bytes * share)) if t.axes == ("data",) and t.bytes > 8 else t
+        for t in analysis.transfers
+    )
+    update = analysis.update_bytes * share
+    return replace(
+        analysis,
+        transfers=transfers,
+        update_bytes=update,
+        streamed_bytes=analysis.streamed_bytes - analysis.update_bytes + update,
+    )
 
 
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """The analysis of a partitioned module on `mesh`."""
-    matmuls: Counter[tuple[int, int, int, int, str]] = Counter()
+    matmuls: Counter[Matmul] = Counter()
     for name, times in module.times.items():
         computation = module.computations[name]
         for instruction in computation.instructions.values():
@@ -127,15 +178,23 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         kind = "reduce-scatter" if scattered else collective.kind
         axes = collective.axes(mesh) or tuple(axis for axis in AXES if layout.sizes[axis] > 1)
         transfers[kind, axes, collective.dtype, collective.bytes] += collective.times
+    scores = _scores(module)
+    streamed: Counter[str] = Counter()
+    for name, times in module.times.items():
+        for kind, size in _streamed(module.computations[name], scores).items():
+            streamed[kind] += size * times
     return Analysis(
         layout=layout,
-        matmuls=tuple(Matmul(*key, times) for key, times in matmuls.items()),
+        matmuls=tuple(replace(matmul, times=times) for matmul, times in matmuls.items()),
         transfers=tuple(Transfer(*key, times) for key, times in transfers.items()),
-        streamed_bytes=float(sum(_streamed(module.computations[name]) * times for name, times in module.times.items())),
+        streamed_bytes=float(streamed.total()),
+        attention_bytes=float(streamed["attention"]),
+        update_bytes=float(streamed["update"]),
     )
 
 
-def _matmul(computation: Computation, dot: Instruction) -> tuple[int, int, int, int, str]:
+def _matmul(computation: Computation, dot: Instruction) -> Matmul:
+    """A dot, once."""
     left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
 
     def size(shape: tuple[int, ...], key: str) -> int:
@@ -143,11 +202,42 @@ def _matmul(computation: Computation, dot: Instruction) -> tuple[int, int, int, 
         return math.prod(shape[int(dim)] for dim in dims.split(",") if dim)
 
     batch, k = size(left.dims, "lhs_batch_dims"), size(left.dims, "lhs_contracting_dims")
-    m, n = math.prod(left.dims) // (batch * k), math.prod(right.dims) // (batch * k)
-    return batch, m, n, k, left.dtype
+    elements = [math.prod(shape.dims) for shape in (left, right)]
+    wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
+    return Matmul(
+        batch=batch,
+        m=elements[0] // (batch * k),
+        n=elements[1] // (batch * k),
+        k=k,
+        dtype=wider.dtype,
+        times=1,
+        mixed=left.dtype != right.dtype,
+        bytes=left.bytes + right.bytes + dot.bytes,
+        attention=_of_attention(dot),
+        backward="transpose(" in dot.op_name and "rematted_computation" not in dot.op_name,
+    )
 
 
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "after-all"}
+def _of_attention(dot: Instruction) -> bool:
+    return any(scores in dot.op_name for scores in _SCORES)
+
+
+def _scores(module: Module) -> set[int]:
+    """How many elements the attention scores have, on one device."""
+    sizes = set()
+    for name in module.times:
+        computation = module.computations[name]
+        for dot in computation.instructions.values():
+            if dot.opcode == "dot" and _of_attention(dot):
+                arrays = [dot, *(computation.instructions[operand] for operand in dot.operands)]
+                sizes.add(max(math.prod(array.shapes[0].dims) for array in arrays))
+    return sizes
+
+
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "after-all"),
+    *("opt-barrier", "partition-id"),
+}
 _FUSED = {
     *("abs", "add", "and", "broadcast", "ceil", "clamp", "compare", "convert", "copy", "cosine", "divide", "erf"),
     *("exponential", "exponential-minus-one", "floor", "iota", "is-finite", "log", "log-plus-one", "logistic"),
@@ -160,21 +250,30 @@ _ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter"
 """Counted as matrix products and transfers."""
 
 
-def _streamed(computation: Computation) -> int:
-    """Bytes that the kernels of one computation read and write, once.
+def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
+    """Bytes that the kernels of one computation read and write, once: of `attention`, the `update`, and others.
 
     A kernel is an operation that is not fused, or a fused one whose result something not fused takes (reductions take
     elementwise results as they come). It writes its result, and reads what it reaches through fused operations.
+
+    Args:
+        scores: arrays of so many elements are attention scores.
     """
-    total = 0
+    found: Counter[str] = Counter()
     for instruction in computation.instructions.values():
         if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
             continue
+        # Forward and backward are under jax.grad.
+        whole = "model" if "jvp(" in instruction.op_name else "update"
         if instruction.opcode == "dynamic-update-slice":  # in place
-            total += 2 * _shape_bytes(computation, instruction.operands[1])
+            found[whole] += 2 * _shape_bytes(computation, instruction.operands[1])
             continue
-        total += instruction.bytes + sum(_shape_bytes(computation, name) for name in _reads(computation, instruction))
-    return total
+        arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
+        for array in arrays:
+            if array is not None:
+                of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
+                found["attention" if of_scores else whole] += array.bytes
+    return found
 
 
 def _written(computation: Computation, instruction: Instruction) -> bool:

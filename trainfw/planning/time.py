@@ -1,0 +1,253 @@
+"""The time of a training step, from what a core computes and moves.
+
+One after the other on a core: matrix products, at a share of the peak of their dtype or at the rate at which memory
+delivers them; everything else, at the rate of memory; and what of the collectives does not run beside the products.
+Not in it: the input pipeline (read ahead), checkpoints, what a host takes to launch a step, stragglers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from trainfw.errors import UserError
+from trainfw.models import flops_per_token
+from trainfw.planning.analysis import Analysis, Matmul, Transfer
+from trainfw.planning.links import TransferTime, transfer_seconds
+
+if TYPE_CHECKING:
+    from trainfw.hardware import Topology
+    from trainfw.parallel import Placement
+    from trainfw.recipe import Recipe
+
+OVERLAPPED = ("pipeline", "data", "fsdp")
+"""Axes whose collectives need not be waited for: of parameters, of gradients, and between stages."""
+
+EFFICIENCY_SPREAD = 0.15
+"""How far from the chip's figure, as a share of it, the efficiency of matrix products may be.
+
+The range of a prediction is made with it. Chosen by the errors that benchmarks/plan_accuracy.py prints."""
+
+_DTYPES: dict[str, tuple[str, ...]] = {
+    "bf16": ("bfloat16",),
+    "f16": ("float16",),
+    "f32": ("tensorfloat32", "float32"),
+    "f8e4m3": ("float8_e4m3", "float8_e4m3fn"),
+    "f8e4m3fn": ("float8_e4m3fn", "float8_e4m3"),
+    "f8e5m2": ("float8_e5m2",),
+}
+"""HLO's name of a dtype -> whose peak holds, the first that the chip has."""
+
+_FUSED_BACKWARD = 5 / 4
+"""Products of a fused attention kernel's backward pass per product of the plain one: it makes the scores again.
+
+Dao, FlashAttention-2, arXiv:2307.08691, section 3.1: 5 products where the plain backward pass has 4."""
+_CAUSAL = 1 / 2
+"""Of the scores that a fused kernel computes: of causal attention, the half that counts (section 3.1 as well)."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a program does not say about how it will run."""
+
+    attention: Literal["xla", "fused"] = "xla"
+    """`fused`: attention is a kernel that keeps the scores on chip and skips those above the diagonal."""
+    mixed: Literal["wide", "narrow"] = "wide"
+    """At whose rate products of two dtypes run: compilers widen the narrow operand, unless a program is written with
+    both narrow (as others' programs are: for comparing with their published times)."""
+    overlap: float = 0.5
+    """Share of the time of collectives along `OVERLAPPED` axes that passes beside matrix products (placements are
+    chosen by the same figure)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One training step, predicted."""
+
+    seconds: float
+    low: float
+    """With all collectives hidden that can be, and products at the upper end of their efficiency."""
+    high: float
+    """With none hidden, doubtful links at half their rate, and products at the lower end."""
+    parts: Mapping[str, float]
+    """Seconds, which add up: `matmul`, `attention`, `memory` (elementwise operations and reductions), `optimizer`, and
+    by mesh axes (`tensor`, `data+fsdp`) the collectives that are waited for."""
+    hidden: Mapping[str, float]
+    """Seconds of collectives that are not waited for, by mesh axes."""
+    bound_by: str
+    """`compute`, `hbm`, or the physical dim whose links take longest: `links.row`."""
+    mfu: float
+    """Model FLOPs (forward and backward, causal attention, nothing recomputed) over peak, of the compute dtype."""
+    tokens_per_second: float
+    transfers: tuple[tuple[Transfer, TransferTime], ...]
+    """Every collective with the time of one run."""
+    assumptions: tuple[str, ...]
+    """In words, for people."""
+
+
+def step_time(
+    analysis: Analysis, placement: Placement, recipe: Recipe, assumptions: Assumptions | None = None
+) -> StepTime:
+    """The time of one step of `recipe` (at full size), which was read as `analysis`, on the hardware of `placement`.
+
+    Raises UserError where the hardware has no figure for a rate that this takes.
+    """
+    assumed = assumptions or Assumptions()
+    topology = placement.topology
+    middle = _Step(analysis, placement, assumed)
+    figure = topology.chip.matmul_efficiency
+    spread = 0.0 if figure is None else EFFICIENCY_SPREAD
+    slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
+    low = _Step(analysis, placement, replace(assumed, overlap=1.0), 1 + spread)
+    high = _Step(analysis, placement, replace(assumed, overlap=0.0), 1 - spread, slow)
+    tokens = recipe.train.global_batch_size * recipe.data.sequence_length
+    peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
+    flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
+    return StepTime(
+        seconds=middle.seconds,
+        low=low.seconds,
+        high=high.seconds,
+        parts=middle.parts,
+        hidden=middle.hidden,
+        bound_by=middle.bound_by,
+        mfu=flops / middle.seconds / peak,
+        tokens_per_second=tokens / middle.seconds,
+        transfers=middle.transfers,
+        assumptions=tuple(_words(topology, assumed, slow, analysis)),
+    )
+
+
+class _Step:
+    """One set of figures, added up."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        placement: Placement,
+        assumed: Assumptions,
+        efficiency: float = 1.0,
+        speed: Mapping[str, float] | None = None,
+    ):
+        topology = placement.topology
+        memory = _memory_rate(topology)
+        fused = assumed.attention == "fused"
+        products: defaultdict[str, float] = defaultdict(float)
+        on_memory = 0.0
+        for matmul in analysis.matmuls:
+            compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency)
+            products["attention" if matmul.attention else "matmul"] += max(compute, streaming)
+            on_memory += streaming if streaming > compute else 0.0
+        scores = 0.0 if fused else analysis.attention_bytes / memory
+        update = analysis.update_bytes / memory
+        elementwise = (analysis.streamed_bytes - analysis.attention_bytes - analysis.update_bytes) / memory
+        collectives: defaultdict[str, float] = defaultdict(float)
+        by_dim: defaultdict[str, float] = defaultdict(float)
+        self.transfers = tuple((t, transfer_seconds(t, placement, speed)) for t in analysis.transfers)
+        for transfer, time in self.transfers:
+            collectives["+".join(transfer.axes)] += time.seconds * transfer.times
+            for level in time.levels:
+                by_dim[level.dim] += level.seconds * transfer.times
+        beside = {axes: s for axes, s in collectives.items() if set(axes.split("+")) <= set(OVERLAPPED)}
+        # No more can be hidden than there are products to hide it behind.
+        wanted = assumed.overlap * sum(beside.values())
+        share = assumed.overlap * min(1.0, sum(products.values()) / wanted) if wanted else 0.0
+        self.hidden = {axes: seconds * share for axes, seconds in beside.items()}
+        self.parts = {
+            "matmul": products["matmul"],
+            "attention": products["attention"] + scores,
+            "memory": elementwise,
+            "optimizer": update,
+            **{axes: seconds - self.hidden.get(axes, 0.0) for axes, seconds in collectives.items()},
+        }
+        self.seconds = sum(self.parts.values())
+        busy = {
+            "compute": sum(products.values()) - on_memory,
+            "hbm": on_memory + scores + elementwise + update,
+            **{f"links.{dim}": seconds for dim, seconds in by_dim.items()},
+        }
+        self.bound_by = max(busy, key=lambda what: busy[what])
+
+
+def _matmul_seconds(matmul: Matmul, topology: Topology, assumed: Assumptions, efficiency: float) -> tuple[float, float]:
+    """Seconds in a step on the tensor engine, and of its operands and result through memory."""
+    fused = matmul.attention and assumed.attention == "fused"
+    dtype = matmul.dtype
+    if matmul.mixed and (fused or assumed.mixed == "narrow"):
+        dtype = "bf16"
+    figure = topology.figures.get("chip.matmul_efficiency")
+    rate = _hlo_peak(topology, dtype) * (1.0 if figure is None else figure.number) * efficiency
+    flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k)
+    if not fused:
+        return flops / rate, matmul.bytes * matmul.times / _memory_rate(topology)
+    return flops * _CAUSAL * (_FUSED_BACKWARD if matmul.backward else 1.0) / rate, 0.0
+
+
+def shape_efficiency(topology: Topology, m: int, n: int, k: int) -> float:
+    """Share of a tensor engine's cycles that a product (m, k) x (k, n) makes use of, for its shape.
+
+    The contracted dim fills the rows of the array, the free dim of one operand its columns, both padded to whole
+    tiles; the other operand's free dim passes through in parts, of which a short one takes the cycles of a longer.
+    Either operand may be the one that stays. Loading it takes a quarter of the cycles and runs in the background.
+    Source: the cost model in the chip's `tensor_engine.source`. 1 where the chip names no engine.
+    """
+    engine = topology.chip.tensor_engine
+    if engine is None:
+        return 1.0
+
+    def padded(size: int, tile: int) -> float:
+        return size / (math.ceil(size / tile) * tile)
+
+    def passing(size: int) -> float:
+        whole, rest = divmod(size, engine.moving)
+        return size / (whole * engine.moving + (max(rest, engine.moving_cycles) if rest else 0))
+
+    free = max(padded(m, engine.columns) * passing(n), padded(n, engine.columns) * passing(m))
+    return padded(k, engine.rows) * free
+
+
+def _hlo_peak(topology: Topology, dtype: str) -> float:
+    for name in _DTYPES.get(dtype, ()):
+        peak = topology.peak_flops(name)
+        if peak is not None:
+            return peak
+    return _peak(topology, dtype)
+
+
+def _peak(topology: Topology, dtype: str) -> float:
+    peak = topology.peak_flops(dtype)
+    if peak is None:
+        raise UserError(f"{topology.name}: no source gives its peak in {dtype}; expected chip.peak_flops.{dtype}")
+    return peak
+
+
+def _memory_rate(topology: Topology) -> float:
+    rate = topology.hbm_bandwidth
+    if rate is None:
+        raise UserError(f"{topology.name}: no source gives the bandwidth of its memory; expected chip.hbm_bandwidth")
+    return rate
+
+
+def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
+    figure = topology.figures.get("chip.matmul_efficiency")
+    words = [
+        f"matrix products of even shapes reach {1.0 if figure is None else figure.number:.0%} of the peak"
+        + (f" ({figure.note or figure.source})" if figure is not None else ""),
+        "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
+        if assumed.attention == "fused"
+        else "attention is the XLA form: its scores, S x S, go through memory",
+        f"{assumed.overlap:.0%} of collectives over {', '.join(OVERLAPPED)} pass beside matrix products; "
+        "others are waited for",
+        "elementwise operations are fused into what uses them, and run at the full bandwidth of memory",
+        "collectives reach the full bandwidth of their links",
+    ]
+    if any(matmul.mixed for matmul in analysis.matmuls):
+        at = "the wider's" if assumed.mixed == "wide" else "bfloat16's"
+        words.append(f"products of a float32 and a bfloat16 operand run at {at} rate")
+    if slow:
+        words.append(
+            f"at the slow end, links along {', '.join(slow)} have half the bandwidth (their sources leave it open)"
+        )
+    return words
