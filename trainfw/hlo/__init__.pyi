@@ -1,3 +1,6 @@
+from .buffers import Assignment as Assignment
+from .buffers import Buffer as Buffer
+from .buffers import parse_assignment as parse_assignment
 from .communication import Collective as Collective
 from .communication import axes_of as axes_of
 from .communication import collectives_of as collectives_of

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainfw.hlo.buffers import Assignment, parse_assignment
 from trainfw.hlo.module import Module
 from trainfw.hlo.parse import parse_module
 
@@ -24,6 +25,8 @@ class Partitioned:
 
     None where that compiler gave up after partitioning.
     """
+    assignment: Assignment | None = None
+    """What `compiled` keeps where; None where its compiler did not say."""
 
 
 def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Partitioned:
@@ -50,7 +53,15 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
         texts = texts or sorted(Path(directory).glob("*.before_optimizations.txt"))
         if not texts and failure is not None:
             raise failure
-        return Partitioned(parse_module(texts[-1].read_text()), compiled)
+        return Partitioned(parse_module(texts[-1].read_text()), compiled, _assignment(Path(directory)))
+
+
+def _assignment(directory: Path) -> Assignment | None:
+    kinds = ("*after_optimizations-buffer-assignment.txt", "*after_optimizations-live-range.txt")
+    found = [sorted(directory.glob(kind)) for kind in kinds]
+    if not all(found):
+        return None
+    return parse_assignment(*(paths[-1].read_text() for paths in found))
 
 
 @contextlib.contextmanager
