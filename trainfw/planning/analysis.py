@@ -246,6 +246,8 @@ _FUSED = {
     *("sine", "slice", "sqrt", "subtract", "tan", "tanh", "transpose", "xor", "dynamic-slice", "pad", "concatenate"),
 }
 """Operations that compilers fuse into what uses their results."""
+_SAME = {"copy", "reshape"}
+"""Of these, those that leave memory as it is."""
 _ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 """Counted as matrix products and transfers."""
 
@@ -279,8 +281,31 @@ def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
 def _written(computation: Computation, instruction: Instruction) -> bool:
     if instruction.opcode not in _FUSED:
         return True
+    if instruction.opcode in _SAME and not instruction.is_root:
+        source = computation.instructions.get(instruction.operands[0].partition("#")[0])
+        if source is None or _written(computation, source):
+            return False  # nothing is left to do
     users = computation.users.get(instruction.name, ())
+    # The optimizer is one kernel for each array, whatever uses its parts.
+    if len(users) > 1 and "jvp(" in instruction.op_name and _joins(computation, instruction):
+        return True
     return instruction.is_root or any(user.opcode not in _FUSED and user.opcode != "reduce" for user in users)
+
+
+def _joins(computation: Computation, instruction: Instruction) -> bool:
+    """Whether it combines arrays of its own size, such as the residual stream with what a block adds to it.
+
+    Recomputing that in every kernel that reads it would reach back through all layers.
+    """
+    while True:
+        names = [name.partition("#")[0] for name in instruction.operands]
+        operands = [computation.instructions[name] for name in names if name in computation.instructions]
+        arrays = [operand for operand in operands if operand.opcode not in ("broadcast", "constant", "iota")]
+        if len(arrays) != 1:
+            return len(arrays) > 1
+        if arrays[0].opcode not in _FUSED or len(computation.users.get(arrays[0].name, ())) > 1:
+            return False
+        instruction = arrays[0]
 
 
 def _reads(computation: Computation, instruction: Instruction) -> set[str]:

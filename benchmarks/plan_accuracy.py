@@ -1,0 +1,284 @@
+"""Published training runs, predicted: python benchmarks/plan_accuracy.py [--fit] [NAME ...]
+
+Prints prediction, published figure and error of every run in RUNS. A chip has one free parameter, the share of its
+peak that matrix products reach (`matmul_efficiency` in trainfw/hardware/chips/). `--fit` finds it anew on the runs
+that say `fit`; all others are held out. Where trainfw cannot express a run, the nearest that it can is planned, and
+`nearest` says what differs. Nothing else is adjusted by run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import yaml
+
+from trainfw import Recipe, backends, load_recipe
+from trainfw.hardware import Topology
+from trainfw.models import flops_per_token
+from trainfw.parallel import place
+from trainfw.planning import Analysis, Assumptions, StepTime, analyse, step_time
+
+DEVICES = 64
+"""Simulated: `data` and `fsdp` are shortened to these, which changes nothing in what a core does."""
+
+AXLEARN = "AXLearn (arXiv:2507.05411), wizwand.com/paper/68fa79ed1e209131cea80024"
+FUJI = "layout: apple/axlearn axlearn/experiments/text/gpt/fuji.py"
+NEURON = "aws-neuron-sdk about-neuron/benchmarks/trn1/training_data_decoder.csv (SDK 2.24)"
+TORCHTITAN = "pytorch/torchtitan 31a17bfd benchmarks/llama3_h100_202412_torchtitan.md"
+MAXTEXT = (
+    "AI-Hypercomputer/maxtext README (2024); MaxText/configs/a3/llama_2_7b, MaxText/configs/models/gpu/llama2_7b.yml"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    name: str
+    chip: str
+    settings: dict[str, object]
+    """Of a recipe."""
+    published: float
+    unit: str
+    """`s/step`, `seq/s`, `tok/s/chip` or `TFLOP/s/chip` (as MaxText counted then: attention in full)."""
+    source: str
+    nearest: str = ""
+    """What the published run does otherwise."""
+    fit: bool = False
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Of its hardware, where its source says that they differ."""
+
+    def recipe(self, efficiency: float | None = None) -> Recipe:
+        """The run as a recipe, perhaps with another efficiency of matrix products than the chip's."""
+        tree: dict[str, dict[str, object]] = {
+            "data": {"source": "corpus.jsonl"},
+            "train": {"compute_dtype": "bfloat16", "scan_layers": False},
+            "hardware": {"parameters": dict(self.parameters)},
+        }
+        if efficiency is not None:
+            tree["hardware"]["parameters"] |= {"chip.matmul_efficiency": f"{efficiency:.4f}"}  # type: ignore[operator]
+        for key, value in self.settings.items():
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = value
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(tree, file)
+            file.flush()
+            return load_recipe(file.name)
+
+
+def _settings(topology: str, count: int, preset: str, **settings: object) -> dict[str, object]:
+    return {"hardware.topology": topology, "hardware.count": count, "model.preset": preset} | {
+        key.replace("__", "."): value for key, value in settings.items()
+    }
+
+
+def _maxtext(nodes: int, published: float) -> Run:
+    return Run(
+        name=f"MaxText Llama 2 7B, {nodes} x A3",
+        chip="h100",
+        settings=_settings(
+            "h100-8",
+            nodes,
+            "llama2-7b",
+            data__sequence_length=4096,
+            train__global_batch_size=32 * nodes,
+            train__remat="none",
+            parallel__data=nodes,
+            parallel__fsdp=8,
+        ),
+        published=published,
+        unit="TFLOP/s/chip",
+        source=MAXTEXT,
+        nearest="remat minimal_flash recomputes the elementwise operations of a layer; here nothing",
+        fit=nodes == 1,
+        # cloud.google.com/compute/docs/gpus/gpu-network-bandwidth: a3-highgpu-8g, 1,000 Gbit/s by five cards of 200,
+        # four of them for the 8 GPUs.
+        parameters={"network.bandwidth": "100 Gbit/s"} if nodes > 1 else {},
+    )
+
+
+def _torchtitan(nodes: int, published: float) -> Run:
+    return Run(
+        name=f"torchtitan Llama 3.1 8B, {nodes * 8} GPUs",
+        chip="h100",
+        settings=_settings(
+            "h100-8",
+            nodes,
+            "llama3.1-8b",
+            data__sequence_length=8192,
+            train__global_batch_size=16 * nodes,
+            train__remat="dots",
+            parallel__fsdp=8 * nodes,
+        ),
+        published=published,
+        unit="tok/s/chip",
+        source=TORCHTITAN,
+        nearest="it recomputes every second matrix product and no attention; here attention and no other product. "
+        "Its cards are limited to 500 W; here to nothing",
+        parameters={"chip.hbm_bandwidth": "2.4 TB/s"},
+    )
+
+
+RUNS = [
+    Run(
+        name="AXLearn Llama 2 7B, 1,024 Trainium2",
+        chip="trainium2",
+        settings=_settings(
+            "trn2.48xlarge",
+            64,
+            "llama2-7b",
+            data__sequence_length=4096,
+            train__global_batch_size=1024,
+            train__remat="full",
+            parallel__fsdp=1024,
+            parallel__tensor=4,
+        ),
+        published=1.2,
+        unit="s/step",
+        source=f"{AXLEARN}; {FUJI}",
+        nearest="batch (1,024 x 4,096 tokens) and remat are not published with it; activations between blocks are "
+        "split over tensor there, here not",
+        fit=True,
+    ),
+    Run(
+        name="AXLearn Llama 2 70B, 1,024 Trainium2",
+        chip="trainium2",
+        settings=_settings(
+            "trn2.48xlarge",
+            64,
+            "llama2-70b",
+            data__sequence_length=4096,
+            train__global_batch_size=1024,
+            train__remat="full",
+            parallel__fsdp=1024,
+            parallel__tensor=4,
+        ),
+        published=11.2,
+        unit="s/step",
+        source=f"{AXLEARN}; {FUJI}",
+        nearest="as with 7B; remat there saves what projects to queries, keys, values and into the feed-forward layer",
+    ),
+    Run(
+        name="NxDT Llama 3.1 8B, 512 Trainium1",
+        chip="trainium1",
+        settings=_settings(
+            "trn1.32xlarge",
+            32,
+            "llama3.1-8b",
+            model__num_kv_heads=32,
+            data__sequence_length=8192,
+            train__global_batch_size=1024,
+            train__remat="full",
+            parallel__data=32,
+            parallel__fsdp=1,
+            parallel__tensor=32,
+        ),
+        published=47.95,
+        unit="seq/s",
+        source=NEURON,
+        nearest="kv heads repeated to 32 for TP32, as there; no ZeRO-1: the whole update on every replica; one "
+        "microbatch, which would not fit, so that gradients are reduced once a step as there",
+    ),
+    *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409))),
+    *(_torchtitan(nodes, published) for nodes, published in ((1, 6667), (16, 6514))),
+]
+
+ASSUMED = Assumptions(attention="fused", mixed="narrow")
+"""Of all runs: each has an attention kernel, and products in bfloat16 throughout."""
+
+
+def in_unit(run: Run, recipe: Recipe, topology: Topology, seconds: float) -> float:
+    """A step's time as the figure that was published."""
+    rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
+    match run.unit:
+        case "s/step":
+            return seconds
+        case "seq/s":
+            return rows / seconds
+        case "tok/s/chip":
+            return rows * length / seconds / topology.chips
+        case "TFLOP/s/chip":
+            model = recipe.model
+            upper_half = 6.0 * model.num_layers * model.num_heads * model.head_dim * length
+            flops = flops_per_token(model, length) + upper_half
+            return rows * length * flops / seconds / topology.chips / 1e12
+    raise ValueError(run.unit)
+
+
+def predict(run: Run, analysis: Analysis, efficiency: float | None = None) -> tuple[StepTime, float]:
+    """The step, and the ratio of its predicted time to what was published."""
+    recipe = run.recipe(efficiency)
+    topology = recipe.hardware.load()
+    assert topology is not None
+    step = step_time(analysis, place(topology, analysis.layout), recipe, ASSUMED)
+    predicted = in_unit(run, recipe, topology, step.seconds)
+    return step, predicted / run.published if run.unit == "s/step" else run.published / predicted
+
+
+def fitted(runs: dict[Run, Analysis]) -> float:
+    """The efficiency at which the times of these runs are right, in the geometric mean."""
+    low, high = 0.01, 1.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        errors = [math.log(predict(run, analysis, middle)[1]) for run, analysis in runs.items()]
+        low, high = (middle, high) if sum(errors) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs whose names contain this (default: all)")
+    parser.add_argument("--fit", action="store_true", help="find the chips' efficiency anew")
+    arguments = parser.parse_args()
+    chosen = [run for run in RUNS if not arguments.names or any(name in run.name for name in arguments.names)]
+    backends.prepare(DEVICES)
+    analyses: dict[Run, Analysis] = {}
+    for run in chosen:
+        started = time.monotonic()
+        analyses[run] = analyse(run.recipe(), most=DEVICES)[0]
+        print(f"{time.monotonic() - started:5.1f} s to compile {run.name}", file=sys.stderr, flush=True)
+    efficiency: dict[str, float] = {}
+    if arguments.fit:
+        for chip in dict.fromkeys(run.chip for run in chosen):
+            mine = {run: analysis for run, analysis in analyses.items() if run.chip == chip and run.fit}
+            if mine:
+                efficiency[chip] = fitted(mine)
+                print(f"{chip}: matmul_efficiency {efficiency[chip]:.3f}, fitted on {', '.join(r.name for r in mine)}")
+    held_out = []
+    for run, analysis in analyses.items():
+        step, ratio = predict(run, analysis, efficiency.get(run.chip))
+        recipe = run.recipe()
+        topology = recipe.hardware.load()
+        assert topology is not None
+        low, middle, high = (in_unit(run, recipe, topology, s) for s in sorted((step.low, step.seconds, step.high)))
+        print(f"\n{run.name} ({'fitted' if run.fit else 'held out'})")
+        print(f"  published  {run.published:10,.2f} {run.unit}   [{run.source}]")
+        print(f"  predicted  {middle:10,.2f} {run.unit}   ({min(low, high):,.2f} to {max(low, high):,.2f})")
+        print(
+            f"  step time  {step.seconds:10.3f} s, {ratio - 1:+.1%} of the published; "
+            f"MFU {step.mfu:.1%}; {step.bound_by}"
+        )
+        parts = [f"{name} {seconds:.3f}" for name, seconds in step.parts.items() if seconds >= 0.0005]
+        hidden = [f"{name} {seconds:.3f}" for name, seconds in step.hidden.items() if seconds >= 0.0005]
+        print(f"  seconds    {', '.join(parts)}{'; hidden: ' + ', '.join(hidden) if hidden else ''}")
+        if run.nearest:
+            print(f"  differs    {run.nearest}")
+        if not run.fit:
+            held_out.append(abs(ratio - 1))
+    if held_out:
+        within = sum(error <= 0.10 for error in held_out)
+        mean = sum(held_out) / len(held_out)
+        print(
+            f"\nheld out: {len(held_out)} runs, {within} within 10%, mean error {mean:.1%}, worst {max(held_out):.1%}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
