@@ -34,6 +34,8 @@ class Buffer:
     """Place in the schedule from which on it is held, loops' bodies written out once."""
     end: int
     """The last place at which it is."""
+    until: int
+    """The last place at which its bytes are held, under its own name or those of the loops that they are handed to."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def parse_assignment(assignment: str, live_ranges: str) -> Assignment:
             shape = Shape(match[5], dims) if match[5] else None
             place = tuple(int(i) for i in index.split(",") if i)
             if (name, index) in ranges:
-                buffers.append(Buffer(name, place, shape, int(match[3]), int(match[4]), *ranges[name, index]))
+                start, end = ranges[name, index]
+                buffers.append(Buffer(name, place, shape, int(match[3]), int(match[4]), start, end, end))
     return Assignment(size, tuple(_handed_on(buffers)), tuple(schedule))
 
 
@@ -83,7 +86,9 @@ def _handed_on(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
     for buffer in buffers:
         places[buffer.offset, buffer.bytes].append(buffer)
     for same in places.values():
-        same.sort(key=lambda buffer: (buffer.start, buffer.end))
-        for buffer, following in zip(same, [*same[1:], None], strict=True):
-            handed = following is not None and buffer.end == following.start
-            yield replace(buffer, end=buffer.end - 1) if handed else buffer
+        following = None
+        for buffer in sorted(same, key=lambda buffer: (buffer.start, buffer.end), reverse=True):
+            if following is not None and buffer.end == following.start:
+                buffer = replace(buffer, end=buffer.end - 1, until=following.until)
+            yield buffer
+            following = buffer

@@ -6,6 +6,10 @@ from .links import Level as Level
 from .links import TransferTime as TransferTime
 from .links import link_utilisation as link_utilisation
 from .links import transfer_seconds as transfer_seconds
+from .memory import CATEGORIES as CATEGORIES
+from .memory import Held as Held
+from .memory import MemoryTable as MemoryTable
+from .memory import memory_table as memory_table
 from .time import Assumptions as Assumptions
 from .time import StepTime as StepTime
 from .time import shape_efficiency as shape_efficiency

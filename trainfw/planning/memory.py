@@ -198,7 +198,8 @@ def _peak(assignment: Assignment, final: _Final, known: _Known) -> tuple[int, in
     for buffer in assignment.buffers:
         index = buffer.index[0] if buffer.index else 0
         # Of a value and its widened copies a device without the widening has one.
-        values[final.value(buffer.name, index) if final.widens else (buffer.name, index)].append((buffer, index))
+        key = final.value(buffer.name, index) if final.widens else (buffer.name, index)
+        values[key if buffer.shape is not None else (buffer.name, -1)].append((buffer, index))
     change: Counter[int] = Counter()
     asked: dict[tuple[str, int], list[tuple[Buffer, int]]] = {}
     corrected = 0
@@ -228,7 +229,7 @@ def _peak(assignment: Assignment, final: _Final, known: _Known) -> tuple[int, in
             continue
         buffer, size = max(alive, key=lambda pair: pair[1])
         first = min(buffer.start for buffer, _ in sized)
-        last = max(buffer.end for buffer, _ in sized)
+        last = max(buffer.until for buffer, _ in sized)
         kept = bisect.bisect_right(backward, last) > bisect.bisect_right(backward, first)
         op_name, place = final.made_by(buffer)
         held.append(
@@ -257,17 +258,21 @@ def _category(buffer: Buffer, op_name: str, final: _Final, known: _Known, kept: 
     if op_name.startswith("batch"):
         return "data"
     origin = final.origin(buffer.name, buffer.index[0] if buffer.index else 0)
-    dims = buffer.shape.dims
+    dims, key = buffer.shape.dims, _key(buffer.shape.dims)
+    forward, backward = _is_forward(op_name), "transpose(" in op_name
+    # What a loop adds up or stacks starts as zeros.
+    carried = origin.opcode == "while" or final.is_fill(origin)
+    weight = key in known.shards or key in known.whole
+    if weight and (known.has_tokens(dims) or known.is_logits(dims)):
+        # As many tokens as something of the model: only what is plainly of a weight counts as that.
+        gathered = origin.opcode == "all-gather" or op_name.endswith("scatter-add")
+        weight = gathered or (key in known.stacks and carried and not forward)
+    if weight and key in known.shards:
+        return "gradients" if (backward or carried) and not forward else "other"
+    if weight:
+        return "collective_buffers"
     if known.is_logits(dims):
         return "logits_and_loss"
-    forward, backward = _is_forward(op_name), "transpose(" in op_name
-    if not known.has_tokens(dims):
-        if _key(dims) in known.shards:
-            # What a loop adds up or stacks starts as zeros.
-            made = backward or origin.opcode == "while" or final.is_fill(origin)
-            return "gradients" if made and not forward else "other"
-        if _key(dims) in known.whole:
-            return "collective_buffers"
     if forward and kept:
         return "activations"
     if origin.opcode in _COLLECTIVES or final.feeds_collective(buffer.name):
@@ -289,8 +294,10 @@ class _Known:
 
     shards: frozenset[tuple[int, ...]]
     """Of parameters as they are stored, all layers or one, dims sorted."""
+    stacks: frozenset[tuple[int, ...]]
+    """Those of more than one layer."""
     whole: frozenset[tuple[int, ...]]
-    """The same gathered for use."""
+    """Those of parameters gathered for use."""
     rows: int
     """Of a microbatch."""
     length: int
@@ -303,27 +310,32 @@ class _Known:
 
         recipe, rules = program.recipe, program.rules
         layers, period = recipe.model.num_layers, len(recipe.model.layer_pattern)
-        stacks = {(), (layers,), _key((layers // period, period)), _key((layers // period,))}
+        several = {(layers,), (layers // period, period), (layers // period,)}
 
-        def forms(path: Any, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-            layered = getattr(path[0], "key", None) == "layers"
-            for stack in stacks if layered else {()}:
-                yield _key((*stack, *(shape[1:] if layered else shape)))
+        def forms(path: Any, shape: tuple[int, ...]) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+            """As it is used, and stacked."""
+            if getattr(path[0], "key", None) != "layers":
+                return {_key(shape)}, set()
+            return {_key(shape[1:])}, {_key((*stack, *shape[1:])) for stack in several}
 
         shards: set[tuple[int, ...]] = set()
+        stacks: set[tuple[int, ...]] = set()
         whole: set[tuple[int, ...]] = set()
         for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params):
-            shards.update(forms(path, leaf.sharding.shard_shape(leaf.shape)))
+            one, stacked = forms(path, leaf.sharding.shard_shape(leaf.shape))
+            shards |= one
+            stacks |= stacked - one
             gathered = [
                 tuple(axis for axis in ((dim,) if isinstance(dim, str) else dim or ()) if axis != "fsdp") or None
                 for dim in leaf.sharding.spec
             ]
             used = NamedSharding(program.mesh, PartitionSpec(*gathered))
-            whole.update(forms(path, used.shard_shape(leaf.shape)))
+            whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
+        shards |= stacks
         rows = recipe.train.global_batch_size // recipe.train.accumulation_steps
         logits = (rows, recipe.data.sequence_length, recipe.model.vocab_size)
         local = rules.sharding("logits", logits, ("batch", "sequence", "act_vocab")).shard_shape(logits)
-        return cls(frozenset(shards), frozenset(whole - shards), *local)
+        return cls(frozenset(shards), frozenset(stacks), frozenset(whole - shards), *local)
 
     def has_tokens(self, dims: tuple[int, ...]) -> bool:
         """Whether there is a dim of places in a sequence, or of all tokens of a microbatch."""
