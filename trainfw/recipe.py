@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
+from trainfw.backends import load_sdk
 from trainfw.checkpoint import CheckpointConfig
-from trainfw.config import Config
+from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import HardwareConfig
@@ -42,6 +43,14 @@ class Recipe(Config):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
 
     _sources: Sources = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sdk_is_known(self) -> Recipe:
+        try:
+            load_sdk(self.hardware.sdk)
+        except UserError as error:
+            invalid("hardware.sdk", str(error).partition(": ")[2])
+        return self
 
     def __eq__(self, other: object) -> bool:
         # Where a key was written is not part of what it says.

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from trainfw import UserError
-from trainfw.backends import Wiring, expand_hosts, read_wiring
+from trainfw.backends import Place, Wiring, expand_hosts, order_problem, read_wiring
 from trainfw.hardware import load_topology
 
 SLURM = {"SLURM_NODEID": "2", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "trn[001-004]"}
@@ -33,7 +33,7 @@ def test_slurms_lists_of_hosts(names, hosts):
     assert expand_hosts(names) == hosts
 
 
-@pytest.mark.parametrize("names", ["", "trn[1-", "trn[a-b]"])
+@pytest.mark.parametrize("names", ["", "trn[1-", "trn[a-b]", "trn[3-1]"])
 def test_what_is_no_list_of_hosts_is_refused(names):
     with pytest.raises(UserError, match="expected"):
         expand_hosts(names)
@@ -81,13 +81,16 @@ CONTRADICTIONS = {
     "index beyond the count": ({**SLURM, "SLURM_NODEID": "4"}, "SLURM_NODEID = 4: expected 0 to 3"),
     "place beyond the count": ({**SLURM, **PLACED, "NEURON_GLOBAL_TOPOID": "9"}, "NEURON_GLOBAL_TOPOID = 9: expected"),
     "other than the topology's instances": (
-        {**SLURM, "SLURM_NNODES": "2", "SLURM_NODEID": "0"},
+        {**SLURM, "TRAINFW_PROCESS_COUNT": "2", "SLURM_NODEID": "0"},
         "2 processes from Slurm: 1 x trn2-ultraserver has 4 instances",
     ),
     "several tasks a node": ({**SLURM, "SLURM_STEP_NUM_TASKS": "256"}, "srun --ntasks-per-node=1"),
     "no host of process 0": ({**SLURM, "NEURON_GLOBAL_TOPOID": "1"}, "NEURON_GLOBAL_TOPOID0_HOST: is missing"),
     "no coordinator": ({"JOB_COMPLETION_INDEX": "1"}, "TRAINFW_COORDINATOR: is missing"),
     "no index": ({"TRAINFW_PROCESS_COUNT": "4", "TRAINFW_COORDINATOR": "a"}, "TRAINFW_PROCESS_INDEX must say"),
+    "other hosts than nodes": ({**SLURM, "SLURM_NNODES": "2"}, "hosts, but SLURM_NNODES = 2"),
+    "only the index": ({"TRAINFW_PROCESS_INDEX": "2"}, "TRAINFW_PROCESS_INDEX = 2: TRAINFW_PROCESS_COUNT must say"),
+    "only the coordinator": ({"TRAINFW_COORDINATOR": "a"}, "TRAINFW_COORDINATOR = a: TRAINFW_PROCESS_COUNT must say"),
     "not a number": ({**SLURM, "SLURM_NNODES": "four"}, "SLURM_NNODES = 'four': expected a number"),
     "not a port": ({**SLURM, "TRAINFW_COORDINATOR": "a:b"}, "TRAINFW_COORDINATOR = 'a:b': expected a number"),
 }
@@ -97,6 +100,40 @@ CONTRADICTIONS = {
 def test_contradictions(environ, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read_wiring(environ, load_topology("trn2-ultraserver"))
+
+
+def places(*ids: str) -> list[Place]:
+    """`A0` is node 0 of UltraServer A."""
+    return [Place(text[0], int(text[1]), f"host-{text}") for text in ids]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        places("A0", "A1", "A2", "A3"),
+        places("B0", "B1", "B2", "B3", "A0", "A1", "A2", "A3"),
+        [*places("A1", "A0", "A2"), None],
+        places("A3"),
+        [],
+    ],
+)
+def test_an_order_that_follows_places_or_cannot_be_known(order):
+    assert order_problem(order) is None
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        places("A1", "A0", "A2", "A3"),
+        places("A0", "B1", "A2", "B3", "B0", "A1", "B2", "A3"),
+        places("A0", "A1", "A2", "A3", "A0", "A1", "A2", "A3"),
+    ],
+)
+def test_another_order_is_told_with_the_right_one(order):
+    problem = order_problem(order)
+    assert problem is not None
+    assert "NEURON_GLOBAL_TOPOID" in problem
+    assert problem.index("host-A0") < problem.index("host-A1") < problem.index("host-A2") < problem.index("host-A3")
 
 
 PROCESS = """

@@ -166,15 +166,34 @@ def test_what_the_user_has_set_stays_and_is_said(monkeypatch, capsys, tmp_path):
 @pytest.mark.usefixtures("host")
 def test_warnings(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS", "3")
-    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
     recipe = str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge", "sdk": "2.32"}))
     monkeypatch.setattr(sys, "argv", ["trainfw", "env", recipe])
     with pytest.raises(SystemExit):
         main()
     output = capsys.readouterr()
     assert "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS = 3: was removed in Neuron SDK 2.31" in output.err
-    assert "NEURON_LOGICAL_NC_CONFIG = 1: trn2.48xlarge at LNC 2 is what the recipe says" in output.err
     assert "INFLIGHT" not in output.out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("NEURON_LOGICAL_NC_CONFIG", "1", "says LNC 1, but the recipe has trn2.48xlarge at LNC 2"),
+        ("NEURON_CC_FLAGS", "-O2 --lnc=1", "says LNC 1, but the recipe has trn2.48xlarge at LNC 2"),
+        ("NEURON_RT_VISIBLE_CORES", "0-3", "leaves a process 4 cores, but an instance of trn2.48xlarge has 64"),
+        ("NEURON_RT_NUM_CORES", "32", "leaves a process 32 cores"),
+    ],
+)
+def test_other_cores_than_the_recipes_are_refused(name, value, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(name, value)
+    recipe = str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge"}))
+    monkeypatch.setattr(sys, "argv", ["trainfw", "env", recipe])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert message in error
 
 
 @pytest.mark.usefixtures("host")

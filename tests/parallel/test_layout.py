@@ -17,7 +17,7 @@ def test_one_axis_fills():
 
 def test_the_product_is_spelled_out():
     with pytest.raises(UserError) as error:
-        Layout.resolve(ParallelConfig(data=2, fsdp=4, tensor=4), 8)
+        Layout.resolve(ParallelConfig(data=2, fsdp=4, tensor=4), 8, simulate=True)
     assert "pipeline(1) * data(2) * fsdp(4) * expert(1) * context(1) * tensor(4) = 32, but there are 8" in str(
         error.value
     )

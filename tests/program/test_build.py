@@ -189,5 +189,18 @@ def test_evaluation_does_not_depend_on_microbatches(tmp_path):
     assert float(found[0].count) == float(found[1].count)
 
 
+def test_without_the_mask_a_token_sees_the_documents_before_its_own(tmp_path):
+    recipe = tiny_recipe(tmp_path, "data.mask_documents=false")
+    program = build_program(recipe, jax.devices()[:1])
+    params, batch = program.init().params, random_batches(recipe, 1)[0]
+    logits = program.model(params)(batch["tokens"], positions_BS=batch["positions"])
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], axis=-1)[..., 0]
+    expected = -(log_p * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+    found = program.eval_step(params, program.shard_batch(batch))["loss"].value()
+    assert found == pytest.approx(expected, rel=1e-5)
+    masked = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
+    assert masked.eval_step(params, masked.shard_batch(batch))["loss"].value() != pytest.approx(found, rel=1e-5)
+
+
 def test_one_process_reads_the_whole_batch(tmp_path):
     assert build_program(tiny_recipe(tmp_path, "parallel.tensor=2")).batch_share == (0, 1)

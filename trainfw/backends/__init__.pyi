@@ -2,6 +2,7 @@ from .base import Backend as Backend
 from .distributed import Wiring as Wiring
 from .distributed import connect as connect
 from .distributed import expand_hosts as expand_hosts
+from .distributed import order_problem as order_problem
 from .distributed import read_wiring as read_wiring
 from .kernels import AttentionRequest as AttentionRequest
 from .kernels import Kernel as Kernel

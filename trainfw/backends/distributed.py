@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
+from trainfw.backends.neuron.place import Place, read_place, sort_hosts
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 
@@ -50,6 +53,8 @@ def read_wiring(environ: Mapping[str, str], topology: Topology | None = None) ->
     elif "TRAINFW_PROCESS_COUNT" in environ:
         wiring = _explicit(environ)
     else:
+        if half := _first(environ, "TRAINFW_PROCESS_INDEX", "TRAINFW_COORDINATOR"):
+            raise UserError(f"{half} = {environ[half]}: TRAINFW_PROCESS_COUNT must say of how many processes")
         return Wiring()
     one_each = topology is not None and topology.rules == "neuron"  # GPUs may be shared out in other ways
     if wiring.process_count > 1 and topology is not None and one_each and wiring.process_count != instances:
@@ -71,7 +76,10 @@ def _slurm(environ: Mapping[str, str]) -> Wiring:
             f"start with srun --ntasks-per-node=1"
         )
     names = _first(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    head = expand_hosts(environ[names])[0] if names else None
+    hosts = expand_hosts(environ[names], names) if names else []
+    if names and "TRAINFW_PROCESS_COUNT" not in environ and len(hosts) != count:
+        raise UserError(f"{names} = {environ[names]}: names {len(hosts)} hosts, but {count_name} = {count}")
+    head = hosts[0] if hosts else None
     return _wired(environ, "Slurm", "SLURM_NODEID", count, head)
 
 
@@ -98,8 +106,8 @@ def _explicit(environ: Mapping[str, str]) -> Wiring:
 
 
 def _wired(environ: Mapping[str, str], launcher: str, index_name: str, count: int, head: str | None) -> Wiring:
-    placed = "NEURON_GLOBAL_TOPOID" in environ
     name = _first(environ, "TRAINFW_PROCESS_INDEX", "NEURON_GLOBAL_TOPOID", index_name)
+    placed = name == "NEURON_GLOBAL_TOPOID"
     index = _integer(environ, name) if name else 0
     if placed:
         head = environ.get("NEURON_GLOBAL_TOPOID0_HOST")  # the launcher's first host need not be process 0
@@ -112,12 +120,16 @@ def _wired(environ: Mapping[str, str], launcher: str, index_name: str, count: in
         missing = "NEURON_GLOBAL_TOPOID0_HOST" if placed else "TRAINFW_COORDINATOR"
         raise UserError(f"{missing}: is missing; it names the host of process 0 to the {count} processes of {launcher}")
     if not 0 <= index < count:
-        raise UserError(f"{name} = {index}: expected 0 to {count - 1}, since there are {count} processes")
+        expected = f"0 to {count - 1}, since there are {count} processes" if count > 1 else "0, of one process"
+        raise UserError(f"{name} = {index}: expected {expected}")
     return Wiring(index, count, head, launcher, port, placed)
 
 
 def connect(wiring: Wiring) -> None:
-    """Join the other processes. Before anything touches a device; nothing to do for a single process."""
+    """Join the other processes. Before anything touches a device; nothing to do for a single process.
+
+    Raises UserError, in every process, where hosts of UltraServers are not numbered by their places.
+    """
     import jax
 
     if wiring.process_count == 1 or jax.distributed.is_initialized():
@@ -133,27 +145,34 @@ def connect(wiring: Wiring) -> None:
         process_id=wiring.process_index,
         cluster_detection_method="deactivate",  # under Slurm it would leave a process one GPU of its instance
     )
+    place = read_place()
+    if problem := order_problem(_exchange(wiring, place and replace(place, fqdn=socket.getfqdn()))):
+        raise UserError(f"{which} ({wiring.launcher}): {problem}")
 
 
-def expand_hosts(names: str) -> list[str]:
-    """Slurm's `trn[001-004,9],head` as a list of hosts, in order. Raises UserError for what is not such a list."""
+def expand_hosts(names: str, variable: str = "hosts") -> list[str]:
+    """Slurm's `trn[001-004,9],head` as a list of hosts, in order.
+
+    Raises UserError, which blames `variable`, for what is not such a list.
+    """
     hosts: list[str] = []
     if not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]+\])+", names):
-        raise UserError(f"{names!r}: expected a list of hosts such as trn[001-004,9],head")
+        raise UserError(f"{variable} = {names!r}: expected a list of hosts such as trn[001-004,9],head")
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", names):
         pieces = re.split(r"\[([^\]]*)\]", part)
-        choices = [[piece] if i % 2 == 0 else _ranges(piece, names) for i, piece in enumerate(pieces)]
+        where = f"{variable} = {names!r}"
+        choices = [[piece] if i % 2 == 0 else _ranges(piece, where) for i, piece in enumerate(pieces)]
         hosts += ["".join(choice) for choice in itertools.product(*choices)]
     return hosts
 
 
-def _ranges(text: str, names: str) -> list[str]:
+def _ranges(text: str, where: str) -> list[str]:
     numbers: list[str] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise UserError(f"{names!r}: expected numbers and ranges in brackets, such as [001-004,9], not {part!r}")
-        first, last = match[1], match[2] or match[1]
+        first, last = (match[1], match[2] or match[1]) if match is not None else ("1", "0")
+        if int(first) > int(last):
+            raise UserError(f"{where}: expected numbers and ranges in brackets, such as [001-004,9], not {part!r}")
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return numbers
 
@@ -170,3 +189,33 @@ def _number(name: str, text: str, value: str) -> int:
     if not text.strip().isdecimal():
         raise UserError(f"{name} = {value!r}: expected a number")
     return int(text)
+
+
+def order_problem(places: Sequence[Place | None], nodes: int = 4) -> str | None:
+    """Why these places of processes, in order of index, are not those of UltraServers one after the other.
+
+    None where they are, or where some host does not know its place.
+    """
+    known = [place for place in places if place is not None]
+    if len(known) < len(places) or len(known) % nodes:
+        return None
+    blocks = [known[i : i + nodes] for i in range(0, len(known), nodes)]
+    whole = all(len({p.server_id for p in b}) == 1 and [p.node_id for p in b] == list(range(nodes)) for b in blocks)
+    if whole and len({block[0].server_id for block in blocks}) == len(blocks):
+        return None
+    order = ", ".join(p.fqdn or f"node {p.node_id} of UltraServer {p.server_id}" for p in sort_hosts(known))
+    return (
+        f"processes do not follow their hosts' places: number them in the order {order}, in NEURON_GLOBAL_TOPOID (and "
+        f"the first host in NEURON_GLOBAL_TOPOID0_HOST)"
+    )
+
+
+def _exchange(wiring: Wiring, place: Place | None) -> list[Place | None]:
+    """Every process's place, by index, through the coordinator."""
+    from jax._src import distributed  # no public way reaches the coordinator's store before there are devices
+
+    client = distributed.global_state.client
+    assert client is not None
+    client.key_value_set(f"trainfw/place/{wiring.process_index}", json.dumps(place and asdict(place)))
+    found = [client.blocking_key_value_get(f"trainfw/place/{i}", 300_000) for i in range(wiring.process_count)]
+    return [None if text == "null" else Place(**json.loads(text)) for text in found]

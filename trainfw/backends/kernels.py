@@ -46,7 +46,6 @@ KERNELS: dict[str, dict[str, list[Candidate]]] = {
         "neuron": [
             Candidate("nkilib ring attention", neuron_attention.ring_refuses, neuron_attention.load_ring),
             Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),
-            Candidate("neuronx-cc flash attention", neuron_attention.flash_refuses, neuron_attention.load_flash),
         ]
     }
 }

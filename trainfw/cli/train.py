@@ -67,6 +67,7 @@ def train(
 
 def _check(program: Program, reporter: Reporter) -> None:
     """Refuse, as Neuron would, what `trainfw check` calls an error."""
+    from trainfw.backends import load_sdk
     from trainfw.checking import check_program
     from trainfw.hardware import load_topology
 
@@ -81,6 +82,7 @@ def _check(program: Program, reporter: Reporter) -> None:
     report = check_program(
         program,
         topology=topology or load_topology("trn2.3xlarge"),
+        sdk=load_sdk(program.recipe.hardware.sdk),
         progress=lambda text: reporter.note(f"check: {text}"),
     )
     if not report.ok:

@@ -44,6 +44,9 @@ class DataConfig(Config):
     """The tokenizer that turns text into tokens."""
     sequence_length: PositiveInt
     """Tokens in a row. Documents are concatenated and cut into rows of this length."""
+    mask_documents: bool = True
+    """Tokens attend to tokens of their own document only. Off, to all before them in the row: plain causal attention,
+    which is what kernels compute (NKI's flash attention knows no documents)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """The share of documents held out. A hash of its text decides a document's side."""
     max_documents: int | None = Field(default=None, ge=2)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import UserError, did_you_mean
@@ -21,7 +21,9 @@ class HardwareConfig(Config):
     """Physical NeuronCores in a logical one, hence in one JAX device. Left out, the chip's default."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Replace figures of the topology by dotted name, such as `links.neuronlink.bandwidth: 128 GB/s`."""
-    sdk: str | None = None
+    dollars_per_chip_hour: PositiveFloat | None = None
+    """What a chip costs, for plans."""
+    sdk: str | float | None = None
     """The Neuron SDK whose limits and packages count. Left out, the newest that trainfw has a profile of."""
     compiler_flags: list[str] = Field(default_factory=list)
     """Further options of neuronx-cc, after trainfw's own."""
@@ -36,7 +38,7 @@ class HardwareConfig(Config):
                     invalid(field, f"{field} = {getattr(self, field)} needs hardware.topology to say of what")
             return self
         if not self.topology.endswith(".yaml") and self.topology not in topology_names():
-            invalid("topology", f"unknown topology{did_you_mean(self.topology, topology_names())}")
+            invalid("topology", f"unknown topology {self.topology!r}{did_you_mean(self.topology, topology_names())}")
         try:
             self.load()
         except UserError as error:

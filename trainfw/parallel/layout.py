@@ -20,13 +20,14 @@ class Layout:
     tensor: int = 1
 
     @classmethod
-    def resolve(cls, config: ParallelConfig, num_devices: int) -> Layout:
-        """Fill the axis that is -1 so that the product is `num_devices`.
+    def resolve(cls, config: ParallelConfig, num_devices: int, *, simulate: bool = False) -> Layout:
+        """Fill the axis that is -1 so that the product is `num_devices`; `simulate` tells how to have another number.
 
         Raises UserError with the whole product spelled out when it cannot be.
         """
         sizes = {axis: getattr(config, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
+        hint = _simulate(fixed, num_devices) if simulate else "; change parallel.<axis>"
         spelled = " * ".join(f"{axis}({size})" for axis, size in sizes.items())
         fill = [axis for axis, size in sizes.items() if size == -1]
         if fill and num_devices % fixed == 0:
@@ -34,12 +35,12 @@ class Layout:
         elif fill:
             raise UserError(
                 f"{spelled}: the fixed axes multiply to {fixed}, which does not divide {num_devices} "
-                f"device{'s' * (num_devices != 1)}{_simulate(fixed, num_devices)}"
+                f"device{'s' * (num_devices != 1)}{hint}"
             )
         elif fixed != num_devices:
             raise UserError(
                 f"{spelled} = {fixed}, but there {'is' if num_devices == 1 else 'are'} {num_devices} "
-                f"device{'s' * (num_devices != 1)}{_simulate(fixed, num_devices)}"
+                f"device{'s' * (num_devices != 1)}{hint}"
             )
         return cls(**sizes)
 

@@ -370,15 +370,15 @@ def _describe(
     topology: Topology, layout: Layout, axis: str, pieces: tuple[Piece, ...], order: np.ndarray
 ) -> AxisPlacement:
     along = AXES.index(axis)
-    groups = _groups(order, along)
+    groups = _distinct(topology, _groups(order, along))
     problem = next((p for p in map(functools.partial(group_problem, topology), groups.tolist()) if p), None)
-    walk = _order(topology, layout, {axis: pieces}, reflected=(axis,))
+    walk = _distinct(topology, _groups(_order(topology, layout, {axis: pieces}, reflected=(axis,)), along))
     return AxisPlacement(
         axis=axis,
         size=layout.sizes[axis],
         parts=tuple(piece.name for piece in pieces),
         pieces=pieces,
-        ring=_closed(topology, _groups(walk, along)),
+        ring=_closed(topology, walk),
         permutes=_closed(topology, groups),
         hops=_diameter(topology, groups[0].tolist()),
         bandwidth=min(piece.bandwidth for piece in pieces),
@@ -393,6 +393,14 @@ def _groups(order: np.ndarray, along: int) -> np.ndarray:
     import numpy as np
 
     return np.moveaxis(order, along, -1).reshape(-1, order.shape[along])
+
+
+def _distinct(topology: Topology, groups: np.ndarray) -> np.ndarray:
+    """The groups that differ by more than the unit they begin in: one unit is like another."""
+    import numpy as np
+
+    unit = topology.cores // topology.count
+    return np.unique(groups - groups.min(axis=1, keepdims=True) // unit * unit, axis=0)
 
 
 def _closed(topology: Topology, groups: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
+    loss_of = functools.partial(next_token_loss, mask_documents=recipe.data.mask_documents)
+
     def make_model(key: jax.Array) -> Transformer:
         return Transformer(
             recipe.model,
@@ -149,7 +152,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
     def objective(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         with use_rules(rules):
-            return next_token_loss(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
+            return loss_of(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
 
     def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
         grads, metrics = jax.grad(objective, has_aux=True)(params, batch)
@@ -175,7 +178,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         # In the same parts as in training, which is how much of the batch the devices have room for.
         def metrics(part: Batch) -> Metrics:
             with use_rules(rules):
-                return next_token_loss(nnx.merge(graphdef, nnx.State(params)), part, 0.0)[1]
+                return loss_of(nnx.merge(graphdef, nnx.State(params)), part, 0.0)[1]
 
         return metrics(batch) if accumulation == 1 else _accumulate(metrics, batch, accumulation)
 
@@ -253,7 +256,7 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
                 f"simulate them with --devices {expected}, or set hardware.topology=null to run on what there is",
             )
     with recipe.blamed("parallel"):
-        layout = Layout.resolve(recipe.parallel, num_devices)
+        layout = Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
     for axis in AXES:
         if layout.sizes[axis] > 1 and axis in ("pipeline", "expert", "context"):
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
@@ -262,10 +265,11 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
             raise recipe.error(f"model.{field}", f"does not divide over parallel.tensor = {layout.tensor}")
     parts = layout.batch_shards * recipe.train.accumulation_steps
     if rows % parts:
+        nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
         raise recipe.error(
             "train.global_batch_size",
             f"does not divide over data({layout.data}) * fsdp({layout.fsdp}) * "
             f"accumulation_steps({recipe.train.accumulation_steps}) = {parts}; "
-            f"the nearest that do: {rows // parts * parts or parts}, {(rows // parts + 1) * parts}",
+            f"the nearest that do: {', '.join(map(str, nearest if rows > parts else nearest[:1]))}",
         )
     return layout

@@ -16,8 +16,14 @@ def test_communicators_as_the_release_notes_have_them():
 
 
 def test_an_unknown_release_is_refused():
-    with pytest.raises(UserError, match=r"sdk '2.23': .*did you mean '2.3"):
+    with pytest.raises(UserError, match=r"sdk = '2.23': .*one of: 2.29, 2.30, 2.31, 2.32"):
         load_sdk("2.23")
+
+
+def test_yaml_reads_a_release_as_a_number():
+    assert load_sdk(2.3).version == "2.30"
+    with pytest.raises(UserError, match=r"sdk = '2.4'"):
+        load_sdk(2.4)
 
 
 def test_installed_packages_name_their_release():

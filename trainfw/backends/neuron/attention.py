@@ -1,4 +1,8 @@
-"""NKI attention kernels behind the form of attention that models call. None of it has run on Neuron hardware."""
+"""NKI attention kernels behind the form of attention that models call. None of it has run on Neuron hardware.
+
+neuronx-cc's own flash attention (`neuronxcc.nki.kernels`) is not among them: that namespace no longer compiles since
+NKI 0.4 (aws-neuron-sdk 2.30), before which there is no JAX that trainfw takes.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,7 @@ from typing import Any
 
 Attend = Callable[..., Any]
 
-_TILE = 2048  # of keys, in flash_fwd's default FlashConfig
 _PARTITIONS = 128
-_MASKED = -9984.0  # what flash_attn_bwd itself puts for a masked score
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,6 @@ def ring_refuses(request: AttentionRequest) -> str | None:
 
 def load_ring(request: AttentionRequest) -> Attend:
     raise ImportError("no adapter")
-
-
-def flash_refuses(request: AttentionRequest) -> str | None:
-    """What neuronx-cc's `flash_fwd` and `flash_attn_bwd` cannot do.
-
-    aws-neuron/nki-samples 6905a68a src/nki_samples/reference/attention.py, which is their source. Segments and windows
-    go in as `logit_bias`, which they take for one row of the batch: (1, 1, S, T).
-    """
-    if problem := _common_problem(request):
-        return problem
-    if request.key_length % _TILE:
-        return f"key length {request.key_length} is not a multiple of {_TILE}"
-    return None
 
 
 def nkilib_refuses(request: AttentionRequest) -> str | None:
@@ -102,67 +91,6 @@ def _lnc(request: AttentionRequest) -> int:
     import jax
 
     return 2 if jax.devices()[0].device_kind in ("NC_v3d", "NC_v4d") else 1  # as in hardware/chips
-
-
-def load_flash(request: AttentionRequest) -> Attend:
-    """neuronx-cc's flash attention, called as apple/axlearn 34aed43c does (flash_attention/neuron_attention.py)."""
-    kernels = importlib.import_module("neuronxcc.nki.kernels.attention")
-    language = importlib.import_module("neuronxcc.nki.language")
-    flash_fwd, flash_attn_bwd = kernels.flash_fwd, kernels.flash_attn_bwd
-    biased = request.segments or (request.window is not None and request.window < request.key_length)
-    H, lnc = request.num_heads, _lnc(request)
-    heads = language.nc(lnc) * (H // lnc) if lnc > 1 and H % lnc == 0 else H
-
-    import jax
-    import jax.numpy as jnp
-
-    def forward(q_BSHh: Any, k_BTHh: Any, v_BTHh: Any, bias_11ST: Any, scale: float) -> tuple[Any, Any]:
-        q_BHhS, k_BHhT = q_BSHh.transpose(0, 2, 3, 1), k_BTHh.transpose(0, 2, 3, 1)
-        v_BHTh = v_BTHh.transpose(0, 2, 1, 3)
-        seed = jnp.array([1], jnp.int32)  # of a dropout that is off
-        o_BHSh, lse = flash_fwd[q_BSHh.shape[0], heads](
-            *(q_BHhS, k_BHhT, v_BHTh, seed),
-            *(() if bias_11ST is None else (bias_11ST,)),
-            use_causal_mask=True,
-            softmax_scale=scale,
-            mixed_precision=True,
-            dropout_p=0.0,
-        )
-        return o_BHSh.transpose(0, 2, 1, 3), (q_BHhS, k_BHhT, v_BHTh, bias_11ST, o_BHSh, lse)
-
-    def backward(scale: float, saved: Any, do_BSHh: Any) -> tuple[Any, ...]:
-        q_BHhS, k_BHhT, v_BHTh, bias_11ST, o_BHSh, lse = saved
-        grads = flash_attn_bwd[q_BHhS.shape[0], heads](
-            *(q_BHhS, k_BHhT, v_BHTh.swapaxes(2, 3), o_BHSh.swapaxes(2, 3), do_BSHh.transpose(0, 2, 3, 1), lse),
-            jnp.array([1], jnp.int32),
-            *(() if bias_11ST is None else (bias_11ST,)),
-            use_causal_mask=True,
-            mixed_precision=True,
-            dropout_p=0.0,
-            softmax_scale=scale,
-        )
-        return (*(grad.transpose(0, 3, 1, 2) for grad in grads), None)
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def flash(q_BSHh: Any, k_BTHh: Any, v_BTHh: Any, bias_11ST: Any, scale: float) -> Any:
-        return forward(q_BSHh, k_BTHh, v_BTHh, bias_11ST, scale)[0]
-
-    flash.defvjp(forward, backward)
-
-    def attend(
-        q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, mask_BST: Any, *, scale: float, softcap: float | None = None
-    ) -> Any:
-        assert softcap is None
-        groups = q_BSHh.shape[2] // k_BTKh.shape[2]
-        k_BTHh, v_BTHh = jnp.repeat(k_BTKh, groups, axis=2), jnp.repeat(v_BTKh, groups, axis=2)
-        if not biased:
-            return flash(q_BSHh, k_BTHh, v_BTHh, None, scale)
-        B, S, _, _ = q_BSHh.shape
-        bias_BST = jnp.where(jnp.broadcast_to(mask_BST, (B, S, k_BTKh.shape[1])), 0.0, _MASKED).astype(q_BSHh.dtype)
-        rows = [slice(b, b + 1) for b in range(B)]  # the kernels take one bias for all rows, so one row at a time
-        return jnp.concatenate([flash(q_BSHh[r], k_BTHh[r], v_BTHh[r], bias_BST[r, None], scale) for r in rows])
-
-    return attend
 
 
 def load_nkilib(request: AttentionRequest) -> Attend:

@@ -76,6 +76,7 @@ def neuron_environment(
             f"{wiring.process_count} process{'es' * (wiring.process_count > 1)} ({wiring.launcher}): {named} takes "
             f"{instances}, one for each instance"
         )
+    _same_cores(environ, hardware, topology)
     wanted = [
         *_platform(topology),
         *_processes(topology, wiring),
@@ -104,16 +105,37 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
     removed = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"
     if removed in environ and _release(sdk) >= (2, 31):
         warnings.append(f"{removed} = {environ[removed]}: was removed in Neuron SDK 2.31; unset it ({_RELEASES})")
-    for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_RT_VIRTUAL_CORE_SIZE"):
-        if topology is not None and environ.get(name, str(topology.lnc)) != str(topology.lnc):
-            warnings.append(
-                f"{name} = {environ[name]}: {topology.name} at LNC {topology.lnc} is what the recipe says; "
-                f"unset it or set hardware.lnc ({_LNC})"
-            )
     platforms = environ.get("JAX_PLATFORMS", "neuron,cpu").split(",")
     if "cpu" not in platforms:
         warnings.append(f"JAX_PLATFORMS = {environ['JAX_PLATFORMS']}: parameters are initialised on the CPU; add cpu")
     return warnings
+
+
+def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: Topology | None) -> None:
+    """Raises UserError where what the user has set makes other cores than the recipe says."""
+    if topology is None:
+        return
+    told = {name: environ.get(name, "") for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_RT_VIRTUAL_CORE_SIZE")}
+    flags = {"NEURON_CC_FLAGS": environ.get("NEURON_CC_FLAGS", "")}
+    flags["hardware.compiler_flags"] = " ".join(hardware.compiler_flags)
+    for name, text in flags.items():
+        if found := re.search(r"--(?:lnc|logical-nc-config)[= ](\d+)", text):
+            told[name] = found[1]
+    for name, lnc in told.items():
+        if lnc and lnc != str(topology.lnc):
+            raise UserError(
+                f"{name}: says LNC {lnc}, but the recipe has {topology.name} at LNC {topology.lnc}; unset it, or set "
+                f"hardware.lnc ({_LNC})"
+            )
+    counts = {"NEURON_RT_NUM_CORES": environ.get("NEURON_RT_NUM_CORES", "")}
+    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", environ.get("NEURON_RT_VISIBLE_CORES", "")):
+        counts["NEURON_RT_VISIBLE_CORES"] = str(int(found[2] or found[1]) - int(found[1]) + 1)
+    for name, cores in counts.items():
+        if cores not in ("", "0", str(topology.cores_per_instance)):
+            raise UserError(
+                f"{name} = {environ[name]}: leaves a process {cores} cores, but an instance of {topology.name} has "
+                f"{topology.cores_per_instance}; unset it ({_CONFIGURATION})"
+            )
 
 
 def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
@@ -178,9 +200,10 @@ def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
 
 
 def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
-    # Documented for units of 4 instances; nothing says what larger ones take.
-    if topology is None or (nodes := topology.instances // topology.count) != 4:
+    # Documented for Trn2's; nothing says what others take.
+    if topology is None or topology.name != "trn2-ultraserver":
         return
+    nodes = topology.instances // topology.count
     config = environ.get("NEURON_ULTRASERVER_NODE_CONFIG", str(nodes))
     if config != str(nodes):
         raise UserError(f"NEURON_ULTRASERVER_NODE_CONFIG = {config}: {topology.name} joins {nodes} instances")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainfw.config import Config, PositiveInt
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 
 _DIRECTORY = Path(__file__).parent / "sdk"
 
@@ -38,13 +38,19 @@ def sdk_versions() -> list[str]:
 
 
 @functools.cache
-def load_sdk(version: str | None = None) -> Sdk:
-    """The profile of a release; the newest when left out. Raises UserError for one without a profile."""
+def load_sdk(version: str | float | None = None) -> Sdk:
+    """The profile of a release; the newest when left out. Raises UserError for one without a profile.
+
+    A number is taken for the release that is written so: YAML reads 2.30 as 2.3.
+    """
     import yaml
 
-    version = version or sdk_versions()[-1]
-    if version not in sdk_versions():
-        raise UserError(f"sdk {version!r}: no profile of this Neuron SDK{did_you_mean(version, sdk_versions())}")
+    known = sdk_versions()
+    if isinstance(version, float):
+        version = next((text for text in known if float(text) == version), str(version))
+    version = version or known[-1]
+    if version not in known:
+        raise UserError(f"sdk = {version!r}: no profile of this Neuron SDK; one of: {', '.join(known)}")
     return Sdk.model_validate(yaml.safe_load((_DIRECTORY / f"{version}.yaml").read_text()))
 
 
