@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from trainfw.hardware import load_topology
 from trainfw.hardware.figures import Figure, quantity
 
 
@@ -36,3 +37,39 @@ def test_what_is_not_a_quantity_is_refused(text):
         quantity(text)
     with pytest.raises(ValidationError):
         Figure(value=text, source="x")
+
+
+# From the sources themselves, so that no file is compared with itself: units of one chip, one direction.
+PUBLISHED = {
+    "trn1.32xlarge": {"links.neuronlink.bandwidth": "96 GB/s", "network.bandwidth": "50 Gbit/s"},  # 384 / 4, 800 / 16
+    "trn1n.32xlarge": {"links.neuronlink.bandwidth": "192 GB/s", "network.bandwidth": "100 Gbit/s"},  # 768 / 4
+    "trn2.48xlarge": {
+        "links.neuronlink.bandwidth": "256 GB/s",  # 1,024 / 4
+        "network.bandwidth": "200 Gbit/s",
+        "network.latency": "15 us",
+        "host_memory": "2 TiB",
+        "chip.peak_flops.bfloat16": "667 TFLOP/s",
+        "chip.peak_flops.float8_e4m3": "1299 TFLOP/s",
+        "chip.peak_flops.float32": "181 TFLOP/s",
+        "chip.hbm_size": "96 GiB",
+        "chip.hbm_bandwidth": "2.9 TB/s",
+        "chip.core_overhead": "96 MB",
+        "chip.collective_cores": "16",
+    },
+    "trn2-ultraserver": {"links.neuronlink-z.bandwidth": "128 GB/s", "host_memory": "8 TiB"},  # 256 / 2
+    "trn3-gen2-ultraserver": {
+        "links.server-switch.bandwidth": "256 GB/s",
+        "links.rack-switch.bandwidth": "320 GB/s",
+        "links.cross-rack.bandwidth": "128 GB/s",
+        "network.bandwidth": "200 Gbit/s",
+        "chip.peak_flops.bfloat16": "671 TFLOP/s",
+        "chip.hbm_size": "144 GiB",
+    },
+    "inf2.48xlarge": {"links.neuronlink.bandwidth": "96 GiB/s", "chip.peak_flops.bfloat16": "190 TFLOP/s"},  # 192 / 2
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_figures_are_the_published_ones(name):
+    figures = load_topology(name).figures
+    assert {key: figures[key].number for key in PUBLISHED[name]} == {k: quantity(v) for k, v in PUBLISHED[name].items()}
