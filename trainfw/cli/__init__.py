@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli import check, doctor, env, evaluate, generate, recipe, tokenizer, topology, train
+from trainfw.cli import check, doctor, env, evaluate, generate, plan, recipe, tokenizer, topology, train
 from trainfw.errors import RunError, UserError
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)
 app.command("topology")(topology.topology)

@@ -2,6 +2,7 @@ from .analysis import Analysis as Analysis
 from .analysis import Matmul as Matmul
 from .analysis import Transfer as Transfer
 from .analysis import analyse as analyse
+from .analysis import simulated_cores as simulated_cores
 from .links import Level as Level
 from .links import TransferTime as TransferTime
 from .links import link_utilisation as link_utilisation
@@ -10,6 +11,8 @@ from .memory import CATEGORIES as CATEGORIES
 from .memory import Held as Held
 from .memory import MemoryTable as MemoryTable
 from .memory import memory_table as memory_table
+from .plan import Plan as Plan
+from .plan import plan as plan
 from .time import Assumptions as Assumptions
 from .time import StepTime as StepTime
 from .time import shape_efficiency as shape_efficiency

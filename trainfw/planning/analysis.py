@@ -109,6 +109,24 @@ def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SI
     return recipe.model_copy(update={"parallel": parallel, "train": train, "hardware": hardware}), Layout(**sizes)
 
 
+def simulated_cores(recipe: Recipe) -> int:
+    """Devices that a process must simulate to plan `recipe`. Raises UserError as `analyse` does."""
+    topology = recipe.hardware.load()
+    if topology is None:
+        raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
+    with recipe.blamed("parallel"):
+        layout = Layout.resolve(recipe.parallel, topology.cores)
+    _, simulated = simulated_recipe(recipe, layout)
+    needed = math.prod(simulated.sizes.values())
+    if needed > backends.MAX_SIMULATED or simulated.fsdp != layout.fsdp:
+        raise recipe.error(
+            "parallel",
+            f"{layout} is compiled for {needed:,} cores, of {backends.MAX_SIMULATED:,} that can be simulated; let data "
+            f"be longer and fsdp shorter",
+        )
+    return needed
+
+
 def analyse(
     recipe: Recipe, progress: Callable[[str], None] = lambda _: None, *, most: int = backends.MAX_SIMULATED
 ) -> tuple[Analysis, Program, Partitioned]:
@@ -127,7 +145,7 @@ def analyse(
 
     topology = recipe.hardware.load()
     if topology is None:
-        raise recipe.error("hardware.topology", "a plan needs hardware")
+        raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, topology.cores)
     small, simulated = simulated_recipe(recipe, layout, most)

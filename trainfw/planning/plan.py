@@ -1,0 +1,219 @@
+"""A plan: what a recipe will take on its hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainfw.hardware import Topology
+from trainfw.models import flops_per_token
+from trainfw.parallel import Layout, Placement, place
+from trainfw.planning.analysis import Analysis, Transfer, analyse
+from trainfw.planning.links import TransferTime, link_utilisation, transfer_seconds
+from trainfw.planning.memory import MemoryTable, memory_table
+from trainfw.planning.time import Assumptions, StepTime, step_time
+from trainfw.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one recipe on one topology."""
+
+    recipe: Recipe
+    topology: Topology
+    layout: Layout
+    placement: Placement
+    analysis: Analysis
+    memory: MemoryTable
+    time: StepTime
+    transfers: tuple[tuple[Transfer, TransferTime], ...]
+    """Every collective with its time, the longest first."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.time.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what the cores could do at the compute dtype's dense peak; None where that is not known."""
+        peak = self.topology.peak_flops(self.recipe.train.compute_dtype)
+        if peak is None:
+            return None
+        model = flops_per_token(self.recipe.model, self.recipe.data.sequence_length) * self.tokens_per_step
+        return model / self.time.seconds / (peak * self.topology.cores)
+
+    @property
+    def chip_hours(self) -> float:
+        """Of the whole run, steps alone."""
+        return self.topology.chips * self.time.seconds * self.recipe.train.steps / 3600
+
+    @property
+    def dollars(self) -> float | None:
+        price = self.recipe.hardware.dollars_per_chip_hour
+        return None if price is None else price * self.chip_hours
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with stable keys; seconds, bytes, and per core where it says so."""
+        return {
+            "recipe": self.recipe.name,
+            "hardware": {
+                "topology": self.topology.name,
+                "count": self.topology.count,
+                "lnc": self.topology.lnc,
+                "chips": self.topology.chips,
+                "cores": self.topology.cores,
+            },
+            "layout": self.layout.sizes,
+            "placement": {axis.axis: list(axis.parts) for axis in self.placement.axes},
+            "step_time_seconds": self.time.seconds,
+            "step_time_range_seconds": [self.time.low, self.time.high],
+            "step_time_parts_seconds": dict(self.time.parts),
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "bound_by": self.time.bound_by,
+            "memory_bytes_per_core": self.memory.to_json(),
+            "memory_capacity_bytes_per_core": self.topology.hbm_size,
+            "collectives": [
+                {
+                    "kind": transfer.kind,
+                    "axes": list(transfer.axes),
+                    "dtype": transfer.dtype,
+                    "bytes": transfer.bytes,
+                    "times": transfer.times,
+                    "seconds": taken.seconds,
+                }
+                for transfer, taken in self.transfers
+            ],
+            "chip_hours": self.chip_hours,
+            "dollars": self.dollars,
+            "assumptions": list(self.time.assumptions),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Plan:
+    """Plan `recipe` on its topology, on simulated devices that this process has (see `simulated_cores`).
+
+    Raises UserError where the recipe names no topology, its layout does not fit it, or it is too large to simulate.
+    """
+    analysis, program, partitioned = analyse(recipe, progress)
+    topology = recipe.hardware.load()
+    assert topology is not None  # or analyse would have said so
+    with recipe.blamed("parallel"):
+        placement = place(topology, analysis.layout, recipe.parallel.traffic)
+    transfers = [(transfer, transfer_seconds(transfer, placement)) for transfer in analysis.transfers]
+    transfers.sort(key=lambda pair: -pair[1].seconds * pair[0].times)
+    return Plan(
+        recipe=recipe,
+        topology=topology,
+        layout=analysis.layout,
+        placement=placement,
+        analysis=analysis,
+        memory=memory_table(program, partitioned, topology),
+        time=step_time(analysis, placement, recipe),
+        transfers=tuple(transfers),
+    )
+
+
+FUSED = Assumptions(attention="fused")
+HIDDEN = Assumptions(overlap=1.0)
+
+
+def whatif(plan: Plan) -> list[tuple[str, float]]:
+    """Changes and by how many seconds each, alone, would shorten the predicted step; the best first.
+
+    Told by the same model of time, not compiled: what a change does to memory is for another plan to say.
+    """
+    recipe, analysis = plan.recipe, plan.analysis
+
+    def saved(analysis: Analysis, assumptions: Assumptions) -> float:
+        return plan.time.seconds - step_time(analysis, plan.placement, recipe, assumptions).seconds
+
+    changes = [
+        ("attention by a fused kernel (data.mask_documents=false where NKI's is installed)", analysis, FUSED),
+        ("all of FSDP's and data's collectives hidden behind matrix products", analysis, HIDDEN),
+    ]
+    if recipe.train.accumulation_steps > 1:
+        parts = recipe.train.accumulation_steps
+        gathered = [
+            replace(transfer, times=max(1, transfer.times // 2)) if transfer.axes == ("fsdp",) else transfer
+            for transfer in analysis.transfers
+        ]
+        larger = replace(analysis, transfers=tuple(gathered))
+        text = (
+            f"microbatches twice as large (train.accumulation_steps={parts // 2}), which gather weights half as often"
+        )
+        changes.append((text, larger, Assumptions()))
+    found = [(text, saved(changed, assumed)) for text, changed, assumed in changes]
+    return sorted((pair for pair in found if pair[1] > 0.005 * plan.time.seconds), key=lambda pair: -pair[1])
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    topology, time = plan.topology, plan.time
+    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
+    yield f"{plan.recipe.name} on {units}: {topology.chips:,} chips, {topology.cores:,} cores, {plan.layout}"
+    yield "A prediction: nothing here was measured on this hardware."
+    yield ""
+    yield f"step time   {_seconds(time.seconds)}  (from {_seconds(time.low)} to {_seconds(time.high)})"
+    yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
+    if plan.mfu is not None:
+        yield f"MFU         {plan.mfu:.1%}"
+    yield f"bound by    {time.bound_by}"
+    tokens = plan.tokens_per_step * plan.recipe.train.steps
+    cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
+    steps = plan.recipe.train.steps
+    yield f"the run     {steps:,} steps, {tokens / 1e9:,.1f}G tokens: {plan.chip_hours:,.0f} chip-hours{cost}"
+    yield ""
+    yield "where a step goes"
+    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds > 0.0005 * time.seconds:
+            hidden = time.hidden.get(part, 0.0)
+            beside = f"  (and {_seconds(hidden)} beside matrix products)" if hidden else ""
+            name = PARTS.get(part, f"collectives over {part.replace('+', ', ')}")
+            yield f"  {name:32} {_seconds(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+    yield ""
+    yield "memory of a core"
+    yield from (f"  {line}" for line in plan.memory.lines())
+    yield ""
+    yield f"  {'collective':20} {'over':14} {'dtype':5} {'MB':>9} {'times':>7} {'a step':>9}  algorithm"
+    for transfer, taken in plan.transfers[:12]:
+        yield (
+            f"  {transfer.kind:20} {', '.join(transfer.axes):14} {transfer.dtype:5} {transfer.bytes / 1e6:9,.1f} "
+            f"{transfer.times:7,} {_seconds(taken.seconds * transfer.times):>9}  {taken.algorithm}"
+        )
+    if len(plan.transfers) > 12:
+        yield f"  and {len(plan.transfers) - 12} more that take less"
+    busy = link_utilisation(plan.analysis.transfers, plan.placement, time.seconds)
+    if busy:
+        yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
+    changes = whatif(plan)
+    if changes:
+        yield ""
+        yield "what would help most (predicted, each alone)"
+        yield from (f"  -{seconds / time.seconds:.0%}  {text}" for text, seconds in changes[:3])
+    yield ""
+    yield "assumed"
+    yield from (f"  {text}" for text in time.assumptions)
+
+
+PARTS = {
+    "matmul": "matrix products",
+    "attention": "attention scores",
+    "memory": "elementwise and reductions",
+    "optimizer": "optimizer and sums of gradients",
+}
+
+
+def _seconds(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:,.0f} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
