@@ -87,6 +87,14 @@ def test_state_is_counted_by_its_shards(tmp_path):
     assert sizes["optimizer_state"] == 2 * parameters + counts
 
 
+def test_what_the_step_never_reads_is_held_too(tmp_path):
+    program, partitioned = compiled_step(tmp_path, *LAYOUTS["fsdp"], "data.mask_documents=false")
+    table = memory_table(program, partitioned, None)
+    check_sums(table)
+    segment_ids = 8 // 8 * 32 * 4
+    assert table.arguments - partitioned.compiled.memory_analysis().argument_size_in_bytes == segment_ids
+
+
 def test_activations_are_the_inputs_of_layers_with_full_remat(tmp_path):
     overrides = (*SHAPE, *LAYOUTS["fsdp-tensor"], "train.remat=full", "train.global_batch_size=8")
     program, partitioned = compiled_step(tmp_path, *overrides)
@@ -128,9 +136,10 @@ def test_gradients_and_gathered_weights_are_recognised(tmp_path):
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.abstract_state.params)
     }
     assert any(held.category == "gradients" and math.prod(held.dims) in shards for held in table.largest)
-    # The gathered table of the embedding is a whole one.
-    whole = VOCABULARY * WIDTH * 4
-    assert any(held.category == "collective_buffers" and held.bytes == whole for held in table.largest)
+    # The gathered embedding is a whole table, and so is its gradient before it is scattered.
+    whole = [held for held in table.largest if held.bytes == VOCABULARY * WIDTH * 4]
+    assert {held.category for held in whole} == {"collective_buffers"}
+    assert any(held.op_name.endswith("scatter-add") for held in whole)
 
 
 def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
@@ -145,6 +154,7 @@ def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
     inputs = LAYERS * 2 * LENGTH * WIDTH
     stacks = [held for held in table.largest if math.prod(held.dims) == inputs]
     assert [held.bytes for held in stacks] == [2 * inputs]  # bf16, and no copy in f32 beside it
+    assert stacks[0].saved
     assert f"{table.corrected_values} values that it widens" in str(table)
 
 

@@ -75,7 +75,7 @@ class MemoryTable:
     capacity: int | None
     """Of the core; None where the topology does not say."""
     arguments: int
-    """State and batch."""
+    """State and batch, with what of the batch the step never reads; a compiled step's own figure leaves that out."""
     compiled_temporaries: int
     """What the CPU's compiler takes beside them."""
     corrected_bytes: int
@@ -202,6 +202,7 @@ def _peak(assignment: Assignment, final: _Final, known: _Known) -> tuple[int, in
         values[key if buffer.shape is not None else (buffer.name, -1)].append((buffer, index))
     change: Counter[int] = Counter()
     asked: dict[tuple[str, int], list[tuple[Buffer, int]]] = {}
+    places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     corrected = 0
     for key, buffers in values.items():
         narrow = final.widens and any(final.is_narrow(buffer, index) for buffer, index in buffers)
@@ -211,6 +212,9 @@ def _peak(assignment: Assignment, final: _Final, known: _Known) -> tuple[int, in
         ]
         corrected += sum(size < buffer.bytes for buffer, size in sized)
         asked[key] = sized
+        last = max(buffer.until for buffer, _ in sized)
+        for buffer, _ in sized:
+            places[buffer.offset, buffer.bytes].append((buffer.start, last))
         times = sorted({time for buffer, _ in sized for time in (buffer.start, buffer.end + 1)})
         before = 0
         for time in times:
@@ -229,7 +233,13 @@ def _peak(assignment: Assignment, final: _Final, known: _Known) -> tuple[int, in
             continue
         buffer, size = max(alive, key=lambda pair: pair[1])
         first = min(buffer.start for buffer, _ in sized)
-        last = max(buffer.until for buffer, _ in sized)
+        # Until the last copy of what it becomes, where a loop fills it, is gone.
+        last = max(
+            end
+            for buffer, _ in sized
+            for start, end in places[buffer.offset, buffer.bytes]
+            if buffer.start <= start <= buffer.until
+        )
         kept = bisect.bisect_right(backward, last) > bisect.bisect_right(backward, first)
         op_name, place = final.made_by(buffer)
         held.append(
