@@ -159,7 +159,8 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
 def _lines(plan: Plan) -> Iterator[str]:
     topology, time = plan.topology, plan.time
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
-    yield f"{plan.recipe.name} on {units}: {topology.chips:,} chips, {topology.cores:,} cores, {plan.layout}"
+    chips = f"{topology.chips:,} chip{'s' * (topology.chips > 1)}"
+    yield f"{plan.recipe.name} on {units}: {chips}, {topology.cores:,} cores, {plan.layout}"
     yield "A prediction: nothing here was measured on this hardware."
     yield ""
     yield f"step time   {_seconds(time.seconds)}  (from {_seconds(time.low)} to {_seconds(time.high)})"
