@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import checkify, io_callback
+from jax.experimental import checkify, io_callback, sparse
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -170,6 +170,17 @@ def bounds_that_are_constants_of_the_caller(x):
     return lax.scan(body, double(x, 3), None, length=3)[0]
 
 
+@legal("control-while", X)
+def bounds_made_of_constants(x):
+    low, high = jnp.minimum(jnp.int32(3) - 1, 5), jnp.int32(3) + jnp.int32(2) * jnp.maximum(2, jnp.uint8(1))
+    return lax.fori_loop(low, high, lambda i, x: x * i, x)
+
+
+@legal("control-cond", X)
+def branches_chosen_while_compiling(x):
+    return lax.cond(True, jnp.sin, jnp.cos, x) + lax.switch(1, [jnp.sin, jnp.cos], x)
+
+
 # --- Types ---------------------------------------------------------------------------------------
 
 
@@ -262,6 +273,70 @@ def integers_by_uniform(key):
     return jnp.floor(10 * jax.random.uniform(key, (16,))).astype(jnp.int32)
 
 
+@breaks("rng-threefry", X)
+def threefry_in_the_body_of_a_loop(x):
+    def body(i, x):
+        jax.random.normal(jax.random.key(1), (16,))  # nothing comes of it
+        return x + jax.random.normal(jax.random.key(0), (16,))  # here
+
+    return lax.fori_loop(0, 3, body, x)
+
+
+@legal("rng-randint", X)
+def functions_of_that_name(x):
+    def randint(x):
+        return x * 2
+
+    def _randint(x):
+        return x * 3
+
+    return jax.jit(randint)(x) + jax.jit(_randint)(x)
+
+
+@breaks("reduce-variadic", X)
+def a_fault_inside_a_function_of_that_name(x):
+    def randint(x):
+        return jnp.argmax(x)  # here
+
+    return jax.jit(randint)(x)
+
+
+@breaks("gather-fill", X, INTEGERS)
+def another_fault_inside_a_function_of_that_name(x, i):
+    @jax.jit
+    def randint(x, i):
+        return jnp.take(x, i)  # here
+
+    return randint(x, i)
+
+
+@legal("rng-threefry", X)
+def random_numbers_that_nobody_uses(x):
+    jax.random.normal(jax.random.key(0), (16,))
+    return x
+
+
+@legal("gather-fill", X, INTEGERS)
+def gathers_that_nobody_uses(x, i):
+    def body(carry):
+        jnp.take(carry[1], i)
+        return carry[0] + 1, carry[1] * 2
+
+    jnp.take(x, i)
+    return jax.jit(lambda x: (jnp.take(x, i), x)[1])(lax.while_loop(lambda c: c[0] < 3, body, (0, x))[1])
+
+
+@breaks("control-callback", X)
+def a_print_whose_result_nobody_uses(x):
+    @jax.jit
+    def log(x):
+        jax.debug.callback(print, x)  # here
+        return x * 2
+
+    log(x)
+    return x
+
+
 # --- Operators -----------------------------------------------------------------------------------
 
 
@@ -273,6 +348,22 @@ def sort_by_two_keys(x):
 @breaks("reduce-variadic", X)
 def argmax(x):
     return jnp.argmax(x)  # here
+
+
+@breaks("reduce-variadic", X, INTEGERS)
+def window_of_two_arrays(x, i):
+    larger = lambda a, b: (jnp.maximum(a[0], b[0]), jnp.where(a[0] > b[0], a[1], b[1]))  # noqa: E731
+    return lax.reduce_window((x, i), (-jnp.inf, jnp.int32(0)), larger, (2,), (2,), "VALID")  # here
+
+
+@breaks("sparse", jax.eval_shape(lambda: sparse.BCOO.fromdense(jnp.eye(16), nse=16)), MATRIX)
+def sparse_matmul(a, x):
+    return a @ x  # here
+
+
+@breaks("sparse", jax.eval_shape(lambda: sparse.BCOO.fromdense(jnp.eye(16), nse=16)))
+def sparse_to_dense(a):
+    return a.todense()  # here
 
 
 @breaks("topk-integer", INTEGERS)
@@ -330,6 +421,11 @@ def dilated_window(x):
     return lax.reduce_window(x, -jnp.inf, lax.max, (2,), (1,), "VALID", window_dilation=(2,))  # here
 
 
+@breaks("reduce-window-dilation", X)
+def dilated_input_of_a_window(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (2,), (1,), "VALID", base_dilation=(2,))  # here
+
+
 @breaks("op-triangular-solve", MATRIX, X)
 def triangular_solve(a, b):
     return jax.scipy.linalg.solve_triangular(a, b)  # here
@@ -363,6 +459,11 @@ def four_gigabytes_in(x):
 @breaks("buffer-size", array(2**15, dtype=jnp.bfloat16))
 def four_gigabytes_out(x):
     return jnp.outer(jnp.concatenate([x, x]), x)  # here
+
+
+@breaks("buffer-size", array(2**15, dtype=jnp.bfloat16))
+def four_gigabytes_out_of_a_scan(x):
+    return lax.scan(lambda carry, _: (carry * 2, carry), x, None, length=2**16)[1]  # here
 
 
 @legal("sort-comparator", X)
@@ -410,6 +511,17 @@ def mask_by_where(x):
     return jnp.where(x > 0, x, 0.0).sum()
 
 
+@legal("op-pow", X)
+def powers_with_integers(x):
+    return x**3 + x**-2 + x**2.0 + 0.9**x + jnp.sqrt(x)
+
+
+@legal("dot-algorithm", MATRIX)
+def precisions(x):
+    y = lax.dot(x, x, precision=lax.Precision.HIGHEST)
+    return lax.dot(y, x, precision=lax.DotAlgorithmPreset.DEFAULT, preferred_element_type=jnp.float32)
+
+
 @legal("conv-dilation", IMAGE, KERNEL)
 def kernel_dilation_with_stride(x, w):
     return lax.conv_general_dilated(x, w, (2, 2), [(2, 2)] * 2, rhs_dilation=(2, 2))
@@ -442,6 +554,26 @@ def just_under_four_gigabytes(x):
 @breaks("dtype-int64", X, x64=True)
 def int64(x):
     return x * jnp.arange(16, dtype=jnp.int64).astype(jnp.float32)  # here
+
+
+@breaks("dtype-int64", X, x64=True)
+def uint64(x):
+    return x * jnp.arange(16, dtype=jnp.uint64).astype(jnp.float32)  # here
+
+
+@warns("op-pow", X)
+def power_with_a_fraction(x):
+    return x**2.5  # here
+
+
+@warns("op-pow", X)
+def power_with_an_array(x):
+    return x**x  # here
+
+
+@warns("dot-algorithm", MATRIX)
+def product_with_an_algorithm(x):
+    return lax.dot(x, x, precision=lax.DotAlgorithmPreset.BF16_BF16_F32)  # here
 
 
 @warns("dtype-unlisted", X)
@@ -507,6 +639,11 @@ def groups_that_are_not_aligned(x):
     return sharded(lambda x: x + lax.psum(x, "quad"), SHIFTED)(x)  # here
 
 
+@breaks("collective-group", X, **ON_CHIP)
+def groups_that_are_not_aligned_of_a_mesh_that_only_the_function_names(x):
+    return sharded(lambda x: x + lax.psum(x, "quad"), SHIFTED)(x)  # here
+
+
 @breaks("collective-group", X, mesh=MESH, **ON_CHIP)
 def groups_of_different_sizes(x):
     groups = [[0, 1, 2], [3]]
@@ -541,6 +678,15 @@ def three_sets_of_groups_where_two_are_allowed(x):
 @legal("collective-group", X, mesh=MESH, **ON_CHIP)
 def groups_of_listed_shapes(x):
     return sharded(lambda x: x + lax.psum(x, "quad") + lax.psum(x, "half") + lax.psum(x, ("half", "quad")))(x)
+
+
+@legal("communicators", X, mesh=MESH, sdk=load_sdk().model_copy(update={"communicators": 3}), **ON_CHIP)
+def as_many_sets_of_groups_as_are_allowed(x):
+    def body(x):
+        x = lax.psum(x, "quad") + lax.psum(x, "half") + lax.psum(x, ("half", "quad"))
+        return x + lax.all_gather(x, "quad", tiled=True)[: x.size]  # the groups of a psum
+
+    return sharded(body)(x)
 
 
 @legal("permute-circular", X, mesh=MESH, **ON_CHIP)

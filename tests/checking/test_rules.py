@@ -33,7 +33,8 @@ def test_one_broken_rule_is_one_finding(name):
     place = report.errors[0].place
     assert place is not None
     assert (place.file, place.line) == marked_line(program.fn)
-    assert not report.warnings, report
+    explained = {"not-partitioned"} if program.rule == "control-checkify" else set()  # JAX lowers it for no device
+    assert {warning.rule for warning in report.warnings} == explained, report
 
 
 @pytest.mark.parametrize("name", LEGAL)
@@ -56,9 +57,12 @@ def test_one_warning(name):
 
 def test_the_tables_cover_the_rules():
     by_severity = {s: {name for name, rule in RULES.items() if rule.severity == s} for s in ("error", "warning")}
-    # Memory is of the program as a whole (see test_report.py).
+    # Memory, and what could be compiled at all, is of the program as a whole (see test_report.py).
     assert {program.rule for program in BREAKS.values()} == by_severity["error"] - {"memory-arguments"}
-    assert {program.rule for program in WARNS.values()} == by_severity["warning"] - {"memory-temporaries"}
+    assert {program.rule for program in WARNS.values()} == by_severity["warning"] - {
+        "memory-temporaries",
+        "not-partitioned",
+    }
     assert {program.rule for program in LEGAL.values()} <= set(RULES)
     assert len(BREAKS) >= 25
     assert len(LEGAL) >= 15

@@ -109,6 +109,24 @@ def test_times_are_products_of_trip_counts():
     assert parsed.times == {"main": 1, "body": 4, "inner_body": 4 * 4}  # i <= 3 by 1, and j < 7 by 2
 
 
+@pytest.mark.parametrize(
+    ("start", "limit"),
+    [
+        ("add(%one, %two)", 3),
+        ("subtract(%two, %one)", 1),
+        ("multiply(%two, %two)", 4),
+        ("minimum(%one, %two)", 1),
+        ("maximum(%one, %two)", 2),
+        ("clamp(%one, %zero, %two)", 1),
+        ("convert(%two)", 2),
+    ],
+)
+def test_bounds_made_of_constants(start, limit):
+    made = f"  %two = s32[] constant(2)\n  %made_start = s32[] {start}\n  %start ="
+    text = MODULE.replace("  %start =", made).replace("tuple(%zero, %r#1)", "tuple(%made_start, %r#1)")
+    assert parse_module(text).times["inner_body"] == 4 * len(range(limit, 7, 2))
+
+
 def test_a_loop_that_need_not_end_counts_once():
     parsed = parse_module(MODULE.replace("%next = s32[] add(%r#0, %one)", "%next = s32[] multiply(%r#0, %one)"))
     assert parsed.times["body"] == 1

@@ -9,6 +9,8 @@ from trainfw.checking.report import Finding
 from trainfw.hlo import Place, user_place
 
 _LISTED = {"bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8", "float8_e5m2", "float8_e4m3"}
+_SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
+_ANY_ALGORITHM = ("DEFAULT", "ANY_F8_F8_F32", "ANY_F8_F8_F32_FAST_ACCUM", "ANY_F8_F8_ANY", "ANY_F8_F8_ANY_FAST_ACCUM")
 
 
 def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
@@ -17,25 +19,54 @@ def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
     Args:
         has_e4m3fn: the hardware knows float8_e4m3fn.
     """
-    findings: list[Finding] = []
-    seen: set[tuple[int, Place | None]] = set()
+    from jax.interpreters import partial_eval
 
-    def visit(jaxpr: Any, caller: Place | None) -> None:
-        if (id(jaxpr), caller) in seen:
+    findings: list[Finding] = []
+    seen: set[tuple[int, Place | None, str]] = set()
+
+    def live(jaxpr: Any) -> Any:
+        """Without what nothing comes of: compilers drop it (JAX itself does before it lowers). Effects stay."""
+        return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0]
+
+    def visit(jaxpr: Any, caller: Place | None, calling: str) -> None:
+        if (id(jaxpr), caller, calling) in seen:
             return
-        seen.add((id(jaxpr), caller))
-        for eqn in jaxpr.eqns:
-            place = eqn_place(eqn) or caller
+        seen.add((id(jaxpr), caller, calling))
+        for eqn in live(jaxpr).eqns:
+            own = eqn_place(eqn)
+            place, origin = (own, _origin(eqn)) if own else (caller, calling)
             name = str(eqn.source_info.name_stack)
             op_name = f"{name}/{eqn.primitive.name}" if name else eqn.primitive.name
-            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(eqn, has_e4m3fn))
-            if not _is_randint(eqn):
-                for inner in sub_jaxprs(eqn):
-                    visit(inner, place)
+            findings.extend(
+                Finding(rule, message, place, op_name, origin=origin) for rule, message in _read(eqn, has_e4m3fn)
+            )
+            for inner in sub_jaxprs(eqn):
+                visit(inner, place, origin)
 
-    visit(closed.jaxpr, None)
+    visit(live(closed.jaxpr), None, "")  # the outer one first, so that it is known what of the inner ones is used
     findings.extend(_arguments(closed.jaxpr, {f.rule for f in findings}, has_e4m3fn))
     return findings
+
+
+def meshes_in(closed: Any) -> list[Any]:
+    """The meshes, abstract ones too, that a jax.core.ClosedJaxpr names: of shard_maps, constraints, inner jits."""
+    import jax
+
+    meshes: dict[Any, None] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            for name, value in eqn.params.items():
+                if name == "mesh" and isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+                    meshes.setdefault(value)
+                for part in value if isinstance(value, tuple) else (value,):
+                    if isinstance(part, jax.sharding.NamedSharding):
+                        meshes.setdefault(part.mesh)
+            for inner in sub_jaxprs(eqn):
+                visit(inner)
+
+    visit(closed.jaxpr)
+    return [mesh for mesh in meshes if not mesh.empty]
 
 
 def eqn_place(eqn: Any) -> Place | None:
@@ -48,16 +79,22 @@ def eqn_place(eqn: Any) -> Place | None:
     return user_place(Place(frame.file_name, frame.start_line) for frame in source_info_util.user_frames(traceback))
 
 
-def place_of_failure(error: BaseException) -> Place | None:
-    """Where in user code the operation stands that JAX failed to lower."""
-    place, traceback = None, error.__traceback__
+def place_of_failure(error: BaseException) -> tuple[Place | None, str]:
+    """Where in user code the operation stands that JAX failed to lower, and what on that line it comes out of."""
+    place, origin, traceback = None, "", error.__traceback__
     while traceback is not None:
         # JAX lowers equation by equation, each inside the lowering of the one that contains it.
         eqn = traceback.tb_frame.f_locals.get("eqn")
-        if hasattr(eqn, "source_info"):
-            place = eqn_place(eqn) or place
+        if hasattr(eqn, "source_info") and (own := eqn_place(eqn)):
+            place, origin = own, _origin(eqn)
         traceback = traceback.tb_next
-    return place
+    return place, origin
+
+
+def _origin(eqn: Any) -> str:
+    """What a line of user code calls, as StableHLO names it too: `jit(solve)`, `sort`."""
+    name = eqn.params.get("name")
+    return f"jit({name})" if eqn.primitive.name == "jit" else eqn.primitive.name
 
 
 def read_symbolic(closed: Any) -> list[Finding]:
@@ -90,6 +127,10 @@ def _read(eqn: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
         yield "scatter-drop", f"{name} into {_shape(eqn.invars[0])} with mode=drop"
     elif name == "threefry2x32" or (name.startswith("random_") and _threefry(eqn)):
         yield "rng-threefry", f"{name} with a Threefry key"
+    elif name.startswith(_SPARSE):
+        yield "sparse", f"{name} of jax.experimental.sparse"
+    elif name in ("dot_general", "ragged_dot_general") and (asked := _algorithm(eqn)):
+        yield "dot-algorithm", f"multiplies {_shape(eqn.invars[0])} and {_shape(eqn.invars[1])} with {asked}"
     elif _is_randint(eqn):
         yield "rng-randint", f"draws {_shape(eqn.outvars[0])} with jax.random.randint"
     for variable in eqn.outvars:
@@ -140,7 +181,18 @@ def _threefry(eqn: Any) -> bool:
 
 
 def _is_randint(eqn: Any) -> bool:
-    return eqn.params.get("name") in ("_randint", "randint")
+    """A call of JAX's own function: people have randints too."""
+    if eqn.params.get("name") not in ("_randint", "randint"):
+        return False
+    return any("/jax/_src/random" in str(inner.debug_info.func_src_info) for inner in sub_jaxprs(eqn))
+
+
+def _algorithm(eqn: Any) -> str:
+    """The algorithm that a product asks for; none for a plain precision, or where any will do."""
+    precision = eqn.params.get("precision")
+    if not type(precision).__name__.startswith("DotAlgorithm") or getattr(precision, "name", "") in _ANY_ALGORITHM:
+        return ""
+    return str(precision)
 
 
 def _shape(variable: Any) -> str:

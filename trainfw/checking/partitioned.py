@@ -28,11 +28,20 @@ def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topolog
     """
     found = collectives_of(module)
     return [
-        *_integer_reductions(found),
+        *_integer_reductions(found, mesh),
         *_groups(found, cores, mesh, topology),
         *_communicators(found, mesh, sdk),
         *_buffers(module, sdk),
     ]
+
+
+def is_partitioned(module: Module) -> bool:
+    """Whether XLA came as far as partitioning: before, shapes are of whole arrays and few collectives are there."""
+    return not any(
+        instruction.attributes.get("custom_call_target", "").strip('"').startswith(("xla.sdy.", "Sharding", "SPMD"))
+        or "xla.sdy." in instruction.attributes.get("frontend_attributes", "")
+        for instruction, _ in module.instructions()
+    )
 
 
 def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ...]:
@@ -95,14 +104,14 @@ def read_memory(memory: Memory) -> Iterator[Finding]:
         )
 
 
-def _integer_reductions(found: list[Collective]) -> Iterator[Finding]:
+def _integer_reductions(found: list[Collective], mesh: Any | None) -> Iterator[Finding]:
     for collective in found:
         integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
         if collective.kind in ("all-reduce", "reduce-scatter") and integers:
             shape = integers[0]
             yield _finding(
                 f"collective-integer-{collective.kind}",
-                f"{collective.kind} of {shape.dtype}[{','.join(map(str, shape.dims))}] over {_among(collective)}",
+                f"{collective.kind} of {shape.dtype}[{','.join(map(str, shape.dims))}] over {_among(collective, mesh)}",
                 collective,
             )
 
@@ -152,15 +161,15 @@ def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
                 message = f"input {instruction.op_name or instruction.name} is {shape.bytes / gb:.1f} GB on one core"
                 yield Finding("buffer-size", message, instruction.place or user.place, instruction.op_name)
     known = {(shape.dtype, shape.dims) for instruction in inputs for shape in instruction.shapes}
-    outputs = [entry.source(name) for name in entry.root.operands] if entry.root.opcode == "tuple" else [entry.root]
-    for output in outputs:
-        if output is None or output.opcode == "parameter":
-            continue
-        for shape in output.shapes if output.opcode not in ("while", "get-tuple-element") else ():
-            if shape.bytes >= limit and (shape.dtype, shape.dims) not in known:
-                known.add((shape.dtype, shape.dims))
-                message = f"an output is {shape.bytes / gb:.1f} GB on one core"
-                yield Finding("buffer-size", message, output.place, output.op_name)
+    root = entry.root
+    outputs = root.operands if root.opcode == "tuple" and len(root.operands) == len(root.shapes) else ()
+    # The shapes of the root: what a loop returns is a tuple of more than the output.
+    for number, shape in enumerate(root.shapes):
+        output = entry.source(outputs[number]) if outputs else root
+        if output is not None and shape.bytes >= limit and (shape.dtype, shape.dims) not in known:
+            known.add((shape.dtype, shape.dims))
+            message = f"an output is {shape.bytes / gb:.1f} GB on one core"
+            yield Finding("buffer-size", message, output.place, output.op_name)
     for instruction, _ in module.instructions():
         if instruction.opcode not in _WRITTEN_OUT:
             continue

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -8,15 +9,19 @@ from typing import Any
 
 from trainfw import backends
 from trainfw.backends import Sdk, load_sdk
-from trainfw.checking.jaxpr import place_of_failure, read_jaxpr, read_symbolic
-from trainfw.checking.partitioned import memory_of, read_memory, read_partitioned, sum_collectives
-from trainfw.checking.report import Finding, Report, merged
+from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic
+from trainfw.checking.partitioned import is_partitioned, memory_of, read_memory, read_partitioned, sum_collectives
+from trainfw.checking.report import CollectiveSum, Finding, Memory, Report, merged
 from trainfw.checking.stablehlo import read_stablehlo
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, load_topology
-from trainfw.hlo import Place, partition, user_place
+from trainfw.hlo import Partitioned, Place, partition, user_place
 
 Progress = Callable[[str], None]
+_SIMULATE = "Devices can be simulated: trainfw.backends.prepare(devices=64), before jax starts"
+_CONVERSIONS = ("The problem arose with the `", "occurred in the item() method", "occurred in the tolist() method")
+"""What JAX says of Python numbers made of arrays; else it names the function whose result would have the shape."""
+_SHAPES = ("Shapes must be 1D sequences of concrete values", "Slice entries must be static integers")
 
 
 def check(
@@ -39,21 +44,26 @@ def check(
         sdk: the Neuron SDK whose limits count; the newest when left out.
         mesh: a jax Mesh of the devices that the program is for, simulated ones say
             (`trainfw.backends.prepare(devices=64)` before jax starts). Device number n stands for core n of the
-            hardware. Left out, it is the mesh of the arguments' shardings, or one core.
+            hardware. Left out, it is the mesh of the arguments' shardings, the one that `fn` names, or one core.
 
-    Raises UserError for hardware that does not exist or is smaller than the mesh; what `fn` itself raises while it is
-    traced, except for shapes that depend on values, which are a finding.
+    Raises UserError for hardware that does not exist or is smaller than the mesh, and for a function that cannot be
+    traced or lowered for any device (values that Python would need, meshes of different devices); whatever else `fn`
+    raises. Shapes that depend on values are a finding.
     """
     import jax
 
     topology = hardware if isinstance(hardware, Topology) else load_topology(hardware, count=count, lnc=lnc)
     release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
-    arguments = jax.tree.map(_abstract, abstract_args)
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise UserError(f"mesh = {mesh}: expected a jax.sharding.Mesh of devices. {_SIMULATE}")
+    arguments = jax.tree.map(lambda leaf: _abstract(leaf, mesh), abstract_args)
     if mesh is None:
         meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(arguments) if _is_split(leaf)}
         if len(meshes) > 1:
             raise UserError(f"the arguments are split over {len(meshes)} different meshes; expected one")
         mesh = next(iter(meshes), None)
+        if isinstance(mesh, jax.sharding.AbstractMesh):
+            raise UserError(f"the arguments are split over a mesh without devices, {mesh}: pass mesh=. {_SIMULATE}")
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     if mesh is not None and jitted is not fn:  # a jitted function may say itself how its arguments are split
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -92,78 +102,207 @@ def _check(
     progress: Progress,
 ) -> Report:
     """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
-    import jax
-
     neuron = topology.rules == "neuron"
-    cores = _physical_cores(mesh, topology)
     findings: list[Finding] = list(_versions(sdk)) if neuron else []
-    summary, memories = None, []
+    sums: list[tuple[CollectiveSum, ...]] = []
+    memories: list[Memory] = []
+    if mesh is not None:
+        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
     for name, (function, arguments) in functions.items():
-        progress(f"tracing {name}")
-        found: list[Finding] = []
-        try:
-            traced = function.trace(*arguments)
-        except (jax.errors.NonConcreteBooleanIndexError, jax.errors.ConcretizationTypeError) as error:
-            if not neuron or isinstance(error, jax.errors.TracerBoolConversionError):
-                raise
-            findings.append(Finding("shape-dynamic", _first_line(error), _raised_at(error), program=name))
-            continue
-        if neuron and (symbolic := read_symbolic(traced.jaxpr)):
-            findings += [replace(finding, program=name) for finding in symbolic]
-            continue
-        if neuron:
-            found += read_jaxpr(traced.jaxpr, has_e4m3fn=_has_e4m3fn(topology))
-            found += _lowered_findings(traced, {finding.rule for finding in found})
-        progress(f"partitioning {name} for {len(cores)} core{'s' * (len(cores) > 1)}")
-        try:
-            partitioned = partition(traced.lower(), backends.current().compiler_options)
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-            partitioned = None  # what the CPU cannot lower at all; the rules above have been read
-        if partitioned is not None and neuron:
-            found += read_partitioned(partitioned.module, cores, mesh, topology, sdk)
-        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
-        memories.append(memory_of(leaves, partitioned, topology))
-        found += read_memory(memories[-1])
-        if summary is None and partitioned is not None:
-            summary = sum_collectives(partitioned.module, mesh)
+        found, memory, collectives = _check_function(name, function, arguments, mesh, topology, sdk, progress)
         findings += [replace(finding, program=name) for finding in found]
+        memories += [memory] if memory is not None else []
+        sums += [collectives] if collectives is not None else []
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     return Report(
         hardware=units,
         cores=topology.cores,
         sdk=sdk.version if neuron else None,
         findings=merged(findings),
-        collectives=summary or (),
+        collectives=next(iter(sums), ()),
         memory=max(memories, key=lambda memory: memory.arguments + (memory.temporaries or 0), default=None),
     )
 
 
-def _lowered_findings(traced: Any, found: set[str]) -> list[Finding]:
+def _check_function(
+    name: str,
+    function: Any,
+    arguments: tuple[Any, ...],
+    mesh: Any | None,
+    topology: Topology,
+    sdk: Sdk,
+    progress: Progress,
+) -> tuple[list[Finding], Memory | None, tuple[CollectiveSum, ...] | None]:
+    """What is found in one function, its memory and its collectives, as far as it could be read."""
+    neuron = topology.rules == "neuron"
+    found: list[Finding] = []
+    progress(f"tracing {name}")
+    with contextlib.ExitStack() as context:
+        try:
+            traced = _trace(name, function, arguments, mesh, context)
+        except Exception as error:
+            if neuron and _is_about_shapes(error):
+                return [Finding("shape-dynamic", _first_line(error), _raised_at(error))], None, None
+            raise
+        if neuron and (symbolic := read_symbolic(traced.jaxpr)):
+            return symbolic, None, None
+        if neuron:
+            found += read_jaxpr(traced.jaxpr, has_e4m3fn=_has_e4m3fn(topology))
+            found += _lowered_findings(traced, name, {finding.rule for finding in found})
+        cores = f" for {mesh.size} core{'s' * (mesh.size > 1)}" if mesh is not None else ""
+        progress(f"partitioning {name}{cores}")
+        partitioned, why = _partition(traced, name)
+    collectives = None
+    if partitioned is None:
+        found.append(Finding("not-partitioned", why))
+    else:
+        devices = _devices(partitioned, traced, mesh)
+        named = _mesh_of(devices, partitioned, traced, mesh)
+        physical = _physical_cores(devices, topology)
+        if neuron:
+            found += read_partitioned(partitioned.module, physical, named, topology, sdk)
+        collectives = sum_collectives(partitioned.module, named)
+    memory = memory_of(_leaves(traced, arguments), partitioned, topology)
+    found += read_memory(memory)
+    return found, memory, collectives
+
+
+# --- Tracing, lowering, partitioning --------------------------------------------------------------
+
+
+def _trace(
+    name: str, function: Any, arguments: tuple[Any, ...], mesh: Any | None, context: contextlib.ExitStack
+) -> Any:
+    """Trace, in the context of `mesh` (left to `context` to leave) where the function names none that has devices."""
+    import jax
+
+    def trace() -> Any:
+        try:
+            traced = function.trace(*arguments)
+        except (
+            jax.errors.ConcretizationTypeError,
+            jax.errors.TracerIntegerConversionError,
+            jax.errors.TracerArrayConversionError,
+        ) as error:
+            if _is_about_shapes(error):
+                raise
+            raise UserError(
+                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {_first_line(error)}"
+            ) from error
+        traced = getattr(traced, "traced", traced)  # what flax.nnx.jit wraps
+        if not isinstance(traced, jax.stages.Traced):
+            raise UserError(f"{function}: expected a function, or what jax.jit or flax.nnx.jit returns")
+        return traced
+
+    traced = trace()
+    if not _lacks_devices(traced):
+        return traced
+    if mesh is None:
+        raise UserError(f"{name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
+    context.enter_context(jax.set_mesh(mesh))
+    return trace()
+
+
+def _lacks_devices(traced: Any) -> bool:
+    import jax
+
+    abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
+    return bool(abstract) and all(abstract) and jax.sharding.get_mesh().empty
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    """Whether a program failed to trace because a shape depends on values, rather than on other use of one."""
+    import jax
+
+    if isinstance(error, jax.errors.NonConcreteBooleanIndexError):
+        return True
+    text = str(error)
+    if type(error) is jax.errors.ConcretizationTypeError:  # of the function that would make the array, or of a number
+        return not any(conversion in text for conversion in _CONVERSIONS)
+    return "Tracer" in text and any(said in text for said in _SHAPES)
+
+
+def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
     """Findings in the StableHLO for Neuron, or, where JAX cannot make it, in that for CPU."""
-    platform, failure = "neuron", []
+    failure = []
     try:
         lowered = traced.lower(lowering_platforms=("neuron",))
     except (NotImplementedError, ValueError) as error:
         if not found & {"control-callback", "control-checkify"}:
-            failure = [Finding("op-no-lowering", _first_line(error), place_of_failure(error))]
-        platform = "cpu"
-    if platform == "cpu":
+            place, origin = place_of_failure(error)
+            failure = [Finding("op-no-lowering", _first_line(error), place, origin=origin)]
         try:
             lowered = traced.lower(lowering_platforms=("cpu",))
-        except (NotImplementedError, ValueError):
+        except (NotImplementedError, ValueError) as other:
+            _raise_what_is_wrong_anywhere(name, error, other)
             return failure
     return [*failure, *read_stablehlo(lowered.compiler_ir("stablehlo"))]
 
 
-def _physical_cores(mesh: Any | None, topology: Topology) -> list[int]:
-    """The core of each partition: devices in order of process and number stand for cores in theirs."""
+def _partition(traced: Any, name: str) -> tuple[Partitioned | None, str]:
+    """The partitioned program, or why there is none: what neither JAX nor XLA can build for a CPU."""
     import jax
 
-    if mesh is None:
-        return [0]
-    everything = sorted({*jax.devices(), *mesh.devices.flat}, key=lambda d: (d.process_index, d.id))
+    try:
+        lowered = traced.lower()
+    except (NotImplementedError, ValueError) as error:
+        try:
+            traced.lower(lowering_platforms=("neuron",))
+        except (NotImplementedError, ValueError) as other:
+            _raise_what_is_wrong_anywhere(name, error, other)
+        return None, _first_line(error)
+    try:
+        partitioned = partition(lowered, backends.current().compiler_options)
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return None, _first_line(error)
+    if partitioned.compiled is None and not is_partitioned(partitioned.module):
+        return None, "XLA gave up before it had partitioned the program"
+    return partitioned, ""
+
+
+def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception) -> None:
+    """Raise a failure that is the same for two platforms: then it is of the program, not of what one of them lacks."""
+    if isinstance(error, ValueError) and type(error) is type(other) and str(error) == str(other):
+        raise UserError(f"{name} cannot be lowered for any device: {_first_line(error)}") from error
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def _devices(partitioned: Partitioned, traced: Any, mesh: Any | None) -> list[Any]:
+    """The device of each partition."""
+    import jax
+
+    count = partitioned.module.num_partitions
+    if partitioned.compiled is not None:
+        devices = list(partitioned.compiled.runtime_executable().local_devices())
+        if len(devices) == count:
+            return devices
+    for candidate in (mesh, *meshes_in(traced.jaxpr)):
+        if isinstance(candidate, jax.sharding.Mesh) and candidate.size == count:
+            return list(candidate.devices.flat)
+    raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
+
+
+def _mesh_of(devices: list[Any], partitioned: Partitioned, traced: Any, mesh: Any | None) -> Any | None:
+    """A mesh of these devices in their order, after whose axes groups can be named."""
+    import jax
+
+    compiled = partitioned.compiled
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)) if compiled is not None else []
+    meshes = [mesh, *meshes_in(traced.jaxpr), *(s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))]
+    concrete = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
+    return next((mesh for mesh in concrete if list(mesh.devices.flat) == devices), None)
+
+
+def _physical_cores(devices: Iterable[Any], topology: Topology) -> list[int]:
+    """The core of each of these: devices in order of process and number stand for cores in theirs."""
+    import jax
+
+    devices = list(devices)
+    everything = sorted({*jax.devices(), *devices}, key=lambda d: (d.process_index, d.id))
     rank = {device: number for number, device in enumerate(everything)}
-    cores = [rank[device] for device in mesh.devices.flat]
+    cores = [rank[device] for device in devices]
     if max(cores) >= topology.cores:
         raise UserError(
             f"the mesh has device {max(cores)}, but {topology.count} x {topology.name} has {topology.cores} cores "
@@ -192,15 +331,30 @@ def _has_e4m3fn(topology: Topology) -> bool:
     return any(kind.startswith("NC_v4") for kinds in topology.chip.device_kinds.values() for kind in kinds)
 
 
-def _abstract(leaf: Any) -> Any:
-    """An argument without its values. Python's own numbers stay: they are of weak type."""
+def _abstract(leaf: Any, mesh: Any | None) -> Any:
+    """An argument without its values, over `mesh` where its own has no devices. Python's own numbers stay: they are
+    of weak type."""
     import jax
 
-    if isinstance(leaf, jax.ShapeDtypeStruct) or not hasattr(leaf, "shape"):
+    if not hasattr(leaf, "shape"):
         return leaf
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    if sharding is not None and isinstance(sharding.mesh, jax.sharding.AbstractMesh) and mesh is not None:
+        sharding = jax.sharding.NamedSharding(mesh, sharding.spec)
+    elif isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.typeof(leaf).dtype, sharding=sharding)
+
+
+def _leaves(traced: Any, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arrays among the arguments, in the order in which the compiled function takes them."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+    taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
+    same = [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in taken]
+    return leaves if same else taken
 
 
 def _is_split(leaf: Any) -> bool:

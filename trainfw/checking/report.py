@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainfw.checking.rules import RULES, SEVERITIES, Severity
@@ -22,7 +23,9 @@ class Finding:
     program: str = ""
     """Which of the compiled functions: `train_step`, `eval_step`."""
     count: int = 1
-    """How many operations at that place."""
+    """How many operations at that place, in the function that has most."""
+    origin: str = ""
+    """What the line calls that this is part of, such as `jit(solve)`: only there do rules hide others."""
 
     @property
     def severity(self) -> Severity:
@@ -155,15 +158,23 @@ class Report:
 
 def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """One finding for each rule and place, with what other rules hide left out; most severe first."""
-    found: dict[tuple[Any, ...], Finding] = {}
+    findings = list(findings)
+    hiding: dict[tuple[str, Place | None, str], set[str]] = defaultdict(set)
     for finding in findings:
+        for rule in RULES[finding.rule].hides if finding.place else ():
+            if rule != finding.rule:
+                hiding[rule, finding.place, finding.program].add(finding.origin)
+    first: dict[Any, Finding] = {}
+    counts: dict[Any, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for finding in findings:
+        origins = hiding[finding.rule, finding.place, finding.program]
+        if origins and (finding.origin in origins or "" in (finding.origin, *origins)):
+            continue
         # Without a place, the message tells one from another.
         key = (finding.rule, finding.place or (finding.op_name, finding.message))
-        first = found.setdefault(key, finding)
-        if first is not finding:
-            found[key] = Finding(**{**first.__dict__, "count": first.count + finding.count})
-    hidden = {(rule, f.place) for f in found.values() if f.place for rule in RULES[f.rule].hides if rule != f.rule}
-    kept = [finding for finding in found.values() if (finding.rule, finding.place) not in hidden]
+        first.setdefault(key, finding)
+        counts[key][finding.program] += finding.count
+    kept = [replace(finding, count=max(counts[key].values())) for key, finding in first.items()]
     return tuple(sorted(kept, key=lambda f: (SEVERITIES.index(f.severity), f.place is None, f.place or Place("", 0))))
 
 

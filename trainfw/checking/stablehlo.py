@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainfw.checking.report import Finding
@@ -10,6 +11,15 @@ from trainfw.checking.rules import known_custom_calls, known_operators
 from trainfw.hlo import Place, count_trips, user_place
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
+_FOLDED: dict[str, Callable[..., int]] = {
+    "stablehlo.add": operator.add,
+    "stablehlo.subtract": operator.sub,
+    "stablehlo.multiply": operator.mul,
+    "stablehlo.minimum": min,
+    "stablehlo.maximum": max,
+    "stablehlo.clamp": lambda low, value, high: min(max(low, value), high),
+}
+"""Arithmetic of integer scalars. What overflows would have been no trip count either."""
 Arguments = tuple[int | None, ...]
 """What a function is called with, where that is an integer known when compiling."""
 
@@ -20,25 +30,28 @@ def read_stablehlo(module: Any) -> list[Finding]:
     findings: list[Finding] = []
     seen: set[Any] = set()
 
-    def visit(name: str, caller: Place | None, arguments: Arguments) -> None:
-        if (name, caller, arguments) in seen or name not in functions:
+    def visit(name: str, caller: Place | None, calling: str, arguments: Arguments) -> None:
+        if (name, caller, calling, arguments) in seen or name not in functions:
             return
-        seen.add((name, caller, arguments))
-        walk(functions[name], caller, arguments)
+        seen.add((name, caller, calling, arguments))
+        walk(functions[name], caller, calling, arguments)
 
-    def walk(parent: Any, caller: Place | None, arguments: Arguments) -> None:
+    def walk(parent: Any, caller: Place | None, calling: str, arguments: Arguments) -> None:
         for op in _inside(parent):
             frames, op_name = _location(op.location)
             # JAX's own jitted functions are compiled apart, without lines: theirs is the caller's.
-            place = user_place(frames) or caller
+            own = user_place(frames)
+            place, origin = (own, op_name.rpartition("/")[2].rstrip(":")) if own else (caller, calling)
             if op.name == "func.call":
                 known = tuple(_integer(operand, arguments) for operand in op.operands)
-                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, known)
+                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, origin, known)
                 continue
-            findings.extend(Finding(rule, message, place, op_name) for rule, message in _read(op, arguments))
-            walk(op, place, arguments)
+            findings.extend(
+                Finding(rule, message, place, op_name, origin=origin) for rule, message in _read(op, arguments)
+            )
+            walk(op, place, origin, arguments)
 
-    visit("main", None, ())
+    visit("main", None, "", ())
     return findings
 
 
@@ -109,6 +122,8 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         case "reduce_precision":
             rule = "op-reduce-precision" if _reduces(op) else "op-reduce-precision-noop"
             yield rule, f"reduce_precision of {_type(op.operands[0])}"
+        case "power" if not _is_known_power(op):
+            yield "op-pow", f"raises {_type(op.operands[0])} to a power that is no constant integer"
         case "custom_call":
             target = str(op.attributes["call_target_name"]).strip('"')
             if target not in known_custom_calls() and not target.startswith("xla.sdy."):
@@ -146,6 +161,12 @@ def _sorts_simply(op: Any) -> bool:
 def _adds(op: Any) -> bool:
     update = _owner(_terminator(op.regions[0]).operands[0])
     return update is not None and update.name == "stablehlo.add"
+
+
+def _is_known_power(op: Any) -> bool:
+    """Whether the exponent is a constant integer, or the base a constant (as `decay ** step` of optimizers has it)."""
+    base, exponent = (_constant(operand) for operand in op.operands)
+    return base is not None or (exponent is not None and exponent.is_integer())
 
 
 def _large(op: Any, attribute: str) -> list[int]:
@@ -229,11 +250,30 @@ def _integer(value: Any, arguments: Arguments) -> int | None:
             return None
     if op.name in ("stablehlo.convert", "stablehlo.reshape", "stablehlo.optimization_barrier"):
         return _integer(op.operands[list(op.results).index(value)], arguments)
+    if op.name in _FOLDED:
+        values = [_integer(operand, arguments) for operand in op.operands]
+        return None if None in values else _FOLDED[op.name](*values)
     if op.name == "stablehlo.case" and (index := _integer(op.operands[0], arguments)) is not None:
         # How lax.platform_dependent says which platform it is compiled for.
         branch = op.regions[min(max(index, 0), len(op.regions) - 1)]
         return _integer(_terminator(branch).operands[0], arguments)
     return None
+
+
+def _constant(value: Any) -> float | None:
+    """The one number that a constant array holds."""
+    from jaxlib.mlir import ir
+
+    op = _owner(value)
+    while op is not None and op.name in ("stablehlo.broadcast_in_dim", "stablehlo.convert", "stablehlo.reshape"):
+        value = op.operands[0]
+        op = _owner(value)
+    if op is None or op.name != "stablehlo.constant":
+        return None
+    elements = op.attributes["value"]
+    if not isinstance(elements, ir.DenseElementsAttr) or not elements.is_splat:
+        return None
+    return float(ir.FloatAttr(elements.get_splat_value()).value) if not _is_integer(value) else 1.0
 
 
 def _element(value: Any) -> Any:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from trainfw.hlo.places import Place
 
+_FOLDED: dict[str, Callable[..., int]] = {
+    "convert": int,
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "minimum": min,
+    "maximum": max,
+    "clamp": lambda low, value, high: min(max(low, value), high),
+}
+"""Arithmetic of integer scalars."""
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 
@@ -73,7 +84,7 @@ class Computation:
         return {name: tuple(found) for name, found in users.items()}
 
     def source(self, operand: str) -> Instruction | None:
-        """The instruction behind an operand, through copies, converts of scalars and elements of tuples it makes."""
+        """The instruction behind an operand, through copies and elements of tuples that are made there."""
         name, _, element = operand.partition("#")
         instruction = self.instructions.get(name)
         while instruction is not None:
@@ -103,9 +114,14 @@ class Computation:
         return None
 
     def integer(self, operand: str) -> int | None:
-        """The value of a constant integer scalar."""
+        """The value of an integer scalar that is a constant, or made of constants."""
         source = self.source(operand)
-        if source is None or source.opcode != "constant" or source.literal is None:
+        if source is None:
+            return None
+        if source.opcode in _FOLDED:
+            values = [self.integer(operand) for operand in source.operands]
+            return None if None in values else _FOLDED[source.opcode](*values)
+        if source.opcode != "constant" or source.literal is None:
             return None
         try:
             return int(source.literal)
