@@ -14,28 +14,37 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import yaml
 
 from trainfw import Recipe, backends, load_recipe
-from trainfw.hardware import Topology
+from trainfw.hardware import Topology, load_topology
 from trainfw.models import flops_per_token
-from trainfw.parallel import place
-from trainfw.planning import Analysis, Assumptions, StepTime, analyse, step_time
+from trainfw.parallel import Layout, place
+from trainfw.planning import Analysis, Assumptions, StepTime, analyse, simulated_recipe, step_time
 
 DEVICES = 64
-"""Simulated: `data` and `fsdp` are shortened to these, which changes nothing in what a core does."""
+"""Simulated by this process."""
+MOST = 16
+"""To which `data` and `fsdp` are shortened: what a core does stays as it is (tests/planning/test_time.py)."""
 
 AXLEARN = "AXLearn (arXiv:2507.05411), wizwand.com/paper/68fa79ed1e209131cea80024"
 FUJI = "layout: apple/axlearn axlearn/experiments/text/gpt/fuji.py"
-NEURON = "aws-neuron-sdk about-neuron/benchmarks/trn1/training_data_decoder.csv (SDK 2.24)"
+NEURON = (
+    "aws-neuron-sdk about-neuron/benchmarks/trn1/training_data_decoder.csv (SDK 2.24); settings: neuronx-distributed "
+    "examples/training/llama/tp_zero1_llama_hf_pretrain/tp_zero1_llama3_8B_hf_pretrain.sh"
+)
 TORCHTITAN = "pytorch/torchtitan 31a17bfd benchmarks/llama3_h100_202412_torchtitan.md"
 MAXTEXT = (
     "AI-Hypercomputer/maxtext README (2024); MaxText/configs/a3/llama_2_7b, MaxText/configs/models/gpu/llama2_7b.yml"
 )
+
+
+SEQUENCE_PARALLEL = {"act_embed": ["tensor"]}
+"""Activations between blocks are split over tensor: gathered before a block and scattered after it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +82,7 @@ class Run:
 
 
 def _settings(topology: str, count: int, preset: str, **settings: object) -> dict[str, object]:
+    """A recipe's settings by dotted key; `a__b` is `a.b`."""
     return {"hardware.topology": topology, "hardware.count": count, "model.preset": preset} | {
         key.replace("__", "."): value for key, value in settings.items()
     }
@@ -95,10 +105,11 @@ def _maxtext(nodes: int, published: float) -> Run:
         published=published,
         unit="TFLOP/s/chip",
         source=MAXTEXT,
-        nearest="remat minimal_flash recomputes the elementwise operations of a layer; here nothing",
+        nearest="remat minimal_flash recomputes the elementwise operations of a layer; here nothing. "
+        "Which A3 is not said: A3 High is assumed",
         fit=nodes == 1,
-        # cloud.google.com/compute/docs/gpus/gpu-network-bandwidth: a3-highgpu-8g, 1,000 Gbit/s by five cards of 200,
-        # four of them for the 8 GPUs.
+        # cloud.google.com/compute/docs/gpus/gpu-network-bandwidth: a3-highgpu-8g has 1,000 Gbit/s, by five cards of
+        # 200, of which four are the 8 GPUs'.
         parameters={"network.bandwidth": "100 Gbit/s"} if nodes > 1 else {},
     )
 
@@ -135,15 +146,16 @@ RUNS = [
             "llama2-7b",
             data__sequence_length=4096,
             train__global_batch_size=1024,
-            train__remat="full",
+            train__remat="dots",
             parallel__fsdp=1024,
             parallel__tensor=4,
+            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=1.2,
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
-        nearest="batch (1,024 x 4,096 tokens) and remat are not published with it; activations between blocks are "
-        "split over tensor there, here not",
+        nearest="batch (1,024 x 4,096 tokens) and remat are not published with it: those of its 70B configuration; "
+        "activations between blocks are split over tensor by their width, there by sequence",
         fit=True,
     ),
     Run(
@@ -155,14 +167,16 @@ RUNS = [
             "llama2-70b",
             data__sequence_length=4096,
             train__global_batch_size=1024,
-            train__remat="full",
+            train__remat="dots",
             parallel__fsdp=1024,
             parallel__tensor=4,
+            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=11.2,
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
-        nearest="as with 7B; remat there saves what projects to queries, keys, values and into the feed-forward layer",
+        nearest="batch not published with it; remat there saves what projects to queries, keys, values and into the "
+        "feed-forward layer, here every projection; activations between blocks as with 7B",
     ),
     Run(
         name="NxDT Llama 3.1 8B, 512 Trainium1",
@@ -174,16 +188,19 @@ RUNS = [
             model__num_kv_heads=32,
             data__sequence_length=8192,
             train__global_batch_size=1024,
-            train__remat="full",
+            train__remat="dots",
             parallel__data=32,
             parallel__fsdp=1,
             parallel__tensor=32,
+            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=47.95,
         unit="seq/s",
         source=NEURON,
-        nearest="kv heads repeated to 32 for TP32, as there; no ZeRO-1: the whole update on every replica; one "
-        "microbatch, which would not fit, so that gradients are reduced once a step as there",
+        nearest="kv heads repeated to 32, as there; no ZeRO-1: the whole update on every replica; one microbatch, "
+        "which would not fit, so that gradients are reduced once a step as there; activations between blocks are "
+        "split over tensor by their width, there by sequence",
+        fit=True,
     ),
     *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409))),
     *(_torchtitan(nodes, published) for nodes, published in ((1, 6667), (16, 6514))),
@@ -231,6 +248,49 @@ def fitted(runs: dict[Run, Analysis]) -> float:
     return (low + high) / 2
 
 
+def _efficiency(topology: str) -> float:
+    return load_topology(topology).figures["chip.matmul_efficiency"].number
+
+
+def analysed(runs: list[Run]) -> dict[Run, Analysis]:
+    """What each run's program is, compiled once for those that differ in the length of `data` alone."""
+    known: dict[str, Analysis] = {}
+    found = {}
+    for run in runs:
+        recipe = run.recipe()
+        topology = recipe.hardware.load()
+        assert topology is not None
+        layout = Layout.resolve(recipe.parallel, topology.cores)
+        key = f"{simulated_recipe(recipe, layout, MOST)[0].to_yaml()} fsdp {layout.fsdp}"
+        if key not in known:
+            started = time.monotonic()
+            known[key] = analyse(recipe, most=MOST)[0]
+            print(f"{time.monotonic() - started:5.1f} s to compile {run.name}", file=sys.stderr, flush=True)
+        found[run] = replace(known[key], layout=layout)
+    return found
+
+
+def show(run: Run, analysis: Analysis, efficiency: float | None) -> float:
+    """Print a run; the error of its predicted time."""
+    step, ratio = predict(run, analysis, efficiency)
+    recipe = run.recipe()
+    topology = recipe.hardware.load()
+    assert topology is not None
+    middle, *ends = (in_unit(run, recipe, topology, s) for s in (step.seconds, step.low, step.high))
+    print(f"\n{run.name} ({'fitted' if run.fit else 'held out'})")
+    print(f"  source     {run.source}")
+    print(f"  published  {run.published:10,.2f} {run.unit}")
+    print(f"  predicted  {middle:10,.2f} {run.unit}   ({min(ends):,.2f} to {max(ends):,.2f})")
+    print(f"  step time  {step.seconds:10.3f} s, {ratio - 1:+.1%} of the published")
+    print(f"  MFU        {step.mfu:10.1%}, bound by {step.bound_by}")
+    parts = [f"{name} {seconds:.3f}" for name, seconds in step.parts.items() if seconds >= 0.0005]
+    hidden = [f"{name} {seconds:.3f}" for name, seconds in step.hidden.items() if seconds >= 0.0005]
+    print(f"  seconds    {', '.join(parts)}{'; hidden: ' + ', '.join(hidden) if hidden else ''}")
+    if run.nearest:
+        print(f"  differs    {run.nearest}")
+    return ratio - 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="runs whose names contain this (default: all)")
@@ -238,45 +298,27 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [run for run in RUNS if not arguments.names or any(name in run.name for name in arguments.names)]
     backends.prepare(DEVICES)
-    analyses: dict[Run, Analysis] = {}
-    for run in chosen:
-        started = time.monotonic()
-        analyses[run] = analyse(run.recipe(), most=DEVICES)[0]
-        print(f"{time.monotonic() - started:5.1f} s to compile {run.name}", file=sys.stderr, flush=True)
-    efficiency: dict[str, float] = {}
-    if arguments.fit:
-        for chip in dict.fromkeys(run.chip for run in chosen):
-            mine = {run: analysis for run, analysis in analyses.items() if run.chip == chip and run.fit}
-            if mine:
-                efficiency[chip] = fitted(mine)
-                print(f"{chip}: matmul_efficiency {efficiency[chip]:.3f}, fitted on {', '.join(r.name for r in mine)}")
-    held_out = []
-    for run, analysis in analyses.items():
-        step, ratio = predict(run, analysis, efficiency.get(run.chip))
-        recipe = run.recipe()
-        topology = recipe.hardware.load()
-        assert topology is not None
-        low, middle, high = (in_unit(run, recipe, topology, s) for s in sorted((step.low, step.seconds, step.high)))
-        print(f"\n{run.name} ({'fitted' if run.fit else 'held out'})")
-        print(f"  published  {run.published:10,.2f} {run.unit}   [{run.source}]")
-        print(f"  predicted  {middle:10,.2f} {run.unit}   ({min(low, high):,.2f} to {max(low, high):,.2f})")
-        print(
-            f"  step time  {step.seconds:10.3f} s, {ratio - 1:+.1%} of the published; "
-            f"MFU {step.mfu:.1%}; {step.bound_by}"
-        )
-        parts = [f"{name} {seconds:.3f}" for name, seconds in step.parts.items() if seconds >= 0.0005]
-        hidden = [f"{name} {seconds:.3f}" for name, seconds in step.hidden.items() if seconds >= 0.0005]
-        print(f"  seconds    {', '.join(parts)}{'; hidden: ' + ', '.join(hidden) if hidden else ''}")
-        if run.nearest:
-            print(f"  differs    {run.nearest}")
-        if not run.fit:
-            held_out.append(abs(ratio - 1))
+    analyses = analysed(chosen)
+    chips = dict.fromkeys(run.chip for run in chosen)
+    efficiency = {}
+    for chip in chips:
+        mine = {run: analysis for run, analysis in analyses.items() if run.chip == chip and run.fit}
+        if arguments.fit and mine:
+            efficiency[chip] = fitted(mine)
+            print(f"{chip}: matmul_efficiency {efficiency[chip]:.3f}, fitted on {', '.join(r.name for r in mine)}")
+    errors = {run: show(run, analysis, efficiency.get(run.chip)) for run, analysis in analyses.items()}
+    held_out = [abs(error) for run, error in errors.items() if not run.fit]
     if held_out:
         within = sum(error <= 0.10 for error in held_out)
         mean = sum(held_out) / len(held_out)
         print(
             f"\nheld out: {len(held_out)} runs, {within} within 10%, mean error {mean:.1%}, worst {max(held_out):.1%}"
         )
+    borrowed = efficiency.get("trainium2") or _efficiency("trn2.48xlarge")
+    for run, analysis in analyses.items():
+        if run.chip == "trainium1":
+            error = predict(run, analysis, borrowed)[1] - 1
+            print(f"{run.name}, the only run of its chip, with Trainium2's efficiency: {error:+.1%}")
     return 0
 
 

@@ -3,6 +3,7 @@ from .analysis import Matmul as Matmul
 from .analysis import Transfer as Transfer
 from .analysis import analyse as analyse
 from .analysis import simulated_cores as simulated_cores
+from .analysis import simulated_recipe as simulated_recipe
 from .links import Level as Level
 from .links import TransferTime as TransferTime
 from .links import link_utilisation as link_utilisation
