@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -337,6 +338,23 @@ def test_a_module_that_xla_did_not_partition_is_not_read(monkeypatch):
     report = check(step(MESH), X)
     assert [f.rule for f in report.warnings] == ["not-partitioned"]
     assert not report.collectives
+
+
+def test_devices_that_nothing_names(monkeypatch):
+    """As when XLA's CPU compiler gives up after it has partitioned."""
+    monkeypatch.setattr("trainfw.checking.programs.partition", lambda *a: replace(partition(*a), compiled=None))
+    step = jax.jit(lambda x: x.sum(), in_shardings=NamedSharding(MESH, BOTH))
+    with pytest.raises(UserError, match="for 8 devices, and nothing says which: pass mesh="):
+        check(step, X)
+    report = check(step, X, mesh=MESH)
+    assert report.memory.temporaries is None
+    assert [row.axes for row in report.collectives] == [("data", "tensor")]
+
+
+def test_integer_reductions_name_their_axes():
+    fn = jax.shard_map(lambda x: jax.lax.psum(x, "tensor"), mesh=MESH, in_specs=BOTH, out_specs=P("data"))
+    (error,) = check(fn, INTEGERS, hardware="trn2.3xlarge", lnc=1).errors
+    assert error.message == "all-reduce of s32[2] over tensor (groups of 4)"
 
 
 def test_errors_of_ones_own_parser_are_not_a_clean_report(monkeypatch):

@@ -10,7 +10,6 @@ from trainfw.hlo import Place, user_place
 
 _LISTED = {"bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8", "float8_e5m2", "float8_e4m3"}
 _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
-_ANY_ALGORITHM = ("DEFAULT", "ANY_F8_F8_F32", "ANY_F8_F8_F32_FAST_ACCUM", "ANY_F8_F8_ANY", "ANY_F8_F8_ANY_FAST_ACCUM")
 
 
 def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
@@ -22,7 +21,7 @@ def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
     from jax.interpreters import partial_eval
 
     findings: list[Finding] = []
-    seen: set[tuple[int, Place | None, str]] = set()
+    seen: dict[tuple[int, Place | None, str], Any] = {}
 
     def live(jaxpr: Any) -> Any:
         """Without what nothing comes of: compilers drop it (JAX itself does before it lowers). Effects stay."""
@@ -31,7 +30,7 @@ def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
     def visit(jaxpr: Any, caller: Place | None, calling: str) -> None:
         if (id(jaxpr), caller, calling) in seen:
             return
-        seen.add((id(jaxpr), caller, calling))
+        seen[id(jaxpr), caller, calling] = jaxpr  # kept, or another could get its id
         for eqn in live(jaxpr).eqns:
             own = eqn_place(eqn)
             place, origin = (own, _origin(eqn)) if own else (caller, calling)
@@ -188,11 +187,10 @@ def _is_randint(eqn: Any) -> bool:
 
 
 def _algorithm(eqn: Any) -> str:
-    """The algorithm that a product asks for; none for a plain precision, or where any will do."""
+    """The algorithm that a product asks for; empty for a plain precision."""
     precision = eqn.params.get("precision")
-    if not type(precision).__name__.startswith("DotAlgorithm") or getattr(precision, "name", "") in _ANY_ALGORITHM:
-        return ""
-    return str(precision)
+    asked = type(precision).__name__.startswith("DotAlgorithm") and getattr(precision, "name", "") != "DEFAULT"
+    return str(precision) if asked else ""
 
 
 def _shape(variable: Any) -> str:

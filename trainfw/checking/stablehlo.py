@@ -19,7 +19,7 @@ _FOLDED: dict[str, Callable[..., int]] = {
     "stablehlo.maximum": max,
     "stablehlo.clamp": lambda low, value, high: min(max(low, value), high),
 }
-"""Arithmetic of integer scalars. What overflows would have been no trip count either."""
+"""Arithmetic of integer scalars; bounds of loops do not come near an overflow."""
 Arguments = tuple[int | None, ...]
 """What a function is called with, where that is an integer known when compiling."""
 
