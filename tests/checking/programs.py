@@ -173,11 +173,13 @@ def bounds_that_are_constants_of_the_caller(x):
 @legal("control-while", X)
 def bounds_made_of_constants(x):
     low, high = jnp.minimum(jnp.int32(3) - 1, 5), jnp.int32(3) + jnp.int32(2) * jnp.maximum(2, jnp.uint8(1))
+    high = jnp.clip(high, 0, 6)  # a function of its own
     return lax.fori_loop(low, high, lambda i, x: x * i, x)
 
 
 @legal("control-cond", X)
 def branches_chosen_while_compiling(x):
+    x = lax.cond(jnp.bool_(True) & True, jnp.sin, jnp.cos, x)
     return lax.cond(True, jnp.sin, jnp.cos, x) + lax.switch(1, [jnp.sin, jnp.cos], x)
 
 
@@ -197,6 +199,11 @@ def float64_argument(x):
 @breaks("dtype-complex", X)
 def complex64(x):
     return lax.complex(x, x)  # here
+
+
+@breaks("dtype-complex", X)
+def parts_of_complex_numbers(x):
+    return (lambda z: z.real * z.imag)(jnp.sort(lax.complex(x, x)))  # here
 
 
 @breaks("dtype-complex", X)

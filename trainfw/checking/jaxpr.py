@@ -126,6 +126,8 @@ def _read(eqn: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
         yield "scatter-drop", f"{name} into {_shape(eqn.invars[0])} with mode=drop"
     elif name == "threefry2x32" or (name.startswith("random_") and _threefry(eqn)):
         yield "rng-threefry", f"{name} with a Threefry key"
+    elif name in ("real", "imag"):
+        yield "dtype-complex", f"takes {_shape(eqn.invars[0])}"
     elif name.startswith(_SPARSE):
         yield "sparse", f"{name} of jax.experimental.sparse"
     elif name in ("dot_general", "ragged_dot_general") and (asked := _algorithm(eqn)):

@@ -15,6 +15,8 @@ _FOLDED: dict[str, Callable[..., int]] = {
     "stablehlo.add": operator.add,
     "stablehlo.subtract": operator.sub,
     "stablehlo.multiply": operator.mul,
+    "stablehlo.and": operator.and_,
+    "stablehlo.or": operator.or_,
     "stablehlo.minimum": min,
     "stablehlo.maximum": max,
     "stablehlo.clamp": lambda low, value, high: min(max(low, value), high),
@@ -215,6 +217,15 @@ def _owner(value: Any) -> Any | None:
     return owner.operation if hasattr(owner, "operation") else None
 
 
+def _callee(call: Any) -> Any:
+    from jaxlib.mlir import ir
+
+    module = call
+    while module.parent is not None:
+        module = module.parent.operation
+    return ir.SymbolTable(module)[str(call.attributes["callee"]).lstrip("@").strip('"')].operation
+
+
 def _argument(value: Any, region: Any) -> int | None:
     """Which argument of a region's block a value is."""
     for number, argument in enumerate(region.blocks[0].arguments):
@@ -253,6 +264,9 @@ def _integer(value: Any, arguments: Arguments) -> int | None:
     if op.name in _FOLDED:
         values = [_integer(operand, arguments) for operand in op.operands]
         return None if None in values else _FOLDED[op.name](*values)
+    if op.name == "func.call":  # jnp.clip, say, is a function of its own
+        known = tuple(_integer(operand, arguments) for operand in op.operands)
+        return _integer(_terminator(_callee(op).regions[0]).operands[list(op.results).index(value)], known)
     if op.name == "stablehlo.case" and (index := _integer(op.operands[0], arguments)) is not None:
         # How lax.platform_dependent says which platform it is compiled for.
         branch = op.regions[min(max(index, 0), len(op.regions) - 1)]
