@@ -163,7 +163,8 @@ def lengthened(analysis: Analysis, simulated: Layout) -> Analysis:
     """The analysis of a program compiled for `simulated`, at the full length of `fsdp`.
 
     Along `fsdp` whole weights are gathered and whole gradients scattered, however many devices share them. What each
-    does with its own share shrinks: the update, and reductions of gradients along `data` alone.
+    does with its own share shrinks: the update, and reductions of gradients along `data` alone. (So does the cast of
+    weights before they are gathered, of little weight, which is left as it is.)
     """
     share = simulated.fsdp / analysis.layout.fsdp
     if share == 1:
@@ -283,8 +284,8 @@ def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
     for instruction in computation.instructions.values():
         if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
             continue
-        # Forward and backward are under jax.grad.
-        whole = "model" if "jvp(" in instruction.op_name else "update"
+        # Forward and backward are under jax.grad, but for the zeros that they start from.
+        whole = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
         if instruction.opcode == "dynamic-update-slice":  # in place
             found[whole] += 2 * _shape_bytes(computation, instruction.operands[1])
             continue
@@ -292,7 +293,7 @@ def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
         for array in arrays:
             if array is not None:
                 of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
-                found["attention" if of_scores else whole] += array.bytes
+                found["attention" if of_scores and whole == "model" else whole] += array.bytes
     return found
 
 
