@@ -89,7 +89,7 @@ def test_rings_over_direct_links(pairs):
         ([(0, 1), (1, 2)], "circular", "only send or only receive"),
         ([(0, 1), (0, 2)], "circular", "core"),
         (ring([0, 1]) + ring([4, 5, 6]), "circular", "different lengths: 2, 3"),
-        ([(0, 0)], "circular", "different lengths: 1"),
+        ([(0, 0)], "circular", "each core sends to itself"),
         (ring([0, 8]), "neighbours", "core 0 sends to core 8, which is 2 hops away"),
         (ring([0, 20]), "neighbours", "2 hops"),
     ],

@@ -62,7 +62,9 @@ def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tup
         ends = sorted(set(to.values()) ^ set(to))
         return "circular", f"not a ring: {_ranges(ends)} only send or only receive" if ends else "a core sends twice"
     lengths = {len(cycle) for cycle in _cycles(to)}
-    if len(lengths) > 1 or lengths == {1}:
+    if lengths == {1}:
+        return "circular", "no ring: each core sends to itself"
+    if len(lengths) > 1:
         return "circular", f"rings of different lengths: {', '.join(map(str, sorted(lengths)))}"
     for source, target in pairs:
         hops = topology.chip_distance(source // topology.cores_per_chip, target // topology.cores_per_chip)
