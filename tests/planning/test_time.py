@@ -172,8 +172,8 @@ def test_a_shorter_fsdp_tells_of_the_longer(tmp_path, sizes, most):
     assert 0 < whole.update_bytes < whole.streamed_bytes
     assert short.layout == whole.layout
     assert counted(short) == counted(whole)
-    assert short.update_bytes == pytest.approx(whole.update_bytes, rel=0.02)
-    # The casts of weights, of which a longer fsdp leaves less to each.
+    # Norms and the batch are no shares of anything; weights are cast before they are gathered.
+    assert short.update_bytes == pytest.approx(whole.update_bytes, rel=0.05)
     assert whole.streamed_bytes <= short.streamed_bytes < 1.1 * whole.streamed_bytes
 
 
