@@ -252,7 +252,7 @@ def _time(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
     beside, alone = sum(s for _, s in hidden), sum(s for _, s in computed)
     yield "<h2>Where a step goes</h2>"
     yield (
-        "<p>What the cores compute, and below it what their links carry: beside matrix products (pale), or while the "
+        "<p>What the cores compute, and below it what their links carry: beside matrix products (faint), or while the "
         "cores wait. Shares of a step, not an order in time.</p>"
     )
     upper: list[tuple[str, float, str]] = [(_part(key), s / time.seconds, _colour(key)) for key, s in computed]
