@@ -3,11 +3,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw.cli.options import Overrides, RecipePath
+
+if TYPE_CHECKING:
+    from trainfw.recipe import Recipe
 
 
 def plan(
@@ -16,6 +19,16 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page to look at.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for a better layout, and write it as a recipe that extends this one.")
+    ] = False,
+    objective: Annotated[
+        str, typer.Option(metavar="time|cost|memory", help="With --search: what to make small.")
+    ] = "time",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --search: the recipe to write (default: NAME-planned.yaml)."),
     ] = None,
 ) -> None:
     """Predict the memory, traffic and time of a recipe on its hardware, which need not be here. No data is needed."""
@@ -27,7 +40,14 @@ def plan(
 
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise UserError(f"--html {html}: expected a file in a directory that exists")
+    if not search and (out is not None or objective != "time"):
+        raise UserError("--objective and --out go with --search")
+    if search and html is not None:
+        raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
     loaded = load_recipe(recipe, overrides or ())
+    if search:
+        _search(loaded, recipe, objective, out, json_)
+        return
     cores = simulated_cores(loaded)
     started = time.monotonic()
 
@@ -49,3 +69,30 @@ def plan(
         whatif = getattr(planning, "whatif", None)
         html.write_text(plan_page(made, whatif(made) if whatif else ()), encoding="utf-8")
         print(f"wrote {html}", file=sys.stderr)
+
+
+def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
+    from trainfw import backends, planning
+
+    file = out or planning.default_out(recipe)
+    planning.check_out(file, source, named=out is not None)
+    started = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
+
+    found = planning.survey(recipe, objective)
+    progress(f"{len(found.candidates):,} candidates by formula")
+    as_backend = "neuron" if found.topology.rules == "neuron" else None
+    backends.prepare(found.simulated_cores, as_backend=as_backend)
+    best = planning.search(found, progress)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(best.to_json(), indent=2))
+    else:
+        typer.echo(str(best))
+    if best.winner is None:
+        raise typer.Exit(1)
+    planning.write_winner(best, source, file)
+    print(f"wrote {file}", file=sys.stderr)

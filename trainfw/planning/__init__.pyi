@@ -14,6 +14,16 @@ from .memory import MemoryTable as MemoryTable
 from .memory import memory_table as memory_table
 from .plan import Plan as Plan
 from .plan import plan as plan
+from .search import OBJECTIVES as OBJECTIVES
+from .search import Candidate as Candidate
+from .search import Estimate as Estimate
+from .search import Found as Found
+from .search import Survey as Survey
+from .search import check_out as check_out
+from .search import default_out as default_out
+from .search import search as search
+from .search import survey as survey
+from .search import write_winner as write_winner
 from .time import Assumptions as Assumptions
 from .time import StepTime as StepTime
 from .time import shape_efficiency as shape_efficiency

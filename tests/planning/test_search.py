@@ -1,0 +1,249 @@
+"""The search: candidates are legal, formulas near the compiler, and the recipe that is written the winner."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers import tiny_recipe, write_recipe
+from trainfw import UserError, load_recipe
+from trainfw.cli import app
+from trainfw.hardware import load_topology
+from trainfw.parallel import Layout, place
+from trainfw.planning import analyse, check_out, default_out, search, survey, write_winner
+from trainfw.planning.search import closed_analysis, closed_memory, layouts, pareto, settings, state_bytes
+from trainfw.program import build_program
+
+SMALL = ("hardware.topology=trn2.3xlarge", "parallel.fsdp=4", "train.global_batch_size=16")
+LARGE = ("hardware.topology=trn2.48xlarge", "model.vocab_size=256", "train.global_batch_size=192")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(directory, what a search of the tiny recipe on one chip found)."""
+    directory = tmp_path_factory.mktemp("search")
+    recipe = tiny_recipe(directory, *SMALL)
+    return directory, search(survey(recipe), most=3, limit=120)
+
+
+def test_layouts_are_all_divisions_of_the_cores():
+    found = list(layouts(12))
+    assert all(math.prod(layout.sizes.values()) == 12 for layout in found)
+    wanted = {(d, f, t) for d, f, t in itertools.product(range(1, 13), repeat=3) if d * f * t == 12}
+    assert {(layout.data, layout.fsdp, layout.tensor) for layout in found} == wanted
+    assert len(found) == len(wanted)
+
+
+def test_candidates_are_legal_and_the_others_have_a_reason(tmp_path):
+    recipe = tiny_recipe(tmp_path, *LARGE)
+    found = survey(recipe)
+    assert found.candidates
+    legal = set()
+    for candidate in found.candidates:
+        layout, train = candidate.layout, candidate.recipe.train
+        assert math.prod(layout.sizes.values()) == found.topology.cores == 64
+        assert recipe.model.num_kv_heads % layout.tensor == recipe.model.hidden_size % layout.fsdp == 0
+        assert train.global_batch_size == 192
+        assert 192 % (layout.batch_shards * train.accumulation_steps) == 0
+        assert all(axis.problem is None for axis in place(found.topology, layout).axes)
+        legal.add(layout)
+    assert found.dropped.total() + len(legal) == len(list(layouts(64)))
+    assert any(reason.startswith("model.num_kv_heads = 2") for reason in found.dropped)
+    # With every number of microbatches that divides, remat policy and form of the stack.
+    of_one = [c for c in found.candidates if c.layout == Layout(fsdp=32, tensor=2)]
+    assert len(of_one) == len({str(settings(c.recipe)) for c in of_one}) == len([1, 2, 3, 6]) * 3 * 2
+
+
+def test_a_batch_that_no_layout_divides_leaves_nothing(tmp_path):
+    found = survey(tiny_recipe(tmp_path, *LARGE[:2], "train.global_batch_size=7"))
+    assert not found.candidates
+    assert found.own is None
+    assert "7" in found.own_problem
+    assert found.dropped["train.global_batch_size = 7 does not divide over data * fsdp"] > 0
+    result = search(found)
+    assert result.winner is None
+    assert not result.plans
+    assert "no winner" in str(result)
+    assert "cannot be planned" in str(result)
+    with pytest.raises(UserError, match="nothing that was compiled fits"):
+        write_winner(result, "quickstart", tmp_path / "out.yaml")
+
+
+@pytest.mark.parametrize("objective", ["time", "cost", "memory"])
+def test_the_best_by_formula_is_always_compiled(tmp_path, objective):
+    found = survey(tiny_recipe(tmp_path, *LARGE), objective)
+    value = {
+        "time": lambda c: c.estimate.seconds,
+        "cost": lambda c: c.estimate.seconds,
+        "memory": lambda c: c.estimate.memory,
+    }[objective]
+    chosen = found.chosen(3)
+    assert len(chosen) == 3 == len({str(settings(c.recipe)) for c in chosen})
+    assert min(map(value, chosen)) == min(map(value, found.candidates))
+    assert all(c.recipe.train.scan_layers for c in chosen)
+
+
+def test_the_analytic_pass_needs_no_jax(tmp_path):
+    path = write_recipe(tmp_path)
+    code = (
+        "import sys; from trainfw.recipe import load_recipe; from trainfw.planning import survey\n"
+        f"found = survey(load_recipe({str(path)!r}, {SMALL!r}))\n"
+        "assert found.candidates and found.simulated_cores == 4, found\n"
+        "assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon"])
+@pytest.mark.parametrize("model", [(), ("model.tie_embeddings=false", "model.qk_norm=true", "model.qkv_bias=true")])
+def test_state_is_counted_as_it_is_sharded(tmp_path, optimizer, model):
+    recipe = tiny_recipe(
+        tmp_path, "parallel.fsdp=4", "parallel.tensor=2", f"optimizer.name={optimizer}", "model.hidden_size=256", *model
+    )
+    state = build_program(recipe, jax.devices()).abstract_state
+    counted = state_bytes(recipe, Layout(fsdp=4, tensor=2))
+
+    def held(tree):
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    assert counted["parameters"] == held(state.params)
+    # Beside counters, and Muon's three coefficients.
+    arrays = [x for x in jax.tree.leaves(state.opt_state) if x.shape not in ((), (3,))]
+    assert counted["optimizer_state"] == held(arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "remat"),
+    [
+        (Layout(fsdp=4), "full"),
+        (Layout(data=2, tensor=2), "none"),
+        (Layout(data=2, fsdp=2), "dots"),
+        (Layout(fsdp=2, tensor=2), "full"),
+    ],
+)
+def test_formulas_have_the_products_and_collectives_of_the_program(tmp_path, layout, remat):
+    recipe = tiny_recipe(
+        tmp_path,
+        *(*SMALL, f"train.remat={remat}", "train.accumulation_steps=2", "train.compute_dtype=bfloat16"),
+        *("model.tie_embeddings=false", "model.vocab_size=260", "model.num_layers=3", "model.num_kv_heads=4"),
+        *(f"parallel.{axis}={size}" for axis, size in layout.sizes.items()),
+    )
+    compiled, closed = analyse(recipe)[0], closed_analysis(recipe, layout)
+    assert closed.flops == compiled.flops
+    attention = [sum(m.flops for m in a.matmuls if m.attention) for a in (closed, compiled)]
+    assert attention[0] == attention[1]
+
+    def by_axes(analysis):
+        found = {}
+        for transfer in analysis.transfers:
+            found[transfer.axes] = found.get(transfer.axes, 0) + transfer.bytes * transfer.times
+        return found
+
+    theirs, ours = by_axes(compiled), by_axes(closed)
+    for axes, size in ours.items():
+        assert size == pytest.approx(theirs[axes], rel=0.1), axes
+
+
+def test_memory_by_formula_grows_with_what_is_saved(tmp_path):
+    topology = load_topology("trn2.3xlarge")
+    totals = []
+    for remat in ("full", "dots", "none"):
+        recipe = tiny_recipe(tmp_path, *SMALL, f"train.remat={remat}", "model.num_layers=8")
+        totals.append(sum(closed_memory(recipe, Layout(fsdp=4), topology).values()))
+    assert totals == sorted(totals)
+    assert len(set(totals)) == 3
+
+
+def test_a_pareto_set_is_one():
+    points = [(3, 1), (1, 3), (2, 2), (2, 3), (3, 3), (1, 4), (2, 2)]
+    assert pareto(points, lambda p: p) == [(1, 3), (2, 2), (3, 1)]
+
+
+def test_what_is_found(found):
+    _, found = found
+    assert found.own is not None
+    assert any(made is found.own for _, made in found.plans)
+    candidate, made = found.winner
+    assert made.time.seconds == min(plan.time.seconds for _, plan in found.fitting)
+    for plan in (plan for _, plan in found.pareto):
+        for _, other in found.fitting:
+            faster, smaller = other.time.seconds < plan.time.seconds, other.memory.total < plan.memory.total
+            assert not (faster and other.memory.total <= plan.memory.total)
+            assert not (smaller and other.time.seconds <= plan.time.seconds)
+    text = str(found)
+    assert "Pareto" in text
+    assert str(candidate) in text
+    assert "nothing here was measured" in text
+    assert f"{found.survey.legal:,} legal candidates" in text
+    assert found.to_json()["winner"]["step_time_seconds"] == made.time.seconds
+
+
+def test_the_written_recipe_is_the_winner(found, tmp_path):
+    directory, found = found
+    file = tmp_path / "best.yaml"
+    write_winner(found, directory / "recipe.yaml", file)
+    assert file.read_text().count("extends: ") == 1
+    written = load_recipe(file)
+    assert settings(written) == settings(found.winner[0].recipe)
+    assert written == found.winner[0].recipe.model_copy(update={"name": "tiny-planned"})  # overrides and all
+
+
+def test_what_an_extension_cannot_say_is_written_in_full(found, tmp_path):
+    _directory, found = found
+    path = write_recipe(tmp_path, hardware={"topology": "trn2.3xlarge", "parameters": {"chip.hbm_size": "1 GiB"}})
+    assert load_recipe(path).hardware.parameters != found.survey.recipe.hardware.parameters == {}
+    write_winner(found, path, tmp_path / "best.yaml")
+    assert "extends: " not in (tmp_path / "best.yaml").read_text()
+    assert load_recipe(tmp_path / "best.yaml").hardware.parameters == {}
+
+
+def test_files_are_not_overwritten_without_saying(tmp_path):
+    recipe = write_recipe(tmp_path)
+    there = tmp_path / "there.yaml"
+    check_out(there, recipe, named=False)
+    there.write_text("mine")
+    with pytest.raises(UserError, match="already there"):
+        check_out(there, recipe, named=False)
+    check_out(there, recipe, named=True)
+    with pytest.raises(UserError, match="the recipe itself"):
+        check_out(recipe, recipe, named=True)
+    with pytest.raises(UserError, match="a directory that exists"):
+        check_out(tmp_path / "no" / "file.yaml", recipe, named=True)
+    assert str(default_out(load_recipe(recipe))) == "tiny-planned.yaml"
+
+
+def test_what_does_not_fit_does_not_win(tmp_path):
+    # 64 MiB a core, less what the runtime takes.
+    recipe = tiny_recipe(tmp_path, *SMALL, "hardware.parameters={chip.hbm_size: 0.001 GiB}")
+    result = search(survey(recipe), most=1, limit=0)
+    assert result.plans
+    assert result.winner is None
+    assert not result.pareto
+    assert "does not fit" in str(result)
+
+
+def run(*arguments):
+    code = "import sys; from trainfw.cli import main; sys.argv[0] = 'trainfw'; main()"
+    return subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True)
+
+
+def test_bad_options_exit_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in (
+        (("quickstart", "--search", "--objective", "speed"), ("--objective speed", "one of: time, cost, memory")),
+        (("quickstart", "--objective", "memory"), ("go with --search",)),
+        (("quickstart", "--search"), ("hardware.topology", "a search needs hardware")),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+    assert not list(tmp_path.iterdir())
+    assert "--search" in CliRunner().invoke(app, ["plan", "--help"]).output
