@@ -34,8 +34,6 @@ def plan(
     """Predict the memory, traffic and time of a recipe on its hardware, which need not be here. No data is needed."""
     from trainfw import backends, planning
     from trainfw.errors import UserError
-    from trainfw.planning import plan as make_plan
-    from trainfw.planning import simulated_cores
     from trainfw.recipe import load_recipe
 
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
@@ -48,7 +46,7 @@ def plan(
     if search:
         _search(loaded, recipe, objective, out, json_)
         return
-    cores = simulated_cores(loaded)
+    cores = planning.simulated_cores(loaded)
     started = time.monotonic()
 
     def progress(text: str) -> None:
@@ -56,7 +54,7 @@ def plan(
 
     topology = loaded.hardware.load()
     backends.prepare(cores, as_backend="neuron" if topology is not None and topology.rules == "neuron" else None)
-    made = make_plan(loaded, progress)
+    made = planning.plan(loaded, progress)
     if json_:
         import json
 
@@ -66,8 +64,7 @@ def plan(
     if html is not None:
         from trainfw.report import plan_page
 
-        whatif = getattr(planning, "whatif", None)
-        html.write_text(plan_page(made, whatif(made) if whatif else ()), encoding="utf-8")
+        html.write_text(plan_page(made, planning.whatif(made)), encoding="utf-8")
         print(f"wrote {html}", file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from .memory import MemoryTable as MemoryTable
 from .memory import memory_table as memory_table
 from .plan import Plan as Plan
 from .plan import plan as plan
+from .plan import whatif as whatif
 from .search import OBJECTIVES as OBJECTIVES
 from .search import Candidate as Candidate
 from .search import Estimate as Estimate

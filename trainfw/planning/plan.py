@@ -137,8 +137,9 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
     def saved(analysis: Analysis, assumptions: Assumptions) -> float:
         return plan.time.seconds - step_time(analysis, plan.placement, recipe, assumptions).seconds
 
+    unmask = " and data.mask_documents=false" if recipe.data.mask_documents else ""
     changes = [
-        ("attention by a fused kernel (data.mask_documents=false where NKI's is installed)", analysis, FUSED),
+        (f"attention by a fused kernel{unmask} (on Neuron: where nkilib is installed)", analysis, FUSED),
         ("all of FSDP's and data's collectives hidden behind matrix products", analysis, HIDDEN),
     ]
     if recipe.train.accumulation_steps > 1:
