@@ -359,9 +359,11 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
     forward = model.intermediate_size // tensor
     scores = rows * (model.num_heads // tensor) * length * length
     parameters = state_bytes(recipe, layout)["parameters"]
-    saved: float = narrow * tokens * width
+    # The residual stream is split over tensor where the rules say so.
+    stream = width // tensor if recipe.parallel.rules.get("act_embed") == ["tensor"] else width
+    saved: float = narrow * tokens * stream
     if train.remat == "dots":
-        saved = narrow * tokens * (2 * width + 2 * forward + both)
+        saved = narrow * tokens * (2 * stream + 2 * forward + both)
     elif train.remat == "none":
         saved = narrow * tokens * (10 * width + 5 * forward + 4 * both) + scores * (4 + narrow)
     layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
@@ -465,8 +467,15 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, parts: int = 1) -
         if layout.sizes[axis] > 1:
             raise UserError(f"parallel.{axis} is not searched, and not built yet: {axis}({layout.sizes[axis]})")
     split = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
-    if not recipe.parallel.rules:  # These are as the default rules have it; others are judged when it is built.
-        split += [("vocab_size", "tensor"), ("intermediate_size", "tensor"), ("hidden_size", "fsdp")]
+    # These are as the default rules have it; others are judged when it is built.
+    default = {
+        "vocab": ("vocab_size", "tensor"),
+        "mlp": ("intermediate_size", "tensor"),
+        "embed": ("hidden_size", "fsdp"),
+    }
+    split += [pair for name, pair in default.items() if name not in recipe.parallel.rules]
+    if recipe.parallel.rules.get("act_embed") == ["tensor"]:
+        split.append(("hidden_size", "tensor"))
     for field, axis in split:
         if getattr(model, field) % layout.sizes[axis]:
             raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {axis}: {layout}")
@@ -716,7 +725,7 @@ def _lines(found: Found) -> Iterator[str]:
         yield f"  {found.out_of_time:5,} not compiled for lack of time"
     if survey.own is None:
         yield f"  the recipe as it is cannot be planned: {survey.own_problem}"
-    if survey.recipe.parallel.rules:
+    if set(survey.recipe.parallel.rules) - {"act_embed"}:
         yield "  parallel.rules is set: estimates take the default rules"
     yield "A prediction: nothing here was measured on this hardware. (est.: by formula, before compiling)"
     yield ""
