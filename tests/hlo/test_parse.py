@@ -8,7 +8,7 @@ from trainfw.hlo import Place, Shape, count_trips, parse_module
 MODULE = """HloModule jit_step, is_scheduled=false, entry_computation_layout={(f32[8]{0})->f32[8]{0}}, num_partitions=4
 
 FileNames
-1 "/work/user.py"
+1 "/home/me/user.py"
 2 "/x/lib/python3.11/site-packages/optax/_src/base.py"
 
 FunctionNames
@@ -70,7 +70,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %first = s32[] constant(0)
   %carry = (s32[], /*index=1*/f32[8]{0}) tuple(%first, %x)
   %while = (s32[], f32[8]{0}) while(%carry), condition=%condition, body=%body, metadata={op_name="jit(step)/while" stack_frame_id=1}
-  %old = bf16[2,3]{1,0:T(8,128)} constant({...}), metadata={op_name="a \\"quoted, {name\\"" source_file="/work/old.py" source_line=7}
+  %old = bf16[2,3]{1,0:T(8,128)} constant({...}), metadata={op_name="a \\"quoted, {name\\"" source_file="/home/me/old.py" source_line=7}
   ROOT %result = f32[8]{0} get-tuple-element(%while), index=1
 }
 """
@@ -87,14 +87,14 @@ def module(parents: tuple[int, int, int]):
 def test_places_are_the_innermost_of_user_code(parents):
     parsed = module(parents)
     reduced = parsed.computations["inner_body"].instructions["reduced"]
-    assert reduced.place == Place("/work/user.py", 20)  # the innermost frame is optax's
-    assert parsed.computations["main"].instructions["while"].place == Place("/work/user.py", 10)
+    assert reduced.place == Place("/home/me/user.py", 20)  # the innermost frame is optax's
+    assert parsed.computations["main"].instructions["while"].place == Place("/home/me/user.py", 10)
 
 
 def test_instructions():
     main = module((1, 2, 3)).computations["main"]
     old = main.instructions["old"]
-    assert old.place == Place("/work/old.py", 7)
+    assert old.place == Place("/home/me/old.py", 7)
     assert old.shapes == (Shape("bf16", (2, 3)),)
     assert old.bytes == 12
     assert main.instructions["carry"].shapes == (Shape("s32", ()), Shape("f32", (8,)))
