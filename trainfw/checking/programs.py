@@ -21,7 +21,11 @@ Progress = Callable[[str], None]
 _SIMULATE = "Devices can be simulated: trainfw.backends.prepare(devices=64), before jax starts"
 _CONVERSIONS = ("The problem arose with the `", "occurred in the item() method", "occurred in the tolist() method")
 """What JAX says of Python numbers made of arrays; else it names the function whose result would have the shape."""
-_SHAPES = ("Shapes must be 1D sequences of concrete values", "Slice entries must be static integers")
+_SHAPES = (
+    "Shapes must be 1D sequences of concrete values",
+    "Slice entries must be static integers",
+    "Array slice indices must have static start/stop/step",
+)
 
 
 def check(

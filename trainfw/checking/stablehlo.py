@@ -132,7 +132,8 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
                 yield "custom-call", f"calls {target}"
     if name == "reduce_window" and (dilation := _large(op, "base_dilations") or _large(op, "window_dilations")):
         yield "reduce-window-dilation", f"reduce_window with dilation {dilation}"
-    if name not in known_operators():
+    is_complex = any("complex" in _type(value) for value in (*op.operands, *op.results))
+    if name not in known_operators() and not is_complex:  # which is refused as such
         yield "op-unlisted", f"{op.name} of {_type(op.operands[0]) if len(op.operands) else 'nothing'}"
 
 

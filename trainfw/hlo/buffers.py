@@ -64,7 +64,7 @@ def parse_assignment(assignment: str, live_ranges: str) -> Assignment:
     buffers: list[Buffer] = []
     for line in assignment.splitlines():
         if match := _ALLOCATION.match(line):
-            temporary = match[3].startswith("preallocated-temp")
+            temporary = "preallocated-temp" in match[3]
             size += int(match[2]) * temporary
         elif temporary and (match := _VALUE.match(line)):
             name, index = match[1], match[2] or ""
