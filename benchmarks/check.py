@@ -15,7 +15,7 @@ from trainfw.recipe import bundled_recipes, load_recipe
 
 def main() -> int:
     names = sys.argv[1:] or [n for n, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
-    print(f"{os.cpu_count()} CPUs\n{'recipe':20} {'cores':>6} {'seconds':>8} {'peak GB':>8}  verdict")
+    print(f"{os.cpu_count()} CPUs\n{'recipe':29} {'cores':>6} {'seconds':>8} {'peak GB':>8}  verdict")
     failed = 0
     for name in names:
         topology = load_recipe(name).hardware.load()
@@ -33,7 +33,7 @@ def main() -> int:
         failed |= status
         cores = topology.cores if topology else 0
         print(
-            f"{name:20} {cores:6,} {seconds:8.1f} {peak:8.2f}  {lines[-1] if lines else 'nothing printed'}", flush=True
+            f"{name:29} {cores:6,} {seconds:8.1f} {peak:8.2f}  {lines[-1] if lines else 'nothing printed'}", flush=True
         )
     return int(bool(failed))
 
