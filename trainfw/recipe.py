@@ -49,7 +49,7 @@ class Recipe(Config):
         try:
             load_sdk(self.hardware.sdk)
         except UserError as error:
-            invalid("hardware.sdk", str(error).partition(": ")[2])
+            invalid("hardware.sdk", str(error).removeprefix("sdk = "))
         return self
 
     def __eq__(self, other: object) -> bool:
