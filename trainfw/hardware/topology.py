@@ -187,10 +187,6 @@ class Topology:
                 elif at + 1 < dim.size or (dim.kind == "ring" and dim.size > 2):
                     yield Link(chip, chip + ((at + 1) % dim.size - at) * stride, dim.name, dim.bandwidth)
 
-    def hosts_of(self, cores: int) -> int:
-        """Instances that this many cores fill, rounded up."""
-        return -(-cores // self.cores_per_instance)
-
 
 def topology_names() -> list[str]:
     return sorted(path.stem for path in (_HERE / "topologies").glob("*.yaml"))

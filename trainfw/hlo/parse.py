@@ -17,7 +17,6 @@ _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _SOURCE = re.compile(r'source_file="((?:[^"\\]|\\.)*)"(?:.*?source_line=(\d+))?')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def parse_module(text: str) -> Module:
@@ -125,25 +124,12 @@ def _without_layouts(shape: str) -> str:
 
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
     """`, a=b, c={d, e=f}` -> (a, b), (c, {d, e=f})."""
-    start = depth = 0
-    quoted = False
+    start = 0
     parts = []
-    i = 0
-    while i < len(text):
-        c = text[i]
-        if quoted:
-            i += c == "\\"
-            quoted = c != '"'
-        elif c == '"':
-            quoted = True
-        elif c in "([{":
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-        elif c == "," and depth == 0:
+    for i, c, depth in _unquoted(text, 0):
+        if c == "," and depth == 0:
             parts.append(text[start:i])
             start = i + 1
-        i += 1
     parts.append(text[start:])
     pending: tuple[str, str] | None = None
     for part in parts:
@@ -159,11 +145,9 @@ def _attributes(text: str) -> Iterator[tuple[str, str]]:
         yield pending
 
 
-def _closing(text: str, opening: int) -> int:
-    """The index after the bracket that closes the one at `opening`."""
-    depth = 0
-    quoted = False
-    i = opening
+def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
+    """(index, character, brackets open after it) of all that does not stand in quotes."""
+    depth, quoted, i = 0, False, start
     while i < len(text):
         c = text[i]
         if quoted:
@@ -171,11 +155,15 @@ def _closing(text: str, opening: int) -> int:
             quoted = c != '"'
         elif c == '"':
             quoted = True
-        elif c in _CLOSING:
-            depth += 1
-        elif c in ")]}":
-            depth -= 1
-            if depth == 0:
-                return i + 1
+        else:
+            depth += (c in "([{") - (c in ")]}")
+            yield i, c, depth
         i += 1
+
+
+def _closing(text: str, opening: int) -> int:
+    """The index after the bracket that closes the one at `opening`."""
+    for i, c, depth in _unquoted(text, opening):
+        if depth == 0 and c in ")]}":
+            return i + 1
     raise ValueError(f"HLO: no closing bracket in {text[opening : opening + 80]!r}")

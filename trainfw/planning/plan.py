@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainfw.hardware import Topology
-from trainfw.models import flops_per_token
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer, analyse
-from trainfw.planning.links import TransferTime, link_utilisation, transfer_seconds
+from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable, memory_table
 from trainfw.planning.time import Assumptions, StepTime, step_time
 from trainfw.recipe import Recipe
@@ -27,8 +26,11 @@ class Plan:
     analysis: Analysis
     memory: MemoryTable
     time: StepTime
-    transfers: tuple[tuple[Transfer, TransferTime], ...]
-    """Every collective with its time, the longest first."""
+
+    @property
+    def transfers(self) -> list[tuple[Transfer, TransferTime]]:
+        """Every collective with the time of one run, the longest in a step first."""
+        return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
 
     @property
     def tokens_per_step(self) -> int:
@@ -36,16 +38,12 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens_per_step / self.time.seconds
+        return self.time.tokens_per_second
 
     @property
-    def mfu(self) -> float | None:
-        """Model FLOPs over what the cores could do at the compute dtype's dense peak; None where that is not known."""
-        peak = self.topology.peak_flops(self.recipe.train.compute_dtype)
-        if peak is None:
-            return None
-        model = flops_per_token(self.recipe.model, self.recipe.data.sequence_length) * self.tokens_per_step
-        return model / self.time.seconds / (peak * self.topology.cores)
+    def mfu(self) -> float:
+        """Model FLOPs over what the cores could do at the compute dtype's dense peak."""
+        return self.time.mfu
 
     @property
     def chip_hours(self) -> float:
@@ -109,8 +107,6 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Pl
     assert topology is not None  # or analyse would have said so
     with recipe.blamed("parallel"):
         placement = place(topology, analysis.layout, recipe.parallel.traffic)
-    transfers = [(transfer, transfer_seconds(transfer, placement)) for transfer in analysis.transfers]
-    transfers.sort(key=lambda pair: -pair[1].seconds * pair[0].times)
     return Plan(
         recipe=recipe,
         topology=topology,
@@ -119,7 +115,6 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Pl
         analysis=analysis,
         memory=memory_table(program, partitioned, topology),
         time=step_time(analysis, placement, recipe),
-        transfers=tuple(transfers),
     )
 
 
@@ -166,8 +161,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"step time   {_seconds(time.seconds)}  (from {_seconds(time.low)} to {_seconds(time.high)})"
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
-    if plan.mfu is not None:
-        yield f"MFU         {plan.mfu:.1%}"
+    yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
     tokens = plan.tokens_per_step * plan.recipe.train.steps
     cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
