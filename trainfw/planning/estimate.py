@@ -1,0 +1,229 @@
+"""Time and memory of a step in closed form: what a search prunes by, compiling nothing and importing no JAX.
+
+It writes down the matrix products and collectives of the step, as the program's shardings imply them, and times them
+as a plan is timed. State is exact. Activations follow from the remat policy. What else passes through memory, and what
+else is held, are multiples of those arrays that were read from compiled plans of Llama 3.1 70B on 1,024 cores (data 1
+and 4, tensor 1 to 8, each remat policy). Scanned or unrolled is the same time to it. It only says which candidates are
+worth compiling: what is ranked in the end, and reported, are plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from trainfw.hardware import Topology
+from trainfw.models import ModelConfig
+from trainfw.parallel import Layout, Placement
+from trainfw.planning.analysis import Analysis, Matmul, Transfer
+from trainfw.planning.time import step_time
+from trainfw.recipe import Recipe
+
+_MOVED = {"none": (120.0, 72.0), "dots": (59.0, 34.0), "full": (56.0, 24.0)}
+"""Times that elementwise operations of a layer move an activation as wide as the model, and one as wide as its
+feed-forward layer and heads. (`none` by one compiled plan, the others by several.)"""
+_MOVED_SCORES = {"none": 16.0, "dots": 14.3, "full": 14.3}
+"""Times that the scores pass through memory, in f32."""
+_MOVED_WEIGHTS = 75.0
+"""Times that a microbatch moves a core's share of the parameters, in f32."""
+_HELD_SCORES = 3.0
+"""Scores, f32, that one layer's backward pass holds at once."""
+_HELD_LOGITS = 3.0
+_HELD_STATE = 3.6
+"""Gradients, their sums and the update's temporaries, in multiples of the parameters."""
+_HELD_TABLES = 2.9
+"""Embedding tables, whole along fsdp, f32."""
+
+Weight: TypeAlias = tuple[str, tuple[int, ...], int]
+"""Kind, shape with layers first where there are any, and how it is split: 2 over fsdp and tensor, 1 over tensor, 0."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the analytic pass says of a candidate."""
+
+    seconds: float
+    """Of a step."""
+    memory: int
+    """Bytes of a core."""
+
+
+def estimate(recipe: Recipe, placement: Placement) -> Estimate:
+    """Time and memory of a step of `recipe` in the layout of `placement`, without compiling it."""
+    seconds = step_time(closed_analysis(recipe, placement.layout), placement, recipe).seconds
+    return Estimate(seconds, sum(closed_memory(recipe, placement.layout, placement.topology).values()))
+
+
+def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
+    """What one core computes and moves in a step, in closed form: `analyse` without a compiler."""
+    model, train = recipe.model, recipe.train
+    length, tensor, parts = recipe.data.sequence_length, layout.tensor, train.accumulation_steps
+    rows = train.global_batch_size // layout.batch_shards // parts
+    tokens, runs, again = rows * length, model.num_layers * parts, train.remat != "none"
+    dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
+    width, vocabulary = model.hidden_size, model.vocab_size // tensor
+    heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
+    wide = [heads * model.head_dim, *2 * [kv_heads * model.head_dim], *2 * [model.intermediate_size // tensor]]
+    down = [model.intermediate_size // tensor, heads * model.head_dim]
+
+    def product(
+        m: int, n: int, k: int, times: int, *, out: int = narrow, size: int = narrow, name: str = dtype
+    ) -> None:
+        matmuls.append(Matmul(1, m, n, k, name, times, bytes=size * (m * k + k * n) + out * m * n))
+
+    matmuls: list[Matmul] = []
+    for out in wide:
+        product(tokens, out, width, runs * (2 if train.remat == "full" else 1))
+        product(tokens, width, out, runs)
+        product(width, out, tokens, runs)
+    for index, inner in enumerate(down):  # what the feed-forward layer returns is never needed again
+        product(tokens, width, inner, runs * (2 if train.remat == "full" and index else 1))
+        product(tokens, inner, width, runs)
+        product(inner, width, tokens, runs)
+    product(tokens, vocabulary, width, parts, out=4)
+    product(tokens, width, vocabulary, parts, out=4, size=4)
+    product(vocabulary, width, tokens, parts, out=4, size=4)
+    every, head, scores = heads // kv_heads * length, model.head_dim, heads * rows * length * length
+    ends = rows * (heads + kv_heads) * length * head
+    for m, n, k, times, score_size, end_size, backward in (
+        (length, every, head, runs * (1 + again), 4, narrow, False),
+        (head, every, length, runs * (1 + again), narrow, narrow, False),
+        (head, length, every, runs, narrow, narrow, True),
+        (every, length, head, runs, narrow, narrow, True),
+        (length, head, every, runs, 4, 4, True),
+        (every, head, length, runs, 4, 4, True),
+    ):
+        size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
+        batch = rows * kv_heads
+        matmuls.append(Matmul(batch, m, n, k, name, times, bytes=size, attention=True, backward=backward))
+    share = sum(_elements(w) / _parts(w, layout) for w in weights(model)) * 4
+    once, beside = _MOVED[train.remat]
+    moved = narrow * tokens * (once * width + beside * (wide[0] + wide[1] + wide[3]))
+    attention = _MOVED_SCORES[train.remat] * scores * 4.0 * runs
+    update = share * (10.5 + 4.4 * parts)
+    return Analysis(
+        layout=layout,
+        matmuls=tuple(matmuls),
+        transfers=tuple(_transfers(recipe, layout, tokens, narrow, dtype)),
+        streamed_bytes=moved * runs + _MOVED_WEIGHTS * share * parts + attention + update,
+        attention_bytes=attention,
+        update_bytes=update,
+    )
+
+
+def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: str) -> Iterator[Transfer]:
+    """The collectives of a step: weights gathered over fsdp in every microbatch (and again for what remat computes
+    again), gradients scattered over it and summed over data, activations summed over tensor."""
+    model, train = recipe.model, recipe.train
+    parts, width = train.accumulation_steps, model.hidden_size
+    runs, again = model.num_layers * parts, train.remat != "none"
+    batch = tuple(axis for axis in ("data", "fsdp") if layout.sizes[axis] > 1)
+    for _, shape, _ in (w for w in weights(model) if len(w[1]) == 3):
+        size = narrow * shape[1] * shape[2] // layout.tensor
+        if layout.fsdp > 1:
+            yield Transfer("all-gather", ("fsdp",), dtype, size, runs * (1 + again))
+            yield Transfer("reduce-scatter", ("fsdp",), dtype, size, runs)
+        if layout.data > 1:
+            yield Transfer("all-reduce", ("data",), dtype, size // layout.fsdp, runs)
+    table = 4 * model.vocab_size * width // layout.tensor
+    if layout.fsdp > 1:
+        yield Transfer("all-gather", ("fsdp",), "f32", table, parts)
+        yield Transfer("all-gather", ("fsdp",), dtype, table * narrow // 4, parts)
+        yield Transfer("reduce-scatter", ("fsdp",), "f32", table, parts)
+    if layout.data > 1:
+        yield Transfer("all-reduce", ("data",), "f32", table // layout.fsdp, parts)
+    if batch == ("fsdp",):
+        yield Transfer("reduce-scatter", batch, "f32", table, parts)
+    elif batch:  # of the lookup: summed whole
+        yield Transfer("all-reduce", batch, "f32", table, parts)
+    if batch:
+        yield Transfer("all-reduce", batch, "f32", 4 * width, 2 * runs + parts)
+    if layout.tensor > 1:
+        yield Transfer("all-reduce", ("tensor",), dtype, narrow * tokens * width, runs * (7 + (train.remat == "full")))
+        yield Transfer("all-reduce", ("tensor",), "f32", 4 * tokens * width, 2 * parts)
+
+
+def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
+    """Bytes on one core in closed form: state exactly, the rest by formula."""
+    model, train = recipe.model, recipe.train
+    length, tensor, layers = recipe.data.sequence_length, layout.tensor, model.num_layers
+    mine = train.global_batch_size // layout.batch_shards
+    rows, narrow = mine // train.accumulation_steps, 2 if train.compute_dtype == "bfloat16" else 4
+    tokens, width = rows * length, model.hidden_size
+    heads = (model.num_heads * model.head_dim) // tensor
+    both = heads + 2 * model.num_kv_heads * model.head_dim // tensor
+    forward = model.intermediate_size // tensor
+    scores = rows * (model.num_heads // tensor) * length * length
+    parameters = state_bytes(recipe, layout)["parameters"]
+    # The residual stream is split over tensor where the rules say so.
+    stream = width // tensor if recipe.parallel.rules.get("act_embed") == ["tensor"] else width
+    saved: float = narrow * tokens * stream
+    if train.remat == "dots":
+        saved = narrow * tokens * (2 * stream + 2 * forward + both)
+    elif train.remat == "none":
+        saved = narrow * tokens * (10 * width + 5 * forward + 4 * both) + scores * (4 + narrow)
+    layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
+    logits = _HELD_LOGITS * 4 * tokens * (model.vocab_size // tensor)
+    gathered = 0.0 if layout.fsdp == 1 else _HELD_TABLES * 4 * model.vocab_size * width / tensor
+    if layout.fsdp > 1 and (train.remat == "none" or not train.scan_layers):
+        gathered += narrow * sum(_elements(w) for w in weights(model) if len(w[1]) == 3) / tensor
+    return {
+        **state_bytes(recipe, layout),
+        "gradients": round(_HELD_STATE * parameters),
+        "activations": round(saved * layers + max(layer, logits)),
+        "collective_buffers": round(gathered),
+        "data": 5 * 4 * mine * length,
+        "runtime": round(topology.core_overhead),
+    }
+
+
+def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes of parameters and optimizer state on one core, counters left out, by the default rules of sharding."""
+    parameters, optimizer = 0, 0
+    for weight in weights(recipe.model):
+        elements, parts = _elements(weight), _parts(weight, layout)
+        parameters += 4 * elements // parts
+        match recipe.optimizer.name:
+            case "lion":
+                optimizer += 4 * elements // parts
+            case "muon" if weight[0] == "layers.kernel":
+                optimizer += 4 * elements // parts
+            case "adafactor":
+                *_, second, first = sorted((1, *weight[1]))
+                if len(weight[1]) > 1 and second >= 128:  # a row and a column, on every core
+                    optimizer += 4 * (elements // first + elements // second + 1)
+                else:
+                    optimizer += 4 * (elements // parts + 2)
+            case _:
+                optimizer += 8 * elements // parts
+    return {"parameters": parameters, "optimizer_state": optimizer}
+
+
+def weights(model: ModelConfig) -> list[Weight]:
+    """Every parameter of `model`, as the default rules shard it."""
+    width, layers = model.hidden_size, model.num_layers
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    found: list[Weight] = [("table", (model.vocab_size, width), 2)]
+    if not model.tie_embeddings:
+        found.append(("table", (width, model.vocab_size), 2))
+    found += [
+        ("layers.kernel", (layers, width, out), 2)
+        for out in (heads, kv_heads, kv_heads, *2 * [model.intermediate_size])
+    ]
+    found += [("layers.kernel", (layers, inner, width), 2) for inner in (heads, model.intermediate_size)]
+    if model.qkv_bias:
+        found += [("layers.bias", (layers, out), 1) for out in (heads, kv_heads, kv_heads)]
+    found += [("layers.scale", (layers, width), 0)] * (4 if model.post_norms else 2)
+    if model.qk_norm:
+        found += [("layers.scale", (layers, model.head_dim), 0)] * 2
+    return [*found, ("scale", (width,), 0)]
+
+
+def _elements(weight: Weight) -> int:
+    return math.prod(weight[1])
+
+
+def _parts(weight: Weight, layout: Layout) -> int:
+    return (1, layout.tensor, layout.fsdp * layout.tensor)[weight[2]]

@@ -1,0 +1,265 @@
+"""Every layout and program that a recipe could be instead, legal or not, estimated by formula."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from trainfw import backends
+from trainfw.errors import UserError, did_you_mean
+from trainfw.hardware import Topology
+from trainfw.parallel import Layout, Placement, place
+from trainfw.planning.analysis import simulated_recipe
+from trainfw.planning.estimate import Estimate, estimate
+from trainfw.recipe import Recipe
+
+OBJECTIVES = ("time", "cost", "memory")
+"""What is made small: the step time, what the run costs (of the recipe's hardware, so in the order of the step time),
+or the memory of a core."""
+
+REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+COMPILED = 6
+"""Candidates that are compiled, beside the recipe itself."""
+MARGIN = 1.15
+"""An estimate of memory up to this multiple of a core's may still fit once it is compiled."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    recipe: Recipe
+    """The recipe with the candidate's settings."""
+    layout: Layout
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        train = self.recipe.train
+        layers = "scanned" if train.scan_layers else "unrolled"
+        parts = f"{train.accumulation_steps} microbatch{'es' * (train.accumulation_steps > 1)}"
+        return f"{self.layout}, {parts}, remat {train.remat}, {layers}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All candidates, estimated."""
+
+    recipe: Recipe
+    objective: str
+    topology: Topology
+    candidates: tuple[Candidate, ...]
+    """Legal ones that can be compiled and may fit, the best by estimate first."""
+    own: Candidate | None
+    """The recipe itself; None where it is illegal."""
+    own_problem: str
+    dropped: Counter[str]
+    """Reason -> how many layouts cannot be."""
+    too_large: int
+    """Candidates estimated not to fit."""
+    seconds: float
+    """That the analytic pass took."""
+
+    @property
+    def legal(self) -> int:
+        """Candidates before any was dropped for its size."""
+        return len(self.candidates) + self.too_large
+
+    @property
+    def simulated_cores(self) -> int:
+        """Devices that a process must simulate to compile any of them."""
+        layouts = [c.layout for c in (*self.candidates, *([self.own] if self.own else []))]
+        return max((_devices(self.recipe, layout) for layout in layouts), default=1)
+
+    def chosen(self, most: int = COMPILED) -> list[Candidate]:
+        """Those to compile: the best by the objective, and a third of them for the other end of the Pareto set.
+
+        Unrolled ones are left to `search`: scanned, the same program compiles in a fraction of the time.
+        """
+        program = scanned(self.candidates)
+        front = pareto(program, lambda c: (c.estimate.seconds, c.estimate.memory))
+        best = program[: most - most // 3]
+        others = sorted((c for c in front if c not in best), key=lambda c: self.key(c.estimate))
+        chosen = [*best, *others[: most - len(best)]]
+        rest = (c for c in program if c not in chosen)
+        return [*chosen, *itertools.islice(rest, most - len(chosen))]
+
+    def key(self, found: Estimate) -> tuple[float, float]:
+        return objective_key(self.objective, found.seconds, found.memory)
+
+
+def survey(recipe: Recipe, objective: str = "time") -> Survey:
+    """Every candidate for `recipe`, estimated; imports no JAX.
+
+    Raises UserError for an unknown objective, and where the recipe names no topology.
+    """
+    if objective not in OBJECTIVES:
+        raise UserError(f"--objective {objective}: unknown{did_you_mean(objective, OBJECTIVES)}")
+    topology = recipe.hardware.load()
+    if topology is None:
+        raise recipe.error("hardware.topology", "a search needs hardware to be for; see trainfw topology")
+    started = time.monotonic()
+    dropped: Counter[str] = Counter()
+    candidates = []
+    for layout in layouts(topology.cores):
+        try:
+            placement = _legal(recipe, topology, layout)
+        except UserError as error:
+            dropped[_reason(error)] += 1
+            continue
+        if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
+            dropped[f"not compiled: needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"] += 1
+            continue
+        for changed in _programs(recipe, layout):
+            candidates.append(Candidate(changed, layout, estimate(changed, placement)))
+    candidates.sort(key=lambda c: (*objective_key(objective, c.estimate.seconds, c.estimate.memory), str(c)))
+    room = math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
+    kept = [candidate for candidate in candidates if candidate.estimate.memory <= room]
+    if not kept:  # The compiler may know better.
+        kept = sorted(candidates, key=lambda c: c.estimate.memory)[:COMPILED]
+    own, problem = _own(recipe, topology)
+    return Survey(
+        recipe=recipe,
+        objective=objective,
+        topology=topology,
+        candidates=tuple(kept),
+        own=own,
+        own_problem=problem,
+        dropped=dropped,
+        too_large=len(candidates) - len(kept),
+        seconds=time.monotonic() - started,
+    )
+
+
+def layouts(cores: int) -> Iterator[Layout]:
+    """Every way to divide `cores` among data, fsdp and tensor."""
+    for tensor in _divisors(cores):
+        for fsdp in _divisors(cores // tensor):
+            yield Layout(data=cores // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+
+
+def _programs(recipe: Recipe, layout: Layout) -> Iterator[Recipe]:
+    """The recipe in this layout with every number of microbatches, remat policy and form of the stack."""
+    period = len(recipe.model.layer_pattern)
+    forms = (True, False) if recipe.model.num_layers // period > 1 else (True,)
+    for parts in _divisors(recipe.train.global_batch_size // layout.batch_shards):
+        for remat in REMAT:
+            for scan in forms:
+                yield _changed(recipe, layout, accumulation_steps=parts, remat=remat, scan_layers=scan)
+
+
+def _changed(recipe: Recipe, layout: Layout, **train: Any) -> Recipe:
+    parallel = recipe.parallel.model_copy(update=layout.sizes)
+    return recipe.model_copy(update={"parallel": parallel, "train": recipe.train.model_copy(update=train)})
+
+
+def _own(recipe: Recipe, topology: Topology) -> tuple[Candidate | None, str]:
+    """The recipe as it is, or why it cannot be."""
+    try:
+        with recipe.blamed("parallel"):
+            layout = Layout.resolve(recipe.parallel, topology.cores)
+        placement = _legal(recipe, topology, layout, recipe.train.accumulation_steps)
+    except UserError as error:
+        return None, str(error)
+    if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
+        return None, f"needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"
+    changed = _changed(recipe, layout)
+    return Candidate(changed, layout, estimate(changed, placement)), ""
+
+
+def _legal(recipe: Recipe, topology: Topology, layout: Layout, parts: int = 1) -> Placement:
+    """Where `layout` lies. Raises UserError saying why it cannot be; the reason is before the first colon."""
+    model, rows = recipe.model, recipe.train.global_batch_size
+    for axis in ("pipeline", "expert", "context"):
+        if layout.sizes[axis] > 1:
+            raise UserError(f"parallel.{axis} is not searched, and not built yet: {axis}({layout.sizes[axis]})")
+    split = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
+    # These are as the default rules have it; others are judged when it is built.
+    default = {
+        "vocab": ("vocab_size", "tensor"),
+        "mlp": ("intermediate_size", "tensor"),
+        "embed": ("hidden_size", "fsdp"),
+    }
+    split += [pair for name, pair in default.items() if name not in recipe.parallel.rules]
+    if recipe.parallel.rules.get("act_embed") == ["tensor"]:
+        split.append(("hidden_size", "tensor"))
+    for field, axis in split:
+        if getattr(model, field) % layout.sizes[axis]:
+            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {axis}: {layout}")
+    if rows % (layout.batch_shards * parts):
+        times = f" * accumulation_steps({parts})" if parts > 1 else ""
+        raise UserError(f"train.global_batch_size = {rows:,} does not divide over data * fsdp{times}: {layout}")
+    try:
+        placement = place(topology, layout, recipe.parallel.traffic)
+    except UserError as error:
+        raise UserError(f"no order of the cores gives every axis groups that are allowed: {error}") from None
+    if not _hosts_read_shares(placement):
+        raise UserError(f"a host's part of the batch is not one share of it: {layout}")
+    return placement
+
+
+def _hosts_read_shares(placement: Placement) -> bool:
+    """Whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
+    import numpy as np
+
+    layout, topology = placement.layout, placement.topology
+    hosts = placement.order // topology.cores_per_instance
+    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(1, layout.data, layout.fsdp, 1, 1, 1), hosts.shape)
+    for host in range(topology.instances):
+        mine = np.unique(shares[hosts == host])
+        if mine[-1] - mine[0] + 1 != len(mine) or layout.batch_shards % len(mine) or mine[0] % len(mine):
+            return False
+    return True
+
+
+def _reason(error: UserError) -> str:
+    return str(error).partition(":")[0]
+
+
+def _devices(recipe: Recipe, layout: Layout) -> int:
+    """That are simulated to compile it."""
+    return math.prod(simulated_recipe(recipe, layout)[1].sizes.values())
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Those of which no other is as good in both values and better in one; of equals the first."""
+    kept: list[T] = []
+    least = math.inf
+    for item in sorted(items, key=of):  # stable
+        if of(item)[1] < least:
+            kept.append(item)
+            least = of(item)[1]
+    return kept
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What a search may change, by dotted key."""
+    parallel, train = recipe.parallel, recipe.train
+    return {
+        **{f"parallel.{axis}": getattr(parallel, axis) for axis in ("data", "fsdp", "tensor")},
+        "train.accumulation_steps": train.accumulation_steps,
+        "train.remat": train.remat,
+        "train.scan_layers": train.scan_layers,
+    }
+
+
+def scanned(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One of each pair that differs in the form of the stack: the scanned."""
+    return [candidate for candidate in candidates if candidate.recipe.train.scan_layers]
+
+
+def same_but_stack(one: Candidate, other: Candidate) -> bool:
+    ignored = {"train.scan_layers": None}
+    return settings(one.recipe) | ignored == settings(other.recipe) | ignored
+
+
+def objective_key(objective: str, seconds: float, memory: float) -> tuple[float, float]:
+    return (memory, seconds) if objective == "memory" else (seconds, memory)
