@@ -62,7 +62,7 @@ def check_sums(table):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_table_is_what_the_run_takes(tmp_path, model, layout):
     program, partitioned = compiled_step(tmp_path, *MODELS[model], *LAYOUTS[layout])
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     check_sums(table)
     assert table.arguments == partitioned.compiled.memory_analysis().argument_size_in_bytes
     assert table.corrected_bytes == table.corrected_values == 0  # all f32
@@ -77,7 +77,7 @@ def test_the_table_is_what_the_run_takes(tmp_path, model, layout):
 
 def test_state_is_counted_by_its_shards(tmp_path):
     program, partitioned = compiled_step(tmp_path, *SHAPE, *LAYOUTS["fsdp-tensor"])
-    sizes = memory_table(program, partitioned, None).categories
+    sizes = memory_table(program, partitioned).categories
     heads, kv_heads, mlp = 6 * 8, 2 * 8, 160
     matrices = LAYERS * WIDTH * (2 * heads + 2 * kv_heads + 3 * mlp) + VOCABULARY * WIDTH
     norms = (2 * LAYERS + 1) * WIDTH  # on every device
@@ -89,7 +89,7 @@ def test_state_is_counted_by_its_shards(tmp_path):
 
 def test_what_the_step_never_reads_is_held_too(tmp_path):
     program, partitioned = compiled_step(tmp_path, *LAYOUTS["fsdp"], "data.mask_documents=false")
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     check_sums(table)
     segment_ids = 8 // 8 * 32 * 4
     assert table.arguments - partitioned.compiled.memory_analysis().argument_size_in_bytes == segment_ids
@@ -98,7 +98,7 @@ def test_what_the_step_never_reads_is_held_too(tmp_path):
 def test_activations_are_the_inputs_of_layers_with_full_remat(tmp_path):
     overrides = (*SHAPE, *LAYOUTS["fsdp-tensor"], "train.remat=full", "train.global_batch_size=8")
     program, partitioned = compiled_step(tmp_path, *overrides)
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     rows = 8 // 4
     inputs = LAYERS * rows * LENGTH * WIDTH * 4
     stacks = [held for held in table.largest if held.saved and math.prod(held.dims) == inputs // 4]
@@ -111,7 +111,7 @@ def test_without_remat_the_backward_pass_finds_all_it_needs(tmp_path):
     saved = []
     for remat in ("full", "dots", "none"):
         program, partitioned = compiled_step(tmp_path, *SHAPE, *LAYOUTS["fsdp-tensor"], f"train.remat={remat}")
-        saved.append(memory_table(program, partitioned, None).saved_activations)
+        saved.append(memory_table(program, partitioned).saved_activations)
     assert saved[0] < saved[1] < saved[2]
     assert saved[2] > 5 * saved[0]
 
@@ -119,7 +119,7 @@ def test_without_remat_the_backward_pass_finds_all_it_needs(tmp_path):
 def test_logits_are_recognised(tmp_path):
     shape = (*SHAPE, "model.num_layers=1", "model.vocab_size=4096")
     program, partitioned = compiled_step(tmp_path, *shape, *LAYOUTS["fsdp-tensor"])
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     logits = 2 * LENGTH * (4096 // 2) * 4
     found = [held.bytes for held in table.largest if held.category == "logits_and_loss"]
     assert found
@@ -130,7 +130,7 @@ def test_logits_are_recognised(tmp_path):
 def test_gradients_and_gathered_weights_are_recognised(tmp_path):
     # Accumulated gradients are one more copy of the parameters; those of a microbatch at most another.
     program, partitioned = compiled_step(tmp_path, *SHAPE, *LAYOUTS["fsdp"], *MODELS["scanned"])
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     assert 0 < table.categories["gradients"] <= 2 * table.categories["parameters"]
     shards = {
         math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.abstract_state.params)
@@ -145,7 +145,7 @@ def test_gradients_and_gathered_weights_are_recognised(tmp_path):
 def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
     overrides = (*SHAPE, *LAYOUTS["fsdp-tensor"], "train.remat=full", "train.compute_dtype=bfloat16")
     program, partitioned = compiled_step(tmp_path, *overrides)
-    table = memory_table(program, partitioned, None)
+    table = memory_table(program, partitioned)
     check_sums(table)
     assert table.corrected_values > 0
     assert table.corrected_bytes > 0
@@ -166,7 +166,7 @@ def small(tmp_path_factory):
 def test_capacity_and_runtime_are_the_hardwares(small):
     program, partitioned = small
     topology = load_topology("trn2.48xlarge")
-    table = memory_table(program, partitioned, topology)
+    table = memory_table(program, partitioned).on(topology)
     check_sums(table)
     assert table.categories["runtime"] == topology.core_overhead > 0
     assert table.capacity == topology.hbm_size
@@ -178,7 +178,7 @@ def test_capacity_and_runtime_are_the_hardwares(small):
 
 def test_without_an_assignment_temporaries_are_other(small):
     program, partitioned = small
-    table = memory_table(program, Partitioned(partitioned.module, partitioned.compiled), None)
+    table = memory_table(program, Partitioned(partitioned.module, partitioned.compiled))
     check_sums(table)
     assert not table.split
     assert table.total == needed(partitioned.compiled)

@@ -4,6 +4,8 @@ from .analysis import Transfer as Transfer
 from .analysis import analyse as analyse
 from .analysis import simulated_cores as simulated_cores
 from .analysis import simulated_recipe as simulated_recipe
+from .compiled import Compiled as Compiled
+from .compiled import compiled as compiled
 from .estimate import Estimate as Estimate
 from .links import Level as Level
 from .links import TransferTime as TransferTime

@@ -11,7 +11,7 @@ import bisect
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trainfw.hardware import Topology
@@ -68,7 +68,7 @@ class MemoryTable:
     categories: Mapping[str, int]
     """Every key of `CATEGORIES`, corrected."""
     capacity: int | None
-    """Of the core; None where the topology does not say."""
+    """Of the core; None where the topology does not say, or none is known yet."""
     arguments: int
     """State and batch, with what of the batch the step never reads; a compiled step's own figure leaves that out."""
     compiled_temporaries: int
@@ -100,6 +100,14 @@ class MemoryTable:
         """Of the capacity; less than zero where the step does not fit."""
         return None if self.capacity is None else self.capacity - self.total
 
+    def on(self, topology: Topology) -> MemoryTable:
+        """The same step on a core of `topology`: with what its runtime takes, and its capacity."""
+        return replace(
+            self,
+            categories={**self.categories, "runtime": round(topology.core_overhead)},
+            capacity=None if topology.hbm_size is None else int(topology.hbm_size),
+        )
+
     def to_json(self) -> dict[str, int]:
         """Bytes by category, and their `total`."""
         return {**self.categories, "total": self.total}
@@ -125,8 +133,8 @@ class MemoryTable:
         return "\n".join(self.lines())
 
 
-def memory_table(program: Program, partitioned: Partitioned, topology: Topology | None) -> MemoryTable:
-    """The table of `program`'s training step, which `partitioned` is the compilation of."""
+def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
+    """The table of `program`'s training step, which `partitioned` is the compilation of; see `MemoryTable.on`."""
     import jax
 
     sizes = dict.fromkeys(CATEGORIES, 0)
@@ -152,11 +160,9 @@ def memory_table(program: Program, partitioned: Partitioned, topology: Topology 
         sizes[value.category] += value.bytes
     packing = compiled - _occupied(assignment) if assignment is not None else compiled
     sizes["other"] += packing + outputs
-    sizes["runtime"] = 0 if topology is None else round(topology.core_overhead)
-    capacity = None if topology is None or topology.hbm_size is None else int(topology.hbm_size)
     return MemoryTable(
         categories=sizes,
-        capacity=capacity,
+        capacity=None,
         arguments=arguments,
         compiled_temporaries=compiled + outputs,
         corrected_bytes=compiled - packing - peak,

@@ -8,9 +8,10 @@ from typing import Any
 
 from trainfw.hardware import Topology
 from trainfw.parallel import Layout, Placement, place
-from trainfw.planning.analysis import Analysis, Transfer, analyse
+from trainfw.planning.analysis import Analysis, Transfer
+from trainfw.planning.compiled import compiled
 from trainfw.planning.links import TransferTime, link_utilisation
-from trainfw.planning.memory import MemoryTable, memory_table
+from trainfw.planning.memory import MemoryTable
 from trainfw.planning.time import Assumptions, StepTime, step_time
 from trainfw.recipe import Recipe
 
@@ -102,19 +103,19 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Pl
 
     Raises UserError where the recipe names no topology, its layout does not fit it, or it is too large to simulate.
     """
-    analysis, program, partitioned = analyse(recipe, progress)
+    step = compiled(recipe, progress)
     topology = recipe.hardware.load()
-    assert topology is not None  # or analyse would have said so
+    assert topology is not None  # or `compiled` would have said so
     with recipe.blamed("parallel"):
-        placement = place(topology, analysis.layout, recipe.parallel.traffic)
+        placement = place(topology, step.analysis.layout, recipe.parallel.traffic)
     return Plan(
         recipe=recipe,
         topology=topology,
-        layout=analysis.layout,
+        layout=step.analysis.layout,
         placement=placement,
-        analysis=analysis,
-        memory=memory_table(program, partitioned, topology),
-        time=step_time(analysis, placement, recipe),
+        analysis=step.analysis,
+        memory=step.memory.on(topology),
+        time=step_time(step.analysis, placement, recipe),
     )
 
 
