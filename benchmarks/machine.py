@@ -1,20 +1,22 @@
-"""The limits of this machine: matrix products by shape and dtype, and memory bandwidth.
+"""The limits of this machine: matrix products by shape and dtype, elementwise operations, and memory bandwidth.
 
     python benchmarks/machine.py [--hardware FILE.yaml]
 
 FILE becomes a topology of one device with these rates, for `hardware.topology` of a recipe. Rates are the median of
-several runs; the peak of a dtype is the best shape's.
+several runs; the peak of a dtype is the best shape's. Of a product (m, k) x (k, n) the rate is the mean of the three
+forms that training has: as it is, with the second operand transposed, and with the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,52 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-SHAPES = [
-    (512, 512, 512),
-    (1024, 1024, 1024),
-    (2048, 2048, 2048),
-    (4096, 4096, 4096),
-    (2048, 512, 1376),
-    (2048, 512, 32000),
-]
+from trainfw.hlo import partition
+from trainfw.parallel import Layout
+from trainfw.planning.analysis import read
+
+DTYPES = ("float32", "bfloat16")
+SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
+"""Of each of m, n and k."""
+ARRAYS = [2**20, 2**22, 2**24, 2**26]
+"""Bytes of the largest array of an elementwise operation."""
 STREAM_BYTES = 2**28
 
 
-def seconds(function: Callable[[], Any], repeats: int = 7) -> float:
-    """Median time of one call, after one to compile."""
+def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of one call, after one to compile; fewer calls where one takes long."""
     jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < 1.0:
         start = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def matmul_rate(m: int, k: int, n: int, dtype: str) -> float:
-    """FLOP/s of (m, k) x (k, n)."""
-    left, right = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2.0 * m * k * n / seconds(lambda: product(left, right))
+def random(*shape: int, dtype: str = "float32") -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape, dtype)
+
+
+def matmul_rate(m: int, n: int, k: int, dtype: str) -> float:
+    """FLOP/s of (m, k) x (k, n), the mean of its forms."""
+    forms = (("mk,kn->mn", (m, k), (k, n)), ("mk,nk->mn", (m, k), (n, k)), ("km,kn->mn", (k, m), (k, n)))
+    taken = 0.0
+    for form, *shapes in forms:
+        left, right = (random(*shape, dtype=dtype) for shape in shapes)
+        product = jax.jit(lambda x, y, form=form: jnp.einsum(form, x, y))
+        taken += seconds(lambda p=product, x=left, y=right: p(x, y))
+    return len(forms) * 2.0 * m * n * k / taken
+
+
+def matmul_rates(dtype: str) -> list[list[list[float]]]:
+    """FLOP/s by [m][n][k] of SIZES; m and n are alike, for one form is the other transposed."""
+    found: dict[tuple[int, ...], float] = {}
+    for m, n, k in itertools.product(SIZES, repeat=3):
+        if m <= n:
+            found[m, n, k] = found[n, m, k] = matmul_rate(m, n, k, dtype)
+            print(f"matmul {dtype:9} ({m}, {k}) x ({k}, {n}): {found[m, n, k] / 1e9:8.1f} GFLOP/s", flush=True)
+    return [[[round(found[m, n, k]) for k in SIZES] for n in SIZES] for m in SIZES]
 
 
 def stream_rate() -> float:
@@ -63,38 +84,105 @@ def stream_rate() -> float:
     return 2.0 * STREAM_BYTES / seconds(step)
 
 
+def both_ways(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A function and its gradient, which takes its result for a cotangent."""
+
+    def run(*arrays: jax.Array) -> Any:
+        result, back = jax.vjp(function, *arrays)
+        return result, back(result)
+
+    return run
+
+
+def softmax(scores: jax.Array) -> jax.Array:
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jax.nn.softmax(jnp.where(seen, scores, -1e30))
+
+
+def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+
+
+def gate(x: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(x) * up
+
+
+def turned(x: jax.Array, up: jax.Array) -> jax.Array:
+    """For the gradient of the weights that follow, the gate's result is needed transposed."""
+    return gate(x, up).T
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return (jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]).mean()
+
+
+def adam(weight: jax.Array, mean: jax.Array, square: jax.Array, gradient: jax.Array) -> Any:
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
+    return weight - 1e-3 * mean / (jnp.sqrt(square) + 1e-8), mean, square
+
+
+def elementwise_rate(size: int) -> float:
+    """Bytes/s of what a transformer does beside matrix products, as plans count them, with arrays of `size` bytes."""
+    elements = size // 4
+    scores, logits, targets = random(elements // 256**2, 256, 256), random(elements // 4096, 4096), elements // 4096
+    hidden, wide, weight = random(elements // 256, 256), random(elements // 1024, 1024), random(512, elements // 512)
+    parts: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
+        "softmax": (both_ways(softmax), (scores,)),
+        "norm": (both_ways(norm), (hidden, random(256))),
+        "gate": (both_ways(gate), (wide, wide)),
+        "gate, transposed": (turned, (wide, wide)),
+        "cross-entropy": (jax.value_and_grad(cross_entropy), (logits, jnp.zeros(targets, int))),
+        "Adam": (adam, (weight,) * 4),
+    }
+    moved = taken = 0.0
+    for name, (function, arrays) in parts.items():
+        jitted = jax.jit(function)
+        all_bytes = read(partition(jitted.lower(*arrays)).module, None, Layout()).streamed_bytes
+        each = seconds(lambda f=jitted, a=arrays: f(*a))
+        print(f"{name:17} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s", flush=True)
+        moved, taken = moved + all_bytes, taken + each
+    return moved / taken
+
+
+def measure(dtypes: Sequence[str] = DTYPES) -> dict[str, Any]:
+    """This machine's device, as a topology file."""
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, {os.cpu_count()} CPUs, {platform.machine()}, jax {jax.__version__}")
+    rates = {dtype: matmul_rates(dtype) for dtype in dtypes}
+    elementwise, bandwidth = [elementwise_rate(size) for size in ARRAYS], stream_rate()
+    for size, rate in zip(ARRAYS, elementwise, strict=True):
+        print(f"elementwise operations together, {size / 2**20:.0f} MiB: {rate / 1e9:.1f} GB/s")
+    print(f"read and write {STREAM_BYTES / 1e6:.0f} MB: {bandwidth / 1e9:.1f} GB/s")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    source = f"measured by benchmarks/machine.py, {datetime.date.today()}, jax {jax.__version__}"
+
+    def figure(value: str) -> dict[str, str]:
+        return {"value": value, "source": source}
+
+    peaks = {dtype: max(rate for plane in cube for row in plane for rate in row) for dtype, cube in rates.items()}
+    return {
+        "description": f"this machine, {os.cpu_count()} CPUs, as measured",
+        "extends": "cpu",
+        "chip": {
+            "description": f"{os.cpu_count()} CPUs of {platform.machine()} as one device",
+            "cores": 1,
+            "device_kinds": {1: [device.device_kind]},
+            "peak_flops": {dtype: figure(f"{peak / 1e12:.4f} TFLOP/s") for dtype, peak in peaks.items()},
+            "matmul_rates": {"sizes": SIZES, "rates": rates, "source": source},
+            "hbm_size": figure(f"{memory / 2**30:.1f} GiB"),
+            "hbm_bandwidth": figure(f"{bandwidth / 1e9:.2f} GB/s"),
+            "elementwise_rates": {"sizes": ARRAYS, "rates": [round(rate) for rate in elementwise], "source": source},
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", type=Path, help="write the rates to this topology file")
     chosen = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, {os.cpu_count()} CPUs, {platform.machine()}, jax {jax.__version__}")
-    peaks: dict[str, float] = {}
-    for dtype in ("float32", "bfloat16"):
-        for m, k, n in SHAPES:
-            rate = matmul_rate(m, k, n, dtype)
-            peaks[dtype] = max(peaks.get(dtype, 0.0), rate)
-            print(f"matmul {dtype:9} ({m}, {k}) x ({k}, {n}): {rate / 1e9:8.1f} GFLOP/s", flush=True)
-    bandwidth = stream_rate()
-    print(f"read and write {STREAM_BYTES / 1e6:.0f} MB: {bandwidth / 1e9:.1f} GB/s")
+    found = measure()
     if chosen.hardware:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        source = f"measured by benchmarks/machine.py, {datetime.date.today()}, jax {jax.__version__}"
-        figures = {
-            "description": f"this machine, {os.cpu_count()} CPUs, as measured",
-            "extends": "cpu",
-            "chip": {
-                "description": f"{os.cpu_count()} CPUs of {platform.machine()} as one device",
-                "cores": 1,
-                "device_kinds": {1: [device.device_kind]},
-                "peak_flops": {
-                    dtype: {"value": f"{rate / 1e12:.4f} TFLOP/s", "source": source} for dtype, rate in peaks.items()
-                },
-                "hbm_size": {"value": f"{memory / 2**30:.1f} GiB", "source": source},
-                "hbm_bandwidth": {"value": f"{bandwidth / 1e9:.2f} GB/s", "source": source},
-            },
-        }
-        chosen.hardware.write_text(yaml.safe_dump(figures, sort_keys=False))
+        chosen.hardware.write_text(yaml.safe_dump(found, sort_keys=False, default_flow_style=None))
         print(f"wrote {chosen.hardware}")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, model_validator
 
-from trainfw.config import Config, PositiveInt
+from trainfw.config import Config, PositiveInt, invalid
 from trainfw.hardware.figures import Figure
 
 DimensionKind = Literal["ring", "line", "switch", "network"]
@@ -36,6 +36,44 @@ class TensorEngineFile(Config):
     source: str
 
 
+class MatmulRatesFile(Config):
+    """Measured rates of products (m, k) x (k, n), for a chip for which no formula says how they depend on the shape."""
+
+    sizes: list[PositiveInt]
+    """To which each of m, n and k was measured, the least first."""
+    rates: dict[str, list[list[list[PositiveFloat]]]]
+    """Of the whole chip in FLOP/s, by dtype: [size of m][size of n][size of k]."""
+    source: str
+
+    @model_validator(mode="after")
+    def _is_a_cube(self) -> MatmulRatesFile:
+        count = len(self.sizes)
+        if sorted(set(self.sizes)) != self.sizes or count < 2:
+            invalid("sizes", f"{self.sizes}: expected two or more, each larger than the one before")
+        for dtype, cube in self.rates.items():
+            if {len(cube), *map(len, cube), *(len(row) for plane in cube for row in plane)} != {count}:
+                invalid(f"rates.{dtype}", f"expected {count} x {count} x {count} rates, one for each of sizes")
+        return self
+
+
+class ElementwiseRatesFile(Config):
+    """Measured rates of elementwise operations and reductions, where they do not reach the bandwidth of memory."""
+
+    sizes: list[PositiveInt]
+    """Of the largest array that a kernel reads or writes, in bytes, the least first."""
+    rates: list[PositiveFloat]
+    """Bytes/s that the whole chip moves, as plans count them, one for each of sizes."""
+    source: str
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> ElementwiseRatesFile:
+        if sorted(set(self.sizes)) != self.sizes or len(self.sizes) < 2:
+            invalid("sizes", f"{self.sizes}: expected two or more, each larger than the one before")
+        if len(self.rates) != len(self.sizes):
+            invalid("rates", f"expected {len(self.sizes)}, one for each of sizes")
+        return self
+
+
 class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 
@@ -53,8 +91,12 @@ class ChipFile(Config):
     """Share of the peak that matrix products of large, even shapes reach in training. Left out, all of it."""
     tensor_engine: TensorEngineFile | None = None
     """Left out, odd shapes cost nothing extra."""
+    matmul_rates: MatmulRatesFile | None = None
+    """In place of `matmul_efficiency` and `tensor_engine`."""
     hbm_size: Figure | None = None
     hbm_bandwidth: Figure | None = None
+    elementwise_rates: ElementwiseRatesFile | None = None
+    """Left out, elementwise operations and reductions run at `hbm_bandwidth`."""
     on_chip_memory: Figure | None = None
     """SBUF (or cache) of the chip."""
     collective_cores: Figure | None = None

@@ -33,12 +33,13 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
     """Compile a jax.stages.Lowered for its devices and read the module that the partitioner left.
 
     The final module would not do: by then the CPU's compiler has widened bf16 collectives to f32. A program for one
-    device is never partitioned; its module is the one before optimizations.
+    device is never partitioned; its module is the one whose calls have been inlined, as partitioned ones are: names of
+    operations are whole paths, and what is fused may cross what were functions.
     """
     with tempfile.TemporaryDirectory(prefix="trainfw-hlo-") as directory, _without_compilation_cache():
         options = {
             "xla_dump_to": directory,
-            "xla_dump_hlo_pass_re": "spmd-partitioning",
+            "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
             "xla_dump_hlo_as_text": True,
             # Machine code is written but never run: no time is spent on making it fast.
             "xla_backend_optimization_level": 0,
@@ -50,6 +51,7 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
         except Exception as error:  # after partitioning, what the CPU lacks (a kernel of another device) is no matter
             failure = error
         texts = sorted(Path(directory).glob("*.after_spmd-partitioning.*.txt"))
+        texts = texts or sorted(Path(directory).glob("*.after_call-inliner.*.txt"))[:1]
         texts = texts or sorted(Path(directory).glob("*.before_optimizations.txt"))
         if not texts and failure is not None:
             raise failure

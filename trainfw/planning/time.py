@@ -7,11 +7,13 @@ Not in it: the input pipeline (read ahead), checkpoints, what a host takes to la
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainfw.errors import UserError
 from trainfw.models import flops_per_token
@@ -98,8 +100,8 @@ def step_time(
     assumed = assumptions or Assumptions()
     topology = placement.topology
     middle = _Step(analysis, placement, assumed)
-    figure = topology.chip.matmul_efficiency
-    spread = 0.0 if figure is None else EFFICIENCY_SPREAD
+    known = topology.chip.matmul_efficiency is not None or topology.chip.matmul_rates is not None
+    spread = EFFICIENCY_SPREAD if known else 0.0
     slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
     low = _Step(analysis, placement, replace(assumed, overlap=1.0), 1 + spread)
     high = _Step(analysis, placement, replace(assumed, overlap=0.0), 1 - spread, slow)
@@ -132,7 +134,7 @@ class _Step:
         speed: Mapping[str, float] | None = None,
     ):
         topology = placement.topology
-        memory = _memory_rate(topology)
+        elementwise_rate = _elementwise_rate(topology, 2**24)
         fused = assumed.attention == "fused"
         products: defaultdict[str, float] = defaultdict(float)
         on_memory = 0.0
@@ -140,9 +142,10 @@ class _Step:
             compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency)
             products["attention" if matmul.attention else "matmul"] += max(compute, streaming)
             on_memory += streaming if streaming > compute else 0.0
-        scores = 0.0 if fused else analysis.attention_bytes / memory
-        update = analysis.update_bytes / memory
-        elementwise = (analysis.streamed_bytes - analysis.attention_bytes - analysis.update_bytes) / memory
+        scores = 0.0 if fused else analysis.attention_bytes / elementwise_rate
+        update = analysis.update_bytes / elementwise_rate
+        rest = analysis.streamed_bytes - analysis.attention_bytes - analysis.update_bytes
+        elementwise = rest / elementwise_rate
         collectives: defaultdict[str, float] = defaultdict(float)
         by_dim: defaultdict[str, float] = defaultdict(float)
         self.transfers = tuple((t, transfer_seconds(t, placement, speed)) for t in analysis.transfers)
@@ -178,21 +181,28 @@ def _matmul_seconds(matmul: Matmul, topology: Topology, assumed: Assumptions, ef
     if matmul.mixed and (fused or assumed.mixed == "narrow"):
         dtype = "bf16"
     figure = topology.figures.get("chip.matmul_efficiency")
-    rate = _hlo_peak(topology, dtype) * (1.0 if figure is None else figure.number) * efficiency
-    flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k)
+    share = 1.0 if figure is None or topology.chip.matmul_rates is not None else figure.number
+    rate = _hlo_peak(topology, dtype) * share * efficiency
+    flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k, dtype)
     if not fused:
         return flops / rate, matmul.bytes * matmul.times / _memory_rate(topology)
     return flops * _CAUSAL * (_FUSED_BACKWARD if matmul.backward else 1.0) / rate, 0.0
 
 
-def shape_efficiency(topology: Topology, m: int, n: int, k: int) -> float:
-    """Share of a tensor engine's cycles that a product (m, k) x (k, n) makes use of, for its shape.
+def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "bf16") -> float:
+    """Share of a tensor engine's cycles that a product (m, k) x (k, n) of `dtype` makes use of, for its shape.
+
+    Where the chip has measured rates, the share of the peak of its dtype between those of the nearest sizes.
 
     The contracted dim fills the rows of the array, the free dim of one operand its columns, both padded to whole
     tiles; the other operand's free dim passes through in parts, of which a short one takes the cycles of a longer.
     Either operand may be the one that stays. Loading it takes a quarter of the cycles and runs in the background.
     Source: the cost model in the chip's `tensor_engine.source`. 1 where the chip names no engine.
     """
+    measured = _measured(topology, dtype)
+    if measured is not None:
+        sizes, cube = measured
+        return _interpolated(sizes, cube, (m, n, k)) / topology.cores_per_chip / _hlo_peak(topology, dtype)
     engine = topology.chip.tensor_engine
     if engine is None:
         return 1.0
@@ -206,6 +216,27 @@ def shape_efficiency(topology: Topology, m: int, n: int, k: int) -> float:
 
     free = max(padded(m, engine.columns) * passing(n), padded(n, engine.columns) * passing(m))
     return padded(k, engine.rows) * free
+
+
+def _measured(topology: Topology, dtype: str) -> tuple[list[int], list[list[list[float]]]] | None:
+    """Sizes, and the chip's rates at them."""
+    measured = topology.chip.matmul_rates
+    found = [] if measured is None else [measured.rates[n] for n in _DTYPES.get(dtype, ()) if n in measured.rates]
+    return (measured.sizes, found[0]) if measured is not None and found else None
+
+
+def _interpolated(sizes: Sequence[int], cube: Sequence[Any], at: Sequence[int]) -> float:
+    """The rate at `at`, linear in the logarithms of sizes and rates."""
+    corners = itertools.product(*(_between(sizes, size) for size in at))
+    return math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))
+
+
+def _between(sizes: Sequence[int], size: int) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The places of the sizes below and above, and the share of each; outside of all, the nearest has all."""
+    high = min(max(bisect.bisect_left(sizes, size), 1), len(sizes) - 1)
+    share = math.log(max(size, 1) / sizes[high - 1]) / math.log(sizes[high] / sizes[high - 1])
+    share = min(max(share, 0.0), 1.0)
+    return (high - 1, 1 - share), (high, share)
 
 
 def _hlo_peak(topology: Topology, dtype: str) -> float:
@@ -230,17 +261,34 @@ def _memory_rate(topology: Topology) -> float:
     return rate
 
 
+def _elementwise_rate(topology: Topology, array: int) -> float:
+    """Bytes/s of one core for kernels whose largest array has `array` bytes."""
+    measured = topology.chip.elementwise_rates
+    if measured is None:
+        return _memory_rate(topology)
+    corners = _between(measured.sizes, array)
+    return math.exp(sum(share * math.log(measured.rates[i]) for i, share in corners)) / topology.cores_per_chip
+
+
 def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
     figure = topology.figures.get("chip.matmul_efficiency")
-    words = [
+    measured = topology.chip.matmul_rates
+    products = (
         f"matrix products of even shapes reach {1.0 if figure is None else figure.number:.0%} of the peak"
-        + (f" ({figure.note or figure.source})" if figure is not None else ""),
+        + (f" ({figure.note or figure.source})" if figure is not None else "")
+        if measured is None
+        else f"matrix products run at the rates of their shapes ({measured.source})"
+    )
+    slower = topology.chip.elementwise_rates
+    words = [
+        products,
         "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
         if assumed.attention == "fused"
         else "attention is the XLA form: its scores, S x S, go through memory",
         f"{assumed.overlap:.0%} of collectives over {', '.join(OVERLAPPED)} pass beside matrix products; "
         "others are waited for",
-        "elementwise operations are fused into what uses them, and run at the full bandwidth of memory",
+        "elementwise operations are fused into what uses them, and move "
+        + ("the full bandwidth of memory" if slower is None else f"what their sizes do ({slower.source})"),
         "collectives reach the full bandwidth of their links",
     ]
     if any(matmul.mixed for matmul in analysis.matmuls):
