@@ -16,8 +16,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    overrides = ["hardware={topology: h100-8, dollars_per_chip_hour: 2.0}", "train.compute_dtype=bfloat16"]
-    return scale(tiny_recipe(tmp_path_factory.mktemp("scaling"), *overrides), (1, 2, 4))
+    directory = tmp_path_factory.mktemp("scaling")
+    file = directory / "two.yaml"
+    dims = "[{name: gpu, size: 2, kind: switch, link: nvlink}]"
+    file.write_text(f"description: two\nextends: h100-8\nchip: h100\ndims: {dims}\nsources: [me]\n")
+    overrides = [f"hardware={{topology: {file}, dollars_per_chip_hour: 2.0}}", "train.global_batch_size=4"]
+    overrides.append("train.compute_dtype=bfloat16")
+    return scale(tiny_recipe(directory, *overrides), (1, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_curves_have_a_point_for_every_count(section):
     named = [title.text for title in throughput.iter(f"{SVG}title")]
     assert sum("weak:" in text for text in named) == 3
     assert sum("ideal:" in text for text in named) == 2
-    assert sum("strong:" in text for text in named) == 1  # 8 rows over 8, then not over 16
+    assert sum("strong:" in text for text in named) == 2  # 4 rows over 2 and 4 devices, not over 8
     assert len(list(goodput.iter(f"{SVG}circle"))) == 9
     for element in section.iter(f"{SVG}circle"):
         assert 0 < float(element.attrib["cx"]) < 560
@@ -50,7 +55,7 @@ def test_curves_have_a_point_for_every_count(section):
 
 def test_reasons_and_sources_are_told(section):
     text = " ".join("".join(section.itertext()).split())
-    assert "does not divide over data(2)" in text
+    assert "does not divide over data(4)" in text
     assert "arXiv:2407.21783" in text
 
 

@@ -242,13 +242,13 @@ def scale(recipe: Recipe, counts: Sequence[int], progress: Callable[[str], None]
     def row(rung: Rung, name: str) -> Row:
         if rung.recipe is None:
             return Row(rung.count, None, None, rung.problem)
+        small = _compiled_in_place_of(rung.recipe)
+        key = str((small.train.global_batch_size, small.train.accumulation_steps, small.parallel.data))
+        if key not in steps:
+            steps[key] = compiled(small, progress)
+        step = steps[key]
+        layout = replace(step.analysis.layout, data=rung.recipe.parallel.data)
         try:
-            small = _compiled_in_place_of(rung.recipe)
-            key = str((small.train.global_batch_size, small.train.accumulation_steps, small.parallel.data))
-            if key not in steps:
-                steps[key] = compiled(small, progress)
-            step, parallel = steps[key], rung.recipe.parallel
-            layout = replace(step.analysis.layout, data=parallel.data)
             plan = planned(rung.recipe, replace(step, analysis=replace(step.analysis, layout=layout)))
         except UserError as error:
             return Row(rung.count, None, None, str(error))
@@ -283,7 +283,7 @@ def _lines(found: Scaling) -> Iterator[str]:
         yield ""
         yield f"  {text}"
         yield (
-            f"  {'units':>6} {'chips':>7} {'data':>5} {'batch':>10} {'step (range)':>22} {'tokens/s':>11} {'MFU':>5} "
+            f"  {'units':>6} {'chips':>7} {'data':>5} {'batch':>10} {'step (range)':>21} {'tokens/s':>11} {'MFU':>5} "
             f"{'effic.':>6} {'GiB':>5} {'waits':>5} {'goodput':>7} {'days':>8} {cost:>11}  bound by"
         )
         for row in rows:
@@ -291,13 +291,14 @@ def _lines(found: Scaling) -> Iterator[str]:
             if plan is None or one is None:
                 yield f"  {row.count:6,} {row.problem}"
                 continue
-            step = f"{_seconds(plan.time.seconds)} ({_seconds(plan.time.low)[:-2]}-{_seconds(plan.time.high)[:-2]})"
+            low, high = (_seconds(seconds).partition(" ")[0] for seconds in (plan.time.low, plan.time.high))
+            step = f"{_seconds(plan.time.seconds)} ({low}-{high})"
             full = "" if (plan.memory.headroom or 0) >= 0 else "  DOES NOT FIT"
             hours = found.chip_hours(row, failures=True)
             days = _over(found.days(row), one.with_failures)
             yield (
                 f"  {row.count:6,} {plan.topology.chips:7,} {plan.layout.data:5,} "
-                f"{plan.recipe.train.global_batch_size:10,} {step:>22} {plan.tokens_per_second:11,.0f} {plan.mfu:5.1%} "
+                f"{plan.recipe.train.global_batch_size:10,} {step:>21} {plan.tokens_per_second:11,.0f} {plan.mfu:5.1%} "
                 f"{efficiency(row, rows):6.1%} {plan.memory.total / _GIB:5.1f} {row.data_share:5.1%} "
                 f"{one.with_failures:7.1%} {days:8,.2f} {hours * (price or 1):11,.0f}  {plan.time.bound_by}{full}"
             )

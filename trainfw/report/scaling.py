@@ -28,8 +28,8 @@ def _section(scaling: Any, found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"<p>More units of {escape(unit)}, hence more replicas. Weak: the global batch grows with them. Strong: it "
         f"stays at {scaling.recipe.train.global_batch_size:,} sequences. Goodput, days and cost are those of the run "
-        f"of {scaling.tokens / 1e9:,.1f}G tokens with failures, with checkpoints at the suggested interval and the best "
-        "number of spares. All of it is predicted.</p>"
+        f"of {scaling.tokens / 1e9:,.1f}G tokens with failures, with checkpoints at the suggested interval and "
+        "the best number of spares. All of it is predicted.</p>"
     )
     yield '<div style="display:flex;flex-wrap:wrap;gap:8px 32px">'
     yield _throughput({"weak": _planned(weak), "strong": _planned(strong)})
