@@ -20,6 +20,13 @@ def plan(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page to look at.")
     ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Also on so many units of its topology: strong and weak scaling, goodput with failures, spares.",
+        ),
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Look for a better layout, and write it as a recipe that extends this one.")
     ] = False,
@@ -42,11 +49,14 @@ def plan(
         raise UserError("--objective and --out go with --search")
     if search and html is not None:
         raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
+    if search and scale is not None:
+        raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
+    counts = () if scale is None else planning.parse_counts(scale)
     loaded = load_recipe(recipe, overrides or ())
     if search:
         _search(loaded, recipe, objective, out, json_)
         return
-    cores = planning.simulated_cores(loaded)
+    cores = max(planning.simulated_cores(loaded), planning.scaling_cores(loaded, counts))
     started = time.monotonic()
 
     def progress(text: str) -> None:
@@ -55,16 +65,18 @@ def plan(
     topology = loaded.hardware.load()
     backends.prepare(cores, as_backend="neuron" if topology is not None and topology.rules == "neuron" else None)
     made = planning.plan(loaded, progress)
+    scaled = planning.scale(loaded, counts, progress) if counts else None
     if json_:
         import json
 
-        typer.echo(json.dumps(made.to_json(), indent=2))
+        typer.echo(json.dumps(made.to_json() | (scaled.to_json() if scaled else {}), indent=2))
     else:
-        typer.echo(str(made))
+        typer.echo(str(made) if scaled is None else f"{made}\n\n{scaled}")
     if html is not None:
-        from trainfw.report import plan_page
+        from trainfw.report import plan_page, scaling_section
 
-        html.write_text(plan_page(made, planning.whatif(made)), encoding="utf-8")
+        further = "" if scaled is None else scaling_section(scaled)
+        html.write_text(plan_page(made, planning.whatif(made), further), encoding="utf-8")
         print(f"wrote {html}", file=sys.stderr)
 
 

@@ -25,12 +25,16 @@ _UNITS = {
     "TFLOP/s": 1e12,
     "PFLOP/s": 1e15,
     "us": 1e-6,
+    "s": 1.0,
+    "min": 60.0,
+    "h": 3600.0,
 }
 _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/]*)\s*")
 
 
 def quantity(text: Any) -> float:
-    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"` or a plain number, in SI base units and bytes.
+    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"` or a plain number,
+    in SI base units and bytes.
 
     Raises ValueError for anything else.
     """

@@ -139,6 +139,30 @@ class GroupsFile(Config):
     source: str
 
 
+class ReliabilityFile(Config):
+    """How often instances fail, and what a failure costs."""
+
+    instance_mtbf: Figure
+    """Mean time between failures of one instance that stop the job."""
+    detection: Figure
+    """Until the job knows."""
+    restart: Figure
+    """From then to the first step, without reading the checkpoint."""
+    repair: Figure
+    """Until an instance that failed, or another in its place, can be used again."""
+
+
+class StorageFile(Config):
+    """Where checkpoints go."""
+
+    bandwidth: Figure
+    """Of one instance."""
+    total: Figure
+    """Of the file system, however many instances use it."""
+    host_copy: Figure
+    """From the memory of one chip to that of its host."""
+
+
 class TopologyFile(Config):
     """One unit of rentable hardware (`topologies/<name>.yaml`)."""
 
@@ -162,6 +186,9 @@ class TopologyFile(Config):
     """Which cores of an instance the links join, at the default LNC, where a document shows it."""
     host_memory: Figure | None = None
     """Of one unit."""
+    reliability: ReliabilityFile
+    """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
+    storage: StorageFile
     totals: dict[str, Figure] = {}
     """What the source says of the whole unit (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to it."""
     sources: list[str]

@@ -219,9 +219,8 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         raise UserError(f"lnc = {lnc}: {name} has LNC {expected} only")
     if count > 1 and file.network is None:
         raise UserError(f"{count} x {name}: no network joins them; expected count = 1")
-    figures = dict(
-        _figures({"chip": chip, "links": file.links, "network": file.network, "host_memory": file.host_memory})
-    )
+    tree = {"chip": chip, "links": file.links, "network": file.network, "host_memory": file.host_memory}
+    figures = dict(_figures(tree | {"reliability": file.reliability, "storage": file.storage}))
     for key, value in parameters:
         if key not in figures:
             raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
@@ -293,12 +292,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_topology(name: str) -> dict[str, Any]:
     values = _read(Path(name) if name.endswith(".yaml") else _HERE / "topologies" / f"{name}.yaml")
-    if "extends" in values:
-        base = _read_topology(values["extends"])
-        for key in ("links", "splits"):
-            values[key] = base.get(key, {}) | values.get(key, {})
-        values = base | values
-    return values
+    base = _read_topology(values["extends"]) if "extends" in values else _read(_HERE / "cluster.yaml")
+    merged = base | values
+    for key in ("links", "splits", "reliability", "storage"):
+        if key in base and key in values:
+            merged[key] = base[key] | values[key]
+    return merged
 
 
 def _figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, Figure]]:

@@ -7,6 +7,8 @@ from .analysis import simulated_recipe as simulated_recipe
 from .compiled import Compiled as Compiled
 from .compiled import compiled as compiled
 from .estimate import Estimate as Estimate
+from .goodput import Goodput as Goodput
+from .goodput import Spares as Spares
 from .links import Level as Level
 from .links import TransferTime as TransferTime
 from .links import link_utilisation as link_utilisation
@@ -18,6 +20,12 @@ from .memory import memory_table as memory_table
 from .plan import Plan as Plan
 from .plan import plan as plan
 from .plan import whatif as whatif
+from .scaling import Row as Row
+from .scaling import Scaling as Scaling
+from .scaling import efficiency as efficiency
+from .scaling import parse_counts as parse_counts
+from .scaling import scale as scale
+from .scaling import scaling_cores as scaling_cores
 from .search import Found as Found
 from .search import search as search
 from .survey import OBJECTIVES as OBJECTIVES

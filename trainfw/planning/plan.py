@@ -9,7 +9,7 @@ from typing import Any
 from trainfw.hardware import Topology
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer
-from trainfw.planning.compiled import compiled
+from trainfw.planning.compiled import Compiled, compiled
 from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
 from trainfw.planning.time import Assumptions, StepTime, step_time
@@ -103,9 +103,13 @@ def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Pl
 
     Raises UserError where the recipe names no topology, its layout does not fit it, or it is too large to simulate.
     """
-    step = compiled(recipe, progress)
+    return planned(recipe, compiled(recipe, progress))
+
+
+def planned(recipe: Recipe, step: Compiled) -> Plan:
+    """The plan of `recipe`, whose step `step` is, at the layout of its analysis."""
     topology = recipe.hardware.load()
-    assert topology is not None  # or `compiled` would have said so
+    assert topology is not None  # or it would not have been compiled
     with recipe.blamed("parallel"):
         placement = place(topology, step.analysis.layout, recipe.parallel.traffic)
     return Plan(

@@ -88,12 +88,13 @@ summary { cursor: pointer; color: var(--quiet); margin-top: 12px } li { margin: 
 _LOADS_NOTHING = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = ()) -> str:
+def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str = "") -> str:
     """The page, as text: well-formed as XML too.
 
     Args:
         plan: a `trainfw.planning.Plan`.
         changes: what would shorten the step and by how many seconds, the best first (`trainfw.planning.whatif`).
+        further: sections to put before the assumptions, such as a `scaling_section`.
 
     A figure of `plan.to_json()` stands in a `<data>` element with its value in full, and its key in `data-key`.
     """
@@ -106,6 +107,7 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = ()) -> str:
         *_time(plan, found),
         *_collectives(plan),
         *_changes(plan, changes),
+        further,
         *_assumptions(plan, found),
         "<h2>The recipe</h2>",
         f"<details><summary>{_text(plan.recipe.name)}, every key written out</summary>",
