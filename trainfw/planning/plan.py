@@ -199,7 +199,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     for transfer, taken in plan.transfers[:12]:
         yield (
             f"  {transfer.kind:20} {transfer.phase:8} {', '.join(transfer.axes):14} {transfer.dtype:5} "
-            f"{transfer.bytes / 1e6:9,.1f} {transfer.times:7,} {duration(taken.seconds * transfer.times):>9}  {taken.algorithm}"
+            f"{transfer.bytes / 1e6:9,.1f} {transfer.times:7,} {duration(taken.seconds * transfer.times):>9}  "
+            f"{taken.algorithm}"
         )
     if len(plan.transfers) > 12:
         yield f"  and {len(plan.transfers) - 12} more that take less"

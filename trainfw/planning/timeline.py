@@ -2,7 +2,8 @@
 
 The program gives the order of the phases, and where it loops over its layers that of the operations in one turn. Inside
 a phase as a whole the parts are laid one after the other in no order of their own. All that a step waits for adds up to
-its predicted time; what of collectives passes beside matrix products is laid beside them.
+its predicted time; what of collectives passes beside matrix products is laid beside them. A product takes the tensor
+engine, also where it waits for memory to deliver its operands.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ class Segment:
     """Of `StepTime.parts`."""
     start: float
     seconds: float
-    operations: int = 1
     hidden: bool = False
     """Beside matrix products: nothing waits for it."""
 
@@ -126,7 +126,7 @@ def _laid(work: Iterable[_Work]) -> Iterator[Segment]:
         hidden[stream, part] += sum(piece.hidden for piece in pieces)
         seconds = sum(piece.waited for piece in pieces)
         if seconds:
-            segments.append(Segment(stream, part, now, seconds, len(pieces)))
+            segments.append(Segment(stream, part, now, seconds))
         now += seconds
     yield from segments
     products = [segment for segment in segments if segment.stream == "tensor engine"]

@@ -317,9 +317,9 @@ def _collectives(plan: Any) -> Iterator[str]:
         return
     yield "<h2>Collectives</h2>"
     head = (
-        '<div class="wide"><table><thead><tr><th>kind</th><th>in</th><th>over</th><th>dtype</th><th class="n">buffer</th>'
-        '<th class="n">times</th><th class="n">each</th><th class="n">a step</th><th>slowest links</th>'
-        "<th>algorithm</th></tr></thead><tbody>"
+        '<div class="wide"><table><thead><tr><th>kind</th><th>in</th><th>over</th><th>dtype</th>'
+        '<th class="n">buffer</th><th class="n">times</th><th class="n">each</th><th class="n">a step</th>'
+        "<th>slowest links</th><th>algorithm</th></tr></thead><tbody>"
     )
     yield head
     for i, (transfer, taken) in enumerate(plan.transfers):
