@@ -21,8 +21,8 @@ from trainfw import Recipe, backends, load_recipe, planning
 WITHIN = 0.20
 SIXTY_MILLION = (
     "name=60M",
-    "model={vocab_size: 16384, hidden_size: 512, intermediate_size: 1792, num_layers: 12, num_heads: 8, num_kv_heads: 4, "
-    "head_dim: 64, tie_embeddings: false}",
+    "model={vocab_size: 16384, hidden_size: 512, intermediate_size: 1792, num_layers: 12, tie_embeddings: false, "
+    "num_heads: 8, num_kv_heads: 4, head_dim: 64}",
     "data.sequence_length=512",
     "train={global_batch_size: 4, scan_layers: true}",
     "optimizer={name: adamw, learning_rate: 3.0e-4}",

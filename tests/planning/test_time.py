@@ -14,7 +14,7 @@ from trainfw import Recipe, UserError
 from trainfw.hardware import Topology, load_topology
 from trainfw.models import flops_per_token
 from trainfw.parallel import Layout, place
-from trainfw.planning import Analysis, Assumptions, Matmul, Transfer, analyse, shape_efficiency, step_time
+from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, analyse, shape_efficiency, step_time
 
 TRN2, H100 = "trn2.48xlarge", "h100-8"
 
@@ -37,9 +37,7 @@ def some_analysis(layout: Layout) -> Analysis:
             Transfer("all-gather", ("fsdp",), "bf16", 10**9, 100),
             Transfer("all-reduce", ("tensor",), "bf16", 10**9, 100),
         ),
-        streamed_bytes=6 * hbm,
-        attention_bytes=3 * hbm,
-        update_bytes=hbm,
+        streamed=(Streamed("model", 2 * hbm), Streamed("attention", 3 * hbm), Streamed("update", hbm)),
     )
 
 

@@ -129,16 +129,42 @@ def test_memory_adds_up_and_fills_the_bar(made, page):
     assert sum(widths) == pytest.approx(100 * total / made.topology.hbm_size, abs=0.01)
 
 
-def test_both_streams_of_a_step_are_as_long_as_it(made, page):
-    shares = {}
-    for bar in ET.fromstring(page).iter("div"):
-        if bar.get("aria-label", "").startswith("what the"):
-            shares[bar.attrib["aria-label"]] = sum(
-                float(re.search(r"width:([\d.]+)%", e.attrib["style"])[1]) for e in bar
-            )
-    waited = sum(seconds for axes, seconds in made.time.parts.items() if axes in ("fsdp", "tensor", "fsdp+tensor"))
-    assert shares["what the links carry"] == pytest.approx(100, abs=0.05)
-    assert shares["what the cores compute"] == pytest.approx(100 * (1 - waited / made.time.seconds), abs=0.05)
+def tracks(page: str) -> list[tuple[str, list[ET.Element]]]:
+    """Lanes of the timeline: (name, blocks), in order."""
+    found = [e for e in ET.fromstring(page).iter("div") if e.get("class") == "track"]
+    return [(e.attrib["aria-label"], e.findall("i")) for e in found]
+
+
+def width(block: ET.Element) -> float:
+    return float(re.search(r"width:([\d.]+)%", block.attrib["style"])[1])
+
+
+def test_the_timeline_is_as_long_as_the_step(made, page):
+    (name, phases), *lanes = tracks(page)
+    assert name == "phases"
+    assert [block.get("class") for block in phases] == ["phase forward", "phase backward", "phase update"]
+    assert sum(map(width, phases)) == pytest.approx(100, abs=0.01)
+    assert [name for name, _ in lanes[:2]] == ["tensor engine", "memory"]
+    first_turn = [name for name, _ in lanes].index("tensor engine", 1)
+    solid = [block for _, blocks in lanes[:first_turn] for block in blocks if block.get("class") != "hidden"]
+    assert 97 < sum(map(width, solid)) < 100.1  # what cannot be seen is left out
+    assert any(block.get("class") == "hidden" for _, blocks in lanes for block in blocks)
+    assert len(made.timeline.loops) == 2
+    assert "One turn of the loop over layers" in words(page)
+
+
+def test_microbatches_are_drawn_one_after_the_other(made):
+    def accumulating(parts: int):
+        train = made.recipe.train.model_copy(update={"accumulation_steps": parts})
+        return replace(made, recipe=made.recipe.model_copy(update={"train": train}))
+
+    (name, blocks), *_ = tracks(plan_page(accumulating(4)))
+    assert name == "the step: 4 microbatches, and the update"
+    assert [block.get("class") for block in blocks] == ["phase forward", "phase backward"] * 4 + ["phase update"]
+    assert sum(map(width, blocks)) == pytest.approx(100, abs=0.02)
+    page = plan_page(accumulating(400))
+    assert "400 x (forward, backward)" in words(page)
+    assert len(tracks(page)[0][1]) == 2
 
 
 def test_links_are_as_busy_as_the_plan_says(made, page):

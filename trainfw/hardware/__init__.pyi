@@ -1,4 +1,5 @@
 from .config import HardwareConfig as HardwareConfig
+from .figures import duration as duration
 from .topology import Dimension as Dimension
 from .topology import Link as Link
 from .topology import Topology as Topology

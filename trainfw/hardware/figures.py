@@ -44,6 +44,16 @@ def quantity(text: Any) -> float:
     return float(match[1].replace(",", "")) * _UNITS[match[2]]
 
 
+def duration(seconds: float) -> str:
+    """`1.53 s`, `20 ms`, `6.25 us`: three digits."""
+    if seconds == 0:
+        return "0"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:,.0f} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
 class Claim(Config):
     """What one document says."""
 

@@ -1,5 +1,6 @@
 from .analysis import Analysis as Analysis
 from .analysis import Matmul as Matmul
+from .analysis import Streamed as Streamed
 from .analysis import Transfer as Transfer
 from .analysis import analyse as analyse
 from .analysis import simulated_cores as simulated_cores
@@ -36,6 +37,10 @@ from .time import Assumptions as Assumptions
 from .time import StepTime as StepTime
 from .time import shape_efficiency as shape_efficiency
 from .time import step_time as step_time
+from .timeline import Segment as Segment
+from .timeline import Stretch as Stretch
+from .timeline import Timeline as Timeline
+from .timeline import timeline as timeline
 from .winner import check_out as check_out
 from .winner import default_out as default_out
 from .winner import write_winner as write_winner

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
-from trainfw.hlo import Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
 from trainfw.parallel import AXES, Layout
 from trainfw.recipe import Recipe
 
@@ -27,6 +27,11 @@ REPLICAS = 2
 
 _SCORES = ("bkgst",)
 """The attention scores, as the einsums of `trainfw.models` name their dims."""
+
+Phase: TypeAlias = Literal["forward", "backward", "update"]
+"""Of a step: `forward` and `backward` (with what remat computes again, and sums of gradients) of every microbatch, one
+after the other, then the `update`: the optimizer and the norms."""
+StreamedKind: TypeAlias = Literal["model", "attention", "update"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Matmul:
     """A product with the scores, S x S, which a fused kernel never writes to memory."""
     backward: bool = False
     """Computes a gradient. (What remat computes again does not.)"""
+    phase: Phase = "backward"
 
     @property
     def flops(self) -> float:
@@ -68,6 +74,42 @@ class Transfer:
     bytes: int
     """Of the whole buffer, each time: what an all-gather returns, what a reduce-scatter takes."""
     times: int
+    phase: Phase = "backward"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Device memory read and written in a step by other than matrix products and collectives, elementwise operations
+    fused into what uses them."""
+
+    kind: StreamedKind
+    """`attention`: scores. `update`: what `jax.grad` does not differentiate: the optimizer, and sums of gradients."""
+    bytes: float
+    phase: Phase = "backward"
+    array: int = 0
+    """Bytes of the largest array that a kernel reads or writes, to the next power of two; 0 where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation in one turn of a loop: a part of what the analysis has added up."""
+
+    of: Literal["matmuls", "transfers", "streamed"]
+    index: int
+    """Which of the analysis's."""
+    share: float
+    """Of its time in a step."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One turn of a loop over layers."""
+
+    phase: Phase
+    times: int
+    """In a step."""
+    operations: tuple[Operation, ...]
+    """As the program lists them, each after what it needs; a compiler may choose another such order."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +119,25 @@ class Analysis:
     layout: Layout
     matmuls: tuple[Matmul, ...]
     transfers: tuple[Transfer, ...]
-    streamed_bytes: float
-    """Device memory read and written in a step by all else than matrix products and collectives, elementwise
-    operations fused into what uses them."""
-    attention_bytes: float = 0.0
-    """Of these, attention scores."""
-    update_bytes: float = 0.0
-    """Of these, outside of forward and backward: the optimizer, and sums of gradients."""
+    streamed: tuple[Streamed, ...]
+    loops: tuple[Loop, ...] = ()
+    """The forward and the backward one over layers; none where these are unrolled."""
 
     @property
     def flops(self) -> float:
         return sum(matmul.flops for matmul in self.matmuls)
+
+    @property
+    def streamed_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed)
+
+    @property
+    def attention_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "attention")
+
+    @property
+    def update_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "update")
 
 
 def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SIMULATED) -> tuple[Recipe, Layout]:
@@ -174,45 +224,107 @@ def lengthened(analysis: Analysis, simulated: Layout) -> Analysis:
         replace(t, bytes=round(t.bytes * share)) if t.axes == ("data",) and t.bytes > 8 else t
         for t in analysis.transfers
     )
-    update = analysis.update_bytes * share
-    return replace(
-        analysis,
-        transfers=transfers,
-        update_bytes=update,
-        streamed_bytes=analysis.streamed_bytes - analysis.update_bytes + update,
-    )
+    streamed = tuple(replace(s, bytes=s.bytes * share) if s.kind == "update" else s for s in analysis.streamed)
+    return replace(analysis, transfers=transfers, streamed=streamed)
 
 
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """The analysis of a partitioned module on `mesh`."""
-    matmuls: Counter[Matmul] = Counter()
+    scores = _scores(module)
+    collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
+    work: dict[str, list[tuple[_Work, int]]] = {}
+    totals: Counter[_Work] = Counter()
     for name, times in module.times.items():
         computation = module.computations[name]
+        phases = _phases(computation, repeated=times > 1)
+        work[name] = []
         for instruction in computation.instructions.values():
+            phase = phases[instruction.name]
             if instruction.opcode == "dot":
-                matmuls[_matmul(computation, instruction)] += times
-    transfers: Counter[tuple[str, tuple[str, ...], str, int]] = Counter()
-    for collective in collectives_of(module):
-        scattered = collective.kind == "all-reduce" and collective.scattered
-        kind = "reduce-scatter" if scattered else collective.kind
-        axes = collective.axes(mesh) or tuple(axis for axis in AXES if layout.sizes[axis] > 1)
-        transfers[kind, axes, collective.dtype, collective.bytes] += collective.times
-    scores = _scores(module)
-    streamed: Counter[str] = Counter()
-    for name, times in module.times.items():
-        for kind, size in _streamed(module.computations[name], scores).items():
-            streamed[kind] += size * times
+                work[name].append((_matmul(computation, instruction, phase), 1))
+            elif instruction.name in collectives:
+                work[name].append((_transfer(collectives[instruction.name], mesh, layout, phase), 1))
+            else:
+                sizes, largest = _streamed(computation, instruction, scores)
+                array = 1 << (largest - 1).bit_length() if largest else 0
+                work[name] += [(Streamed(kind, 0, phase, array), size) for kind, size in sizes.items()]
+        for piece, amount in work[name]:
+            totals[piece] += amount * times
+    matmuls = {piece: n for piece, n in totals.items() if isinstance(piece, Matmul)}
+    transfers = {piece: n for piece, n in totals.items() if isinstance(piece, Transfer)}
+    streamed = {piece: size for piece, size in totals.items() if isinstance(piece, Streamed)}
+    index = {piece: i for kind in (matmuls, transfers, streamed) for i, piece in enumerate(kind)}
+    loops = (
+        Loop(
+            phase,
+            module.times[name],
+            tuple(Operation(_OF[type(piece)], index[piece], amount / totals[piece]) for piece, amount in work[name]),
+        )
+        for phase, name in _loops(module, work).items()
+    )
     return Analysis(
         layout=layout,
         matmuls=tuple(replace(matmul, times=times) for matmul, times in matmuls.items()),
-        transfers=tuple(Transfer(*key, times) for key, times in transfers.items()),
-        streamed_bytes=float(streamed.total()),
-        attention_bytes=float(streamed["attention"]),
-        update_bytes=float(streamed["update"]),
+        transfers=tuple(replace(transfer, times=times) for transfer, times in transfers.items()),
+        streamed=tuple(replace(piece, bytes=float(size)) for piece, size in streamed.items()),
+        loops=tuple(loops),
     )
 
 
-def _matmul(computation: Computation, dot: Instruction) -> Matmul:
+_Work: TypeAlias = Matmul | Transfer | Streamed
+_OF: dict[type, Literal["matmuls", "transfers", "streamed"]] = {
+    Matmul: "matmuls",
+    Transfer: "transfers",
+    Streamed: "streamed",
+}
+
+
+def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
+    """The phase of every instruction of a computation, which runs more than once in a step or not."""
+
+    def named(instruction: Instruction) -> Phase | None:
+        if "transpose(" in instruction.op_name or "rematted_computation" in instruction.op_name:
+            return "backward"
+        return "forward" if "jvp(" in instruction.op_name else None
+
+    found = {instruction.name: named(instruction) for instruction in computation.instructions.values()}
+    present = set(found.values()) - {None}
+    # What has no such name: in a loop over microbatches sums of gradients, in one over layers what the partitioner
+    # added, else the update; but for the zeros and masks that forward and backward start from.
+    rest: Phase = "update" if not repeated or not present else "backward" if "backward" in present else "forward"
+    zeros: Phase = "forward" if "forward" in present else rest
+    return {
+        name: phase or (zeros if computation.instructions[name].opcode == "broadcast" else rest)
+        for name, phase in found.items()
+    }
+
+
+def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> dict[Phase, str]:
+    """For forward and backward, the computation that is the loop over layers.
+
+    That is the one with the most products among those that run more than once, in one phase alone, and call no other.
+    """
+    most: dict[Phase, tuple[float, str]] = {}
+    for name, pieces in work.items():
+        phases = {piece.phase for piece, _ in pieces}
+        flops = module.times[name] * sum(piece.flops for piece, _ in pieces if isinstance(piece, Matmul))
+        opcodes = {instruction.opcode for instruction in module.computations[name].instructions.values()}
+        if module.times[name] == 1 or len(phases) != 1 or not flops or opcodes & {"while", "call", "conditional"}:
+            continue
+        phase = phases.pop()
+        if phase != "update" and flops > most.get(phase, (0.0, ""))[0]:
+            most[phase] = flops, name
+    return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
+
+
+def _transfer(collective: Collective, mesh: object, layout: Layout, phase: Phase) -> Transfer:
+    """A collective, once."""
+    kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
+    axes = collective.axes(mesh) or tuple(axis for axis in AXES if layout.sizes[axis] > 1)
+    return Transfer(kind, axes, collective.dtype, collective.bytes, 1, phase)
+
+
+def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
     """A dot, once."""
     left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
 
@@ -234,6 +346,7 @@ def _matmul(computation: Computation, dot: Instruction) -> Matmul:
         bytes=left.bytes + right.bytes + dot.bytes,
         attention=_of_attention(dot),
         backward="transpose(" in dot.op_name and "rematted_computation" not in dot.op_name,
+        phase=phase,
     )
 
 
@@ -271,8 +384,11 @@ _ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter"
 """Counted as matrix products and transfers."""
 
 
-def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
-    """Bytes that the kernels of one computation read and write, once: of `attention`, the `update`, and others.
+def _streamed(
+    computation: Computation, instruction: Instruction, scores: set[int]
+) -> tuple[Counter[StreamedKind], int]:
+    """Bytes that the kernel which ends with an instruction reads and writes, once, by kind, and those of its largest
+    array; none where none does.
 
     A kernel is an operation that is not fused, or a fused one whose result something not fused takes (reductions take
     elementwise results as they come). It writes its result, and reads what it reaches through fused operations.
@@ -280,21 +396,21 @@ def _streamed(computation: Computation, scores: set[int]) -> Counter[str]:
     Args:
         scores: arrays of so many elements are attention scores.
     """
-    found: Counter[str] = Counter()
-    for instruction in computation.instructions.values():
-        if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
-            continue
-        # Forward and backward are under jax.grad, but for the zeros that they start from.
-        whole = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
-        if instruction.opcode == "dynamic-update-slice":  # in place
-            found[whole] += 2 * _shape_bytes(computation, instruction.operands[1])
-            continue
-        arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
-        for array in arrays:
-            if array is not None:
-                of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
-                found["attention" if of_scores and whole == "model" else whole] += array.bytes
-    return found
+    found: Counter[StreamedKind] = Counter()
+    if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
+        return found, 0
+    # Forward and backward are under jax.grad, but for the zeros that they start from.
+    whole: StreamedKind = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
+    if instruction.opcode == "dynamic-update-slice":  # in place
+        part = _shape_bytes(computation, instruction.operands[1])
+        found[whole] = 2 * part
+        return found, part
+    arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
+    for array in arrays:
+        if array is not None:
+            of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
+            found["attention" if of_scores and whole == "model" else whole] += array.bytes
+    return found, max((array.bytes for array in arrays if array is not None), default=0)
 
 
 def _written(computation: Computation, instruction: Instruction) -> bool:

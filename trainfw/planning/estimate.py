@@ -17,7 +17,7 @@ from typing import TypeAlias
 from trainfw.hardware import Topology
 from trainfw.models import ModelConfig
 from trainfw.parallel import Layout, Placement
-from trainfw.planning.analysis import Analysis, Matmul, Transfer
+from trainfw.planning.analysis import Analysis, Matmul, Streamed, Transfer
 from trainfw.planning.time import step_time
 from trainfw.recipe import Recipe
 
@@ -107,9 +107,11 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         layout=layout,
         matmuls=tuple(matmuls),
         transfers=tuple(_transfers(recipe, layout, tokens, narrow, dtype)),
-        streamed_bytes=moved * runs + _MOVED_WEIGHTS * share * parts + attention + update,
-        attention_bytes=attention,
-        update_bytes=update,
+        streamed=(
+            Streamed("model", moved * runs + _MOVED_WEIGHTS * share * parts),
+            Streamed("attention", attention),
+            Streamed("update", update, "update"),
+        ),
     )
 
 

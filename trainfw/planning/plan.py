@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainfw.hardware import Topology
+from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer
 from trainfw.planning.compiled import Compiled, compiled
 from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
-from trainfw.planning.time import Assumptions, StepTime, step_time
+from trainfw.planning.time import Assumptions, StepTime, part_label, step_time
+from trainfw.planning.timeline import Timeline, timeline
 from trainfw.recipe import Recipe
 
 
@@ -32,6 +33,15 @@ class Plan:
     def transfers(self) -> list[tuple[Transfer, TransferTime]]:
         """Every collective with the time of one run, the longest in a step first."""
         return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+
+    @property
+    def timeline(self) -> Timeline:
+        """The step in order."""
+        return timeline(self.analysis, self.time, self.recipe.train.accumulation_steps)
+
+    def part_label(self, part: str) -> str:
+        """What a part of the step (a key of `time.parts`) is called."""
+        return part_label(part)
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,6 +82,7 @@ class Plan:
             "step_time_seconds": self.time.seconds,
             "step_time_range_seconds": [self.time.low, self.time.high],
             "step_time_parts_seconds": dict(self.time.parts),
+            "step_time_phases_seconds": {s.phase: s.seconds * s.times for s in self.timeline.phases},
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -80,6 +91,7 @@ class Plan:
             "memory_capacity_bytes_per_core": self.topology.hbm_size,
             "collectives": [
                 {
+                    "phase": transfer.phase,
                     "kind": transfer.kind,
                     "axes": list(transfer.axes),
                     "dtype": transfer.dtype,
@@ -164,7 +176,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.recipe.name} on {units}: {chips}, {topology.cores:,} cores, {plan.layout}"
     yield "A prediction: nothing here was measured on this hardware."
     yield ""
-    yield f"step time   {_seconds(time.seconds)}  (from {_seconds(time.low)} to {_seconds(time.high)})"
+    yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
     yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
@@ -177,18 +189,22 @@ def _lines(plan: Plan) -> Iterator[str]:
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
         if seconds > 0.0005 * time.seconds:
             hidden = time.hidden.get(part, 0.0)
-            beside = f"  (and {_seconds(hidden)} beside matrix products)" if hidden else ""
-            name = PARTS.get(part, f"collectives over {part.replace('+', ', ')}")
-            yield f"  {name:32} {_seconds(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+            beside = f"  (and {duration(hidden)} beside matrix products)" if hidden else ""
+            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+    forward, backward, update = (duration(phase.seconds) for phase in plan.timeline.phases)
+    each = plan.timeline.microbatches
+    passes = f"forward {forward}, backward {backward}"
+    yield f"  in order: {passes if each == 1 else f'{each} x ({passes})'}, then the update {update}"
     yield ""
     yield "memory of a core"
     yield from (f"  {line}" for line in plan.memory.lines())
     yield ""
-    yield f"  {'collective':20} {'over':14} {'dtype':5} {'MB':>9} {'times':>7} {'a step':>9}  algorithm"
+    yield f"  {'collective':20} {'in':8} {'over':14} {'dtype':5} {'MB':>9} {'times':>7} {'a step':>9}  algorithm"
     for transfer, taken in plan.transfers[:12]:
         yield (
-            f"  {transfer.kind:20} {', '.join(transfer.axes):14} {transfer.dtype:5} {transfer.bytes / 1e6:9,.1f} "
-            f"{transfer.times:7,} {_seconds(taken.seconds * transfer.times):>9}  {taken.algorithm}"
+            f"  {transfer.kind:20} {transfer.phase:8} {', '.join(transfer.axes):14} {transfer.dtype:5} "
+            f"{transfer.bytes / 1e6:9,.1f} {transfer.times:7,} {duration(taken.seconds * transfer.times):>9}  "
+            f"{taken.algorithm}"
         )
     if len(plan.transfers) > 12:
         yield f"  and {len(plan.transfers) - 12} more that take less"
@@ -203,18 +219,3 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "assumed"
     yield from (f"  {text}" for text in time.assumptions)
-
-
-PARTS = {
-    "matmul": "matrix products",
-    "attention": "attention scores",
-    "memory": "elementwise and reductions",
-    "optimizer": "optimizer and sums of gradients",
-}
-
-
-def _seconds(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:,.0f} {unit}"
-    return f"{seconds / 1e-6:.3g} us"

@@ -86,8 +86,25 @@ class StepTime:
     tokens_per_second: float
     transfers: tuple[tuple[Transfer, TransferTime], ...]
     """Every collective with the time of one run."""
+    products: tuple[float, ...]
+    """Seconds in a step of each of the analysis's matrix products."""
+    streamed: tuple[float, ...]
+    """Seconds in a step of all that passes through memory, as the analysis has it."""
     assumptions: tuple[str, ...]
     """In words, for people."""
+
+
+def part_label(part: str) -> str:
+    """What a part of a step (see `StepTime.parts`) is called."""
+    return _LABELS.get(part, f"collectives over {part.replace('+', ', ')}")
+
+
+_LABELS = {
+    "matmul": "matrix products",
+    "attention": "attention scores",
+    "memory": "elementwise and reductions",
+    "optimizer": "optimizer and sums of gradients",
+}
 
 
 def step_time(
@@ -118,6 +135,8 @@ def step_time(
         mfu=flops / middle.seconds / peak,
         tokens_per_second=tokens / middle.seconds,
         transfers=middle.transfers,
+        products=middle.products,
+        streamed=middle.streamed,
         assumptions=tuple(_words(topology, assumed, slow, analysis)),
     )
 
@@ -134,18 +153,23 @@ class _Step:
         speed: Mapping[str, float] | None = None,
     ):
         topology = placement.topology
-        elementwise_rate = _elementwise_rate(topology, 2**24)
         fused = assumed.attention == "fused"
         products: defaultdict[str, float] = defaultdict(float)
+        each = []
         on_memory = 0.0
         for matmul in analysis.matmuls:
             compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency)
-            products["attention" if matmul.attention else "matmul"] += max(compute, streaming)
+            each.append(max(compute, streaming))
+            products["attention" if matmul.attention else "matmul"] += each[-1]
             on_memory += streaming if streaming > compute else 0.0
-        scores = 0.0 if fused else analysis.attention_bytes / elementwise_rate
-        update = analysis.update_bytes / elementwise_rate
-        rest = analysis.streamed_bytes - analysis.attention_bytes - analysis.update_bytes
-        elementwise = rest / elementwise_rate
+        self.products = tuple(each)
+        self.streamed = tuple(
+            0.0 if fused and s.kind == "attention" else s.bytes / _elementwise_rate(topology, s.array)
+            for s in analysis.streamed
+        )
+        streamed: defaultdict[str, float] = defaultdict(float)
+        for piece, seconds in zip(analysis.streamed, self.streamed, strict=True):
+            streamed[piece.kind] += seconds
         collectives: defaultdict[str, float] = defaultdict(float)
         by_dim: defaultdict[str, float] = defaultdict(float)
         self.transfers = tuple((t, transfer_seconds(t, placement, speed)) for t in analysis.transfers)
@@ -160,15 +184,15 @@ class _Step:
         self.hidden = {axes: seconds * share for axes, seconds in beside.items()}
         self.parts = {
             "matmul": products["matmul"],
-            "attention": products["attention"] + scores,
-            "memory": elementwise,
-            "optimizer": update,
+            "attention": products["attention"] + streamed["attention"],
+            "memory": streamed["model"],
+            "optimizer": streamed["update"],
             **{axes: seconds - self.hidden.get(axes, 0.0) for axes, seconds in collectives.items()},
         }
         self.seconds = sum(self.parts.values())
         busy = {
             "compute": sum(products.values()) - on_memory,
-            "hbm": on_memory + scores + elementwise + update,
+            "hbm": on_memory + sum(self.streamed),
             **{f"links.{dim}": seconds for dim, seconds in by_dim.items()},
         }
         self.bound_by = max(busy, key=lambda what: busy[what])
@@ -262,11 +286,11 @@ def _memory_rate(topology: Topology) -> float:
 
 
 def _elementwise_rate(topology: Topology, array: int) -> float:
-    """Bytes/s of one core for kernels whose largest array has `array` bytes."""
+    """Bytes/s of one core for kernels whose largest array has `array` bytes, or any number where that is 0."""
     measured = topology.chip.elementwise_rates
     if measured is None:
         return _memory_rate(topology)
-    corners = _between(measured.sizes, array)
+    corners = _between(measured.sizes, array or measured.sizes[-1])
     return math.exp(sum(share * math.log(measured.rates[i]) for i, share in corners)) / topology.cores_per_chip
 
 

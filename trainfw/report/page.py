@@ -8,17 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from trainfw.hardware import duration
 from trainfw.report.svg import topology_svg
 from trainfw.report.text import amount, doubtful_figures
+from trainfw.report.timeline import STYLE, lanes, step_lane
 from trainfw.report.where import COLOURS, axes_of_dim, kind_in_words
 
-PARTS = {
-    "matmul": ("matrix products", "#3f66b0"),
-    "attention": ("attention scores", "#7a8fd0"),
-    "memory": ("elementwise and reductions", "#7d8794"),
-    "optimizer": ("optimizer and sums of gradients", "#a7afb9"),
-}
-"""Parts of a step that are not collectives: what the page calls them, and their colours."""
+PART_COLOURS = {"matmul": "#3f66b0", "attention": "#7a8fd0", "memory": "#7d8794", "optimizer": "#a7afb9"}
+"""Of the parts of a step that are not collectives; those have the colour of their first axis."""
 
 MEMORY_COLOURS = {
     "parameters": "#24508f",
@@ -36,19 +33,21 @@ MEMORY_COLOURS = {
 _HEAT = "224, 85, 47"
 _GIB = 2**30
 _FEW = 12
-_HIDDEN = ", hidden"
+_SHORT = 2e-3
+"""Of a turn of a loop: what takes less is not listed."""
 _MOST_COLUMNS = 7
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1f2328; --quiet: #59636e; --line: #d9dfe5;
-  --soft: #f3f5f8; --accent: #b4431f }
+  --soft: #f3f5f8; --phase: #bcc6d0; --accent: #b4431f }
 @media (prefers-color-scheme: dark) { :root { --page: #0d1117; --text: #e6edf3; --quiet: #9aa5b1; --line: #303843;
-  --soft: #161d26; --accent: #f0865f } }
+  --soft: #161d26; --phase: #4a5563; --accent: #f0865f } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Helvetica, Arial, sans-serif; font-variant-numeric: tabular-nums }
 main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 48px }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 } h2 { font-size: 18px; margin: 44px 0 12px }
+h3 { font-size: 15px; margin: 26px 0 10px }
 p { margin: 8px 0 } small, .muted { color: var(--quiet) } small { font-size: 13px }
 .prediction { display: inline-block; margin: 12px 0 0; padding: 3px 12px; border-left: 4px solid var(--accent);
   background: var(--soft); font-weight: 600 }
@@ -62,8 +61,6 @@ p { margin: 8px 0 } small, .muted { color: var(--quiet) } small { font-size: 13p
   box-shadow: inset 0 0 0 1px var(--line) }
 .stack i { flex: none; height: 100%; font: 600 12px/30px system-ui, sans-serif; color: #fff; text-align: center;
   overflow: hidden; white-space: nowrap; box-shadow: inset -1px 0 0 var(--page) }
-.stack i.gap { box-shadow: none } .stack i.hidden { opacity: 0.5 }
-.lane { display: grid; grid-template-columns: 96px 1fr; align-items: center; margin: 6px 0 }
 .ticks { display: flex; justify-content: space-between; color: var(--quiet); font-size: 12px }
 .over { color: var(--accent); font-weight: 600 }
 table { border-collapse: collapse; margin: 14px 0 0; width: 100% } .narrow { width: auto; min-width: 560px }
@@ -119,7 +116,7 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
         f'<meta http-equiv="Content-Security-Policy" content={quoteattr(_LOADS_NOTHING)}/>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         '<link rel="icon" href="data:,"/>',
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f"<title>{_text(title)}</title><style>{_STYLE}{STYLE}</style></head><body><main>",
     ]
     return "\n".join([*head, *sections, "</main></body></html>", ""])
 
@@ -136,10 +133,10 @@ def _headline(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
     low, high = found["step_time_range_seconds"]
     where = 100 * (time.seconds - low) / (high - low) if high > low else 50.0
     ends = (
-        f"{_figure('step_time_range_seconds.0', low, _seconds(low))} to "
-        f"{_figure('step_time_range_seconds.1', high, _seconds(high))}"
+        f"{_figure('step_time_range_seconds.0', low, duration(low))} to "
+        f"{_figure('step_time_range_seconds.1', high, duration(high))}"
     )
-    step = _figure("step_time_seconds", time.seconds, _seconds(time.seconds))
+    step = _figure("step_time_seconds", time.seconds, duration(time.seconds))
     yield _tile("step time", step, f'<div class="span"><i style="left:{where:.1f}%"></i></div>from {ends}')
     rate = found["tokens_per_second"]
     each = f"{rate / topology.chips:,.0f} a chip; {found['tokens_per_step']:,} a step"
@@ -247,33 +244,74 @@ def _memory(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _time(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
-    time, parts = plan.time, found["step_time_parts_seconds"]
-    computed = [(key, s) for key, s in parts.items() if key in PARTS]
-    waited = [(key, s) for key, s in parts.items() if key not in PARTS]
-    hidden = [(key, s) for key, s in time.hidden.items() if s]
-    beside, alone = sum(s for _, s in hidden), sum(s for _, s in computed)
+    time, timeline = plan.time, plan.timeline
+    many = timeline.microbatches
+    phases = f"{many} times forward and backward" if many > 1 else "Forward, backward"
     yield "<h2>Where a step goes</h2>"
     yield (
-        "<p>What the cores compute, and below it what their links carry: beside matrix products (faint), or while the "
-        "cores wait. Shares of a step, not an order in time.</p>"
+        f"<p>{phases}, then the update: the order of the phases is the program's. Inside a phase there is none: what a "
+        "core waits for is laid one after the other, stream by stream. Faint is what passes beside matrix products, "
+        "so that no core waits for it; it is spread over them evenly.</p>"
     )
-    upper: list[tuple[str, float, str]] = [(_part(key), s / time.seconds, _colour(key)) for key, s in computed]
-    lower = [(_part(key) + _HIDDEN, s / time.seconds, _colour(key)) for key, s in hidden]
-    lower += [("", max(0.0, alone - beside) / time.seconds, "")]
-    lower += [(f"{_part(key)}, waited for", s / time.seconds, _colour(key)) for key, s in waited]
-    yield f'<div class="lane"><span>cores</span>{_stack(upper, "what the cores compute")}</div>'
-    yield f'<div class="lane"><span>links</span>{_stack(lower, "what the links carry")}</div>'
-    marks = "".join(f"<span>{_seconds(time.seconds * share)}</span>" for share in (0, 0.25, 0.5, 0.75, 1))
-    yield f'<div class="lane"><span></span><div class="ticks">{marks}</div></div>'
+    if many > 1:
+        yield from step_lane(timeline)
+        yield f"<h3>One microbatch of {many}, and the update</h3>"
+    yield from lanes(timeline.phases, _colour, plan.part_label)
+    yield from _phases(timeline.phases, found["step_time_phases_seconds"])
     yield '<table class="narrow"><thead><tr><th>what</th><th class="n">a step</th><th class="n">share</th>'
     yield '<th class="n">beside matrix products</th></tr></thead><tbody>'
-    for key, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        value = _figure(f"step_time_parts_seconds.{key}", seconds, _seconds(seconds))
-        more = _seconds(time.hidden[key]) if time.hidden.get(key) else ""
-        yield _row([_swatch(_colour(key)) + _text(_part(key)), value, _text(_percent(seconds / time.seconds)), more])
-    whole = _figure("step_time_seconds", time.seconds, _seconds(time.seconds))
-    yield _row(["total", whole, "100%", _seconds(beside) if beside else ""], "sum")
+    for key, seconds in sorted(found["step_time_parts_seconds"].items(), key=lambda item: -item[1]):
+        value = _figure(f"step_time_parts_seconds.{key}", seconds, duration(seconds))
+        more = duration(time.hidden[key]) if time.hidden.get(key) else ""
+        label = _swatch(_colour(key)) + _text(plan.part_label(key))
+        yield _row([label, value, _text(_percent(seconds / time.seconds)), more])
+    beside = sum(time.hidden.values())
+    whole = _figure("step_time_seconds", time.seconds, duration(time.seconds))
+    yield _row(["total", whole, "100%", duration(beside) if beside else ""], "sum")
     yield "</tbody></table>"
+    yield from _turns(plan)
+
+
+def _phases(phases: Sequence[Any], in_a_step: Mapping[str, float]) -> Iterator[str]:
+    yield '<table class="narrow"><thead><tr><th>phase</th><th class="n">each</th><th class="n">times</th>'
+    yield '<th class="n">a step</th><th class="n">share</th></tr></thead><tbody>'
+    whole = sum(in_a_step.values())
+    for stretch in phases:
+        seconds = in_a_step[stretch.phase]
+        value = _figure(f"step_time_phases_seconds.{stretch.phase}", seconds, duration(seconds))
+        share = _text(_percent(seconds / whole))
+        yield _row([stretch.phase, duration(stretch.seconds), f"{stretch.times:,}", value, share])
+    yield "</tbody></table>"
+
+
+def _turns(plan: Any) -> Iterator[str]:
+    """One turn of each loop over layers, drawn and as a table."""
+    if not plan.timeline.loops:
+        yield "<p><small>This program has no loop over layers, of which to show one turn in order.</small></p>"
+        return
+    yield "<h3>One turn of the loop over layers, in order</h3>"
+    yield (
+        "<p>In the order in which the program lists its operations, each after what it needs; the device's compiler "
+        "may choose another such order.</p>"
+    )
+    for loop in plan.timeline.loops:
+        yield f"<p><b>{loop.phase}</b> {duration(loop.seconds)}, {loop.times:,} times a step</p>"
+        yield from lanes([loop], _colour, plan.part_label)
+        waited = [segment for segment in loop.segments if not segment.hidden]
+        shown = [segment for segment in waited if segment.seconds >= _SHORT * loop.seconds]
+        yield f"<details><summary>{loop.phase}, as a table</summary>"
+        yield '<table class="narrow"><thead><tr><th>what</th><th>on</th><th class="n">from</th>'
+        yield '<th class="n">takes</th></tr></thead><tbody>'
+        for segment in shown:
+            what = _swatch(_colour(segment.part)) + _text(plan.part_label(segment.part))
+            on = "links" if segment.stream == segment.part else segment.stream
+            yield _row([what, on, duration(segment.start), duration(segment.seconds)], right=(2, 3))
+        rest = loop.seconds - sum(segment.seconds for segment in shown)
+        if len(waited) > len(shown):
+            yield _row(
+                [f"{len(waited) - len(shown)} shorter ones between them", "", "", duration(rest)], "extra", (2, 3)
+            )
+        yield "</tbody></table></details>"
 
 
 def _collectives(plan: Any) -> Iterator[str]:
@@ -281,9 +319,9 @@ def _collectives(plan: Any) -> Iterator[str]:
         return
     yield "<h2>Collectives</h2>"
     head = (
-        '<div class="wide"><table><thead><tr><th>kind</th><th>over</th><th>dtype</th><th class="n">buffer</th>'
-        '<th class="n">times</th><th class="n">each</th><th class="n">a step</th><th>slowest links</th>'
-        "<th>algorithm</th></tr></thead><tbody>"
+        '<div class="wide"><table><thead><tr><th>kind</th><th>in</th><th>over</th><th>dtype</th>'
+        '<th class="n">buffer</th><th class="n">times</th><th class="n">each</th><th class="n">a step</th>'
+        "<th>slowest links</th><th>algorithm</th></tr></thead><tbody>"
     )
     yield head
     for i, (transfer, taken) in enumerate(plan.transfers):
@@ -293,16 +331,17 @@ def _collectives(plan: Any) -> Iterator[str]:
         slowest = max(taken.levels, key=lambda level: level.seconds).part if taken.levels else ""
         cells = [
             transfer.kind,
+            transfer.phase,
             "".join(map(_axis, transfer.axes)),
             transfer.dtype,
             _figure(f"collectives.{i}.bytes", transfer.bytes, _size(transfer.bytes)),
             _figure(f"collectives.{i}.times", transfer.times, f"{transfer.times:,}"),
-            _figure(f"collectives.{i}.seconds", taken.seconds, _seconds(taken.seconds)),
-            _seconds(taken.seconds * transfer.times),
+            _figure(f"collectives.{i}.seconds", taken.seconds, duration(taken.seconds)),
+            duration(taken.seconds * transfer.times),
             _text(slowest),
             _text(taken.algorithm),
         ]
-        yield _row(cells, right=(3, 4, 5, 6))
+        yield _row(cells, right=(4, 5, 6, 7))
     yield "</tbody></table></div>" + ("</details>" if len(plan.transfers) > _FEW else "")
     yield "<p><small>The whole buffer: what an all-gather returns, what a reduce-scatter takes.</small></p>"
 
@@ -315,7 +354,7 @@ def _changes(plan: Any, changes: Sequence[tuple[str, float]]) -> Iterator[str]:
     most = changes[0][1]
     for text, saved in changes:
         bar = f'<i style="width:{100 * saved / most:.1f}%"></i>'
-        after = f"{_seconds(plan.time.seconds - saved)} a step"
+        after = f"{duration(plan.time.seconds - saved)} a step"
         yield f'<div class="gain"><b>&#8722;{_text(_percent(saved / plan.time.seconds))}</b>{bar}'
         yield f"<span>{_text(text)} <small>({after})</small></span></div>"
 
@@ -355,16 +394,13 @@ def _row(cells: Sequence[str], kind: str = "", right: Iterable[int] | None = Non
 
 
 def _stack(parts: Iterable[tuple[str, float, str]], label: str) -> str:
-    """A bar of (name, share of its width, colour); no colour is a gap."""
+    """A bar of (name, share of its width, colour)."""
     segments = []
     for name, share, colour in parts:
-        if not colour:
-            segments.append(f'<i class="gap" style="width:{100 * share:.3f}%"></i>')
-        elif share > 0:
+        if share > 0:
             tip = quoteattr(f"{name}: {_percent(share)}")
-            shown = _text(name.split(",")[0]) if share * 130 > len(name) else ""
-            kind = ' class="hidden"' if name.endswith(_HIDDEN) else ""
-            segments.append(f'<i{kind} title={tip} style="width:{100 * share:.3f}%;background:{colour}">{shown}</i>')
+            shown = _text(name) if share * 130 > len(name) else ""
+            segments.append(f'<i title={tip} style="width:{100 * share:.3f}%;background:{colour}">{shown}</i>')
     return f'<div class="stack" role="img" aria-label={quoteattr(label)}>{"".join(segments)}</div>'
 
 
@@ -397,13 +433,9 @@ def _words(key: str) -> str:
     return "other temporaries" if key == "other" else key.replace("_", " ")
 
 
-def _part(key: str) -> str:
-    return PARTS[key][0] if key in PARTS else f"collectives over {key.replace('+', ', ')}"
-
-
 def _colour(key: str) -> str:
     """Of a part of a step; collectives have that of their first axis."""
-    return PARTS[key][1] if key in PARTS else COLOURS.get(key.split("+")[0], "#8a94a0")
+    return PART_COLOURS.get(key) or COLOURS.get(key.split("+")[0], "#8a94a0")
 
 
 def _bound(what: str) -> str:
@@ -429,12 +461,3 @@ def _size(size: float) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds == 0:
-        return "0"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:,.0f} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
