@@ -232,6 +232,8 @@ def _memory_rate(topology: Topology) -> float:
 
 def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
     figure = topology.figures.get("chip.matmul_efficiency")
+    shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
+    less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
     words = [
         f"matrix products of even shapes reach {1.0 if figure is None else figure.number:.0%} of the peak"
         + (f" ({figure.note or figure.source})" if figure is not None else ""),
@@ -241,7 +243,7 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         f"{assumed.overlap:.0%} of collectives over {', '.join(OVERLAPPED)} pass beside matrix products; "
         "others are waited for",
         "elementwise operations are fused into what uses them, and run at the full bandwidth of memory",
-        "collectives reach the full bandwidth of their links",
+        "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
     ]
     if any(matmul.mixed for matmul in analysis.matmuls):
         at = "the wider's" if assumed.mixed == "wide" else "bfloat16's"
