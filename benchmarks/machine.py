@@ -85,11 +85,13 @@ def stream_rate() -> float:
 
 
 def both_ways(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """A function and its gradient, which takes its result for a cotangent."""
+    """A function and its gradients, each as it is and transposed: the products that follow need one, the gradients of
+    their weights the other."""
 
     def run(*arrays: jax.Array) -> Any:
         result, back = jax.vjp(function, *arrays)
-        return result, back(result)
+        found = [result, *back(jnp.ones_like(result) if result.ndim == 0 else result)]
+        return found, [jnp.swapaxes(x, -1, -2) for x in found if x.ndim > 1]
 
     return run
 
@@ -105,11 +107,6 @@ def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def gate(x: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(x) * up
-
-
-def turned(x: jax.Array, up: jax.Array) -> jax.Array:
-    """For the gradient of the weights that follow, the gate's result is needed transposed."""
-    return gate(x, up).T
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -130,8 +127,7 @@ def elementwise_rate(size: int) -> float:
         "softmax": (both_ways(softmax), (scores,)),
         "norm": (both_ways(norm), (hidden, random(256))),
         "gate": (both_ways(gate), (wide, wide)),
-        "gate, transposed": (turned, (wide, wide)),
-        "cross-entropy": (jax.value_and_grad(cross_entropy), (logits, jnp.zeros(targets, int))),
+        "cross-entropy": (both_ways(lambda x: cross_entropy(x, jnp.zeros(targets, int))), (logits,)),
         "Adam": (adam, (weight,) * 4),
     }
     moved = taken = 0.0
@@ -139,7 +135,7 @@ def elementwise_rate(size: int) -> float:
         jitted = jax.jit(function)
         all_bytes = read(partition(jitted.lower(*arrays)).module, None, Layout()).streamed_bytes
         each = seconds(lambda f=jitted, a=arrays: f(*a))
-        print(f"{name:17} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s", flush=True)
+        print(f"{name:13} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s", flush=True)
         moved, taken = moved + all_bytes, taken + each
     return moved / taken
 

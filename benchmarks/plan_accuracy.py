@@ -3,7 +3,8 @@
 Prints prediction, published figure and error of every run in RUNS. A chip has one free parameter, the share of its
 peak that matrix products reach (`matmul_efficiency` in trainfw/hardware/chips/). `--fit` finds it anew on the runs
 that say `fit`; all others are held out. Where trainfw cannot express a run, the nearest that it can is planned, and
-`nearest` says what differs. Nothing else is adjusted by run.
+`nearest` says what differs; what remat computes again is set as the run's source has it (`as_published`), and of the
+hardware what the source says (`parameters`). Nothing else is adjusted by run.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ NEURON = (
     "examples/training/llama/tp_zero1_llama_hf_pretrain/tp_zero1_llama3_8B_hf_pretrain.sh"
 )
 TORCHTITAN = "pytorch/torchtitan 31a17bfd benchmarks/llama3_h100_202412_torchtitan.md"
-MAXTEXT = (
-    "AI-Hypercomputer/maxtext README (2024); MaxText/configs/a3/llama_2_7b, MaxText/configs/models/gpu/llama2_7b.yml"
-)
+MAXTEXT = "AI-Hypercomputer/maxtext (2024) README, MaxText/configs/a3/llama_2_7b (README.md, 1vm.sh to 16vm.sh)"
 
 
 SEQUENCE_PARALLEL = {"act_embed": ["tensor"]}
@@ -62,6 +61,12 @@ class Run:
     fit: bool = False
     parameters: dict[str, str] = field(default_factory=dict)
     """Of its hardware, where its source says that they differ."""
+    keeps_attention: bool = False
+    """Remat saves what attention returns, too."""
+    computes_again: tuple[tuple[int, int], ...] = ()
+    """Products of a layer that remat does not save: (k, n) of each on one core."""
+    wide_gradients: bool = False
+    """Gradients are reduced in float32."""
 
     def recipe(self, efficiency: float | None = None) -> Recipe:
         """The run as a recipe, perhaps with another efficiency of matrix products than the chip's."""
@@ -98,19 +103,20 @@ def _maxtext(nodes: int, published: float) -> Run:
             "llama2-7b",
             data__sequence_length=4096,
             train__global_batch_size=32 * nodes,
-            train__remat="none",
+            train__remat="dots",
             parallel__data=nodes,
             parallel__fsdp=8,
         ),
         published=published,
         unit="TFLOP/s/chip",
         source=MAXTEXT,
-        nearest="remat minimal_flash recomputes the elementwise operations of a layer; here nothing. "
-        "Which A3 is not said: A3 High is assumed",
         fit=nodes == 1,
-        # cloud.google.com/compute/docs/gpus/gpu-network-bandwidth: a3-highgpu-8g has 1,000 Gbit/s, by five cards of
-        # 200, of which four are the 8 GPUs'.
-        parameters={"network.bandwidth": "100 Gbit/s"} if nodes > 1 else {},
+        keeps_attention=True,  # remat minimal_flash: what `dots` saves, and the result of attention
+        # Its device type, h100-80gb-8, is A3 High (4vm.sh), which has 1,000 Gbit/s by five cards of 200, of which four
+        # are the 8 GPUs' (cloud.google.com/compute/docs/gpus/gpu-network-bandwidth). Of these, "the expected bandwidth
+        # per NIC is approximately 150 Gbps" (cloud.google.com/kubernetes-engine/docs/how-to/
+        # gpu-bandwidth-gpudirect-tcpx-autopilot).
+        parameters={"network.bandwidth": "100 Gbit/s", "network.efficiency": "0.75"} if nodes > 1 else {},
     )
 
 
@@ -130,9 +136,14 @@ def _torchtitan(nodes: int, published: float) -> Run:
         published=published,
         unit="tok/s/chip",
         source=TORCHTITAN,
-        nearest="it recomputes every second matrix product and no attention; here attention and no other product. "
-        "Its cards are limited to 500 W; here to nothing",
-        parameters={"chip.hbm_bandwidth": "2.4 TB/s"},
+        nearest='its cards are limited to 500 W, their peak not known: "between SXM and NVL", here the middle of both',
+        keeps_attention=True,
+        # Every second product of a layer (torchtitan/parallelisms/parallelize_llama.py, selective_ac_option op): of
+        # queries, keys, values, output, gate, up and down those of keys, output and up.
+        computes_again=((4096, 1024), (4096, 4096), (4096, 14336)),
+        wide_gradients=True,  # torchtitan/config_manager.py: mixed_precision_reduce is float32
+        # torchtitan/utils.py get_peak_flops: 989 TFLOP/s (SXM) and 835 (NVL).
+        parameters={"chip.hbm_bandwidth": "2.4 TB/s", "chip.peak_flops.bfloat16": "912 TFLOP/s"},
     )
 
 
@@ -157,6 +168,7 @@ RUNS = [
         nearest="batch (1,024 x 4,096 tokens) and remat are not published with it: those of its 70B configuration; "
         "activations between blocks are split over tensor by their width, there by sequence",
         fit=True,
+        computes_again=((1024, 4096),),  # what projects attention's result; saved are queries, keys, values, gate, up
     ),
     Run(
         name="AXLearn Llama 2 70B, 1,024 Trainium2",
@@ -175,8 +187,8 @@ RUNS = [
         published=11.2,
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
-        nearest="batch not published with it; remat there saves what projects to queries, keys, values and into the "
-        "feed-forward layer, here every projection; activations between blocks as with 7B",
+        nearest="batch not published with it; activations between blocks as with 7B",
+        computes_again=((2048, 8192),),
     ),
     Run(
         name="NxDT Llama 3.1 8B, 512 Trainium1",
@@ -202,7 +214,7 @@ RUNS = [
         "split over tensor by their width, there by sequence",
         fit=True,
     ),
-    *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409))),
+    *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))),
     *(_torchtitan(nodes, published) for nodes, published in ((1, 6667), (16, 6514))),
 ]
 
@@ -226,6 +238,28 @@ def in_unit(run: Run, recipe: Recipe, topology: Topology, seconds: float) -> flo
             flops = flops_per_token(model, length) + upper_half
             return rows * length * flops / seconds / topology.chips / 1e12
     raise ValueError(run.unit)
+
+
+def as_published(run: Run, analysis: Analysis) -> Analysis:
+    """With the products that the run's remat computes again, where `dots` saves others, and its gradients' width."""
+    layers = run.recipe().model.num_layers
+    forward = {(matmul.k, matmul.n) for matmul in analysis.matmuls if not matmul.backward and not matmul.attention}
+    assert forward.issuperset(run.computes_again), run.name
+    matmuls = []
+    for matmul in analysis.matmuls:
+        times = matmul.times
+        if matmul.attention and not matmul.backward and run.keeps_attention:
+            times //= 2  # of which one is in the backward pass
+        elif not matmul.attention and not matmul.backward:
+            times += layers * run.computes_again.count((matmul.k, matmul.n))
+        matmuls.append(replace(matmul, times=times))
+    transfers = [
+        replace(transfer, dtype="f32", bytes=2 * transfer.bytes)
+        if run.wide_gradients and (transfer.kind, transfer.dtype) == ("reduce-scatter", "bf16")
+        else transfer
+        for transfer in analysis.transfers
+    ]
+    return replace(analysis, matmuls=tuple(matmuls), transfers=tuple(transfers))
 
 
 def predict(run: Run, analysis: Analysis, efficiency: float | None = None) -> tuple[StepTime, float]:
@@ -266,7 +300,7 @@ def analysed(runs: list[Run]) -> dict[Run, Analysis]:
             started = time.monotonic()
             known[key] = analyse(recipe, most=MOST)[0]
             print(f"{time.monotonic() - started:5.1f} s to compile {run.name}", file=sys.stderr, flush=True)
-        found[run] = replace(known[key], layout=layout)
+        found[run] = as_published(run, replace(known[key], layout=layout))
     return found
 
 

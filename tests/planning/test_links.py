@@ -149,7 +149,19 @@ def test_a_switch_gives_every_chip_its_port():
     placement = placed("h100-8", fsdp=8)
     for kind in ("all-gather", "all-to-all"):
         time = transfer_seconds(transfer(kind, "fsdp", GB), placement)
-        assert time.seconds == pytest.approx(GB * 7 / 8 / 450e9 + time.latency)
+        assert time.seconds == pytest.approx(GB * 7 / 8 / 360e9 + time.latency)
+
+
+def test_links_reach_the_share_of_their_bandwidth_that_is_known_of_them():
+    def seconds(**parameters: str) -> list[float]:
+        figures = {key.replace("__", "."): value for key, value in parameters.items()}
+        placement = place(load_topology("h100-8", count=2, parameters=figures), Layout(data=2, fsdp=8))
+        gathers = (transfer("all-gather", axis, GB) for axis in ("fsdp", "data"))
+        return [transfer_seconds(gather, placement).levels[0].seconds for gather in gathers]
+
+    whole = seconds(links__nvlink__efficiency="1", network__efficiency="1")
+    assert whole == pytest.approx([GB * 7 / 8 / 450e9, GB / 2 / 50e9])
+    assert seconds() == pytest.approx([whole[0] / 0.8, whole[1] / 0.94])
 
 
 def test_a_permute_goes_one_way():

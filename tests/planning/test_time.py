@@ -17,6 +17,7 @@ from trainfw.parallel import Layout, place
 from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, analyse, shape_efficiency, step_time
 
 TRN2, H100 = "trn2.48xlarge", "h100-8"
+EFFICIENCY = load_topology(TRN2).figures["chip.matmul_efficiency"].number
 
 
 def recipe_for(tmp_path: Path, topology: str, *overrides: str) -> Recipe:
@@ -30,7 +31,7 @@ def some_analysis(layout: Layout) -> Analysis:
     return Analysis(
         layout=layout,
         matmuls=(
-            Matmul(1, side, 512, side, "bf16", round(peak * 0.316 / (2 * side * 512 * side))),
+            Matmul(1, side, 512, side, "bf16", round(peak * EFFICIENCY / (2 * side * 512 * side))),
             Matmul(1, side, 512, side, "f32", 100, mixed=True, attention=True, backward=True),
         ),
         transfers=(
@@ -56,8 +57,17 @@ def test_parts_add_up(case):
     assert time.parts["matmul"] == pytest.approx(1, rel=1e-3)
     assert (time.parts["memory"], time.parts["optimizer"]) == (pytest.approx(2), pytest.approx(1))
     assert time.bound_by == "hbm"
-    assert any("32%" in text and "fitted" in text for text in time.assumptions)
+    assert any(f"{EFFICIENCY:.0%}" in text and "fitted" in text for text in time.assumptions)
     assert any("NeuronLink" in text or "column" in text for text in time.assumptions)
+
+
+def test_what_links_reach_is_said(tmp_path, case):
+    layout = Layout(data=2, fsdp=8)
+    recipe = recipe_for(tmp_path, H100, "hardware.count=2", "parallel.data=2", "parallel.fsdp=8")
+    time = step_time(some_analysis(layout), place(load_topology(H100, count=2), layout), recipe)
+    expected = "collectives reach the full bandwidth of their links"
+    assert f"{expected}, but 94% of it along network, 80% of it along gpu" in time.assumptions
+    assert expected in step_time(*case).assumptions
 
 
 def test_collectives_of_parameters_are_hidden_by_as_much_as_is_assumed(case):
@@ -82,7 +92,7 @@ def test_a_fused_kernel_leaves_scores_on_the_chip(case):
     xla, fused = (step_time(analysis, placement, recipe, Assumptions(attention=how)) for how in ("xla", "fused"))
     assert xla.parts["attention"] > 3
     # Half of the scores, a fifth product backward, and bf16 throughout.
-    product = 100 * 2 * 128 * 512 * 128 / (667e12 / 4 * 0.316)
+    product = 100 * 2 * 128 * 512 * 128 / (667e12 / 4 * EFFICIENCY)
     assert fused.parts["attention"] == pytest.approx(product / 2 * 5 / 4)
     assert fused.parts["memory"] == xla.parts["memory"]
 

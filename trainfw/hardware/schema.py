@@ -20,6 +20,8 @@ class LinkFile(Config):
     """Of one link, or of one chip's port into a switch or network; one direction."""
     latency: Figure
     """Of one hop."""
+    efficiency: Figure | None = None
+    """Share of the bandwidth that large collectives reach. Left out, all of it."""
 
 
 class TensorEngineFile(Config):

@@ -13,8 +13,9 @@ moves at level i
 (jax-ml.github.io/scaling-book/sharding; for one level these are its formulas.) Its rate there is `Piece.bandwidth`:
 a ring is gone around both ways, so that its two links count; a line, or part of a ring, has one; what is not adjacent
 divides its links by the hops between; all cores of a chip share the links of the chip; a switch or network gives each
-chip its port; cores of one chip share its inner bandwidth. An all-to-all passes through places in between, which
-multiplies its time (see `_detour`).
+chip its port; cores of one chip share its inner bandwidth. Where the hardware's file says what share of it large
+collectives reach (`efficiency`), that share. An all-to-all passes through places in between, which multiplies its time
+(see `_detour`).
 
 Latency is hops times the latency of one, by the algorithm that is chosen for the size (see `_algorithm`).
 """
@@ -74,7 +75,7 @@ def transfer_seconds(
     """
     topology = placement.topology
     pieces = pieces_of(transfer.axes, placement)
-    rates = {piece.dim: (speed or {}).get(piece.dim, 1.0) for piece in pieces}
+    rates = {piece.dim: (speed or {}).get(piece.dim, 1.0) * _efficiency(piece, topology) for piece in pieces}
     size = float(transfer.bytes)
     levels = []
     inner = 1
@@ -118,6 +119,11 @@ def link_utilisation(
         for level in transfer_seconds(transfer, placement, speed).levels:
             busy[level.dim] += level.seconds * transfer.times
     return {dim.name: busy[dim.name] / step_seconds for dim in placement.topology.dims if dim.size > 1}
+
+
+def _efficiency(piece: Piece, topology: Topology) -> float:
+    figure = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
+    return 1.0 if figure is None else figure.number
 
 
 def _is_ring(piece: Piece, topology: Topology) -> bool:

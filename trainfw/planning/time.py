@@ -296,6 +296,8 @@ def _elementwise_rate(topology: Topology, array: int) -> float:
 
 def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
     figure = topology.figures.get("chip.matmul_efficiency")
+    shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
+    less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
     measured = topology.chip.matmul_rates
     products = (
         f"matrix products of even shapes reach {1.0 if figure is None else figure.number:.0%} of the peak"
@@ -311,9 +313,9 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         else "attention is the XLA form: its scores, S x S, go through memory",
         f"{assumed.overlap:.0%} of collectives over {', '.join(OVERLAPPED)} pass beside matrix products; "
         "others are waited for",
-        "elementwise operations are fused into what uses them, and move "
-        + ("the full bandwidth of memory" if slower is None else f"what their sizes do ({slower.source})"),
-        "collectives reach the full bandwidth of their links",
+        "elementwise operations are fused into what uses them, and run at "
+        + ("the full bandwidth of memory" if slower is None else f"the rates of their sizes ({slower.source})"),
+        "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
     ]
     if any(matmul.mixed for matmul in analysis.matmuls):
         at = "the wider's" if assumed.mixed == "wide" else "bfloat16's"
