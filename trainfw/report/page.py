@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape, quoteattr
 from trainfw.hardware import duration
 from trainfw.report.svg import topology_svg
 from trainfw.report.text import amount, doubtful_figures
-from trainfw.report.timeline import STYLE, lanes, step_lane
+from trainfw.report.timeline import ON_CORES, STYLE, lanes, step_lane
 from trainfw.report.where import COLOURS, axes_of_dim, kind_in_words
 
 PART_COLOURS = {"matmul": "#3f66b0", "attention": "#7a8fd0", "memory": "#7d8794", "optimizer": "#a7afb9"}
@@ -116,7 +116,7 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
         f'<meta http-equiv="Content-Security-Policy" content={quoteattr(_LOADS_NOTHING)}/>',
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
         '<link rel="icon" href="data:,"/>',
-        f"<title>{_text(title)}</title><style>{_STYLE}{STYLE}</style></head><body><main>",
+        f"<title>{_text(title)}</title><style>{STYLE}{_STYLE}</style></head><body><main>",
     ]
     return "\n".join([*head, *sections, "</main></body></html>", ""])
 
@@ -304,7 +304,7 @@ def _turns(plan: Any) -> Iterator[str]:
         yield '<th class="n">takes</th></tr></thead><tbody>'
         for segment in shown:
             what = _swatch(_colour(segment.part)) + _text(plan.part_label(segment.part))
-            on = "links" if segment.stream == segment.part else segment.stream
+            on = segment.stream if segment.stream in ON_CORES else "links"
             yield _row([what, on, duration(segment.start), duration(segment.seconds)], right=(2, 3))
         rest = loop.seconds - sum(segment.seconds for segment in shown)
         if len(waited) > len(shown):

@@ -22,6 +22,8 @@ STYLE = """
 _THIN = 1e-3
 """Share of a drawing below which a lane is left out, and half of that a block: neither could be seen."""
 _MOST_TURNS = 64
+ON_CORES = ("tensor engine", "memory")
+"""Streams that are no links."""
 
 
 def step_lane(timeline: Any) -> Iterator[str]:
@@ -75,12 +77,9 @@ def lanes(stretches: Sequence[Any], colour: Callable[[str], str], label: Callabl
                     f'style="{_at(at + segment.start, segment.seconds, whole)};background:{colour(segment.part)}">'
                     f"{_if_room('' if segment.hidden else name, segment.seconds / whole)}</i>"
                 )
-        name = stream if stream in _ON_CORES else f"links: {stream.replace('+', ', ')}"
+        name = stream if stream in ON_CORES else f"links: {stream.replace('+', ', ')}"
         yield _lane(name, [*blocks, edges], name)
     yield _ticks(whole)
-
-
-_ON_CORES = ("tensor engine", "memory")
 
 
 def _streams(stretches: Iterable[Any], whole: float) -> list[str]:
@@ -89,8 +88,8 @@ def _streams(stretches: Iterable[Any], whole: float) -> list[str]:
     for stretch in stretches:
         for segment in stretch.segments:
             busy[segment.stream] += segment.seconds
-    links = sorted((stream for stream in busy if stream not in _ON_CORES), key=lambda stream: -busy[stream])
-    return [*_ON_CORES, *(stream for stream in links if busy[stream] > _THIN * whole)]
+    links = sorted((stream for stream in busy if stream not in ON_CORES), key=lambda stream: -busy[stream])
+    return [*ON_CORES, *(stream for stream in links if busy[stream] > _THIN * whole)]
 
 
 def _lane(name: str, blocks: Iterable[str], label: str) -> str:
