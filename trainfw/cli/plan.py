@@ -20,6 +20,7 @@ def plan(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page to look at.")
     ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew, even what was compiled before.")] = False,
     search: Annotated[
         bool, typer.Option("--search", help="Look for a better layout, and write it as a recipe that extends this one.")
     ] = False,
@@ -32,7 +33,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict the memory, traffic and time of a recipe on its hardware, which need not be here. No data is needed."""
-    from trainfw import backends, planning
+    from trainfw import planning
     from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
 
@@ -40,6 +41,8 @@ def plan(
         raise UserError(f"--html {html}: expected a file in a directory that exists")
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
+    if search and no_cache:
+        raise UserError("--no-cache plans one recipe: give it without --search")
     if search and html is not None:
         raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
     loaded = load_recipe(recipe, overrides or ())
@@ -52,9 +55,7 @@ def plan(
     def progress(text: str) -> None:
         print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
 
-    topology = loaded.hardware.load()
-    backends.prepare(cores, as_backend="neuron" if topology is not None and topology.rules == "neuron" else None)
-    made = planning.plan(loaded, progress)
+    made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
     if json_:
         import json
 
