@@ -147,7 +147,7 @@ class MemoryTable:
         """On a core of `layout`, from the table of a program that was compiled for `simulated`, of shorter axes.
 
         State is exact. Of the temporaries, shards shrink as `fsdp` grows; whole weights and activations stay, and so
-        does the moment that counts as the peak (another could be more by no more than shards take at this one).
+        does the moment that counts as the peak (at another one temporaries may be more, by less than shards shrink).
         Raises UserError where the state does not divide.
         """
         sizes = dict(self.categories)
@@ -157,10 +157,13 @@ class MemoryTable:
         times = layout.fsdp // simulated.fsdp
         if times == 1:
             return replace(self, categories=sizes, arguments=arguments)
-        largest = [replace(value, bytes=value.bytes // times) if value.shard else value for value in self.largest]
-        for before, after in zip(self.largest, largest, strict=True):
-            sizes[before.category] -= before.bytes - after.bytes
-        saved = sum(value.bytes for value in self.largest) - sum(value.bytes for value in largest)
+        largest = []
+        saved = 0
+        for value in self.largest:
+            less = value.bytes - value.bytes // times if value.shard else 0
+            sizes[value.category] -= less
+            saved += less
+            largest.append(replace(value, bytes=value.bytes - less))
         return replace(
             self,
             categories=sizes,
