@@ -160,9 +160,10 @@ def _save(file: Path, entry: _Entry) -> str:
             partial = Path(directory, file.name)
             partial.write_bytes(_adapter().dump_json(entry))
             partial.replace(file)
-        entries = sorted(file.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)
-        for old in entries[ENTRIES:]:
-            old.unlink(missing_ok=True)
     except OSError as error:
         return str(error)
+    with contextlib.suppress(OSError):  # another process may tidy up too
+        entries = sorted(file.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)
+        for old in entries[ENTRIES:]:
+            old.unlink()
     return ""
