@@ -67,8 +67,10 @@ def test_replicas_are_compiled_two_at_a_time(tmp_path):
 def test_what_cannot_be_planned_is_said_before_anything_is_compiled(tmp_path):
     with pytest.raises(UserError, match=r"hardware\.topology = null: a plan needs hardware"):
         simulated_cores(tiny_recipe(tmp_path))
-    with pytest.raises(UserError, match="let data be longer and fsdp shorter"):
-        simulated_cores(tiny_recipe(tmp_path, "hardware={topology: trn2-ultraserver, count: 64}"))
+    with pytest.raises(UserError, match="let data or fsdp be longer"):
+        simulated_cores(
+            tiny_recipe(tmp_path, "hardware={topology: trn2-ultraserver, count: 64}", "parallel={fsdp: 1, tensor: -1}")
+        )
 
 
 @pytest.mark.slow

@@ -25,3 +25,4 @@ from .select import MAX_SIMULATED as MAX_SIMULATED
 from .select import current as current
 from .select import host_device as host_device
 from .select import prepare as prepare
+from .select import simulated as simulated

@@ -36,6 +36,11 @@ MAX_SIMULATED = 2048
 _as_backend: str | None = None
 
 
+def simulated(as_backend: str | None = None) -> Backend:
+    """The backend that is `current` once `prepare` has been told to simulate devices; starts nothing."""
+    return CPU if as_backend is None else SIMULATED[as_backend]
+
+
 def prepare(
     devices: int | None = None,
     as_backend: str | None = None,
@@ -116,7 +121,7 @@ def current() -> Backend:
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")
-        return SIMULATED[_as_backend]
+        return simulated(_as_backend)
     if platform not in BACKENDS:
         raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")
     return BACKENDS[platform]

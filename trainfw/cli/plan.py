@@ -27,6 +27,7 @@ def plan(
             help="Also on so many units of its topology: strong and weak scaling, goodput with failures, spares.",
         ),
     ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew, even what was compiled before.")] = False,
     search: Annotated[
         bool, typer.Option("--search", help="Look for a better layout, and write it as a recipe that extends this one.")
     ] = False,
@@ -39,7 +40,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict the memory, traffic and time of a recipe on its hardware, which need not be here. No data is needed."""
-    from trainfw import backends, planning
+    from trainfw import planning
     from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
 
@@ -47,6 +48,8 @@ def plan(
         raise UserError(f"--html {html}: expected a file in a directory that exists")
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
+    if search and no_cache:
+        raise UserError("--no-cache plans one recipe: give it without --search")
     if search and html is not None:
         raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
     if search and scale is not None:
@@ -62,10 +65,8 @@ def plan(
     def progress(text: str) -> None:
         print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
 
-    topology = loaded.hardware.load()
-    backends.prepare(cores, as_backend="neuron" if topology is not None and topology.rules == "neuron" else None)
-    made = planning.plan(loaded, progress)
-    scaled = planning.scale(loaded, counts, progress) if counts else None
+    made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
+    scaled = planning.scale(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
     if json_:
         import json
 

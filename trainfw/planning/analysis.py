@@ -159,22 +159,75 @@ def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SI
     return recipe.model_copy(update={"parallel": parallel, "train": train, "hardware": hardware}), Layout(**sizes)
 
 
-def simulated_cores(recipe: Recipe) -> int:
-    """Devices that a process must simulate to plan `recipe`. Raises UserError as `analyse` does."""
+@dataclass(frozen=True)
+class Simulation:
+    """What is compiled to plan a recipe."""
+
+    layout: Layout
+    """Of the recipe, on all of its cores."""
+    recipe: Recipe
+    """The one that is compiled, perhaps of a shorter layout."""
+    simulated: Layout
+    """That layout."""
+    rules: str | None
+    """Whose restrictions hold on the hardware (see `Topology.rules`)."""
+
+    @property
+    def cores(self) -> int:
+        """Devices that a process must simulate."""
+        return math.prod(self.simulated.sizes.values())
+
+
+def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation:
+    """What is to be compiled to plan `recipe` on its topology, for `most` devices at most.
+
+    Raises UserError where the recipe names no topology, where its layout does not fit that, and where a program for
+    fewer devices would not tell of it.
+    """
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, topology.cores)
-    _, simulated = simulated_recipe(recipe, layout)
-    needed = math.prod(simulated.sizes.values())
-    if needed > backends.MAX_SIMULATED or simulated.fsdp != layout.fsdp:
+    small, simulated = simulated_recipe(recipe, layout, most)
+    found = Simulation(layout, small, simulated, topology.rules)
+    if simulated != layout:
+        _check_shortened(recipe, layout, simulated)
+    if found.cores > backends.MAX_SIMULATED:
         raise recipe.error(
             "parallel",
-            f"{layout} is compiled for {needed:,} cores, of {backends.MAX_SIMULATED:,} that can be simulated; let data "
-            f"be longer and fsdp shorter",
+            f"{layout} is compiled for {found.cores:,} cores, of {backends.MAX_SIMULATED:,} that can be simulated; "
+            f"let data or fsdp be longer (fsdp by a power of two) and the other axes shorter",
         )
-    return needed
+    return found
+
+
+def simulated_cores(recipe: Recipe) -> int:
+    """Devices that a process must simulate to plan `recipe`. Raises UserError as `simulation` does."""
+    return simulation(recipe).cores
+
+
+def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
+    """Raise UserError where a program for `simulated` would not tell of `layout`."""
+    parts = layout.batch_shards * recipe.train.accumulation_steps
+    if recipe.train.global_batch_size % parts:
+        raise recipe.error(
+            "train.global_batch_size",
+            f"does not divide over data({layout.data}) * fsdp({layout.fsdp}) * "
+            f"accumulation_steps({recipe.train.accumulation_steps}) = {parts:,}",
+        )
+    batch = recipe.parallel.rules.get("batch")
+    for axis in AXES:
+        if simulated.sizes[axis] < layout.sizes[axis] and batch is not None and axis not in batch:
+            raise recipe.error(
+                "parallel.rules", f"{layout} is compiled with a shorter {axis}, over which batch must then be shared"
+            )
+    if simulated.fsdp < layout.fsdp and recipe.optimizer.name == "muon":
+        raise recipe.error(
+            "optimizer.name",
+            f"{layout} is compiled for fsdp({simulated.fsdp}), and muon deals whole layers out among all cores, so its "
+            f"update does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
+        )
 
 
 def analyse(
@@ -186,37 +239,45 @@ def analyse(
         progress: told what is being done.
         most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
 
-    Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError
-    where the recipe names no topology, or one too large to simulate.
+    Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError as
+    `simulation` does.
     """
+    found = simulation(recipe, most)
+    program = simulated_program(found)
+    partitioned = compile_step(program, progress)
+    analysis = read(partitioned.module, program.mesh, found.simulated)
+    return lengthened(analysis, found.simulated, found.layout), program, partitioned
+
+
+def simulated_program(found: Simulation) -> Program:
+    """The program to compile, on devices of this process. Raises UserError where it has too few."""
     import jax
 
     from trainfw.program import build_program
 
-    topology = recipe.hardware.load()
-    if topology is None:
-        raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
-    with recipe.blamed("parallel"):
-        layout = Layout.resolve(recipe.parallel, topology.cores)
-    small, simulated = simulated_recipe(recipe, layout, most)
-    needed = math.prod(simulated.sizes.values())
-    if needed > jax.device_count():
-        raise UserError(f"planning {layout} compiles for {needed} devices, and this process has {jax.device_count()}")
-    program = build_program(small, jax.devices()[:needed])
-    progress(f"compiling the step for {needed} cores")
+    if found.cores > jax.device_count():
+        raise UserError(
+            f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}"
+        )
+    return build_program(found.recipe, jax.devices()[: found.cores])
+
+
+def compile_step(program: Program, progress: Callable[[str], None] = lambda _: None) -> Partitioned:
+    progress(f"compiling the step for {program.mesh.size} cores")
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
-    partitioned = partition(lowered, backends.current().compiler_options)
-    return lengthened(read(partitioned.module, program.mesh, layout), simulated), program, partitioned
+    return partition(lowered, backends.current().compiler_options)
 
 
-def lengthened(analysis: Analysis, simulated: Layout) -> Analysis:
-    """The analysis of a program compiled for `simulated`, at the full length of `fsdp`.
+def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysis:
+    """The analysis of a program compiled for `simulated`, at the full length of `layout`.
 
-    Along `fsdp` whole weights are gathered and whole gradients scattered, however many devices share them. What each
-    does with its own share shrinks: the update, and reductions of gradients along `data` alone. (So does the cast of
-    weights before they are gathered, of little weight, which is left as it is.)
+    Along `data` nothing changes but the groups. Along `fsdp` whole weights are gathered and whole gradients scattered,
+    however many devices share them. What each does with its own share shrinks: the update, and reductions of gradients
+    along `data` alone. (So does the cast of weights before they are gathered, of little weight, which is left as it
+    is.)
     """
-    share = simulated.fsdp / analysis.layout.fsdp
+    share = simulated.fsdp / layout.fsdp
+    analysis = replace(analysis, layout=layout)
     if share == 1:
         return analysis
     # Scalars, such as norms, are not shared.

@@ -8,14 +8,17 @@ program asked for in bf16, the value counts with the bytes that the program aske
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
+from trainfw.parallel import Layout
 from trainfw.planning.final import COLLECTIVES, Final
 
 if TYPE_CHECKING:
@@ -44,6 +47,33 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
+class StateArray:
+    """An array of the training state, and how it is sharded."""
+
+    name: str
+    """A parameter's dotted name, or where it is in the state, such as `opt_state.1.0.mu.final_norm.scale`."""
+    category: str
+    dims: tuple[int, ...]
+    """Of the whole array."""
+    itemsize: int
+    axes: tuple[tuple[str, ...], ...]
+    """Mesh axes that shard each dim."""
+
+    def bytes_on(self, layout: Layout) -> int:
+        """What one core holds of it. Raises UserError where a dim does not divide."""
+        size = self.itemsize
+        for number, (dim, axes) in enumerate(zip(self.dims, self.axes, strict=True)):
+            parts = math.prod(layout.sizes[axis] for axis in axes)
+            if dim % parts:
+                product = " * ".join(f"{axis}({layout.sizes[axis]})" for axis in axes)
+                raise UserError(
+                    f"{self.name}: dim {number} (size {dim}) does not divide over mesh axes {product} = {parts}"
+                )
+            size *= dim // parts
+        return size
+
+
+@dataclass(frozen=True)
 class Held:
     """A temporary at the moment when they are most."""
 
@@ -59,6 +89,8 @@ class Held:
     """`file:line` of that; empty where the compiler made it by itself."""
     saved: bool
     """Made by the forward pass and held for the backward pass."""
+    shard: bool = False
+    """A core's own part of a weight that `fsdp` shards, or of what is computed from one, such as its gradient."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +113,9 @@ class MemoryTable:
     """Temporaries at the peak, the largest first."""
     split: bool = True
     """Whether the compiler said what lies where; else all temporaries are `other`, and nothing is corrected."""
+    state: tuple[StateArray, ...] = ()
+    note: str = ""
+    """What else to know of it, for the terminal."""
 
     @property
     def total(self) -> int:
@@ -108,6 +143,37 @@ class MemoryTable:
             capacity=None if topology.hbm_size is None else int(topology.hbm_size),
         )
 
+    def lengthened(self, simulated: Layout, layout: Layout) -> MemoryTable:
+        """On a core of `layout`, from the table of a program that was compiled for `simulated`, of shorter axes.
+
+        State is exact. Of the temporaries, shards shrink as `fsdp` grows; whole weights and activations stay, and so
+        does the moment that counts as the peak (at another one temporaries may be more, by less than shards shrink).
+        Raises UserError where the state does not divide.
+        """
+        sizes = dict(self.categories)
+        for array in self.state:
+            sizes[array.category] += array.bytes_on(layout) - array.bytes_on(simulated)
+        arguments = self.arguments + sum(sizes.values()) - sum(self.categories.values())
+        times = layout.fsdp // simulated.fsdp
+        if times == 1:
+            return replace(self, categories=sizes, arguments=arguments)
+        largest = []
+        saved = 0
+        for value in self.largest:
+            less = value.bytes - value.bytes // times if value.shard else 0
+            sizes[value.category] -= less
+            saved += less
+            largest.append(replace(value, bytes=value.bytes - less))
+        return replace(
+            self,
+            categories=sizes,
+            arguments=arguments,
+            compiled_temporaries=self.compiled_temporaries - saved,
+            largest=tuple(sorted(largest, key=lambda value: -value.bytes)),
+            note=f"Compiled for fsdp({simulated.fsdp}), {times} times shorter: state is exact, and shards of weights "
+            f"among the temporaries count 1/{times} ({saved / _GIB:.2f} GiB less).",
+        )
+
     def to_json(self) -> dict[str, int]:
         """Bytes by category, and their `total`."""
         return {**self.categories, "total": self.total}
@@ -128,6 +194,8 @@ class MemoryTable:
             )
         else:
             yield "Temporaries are those of XLA's CPU compiler; nothing was corrected."
+        if self.note:
+            yield self.note
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -138,14 +206,11 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     import jax
 
     sizes = dict.fromkeys(CATEGORIES, 0)
-    state = program.abstract_state
-    for key, tree in (
-        ("parameters", state.params),
-        ("optimizer_state", state.opt_state),
-        ("other", (state.step, state.rng)),
-        ("data", program.abstract_batch),
-    ):
-        sizes[key] += sum(map(_shard_bytes, jax.tree.leaves(tree)))
+    state = state_arrays(program)
+    for array in state:
+        sizes[array.category] += array.bytes_on(program.layout)
+    for leaf in jax.tree.leaves(program.abstract_batch):
+        sizes["data"] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     arguments = sum(sizes.values())
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
     outputs = 0 if analysis is None else analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -169,11 +234,34 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
         corrected_values=values,
         largest=tuple(sorted(held, key=lambda value: -value.bytes)),
         split=assignment is not None,
+        state=state,
     )
 
 
-def _shard_bytes(leaf: Any) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def state_arrays(program: Program) -> tuple[StateArray, ...]:
+    """All that a step hands to the next."""
+    import jax
+
+    categories = {"params": "parameters", "opt_state": "optimizer_state"}
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        axes = _axes(leaf.sharding.spec)
+        found.append(
+            StateArray(
+                name=name.removeprefix("params."),
+                category=categories.get(name.partition(".")[0], "other"),
+                dims=tuple(leaf.shape),
+                itemsize=leaf.dtype.itemsize,
+                axes=axes + ((),) * (len(leaf.shape) - len(axes)),
+            )
+        )
+    return tuple(found)
+
+
+def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
+    """Of a PartitionSpec, the mesh axes of each dim."""
+    return tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec)
 
 
 def _occupied(assignment: Assignment) -> int:
@@ -243,15 +331,18 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
         )
         kept = bisect.bisect_right(backward, last) > bisect.bisect_right(backward, first)
         op_name, place = final.made_by(buffer)
+        category = _category(buffer, op_name, final, known, kept)
+        form = _key(buffer.shape.dims) if buffer.shape else ()
         held.append(
             Held(
-                category=_category(buffer, op_name, final, known, kept),
+                category=category,
                 bytes=size,
                 compiled_bytes=sum(buffer.bytes for buffer, _ in alive),
                 dims=buffer.shape.dims if buffer.shape else (),
                 op_name=op_name,
                 place=place,
                 saved=kept and _is_forward(op_name) and "rematted_computation" not in op_name,
+                shard=category in ("gradients", "other") and form in known.fsdp_shards,
             )
         )
     return running[moment], corrected, tuple(held)
@@ -307,6 +398,8 @@ class _Known:
     """Of parameters as they are stored, all layers or one, dims sorted."""
     stacks: frozenset[tuple[int, ...]]
     """Those of more than one layer."""
+    fsdp_shards: frozenset[tuple[int, ...]]
+    """Of `shards`, those that `fsdp` alone can have made."""
     whole: frozenset[tuple[int, ...]]
     """Those of parameters gathered for use."""
     rows: int
@@ -332,21 +425,22 @@ class _Known:
         shards: set[tuple[int, ...]] = set()
         stacks: set[tuple[int, ...]] = set()
         whole: set[tuple[int, ...]] = set()
+        others: set[tuple[int, ...]] = set()
         for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params):
             one, stacked = forms(path, leaf.sharding.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
-            gathered = [
-                tuple(axis for axis in ((dim,) if isinstance(dim, str) else dim or ()) if axis != "fsdp") or None
-                for dim in leaf.sharding.spec
-            ]
+            axes = _axes(leaf.sharding.spec)
+            if "fsdp" not in itertools.chain(*axes):
+                others |= one | stacked
+            gathered = [tuple(axis for axis in dim if axis != "fsdp") or None for dim in axes]
             used = NamedSharding(program.mesh, PartitionSpec(*gathered))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         shards |= stacks
         rows = recipe.train.global_batch_size // recipe.train.accumulation_steps
         logits = (rows, recipe.data.sequence_length, recipe.model.vocab_size)
         local = rules.sharding("logits", logits, ("batch", "sequence", "act_vocab")).shard_shape(logits)
-        return cls(frozenset(shards), frozenset(stacks), frozenset(whole - shards), *local)
+        return cls(frozenset(shards), frozenset(stacks), frozenset(shards - others), frozenset(whole - shards), *local)
 
     def has_tokens(self, dims: tuple[int, ...]) -> bool:
         """Whether there is a dim of places in a sequence, or of all tokens of a microbatch."""

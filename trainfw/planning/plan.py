@@ -110,12 +110,19 @@ class Plan:
         return "\n".join(_lines(self))
 
 
-def plan(recipe: Recipe, progress: Callable[[str], None] = lambda _: None) -> Plan:
-    """Plan `recipe` on its topology, on simulated devices that this process has (see `simulated_cores`).
+def plan(
+    recipe: Recipe,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    simulate: int | None = None,
+    fresh: bool = False,
+) -> Plan:
+    """Plan `recipe` on its topology, from the cache of compiled steps or on simulated devices (see `simulated_cores`).
 
-    Raises UserError where the recipe names no topology, its layout does not fit it, or it is too large to simulate.
+    Args are those of `compiled`. Raises UserError where the recipe names no topology, its layout does not fit it, or
+    it is too large to simulate.
     """
-    return planned(recipe, compiled(recipe, progress))
+    return planned(recipe, compiled(recipe, progress, simulate=simulate, fresh=fresh))
 
 
 def planned(recipe: Recipe, step: Compiled) -> Plan:

@@ -230,8 +230,15 @@ def scaling_cores(recipe: Recipe, counts: Sequence[int]) -> int:
     return max((simulated_cores(_compiled_in_place_of(r.recipe)) for r in rungs if r.recipe is not None), default=1)
 
 
-def scale(recipe: Recipe, counts: Sequence[int], progress: Callable[[str], None] = lambda _: None) -> Scaling:
-    """Plan `recipe` on each count of its topology's units (see `parse_counts`), on simulated devices of this process.
+def scale(
+    recipe: Recipe,
+    counts: Sequence[int],
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    simulate: int | None = None,
+    fresh: bool = False,
+) -> Scaling:
+    """Plan `recipe` on each count of its topology's units (see `parse_counts`). Further args are those of `compiled`.
 
     A count that the recipe cannot run on is a row that says why.
     """
@@ -245,7 +252,7 @@ def scale(recipe: Recipe, counts: Sequence[int], progress: Callable[[str], None]
         small = _compiled_in_place_of(rung.recipe)
         key = str((small.train.global_batch_size, small.train.accumulation_steps, small.parallel.data))
         if key not in steps:
-            steps[key] = compiled(small, progress)
+            steps[key] = compiled(small, progress, simulate=simulate, fresh=fresh)
         step = steps[key]
         layout = replace(step.analysis.layout, data=rung.recipe.parallel.data)
         try:
