@@ -52,7 +52,9 @@ def test_fsdp_shards_what_the_recipe_says(stage, split, tmp_path):
 
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
     partitioned = partition(lowered)
-    state = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(program.abstract_state))
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(program.abstract_state)
+    )
     batch = sum(math.prod(leaf.shape) * 4 // 2 for leaf in program.abstract_batch.values())
     assert partitioned.compiled.memory_analysis().argument_size_in_bytes == state + batch
     along = [c for c in collectives_of(partitioned.module) if c.axes(program.mesh) == ("fsdp",)]

@@ -21,7 +21,7 @@ class ParallelConfig(Config):
     data: int = 1
     """Replicas of the parameters; each takes a part of the batch."""
     fsdp: int = -1
-    """Devices over which the batch is split, and of parameters, gradients and optimizer state what `fsdp_shards` says."""
+    """Devices over which the batch is split, and with it parameters, gradients and optimizer state (`fsdp_shards`)."""
     fsdp_shards: Sharded = "parameters"
     """What is split along `fsdp`: the stages of ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 5).
 

@@ -304,7 +304,7 @@ class _Known:
     """Shapes on one core by which a value is recognised."""
 
     shards: frozenset[tuple[int, ...]]
-    """Of parameters as they are stored, all layers or one, dims sorted."""
+    """Of parameters' gradients as they are kept, all layers or one, dims sorted."""
     stacks: frozenset[tuple[int, ...]]
     """Those of more than one layer."""
     whole: frozenset[tuple[int, ...]]
@@ -332,8 +332,9 @@ class _Known:
         shards: set[tuple[int, ...]] = set()
         stacks: set[tuple[int, ...]] = set()
         whole: set[tuple[int, ...]] = set()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params):
-            one, stacked = forms(path, leaf.sharding.shard_shape(leaf.shape))
+        params = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
+        for (path, leaf), kept in zip(params, jax.tree.leaves(program.grad_shardings), strict=True):
+            one, stacked = forms(path, kept.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
             gathered = [

@@ -238,5 +238,9 @@ def _lines(found: Found) -> Iterator[str]:
 
 def _changes(survey: Survey, candidate: Candidate) -> str:
     mine, theirs = settings(candidate.recipe), settings(survey.own.recipe if survey.own else survey.recipe)
-    changed = [f"{key}={str(value).lower().replace(chr(39), '')}" for key, value in mine.items() if value != theirs[key]]
+    changed = [f"{key}={_said(value)}" for key, value in mine.items() if value != theirs[key]]
     return " ".join(changed) or "nothing: the recipe as it is"
+
+
+def _said(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()

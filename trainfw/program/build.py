@@ -41,6 +41,8 @@ class Program:
     """ShapeDtypeStructs with shardings."""
     abstract_batch: Batch
     """ShapeDtypeStructs (B, S) with shardings."""
+    grad_shardings: Any
+    """Nested dict: how the gradient of each parameter is kept."""
     init: Callable[[], TrainState]
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
@@ -210,6 +212,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         ),
         abstract_batch=abstract_batch,
+        grad_shardings=grad_shardings,
         init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
