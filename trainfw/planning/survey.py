@@ -42,7 +42,8 @@ class Candidate:
         train = self.recipe.train
         layers = "scanned" if train.scan_layers else "unrolled"
         parts = f"{train.accumulation_steps} microbatch{'es' * (train.accumulation_steps > 1)}"
-        shards = f", fsdp shards {self.recipe.parallel.fsdp_shards}" if self.layout.fsdp > 1 else ""
+        sharded = self.recipe.parallel.fsdp_shards
+        shards = f", fsdp shards {sharded}" if self.layout.fsdp > 1 and sharded != "parameters" else ""
         stream = ", activations over tensor" if self.layout.tensor > 1 and splits_stream(self.recipe) else ""
         return f"{self.layout}{shards}{stream}, {parts}, remat {train.remat}, {layers}"
 
