@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainfw import RunError
+from tests.helpers import tiny_recipe
+from trainfw import RunError, build_program
 from trainfw.checkpoint import CheckpointConfig, Checkpoints
 from trainfw.parallel import Layout, make_mesh
 
@@ -38,6 +39,22 @@ def test_restores_onto_another_mesh(saved):
     np.testing.assert_array_equal(restored["a"]["kernel"], params["a"]["kernel"])
     assert meta == {"data": {"next_row": 24}}
     assert checkpoints.latest == 3
+
+
+def test_restores_what_fsdp_shards_otherwise(tmp_path):
+    def program(shards: str):
+        return build_program(tiny_recipe(tmp_path, f"parallel.fsdp_shards={shards}"), jax.devices()[:4])
+
+    state, other = program("parameters").init(), program("optimizer").abstract_state
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state.params, {"opt_state": state.opt_state}, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), read_only=True)
+    params, rest, _ = checkpoints.restore(1, other.params, {"opt_state": other.opt_state})
+    table, moment = params["embedding"]["table"], jax.tree.leaves(rest["opt_state"])[1]
+    assert table.sharding == other.params["embedding"]["table"].sharding != state.params["embedding"]["table"].sharding
+    assert moment.sharding == jax.tree.leaves(other.opt_state)[1].sharding
+    np.testing.assert_array_equal(table, state.params["embedding"]["table"])
 
 
 def test_parameters_alone(saved):

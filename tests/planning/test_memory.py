@@ -142,6 +142,19 @@ def test_gradients_and_gathered_weights_are_recognised(tmp_path):
     assert any(held.op_name.endswith("scatter-add") for held in whole)
 
 
+@pytest.mark.parametrize(("stage", "parts"), [("gradients", 8), ("optimizer", 1)])
+def test_gradients_of_whole_parameters_are_recognised(tmp_path, stage, parts):
+    overrides = (*SHAPE, *LAYOUTS["fsdp"], *MODELS["scanned"], f"parallel.fsdp_shards={stage}")
+    program, partitioned = compiled_step(tmp_path, *overrides)
+    table = memory_table(program, partitioned)
+    check_sums(table)
+    sizes = [math.prod(leaf.shape) // parts for leaf in jax.tree.leaves(program.abstract_state.params)]
+    found = {math.prod(held.dims) for held in table.largest if held.category == "gradients"}
+    assert found & set(sizes)
+    assert table.categories["parameters"] == 4 * sum(sizes) * parts
+    assert 0 < table.categories["gradients"] <= 2 * 4 * (sum(sizes) + (2 * LAYERS + 1) * WIDTH)
+
+
 def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
     overrides = (*SHAPE, *LAYOUTS["fsdp-tensor"], "train.remat=full", "train.compute_dtype=bfloat16")
     program, partitioned = compiled_step(tmp_path, *overrides)

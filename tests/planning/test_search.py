@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -56,9 +57,29 @@ def test_candidates_are_legal_and_the_others_have_a_reason(tmp_path):
         legal.add(layout)
     assert found.dropped.total() + len(legal) == len(list(layouts(64)))
     assert any(reason.startswith("model.num_kv_heads = 2") for reason in found.dropped)
-    # With every number of microbatches that divides, remat policy and form of the stack.
+    # With every number of microbatches that divides, remat policy, form of the stack, stage of ZeRO, and activations
+    # split over tensor or not.
     of_one = [c for c in found.candidates if c.layout == Layout(fsdp=32, tensor=2)]
-    assert len(of_one) == len({str(settings(c.recipe)) for c in of_one}) == len([1, 2, 3, 6]) * 3 * 2
+    assert len(of_one) == len({str(settings(c.recipe)) for c in of_one}) == len([1, 2, 3, 6]) * 3 * 2 * 3 * 2
+    # Where there is nothing to split, there is nothing to choose.
+    of_one = [c for c in found.candidates if c.layout == Layout(data=64)]
+    assert len(of_one) == len([1, 3]) * 3 * 2
+
+
+def test_parameters_stay_whole_only_where_they_fit(tmp_path):
+    found = survey(tiny_recipe(tmp_path, *LARGE, "model.preset=llama3.1-70b", "data.sequence_length=8192"))
+    whole = {c.layout.tensor for c in found.candidates if c.recipe.parallel.fsdp_shards != "parameters"}
+    assert not whole  # 280 GB over 8 at most, on cores of 24 GiB
+    assert any(c.layout.fsdp > 1 for c in found.candidates)
+
+
+def test_only_the_rule_that_is_searched_changes(tmp_path):
+    found = survey(tiny_recipe(tmp_path, *LARGE, "parallel.rules={vocab: [], act_vocab: [], act_embed: []}"))
+    rules = [c.recipe.parallel.rules for c in found.candidates if c.layout.tensor > 1]
+    assert all(rule["vocab"] == rule["act_vocab"] == [] for rule in rules)
+    assert {tuple(rule["act_embed"]) for rule in rules} == {(), ("tensor",)}
+    found = survey(tiny_recipe(tmp_path, *LARGE, "parallel.rules={act_embed: [context]}"))
+    assert all(c.recipe.parallel.rules == {"act_embed": ["context"]} for c in found.candidates)
 
 
 def test_a_batch_that_no_layout_divides_leaves_nothing(tmp_path):
@@ -119,20 +140,36 @@ def test_state_is_counted_as_it_is_sharded(tmp_path, optimizer, model):
     assert counted["optimizer_state"] == held(arrays)
 
 
+@pytest.mark.parametrize("stage", ["gradients", "optimizer"])
+def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
+    recipe = tiny_recipe(tmp_path, "parallel.fsdp=4", "parallel.tensor=2", f"parallel.fsdp_shards={stage}")
+    state = build_program(recipe, jax.devices()).abstract_state
+    counted = state_bytes(recipe, Layout(fsdp=4, tensor=2))
+    for key, tree in (("parameters", state.params), ("optimizer_state", state.opt_state)):
+        arrays = [x for x in jax.tree.leaves(tree) if x.shape]
+        assert counted[key] == sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "remat"),
+    ("layout", "remat", "shards", "stream"),
     [
-        (Layout(fsdp=4), "full"),
-        (Layout(data=2, tensor=2), "none"),
-        (Layout(data=2, fsdp=2), "dots"),
-        (Layout(fsdp=2, tensor=2), "full"),
+        (Layout(fsdp=4), "full", "parameters", ""),
+        (Layout(data=2, tensor=2), "none", "parameters", ""),
+        (Layout(data=2, fsdp=2), "dots", "parameters", ""),
+        (Layout(fsdp=2, tensor=2), "full", "parameters", ""),
+        (Layout(fsdp=2, tensor=2), "full", "parameters", "tensor"),
+        (Layout(fsdp=4), "full", "gradients", ""),
+        (Layout(data=2, fsdp=2), "dots", "gradients", ""),
+        (Layout(data=2, fsdp=2), "dots", "optimizer", ""),
+        (Layout(fsdp=2, tensor=2), "none", "optimizer", "tensor"),
     ],
 )
-def test_formulas_have_the_products_and_collectives_of_the_program(tmp_path, layout, remat):
+def test_formulas_have_the_products_and_collectives_of_the_program(tmp_path, layout, remat, shards, stream):
     recipe = tiny_recipe(
         tmp_path,
         *(*SMALL, f"train.remat={remat}", "train.accumulation_steps=2", "train.compute_dtype=bfloat16"),
+        *(f"parallel.fsdp_shards={shards}", f"parallel.rules={{act_embed: [{stream}]}}"),
         *("model.tie_embeddings=false", "model.vocab_size=260", "model.num_layers=3", "model.num_kv_heads=4"),
         *(f"parallel.{axis}={size}" for axis, size in layout.sizes.items()),
     )
@@ -194,6 +231,22 @@ def test_the_written_recipe_is_the_winner(found, tmp_path):
     written = load_recipe(file)
     assert settings(written) == settings(found.winner[0].recipe)
     assert written == found.winner[0].recipe.model_copy(update={"name": "tiny-planned"})  # overrides and all
+
+
+def test_nothing_is_written_where_the_recipe_is_the_best(found, tmp_path, monkeypatch):
+    directory, found = found
+    kept = replace(found, own=found.winner[1])
+    assert kept.unchanged
+    assert "the recipe as it is" in str(kept)
+    monkeypatch.setattr("trainfw.backends.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("trainfw.planning.survey", lambda *_: kept.survey)
+    monkeypatch.setattr("trainfw.planning.search", lambda *_: kept)
+    file = tmp_path / "best.yaml"
+    arguments = ["plan", str(directory / "recipe.yaml"), *SMALL, "--search", "--out", str(file)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert "the recipe as it is is the best found; nothing is written" in done.stderr
+    assert not file.exists()
 
 
 def test_what_an_extension_cannot_say_is_written_in_full(found, tmp_path):

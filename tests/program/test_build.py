@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,35 @@ def test_state_is_sharded_by_the_rules(tmp_path):
     moments = [m for m in jax.tree.leaves(state.opt_state) if m.shape == up.shape]
     assert len(moments) >= 2
     assert all(m.sharding == up.sharding for m in moments)
+
+
+@pytest.mark.parametrize(
+    ("stage", "split"),
+    [("parameters", (True, True, True)), ("gradients", (False, True, True)), ("optimizer", (False, False, True))],
+)
+def test_fsdp_shards_what_the_recipe_says(stage, split, tmp_path):
+    overrides = ("parallel={fsdp: 2, tensor: 2, fsdp_shards: %s}" % stage, "train.accumulation_steps=2")  # noqa: UP031
+    program = build_program(tiny_recipe(tmp_path, *overrides), jax.devices()[:4])
+    tables = [program.abstract_state.params["embedding"]["table"]]
+    tables += [leaf for leaf in jax.tree.leaves(program.abstract_state.opt_state) if leaf.shape == tables[0].shape]
+    assert len(tables) == 3
+    held = [math.prod(table.sharding.shard_shape(table.shape)) / table.size for table in tables]
+    assert held == [1 / 4 if split[0] else 1 / 2, 1 / 4, 1 / 4]
+
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    partitioned = partition(lowered)
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(program.abstract_state)
+    )
+    batch = sum(math.prod(leaf.shape) * 4 // 2 for leaf in program.abstract_batch.values())
+    assert partitioned.compiled.memory_analysis().argument_size_in_bytes == state + batch
+    along = [c for c in collectives_of(partitioned.module) if c.axes(program.mesh) == ("fsdp",)]
+    weights = program.recipe.model.num_layers * 7
+    # Gathered in each microbatch, or once a step; scattered, or summed whole.
+    gathers = [c for c in along if c.kind == "all-gather"]
+    assert sum(c.times for c in gathers) == (2 * (weights + 2) if split[0] else 7 + 1)
+    scattered = [c for c in along if c.scattered]
+    assert sum(c.times for c in scattered) == (2 * (weights + 2) if split[1] else 0)
 
 
 def test_the_state_is_donated(tmp_path):

@@ -33,7 +33,19 @@ VARIANTS = {
 }
 
 
+STAGES = {
+    "fsdp 4": ["parallel.fsdp=4"],
+    "data 2, fsdp 2": ["parallel.data=2", "parallel.fsdp=2"],
+    "tensor 2, fsdp 2": ["parallel.tensor=2", "parallel.fsdp=2"],
+}
+
+
 def losses(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw") -> list[float]:
+    return train(tmp_path, devices, overrides, optimizer)[0]
+
+
+def train(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw"):
+    """(losses, the state in the end)"""
     path = tmp_path / "recipe.yaml"
     path.write_text(MODEL.replace("OPTIMIZER", optimizer))
     recipe = load_recipe(path, overrides)
@@ -42,7 +54,7 @@ def losses(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw
     for batch in random_batches(recipe, recipe.train.steps):
         state, metrics = program.train_step(state, program.shard_batch(batch))
         result.append(metrics["loss"].value())
-    return result
+    return result, state
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -53,13 +65,29 @@ def test_the_order_of_devices_does_not_matter(seed, reference, tmp_path, monkeyp
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return losses(tmp_path_factory.mktemp("reference"), 1, [])
+def one_device(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("reference"), 1, [])
+
+
+@pytest.fixture(scope="module")
+def reference(one_device):
+    return one_device[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_twenty_steps_agree_with_one_device(name, reference, tmp_path):
     np.testing.assert_allclose(losses(tmp_path, *VARIANTS[name]), reference, rtol=3e-6)
+
+
+@pytest.mark.parametrize("layout", STAGES)
+@pytest.mark.parametrize("stage", ["gradients", "optimizer"])
+def test_what_fsdp_shards_changes_no_numbers(stage, layout, one_device, tmp_path):
+    overrides = [*STAGES[layout], f"parallel.fsdp_shards={stage}", "train.accumulation_steps=2"]
+    found, state = train(tmp_path, 4, overrides)
+    np.testing.assert_allclose(found, one_device[0], rtol=3e-6)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(one_device[1]), strict=True):
+        scale = np.abs(np.asarray(theirs)).max()
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_the_loss_falls(reference):
@@ -70,4 +98,6 @@ def test_the_loss_falls(reference):
 @pytest.mark.parametrize("optimizer", ["lion", "adafactor", "muon"])
 def test_every_optimizer_agrees_on_a_mesh(optimizer, tmp_path):
     one = losses(tmp_path, 1, [], optimizer)
-    np.testing.assert_allclose(losses(tmp_path, 4, ["parallel.tensor=2"], optimizer), one, rtol=1e-4)
+    for stage in ("parameters", "gradients", "optimizer"):
+        overrides = ["parallel.tensor=2", f"parallel.fsdp_shards={stage}"]
+        np.testing.assert_allclose(losses(tmp_path, 4, overrides, optimizer), one, rtol=1e-4)

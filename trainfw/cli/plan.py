@@ -104,5 +104,6 @@ def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_js
         typer.echo(str(best))
     if best.winner is None:
         raise typer.Exit(1)
-    planning.write_winner(best, source, file)
-    print(f"wrote {file}", file=sys.stderr)
+    written = planning.write_winner(best, source, file)
+    kept = "the recipe as it is is the best found; nothing is written"
+    print(f"wrote {file}" if written else kept, file=sys.stderr)

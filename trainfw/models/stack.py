@@ -76,6 +76,11 @@ def run_stack(
     groups = len(kinds) // period if scan else 0
     if groups < 2:
         return unrolled(x, stacked, kinds, scanned=False)
+    if period == 1:
+        # Slices of the stack go straight into the checkpoint: the backward pass then reads the stack itself, where it
+        # would keep a copy of what is made of them.
+        layer = checkpointed(step, remat, scanned=True)
+        return jax.lax.scan(lambda x, slice_: layer(x, slice_, kinds[0]), x, stacked)
     looped, rest = _cut(stacked, groups * period)
     looped = jax.tree.map(lambda a: a.reshape(groups, period, *a.shape[1:]), looped)
     x, outs = jax.lax.scan(lambda x, group: unrolled(x, group, kinds[:period], scanned=True), x, looped)

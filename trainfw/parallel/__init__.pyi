@@ -1,5 +1,6 @@
 from .config import AXES as AXES
 from .config import ParallelConfig as ParallelConfig
+from .config import Sharded as Sharded
 from .groups import group_problem as group_problem
 from .groups import permute_problem as permute_problem
 from .layout import Layout as Layout

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from pydantic import Field, NonNegativeFloat, model_validator
 
 from trainfw.config import INT32, Config, invalid
@@ -7,6 +9,8 @@ from trainfw.errors import did_you_mean
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, from least to most communication (so from the slowest links to the fastest)."""
+
+Sharded: TypeAlias = Literal["optimizer", "gradients", "parameters"]
 
 
 class ParallelConfig(Config):
@@ -17,7 +21,14 @@ class ParallelConfig(Config):
     data: int = 1
     """Replicas of the parameters; each takes a part of the batch."""
     fsdp: int = -1
-    """Devices over which parameters, gradients, optimizer state and the batch are sharded."""
+    """Devices over which the batch is split, and with it parameters, gradients and optimizer state (`fsdp_shards`)."""
+    fsdp_shards: Sharded = "parameters"
+    """What is split along `fsdp`: the stages of ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 5).
+
+    `parameters` (ZeRO-3): all three; weights are gathered for every use, in every microbatch.
+    `gradients` (ZeRO-2): gradients, scattered in every microbatch, and optimizer state. Parameters are whole on every
+    device, but for `tensor`; each device updates its share of them, and the shares are gathered once a step.
+    `optimizer` (ZeRO-1): optimizer state alone. As `gradients`, but gradients are summed whole in every microbatch."""
     expert: int = 1
     """Devices over which experts are spread. (More than 1 is not built yet.)"""
     context: int = 1

@@ -11,13 +11,13 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.parallel.config import AXES
+from trainfw.parallel.config import AXES, Sharded
 
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # Parameters.
@@ -40,10 +40,21 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
 
 
 class Rules:
-    """The rules table of one layout on one mesh."""
+    """The rules table of one layout on one mesh.
 
-    def __init__(self, mesh: Mesh, overrides: Mapping[str, Sequence[str]] | None = None):
+    Args:
+        overrides: dim name -> mesh axes, in place of the default.
+        fsdp_shards: see `ParallelConfig`.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        overrides: Mapping[str, Sequence[str]] | None = None,
+        fsdp_shards: Sharded = "parameters",
+    ):
         self.mesh = mesh
+        self.fsdp_shards = fsdp_shards
         self.table = dict(DEFAULT_RULES)
         for name, axes in (overrides or {}).items():
             if name not in self.table:
@@ -93,6 +104,16 @@ class Rules:
 
     def sharding(self, array: str, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(array, shape, names))
+
+    def weight_sharding(
+        self, array: str, shape: Sequence[int], names: Sequence[str | None], of: Sharded
+    ) -> NamedSharding:
+        """How a weight is kept (`of` parameters), or its gradient, or its optimizer state: by these names, and along
+        fsdp if `fsdp_shards` says so.
+        """
+        stages = get_args(Sharded)  # each shards what those before it do, and one thing more
+        whole = stages.index(of) > stages.index(self.fsdp_shards)
+        return NamedSharding(self.mesh, self.spec(array, shape, names, without="fsdp" if whole else None))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -150,7 +171,7 @@ def local_size(size: int, name: str) -> int:
 
 
 def gather_weight(x: jax.Array, array: str, *names: str | None, lookup: bool = False) -> jax.Array:
-    """A weight where it is used: gathered over `fsdp`, still split over `tensor`; its gradient is sharded again.
+    """A weight where it is used: whole along `fsdp`, still split over `tensor`; its gradient is sharded as it is kept.
 
     Saying so keeps the partitioner from moving the (larger) activations instead, and from keeping gradients whole.
     `lookup` says that rows of it are looked up: its gradient is then summed before it is sharded, since a scatter
@@ -160,7 +181,8 @@ def gather_weight(x: jax.Array, array: str, *names: str | None, lookup: bool = F
     if rules is None or rules.mesh.size == 1:
         return x
     gathered = NamedSharding(rules.mesh, rules.spec(array, x.shape, names, without="fsdp"))
-    return _gather(x, rules.sharding(array, x.shape, names), gathered, lookup)
+    kept = rules.weight_sharding(array, x.shape, names, "parameters")
+    return _gather(x, kept, gathered, rules.weight_sharding(array, x.shape, names, "gradients"), lookup)
 
 
 def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
@@ -190,22 +212,24 @@ def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
     return jax.tree.map(lambda x: _constrain(x, replicated), mapped(*trees))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: jax.Array, sharded: NamedSharding, gathered: NamedSharding, lookup: bool) -> jax.Array:
-    # Sharded first, or the partitioner gathers before the cast that made `x`, at twice the bytes.
-    return _constrain(x, sharded, gathered)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(
+    x: jax.Array, kept: NamedSharding, gathered: NamedSharding, of_grad: NamedSharding, lookup: bool
+) -> jax.Array:
+    # As it is kept first, or the partitioner gathers before the cast that made `x`, at twice the bytes.
+    return _constrain(x, kept, gathered)
 
 
 def _gather_forward(
-    x: jax.Array, sharded: NamedSharding, gathered: NamedSharding, lookup: bool
+    x: jax.Array, kept: NamedSharding, gathered: NamedSharding, of_grad: NamedSharding, lookup: bool
 ) -> tuple[jax.Array, None]:
-    return _gather(x, sharded, gathered, lookup), None
+    return _gather(x, kept, gathered, of_grad, lookup), None
 
 
 def _gather_backward(
-    sharded: NamedSharding, gathered: NamedSharding, lookup: bool, _: None, grad: jax.Array
+    kept: NamedSharding, gathered: NamedSharding, of_grad: NamedSharding, lookup: bool, _: None, grad: jax.Array
 ) -> tuple[jax.Array]:
-    return (_constrain(grad, gathered, sharded) if lookup else _constrain(grad, sharded),)
+    return (_constrain(grad, gathered, of_grad) if lookup else _constrain(grad, of_grad),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from trainfw.hardware import Topology
 from trainfw.models import ModelConfig
-from trainfw.parallel import Layout, Placement
+from trainfw.parallel import Layout, Placement, Sharded
 from trainfw.planning.analysis import Analysis, Matmul, Streamed, Transfer
 from trainfw.planning.time import step_time
 from trainfw.recipe import Recipe
@@ -28,11 +28,16 @@ _MOVED_SCORES = {"none": 16.0, "dots": 14.3, "full": 14.3}
 """Times that the scores pass through memory, in f32."""
 _MOVED_WEIGHTS = 75.0
 """Times that a microbatch moves a core's share of the parameters, in f32."""
+_MOVED_WHOLE = {"parameters": 0.0, "gradients": 2.7, "optimizer": 6.1}
+"""Times that a microbatch moves parameters beside that, where they are whole along fsdp, by what fsdp shards. (This and
+`_HELD_WHOLE` by compiled plans of Llama 3.1 8B on 64 cores.)"""
 _HELD_SCORES = 3.0
 """Scores, f32, that one layer's backward pass holds at once."""
 _HELD_LOGITS = 3.0
 _HELD_STATE = 3.6
-"""Gradients, their sums and the update's temporaries, in multiples of the parameters."""
+"""Gradients, their sums and the update's temporaries, in multiples of a core's share of the parameters."""
+_HELD_WHOLE = {"parameters": 0.0, "gradients": 0.5, "optimizer": 1.5}
+"""The same beside that, of parameters that are whole along fsdp."""
 _HELD_TABLES = 2.9
 """Embedding tables, whole along fsdp, f32."""
 
@@ -98,17 +103,21 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
         batch = rows * kv_heads
         matmuls.append(Matmul(batch, m, n, k, name, times, bytes=size, attention=True, backward=backward))
-    share = sum(_elements(w) / _parts(w, layout) for w in weights(model)) * 4
+    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
     once, beside = _MOVED[train.remat]
-    moved = narrow * tokens * (once * width + beside * (wide[0] + wide[1] + wide[3]))
+    # Elementwise operations on the residual stream are split as it is.
+    stream = width // tensor if splits_stream(recipe) else width
+    moved = narrow * tokens * (once * stream + beside * (wide[0] + wide[1] + wide[3]))
     attention = _MOVED_SCORES[train.remat] * scores * 4.0 * runs
     update = share * (10.5 + 4.4 * parts)
+    whole = _MOVED_WHOLE[_shards(recipe, layout)] * state_bytes(recipe, layout)["parameters"]
+    of_weights = parts * (_MOVED_WEIGHTS * share + whole)
     return Analysis(
         layout=layout,
         matmuls=tuple(matmuls),
         transfers=tuple(_transfers(recipe, layout, tokens, narrow, dtype)),
         streamed=(
-            Streamed("model", moved * runs + _MOVED_WEIGHTS * share * parts),
+            Streamed("model", moved * runs + of_weights),
             Streamed("attention", attention),
             Streamed("update", update, "update"),
         ),
@@ -116,35 +125,62 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
 
 
 def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: str) -> Iterator[Transfer]:
-    """The collectives of a step: weights gathered over fsdp in every microbatch (and again for what remat computes
-    again), gradients scattered over it and summed over data, activations summed over tensor."""
-    model, train = recipe.model, recipe.train
-    parts, width = train.accumulation_steps, model.hidden_size
+    """The collectives of a step.
+
+    Over fsdp and data: weights gathered in every microbatch (and again for what remat computes again), or once a step
+    where they are whole; gradients scattered and summed, or summed whole. Over tensor: activations summed, or where
+    they are split over it scattered, and gathered for use.
+    """
+    model, train, shards = recipe.model, recipe.train, _shards(recipe, layout)
+    parts, width, tensor, fsdp = train.accumulation_steps, model.hidden_size, layout.tensor, layout.fsdp
     runs, again = model.num_layers * parts, train.remat != "none"
+    split = splits_stream(recipe) and tensor > 1
+    stream = width // tensor if split else width
     batch = tuple(axis for axis in ("data", "fsdp") if layout.sizes[axis] > 1)
-    for _, shape, _ in (w for w in weights(model) if len(w[1]) == 3):
-        size = narrow * shape[1] * shape[2] // layout.tensor
-        if layout.fsdp > 1:
-            yield Transfer("all-gather", ("fsdp",), dtype, size, runs * (1 + again))
-            yield Transfer("reduce-scatter", ("fsdp",), dtype, size, runs)
+
+    def summed(dtype: str, size: int, times: int) -> Iterator[Transfer]:
+        """A gradient, to where it is kept."""
+        if fsdp == 1 or shards == "optimizer":
+            yield from [Transfer("all-reduce", batch, dtype, size, times)] if batch else []
+            return
+        yield Transfer("reduce-scatter", ("fsdp",), dtype, size, times)
         if layout.data > 1:
-            yield Transfer("all-reduce", ("data",), dtype, size // layout.fsdp, runs)
-    table = 4 * model.vocab_size * width // layout.tensor
-    if layout.fsdp > 1:
+            yield Transfer("all-reduce", ("data",), dtype, size // fsdp, times)
+
+    for _, shape, _ in (w for w in weights(model) if len(w[1]) == 3):
+        size = narrow * shape[1] * shape[2] // tensor
+        if fsdp > 1 and shards == "parameters":
+            yield Transfer("all-gather", ("fsdp",), dtype, size, runs * (1 + again))
+        yield from summed(dtype, size, runs)
+    table = 4 * model.vocab_size * width // tensor
+    if fsdp > 1 and shards == "parameters":
         yield Transfer("all-gather", ("fsdp",), "f32", table, parts)
         yield Transfer("all-gather", ("fsdp",), dtype, table * narrow // 4, parts)
-        yield Transfer("reduce-scatter", ("fsdp",), "f32", table, parts)
-    if layout.data > 1:
-        yield Transfer("all-reduce", ("data",), "f32", table // layout.fsdp, parts)
-    if batch == ("fsdp",):
+    elif fsdp > 1:
+        for weight in weights(model):
+            if weight[2] == 2:
+                yield Transfer("all-gather", ("fsdp",), "f32", 4 * _elements(weight) // tensor, 1)
+    yield from summed("f32", table, parts)
+    # Of the lookup: summed whole where the batch spans more than fsdp, or rows are split.
+    if batch == ("fsdp",) and not split and shards != "optimizer":
         yield Transfer("reduce-scatter", batch, "f32", table, parts)
-    elif batch:  # of the lookup: summed whole
+    elif batch:
         yield Transfer("all-reduce", batch, "f32", table, parts)
     if batch:
-        yield Transfer("all-reduce", batch, "f32", 4 * width, 2 * runs + parts)
-    if layout.tensor > 1:
-        yield Transfer("all-reduce", ("tensor",), dtype, narrow * tokens * width, runs * (7 + (train.remat == "full")))
-        yield Transfer("all-reduce", ("tensor",), "f32", 4 * tokens * width, 2 * parts)
+        yield Transfer("all-reduce", batch, "f32", 4 * stream, 2 * runs + parts)
+    if tensor == 1:
+        return
+    whole, wider = narrow * tokens * width, 4 * tokens * width
+    layers = runs * (7 + (train.remat == "full"))
+    if split:
+        yield Transfer("all-gather", ("tensor",), dtype, whole, layers + parts)
+        yield Transfer("all-gather", ("tensor",), "f32", wider, parts)
+        yield Transfer("all-to-all", ("tensor",), "f32", table, parts)
+        yield Transfer("reduce-scatter", ("tensor",), dtype, whole, layers)
+        yield Transfer("reduce-scatter", ("tensor",), "f32", wider, 2 * parts)
+    else:
+        yield Transfer("all-reduce", ("tensor",), dtype, whole, layers)
+        yield Transfer("all-reduce", ("tensor",), "f32", wider, 2 * parts)
 
 
 def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
@@ -158,22 +194,23 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
     both = heads + 2 * model.num_kv_heads * model.head_dim // tensor
     forward = model.intermediate_size // tensor
     scores = rows * (model.num_heads // tensor) * length * length
-    parameters = state_bytes(recipe, layout)["parameters"]
-    # The residual stream is split over tensor where the rules say so.
-    stream = width // tensor if recipe.parallel.rules.get("act_embed") == ["tensor"] else width
+    state, shards = state_bytes(recipe, layout), _shards(recipe, layout)
+    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
+    stream = width // tensor if splits_stream(recipe) else width
     saved: float = narrow * tokens * stream
     if train.remat == "dots":
         saved = narrow * tokens * (2 * stream + 2 * forward + both)
     elif train.remat == "none":
-        saved = narrow * tokens * (10 * width + 5 * forward + 4 * both) + scores * (4 + narrow)
+        saved = narrow * tokens * (10 * stream + 5 * forward + 4 * both) + scores * (4 + narrow)
     layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
     logits = _HELD_LOGITS * 4 * tokens * (model.vocab_size // tensor)
-    gathered = 0.0 if layout.fsdp == 1 else _HELD_TABLES * 4 * model.vocab_size * width / tensor
-    if layout.fsdp > 1 and (train.remat == "none" or not train.scan_layers):
+    gathers = layout.fsdp > 1 and shards == "parameters"
+    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * model.vocab_size * width / tensor
+    if gathers and (train.remat == "none" or not train.scan_layers):
         gathered += narrow * sum(_elements(w) for w in weights(model) if len(w[1]) == 3) / tensor
     return {
-        **state_bytes(recipe, layout),
-        "gradients": round(_HELD_STATE * parameters),
+        **state,
+        "gradients": round(_HELD_STATE * share + _HELD_WHOLE[shards] * state["parameters"]),
         "activations": round(saved * layers + max(layer, logits)),
         "collective_buffers": round(gathered),
         "data": 5 * 4 * mine * length,
@@ -184,9 +221,10 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
 def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Bytes of parameters and optimizer state on one core, counters left out, by the default rules of sharding."""
     parameters, optimizer = 0, 0
+    kept = layout if _shards(recipe, layout) == "parameters" else replace(layout, fsdp=1)
     for weight in weights(recipe.model):
         elements, parts = _elements(weight), _parts(weight, layout)
-        parameters += 4 * elements // parts
+        parameters += 4 * elements // _parts(weight, kept)
         match recipe.optimizer.name:
             case "lion":
                 optimizer += 4 * elements // parts
@@ -221,6 +259,15 @@ def weights(model: ModelConfig) -> list[Weight]:
     if model.qk_norm:
         found += [("layers.scale", (layers, model.head_dim), 0)] * 2
     return [*found, ("scale", (width,), 0)]
+
+
+def splits_stream(recipe: Recipe) -> bool:
+    """Whether what a layer hands to the next is split over tensor."""
+    return recipe.parallel.rules.get("act_embed") == ["tensor"]
+
+
+def _shards(recipe: Recipe, layout: Layout) -> Sharded:
+    return recipe.parallel.fsdp_shards if layout.fsdp > 1 else "parameters"  # all of one part
 
 
 def _elements(weight: Weight) -> int:

@@ -246,7 +246,7 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = _axes(leaf.sharding.spec)
+        axes = _axes(kept.spec)
         found.append(
             StateArray(
                 name=name.removeprefix("params."),
@@ -395,7 +395,7 @@ class _Known:
     """Shapes on one core by which a value is recognised."""
 
     shards: frozenset[tuple[int, ...]]
-    """Of parameters as they are stored, all layers or one, dims sorted."""
+    """Of parameters' gradients as they are kept, all layers or one, dims sorted."""
     stacks: frozenset[tuple[int, ...]]
     """Those of more than one layer."""
     fsdp_shards: frozenset[tuple[int, ...]]
@@ -426,11 +426,12 @@ class _Known:
         stacks: set[tuple[int, ...]] = set()
         whole: set[tuple[int, ...]] = set()
         others: set[tuple[int, ...]] = set()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params):
-            one, stacked = forms(path, leaf.sharding.shard_shape(leaf.shape))
+        params = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
+        for (path, leaf), kept in zip(params, jax.tree.leaves(program.grad_shardings), strict=True):
+            one, stacked = forms(path, kept.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
-            axes = _axes(leaf.sharding.spec)
+            axes = _axes(kept.spec)
             if "fsdp" not in itertools.chain(*axes):
                 others |= one | stacked
             gathered = [tuple(axis for axis in dim if axis != "fsdp") or None for dim in axes]

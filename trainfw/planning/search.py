@@ -1,7 +1,8 @@
 """The search for a layout: an analytic pass over all that are legal, and the compiler over the best few.
 
-Searched are data, fsdp and tensor over all of the recipe's cores, how many microbatches a step is split into, what
-the backward pass computes again, and whether layers are scanned. The batch, the data and the hardware stay. Formulas
+Searched are data, fsdp and tensor over all of the recipe's cores, what fsdp shards, whether tensor splits what layers
+keep, how many microbatches a step is split into, what the backward pass computes again, and whether layers are
+scanned; each axis is placed where it is fastest. The batch, the data and the hardware stay. Formulas
 (`estimate`) say which candidates are worth compiling; what is ranked in the end, and reported, are plans. Scanned or
 unrolled is the same to the formulas, so the unrolled form of the best is compiled as well, where there is time.
 """
@@ -61,6 +62,11 @@ class Found:
     def winner(self) -> tuple[Candidate, Plan] | None:
         """The best that fits."""
         return next(iter(self.fitting), None)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the winner is the recipe as it is."""
+        return self.winner is not None and self.winner[1] is self.own
 
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
@@ -178,7 +184,7 @@ def _lines(found: Found) -> Iterator[str]:
     units = f"{survey.topology.count} x {survey.topology.name}" if survey.topology.count > 1 else survey.topology.name
     yield f"{survey.recipe.name} on {units}: {survey.topology.cores:,} cores, global batch and data as the recipe says"
     yield (
-        f"{survey.legal:,} legal candidates (layout, microbatches, remat, stack), "
+        f"{survey.legal:,} legal candidates (layout, sharding, microbatches, remat, stack), "
         f"estimated in {survey.seconds:.1f} s by formula; {len(found.plans)} compiled"
     )
     for reason, times in survey.dropped.most_common():
@@ -215,7 +221,7 @@ def _lines(found: Found) -> Iterator[str]:
         yield "nothing that was compiled fits in memory: no winner"
         return
     candidate, made = found.winner
-    yield f"* best by {survey.objective}: {candidate}"
+    yield f"* best by {survey.objective}: {candidate}{' (the recipe as it is)' * found.unchanged}"
     if survey.objective == "cost":
         price = "" if made.dollars is None else f", ${made.dollars:,.0f}"
         yield f"  the run: {made.chip_hours:,.0f} chip-hours{price} (hardware stays, so cost follows step time)"
@@ -232,5 +238,9 @@ def _lines(found: Found) -> Iterator[str]:
 
 def _changes(survey: Survey, candidate: Candidate) -> str:
     mine, theirs = settings(candidate.recipe), settings(survey.own.recipe if survey.own else survey.recipe)
-    changed = [f"{key}={str(value).lower()}" for key, value in mine.items() if value != theirs[key]]
+    changed = [f"{key}={_said(value)}" for key, value in mine.items() if value != theirs[key]]
     return " ".join(changed) or "nothing: the recipe as it is"
+
+
+def _said(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()

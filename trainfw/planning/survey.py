@@ -8,14 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
-from trainfw.parallel import Layout, Placement, place
+from trainfw.parallel import Layout, Placement, Sharded, place
 from trainfw.planning.analysis import simulated_recipe
-from trainfw.planning.estimate import Estimate, estimate
+from trainfw.planning.estimate import Estimate, estimate, splits_stream, state_bytes
 from trainfw.recipe import Recipe
 
 OBJECTIVES = ("time", "cost", "memory")
@@ -42,7 +42,10 @@ class Candidate:
         train = self.recipe.train
         layers = "scanned" if train.scan_layers else "unrolled"
         parts = f"{train.accumulation_steps} microbatch{'es' * (train.accumulation_steps > 1)}"
-        return f"{self.layout}, {parts}, remat {train.remat}, {layers}"
+        sharded = self.recipe.parallel.fsdp_shards
+        shards = f", fsdp shards {sharded}" if self.layout.fsdp > 1 and sharded != "parameters" else ""
+        stream = ", activations over tensor" if self.layout.tensor > 1 and splits_stream(self.recipe) else ""
+        return f"{self.layout}{shards}{stream}, {parts}, remat {train.remat}, {layers}"
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,10 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
         if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
             dropped[f"not compiled: needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"] += 1
             continue
-        for changed in _programs(recipe, layout):
+        for changed in _programs(recipe, topology, layout):
             candidates.append(Candidate(changed, layout, estimate(changed, placement)))
     candidates.sort(key=lambda c: (*objective_key(objective, c.estimate.seconds, c.estimate.memory), str(c)))
-    room = math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
-    kept = [candidate for candidate in candidates if candidate.estimate.memory <= room]
+    kept = [candidate for candidate in candidates if candidate.estimate.memory <= _room(topology)]
     if not kept:  # The compiler may know better.
         kept = sorted(candidates, key=lambda c: c.estimate.memory)[:COMPILED]
     own, problem = _own(recipe, topology)
@@ -142,19 +144,56 @@ def layouts(cores: int) -> Iterator[Layout]:
             yield Layout(data=cores // tensor // fsdp, fsdp=fsdp, tensor=tensor)
 
 
-def _programs(recipe: Recipe, layout: Layout) -> Iterator[Recipe]:
-    """The recipe in this layout with every number of microbatches, remat policy and form of the stack."""
+def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Recipe]:
+    """The recipe in this layout with everything else that is searched.
+
+    Parameters are left whole only where they, and the share of the optimizer's state, are less than a core holds.
+    """
     period = len(recipe.model.layer_pattern)
     forms = (True, False) if recipe.model.num_layers // period > 1 else (True,)
+    parallels = [
+        {**shards, **stream} for shards in _shards(recipe, topology, layout) for stream in _streams(recipe, layout)
+    ]
     for parts in _divisors(recipe.train.global_batch_size // layout.batch_shards):
-        for remat in REMAT:
-            for scan in forms:
-                yield _changed(recipe, layout, accumulation_steps=parts, remat=remat, scan_layers=scan)
+        for remat, scan, parallel in itertools.product(REMAT, forms, parallels):
+            train = {"accumulation_steps": parts, "remat": remat, "scan_layers": scan}
+            yield _changed(recipe, layout, train, parallel)
 
 
-def _changed(recipe: Recipe, layout: Layout, **train: Any) -> Recipe:
-    parallel = recipe.parallel.model_copy(update=layout.sizes)
-    return recipe.model_copy(update={"parallel": parallel, "train": recipe.train.model_copy(update=train)})
+def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, Any]]:
+    """Of `fsdp_shards`, what may fit."""
+    if layout.fsdp == 1:  # nothing is split
+        yield {}
+        return
+    for shards in get_args(Sharded):
+        changed = _changed(recipe, layout, {}, {"fsdp_shards": shards})
+        if shards == "parameters" or sum(state_bytes(changed, layout).values()) <= _room(topology):
+            yield {"fsdp_shards": shards}
+
+
+def _streams(recipe: Recipe, layout: Layout) -> Iterator[dict[str, Any]]:
+    """What layers keep for the backward pass, split over tensor or not; as the recipe says where it has a rule for it
+    that is neither."""
+    rules, size = recipe.parallel.rules, layout.tensor
+    if size == 1 or rules.get("act_embed", []) not in ([], ["tensor"]):
+        yield {}
+        return
+    yield {"rules": {**rules, "act_embed": []} if "act_embed" in rules else rules}
+    if recipe.model.hidden_size % size == 0:
+        yield {"rules": {**rules, "act_embed": ["tensor"]}}
+
+
+def _room(topology: Topology) -> float:
+    """That an estimate may take."""
+    return math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
+
+
+def _changed(recipe: Recipe, layout: Layout, train: dict[str, Any], parallel: dict[str, Any]) -> Recipe:
+    changed = {
+        "parallel": recipe.parallel.model_copy(update={**layout.sizes, **parallel}),
+        "train": recipe.train.model_copy(update=train),
+    }
+    return recipe.model_copy(update=changed)
 
 
 def _own(recipe: Recipe, topology: Topology) -> tuple[Candidate | None, str]:
@@ -162,18 +201,22 @@ def _own(recipe: Recipe, topology: Topology) -> tuple[Candidate | None, str]:
     try:
         with recipe.blamed("parallel"):
             layout = Layout.resolve(recipe.parallel, topology.cores)
-        placement = _legal(recipe, topology, layout, recipe.train.accumulation_steps)
+        placement = _legal(recipe, topology, layout, own=True)
     except UserError as error:
         return None, str(error)
     if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
         return None, f"needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"
-    changed = _changed(recipe, layout)
+    changed = _changed(recipe, layout, {}, {})
     return Candidate(changed, layout, estimate(changed, placement)), ""
 
 
-def _legal(recipe: Recipe, topology: Topology, layout: Layout, parts: int = 1) -> Placement:
-    """Where `layout` lies. Raises UserError saying why it cannot be; the reason is before the first colon."""
+def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = False) -> Placement:
+    """Where `layout` lies. Raises UserError saying why it cannot be; the reason is before the first colon.
+
+    `own` says that the rest of the recipe is to stay as it is.
+    """
     model, rows = recipe.model, recipe.train.global_batch_size
+    parts = recipe.train.accumulation_steps if own else 1
     for axis in ("pipeline", "expert", "context"):
         if layout.sizes[axis] > 1:
             raise UserError(f"parallel.{axis} is not searched, and not built yet: {axis}({layout.sizes[axis]})")
@@ -185,7 +228,7 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, parts: int = 1) -
         "embed": ("hidden_size", "fsdp"),
     }
     split += [pair for name, pair in default.items() if name not in recipe.parallel.rules]
-    if recipe.parallel.rules.get("act_embed") == ["tensor"]:
+    if own and splits_stream(recipe):  # else it is split where it can be
         split.append(("hidden_size", "tensor"))
     for field, axis in split:
         if getattr(model, field) % layout.sizes[axis]:
@@ -245,6 +288,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     parallel, train = recipe.parallel, recipe.train
     return {
         **{f"parallel.{axis}": getattr(parallel, axis) for axis in ("data", "fsdp", "tensor")},
+        "parallel.fsdp_shards": parallel.fsdp_shards,
+        "parallel.rules.act_embed": parallel.rules.get("act_embed", []),
         "train.accumulation_steps": train.accumulation_steps,
         "train.remat": train.remat,
         "train.scan_layers": train.scan_layers,

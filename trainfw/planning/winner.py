@@ -34,14 +34,18 @@ def check_out(file: Path, source: str | os.PathLike[str], *, named: bool) -> Non
         raise UserError(f"{file}: already there; name it with --out {file} to replace it, or name another")
 
 
-def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> None:
+def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bool:
     """Write the winner to `file`, as a recipe that extends `source` (a path, or the name of a bundled recipe).
+
+    Returns whether it was written: not where it is the recipe as it is.
 
     What overrides said is in it too. Where an extension cannot say it (it merges sections, and removes nothing), the
     recipe is written in full. Raises UserError where nothing fits, and where the file cannot be written.
     """
     if found.winner is None:
         raise UserError("nothing that was compiled fits in memory: no recipe is written")
+    if found.unchanged:
+        return False
     candidate, made = found.winner
     recipe = candidate.recipe.model_copy(update={"name": f"{found.survey.recipe.name}-planned"})
     original, base = load_recipe(source), find_recipe(source).resolve()
@@ -73,6 +77,7 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> No
         same = False
     if not same:
         file.write_text(head + recipe.to_yaml(), encoding="utf-8")
+    return True
 
 
 def _path_from(file: Path, base: Path) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from trainfw import backends
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
-from trainfw.parallel import AXES, Layout, Placement, Rules, make_mesh, place, use_rules
+from trainfw.parallel import AXES, Layout, Placement, Rules, Sharded, make_mesh, place, use_rules
 from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
 from trainfw.program.metrics import Mean
@@ -41,6 +41,8 @@ class Program:
     """ShapeDtypeStructs with shardings."""
     abstract_batch: Batch
     """ShapeDtypeStructs (B, S) with shardings."""
+    grad_shardings: Any
+    """Nested dict: how the gradient of each parameter is kept."""
     init: Callable[[], TrainState]
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
@@ -113,7 +115,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
-        rules = Rules(mesh, recipe.parallel.rules)
+        rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards)
     with recipe.blamed("optimizer"):
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
@@ -140,13 +142,15 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         nnx.eval_shape(lambda: make_model(jax.random.key(0, impl="threefry2x32"))), nnx.Param
     )
     with recipe.blamed("parallel"):
-        param_shardings = _param_shardings(variables, rules)
+        param_shardings = _shardings(variables, rules, "parameters")
+        grad_shardings = _shardings(variables, rules, "gradients")
+        update_shardings = _shardings(variables, rules, "optimizer")
     with recipe.blamed("optimizer"):
         shapes = jax.eval_shape(init)
     shardings = TrainState(
         step=rules.replicated,
         params=param_shardings,
-        opt_state=optimizer_shardings(optimizer, shapes.params, param_shardings, rules.replicated),
+        opt_state=optimizer_shardings(optimizer, shapes.params, update_shardings, rules.replicated),
         rng=rules.replicated,
     )
 
@@ -156,7 +160,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
     def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
         grads, metrics = jax.grad(objective, has_aux=True)(params, batch)
-        return jax.lax.with_sharding_constraint(grads, param_shardings), metrics
+        return jax.lax.with_sharding_constraint(grads, grad_shardings), metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if accumulation == 1:
@@ -166,12 +170,15 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         count = jnp.maximum(metrics["loss"].count, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
+        # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
+        grads = jax.lax.with_sharding_constraint(grads, update_shardings)
+        params = jax.lax.with_sharding_constraint(state.params, update_shardings)
         with use_rules(rules):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, params)
         metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
         metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), update_shardings)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
     def eval_step(params: Any, batch: Batch) -> Metrics:
@@ -205,6 +212,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         ),
         abstract_batch=abstract_batch,
+        grad_shardings=grad_shardings,
         init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
@@ -234,10 +242,10 @@ def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)[0]
 
 
-def _param_shardings(variables: Any, rules: Rules) -> Any:
+def _shardings(variables: Any, rules: Rules, of: Sharded) -> Any:
     """Nested dict of shardings, by the dim names each parameter carries."""
     flat = {
-        path: rules.sharding(".".join(map(str, path)), variable.shape, variable.get_metadata()["axes"])
+        path: rules.weight_sharding(".".join(map(str, path)), variable.shape, variable.get_metadata()["axes"], of)
         for path, variable in nnx.to_flat_state(variables)
     }
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
