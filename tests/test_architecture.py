@@ -66,3 +66,11 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code):
 def test_loading_a_recipe_needs_no_jax():
     code = "import trainfw, sys; trainfw.load_recipe('quickstart'); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("face", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda f: f.parent.name)
+def test_no_module_has_the_name_of_what_its_package_exports(face):
+    # Once imported, the module would stand in the place of the function.
+    exported = {alias.asname for node in ast.parse(face.read_text()).body for alias in getattr(node, "names", ())}
+    assert exported
+    assert not {name for name in exported if (face.parent / f"{name}.py").exists()}

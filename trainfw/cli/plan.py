@@ -82,7 +82,7 @@ def plan(
 
 
 def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
-    from trainfw import backends, planning
+    from trainfw import planning
 
     file = out or planning.default_out(recipe)
     planning.check_out(file, source, named=out is not None)
@@ -93,9 +93,7 @@ def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_js
 
     found = planning.survey(recipe, objective)
     progress(f"{len(found.candidates):,} candidates by formula")
-    as_backend = "neuron" if found.topology.rules == "neuron" else None
-    backends.prepare(found.simulated_cores, as_backend=as_backend)
-    best = planning.search(found, progress)
+    best = planning.search(found, progress, simulate=found.simulated_cores)
     if as_json:
         import json
 

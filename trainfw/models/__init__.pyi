@@ -2,8 +2,8 @@ from .config import ModelConfig as ModelConfig
 from .config import RopeScaling as RopeScaling
 from .config import preset_names as preset_names
 from .flops import flops_per_token as flops_per_token
-from .generate import generate as generate
-from .generate import sample as sample
+from .generation import generate as generate
+from .generation import sample as sample
 from .transformer import KVCache as KVCache
 from .transformer import Transformer as Transformer
 from .transformer import abstract_model as abstract_model

@@ -246,7 +246,7 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = _axes(kept.spec)
+        axes = _axes(leaf.sharding.spec)
         found.append(
             StateArray(
                 name=name.removeprefix("params."),

@@ -11,17 +11,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainfw.errors import UserError
 from trainfw.parallel import Layout
 from trainfw.planning.analysis import REPLICAS, simulated_cores
-from trainfw.planning.compiled import Compiled, compiled
+from trainfw.planning.compilation import Compiled, compiled
 from trainfw.planning.goodput import Goodput, assumed, goodput_of
+from trainfw.planning.prediction import Plan, planned
 from trainfw.recipe import Recipe
-
-if TYPE_CHECKING:
-    from trainfw.planning.plan import Plan
 
 _GIB = 2**30
 
@@ -242,8 +240,6 @@ def scale(
 
     A count that the recipe cannot run on is a row that says why.
     """
-    from trainfw.planning.plan import planned  # not above, where it would hide `trainfw.planning.plan`, the function
-
     steps: dict[str, Compiled] = {}
 
     def row(rung: Rung, name: str) -> Row:

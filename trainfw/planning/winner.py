@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from trainfw.errors import UserError
-from trainfw.planning.search import Found
-from trainfw.planning.survey import settings
+from trainfw.planning.candidates import settings
+from trainfw.planning.searching import Found
 from trainfw.recipe import Recipe, find_recipe, load_recipe
 
 

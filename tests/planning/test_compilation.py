@@ -14,7 +14,7 @@ from tests.helpers import tiny_recipe, write_recipe
 from trainfw import Recipe, UserError, backends
 from trainfw.data import default_cache_dir
 from trainfw.planning import plan, simulated_cores
-from trainfw.planning.compiled import Compiled, compiled
+from trainfw.planning.compilation import Compiled, compiled
 
 # `trainfw.planning` has functions of the names of these modules.
 COMPILED = sys.modules[compiled.__module__]
@@ -256,7 +256,7 @@ _FIVE_HUNDRED = """
 import sys
 from trainfw import backends, load_recipe
 backends.prepare(2048)
-from trainfw.planning.compiled import compiled
+from trainfw.planning.compilation import compiled
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 whole, short = (compiled(recipe, most=most) for most in (2048, 512))
 for read in ("matmuls", "transfers"):

@@ -9,11 +9,11 @@ from typing import Any
 from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer
-from trainfw.planning.compiled import Compiled, compiled
+from trainfw.planning.compilation import Compiled, compiled
 from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
+from trainfw.planning.streams import Timeline, timeline
 from trainfw.planning.time import Assumptions, StepTime, part_label, step_time
-from trainfw.planning.timeline import Timeline, timeline
 from trainfw.recipe import Recipe
 
 

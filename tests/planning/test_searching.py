@@ -18,8 +18,8 @@ from trainfw.cli import app
 from trainfw.hardware import load_topology
 from trainfw.parallel import Layout, place
 from trainfw.planning import analyse, check_out, default_out, search, survey, write_winner
+from trainfw.planning.candidates import layouts, pareto, settings
 from trainfw.planning.estimate import closed_analysis, closed_memory, state_bytes
-from trainfw.planning.survey import layouts, pareto, settings
 from trainfw.program import build_program
 
 SMALL = ("hardware.topology=trn2.3xlarge", "parallel.fsdp=4", "train.global_batch_size=16")

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainfw.errors import UserError
-from trainfw.planning.plan import Plan, plan
-from trainfw.planning.survey import (
+from trainfw.planning.candidates import (
     COMPILED,
     MARGIN,
     Candidate,
@@ -29,6 +28,7 @@ from trainfw.planning.survey import (
     scanned,
     settings,
 )
+from trainfw.planning.prediction import Plan, plan
 
 LIMIT = 200.0
 """Seconds after which no further candidate is compiled."""
@@ -107,13 +107,15 @@ def search(
     *,
     most: int = COMPILED,
     limit: float = LIMIT,
+    simulate: int | None = None,
 ) -> Found:
-    """Plan the best of `survey`, on simulated devices that this process has (see `Survey.simulated_cores`).
+    """Plan the best of `survey`, from the cache or on simulated devices (see `Survey.simulated_cores`).
 
     Args:
         progress: told what is being done.
         most: candidates to compile, beside the recipe itself; where none of them fits, more until one does.
         limit: seconds after which no further one is begun. (The recipe itself always is.)
+        simulate: as for `compiled`.
     """
     started = time.monotonic()
     plans: list[tuple[Candidate, Plan]] = []
@@ -125,7 +127,7 @@ def search(
         begun = time.monotonic()
         progress(f"compiling {candidate} (about {candidate.estimate.seconds:.3g} s a step by formula)")
         try:
-            made = plan(candidate.recipe)
+            made = plan(candidate.recipe, simulate=simulate)
         except UserError as error:
             refused[str(error)] += 1
             return None

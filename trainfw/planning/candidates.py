@@ -114,7 +114,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
         except UserError as error:
             dropped[_reason(error)] += 1
             continue
-        if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
+        if _too_large(recipe, layout):
             dropped[f"not compiled: needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"] += 1
             continue
         for changed in _programs(recipe, topology, layout):
@@ -204,7 +204,7 @@ def _own(recipe: Recipe, topology: Topology) -> tuple[Candidate | None, str]:
         placement = _legal(recipe, topology, layout, own=True)
     except UserError as error:
         return None, str(error)
-    if _devices(recipe, layout) > backends.MAX_SIMULATED or simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp:
+    if _too_large(recipe, layout):
         return None, f"needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"
     changed = _changed(recipe, layout, {}, {})
     return Candidate(changed, layout, estimate(changed, placement)), ""
@@ -266,6 +266,12 @@ def _reason(error: UserError) -> str:
 def _devices(recipe: Recipe, layout: Layout) -> int:
     """That are simulated to compile it."""
     return math.prod(simulated_recipe(recipe, layout)[1].sizes.values())
+
+
+def _too_large(recipe: Recipe, layout: Layout) -> bool:
+    """Whether no program tells of it that can be compiled here (see `simulation`)."""
+    shortened = simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp
+    return _devices(recipe, layout) > backends.MAX_SIMULATED or (shortened and recipe.optimizer.name == "muon")
 
 
 def _divisors(number: int) -> list[int]:
