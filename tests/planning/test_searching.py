@@ -238,9 +238,8 @@ def test_nothing_is_written_where_the_recipe_is_the_best(found, tmp_path, monkey
     kept = replace(found, own=found.winner[1])
     assert kept.unchanged
     assert "the recipe as it is" in str(kept)
-    monkeypatch.setattr("trainfw.backends.prepare", lambda *_, **__: None)
     monkeypatch.setattr("trainfw.planning.survey", lambda *_: kept.survey)
-    monkeypatch.setattr("trainfw.planning.search", lambda *_: kept)
+    monkeypatch.setattr("trainfw.planning.search", lambda *_, **__: kept)
     file = tmp_path / "best.yaml"
     arguments = ["plan", str(directory / "recipe.yaml"), *SMALL, "--search", "--out", str(file)]
     done = CliRunner().invoke(app, arguments)

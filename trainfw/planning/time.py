@@ -127,8 +127,8 @@ def step_time(
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
     return StepTime(
         seconds=middle.seconds,
-        low=low.seconds,
-        high=high.seconds,
+        low=min(low.seconds, middle.seconds),  # sums in another order
+        high=max(high.seconds, middle.seconds),
         parts=middle.parts,
         hidden=middle.hidden,
         bound_by=middle.bound_by,
