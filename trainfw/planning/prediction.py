@@ -44,6 +44,14 @@ class Plan:
         return part_label(part)
 
     @property
+    def caveat(self) -> str:
+        """What a reader must know of every figure."""
+        measured = self.topology.chip.matmul_rates
+        if measured is None:
+            return "A prediction: nothing here was measured on this hardware."
+        return f"A prediction, from rates of this hardware: {measured.source}."
+
+    @property
     def tokens_per_step(self) -> int:
         return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
 
@@ -181,7 +189,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     chips = f"{topology.chips:,} chip{'s' * (topology.chips > 1)}"
     yield f"{plan.recipe.name} on {units}: {chips}, {topology.cores:,} cores, {plan.layout}"
-    yield "A prediction: nothing here was measured on this hardware."
+    yield plan.caveat
     yield ""
     yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
