@@ -13,6 +13,7 @@ from flax import nnx
 from trainfw import backends
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import Linear, RMSNorm
+from trainfw.models.products import wide_einsum
 from trainfw.models.rope import apply_rope
 from trainfw.parallel import constrain, local_size, per_device
 
@@ -59,7 +60,7 @@ def attend(
     """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32."""
     B, S, H, h = q_BSHh.shape
     q_BSKGh = q_BSHh.reshape(B, S, k_BTKh.shape[2], -1, h)
-    scores_BKGST = jnp.einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh, preferred_element_type=jnp.float32) * scale
+    scores_BKGST = wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh) * scale
     if softcap is not None:
         scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)
     # Finite, so that a row which sees nothing is a plain average rather than NaN.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.models.config import ModelConfig
+from trainfw.models.products import wide_einsum
 from trainfw.parallel import constrain, gather_weight
 
 
@@ -35,11 +36,11 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, shape, std, axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
-        """y in `dtype`, by default that of x."""
+    def __call__(self, x: jax.Array, *, wide: bool = False) -> jax.Array:
+        """y in the dtype of x; in f32 where it is to be `wide`."""
         # Cast before gathering, so that what crosses the links has the smaller dtype.
         kernel = gather_weight(self.kernel[...].astype(x.dtype), f"{self.name}.kernel", *self.axes)
-        y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+        y = wide_einsum("...d,df->...f", x, kernel) if wide else jnp.matmul(x, kernel)
         if self.bias is not None:
             y = y + gather_weight(self.bias[...].astype(y.dtype), f"{self.name}.bias", self.axes[1])
         return y
@@ -62,7 +63,7 @@ class Embedding(nnx.Module):
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """The table as the output head: logits_BSV in f32."""
         table_VD = gather_weight(self.table[...].astype(x_BSD.dtype), "embedding.table", *self.axes)
-        return jnp.einsum("bsd,vd->bsv", x_BSD, table_VD, preferred_element_type=jnp.float32)
+        return wide_einsum("bsd,vd->bsv", x_BSD, table_VD)
 
 
 class RMSNorm(nnx.Module):

@@ -118,10 +118,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """logits_BSV, f32, from what `hidden_states` returns."""
-        if self.head is None:
-            logits_BSV = self.embedding.logits(x_BSD)
-        else:
-            logits_BSV = self.head(x_BSD, dtype=jnp.dtype(jnp.float32))
+        logits_BSV = self.embedding.logits(x_BSD) if self.head is None else self.head(x_BSD, wide=True)
         if self.config.final_softcap is not None:
             logits_BSV = self.config.final_softcap * jnp.tanh(logits_BSV / self.config.final_softcap)
         return constrain(logits_BSV, "logits", "batch", "sequence", "act_vocab")

@@ -88,8 +88,8 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         product(tokens, inner, width, runs)
         product(inner, width, tokens, runs)
     product(tokens, vocabulary, width, parts, out=4)
-    product(tokens, width, vocabulary, parts, out=4, size=4)
-    product(vocabulary, width, tokens, parts, out=4, size=4)
+    product(tokens, width, vocabulary, parts)
+    product(vocabulary, width, tokens, parts)
     every, head, scores = heads // kv_heads * length, model.head_dim, heads * rows * length * length
     ends = rows * (heads + kv_heads) * length * head
     for m, n, k, times, score_size, end_size, backward in (
@@ -97,8 +97,8 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         (head, every, length, runs * (1 + again), narrow, narrow, False),
         (head, length, every, runs, narrow, narrow, True),
         (every, length, head, runs, narrow, narrow, True),
-        (length, head, every, runs, 4, 4, True),
-        (every, head, length, runs, 4, 4, True),
+        (length, head, every, runs, narrow, narrow, True),
+        (every, head, length, runs, narrow, narrow, True),
     ):
         size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
         batch = rows * kv_heads
