@@ -2,9 +2,10 @@
 
     python benchmarks/machine.py [--hardware FILE.yaml]
 
-FILE becomes a topology of one device with these rates, for `hardware.topology` of a recipe. Rates are the median of
-several runs; the peak of a dtype is the best shape's. Of a product (m, k) x (k, n) the rate is the mean of the three
-forms that training has: as it is, with the second operand transposed, and with the first.
+FILE becomes a topology of one device with these rates, for `hardware.topology` of a recipe. Rates are the best of
+several runs, which others on the machine disturb least; the peak of a dtype is the best shape's. Of a product
+(m, k) x (k, n) the rate is the mean of the three forms that training has: as it is, with the second operand
+transposed, and with the first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import datetime
 import itertools
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,15 +36,15 @@ ARRAYS = [2**20, 2**22, 2**24, 2**26]
 STREAM_BYTES = 2**28
 
 
-def seconds(function: Callable[[], Any], repeats: int = 5) -> float:
-    """Median time of one call, after one to compile; fewer calls where one takes long."""
+def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
+    """Least time of one call, after one to compile; fewer calls where one takes long."""
     jax.block_until_ready(function())
     times: list[float] = []
     while len(times) < repeats and sum(times) < 1.0:
         start = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def random(*shape: int, dtype: str = "float32") -> jax.Array:
@@ -62,13 +62,13 @@ def matmul_rate(m: int, n: int, k: int, dtype: str) -> float:
     return len(forms) * 2.0 * m * n * k / taken
 
 
-def matmul_rates(dtype: str) -> list[list[list[float]]]:
+def matmul_rates(dtype: str, say: Callable[[str], None]) -> list[list[list[float]]]:
     """FLOP/s by [m][n][k] of SIZES; m and n are alike, for one form is the other transposed."""
     found: dict[tuple[int, ...], float] = {}
     for m, n, k in itertools.product(SIZES, repeat=3):
         if m <= n:
             found[m, n, k] = found[n, m, k] = matmul_rate(m, n, k, dtype)
-            print(f"matmul {dtype:9} ({m}, {k}) x ({k}, {n}): {found[m, n, k] / 1e9:8.1f} GFLOP/s", flush=True)
+            say(f"matmul {dtype:9} ({m}, {k}) x ({k}, {n}): {found[m, n, k] / 1e9:8.1f} GFLOP/s")
     return [[[round(found[m, n, k]) for k in SIZES] for n in SIZES] for m in SIZES]
 
 
@@ -118,7 +118,7 @@ def adam(weight: jax.Array, mean: jax.Array, square: jax.Array, gradient: jax.Ar
     return weight - 1e-3 * mean / (jnp.sqrt(square) + 1e-8), mean, square
 
 
-def elementwise_rate(size: int) -> float:
+def elementwise_rate(size: int, say: Callable[[str], None]) -> float:
     """Bytes/s of what a transformer does beside matrix products, as plans count them, with arrays of `size` bytes."""
     elements = size // 4
     scores, logits, targets = random(elements // 256**2, 256, 256), random(elements // 4096, 4096), elements // 4096
@@ -135,20 +135,20 @@ def elementwise_rate(size: int) -> float:
         jitted = jax.jit(function)
         all_bytes = read(partition(jitted.lower(*arrays)).module, None, Layout()).streamed_bytes
         each = seconds(lambda f=jitted, a=arrays: f(*a))
-        print(f"{name:13} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s", flush=True)
+        say(f"{name:13} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s")
         moved, taken = moved + all_bytes, taken + each
     return moved / taken
 
 
-def measure(dtypes: Sequence[str] = DTYPES) -> dict[str, Any]:
+def measure(dtypes: Sequence[str] = DTYPES, say: Callable[[str], None] = print) -> dict[str, Any]:
     """This machine's device, as a topology file."""
     device = jax.devices()[0]
-    print(f"{device.device_kind}, {os.cpu_count()} CPUs, {platform.machine()}, jax {jax.__version__}")
-    rates = {dtype: matmul_rates(dtype) for dtype in dtypes}
-    elementwise, bandwidth = [elementwise_rate(size) for size in ARRAYS], stream_rate()
+    say(f"{device.device_kind}, {os.cpu_count()} CPUs, {platform.machine()}, jax {jax.__version__}")
+    rates = {dtype: matmul_rates(dtype, say) for dtype in dtypes}
+    elementwise, bandwidth = [elementwise_rate(size, say) for size in ARRAYS], stream_rate()
     for size, rate in zip(ARRAYS, elementwise, strict=True):
-        print(f"elementwise operations together, {size / 2**20:.0f} MiB: {rate / 1e9:.1f} GB/s")
-    print(f"read and write {STREAM_BYTES / 1e6:.0f} MB: {bandwidth / 1e9:.1f} GB/s")
+        say(f"elementwise operations together, {size / 2**20:.0f} MiB: {rate / 1e9:.1f} GB/s")
+    say(f"read and write {STREAM_BYTES / 1e6:.0f} MB: {bandwidth / 1e9:.1f} GB/s")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     source = f"measured by benchmarks/machine.py, {datetime.date.today()}, jax {jax.__version__}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -64,7 +65,11 @@ def main() -> int:
         if chosen.hardware is None:
             from machine import measure
 
-            file.write_text(yaml.safe_dump(measure(("float32",))))
+            def say(text: str) -> None:
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+            file.write_text(yaml.safe_dump(measure(("float32",), say)))
+            say("")
         worst = 0.0
         for overrides in ((), SIXTY_MILLION):
             recipe = load_recipe("quickstart", [*overrides, f"hardware.topology={file}"])

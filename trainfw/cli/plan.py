@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -44,8 +45,8 @@ def plan(
     from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
 
-    if html is not None and (html.is_dir() or not html.parent.is_dir()):
-        raise UserError(f"--html {html}: expected a file in a directory that exists")
+    if html is not None and (html.is_dir() or not os.access(html.parent, os.W_OK)):
+        raise UserError(f"--html {html}: expected a file in a directory that exists and can be written to")
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
     if search and no_cache:

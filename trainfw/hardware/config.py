@@ -29,6 +29,9 @@ class HardwareConfig(Config):
     """Further options of neuronx-cc, after trainfw's own."""
     fsdp_overlap: bool = True
     """Let Neuron overlap FSDP's collectives with compute (NEURON_FSDP and others, which AWS calls experimental)."""
+    fused_attention: bool = False
+    """Plan the time of attention as a fused kernel's, its scores kept on chip. (Runs take one wherever the backend has
+    it; memory is planned as without.)"""
 
     @model_validator(mode="after")
     def _names_something_known(self) -> HardwareConfig:

@@ -182,9 +182,9 @@ class MemoryTable:
         """For the terminal: a row a category, the total, what was corrected."""
         whole = self.capacity or self.total
         for key, size in (*self.categories.items(), ("total", self.total)):
-            yield f"{CATEGORIES.get(key, key):20}{size / _GIB:9.2f} GiB{100 * size / whole:7.1f}%"
+            yield f"{CATEGORIES.get(key, key):20}{size / _GIB:9.2f} GiB{100 * size / whole:8.1f}%"
         if self.capacity is not None and self.headroom is not None:
-            yield f"{'headroom':20}{self.headroom / _GIB:9.2f} GiB{100 * self.headroom / self.capacity:7.1f}%"
+            yield f"{'headroom':20}{self.headroom / _GIB:9.2f} GiB{100 * self.headroom / self.capacity:8.1f}%"
         if not self.split:
             yield "The compiler did not say what its temporaries are: all count as other."
         if self.corrected_bytes:

@@ -13,7 +13,7 @@ from trainfw.planning.compilation import Compiled, compiled
 from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
 from trainfw.planning.streams import Timeline, timeline
-from trainfw.planning.time import Assumptions, StepTime, part_label, step_time
+from trainfw.planning.time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.recipe import Recipe
 
 
@@ -50,6 +50,11 @@ class Plan:
         if measured is None:
             return "A prediction: nothing here was measured on this hardware."
         return f"A prediction, from rates of this hardware: {measured.source}."
+
+    @property
+    def fits(self) -> bool:
+        """Whether a core has the memory, as far as its topology says."""
+        return self.memory.headroom is None or self.memory.headroom >= 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -97,6 +102,7 @@ class Plan:
             "bound_by": self.time.bound_by,
             "memory_bytes_per_core": self.memory.to_json(),
             "memory_capacity_bytes_per_core": self.topology.hbm_size,
+            "fits": self.fits,
             "collectives": [
                 {
                     "phase": transfer.phase,
@@ -150,10 +156,6 @@ def planned(recipe: Recipe, step: Compiled) -> Plan:
     )
 
 
-FUSED = Assumptions(attention="fused")
-HIDDEN = Assumptions(overlap=1.0)
-
-
 def whatif(plan: Plan) -> list[tuple[str, float]]:
     """Changes and by how many seconds each, alone, would shorten the predicted step; the best first.
 
@@ -165,9 +167,12 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
         return plan.time.seconds - step_time(analysis, plan.placement, recipe, assumptions).seconds
 
     unmask = " and data.mask_documents=false" if recipe.data.mask_documents else ""
+    base = assumptions_of(recipe)
+    kernel = f"attention by a fused kernel{unmask} (plan it: hardware.fused_attention=true; on Neuron it is nkilib's)"
+    hidden = f"all collectives of FSDP and data beside matrix products, where {base.overlap:.0%} is assumed"
     changes = [
-        (f"attention by a fused kernel{unmask} (on Neuron: where nkilib is installed)", analysis, FUSED),
-        ("all of FSDP's and data's collectives hidden behind matrix products", analysis, HIDDEN),
+        (kernel, analysis, replace(base, attention="fused")),
+        (hidden, analysis, replace(base, overlap=1.0)),
     ]
     if recipe.train.accumulation_steps > 1:
         parts = recipe.train.accumulation_steps
@@ -179,7 +184,7 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
         text = (
             f"microbatches twice as large (train.accumulation_steps={parts // 2}), which gather weights half as often"
         )
-        changes.append((text, larger, Assumptions()))
+        changes.append((text, larger, base))
     found = [(text, saved(changed, assumed)) for text, changed, assumed in changes]
     return sorted((pair for pair in found if pair[1] > 0.005 * plan.time.seconds), key=lambda pair: -pair[1])
 
@@ -188,8 +193,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     topology, time = plan.topology, plan.time
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     chips = f"{topology.chips:,} chip{'s' * (topology.chips > 1)}"
-    yield f"{plan.recipe.name} on {units}: {chips}, {topology.cores:,} cores, {plan.layout}"
+    cores = f"{topology.cores:,} core{'s' * (topology.cores > 1)}"
+    yield f"{plan.recipe.name} on {units}: {chips}, {cores}, {plan.layout}"
     yield plan.caveat
+    if not plan.fits:
+        assert plan.memory.headroom is not None
+        yield f"DOES NOT FIT: a core needs {-plan.memory.headroom / 2**30:,.2f} GiB more than it has."
     yield ""
     yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
@@ -198,7 +207,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     tokens = plan.tokens_per_step * plan.recipe.train.steps
     cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
     steps = plan.recipe.train.steps
-    yield f"the run     {steps:,} steps, {tokens / 1e9:,.1f}G tokens: {plan.chip_hours:,.0f} chip-hours{cost}"
+    hours = f"{plan.chip_hours:,.0f}" if plan.chip_hours >= 100 else f"{plan.chip_hours:.3g}"
+    yield f"the run     {steps:,} steps, {_count(tokens)} tokens: {hours} chip-hours{cost}"
     yield ""
     yield "where a step goes"
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
@@ -234,3 +244,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "assumed"
     yield from (f"  {text}" for text in time.assumptions)
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:,.1f}{unit}"
+    return f"{number:,}"

@@ -107,6 +107,10 @@ _LABELS = {
 }
 
 
+def assumptions_of(recipe: Recipe) -> Assumptions:
+    return Assumptions(attention="fused" if recipe.hardware.fused_attention else "xla")
+
+
 def step_time(
     analysis: Analysis, placement: Placement, recipe: Recipe, assumptions: Assumptions | None = None
 ) -> StepTime:
@@ -114,7 +118,7 @@ def step_time(
 
     Raises UserError where the hardware has no figure for a rate that this takes.
     """
-    assumed = assumptions or Assumptions()
+    assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
     middle = _Step(analysis, placement, assumed)
     known = topology.chip.matmul_efficiency is not None or topology.chip.matmul_rates is not None
