@@ -105,3 +105,16 @@ def test_the_compilation_cache_is_left_alone(tmp_path):
         assert jax.config.values["jax_enable_compilation_cache"]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_calls_of_a_program_for_one_device_are_inlined():
+    inner = jax.jit(lambda x: jnp.where(x > 0, x, 0.0).sum())
+    lowered = jax.jit(jax.grad(lambda x: inner(x @ x))).lower(jax.ShapeDtypeStruct((8, 8), jnp.bfloat16))
+    module = partition(lowered).module
+    opcodes = [instruction.opcode for instruction, _ in module.instructions()]
+    assert "call" not in opcodes
+    assert "dot" in opcodes
+    named = {i.op_name for i, _ in module.instructions() if i.opcode in ("select", "dot")}
+    assert all("jvp(" in name for name in named)  # whole paths, by which forward and backward are told
+    assert any("transpose(" in name for name in named)
+    assert {i.shapes[0].dtype for i, _ in module.instructions() if i.opcode == "dot"} == {"bf16"}  # not widened yet

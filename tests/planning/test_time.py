@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers import tiny_recipe
 from trainfw import Recipe, UserError
@@ -212,3 +214,74 @@ def test_two_replicas_tell_of_five_hundred(tmp_path):
         [sys.executable, "-c", _REPLICAS, str(recipe), *overrides], capture_output=True, text=True, check=False
     )
     assert ran.stdout.strip() == "agree", ran.stderr[-2000:]
+
+
+SIZES = [64, 256, 1024]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A topology of one's own: rates of products by m * n * k, of elementwise operations by size."""
+    file = tmp_path / "mine.yaml"
+    cube = [[[1e6 * math.sqrt(m * n * k) for k in SIZES] for n in SIZES] for m in SIZES]
+    chip = {
+        "description": "as measured",
+        "cores": 1,
+        "device_kinds": {1: ["cpu"]},
+        "peak_flops": {"float32": {"value": "0.1 TFLOP/s", "source": "here"}},
+        "hbm_bandwidth": {"value": "50 GB/s", "source": "here"},
+        "matmul_rates": {"sizes": SIZES, "rates": {"float32": cube}, "source": "measured here"},
+        "elementwise_rates": {"sizes": [2**20, 2**22], "rates": [4e9, 1e9], "source": "measured here"},
+    }
+    file.write_text(yaml.safe_dump({"description": "mine", "extends": "cpu", "chip": chip}))
+    return file
+
+
+def test_measured_rates_lie_between_those_of_the_nearest_sizes(measured):
+    topology = load_topology(str(measured))
+
+    def rate(m, n, k):
+        return shape_efficiency(topology, m, n, k, "f32") * topology.peak_flops("float32")
+
+    for m, n, k in ((64, 64, 64), (256, 1024, 64), (128, 512, 300), (1024, 100, 700)):
+        assert rate(m, n, k) == pytest.approx(1e6 * math.sqrt(m * n * k))
+    assert rate(8, 4096, 64) == pytest.approx(1e6 * math.sqrt(64 * 1024 * 64))  # outside: the nearest
+    assert shape_efficiency(topology, 64, 64, 64, "bf16") == 1.0  # not measured
+
+
+def test_a_step_runs_at_measured_rates(tmp_path, measured):
+    recipe = tiny_recipe(tmp_path, f"hardware.topology={measured}")
+    placement = place(recipe.hardware.load(), Layout())
+    analysis = Analysis(
+        layout=Layout(),
+        matmuls=(Matmul(2, 256, 256, 256, "f32", 10),),
+        transfers=(),
+        streamed=tuple(Streamed("model", 1e9, array=array) for array in (2**20, 2**21, 2**24, 0)),
+    )
+    time = step_time(analysis, placement, recipe)
+    assert time.parts["matmul"] == pytest.approx(10 * 2 * 2 * 256**3 / (1e6 * 256**1.5))
+    assert time.streamed == tuple(map(pytest.approx, (0.25, 0.5, 1.0, 1.0)))  # what nobody knows: as the largest
+    assert any("rates of their shapes (measured here)" in text for text in time.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "problem"),
+    [
+        ("matmul_rates", {"sizes": SIZES[:2]}, "expected 2 x 2 x 2 rates"),
+        ("matmul_rates", {"sizes": [256, 64, 1024]}, "each larger than the one before"),
+        ("elementwise_rates", {"rates": [1e9]}, "expected 2, one for each of sizes"),
+    ],
+)
+def test_measured_rates_that_do_not_match_their_sizes_are_refused(measured, section, values, problem):
+    tree = yaml.safe_load(measured.read_text())
+    tree["chip"][section] |= values
+    measured.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=problem):
+        load_topology(str(measured.rename(measured.with_name(f"{section}.yaml"))))
+
+
+def test_attention_is_planned_as_the_recipe_says(case):
+    analysis, placement, recipe = case
+    fused = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"fused_attention": True})})
+    expected = step_time(analysis, placement, recipe, Assumptions(attention="fused")).seconds
+    assert step_time(analysis, placement, fused).seconds == expected < step_time(analysis, placement, recipe).seconds
