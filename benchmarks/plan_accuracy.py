@@ -330,6 +330,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="runs whose names contain this (default: all)")
     parser.add_argument("--fit", action="store_true", help="find the chips' efficiency anew")
     arguments = parser.parse_args()
+    for name in arguments.names:
+        if not any(name in run.name for run in RUNS):
+            parser.error(f"{name}: no run's name contains this; the runs are {'; '.join(run.name for run in RUNS)}")
     chosen = [run for run in RUNS if not arguments.names or any(name in run.name for name in arguments.names)]
     backends.prepare(DEVICES)
     analyses = analysed(chosen)
@@ -345,9 +348,8 @@ def main() -> int:
     if held_out:
         within = sum(error <= 0.10 for error in held_out)
         mean = sum(held_out) / len(held_out)
-        print(
-            f"\nheld out: {len(held_out)} runs, {within} within 10%, mean error {mean:.1%}, worst {max(held_out):.1%}"
-        )
+        runs = f"{len(held_out)} run{'s' * (len(held_out) > 1)}"
+        print(f"\nheld out: {runs}, {within} within 10%, mean error {mean:.1%}, worst {max(held_out):.1%}")
     borrowed = efficiency.get("trainium2") or _efficiency("trn2.48xlarge")
     for run, analysis in analyses.items():
         if run.chip == "trainium1":

@@ -174,7 +174,8 @@ def test_temporaries_only_warn():
 
     report = check(step, x)
     assert [f.rule for f in report.warnings] == ["memory-temporaries"]
-    assert "overstates" in report.warnings[0].message
+    assert "widens bf16 to f32 and so overstates; `trainfw plan` counts them" in report.warnings[0].message
+    assert "(trainfw plan counts them as the program asked for)" in str(report)
 
 
 def test_hardware_without_neurons_rules():

@@ -52,7 +52,10 @@ OVERRIDES = {
     "layout larger than the devices": ("parallel.fsdp=16", "fsdp(16) * expert(1) * context(1) * tensor(1) = 16, but"),
     "layout that does not divide": ("parallel.data=3", "the fixed axes multiply to 3, which does not divide 8 devices"),
     "batch does not divide": ("train.global_batch_size=12", "does not divide over data(1) * fsdp(8)"),
-    "heads over tensor": ("parallel.tensor=8", "does not divide over parallel.tensor = 8"),
+    "heads over tensor": (
+        "parallel.tensor=8",
+        "does not divide over parallel.tensor = 8; the nearest size that does: 2",
+    ),
     "axis that is not built": ("parallel.pipeline=2", "this axis is not built yet"),
     "rule for an unknown dim": (
         "parallel.rules={embd: [fsdp]}",

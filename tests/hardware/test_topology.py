@@ -3,11 +3,13 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import tiny_recipe
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, load_topology, peak_flops, topology_names
 
@@ -228,7 +230,9 @@ def test_parameters_replace_figures():
     halved = load_topology("trn2.48xlarge", parameters={"links.neuronlink.bandwidth": "128 GB/s"})
     assert halved.dim("row").bandwidth == 128e9 == load_topology("trn2.48xlarge").dim("row").bandwidth / 2
     assert halved.figures["links.neuronlink.bandwidth"].source == "the recipe"
-    assert load_topology("trn2.48xlarge", parameters={"chip.hbm_size": 8e9}).hbm_size == 2e9
+    assert load_topology("trn2.48xlarge", parameters={"chip.hbm_size": "8 GB"}).hbm_size == 2e9
+    share = load_topology("trn2.48xlarge", parameters={"chip.matmul_efficiency": "80 %"})
+    assert share.figures["chip.matmul_efficiency"].number == 0.8
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,8 @@ def test_parameters_replace_figures():
         ({"name": "trn2.48xlarg"}, "topology 'trn2.48xlarg': unknown; did you mean 'trn2.48xlarge'?"),
         ({"name": "inf2.48xlarge", "count": 2}, "2 x inf2.48xlarge: no network joins them; expected count = 1"),
         ({"name": "trn2.3xlarge", "count": 2}, "no network joins them"),
-        ({"name": "trn2.48xlarge", "count": 0}, "count = 0: expected at least 1"),
+        ({"name": "trn2.48xlarge", "count": 0}, "count = 0: expected 1 to 1,048,576"),
+        ({"name": "trn2.48xlarge", "count": 10**8}, "count = 100000000: expected 1 to 1,048,576"),
         ({"name": "trn1.32xlarge", "lnc": 2}, "lnc = 2: trn1.32xlarge has LNC 1 only"),
         ({"name": "trn2.48xlarge", "lnc": 8}, "lnc = 8: trn2.48xlarge has LNC 2 or 1 only"),
         (
@@ -250,8 +255,8 @@ def test_parameters_replace_figures():
             "parameters.chip.hbm_size = '96 gigabytes': expected a number and one of the units",
         ),
         (
-            {"name": "trn2.48xlarge", "parameters": {"links.neuronlink.bandwidth": 0}},
-            "parameters.links.neuronlink.bandwidth = '0': expected more than 0",
+            {"name": "trn2.48xlarge", "parameters": {"links.neuronlink.bandwidth": "0 GB/s"}},
+            "parameters.links.neuronlink.bandwidth = '0 GB/s': expected more than 0",
         ),
     ],
 )
@@ -270,7 +275,74 @@ def test_a_file_of_ones_own_is_a_topology_too(tmp_path):
     assert topology.cores == 4
     assert topology.peak_flops("float32") == 0.1e12
     path.write_text("description: mine\n")
-    with pytest.raises(UserError, match=r"mine.yaml': chip: Field required"):
+    with pytest.raises(UserError, match=r"mine.yaml': chip: is required"):
         load_topology(str(path))
     with pytest.raises(UserError, match="No such file"):
         load_topology(str(tmp_path / "other.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("chip.hbm_bandwidth", "3 h", r"bytes/s \(GB/s, .*\), such as 2.9 TB/s"),
+        ("chip.hbm_bandwidth", 3, r"bytes/s \(GB/s, .*\), such as 2.9 TB/s"),
+        ("chip.hbm_size", 8e9, r"bytes \(B, .*\), such as 96 GiB"),
+        ("chip.peak_flops.bfloat16", "1 TB/s", r"FLOP/s \(TFLOP/s, PFLOP/s\), such as 667 TFLOP/s"),
+        ("reliability.instance_mtbf", "3 GB", r"seconds \(us, .*\), such as 6334 h"),
+        ("chip.collective_cores", "3 GB", r"a plain number, such as 16"),
+        ("chip.matmul_efficiency", "0.3 s", r"a plain number, such as 0\.\d+"),
+        ("chip.matmul_efficiency", 5, "a share, more than 0 and at most 1"),
+        ("chip.matmul_efficiency", "0 %", "a share, more than 0 and at most 1"),
+    ],
+)
+def test_a_figure_is_replaced_by_one_of_its_dimension(key, value, expected):
+    problem = rf"^parameters\.{re.escape(key)} = '{re.escape(str(value))}': expected {expected}$"
+    with pytest.raises(UserError, match=problem):
+        load_topology("trn2.48xlarge", parameters={key: value})
+
+
+def test_a_replacement_is_held_to_its_dimension_in_a_recipe(tmp_path):
+    problem = r"hardware\.parameters: parameters\.links\.nvlink\.efficiency = '1\.2': expected a share"
+    with pytest.raises(UserError, match=problem):
+        tiny_recipe(tmp_path, "hardware={topology: h100-8, parameters: {links.nvlink.efficiency: 1.2}}")
+
+
+CHIP = "chip: {description: mine, cores: 1, device_kinds: {1: [cpu]}, peak_flops: {}"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("chip: cpu\ndims: []\nlinks: {}\nsources: []\n", "description: is required"),
+        ("description: mine\nextends: [\n", "line 3: not valid YAML: "),
+        ("description: mine\nextends: cpu\n\tchip: cpu\n", "line 3: not valid YAML: "),
+        ("", "expected keys such as description"),
+        ("just words", "expected keys such as description"),
+        ("description: mine\nextends: trn2.48xlarg\n", "extends = 'trn2.48xlarg': unknown; did you mean 'trn2.48xl"),
+        ("description: mine\nextends: cpu\nchips: 3\n", "chips: unknown key"),
+        ("description: mine\nextends: cpu\nchip: {cores: 1}\n", "chip.description: is required"),
+        (
+            f"description: mine\nextends: cpu\n{CHIP}, hbm_size: {{value: 8 GB/s, source: me}}}}\n",
+            r"chip.hbm_size.value: '8 GB/s': expected bytes (B, MB, GB, TB, MiB, GiB, TiB)",
+        ),
+        (
+            f"description: mine\nextends: cpu\n{CHIP}, matmul_efficiency: {{value: 1.5, source: me}}}}\n",
+            "chip.matmul_efficiency.value: 1.5: expected a share, more than 0 and at most 1",
+        ),
+        (
+            "description: mine\nextends: h100-8\ndims: [{name: gpu, size: 8, kind: switch, link: nvlnk}]\n",
+            "dims.0.link: 'nvlnk': not among links; did you mean 'nvlink'?",
+        ),
+        (
+            f"description: mine\nextends: cpu\n{CHIP.replace('cores: 1', 'cores: 2')}}}\n",
+            "chip.on_chip: is required, between the 2 cores of a chip",
+        ),
+    ],
+)
+def test_a_broken_file_is_told_in_one_line(tmp_path, text, problem):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_topology(str(path))
+    assert str(error.value).startswith(f"topology {str(path)!r}: {problem}")
+    assert "\n" not in str(error.value)

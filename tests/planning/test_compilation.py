@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import tiny_recipe, write_recipe
 from trainfw import Recipe, UserError, backends
 from trainfw.data import default_cache_dir
-from trainfw.planning import plan, simulated_cores
+from trainfw.planning import plan, simulated_cores, survey
 from trainfw.planning.compilation import Compiled, compiled
 
 # `trainfw.planning` has functions of the names of these modules.
@@ -192,6 +192,20 @@ def test_two_commands_at_once(tmp_path, plans):
     assert "compiling the step for 4 cores" in anew.stderr
 
 
+@pytest.mark.parametrize(
+    "made", [simulated_cores, survey, lambda recipe: compiled(recipe, simulate=None)], ids=["cores", "search", "plan"]
+)
+def test_hardware_without_rates_is_said_before_anything_is_compiled(tmp_path, plans, made):
+    recipe = tiny_recipe(tmp_path, "hardware.topology=cpu", "train.compute_dtype=float32")
+    problem = (
+        r"hardware\.topology = 'cpu': .*chip\.peak_flops\.float32 and chip\.hbm_bandwidth; .*"
+        r"python benchmarks/machine\.py --hardware mine\.yaml.*hardware\.topology=mine\.yaml"
+    )
+    with pytest.raises(UserError, match=problem):
+        made(recipe)
+    assert not plans.exists()
+
+
 # --- A longer fsdp -------------------------------------------------------------------------------
 
 
@@ -207,7 +221,11 @@ def test_fsdp_alone_goes_beyond_what_is_simulated(tmp_path):
     [
         (("optimizer.name=muon",), r"optimizer\.name = 'muon': .*fsdp\(4096\).*let data be longer"),
         (("train.global_batch_size=4100",), r"train\.global_batch_size = 4100: does not divide over .* = 4,096"),
-        (("train.accumulation_steps=2",), r"train\.global_batch_size = 4096: .*accumulation_steps\(2\) = 8,192"),
+        (
+            ("train.accumulation_steps=2",),
+            r"train\.global_batch_size = 4096: .*accumulation_steps\(2\) = 8,192; train\.accumulation_steps=1 makes "
+            r"it divide; the nearest that do: 8,192$",
+        ),
         (("parallel.rules.batch=[data]",), r"parallel\.rules.*shorter fsdp, over which batch must then be shared"),
     ],
 )
@@ -221,7 +239,7 @@ def test_state_that_does_not_divide_among_all_is_said_before_it_is_compiled(tmp_
         tmp_path, "hardware.topology=h100-8", "model.hidden_size=36", "model.num_heads=4", "model.head_dim=16"
     )
     told: list[str] = []
-    problem = r"parallel: embedding\.table: dim 1 \(size 36\) does not divide over mesh axes fsdp\(8\) = 8"
+    problem = r"parallel: embedding\.table: dim 1 \(size 36\) does not divide over mesh axes fsdp\(8\) = 8; .*: 4, 6$"
     with pytest.raises(UserError, match=problem):
         compiled(recipe, told.append, most=4)
     assert not told

@@ -165,3 +165,22 @@ def test_only_at_the_end(recipe):
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 0})})
     found = goodput_of(recipe, recipe.hardware.load(), Layout(data=4, fsdp=64, tensor=4), 20.0)
     assert found.goodput_every < 0.5 < found.goodput_suggested
+
+
+@pytest.mark.parametrize("count", [4, 2048, 2**20])
+def test_hardware_that_fails_all_the_time(recipe, count):
+    topology = load_topology("trn2-ultraserver", count=count, parameters={"reliability.instance_mtbf": "1 s"})
+    found = goodput_of(recipe, topology, Layout(data=count, fsdp=64, tensor=4), 2.0)
+    assert found.down == count * 4 * 4 * HOUR
+    assert found.with_failures == 0
+    assert found.first_spare == found.down
+    assert len(found.spares) == 4
+
+
+def test_spares_are_those_of_the_formula(recipe):
+    topology = load_topology("trn2-ultraserver", count=64, parameters={"reliability.instance_mtbf": "20 h"})
+    found = goodput_of(recipe, topology, Layout(data=64, fsdp=64, tensor=4), 2.0)
+    assert found.down == pytest.approx(51.2)
+    expected = [availability(found.down, option.spares) for option in found.spares]
+    assert [option.availability for option in found.spares] == pytest.approx(expected, rel=1e-9)
+    assert found.best.spares > found.down

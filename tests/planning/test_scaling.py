@@ -162,15 +162,20 @@ def test_the_text_can_be_acted_on(found):
     [
         ("1, 4", "1,4"),
         ("1 4 16", "1,4,16"),
-        ("0,4", "4"),
+        ("0,4", "4,16"),
+        ("1,a", "1,4,16"),
+        ("1,1000000000", "1,4,16"),
+        ("9" * 5000, "1,4,16"),
         ("", "1,4,16"),
         ("a", "1,4,16"),
-        ("4,-1", "4"),
+        ("4,-1", "4,16"),
         ("1.5", "1,4,16"),
     ],
 )
 def test_counts_that_are_none(text, nearest):
-    with pytest.raises(UserError, match=f"expected counts of units with commas between them, such as {nearest}$"):
+    with pytest.raises(
+        UserError, match=f"counts of units from 1 to 1,048,576 with commas between them, such as {nearest}$"
+    ):
         parse_counts(text)
 
 

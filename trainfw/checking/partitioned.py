@@ -100,7 +100,7 @@ def read_memory(memory: Memory) -> Iterator[Finding]:
             "memory-temporaries",
             f"{memory.temporaries / gib:.2f} GiB of temporaries beside {needed / gib:.2f} GiB of state, inputs and "
             f"runtime, on a core of {memory.capacity / gib:.2f} GiB; the temporaries are what XLA's CPU compiler "
-            f"takes, which overstates",
+            f"takes, which widens bf16 to f32 and so overstates; `trainfw plan` counts them as the program asked for",
         )
 
 

@@ -204,9 +204,9 @@ def _table(rows: Iterable[CollectiveSum]) -> list[str]:
 def _memory(memory: Memory) -> list[str]:
     lines = [f"memory a core     {_size(memory.arguments)} state and inputs, {_size(memory.overhead)} runtime"]
     if memory.temporaries is not None:
-        lines.append(
-            f"                  {_size(memory.temporaries)} temporaries (XLA's CPU compiler's, which overstate)"
-        )
+        size = _size(memory.temporaries)
+        lines.append(f"                  {size} temporaries of XLA's CPU compiler, which widens bf16 to f32")
+        lines.append("                  (trainfw plan counts them as the program asked for)")
     if memory.capacity is not None:
         lines.append(f"                  of {_size(memory.capacity)}")
     return lines

@@ -1,5 +1,6 @@
 from .config import HardwareConfig as HardwareConfig
 from .figures import duration as duration
+from .topology import MAX_COUNT as MAX_COUNT
 from .topology import Dimension as Dimension
 from .topology import Link as Link
 from .topology import Topology as Topology

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from trainfw.config import Config, invalid
 
 _UNITS = {
-    "": 1.0,
-    "B": 1.0,
-    "MB": 1e6,
-    "GB": 1e9,
-    "MiB": 2.0**20,
-    "GiB": 2.0**30,
-    "TB": 1e12,
-    "TiB": 2.0**40,
-    "GB/s": 1e9,
-    "GiB/s": 2.0**30,
-    "TB/s": 1e12,
-    "Gbit/s": 1e9 / 8,
-    "TFLOP/s": 1e12,
-    "PFLOP/s": 1e15,
-    "us": 1e-6,
-    "s": 1.0,
-    "min": 60.0,
-    "h": 3600.0,
+    "a plain number": {"": 1.0, "%": 0.01},
+    "bytes": {"B": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40},
+    "bytes/s": {"GB/s": 1e9, "GiB/s": 2.0**30, "TB/s": 1e12, "Gbit/s": 1e9 / 8},
+    "FLOP/s": {"TFLOP/s": 1e12, "PFLOP/s": 1e15},
+    "seconds": {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
 }
-_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/]*)\s*")
+"""By dimension."""
+_SCALES = {unit: (dimension, scale) for dimension, units in _UNITS.items() for unit, scale in units.items()}
+_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%]*)\s*")
 
 
 def quantity(text: Any) -> float:
-    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"` or a plain number,
+    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number,
     in SI base units and bytes.
 
     Raises ValueError for anything else.
     """
+    return _parsed(text)[0]
+
+
+def dimension(text: Any) -> str:
+    """What a quantity is of: `bytes`, `bytes/s`, `FLOP/s`, `seconds` or `a plain number`. Raises as `quantity`."""
+    return _parsed(text)[1]
+
+
+def units(of: str) -> str:
+    """` (GB/s, GiB/s, ...)`: what a quantity of this dimension can be written in; of a plain number, nothing."""
+    return "" if "" in _UNITS[of] else f" ({', '.join(_UNITS[of])})"
+
+
+def _parsed(text: Any) -> tuple[float, str]:
     match = _QUANTITY.fullmatch(str(text))
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(u for u in _UNITS if u)}")
-    return float(match[1].replace(",", "")) * _UNITS[match[2]]
+    if match is None or match[2] not in _SCALES:
+        raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(filter(None, _SCALES))}")
+    of, scale = _SCALES[match[2]]
+    return float(match[1].replace(",", "")) * scale, of
 
 
 def duration(seconds: float) -> str:
@@ -90,3 +94,29 @@ def _checked(value: Any) -> None:
         quantity(value)
     except ValueError as error:
         invalid("value", str(error))
+
+
+def _of(expected: str) -> AfterValidator:
+    """Refuses figures of another dimension."""
+
+    def check(figure: Figure) -> Figure:
+        if dimension(figure.value) != expected:
+            invalid("value", f"{figure.value!r}: expected {expected}{units(expected)}")
+        return figure
+
+    return AfterValidator(check)
+
+
+def _is_a_share(figure: Figure) -> Figure:
+    if not 0 < figure.number <= 1:
+        invalid("value", f"{figure.value!r}: expected a share, more than 0 and at most 1")
+    return figure
+
+
+_PLAIN = next(iter(_UNITS))
+Size = Annotated[Figure, _of("bytes")]
+Rate = Annotated[Figure, _of("bytes/s")]
+Flops = Annotated[Figure, _of("FLOP/s")]
+Seconds = Annotated[Figure, _of("seconds")]
+Number = Annotated[Figure, _of(_PLAIN)]
+Share = Annotated[Number, AfterValidator(_is_a_share)]

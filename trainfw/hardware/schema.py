@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
-from trainfw.hardware.figures import Figure
+from trainfw.errors import did_you_mean
+from trainfw.hardware.figures import Figure, Flops, Number, Rate, Seconds, Share, Size
 
 DimensionKind = Literal["ring", "line", "switch", "network"]
 
@@ -16,11 +17,11 @@ class LinkFile(Config):
     """One kind of link."""
 
     description: str
-    bandwidth: Figure
+    bandwidth: Rate
     """Of one link, or of one chip's port into a switch or network; one direction."""
-    latency: Figure
+    latency: Seconds
     """Of one hop."""
-    efficiency: Figure | None = None
+    efficiency: Share | None = None
     """Share of the bandwidth that large collectives reach. Left out, all of it."""
 
 
@@ -87,23 +88,23 @@ class ChipFile(Config):
 
     The first LNC is the default.
     """
-    peak_flops: dict[str, Figure]
+    peak_flops: dict[str, Flops]
     """Dense peak of the chip by dtype."""
-    matmul_efficiency: Figure | None = None
+    matmul_efficiency: Share | None = None
     """Share of the peak that matrix products of large, even shapes reach in training. Left out, all of it."""
     tensor_engine: TensorEngineFile | None = None
     """Left out, odd shapes cost nothing extra."""
     matmul_rates: MatmulRatesFile | None = None
     """In place of `matmul_efficiency` and `tensor_engine`."""
-    hbm_size: Figure | None = None
-    hbm_bandwidth: Figure | None = None
+    hbm_size: Size | None = None
+    hbm_bandwidth: Rate | None = None
     elementwise_rates: ElementwiseRatesFile | None = None
     """Left out, elementwise operations and reductions run at `hbm_bandwidth`."""
-    on_chip_memory: Figure | None = None
+    on_chip_memory: Size | None = None
     """SBUF (or cache) of the chip."""
-    collective_cores: Figure | None = None
+    collective_cores: Number | None = None
     """Cores that only orchestrate collectives."""
-    core_overhead: Figure | None = None
+    core_overhead: Size | None = None
     """Device memory that the runtime takes for itself on every physical core."""
     on_chip: LinkFile | None = None
     """Between the cores of the chip, which share the bandwidth. Left out, the chip is one core."""
@@ -144,24 +145,24 @@ class GroupsFile(Config):
 class ReliabilityFile(Config):
     """How often instances fail, and what a failure costs."""
 
-    instance_mtbf: Figure
+    instance_mtbf: Seconds
     """Mean time between failures of one instance that stop the job."""
-    detection: Figure
+    detection: Seconds
     """Until the job knows."""
-    restart: Figure
+    restart: Seconds
     """From then to the first step, without reading the checkpoint."""
-    repair: Figure
+    repair: Seconds
     """Until an instance that failed, or another in its place, can be used again."""
 
 
 class StorageFile(Config):
     """Where checkpoints go."""
 
-    bandwidth: Figure
+    bandwidth: Rate
     """Of one instance."""
-    total: Figure
+    total: Rate
     """Of the file system, however many instances use it."""
-    host_copy: Figure
+    host_copy: Rate
     """From the memory of one chip to that of its host."""
 
 
@@ -186,7 +187,7 @@ class TopologyFile(Config):
     """Whose rules on collective groups hold here."""
     core_links: list[list[int]] = []
     """Which cores of an instance the links join, at the default LNC, where a document shows it."""
-    host_memory: Figure | None = None
+    host_memory: Size | None = None
     """Of one unit."""
     reliability: ReliabilityFile
     """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
@@ -194,3 +195,10 @@ class TopologyFile(Config):
     totals: dict[str, Figure] = {}
     """What the source says of the whole unit (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to it."""
     sources: list[str]
+
+    @model_validator(mode="after")
+    def _dims_have_links(self) -> TopologyFile:
+        for number, dim in enumerate(self.dims):
+            if dim.link not in self.links:
+                invalid(f"dims.{number}.link", f"{dim.link!r}: not among links{did_you_mean(dim.link, self.links)}")
+        return self

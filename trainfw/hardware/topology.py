@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.hardware.figures import Figure, quantity
+from trainfw.hardware.figures import Figure, dimension, quantity, units
 from trainfw.hardware.schema import ChipFile, GroupsFile, LinkFile, SplitFile, TopologyFile
+
+MAX_COUNT = 2**20
+"""Units of a topology: far more than anyone can rent, and still quick to plan for."""
 
 _HERE = Path(__file__).parent
 
@@ -210,8 +213,8 @@ def load_topology(
 @functools.cache
 def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, str], ...]) -> Topology:
     file, chip = _files(name)
-    if count < 1:
-        raise UserError(f"count = {count}: expected at least 1")
+    if not 1 <= count <= MAX_COUNT:
+        raise UserError(f"count = {count}: expected 1 to {MAX_COUNT:,}")
     if lnc is None:
         lnc = next(iter(chip.device_kinds))
     if lnc not in chip.device_kinds:
@@ -224,28 +227,22 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     for key, value in parameters:
         if key not in figures:
             raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
-        try:
-            quantity(value)
-        except ValueError as error:
-            raise UserError(f"parameters.{key} = {error}") from None
-        if quantity(value) == 0 and not key.endswith(".latency"):
-            raise UserError(f"parameters.{key} = {value!r}: expected more than 0")
+        _check_replacement(key, value, figures[key])
         figures[key] = figures[key].model_copy(update={"value": value, "source": "the recipe"})
 
-    def dimension(name: str, size: int, kind: str, inside: bool, link: str, about: LinkFile) -> Dimension:
+    def placed(name: str, size: int, kind: str, inside: bool, link: str, about: LinkFile) -> Dimension:
         bandwidth, latency = figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number
         share = size if kind == "chip" else 1
         return Dimension(name, size, kind, bandwidth / share, latency, inside, link, about.description)
 
-    dims = [
-        dimension(d.name, d.size, d.kind, d.inside_instance, f"links.{d.link}", file.links[d.link]) for d in file.dims
-    ]
+    dims = [placed(d.name, d.size, d.kind, d.inside_instance, f"links.{d.link}", file.links[d.link]) for d in file.dims]
     if count > 1:
         assert file.network is not None
-        dims.insert(0, dimension("network", count, "network", False, "network", file.network))
+        dims.insert(0, placed("network", count, "network", False, "network", file.network))
     if chip.cores > lnc:
-        assert chip.on_chip is not None
-        dims.append(dimension("core", chip.cores // lnc, "chip", True, "chip.on_chip", chip.on_chip))
+        if chip.on_chip is None:
+            raise UserError(f"topology {name!r}: chip.on_chip: is required, between the {chip.cores} cores of a chip")
+        dims.append(placed("core", chip.cores // lnc, "chip", True, "chip.on_chip", chip.on_chip))
     return Topology(
         name=name,
         description=file.description,
@@ -264,6 +261,21 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     )
 
 
+def _check_replacement(key: str, value: str, figure: Figure) -> None:
+    """Raise UserError where `value` cannot stand in place of the figure."""
+    try:
+        number = quantity(value)
+    except ValueError as error:
+        raise UserError(f"parameters.{key} = {error}") from None
+    expected = dimension(figure.value)
+    if dimension(value) != expected:
+        raise UserError(f"parameters.{key} = {value!r}: expected {expected}{units(expected)}, such as {figure.value}")
+    if key.endswith("efficiency") and not 0 < number <= 1:
+        raise UserError(f"parameters.{key} = {value!r}: expected a share, more than 0 and at most 1")
+    if number == 0 and not key.endswith(".latency"):
+        raise UserError(f"parameters.{key} = {value!r}: expected more than 0")
+
+
 def _files(name: str) -> tuple[TopologyFile, ChipFile]:
     own = name.endswith(".yaml")
     if not own and name not in topology_names():
@@ -273,15 +285,31 @@ def _files(name: str) -> tuple[TopologyFile, ChipFile]:
         chip = file.chip
         if isinstance(chip, str):
             chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{chip}.yaml"))
-    except (ValidationError, OSError, YAMLError, TypeError, AttributeError) as error:
+    except (ValidationError, OSError, YAMLError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
         if not own:
             raise  # a mistake of ours
-        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"topology {name!r}: {problem}") from None
+        raise UserError(f"topology {name!r}: {_problem(error)}") from None
     return file, chip
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, RecursionError):
+        return "is nested too deeply, or extends itself"
+    if isinstance(error, MarkedYAMLError):
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return f"{line}not valid YAML: {error.problem}"
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    # A chip is a name or a section, and what is wrong with either is reported.
+    first = next((e for e in error.errors() if "str" not in e["loc"]), error.errors()[0])
+    path = [str(part) for part in first["loc"] if part not in ("str", "ChipFile")]
+    if first["type"] == "combination":
+        path.append(first["ctx"]["field"])
+    problem = {"missing": "is required", "extra_forbidden": "unknown key"}.get(first["type"], first["msg"])
+    return f"{'.'.join(path)}: {problem}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -292,6 +320,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_topology(name: str) -> dict[str, Any]:
     values = _read(Path(name) if name.endswith(".yaml") else _HERE / "topologies" / f"{name}.yaml")
+    if not isinstance(values, dict):
+        raise UserError(f"topology {name!r}: expected keys such as description, chip and dims")
+    extended = values.get("extends")
+    if isinstance(extended, str) and not extended.endswith(".yaml") and extended not in topology_names():
+        raise UserError(f"topology {name!r}: extends = {extended!r}: unknown{did_you_mean(extended, topology_names())}")
     base = _read_topology(values["extends"]) if "extends" in values else _read(_HERE / "cluster.yaml")
     merged = base | values
     for key in ("links", "splits", "reliability", "storage"):

@@ -4,6 +4,7 @@ from .config import Sharded as Sharded
 from .groups import group_problem as group_problem
 from .groups import permute_problem as permute_problem
 from .layout import Layout as Layout
+from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
 from .placement import AxisPlacement as AxisPlacement

@@ -34,12 +34,12 @@ class Layout:
             sizes[fill[0]] = num_devices // fixed
         elif fill:
             raise UserError(
-                f"{spelled}: the fixed axes multiply to {fixed}, which does not divide {num_devices} "
+                f"{spelled}: the fixed axes multiply to {fixed:,}, which does not divide {num_devices:,} "
                 f"device{'s' * (num_devices != 1)}{hint}"
             )
         elif fixed != num_devices:
             raise UserError(
-                f"{spelled} = {fixed}, but there {'is' if num_devices == 1 else 'are'} {num_devices} "
+                f"{spelled} = {fixed:,}, but there {'is' if num_devices == 1 else 'are'} {num_devices:,} "
                 f"device{'s' * (num_devices != 1)}{hint}"
             )
         return cls(**sizes)
@@ -53,8 +53,37 @@ class Layout:
         """Into how many parts the global batch is split."""
         return self.data * self.fsdp * self.expert
 
+    def batch_problem(self, rows: int, accumulation_steps: int) -> str:
+        """Why a global batch of so many rows does not divide, and what would; empty where it does."""
+        shards = self.batch_shards
+        parts = shards * accumulation_steps
+        if rows % parts == 0:
+            return ""
+        expert = f"expert({self.expert}) * " if self.expert > 1 else ""
+        nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
+        batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
+        ways = f"the nearest that do: {batches}"
+        if rows % shards == 0:
+            each = rows // shards
+            fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
+            ways = f"train.accumulation_steps={fewer} makes it divide; {ways}"
+        return (
+            f"does not divide over data({self.data}) * fsdp({self.fsdp}) * {expert}"
+            f"accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
+        )
+
     def __str__(self) -> str:
         return " * ".join(f"{axis}({size})" for axis, size in self.sizes.items() if size > 1) or "one device"
+
+
+def nearest_divisors(size: int, parts: int) -> str:
+    """`; the nearest sizes that do: 64, 192`: what a dim divides over, where it does not over so many parts.
+
+    The largest that do not exceed `parts`: of all, and of those that leave the other parts to another axis.
+    """
+    below = next(n for n in range(min(size, parts), 0, -1) if size % n == 0)
+    found = sorted({below, math.gcd(size, parts)} - {1}) or [1]
+    return f"; the nearest size{'s' * (len(found) > 1)} that do{'es' * (len(found) == 1)}: {', '.join(map(str, found))}"
 
 
 def _simulate(needed: int, found: int) -> str:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel.config import AXES, Sharded
+from trainfw.parallel.layout import nearest_divisors
 
 DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     # Parameters.
@@ -97,7 +98,8 @@ class Rules:
             if size % parts:
                 product = " * ".join(f"{a}({self.mesh.shape[a]})" for a in axes)
                 raise UserError(
-                    f"{array}: dim {dim} ({name!r}, size {size}) does not divide over mesh axes {product} = {parts}"
+                    f"{array}: dim {dim} ({name!r}, size {size:,}) does not divide over mesh axes {product} = {parts:,}"
+                    f"{nearest_divisors(size, parts)}"
                 )
             entries.append(axes or None)
         return PartitionSpec(*entries)

@@ -20,6 +20,7 @@ from trainfw.parallel import AXES, Layout
 from trainfw.recipe import Recipe
 
 if TYPE_CHECKING:
+    from trainfw.hardware import Topology
     from trainfw.program import Program
 
 REPLICAS = 2
@@ -187,6 +188,7 @@ def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
+    check_rates(recipe, topology)
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, topology.cores)
     small, simulated = simulated_recipe(recipe, layout, most)
@@ -207,15 +209,29 @@ def simulated_cores(recipe: Recipe) -> int:
     return simulation(recipe).cores
 
 
+def check_rates(recipe: Recipe, topology: Topology) -> None:
+    """Raise UserError where `topology` lacks a rate without which no step of `recipe` has a time."""
+    dtype = recipe.train.compute_dtype
+    known = {
+        f"chip.peak_flops.{dtype}": topology.peak_flops(dtype),
+        "chip.hbm_bandwidth": topology.hbm_bandwidth,
+    }
+    if missing := [key for key, rate in known.items() if rate is None]:
+        mine = topology.chip.device_kinds.get(topology.lnc) == ["cpu"]
+        how = (
+            "; measure this machine's with `python benchmarks/machine.py --hardware mine.yaml` and plan for "
+            "hardware.topology=mine.yaml"
+        )
+        raise recipe.error(
+            "hardware.topology",
+            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if mine else ''}",
+        )
+
+
 def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
     """Raise UserError where a program for `simulated` would not tell of `layout`."""
-    parts = layout.batch_shards * recipe.train.accumulation_steps
-    if recipe.train.global_batch_size % parts:
-        raise recipe.error(
-            "train.global_batch_size",
-            f"does not divide over data({layout.data}) * fsdp({layout.fsdp}) * "
-            f"accumulation_steps({recipe.train.accumulation_steps}) = {parts:,}",
-        )
+    if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
+        raise recipe.error("train.global_batch_size", problem)
     batch = recipe.parallel.rules.get("batch")
     for axis in AXES:
         if simulated.sizes[axis] < layout.sizes[axis] and batch is not None and axis not in batch:

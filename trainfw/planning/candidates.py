@@ -14,7 +14,7 @@ from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
 from trainfw.parallel import Layout, Placement, Sharded, place
-from trainfw.planning.analysis import simulated_recipe
+from trainfw.planning.analysis import check_rates, simulated_recipe
 from trainfw.planning.estimate import Estimate, estimate, splits_stream, state_bytes
 from trainfw.recipe import Recipe
 
@@ -105,6 +105,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a search needs hardware to be for; see trainfw topology")
+    check_rates(recipe, topology)
     started = time.monotonic()
     dropped: Counter[str] = Counter()
     candidates = []

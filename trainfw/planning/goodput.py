@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from trainfw.recipe import Recipe
 
 
+MAX_SPARES = 100_000
+"""Spare units that are tried at most."""
+
+
 def young_interval(copy: float, mtbf: float) -> float:
     """Seconds of work between checkpoints, to first order: sqrt(2 delta M).
 
@@ -70,7 +74,12 @@ def availability(down: float, spares: int) -> float:
     the number in service is Poisson with mean lambda R for any distribution of repair times (Palm's theorem;
     Sherbrooke, "METRIC", Operations Research 16(1), 1968, 122-141).
     """
-    return min(1.0, math.fsum(math.exp(k * math.log(down) - down - math.lgamma(k + 1)) for k in range(spares + 1)))
+    return min(1.0, math.fsum(_down_exactly(down, k) for k in range(spares + 1)))
+
+
+def _down_exactly(down: float, k: int) -> float:
+    """The Poisson probability of k with mean `down`."""
+    return math.exp(k * math.log(down) - down - math.lgamma(k + 1))
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,8 @@ class Goodput:
     @property
     def first_spare(self) -> float:
         """How much more work a job does with one spare unit than with none, as a share."""
-        return self.spares[1].availability / self.spares[0].availability - 1
+        # e^-down (1 + down) over e^-down, which may be too small for a float.
+        return self.down
 
     @property
     def with_failures(self) -> float:
@@ -209,10 +219,13 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
 
 
 def _spares(units: int, down: float, goodput: float) -> Iterator[Spares]:
-    """From none on to three and to where more no longer pay."""
-    best = 0.0
-    for spares in range(units + math.ceil(down) + 100):
-        available = availability(down, spares)
+    """From none on to three and to where more no longer pay, or four times the units."""
+    most = min(max(100, 4 * units), MAX_SPARES)
+    if down > most:
+        most = 3  # out of reach: it never runs
+    best = available = 0.0
+    for spares in range(most + 1):
+        available = min(1.0, available + _down_exactly(down, spares))
         each = available * goodput * units / (units + spares)
         yield Spares(spares, available, available * goodput, each)
         if spares >= max(3, down) and each < best:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
-from trainfw.parallel import Layout
+from trainfw.parallel import Layout, nearest_divisors
 from trainfw.planning.final import COLLECTIVES, Final
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class StateArray:
             if dim % parts:
                 product = " * ".join(f"{axis}({layout.sizes[axis]})" for axis in axes)
                 raise UserError(
-                    f"{self.name}: dim {number} (size {dim}) does not divide over mesh axes {product} = {parts}"
+                    f"{self.name}: dim {number} (size {dim:,}) does not divide over mesh axes {product} = {parts:,}"
+                    f"{nearest_divisors(dim, parts)}"
                 )
             size *= dim // parts
         return size

@@ -272,7 +272,7 @@ def _hlo_peak(topology: Topology, dtype: str) -> float:
         peak = topology.peak_flops(name)
         if peak is not None:
             return peak
-    return _peak(topology, dtype)
+    return _peak(topology, _DTYPES.get(dtype, (dtype,))[-1])
 
 
 def _peak(topology: Topology, dtype: str) -> float:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from trainfw import backends
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
-from trainfw.parallel import AXES, Layout, Placement, Rules, Sharded, make_mesh, place, use_rules
+from trainfw.parallel import AXES, Layout, Placement, Rules, Sharded, make_mesh, nearest_divisors, place, use_rules
 from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
 from trainfw.program.metrics import Mean
@@ -270,14 +270,11 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
     for field in ("num_heads", "num_kv_heads"):
         if getattr(model, field) % layout.tensor:
-            raise recipe.error(f"model.{field}", f"does not divide over parallel.tensor = {layout.tensor}")
-    parts = layout.batch_shards * recipe.train.accumulation_steps
-    if rows % parts:
-        nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
-        raise recipe.error(
-            "train.global_batch_size",
-            f"does not divide over data({layout.data}) * fsdp({layout.fsdp}) * "
-            f"accumulation_steps({recipe.train.accumulation_steps}) = {parts}; "
-            f"the nearest that do: {', '.join(map(str, nearest if rows > parts else nearest[:1]))}",
-        )
+            heads = math.gcd(model.num_heads, model.num_kv_heads)
+            raise recipe.error(
+                f"model.{field}",
+                f"does not divide over parallel.tensor = {layout.tensor}{nearest_divisors(heads, layout.tensor)}",
+            )
+    if problem := layout.batch_problem(rows, recipe.train.accumulation_steps):
+        raise recipe.error("train.global_batch_size", problem)
     return layout
