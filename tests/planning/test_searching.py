@@ -307,6 +307,13 @@ def test_unrolled_programs_that_compute_little_again_are_compiled(found):
     assert {"none", "dots"} <= unrolled
 
 
+def test_what_there_is_no_time_for_is_counted(tmp_path):
+    result = search(survey(tiny_recipe(tmp_path, *SMALL)), most=1, limit=0)
+    assert [made for _, made in result.plans] == [result.own]
+    assert result.out_of_time >= 3  # the best scanned, the best two unrolled
+    assert f"{result.out_of_time} not compiled for lack of time" in str(result)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_a_scan_takes_time_to_stack_what_is_kept(tmp_path, remat):
     streamed = {}
