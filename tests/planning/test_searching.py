@@ -107,7 +107,7 @@ def test_the_best_by_formula_is_always_compiled(tmp_path, objective):
     }[objective]
     chosen = found.chosen(3)
     assert len(chosen) == 3 == len({str(settings(c.recipe)) for c in chosen})
-    assert min(map(value, chosen)) == min(map(value, found.candidates))
+    assert min(map(value, chosen)) == min(value(c) for c in found.candidates if c.recipe.train.scan_layers)
     assert all(c.recipe.train.scan_layers for c in chosen)
 
 
@@ -280,6 +280,49 @@ def test_what_does_not_fit_does_not_win(tmp_path):
     assert result.winner is None
     assert not result.pareto
     assert "does not fit" in str(result)
+
+
+def sized(made, part):
+    """`made` of a core whose memory it takes `part` of."""
+    return replace(made, memory=replace(made.memory, capacity=int(made.memory.total / part)))
+
+
+def test_a_winner_has_memory_to_spare(found):
+    _, found = found
+    best, other = found.plans[:2]
+    tight = replace(found, plans=((best[0], sized(best[1], 0.97)), (other[0], sized(other[1], 0.9))), own=None)
+    assert tight.winner[0] is other[0]
+    assert [candidate for candidate, _ in tight.pareto] == [other[0]]
+    assert str(tight).count("(fits, with less than 5% to spare)") == 1
+    said = [(row["fits"], row["fits_with_room"]) for row in tight.to_json()["compiled"]]
+    assert said == [(True, False), (True, True)]
+    none = replace(found, plans=((best[0], sized(best[1], 0.97)),), own=None)
+    assert none.winner is None
+    assert "no winner" in str(none)
+
+
+def test_unrolled_programs_that_compute_little_again_are_compiled(found):
+    _, found = found
+    unrolled = {c.recipe.train.remat for c, _ in found.plans if not c.recipe.train.scan_layers}
+    assert {"none", "dots"} <= unrolled
+
+
+def test_what_there_is_no_time_for_is_counted(tmp_path):
+    result = search(survey(tiny_recipe(tmp_path, *SMALL)), most=1, limit=0)
+    assert [made for _, made in result.plans] == [result.own]
+    assert result.out_of_time >= 3  # the best scanned, the best two unrolled
+    assert f"{result.out_of_time} not compiled for lack of time" in str(result)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_scan_takes_time_to_stack_what_is_kept(tmp_path, remat):
+    streamed = {}
+    for scan in (True, False):
+        recipe = tiny_recipe(tmp_path, *SMALL, f"train.remat={remat}", f"train.scan_layers={str(scan).lower()}")
+        streamed[scan] = {s.kind: s.bytes for s in closed_analysis(recipe, Layout(fsdp=4)).streamed}
+    assert streamed[True]["model"] > streamed[False]["model"]
+    assert streamed[True]["attention"] > streamed[False]["attention"]
+    assert streamed[True]["update"] == streamed[False]["update"]
 
 
 def run(*arguments):

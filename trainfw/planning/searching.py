@@ -3,16 +3,18 @@
 Searched are data, fsdp and tensor over all of the recipe's cores, what fsdp shards, whether tensor splits what layers
 keep, how many microbatches a step is split into, what the backward pass computes again, and whether layers are
 scanned; each axis is placed where it is fastest. The batch, the data and the hardware stay. Formulas
-(`estimate`) say which candidates are worth compiling; what is ranked in the end, and reported, are plans. Scanned or
-unrolled is the same to the formulas, so the unrolled form of the best is compiled as well, where there is time.
+(`estimate`) say which candidates are worth compiling; what is ranked in the end, and reported, are plans. Unrolled
+programs take long to compile: where there is time, the best by formula that compute little again, and the unrolled
+form of the best.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,11 @@ LIMIT = 200.0
 """Seconds after which no further candidate is compiled."""
 
 _UNROLLED = 1 / 6
-"""Seconds that an unrolled layer takes to compile per second of the scanned program (Llama 3.1 8B on 256 cores: 0.16),
-by which the unrolled form of the winner is tried only where there is time for it."""
+"""Seconds that an unrolled layer takes to compile per second of the scanned program (Llama 3.1 8B on 256 cores: 0.16;
+SmolLM2 135M on 8: 0.17), by which unrolled ones are tried only where there is time for them."""
+
+ROOM = 0.95
+"""Of a core's memory, what a winner may be planned to take: plans of memory are good to about 5%."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ class Found:
 
     @property
     def fitting(self) -> list[tuple[Candidate, Plan]]:
-        return [(candidate, made) for candidate, made in self.plans if _fits(made)]
+        """Those that fit with memory to spare."""
+        return [(candidate, made) for candidate, made in self.plans if _fits(made, ROOM)]
 
     @property
     def winner(self) -> tuple[Candidate, Plan] | None:
-        """The best that fits."""
+        """The best that fits with memory to spare."""
         return next(iter(self.fitting), None)
 
     @property
@@ -70,7 +76,7 @@ class Found:
 
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
-        """Those that fit, of which no other is both as fast and as small, the fastest first."""
+        """Of `fitting`, those of which no other is both as fast and as small, the fastest first."""
         front = pareto(self.fitting, lambda pair: (pair[1].time.seconds, pair[1].memory.total))
         return sorted(front, key=lambda pair: pair[1].time.seconds)
 
@@ -89,6 +95,7 @@ class Found:
                     "step_time_seconds": made.time.seconds,
                     "memory_bytes_per_core": made.memory.total,
                     "fits": _fits(made),
+                    "fits_with_room": _fits(made, ROOM),
                     "estimated_step_time_seconds": candidate.estimate.seconds,
                     "estimated_memory_bytes_per_core": candidate.estimate.memory,
                 }
@@ -134,13 +141,14 @@ def search(
         scan = candidate.recipe.train.scan_layers
         took[scan] = max(took.get(scan, 0.0), time.monotonic() - begun)
         plans.append((candidate, made))
-        fits = "" if _fits(made) else ", does not fit"
-        progress(f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{fits}")
+        unfit = _unfit(made)
+        said = f" ({unfit})" if unfit else ""
+        progress(f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{said}")
         return made
 
     def hopeless(candidate: Candidate) -> bool:
         return any(
-            not _fits(made)
+            not _fits(made, ROOM)
             and other.recipe.train.remat == candidate.recipe.train.remat
             and other.recipe.train.scan_layers == candidate.recipe.train.scan_layers
             and other.estimate.memory <= candidate.estimate.memory
@@ -151,7 +159,7 @@ def search(
     chosen = survey.chosen(most)
     rest = [candidate for candidate in scanned(survey.candidates) if candidate not in chosen]
     for number, candidate in enumerate([*chosen, *rest]):
-        if number >= len(chosen) and any(_fits(made) for _, made in plans if made is not own):
+        if number >= len(chosen) and any(_fits(made, ROOM) for _, made in plans if made is not own):
             break
         if survey.own is not None and candidate.recipe == survey.own.recipe:
             continue
@@ -163,22 +171,51 @@ def search(
             continue
         compiled(candidate)
 
-    plans.sort(key=lambda pair: objective_key(survey.objective, pair[1].time.seconds, pair[1].memory.total))
-    best = next((candidate for candidate, made in plans if _fits(made)), None)
-    if best is not None and best.recipe.train.scan_layers:
-        twin = next((c for c in survey.candidates if same_but_stack(c, best) and not c.recipe.train.scan_layers), None)
-        wait = took.get(True, 0.0) * survey.recipe.model.num_layers * _UNROLLED
-        if twin is not None and all(twin.recipe != other.recipe for other, _ in plans):
-            if time.monotonic() - started + wait <= limit:
-                compiled(twin)
-            else:
-                late += 1
-    plans.sort(key=lambda pair: objective_key(survey.objective, pair[1].time.seconds, pair[1].memory.total))
-    return Found(survey, own, tuple(plans), refused, skipped, late)
+    for candidate in _unrolled(survey, plans):
+        wait = took.get(False, took.get(True, 0.0) * survey.recipe.model.num_layers * _UNROLLED)
+        if hopeless(candidate):
+            skipped += 1
+        elif time.monotonic() - started + wait > limit:
+            late += 1
+        else:
+            compiled(candidate)
+    return Found(survey, own, tuple(_ranked(survey, plans)), refused, skipped, late)
 
 
-def _fits(made: Plan) -> bool:
-    return made.memory.headroom is None or made.memory.headroom >= 0
+def _unrolled(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[Candidate]:
+    """The unrolled programs to compile, the best by formula first, of those not among `plans`.
+
+    The best of each policy that keeps what a scan would have to stack, and the other form of the best of `plans`.
+    """
+    program = [candidate for candidate in survey.candidates if not candidate.recipe.train.scan_layers]
+    wanted = []
+    for remat in ("none", "dots"):
+        wanted += [c for c in program if c.recipe.train.remat == remat and c.estimate.memory <= _capacity(survey)][:1]
+    best = next((candidate for candidate, made in _ranked(survey, plans) if _fits(made, ROOM)), None)
+    if best is not None:
+        wanted += [c for c in program if same_but_stack(c, best)]
+    return [c for c in program if c in wanted and all(c.recipe != other.recipe for other, _ in plans)]
+
+
+def _ranked(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[tuple[Candidate, Plan]]:
+    return sorted(plans, key=lambda pair: objective_key(survey.objective, pair[1].time.seconds, pair[1].memory.total))
+
+
+def _capacity(survey: Survey) -> float:
+    return math.inf if survey.topology.hbm_size is None else survey.topology.hbm_size * ROOM
+
+
+def _fits(made: Plan, room: float = 1.0) -> bool:
+    """Whether it takes no more than `room` of a core's memory."""
+    capacity = made.memory.capacity
+    return capacity is None or made.memory.total <= room * capacity
+
+
+def _unfit(made: Plan) -> str:
+    """Why it cannot win; nothing where it can."""
+    if _fits(made, ROOM):
+        return ""
+    return f"fits, with less than {1 - ROOM:.0%} to spare" if _fits(made) else "does not fit"
 
 
 def _lines(found: Found) -> Iterator[str]:
@@ -215,12 +252,13 @@ def _lines(found: Found) -> Iterator[str]:
         for _, (candidate, made) in pairs:
             mark = "*" if found.winner is not None and made is found.winner[1] else " "
             size = f"{made.memory.total / 2**30:9.2f} {candidate.estimate.memory / 2**30:6.1f}"
-            fits = "" if _fits(made) else "  (does not fit)"
+            unfit = _unfit(made)
+            said = f"  ({unfit})" if unfit else ""
             speed = f"{made.time.seconds:9.4g} {candidate.estimate.seconds:9.4g}"
-            yield f"  {mark} {speed} {size}  {_changes(survey, candidate)}{fits}"
+            yield f"  {mark} {speed} {size}  {_changes(survey, candidate)}{said}"
     yield ""
     if found.winner is None:
-        yield "nothing that was compiled fits in memory: no winner"
+        yield f"nothing that was compiled fits in memory with {1 - ROOM:.0%} to spare: no winner"
         return
     candidate, made = found.winner
     yield f"* best by {survey.objective}: {candidate}{' (the recipe as it is)' * found.unchanged}"
@@ -229,12 +267,13 @@ def _lines(found: Found) -> Iterator[str]:
         yield f"  the run: {made.chip_hours:,.0f} chip-hours{price} (hardware stays, so cost follows step time)"
     if found.own is not None and found.own is not made:
         seconds, saved = found.own.time.seconds, found.own.memory.total - made.memory.total
-        unfit = "" if _fits(found.own) else "; the recipe as it is does not fit"
+        unfit = _unfit(found.own)
+        said = f"; the recipe as it is {unfit}" if unfit else ""
         faster = "less" if made.time.seconds < seconds else "more"
         yield (
             f"  {abs(1 - made.time.seconds / seconds):.1%} {faster} time a step "
             f"than the recipe as it is ({seconds:.4g} s), "
-            f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'} a core{unfit}"
+            f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'} a core{said}"
         )
 
 

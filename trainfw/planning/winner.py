@@ -43,7 +43,7 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bo
     recipe is written in full. Raises UserError where nothing fits, and where the file cannot be written.
     """
     if found.winner is None:
-        raise UserError("nothing that was compiled fits in memory: no recipe is written")
+        raise UserError("nothing that was compiled fits in memory with some to spare: no recipe is written")
     if found.unchanged:
         return False
     candidate, made = found.winner
