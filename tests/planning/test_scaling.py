@@ -148,6 +148,17 @@ def test_json_adds_up(found):
     assert all(one["best_spares"] < len(one["spares"]) for one in json_["goodput"]["weak"])
 
 
+def test_a_run_that_never_ends_is_json_all_the_same(tmp_path):
+    recipe = half(tmp_path)
+    parameters = {"reliability.instance_mtbf": "1 s"}
+    hardware = recipe.hardware.model_copy(update={"parameters": parameters})
+    found = scale(recipe.model_copy(update={"hardware": hardware}), [2])
+    (row,) = json.loads(json.dumps(found.to_json(), allow_nan=False))["scaling"]["weak"]
+    assert row["goodput"] == 0
+    assert row["chip_hours_with_failures"] is row["dollars_with_failures"] is None
+    assert row["chip_hours"] > 0
+
+
 def test_the_text_can_be_acted_on(found):
     text = str(found[0])
     for part in ("weak: the global batch grows", "strong: the global batch stays at 64 sequences", "dollars"):

@@ -103,7 +103,7 @@ class Scaling:
         `tokens_per_second`, `mfu`, `efficiency` (tokens/s of a chip, over that at the fewest units), `bound_by`,
         `memory_bytes_per_core` (the total), `memory_capacity_bytes_per_core`, `data_share` (of the step, waiting for
         collectives over data), and for the run of `scaling.tokens` tokens `days`, `chip_hours`, `dollars` (steps
-        alone), `goodput`, `chip_hours_with_failures`, `dollars_with_failures`.
+        alone), `goodput`, `chip_hours_with_failures`, `dollars_with_failures` (null where the run never ends).
 
         `goodput.weak` and `goodput.strong` have a `Goodput.to_json` for every row with a plan; `goodput.assumptions`
         are in words.
@@ -127,6 +127,7 @@ class Scaling:
         if plan is None or row.goodput is None:
             return {"count": row.count, "problem": row.problem}
         hours, failing = (self.chip_hours(row, failures=failures) for failures in (False, True))
+        ends = math.isfinite(failing)
         return {
             "count": row.count,
             "problem": None,
@@ -148,8 +149,8 @@ class Scaling:
             "chip_hours": hours,
             "dollars": None if price is None else price * hours,
             "goodput": row.goodput.with_failures,
-            "chip_hours_with_failures": failing,
-            "dollars_with_failures": None if price is None else price * failing,
+            "chip_hours_with_failures": failing if ends else None,
+            "dollars_with_failures": price * failing if price is not None and ends else None,
         }
 
     def __str__(self) -> str:
