@@ -70,7 +70,7 @@ def test_colour_on_a_terminal(monkeypatch, capsys):
     [
         (("trn2.48xlarg",), "topology 'trn2.48xlarg': unknown; did you mean 'trn2.48xlarge'?"),
         (("inf2.48xlarge", "--count", "2"), "no network joins them"),
-        (("trn2.48xlarge", "--count", "0"), "count = 0: expected at least 1"),
+        (("trn2.48xlarge", "--count", "0"), "count = 0: expected 1 to 1,048,576"),
         (("trn1.32xlarge", "--lnc", "2"), "lnc = 2: trn1.32xlarge has LNC 1 only"),
         (("--layout", "tensor=4"), "need the name of a topology"),
         (("trn2.48xlarge", "--layout", "tensr=4"), "unknown axis 'tensr'; did you mean 'tensor'?"),
