@@ -1,5 +1,7 @@
 from .config import HardwareConfig as HardwareConfig
 from .figures import duration as duration
+from .figures import in_any_unit as in_any_unit
+from .figures import in_seconds as in_seconds
 from .topology import MAX_COUNT as MAX_COUNT
 from .topology import Dimension as Dimension
 from .topology import Link as Link

@@ -58,6 +58,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def in_seconds(seconds: float) -> str:
+    """`281 s`, `17.5 s`, `0.83 s`, `6.25 ms`: at scales of a step."""
+    if seconds >= 0.1:
+        return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def in_any_unit(seconds: float) -> str:
+    """`66.0 d`, `24.7 h`, `3.6 min`, else as `in_seconds`: at scales of a run."""
+    for unit, scale in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= scale * 1.5:
+            return f"{seconds / scale:,.1f} {unit}"
+    return in_seconds(seconds)
+
+
 class Claim(Config):
     """What one document says."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainfw.errors import UserError
-from trainfw.hardware import MAX_COUNT
+from trainfw.hardware import MAX_COUNT, in_any_unit, in_seconds
 from trainfw.parallel import Layout
 from trainfw.planning.analysis import REPLICAS, simulated_cores
 from trainfw.planning.compilation import Compiled, compiled
@@ -301,8 +301,8 @@ def _lines(found: Scaling) -> Iterator[str]:
             if plan is None or one is None:
                 yield f"  {row.count:6,} {row.problem}"
                 continue
-            low, high = (_seconds(seconds).partition(" ")[0] for seconds in (plan.time.low, plan.time.high))
-            step = f"{_seconds(plan.time.seconds)} ({low}-{high})"
+            low, high = (in_seconds(seconds).partition(" ")[0] for seconds in (plan.time.low, plan.time.high))
+            step = f"{in_seconds(plan.time.seconds)} ({low}-{high})"
             full = "" if (plan.memory.headroom or 0) >= 0 else "  DOES NOT FIT"
             hours = found.chip_hours(row, failures=True)
             days = _over(found.days(row), one.with_failures)
@@ -333,8 +333,8 @@ def _goodput_lines(found: Scaling) -> Iterator[str]:
         for one in made:
             every = f"{one.every:,}" if one.every else "end"
             yield (
-                f"  {one.units:6,} {_long(one.mtbf):>11} {_long(one.restart):>8} {_long(one.read):>8} "
-                f"{_seconds(one.copy):>7} {_long(one.daly):>13} {every:>6} {one.goodput_every:7.1%}   "
+                f"  {one.units:6,} {in_any_unit(one.mtbf):>11} {in_any_unit(one.restart):>8} "
+                f"{in_any_unit(one.read):>8} {in_seconds(one.copy):>7} {in_any_unit(one.daly):>13} {every:>6} {one.goodput_every:7.1%}   "
                 f"{one.suggested:9,} {one.goodput_suggested:7.1%}"
             )
     made = [row.goodput for row in found.weak if row.goodput is not None]
@@ -365,16 +365,3 @@ def _over(time: float, goodput: float) -> float:
 
 def _gain(share: float) -> str:
     return f"+{share:.1%}" if share < 10 else f"{share + 1:,.0f}x"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 0.1:
-        return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.2f} ms"
-
-
-def _long(seconds: float) -> str:
-    for unit, scale in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= scale * 1.5:
-            return f"{seconds / scale:,.1f} {unit}"
-    return _seconds(seconds)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from trainfw.hardware import in_any_unit, in_seconds
+
 _COLOURS = {"weak": "#3f66b0", "strong": "#d9772b", "goodput": "#2a9d68", "alone": "#b7841a"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 64, 132, 16, 44
 _GIB = 2**30
@@ -74,7 +76,7 @@ def _rows(name: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{row['chips']:,}",
             f"{row['data']:,}",
             f"{row['global_batch_size']:,}",
-            _data(f"{key}.step_time_seconds", row["step_time_seconds"], _seconds),
+            _data(f"{key}.step_time_seconds", row["step_time_seconds"], in_seconds),
             _data(f"{key}.tokens_per_second", row["tokens_per_second"], "{:,.0f}".format),
             _data(f"{key}.mfu", row["mfu"], "{:.1%}".format),
             _data(f"{key}.efficiency", row["efficiency"], "{:.1%}".format),
@@ -105,11 +107,11 @@ def _goodput(rows: Sequence[dict[str, Any]], goodput: Sequence[dict[str, Any]]) 
         gain = one["first_spare_gain"]
         cells = [
             f"{row['count']:,}",
-            _data(f"{key}.mtbf_seconds", one["mtbf_seconds"], _long),
-            _data(f"{key}.restart_seconds", one["restart_seconds"], _long),
-            _data(f"{key}.read_seconds", one["read_seconds"], _long),
-            _data(f"{key}.copy_seconds", one["copy_seconds"], _seconds),
-            _data(f"{key}.daly_interval_seconds", one["daly_interval_seconds"], _long),
+            _data(f"{key}.mtbf_seconds", one["mtbf_seconds"], in_any_unit),
+            _data(f"{key}.restart_seconds", one["restart_seconds"], in_any_unit),
+            _data(f"{key}.read_seconds", one["read_seconds"], in_any_unit),
+            _data(f"{key}.copy_seconds", one["copy_seconds"], in_seconds),
+            _data(f"{key}.daly_interval_seconds", one["daly_interval_seconds"], in_any_unit),
             f"{one['checkpoint_every']:,}" if one["checkpoint_every"] else "end",
             _data(f"{key}.goodput_at_checkpoint_every", one["goodput_at_checkpoint_every"], "{:.1%}".format),
             _data(f"{key}.suggested_checkpoint_every", one["suggested_checkpoint_every"], "{:,}".format),
@@ -235,16 +237,3 @@ def _short(value: float) -> str:
         if value >= scale:
             return f"{value / scale:,.0f}{suffix}"
     return f"{value:g}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 0.1:
-        return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.2f} ms"
-
-
-def _long(seconds: float) -> str:
-    for unit, scale in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * scale:
-            return f"{seconds / scale:,.1f} {unit}"
-    return _seconds(seconds)
