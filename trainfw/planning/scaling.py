@@ -334,8 +334,8 @@ def _goodput_lines(found: Scaling) -> Iterator[str]:
             every = f"{one.every:,}" if one.every else "end"
             yield (
                 f"  {one.units:6,} {in_any_unit(one.mtbf):>11} {in_any_unit(one.restart):>8} "
-                f"{in_any_unit(one.read):>8} {in_seconds(one.copy):>7} {in_any_unit(one.daly):>13} {every:>6} {one.goodput_every:7.1%}   "
-                f"{one.suggested:9,} {one.goodput_suggested:7.1%}"
+                f"{in_any_unit(one.read):>8} {in_seconds(one.copy):>7} {in_any_unit(one.daly):>13} {every:>6} "
+                f"{one.goodput_every:7.1%}   {one.suggested:9,} {one.goodput_suggested:7.1%}"
             )
     made = [row.goodput for row in found.weak if row.goodput is not None]
     if not made:
