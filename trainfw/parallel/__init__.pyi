@@ -1,3 +1,10 @@
+from .collectives import all_gather as all_gather
+from .collectives import all_reduce as all_reduce
+from .collectives import all_to_all as all_to_all
+from .collectives import axis_index as axis_index
+from .collectives import axis_size as axis_size
+from .collectives import reduce_scatter as reduce_scatter
+from .collectives import ring_shift as ring_shift
 from .config import AXES as AXES
 from .config import ParallelConfig as ParallelConfig
 from .config import Sharded as Sharded

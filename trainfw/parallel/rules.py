@@ -135,6 +135,11 @@ def use_rules(rules: Rules | None) -> Iterator[None]:
         _active.reset(token)
 
 
+def active_rules() -> Rules | None:
+    """The rules in use."""
+    return _active.get()
+
+
 def constrain(x: jax.Array, array: str, *names: str | None) -> jax.Array:
     """Shard activation `x` by the logical names of its dims, under the rules in use."""
     rules = _active.get()

@@ -1,0 +1,74 @@
+"""Collectives over mesh axes, for code that each device runs on its own parts of arrays (inside `jax.shard_map`).
+
+Outside a mesh, and along an axis of one device, each is the identity: a model is written once. Differentiated inside
+shard_map they follow one convention: the objective is the sum of all devices' objectives. What several devices
+compute alike must therefore enter it divided by their number, and the gradient of a replicated parameter is the sum
+over the devices that hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from trainfw.parallel.rules import active_rules
+
+Axes: TypeAlias = str | Sequence[str]
+
+
+def axis_size(axes: Axes) -> int:
+    """Devices along one mesh axis, or along several; 1 outside a mesh."""
+    return math.prod(_sizes(axes).values())
+
+
+def axis_index(axis: str) -> jax.Array:
+    """This device's place along `axis`, i32[]."""
+    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else jnp.int32(0)
+
+
+def all_gather(x: jax.Array, axes: Axes, dim: int, *, groups: list[list[int]] | None = None) -> jax.Array:
+    """The parts of `x` that the devices along `axes` hold, joined along `dim`. Its gradient is a reduce_scatter.
+
+    `groups` of places along the one axis gather among themselves only.
+    """
+    names = tuple(_sizes(axes))
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True, axis_index_groups=groups) if names else x
+
+
+def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The sum of `x` over the devices along `axes`, of which each keeps its part along `dim`.
+
+    Its gradient is an all_gather.
+    """
+    names = tuple(_sizes(axes))
+    return jax.lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def all_reduce(x: jax.Array, axes: Axes) -> jax.Array:
+    """The sum of `x` over the devices along `axes`. Its gradient is an all_reduce."""
+    names = tuple(_sizes(axes))
+    return jax.lax.psum(x, names) if names else x
+
+
+def all_to_all(x: jax.Array, axis: str, split: int, concat: int) -> jax.Array:
+    """Part i of `x` along dim `split` goes to device i along `axis`; what comes is joined along dim `concat`."""
+    if axis_size(axis) == 1:
+        return x
+    return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=concat, tiled=True)
+
+
+def ring_shift(x: jax.Array, axis: str) -> jax.Array:
+    """What the previous device along `axis` holds, the last before the first: a full circle, as Neuron demands."""
+    size = axis_size(axis)
+    return x if size == 1 else jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
+
+
+def _sizes(axes: Axes) -> dict[str, int]:
+    rules = active_rules()
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    sizes = {} if rules is None else rules.mesh.shape
+    return {name: sizes[name] for name in names if sizes.get(name, 1) > 1}
