@@ -13,9 +13,9 @@ from flax import nnx
 from trainfw import backends
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import Linear, RMSNorm
+from trainfw.models.products import softcap as capped
 from trainfw.models.products import wide_einsum
 from trainfw.models.rope import apply_rope
-from trainfw.parallel import constrain, local_size, per_device
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
@@ -60,9 +60,7 @@ def attend(
     """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32."""
     B, S, H, h = q_BSHh.shape
     q_BSKGh = q_BSHh.reshape(B, S, k_BTKh.shape[2], -1, h)
-    scores_BKGST = wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh) * scale
-    if softcap is not None:
-        scores_BKGST = softcap * jnp.tanh(scores_BKGST / softcap)
+    scores_BKGST = capped(wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh) * scale, softcap)
     # Finite, so that a row which sees nothing is a plain average rather than NaN.
     scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, -1e30)
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKh.dtype)
@@ -70,7 +68,10 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Projections, rotary embeddings and `attend`."""
+    """Projections, rotary embeddings and `attend`.
+
+    Heads are split over `tensor`: each device returns a part of the sum over heads.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -79,11 +80,11 @@ class Attention(nnx.Module):
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        std, bias, path = config.init_std, config.qkv_bias, "layers.attention"
-        self.query = Linear(f"{path}.query", (D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
-        self.key = Linear(f"{path}.key", (D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
-        self.value = Linear(f"{path}.value", (D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
-        self.output = Linear(f"{path}.output", (width, D), ("heads", "embed"), std=std, rngs=rngs)
+        std, bias = config.init_std, config.qkv_bias
+        self.query = Linear((D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
+        self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.value = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.output = Linear((width, D), ("heads", "embed"), std=std, rngs=rngs)
         self.query_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
 
@@ -93,15 +94,12 @@ class Attention(nnx.Module):
         """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
         config = self.config
         B, S, _ = x_BSD.shape
-        q_BSHh = self.query(x_BSD).reshape(B, S, config.num_heads, config.head_dim)
-        k_BSKh = self.key(x_BSD).reshape(B, S, config.num_kv_heads, config.head_dim)
-        v_BSKh = self.value(x_BSD).reshape(B, S, config.num_kv_heads, config.head_dim)
+        q_BSHh = self.query(x_BSD).reshape(B, S, -1, config.head_dim)
+        k_BTKh = self.key(x_BSD).reshape(B, S, -1, config.head_dim)
+        v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
         if self.query_norm is not None and self.key_norm is not None:
-            q_BSHh, k_BSKh = self.query_norm(q_BSHh), self.key_norm(k_BSKh)
-        q_BSHh, k_BSKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BSKh, context.turns[kind])
-        q_BSHh = constrain(q_BSHh, "queries", "batch", "sequence", "act_heads", None)
-        k_BTKh = constrain(k_BSKh, "keys", "batch", "sequence", "act_kv_heads", None)
-        v_BTKh = constrain(v_BSKh, "values", "batch", "sequence", "act_kv_heads", None)
+            q_BSHh, k_BTKh = self.query_norm(q_BSHh), self.key_norm(k_BTKh)
+        q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
             v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
@@ -112,8 +110,8 @@ class Attention(nnx.Module):
             backends.AttentionRequest(
                 query_length=S,
                 key_length=k_BTKh.shape[1],
-                num_heads=local_size(config.num_heads, "act_heads"),
-                num_kv_heads=local_size(config.num_kv_heads, "act_kv_heads"),
+                num_heads=q_BSHh.shape[2],
+                num_kv_heads=k_BTKh.shape[2],
                 head_dim=config.head_dim,
                 dtype=q_BSHh.dtype.name,
                 segments=context.segment_ids_BS is not None,
@@ -128,15 +126,5 @@ class Attention(nnx.Module):
             scale=config.query_scale or config.head_dim**-0.5,
             softcap=config.attention_softcap,
         )
-        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
-        if kernel.call is None:
-            o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST)
-        else:
-            inputs = [
-                (q_BSHh, ("batch", "sequence", "act_heads", None)),
-                (k_BTKh, ("batch", "sequence", "act_kv_heads", None)),
-                (v_BTKh, ("batch", "sequence", "act_kv_heads", None)),
-                (mask_BST, ("batch" if mask_BST.shape[0] > 1 else None, None, None)),
-            ]
-            o_BSHh = per_device(run, "attention", inputs, inputs[0][1])
+        o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, attention_mask(context, S, k_BTKh.shape[1], window))
         return self.output(o_BSHh.reshape(B, S, -1)), cache

@@ -7,24 +7,38 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.models.config import ModelConfig
-from trainfw.models.products import wide_einsum
-from trainfw.parallel import constrain, gather_weight
+from trainfw.parallel import axis_index, axis_size, gather_weight, reduce_scatter
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
-    """A parameter drawn from N(0, std²), in f32, whose dims carry the logical names `axes`."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...], **metadata: bool) -> nnx.Param:
+    """A parameter drawn from N(0, std²), in f32, whose dims carry the logical names `axes`.
+
+    `wide=True` among the metadata: it is used in f32 as well.
+    """
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, **metadata)
+
+
+def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> nnx.State:
+    """The weights of a module as it uses them: in `dtype` but for wide ones, whole but for what stays split.
+
+    Those of a stack may be one layer's, without the layers dim.
+    """
+
+    def gathered(weight: nnx.Variable) -> nnx.Variable:
+        value, axes, wide = weight.get_value(), weight.axes, weight.get_metadata().get("wide", False)
+        ndim = jax.tree.leaves(value)[0].ndim
+        return weight.replace(
+            gather_weight(value, axes[-ndim:], None if wide else dtype, num_kv_heads=config.num_kv_heads)
+        )
+
+    return nnx.from_flat_state([(path, gathered(weight)) for path, weight in nnx.to_flat_state(params)])
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias). The kernel is a matrix (in, out) in f32, cast to the dtype of x where it is used.
-
-    `name` is the path of the layer's parameters, for errors.
-    """
+    """y = x @ kernel (+ bias). The kernel is a matrix (in, out), cast to the dtype of x where it is used."""
 
     def __init__(
         self,
-        name: str,
         shape: tuple[int, int],
         axes: tuple[str, str],
         *,
@@ -32,38 +46,34 @@ class Linear(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.name, self.axes = name, axes
         self.kernel = normal(rngs, shape, std, axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array, *, wide: bool = False) -> jax.Array:
-        """y in the dtype of x; in f32 where it is to be `wide`."""
-        # Cast before gathering, so that what crosses the links has the smaller dtype.
-        kernel = gather_weight(self.kernel[...].astype(x.dtype), f"{self.name}.kernel", *self.axes)
-        y = wide_einsum("...d,df->...f", x, kernel) if wide else jnp.matmul(x, kernel)
-        if self.bias is not None:
-            y = y + gather_weight(self.bias[...].astype(y.dtype), f"{self.name}.bias", self.axes[1])
-        return y
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):
     """The token table, f32[V, D]; with tied embeddings the output head too."""
 
-    axes = ("vocab", "embed")
-
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.table = normal(rngs, (config.vocab_size, config.hidden_size), config.init_std, self.axes)
+        self.table = normal(rngs, (config.vocab_size, config.hidden_size), config.init_std, ("vocab", "embed"))
 
     def __call__(self, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """x_BSD. A token outside the vocabulary reads the nearest row: check data where it is made."""
-        # Looked up in f32, so that the gradients of a frequent token add up in f32.
-        table_VD = gather_weight(self.table[...], "embedding.table", *self.axes, lookup=True)
-        return jnp.take(table_VD, tokens_BS, axis=0, mode="clip").astype(dtype)
+        """x_BSD, its sequence split over `tensor`.
 
-    def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """The table as the output head: logits_BSV in f32."""
-        table_VD = gather_weight(self.table[...].astype(x_BSD.dtype), "embedding.table", *self.axes)
-        return wide_einsum("bsd,vd->bsv", x_BSD, table_VD)
+        A token outside the vocabulary reads the nearest row: check data where it is made.
+        """
+        # Looked up in f32, so that the gradients of a frequent token add up in f32.
+        table_VD = gather_weight(self.table.get_value(), self.table.axes)
+        if axis_size("tensor") == 1:
+            return jnp.take(table_VD, tokens_BS, axis=0, mode="clip").astype(dtype)
+        # Every device looks up the tokens that are among its rows of the table.
+        rows_BS = tokens_BS - axis_index("tensor") * table_VD.shape[0]
+        mine_BS = (rows_BS >= 0) & (rows_BS < table_VD.shape[0])
+        x_BSD = jnp.where(mine_BS[..., None], jnp.take(table_VD, rows_BS, axis=0, mode="clip"), 0.0)
+        return reduce_scatter(x_BSD.astype(dtype), "tensor", 1)
 
 
 class RMSNorm(nnx.Module):
@@ -71,7 +81,9 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, config: ModelConfig):
         self.eps, self.zero_centered = config.norm_eps, config.zero_centered_norm
-        self.scale = nnx.Param(jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32), axes=("norm",))
+        self.scale = nnx.Param(
+            jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32), axes=("norm",), wide=True
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -80,17 +92,19 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(activation(gate(x)) * up(x)). Shazeer, arXiv:2002.05202."""
+    """down(activation(gate(x)) * up(x)). Shazeer, arXiv:2002.05202.
+
+    Its width is split over `tensor`: each device returns a part of the sum.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         size, std = (config.hidden_size, config.intermediate_size), config.init_std
         self.activation = config.activation
-        self.gate = Linear("layers.mlp.gate", size, ("embed", "mlp"), std=std, rngs=rngs)
-        self.up = Linear("layers.mlp.up", size, ("embed", "mlp"), std=std, rngs=rngs)
-        self.down = Linear("layers.mlp.down", size[::-1], ("mlp", "embed"), std=std, rngs=rngs)
+        self.gate = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
+        self.up = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
+        self.down = Linear(size[::-1], ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         gate_BSF = self.gate(x_BSD)
         gate_BSF = jax.nn.silu(gate_BSF) if self.activation == "silu" else jax.nn.gelu(gate_BSF, approximate=True)
-        hidden_BSF = constrain(gate_BSF * self.up(x_BSD), "feed-forward", "batch", "sequence", "act_mlp")
-        return self.down(hidden_BSF)
+        return self.down(gate_BSF * self.up(x_BSD))

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 
 
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`x` squashed into (-cap, cap) with tanh (Gemma 2, arXiv:2408.00118); as it is without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum(spec, x, y)` in float32, the operands of one dtype; its gradients are products in that dtype too.

@@ -13,13 +13,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.errors import UserError, did_you_mean
+from trainfw.parallel import GATHERED, active_rules
 
 Remat = Literal["none", "full", "dots"]
 M = TypeVar("M", bound=nnx.Module)
 
+REDUCED = "reduced over tensor"
+"""Name of what attention and feed-forward add to the residual stream."""
+
+_policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": _policies.save_anything_except_these_names(GATHERED),
     "full": None,  # saves a layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what its projections return
+    # And what its projections return, so that no product with weights is done again.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(REDUCED)
+    ),
 }
 
 
@@ -35,13 +44,14 @@ def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -
 
 def check_remat(remat: str) -> None:
     """Raises UserError for a policy that does not exist."""
-    if remat != "none" and remat not in REMAT_POLICIES:
-        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, ['none', *REMAT_POLICIES])}")
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, REMAT_POLICIES)}")
 
 
 def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
-    """`step`, recomputed in the backward pass as `remat` says; untouched for "none"."""
-    if remat == "none":
+    """`step`, recomputed in the backward pass as `remat` says; weights are gathered again whatever it says."""
+    rules = active_rules()
+    if remat == "none" and (rules is None or rules.mesh.size == 1):
         return step
     # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
     return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(2,))

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
-from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm
+from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights
+from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
-from trainfw.models.stack import Remat, check_remat, init_stack, run_stack
-from trainfw.parallel import constrain
+from trainfw.models.stack import REDUCED, Remat, check_remat, init_stack, run_stack
+from trainfw.parallel import all_gather, gather_weight, reduce_scatter
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +32,11 @@ class KVCache:
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma normalises what is added too."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma normalises what is added too.
+
+    x_BSD is split over `tensor` along its sequence, and so are the norms; attention and mlp take all of it (sequence
+    parallelism: Korthikanti et al., arXiv:2205.05198).
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
@@ -43,14 +49,23 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        y_BSD, cache = self.attention(self.attention_norm(x_BSD), context, kind, cache)
+        y_BSD, cache = self.attention(_gather(self.attention_norm(x_BSD)), context, kind, cache)
+        y_BSD = _scatter(y_BSD)
         if self.attention_post_norm is not None:
             y_BSD = self.attention_post_norm(y_BSD)
-        x_BSD = constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed")
-        y_BSD = self.mlp(self.mlp_norm(x_BSD))
+        x_BSD = x_BSD + y_BSD
+        y_BSD = _scatter(self.mlp(_gather(self.mlp_norm(x_BSD))))
         if self.mlp_post_norm is not None:
             y_BSD = self.mlp_post_norm(y_BSD)
-        return constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed"), cache
+        return x_BSD + y_BSD, cache
+
+
+def _gather(x_BSD: jax.Array) -> jax.Array:
+    return all_gather(x_BSD, "tensor", 1)
+
+
+def _scatter(y_BSD: jax.Array) -> jax.Array:
+    return checkpoint_name(reduce_scatter(y_BSD, "tensor", 1), REDUCED)
 
 
 class Transformer(nnx.Module):
@@ -82,9 +97,7 @@ class Transformer(nnx.Module):
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
         size = (config.hidden_size, config.vocab_size)
-        self.head = (
-            None if config.tie_embeddings else Linear("head", size, ("embed", "vocab"), std=config.init_std, rngs=rngs)
-        )
+        self.head = None if config.tie_embeddings else Linear(size, ("embed", "vocab"), std=config.init_std, rngs=rngs)
 
     def __call__(
         self,
@@ -103,7 +116,7 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """x_BSD after the final norm, in the compute dtype.
+        """x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`.
 
         Args:
             tokens_BS: i32.
@@ -117,11 +130,15 @@ class Transformer(nnx.Module):
         return x_BSD
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """logits_BSV, f32, from what `hidden_states` returns."""
-        logits_BSV = self.embedding.logits(x_BSD) if self.head is None else self.head(x_BSD, wide=True)
-        if self.config.final_softcap is not None:
-            logits_BSV = self.config.final_softcap * jnp.tanh(logits_BSV / self.config.final_softcap)
-        return constrain(logits_BSV, "logits", "batch", "sequence", "act_vocab")
+        """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
+        logits_BSV = wide_einsum("bsd,vd->bsv", _gather(x_BSD), self.head_weight())
+        return softcap(logits_BSV, self.config.final_softcap)
+
+    def head_weight(self) -> jax.Array:
+        """The output head w_VD in the compute dtype, its rows split over `tensor`: the embedding's table if tied."""
+        weight = self.embedding.table if self.head is None else self.head.kernel
+        w = gather_weight(weight.get_value(), weight.axes, jnp.dtype(self.compute_dtype))
+        return w if self.head is None else w.T
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache with room for `length` tokens."""
@@ -152,12 +169,12 @@ class Transformer(nnx.Module):
         x_BSD = self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
         if config.scale_embeddings:
             x_BSD = x_BSD * jnp.asarray(math.sqrt(config.hidden_size), x_BSD.dtype)
-        x_BSD = constrain(x_BSD, "embeddings", "batch", "sequence", "act_embed")
         graphdef, params = nnx.split(self.layers)
 
         def step(x_BSD: jax.Array, slice_: Any, kind: LayerKind) -> tuple[jax.Array, Any]:
             layer_params, layer_cache = slice_
-            return nnx.merge(graphdef, layer_params)(x_BSD, context, kind, layer_cache)
+            weights = gather_weights(layer_params, x_BSD.dtype, config)
+            return nnx.merge(graphdef, weights)(x_BSD, context, kind, layer_cache)
 
         x_BSD, cache = run_stack(
             step,

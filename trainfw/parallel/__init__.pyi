@@ -1,4 +1,5 @@
 from .collectives import all_gather as all_gather
+from .collectives import all_max as all_max
 from .collectives import all_reduce as all_reduce
 from .collectives import all_to_all as all_to_all
 from .collectives import axis_index as axis_index
@@ -20,9 +21,10 @@ from .placement import Placement as Placement
 from .placement import default_traffic as default_traffic
 from .placement import place as place
 from .rules import Rules as Rules
+from .rules import active_rules as active_rules
 from .rules import by_layer as by_layer
-from .rules import constrain as constrain
-from .rules import gather_weight as gather_weight
-from .rules import local_size as local_size
-from .rules import per_device as per_device
 from .rules import use_rules as use_rules
+from .weights import GATHERED as GATHERED
+from .weights import Replica as Replica
+from .weights import gather_weight as gather_weight
+from .weights import reduce_gradient as reduce_gradient

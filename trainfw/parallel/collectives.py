@@ -54,6 +54,12 @@ def all_reduce(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
+def all_max(x: jax.Array, axes: Axes) -> jax.Array:
+    """The largest `x` of the devices along `axes`. It has no gradient."""
+    names = tuple(_sizes(axes))
+    return jax.lax.pmax(jax.lax.stop_gradient(x), names) if names else jax.lax.stop_gradient(x)
+
+
 def all_to_all(x: jax.Array, axis: str, split: int, concat: int) -> jax.Array:
     """Part i of `x` along dim `split` goes to device i along `axis`; what comes is joined along dim `concat`."""
     if axis_size(axis) == 1:

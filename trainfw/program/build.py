@@ -11,12 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
-from trainfw.parallel import AXES, Layout, Placement, Rules, Sharded, make_mesh, nearest_divisors, place, use_rules
+from trainfw.parallel import (
+    AXES,
+    Layout,
+    Placement,
+    Replica,
+    Rules,
+    Sharded,
+    all_reduce,
+    make_mesh,
+    nearest_divisors,
+    place,
+    reduce_gradient,
+    use_rules,
+)
 from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
 from trainfw.program.metrics import Mean
@@ -61,10 +76,18 @@ class Program:
 
     def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows (B / processes, S) as its part of the global batch (B, S)."""
-        return {
-            name: jax.make_array_from_process_local_data(self.abstract_batch[name].sharding, array)
-            for name, array in local_batch.items()
-        }
+        rows, length = self.recipe.train.global_batch_size, self.recipe.data.sequence_length
+        share, shares = self.batch_share
+        first = share * rows // shares
+
+        def place(name: str, array: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(rows)
+                return array[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback((rows, length), self.abstract_batch[name].sharding, part)
+
+        return {name: place(name, array) for name, array in local_batch.items()}
 
     @property
     def batch_share(self) -> tuple[int, int]:
@@ -119,9 +142,12 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     with recipe.blamed("optimizer"):
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
+    rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
     seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
-    loss_of = functools.partial(next_token_loss, mask_documents=recipe.data.mask_documents)
+    loss_of = functools.partial(
+        next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
+    )
 
     def make_model(key: jax.Array) -> Transformer:
         return Transformer(
@@ -145,6 +171,14 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         param_shardings = _shardings(variables, rules, "parameters")
         grad_shardings = _shardings(variables, rules, "gradients")
         update_shardings = _shardings(variables, rules, "optimizer")
+    names = [weight.axes for weight in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))]
+
+    def named(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
+        """`function(names of its dims, leaf, ...)` of every parameter."""
+        leaves, structure = jax.tree.flatten(tree)
+        others = (jax.tree.leaves(other) for other in trees)
+        return structure.unflatten(map(function, names, leaves, *others))
+
     with recipe.blamed("optimizer"):
         shapes = jax.eval_shape(init)
     shardings = TrainState(
@@ -154,24 +188,49 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         rng=rules.replicated,
     )
 
-    def objective(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    # What follows runs on each device, on its own parts of everything.
+    def local_loss(params: Any, batch: Batch, z_loss: float) -> tuple[jax.Array, Metrics]:
+        return loss_of(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
+
+    def local_gradients(params: Any, wholes: Any, batch: Batch) -> tuple[Any, Metrics]:
+        def objective(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
+            if wholes is not None:
+                params = named(lambda n, p, w: Replica(p, w) if any(map(rules.gathered, n)) else p, params, wholes)
+            return local_loss(params, part, z_loss)
+
         with use_rules(rules):
-            return loss_of(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
+            # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
+            grads, metrics = _accumulate(
+                lambda part: jax.grad(objective, has_aux=True)(params, part), batch, accumulation
+            )
+            return named(lambda n, g: reduce_gradient(g, n, rules), grads), _sum_over(metrics, mesh)
 
-    def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
-        grads, metrics = jax.grad(objective, has_aux=True)(params, batch)
-        return jax.lax.with_sharding_constraint(grads, grad_shardings), metrics
+    def local_metrics(params: Any, batch: Batch) -> Metrics:
+        # In the same parts as in training, which is how much of the batch the devices have room for.
+        with use_rules(rules):
+            return _sum_over(_accumulate(lambda part: local_loss(params, part, 0.0)[1], batch, accumulation), mesh)
 
+    specs, update_specs, grad_specs = (
+        jax.tree.map(lambda sharding: sharding.spec, tree)
+        for tree in (param_shardings, update_shardings, grad_shardings)
+    )
+    batch_spec = rules.spec("batch", (rows, length), ("batch", "sequence"))
+    twice = rules.fsdp_shards == "gradients" and mesh.size > 1  # parameters are whole, and gradients are not
+    gradients = _on_every_device(
+        local_gradients,
+        mesh,
+        (grad_specs if twice else specs, specs if twice else None, batch_spec),
+        (update_specs, P()),
+    )
+    metrics_of = _on_every_device(local_metrics, mesh, (specs, batch_spec), P())
+
+    # And what follows on all of them.
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if accumulation == 1:
-            grads, metrics = gradients(state.params, batch)
-        else:
-            grads, metrics = _accumulate(lambda part: gradients(state.params, part), batch, accumulation)
+        grads, metrics = gradients(state.params, state.params if twice else None, batch)
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         count = jnp.maximum(metrics["loss"].count, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
-        grads = jax.lax.with_sharding_constraint(grads, update_shardings)
         params = jax.lax.with_sharding_constraint(state.params, update_shardings)
         with use_rules(rules):
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -181,15 +240,6 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), update_shardings)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
-    def eval_step(params: Any, batch: Batch) -> Metrics:
-        # In the same parts as in training, which is how much of the batch the devices have room for.
-        def metrics(part: Batch) -> Metrics:
-            with use_rules(rules):
-                return loss_of(nnx.merge(graphdef, nnx.State(params)), part, 0.0)[1]
-
-        return metrics(batch) if accumulation == 1 else _accumulate(metrics, batch, accumulation)
-
-    rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
     batch_sharding = rules.sharding("batch", (rows, length), ("batch", "sequence"))
     abstract_batch = {
         name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding)
@@ -220,7 +270,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             out_shardings=(shardings, rules.replicated),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
+        eval_step=jax.jit(metrics_of, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
     )
     with recipe.blamed("parallel"):
         program.train_step.trace(program.abstract_state, abstract_batch)  # a rule that cannot apply shows here
@@ -229,6 +279,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
 def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:
     """The sum of what `compute` returns over `accumulation` microbatches, one after the other."""
+    if accumulation == 1:
+        return compute(batch)
 
     def split(x: jax.Array) -> jax.Array:
         # Every accumulation-th row, so that each device keeps to its own rows.
@@ -240,6 +292,19 @@ def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int
         jax.eval_shape(compute, jax.tree.map(lambda x: x[0], parts)),
     )
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)[0]
+
+
+def _sum_over(metrics: Metrics, mesh: Mesh) -> Metrics:
+    """The sum over all devices, in one collective."""
+    flat, unravel = ravel_pytree(metrics)
+    return unravel(all_reduce(flat, mesh.axis_names))
+
+
+def _on_every_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` of each device's parts of its arguments."""
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _shardings(variables: Any, rules: Rules, of: Sharded) -> Any:
@@ -268,13 +333,24 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     for axis in AXES:
         if layout.sizes[axis] > 1 and axis in ("pipeline", "expert", "context"):
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
-    for field in ("num_heads", "num_kv_heads"):
-        if getattr(model, field) % layout.tensor:
-            heads = math.gcd(model.num_heads, model.num_kv_heads)
-            raise recipe.error(
-                f"model.{field}",
-                f"does not divide over parallel.tensor = {layout.tensor}{nearest_divisors(heads, layout.tensor)}",
-            )
+    tensor = layout.tensor
+    if model.num_heads % tensor:
+        raise recipe.error(
+            "model.num_heads",
+            f"does not divide over parallel.tensor = {tensor}{nearest_divisors(model.num_heads, tensor)}",
+        )
+    if max(model.num_kv_heads, tensor) % min(model.num_kv_heads, tensor):
+        raise recipe.error(
+            "model.num_kv_heads",
+            f"is no multiple of parallel.tensor = {tensor}, nor a divisor of it"
+            f"{nearest_divisors(model.num_kv_heads, tensor)}",
+        )
+    if recipe.data.sequence_length % tensor:
+        raise recipe.error(
+            "data.sequence_length",
+            f"does not divide over parallel.tensor = {tensor}, over which norms and residuals are split"
+            f"{nearest_divisors(recipe.data.sequence_length, tensor)}",
+        )
     if problem := layout.batch_problem(rows, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
     return layout

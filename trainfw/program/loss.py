@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from trainfw.models import Transformer
+from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.program.metrics import Mean
 
 Batch = dict[str, Any]
@@ -13,21 +15,105 @@ Batch = dict[str, Any]
 
 
 def next_token_loss(
-    model: Transformer, batch: Batch, z_loss: float, *, mask_documents: bool = True
+    model: Transformer, batch: Batch, z_loss: float, *, chunk: int = 2048, mask_documents: bool = True
 ) -> tuple[jax.Array, dict[str, Mean]]:
-    """Cross-entropy of the next token, summed (not averaged) over the unmasked tokens.
+    """Cross-entropy of the next token, summed (not averaged) over the unmasked tokens of this device.
 
-    With `mask_documents` a token attends to its own segment only.
+    Args:
+        chunk: tokens whose logits exist at a time.
+        mask_documents: a token attends to its own segment only.
 
-    Returns the objective (nats, with z_loss * log(Z)^2 added) and the metric `loss` (nats, without it).
+    Returns the objective (nats, with z_loss * log(Z)^2 added) and the metric `loss` (nats, without it). Devices along
+    `tensor`, which compute the same tokens' loss, each return their share of it.
     """
     segment_ids_BS = batch["segment_ids"] if mask_documents else None
-    logits_BSV = model(batch["tokens"], segment_ids_BS=segment_ids_BS, positions_BS=batch["positions"])
-    log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
-    # A masked sum rather than a gather: it stays local where the vocabulary is split over devices.
-    vocab_V = jnp.arange(logits_BSV.shape[-1], dtype=jnp.int32)
-    target_logit_BS = jnp.sum(jnp.where(vocab_V == batch["targets"][..., None], logits_BSV, 0.0), axis=-1)
-    mask_BS = batch["loss_mask"]
-    nats = jnp.sum((log_z_BS - target_logit_BS) * mask_BS)
-    objective = nats + z_loss * jnp.sum(jnp.square(log_z_BS) * mask_BS) if z_loss else nats
-    return objective, {"loss": Mean(nats, jnp.sum(mask_BS))}
+    x_BSD = model.hidden_states(batch["tokens"], segment_ids_BS=segment_ids_BS, positions_BS=batch["positions"])
+    x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
+    mask_N = batch["loss_mask"].reshape(-1)
+    objective, nats = _cross_entropy(
+        x_ND, model.head_weight(), batch["targets"].reshape(-1), mask_N, chunk, z_loss, model.config.final_softcap
+    )
+    share = 1.0 / axis_size("tensor")
+    return objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    mask_N: jax.Array,
+    chunk: int,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(nats + z_loss * log(Z)^2, nats), summed over the tokens; only the first has a gradient.
+
+    The vocabulary is split over `tensor` (Shoeybi et al., arXiv:1909.08053, section 3), and the logits of `chunk`
+    tokens exist at a time. Where a gradient is wanted it is computed along with them, so that they are neither kept
+    nor computed twice (Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2).
+    """
+    return _by_chunk(x_ND, w_VD, targets_N, mask_N, chunk, z_loss, softcap, differentiate=False)[0]
+
+
+def _by_chunk(
+    x_ND: jax.Array,
+    w_VD: jax.Array,
+    targets_N: jax.Array,
+    mask_N: jax.Array,
+    chunk: int,
+    z_loss: float,
+    softcap: float | None,
+    *,
+    differentiate: bool,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
+    """The sums, and the gradients (dx_ND, dw_VD) of the first."""
+    N = x_ND.shape[0]
+    chunks = next(n for n in range(-(-N // chunk), N + 1) if N % n == 0)
+    row_V = axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0], dtype=jnp.int32)
+
+    def step(sums: Any, part: Any) -> tuple[Any, Any]:
+        x_nD, targets_n, mask_n = part
+        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            logits_nV = softcap * jnp.tanh(logits_nV / softcap)
+        top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
+        exp_nV = jnp.exp(logits_nV - top_n[:, None])
+        # A masked sum rather than a gather: it stays local where the vocabulary is split.
+        hit_nV = row_V == targets_n[:, None]
+        own = jnp.stack([jnp.sum(exp_nV, axis=-1), jnp.sum(jnp.where(hit_nV, logits_nV, 0.0), axis=-1)])
+        z_n, target_n = all_reduce(own, "tensor")
+        log_z_n = top_n + jnp.log(z_n)
+        nats = jnp.sum((log_z_n - target_n) * mask_n)
+        objective = nats + z_loss * jnp.sum(jnp.square(log_z_n) * mask_n)
+        if not differentiate:
+            return (sums[0] + objective, sums[1] + nats, None), None
+        of_z_n = mask_n * (1.0 + 2.0 * z_loss * log_z_n)
+        d_nV = exp_nV * (of_z_n / z_n)[:, None] - jnp.where(hit_nV, mask_n[:, None], 0.0)
+        if softcap is not None:
+            d_nV = d_nV * (1.0 - jnp.square(logits_nV / softcap))
+        d_nV = d_nV.astype(x_nD.dtype)
+        dw_VD = jnp.einsum("nv,nd->vd", d_nV, x_nD, preferred_element_type=jnp.float32)
+        return (sums[0] + objective, sums[1] + nats, sums[2] + dw_VD), jnp.einsum("nv,vd->nd", d_nV, w_VD)
+
+    zero = jnp.float32(0)
+    sums = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate else None)
+    parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
+    if chunks == 1:
+        sums, dx = step(sums, jax.tree.map(lambda a: a[0], parts))
+    else:
+        sums, dx = jax.lax.scan(step, sums, parts)
+    return sums[:2], (dx.reshape(x_ND.shape), sums[2].astype(w_VD.dtype)) if differentiate else None
+
+
+def _forward(*args: Any) -> tuple[Any, Any]:
+    return _by_chunk(*args, differentiate=True)
+
+
+def _backward(chunk: int, z_loss: float, softcap: float | None, grads: Any, cotangents: Any) -> tuple[Any, ...]:
+    # Devices along tensor return equal shares of one sum, so the cotangent of all of them is theirs together.
+    of_all = cotangents[0] * axis_size("tensor")
+    return (*((g * of_all).astype(g.dtype) for g in grads), None, None)
+
+
+_cross_entropy.defvjp(_forward, _backward)

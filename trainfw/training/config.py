@@ -22,6 +22,8 @@ class TrainConfig(Config):
     """What backward computes again: nothing; all but matrix products; all of each layer."""
     scan_layers: bool = True
     """Compile one layer and scan over the stack; false unrolls the layers: slower to compile, the same numbers."""
+    loss_chunk: int = Field(default=2048, ge=1)
+    """Tokens on a device whose logits exist at a time."""
     z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of log(Z)^2, which keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5)."""
     seed: int = Field(default=0, ge=0, le=INT32)

@@ -1,0 +1,99 @@
+"""Weights where they are used, and their gradients where they are kept.
+
+Inside `jax.shard_map` each device holds its part of every weight. `gather_weight` puts together what the rules split only for
+keeping; its transpose scatters the gradient's sum. What is left, the sum over devices that hold the same part, is done
+once a step (`reduce_gradient`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from trainfw.parallel.collectives import all_gather, all_reduce, axis_size, reduce_scatter
+from trainfw.parallel.rules import Rules, active_rules
+
+GATHERED = "gathered weight"
+"""Name of gathered weights, for policies of `jax.checkpoint`: they are gathered again rather than kept."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Replica:
+    """A weight that every device holds whole, while its gradient is scattered (ZeRO-2)."""
+
+    part: jax.Array
+    """This device's part, to which the gradient belongs."""
+    whole: jax.Array
+
+
+def gather_weight(
+    weight: jax.Array | Replica, names: Sequence[str | None], dtype: Any = None, *, num_kv_heads: int | None = None
+) -> jax.Array:
+    """A weight as it is used, in `dtype`: cast, and then gathered, so that what crosses the links is as narrow.
+
+    Args:
+        names: of its dims.
+        num_kv_heads: where `tensor` spans more devices than there are heads of keys and values, those that share a
+            head gather its columns (dim `kv_heads`) among themselves.
+    """
+    rules = active_rules()
+    if rules is None or rules.mesh.size == 1:
+        assert not isinstance(weight, Replica)
+        return weight.astype(dtype or weight.dtype)
+    if isinstance(weight, Replica):
+        dtype = dtype or weight.part.dtype
+        x = _use(weight.part.astype(dtype), jax.lax.stop_gradient(weight.whole).astype(dtype), tuple(names))
+    else:
+        x = weight.astype(dtype or weight.dtype)
+        if rules.fsdp_shards == "parameters":
+            for dim, name in enumerate(names):
+                x = all_gather(x, rules.gathered(name), dim)
+    groups = kv_groups(num_kv_heads)
+    if groups and "kv_heads" in names:
+        x = all_gather(x, "tensor", names.index("kv_heads"), groups=groups)
+    return checkpoint_name(x, GATHERED)
+
+
+def kv_groups(num_kv_heads: int | None) -> list[list[int]]:
+    """Places along `tensor` that share a head of keys and values; none where each has heads of its own."""
+    size = axis_size("tensor")
+    if num_kv_heads is None or size <= num_kv_heads:
+        return []
+    shared = size // num_kv_heads
+    return [list(range(first, first + shared)) for first in range(0, size, shared)]
+
+
+def reduce_gradient(grad: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
+    """A gradient as the optimizer takes it, from the parts that `gather_weight` leaves on every device."""
+    if rules.fsdp_shards == "optimizer":
+        for dim, name in enumerate(names):
+            grad = reduce_scatter(grad, rules.gathered(name), dim)
+    held = {axis for name in names for axis in rules.axes(name)}
+    return all_reduce(grad, [axis for axis in rules.mesh.axis_names if axis not in held])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _use(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """`whole`, whose gradient is scattered to `part`."""
+    return whole
+
+
+def _use_forward(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return whole, None
+
+
+def _use_backward(names: tuple[str | None, ...], _: None, grad: jax.Array) -> tuple[jax.Array, None]:
+    rules = active_rules()
+    assert rules is not None
+    for dim, name in enumerate(names):
+        grad = reduce_scatter(grad, rules.gathered(name), dim)
+    return grad, None
+
+
+_use.defvjp(_use_forward, _use_backward)
