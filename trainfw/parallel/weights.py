@@ -1,8 +1,8 @@
 """Weights where they are used, and their gradients where they are kept.
 
-Inside `jax.shard_map` each device holds its part of every weight. `gather_weight` puts together what the rules split only for
-keeping; its transpose scatters the gradient's sum. What is left, the sum over devices that hold the same part, is done
-once a step (`reduce_gradient`).
+Inside `jax.shard_map` each device holds its part of every weight. `gather_weight` puts together what the rules split
+only for keeping; its transpose scatters the gradient's sum. What is left, the sum over devices that hold the same part,
+is done once a step (`reduce_gradient`).
 """
 
 from __future__ import annotations

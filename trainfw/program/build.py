@@ -81,7 +81,7 @@ class Program:
         first = share * rows // shares
 
         def place(name: str, array: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(rows)
                 return array[start - first : stop - first, index[1]]
 
@@ -175,9 +175,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
     def named(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
         """`function(names of its dims, leaf, ...)` of every parameter."""
-        leaves, structure = jax.tree.flatten(tree)
-        others = (jax.tree.leaves(other) for other in trees)
-        return structure.unflatten(map(function, names, leaves, *others))
+        leaves = (jax.tree.leaves(t) for t in (tree, *trees))
+        return jax.tree.unflatten(jax.tree.structure(tree), map(function, names, *leaves))
 
     with recipe.blamed("optimizer"):
         shapes = jax.eval_shape(init)

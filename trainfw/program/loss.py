@@ -97,13 +97,14 @@ def _by_chunk(
         return (sums[0] + objective, sums[1] + nats, sums[2] + dw_VD), jnp.einsum("nv,vd->nd", d_nV, w_VD)
 
     zero = jnp.float32(0)
-    sums = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate else None)
+    sums: Any = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate else None)
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
     if chunks == 1:
         sums, dx = step(sums, jax.tree.map(lambda a: a[0], parts))
     else:
         sums, dx = jax.lax.scan(step, sums, parts)
-    return sums[:2], (dx.reshape(x_ND.shape), sums[2].astype(w_VD.dtype)) if differentiate else None
+    objective, nats, dw_VD = sums
+    return (objective, nats), (dx.reshape(x_ND.shape), dw_VD.astype(w_VD.dtype)) if differentiate else None
 
 
 def _forward(*args: Any) -> tuple[Any, Any]:
