@@ -21,6 +21,7 @@ LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
     """What attention in every layer shares: where each query stands and which keys it may see."""

@@ -156,6 +156,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             compute_dtype=recipe.train.compute_dtype,
             remat=recipe.train.remat,
             scan_layers=recipe.train.scan_layers,
+            prefetch=recipe.parallel.prefetch and rules.gathers,
         )
 
     def init() -> TrainState:
