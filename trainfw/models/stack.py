@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core.primitives import all_gather_p
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel import GATHERED, active_rules
@@ -23,9 +24,17 @@ M = TypeVar("M", bound=nnx.Module)
 REDUCED = "reduced over tensor"
 """Name of what attention and feed-forward add to the residual stream."""
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: everything is kept but gathered weights."""
+    if primitive is all_gather_p:
+        return params["axis_name"] == ("tensor",) and params["axis_index_groups"] is None  # of activations
+    return params.get("name") != GATHERED
+
+
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": _policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered,
     "full": None,  # saves a layer's input only
     # And what its projections return, so that no product with weights is done again.
     "dots": _policies.save_from_both_policies(
