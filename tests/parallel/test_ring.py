@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from trainfw import backends
 from trainfw.hardware import load_topology
 from trainfw.hlo import collectives_of, partition
 from trainfw.models.attention import attend
@@ -126,7 +127,7 @@ EXAMPLES = {
 }
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(context=st.sampled_from([2, 4]), **EXAMPLES)
 def test_it_is_full_attention(**example):
     check(**example)
@@ -201,7 +202,7 @@ def test_in_a_rematerialised_scan_it_has_the_same_gradient():
         np.testing.assert_allclose(again, saved, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", [2, 8])
+@pytest.mark.parametrize("context", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_ring_permutes_in_full_circles_only(context):
     arrays = inputs(2 * context)
     whole = [(i, (i + 1) % context) for i in range(context)]
@@ -211,33 +212,44 @@ def test_the_ring_permutes_in_full_circles_only(context):
         found = collectives_of(module)
         assert {collective.kind for collective in found} == {"collective-permute"}
         assert all(sorted(collective.pairs) == whole for collective in found)
-        assert sum(collective.times for collective in found) <= circles
+        assert sum(collective.times for collective in found) == circles
         assert permute_problem(load_topology("trn2.48xlarge"), found[0].pairs) is None
 
 
-def test_no_exchange_of_keys_waits_for_products():
-    """And none of gradients for those of its own round."""
+def test_no_exchange_waits_for_the_products_beside_it():
+    """Keys wait for none at all, and gradients of keys for those of earlier rounds only: they travel meanwhile."""
     context = 4
-    entry = partition(split("ring", Layout(context=context)).lower(*inputs(16))).module
-    computation = entry.computations[entry.entry]
+    module = partition(split("ring", Layout(context=context), segments=False).lower(*inputs(16))).module
+    (computation,) = (
+        c for c in module.computations.values() if any(i.opcode == "dot" for i in c.instructions.values())
+    )
 
     @functools.cache
     def needs(name):
-        instruction = computation.instructions[name.partition("#")[0]]
-        own = frozenset([instruction.name]) if instruction.opcode == "dot" else frozenset()
-        return own.union(*(needs(operand) for operand in instruction.operands))
+        instruction = computation.instructions[name]
+        found = frozenset([name]) if instruction.opcode == "dot" else frozenset()
+        return found.union(*(needs(operand.partition("#")[0]) for operand in instruction.operands))
 
-    waits = [
-        len(needs(instruction.name))
-        for instruction in computation.instructions.values()
-        if instruction.opcode == "collective-permute"
-    ]
-    dots = sum(instruction.opcode == "dot" for instruction in computation.instructions.values())
-    assert dots == 2 * 9 + 5 * 9
-    assert sum(n > 0 for n in waits) == 2 * context
-    # The first carries the own round's gradients alone, the last but one leaves out the last round's.
-    of_gradients = sorted(n for n in waits if n)
-    assert of_gradients == sorted(of_gradients) and len(set(of_gradients)) >= context
+    assert sum(i.opcode == "dot" for i in computation.instructions.values()) == (2 + 5) * (3 + 2 * (context - 1))
+    permutes = [i.name for i in computation.instructions.values() if i.opcode == "collective-permute"]
+    # The barrier before the backward pass makes all of it wait for the forward one, by name.
+    forward = frozenset(
+        n for n, i in computation.instructions.items() if i.opcode == "dot" and "transpose(" not in i.op_name
+    )
+    waits = sorted(len(needs(name) - forward) for name in permutes)
+    keys, gradients = waits[: -2 * context], waits[-2 * context :]
+    assert not any(keys)
+    rounds = [5 * (3 + 2 * away) for away in range(context)]
+    assert gradients == sorted(2 * rounds)
+
+
+def test_scores_of_one_pair_of_halves_are_held_at_a_time():
+    length, context = 2048, 4
+    lowered = split("ring", Layout(context=context)).lower(*inputs(length, group=2))
+    compiled = lowered.compile(compiler_options=dict(backends.current().compiler_options))
+    scores = 4 * BATCH * 2 * (length // context // 2) ** 2
+    # Their gradients, and what becomes of either; there are 3 + 3 * 2 such pairs along the way, and as many back.
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * scores
 
 
 def test_gathered_only_gathers_and_scatters_sums():
@@ -322,7 +334,8 @@ def test_lengths_that_do_not_divide(length, context, tensor):
         nearest = [int(n) for n in problem.rpartition(": ")[2].split(" or ")]
         assert all(map(divides, nearest))
         between = range(nearest[0] + 1, nearest[-1]) if len(nearest) > 1 else range(1, nearest[0])
-        assert length in between and not any(map(divides, between))
+        assert length in between
+        assert not any(map(divides, between))
 
 
 def test_the_reason_names_the_axes():

@@ -159,7 +159,7 @@ def _forward(
     sums: list[_Sums] = []
     for i, query in enumerate(queries):
         nothing = jnp.zeros_like(jnp.moveaxis(query[0], 1, 3), jnp.float32)
-        found = (jnp.full(nothing.shape[:-1], _UNSEEN), nothing[..., 0], nothing)
+        sums, found = _in_turn(sums, (jnp.full(nothing.shape[:-1], _UNSEEN), nothing[..., 0], nothing))
         # The diagonal first: every token sees itself, so that the highest score is from here on one that is seen.
         for key in reversed(_parts(keys, size)[: i + 1]):
             found = _attend(form, found, query, key)
@@ -183,6 +183,8 @@ def _forward(
 
 
 def _backward(form: _Form, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    # Else the compiler sees that forward made the same scores and received the same keys, and keeps them all.
+    saved, cotangent = jax.lax.optimization_barrier((saved, cotangent))
     q, k, v, indices, segments, out, logs = saved
     size = axis_size(form.axis)
     rows = _parts((_grouped(q, k), indices[None], segments, _grouped(cotangent, k), _grouped(out, k)), size)
@@ -190,10 +192,11 @@ def _backward(form: _Form, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     keys: _Keys = (k, v, indices[None], segments)
     arriving = _shift(keys, form)
     halves = _parts(keys, size)
-    of_queries: list[Any] = [0.0] * len(queries)
+    of_queries = [jnp.zeros_like(row[0], jnp.float32) for row in rows]
     of_keys: list[Any] = [(0.0, 0.0)] * len(halves)
-    for i, query in enumerate(queries):
+    for i, row in enumerate(queries):
         for j in range(i + 1):
+            of_queries, query = _in_turn(of_queries, row)
             dq, dkv = _gradients(form, query, halves[j])
             of_queries[i], of_keys[j] = of_queries[i] + dq, _add(of_keys[j], dkv)
     travelling = _join(of_keys)
@@ -203,13 +206,14 @@ def _backward(form: _Form, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
         travelling = _shift(travelling, form)
         before = axis_index(form.axis) >= away
         (early_query, late_query), (early_key, late_key) = queries, _halves(keys)
-        dq, dkv = _gradients(form, late_query, early_key)
-        dq_too, dkv_too = _gradients(form, _pick(before, early_query, late_query), _pick(before, early_key, late_key))
-        nothing = jax.tree.map(jnp.zeros_like, (dq_too, dkv_too))
-        dq_early, dkv_early = _pick(before, (dq_too, dkv_too), nothing)
-        dq_late, dkv_late = _pick(before, nothing, (dq_too, dkv_too))
-        of_queries = [of_queries[0] + dq_early, of_queries[1] + dq + dq_late]
-        travelling = _add(travelling, _join([_add(dkv, dkv_early), dkv_late]))
+        of_queries, query = _in_turn(of_queries, late_query)
+        dq, of_early = _gradients(form, query, early_key)
+        of_queries, query = _in_turn([of_queries[0], of_queries[1] + dq], _pick(before, early_query, late_query))
+        made = _gradients(form, query, _pick(before, early_key, late_key))
+        nothing = jax.tree.map(jnp.zeros_like, made)
+        (dq_early, dkv_early), (dq_late, dkv_late) = _pick(before, made, nothing), _pick(before, nothing, made)
+        of_queries = [of_queries[0] + dq_early, of_queries[1] + dq_late]
+        travelling = _add(travelling, _join([_add(of_early, dkv_early), dkv_late]))
     dk, dv = _shift(travelling, form)  # home
     dq = _join(of_queries).reshape(q.shape)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
@@ -220,6 +224,7 @@ _ring.defvjp(_forward, _backward)
 
 def _attend(form: _Form, sums: _Sums, query: _Queries, key: _Keys) -> _Sums:
     """The sums, with these queries' products with these keys."""
+    sums, query = _in_turn(sums, query)
     highest, total, values = sums
     scores = _mask(form, query, key, _product("bskgh,btkh->bkgst", query[0], key[0]))
     higher = jnp.maximum(highest, scores.max(axis=-1))
@@ -237,7 +242,8 @@ def _gradients(form: _Form, query: Any, key: _Keys) -> tuple[jax.Array, tuple[ja
     dv = _product("bkgst,bskgh->btkh", weights.astype(dout.dtype), dout)
     dweights = _product("bskgh,btkh->bkgst", dout, v)
     dscores = back(weights * (dweights - dots[..., None]))[0].astype(q.dtype)
-    return _product("bkgst,btkh->bskgh", dscores, k), (_product("bkgst,bskgh->btkh", dscores, q), dv)
+    dq, dk = _product("bkgst,btkh->bskgh", dscores, k), _product("bkgst,bskgh->btkh", dscores, q)
+    return jax.lax.optimization_barrier((dq, (dk, dv)))  # together, so that no scores are kept for one of them
 
 
 def _mask(form: _Form, query: _Queries, key: _Keys, products: jax.Array) -> jax.Array:
@@ -265,6 +271,11 @@ def _dots(x_BSKGh: jax.Array, y_BSKGh: jax.Array) -> jax.Array:
 def _grouped(x_BSHh: jax.Array, k_BSKh: jax.Array) -> jax.Array:
     B, S, _, h = x_BSHh.shape
     return x_BSHh.reshape(B, S, k_BSKh.shape[2], -1, h)
+
+
+def _in_turn(sums: Any, tree: Any) -> Any:
+    """Both as they are, but products of `tree` wait for the sums: the scores before are gone by then."""
+    return jax.lax.optimization_barrier((sums, tree))
 
 
 def _shift(tree: Any, form: _Form) -> Any:
