@@ -78,6 +78,7 @@ class Transformer(nnx.Module):
             and logits are f32 whatever it is.
         remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
             "dots" saves what the layers' projections return as well.
+        ring: see `ParallelConfig.context_attention`.
         prefetch: gather the next layer's weights while one computes (with remat "full", where they are sharded).
         scan_layers: compile one layer (one period of `layer_pattern`) and loop over it, rather than all layers in
             a row. The parameters and the numbers are the same.
@@ -92,10 +93,11 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         scan_layers: bool = True,
         prefetch: bool = False,
+        ring: bool = True,
     ):
         check_remat(remat)
         self.config, self.compute_dtype = config, compute_dtype
-        self.remat, self.scan_layers, self.prefetch = remat, scan_layers, prefetch
+        self.remat, self.scan_layers, self.prefetch, self.ring = remat, scan_layers, prefetch, ring
         self.embedding = Embedding(config, rngs=rngs)
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
@@ -128,7 +130,7 @@ class Transformer(nnx.Module):
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
-        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS)
+        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS, ring=self.ring)
         x_BSD, _ = self._run(tokens_BS, context, None)
         return x_BSD
 
