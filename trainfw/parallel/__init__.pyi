@@ -14,6 +14,7 @@ from .layout import Layout as Layout
 from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
+from .order import reorder_layers as reorder_layers
 from .pipeline import bubble as bubble
 from .pipeline import chunk_of as chunk_of
 from .pipeline import layers_problem as layers_problem

@@ -102,6 +102,8 @@ def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
 
 def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
     """The layer at each place of the stacked parameters: those of stage 0, chunk by chunk, then those of stage 1 ..."""
+    if stages == 1 or chunks == 1:
+        return tuple(range(num_layers))
     size = num_layers // (stages * chunks)
     return tuple(
         (chunk * stages + stage) * size + layer

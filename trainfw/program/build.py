@@ -16,7 +16,19 @@ from jax.sharding import Mesh
 from trainfw import backends
 from trainfw.models import Transformer, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
-from trainfw.parallel import AXES, Layout, Placement, Rules, Sharded, make_mesh, nearest_divisors, place, use_rules
+from trainfw.parallel import (
+    AXES,
+    Layout,
+    Placement,
+    Rules,
+    Sharded,
+    make_mesh,
+    nearest_divisors,
+    place,
+    reorder_layers,
+    stage_order,
+    use_rules,
+)
 from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
 from trainfw.program.metrics import Mean
@@ -43,6 +55,8 @@ class Program:
     """ShapeDtypeStructs (B, S) with shardings."""
     grad_shardings: Any
     """Nested dict: how the gradient of each parameter is kept."""
+    layer_order: tuple[int, ...]
+    """The layer at each place of the stacked parameters: not their true order where stages are interleaved."""
     init: Callable[[], TrainState]
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
@@ -51,8 +65,12 @@ class Program:
     """Jitted (params, batch) -> metrics."""
 
     def model(self, params: Any) -> Transformer:
-        """The model with these parameters (a nested dict of arrays)."""
+        """The model with these parameters (a nested dict of arrays), their layers in true order."""
         return nnx.merge(self.graphdef, nnx.State(params))
+
+    def in_true_order(self, params: Any) -> Any:
+        """The state's parameters, their layers in the order in which the model runs them."""
+        return reorder_layers(params, self.layer_order, sorted(self.layer_order))
 
     def compile_train_step(self) -> Any:
         """`train_step`, compiled ahead of time with the backend's options."""
@@ -121,6 +139,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
+    layer_order = stage_order(recipe.model.num_layers, layout.pipeline, recipe.parallel.interleave)
     loss_of = functools.partial(next_token_loss, mask_documents=recipe.data.mask_documents)
 
     def make_model(key: jax.Array) -> Transformer:
@@ -135,6 +154,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     def init() -> TrainState:
         params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
         params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
+        if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
+            params["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], params["layers"])
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
 
@@ -213,6 +234,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         ),
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
+        layer_order=layer_order,
         init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
