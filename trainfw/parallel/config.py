@@ -4,7 +4,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from trainfw.config import INT32, Config, invalid
+from trainfw.config import INT32, Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -18,6 +18,9 @@ class ParallelConfig(Config):
 
     pipeline: int = 1
     """Stages of layers. (More than 1 is not built yet.)"""
+    interleave: PositiveInt = 1
+    """Chunks of layers that each stage holds. Microbatches go round the stages this many times, and the part of the
+    time that stages idle falls accordingly, for as many times the traffic between them."""
     data: int = 1
     """Replicas of the parameters; each takes a part of the batch."""
     fsdp: int = -1
@@ -56,6 +59,8 @@ class ParallelConfig(Config):
         filled = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(filled) > 1:
             invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
+        if self.interleave > 1 and self.pipeline == 1:
+            invalid("interleave", f"interleave = {self.interleave}: needs a pipeline of more than one stage")
         for axis in self.traffic:
             if axis not in AXES:
                 invalid("traffic", f"unknown axis {axis!r}{did_you_mean(axis, AXES)}")

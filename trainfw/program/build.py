@@ -27,10 +27,13 @@ from trainfw.parallel import (
     Sharded,
     all_reduce,
     context_problem,
+    layers_problem,
     make_mesh,
     nearest_divisors,
     place,
     reduce_gradient,
+    reorder_layers,
+    stage_order,
     use_rules,
     zigzag_order,
 )
@@ -60,6 +63,8 @@ class Program:
     """ShapeDtypeStructs (B, S) with shardings."""
     grad_shardings: Any
     """Nested dict: how the gradient of each parameter is kept."""
+    layer_order: tuple[int, ...]
+    """The layer at each place of the stacked parameters: not their true order where stages are interleaved."""
     init: Callable[[], TrainState]
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
@@ -68,8 +73,12 @@ class Program:
     """Jitted (params, batch) -> metrics."""
 
     def model(self, params: Any) -> Transformer:
-        """The model with these parameters (a nested dict of arrays)."""
+        """The model with these parameters (a nested dict of arrays), their layers in true order."""
         return nnx.merge(self.graphdef, nnx.State(params))
+
+    def in_true_order(self, params: Any) -> Any:
+        """The state's parameters, their layers in the order in which the model runs them."""
+        return reorder_layers(params, self.layer_order, sorted(self.layer_order))
 
     def compile_train_step(self) -> Any:
         """`train_step`, compiled ahead of time with the backend's options."""
@@ -148,6 +157,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
     seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
+    layer_order = stage_order(recipe.model.num_layers, layout.pipeline, recipe.parallel.interleave)
     loss_of = functools.partial(
         next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
     )
@@ -166,6 +176,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     def init() -> TrainState:
         params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
         params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
+        if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
+            params["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], params["layers"])
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
 
@@ -267,6 +279,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         ),
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
+        layer_order=layer_order,
         init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
