@@ -17,7 +17,11 @@ class ParallelConfig(Config):
     """The layout: how many devices each mesh axis spans. One axis may be -1: the devices that are left."""
 
     pipeline: int = 1
-    """Stages of layers. (More than 1 is not built yet.)"""
+    """Stages of layers, through which microbatches pass. All stages share the embedding, the head and the loss, each
+    for its own rows of the batch."""
+    pipeline_microbatches: PositiveInt | None = None
+    """Into how many microbatches the rows of one accumulation step are split for the pipeline, a multiple of its
+    stages: the more, the less time stages idle. Null is as many as there are rows."""
     interleave: PositiveInt = 1
     """Chunks of layers that each stage holds. Microbatches go round the stages this many times, and the part of the
     time that stages idle falls accordingly, for as many times the traffic between them."""
@@ -61,6 +65,8 @@ class ParallelConfig(Config):
             invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
         if self.interleave > 1 and self.pipeline == 1:
             invalid("interleave", f"interleave = {self.interleave}: needs a pipeline of more than one stage")
+        if self.pipeline_microbatches is not None and self.pipeline == 1:
+            invalid("pipeline_microbatches", "pipeline_microbatches applies to a pipeline of more than one stage")
         for axis in self.traffic:
             if axis not in AXES:
                 invalid("traffic", f"unknown axis {axis!r}{did_you_mean(axis, AXES)}")
