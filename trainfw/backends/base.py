@@ -20,6 +20,8 @@ class Backend:
     """Parameters are initialised on the host's CPU and then placed, so that no random numbers are drawn on a device."""
     host_generate: bool = False
     """Text is sampled on the host's CPU: sorting, conditions and growing caches are not for the devices."""
+    grouped_matmul: bool = True
+    """jax.lax.ragged_dot, and the sort by which its rows are grouped, run on the devices."""
 
     @property
     def simulated(self) -> bool:

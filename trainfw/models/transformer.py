@@ -13,6 +13,7 @@ from flax import nnx
 from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm
+from trainfw.models.moe import MoE
 from trainfw.models.rope import rope_turns
 from trainfw.models.stack import Remat, check_remat, init_stack, run_stack
 from trainfw.parallel import constrain
@@ -34,7 +35,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs) if config.moe is None else MoE(config, rngs=rngs)
         self.attention_norm = RMSNorm(config.hidden_size, config)
         self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
@@ -47,7 +48,10 @@ class DecoderLayer(nnx.Module):
         if self.attention_post_norm is not None:
             y_BSD = self.attention_post_norm(y_BSD)
         x_BSD = constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed")
-        y_BSD = self.mlp(self.mlp_norm(x_BSD))
+        if isinstance(self.mlp, MoE):
+            y_BSD, _ = self.mlp(self.mlp_norm(x_BSD))
+        else:
+            y_BSD = self.mlp(self.mlp_norm(x_BSD))
         if self.mlp_post_norm is not None:
             y_BSD = self.mlp_post_norm(y_BSD)
         return constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed"), cache
@@ -176,6 +180,10 @@ def abstract_model(config: ModelConfig, **options: Any) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, a tied table counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+def count_parameters(config: ModelConfig, *, active: bool = False) -> int:
+    """Parameters of the model, a tied table counted once; `active`: those of one token's experts only."""
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+    if not active or config.moe is None:
+        return total
+    idle = config.moe.num_experts - config.moe.experts_per_token
+    return total - config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size

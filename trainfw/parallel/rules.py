@@ -29,6 +29,9 @@ DEFAULT_RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "router": (),
+    "experts": ("expert",),
+    "expert_embed": ("fsdp", "context"),
     # Activations.
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
