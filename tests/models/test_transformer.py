@@ -38,8 +38,8 @@ PUBLISHED_PARAMETERS = {
     "qwen3-235b-a22b": 235_093_634_560,
     "olmoe-1b-7b": 6_919_161_856,
 }
-# Published totals and those active for a token, in billions: Mixtral of Experts (mistral.ai/news/mixtral-of-experts),
-# the Qwen3 report (arXiv:2505.09388, table 2, and the models' Hugging Face pages), OLMoE (arXiv:2409.02060, table 1).
+# Published totals and those active for a token, in billions: mistral.ai/news/mixtral-of-experts,
+# huggingface.co/Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B, OLMoE (arXiv:2409.02060, section 2).
 PUBLISHED_ACTIVE = {
     "mixtral-8x7b": (46.7, 12.9),
     "qwen3-30b-a3b": (30.5, 3.3),

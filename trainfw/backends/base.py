@@ -21,7 +21,8 @@ class Backend:
     host_generate: bool = False
     """Text is sampled on the host's CPU: sorting, conditions and growing caches are not for the devices."""
     grouped_matmul: bool = True
-    """jax.lax.ragged_dot, and the sort by which its rows are grouped, run on the devices."""
+    """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
+    Neuron names such an operator."""
 
     @property
     def simulated(self) -> bool:

@@ -63,7 +63,7 @@ class MoEConfig(Config):
     dispatch: Dispatch = "capacity"
     """`capacity`: an expert has a fixed number of slots, and what finds none is dropped (its token keeps what its other
     experts add); all-to-all over the expert axis. `dropless`: nothing is dropped; needs a backend with grouped
-    products (not Neuron), and gathers the expert axis's tokens."""
+    products (not Neuron), and gathers the expert axis's tokens. Text is generated without drops in either case."""
     capacity_factor: PositiveFloat = 1.25
     """capacity: slots of an expert, as a multiple of what it needs where all experts are chosen equally often."""
     balance_loss: NonNegativeFloat = 0.01

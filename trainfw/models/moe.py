@@ -68,7 +68,7 @@ def dispatch_problem(config: ModelConfig, backend: Backend) -> str | None:
     """Why `model.moe.dispatch` does not do on this backend, or None."""
     if config.moe is None or config.moe.dispatch == "capacity" or backend.grouped_matmul:
         return None
-    return f"{backend} has no grouped matrix products; expected capacity"
+    return f"{backend} has no grouped matrix products, every expert would multiply every token; expected capacity"
 
 
 class ExpertLinear(nnx.Module):
@@ -101,12 +101,12 @@ class MoE(nnx.Module):
         shared = moe.shared_intermediate_size
         self.shared = None if shared is None else MLP(config, width=shared, path="layers.mlp.shared", rngs=rngs)
 
-    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, MoEStats]:
-        """(y_BSD in the dtype of x, stats)."""
+    def __call__(self, x_BSD: jax.Array, *, dropless: bool = False) -> tuple[jax.Array, MoEStats]:
+        """(y_BSD in the dtype of x, stats); with `dropless` nothing is dropped, whatever the config says."""
         B, S, D = x_BSD.shape
         x_TD = x_BSD.reshape(B * S, D)
         logits_TE, probabilities_TE, weights_TK, experts_TK = self._route(x_TD)
-        if self.config.dispatch == "capacity":
+        if self.config.dispatch == "capacity" and not dropless:
             y_TD, dropped = self._capacity(x_TD, weights_TK, experts_TK)
         else:
             y_TD, dropped = self._dropless(x_TD, weights_TK, experts_TK), jnp.float32(0.0)

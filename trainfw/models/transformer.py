@@ -49,7 +49,8 @@ class DecoderLayer(nnx.Module):
             y_BSD = self.attention_post_norm(y_BSD)
         x_BSD = constrain(x_BSD + y_BSD, "residual", "batch", "sequence", "act_embed")
         if isinstance(self.mlp, MoE):
-            y_BSD, _ = self.mlp(self.mlp_norm(x_BSD))
+            # Text must not depend on what else is in the batch: while decoding nothing is dropped.
+            y_BSD, _ = self.mlp(self.mlp_norm(x_BSD), dropless=cache is not None)
         else:
             y_BSD = self.mlp(self.mlp_norm(x_BSD))
         if self.mlp_post_norm is not None:
