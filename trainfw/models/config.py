@@ -181,9 +181,10 @@ class ModelConfig(Config):
 
 def _merged(preset: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The preset's fields, overridden by `data`; those of `moe` one by one, since it says how to run as well."""
-    moe = [fields.get("moe") for fields in (preset, data)]
-    merged = preset | data
-    return merged | {"moe": moe[0] | moe[1]} if all(isinstance(fields, dict) for fields in moe) else merged
+    merged, ours, theirs = preset | data, preset.get("moe"), data.get("moe")
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        merged["moe"] = ours | theirs
+    return merged
 
 
 @functools.cache
