@@ -51,7 +51,7 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Into how many parts the global batch is split."""
-        return self.data * self.fsdp * self.expert
+        return self.pipeline * self.data * self.fsdp * self.expert
 
     def batch_problem(self, rows: int, accumulation_steps: int) -> str:
         """Why a global batch of so many rows does not divide, and what would; empty where it does."""
@@ -59,7 +59,8 @@ class Layout:
         parts = shards * accumulation_steps
         if rows % parts == 0:
             return ""
-        expert = f"expert({self.expert}) * " if self.expert > 1 else ""
+        axes = [a for a in ("pipeline", "data", "fsdp", "expert") if a in ("data", "fsdp") or self.sizes[a] > 1]
+        product = " * ".join(f"{axis}({self.sizes[axis]})" for axis in axes)
         nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
         batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
         ways = f"the nearest that do: {batches}"
@@ -68,8 +69,7 @@ class Layout:
             fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
             ways = f"train.accumulation_steps={fewer} makes it divide; {ways}"
         return (
-            f"does not divide over data({self.data}) * fsdp({self.fsdp}) * {expert}"
-            f"accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
+            f"does not divide over {product} * accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
         )
 
     def __str__(self) -> str:
