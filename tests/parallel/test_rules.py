@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from trainfw import UserError
-from trainfw.parallel import Layout, Rules, constrain, gather_weight, make_mesh, use_rules
+from trainfw.parallel import Layout, Rules, make_mesh
 
 
 def rules(overrides=None, **sizes: int) -> Rules:
@@ -23,8 +22,12 @@ def test_names_become_axes_and_axes_of_one_are_left_out():
     assert rules(data=2, fsdp=4).spec("x", (8, 3), ("batch", None)) == P(("data", "fsdp"), None)
 
 
-def test_a_weight_is_gathered_over_fsdp_only():
-    assert rules(fsdp=2, tensor=2).spec("w", (8, 16), ("embed", "mlp"), without="fsdp") == P(None, ("tensor",))
+def test_a_weight_is_gathered_over_what_only_keeps_it_split():
+    assert rules(fsdp=2, tensor=2).spec("w", (8, 16), ("embed", "mlp"), in_use=True) == P(None, ("tensor",))
+    of_experts = rules(fsdp=2, expert=2, tensor=2).spec(
+        "w", (8, 8, 16), ("experts", "expert_embed", "mlp"), in_use=True
+    )
+    assert of_experts == P(("expert",), None, ("tensor",))
 
 
 def test_what_cannot_be_sharded_is_named():
@@ -41,26 +44,7 @@ def test_what_cannot_be_sharded_is_named():
 
 
 def test_rules_can_be_replaced():
-    assert rules({"embed": ["tensor"], "mlp": []}, tensor=2).spec("w", (8, 8), ("embed", "mlp")) == P(("tensor",), None)
-
-
-def test_the_gradient_of_a_gathered_weight_is_sharded_again():
-    mesh_rules = rules(fsdp=4)
-    weight = jax.device_put(jnp.ones((8, 8)), mesh_rules.sharding("w", (8, 8), ("embed", "mlp")))
-    with use_rules(mesh_rules):
-        grad = jax.jit(jax.grad(lambda w: (gather_weight(w, "w", "embed", "mlp") ** 2).sum()))(weight)
-    assert grad.sharding.spec == P("fsdp", None)
-    assert (grad == 2).all()
-
-
-def test_activations_follow_the_rules_in_use_and_none_outside():
-    def f(x):
-        return constrain(x * 2, "x", "batch", "act_mlp"), gather_weight(x * 3, "w", "embed", "mlp")
-
-    x = jnp.ones((8, 8))
-    assert len(jax.jit(f)(x)[0].sharding.device_set) == 1
-    mesh_rules = rules(fsdp=2, tensor=4)
-    with use_rules(mesh_rules):
-        activation, weight = jax.jit(f)(jax.device_put(x, mesh_rules.replicated))
-    assert activation.sharding.spec == P("fsdp", "tensor")
-    assert weight.sharding.spec == P(None, "tensor")
+    assert rules({"embed": ["data"]}, data=2, fsdp=2).spec("w", (8, 8), ("embed", "mlp")) == P(("data",), None)
+    assert not rules({"embed": [], "expert_embed": []}, fsdp=2).gathers
+    with pytest.raises(UserError, match=r"mlp = .*: this dim is always split over tensor; rules can be given for"):
+        rules({"mlp": []})

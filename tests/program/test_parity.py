@@ -27,7 +27,7 @@ VARIANTS = {
     "unrolled": (1, ["train.scan_layers=false"]),
     "unrolled, tensor 2, fsdp 2": (4, ["train.scan_layers=false", "parallel.tensor=2"]),
     "remat full, fsdp 4": (4, ["train.remat=full"]),
-    "activations over tensor": (4, ["parallel.tensor=2", "parallel.rules={act_embed: [tensor]}", "train.remat=full"]),
+    "more tensor than kv heads": (8, ["parallel.tensor=4", "train.remat=full"]),
     # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
     "placed on a chip": (8, ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]),
 }

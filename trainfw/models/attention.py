@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import jax
@@ -16,11 +16,13 @@ from trainfw.models.layers import Linear, RMSNorm
 from trainfw.models.products import softcap as capped
 from trainfw.models.products import wide_einsum
 from trainfw.models.rope import apply_rope
+from trainfw.parallel import axis_size, gathered_attention, local_indices, ring_attention
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
     """What attention in every layer shares: where each query stands and which keys it may see."""
@@ -31,6 +33,8 @@ class Context:
     """Index of the first query among the keys: 0, or the length of the cache."""
     segment_ids_BS: jax.Array | None = None
     """Tokens see only tokens of their own segment. (Not with a cache.)"""
+    ring: bool = field(default=True, metadata={"static": True})
+    """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
 
 
 def attention_mask(context: Context, num_queries: int, num_keys: int, window: int | None) -> jax.Array:
@@ -105,6 +109,21 @@ class Attention(nnx.Module):
             v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
             cache = (k_BTKh, v_BTKh)
         window = config.sliding_window if kind == "sliding" else None
+        scale = config.query_scale or config.head_dim**-0.5
+        if axis_size("context") > 1:
+            over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
+            o_BSHh = over_context(
+                q_BSHh,
+                k_BTKh,
+                v_BTKh,
+                axis="context",
+                indices_S=local_indices(S),
+                segment_ids_BS=context.segment_ids_BS,
+                window=window,
+                scale=scale,
+                softcap=config.attention_softcap,
+            )
+            return self.output(o_BSHh.reshape(B, S, -1)), cache
         kernel = backends.resolve(
             "attention",
             backends.AttentionRequest(
@@ -121,10 +140,7 @@ class Attention(nnx.Module):
             ),
             backends.current(),
         )
-        run = functools.partial(
-            kernel.call or attend,
-            scale=config.query_scale or config.head_dim**-0.5,
-            softcap=config.attention_softcap,
-        )
-        o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, attention_mask(context, S, k_BTKh.shape[1], window))
+        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
+        run = kernel.call or attend
+        o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache

@@ -5,12 +5,15 @@ Scanned or unrolled is a choice of program, never of storage: the same checkpoin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core.primitives import all_gather_p
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel import GATHERED, active_rules
@@ -21,9 +24,17 @@ M = TypeVar("M", bound=nnx.Module)
 REDUCED = "reduced over tensor"
 """Name of what attention and feed-forward add to the residual stream."""
 
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: everything is kept but gathered weights."""
+    if primitive is all_gather_p:
+        return params["axis_name"] == ("tensor",) and params["axis_index_groups"] is None  # of activations
+    return params.get("name") != GATHERED
+
+
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": _policies.save_anything_except_these_names(GATHERED),
+    "none": _all_but_gathered,
     "full": None,  # saves a layer's input only
     # And what its projections return, so that no product with weights is done again.
     "dots": _policies.save_from_both_policies(
@@ -54,51 +65,159 @@ def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Ca
     if remat == "none" and (rules is None or rules.mesh.size == 1):
         return step
     # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
-    return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(2,))
+    return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(4,))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a stack is made of: how one layer's weights are put together, and what it does with them."""
+
+    gather: Callable[[Any], Any]
+    """Parameters of one layer, as they are kept, -> its weights."""
+    apply: Callable[[jax.Array, Any, Any, Any, Any], tuple[jax.Array, Any]]
+    """(x, weights, what all layers share, this layer's own input, kind) -> (x, out)."""
+
+    def __call__(self, x: jax.Array, params: Any, shared: Any, own: Any, kind: Any) -> tuple[jax.Array, Any]:
+        return self.apply(x, self.gather(params), shared, own, kind)
 
 
 def run_stack(
-    step: Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]],
+    layer: Layer,
     x: jax.Array,
-    stacked: Any,
+    params: Any,
+    shared: Any,
+    own: Any,
     kinds: tuple[Any, ...],
     period: int,
     *,
     scan: bool,
     remat: Remat,
+    prefetch: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Apply `step(x, slice, kind) -> (x, out)` for every layer, in order; returns the last x and the stacked outs.
+    """Every layer in order; returns the last x and the stacked outs.
 
     Args:
-        stacked: a pytree of arrays with a leading layers dim; `slice` is one layer of it.
+        params, own: pytrees of arrays with a leading layers dim.
+        shared: a pytree of arrays that are not differentiated.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
+        prefetch: with remat "full", gather the next layer's weights before this layer's products.
     """
+    if prefetch and remat == "full" and own is None and len(kinds) > 1 and (period == 1 or not scan):
+        return _prefetched(layer, kinds, scan, x, params, shared)
+    step = checkpointed(layer, remat, scanned=False)
+    scanned_step = checkpointed(layer, remat, scanned=True)
 
-    def unrolled(x: jax.Array, stacked: Any, kinds: tuple[Any, ...], scanned: bool) -> tuple[jax.Array, Any]:
-        layer = checkpointed(step, remat, scanned=scanned)
+    def unrolled(step: Any, x: jax.Array, stacked: Any, kinds: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         outs = []
-        for slice_, kind in zip(_unstack(stacked, len(kinds)), kinds, strict=True):
-            x, out = layer(x, slice_, kind)
+        for (params, own), kind in zip(_unstack(stacked, len(kinds)), kinds, strict=True):
+            x, out = step(x, params, shared, own, kind)
             outs.append(out)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
+    stacked = (params, own)
     groups = len(kinds) // period if scan else 0
     if groups < 2:
-        return unrolled(x, stacked, kinds, scanned=False)
+        return unrolled(step, x, stacked, kinds)
     if period == 1:
         # Slices of the stack go straight into the checkpoint: the backward pass then reads the stack itself, where it
         # would keep a copy of what is made of them.
-        layer = checkpointed(step, remat, scanned=True)
-        return jax.lax.scan(lambda x, slice_: layer(x, slice_, kinds[0]), x, stacked)
+        return jax.lax.scan(lambda x, slice_: scanned_step(x, slice_[0], shared, slice_[1], kinds[0]), x, stacked)
     looped, rest = _cut(stacked, groups * period)
     looped = jax.tree.map(lambda a: a.reshape(groups, period, *a.shape[1:]), looped)
-    x, outs = jax.lax.scan(lambda x, group: unrolled(x, group, kinds[:period], scanned=True), x, looped)
+    x, outs = jax.lax.scan(lambda x, group: unrolled(scanned_step, x, group, kinds[:period]), x, looped)
     outs = jax.tree.map(lambda a: a.reshape(groups * period, *a.shape[2:]), outs)
     if groups * period < len(kinds):
-        x, rest_outs = unrolled(x, rest, kinds[groups * period :], scanned=False)
+        x, rest_outs = unrolled(step, x, rest, kinds[groups * period :])
         outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
     return x, outs
+
+
+# --- Weights gathered a layer ahead --------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _prefetched(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, shared: Any
+) -> tuple[jax.Array, Any]:
+    """`run_stack` with remat "full", the next layer's weights in flight while a layer computes, both ways.
+
+    Written out, since the loops that JAX derives would keep the gathered weights for the backward pass.
+    """
+    return _prefetched_forward(layer, kinds, scan, x, params, shared)[0]
+
+
+def _prefetched_forward(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, shared: Any
+) -> tuple[Any, Any]:
+    num_layers = len(kinds)
+
+    def body(carry: Any, i: Any, kind: Any) -> Any:
+        x, weights, xs, outs = carry
+        # Gathered no sooner than this layer starts, so that two layers' weights are there at a time.
+        x, ahead = jax.lax.optimization_barrier((x, _at(params, i + 1)))
+        following = layer.gather(ahead)
+        y, out = layer.apply(x, weights, shared, None, kind)
+        return y, following, _put(xs, i, x), _put(outs, i, out)
+
+    weights = layer.gather(_at(params, 0))
+    _, out = jax.eval_shape(lambda x, weights: layer.apply(x, weights, shared, None, kinds[0]), x, weights)
+    carry = (x, weights, _room(num_layers, x), _room(num_layers, out))
+    x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
+    y, out = layer.apply(x, weights, shared, None, kinds[-1])
+    return (y, _put(outs, num_layers - 1, out)), (_put(xs, num_layers - 1, x), params, shared)
+
+
+def _prefetched_backward(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, kept: Any, cotangents: Any
+) -> tuple[Any, Any, None]:
+    xs, params, shared = kept
+    dx, of_outs = cotangents
+    num_layers = len(kinds)
+
+    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
+        _, transpose = jax.vjp(lambda x, weights: layer.apply(x, weights, shared, None, kind), x, weights)
+        dx, of_weights = transpose((dx, _at(of_outs, i)))
+        _, scatter = jax.vjp(layer.gather, _at(params, i))
+        return dx, scatter(of_weights)[0]
+
+    def body(carry: Any, i: Any, kind: Any) -> Any:
+        dx, weights, of_params = carry
+        # The barrier also keeps what is computed again apart from what was computed before.
+        dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at(params, i - 1)))
+        preceding = layer.gather(ahead)
+        dx, own = back(dx, x, weights, i, kind)
+        return dx, preceding, _put(of_params, i, own)
+
+    dx, last = jax.lax.optimization_barrier((dx, _at(params, num_layers - 1)))
+    carry = (dx, layer.gather(last), jax.tree.map(jnp.zeros_like, params))
+    dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
+    dx, own = back(dx, _at(xs, 0), weights, 0, kinds[0])
+    return dx, _put(of_params, 0, own), None
+
+
+_prefetched.defvjp(_prefetched_forward, _prefetched_backward)
+
+
+def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds: tuple[Any, ...], *, scan: bool) -> Any:
+    """`carry = body(carry, i, kinds[i])` for every i; scanned, all layers are of one kind."""
+    if scan:
+        return jax.lax.scan(lambda carry, i: (body(carry, i, kinds[0]), None), carry, jnp.array(order, jnp.int32))[0]
+    for i in order:
+        carry = body(carry, i, kinds[i])
+    return carry
+
+
+def _at(stacked: Any, i: Any) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+
+
+def _put(stacked: Any, i: Any, one: Any) -> Any:
+    return jax.tree.map(lambda a, part: jax.lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, one)
+
+
+def _room(num_layers: int, one: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros((num_layers, *a.shape), a.dtype), one)
 
 
 def _cut(stacked: Any, at: int) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
-from trainfw.models.stack import REDUCED, Remat, check_remat, init_stack, run_stack
+from trainfw.models.stack import REDUCED, Layer, Remat, check_remat, init_stack, run_stack
 from trainfw.parallel import all_gather, gather_weight, reduce_scatter
 
 
@@ -47,7 +47,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
+        self, x_BSD: jax.Array, context: Context, cache: LayerCache | None, kind: LayerKind
     ) -> tuple[jax.Array, LayerCache | None]:
         y_BSD, cache = self.attention(_gather(self.attention_norm(x_BSD)), context, kind, cache)
         y_BSD = _scatter(y_BSD)
@@ -78,6 +78,8 @@ class Transformer(nnx.Module):
             and logits are f32 whatever it is.
         remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
             "dots" saves what the layers' projections return as well.
+        ring: see `ParallelConfig.context_attention`.
+        prefetch: gather the next layer's weights while one computes (with remat "full", where they are sharded).
         scan_layers: compile one layer (one period of `layer_pattern`) and loop over it, rather than all layers in
             a row. The parameters and the numbers are the same.
     """
@@ -90,9 +92,12 @@ class Transformer(nnx.Module):
         compute_dtype: str = "float32",
         remat: Remat = "none",
         scan_layers: bool = True,
+        prefetch: bool = False,
+        ring: bool = True,
     ):
         check_remat(remat)
-        self.config, self.compute_dtype, self.remat, self.scan_layers = config, compute_dtype, remat, scan_layers
+        self.config, self.compute_dtype = config, compute_dtype
+        self.remat, self.scan_layers, self.prefetch, self.ring = remat, scan_layers, prefetch, ring
         self.embedding = Embedding(config, rngs=rngs)
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
@@ -125,7 +130,7 @@ class Transformer(nnx.Module):
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
-        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS)
+        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS, ring=self.ring)
         x_BSD, _ = self._run(tokens_BS, context, None)
         return x_BSD
 
@@ -170,20 +175,21 @@ class Transformer(nnx.Module):
         if config.scale_embeddings:
             x_BSD = x_BSD * jnp.asarray(math.sqrt(config.hidden_size), x_BSD.dtype)
         graphdef, params = nnx.split(self.layers)
-
-        def step(x_BSD: jax.Array, slice_: Any, kind: LayerKind) -> tuple[jax.Array, Any]:
-            layer_params, layer_cache = slice_
-            weights = gather_weights(layer_params, x_BSD.dtype, config)
-            return nnx.merge(graphdef, weights)(x_BSD, context, kind, layer_cache)
-
+        layer = Layer(
+            gather=lambda params: gather_weights(params, x_BSD.dtype, config),
+            apply=lambda x_BSD, weights, *inputs: nnx.merge(graphdef, weights)(x_BSD, *inputs),
+        )
         x_BSD, cache = run_stack(
-            step,
+            layer,
             x_BSD,
-            (params, cache),
+            params,
+            context,
+            cache,
             config.layer_kinds,
             len(config.layer_pattern),
             scan=self.scan_layers,
             remat=self.remat,
+            prefetch=self.prefetch,
         )
         return self.final_norm(x_BSD), cache
 

@@ -12,6 +12,7 @@ from .config import Sharded as Sharded
 from .groups import group_problem as group_problem
 from .groups import permute_problem as permute_problem
 from .layout import Layout as Layout
+from .layout import context_problem as context_problem
 from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
@@ -20,6 +21,11 @@ from .placement import Piece as Piece
 from .placement import Placement as Placement
 from .placement import default_traffic as default_traffic
 from .placement import place as place
+from .ring import causal_mask as causal_mask
+from .ring import gathered_attention as gathered_attention
+from .ring import local_indices as local_indices
+from .ring import ring_attention as ring_attention
+from .ring import zigzag_order as zigzag_order
 from .rules import Rules as Rules
 from .rules import active_rules as active_rules
 from .rules import by_layer as by_layer

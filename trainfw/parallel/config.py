@@ -29,10 +29,16 @@ class ParallelConfig(Config):
     `gradients` (ZeRO-2): gradients, scattered in every microbatch, and optimizer state. Parameters are whole on every
     device, but for `tensor`; each device updates its share of them, and the shares are gathered once a step.
     `optimizer` (ZeRO-1): optimizer state alone. As `gradients`, but gradients are summed whole in every microbatch."""
+    prefetch: bool = True
+    """Gather the next layer's weights while a layer computes, where there is something to gather and train.remat is
+    full: the links work while the tensor engine does, and two layers' weights are there at a time."""
     expert: int = 1
     """Devices over which experts are spread. (More than 1 is not built yet.)"""
     context: int = 1
-    """Devices over which the sequence is split. (More than 1 is not built yet.)"""
+    """Devices over which the sequence is split, in zig-zag: each has an early and a late part of it."""
+    context_attention: Literal["ring", "gathered"] = "ring"
+    """How tokens see the other devices' keys and values: these travel round a `ring` of devices, met by each with its
+    own queries (Liu et al., arXiv:2310.01889), or are `gathered` first: more memory, one exchange."""
     tensor: int = 1
     """Devices over which heads, feed-forward columns and the vocabulary are split."""
     rules: dict[str, list[str]] = Field(default_factory=dict)

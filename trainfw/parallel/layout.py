@@ -86,6 +86,22 @@ def nearest_divisors(size: int, parts: int) -> str:
     return f"; the nearest size{'s' * (len(found) > 1)} that do{'es' * (len(found) == 1)}: {', '.join(map(str, found))}"
 
 
+def context_problem(length: int, context: int, tensor: int) -> str:
+    """Why a sequence of so many tokens does not divide over these axes, and what would; empty where it does.
+
+    Over context in two chunks a device (see `zigzag_order`), and what lies on one of these devices over tensor.
+    """
+    parts = context * math.lcm(2, tensor) if context > 1 else tensor
+    if length % parts == 0:
+        return ""
+    over = [f"2 * context({context})"] * (context > 1)
+    if tensor > 1:
+        over.append(f"context({context}) * tensor({tensor})" if context > 1 else f"tensor({tensor})")
+    nearest = sorted({max(length // parts, 1) * parts, (length // parts + 1) * parts})
+    lengths = " or ".join(f"{n:,}" for n in (nearest if length > parts else nearest[:1]))
+    return f"does not divide over {' and over '.join(over)}; the nearest lengths that do: {lengths}"
+
+
 def _simulate(needed: int, found: int) -> str:
     if needed > MAX_SIMULATED:
         return ""

@@ -83,6 +83,11 @@ class Rules:
         """Those of them along which a weight is gathered for use."""
         return () if name in SPLIT_RULES else self.axes(name)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether layers gather weights at all."""
+        return self.fsdp_shards == "parameters" and any(map(self.gathered, GATHERED_RULES))
+
     def spec(
         self, array: str, shape: Sequence[int], names: Sequence[str | None], *, in_use: bool = False
     ) -> PartitionSpec:

@@ -26,11 +26,13 @@ from trainfw.parallel import (
     Rules,
     Sharded,
     all_reduce,
+    context_problem,
     make_mesh,
     nearest_divisors,
     place,
     reduce_gradient,
     use_rules,
+    zigzag_order,
 )
 from trainfw.program.host import init_on_host
 from trainfw.program.loss import Batch, next_token_loss
@@ -79,11 +81,12 @@ class Program:
         rows, length = self.recipe.train.global_batch_size, self.recipe.data.sequence_length
         share, shares = self.batch_share
         first = share * rows // shares
+        columns = zigzag_order(length, self.layout.context)
 
         def place(name: str, array: np.ndarray) -> jax.Array:
             def part(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(rows)
-                return array[start - first : stop - first, index[1]]
+                return array[start - first : stop - first, columns[index[1]]]
 
             return jax.make_array_from_callback((rows, length), self.abstract_batch[name].sharding, part)
 
@@ -156,6 +159,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             compute_dtype=recipe.train.compute_dtype,
             remat=recipe.train.remat,
             scan_layers=recipe.train.scan_layers,
+            prefetch=recipe.parallel.prefetch and rules.gathers,
+            ring=recipe.parallel.context_attention == "ring",
         )
 
     def init() -> TrainState:
@@ -330,7 +335,7 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
     for axis in AXES:
-        if layout.sizes[axis] > 1 and axis in ("pipeline", "expert", "context"):
+        if layout.sizes[axis] > 1 and axis in ("pipeline", "expert"):
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
     tensor = layout.tensor
     if model.num_heads % tensor:
@@ -344,12 +349,8 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
             f"is no multiple of parallel.tensor = {tensor}, nor a divisor of it"
             f"{nearest_divisors(model.num_kv_heads, tensor)}",
         )
-    if recipe.data.sequence_length % tensor:
-        raise recipe.error(
-            "data.sequence_length",
-            f"does not divide over parallel.tensor = {tensor}, over which norms and residuals are split"
-            f"{nearest_divisors(recipe.data.sequence_length, tensor)}",
-        )
+    if problem := context_problem(recipe.data.sequence_length, layout.context, tensor):
+        raise recipe.error("data.sequence_length", problem)
     if problem := layout.batch_problem(rows, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
     return layout
