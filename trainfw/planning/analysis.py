@@ -17,6 +17,7 @@ from trainfw import backends
 from trainfw.errors import UserError
 from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
 from trainfw.parallel import Layout
+from trainfw.planning.names import is_backward, is_recomputed
 from trainfw.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -358,7 +359,7 @@ def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
     """The phase of every instruction of a computation, which runs more than once in a step or not."""
 
     def named(instruction: Instruction) -> Phase | None:
-        if "transpose(" in instruction.op_name or "rematted_computation" in instruction.op_name:
+        if is_backward(instruction.op_name) or is_recomputed(instruction.op_name):
             return "backward"
         return "forward" if "jvp(" in instruction.op_name else None
 
@@ -424,7 +425,7 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         bytes=left.bytes + right.bytes + dot.bytes,
         attention=_names(_SCORES, dot),
         backward=_names(_LOSS_GRADIENTS, dot)
-        or ("transpose(" in dot.op_name and "rematted_computation" not in dot.op_name),
+        or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
 

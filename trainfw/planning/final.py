@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from trainfw.hlo import Buffer, Instruction, Module
+from trainfw.planning.names import is_backward
 
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 _MOVES = {"bitcast", "copy", "reshape", "transpose"}
@@ -156,7 +157,7 @@ class Final:
         return self._inside(instruction)[-1].opcode in ("broadcast", "constant")
 
     def is_backward(self, name: str) -> bool:
-        return name in self._home and "transpose(" in self._instruction(name).op_name
+        return name in self._home and is_backward(self._instruction(name).op_name)
 
     def feeds_collective(self, name: str) -> bool:
         users = self._home[name].users.get(name, ())

@@ -20,6 +20,7 @@ from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
 from trainfw.parallel import Layout, nearest_divisors
 from trainfw.planning.final import COLLECTIVES, Final
+from trainfw.planning.names import is_backward, is_forward, is_recomputed
 
 if TYPE_CHECKING:
     from trainfw.program import Program
@@ -342,7 +343,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
                 dims=buffer.shape.dims if buffer.shape else (),
                 op_name=op_name,
                 place=place,
-                saved=kept and _is_forward(op_name) and "rematted_computation" not in op_name,
+                saved=kept and is_forward(op_name) and not is_recomputed(op_name),
                 shard=category in ("gradients", "other") and form in known.fsdp_shards,
             )
         )
@@ -362,7 +363,7 @@ def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: b
         return "data"
     origin = final.origin(buffer.name, buffer.index[0] if buffer.index else 0)
     dims, key = buffer.shape.dims, _key(buffer.shape.dims)
-    forward, backward = _is_forward(op_name), "transpose(" in op_name
+    forward, backward = is_forward(op_name), is_backward(op_name)
     # What a loop adds up or stacks starts as zeros.
     carried = origin.opcode == "while" or final.is_fill(origin)
     weight = key in known.shards or key in known.whole
@@ -381,10 +382,6 @@ def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: b
     if origin.opcode in COLLECTIVES or final.feeds_collective(buffer.name):
         return "collective_buffers"
     return "activations" if forward or backward or known.has_tokens(dims) else "other"
-
-
-def _is_forward(op_name: str) -> bool:
-    return "rematted_computation" in op_name or ("jvp(" in op_name and "transpose(" not in op_name)
 
 
 def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
