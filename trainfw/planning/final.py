@@ -129,7 +129,9 @@ class Final:
         name, index = buffer.name, buffer.index[0] if buffer.index else 0
         for _ in range(_DEPTH):
             for instruction in self._chain(name, index):
-                named = [i for i in (instruction, *reversed(self._inside(instruction))) if i.op_name]
+                inside = (instruction, *reversed(self._inside(instruction)))
+                # Copies that the compiler adds may have the name of all that runs on a device.
+                named = [i for i in inside if i.op_name and not i.op_name.endswith("/shard_map")]
                 if named and instruction.opcode not in ("copy", "get-tuple-element"):
                     place = next((i.place for i in named if i.place is not None), None)
                     return named[0].op_name, str(place or "")
