@@ -59,8 +59,8 @@ class Layout:
         parts = shards * accumulation_steps
         if rows % parts == 0:
             return ""
-        axes = [a for a in ("pipeline", "data", "fsdp", "expert") if a in ("data", "fsdp") or self.sizes[a] > 1]
-        product = " * ".join(f"{axis}({self.sizes[axis]})" for axis in axes)
+        pipeline = f"pipeline({self.pipeline}) * " if self.pipeline > 1 else ""
+        expert = f"expert({self.expert}) * " if self.expert > 1 else ""
         nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
         batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
         ways = f"the nearest that do: {batches}"
@@ -69,7 +69,8 @@ class Layout:
             fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
             ways = f"train.accumulation_steps={fewer} makes it divide; {ways}"
         return (
-            f"does not divide over {product} * accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
+            f"does not divide over {pipeline}data({self.data}) * fsdp({self.fsdp}) * {expert}"
+            f"accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
         )
 
     def __str__(self) -> str:
