@@ -424,8 +424,7 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         mixed=left.dtype != right.dtype,
         bytes=left.bytes + right.bytes + dot.bytes,
         attention=_names(_SCORES, dot),
-        backward=_names(_LOSS_GRADIENTS, dot)
-        or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
+        backward=_names(_LOSS_GRADIENTS, dot) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
 

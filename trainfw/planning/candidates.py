@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, get_args
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
-from trainfw.parallel import Layout, Placement, Sharded, place
+from trainfw.parallel import Layout, Placement, Sharded, context_problem, layers_problem, place
 from trainfw.planning.analysis import check_rates, simulated_recipe
-from trainfw.planning.estimate import Estimate, estimate, splits_stream, state_bytes
+from trainfw.planning.estimate import Estimate, estimate, state_bytes
 from trainfw.recipe import Recipe
 
 OBJECTIVES = ("time", "cost", "memory")
@@ -44,8 +44,7 @@ class Candidate:
         parts = f"{train.accumulation_steps} microbatch{'es' * (train.accumulation_steps > 1)}"
         sharded = self.recipe.parallel.fsdp_shards
         shards = f", fsdp shards {sharded}" if self.layout.fsdp > 1 and sharded != "parameters" else ""
-        stream = ", activations over tensor" if self.layout.tensor > 1 and splits_stream(self.recipe) else ""
-        return f"{self.layout}{shards}{stream}, {parts}, remat {train.remat}, {layers}"
+        return f"{self.layout}{shards}, {parts}, remat {train.remat}, {layers}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     started = time.monotonic()
     dropped: Counter[str] = Counter()
     candidates = []
-    for layout in layouts(topology.cores):
+    for layout in layouts(topology.cores, recipe):
         try:
             placement = _legal(recipe, topology, layout)
         except UserError as error:
@@ -138,11 +137,15 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     )
 
 
-def layouts(cores: int) -> Iterator[Layout]:
-    """Every way to divide `cores` among data, fsdp and tensor."""
-    for tensor in _divisors(cores):
-        for fsdp in _divisors(cores // tensor):
-            yield Layout(data=cores // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+def layouts(cores: int, recipe: Recipe) -> Iterator[Layout]:
+    """Every way to divide `cores` among data, fsdp and tensor, the other axes as long as in the recipe."""
+    sizes = {axis: max(getattr(recipe.parallel, axis), 1) for axis in ("pipeline", "expert", "context")}
+    left, rest = divmod(cores, math.prod(sizes.values()))
+    if rest:
+        return
+    for tensor in _divisors(left):
+        for fsdp in _divisors(left // tensor):
+            yield Layout(data=left // tensor // fsdp, fsdp=fsdp, tensor=tensor, **sizes)
 
 
 def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Recipe]:
@@ -152,11 +155,8 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
     """
     period = len(recipe.model.layer_pattern)
     forms = (True, False) if recipe.model.num_layers // period > 1 else (True,)
-    parallels = [
-        {**shards, **stream} for shards in _shards(recipe, topology, layout) for stream in _streams(recipe, layout)
-    ]
     for parts in _divisors(recipe.train.global_batch_size // layout.batch_shards):
-        for remat, scan, parallel in itertools.product(REMAT, forms, parallels):
+        for remat, scan, parallel in itertools.product(REMAT, forms, _shards(recipe, topology, layout)):
             train = {"accumulation_steps": parts, "remat": remat, "scan_layers": scan}
             yield _changed(recipe, layout, train, parallel)
 
@@ -170,18 +170,6 @@ def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict
         changed = _changed(recipe, layout, {}, {"fsdp_shards": shards})
         if shards == "parameters" or sum(state_bytes(changed, layout).values()) <= _room(topology):
             yield {"fsdp_shards": shards}
-
-
-def _streams(recipe: Recipe, layout: Layout) -> Iterator[dict[str, Any]]:
-    """What layers keep for the backward pass, split over tensor or not; as the recipe says where it has a rule for it
-    that is neither."""
-    rules, size = recipe.parallel.rules, layout.tensor
-    if size == 1 or rules.get("act_embed", []) not in ([], ["tensor"]):
-        yield {}
-        return
-    yield {"rules": {**rules, "act_embed": []} if "act_embed" in rules else rules}
-    if recipe.model.hidden_size % size == 0:
-        yield {"rules": {**rules, "act_embed": ["tensor"]}}
 
 
 def _room(topology: Topology) -> float:
@@ -218,25 +206,25 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
     """
     model, rows = recipe.model, recipe.train.global_batch_size
     parts = recipe.train.accumulation_steps if own else 1
-    for axis in ("pipeline", "expert", "context"):
-        if layout.sizes[axis] > 1:
-            raise UserError(f"parallel.{axis} is not searched, and not built yet: {axis}({layout.sizes[axis]})")
-    split = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
-    # These are as the default rules have it; others are judged when it is built.
-    default = {
-        "vocab": ("vocab_size", "tensor"),
-        "mlp": ("intermediate_size", "tensor"),
-        "embed": ("hidden_size", "fsdp"),
-    }
-    split += [pair for name, pair in default.items() if name not in recipe.parallel.rules]
-    if own and splits_stream(recipe):  # else it is split where it can be
-        split.append(("hidden_size", "tensor"))
-    for field, axis in split:
-        if getattr(model, field) % layout.sizes[axis]:
-            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {axis}: {layout}")
+    split = [("num_heads", ("tensor",)), ("vocab_size", ("tensor",)), ("intermediate_size", ("tensor",))]
+    if "embed" not in recipe.parallel.rules:  # else it is judged when it is built
+        split.append(("hidden_size", ("fsdp", "expert", "context")))
+    for field, axes in split:
+        if getattr(model, field) % math.prod(layout.sizes[axis] for axis in axes):
+            over = " * ".join(axis for axis in axes if axis in (axes[0],) or layout.sizes[axis] > 1)
+            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {over}: {layout}")
+    kv_heads, tensor, length = model.num_kv_heads, layout.tensor, recipe.data.sequence_length
+    if max(kv_heads, tensor) % min(kv_heads, tensor):
+        raise UserError(f"model.num_kv_heads = {kv_heads:,} is no multiple nor divisor of tensor: {layout}")
+    if problem := context_problem(length, layout.context, tensor):
+        raise UserError(f"data.sequence_length = {length:,} does not divide over context and tensor: {problem}")
+    stages, chunks = layout.pipeline, recipe.parallel.interleave
+    if problem := layers_problem(model.num_layers, stages, chunks, len(model.layer_pattern)):
+        raise UserError(f"model.num_layers = {model.num_layers} does not divide over pipeline: {problem}")
     if rows % (layout.batch_shards * parts):
+        over = " * ".join(a for a in ("pipeline", "data", "fsdp", "expert") if a in "data fsdp" or layout.sizes[a] > 1)
         times = f" * accumulation_steps({parts})" if parts > 1 else ""
-        raise UserError(f"train.global_batch_size = {rows:,} does not divide over data * fsdp{times}: {layout}")
+        raise UserError(f"train.global_batch_size = {rows:,} does not divide over {over}{times}: {layout}")
     try:
         placement = place(topology, layout, recipe.parallel.traffic)
     except UserError as error:
@@ -252,7 +240,8 @@ def _hosts_read_shares(placement: Placement) -> bool:
 
     layout, topology = placement.layout, placement.topology
     hosts = placement.order // topology.cores_per_instance
-    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(1, layout.data, layout.fsdp, 1, 1, 1), hosts.shape)
+    sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]
+    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(sizes), hosts.shape)
     for host in range(topology.instances):
         mine = np.unique(shares[hosts == host])
         if mine[-1] - mine[0] + 1 != len(mine) or layout.batch_shards % len(mine) or mine[0] % len(mine):
@@ -296,7 +285,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {
         **{f"parallel.{axis}": getattr(parallel, axis) for axis in ("data", "fsdp", "tensor")},
         "parallel.fsdp_shards": parallel.fsdp_shards,
-        "parallel.rules.act_embed": parallel.rules.get("act_embed", []),
         "train.accumulation_steps": train.accumulation_steps,
         "train.remat": train.remat,
         "train.scan_layers": train.scan_layers,

@@ -350,8 +350,7 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
         if assumed.attention == "fused"
         else "attention is the XLA form: its scores, S x S, go through memory",
-        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; "
-        "others are waited for",
+        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
         "elementwise operations are fused into what uses them, and run at "
         + ("the full bandwidth of memory" if slower is None else f"the rates of their sizes ({slower.source})"),
         "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
