@@ -86,10 +86,11 @@ def test_rules_stay_as_they_are(tmp_path):
 
 def test_other_axes_are_legal_as_in_the_program(tmp_path):
     more = ("model.num_layers=6", "data.sequence_length=64", "train.global_batch_size=384")
-    found = survey(tiny_recipe(tmp_path, *LARGE, *more, "parallel={pipeline: 2, context: 4, fsdp: 8}"))
+    on_switches = (*LARGE, "hardware={topology: h100-8, count: 8}", *more)
+    found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 2, context: 4, fsdp: 8}"))
     assert {(c.layout.pipeline, c.layout.context) for c in found.candidates} == {(2, 4)}
     assert found.own is not None
-    found = survey(tiny_recipe(tmp_path, *LARGE, *more, "parallel={pipeline: 4, fsdp: 16}"))
+    found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 4, fsdp: 16}"))
     assert not found.candidates
     assert found.dropped["model.num_layers = 6 does not divide over pipeline"] > 0
 
@@ -150,6 +151,16 @@ def test_state_is_counted_as_it_is_sharded(tmp_path, optimizer, model):
     # Beside counters, and Muon's three coefficients.
     arrays = [x for x in jax.tree.leaves(state.opt_state) if x.shape not in ((), (3,))]
     assert counted["optimizer_state"] == held(arrays)
+
+
+@pytest.mark.parametrize("shared", ["null", "32"])
+def test_experts_are_counted_as_they_are_sharded(tmp_path, shared):
+    moe = f"model.moe={{num_experts: 8, experts_per_token: 2, shared_intermediate_size: {shared}}}"
+    layout = Layout(fsdp=2, expert=2, tensor=2)
+    recipe = tiny_recipe(tmp_path, moe, *(f"parallel.{axis}={size}" for axis, size in layout.sizes.items()))
+    state = build_program(recipe, jax.devices()).abstract_state
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(state.params))
+    assert state_bytes(recipe, layout)["parameters"] == held
 
 
 @pytest.mark.parametrize("stage", ["gradients", "optimizer"])

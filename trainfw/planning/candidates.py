@@ -218,6 +218,8 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
         raise UserError(f"model.num_kv_heads = {kv_heads:,} is no multiple nor divisor of tensor: {layout}")
     if problem := context_problem(length, layout.context, tensor):
         raise UserError(f"data.sequence_length = {length:,} does not divide over context and tensor: {problem}")
+    if layout.expert > 1 and (model.moe is None or model.moe.num_experts % layout.expert):
+        raise UserError(f"model.moe has no experts that divide over expert: {layout}")
     stages, chunks = layout.pipeline, recipe.parallel.interleave
     if problem := layers_problem(model.num_layers, stages, chunks, len(model.layer_pattern)):
         raise UserError(f"model.num_layers = {model.num_layers} does not divide over pipeline: {problem}")

@@ -47,8 +47,8 @@ _HELD_TABLES = 2.9
 """Embedding tables, whole along fsdp, f32."""
 
 Weight: TypeAlias = tuple[str, tuple[int, ...], int]
-"""Kind, shape with layers first where there are any, and how it is split: 2 over fsdp (and expert, and context) and
-tensor, 1 over tensor, 0. Layers are split over pipeline."""
+"""Kind, shape with layers first where there are any, and how it is split: 3 over fsdp (and expert, and context), 2 over
+tensor too, 1 over tensor alone, 0. Layers are split over pipeline."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,22 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
     width, vocabulary = model.hidden_size, model.vocab_size // tensor
     heads, kv_heads = model.num_heads // tensor, max(model.num_kv_heads // tensor, 1)  # some share one
-    wide = [heads * model.head_dim, *2 * [kv_heads * model.head_dim], *2 * [model.intermediate_size // tensor]]
-    down = [model.intermediate_size // tensor, heads * model.head_dim]
+    attention_widths = [heads * model.head_dim, *2 * [kv_heads * model.head_dim]]
 
-    def product(
-        m: int, n: int, k: int, times: int, *, out: int = narrow, size: int = narrow, name: str = dtype
-    ) -> None:
-        matmuls.append(Matmul(1, m, n, k, name, times, bytes=size * (m * k + k * n) + out * m * n))
+    def product(m: int, n: int, k: int, times: int, *, out: int = narrow, batch: int = 1) -> None:
+        size = batch * (narrow * (m * k + k * n) + out * m * n)
+        matmuls.append(Matmul(batch, m, n, k, dtype, times, bytes=size))
 
     matmuls: list[Matmul] = []
-    for out in wide:
-        product(tokens, out, width, runs * (2 if train.remat == "full" else 1))
-        product(tokens, width, out, runs)
-        product(width, out, tokens, runs)
-    for index, inner in enumerate(down):  # what the feed-forward layer returns is never needed again
-        product(tokens, width, inner, runs * (2 if train.remat == "full" and index else 1))
-        product(tokens, inner, width, runs)
-        product(inner, width, tokens, runs)
+    # (matrices, rows of each, width in, width out, whether what it returns is never needed again)
+    maps = [(1, tokens, width, out, False) for out in attention_widths]
+    maps += [(1, tokens, heads * model.head_dim, width, False)]
+    for matrices, m, inner in _feed_forwards(recipe, layout, tokens):
+        maps += [*2 * [(matrices, m, width, inner, False)], (matrices, m, inner, width, True)]
+    for matrices, m, into, out, last in maps:
+        product(m, out, into, runs * (2 if train.remat == "full" and not last else 1), batch=matrices)
+        product(m, into, out, runs, batch=matrices)
+        product(into, out, m, runs, batch=matrices)
     product(tokens, vocabulary, width, parts, out=4)
     product(tokens, width, vocabulary, parts)
     product(vocabulary, width, tokens, parts)
@@ -117,7 +116,8 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
     once, beside = _MOVED[train.remat]
     stream = width // tensor  # of a sequence that is split over tensor
-    moved = narrow * tokens * (once * stream + beside * (wide[0] + wide[1] + wide[3]))
+    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens))
+    moved = narrow * (tokens * (once * stream + beside * sum(attention_widths[:2])) + beside * forward)
     if train.scan_layers:
         moved += _STACKED * _kept(recipe, layout)
     attention = _MOVED_SCORES[train.remat][0 if train.scan_layers else 1] * scores * 4.0 * runs
@@ -149,15 +149,17 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     runs = round(model.num_layers * parts * _loaded(recipe, layout))
     among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
     copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
-    layers = [w for w in weights(model) if w[0] == "layers.kernel"]
+    layers = [w for w in weights(model) if w[0] in _MATRICES]
     if among:
         tables = [(4, parts), (narrow, parts)]  # the embedding is looked up in f32, and the head multiplied
-        for _, shape, _ in layers:
-            size = shape[1] * shape[2] // tensor
-            if shards == "parameters":
-                yield Transfer("all-gather", among, dtype, narrow * size, 2 * runs)
-            if shards != "optimizer":
-                yield Transfer("reduce-scatter", among, dtype, narrow * size, runs)
+        for weight in layers:
+            # Experts stay where they are; the rest of the axes shares each.
+            axes = tuple(axis for axis in among if axis != "expert") if weight[0] == "layers.experts" else among
+            size = narrow * _used(weight, layout)
+            if axes and shards == "parameters":
+                yield Transfer("all-gather", axes, dtype, size, 2 * runs)
+            if axes and shards != "optimizer":
+                yield Transfer("reduce-scatter", axes, dtype, size, runs)
         table = model.vocab_size * width // tensor
         for size, times in tables:
             name = "f32" if size == 4 else dtype
@@ -167,15 +169,19 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
                 yield Transfer("reduce-scatter", among, name, size * table, times)
         for weight in weights(model):
             if weight[2] == 2 and shards != "parameters":  # updated in shares, and put together again
-                whole = 4 * _elements(weight) // tensor // (layout.pipeline if weight[0] == "layers.kernel" else 1)
+                stacked = model.num_layers // layout.pipeline if weight[0] in _MATRICES else 1
+                whole = 4 * _used(weight, layout) * stacked
                 yield Transfer("all-gather", among, "f32", whole, 1)
                 if shards == "optimizer":
                     yield Transfer("reduce-scatter", among, "f32", whole, 1, "update")
     for weight in weights(model):
-        axes = tuple(axis for axis in copies if axis == "data" or weight[0] != "layers.kernel")
+        axes = tuple(axis for axis in copies if axis == "data" or weight[0] not in _MATRICES)
         if axes and weight[2] == 2:
             kept = 4 * _elements(weight) // _parts(weight, layout)
             yield Transfer("all-reduce", axes, "f32", kept, 1, "update")
+    if model.moe is not None and layout.expert > 1:  # to the experts and back, forward and backward
+        slots, again = model.moe.num_experts * _slots(recipe, tokens), train.remat == "full"
+        yield Transfer("all-to-all", ("expert",), dtype, narrow * slots * width, runs * (4 + 2 * again))
     if layout.context > 1:  # around the ring, and backward again with their gradients
         each = tokens * max(model.num_kv_heads // tensor, 1) * model.head_dim
         turns = runs * (layout.context - 1)
@@ -219,7 +225,7 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
     mine = train.global_batch_size // layout.batch_shards
     rows, narrow = mine // train.accumulation_steps, 2 if train.compute_dtype == "bfloat16" else 4
     tokens, width = rows * length, model.hidden_size
-    forward = model.intermediate_size // tensor
+    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens)) / tokens
     scores = rows * (model.num_heads // tensor) * length * length
     # Of a pipeline, what a stage keeps of the rows of all stages, in its share of the layers: as much as of its own.
     layers = model.num_layers * _loaded(recipe, layout)
@@ -230,7 +236,7 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
     gathers = _among(layout) > 1 and shards == "parameters"
     gathered = 0.0 if not gathers else _HELD_TABLES * 4 * model.vocab_size * width / tensor
     if gathers:  # two layers at a time, where they are gathered ahead
-        gathered += 2 * narrow * sum(_elements(w) for w in weights(model) if len(w[1]) == 3) / model.num_layers / tensor
+        gathered += 2 * narrow * sum(_used(w, layout) for w in weights(model) if w[0] in _MATRICES)
     return {
         **state,
         "gradients": round(_HELD_STATE * share + _HELD_WHOLE[shards] * state["parameters"]),
@@ -250,7 +256,8 @@ def _kept(recipe: Recipe, layout: Layout) -> float:
     each = rows * length * narrow
     stream = model.hidden_size // tensor
     both = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
-    forward = model.intermediate_size // tensor
+    slots = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, rows * length))
+    forward = slots / (rows * length)
     match train.remat:
         case "none":
             scores = rows * length * length * model.num_heads // tensor
@@ -291,11 +298,17 @@ def weights(model: ModelConfig) -> list[Weight]:
     found: list[Weight] = [("table", (model.vocab_size, width), 2)]
     if not model.tie_embeddings:
         found.append(("table", (width, model.vocab_size), 2))
-    found += [
-        ("layers.kernel", (layers, width, out), 2)
-        for out in (heads, kv_heads, kv_heads, *2 * [model.intermediate_size])
-    ]
-    found += [("layers.kernel", (layers, inner, width), 2) for inner in (heads, model.intermediate_size)]
+    found += [("layers.kernel", (layers, width, out), 2) for out in (heads, kv_heads, kv_heads)]
+    found += [("layers.kernel", (layers, heads, width), 2)]
+    dense: int | None = model.intermediate_size
+    if model.moe is not None:
+        experts, inner = model.moe.num_experts, model.intermediate_size
+        found += [("layers.router", (layers, width, experts), 3)]
+        found += [("layers.experts", (layers, experts, width, inner), 2)] * 2
+        found += [("layers.experts", (layers, experts, inner, width), 2)]
+        dense = model.moe.shared_intermediate_size
+    if dense is not None:
+        found += [("layers.kernel", (layers, width, dense), 2)] * 2 + [("layers.kernel", (layers, dense, width), 2)]
     if model.qkv_bias:
         found += [("layers.bias", (layers, out), 1) for out in (heads, kv_heads, kv_heads)]
     found += [("layers.scale", (layers, width), 0)] * (4 if model.post_norms else 2)
@@ -319,4 +332,32 @@ def _among(layout: Layout) -> int:
 
 def _parts(weight: Weight, layout: Layout) -> int:
     stages = layout.pipeline if weight[0].startswith("layers") else 1
-    return stages * (1, layout.tensor, _among(layout) * layout.tensor)[weight[2]]
+    return stages * (1, layout.tensor, _among(layout) * layout.tensor, _among(layout))[weight[2]]
+
+
+_MATRICES = ("layers.kernel", "layers.experts")
+
+
+def _used(weight: Weight, layout: Layout) -> int:
+    """Elements of a core's part of a matrix where it is used, of one layer if it is stacked."""
+    layers = weight[1][0] if weight[0] in _MATRICES else 1
+    experts = layout.expert if weight[0] == "layers.experts" else 1
+    return _elements(weight) // layers // experts // layout.tensor
+
+
+def _feed_forwards(recipe: Recipe, layout: Layout, tokens: int) -> list[tuple[int, int, int]]:
+    """(matrices, rows of each, width) of the feed-forward layers that run side by side on one core."""
+    moe, inner = recipe.model.moe, recipe.model.intermediate_size // layout.tensor
+    if moe is None:
+        return [(1, tokens, inner)]
+    routed = (moe.num_experts // layout.expert, _slots(recipe, tokens) * layout.expert, inner)
+    shared = moe.shared_intermediate_size
+    return [routed] if shared is None else [routed, (1, tokens, shared // layout.tensor)]
+
+
+def _slots(recipe: Recipe, tokens: int) -> int:
+    """Rows that an expert takes from a core's tokens: `capacity` of the model."""
+    moe = recipe.model.moe
+    assert moe is not None
+    factor = moe.capacity_factor if moe.dispatch == "capacity" else 1.0
+    return min(max(math.ceil(tokens * moe.experts_per_token / moe.num_experts * factor), 1), tokens)
