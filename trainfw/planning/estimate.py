@@ -79,6 +79,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
     width, vocabulary = model.hidden_size, model.vocab_size // tensor
     heads, kv_heads = model.num_heads // tensor, max(model.num_kv_heads // tensor, 1)  # some share one
+    passes = _passes(recipe, layout)
     attention_widths = [heads * model.head_dim, *2 * [kv_heads * model.head_dim]]
 
     def product(m: int, n: int, k: int, times: int, *, out: int = narrow, batch: int = 1) -> None:
@@ -92,21 +93,22 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     for matrices, m, inner in _feed_forwards(recipe, layout, tokens):
         maps += [*2 * [(matrices, m, width, inner, False)], (matrices, m, inner, width, True)]
     for matrices, m, into, out, last in maps:
-        product(m, out, into, runs * (2 if train.remat == "full" and not last else 1), batch=matrices)
+        product(m, out, into, round(runs * (passes - (last and passes > 1))), batch=matrices)
         product(m, into, out, runs, batch=matrices)
         product(into, out, m, runs, batch=matrices)
     product(tokens, vocabulary, width, parts, out=4)
     product(tokens, width, vocabulary, parts)
     product(vocabulary, width, tokens, parts)
     # Of the keys, a device whose sequence is split leaves out most of those that are masked (see `_of_fused`).
-    keys = length if layout.context == 1 else length * (2 * layout.context + 1) // 2
+    ring = layout.context > 1
+    keys = length * (2 * layout.context + 1) // 4 if ring else length
     every, head, scores = heads // kv_heads * length, model.head_dim, heads * rows * length * keys
     ends = rows * (heads + kv_heads) * length * head
     for m, n, k, times, score_size, end_size, backward in (
-        (keys, every, head, runs * (1 + again), 4, narrow, False),
-        (head, every, keys, runs * (1 + again), narrow, narrow, False),
+        (keys, every, head, round(runs * max(passes, 1 + again)), 4, narrow, False),
+        (head, every, keys, round(runs * max(passes, 1 + again)), narrow, narrow, False),
         (head, keys, every, runs, narrow, narrow, True),
-        (every, keys, head, runs, narrow, narrow, True),
+        (every, keys, head, runs * (1 + ring), narrow, narrow, True),
         (keys, head, every, runs, narrow, narrow, True),
         (every, head, keys, runs, narrow, narrow, True),
     ):
@@ -147,6 +149,9 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     model, train, shards = recipe.model, recipe.train, _shards(recipe, layout)
     parts, width, tensor = train.accumulation_steps, model.hidden_size, layout.tensor
     runs = round(model.num_layers * parts * _loaded(recipe, layout))
+    passes = _passes(recipe, layout)
+    # Weights are used for a microbatch at a time; a pipeline's has more rows than a core's own, or fewer.
+    uses = round(runs * _microbatches(recipe, layout) / layout.pipeline)
     among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
     copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
     layers = [w for w in weights(model) if w[0] in _MATRICES]
@@ -157,9 +162,9 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
             axes = tuple(axis for axis in among if axis != "expert") if weight[0] == "layers.experts" else among
             size = narrow * _used(weight, layout)
             if axes and shards == "parameters":
-                yield Transfer("all-gather", axes, dtype, size, 2 * runs)
+                yield Transfer("all-gather", axes, dtype, size, round(max(passes, 2) * uses))
             if axes and shards != "optimizer":
-                yield Transfer("reduce-scatter", axes, dtype, size, runs)
+                yield Transfer("reduce-scatter", axes, dtype, size, uses)
         table = model.vocab_size * width // tensor
         for size, times in tables:
             name = "f32" if size == 4 else dtype
@@ -189,14 +194,17 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
         yield Transfer("collective-permute", ("context",), dtype, narrow * each, 2 * turns * (2 + again))
         yield Transfer("collective-permute", ("context",), "f32", 4 * each, 2 * runs * layout.context)
     if layout.pipeline > 1:  # two rings, forward and backward
-        turns = round(parts * _loaded(recipe, layout) * layout.pipeline * recipe.parallel.interleave)
-        yield Transfer("collective-permute", ("pipeline",), dtype, narrow * tokens * width // tensor, 4 * turns)
+        microbatches = _microbatches(recipe, layout)
+        turns = parts * (microbatches * recipe.parallel.interleave + layout.pipeline - 1)
+        each = tokens * layout.pipeline // microbatches
+        yield Transfer("collective-permute", ("pipeline",), dtype, narrow * each * width // tensor, 4 * turns)
+        yield Transfer("collective-permute", ("pipeline",), "s32", 2 * 4 * each, 2 * turns)  # positions and segments
     if tensor == 1:
         return
     # Of attention and feed-forward, their inputs and their outputs' gradients; of embedding and head.
     whole = narrow * tokens * width
-    gathered = runs * {"none": 4, "dots": 6, "full": 6}[train.remat] + 2 * parts
-    scattered = runs * {"none": 4, "dots": 4, "full": 5}[train.remat] + 2 * parts
+    gathered = round(runs * (6 if train.remat == "dots" else 2 + 2 * passes)) + 2 * parts
+    scattered = round(runs * (4 if passes == 1 else 1 + 2 * passes)) + 2 * parts
     yield Transfer("all-gather", ("tensor",), dtype, whole, gathered)
     yield Transfer("reduce-scatter", ("tensor",), dtype, whole, scattered)
 
@@ -209,13 +217,25 @@ def _loaded(recipe: Recipe, layout: Layout) -> float:
     return 1.0 / (1.0 - bubble_of(recipe, layout))
 
 
+def _passes(recipe: Recipe, layout: Layout) -> float:
+    """How often full remat runs a layer forward: again for its gradient, and in a pipeline for the layers after it."""
+    if recipe.train.remat != "full":
+        return 1.0
+    chunk = recipe.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
+    return 2.0 if layout.pipeline == 1 else 3.0 - 1 / chunk
+
+
+def _microbatches(recipe: Recipe, layout: Layout) -> int:
+    """Those that pass through a pipeline's stages in an accumulation step; 1 of one stage."""
+    if layout.pipeline == 1:
+        return 1
+    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
+    return recipe.parallel.pipeline_microbatches or layout.pipeline * rows
+
+
 def bubble_of(recipe: Recipe, layout: Layout) -> float:
     """Share of a pipeline's iterations in which a stage has nothing to do; 0 of one stage."""
-    stages = layout.pipeline
-    if stages == 1:
-        return 0.0
-    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
-    return bubble(stages, recipe.parallel.pipeline_microbatches or stages * rows, recipe.parallel.interleave)
+    return bubble(layout.pipeline, _microbatches(recipe, layout), recipe.parallel.interleave)
 
 
 def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
