@@ -36,7 +36,8 @@ def test_recipes_for_neuron_check_clean(name):
     # all of one recipe are checked.
     shallow = not load_recipe(name).train.scan_layers and name != ALL_LAYERS
     overrides = ["model.num_layers=4"] if shallow else []
-    result = subprocess.run([sys.executable, "-m", "trainfw", "check", name, *overrides], capture_output=True, text=True)
+    command = [sys.executable, "-m", "trainfw", "check", name, *overrides]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "clean: 0 errors" in result.stdout.splitlines()[-1]
     assert "GiB temporaries" in result.stdout

@@ -82,7 +82,11 @@ OVERRIDES = {
     "empty source": ("data.source=", "data.source = null: expected"),
     "source too long": ("data.source=" + "x" * 5000, "ame too long"),
     "axis named twice": ("parallel.rules={embed: [fsdp, fsdp]}", "names axis 'fsdp' twice"),
-    "activation over a taken axis": ("parallel.rules={act_mlp: [fsdp]}", "are both sharded over mesh axis 'fsdp'"),
+    "dim over a taken axis": (
+        "parallel={tensor: 2, rules: {embed: [tensor]}}",
+        "are both sharded over mesh axis 'tensor'",
+    ),
+    "dim that stays split": ("parallel.rules={mlp: [fsdp]}", "this dim is always split over tensor"),
     "decay longer than the run": ("optimizer={schedule: wsd, decay_steps: 99}", "is longer than the 8 steps"),
     "name with a slash": ("name=a/b", "name = 'a/b': expected"),
 }

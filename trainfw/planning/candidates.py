@@ -206,7 +206,8 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
     """
     model, rows = recipe.model, recipe.train.global_batch_size
     parts = recipe.train.accumulation_steps if own else 1
-    split = [("num_heads", ("tensor",)), ("vocab_size", ("tensor",)), ("intermediate_size", ("tensor",))]
+    tensor_only = ("num_heads", "vocab_size", "intermediate_size")
+    split: list[tuple[str, tuple[str, ...]]] = [(field, ("tensor",)) for field in tensor_only]
     if "embed" not in recipe.parallel.rules:  # else it is judged when it is built
         split.append(("hidden_size", ("fsdp", "expert", "context")))
     for field, axes in split:
