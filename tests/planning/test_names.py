@@ -13,10 +13,14 @@ RECOMPUTED = [
     # In a backward pass that is written out, looped and not.
     "transpose(jvp())/while/body/closed_call/jvp(bskgh,btkh->bkgst)/dot_general",
     "transpose(jvp(jvp()))/dot_general",
+    "transpose(jvp())/while/body/closed_call/checkpoint/while/body/closed_call/jvp(bkgst,btkh->bskgh)/dot_general",
+    "transpose(jvp())/while/body/closed_call/checkpoint/jvp(bkgst,btkh->bskgh)/dot_general",
 ]
 GRADIENTS = [
     "transpose(jvp())/dot_general",
     "transpose(jvp())/while/body/closed_call/checkpoint/dot_general",
+    "transpose(jvp(jvp()))/checkpoint/dot_general",
+    "transpose(jvp(jvp()))/checkpoint/transpose(jvp(bskgh,btkh->bkgst))/dot_general",
     "transpose(jvp())/while/body/closed_call/checkpoint/transpose(jvp(bskgh,btkh->bkgst))/dot_general",
     "transpose(jvp())/while/body/closed_call/transpose(jvp(transpose(jvp(bskgh,btkh->bkgst))))/dot_general",
     "transpose(jvp(transpose(transpose(jvp(jvp(transpose(jvp(bskgh,btkh->bkgst))))))))/dot_general",

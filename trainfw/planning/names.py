@@ -11,13 +11,14 @@ def is_backward(op_name: str) -> bool:
 def is_recomputed(op_name: str) -> bool:
     """Whether it does again, for the backward pass, what the forward pass did.
 
-    Under `jax.checkpoint`, or where a gradient that is written out differentiates a layer anew: then what it calls
-    is, inside the transposed, differentiated forward and not transposed again.
+    By `jax.checkpoint`, or where a gradient that is written out differentiates a layer anew: what it calls is, inside
+    what is transposed, differentiated forward and not transposed again.
     """
     if "rematted_computation" in op_name:
         return True
     _, transposed, inside = op_name.partition("transpose(jvp(")
-    return bool(transposed) and (inside.startswith("jvp(") or "/jvp(" in inside)
+    written = inside.rpartition("checkpoint/")[2]
+    return bool(transposed) and "/jvp(" in f"/{written}"
 
 
 def is_forward(op_name: str) -> bool:
