@@ -44,8 +44,21 @@ def test_layouts_are_all_divisions_of_the_cores():
     # The other axes stay as they are.
     piped = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"pipeline": 2, "context": 3})})
     of_two = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}]
-    assert set(layouts(12, piped)) == {Layout(pipeline=2, context=3, **sizes) for sizes in of_two}
-    assert not list(layouts(10, piped))
+    both = {layout for layout in layouts(12, piped) if (layout.pipeline, layout.context) == (2, 3)}
+    assert both == {Layout(pipeline=2, context=3, **sizes) for sizes in of_two}
+    assert {layout.context for layout in layouts(10, piped)} == {1}
+
+
+def test_other_axes_are_tried_where_they_may_pay():
+    def tried(name, *overrides):
+        recipe = load_recipe(name, overrides)
+        found = set(layouts(recipe.hardware.load().cores, recipe))
+        return [{getattr(layout, axis) for layout in found} for axis in ("pipeline", "expert", "context")]
+
+    assert tried("llama3.1-8b-trn2-ultraserver") == [{1}, {1}, {1}]
+    assert tried("llama3.1-70b-trn2-ultraserver", "hardware.count=4")[0] == {1, 2, 4}
+    assert tried("llama3.1-8b-128k-trn2-ultraserver") == [{1}, {1}, {1, 2, 4, 8, 16, 32}]
+    assert tried("qwen3-30b-a3b-trn2-ultraserver") == [{1}, {1, 2, 4, 8, 16, 32}, {1}]
 
 
 def test_candidates_are_legal_and_the_others_have_a_reason(tmp_path):
@@ -88,10 +101,12 @@ def test_other_axes_are_legal_as_in_the_program(tmp_path):
     more = ("model.num_layers=6", "data.sequence_length=64", "train.global_batch_size=384")
     on_switches = (*LARGE, "hardware={topology: h100-8, count: 8}", *more)
     found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 2, context: 4, fsdp: 8}"))
-    assert {(c.layout.pipeline, c.layout.context) for c in found.candidates} == {(2, 4)}
+    assert {(c.layout.pipeline, c.layout.context) for c in found.candidates} >= {(2, 4), (1, 4), (2, 1), (1, 1)}
+    assert all(c.recipe.parallel.interleave == 1 for c in found.candidates)
     assert found.own is not None
     found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 4, fsdp: 16}"))
-    assert not found.candidates
+    assert found.own is None
+    assert {c.layout.pipeline for c in found.candidates} == {1, 2}
     assert found.dropped["model.num_layers = 6 does not divide over pipeline"] > 0
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
-from trainfw.parallel import Layout, Placement, Sharded, context_problem, layers_problem, place
+from trainfw.parallel import AXES, Layout, Placement, Sharded, context_problem, layers_problem, place
 from trainfw.planning.analysis import check_rates, simulated_recipe
 from trainfw.planning.estimate import Estimate, estimate, state_bytes
 from trainfw.recipe import Recipe
@@ -25,6 +25,10 @@ or the memory of a core."""
 REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 COMPILED = 6
 """Candidates that are compiled, beside the recipe itself."""
+MOST_STAGES = 8
+POWERS = (2, 4, 8, 16, 32)
+LONG = 32_768
+"""Tokens of a sequence from which on splitting it is tried."""
 MARGIN = 1.15
 """An estimate of memory up to this multiple of a core's may still fit once it is compiled."""
 
@@ -138,14 +142,34 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
 
 
 def layouts(cores: int, recipe: Recipe) -> Iterator[Layout]:
-    """Every way to divide `cores` among data, fsdp and tensor, the other axes as long as in the recipe."""
-    sizes = {axis: max(getattr(recipe.parallel, axis), 1) for axis in ("pipeline", "expert", "context")}
-    left, rest = divmod(cores, math.prod(sizes.values()))
-    if rest:
-        return
-    for tensor in _divisors(left):
-        for fsdp in _divisors(left // tensor):
-            yield Layout(data=left // tensor // fsdp, fsdp=fsdp, tensor=tensor, **sizes)
+    """Every way to divide `cores` among data, fsdp and tensor, with every one of `_others`."""
+    for pipeline, expert, context in itertools.product(*_others(recipe).values()):
+        left, rest = divmod(cores, pipeline * expert * context)
+        for tensor in _divisors(left) if not rest else ():
+            for fsdp in _divisors(left // tensor):
+                data = left // tensor // fsdp
+                yield Layout(pipeline, data, fsdp, expert, context, tensor)
+
+
+def _others(recipe: Recipe) -> dict[str, list[int]]:
+    """Sizes of the other axes that are tried: the recipe's own, one, and where they may pay the usual ones.
+
+    Stages of a pipeline where there is a slower network between units of the hardware, a whole number of units each;
+    context for long sequences; expert for mixtures.
+    """
+    model, length = recipe.model, recipe.data.sequence_length
+    chunks, period, units = recipe.parallel.interleave, len(model.layer_pattern), recipe.hardware.count
+    tried = {
+        "pipeline": [n for n in _divisors(units) if n <= MOST_STAGES],
+        "expert": [] if model.moe is None else [n for n in POWERS if model.moe.num_experts % n == 0],
+        "context": list(POWERS) if length >= LONG else [],
+    }
+    legal = {
+        "pipeline": [n for n in tried["pipeline"] if not layers_problem(model.num_layers, n, chunks, period)],
+        "expert": tried["expert"],
+        "context": [n for n in tried["context"] if not context_problem(length, n, 1)],
+    }
+    return {axis: sorted({1, max(getattr(recipe.parallel, axis), 1), *sizes}) for axis, sizes in legal.items()}
 
 
 def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Recipe]:
@@ -178,6 +202,8 @@ def _room(topology: Topology) -> float:
 
 
 def _changed(recipe: Recipe, layout: Layout, train: dict[str, Any], parallel: dict[str, Any]) -> Recipe:
+    if layout.pipeline == 1:  # these are of a pipeline alone
+        parallel = {"interleave": 1, "pipeline_microbatches": None, **parallel}
     changed = {
         "parallel": recipe.parallel.model_copy(update={**layout.sizes, **parallel}),
         "train": recipe.train.model_copy(update=train),
@@ -221,7 +247,7 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
         raise UserError(f"data.sequence_length = {length:,} does not divide over context and tensor: {problem}")
     if layout.expert > 1 and (model.moe is None or model.moe.num_experts % layout.expert):
         raise UserError(f"model.moe has no experts that divide over expert: {layout}")
-    stages, chunks = layout.pipeline, recipe.parallel.interleave
+    stages, chunks = layout.pipeline, recipe.parallel.interleave if layout.pipeline > 1 else 1
     if problem := layers_problem(model.num_layers, stages, chunks, len(model.layer_pattern)):
         raise UserError(f"model.num_layers = {model.num_layers} does not divide over pipeline: {problem}")
     if rows % (layout.batch_shards * parts):
@@ -286,7 +312,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """What a search may change, by dotted key."""
     parallel, train = recipe.parallel, recipe.train
     return {
-        **{f"parallel.{axis}": getattr(parallel, axis) for axis in ("data", "fsdp", "tensor")},
+        **{f"parallel.{axis}": getattr(parallel, axis) for axis in AXES},
+        "parallel.interleave": parallel.interleave,
+        "parallel.pipeline_microbatches": parallel.pipeline_microbatches,
         "parallel.fsdp_shards": parallel.fsdp_shards,
         "train.accumulation_steps": train.accumulation_steps,
         "train.remat": train.remat,

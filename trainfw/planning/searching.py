@@ -1,11 +1,11 @@
 """The search for a layout: an analytic pass over all that are legal, and the compiler over the best few.
 
-Searched are data, fsdp and tensor over all of the recipe's cores (pipeline, context and expert stay as the recipe has
-them), what fsdp shards, how many microbatches a step is split into, what the backward pass computes again, and whether
-layers are scanned; each axis is placed where it is fastest. The batch, the data and the hardware stay. Formulas
-(`estimate`) say which candidates are worth compiling; what is ranked in the end, and reported, are plans. Unrolled
-programs take long to compile: where there is time, the best by formula that compute little again, and the unrolled
-form of the best.
+Searched are data, fsdp and tensor over all of the recipe's cores, with pipeline over units of the hardware, context for
+long sequences and expert for mixtures, what fsdp shards, how many microbatches a step is split into, what the backward
+pass computes again, and whether layers are scanned; each axis is placed where it is fastest. The batch, the data and
+the hardware stay. Formulas (`estimate`) say which candidates are worth compiling; what is ranked in the end, and
+reported, are plans. Unrolled programs take long to compile: where there is time, the best by formula that compute
+little again, and the unrolled form of the best.
 """
 
 from __future__ import annotations
