@@ -95,11 +95,6 @@ def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
     )
 
 
-def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The fraction of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
-    return (stages - 1) / (microbatches * chunks + stages - 1)
-
-
 def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
     """The layer at each place of the stacked parameters: those of stage 0, chunk by chunk, then those of stage 1 ..."""
     if stages == 1 or chunks == 1:
@@ -111,25 +106,6 @@ def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
         for chunk in range(chunks)
         for layer in range(size)
     )
-
-
-def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:
-    """Why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or empty.
-
-    All chunks are run by one program, so each is the same number of whole periods.
-    """
-    parts = stages * chunks
-    if stages == 1 or num_layers % (parts * period) == 0:
-        return ""
-    over = f"pipeline({stages})" + (f" * interleave({chunks}) = {parts}" if chunks > 1 else "")
-    if num_layers % period:
-        return f"does not divide over {over}: {num_layers} layers are no whole number of periods of {period} layers"
-    periods = num_layers // period
-    divisors = [n for n in range(1, periods + 1) if periods % n == 0]
-    nearest = [max(n for n in divisors if n < parts), *[n for n in divisors if n > parts][:1]]
-    unit = f" in whole periods of {period} layers" if period > 1 else ""
-    product = "products" if chunks > 1 else "numbers of stages"
-    return f"does not divide over {over}{unit}; the nearest {product} that do: {', '.join(map(str, nearest))}"
 
 
 def _shift(tree: Any) -> Any:
