@@ -24,6 +24,7 @@ def pipelined(
     *,
     chunks: int = 1,
     remat: bool = False,
+    policy: Callable[..., bool] | None = None,
 ) -> tuple[Any, Any]:
     """What `x` becomes by passing through every chunk of layers, and the chunks' other outputs. Runs in shard_map.
 
@@ -43,7 +44,8 @@ def pipelined(
         x: the k microbatches of this device, a pytree of arrays (k, ...); M = k * P.
         side: what goes along with them unchanged (segment ids, positions), a pytree of arrays (k, ...).
         chunks: how many each stage holds.
-        remat: keep only the stages' inputs for the backward pass, and compute each stage anew.
+        remat: keep only the stages' inputs for the backward pass and what `policy` (of `jax.checkpoint`) says, and
+            compute the rest anew. Else a chunk's weights, too, are kept for every iteration.
 
     Returns:
         x, in the place of the inputs (k, ...); and `out` of this device's own chunks (chunks, ...), summed over all M
@@ -53,7 +55,7 @@ def pipelined(
     count = jax.tree.leaves(x)[0].shape[0]
     busy = count * stages * chunks  # iterations of each stage that count
     iterations = busy + stages - 1
-    run = jax.checkpoint(stage, prevent_cse=False) if remat else stage
+    run = jax.checkpoint(stage, prevent_cse=False, policy=policy) if remat else stage
 
     def feed(t: jax.Array | int, buffer: Any, slot: Any, received: Any) -> tuple[Any, Any, Any]:
         """What a stage works on at iteration `t`: at stage 0, and in a group's first round, its place on the ring.

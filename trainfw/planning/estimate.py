@@ -185,7 +185,7 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
             kept = 4 * _elements(weight) // _parts(weight, layout)
             yield Transfer("all-reduce", axes, "f32", kept, 1, "update")
     if model.moe is not None and layout.expert > 1:  # to the experts and back, forward and backward
-        slots, again = model.moe.num_experts * _slots(recipe, tokens), train.remat == "full"
+        slots, again = model.moe.num_experts * _slots(recipe, tokens), train.remat in ("full", "stage")
         yield Transfer("all-to-all", ("expert",), dtype, narrow * slots * width, runs * (4 + 2 * again))
     if layout.context > 1:  # around the ring, and backward again with their gradients
         each = tokens * max(model.num_kv_heads // tensor, 1) * model.head_dim
@@ -218,11 +218,18 @@ def _loaded(recipe: Recipe, layout: Layout) -> float:
 
 
 def _passes(recipe: Recipe, layout: Layout) -> float:
-    """How often full remat runs a layer forward: again for its gradient, and in a pipeline for the layers after it."""
-    if recipe.train.remat != "full":
-        return 1.0
-    chunk = recipe.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
-    return 2.0 if layout.pipeline == 1 else 3.0 - 1 / chunk
+    """How often remat runs a layer forward: again for its gradient, and of whole stages for the layers after it."""
+    match recipe.train.remat:
+        case "stage" if layout.pipeline > 1:
+            return 3.0 - 1 / _chunk(recipe, layout)
+        case "full" | "stage":
+            return 2.0
+    return 1.0
+
+
+def _chunk(recipe: Recipe, layout: Layout) -> float:
+    """Layers in one of a stage's chunks."""
+    return recipe.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
 
 
 def _microbatches(recipe: Recipe, layout: Layout) -> int:
@@ -284,6 +291,8 @@ def _kept(recipe: Recipe, layout: Layout) -> float:
             return each * (10 * stream + 5 * forward + 4 * both) + scores * (4 + narrow)
         case "dots":
             return each * (2 * stream + 2 * forward + both)
+        case "stage" if layout.pipeline > 1:
+            return each * stream / _chunk(recipe, layout)
         case _:
             return each * stream
 
