@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.helpers import tiny_recipe
 from trainfw import RunError, build_program
 from trainfw.checkpoint import CheckpointConfig, Checkpoints
-from trainfw.parallel import Layout, make_mesh
+from trainfw.parallel import Layout, make_mesh, reorder_layers
 
 
 def sharded(count: int, spec: PartitionSpec) -> NamedSharding:
@@ -72,3 +72,38 @@ def test_a_damaged_checkpoint_is_a_run_error_that_names_it(saved):
     checkpoints = Checkpoints(directory, CheckpointConfig(), read_only=True)
     with pytest.raises(RunError, match="step 3 cannot be restored"):
         checkpoints.restore_params(3, abstract(params, sharded(1, PartitionSpec())))
+
+
+def saved_in(directory, order, optimizer="adamw"):
+    recipe = tiny_recipe(directory, "model.num_layers=4", f"optimizer.name={optimizer}")
+    abstract = build_program(recipe, jax.devices()[:2]).abstract_state
+    state = jax.tree.map(
+        lambda x: jax.device_put(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), x.sharding), abstract
+    )
+    held = reorder_layers((state.params, state.opt_state), range(4), order or range(4))
+    checkpoints = Checkpoints(directory / "run", CheckpointConfig(), layer_order=order)
+    checkpoints.save(1, held[0], {"opt_state": held[1]}, {"data": 7})
+    checkpoints.close()
+    return abstract, (state.params, state.opt_state)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_layers_saved_in_one_order_are_restored_in_another(optimizer, tmp_path):
+    abstract, expected = saved_in(tmp_path, (0, 2, 1, 3), optimizer)
+    for order in (None, (0, 2, 1, 3), (2, 0, 3, 1)):
+        checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig(), layer_order=order, read_only=True)
+        params, rest, meta = checkpoints.restore(1, abstract.params, {"opt_state": abstract.opt_state})
+        wanted = reorder_layers(expected, range(4), order or range(4))
+        jax.tree.map(np.testing.assert_array_equal, (params, rest["opt_state"]), wanted)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(1, abstract.params), wanted[0])
+        assert meta == {"data": 7}
+    kernels = [leaf for leaf in jax.tree.leaves(wanted[1]) if leaf.shape[:1] == (4,) and leaf.any()]
+    assert kernels  # state of layers was moved, too
+
+
+def test_checkpoints_without_an_order_are_in_the_true_one(tmp_path):
+    abstract, expected = saved_in(tmp_path, None)
+    assert "layer_order" not in (tmp_path / "run" / "1" / "meta" / "metadata").read_text()
+    checkpoints = Checkpoints(tmp_path / "run", CheckpointConfig(), layer_order=(2, 0, 3, 1), read_only=True)
+    restored = checkpoints.restore_params(1, abstract.params)
+    jax.tree.map(np.testing.assert_array_equal, restored, reorder_layers(expected[0], range(4), (2, 0, 3, 1)))

@@ -155,6 +155,20 @@ def test_the_step_has_no_callback_no_cond_and_no_integer_reduction_over_devices(
     assert not [line for line in reductions if " s32[" in line or " u32[" in line]
 
 
+def test_the_first_state_is_the_same_model_in_any_order_of_layers(tmp_path, monkeypatch):
+    recipe, order = tiny_recipe(tmp_path, "model.num_layers=4", "optimizer.name=adafactor"), (0, 2, 1, 3)
+    program = build_program(recipe, jax.devices()[:2])
+    expected = program.init().params
+    assert program.layer_order == (0, 1, 2, 3)
+    assert program.in_true_order(expected) is expected
+    monkeypatch.setattr("trainfw.program.build.stage_order", lambda *_: order)
+    program = build_program(recipe, jax.devices()[:2])
+    params = program.init().params
+    jax.tree.map(np.testing.assert_array_equal, program.in_true_order(params), expected)
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(up[1], expected["layers"]["mlp"]["up"]["kernel"][2])
+
+
 def test_means_merge_by_their_counts():
     assert (Mean(6.0, 2.0) + Mean(0.0, 1.0)).value() == 2.0
     assert Mean(0.0, 0.0).value() == 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny_recipe, write_recipe
-from trainfw import UserError, train
+from trainfw import UserError, build_program, train
+from trainfw.checkpoint import Checkpoints
 from trainfw.training import Reporter, RunDirectory
 
 
@@ -74,6 +77,22 @@ def test_resumed_on_another_mesh(straight, tmp_path, monkeypatch):
     resumed = losses(tmp_path / "run")
     assert resumed.keys() == expected.keys()
     np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_resumed_from_stages_that_held_other_layers(straight, tmp_path, monkeypatch):
+    recipe, expected = straight
+    stop_after(recipe, tmp_path / "run", 6, monkeypatch)
+    state = build_program(recipe, jax.devices()[:1]).abstract_state
+    rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+    directory, other = tmp_path / "run" / "checkpoints", tmp_path / "other"
+    with contextlib.closing(Checkpoints(directory, recipe.checkpoint, layer_order=(1, 0), read_only=True)) as source:
+        held = source.restore(4, state.params, rest)
+    with contextlib.closing(Checkpoints(other, recipe.checkpoint, layer_order=(1, 0))) as target:
+        target.save(4, *held)
+    shutil.rmtree(directory)
+    other.rename(directory)
+    train_quietly(recipe, tmp_path / "run", resume="must")
+    assert losses(tmp_path / "run") == expected
 
 
 def test_a_finished_run_is_left_alone(straight, tmp_path):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,32 @@ import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.errors import RunError
+from trainfw.parallel import reorder_layers
+
+_ORDER = "layer_order"
+"""In `meta`: the order of the layers, where it is not their true one."""
 
 
 class Checkpoints:
     """The checkpoints of one run. Each holds `params`, `rest` (of the state) and `meta` (JSON).
 
     Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed.
+
+    Args:
+        layer_order: the layer at each place of the stacked parameters that are saved and wanted back; by default their
+            true order. What was saved in another order is reordered when it is restored.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        layer_order: Sequence[int] | None = None,
+        read_only: bool = False,
+    ):
         self._failed = False
+        self._layer_order = None if layer_order is None else list(layer_order)
         # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -43,6 +59,8 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied off the devices."""
+        if self._layer_order is not None and self._layer_order != sorted(self._layer_order):
+            meta = {**meta, _ORDER: self._layer_order}
         with self._failing_as("cannot be saved"):
             saved = self._manager.save(
                 step,
@@ -63,10 +81,17 @@ class Checkpoints:
             rest=ocp.args.StandardRestore(rest),
             meta=ocp.args.JsonRestore(),
         )
-        return restored.params, restored.rest, restored.meta
+        meta = dict(restored.meta)
+        params, rest = self._in_order((restored.params, restored.rest), meta.pop(_ORDER, None))
+        return params, rest, meta
 
     def restore_params(self, step: int, params: Any) -> Any:
-        return self._restore(step, params=ocp.args.StandardRestore(params)).params
+        restored = self._restore(step, params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
+        return self._in_order(restored.params, restored.meta.get(_ORDER))
+
+    def _in_order(self, tree: Any, saved: list[int] | None) -> Any:
+        wanted = self._layer_order or sorted(saved or ())
+        return reorder_layers(tree, saved or sorted(wanted), wanted, donate=True)
 
     def _restore(self, step: int, **items: Any) -> Any:
         others = [other for other in self.steps() if other < step]

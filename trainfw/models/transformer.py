@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weight
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
 from trainfw.models.stack import REDUCED, Layer, Remat, check_remat, init_stack, run_stack
-from trainfw.parallel import all_gather, gather_weight, reduce_scatter
+from trainfw.parallel import all_gather, axis_size, chunk_of, gather_weight, pipelined, reduce_scatter
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +80,7 @@ class Transformer(nnx.Module):
         remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
             "dots" saves what the layers' projections return as well.
         ring: see `ParallelConfig.context_attention`.
+        microbatch_rows, interleave: of a pipeline's microbatches, and chunks of layers in a stage (`pipelined`).
         prefetch: gather the next layer's weights while one computes (with remat "full", where they are sharded).
         scan_layers: compile one layer (one period of `layer_pattern`) and loop over it, rather than all layers in
             a row. The parameters and the numbers are the same.
@@ -94,10 +96,13 @@ class Transformer(nnx.Module):
         scan_layers: bool = True,
         prefetch: bool = False,
         ring: bool = True,
+        microbatch_rows: int = 1,
+        interleave: int = 1,
     ):
         check_remat(remat)
         self.config, self.compute_dtype = config, compute_dtype
         self.remat, self.scan_layers, self.prefetch, self.ring = remat, scan_layers, prefetch, ring
+        self.microbatch_rows, self.interleave = microbatch_rows, interleave
         self.embedding = Embedding(config, rngs=rngs)
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
@@ -130,9 +135,29 @@ class Transformer(nnx.Module):
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
-        context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS, ring=self.ring)
-        x_BSD, _ = self._run(tokens_BS, context, None)
-        return x_BSD
+        x_BSD = self._embed(tokens_BS)
+        graphdef, params = nnx.split(self.layers)
+
+        def run(x_BSD: jax.Array, params: Any, side: Any) -> tuple[jax.Array, Any]:
+            positions_BS, segment_ids_BS = side
+            context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS, ring=self.ring)
+            return self._run(graphdef, params, x_BSD, context, None)
+
+        side = (positions_BS, segment_ids_BS)
+        if axis_size("pipeline") == 1:
+            x_BSD, _ = run(x_BSD, params, side)
+            return self.final_norm(x_BSD)
+
+        # The microbatches of this device, and its chunks of layers.
+        split = functools.partial(jax.tree.map, lambda a: a.reshape(-1, self.microbatch_rows, *a.shape[1:]))
+        x_kBSD, _ = pipelined(
+            lambda chunk, x_BSD, side: run(x_BSD, chunk_of(params, chunk, self.interleave), side),
+            split(x_BSD),
+            split(side),
+            chunks=self.interleave,
+            remat=self.remat == "full",
+        )
+        return self.final_norm(x_kBSD.reshape(x_BSD.shape))
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
@@ -162,36 +187,42 @@ class Transformer(nnx.Module):
         """`decode` without the head: x_BSD after the final norm."""
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
         context = Context(self._turns(positions_BS), start=cache.length)
-        x_BSD, (keys, values) = self._run(tokens_BS, context, (cache.keys_LBTKh, cache.values_LBTKh))
-        return x_BSD, KVCache(keys, values, cache.length + tokens_BS.shape[1])
+        layers = nnx.split(self.layers)
+        x_BSD, (keys, values) = self._run(
+            *layers, self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
+        )
+        return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1])
 
     def _turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
         # In order of first use, not a set's: every process must trace the same program.
         return {kind: rope_turns(positions_BS, self.config, kind) for kind in dict.fromkeys(self.config.layer_kinds)}
 
-    def _run(self, tokens_BS: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        config = self.config
+    def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         x_BSD = self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
-        if config.scale_embeddings:
-            x_BSD = x_BSD * jnp.asarray(math.sqrt(config.hidden_size), x_BSD.dtype)
-        graphdef, params = nnx.split(self.layers)
+        if self.config.scale_embeddings:
+            x_BSD = x_BSD * jnp.asarray(math.sqrt(self.config.hidden_size), x_BSD.dtype)
+        return x_BSD
+
+    def _run(self, graphdef: Any, params: Any, x_BSD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        """These layers, all of them or those of a stage, which begin a period of the pattern."""
+        config = self.config
+        num_layers = jax.tree.leaves(params)[0].shape[0]
         layer = Layer(
             gather=lambda params: gather_weights(params, x_BSD.dtype, config),
             apply=lambda x_BSD, weights, *inputs: nnx.merge(graphdef, weights)(x_BSD, *inputs),
         )
-        x_BSD, cache = run_stack(
+        return run_stack(
             layer,
             x_BSD,
             params,
             context,
             cache,
-            config.layer_kinds,
+            config.layer_kinds[:num_layers],
             len(config.layer_pattern),
             scan=self.scan_layers,
             remat=self.remat,
             prefetch=self.prefetch,
         )
-        return self.final_norm(x_BSD), cache
 
 
 def abstract_model(config: ModelConfig, **options: Any) -> Transformer:

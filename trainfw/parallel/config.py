@@ -4,7 +4,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from trainfw.config import INT32, Config, invalid
+from trainfw.config import INT32, Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -17,7 +17,14 @@ class ParallelConfig(Config):
     """The layout: how many devices each mesh axis spans. One axis may be -1: the devices that are left."""
 
     pipeline: int = 1
-    """Stages of layers. (More than 1 is not built yet.)"""
+    """Stages of layers, through which microbatches pass. All stages share the embedding, the head and the loss, each
+    for its own rows of the batch."""
+    pipeline_microbatches: PositiveInt | None = None
+    """Into how many microbatches the rows of one accumulation step are split for the pipeline, a multiple of its
+    stages: the more, the less time stages idle. Null is as many as there are rows."""
+    interleave: PositiveInt = 1
+    """Chunks of layers that each stage holds. Microbatches go round the stages this many times, and the part of the
+    time that stages idle falls accordingly, for as many times the traffic between them."""
     data: int = 1
     """Replicas of the parameters; each takes a part of the batch."""
     fsdp: int = -1
@@ -56,6 +63,10 @@ class ParallelConfig(Config):
         filled = [axis for axis in AXES if getattr(self, axis) == -1]
         if len(filled) > 1:
             invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
+        if self.interleave > 1 and self.pipeline == 1:
+            invalid("interleave", f"interleave = {self.interleave}: needs a pipeline of more than one stage")
+        if self.pipeline_microbatches is not None and self.pipeline == 1:
+            invalid("pipeline_microbatches", "pipeline_microbatches applies to a pipeline of more than one stage")
         for axis in self.traffic:
             if axis not in AXES:
                 invalid("traffic", f"unknown axis {axis!r}{did_you_mean(axis, AXES)}")

@@ -51,7 +51,7 @@ class Layout:
     @property
     def batch_shards(self) -> int:
         """Into how many parts the global batch is split."""
-        return self.data * self.fsdp * self.expert
+        return self.pipeline * self.data * self.fsdp * self.expert
 
     def batch_problem(self, rows: int, accumulation_steps: int) -> str:
         """Why a global batch of so many rows does not divide, and what would; empty where it does."""
@@ -59,6 +59,7 @@ class Layout:
         parts = shards * accumulation_steps
         if rows % parts == 0:
             return ""
+        pipeline = f"pipeline({self.pipeline}) * " if self.pipeline > 1 else ""
         expert = f"expert({self.expert}) * " if self.expert > 1 else ""
         nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
         batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
@@ -68,7 +69,7 @@ class Layout:
             fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
             ways = f"train.accumulation_steps={fewer} makes it divide; {ways}"
         return (
-            f"does not divide over data({self.data}) * fsdp({self.fsdp}) * {expert}"
+            f"does not divide over {pipeline}data({self.data}) * fsdp({self.fsdp}) * {expert}"
             f"accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
         )
 

@@ -27,10 +27,13 @@ from trainfw.parallel import (
     Sharded,
     all_reduce,
     context_problem,
+    layers_problem,
     make_mesh,
     nearest_divisors,
     place,
     reduce_gradient,
+    reorder_layers,
+    stage_order,
     use_rules,
     zigzag_order,
 )
@@ -60,6 +63,8 @@ class Program:
     """ShapeDtypeStructs (B, S) with shardings."""
     grad_shardings: Any
     """Nested dict: how the gradient of each parameter is kept."""
+    layer_order: tuple[int, ...]
+    """The layer at each place of the stacked parameters: not their true order where stages are interleaved."""
     init: Callable[[], TrainState]
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
@@ -70,8 +75,12 @@ class Program:
     """Jitted (params, batch) -> metrics."""
 
     def model(self, params: Any) -> Transformer:
-        """The model with these parameters (a nested dict of arrays)."""
+        """The model with these parameters (a nested dict of arrays), their layers in true order."""
         return nnx.merge(self.graphdef, nnx.State(params))
+
+    def in_true_order(self, params: Any) -> Any:
+        """The state's parameters, their layers in the order in which the model runs them."""
+        return reorder_layers(params, self.layer_order, sorted(self.layer_order))
 
     def compile_train_step(self) -> Any:
         """`train_step`, compiled ahead of time with the backend's options."""
@@ -150,6 +159,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     rows, length = recipe.train.global_batch_size, recipe.data.sequence_length
     seed, z_loss, accumulation = recipe.train.seed, recipe.train.z_loss, recipe.train.accumulation_steps
 
+    microbatch_rows = _microbatch_rows(recipe, layout)
+    layer_order = stage_order(recipe.model.num_layers, layout.pipeline, recipe.parallel.interleave)
     loss_of = functools.partial(
         next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
     )
@@ -163,11 +174,15 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             scan_layers=recipe.train.scan_layers,
             prefetch=recipe.parallel.prefetch and rules.gathers,
             ring=recipe.parallel.context_attention == "ring",
+            microbatch_rows=microbatch_rows,
+            interleave=recipe.parallel.interleave,
         )
 
     def init() -> TrainState:
         params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
         params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
+        if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
+            params["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], params["layers"])
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
 
@@ -272,6 +287,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         ),
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
+        layer_order=layer_order,
         init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             train_step,
@@ -314,6 +330,22 @@ def _sum_over(metrics: Metrics, mesh: Mesh) -> Metrics:
     return unravel(all_reduce(flat, mesh.axis_names))
 
 
+def _microbatch_rows(recipe: Recipe, layout: Layout) -> int:
+    """Rows on a device of one of the pipeline's microbatches."""
+    microbatches, stages = recipe.parallel.pipeline_microbatches, layout.pipeline
+    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
+    if microbatches is None:
+        return 1
+    if microbatches % stages or rows % (microbatches // stages):
+        legal = [stages * n for n in range(1, rows + 1) if rows % n == 0]
+        raise recipe.error(
+            "parallel.pipeline_microbatches",
+            f"expected a multiple of parallel.pipeline = {stages} that divides the rows of {stages} stages, "
+            f"{rows * stages:,}: {', '.join(map(str, legal))}",
+        )
+    return rows * stages // microbatches
+
+
 def _on_every_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` of each device's parts of its arguments."""
     if mesh.size == 1:
@@ -345,7 +377,7 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
     for axis in AXES:
-        if layout.sizes[axis] > 1 and axis in ("pipeline", "expert"):
+        if layout.sizes[axis] > 1 and axis in ("expert",):
             raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
     tensor = layout.tensor
     if model.num_heads % tensor:
@@ -361,6 +393,9 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
         )
     if problem := context_problem(recipe.data.sequence_length, layout.context, tensor):
         raise recipe.error("data.sequence_length", problem)
+    chunks = recipe.parallel.interleave
+    if problem := layers_problem(model.num_layers, layout.pipeline, chunks, len(model.layer_pattern)):
+        raise recipe.error("model.num_layers", problem)
     if problem := layout.batch_problem(rows, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
     return layout

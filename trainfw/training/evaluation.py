@@ -140,5 +140,8 @@ def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
     steps = run.steps()
     if step is not None and step not in steps:
         raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    with contextlib.closing(Checkpoints(run.checkpoints, program.recipe.checkpoint, read_only=True)) as checkpoints:
+    checkpoints = Checkpoints(
+        run.checkpoints, program.recipe.checkpoint, layer_order=program.layer_order, read_only=True
+    )
+    with contextlib.closing(checkpoints):
         return checkpoints.restore_params(step or steps[-1], program.abstract_state.params)

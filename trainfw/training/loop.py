@@ -81,7 +81,9 @@ def train(
         batches = stack.enter_context(contextlib.closing(_batches(program, data)))
         stack.enter_context(run.lock())
         resumed_step = run.check(recipe, resume)  # again, now that no other process can change the answer
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint, layer_order=program.layer_order))
+        )
         state = _first_state(program, checkpoints, batches, resumed_step)
         if resumed_step is not None:
             reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
@@ -297,7 +299,7 @@ class _Run:
         host = backends.current().host_generate
         params = jax.device_put(state.params, backends.host_device() if host else jax.devices()[0])
         tokens = generate(
-            self.program.model(params),
+            self.program.model(self.program.in_true_order(params)),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_tokens=self.recipe.train.sample_tokens,
             eos_id=tokenizer.eos_id,

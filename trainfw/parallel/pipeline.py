@@ -1,0 +1,174 @@
+"""Layers in stages, one on each device along `pipeline`, and microbatches that pass through them in a circle.
+
+The schedule is the interleaved one (Narayanan et al. 2021, arXiv:2104.04473, section 2.2) in the circular form of
+Praxis and MaxText, without separate steps for the backward pass: that is the transpose of this loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainfw.parallel.collectives import axis_index, axis_size, ring_shift
+
+AXIS = "pipeline"
+
+
+def pipelined(
+    stage: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
+    x: Any,
+    side: Any = None,
+    *,
+    chunks: int = 1,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """What `x` becomes by passing through every chunk of layers, and the chunks' other outputs. Runs in shard_map.
+
+    Of the P * chunks chunks of consecutive layers, stage p of P holds p, p + P, p + 2P ... (see `stage_order`). The
+    stages' microbatches of one place in `x` go round together, `chunks` times: M microbatches in all take
+    M * chunks + P - 1 iterations, and a stage idles for P - 1 of them (`bubble`). An idle stage computes too, on real
+    activations of no consequence: a loss whose gradients are finite has no NaN from there.
+
+    An iteration moves each stage's result to the next stage, and turns by one place a second ring that takes inputs
+    to stage 0 and outputs back to where the inputs came from: two permutes, each of one microbatch (b * S * D elements
+    and its side data). Both are full circles, forward and, transposed, backward. No other collective is used, and
+    none along an axis of one device, where this is a loop over microbatches.
+
+    Args:
+        stage: (chunk, x, side) -> (x, out) runs one microbatch through this device's chunk number `chunk`, i32[];
+            `out` is a pytree of arrays.
+        x: the k microbatches of this device, a pytree of arrays (k, ...); M = k * P.
+        side: what goes along with them unchanged (segment ids, positions), a pytree of arrays (k, ...).
+        chunks: how many each stage holds.
+        remat: keep only the stages' inputs for the backward pass, and compute each stage anew.
+
+    Returns:
+        x, in the place of the inputs (k, ...); and `out` of this device's own chunks (chunks, ...), summed over all M
+        microbatches. One `out` is kept for every iteration until then.
+    """
+    stages, place = axis_size(AXIS), axis_index(AXIS)
+    count = jax.tree.leaves(x)[0].shape[0]
+    busy = count * stages * chunks  # iterations of each stage that count
+    iterations = busy + stages - 1
+    run = jax.checkpoint(stage, prevent_cse=False) if remat else stage
+
+    def feed(t: jax.Array | int, buffer: Any, slot: Any, received: Any) -> tuple[Any, Any, Any]:
+        """What a stage works on at iteration `t`: at stage 0, and in a group's first round, its place on the ring.
+
+        What stage 0 received instead is then done, and takes that place: the ring brings it home.
+        """
+        group, step = jnp.divmod(jnp.int32(t), stages * chunks)
+        buffer, slot = _swap_trees(step == 0, group, buffer, slot)
+        enters = (step < stages) & (place == 0)
+        return buffer, _shift(_where(enters, received, slot)), _where(enters, slot, received)
+
+    def iterate(carry: Any, t: jax.Array) -> tuple[Any, Any]:
+        buffer, slot, (x, side) = feed(t, *carry)
+        chunk = jnp.clip(t - place, 0, busy - 1) // stages % chunks
+        x, out = run(chunk, x, side)
+        return (buffer, slot, _shift((x, side))), out
+
+    inputs = (x, side)
+    first = jax.tree.map(lambda a: a[0], inputs)  # not zeros: see above of idle stages
+    buffer = jax.tree.map(lambda a: jnp.concatenate([a, a[-1:]]), inputs)
+    carry, outs = jax.lax.scan(iterate, (buffer, first, first), jnp.arange(iterations, dtype=jnp.int32))
+    (buffer, _), (last, _), _ = feed(iterations, *carry)
+    # The outputs of a group are put away when the second group after it is taken out.
+    x = jax.tree.map(lambda a, b: jnp.concatenate([a[2:], b[None]]), buffer, last)
+
+    def total(out: jax.Array) -> jax.Array:
+        counted = jax.lax.dynamic_slice_in_dim(out, place, busy)
+        return counted.reshape(count, chunks, stages, *out.shape[1:]).sum((0, 2))
+
+    return x, jax.tree.map(total, outs)
+
+
+def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
+    """Chunk number `chunk` of a pytree of arrays stacked over this device's layers."""
+    if chunks == 1:
+        return stacked
+    return jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a.reshape(chunks, -1, *a.shape[1:]), chunk, keepdims=False), stacked
+    )
+
+
+def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
+    """The fraction of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
+    return (stages - 1) / (microbatches * chunks + stages - 1)
+
+
+def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
+    """The layer at each place of the stacked parameters: those of stage 0, chunk by chunk, then those of stage 1 ..."""
+    if stages == 1 or chunks == 1:
+        return tuple(range(num_layers))
+    size = num_layers // (stages * chunks)
+    return tuple(
+        (chunk * stages + stage) * size + layer
+        for stage in range(stages)
+        for chunk in range(chunks)
+        for layer in range(size)
+    )
+
+
+def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:
+    """Why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or empty.
+
+    All chunks are run by one program, so each is the same number of whole periods.
+    """
+    parts = stages * chunks
+    if stages == 1 or num_layers % (parts * period) == 0:
+        return ""
+    over = f"pipeline({stages})" + (f" * interleave({chunks}) = {parts}" if chunks > 1 else "")
+    if num_layers % period:
+        return f"does not divide over {over}: {num_layers} layers are no whole number of periods of {period} layers"
+    periods = num_layers // period
+    divisors = [n for n in range(1, periods + 1) if periods % n == 0]
+    nearest = [max(n for n in divisors if n < parts), *[n for n in divisors if n > parts][:1]]
+    unit = f" in whole periods of {period} layers" if period > 1 else ""
+    product = "products" if chunks > 1 else "numbers of stages"
+    return f"does not divide over {over}{unit}; the nearest {product} that do: {', '.join(map(str, nearest))}"
+
+
+def _shift(tree: Any) -> Any:
+    return jax.tree.map(lambda a: ring_shift(a, AXIS), tree)
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _swap_trees(on: jax.Array, index: jax.Array, buffers: Any, values: Any) -> tuple[Any, Any]:
+    """`_swap` for each array; integers have no gradient."""
+    leaves, tree = jax.tree.flatten(buffers)
+    swapped = [
+        (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
+        for buffer, value in zip(leaves, jax.tree.leaves(values), strict=True)
+    ]
+    return jax.tree.unflatten(tree, [b for b, _ in swapped]), jax.tree.unflatten(tree, [v for _, v in swapped])
+
+
+def _exchange(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where `on`, entry `index` of the buffer and the value change places."""
+    held = jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False)
+    buffer = jax.lax.dynamic_update_index_in_dim(buffer, jnp.where(on, value, held), index, 0)
+    return buffer, jnp.where(on, held, value)
+
+
+@jax.custom_vjp
+def _swap(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # An exchange is its own transpose. JAX's would add a whole buffer of zeros but for one entry, every iteration.
+    return _exchange(on, index, buffer, value)
+
+
+def _swap_forward(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> Any:
+    return _exchange(on, index, buffer, value), (on, index)
+
+
+def _swap_backward(where: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]) -> Any:
+    return None, None, *_swap(*where, *grads)
+
+
+_swap.defvjp(_swap_forward, _swap_backward)
