@@ -28,7 +28,9 @@ from tests.helpers import random_batches
 from trainfw import Recipe, UserError, backends, build_program, load_recipe
 from trainfw.errors import did_you_mean
 from trainfw.hlo import collectives_of, parse_module
+from trainfw.models import ModelConfig
 from trainfw.parallel import AXES, ParallelConfig
+from trainfw.training import TrainConfig
 
 LIMIT = 1e-5
 DEVICES = 16
@@ -77,6 +79,14 @@ TABLE: dict[str, list[str]] = {
         "data=2 fsdp=2 context=2 fsdp_shards=optimizer accumulation_steps=2",
         "fsdp=2 context=2 tensor=4 fsdp_shards=gradients context_attention=gathered",
         "data=2 fsdp=2 context=2 tensor=2 remat=full accumulation_steps=2",
+        "num_layers=8 pipeline=8",
+        "num_layers=8 pipeline=4 interleave=2 remat=full",
+        "pipeline=2 fsdp=4 remat=full",
+        "pipeline=4 tensor=2 accumulation_steps=2",
+        "pipeline=2 context=4 remat=dots",
+        "pipeline=2 interleave=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
+        "pipeline=2 data=2 fsdp=2 fsdp_shards=gradients scan_layers=false pipeline_microbatches=4",
+        "pipeline=2 fsdp=2 context=2 tensor=2 interleave=2 remat=full",
     ],
     "gemma": [
         "fsdp=8 remat=full",
@@ -86,6 +96,8 @@ TABLE: dict[str, list[str]] = {
         "context=4 tensor=2 context_attention=gathered scan_layers=false",
         "data=2 context=2 tensor=2 remat=dots",
         "data=2 fsdp=2 context=2 tensor=2 fsdp_shards=gradients scan_layers=false",
+        "pipeline=2 tensor=4 scan_layers=false",
+        "pipeline=2 context=2 tensor=2 context_attention=gathered accumulation_steps=2",
     ],
 }
 
@@ -94,7 +106,7 @@ TABLE: dict[str, list[str]] = {
 class Combination:
     model: str
     settings: str
-    """Keys of `parallel` and of `train`; the axes that are left out are 1."""
+    """Keys of `parallel`, `model` and `train`; the axes that are left out are 1."""
 
     def __str__(self) -> str:
         return f"{self.model} {self.settings}"
@@ -156,8 +168,13 @@ def make_recipe(model: str, settings: Sequence[str]) -> Recipe:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree))
-        sections = ("parallel" if s.split("=")[0] in ParallelConfig.model_fields else "train" for s in settings)
-        return load_recipe(path, [f"{section}.{s}" for section, s in zip(sections, settings, strict=True)])
+        return load_recipe(path, [f"{section(setting)}.{setting}" for setting in settings])
+
+
+def section(setting: str) -> str:
+    """Which part of a recipe a `key=value` is of."""
+    sections = {"parallel": ParallelConfig, "model": ModelConfig, "train": TrainConfig}
+    return next(name for name, config in sections.items() if setting.split("=")[0] in config.model_fields)
 
 
 @functools.cache
@@ -189,13 +206,16 @@ def compare(combination: Combination, seed: int = 0) -> Agreement:
     import jax
 
     recipe = combination.recipe()
-    same = tuple(s for s in combination.settings.split() if s.startswith("z_loss="))
+    same = tuple(s for s in combination.settings.split() if section(s) == "model" or s.startswith("z_loss="))
     params, batch, loss, gradients = one_device(combination.model, same, seed)
     program = build_program(recipe, jax.devices()[: combination.devices])
     compiled = program.gradients.lower(program.abstract_state.params, program.abstract_batch).compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+    held = np.array(program.layer_order)
+    params = params | {"layers": jax.tree.map(lambda x: x[held], params["layers"])}
     grads, metrics = compiled(jax.device_put(params, shardings), program.shard_batch(batch))
     found = by_name(grads)
+    found |= {name: grad[np.argsort(held)] for name, grad in found.items() if name.startswith("layers.")}
     assert found.keys() == gradients.keys()
     along = {
         (collective.kind.removeprefix("collective-"), collective.axes(program.mesh) or ("?",))
