@@ -1,3 +1,6 @@
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, params_from_huggingface
@@ -30,6 +34,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+OLMOE = {"pad_token_id": None, "eos_token_id": None}  # else outside this vocabulary
 # Windows shorter than the sequence; layer counts that leave part of a period over.
 MODELS = {
     "llama": ("Llama", {"num_hidden_layers": 3}),
@@ -56,6 +61,27 @@ MODELS = {
         },
     ),
     "qwen3": ("Qwen3", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, sliding": (
+        "Mixtral",
+        {"num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 2,
+            "moe_intermediate_size": 20,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe, weights as they are": (
+        "Qwen3Moe",
+        {"num_hidden_layers": 3, "moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2},
+    ),
+    # OLMoE has no head_dim of its own.
+    "olmoe": ("Olmoe", {"num_hidden_layers": 2, "head_dim": None, "num_experts": 6, "num_experts_per_tok": 2, **OLMOE}),
     "gemma2": (
         "Gemma2",
         {
@@ -95,7 +121,11 @@ def reference(family: str, changes: dict) -> torch.nn.Module:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    """By the names that they have in files: in memory Transformers stores all experts as one tensor."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        files = [load_file(file) for file in sorted(Path(directory).glob("*.safetensors"))]
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,7 +134,7 @@ def test_logits_match_transformers(name):
 
 
 # One of each family, whose shape Hypothesis draws anew in every run.
-FAMILIES = ["llama, llama3 scaling", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+FAMILIES = ["llama, llama3 scaling", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "olmoe"]
 
 
 @pytest.mark.slow
@@ -114,7 +144,7 @@ FAMILIES = ["llama, llama3 scaling", "qwen2", "qwen3", "mistral", "gemma2", "gem
 def test_logits_match_transformers_in_any_shape(name, data):
     kv_heads, group, half_dim = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(2, 8)))
     heads, head_dim = kv_heads * group, 2 * half_dim
-    if name == "qwen2":
+    if name in ("qwen2", "olmoe"):
         hidden, head_dim = heads * head_dim, None  # the head's size follows from the width
     else:
         hidden = heads * data.draw(st.integers(2, 12))
@@ -129,6 +159,10 @@ def test_logits_match_transformers_in_any_shape(name, data):
         "head_dim": head_dim,
         "tie_word_embeddings": data.draw(st.booleans()),
     }
+    if "num_experts_per_tok" in changes:
+        experts = data.draw(st.integers(1, 9))
+        key = "num_local_experts" if family == "Mixtral" else "num_experts"
+        shape |= {key: experts, "num_experts_per_tok": data.draw(st.integers(1, experts))}
     if "sliding_window" in changes:
         shape["sliding_window"] = data.draw(st.integers(2, SEQUENCE + 4))
     compare_logits(family, changes | shape)
@@ -152,6 +186,17 @@ def test_params_have_the_structure_of_a_fresh_model():
     params = params_from_huggingface(config, tensors_of(theirs))
     fresh = nnx.to_pure_dict(nnx.state(abstract_model(config)))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, fresh)
+
+
+def test_experts_have_the_names_of_their_family():
+    for family, tensor in {"mixtral": "block_sparse_moe.experts.3.w2", "qwen3_moe": "mlp.experts.6.down_proj"}.items():
+        theirs = reference(*MODELS[family])
+        config, tensors = config_from_huggingface(theirs.config.to_dict()), tensors_of(theirs)
+        down = params_from_huggingface(config, tensors)["layers"]["mlp"]["down"]["kernel"]
+        name = f"model.layers.1.{tensor}.weight"
+        np.testing.assert_array_equal(down[1, -1], tensors[name].T)
+        with pytest.raises(UserError, match=f"no tensor {name}"):
+            params_from_huggingface(config, {key: value for key, value in tensors.items() if key != name})
 
 
 def test_tensors_that_do_not_fit_are_named():
@@ -250,13 +295,85 @@ HUB = {
         "sliding_window_pattern": 6,
         "vocab_size": 262144,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "attention_bias": False,
+        "clip_qkv": None,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False,
+        "vocab_size": 50304,
+    },
 }
 
 
 @pytest.mark.parametrize("preset", HUB)
 def test_configs_of_the_hub_are_our_presets(preset):
     config = config_from_huggingface(HUB[preset])
-    assert config == ModelConfig(preset=preset).model_copy(update={"preset": None})
+    ours = ModelConfig(preset=preset)
+    if ours.moe is not None:
+        ours = ModelConfig(preset=preset, moe={"dispatch": "dropless"})  # as Transformers computes it
+    assert config == ours.model_copy(update={"preset": None})
 
 
 @pytest.mark.parametrize(
@@ -272,3 +389,16 @@ def test_configs_of_the_hub_are_our_presets(preset):
 def test_what_the_model_lacks_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         config_from_huggingface(HUB["llama3.2-1b"] | changes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ("qwen3-30b-a3b", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        ("olmoe-1b-7b", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+    ],
+)
+def test_mixtures_that_the_model_lacks_are_refused(preset, changes, message):
+    with pytest.raises(UserError, match=message):
+        config_from_huggingface(HUB[preset] | changes)

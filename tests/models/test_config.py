@@ -32,6 +32,12 @@ def test_an_overridden_preset_survives_dump_and_load():
     assert ModelConfig.model_validate(config.model_dump()) == config
 
 
+def test_what_a_preset_says_of_experts_is_overridden_one_by_one():
+    config = ModelConfig(preset="olmoe-1b-7b", moe={"dispatch": "dropless"})
+    assert config.moe == ModelConfig(preset="olmoe-1b-7b").moe.model_copy(update={"dispatch": "dropless"})
+    assert ModelConfig(preset="olmoe-1b-7b", moe=None).moe is None
+
+
 def test_head_dim_follows_from_the_heads():
     assert ModelConfig(**SMALL).head_dim == 4
     assert ModelConfig(**SMALL, head_dim=6).head_dim == 6
@@ -56,6 +62,11 @@ def test_layer_kinds_repeat_the_pattern():
         ({"layer_pattern": ["local"]}, "'global' or 'sliding'"),
         ({"layer_pattern": []}, "at least 1 item"),
         ({"rope_local_theta": 1e4}, "rope_local_theta applies to sliding layers"),
+        ({"qk_norm": "all"}, "'all_heads'"),
+        ({"moe": {"num_experts": 2, "experts_per_token": 3}}, "experts_per_token = 3 is more than num_experts = 2"),
+        ({"moe": {"num_experts": 2}}, "Field required"),
+        ({"moe": {"num_experts": 2, "experts_per_token": 1, "dispatch": "drop"}}, "'capacity' or 'dropless'"),
+        ({"moe": {"num_experts": 2, "experts_per_token": 1, "capacity_factor": 0.0}}, "greater than 0"),
         ({"rope_scaling": {"kind": "llama3", "factor": 8.0}}, "low_freq_factor is required by kind: llama3"),
         (
             {"rope_scaling": {"kind": "linear", "factor": 8.0, "low_freq_factor": 1.0}},

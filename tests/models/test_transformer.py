@@ -33,6 +33,18 @@ PUBLISHED_PARAMETERS = {
     "gemma2-2b": 2_614_341_888,
     "gemma2-9b": 9_241_705_984,
     "gemma3-1b": 999_885_952,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "olmoe-1b-7b": 6_919_161_856,
+}
+# Published totals and those active for a token, in billions: mistral.ai/news/mixtral-of-experts,
+# huggingface.co/Qwen/Qwen3-30B-A3B and Qwen3-235B-A22B, OLMoE (arXiv:2409.02060, section 2).
+PUBLISHED_ACTIVE = {
+    "mixtral-8x7b": (46.7, 12.9),
+    "qwen3-30b-a3b": (30.5, 3.3),
+    "qwen3-235b-a22b": (235, 22),
+    "olmoe-1b-7b": (6.9, 1.3),
 }
 
 
@@ -89,9 +101,21 @@ def test_parameters_of_a_preset_are_as_published(name):
     assert count_parameters(ModelConfig(preset=name)) == PUBLISHED_PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PUBLISHED_ACTIVE)
+def test_active_parameters_are_as_published(name):
+    config = ModelConfig(preset=name)
+    for count, published in zip(
+        (count_parameters(config), count_parameters(config, active=True)), PUBLISHED_ACTIVE[name], strict=True
+    ):
+        # Qwen says 3.3 of 3.353: within half of the last digit, or cut.
+        last = 0.1 if isinstance(published, float) else 1
+        assert published - last / 2 <= count / 1e9 < published + last
+
+
 def test_every_parameter_names_its_dims():
-    for tied in (True, False):
-        state = nnx.state(abstract_model(small(tie_embeddings=tied)))
+    mixture = {"num_experts": 4, "experts_per_token": 2, "shared_intermediate_size": 8}
+    for changes in ({"tie_embeddings": True}, {"tie_embeddings": False}, {"moe": mixture, "qk_norm": "all_heads"}):
+        state = nnx.state(abstract_model(small(**changes)))
         for path, param in nnx.to_flat_state(state):
             assert type(param) is nnx.Param, path
             assert len(param.axes) == len(param.shape), path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,10 @@ from trainfw.parallel import (
     zigzag_order,
 )
 
-FORMS = {"ring": ring_attention, "gathered": functools.partial(gathered_attention, attend=attend)}
+FORMS: dict[str, Callable[..., jax.Array]] = {
+    "ring": ring_attention,
+    "gathered": functools.partial(gathered_attention, attend=attend),
+}
 SCALE = 0.3
 BATCH, HEAD_DIM = 2, 8
 
@@ -103,7 +107,8 @@ def run_split(form, layout, arrays, **options):
 def agree(found, right, tolerance):
     for name, mine, theirs in zip(("o", "dq", "dk", "dv"), found, right, strict=True):
         mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
-        assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max(), name
+        # Of inputs around 1, gradients may cancel to exactly nothing: a token that sees itself alone.
+        assert np.abs(mine - theirs).max() <= tolerance * max(np.abs(theirs).max(), 0.1), name
 
 
 def check(context, chunk, kv_heads, group, window, softcap, segments, seed):
@@ -134,7 +139,7 @@ def test_it_is_full_attention(**example):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(context=st.sampled_from([1, 2, 4, 8]), **EXAMPLES)
 def test_it_is_full_attention_whatever_the_size(**example):
     check(**example)

@@ -20,6 +20,9 @@ class Backend:
     """Parameters are initialised on the host's CPU and then placed, so that no random numbers are drawn on a device."""
     host_generate: bool = False
     """Text is sampled on the host's CPU: sorting, conditions and growing caches are not for the devices."""
+    grouped_matmul: bool = True
+    """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
+    Neuron names such an operator."""
 
     @property
     def simulated(self) -> bool:

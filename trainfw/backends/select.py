@@ -25,7 +25,7 @@ CPU = Backend(
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
 )
 GPU = Backend("gpu", "gpu")
-NEURON = Backend("neuron", "neuron", rules="neuron", host_init=True, host_generate=True)
+NEURON = Backend("neuron", "neuron", rules="neuron", host_init=True, host_generate=True, grouped_matmul=False)
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""

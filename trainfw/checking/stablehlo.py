@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,6 +55,7 @@ def read_stablehlo(module: Any) -> list[Finding]:
             walk(op, place, origin, arguments)
 
     visit("main", None, "", ())
+    _integer.cache_clear()  # which keeps the module
     return findings
 
 
@@ -235,6 +237,7 @@ def _argument(value: Any, region: Any) -> int | None:
     return None
 
 
+@functools.cache  # a value may be reached in many ways
 def _integer(value: Any, arguments: Arguments) -> int | None:
     """The value of an integer scalar that is known when compiling.
 
@@ -243,6 +246,8 @@ def _integer(value: Any, arguments: Arguments) -> int | None:
     """
     from jaxlib.mlir import ir
 
+    if getattr(value.type, "rank", 0):
+        return None
     op = _owner(value)
     if op is None:
         owner, number = value.owner.owner.operation, value.arg_number
@@ -254,8 +259,6 @@ def _integer(value: Any, arguments: Arguments) -> int | None:
             return _integer(owner.operands[number], arguments)  # carried unchanged
         return None
     if op.name == "stablehlo.constant":
-        if ir.RankedTensorType(value.type).rank:
-            return None
         try:
             return int(ir.DenseIntElementsAttr(op.attributes["value"])[0])
         except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from trainfw.models import ModelConfig, abstract_model
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of ours and the tensor (or, with `{layer}`, the tensors) that it is in a checkpoint."""
+    """One parameter of ours and the tensor in a checkpoint that it is; with `{layer}` or `{expert}`, the tensors."""
 
     path: str
     """Ours, for example `layers.mlp.up.kernel`."""
@@ -55,6 +56,23 @@ POST_NORM_ROWS = (
     Row("layers.mlp_norm.scale", f"{_LAYER}.pre_feedforward_layernorm.weight"),
     Row("layers.mlp_post_norm.scale", f"{_LAYER}.post_feedforward_layernorm.weight"),
 )
+# In place of those of a dense `mlp`.
+EXPERT_ROWS = (
+    _linear("layers.mlp.router", f"{_LAYER}.mlp.gate"),
+    _linear("layers.mlp.gate", f"{_LAYER}.mlp.experts.{{expert}}.gate_proj"),
+    _linear("layers.mlp.up", f"{_LAYER}.mlp.experts.{{expert}}.up_proj"),
+    _linear("layers.mlp.down", f"{_LAYER}.mlp.experts.{{expert}}.down_proj"),
+    _linear("layers.mlp.shared.gate", f"{_LAYER}.mlp.shared_experts.gate_proj"),
+    _linear("layers.mlp.shared.up", f"{_LAYER}.mlp.shared_experts.up_proj"),
+    _linear("layers.mlp.shared.down", f"{_LAYER}.mlp.shared_experts.down_proj"),
+)
+_MIXTRAL = "block_sparse_moe"
+MIXTRAL_ROWS = (
+    _linear("layers.mlp.router", f"{_LAYER}.{_MIXTRAL}.gate"),
+    _linear("layers.mlp.gate", f"{_LAYER}.{_MIXTRAL}.experts.{{expert}}.w1"),
+    _linear("layers.mlp.up", f"{_LAYER}.{_MIXTRAL}.experts.{{expert}}.w3"),
+    _linear("layers.mlp.down", f"{_LAYER}.{_MIXTRAL}.experts.{{expert}}.w2"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,24 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(defaults={"sliding_window": 4096}),
     "qwen2": Family({"qkv_bias": True}),
     "qwen3": Family({"qk_norm": True}, {"head_dim": 128}),
+    "mixtral": Family(
+        {"moe": {"normalize_weights": True}},
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    ),
+    "qwen3_moe": Family(
+        {"qk_norm": True, "moe": {}},
+        {
+            "head_dim": 128,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+        },
+    ),
+    "olmoe": Family(
+        {"qk_norm": "all_heads", "moe": {}}, {"num_experts": 64, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5}
+    ),
     "gemma2": Family(
         _GEMMA,
         _GEMMA_DEFAULTS
@@ -119,7 +155,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     hf = {**_DEFAULTS, **FAMILIES[model_type].defaults, **config}
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise UserError(f"config.json: no {', '.join(missing)}")
-    for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+    for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention", "clip_qkv", "mlp_only_layers"):
         if hf.get(key):
             raise UserError(f"config.json: {key} = {hf[key]} is not supported")
     activation = hf.get("hidden_activation") or hf["hidden_act"]
@@ -145,11 +181,31 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         **_rope(hf, local="sliding" in pattern),
         **FAMILIES[model_type].fields,
     }
+    if "moe" in fields:
+        fields |= _experts(config, hf, fields["moe"])
     if hf.get("head_dim") is not None:
         fields["head_dim"] = hf["head_dim"]
     if hf.get("query_pre_attn_scalar") is not None:
         fields["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
     return ModelConfig(**fields)
+
+
+def _experts(config: Mapping[str, Any], hf: Mapping[str, Any], moe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts, whose dispatch is that of Transformers: nothing is dropped."""
+    if hf.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
+    # Transformers 5 writes num_local_experts for every family.
+    counts = [source[key] for source in (config, hf) for key in ("num_experts", "num_local_experts") if key in source]
+    experts = {
+        "num_experts": counts[0],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "normalize_weights": hf.get("norm_topk_prob", False),
+        "dispatch": "dropless",
+    }
+    return {
+        "intermediate_size": hf.get("moe_intermediate_size", hf["intermediate_size"]),
+        "moe": {**experts, **moe},
+    }
 
 
 def _layer_kinds(hf: Mapping[str, Any]) -> list[str]:
@@ -167,7 +223,7 @@ def _layer_kinds(hf: Mapping[str, Any]) -> list[str]:
             return ["sliding" if (i + 1) % hf["sliding_window_pattern"] else "global" for i in layers]
         case "qwen2" | "qwen3":  # the first are global
             return ["sliding" if i >= hf.get("max_window_layers", 28) else "global" for i in layers]
-        case "mistral":
+        case "mistral" | "mixtral" | "qwen3_moe":
             return ["sliding" for _ in layers]
     return ["global" for _ in layers]
 
@@ -204,9 +260,14 @@ def _rope(hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
     return fields
 
 
-def rows(config: ModelConfig) -> dict[str, tuple[Row, tuple[int, ...]]]:
-    """Every parameter of the model by path: its row, and its shape on our side (stacked over layers)."""
-    table = {row.path: row for row in COMMON_ROWS + (POST_NORM_ROWS if config.post_norms else PRE_NORM_ROWS)}
+def rows(config: ModelConfig, *, mixtral: bool = False) -> dict[str, tuple[Row, tuple[int, ...]]]:
+    """Every parameter of the model by path: its row, and its shape on our side (stacked over layers and experts).
+
+    `mixtral`: experts have the names that they have in Mixtral, and in no other family.
+    """
+    norms = POST_NORM_ROWS if config.post_norms else PRE_NORM_ROWS
+    experts = () if config.moe is None else MIXTRAL_ROWS if mixtral else EXPERT_ROWS
+    table = {row.path: row for row in COMMON_ROWS + norms + experts}
     params = nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
     paths = {".".join(map(str, path)): param.shape for path, param in params}
     return {path: (table[path], shape) for path, shape in paths.items()}
@@ -215,25 +276,25 @@ def rows(config: ModelConfig) -> dict[str, tuple[Row, tuple[int, ...]]]:
 def params_from_huggingface(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The parameters as nested dicts of f32 arrays, as in `nnx.to_pure_dict`, from a checkpoint's tensors by name.
 
+    Experts are one tensor each, as in files that are published or that `save_pretrained` writes.
     Raises UserError that names the tensors when some are missing, unknown or of another shape.
     """
-    wanted = rows(config)
-    expected = {name for row, _ in wanted.values() for name in _names(row, config)}
+    wanted = rows(config, mixtral=any(f".{_MIXTRAL}." in name for name in tensors))
+    expected = {name for row, _ in wanted.values() for name in _names(row, config).values()}
     if missing := expected - set(tensors):
         raise UserError(f"checkpoint: no tensor {_some(missing)}")
     if extra := {name for name in set(tensors) - expected if not _ignorable(name, config)}:
         raise UserError(f"checkpoint: the model has no place for tensor {_some(extra)}")
     params: dict[str, Any] = {}
     for path, (row, shape) in wanted.items():
-        stacked = "{layer}" in row.tensor
         value = np.empty(shape, np.float32)
-        for i, name in enumerate(_names(row, config)):
+        for index, name in _names(row, config).items():
             tensor = tensors[name].T if row.transpose else tensors[name]
-            if tensor.shape != (shape[1:] if stacked else shape):
+            if tensor.shape != shape[len(index) :]:
                 theirs = tuple(reversed(tensor.shape)) if row.transpose else tensor.shape
-                ours = shape[stacked:][::-1] if row.transpose else shape[stacked:]
+                ours = shape[len(index) :][::-1] if row.transpose else shape[len(index) :]
                 raise UserError(f"checkpoint: tensor {name} has shape {theirs}, but the model needs {ours}")
-            value[i if stacked else ...] = tensor
+            value[index] = tensor
         *parents, leaf = path.split(".")
         node = params
         for parent in parents:
@@ -242,10 +303,12 @@ def params_from_huggingface(config: ModelConfig, tensors: Mapping[str, np.ndarra
     return params
 
 
-def _names(row: Row, config: ModelConfig) -> list[str]:
-    if "{layer}" not in row.tensor:
-        return [row.tensor]
-    return [row.tensor.format(layer=layer) for layer in range(config.num_layers)]
+def _names(row: Row, config: ModelConfig) -> dict[tuple[int, ...], str]:
+    """The tensors of a row by their place in our parameter: layer, and expert."""
+    sizes = {"layer": config.num_layers, "expert": config.moe.num_experts if config.moe is not None else 0}
+    keys = [key for key in sizes if f"{{{key}}}" in row.tensor]
+    places = itertools.product(*(range(sizes[key]) for key in keys))
+    return {place: row.tensor.format(**dict(zip(keys, place, strict=True))) for place in places}
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:

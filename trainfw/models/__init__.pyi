@@ -1,9 +1,13 @@
 from .config import ModelConfig as ModelConfig
+from .config import MoEConfig as MoEConfig
 from .config import RopeScaling as RopeScaling
 from .config import preset_names as preset_names
 from .flops import flops_per_token as flops_per_token
 from .generation import generate as generate
 from .generation import sample as sample
+from .moe import MoE as MoE
+from .moe import MoEStats as MoEStats
+from .moe import dispatch_problem as dispatch_problem
 from .transformer import KVCache as KVCache
 from .transformer import Transformer as Transformer
 from .transformer import abstract_model as abstract_model

@@ -89,8 +89,8 @@ class Attention(nnx.Module):
         self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
         self.value = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
         self.output = Linear((width, D), ("heads", "embed"), std=std, rngs=rngs)
-        self.query_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.query_norm = self._norm("heads", width)
+        self.key_norm = self._norm("kv_heads", kv_width)
 
     def __call__(
         self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
@@ -98,11 +98,9 @@ class Attention(nnx.Module):
         """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
         config = self.config
         B, S, _ = x_BSD.shape
-        q_BSHh = self.query(x_BSD).reshape(B, S, -1, config.head_dim)
-        k_BTKh = self.key(x_BSD).reshape(B, S, -1, config.head_dim)
+        q_BSHh = self._heads(self.query(x_BSD), self.query_norm)
+        k_BTKh = self._heads(self.key(x_BSD), self.key_norm)
         v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BSHh, k_BTKh = self.query_norm(q_BSHh), self.key_norm(k_BTKh)
         q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
@@ -144,3 +142,16 @@ class Attention(nnx.Module):
         run = kernel.call or attend
         o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache
+
+    def _norm(self, axis: str, width: int) -> RMSNorm | None:
+        if self.config.qk_norm == "all_heads":
+            return RMSNorm(width, self.config, axis)
+        return RMSNorm(self.config.head_dim, self.config) if self.config.qk_norm else None
+
+    def _heads(self, x_BSW: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """x_BSHh, each head or all of them together normalised."""
+        together = self.config.qk_norm == "all_heads"
+        if norm is not None and together:
+            x_BSW = norm(x_BSW)
+        x_BSHh = x_BSW.reshape(*x_BSW.shape[:2], -1, self.config.head_dim)
+        return x_BSHh if norm is None or together else norm(x_BSHh)

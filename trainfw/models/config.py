@@ -1,4 +1,4 @@
-"""What shape of decoder: the fields that tell Llama, Qwen, Mistral and Gemma apart, and presets of them."""
+"""What shape of decoder: the fields that tell Llama, Qwen, Mistral, Gemma and OLMoE apart, and presets of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 Activation = Literal["silu", "gelu_tanh"]
 LayerKind = Literal["global", "sliding"]
+Dispatch = Literal["capacity", "dropless"]
 
 
 class RopeScaling(Config):
@@ -45,6 +46,41 @@ class RopeScaling(Config):
         return self
 
 
+class MoEConfig(Config):
+    """A mixture of experts in place of every feed-forward layer: each token goes to a few of many small ones."""
+
+    num_experts: PositiveInt
+    """E: routed experts in every layer."""
+    experts_per_token: PositiveInt
+    """k: experts that every token goes to."""
+    normalize_weights: bool = True
+    """Divide the weights of a token's k experts by their sum (Mixtral, Qwen3-MoE); otherwise they are the softmax's
+    own (OLMoE)."""
+    shared_intermediate_size: PositiveInt | None = None
+    """Width of the experts that every token goes to (DeepSeek-style), all of them together. Null is none."""
+    # The one form that every backend takes, and whose cost does not depend on what the router does. What it drops is
+    # in the metrics.
+    dispatch: Dispatch = "capacity"
+    """`capacity`: an expert has a fixed number of slots, and what finds none is dropped (its token keeps what its other
+    experts add); all-to-all over the expert axis. `dropless`: nothing is dropped; needs a backend with grouped
+    products (not Neuron), and gathers the expert axis's tokens. Text is generated without drops in either case."""
+    capacity_factor: PositiveFloat = 1.25
+    """capacity: slots of an expert, as a multiple of what it needs where all experts are chosen equally often."""
+    balance_loss: NonNegativeFloat = 0.01
+    """Coefficient of the load-balance loss, in every layer; the loss is 1 where all experts are chosen equally."""
+    z_loss: NonNegativeFloat = 0.001
+    """Coefficient of the router's z-loss (logsumexp of its logits, squared), in every layer."""
+
+    @model_validator(mode="after")
+    def _choices_are_enough(self) -> MoEConfig:
+        if self.experts_per_token > self.num_experts:
+            invalid(
+                "experts_per_token",
+                f"experts_per_token = {self.experts_per_token} is more than num_experts = {self.num_experts}",
+            )
+        return self
+
+
 class ModelConfig(Config):
     """A decoder-only transformer. `preset` gives the values of a published model; other fields override them."""
 
@@ -55,7 +91,7 @@ class ModelConfig(Config):
     hidden_size: PositiveInt
     """D: width of the residual stream."""
     intermediate_size: PositiveInt
-    """F: width of the gated feed-forward layer."""
+    """F: width of the gated feed-forward layer; with `moe`, of one expert."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """L: decoder layers."""
     num_heads: PositiveInt
@@ -80,8 +116,8 @@ class ModelConfig(Config):
     """Longest context the weights were trained for, in tokens. Informational: nothing is allocated by it."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen 2)."""
-    qk_norm: bool = False
-    """RMSNorm on each query and key head (Qwen 3, Gemma 3)."""
+    qk_norm: bool | Literal["all_heads"] = False
+    """RMSNorm on each query and key head (Qwen 3, Gemma 3); `all_heads`: on all heads together (OLMoE)."""
     sliding_window: PositiveInt | None = None
     """In sliding layers a token sees this many tokens, itself included."""
     # Not strict, so that YAML's list is taken as a tuple: a config is hashed as part of what is compiled.
@@ -101,6 +137,8 @@ class ModelConfig(Config):
     """Multiply embeddings by sqrt(hidden_size) (Gemma)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of freshly initialised weights."""
+    moe: MoEConfig | None = None
+    """A mixture of experts in place of every feed-forward layer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -111,7 +149,7 @@ class ModelConfig(Config):
         if isinstance(preset, str):
             if preset not in load_presets():
                 invalid("preset", f"unknown preset {preset!r}{did_you_mean(preset, load_presets())}")
-            data = load_presets()[preset] | data
+            data = _merged(load_presets()[preset], data)
         hidden, heads = data.get("hidden_size"), data.get("num_heads")
         if "head_dim" not in data and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             if hidden % heads:
@@ -139,6 +177,14 @@ class ModelConfig(Config):
         """The kind of attention of every layer, in order."""
         period = len(self.layer_pattern)
         return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
+
+
+def _merged(preset: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The preset's fields, overridden by `data`; those of `moe` one by one, since it says how to run as well."""
+    merged, ours, theirs = preset | data, preset.get("moe"), data.get("moe")
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        merged["moe"] = ours | theirs
+    return merged
 
 
 @functools.cache

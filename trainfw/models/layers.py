@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainfw.models.config import ModelConfig
-from trainfw.parallel import axis_index, axis_size, gather_weight, reduce_scatter
+from trainfw.models.config import Activation, ModelConfig
+from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...], **metadata: bool) -> nnx.Param:
@@ -44,9 +44,10 @@ class Linear(nnx.Module):
         *,
         std: float,
         bias: bool = False,
+        wide: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.kernel = normal(rngs, shape, std, axes)
+        self.kernel = normal(rngs, shape, std, axes, wide=wide)
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,18 +78,28 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dim, in f32, back to the dtype of x. Zhang & Sennrich, arXiv:1910.07467."""
+    """x / rms(x) * scale over the last dim, in f32, back to the dtype of x. Zhang & Sennrich, arXiv:1910.07467.
 
-    def __init__(self, size: int, config: ModelConfig):
-        self.eps, self.zero_centered = config.norm_eps, config.zero_centered_norm
-        self.scale = nnx.Param(
-            jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32), axes=("norm",), wide=True
-        )
+    `axis` names the last dim where it is split over `tensor`: the mean is then that of all its parts.
+    """
+
+    def __init__(self, size: int, config: ModelConfig, axis: str = "norm"):
+        self.eps, self.zero_centered, self.split = config.norm_eps, config.zero_centered_norm, axis != "norm"
+        scale = jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32)
+        self.scale = nnx.Param(scale, axes=(axis,), wide=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        if self.split:
+            square = all_reduce(square, "tensor") / axis_size("tensor")
+        wide = wide * jax.lax.rsqrt(square + self.eps)
         return (wide * (self.scale[...] + float(self.zero_centered))).astype(x.dtype)
+
+
+def activate(activation: Activation, x: jax.Array) -> jax.Array:
+    """The gate's activation function."""
+    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 class MLP(nnx.Module):
@@ -97,14 +108,12 @@ class MLP(nnx.Module):
     Its width is split over `tensor`: each device returns a part of the sum.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        size, std = (config.hidden_size, config.intermediate_size), config.init_std
+    def __init__(self, config: ModelConfig, *, width: int | None = None, rngs: nnx.Rngs):
+        size, std = (config.hidden_size, width or config.intermediate_size), config.init_std
         self.activation = config.activation
         self.gate = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
         self.up = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
         self.down = Linear(size[::-1], ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_BSF = self.gate(x_BSD)
-        gate_BSF = jax.nn.silu(gate_BSF) if self.activation == "silu" else jax.nn.gelu(gate_BSF, approximate=True)
-        return self.down(gate_BSF * self.up(x_BSD))
+        return self.down(activate(self.activation, self.gate(x_BSD)) * self.up(x_BSD))

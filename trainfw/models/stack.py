@@ -28,7 +28,7 @@ REDUCED = "reduced over tensor"
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     """A policy of `jax.checkpoint`: everything is kept but gathered weights."""
     if primitive is all_gather_p:
-        return params["axis_name"] == ("tensor",) and params["axis_index_groups"] is None  # of activations
+        return params["axis_name"] == ("tensor",)  # of activations
     return params.get("name") != GATHERED
 
 

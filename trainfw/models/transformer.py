@@ -15,10 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights
+from trainfw.models.moe import MoE, MoEStats
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
 from trainfw.models.stack import REDUCED, Layer, Remat, check_remat, init_stack, run_stack
-from trainfw.parallel import all_gather, axis_size, chunk_of, gather_weight, pipelined, reduce_scatter
+from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, gather_weight, pipelined, reduce_scatter
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs) if config.moe is None else MoE(config, rngs=rngs)
         self.attention_norm = RMSNorm(config.hidden_size, config)
         self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
@@ -49,16 +50,30 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x_BSD: jax.Array, context: Context, cache: LayerCache | None, kind: LayerKind
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, tuple[LayerCache | None, MoEStats | None]]:
+        """(x_BSD, (the cache extended, what the router did))"""
         y_BSD, cache = self.attention(_gather(self.attention_norm(x_BSD)), context, kind, cache)
         y_BSD = _scatter(y_BSD)
         if self.attention_post_norm is not None:
             y_BSD = self.attention_post_norm(y_BSD)
         x_BSD = x_BSD + y_BSD
-        y_BSD = _scatter(self.mlp(_gather(self.mlp_norm(x_BSD))))
+        h_BSD, stats = _gather(self.mlp_norm(x_BSD)), None
+        if isinstance(self.mlp, MoE):
+            # Text must not depend on what else is in the batch: while decoding nothing is dropped.
+            y_BSD, stats = self.mlp(h_BSD, dropless=cache is not None)
+        else:
+            y_BSD = self.mlp(h_BSD)
+        y_BSD = _scatter(y_BSD)
         if self.mlp_post_norm is not None:
             y_BSD = self.mlp_post_norm(y_BSD)
-        return x_BSD + y_BSD, cache
+        return x_BSD + y_BSD, (cache, stats)
+
+
+def _among_stages(own: jax.Array) -> jax.Array:
+    """What a stage has of its layers (chunks, layers, ...), in its place among all layers, and zeros for the others."""
+    own = own.reshape(-1, *own.shape[2:])
+    everyone = jnp.zeros((axis_size("pipeline") * own.shape[0], *own.shape[1:]), own.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)
 
 
 def _gather(x_BSD: jax.Array) -> jax.Array:
@@ -126,7 +141,18 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`.
+        """What `forward` returns, without the stats."""
+        return self.forward(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS)[0]
+
+    def forward(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> tuple[jax.Array, MoEStats | None]:
+        """(x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`; what the routers of all
+        layers did, stacked in the order in which the layers are).
 
         Args:
             tokens_BS: i32.
@@ -145,19 +171,19 @@ class Transformer(nnx.Module):
 
         side = (positions_BS, segment_ids_BS)
         if axis_size("pipeline") == 1:
-            x_BSD, _ = run(x_BSD, params, side)
-            return self.final_norm(x_BSD)
+            x_BSD, (_, stats) = run(x_BSD, params, side)
+            return self.final_norm(x_BSD), stats
 
         # The microbatches of this device, and its chunks of layers.
         split = functools.partial(jax.tree.map, lambda a: a.reshape(-1, self.microbatch_rows, *a.shape[1:]))
-        x_kBSD, _ = pipelined(
+        x_kBSD, (_, stats) = pipelined(
             lambda chunk, x_BSD, side: run(x_BSD, chunk_of(params, chunk, self.interleave), side),
             split(x_BSD),
             split(side),
             chunks=self.interleave,
             remat=self.remat == "full",
         )
-        return self.final_norm(x_kBSD.reshape(x_BSD.shape))
+        return self.final_norm(x_kBSD.reshape(x_BSD.shape)), jax.tree.map(_among_stages, stats)
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
@@ -188,7 +214,7 @@ class Transformer(nnx.Module):
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
         context = Context(self._turns(positions_BS), start=cache.length)
         layers = nnx.split(self.layers)
-        x_BSD, (keys, values) = self._run(
+        x_BSD, ((keys, values), _) = self._run(
             *layers, self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
         )
         return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1])
@@ -230,6 +256,10 @@ def abstract_model(config: ModelConfig, **options: Any) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options))
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, a tied table counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+def count_parameters(config: ModelConfig, *, active: bool = False) -> int:
+    """Parameters of the model, a tied table counted once; `active`: those of one token's experts only."""
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+    if not active or config.moe is None:
+        return total
+    idle = config.moe.num_experts - config.moe.experts_per_token
+    return total - config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size

@@ -30,13 +30,10 @@ def axis_index(axis: str) -> jax.Array:
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else jnp.int32(0)
 
 
-def all_gather(x: jax.Array, axes: Axes, dim: int, *, groups: list[list[int]] | None = None) -> jax.Array:
-    """The parts of `x` that the devices along `axes` hold, joined along `dim`. Its gradient is a reduce_scatter.
-
-    `groups` of places along the one axis gather among themselves only.
-    """
+def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The parts of `x` that the devices along `axes` hold, joined along `dim`. Its gradient is a reduce_scatter."""
     names = tuple(_sizes(axes))
-    return jax.lax.all_gather(x, names, axis=dim, tiled=True, axis_index_groups=groups) if names else x
+    return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:

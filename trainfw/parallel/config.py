@@ -40,7 +40,8 @@ class ParallelConfig(Config):
     """Gather the next layer's weights while a layer computes, where there is something to gather and train.remat is
     full: the links work while the tensor engine does, and two layers' weights are there at a time."""
     expert: int = 1
-    """Devices over which experts are spread. (More than 1 is not built yet.)"""
+    """Devices over which the experts of a mixture are spread. Each takes a part of the batch, too, and tokens go to
+    the devices that have their experts (`model.moe.dispatch` says how)."""
     context: int = 1
     """Devices over which the sequence is split, in zig-zag: each has an early and a late part of it."""
     context_attention: Literal["ring", "gathered"] = "ring"

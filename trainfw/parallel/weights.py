@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.parallel.collectives import all_gather, all_reduce, axis_size, reduce_scatter
+from trainfw.parallel.collectives import all_gather, all_reduce, axis_index, axis_size, reduce_scatter
 from trainfw.parallel.rules import Rules, active_rules
 
 GATHERED = "gathered weight"
@@ -39,8 +39,9 @@ def gather_weight(
 
     Args:
         names: of its dims.
-        num_kv_heads: where `tensor` spans more devices than there are heads of keys and values, those that share a
-            head gather its columns (dim `kv_heads`) among themselves.
+        num_kv_heads: where `tensor` spans more devices than there are heads of keys and values, several have the same
+            one: dim `kv_heads` is gathered, and each takes its head. (Gathering among those that share a head would
+            move less, little as it is, but in groups that Neuron does not take.)
     """
     rules = active_rules()
     if rules is None or rules.mesh.size == 1:
@@ -54,19 +55,13 @@ def gather_weight(
         if rules.fsdp_shards == "parameters":
             for dim, name in enumerate(names):
                 x = all_gather(x, rules.gathered(name), dim)
-    groups = kv_groups(num_kv_heads)
-    if groups and "kv_heads" in names:
-        x = all_gather(x, "tensor", names.index("kv_heads"), groups=groups)
+    if num_kv_heads is not None and "kv_heads" in names and axis_size("tensor") > num_kv_heads:
+        dim = names.index("kv_heads")
+        x = all_gather(x, "tensor", dim)
+        head_dim = x.shape[dim] // num_kv_heads
+        mine = axis_index("tensor") // (axis_size("tensor") // num_kv_heads)
+        x = jax.lax.dynamic_slice_in_dim(x, mine * head_dim, head_dim, dim)
     return checkpoint_name(x, GATHERED)
-
-
-def kv_groups(num_kv_heads: int | None) -> list[list[int]]:
-    """Places along `tensor` that share a head of keys and values; none where each has heads of its own."""
-    size = axis_size("tensor")
-    if num_kv_heads is None or size <= num_kv_heads:
-        return []
-    shared = size // num_kv_heads
-    return [list(range(first, first + shared)) for first in range(0, size, shared)]
 
 
 def reduce_gradient(grad: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:

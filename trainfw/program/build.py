@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
-from trainfw.models import Transformer, flops_per_token
+from trainfw.models import Transformer, dispatch_problem, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.parallel import (
-    AXES,
     Layout,
     Placement,
     Replica,
@@ -38,7 +37,7 @@ from trainfw.parallel import (
     zigzag_order,
 )
 from trainfw.program.host import init_on_host
-from trainfw.program.loss import Batch, next_token_loss
+from trainfw.program.loss import Batch, Sums, next_token_loss
 from trainfw.program.metrics import Mean
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
@@ -210,26 +209,32 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     )
 
     # What follows runs on each device, on its own parts of everything.
-    def local_loss(params: Any, batch: Batch, z_loss: float) -> tuple[jax.Array, Metrics]:
+    def local_loss(params: Any, batch: Batch, z_loss: float) -> tuple[jax.Array, Sums]:
         return loss_of(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
 
+    def metrics_of(sums: Sums) -> Metrics:
+        flat, unravel = ravel_pytree(sums)
+        sums = unravel(all_reduce(flat, mesh.axis_names))  # in one collective
+        router = sums.pop("router", None)
+        if router is not None:
+            sums |= {name: Mean(*pair) for name, pair in router.metrics(recipe.model.moe).items()}
+        return sums
+
     def local_gradients(params: Any, wholes: Any, batch: Batch) -> tuple[Any, Metrics]:
-        def objective(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
+        def objective(params: Any, part: Batch) -> tuple[jax.Array, Sums]:
             if wholes is not None:
                 params = named(lambda n, p, w: Replica(p, w) if any(map(rules.gathered, n)) else p, params, wholes)
             return local_loss(params, part, z_loss)
 
         with use_rules(rules):
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
-            grads, metrics = _accumulate(
-                lambda part: jax.grad(objective, has_aux=True)(params, part), batch, accumulation
-            )
-            return named(lambda n, g: reduce_gradient(g, n, rules), grads), _sum_over(metrics, mesh)
+            grads, sums = _accumulate(lambda part: jax.grad(objective, has_aux=True)(params, part), batch, accumulation)
+            return named(lambda n, g: reduce_gradient(g, n, rules), grads), metrics_of(sums)
 
     def local_metrics(params: Any, batch: Batch) -> Metrics:
         # In the same parts as in training, which is how much of the batch the devices have room for.
         with use_rules(rules):
-            return _sum_over(_accumulate(lambda part: local_loss(params, part, 0.0)[1], batch, accumulation), mesh)
+            return metrics_of(_accumulate(lambda part: local_loss(params, part, 0.0)[1], batch, accumulation))
 
     specs, update_specs, grad_specs = (
         jax.tree.map(lambda sharding: sharding.spec, tree)
@@ -243,7 +248,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         (grad_specs if twice else specs, specs if twice else None, batch_spec),
         (update_specs, P()),
     )
-    metrics_of = _on_every_device(local_metrics, mesh, (specs, batch_spec), P())
+    eval_step = _on_every_device(local_metrics, mesh, (specs, batch_spec), P())
 
     # And what follows on all of them.
     def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
@@ -300,7 +305,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             in_shardings=(param_shardings, batch_sharding),
             out_shardings=(update_shardings, rules.replicated),
         ),
-        eval_step=jax.jit(metrics_of, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
+        eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
     )
     with recipe.blamed("parallel"):
         program.train_step.trace(program.abstract_state, abstract_batch)  # a rule that cannot apply shows here
@@ -322,12 +327,6 @@ def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int
         jax.eval_shape(compute, jax.tree.map(lambda x: x[0], parts)),
     )
     return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, compute(part)), None), zeros, parts)[0]
-
-
-def _sum_over(metrics: Metrics, mesh: Mesh) -> Metrics:
-    """The sum over all devices, in one collective."""
-    flat, unravel = ravel_pytree(metrics)
-    return unravel(all_reduce(flat, mesh.axis_names))
 
 
 def _microbatch_rows(recipe: Recipe, layout: Layout) -> int:
@@ -376,9 +375,16 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
             )
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
-    for axis in AXES:
-        if layout.sizes[axis] > 1 and axis in ("expert",):
-            raise recipe.error(f"parallel.{axis}", "this axis is not built yet; use data, fsdp and tensor")
+    if layout.expert > 1 and model.moe is None:
+        raise recipe.error("parallel.expert", "spreads experts, and the model has none (model.moe); use fsdp")
+    if model.moe is not None and model.moe.num_experts % layout.expert:
+        raise recipe.error(
+            "model.moe.num_experts",
+            f"does not divide over parallel.expert = {layout.expert}"
+            f"{nearest_divisors(model.moe.num_experts, layout.expert)}",
+        )
+    if problem := dispatch_problem(model, backends.current()):
+        raise recipe.error("model.moe.dispatch", problem)
     tensor = layout.tensor
     if model.num_heads % tensor:
         raise recipe.error(

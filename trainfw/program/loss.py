@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,37 @@ from trainfw.models import Transformer
 from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.program.metrics import Mean
 
+Sums: TypeAlias = dict[str, Any]
+"""`loss` (a Mean) and, of a mixture of experts, `router` (MoEStats): to be added over microbatches and devices."""
 Batch = dict[str, Any]
 """`tokens`, `targets`, `segment_ids`, `positions` (int32) and `loss_mask` (float32), each (B, S)."""
 
 
 def next_token_loss(
     model: Transformer, batch: Batch, z_loss: float, *, chunk: int = 2048, mask_documents: bool = True
-) -> tuple[jax.Array, dict[str, Mean]]:
+) -> tuple[jax.Array, Sums]:
     """Cross-entropy of the next token, summed (not averaged) over the unmasked tokens of this device.
 
     Args:
         chunk: tokens whose logits exist at a time.
         mask_documents: a token attends to its own segment only.
 
-    Returns the objective (nats, with z_loss * log(Z)^2 added) and the metric `loss` (nats, without it). Devices along
-    `tensor`, which compute the same tokens' loss, each return their share of it.
+    Returns the objective (nats, with z_loss * log(Z)^2 and the routers' losses added) and sums: the metric `loss`
+    (nats, without these), and the routers' `MoEStats`. Devices along `tensor`, which compute the same tokens' loss,
+    each return their share of it.
     """
     segment_ids_BS = batch["segment_ids"] if mask_documents else None
-    x_BSD = model.hidden_states(batch["tokens"], segment_ids_BS=segment_ids_BS, positions_BS=batch["positions"])
+    x_BSD, stats = model.forward(batch["tokens"], segment_ids_BS=segment_ids_BS, positions_BS=batch["positions"])
     x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
     mask_N = batch["loss_mask"].reshape(-1)
     objective, nats = _cross_entropy(
         x_ND, model.head_weight(), batch["targets"].reshape(-1), mask_N, chunk, z_loss, model.config.final_softcap
     )
     share = 1.0 / axis_size("tensor")
-    return objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
+    objective, sums = objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
+    if stats is None or model.config.moe is None:
+        return objective, sums
+    return objective + jnp.sum(stats.loss(model.config.moe)), sums | {"router": stats}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
