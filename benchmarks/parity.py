@@ -108,7 +108,8 @@ class Combination:
     settings: str
     """Keys of `parallel`, `model` and `train`; the axes that are left out are 1."""
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
         return f"{self.model} {self.settings}"
 
     @property
@@ -149,10 +150,10 @@ def combinations() -> list[Combination]:
 
 
 def matching(text: str) -> list[Combination]:
-    """Those whose name contains `text`. Raises UserError where there is none."""
-    found = [row for row in combinations() if text in str(row)]
+    """Those of which `text` is a part, as in `16 devices`. Raises UserError where there is none."""
+    found = [row for row in combinations() if text in f"{row.name} {row.devices} devices"]
     if not found:
-        words = {word for row in combinations() for word in str(row).split()}
+        words = {word for row in combinations() for word in row.name.split()}
         raise UserError(f"--filter {text}: no combination's name contains this{did_you_mean(text, words)}")
     return found
 
@@ -236,7 +237,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of weights and batch")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only the rows whose name contains this")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only rows that contain this, or `16 devices`")
     arguments = parser.parse_args()
     try:
         rows = matching(arguments.filter)
@@ -244,7 +245,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     backends.prepare(DEVICES)
-    width = max(len(str(row)) for row in rows)
+    width = max(len(row.name) for row in rows)
     print(f"{'combination':{width}}  devices  loss     worst gradient                                 collectives")
     agreeing = 0
     for row in rows:
@@ -252,7 +253,7 @@ def main() -> int:
         agreeing += result.ok
         worst = f"{result.gradients[result.worst]:.1e} {result.worst}"
         print(
-            f"{row!s:{width}}  {row.devices:7}  {result.loss:.1e}  {worst:38} {'ok' if result.ok else 'FAIL':6}"
+            f"{row.name:{width}}  {row.devices:7}  {result.loss:.1e}  {worst:38} {'ok' if result.ok else 'FAIL':6}"
             f"  {result.collectives}",
             flush=True,
         )
