@@ -26,6 +26,9 @@ from trainfw.training.log import MetricsLog
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import Resume, RunDirectory
 
+_ROUTER = ("balance_loss", "router_z_loss", "dropped", "expert_load")
+"""Metrics of a mixture of experts (`MoEStats.metrics`)."""
+
 # Steps dispatched ahead of the one waited for: the device never idles, and the host never runs far ahead.
 _IN_FLIGHT = 2
 
@@ -263,6 +266,7 @@ class _Run:
             "mfu": None if self.peak_flops is None else self.program.flops_per_step / seconds / self.peak_flops,
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
+            **{name: metrics[name].value() for name in _ROUTER if name in metrics},
             "tokens": step * self.program.tokens_per_step,
             **self.monitor.latest(),
         }
