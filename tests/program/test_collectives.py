@@ -24,11 +24,12 @@ from trainfw.parallel import permute_problem
 
 GOLDEN = Path(__file__).parent / "golden"
 # The logits of a device's rows are far larger than its weights and activations.
-SHAPE = """
-model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 4, num_heads: 8, vocab_size: 1024}
-model.tie_embeddings=false data.sequence_length=128 train.global_batch_size=16 train.compute_dtype=bfloat16
-train.loss_chunk=64 parallel.fsdp=1
-"""
+SHAPE = (
+    "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 4, num_heads: 8, vocab_size: 1024}",
+    *("model.tie_embeddings=false", "data.sequence_length=128", "train.global_batch_size=16", "train.loss_chunk=64"),
+    *("train.compute_dtype=bfloat16", "parallel.fsdp=1"),
+)
+MOE = "model.moe.num_experts=8 model.moe.experts_per_token=2"
 LAYOUTS = {
     "data": "data=8",
     "fsdp": "fsdp=8",
@@ -43,6 +44,8 @@ LAYOUTS = {
     "context-gathered": "context=4 fsdp=2 remat=full context_attention=gathered",
     "pipeline": "pipeline=4 data=2",
     "pipeline-interleaved": "pipeline=2 interleave=2 fsdp=2 tensor=2 remat=full",
+    "expert-capacity": f"expert=4 fsdp=2 remat=full {MOE}",
+    "expert-dropless": f"expert=4 fsdp=2 remat=full {MOE} model.moe.dispatch=dropless",
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
 QUICK = {"fsdp", "tensor-fsdp", "context-ring"}
@@ -50,13 +53,12 @@ TRAIN = {"remat", "scan_layers", "accumulation_steps"}
 
 
 def overrides(settings: str) -> list[str]:
-    sections = ("train" if s.split("=")[0] in TRAIN else "parallel" for s in settings.split())
-    return [f"{section}.{s}" for section, s in zip(sections, settings.split(), strict=True)]
+    """`key=value`s with the sections of `parallel` and `train` left out."""
 
+    def section(key: str) -> str:
+        return "" if key.startswith("model.") else "train." if key in TRAIN else "parallel."
 
-def shape() -> list[str]:
-    model, rest = SHAPE.strip().split("\n", 1)
-    return [model, *rest.split()]
+    return [*SHAPE, *(section(setting.split("=")[0]) + setting for setting in settings.split())]
 
 
 def summary(collectives: list[Collective], program) -> str:
@@ -76,7 +78,7 @@ def summary(collectives: list[Collective], program) -> str:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_collectives_of_a_layout(name, tmp_path, capfd):
-    program = build_program(tiny_recipe(tmp_path, *shape(), *overrides(LAYOUTS[name])))
+    program = build_program(tiny_recipe(tmp_path, *overrides(LAYOUTS[name])))
     collectives = collectives_of(
         partition(program.train_step.lower(program.abstract_state, program.abstract_batch)).module
     )
@@ -95,11 +97,11 @@ def test_collectives_of_a_layout(name, tmp_path, capfd):
 def check_kinds_and_axes(collectives: list[Collective], program) -> None:
     layout, rules = program.layout, program.rules
     ring = layout.context > 1 and program.recipe.parallel.context_attention == "ring"
-    moe = getattr(program.recipe.model, "moe", None)
+    moe = program.recipe.model.moe
     gathered = {rules.gathered("embed"), rules.gathered("expert_embed"), ("tensor",), ("context",)}
     if moe is not None and moe.dispatch == "dropless":
         gathered.add(("expert",))
-    permuted = {("context",)} * ring | {("pipeline",)} if ring else {("pipeline",)}
+    permuted = {("pipeline",), ("context",)} if ring else {("pipeline",)}
     exchanged = {("expert",)} if moe is not None and moe.dispatch == "capacity" else set()
     chip = load_topology("trn2.3xlarge", lnc=1)  # of as many cores
     for c in collectives:
@@ -146,7 +148,7 @@ def test_a_program_that_the_partitioner_cannot_split_is_noticed(capfd):
 
 
 def test_a_gather_of_logits_is_noticed(tmp_path):
-    program = build_program(tiny_recipe(tmp_path, *shape(), "parallel.tensor=8"))
+    program = build_program(tiny_recipe(tmp_path, *overrides("tensor=8")))
     mesh, recipe = program.mesh, program.recipe
     whole = (recipe.train.global_batch_size, recipe.data.sequence_length, recipe.model.vocab_size)
     split = NamedSharding(mesh, P(None, None, "tensor"))

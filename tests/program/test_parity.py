@@ -1,4 +1,4 @@
-"""Any product of mesh axes computes what one device does: benchmarks/parity.py's table, and what training makes of it."""
+"""Any product of mesh axes computes what one device does (the table of benchmarks/parity.py), and trains alike."""
 
 from __future__ import annotations
 
