@@ -215,10 +215,8 @@ def section(setting: str) -> str:
 
 
 @functools.cache
-def one_device(
-    model: str, settings: tuple[str, ...], seed: int
-) -> tuple[Any, Any, dict[str, float], dict[str, np.ndarray]]:
-    """(parameters, batch, metrics, gradients by name) of one device: layers scanned, nothing recomputed or accumulated."""
+def one_device(model: str, settings: tuple[str, ...], seed: int) -> tuple[Any, Any, dict[str, float], Any]:
+    """(parameters, batch, metrics, gradients by name): layers scanned, nothing recomputed, all rows at once."""
     import jax
 
     recipe = make_recipe(model, settings)
