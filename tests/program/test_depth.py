@@ -10,7 +10,7 @@ from trainfw import build_program
 LAYOUTS = {
     "prefetched": ("parallel={fsdp: 4, tensor: 2}", "train.remat=full", "train.accumulation_steps=2"),
     "context": ("parallel={fsdp: 2, context: 4}",),
-    "pipeline": ("parallel={pipeline: 4, interleave: 2, fsdp: 2}", "train.remat=dots"),
+    "pipeline": ("parallel={pipeline: 4, fsdp: 2}", "train.remat=dots"),
 }
 
 
