@@ -7,9 +7,12 @@ from trainfw import backends
 
 # Tests compile far more than they compute. `prepare` keeps flags that are set.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Warnings of XLA's are to be seen here: of what its partitioner cannot split (tests/program/test_collectives.py).
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 backends.prepare(8)
 import jax
 
 # Started here, whichever test comes first: commands run in this process may ask for another number.
 assert jax.device_count() == 8
+del os.environ["TF_CPP_MIN_LOG_LEVEL"]  # has been read
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")

@@ -1,103 +1,153 @@
-"""The same numbers on any mesh, with any accumulation, scanned or unrolled."""
+"""Any product of mesh axes computes what one device does (the table of benchmarks/parity.py), and trains alike."""
 
 from __future__ import annotations
+
+import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import parity
 from tests.helpers import random_batches
 from trainfw import build_program, load_recipe
 
+HERE = 8
+QUICK = {
+    "llama fsdp=8 remat=full",
+    "llama fsdp=2 context=2 tensor=2 remat=full accumulation_steps=4",
+    "gemma pipeline=2 context=2 tensor=2 context_attention=gathered accumulation_steps=2",
+}
+
+
+def here() -> list:
+    rows = [row for row in parity.combinations() if row.devices <= HERE]
+    assert {row.name for row in rows} >= QUICK
+    return [pytest.param(row, id=row.name, marks=[] if row.name in QUICK else pytest.mark.slow) for row in rows]
+
+
+@pytest.mark.parametrize("row", here())
+def test_loss_and_gradients_agree_with_one_device(row):
+    result = parity.compare(row)
+    assert result.ok, f"loss {result.loss:.1e}, {result.worst} {result.gradients[result.worst]:.1e}"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, parity.__file__, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_sixteen_devices_agree_with_one():
+    ran = run("--filter", "16 devices")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = sum(row.devices == 16 for row in parity.combinations())
+    assert rows >= 3
+    assert ran.stdout.splitlines()[-1] == f"{rows} of {rows} agree (limit 1e-05)"
+
+
+def test_a_filter_that_fits_no_row_is_refused():
+    ran = run("--filter", "tensr=2")
+    assert ran.returncode == 2
+    assert ran.stderr == "--filter tensr=2: no combination's name contains this; did you mean 'tensor=2'?\n"
+
+
+def test_what_does_not_agree_is_told():
+    a = np.ones(3, np.float32)
+    assert parity.relative(a * np.float32(1 + 2e-5), a) > parity.LIMIT
+    for error in (2e-5, math.nan):
+        result = parity.Agreement("", 0.0, {"right": 0.0, "wrong": error})
+        assert (result.ok, result.worst) == (False, "wrong")
+        assert not parity.Agreement("", error, {"right": 0.0}).ok
+
+
+# --- Training ------------------------------------------------------------------------------------
+
 MODEL = """
 name: parity
-model: {preset: tiny, vocab_size: 64, num_heads: 4, num_kv_heads: 2, num_layers: 3}
+model: {preset: tiny, vocab_size: 64, num_heads: 4, num_kv_heads: 2}
 data: {sequence_length: 32}
 train: {steps: 20, global_batch_size: 8}
 optimizer: {name: OPTIMIZER, learning_rate: 1.0e-3, warmup_steps: 4}
 """
 
-VARIANTS = {
-    "fsdp 4": (4, ["parallel.fsdp=4"]),
-    "data 2, fsdp 2": (4, ["parallel.data=2", "parallel.fsdp=2"]),
-    "tensor 2, fsdp 2": (4, ["parallel.tensor=2", "parallel.fsdp=2"]),
-    "fsdp 8": (8, ["parallel.fsdp=8"]),
-    "accumulation 4": (1, ["train.accumulation_steps=4"]),
-    "accumulation 4, fsdp 2": (2, ["train.accumulation_steps=4"]),
-    "unrolled": (1, ["train.scan_layers=false"]),
-    "unrolled, tensor 2, fsdp 2": (4, ["train.scan_layers=false", "parallel.tensor=2"]),
-    "remat full, fsdp 4": (4, ["train.remat=full"]),
-    "more tensor than kv heads": (8, ["parallel.tensor=4", "train.remat=full"]),
-    # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
-    "placed on a chip": (8, ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]),
-}
 
-
-STAGES = {
-    "fsdp 4": ["parallel.fsdp=4"],
-    "data 2, fsdp 2": ["parallel.data=2", "parallel.fsdp=2"],
-    "tensor 2, fsdp 2": ["parallel.tensor=2", "parallel.fsdp=2"],
-}
-
-
-def losses(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw") -> list[float]:
-    return train(tmp_path, devices, overrides, optimizer)[0]
-
-
-def train(tmp_path, devices: int, overrides: list[str], optimizer: str = "adamw"):
-    """(losses, the state in the end)"""
+def program_of(tmp_path, devices, overrides=(), optimizer="adamw"):
     path = tmp_path / "recipe.yaml"
     path.write_text(MODEL.replace("OPTIMIZER", optimizer))
-    recipe = load_recipe(path, overrides)
-    program = build_program(recipe, jax.devices()[:devices])
-    state, result = program.init(), []
-    for batch in random_batches(recipe, recipe.train.steps):
+    return build_program(load_recipe(path, list(overrides)), devices)
+
+
+def train(program, state):
+    """(losses, the state in the end)"""
+    losses = []
+    for batch in random_batches(program.recipe, program.recipe.train.steps):
         state, metrics = program.train_step(state, program.shard_batch(batch))
-        result.append(metrics["loss"].value())
-    return result, state
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_devices_does_not_matter(seed, reference, tmp_path, monkeypatch):
-    order = np.random.default_rng(seed).permutation(jax.devices())
-    monkeypatch.setattr(jax, "devices", lambda *_: list(order))
-    np.testing.assert_allclose(losses(tmp_path, 8, ["parallel.tensor=2", "parallel.data=2"]), reference, rtol=3e-6)
+        losses.append(metrics["loss"].value())
+    return losses, jax.tree.map(np.asarray, state)
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("reference"), 1, [])
+def start(tmp_path_factory):
+    """States to start from, as they are on one device."""
+    program = program_of(tmp_path_factory.mktemp("start"), jax.devices()[:1])
+    state = jax.tree.map(np.asarray, program.init())
+    # As adapters start: the gradients of all other layers' weights are nothing but rounding at first.
+    zeros = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0 if {"output", "down"} & {getattr(key, "key", "") for key in path} else x, state
+    )
+    return {"random": state, "zeros": zeros}
 
 
 @pytest.fixture(scope="module")
-def reference(one_device):
-    return one_device[0]
+def one_device(start, tmp_path_factory):
+    program = program_of(tmp_path_factory.mktemp("one"), jax.devices()[:1])
+    return {name: train(program, jax.device_put(state, program.mesh.devices.item())) for name, state in start.items()}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_twenty_steps_agree_with_one_device(name, reference, tmp_path):
-    np.testing.assert_allclose(losses(tmp_path, *VARIANTS[name]), reference, rtol=3e-6)
+def test_the_loss_falls(one_device):
+    for losses, _ in one_device.values():
+        assert losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.parametrize("layout", STAGES)
-@pytest.mark.parametrize("stage", ["gradients", "optimizer"])
-def test_what_fsdp_shards_changes_no_numbers(stage, layout, one_device, tmp_path):
-    overrides = [*STAGES[layout], f"parallel.fsdp_shards={stage}", "train.accumulation_steps=2"]
-    found, state = train(tmp_path, 4, overrides)
-    np.testing.assert_allclose(found, one_device[0], rtol=3e-6)
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(one_device[1]), strict=True):
-        scale = np.abs(np.asarray(theirs)).max()
-        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-5, atol=1e-5 * scale)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path):
+    order = np.random.default_rng(seed).permutation(np.array(jax.devices()))
+    program = program_of(tmp_path, list(order), ["parallel={fsdp: 2, context: 2, tensor: 2}", "train.remat=full"])
+    assert list(program.mesh.devices.flat) == list(order)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    for name, state in start.items():
+        np.testing.assert_allclose(train(program, jax.device_put(state, shardings))[0], one_device[name][0], rtol=3e-6)
 
 
-def test_the_loss_falls(reference):
-    assert reference[-1] < reference[0] - 0.1
+@pytest.mark.slow
+def test_a_placed_mesh_trains_alike(one_device, tmp_path):
+    # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
+    overrides = ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]
+    program = program_of(tmp_path, jax.devices(), overrides)
+    assert [device.id for device in program.mesh.devices.flat] != list(range(8))
+    np.testing.assert_allclose(train(program, program.init())[0], one_device["random"][0], rtol=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["parameters", "gradients", "optimizer"])
+def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
+    overrides = ["parallel={data: 2, fsdp: 2, tensor: 2, fsdp_shards: %s}" % stage, "train.accumulation_steps=2"]  # noqa: UP031
+    program = program_of(tmp_path, jax.devices(), overrides)
+    losses, state = train(program, program.init())
+    np.testing.assert_allclose(losses, one_device["random"][0], rtol=3e-6)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(one_device["random"][1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lion", "adafactor", "muon"])
 def test_every_optimizer_agrees_on_a_mesh(optimizer, tmp_path):
-    one = losses(tmp_path, 1, [], optimizer)
+    one = program_of(tmp_path, jax.devices()[:1], optimizer=optimizer)
+    expected, _ = train(one, one.init())
     for stage in ("parameters", "gradients", "optimizer"):
         overrides = ["parallel.tensor=2", f"parallel.fsdp_shards={stage}"]
-        np.testing.assert_allclose(losses(tmp_path, 4, overrides, optimizer), one, rtol=1e-4)
+        program = program_of(tmp_path, jax.devices()[:4], overrides, optimizer)
+        np.testing.assert_allclose(train(program, program.init())[0], expected, rtol=1e-4)

@@ -68,6 +68,8 @@ class Program:
     """The state before the first step, from `train.seed`; the same on every mesh."""
     train_step: Any
     """Jitted (state, batch) -> (state, metrics); the state is donated."""
+    gradients: Any
+    """Jitted (params, batch) -> (gradients, metrics): what `train_step` hands to the optimizer, of the mean loss."""
     eval_step: Any
     """Jitted (params, batch) -> metrics."""
 
@@ -240,7 +242,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     )
     batch_spec = rules.spec("batch", (rows, length), ("batch", "sequence"))
     twice = rules.fsdp_shards == "gradients" and mesh.size > 1  # parameters are whole, and gradients are not
-    gradients = _on_every_device(
+    gradient_sums = _on_every_device(
         local_gradients,
         mesh,
         (grad_specs if twice else specs, specs if twice else None, batch_spec),
@@ -249,11 +251,14 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     eval_step = _on_every_device(local_metrics, mesh, (specs, batch_spec), P())
 
     # And what follows on all of them.
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradients(state.params, state.params if twice else None, batch)
+    def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
+        grads, metrics = gradient_sums(params, params if twice else None, batch)
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         count = jnp.maximum(metrics["loss"].count, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        return jax.tree.map(lambda g: g / count, grads), metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = gradients(state.params, batch)
         # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
         params = jax.lax.with_sharding_constraint(state.params, update_shardings)
         with use_rules(rules):
@@ -294,6 +299,11 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             in_shardings=(shardings, batch_sharding),
             out_shardings=(shardings, rules.replicated),
             donate_argnums=0,
+        ),
+        gradients=jax.jit(
+            gradients,
+            in_shardings=(param_shardings, batch_sharding),
+            out_shardings=(update_shardings, rules.replicated),
         ),
         eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
     )
