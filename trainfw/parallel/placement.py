@@ -90,6 +90,19 @@ class Placement:
     seconds: float
     """The objective: predicted time on collectives, by the traffic that was assumed."""
 
+    @property
+    def hosts_read_shares(self) -> bool:
+        """Whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
+        layout, topology = self.layout, self.topology
+        hosts = self.order // topology.cores_per_instance
+        sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]
+        shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(sizes), hosts.shape)
+        for host in range(topology.instances):
+            mine = np.unique(shares[hosts == host])
+            if mine[-1] - mine[0] + 1 != len(mine) or layout.batch_shards % len(mine) or mine[0] % len(mine):
+                return False
+        return True
+
 
 def default_traffic(layout: Layout) -> dict[str, float]:
     """Bytes that a core's collectives produce in a step over each axis, when the program's own are not known.

@@ -258,24 +258,9 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
         placement = place(topology, layout, recipe.parallel.traffic)
     except UserError as error:
         raise UserError(f"no order of the cores gives every axis groups that are allowed: {error}") from None
-    if not _hosts_read_shares(placement):
+    if not placement.hosts_read_shares:
         raise UserError(f"a host's part of the batch is not one share of it: {layout}")
     return placement
-
-
-def _hosts_read_shares(placement: Placement) -> bool:
-    """Whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
-    import numpy as np
-
-    layout, topology = placement.layout, placement.topology
-    hosts = placement.order // topology.cores_per_instance
-    sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]
-    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(sizes), hosts.shape)
-    for host in range(topology.instances):
-        mine = np.unique(shares[hosts == host])
-        if mine[-1] - mine[0] + 1 != len(mine) or layout.batch_shards % len(mine) or mine[0] % len(mine):
-            return False
-    return True
 
 
 def _reason(error: UserError) -> str:

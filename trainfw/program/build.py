@@ -149,6 +149,12 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     topology = recipe.hardware.load()
     with recipe.blamed("parallel"):
         placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
+    if placement is not None and not placement.hosts_read_shares:
+        raise recipe.error(
+            "parallel.traffic",
+            f"{layout} is placed so that a host's rows are not one share of the batch; say what each axis moves "
+            "(`trainfw check` prints it), so that axes are placed by it, or let fsdp or data span whole instances",
+        )
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
         rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards)
