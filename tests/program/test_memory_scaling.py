@@ -52,11 +52,11 @@ def test_stages_of_zero_hold_what_their_formula_says(tmp_path):
         batch = 5 * 4 * ROWS * LENGTH // n
         assert arguments == 4 * parameters + 8 * state + counts + batch
         held[stage] = temps, 4 * gradients
-    # What differs between stages is what their gradients do.
-    for one, other in (("data", "gradients"), ("optimizer", "gradients")):
-        (temps, gradients), (fewer_temps, fewer_gradients) = held[one], held[other]
-        assert temps - fewer_temps == pytest.approx(gradients - fewer_gradients, rel=0.25)
-    assert held["parameters"][0] < held["optimizer"][0]
+    # Gradients are temporaries. Where they are shared out, those of the layer at work are still whole.
+    saved = held["data"][1] - held["gradients"][1] - 4 * LAYER
+    for stage in ("data", "optimizer"):
+        assert held[stage][0] - held["gradients"][0] == pytest.approx(saved, rel=0.1)
+    assert held["parameters"][0] < held["gradients"][0]
 
 
 @pytest.mark.parametrize("scan", ["true", "false"])
@@ -81,8 +81,8 @@ def test_remat_keeps_less(tmp_path):
 def test_no_device_holds_the_logits(tmp_path):
     tokens, vocabulary, tensor = 8 * 128, 8192, 8
     shape = (
-        "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 2, num_heads: 8, vocab_size: 8192}",
-        *("train.global_batch_size=8", "data.sequence_length=128", "parallel.tensor=8"),
+        "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 2, num_heads: 8, head_dim: 4}",
+        *("model.vocab_size=8192", "train.global_batch_size=8", "data.sequence_length=128", "parallel.tensor=8"),
     )
     part = 4 * tokens * vocabulary // tensor  # of all tokens, for a device's own words
     whole, chunked = (temporaries(tmp_path, tensor, *shape, f"train.loss_chunk={chunk}") for chunk in (tokens, 64))
