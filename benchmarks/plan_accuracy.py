@@ -42,10 +42,6 @@ TORCHTITAN = "pytorch/torchtitan 31a17bfd benchmarks/llama3_h100_202412_torchtit
 MAXTEXT = "AI-Hypercomputer/maxtext (2024) README, MaxText/configs/a3/llama_2_7b (README.md, 1vm.sh to 16vm.sh)"
 
 
-SEQUENCE_PARALLEL = {"act_embed": ["tensor"]}
-"""Activations between blocks are split over tensor: gathered before a block and scattered after it."""
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     name: str
@@ -160,13 +156,11 @@ RUNS = [
             train__remat="dots",
             parallel__fsdp=1024,
             parallel__tensor=4,
-            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=1.2,
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
-        nearest="batch (1,024 x 4,096 tokens) and remat are not published with it: those of its 70B configuration; "
-        "activations between blocks are split over tensor by their width, there by sequence",
+        nearest="batch (1,024 x 4,096 tokens) and remat are not published with it: those of its 70B configuration",
         fit=True,
         computes_again=((1024, 4096),),  # what projects attention's result; saved are queries, keys, values, gate, up
     ),
@@ -182,12 +176,11 @@ RUNS = [
             train__remat="dots",
             parallel__fsdp=1024,
             parallel__tensor=4,
-            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=11.2,
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
-        nearest="batch not published with it; activations between blocks as with 7B",
+        nearest="batch not published with it",
         computes_again=((2048, 8192),),
     ),
     Run(
@@ -204,14 +197,12 @@ RUNS = [
             parallel__data=32,
             parallel__fsdp=1,
             parallel__tensor=32,
-            parallel__rules=SEQUENCE_PARALLEL,
         ),
         published=47.95,
         unit="seq/s",
         source=NEURON,
         nearest="kv heads repeated to 32, as there; no ZeRO-1: the whole update on every replica; one microbatch, "
-        "which would not fit, so that gradients are reduced once a step as there; activations between blocks are "
-        "split over tensor by their width, there by sequence",
+        "which would not fit, so that a step has as few gathers and sums as there",
         fit=True,
     ),
     *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))),

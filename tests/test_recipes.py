@@ -12,6 +12,8 @@ from tests.helpers import write_recipe
 from trainfw.recipe import bundled_recipes, load_recipe
 
 FOR_NEURON = [name for name, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
+ALL_LAYERS = "llama3.1-8b-trn1"
+"""The unrolled recipe with the least memory for a core."""
 
 
 @pytest.mark.slow
@@ -30,7 +32,12 @@ def test_the_custom_loop_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOR_NEURON)
 def test_recipes_for_neuron_check_clean(name):
-    result = subprocess.run([sys.executable, "-m", "trainfw", "check", name], capture_output=True, text=True)
+    # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory, and
+    # all of one recipe are checked.
+    shallow = not load_recipe(name).train.scan_layers and name != ALL_LAYERS
+    overrides = ["model.num_layers=4"] if shallow else []
+    command = [sys.executable, "-m", "trainfw", "check", name, *overrides]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "clean: 0 errors" in result.stdout.splitlines()[-1]
     assert "GiB temporaries" in result.stdout

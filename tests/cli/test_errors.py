@@ -54,15 +54,31 @@ OVERRIDES = {
     "batch does not divide": ("train.global_batch_size=12", "does not divide over data(1) * fsdp(8)"),
     "heads over tensor": (
         "parallel.tensor=8",
-        "does not divide over parallel.tensor = 8; the nearest size that does: 2",
+        "does not divide over parallel.tensor = 8; the nearest size that does: 4",
     ),
-    "axis that is not built": ("parallel.pipeline=2", "this axis is not built yet"),
+    "layers over stages": (
+        "parallel={pipeline: 4, fsdp: 2}",
+        "model.num_layers = 2: does not divide over pipeline(4); the nearest numbers of stages that do: 2",
+    ),
+    "microbatches over stages": (
+        "parallel={pipeline: 2, fsdp: 4, pipeline_microbatches: 3}",
+        "parallel.pipeline_microbatches = 3: expected a multiple of parallel.pipeline = 2",
+    ),
+    "interleave without stages": ("parallel.interleave=2", "needs a pipeline of more than one stage"),
+    "experts of a dense model": ("parallel.expert=2", "spreads experts, and the model has none (model.moe); use fsdp"),
+    "experts over devices": (
+        ["model.moe={num_experts: 6, experts_per_token: 2, normalize_weights: true}", "parallel.expert=4"],
+        "model.moe.num_experts = 6: does not divide over parallel.expert = 4; the nearest sizes that do: 2, 3",
+    ),
+    "sequence over context": (
+        ["data.sequence_length=36", "parallel.context=8"],
+        "data.sequence_length = 36: does not divide over 2 * context(8); the nearest lengths that do: 32 or 48",
+    ),
     "rule for an unknown dim": (
         "parallel.rules={embd: [fsdp]}",
         "parallel.rules: embd: unknown dim name; did you mean",
     ),
     "rule over an unknown axis": ("parallel.rules={embed: [fsd]}", "unknown axis 'fsd'; did you mean 'fsdp'?"),
-    "rules that collide": ("parallel.rules={mlp: [fsdp]}", "are both sharded over mesh axis 'fsdp'"),
     "unknown topology": ("hardware.topology=trn2.48xl", "did you mean 'trn2.48xlarge'?"),
     "topology of another size": ("hardware.topology=trn2.48xlarge", "simulate them with --devices 64"),
     "count without a topology": ("hardware.count=2", "needs hardware.topology"),
@@ -82,7 +98,11 @@ OVERRIDES = {
     "empty source": ("data.source=", "data.source = null: expected"),
     "source too long": ("data.source=" + "x" * 5000, "ame too long"),
     "axis named twice": ("parallel.rules={embed: [fsdp, fsdp]}", "names axis 'fsdp' twice"),
-    "activation over a taken axis": ("parallel.rules={act_mlp: [fsdp]}", "are both sharded over mesh axis 'fsdp'"),
+    "dim over a taken axis": (
+        "parallel={tensor: 2, rules: {embed: [tensor]}}",
+        "are both sharded over mesh axis 'tensor'",
+    ),
+    "dim that stays split": ("parallel.rules={mlp: [fsdp]}", "this dim is always split over tensor"),
     "decay longer than the run": ("optimizer={schedule: wsd, decay_steps: 99}", "is longer than the 8 steps"),
     "name with a slash": ("name=a/b", "name = 'a/b': expected"),
 }
@@ -122,7 +142,8 @@ def check(capsys, code: int, message: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_bad_overrides(name, tmp_path, monkeypatch, capsys):
     override, message = OVERRIDES[name]
-    code = run(monkeypatch, "train", str(write_recipe(tmp_path)), override, "--run-dir", str(tmp_path / "run"))
+    overrides = [override] if isinstance(override, str) else override
+    code = run(monkeypatch, "train", str(write_recipe(tmp_path)), *overrides, "--run-dir", str(tmp_path / "run"))
     check(capsys, code, message, tmp_path)
 
 

@@ -226,7 +226,6 @@ def test_fsdp_alone_goes_beyond_what_is_simulated(tmp_path):
             r"train\.global_batch_size = 4096: .*accumulation_steps\(2\) = 8,192; train\.accumulation_steps=1 makes "
             r"it divide; the nearest that do: 8,192$",
         ),
-        (("parallel.rules.batch=[data]",), r"parallel\.rules.*shorter fsdp, over which batch must then be shared"),
     ],
 )
 def test_what_a_shorter_fsdp_does_not_tell(tmp_path, overrides, problem):

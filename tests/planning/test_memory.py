@@ -100,7 +100,7 @@ def test_activations_are_the_inputs_of_layers_with_full_remat(tmp_path):
     program, partitioned = compiled_step(tmp_path, *overrides)
     table = memory_table(program, partitioned)
     rows = 8 // 4
-    inputs = LAYERS * rows * LENGTH * WIDTH * 4
+    inputs = LAYERS * rows * (LENGTH // 2) * WIDTH * 4  # split over tensor
     stacks = [held for held in table.largest if held.saved and math.prod(held.dims) == inputs // 4]
     assert [(held.category, held.bytes) for held in stacks] == [("activations", inputs)]
     assert inputs <= table.saved_activations <= table.categories["activations"]
@@ -139,7 +139,7 @@ def test_gradients_and_gathered_weights_are_recognised(tmp_path):
     # The gathered embedding is a whole table, and so is its gradient before it is scattered.
     whole = [held for held in table.largest if held.bytes == VOCABULARY * WIDTH * 4]
     assert {held.category for held in whole} == {"collective_buffers"}
-    assert any(held.op_name.endswith("scatter-add") for held in whole)
+    assert any("transpose(jvp(jit(_take)))" in held.op_name for held in whole)
 
 
 @pytest.mark.parametrize(("stage", "parts"), [("gradients", 8), ("optimizer", 1)])
@@ -164,7 +164,7 @@ def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
     assert table.corrected_bytes > 0
     assert table.compiled_temporaries - table.corrected_bytes == table.temporaries
     assert table.arguments + table.compiled_temporaries == needed(partitioned.compiled)
-    inputs = LAYERS * 2 * LENGTH * WIDTH
+    inputs = LAYERS * 2 * (LENGTH // 2) * WIDTH
     stacks = [held for held in table.largest if math.prod(held.dims) == inputs]
     assert [held.bytes for held in stacks] == [2 * inputs]  # bf16, and no copy in f32 beside it
     assert stacks[0].saved

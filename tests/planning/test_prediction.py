@@ -54,6 +54,28 @@ def test_the_text_says_what_it_is(made):
     assert "microbatches twice as large (train.accumulation_steps=1)" in text
 
 
+def test_a_pipelines_bubble_is_reported(tmp_path):
+    """Two stages of two chunks, four microbatches: 9 iterations, of which a stage has work in 8."""
+    made = plan(
+        tiny_recipe(
+            tmp_path,
+            *("hardware.topology=h100-8", "parallel={pipeline: 2, interleave: 2, fsdp: 2, tensor: 2}"),
+            *("model.num_layers=4", "train.remat=full", "train.compute_dtype=bfloat16"),
+        )
+    )
+    assert made.bubble == made.to_json()["pipeline_bubble"] == pytest.approx(1 / 9)
+    assert "bubble      11.1%" in str(made)
+    assert {loop.times for loop in made.analysis.loops} <= {9}
+    ring = [t for t in made.analysis.transfers if t.kind == "collective-permute"]
+    assert ring
+    assert {t.axes for t in ring} == {("pipeline",)}
+    # All iterations are in its products: forward and backward, an eighth more than of one stage.
+    flops = sum(m.flops for m in made.analysis.matmuls if m.attention and m.phase == "forward")
+    rows, heads, layers = 8 // (2 * 2), 4 // 2, 4
+    once = 2 * 2 * rows * heads * made.recipe.model.head_dim * 32**2 * layers
+    assert flops == pytest.approx(once * 9 / 8)
+
+
 def test_replicas_are_compiled_two_at_a_time(tmp_path):
     recipe = tiny_recipe(
         tmp_path,

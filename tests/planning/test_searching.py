@@ -35,11 +35,30 @@ def found(tmp_path_factory):
 
 
 def test_layouts_are_all_divisions_of_the_cores():
-    found = list(layouts(12))
+    recipe = load_recipe("quickstart")
+    found = list(layouts(12, recipe))
     assert all(math.prod(layout.sizes.values()) == 12 for layout in found)
     wanted = {(d, f, t) for d, f, t in itertools.product(range(1, 13), repeat=3) if d * f * t == 12}
     assert {(layout.data, layout.fsdp, layout.tensor) for layout in found} == wanted
     assert len(found) == len(wanted)
+    # The other axes stay as they are.
+    piped = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"pipeline": 2, "context": 3})})
+    of_two = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}]
+    both = {layout for layout in layouts(12, piped) if (layout.pipeline, layout.context) == (2, 3)}
+    assert both == {Layout(pipeline=2, context=3, **sizes) for sizes in of_two}
+    assert {layout.context for layout in layouts(10, piped)} == {1}
+
+
+def test_other_axes_are_tried_where_they_may_pay():
+    def tried(name, *overrides):
+        recipe = load_recipe(name, overrides)
+        found = set(layouts(recipe.hardware.load().cores, recipe))
+        return [{getattr(layout, axis) for layout in found} for axis in ("pipeline", "expert", "context")]
+
+    assert tried("llama3.1-8b-trn2-ultraserver") == [{1}, {1}, {1}]
+    assert tried("llama3.1-70b-trn2-ultraserver", "hardware.count=4")[0] == {1, 2, 4}
+    assert tried("llama3.1-8b-128k-trn2-ultraserver") == [{1}, {1}, {1, 2, 4, 8, 16, 32}]
+    assert tried("qwen3-30b-a3b-trn2-ultraserver") == [{1}, {1, 2, 4, 8, 16, 32}, {1}]
 
 
 def test_candidates_are_legal_and_the_others_have_a_reason(tmp_path):
@@ -50,17 +69,16 @@ def test_candidates_are_legal_and_the_others_have_a_reason(tmp_path):
     for candidate in found.candidates:
         layout, train = candidate.layout, candidate.recipe.train
         assert math.prod(layout.sizes.values()) == found.topology.cores == 64
-        assert recipe.model.num_kv_heads % layout.tensor == recipe.model.hidden_size % layout.fsdp == 0
+        assert recipe.model.num_heads % layout.tensor == recipe.model.hidden_size % layout.fsdp == 0
         assert train.global_batch_size == 192
         assert 192 % (layout.batch_shards * train.accumulation_steps) == 0
         assert all(axis.problem is None for axis in place(found.topology, layout).axes)
         legal.add(layout)
-    assert found.dropped.total() + len(legal) == len(list(layouts(64)))
-    assert any(reason.startswith("model.num_kv_heads = 2") for reason in found.dropped)
-    # With every number of microbatches that divides, remat policy, form of the stack, stage of ZeRO, and activations
-    # split over tensor or not.
+    assert found.dropped.total() + len(legal) == len(list(layouts(64, recipe)))
+    assert any(reason.startswith("model.num_heads = 4") for reason in found.dropped)
+    # With every number of microbatches that divides, remat policy, form of the stack, and stage of ZeRO.
     of_one = [c for c in found.candidates if c.layout == Layout(fsdp=32, tensor=2)]
-    assert len(of_one) == len({str(settings(c.recipe)) for c in of_one}) == len([1, 2, 3, 6]) * 3 * 2 * 3 * 2
+    assert len(of_one) == len({str(settings(c.recipe)) for c in of_one}) == len([1, 2, 3, 6]) * 3 * 2 * 3
     # Where there is nothing to split, there is nothing to choose.
     of_one = [c for c in found.candidates if c.layout == Layout(data=64)]
     assert len(of_one) == len([1, 3]) * 3 * 2
@@ -73,13 +91,23 @@ def test_parameters_stay_whole_only_where_they_fit(tmp_path):
     assert any(c.layout.fsdp > 1 for c in found.candidates)
 
 
-def test_only_the_rule_that_is_searched_changes(tmp_path):
-    found = survey(tiny_recipe(tmp_path, *LARGE, "parallel.rules={vocab: [], act_vocab: [], act_embed: []}"))
-    rules = [c.recipe.parallel.rules for c in found.candidates if c.layout.tensor > 1]
-    assert all(rule["vocab"] == rule["act_vocab"] == [] for rule in rules)
-    assert {tuple(rule["act_embed"]) for rule in rules} == {(), ("tensor",)}
-    found = survey(tiny_recipe(tmp_path, *LARGE, "parallel.rules={act_embed: [context]}"))
-    assert all(c.recipe.parallel.rules == {"act_embed": ["context"]} for c in found.candidates)
+def test_rules_stay_as_they_are(tmp_path):
+    found = survey(tiny_recipe(tmp_path, *LARGE, "parallel.rules={norm: [fsdp]}"))
+    assert found.candidates
+    assert all(c.recipe.parallel.rules == {"norm": ["fsdp"]} for c in found.candidates)
+
+
+def test_other_axes_are_legal_as_in_the_program(tmp_path):
+    more = ("model.num_layers=6", "data.sequence_length=64", "train.global_batch_size=384")
+    on_switches = (*LARGE, "hardware={topology: h100-8, count: 8}", *more)
+    found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 2, context: 4, fsdp: 8}"))
+    assert {(c.layout.pipeline, c.layout.context) for c in found.candidates} >= {(2, 4), (1, 4), (2, 1), (1, 1)}
+    assert all(c.recipe.parallel.interleave == 1 for c in found.candidates)
+    assert found.own is not None
+    found = survey(tiny_recipe(tmp_path, *on_switches, "parallel={pipeline: 4, fsdp: 16}"))
+    assert found.own is None
+    assert {c.layout.pipeline for c in found.candidates} == {1, 2}
+    assert found.dropped["model.num_layers = 6 does not divide over pipeline"] > 0
 
 
 def test_a_batch_that_no_layout_divides_leaves_nothing(tmp_path):
@@ -140,6 +168,16 @@ def test_state_is_counted_as_it_is_sharded(tmp_path, optimizer, model):
     assert counted["optimizer_state"] == held(arrays)
 
 
+@pytest.mark.parametrize("shared", ["null", "32"])
+def test_experts_are_counted_as_they_are_sharded(tmp_path, shared):
+    moe = f"model.moe={{num_experts: 8, experts_per_token: 2, shared_intermediate_size: {shared}}}"
+    layout = Layout(fsdp=2, expert=2, tensor=2)
+    recipe = tiny_recipe(tmp_path, moe, *(f"parallel.{axis}={size}" for axis, size in layout.sizes.items()))
+    state = build_program(recipe, jax.devices()).abstract_state
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(state.params))
+    assert state_bytes(recipe, layout)["parameters"] == held
+
+
 @pytest.mark.parametrize("stage", ["gradients", "optimizer"])
 def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
     recipe = tiny_recipe(tmp_path, "parallel.fsdp=4", "parallel.tensor=2", f"parallel.fsdp_shards={stage}")
@@ -152,31 +190,34 @@ def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "remat", "shards", "stream"),
+    ("layout", "remat", "shards"),
     [
-        (Layout(fsdp=4), "full", "parameters", ""),
-        (Layout(data=2, tensor=2), "none", "parameters", ""),
-        (Layout(data=2, fsdp=2), "dots", "parameters", ""),
-        (Layout(fsdp=2, tensor=2), "full", "parameters", ""),
-        (Layout(fsdp=2, tensor=2), "full", "parameters", "tensor"),
-        (Layout(fsdp=4), "full", "gradients", ""),
-        (Layout(data=2, fsdp=2), "dots", "gradients", ""),
-        (Layout(data=2, fsdp=2), "dots", "optimizer", ""),
-        (Layout(fsdp=2, tensor=2), "none", "optimizer", "tensor"),
+        (Layout(fsdp=4), "full", "parameters"),
+        (Layout(data=2, tensor=2), "none", "parameters"),
+        (Layout(data=2, fsdp=2), "dots", "parameters"),
+        (Layout(fsdp=2, tensor=2), "full", "parameters"),
+        (Layout(fsdp=4), "full", "gradients"),
+        (Layout(data=2, fsdp=2), "dots", "gradients"),
+        (Layout(data=2, fsdp=2), "dots", "optimizer"),
+        (Layout(fsdp=2, tensor=2), "none", "optimizer"),
+        (Layout(fsdp=2, context=2), "none", "parameters"),
+        (Layout(pipeline=2, fsdp=2), "full", "parameters"),
     ],
 )
-def test_formulas_have_the_products_and_collectives_of_the_program(tmp_path, layout, remat, shards, stream):
+def test_formulas_have_the_products_and_collectives_of_the_program(tmp_path, layout, remat, shards):
     recipe = tiny_recipe(
         tmp_path,
         *(*SMALL, f"train.remat={remat}", "train.accumulation_steps=2", "train.compute_dtype=bfloat16"),
-        *(f"parallel.fsdp_shards={shards}", f"parallel.rules={{act_embed: [{stream}]}}"),
-        *("model.tie_embeddings=false", "model.vocab_size=260", "model.num_layers=3", "model.num_kv_heads=4"),
+        f"parallel.fsdp_shards={shards}",
+        *("model.tie_embeddings=false", "model.vocab_size=260", "model.num_layers=4", "model.num_kv_heads=4"),
         *(f"parallel.{axis}={size}" for axis, size in layout.sizes.items()),
     )
     compiled, closed = analyse(recipe)[0], closed_analysis(recipe, layout)
-    assert closed.flops == compiled.flops
+    # What remat does again of an idle stage's last layer depends on how it is written.
+    exact = 0.03 if layout.pipeline > 1 else 1e-12
+    assert closed.flops == pytest.approx(compiled.flops, rel=exact)
     attention = [sum(m.flops for m in a.matmuls if m.attention) for a in (closed, compiled)]
-    assert attention[0] == attention[1]
+    assert attention[0] == pytest.approx(attention[1], rel=exact)
 
     def by_axes(analysis):
         found = {}

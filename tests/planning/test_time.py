@@ -81,6 +81,44 @@ def test_collectives_of_parameters_are_hidden_by_as_much_as_is_assumed(case):
     assert half.parts["tensor"] == whole["tensor"]  # waited for
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes", "beside"),
+    [
+        ("all-gather", ("fsdp", "expert", "context"), True),  # weights
+        ("collective-permute", ("context",), True),
+        ("collective-permute", ("pipeline",), True),
+        ("all-reduce", ("pipeline", "data"), True),
+        ("all-gather", ("context",), False),  # keys and values
+        ("all-to-all", ("expert",), False),
+        ("reduce-scatter", ("tensor",), False),
+    ],
+)
+def test_what_a_block_works_on_is_waited_for(case, kind, axes, beside):
+    analysis, _, recipe = case
+    layout = Layout(pipeline=2, data=2, fsdp=2, expert=2, context=2, tensor=2)
+    placement = place(load_topology(H100, count=8), layout)
+    moved = replace(analysis, layout=layout, transfers=(Transfer(kind, axes, "bf16", 10**6, 1),))
+    assert bool(sum(step_time(moved, placement, recipe).hidden.values())) == beside
+
+
+@pytest.mark.parametrize(("form", "forward", "backward"), [("ring", 0.8, 0.8), ("gathered", 2 / 3, 5 / 6)])
+def test_over_context_the_program_leaves_out_most_of_what_is_masked(case, form, forward, backward):
+    analysis, _, recipe = case
+    layout = Layout(fsdp=4, context=2)
+    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"context_attention": form})})
+    for is_backward, share in ((False, forward), (True, backward)):
+        product = Matmul(1, 4096, 4096, 4096, "bf16", 100, attention=True, backward=is_backward)
+        seconds = [
+            step_time(replace(analysis, layout=at, matmuls=(product,)), where, recipe, Assumptions(attention="fused"))
+            for at, where in (
+                (layout, place(load_topology(H100), layout)),
+                (Layout(fsdp=8), place(load_topology(H100), Layout(fsdp=8))),
+            )
+        ]
+        alone = 5 / 8 if is_backward else 1 / 2
+        assert seconds[0].products[0] / seconds[1].products[0] == pytest.approx(share / alone)
+
+
 def test_no_more_is_hidden_than_there_is_to_hide_it_behind(case):
     analysis, placement, recipe = case
     long = replace(analysis, transfers=(Transfer("all-gather", ("fsdp",), "bf16", 10**9, 10_000),))

@@ -189,9 +189,9 @@ def test_what_a_reader_needs_is_there(made, page):
 
 
 def test_what_does_not_fit_is_said(made):
-    small = load_topology("h100-8", parameters={"chip.hbm_size": "1 MB"})
-    made = replace(made, topology=small, memory=replace(made.memory, capacity=1_000_000))
-    assert made.memory.total > 1_000_000
+    small = load_topology("h100-8", parameters={"chip.hbm_size": "0.5 MB"})
+    made = replace(made, topology=small, memory=replace(made.memory, capacity=500_000))
+    assert made.memory.total > 500_000
     page = plan_page(made)
     assert "does not fit: of" in words(page)
     assert "GiB that a core has" in words(page)

@@ -130,7 +130,7 @@ def test_what_cannot_work_leaves_a_run_as_it_was(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 99, "loss": 1.0}\n')
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     for override in [
-        "parallel.rules={act_mlp: [fsdp]}",
+        "parallel.rules={mlp: [fsdp]}",
         "parallel.fsdp=3",
         "optimizer.name=lion",
         "model.vocab_size=8",

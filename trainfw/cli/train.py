@@ -27,17 +27,26 @@ def train(
         str | None,
         typer.Option("--as", metavar="neuron", help="Run on the CPU what Neuron would run, under its rules."),
     ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="The recipe's form on 8 simulated devices: a small model, 5 steps.")
+    ] = False,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
     from trainfw import backends
     from trainfw.errors import UserError
     from trainfw.parallel import AXES
     from trainfw.recipe import load_recipe
+    from trainfw.training import tiny_overrides
 
     choices = ("auto", "never", "must")
     if resume not in choices:
         raise UserError(f"--resume {resume}: expected auto, never or must")
     loaded = load_recipe(recipe, overrides or ())
+    if tiny:
+        devices = devices or 8
+        shrunk = tiny_overrides(loaded, devices)
+        typer.echo(f"tiny: {' '.join(shrunk)}")
+        loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
     if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}

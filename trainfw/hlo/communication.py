@@ -59,6 +59,12 @@ class Collective:
         places = [(_place(a, sizes), _place(b, sizes)) for a, b in self.pairs]
         return tuple(axis for axis in sizes if any(a[axis] != b[axis] for a, b in places))
 
+    def spanned(self, mesh: Any) -> tuple[str, ...]:
+        """The mesh axes along which members of a group differ, wholly or in part."""
+        sizes = _sizes(mesh)
+        groups = [[_place(device, sizes) for device in group] for group in self.groups or self.pairs]
+        return tuple(axis for axis in sizes if any(len({place[axis] for place in group}) > 1 for group in groups))
+
 
 def collectives_of(module: Module) -> list[Collective]:
     """Every collective of the module, those among single devices left out."""

@@ -13,16 +13,18 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel import GATHERED, active_rules
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots", "full", "stage"]
 M = TypeVar("M", bound=nnx.Module)
 
 REDUCED = "reduced over tensor"
 """Name of what attention and feed-forward add to the residual stream."""
+INPUT = "a layer's input"
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -36,6 +38,7 @@ _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": _all_but_gathered,
     "full": None,  # saves a layer's input only
+    "stage": None,  # and where layers are in stages, a stage's only
     # And what its projections return, so that no product with weights is done again.
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(REDUCED)
@@ -65,7 +68,8 @@ def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Ca
     if remat == "none" and (rules is None or rules.mesh.size == 1):
         return step
     # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
-    return jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(4,))
+    run = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(4,))
+    return lambda x, *inputs: run(checkpoint_name(x, INPUT), *inputs)
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,9 @@ def run_stack(
         shared: a pytree of arrays that are not differentiated.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
-        prefetch: with remat "full", gather the next layer's weights before this layer's products.
+        prefetch: with remat "full" or "stage", gather the next layer's weights before this layer's products.
     """
-    if prefetch and remat == "full" and own is None and len(kinds) > 1 and (period == 1 or not scan):
+    if prefetch and remat in ("full", "stage") and own is None and len(kinds) > 1 and (period == 1 or not scan):
         return _prefetched(layer, kinds, scan, x, params, shared)
     step = checkpointed(layer, remat, scanned=False)
     scanned_step = checkpointed(layer, remat, scanned=True)
@@ -165,7 +169,8 @@ def _prefetched_forward(
     carry = (x, weights, _room(num_layers, x), _room(num_layers, out))
     x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
     y, out = layer.apply(x, weights, shared, None, kinds[-1])
-    return (y, _put(outs, num_layers - 1, out)), (_put(xs, num_layers - 1, x), params, shared)
+    xs = checkpoint_name(_put(xs, num_layers - 1, x), INPUT)
+    return (y, _put(outs, num_layers - 1, out)), (xs, params, shared)
 
 
 def _prefetched_backward(

@@ -18,7 +18,7 @@ from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weight
 from trainfw.models.moe import MoE, MoEStats
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
-from trainfw.models.stack import REDUCED, Layer, Remat, check_remat, init_stack, run_stack
+from trainfw.models.stack import INPUT, REDUCED, Layer, Remat, check_remat, init_stack, run_stack
 from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, gather_weight, pipelined, reduce_scatter
 
 
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
         compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
             and logits are f32 whatever it is.
         remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
-            "dots" saves what the layers' projections return as well.
+            "dots" saves what the layers' projections return as well, "stage" a pipeline stage's input only.
         ring: see `ParallelConfig.context_attention`.
         microbatch_rows, interleave: of a pipeline's microbatches, and chunks of layers in a stage (`pipelined`).
         prefetch: gather the next layer's weights while one computes (with remat "full", where they are sharded).
@@ -181,7 +181,8 @@ class Transformer(nnx.Module):
             split(x_BSD),
             split(side),
             chunks=self.interleave,
-            remat=self.remat == "full",
+            remat=self.remat in ("full", "stage"),
+            policy=jax.checkpoint_policies.save_only_these_names(INPUT) if self.remat == "full" else None,
         )
         return self.final_norm(x_kBSD.reshape(x_BSD.shape)), jax.tree.map(_among_stages, stats)
 

@@ -12,14 +12,14 @@ from .config import Sharded as Sharded
 from .groups import group_problem as group_problem
 from .groups import permute_problem as permute_problem
 from .layout import Layout as Layout
+from .layout import bubble as bubble
 from .layout import context_problem as context_problem
+from .layout import layers_problem as layers_problem
 from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
 from .order import reorder_layers as reorder_layers
-from .pipeline import bubble as bubble
 from .pipeline import chunk_of as chunk_of
-from .pipeline import layers_problem as layers_problem
 from .pipeline import pipelined as pipelined
 from .pipeline import stage_order as stage_order
 from .placement import AxisPlacement as AxisPlacement

@@ -53,14 +53,18 @@ class Layout:
         """Into how many parts the global batch is split."""
         return self.pipeline * self.data * self.fsdp * self.expert
 
+    @property
+    def batch_product(self) -> str:
+        """The axes over which it is: `data(2) * fsdp(4)`."""
+        axes = [a for a in ("pipeline", "data", "fsdp", "expert") if a in ("data", "fsdp") or self.sizes[a] > 1]
+        return " * ".join(f"{axis}({self.sizes[axis]:,})" for axis in axes)
+
     def batch_problem(self, rows: int, accumulation_steps: int) -> str:
         """Why a global batch of so many rows does not divide, and what would; empty where it does."""
         shards = self.batch_shards
         parts = shards * accumulation_steps
         if rows % parts == 0:
             return ""
-        pipeline = f"pipeline({self.pipeline}) * " if self.pipeline > 1 else ""
-        expert = f"expert({self.expert}) * " if self.expert > 1 else ""
         nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
         batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
         ways = f"the nearest that do: {batches}"
@@ -69,8 +73,7 @@ class Layout:
             fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
             ways = f"train.accumulation_steps={fewer} makes it divide; {ways}"
         return (
-            f"does not divide over {pipeline}data({self.data}) * fsdp({self.fsdp}) * {expert}"
-            f"accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
+            f"does not divide over {self.batch_product} * accumulation_steps({accumulation_steps}) = {parts:,}; {ways}"
         )
 
     def __str__(self) -> str:
@@ -101,6 +104,30 @@ def context_problem(length: int, context: int, tensor: int) -> str:
     nearest = sorted({max(length // parts, 1) * parts, (length // parts + 1) * parts})
     lengths = " or ".join(f"{n:,}" for n in (nearest if length > parts else nearest[:1]))
     return f"does not divide over {' and over '.join(over)}; the nearest lengths that do: {lengths}"
+
+
+def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:
+    """Why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or empty.
+
+    All chunks are run by one program, so each is the same number of whole periods.
+    """
+    parts = stages * chunks
+    if stages == 1 or num_layers % (parts * period) == 0:
+        return ""
+    over = f"pipeline({stages})" + (f" * interleave({chunks}) = {parts}" if chunks > 1 else "")
+    if num_layers % period:
+        return f"does not divide over {over}: {num_layers} layers are no whole number of periods of {period} layers"
+    periods = num_layers // period
+    divisors = [n for n in range(1, periods + 1) if periods % n == 0]
+    nearest = [max(n for n in divisors if n < parts), *[n for n in divisors if n > parts][:1]]
+    unit = f" in whole periods of {period} layers" if period > 1 else ""
+    product = "products" if chunks > 1 else "numbers of stages"
+    return f"does not divide over {over}{unit}; the nearest {product} that do: {', '.join(map(str, nearest))}"
+
+
+def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
+    """The fraction of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
+    return (stages - 1) / (microbatches * chunks + stages - 1)
 
 
 def _simulate(needed: int, found: int) -> str:

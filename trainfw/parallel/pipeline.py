@@ -24,6 +24,7 @@ def pipelined(
     *,
     chunks: int = 1,
     remat: bool = False,
+    policy: Callable[..., bool] | None = None,
 ) -> tuple[Any, Any]:
     """What `x` becomes by passing through every chunk of layers, and the chunks' other outputs. Runs in shard_map.
 
@@ -43,7 +44,8 @@ def pipelined(
         x: the k microbatches of this device, a pytree of arrays (k, ...); M = k * P.
         side: what goes along with them unchanged (segment ids, positions), a pytree of arrays (k, ...).
         chunks: how many each stage holds.
-        remat: keep only the stages' inputs for the backward pass, and compute each stage anew.
+        remat: keep only the stages' inputs for the backward pass and what `policy` (of `jax.checkpoint`) says, and
+            compute the rest anew. Else a chunk's weights, too, are kept for every iteration.
 
     Returns:
         x, in the place of the inputs (k, ...); and `out` of this device's own chunks (chunks, ...), summed over all M
@@ -53,7 +55,7 @@ def pipelined(
     count = jax.tree.leaves(x)[0].shape[0]
     busy = count * stages * chunks  # iterations of each stage that count
     iterations = busy + stages - 1
-    run = jax.checkpoint(stage, prevent_cse=False) if remat else stage
+    run = jax.checkpoint(stage, prevent_cse=False, policy=policy) if remat else stage
 
     def feed(t: jax.Array | int, buffer: Any, slot: Any, received: Any) -> tuple[Any, Any, Any]:
         """What a stage works on at iteration `t`: at stage 0, and in a group's first round, its place on the ring.
@@ -95,11 +97,6 @@ def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
     )
 
 
-def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The fraction of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
-    return (stages - 1) / (microbatches * chunks + stages - 1)
-
-
 def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
     """The layer at each place of the stacked parameters: those of stage 0, chunk by chunk, then those of stage 1 ..."""
     if stages == 1 or chunks == 1:
@@ -111,25 +108,6 @@ def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
         for chunk in range(chunks)
         for layer in range(size)
     )
-
-
-def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:
-    """Why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or empty.
-
-    All chunks are run by one program, so each is the same number of whole periods.
-    """
-    parts = stages * chunks
-    if stages == 1 or num_layers % (parts * period) == 0:
-        return ""
-    over = f"pipeline({stages})" + (f" * interleave({chunks}) = {parts}" if chunks > 1 else "")
-    if num_layers % period:
-        return f"does not divide over {over}: {num_layers} layers are no whole number of periods of {period} layers"
-    periods = num_layers // period
-    divisors = [n for n in range(1, periods + 1) if periods % n == 0]
-    nearest = [max(n for n in divisors if n < parts), *[n for n in divisors if n > parts][:1]]
-    unit = f" in whole periods of {period} layers" if period > 1 else ""
-    product = "products" if chunks > 1 else "numbers of stages"
-    return f"does not divide over {over}{unit}; the nearest {product} that do: {', '.join(map(str, nearest))}"
 
 
 def _shift(tree: Any) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
 from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
-from trainfw.parallel import AXES, Layout
+from trainfw.parallel import Layout
+from trainfw.planning.names import is_backward, is_recomputed
 from trainfw.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ REPLICAS = 2
 
 _SCORES = ("bkgst",)
 """The attention scores, as the einsums of `trainfw.models` name their dims."""
+_LOSS_GRADIENTS = ("nv,vd->nd", "nv,nd->vd")
+"""Products of the loss's gradient, which the forward pass computes beside the loss (`trainfw.program`)."""
+_LOSS = ("nd,vd->nv", *_LOSS_GRADIENTS)
 
 Phase: TypeAlias = Literal["forward", "backward", "update"]
-"""Of a step: `forward` and `backward` (with what remat computes again, and sums of gradients) of every microbatch, one
-after the other, then the `update`: the optimizer and the norms."""
+"""Of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every
+microbatch, one after the other, then the `update`: sums of gradients over replicas, the norms and the optimizer."""
 StreamedKind: TypeAlias = Literal["model", "attention", "update"]
 
 
@@ -54,7 +58,7 @@ class Matmul:
     attention: bool = False
     """A product with the scores, S x S, which a fused kernel never writes to memory."""
     backward: bool = False
-    """Computes a gradient. (What remat computes again does not.)"""
+    """Computes a gradient, in whichever phase. (What remat computes again does not.)"""
     phase: Phase = "backward"
 
     @property
@@ -232,12 +236,6 @@ def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
     """Raise UserError where a program for `simulated` would not tell of `layout`."""
     if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
-    batch = recipe.parallel.rules.get("batch")
-    for axis in AXES:
-        if simulated.sizes[axis] < layout.sizes[axis] and batch is not None and axis not in batch:
-            raise recipe.error(
-                "parallel.rules", f"{layout} is compiled with a shorter {axis}, over which batch must then be shared"
-            )
     if simulated.fsdp < layout.fsdp and recipe.optimizer.name == "muon":
         raise recipe.error(
             "optimizer.name",
@@ -288,19 +286,20 @@ def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysi
     """The analysis of a program compiled for `simulated`, at the full length of `layout`.
 
     Along `data` nothing changes but the groups. Along `fsdp` whole weights are gathered and whole gradients scattered,
-    however many devices share them. What each does with its own share shrinks: the update, and reductions of gradients
-    along `data` alone. (So does the cast of weights before they are gathered, of little weight, which is left as it
-    is.)
+    however many devices share them. What each does with its own share shrinks: the update, and the sums of gradients
+    over replicas, which are of that share. (So does the cast of weights before they are gathered, of little weight,
+    which is left as it is.)
     """
     share = simulated.fsdp / layout.fsdp
     analysis = replace(analysis, layout=layout)
     if share == 1:
         return analysis
-    # Scalars, such as norms, are not shared.
-    transfers = tuple(
-        replace(t, bytes=round(t.bytes * share)) if t.axes == ("data",) and t.bytes > 8 else t
-        for t in analysis.transfers
-    )
+
+    def of_share(transfer: Transfer) -> bool:
+        # What is not shared, such as scales of norms, is summed over fsdp as well; scalars are the norms of gradients.
+        return transfer.phase == "update" and transfer.bytes > 8 and set(transfer.axes) <= {"pipeline", "data"}
+
+    transfers = tuple(replace(t, bytes=round(t.bytes * share)) if of_share(t) else t for t in analysis.transfers)
     streamed = tuple(replace(s, bytes=s.bytes * share) if s.kind == "update" else s for s in analysis.streamed)
     return replace(analysis, transfers=transfers, streamed=streamed)
 
@@ -320,7 +319,7 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
             if instruction.opcode == "dot":
                 work[name].append((_matmul(computation, instruction, phase), 1))
             elif instruction.name in collectives:
-                work[name].append((_transfer(collectives[instruction.name], mesh, layout, phase), 1))
+                work[name].append((_transfer(collectives[instruction.name], mesh, phase), 1))
             else:
                 sizes, largest = _streamed(computation, instruction, scores)
                 array = 1 << (largest - 1).bit_length() if largest else 0
@@ -360,7 +359,7 @@ def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
     """The phase of every instruction of a computation, which runs more than once in a step or not."""
 
     def named(instruction: Instruction) -> Phase | None:
-        if "transpose(" in instruction.op_name or "rematted_computation" in instruction.op_name:
+        if is_backward(instruction.op_name) or is_recomputed(instruction.op_name):
             return "backward"
         return "forward" if "jvp(" in instruction.op_name else None
 
@@ -388,16 +387,19 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
         opcodes = {instruction.opcode for instruction in module.computations[name].instructions.values()}
         if module.times[name] == 1 or len(phases) != 1 or not flops or opcodes & {"while", "call", "conditional"}:
             continue
+        if any(_names(_LOSS, instruction) for instruction in module.computations[name].instructions.values()):
+            continue  # over chunks of the loss
         phase = phases.pop()
         if phase != "update" and flops > most.get(phase, (0.0, ""))[0]:
             most[phase] = flops, name
     return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
 
 
-def _transfer(collective: Collective, mesh: object, layout: Layout, phase: Phase) -> Transfer:
+def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
     """A collective, once."""
     kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
-    axes = collective.axes(mesh) or tuple(axis for axis in AXES if layout.sizes[axis] > 1)
+    # Some groups are parts of an axis, such as of cores that share a head of keys and values.
+    axes = collective.axes(mesh) or collective.spanned(mesh)
     return Transfer(kind, axes, collective.dtype, collective.bytes, 1, phase)
 
 
@@ -421,14 +423,15 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         times=1,
         mixed=left.dtype != right.dtype,
         bytes=left.bytes + right.bytes + dot.bytes,
-        attention=_of_attention(dot),
-        backward="transpose(" in dot.op_name and "rematted_computation" not in dot.op_name,
+        attention=_names(_SCORES, dot),
+        backward=_names(_LOSS_GRADIENTS, dot) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
 
 
-def _of_attention(dot: Instruction) -> bool:
-    return any(scores in dot.op_name for scores in _SCORES)
+def _names(specs: Iterable[str], instruction: Instruction) -> bool:
+    """Whether it comes of an einsum with one of these in its spec."""
+    return any(spec in instruction.op_name for spec in specs)
 
 
 def _scores(module: Module) -> set[int]:
@@ -437,7 +440,7 @@ def _scores(module: Module) -> set[int]:
     for name in module.times:
         computation = module.computations[name]
         for dot in computation.instructions.values():
-            if dot.opcode == "dot" and _of_attention(dot):
+            if dot.opcode == "dot" and _names(_SCORES, dot):
                 arrays = [dot, *(computation.instructions[operand] for operand in dot.operands)]
                 sizes.add(max(math.prod(array.shapes[0].dims) for array in arrays))
     return sizes

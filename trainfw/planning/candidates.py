@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar, get_args
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
-from trainfw.parallel import Layout, Placement, Sharded, place
+from trainfw.parallel import AXES, Layout, Placement, Sharded, context_problem, layers_problem, place
 from trainfw.planning.analysis import check_rates, simulated_recipe
-from trainfw.planning.estimate import Estimate, estimate, splits_stream, state_bytes
+from trainfw.planning.estimate import Estimate, estimate, state_bytes
 from trainfw.recipe import Recipe
 
 OBJECTIVES = ("time", "cost", "memory")
@@ -25,6 +25,10 @@ or the memory of a core."""
 REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 COMPILED = 6
 """Candidates that are compiled, beside the recipe itself."""
+MOST_STAGES = 8
+POWERS = (2, 4, 8, 16, 32)
+LONG = 32_768
+"""Tokens of a sequence from which on splitting it is tried."""
 MARGIN = 1.15
 """An estimate of memory up to this multiple of a core's may still fit once it is compiled."""
 
@@ -44,8 +48,7 @@ class Candidate:
         parts = f"{train.accumulation_steps} microbatch{'es' * (train.accumulation_steps > 1)}"
         sharded = self.recipe.parallel.fsdp_shards
         shards = f", fsdp shards {sharded}" if self.layout.fsdp > 1 and sharded != "parameters" else ""
-        stream = ", activations over tensor" if self.layout.tensor > 1 and splits_stream(self.recipe) else ""
-        return f"{self.layout}{shards}{stream}, {parts}, remat {train.remat}, {layers}"
+        return f"{self.layout}{shards}, {parts}, remat {train.remat}, {layers}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     started = time.monotonic()
     dropped: Counter[str] = Counter()
     candidates = []
-    for layout in layouts(topology.cores):
+    for layout in layouts(topology.cores, recipe):
         try:
             placement = _legal(recipe, topology, layout)
         except UserError as error:
@@ -138,11 +141,35 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     )
 
 
-def layouts(cores: int) -> Iterator[Layout]:
-    """Every way to divide `cores` among data, fsdp and tensor."""
-    for tensor in _divisors(cores):
-        for fsdp in _divisors(cores // tensor):
-            yield Layout(data=cores // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+def layouts(cores: int, recipe: Recipe) -> Iterator[Layout]:
+    """Every way to divide `cores` among data, fsdp and tensor, with every one of `_others`."""
+    for pipeline, expert, context in itertools.product(*_others(recipe).values()):
+        left, rest = divmod(cores, pipeline * expert * context)
+        for tensor in _divisors(left) if not rest else ():
+            for fsdp in _divisors(left // tensor):
+                data = left // tensor // fsdp
+                yield Layout(pipeline, data, fsdp, expert, context, tensor)
+
+
+def _others(recipe: Recipe) -> dict[str, list[int]]:
+    """Sizes of the other axes that are tried: the recipe's own, one, and where they may pay the usual ones.
+
+    Stages of a pipeline where there is a slower network between units of the hardware, a whole number of units each;
+    context for long sequences; expert for mixtures.
+    """
+    model, length = recipe.model, recipe.data.sequence_length
+    chunks, period, units = recipe.parallel.interleave, len(model.layer_pattern), recipe.hardware.count
+    tried = {
+        "pipeline": [n for n in _divisors(units) if n <= MOST_STAGES],
+        "expert": [] if model.moe is None else [n for n in POWERS if model.moe.num_experts % n == 0],
+        "context": list(POWERS) if length >= LONG else [],
+    }
+    legal = {
+        "pipeline": [n for n in tried["pipeline"] if not layers_problem(model.num_layers, n, chunks, period)],
+        "expert": tried["expert"],
+        "context": [n for n in tried["context"] if not context_problem(length, n, 1)],
+    }
+    return {axis: sorted({1, max(getattr(recipe.parallel, axis), 1), *sizes}) for axis, sizes in legal.items()}
 
 
 def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Recipe]:
@@ -152,11 +179,8 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
     """
     period = len(recipe.model.layer_pattern)
     forms = (True, False) if recipe.model.num_layers // period > 1 else (True,)
-    parallels = [
-        {**shards, **stream} for shards in _shards(recipe, topology, layout) for stream in _streams(recipe, layout)
-    ]
     for parts in _divisors(recipe.train.global_batch_size // layout.batch_shards):
-        for remat, scan, parallel in itertools.product(REMAT, forms, parallels):
+        for remat, scan, parallel in itertools.product(REMAT, forms, _shards(recipe, topology, layout)):
             train = {"accumulation_steps": parts, "remat": remat, "scan_layers": scan}
             yield _changed(recipe, layout, train, parallel)
 
@@ -172,24 +196,14 @@ def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict
             yield {"fsdp_shards": shards}
 
 
-def _streams(recipe: Recipe, layout: Layout) -> Iterator[dict[str, Any]]:
-    """What layers keep for the backward pass, split over tensor or not; as the recipe says where it has a rule for it
-    that is neither."""
-    rules, size = recipe.parallel.rules, layout.tensor
-    if size == 1 or rules.get("act_embed", []) not in ([], ["tensor"]):
-        yield {}
-        return
-    yield {"rules": {**rules, "act_embed": []} if "act_embed" in rules else rules}
-    if recipe.model.hidden_size % size == 0:
-        yield {"rules": {**rules, "act_embed": ["tensor"]}}
-
-
 def _room(topology: Topology) -> float:
     """That an estimate may take."""
     return math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
 
 
 def _changed(recipe: Recipe, layout: Layout, train: dict[str, Any], parallel: dict[str, Any]) -> Recipe:
+    if layout.pipeline == 1:  # these are of a pipeline alone
+        parallel = {"interleave": 1, "pipeline_microbatches": None, **parallel}
     changed = {
         "parallel": recipe.parallel.model_copy(update={**layout.sizes, **parallel}),
         "train": recipe.train.model_copy(update=train),
@@ -218,25 +232,28 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
     """
     model, rows = recipe.model, recipe.train.global_batch_size
     parts = recipe.train.accumulation_steps if own else 1
-    for axis in ("pipeline", "expert", "context"):
-        if layout.sizes[axis] > 1:
-            raise UserError(f"parallel.{axis} is not searched, and not built yet: {axis}({layout.sizes[axis]})")
-    split = [("num_heads", "tensor"), ("num_kv_heads", "tensor")]
-    # These are as the default rules have it; others are judged when it is built.
-    default = {
-        "vocab": ("vocab_size", "tensor"),
-        "mlp": ("intermediate_size", "tensor"),
-        "embed": ("hidden_size", "fsdp"),
-    }
-    split += [pair for name, pair in default.items() if name not in recipe.parallel.rules]
-    if own and splits_stream(recipe):  # else it is split where it can be
-        split.append(("hidden_size", "tensor"))
-    for field, axis in split:
-        if getattr(model, field) % layout.sizes[axis]:
-            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {axis}: {layout}")
+    tensor_only = ("num_heads", "vocab_size", "intermediate_size")
+    split: list[tuple[str, tuple[str, ...]]] = [(field, ("tensor",)) for field in tensor_only]
+    if "embed" not in recipe.parallel.rules:  # else it is judged when it is built
+        split.append(("hidden_size", ("fsdp", "expert", "context")))
+    for field, axes in split:
+        if getattr(model, field) % math.prod(layout.sizes[axis] for axis in axes):
+            over = " * ".join(axis for axis in axes if axis in (axes[0],) or layout.sizes[axis] > 1)
+            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {over}: {layout}")
+    kv_heads, tensor, length = model.num_kv_heads, layout.tensor, recipe.data.sequence_length
+    if max(kv_heads, tensor) % min(kv_heads, tensor):
+        raise UserError(f"model.num_kv_heads = {kv_heads:,} is no multiple nor divisor of tensor: {layout}")
+    if problem := context_problem(length, layout.context, tensor):
+        raise UserError(f"data.sequence_length = {length:,} does not divide over context and tensor: {problem}")
+    if layout.expert > 1 and (model.moe is None or model.moe.num_experts % layout.expert):
+        raise UserError(f"model.moe has no experts that divide over expert: {layout}")
+    stages, chunks = layout.pipeline, recipe.parallel.interleave if layout.pipeline > 1 else 1
+    if problem := layers_problem(model.num_layers, stages, chunks, len(model.layer_pattern)):
+        raise UserError(f"model.num_layers = {model.num_layers} does not divide over pipeline: {problem}")
     if rows % (layout.batch_shards * parts):
+        over = " * ".join(a for a in ("pipeline", "data", "fsdp", "expert") if a in "data fsdp" or layout.sizes[a] > 1)
         times = f" * accumulation_steps({parts})" if parts > 1 else ""
-        raise UserError(f"train.global_batch_size = {rows:,} does not divide over data * fsdp{times}: {layout}")
+        raise UserError(f"train.global_batch_size = {rows:,} does not divide over {over}{times}: {layout}")
     try:
         placement = place(topology, layout, recipe.parallel.traffic)
     except UserError as error:
@@ -252,7 +269,8 @@ def _hosts_read_shares(placement: Placement) -> bool:
 
     layout, topology = placement.layout, placement.topology
     hosts = placement.order // topology.cores_per_instance
-    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(1, layout.data, layout.fsdp, 1, 1, 1), hosts.shape)
+    sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]
+    shares = np.broadcast_to(np.arange(layout.batch_shards).reshape(sizes), hosts.shape)
     for host in range(topology.instances):
         mine = np.unique(shares[hosts == host])
         if mine[-1] - mine[0] + 1 != len(mine) or layout.batch_shards % len(mine) or mine[0] % len(mine):
@@ -294,9 +312,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """What a search may change, by dotted key."""
     parallel, train = recipe.parallel, recipe.train
     return {
-        **{f"parallel.{axis}": getattr(parallel, axis) for axis in ("data", "fsdp", "tensor")},
+        **{f"parallel.{axis}": getattr(parallel, axis) for axis in AXES},
+        "parallel.interleave": parallel.interleave,
+        "parallel.pipeline_microbatches": parallel.pipeline_microbatches,
         "parallel.fsdp_shards": parallel.fsdp_shards,
-        "parallel.rules.act_embed": parallel.rules.get("act_embed", []),
         "train.accumulation_steps": train.accumulation_steps,
         "train.remat": train.remat,
         "train.scan_layers": train.scan_layers,

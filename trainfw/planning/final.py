@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from trainfw.hlo import Buffer, Instruction, Module
+from trainfw.planning.names import is_backward
 
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 _MOVES = {"bitcast", "copy", "reshape", "transpose"}
@@ -128,7 +129,9 @@ class Final:
         name, index = buffer.name, buffer.index[0] if buffer.index else 0
         for _ in range(_DEPTH):
             for instruction in self._chain(name, index):
-                named = [i for i in (instruction, *reversed(self._inside(instruction))) if i.op_name]
+                inside = (instruction, *reversed(self._inside(instruction)))
+                # Copies that the compiler adds may have the name of all that runs on a device.
+                named = [i for i in inside if i.op_name and not i.op_name.endswith("/shard_map")]
                 if named and instruction.opcode not in ("copy", "get-tuple-element"):
                     place = next((i.place for i in named if i.place is not None), None)
                     return named[0].op_name, str(place or "")
@@ -156,7 +159,7 @@ class Final:
         return self._inside(instruction)[-1].opcode in ("broadcast", "constant")
 
     def is_backward(self, name: str) -> bool:
-        return name in self._home and "transpose(" in self._instruction(name).op_name
+        return name in self._home and is_backward(self._instruction(name).op_name)
 
     def feeds_collective(self, name: str) -> bool:
         users = self._home[name].users.get(name, ())

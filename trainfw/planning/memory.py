@@ -20,6 +20,7 @@ from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
 from trainfw.parallel import Layout, nearest_divisors
 from trainfw.planning.final import COLLECTIVES, Final
+from trainfw.planning.names import is_backward, is_forward, is_recomputed
 
 if TYPE_CHECKING:
     from trainfw.program import Program
@@ -342,7 +343,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
                 dims=buffer.shape.dims if buffer.shape else (),
                 op_name=op_name,
                 place=place,
-                saved=kept and _is_forward(op_name) and "rematted_computation" not in op_name,
+                saved=kept and is_forward(op_name) and not is_recomputed(op_name),
                 shard=category in ("gradients", "other") and form in known.fsdp_shards,
             )
         )
@@ -362,7 +363,7 @@ def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: b
         return "data"
     origin = final.origin(buffer.name, buffer.index[0] if buffer.index else 0)
     dims, key = buffer.shape.dims, _key(buffer.shape.dims)
-    forward, backward = _is_forward(op_name), "transpose(" in op_name
+    forward, backward = is_forward(op_name), is_backward(op_name)
     # What a loop adds up or stacks starts as zeros.
     carried = origin.opcode == "while" or final.is_fill(origin)
     weight = key in known.shards or key in known.whole
@@ -383,10 +384,6 @@ def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: b
     return "activations" if forward or backward or known.has_tokens(dims) else "other"
 
 
-def _is_forward(op_name: str) -> bool:
-    return "rematted_computation" in op_name or ("jvp(" in op_name and "transpose(" not in op_name)
-
-
 def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(dim for dim in dims if dim > 1))
 
@@ -403,18 +400,20 @@ class _Known:
     """Of `shards`, those that `fsdp` alone can have made."""
     whole: frozenset[tuple[int, ...]]
     """Those of parameters gathered for use."""
-    rows: int
-    """Of a microbatch."""
-    length: int
-    vocabulary: int
+    tokens: frozenset[int]
+    """Sizes of dims that are places in a sequence, or tokens of a microbatch or of a chunk of the loss."""
+    logits: tuple[int, ...]
+    """Of a chunk of the loss, dims sorted."""
 
     @classmethod
     def of(cls, program: Program) -> _Known:
         import jax
-        from jax.sharding import NamedSharding, PartitionSpec
+        from jax.sharding import NamedSharding
 
-        recipe, rules = program.recipe, program.rules
-        layers, period = recipe.model.num_layers, len(recipe.model.layer_pattern)
+        from trainfw.program import loss_chunks
+
+        recipe, rules, layout = program.recipe, program.rules, program.layout
+        layers, period = recipe.model.num_layers // layout.pipeline, len(recipe.model.layer_pattern)
         several = {(layers,), (layers // period, period), (layers // period,)}
 
         def forms(path: Any, shape: tuple[int, ...]) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
@@ -428,28 +427,42 @@ class _Known:
         whole: set[tuple[int, ...]] = set()
         others: set[tuple[int, ...]] = set()
         params = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
-        for (path, leaf), kept in zip(params, jax.tree.leaves(program.grad_shardings), strict=True):
+        names = _dim_names(program)
+        for (path, leaf), kept, dims in zip(params, jax.tree.leaves(program.grad_shardings), names, strict=True):
             one, stacked = forms(path, kept.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
-            axes = _axes(kept.spec)
-            if "fsdp" not in itertools.chain(*axes):
+            if "fsdp" not in itertools.chain(*_axes(kept.spec)):
                 others |= one | stacked
-            gathered = [tuple(axis for axis in dim if axis != "fsdp") or None for dim in axes]
-            used = NamedSharding(program.mesh, PartitionSpec(*gathered))
+            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, dims, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         shards |= stacks
-        rows = recipe.train.global_batch_size // recipe.train.accumulation_steps
-        logits = (rows, recipe.data.sequence_length, recipe.model.vocab_size)
-        local = rules.sharding("logits", logits, ("batch", "sequence", "act_vocab")).shard_shape(logits)
-        return cls(frozenset(shards), frozenset(stacks), frozenset(shards - others), frozenset(whole - shards), *local)
+        rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps
+        length = recipe.data.sequence_length // layout.context
+        tokens = rows * length
+        chunk = tokens // loss_chunks(tokens, recipe.train.loss_chunk)
+        lengths = {length, length // layout.tensor}
+        return cls(
+            shards=frozenset(shards),
+            stacks=frozenset(stacks),
+            fsdp_shards=frozenset(shards - others),
+            whole=frozenset(whole - shards),
+            tokens=frozenset({*lengths, *(rows * part for part in lengths), chunk}),
+            logits=_key((chunk, recipe.model.vocab_size // layout.tensor)),
+        )
 
     def has_tokens(self, dims: tuple[int, ...]) -> bool:
-        """Whether there is a dim of places in a sequence, or of all tokens of a microbatch."""
-        return self.length in dims or self.rows * self.length in dims
+        return bool(self.tokens & {*dims})
 
     def is_logits(self, dims: tuple[int, ...]) -> bool:
-        return _key(dims) in (
-            _key((self.rows, self.length, self.vocabulary)),
-            _key((self.rows * self.length, self.vocabulary)),
-        )
+        return _key(dims) == self.logits
+
+
+def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
+    """Of the dims of every parameter, in the order of the state's leaves."""
+    import jax
+    from flax import nnx
+
+    variables = nnx.state(program.model(program.abstract_state.params), nnx.Param)
+    leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return [weight.axes for weight in leaves]

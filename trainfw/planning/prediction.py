@@ -10,6 +10,7 @@ from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer
 from trainfw.planning.compilation import Compiled, compiled
+from trainfw.planning.estimate import bubble_of
 from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
 from trainfw.planning.streams import Timeline, timeline
@@ -33,6 +34,11 @@ class Plan:
     def transfers(self) -> list[tuple[Transfer, TransferTime]]:
         """Every collective with the time of one run, the longest in a step first."""
         return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a pipeline's iterations in which a stage computes on nothing; it is in the step's time already."""
+        return bubble_of(self.recipe, self.layout)
 
     @property
     def timeline(self) -> Timeline:
@@ -96,6 +102,7 @@ class Plan:
             "step_time_range_seconds": [self.time.low, self.time.high],
             "step_time_parts_seconds": dict(self.time.parts),
             "step_time_phases_seconds": {s.phase: s.seconds * s.times for s in self.timeline.phases},
+            "pipeline_bubble": self.bubble,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -177,7 +184,9 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
     if recipe.train.accumulation_steps > 1:
         parts = recipe.train.accumulation_steps
         gathered = [
-            replace(transfer, times=max(1, transfer.times // 2)) if transfer.axes == ("fsdp",) else transfer
+            replace(transfer, times=max(1, transfer.times // 2))
+            if "fsdp" in transfer.axes and transfer.phase != "update"
+            else transfer
             for transfer in analysis.transfers
         ]
         larger = replace(analysis, transfers=tuple(gathered))
@@ -204,6 +213,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
     yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
+    if plan.layout.pipeline > 1:
+        yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
     tokens = plan.tokens_per_step * plan.recipe.train.steps
     cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
     steps = plan.recipe.train.steps

@@ -199,8 +199,8 @@ def at_count(recipe: Recipe, count: int, *, strong: bool) -> Recipe:
     shards = layout.batch_shards
     if rows % shards:
         raise UserError(
-            f"a global batch of {rows:,} sequences does not divide over data({data:,}) * "
-            f"fsdp({layout.fsdp}) = {shards:,}; a train.global_batch_size of {-(-rows // shards) * shards:,} would"
+            f"a global batch of {rows:,} sequences does not divide over {layout.batch_product} = {shards:,}; "
+            f"a train.global_batch_size of {-(-rows // shards) * shards:,} would"
         )
     each = rows // shards
     most = max(1, train.global_batch_size // own.batch_shards // train.accumulation_steps)

@@ -1,11 +1,11 @@
 """The search for a layout: an analytic pass over all that are legal, and the compiler over the best few.
 
-Searched are data, fsdp and tensor over all of the recipe's cores, what fsdp shards, whether tensor splits what layers
-keep, how many microbatches a step is split into, what the backward pass computes again, and whether layers are
-scanned; each axis is placed where it is fastest. The batch, the data and the hardware stay. Formulas
-(`estimate`) say which candidates are worth compiling; what is ranked in the end, and reported, are plans. Unrolled
-programs take long to compile: where there is time, the best by formula that compute little again, and the unrolled
-form of the best.
+Searched are data, fsdp and tensor over all of the recipe's cores, with pipeline over units of the hardware, context for
+long sequences and expert for mixtures, what fsdp shards, how many microbatches a step is split into, what the backward
+pass computes again, and whether layers are scanned; each axis is placed where it is fastest. The batch, the data and
+the hardware stay. Formulas (`estimate`) say which candidates are worth compiling; what is ranked in the end, and
+reported, are plans. Unrolled programs take long to compile: where there is time, the best by formula that compute
+little again, and the unrolled form of the best.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _lines(found: Found) -> Iterator[str]:
         yield f"  {found.out_of_time:5,} not compiled for lack of time"
     if survey.own is None:
         yield f"  the recipe as it is cannot be planned: {survey.own_problem}"
-    if set(survey.recipe.parallel.rules) - {"act_embed"}:
+    if survey.recipe.parallel.rules:
         yield "  parallel.rules is set: estimates take the default rules"
     yield "A prediction: nothing here was measured on this hardware. (est.: by formula, before compiling)"
     yield ""

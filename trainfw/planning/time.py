@@ -22,11 +22,11 @@ from trainfw.planning.links import TransferTime, transfer_seconds
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
-    from trainfw.parallel import Placement
+    from trainfw.parallel import Layout, Placement
     from trainfw.recipe import Recipe
 
-OVERLAPPED = ("pipeline", "data", "fsdp")
-"""Axes whose collectives need not be waited for: of parameters, of gradients, and between stages."""
+OVERLAPPED = "weights, gradients, stages and rings"
+"""Whose collectives need not all be waited for (see `_beside`)."""
 
 EFFICIENCY_SPREAD = 0.15
 """How far from the chip's figure, as a share of it, the efficiency of matrix products may be.
@@ -61,8 +61,8 @@ class Assumptions:
     """At whose rate products of two dtypes run: compilers widen the narrow operand, unless a program is written with
     both narrow (as others' programs are: for comparing with their published times)."""
     overlap: float = 0.5
-    """Share of the time of collectives along `OVERLAPPED` axes that passes beside matrix products (placements are
-    chosen by the same figure)."""
+    """Share of the time of `OVERLAPPED` collectives that passes beside matrix products (placements are chosen by the
+    same figure)."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def step_time(
     """
     assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
-    middle = _Step(analysis, placement, assumed)
+    middle = _Step(analysis, placement, recipe, assumed)
     known = topology.chip.matmul_efficiency is not None or topology.chip.matmul_rates is not None
     spread = EFFICIENCY_SPREAD if known else 0.0
     slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
-    low = _Step(analysis, placement, replace(assumed, overlap=1.0), 1 + spread)
-    high = _Step(analysis, placement, replace(assumed, overlap=0.0), 1 - spread, slow)
+    low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), 1 + spread)
+    high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), 1 - spread, slow)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -152,17 +152,19 @@ class _Step:
         self,
         analysis: Analysis,
         placement: Placement,
+        recipe: Recipe,
         assumed: Assumptions,
         efficiency: float = 1.0,
         speed: Mapping[str, float] | None = None,
     ):
         topology = placement.topology
         fused = assumed.attention == "fused"
+        of_fused = _of_fused(recipe, analysis.layout)
         products: defaultdict[str, float] = defaultdict(float)
         each = []
         on_memory = 0.0
         for matmul in analysis.matmuls:
-            compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency)
+            compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency, of_fused)
             each.append(max(compute, streaming))
             products["attention" if matmul.attention else "matmul"] += each[-1]
             on_memory += streaming if streaming > compute else 0.0
@@ -181,7 +183,10 @@ class _Step:
             collectives["+".join(transfer.axes)] += time.seconds * transfer.times
             for level in time.levels:
                 by_dim[level.dim] += level.seconds * transfer.times
-        beside = {axes: s for axes, s in collectives.items() if set(axes.split("+")) <= set(OVERLAPPED)}
+        beside: defaultdict[str, float] = defaultdict(float)
+        for transfer, time in self.transfers:
+            if _beside(transfer):
+                beside["+".join(transfer.axes)] += time.seconds * transfer.times
         # No more can be hidden than there are products to hide it behind.
         wanted = assumed.overlap * sum(beside.values())
         share = assumed.overlap * min(1.0, sum(products.values()) / wanted) if wanted else 0.0
@@ -202,7 +207,37 @@ class _Step:
         self.bound_by = max(busy, key=lambda what: busy[what])
 
 
-def _matmul_seconds(matmul: Matmul, topology: Topology, assumed: Assumptions, efficiency: float) -> tuple[float, float]:
+def _beside(transfer: Transfer) -> bool:
+    """Whether products run meanwhile that do not need it.
+
+    So do those of a layer while the next one's weights come and the last one's gradients go, along whatever axes share
+    them; those of a ring's turn, while it passes keys and values on; and those of a stage, while one of its two rings
+    turns. What a block works on is waited for: activations over tensor, tokens to experts and back, and keys and values
+    that are gathered. (Weights kept in shares over context alone look like these, and are waited for too.)
+    """
+    if "tensor" in transfer.axes or "all-to-all" in transfer.kind:
+        return False
+    return transfer.kind == "collective-permute" or transfer.axes not in (("context",), ("expert",))
+
+
+def _of_fused(recipe: Recipe, layout: Layout) -> tuple[float, float]:
+    """What a fused kernel computes of a product with scores in the program, forward and backward.
+
+    Where the sequence is split over `n` devices, the program leaves out most of what is masked itself: a ring computes
+    (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
+    gathered, three quarters (see `trainfw.parallel.ring_attention`).
+    """
+    size = layout.context
+    if size == 1:
+        return _CAUSAL, _CAUSAL * _FUSED_BACKWARD
+    if recipe.parallel.context_attention == "ring":
+        return _CAUSAL / ((2 * size + 1) / (4 * size)), _CAUSAL / ((2 * size + 1) / (4 * size))
+    return _CAUSAL / 0.75, _CAUSAL / 0.75 * _FUSED_BACKWARD
+
+
+def _matmul_seconds(
+    matmul: Matmul, topology: Topology, assumed: Assumptions, efficiency: float, of_fused: tuple[float, float]
+) -> tuple[float, float]:
     """Seconds in a step on the tensor engine, and of its operands and result through memory."""
     fused = matmul.attention and assumed.attention == "fused"
     dtype = matmul.dtype
@@ -214,7 +249,7 @@ def _matmul_seconds(matmul: Matmul, topology: Topology, assumed: Assumptions, ef
     flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k, dtype)
     if not fused:
         return flops / rate, matmul.bytes * matmul.times / _memory_rate(topology)
-    return flops * _CAUSAL * (_FUSED_BACKWARD if matmul.backward else 1.0) / rate, 0.0
+    return flops * of_fused[matmul.backward] / rate, 0.0
 
 
 def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "bf16") -> float:
@@ -315,8 +350,7 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
         if assumed.attention == "fused"
         else "attention is the XLA form: its scores, S x S, go through memory",
-        f"{assumed.overlap:.0%} of collectives over {', '.join(OVERLAPPED)} pass beside matrix products; "
-        "others are waited for",
+        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
         "elementwise operations are fused into what uses them, and run at "
         + ("the full bandwidth of memory" if slower is None else f"the rates of their sizes ({slower.source})"),
         "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),

@@ -74,8 +74,7 @@ def _by_chunk(
     differentiate: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
     """The sums, and the gradients (dx_ND, dw_VD) of the first."""
-    N = x_ND.shape[0]
-    chunks = next(n for n in range(-(-N // chunk), N + 1) if N % n == 0)
+    chunks = loss_chunks(x_ND.shape[0], chunk)
     row_V = axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0], dtype=jnp.int32)
 
     def step(sums: Any, part: Any) -> tuple[Any, Any]:
@@ -111,6 +110,11 @@ def _by_chunk(
         sums, dx = jax.lax.scan(step, sums, parts)
     objective, nats, dw_VD = sums
     return (objective, nats), (dx.reshape(x_ND.shape), dw_VD.astype(w_VD.dtype)) if differentiate else None
+
+
+def loss_chunks(tokens: int, chunk: int) -> int:
+    """Into how many equal parts a device's tokens go for their loss, of `chunk` tokens at most."""
+    return next(n for n in range(-(-tokens // chunk), tokens + 1) if tokens % n == 0)
 
 
 def _forward(*args: Any) -> tuple[Any, Any]:

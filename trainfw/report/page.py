@@ -145,6 +145,9 @@ def _headline(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
         dtype = plan.recipe.train.compute_dtype
         yield _tile("MFU", _figure("mfu", found["mfu"], f"{found['mfu']:.1%}"), f"of the dense peak in {dtype}")
     yield _tile("bound by", _figure("bound_by", found["bound_by"], _bound(time.bound_by)), _about_bound(time.bound_by))
+    if plan.layout.pipeline > 1:
+        share = _figure("pipeline_bubble", plan.bubble, f"{plan.bubble:.1%}")
+        yield _tile("pipeline bubble", share, "of a stage's iterations, in the step time")
     total, capacity = found["memory_bytes_per_core"]["total"], found["memory_capacity_bytes_per_core"]
     held = "of a core" if capacity is None else f"of {capacity / _GIB:.3g} GiB a core, {total / capacity:.0%}"
     if capacity is not None and total > capacity:

@@ -7,3 +7,4 @@ from .loop import Result as Result
 from .loop import train as train
 from .reporter import Reporter as Reporter
 from .run_directory import RunDirectory as RunDirectory
+from .tiny import tiny_overrides as tiny_overrides

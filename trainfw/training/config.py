@@ -18,8 +18,9 @@ class TrainConfig(Config):
     """Microbatches that one update is split into: less activation memory, the same update."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations. Parameters, gradients and optimizer state are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What backward computes again: nothing; all but matrix products; all of each layer."""
+    remat: Literal["none", "dots", "full", "stage"] = "none"
+    """What backward computes again: nothing; all but matrix products; all of each layer; and, where layers are in
+    stages of a pipeline, all of each stage once and of each of its layers once more, for the least memory."""
     scan_layers: bool = True
     """Compile one layer and scan over the stack; false unrolls the layers: slower to compile, the same numbers."""
     loss_chunk: int = Field(default=2048, ge=1)

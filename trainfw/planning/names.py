@@ -1,0 +1,26 @@
+"""What JAX's paths to operations (`Instruction.op_name`) say of the pass that an operation belongs to."""
+
+from __future__ import annotations
+
+
+def is_backward(op_name: str) -> bool:
+    """Whether the backward pass runs it."""
+    return "transpose(" in op_name
+
+
+def is_recomputed(op_name: str) -> bool:
+    """Whether it does again, for the backward pass, what the forward pass did.
+
+    By `jax.checkpoint`, or where a gradient that is written out differentiates a layer anew: what it calls is, inside
+    what is transposed, differentiated forward and not transposed again.
+    """
+    if "rematted_computation" in op_name:
+        return True
+    _, transposed, inside = op_name.partition("transpose(jvp(")
+    written = inside.rpartition("checkpoint/")[2]
+    return bool(transposed) and "/jvp(" in f"/{written}"
+
+
+def is_forward(op_name: str) -> bool:
+    """Whether it computes something of the forward pass, then or again."""
+    return is_recomputed(op_name) or ("jvp(" in op_name and not is_backward(op_name))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Any
+
+from trainfw.errors import UserError
+from trainfw.parallel import AXES
+from trainfw.recipe import Recipe
+
+
+def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
+    """Overrides that shrink a recipe to seconds on a laptop: every mesh axis that it uses stays, of two devices.
+
+    Model, batch, sequence and steps are small, the text is that of Python's standard library, and the hardware is
+    forgotten. What is left is the recipe's form: axes, stages and chunks, dispatch, remat, scan, dtypes.
+
+    Raises UserError where `devices` is no multiple of what the axes take.
+    """
+    parallel, model, train = recipe.parallel, recipe.model, recipe.train
+    sizes = {axis: 1 if getattr(parallel, axis) == 1 else 2 for axis in AXES}
+    used = [axis for axis in AXES if sizes[axis] > 1]
+    if devices % (least := 2 ** len(used)):
+        raise UserError(f"--devices {devices}: {' * '.join(used)} of two devices each take a multiple of {least}")
+    sizes["fsdp" if "fsdp" in used else "data"] *= devices // least
+    shares_heads = 0 < model.num_kv_heads < parallel.tensor
+    interleave = min(parallel.interleave, 2)
+    rows = sizes["pipeline"] * sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    accumulation = min(train.accumulation_steps, 2)
+    changes: dict[str, Any] = {
+        "name": f"tiny-{recipe.name}",
+        "hardware.topology": None,
+        "hardware.count": 1,
+        **{f"parallel.{axis}": size for axis, size in sizes.items()},
+        "parallel.interleave": interleave,
+        "parallel.pipeline_microbatches": None,
+        "parallel.traffic": {},
+        "model.vocab_size": 320,
+        "model.hidden_size": 64,
+        "model.intermediate_size": 64,
+        "model.num_layers": sizes["pipeline"] * interleave * len(model.layer_pattern) * 2,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 1 if shares_heads else 2,
+        "model.head_dim": 16,
+        "data.source": "python-stdlib",
+        "data.tokenizer": {"name": "bytes"},
+        "data.sequence_length": 64,
+        "train.steps": 5,
+        "train.log_every": 1,
+        "train.validate_every": 0,
+        "train.validation_batches": 0,
+        "train.sample_prompt": None,
+        "train.accumulation_steps": accumulation,
+        "train.global_batch_size": 2 * rows * accumulation,
+        "optimizer.warmup_steps": 1,
+    }
+    if model.sliding_window is not None:
+        changes["model.sliding_window"] = 16
+    if model.moe is not None:
+        changes |= {"model.moe.num_experts": 8, "model.moe.experts_per_token": min(2, model.moe.experts_per_token)}
+        if model.moe.shared_intermediate_size is not None:
+            changes["model.moe.shared_intermediate_size"] = 32
+    return [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
