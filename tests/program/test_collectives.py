@@ -25,8 +25,9 @@ from trainfw.parallel import permute_problem
 GOLDEN = Path(__file__).parent / "golden"
 # The logits of a device's rows are far larger than its weights and activations.
 SHAPE = (
-    "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 4, num_heads: 8, head_dim: 4, vocab_size: 1024}",
-    *("model.tie_embeddings=false", "data.sequence_length=128", "train.global_batch_size=16", "train.loss_chunk=64"),
+    "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 4, num_heads: 8, head_dim: 4}",
+    *("model.tie_embeddings=false", "model.vocab_size=1024"),
+    *("data.sequence_length=128", "train.global_batch_size=16", "train.loss_chunk=64"),
     *("train.compute_dtype=bfloat16", "parallel.fsdp=1"),
 )
 MOE = "model.moe.num_experts=8 model.moe.experts_per_token=2"

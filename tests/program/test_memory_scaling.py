@@ -52,18 +52,20 @@ def test_stages_of_zero_hold_what_their_formula_says(tmp_path):
         batch = 5 * 4 * ROWS * LENGTH // n
         assert arguments == 4 * parameters + 8 * state + counts + batch
         held[stage] = temps, 4 * gradients
-    # What differs between stages is what their gradients do.
-    for one, other in (("data", "gradients"), ("optimizer", "gradients")):
-        (temps, gradients), (fewer_temps, fewer_gradients) = held[one], held[other]
-        assert temps - fewer_temps == pytest.approx(gradients - fewer_gradients, rel=0.25)
-    assert held["parameters"][0] < held["optimizer"][0]
+    # Gradients are temporaries. Where they are shared out, those of the layer at work are still whole.
+    saved = held["data"][1] - held["gradients"][1] - 4 * LAYER
+    for stage in ("data", "optimizer"):
+        assert held[stage][0] - held["gradients"][0] == pytest.approx(saved, rel=0.1)
+    assert held["parameters"][0] < held["gradients"][0]
 
 
-@pytest.mark.parametrize("scan", ["true", "false"])
-def test_prefetch_takes_one_layer_more(scan, tmp_path):
-    overrides = (*WEIGHTS, "parallel.fsdp=8", "train.remat=full", f"train.scan_layers={scan}")
-    more, less = (temporaries(tmp_path, 8, *overrides, f"parallel.prefetch={on}") for on in ("true", "false"))
-    assert more - less == pytest.approx(4 * LAYER, rel=0.5)
+def test_prefetch_takes_a_layer_more_or_two(tmp_path):
+    """The next layer's weights, and a copy of them where the CPU's compiler hands them to a loop's next round."""
+    overrides = (*WEIGHTS, "parallel.fsdp=8", "train.remat=full")
+    without = temporaries(tmp_path, 8, *overrides, "parallel.prefetch=false")
+    for scan in ("true", "false"):
+        more = temporaries(tmp_path, 8, *overrides, f"train.scan_layers={scan}") - without
+        assert 4 * LAYER <= more < 2.25 * 4 * LAYER
 
 
 # --- Activations ---------------------------------------------------------------------------------
@@ -79,10 +81,10 @@ def test_remat_keeps_less(tmp_path):
 
 
 def test_no_device_holds_the_logits(tmp_path):
-    tokens, vocabulary, tensor = 8 * 128, 8192, 8
+    tokens, vocabulary, tensor = 64 * 16, 8192, 8
     shape = (
-        "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 2, num_heads: 8, vocab_size: 8192}",
-        *("train.global_batch_size=8", "data.sequence_length=128", "parallel.tensor=8"),
+        "model={preset: tiny, hidden_size: 16, intermediate_size: 48, num_layers: 2, num_heads: 8, head_dim: 4}",
+        *("model.vocab_size=8192", "train.global_batch_size=64", "data.sequence_length=16", "parallel.tensor=8"),
     )
     part = 4 * tokens * vocabulary // tensor  # of all tokens, for a device's own words
     whole, chunked = (temporaries(tmp_path, tensor, *shape, f"train.loss_chunk={chunk}") for chunk in (tokens, 64))
@@ -91,17 +93,16 @@ def test_no_device_holds_the_logits(tmp_path):
     assert whole - chunked > part  # the logits, if not also their gradients
 
 
-@pytest.mark.parametrize("attention", ["ring", "gathered"])
-def test_activations_fall_with_the_part_of_the_sequence(attention, tmp_path):
+def test_activations_fall_with_the_part_of_the_sequence(tmp_path):
     shape = (
         "model={preset: tiny, hidden_size: 128, intermediate_size: 256, num_heads: 2, num_layers: 4, vocab_size: 64}",
         *("train.global_batch_size=8", "data.sequence_length=256", "train.loss_chunk=64"),
     )
     found = {
-        context: temporaries(
-            tmp_path, context, *shape, f"parallel={{context: {context}, fsdp: 1, context_attention: {attention}}}"
-        )
+        context: temporaries(tmp_path, context, *shape, f"parallel={{context: {context}, fsdp: 1}}")
         for context in (2, 4, 8)
     }
     assert found[2] / found[4] == pytest.approx(2, rel=0.15)
     assert found[4] / found[8] == pytest.approx(2, rel=0.15)
+    gathered = temporaries(tmp_path, 8, *shape, "parallel={context: 8, fsdp: 1, context_attention: gathered}")
+    assert gathered > found[8]  # all keys and values of a layer

@@ -147,7 +147,7 @@ def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
 def test_every_optimizer_agrees_on_a_mesh(optimizer, tmp_path):
     one = program_of(tmp_path, jax.devices()[:1], optimizer=optimizer)
     expected, _ = train(one, one.init())
-    for stage in ("parameters", "gradients", "optimizer"):
+    for stage in ("parameters", "optimizer"):  # `gradients` is updated as `optimizer` is
         overrides = ["parallel.tensor=2", f"parallel.fsdp_shards={stage}"]
         program = program_of(tmp_path, jax.devices()[:4], overrides, optimizer)
         np.testing.assert_allclose(train(program, program.init())[0], expected, rtol=1e-4)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
+import pytest
 
 from tests.helpers import tiny_recipe
-from trainfw import build_program
-from trainfw.hlo import Computation, Instruction, Module, partition
+from trainfw import backends, build_program
+from trainfw.hlo import Computation, Instruction, Module, Partitioned, parse_module, partition
 
 LAYERS, VOCABULARY = 4, 512
 GATHERS = 7
 """Matrices of a layer."""
-FORWARD, BACKWARD = 9, 27
-"""Products of a layer: of these and of attention; each forward again, and two in the transpose."""
+FORWARD, BACKWARD = 9, 8 + 18
+"""Products of a layer: with these and in attention; all but the last again, and two of each in the transpose."""
 
 
-def partitioned(tmp_path, *overrides: str) -> Module:
+def partitioned(tmp_path, *overrides: str) -> Partitioned:
     recipe = tiny_recipe(
         tmp_path,
         f"model.num_layers={LAYERS}",
@@ -27,7 +29,8 @@ def partitioned(tmp_path, *overrides: str) -> Module:
         *overrides,
     )
     program = build_program(recipe, jax.devices())
-    return partition(program.train_step.lower(program.abstract_state, program.abstract_batch)).module
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    return partition(lowered, backends.current().compiler_options)
 
 
 def needs(computation: Computation) -> dict[str, frozenset[str]]:
@@ -53,7 +56,7 @@ def loops(module: Module) -> list[Computation]:
 
 
 def test_scanned_layers_gather_for_the_next(tmp_path):
-    forward, back = loops(partitioned(tmp_path))
+    forward, back = loops(partitioned(tmp_path).module)
     for body, products in ((forward, FORWARD), (back, BACKWARD)):
         instructions, before = body.instructions, needs(body)
         gathers = [name for name, i in instructions.items() if i.opcode == "all-gather"]
@@ -69,7 +72,7 @@ def test_scanned_layers_gather_for_the_next(tmp_path):
 
 
 def test_without_it_they_gather_for_themselves(tmp_path):
-    module = partitioned(tmp_path, "parallel.prefetch=false")
+    module = partitioned(tmp_path, "parallel.prefetch=false").module
     bodies = [module.computations[name] for name, times in module.times.items() if times == LAYERS]
     for body in bodies:
         before = needs(body)
@@ -81,8 +84,8 @@ def test_without_it_they_gather_for_themselves(tmp_path):
 
 def test_unrolled_layers_gather_for_the_next(tmp_path):
     """One layer's products lie between what a gather waits for and what waits for it, and no more than that."""
-    module = partitioned(tmp_path, "train.scan_layers=false")
-    entry = module.computations[module.entry]
+    module = partitioned(tmp_path, "train.scan_layers=false").module
+    entry = max(module.computations.values(), key=lambda c: sum(i.opcode == "dot" for i in c.instructions.values()))
     before = needs(entry)
     dots = {name for name, i in entry.instructions.items() if i.opcode == "dot"}
     of_layers = {n: i for n, i in entry.instructions.items() if i.opcode == "all-gather" and VOCABULARY not in dims(i)}
@@ -95,6 +98,27 @@ def test_unrolled_layers_gather_for_the_next(tmp_path):
         assert len(between) == GATHERS * LAYERS
         assert sum(products <= count < 2 * products for count in between) == GATHERS * (LAYERS - 1)
         assert sum(count < products for count in between) == GATHERS  # those of the first layer to run
+
+
+@pytest.mark.parametrize(("scan", "times"), [("true", 1), ("false", LAYERS - 1)])
+def test_they_are_scheduled_before_the_layers_products(scan, times, tmp_path):
+    text = partitioned(tmp_path, f"train.scan_layers={scan}").compiled.as_text()
+    assert "is_scheduled=true" in text
+    order = "\n".join(map(events, parse_module(text).computations.values()))
+    assert len(re.findall(r"\|G{7}D", order)) == times
+    assert len(re.findall(r"\|g{7}d", order)) == times
+
+
+def events(computation: Computation) -> str:
+    """Gathers, products, loops and barriers as they are listed: G, D, W and |, in lower case those of backward."""
+    found = ""
+    for i in computation.instructions.values():
+        kind = {"all-gather": "G", "while": "W", "opt-barrier": "|"}.get(i.opcode, "")
+        kind = (
+            "D" if i.op_name.endswith("dot_general") and i.opcode in ("dot", "fusion", "custom-call", "call") else kind
+        )
+        found += kind.lower() if backward(i) else kind
+    return found
 
 
 def dims(instruction: Instruction) -> tuple[int, ...]:

@@ -197,7 +197,8 @@ def _prefetched_backward(
     dx, last = jax.lax.optimization_barrier((dx, _at(params, num_layers - 1)))
     carry = (dx, layer.gather(last), jax.tree.map(jnp.zeros_like, params))
     dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
-    dx, own = back(dx, _at(xs, 0), weights, 0, kinds[0])
+    dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
+    dx, own = back(dx, x, weights, 0, kinds[0])
     return dx, _put(of_params, 0, own), None
 
 
