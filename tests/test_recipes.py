@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import write_recipe
+from trainfw import UserError, train
+from trainfw.parallel import AXES
 from trainfw.recipe import bundled_recipes, load_recipe
+from trainfw.training import tiny_overrides
 
 FOR_NEURON = [name for name, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
 ALL_LAYERS = "llama3.1-8b-trn1"
@@ -43,6 +47,32 @@ def test_recipes_for_neuron_check_clean(name):
     assert "GiB temporaries" in result.stdout
 
 
+def form(name: str) -> tuple[object, ...]:
+    """What of a recipe is left in its tiny version."""
+    recipe = load_recipe(name)
+    axes = [axis for axis in AXES if getattr(recipe.parallel, axis) != 1]
+    return (*axes, recipe.parallel.interleave, recipe.model.moe is None, recipe.train.scan_layers, recipe.train.remat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {form(name): name for name in FOR_NEURON}.values())
+def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
+    tiny = [*tiny_overrides(load_recipe(name), 8), "data.source=tests/**/*.py"]
+    recipe = load_recipe(name, tiny)
+    result = train(recipe, run_dir=tmp_path / "run")
+    assert result.step == 5
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    kept = [axis for axis in AXES if getattr(recipe.parallel, axis) > 1]
+    assert kept == [axis for axis in AXES if getattr(load_recipe(name).parallel, axis) != 1]
+
+
+def test_a_tiny_recipe_takes_two_devices_an_axis():
+    with pytest.raises(UserError, match=r"--devices 4: pipeline \* fsdp \* tensor of two devices each"):
+        tiny_overrides(load_recipe("llama3.1-405b-trn2-ultraservers"), 4)
+
+
 def test_there_are_recipes_for_trn1_and_trn2():
     assert {
         "llama3.1-8b-trn1",
@@ -50,4 +80,7 @@ def test_there_are_recipes_for_trn1_and_trn2():
         "llama3.1-70b-trn2-ultraserver",
         "llama2-7b-trn2-ultraserver",
         "qwen3-8b-trn2-ultraserver",
+        "llama3.1-405b-trn2-ultraservers",
+        "llama3.1-8b-128k-trn2-ultraserver",
+        "qwen3-30b-a3b-trn2-ultraserver",
     } <= {*FOR_NEURON}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +48,7 @@ def train(
         shrunk = tiny_overrides(loaded, devices)
         typer.echo(f"tiny: {' '.join(shrunk)}")
         loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
+        run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
     if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}

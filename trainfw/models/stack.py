@@ -109,12 +109,16 @@ def run_stack(
     """
     if prefetch and remat in ("full", "stage") and own is None and len(kinds) > 1 and (period == 1 or not scan):
         return _prefetched(layer, kinds, scan, x, params, shared)
+    rules = active_rules()
+    sharded = rules is not None and rules.mesh.size > 1
     step = checkpointed(layer, remat, scanned=False)
     scanned_step = checkpointed(layer, remat, scanned=True)
 
     def unrolled(step: Any, x: jax.Array, stacked: Any, kinds: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         outs = []
         for (params, own), kind in zip(_unstack(stacked, len(kinds)), kinds, strict=True):
+            if sharded:  # or all layers' weights are gathered at the start
+                x, params = jax.lax.optimization_barrier((x, params))
             x, out = step(x, params, shared, own, kind)
             outs.append(out)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
