@@ -91,14 +91,15 @@ class Program:
         rows, length = self.recipe.train.global_batch_size, self.recipe.data.sequence_length
         share, shares = self.batch_share
         first = share * rows // shares
-        columns = zigzag_order(length, self.layout.context)
+        columns = zigzag_order(length, self.layout.context) if self.layout.context > 1 else None
 
         def place(name: str, array: np.ndarray) -> jax.Array:
-            def part(index: Any) -> np.ndarray:
+            def local(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(rows)
-                return array[start - first : stop - first, columns[index[1]]]
+                part = array[start - first : stop - first]
+                return part[:, index[1] if columns is None else columns[index[1]]]
 
-            return jax.make_array_from_callback((rows, length), self.abstract_batch[name].sharding, part)
+            return jax.make_array_from_callback((rows, length), self.abstract_batch[name].sharding, local)
 
         return {name: place(name, array) for name, array in local_batch.items()}
 
