@@ -331,3 +331,15 @@ def test_text_is_generated_without_drops():
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-5)
     assert jnp.abs(nnx.jit(lambda model: model(tokens_BS))(tight) - whole).max() > 1e-2
+
+
+def test_the_routers_losses_weigh_tokens_by_the_mask():
+    graphdef, params = nnx.split(MoE(model_config(), rngs=nnx.Rngs(0)))
+    x_BSD = jax.random.normal(jax.random.key(1), (2, 8, model_config().hidden_size))
+    first = jnp.array([[1.0] * 8, [0.0] * 8])
+    run = jax.jit(lambda x, mask: nnx.merge(graphdef, params)(x, mask)[1])
+    alone, masked, padding = run(x_BSD[:1], first[:1]), run(x_BSD, first), run(x_BSD, 0 * first)
+    for name in ("balance", "z", "tokens"):
+        np.testing.assert_allclose(getattr(masked, name), getattr(alone, name), rtol=1e-6)
+        assert getattr(padding, name) == 0
+    assert masked.choices == 2 * alone.choices

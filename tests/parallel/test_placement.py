@@ -149,3 +149,11 @@ def test_parameters_change_the_rates():
     fast, slower = (place(t, Layout(fsdp=64, tensor=4)) for t in (ULTRASERVER, slow))
     assert slower.seconds > fast.seconds
     assert dataclasses.asdict(slower.axes[0])["bandwidth"] == 2 * 64e9 / 4
+
+
+def test_the_rows_of_a_host_are_one_share_of_the_batch():
+    topology = load_topology("trn2-ultraserver")
+    mixture = Layout(fsdp=4, expert=16, tensor=4)
+    assert place(topology, Layout(fsdp=64, tensor=4)).hosts_read_shares
+    assert place(topology, mixture, {"fsdp": 1.0, "expert": 1e12, "tensor": 1e11}).hosts_read_shares
+    assert not place(topology, mixture, {"fsdp": 1e12, "expert": 1.0, "tensor": 1e11}).hosts_read_shares

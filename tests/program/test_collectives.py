@@ -47,6 +47,8 @@ LAYOUTS = {
     "pipeline-interleaved": "pipeline=2 interleave=2 fsdp=2 tensor=2 remat=full",
     "expert-capacity": f"expert=4 fsdp=2 remat=full {MOE}",
     "expert-dropless": f"expert=4 fsdp=2 remat=full {MOE} model.moe.dispatch=dropless",
+    "pipeline-expert": f"pipeline=2 fsdp=2 expert=2 remat=full {MOE}",
+    "expert-context-tensor": f"expert=2 context=2 tensor=2 remat=full {MOE}",
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
 QUICK = {"fsdp", "tensor-fsdp", "context-ring"}

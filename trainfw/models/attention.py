@@ -33,6 +33,8 @@ class Context:
     """Index of the first query among the keys: 0, or the length of the cache."""
     segment_ids_BS: jax.Array | None = None
     """Tokens see only tokens of their own segment. (Not with a cache.)"""
+    mask_BS: jax.Array | None = None
+    """Weights of tokens in the losses of routers."""
     ring: bool = field(default=True, metadata={"static": True})
     """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
 

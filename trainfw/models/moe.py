@@ -23,19 +23,23 @@ BLOCK = 128
 class MoEStats:
     """What the router of one layer did, f32: this device's share, which summed over all devices is the total.
 
-    Every position of a row counts, padding too: it is routed and takes up slots.
+    Every position of a row is counted, padding too: it is routed and takes up slots. The losses weigh a token as the
+    cross-entropy does, by the mask.
     """
 
     balance: jax.Array
-    """Sum over rows of T * L(row), for the T tokens of a row: the load-balance loss of Switch (arXiv:2101.03961, eq. 4)
+    """Sum over rows of L(row) times the row's tokens in the mask: Switch's load-balance loss (arXiv:2101.03961, eq. 4)
     for each sequence by itself, as in DeepSeek-V3 (arXiv:2412.19437, eq. 17-20):
 
         L = sum over experts of f * P,  f = E / (k * T) * (choices of the expert),  P = (sum of its softmax) / T
 
+    for the T positions of the row,
     1 where all are chosen equally often. Of a row alone, so that it is the same however the batch is cut into
     microbatches or over devices."""
     z: jax.Array
-    """Sum over tokens of logsumexp(logits)**2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    """Sum over tokens in the mask of logsumexp(logits)**2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
+    tokens: jax.Array
+    """In the mask."""
     dropped: jax.Array
     """Choices that found no slot."""
     load_E: jax.Array
@@ -53,8 +57,7 @@ class MoEStats:
         Means over tokens and layers of the losses, the share of choices dropped, and `expert_load`, the share of a
         layer's choices that its busiest expert has, times E: 1 where all have the same, E where one has all.
         """
-        choices = jnp.sum(self.choices)
-        tokens = choices / config.experts_per_token
+        choices, tokens = jnp.sum(self.choices), jnp.sum(self.tokens)
         busiest = jnp.sum(jnp.max(self.load_E, axis=-1)) * config.num_experts
         return {
             "balance_loss": (jnp.sum(self.balance), tokens),
@@ -101,8 +104,15 @@ class MoE(nnx.Module):
         shared = moe.shared_intermediate_size
         self.shared = None if shared is None else MLP(config, width=shared, rngs=rngs)
 
-    def __call__(self, x_BSD: jax.Array, *, dropless: bool = False) -> tuple[jax.Array, MoEStats]:
-        """(y_BSD in the dtype of x, stats); with `dropless` nothing is dropped, whatever the config says."""
+    def __call__(
+        self, x_BSD: jax.Array, mask_BS: jax.Array | None = None, *, dropless: bool = False
+    ) -> tuple[jax.Array, MoEStats]:
+        """(y_BSD in the dtype of x, stats).
+
+        Args:
+            mask_BS: weights of the tokens in the losses, f32; 1 by default.
+            dropless: nothing is dropped, whatever the config says.
+        """
         B, S, D = x_BSD.shape
         x_TD = x_BSD.reshape(B * S, D)
         logits_TE, probabilities_TE, weights_TK, experts_TK = self._route(x_TD)
@@ -113,7 +123,9 @@ class MoE(nnx.Module):
         y_BSD = y_TD.reshape(B, S, D)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return y_BSD, self._stats(B, logits_TE, probabilities_TE, experts_TK, dropped)
+        return y_BSD, self._stats(
+            jnp.ones((B, S)) if mask_BS is None else mask_BS, logits_TE, probabilities_TE, experts_TK, dropped
+        )
 
     def _route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """logits_TE, their softmax, the weights of the chosen (f32[T, k]) and which they are (i32[T, k])."""
@@ -133,18 +145,27 @@ class MoE(nnx.Module):
         return experts_TK[..., None] == jnp.arange(self.config.num_experts)
 
     def _stats(
-        self, rows: int, logits_TE: jax.Array, probabilities_TE: jax.Array, experts_TK: jax.Array, dropped: jax.Array
+        self,
+        mask_BS: jax.Array,
+        logits_TE: jax.Array,
+        probabilities_TE: jax.Array,
+        experts_TK: jax.Array,
+        dropped: jax.Array,
     ) -> MoEStats:
         E, k = self.config.num_experts, self.config.experts_per_token
         copies = axis_size("tensor")  # these compute all of it alike
-        tokens = logits_TE.shape[0]
+        tokens, rows = logits_TE.shape[0], mask_BS.shape[0]
+        weight_B1 = jnp.sum(mask_BS, axis=1, keepdims=True)
         load_BE = jnp.sum(self._chosen(experts_TK).reshape(rows, -1, E).astype(jnp.float32), axis=1)
         # Of the whole row; that of the probabilities is then linear, so each device adds its own part.
-        frequency_BE = all_reduce(load_BE, "context") * (E / (k * tokens / rows * axis_size("context")))
+        length = tokens / rows * axis_size("context")
+        of_row = all_reduce(jnp.concatenate([load_BE, weight_B1], axis=1), "context")
+        frequency_BE = of_row[:, :-1] * of_row[:, -1:] * (E / (k * length * length))
         probability_BE = jnp.sum(probabilities_TE.reshape(rows, -1, E), axis=1)
         return MoEStats(
             balance=jnp.sum(frequency_BE * probability_BE) / copies,
-            z=jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1))) / copies,
+            z=jnp.sum(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1)) * mask_BS.reshape(-1)) / copies,
+            tokens=jnp.sum(mask_BS) / copies,
             dropped=dropped / copies,
             load_E=jnp.sum(load_BE, axis=0) / copies,
             choices=jnp.float32(tokens * k / copies),

@@ -60,7 +60,7 @@ class DecoderLayer(nnx.Module):
         h_BSD, stats = _gather(self.mlp_norm(x_BSD)), None
         if isinstance(self.mlp, MoE):
             # Text must not depend on what else is in the batch: while decoding nothing is dropped.
-            y_BSD, stats = self.mlp(h_BSD, dropless=cache is not None)
+            y_BSD, stats = self.mlp(h_BSD, context.mask_BS, dropless=cache is not None)
         else:
             y_BSD = self.mlp(h_BSD)
         y_BSD = _scatter(y_BSD)
@@ -92,11 +92,12 @@ class Transformer(nnx.Module):
         rngs: draws the initial weights.
         compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
             and logits are f32 whatever it is.
-        remat: what the backward pass recomputes: "none" saves everything, "full" saves each layer's input only,
-            "dots" saves what the layers' projections return as well, "stage" a pipeline stage's input only.
+        remat: what the backward pass recomputes: "none" saves all but what was gathered, "full" saves each layer's
+            input only, "dots" saves what the layers' projections return as well, "stage" a pipeline stage's input only.
         ring: see `ParallelConfig.context_attention`.
         microbatch_rows, interleave: of a pipeline's microbatches, and chunks of layers in a stage (`pipelined`).
-        prefetch: gather the next layer's weights while one computes (with remat "full", where they are sharded).
+        prefetch: gather the next layer's weights while one computes (with remat "full" or "stage"; scanned, where
+            all layers are of one kind).
         scan_layers: compile one layer (one period of `layer_pattern`) and loop over it, rather than all layers in
             a row. The parameters and the numbers are the same.
     """
@@ -150,6 +151,7 @@ class Transformer(nnx.Module):
         *,
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
+        mask_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats | None]:
         """(x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`; what the routers of all
         layers did, stacked in the order in which the layers are).
@@ -158,6 +160,7 @@ class Transformer(nnx.Module):
             tokens_BS: i32.
             segment_ids_BS: a token sees only tokens with its own id: packed documents do not see each other.
             positions_BS: place of each token in its document, for the rotary embeddings; by default 0, 1, 2 ...
+            mask_BS: weights of the tokens in the routers' losses, f32; 1 by default.
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
@@ -165,11 +168,12 @@ class Transformer(nnx.Module):
         graphdef, params = nnx.split(self.layers)
 
         def run(x_BSD: jax.Array, params: Any, side: Any) -> tuple[jax.Array, Any]:
-            positions_BS, segment_ids_BS = side
-            context = Context(self._turns(positions_BS), segment_ids_BS=segment_ids_BS, ring=self.ring)
+            positions_BS, segment_ids_BS, mask_BS = side
+            turns = self._turns(positions_BS)
+            context = Context(turns, segment_ids_BS=segment_ids_BS, mask_BS=mask_BS, ring=self.ring)
             return self._run(graphdef, params, x_BSD, context, None)
 
-        side = (positions_BS, segment_ids_BS)
+        side = (positions_BS, segment_ids_BS, mask_BS if self.config.moe is not None else None)
         if axis_size("pipeline") == 1:
             x_BSD, (_, stats) = run(x_BSD, params, side)
             return self.final_norm(x_BSD), stats

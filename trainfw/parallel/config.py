@@ -37,8 +37,9 @@ class ParallelConfig(Config):
     device, but for `tensor`; each device updates its share of them, and the shares are gathered once a step.
     `optimizer` (ZeRO-1): optimizer state alone. As `gradients`, but gradients are summed whole in every microbatch."""
     prefetch: bool = True
-    """Gather the next layer's weights while a layer computes, where there is something to gather and train.remat is
-    full: the links work while the tensor engine does, and two layers' weights are there at a time."""
+    """Gather the next layer's weights while a layer computes, where there is something to gather, train.remat is full
+    or stage, and layers are unrolled or all of one kind: the links work while the tensor engine does, and two layers'
+    weights are there at a time."""
     expert: int = 1
     """Devices over which the experts of a mixture are spread. Each takes a part of the batch, too, and tokens go to
     the devices that have their experts (`model.moe.dispatch` says how)."""

@@ -93,6 +93,8 @@ class Placement:
     @property
     def hosts_read_shares(self) -> bool:
         """Whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
+        import numpy as np
+
         layout, topology = self.layout, self.topology
         hosts = self.order // topology.cores_per_instance
         sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]

@@ -143,7 +143,10 @@ _active: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("trainfw_
 
 @contextlib.contextmanager
 def use_rules(rules: Rules | None) -> Iterator[None]:
-    """While tracing inside, collectives and weights follow `rules`; outside they do nothing."""
+    """While tracing inside, collectives and weights follow `rules`; outside they do nothing.
+
+    What is differentiated must be so inside: the backward passes written here ask for the rules when they are traced.
+    """
     token = _active.set(rules)
     try:
         yield

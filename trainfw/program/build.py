@@ -401,8 +401,18 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     if max(model.num_kv_heads, tensor) % min(model.num_kv_heads, tensor):
         raise recipe.error(
             "model.num_kv_heads",
-            f"is no multiple of parallel.tensor = {tensor}, nor a divisor of it"
-            f"{nearest_divisors(model.num_kv_heads, tensor)}",
+            f"must divide parallel.tensor = {tensor} or be a multiple of it; values of parallel.tensor that do: "
+            + ", ".join(
+                str(n)
+                for n in range(1, model.num_heads + 1)
+                if model.num_heads % n == 0 and max(model.num_kv_heads, n) % min(model.num_kv_heads, n) == 0
+            ),
+        )
+    if model.vocab_size % tensor:
+        raise recipe.error(
+            "model.vocab_size",
+            f"does not divide over parallel.tensor = {tensor}; {-(-model.vocab_size // tensor) * tensor:,} does, with "
+            "rows that no token uses",
         )
     if problem := context_problem(recipe.data.sequence_length, layout.context, tensor):
         raise recipe.error("data.sequence_length", problem)

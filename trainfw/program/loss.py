@@ -30,7 +30,12 @@ def next_token_loss(
     each return their share of it.
     """
     segment_ids_BS = batch["segment_ids"] if mask_documents else None
-    x_BSD, stats = model.forward(batch["tokens"], segment_ids_BS=segment_ids_BS, positions_BS=batch["positions"])
+    x_BSD, stats = model.forward(
+        batch["tokens"],
+        segment_ids_BS=segment_ids_BS,
+        positions_BS=batch["positions"],
+        mask_BS=batch["loss_mask"],
+    )
     x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
     mask_N = batch["loss_mask"].reshape(-1)
     objective, nats = _cross_entropy(
