@@ -16,8 +16,6 @@ from trainfw.recipe import bundled_recipes, load_recipe
 from trainfw.training import tiny_overrides
 
 FOR_NEURON = [name for name, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
-ALL_LAYERS = "llama3.1-8b-trn1"
-"""The unrolled recipe with the least memory for a core."""
 
 
 @pytest.mark.slow
@@ -36,9 +34,8 @@ def test_the_custom_loop_runs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOR_NEURON)
 def test_recipes_for_neuron_check_clean(name):
-    # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory, and
-    # all of one recipe are checked.
-    shallow = not load_recipe(name).train.scan_layers and name != ALL_LAYERS
+    # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory.
+    shallow = not load_recipe(name).train.scan_layers
     overrides = ["model.num_layers=4"] if shallow else []
     command = [sys.executable, "-m", "trainfw", "check", name, *overrides]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -249,7 +249,6 @@ def test_state_that_does_not_divide_among_all_is_said_before_it_is_compiled(tmp_
     ("overrides", "most"),
     [
         (("parallel.fsdp=8", "train.accumulation_steps=2"), 4),
-        (("parallel.fsdp=8", "train.accumulation_steps=2"), 2),
         (("parallel.fsdp=4", "parallel.tensor=2", "train.remat=full", "train.scan_layers=false"), 4),
         (("parallel.fsdp=4", "parallel.data=2", "optimizer.name=adafactor", "model.tie_embeddings=false"), 4),
     ],
