@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from trainfw import backends
+from trainfw.checking.jaxpr import sub_jaxprs
 from trainfw.hardware import load_topology
 from trainfw.hlo import collectives_of, partition
 from trainfw.models.attention import attend
@@ -268,8 +269,8 @@ def test_gathered_only_gathers_and_scatters_sums():
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
+        for inner in sub_jaxprs(equation):
+            yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def products(function, arrays):
