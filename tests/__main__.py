@@ -1,4 +1,4 @@
-"""`python -m tests`: lint, format, types and every test; the first that fails ends it."""
+"""`python -m tests [--all]`: lint, format, types and tests, with --all the long ones too; what fails ends it."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ COMMANDS = [
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
-    ["pytest", "-q", "-n", "2", "--durations=10"],
+    ["pytest", "-q", "-n", "2", "--durations=10", *([] if "--all" in sys.argv[1:] else ["-m", "not long"])],
 ]
 
 for command in COMMANDS:

@@ -17,6 +17,9 @@ from trainfw.training import tiny_overrides
 
 FOR_NEURON = [name for name, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
 
+ALIKE = {"llama2-7b-trn2-ultraserver", "qwen3-8b-trn2-ultraserver"}
+"""Recipes that others are like, in layout and model."""
+
 
 @pytest.mark.slow
 def test_the_custom_loop_runs(tmp_path):
@@ -32,7 +35,7 @@ def test_the_custom_loop_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOR_NEURON)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in ALIKE else []) for n in FOR_NEURON])
 def test_recipes_for_neuron_check_clean(name):
     # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory.
     shallow = not load_recipe(name).train.scan_layers
@@ -52,7 +55,7 @@ def form(name: str) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", {form(name): name for name in FOR_NEURON}.values())
+@pytest.mark.parametrize("name", {form(name): name for name in FOR_NEURON if name not in ALIKE}.values())
 def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
     tiny = [*tiny_overrides(load_recipe(name), 8), "data.source=tests/**/*.py"]
     recipe = load_recipe(name, tiny)

@@ -250,7 +250,11 @@ def test_state_that_does_not_divide_among_all_is_said_before_it_is_compiled(tmp_
     [
         (("parallel.fsdp=8", "train.accumulation_steps=2"), 4),
         (("parallel.fsdp=4", "parallel.tensor=2", "train.remat=full", "train.scan_layers=false"), 4),
-        (("parallel.fsdp=4", "parallel.data=2", "optimizer.name=adafactor", "model.tie_embeddings=false"), 4),
+        pytest.param(
+            ("parallel.fsdp=4", "parallel.data=2", "optimizer.name=adafactor", "model.tie_embeddings=false"),
+            4,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_shorter_fsdp_tells_of_the_memory_of_the_longer(tmp_path, plans, overrides, most):
@@ -286,6 +290,7 @@ print("agree")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_fsdp_of_512_tells_of_2048(tmp_path, plans):
     overrides = ["hardware={topology: trn2-ultraserver, count: 8}", "parallel.fsdp=2048", "model.hidden_size=2048"]
     overrides += ["model.num_heads=4", "model.head_dim=16", "train.global_batch_size=2048"]

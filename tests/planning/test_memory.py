@@ -58,8 +58,14 @@ def check_sums(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, marks=[] if i == j else pytest.mark.long)
+        for i, model in enumerate(MODELS)
+        for j, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_the_table_is_what_the_run_takes(tmp_path, model, layout):
     program, partitioned = compiled_step(tmp_path, *MODELS[model], *LAYOUTS[layout])
     table = memory_table(program, partitioned)

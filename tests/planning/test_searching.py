@@ -192,12 +192,12 @@ def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
 @pytest.mark.parametrize(
     ("layout", "remat", "shards"),
     [
-        (Layout(fsdp=4), "full", "parameters"),
-        (Layout(data=2, tensor=2), "none", "parameters"),
+        pytest.param(Layout(fsdp=4), "full", "parameters", marks=pytest.mark.long),
+        pytest.param(Layout(data=2, tensor=2), "none", "parameters", marks=pytest.mark.long),
         (Layout(fsdp=2, tensor=2), "full", "parameters"),
         (Layout(fsdp=4), "full", "gradients"),
-        (Layout(data=2, fsdp=2), "dots", "optimizer"),
-        (Layout(fsdp=2, tensor=2), "none", "optimizer"),
+        pytest.param(Layout(data=2, fsdp=2), "dots", "optimizer", marks=pytest.mark.long),
+        pytest.param(Layout(fsdp=2, tensor=2), "none", "optimizer", marks=pytest.mark.long),
         (Layout(fsdp=2, context=2), "none", "parameters"),
         (Layout(pipeline=2, fsdp=2), "full", "parameters"),
     ],

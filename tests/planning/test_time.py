@@ -205,7 +205,9 @@ def counted(analysis: Analysis) -> tuple[dict[Matmul, int], dict[Transfer, int]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "most"), [({"fsdp": 8}, 4), ({"data": 2, "fsdp": 4}, 4)])
+@pytest.mark.parametrize(
+    ("sizes", "most"), [({"fsdp": 8}, 4), pytest.param({"data": 2, "fsdp": 4}, 4, marks=pytest.mark.long)]
+)
 def test_a_shorter_fsdp_tells_of_the_longer(tmp_path, sizes, most):
     overrides = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
     recipe = recipe_for(
@@ -243,6 +245,7 @@ print("agree")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_replicas_tell_of_five_hundred(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     tiny_recipe(tmp_path)

@@ -23,11 +23,14 @@ QUICK = {
 
 
 def here() -> list:
-    """Every other one, and those on 16 devices below; `python benchmarks/parity.py` has all."""
+    """Every third is part of the quicker suite, as are those on 16 devices below."""
     rows = [row for row in parity.combinations() if row.devices <= HERE]
     assert {row.name for row in rows} >= QUICK
-    rows = [row for i, row in enumerate(rows) if i % 2 == 0 or row.name in QUICK]
-    return [pytest.param(row, id=row.name, marks=[] if row.name in QUICK else pytest.mark.slow) for row in rows]
+
+    def marks(i: int, row) -> list:
+        return [] if row.name in QUICK else [pytest.mark.slow] if i % 3 == 0 else [pytest.mark.slow, pytest.mark.long]
+
+    return [pytest.param(row, id=row.name, marks=marks(i, row)) for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("row", here())
@@ -114,7 +117,7 @@ def test_the_loss_falls(one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.long] if i > 4 else []) for i in range(10)])
 def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path):
     order = np.random.default_rng(seed).permutation(np.array(jax.devices()))
     program = program_of(tmp_path, list(order), ["parallel={fsdp: 2, context: 2, tensor: 2}", "train.remat=full"])
@@ -145,7 +148,9 @@ def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["lion", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=pytest.mark.long) for name in ("lion", "adafactor")] + ["muon"]
+)
 def test_every_optimizer_agrees_on_a_mesh(optimizer, tmp_path):
     one = program_of(tmp_path, jax.devices()[:1], optimizer=optimizer)
     expected, _ = train(one, one.init())
