@@ -28,7 +28,7 @@ def here() -> list:
     assert {row.name for row in rows} >= QUICK
 
     def marks(i: int, row) -> list:
-        return [] if row.name in QUICK else [pytest.mark.slow] if i % 5 in (0, 2) else [pytest.mark.slow, pytest.mark.long]
+        return [] if row.name in QUICK else [pytest.mark.slow, *([] if i % 5 in (0, 2) else [pytest.mark.long])]
 
     return [pytest.param(row, id=row.name, marks=marks(i, row)) for i, row in enumerate(rows)]
 
