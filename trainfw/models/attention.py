@@ -16,7 +16,7 @@ from trainfw.models.layers import Linear, RMSNorm
 from trainfw.models.products import softcap as capped
 from trainfw.models.products import wide_einsum
 from trainfw.models.rope import apply_rope
-from trainfw.parallel import axis_size, gathered_attention, local_indices, ring_attention
+from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
@@ -44,14 +44,8 @@ def attention_mask(context: Context, num_queries: int, num_keys: int, window: in
 
     By index: positions restart with every document, indices do not. A window counts the query itself.
     """
-    query_S1 = context.start + jnp.arange(num_queries)[:, None]
-    key_1T = jnp.arange(num_keys)[None, :]
-    seen_BST = (key_1T <= query_S1)[None]
-    if window is not None:
-        seen_BST &= (key_1T > query_S1 - window)[None]
-    if context.segment_ids_BS is not None:
-        seen_BST &= context.segment_ids_BS[:, :, None] == context.segment_ids_BS[:, None, :]
-    return seen_BST
+    queries_S, segments_BS = context.start + jnp.arange(num_queries), context.segment_ids_BS
+    return causal_mask(queries_S, jnp.arange(num_keys), segments_BS, segments_BS, window)
 
 
 def attend(
