@@ -12,6 +12,7 @@ from flax import nnx
 
 from trainfw import backends
 from trainfw.models.config import LayerKind, ModelConfig
+from trainfw.models.inputs import AdapterInputs
 from trainfw.models.layers import Linear, RMSNorm
 from trainfw.models.products import softcap as capped
 from trainfw.models.products import wide_einsum
@@ -35,6 +36,8 @@ class Context:
     """Tokens see only tokens of their own segment. (Not with a cache.)"""
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
+    adapters: AdapterInputs | None = None
+    """What adapters read."""
     ring: bool = field(default=True, metadata={"static": True})
     """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.models.config import Activation, ModelConfig
+from trainfw.models.frozen import Frozen, dense, frozen_product
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 
@@ -21,17 +25,41 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, 
 def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> nnx.State:
     """The weights of a module as it uses them: in `dtype` but for wide ones, whole but for what stays split.
 
-    Those of a stack may be one layer's, without the layers dim.
+    Frozen ones are widened no sooner than in their product. Those of a stack may be one layer's, without the layers
+    dim.
     """
 
     def gathered(weight: nnx.Variable) -> nnx.Variable:
         value, axes, wide = weight.get_value(), weight.axes, weight.get_metadata().get("wide", False)
-        ndim = jax.tree.leaves(value)[0].ndim
+        first = jax.tree.leaves(value)[0]
+        kept = wide or (isinstance(weight, Frozen) and first.dtype.itemsize <= jnp.dtype(dtype).itemsize)
         return weight.replace(
-            gather_weight(value, axes[-ndim:], None if wide else dtype, num_kv_heads=config.num_kv_heads)
+            gather_weight(value, axes[-first.ndim :], None if kept else dtype, num_kv_heads=config.num_kv_heads)
         )
 
     return nnx.from_flat_state([(path, gathered(weight)) for path, weight in nnx.to_flat_state(params)])
+
+
+class Adapter(Protocol):
+    """What a linear map's `adapter` is: see `trainfw.adapters`."""
+
+    def __call__(
+        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+    ) -> jax.Array:
+        """What becomes of `y = product(x, kernel, *others)`."""
+        ...
+
+
+def adapted_product(
+    linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any
+) -> jax.Array:
+    """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter."""
+    kernel = linear.kernel.get_value()
+    if isinstance(linear.kernel, Frozen):
+        y = frozen_product(product, x, kernel, *others)
+    else:
+        y = product(x, kernel.astype(x.dtype), *others)
+    return y if linear.adapter is None else linear.adapter(product, x, y, kernel, *others)
 
 
 class Linear(nnx.Module):
@@ -49,9 +77,10 @@ class Linear(nnx.Module):
     ):
         self.kernel = normal(rngs, shape, std, axes, wide=wide)
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype))
+        y = adapted_product(self, jnp.matmul, x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -60,21 +89,32 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.table = normal(rngs, (config.vocab_size, config.hidden_size), config.init_std, ("vocab", "embed"))
+        self.adapter: Any = nnx.data(None)
 
     def __call__(self, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """x_BSD, its sequence split over `tensor`.
 
         A token outside the vocabulary reads the nearest row: check data where it is made.
         """
-        # Looked up in f32, so that the gradients of a frequent token add up in f32.
-        table_VD = gather_weight(self.table.get_value(), self.table.axes)
-        if axis_size("tensor") == 1:
-            return jnp.take(table_VD, tokens_BS, axis=0, mode="clip").astype(dtype)
-        # Every device looks up the tokens that are among its rows of the table.
-        rows_BS = tokens_BS - axis_index("tensor") * table_VD.shape[0]
-        mine_BS = (rows_BS >= 0) & (rows_BS < table_VD.shape[0])
-        x_BSD = jnp.where(mine_BS[..., None], jnp.take(table_VD, rows_BS, axis=0, mode="clip"), 0.0)
+        x_BSD = lookup(self.table, tokens_BS)
+        if self.adapter is not None:
+            x_BSD = self.adapter(tokens_BS, x_BSD)
         return reduce_scatter(x_BSD.astype(dtype), "tensor", 1)
+
+
+def lookup(table: nnx.Variable, tokens_BS: jax.Array) -> jax.Array:
+    """Rows of a table (V, n) whose rows are split over `tensor`: f32, zeros for those that are another device's."""
+    # Looked up in f32, so that the gradients of a frequent token add up in f32.
+    table_Vn = gather_weight(table.get_value(), table.axes)
+    count = table_Vn.shape[0]
+    # Every device looks up the tokens that are among its rows of the table.
+    rows_BS = tokens_BS - axis_index("tensor") * count
+    # Of each array, where the table is kept as several.
+    taken = jax.tree.map(lambda part: jnp.take(part, rows_BS, axis=0, mode="clip"), table_Vn)
+    x_BSn = dense(taken, jnp.float32)
+    if axis_size("tensor") == 1:
+        return x_BSn
+    return jnp.where(((rows_BS >= 0) & (rows_BS < count))[..., None], x_BSn, 0.0)
 
 
 class RMSNorm(nnx.Module):

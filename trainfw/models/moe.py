@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from trainfw.backends import Backend
 from trainfw.models.config import ModelConfig, MoEConfig
-from trainfw.models.layers import MLP, Linear, activate, normal
+from trainfw.models.layers import MLP, Linear, activate, adapted_product, normal
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -79,6 +80,19 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], *, std: float, rngs: nnx.Rngs):
         self.kernel = normal(rngs, shape, std, axes)
+        self.adapter: Any = nnx.data(None)
+
+    def __call__(self, x: jax.Array, sizes_E: jax.Array | None = None) -> jax.Array:
+        """Of x (E, n, in) each expert's rows by themselves; or of x (n, in), the first `sizes_E[0]` rows by the first
+        expert, and so on.
+        """
+        if sizes_E is None:
+            return adapted_product(self, _expert_product, x)
+        return adapted_product(self, jax.lax.ragged_dot, x, sizes_E)
+
+
+def _expert_product(x_Eni: jax.Array, w_Eio: jax.Array) -> jax.Array:
+    return jnp.einsum("eni,eio->eno", x_Eni, w_Eio)
 
 
 class MoE(nnx.Module):
@@ -188,11 +202,7 @@ class MoE(nnx.Module):
         rows = take_rows(x_TD, tokens_EC.reshape(-1), slots_TK)
         x_ECD = all_to_all(rows.reshape(E, C, D), "expert", 0, 1)
         assert x_ECD.shape[0] == self.gate.kernel.shape[0] == E // devices
-        gate_ECF, up_ECF = (
-            jnp.einsum("ecd,edf->ecf", x_ECD, part.kernel[...].astype(x_TD.dtype)) for part in (self.gate, self.up)
-        )
-        hidden_ECF = activate(self.activation, gate_ECF) * up_ECF
-        y_ECD = jnp.einsum("ecf,efd->ecd", hidden_ECF, self.down.kernel[...].astype(x_TD.dtype))
+        y_ECD = self.down(activate(self.activation, self.gate(x_ECD)) * self.up(x_ECD))
         y_ECD = all_to_all(y_ECD, "expert", 1, 0)
         y_TD = weigh(take_rows(y_ECD.reshape(E * C, D), slots_TK.reshape(-1), choices_EC.reshape(-1, 1)), weights_TK)
         return y_TD, jnp.sum((slots_TK == E * C).astype(jnp.float32))
@@ -220,11 +230,8 @@ class MoE(nnx.Module):
         choices_N = jnp.where(index_N < taken, order_N, T * k)
         place_N = jnp.where(place_N < taken, place_N, T * k)
         rows_ND = take_rows(x_TD, jnp.where(index_N < taken, order_N // k, T), place_N.reshape(T, k))
-        gate_NF, up_NF = (
-            jax.lax.ragged_dot(rows_ND, part.kernel[...].astype(x_TD.dtype), sizes_E) for part in (self.gate, self.up)
-        )
-        hidden_NF = activate(self.activation, gate_NF) * up_NF
-        y_ND = jax.lax.ragged_dot(hidden_NF, self.down.kernel[...].astype(x_TD.dtype), sizes_E)
+        hidden_NF = activate(self.activation, self.gate(rows_ND, sizes_E)) * self.up(rows_ND, sizes_E)
+        y_ND = self.down(hidden_NF, sizes_E)
         y_TD = weigh(take_rows(y_ND, place_N, choices_N[:, None]), weights_TK)
         return reduce_scatter(y_TD, "expert", 0)
 

@@ -76,19 +76,22 @@ def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Ca
 class Layer:
     """What a stack is made of: how one layer's weights are put together, and what it does with them."""
 
-    gather: Callable[[Any], Any]
-    """Parameters of one layer, as they are kept, -> its weights."""
+    gather: Callable[[Any, Any], Any]
+    """(parameters of one layer, as they are kept; what of it does not learn) -> its weights, as such a pair."""
     apply: Callable[[jax.Array, Any, Any, Any, Any], tuple[jax.Array, Any]]
-    """(x, weights, what all layers share, this layer's own input, kind) -> (x, out)."""
+    """(x, weights, what all layers share, this layer's own input, kind) -> (x, out), the weights as such a pair."""
 
-    def __call__(self, x: jax.Array, params: Any, shared: Any, own: Any, kind: Any) -> tuple[jax.Array, Any]:
-        return self.apply(x, self.gather(params), shared, own, kind)
+    def __call__(
+        self, x: jax.Array, params: tuple[Any, Any], shared: Any, own: Any, kind: Any
+    ) -> tuple[jax.Array, Any]:
+        return self.apply(x, self.gather(*params), shared, own, kind)
 
 
 def run_stack(
     layer: Layer,
     x: jax.Array,
     params: Any,
+    fixed: Any,
     shared: Any,
     own: Any,
     kinds: tuple[Any, ...],
@@ -101,14 +104,14 @@ def run_stack(
     """Every layer in order; returns the last x and the stacked outs.
 
     Args:
-        params, own: pytrees of arrays with a leading layers dim.
+        params, fixed, own: pytrees of arrays with a leading layers dim; of a layer's own, only params learn.
         shared: a pytree of arrays that are not differentiated.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
         prefetch: with remat "full" or "stage", gather the next layer's weights before this layer's products.
     """
     if prefetch and remat in ("full", "stage") and own is None and len(kinds) > 1 and (period == 1 or not scan):
-        return _prefetched(layer, kinds, scan, x, params, shared)
+        return _prefetched(layer, kinds, scan, x, params, fixed, shared)
     rules = active_rules()
     sharded = rules is not None and rules.mesh.size > 1
     step = checkpointed(layer, remat, scanned=False)
@@ -123,7 +126,7 @@ def run_stack(
             outs.append(out)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
-    stacked = (params, own)
+    stacked = ((params, fixed), own)
     groups = len(kinds) // period if scan else 0
     if groups < 2:
         return unrolled(step, x, stacked, kinds)
@@ -146,64 +149,67 @@ def run_stack(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _prefetched(
-    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, shared: Any
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
 ) -> tuple[jax.Array, Any]:
     """`run_stack` with remat "full", the next layer's weights in flight while a layer computes, both ways.
 
     Written out, since the loops that JAX derives would keep the gathered weights for the backward pass.
     """
-    return _prefetched_forward(layer, kinds, scan, x, params, shared)[0]
+    return _prefetched_forward(layer, kinds, scan, x, params, fixed, shared)[0]
 
 
 def _prefetched_forward(
-    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, shared: Any
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
 ) -> tuple[Any, Any]:
     num_layers = len(kinds)
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
         x, weights, xs, outs = carry
         # Gathered no sooner than this layer starts, so that two layers' weights are there at a time.
-        x, ahead = jax.lax.optimization_barrier((x, _at(params, i + 1)))
-        following = layer.gather(ahead)
+        x, ahead = jax.lax.optimization_barrier((x, _at((params, fixed), i + 1)))
+        following = layer.gather(*ahead)
         y, out = layer.apply(x, weights, shared, None, kind)
         return y, following, _put(xs, i, x), _put(outs, i, out)
 
-    weights = layer.gather(_at(params, 0))
+    weights = layer.gather(*_at((params, fixed), 0))
     _, out = jax.eval_shape(lambda x, weights: layer.apply(x, weights, shared, None, kinds[0]), x, weights)
     carry = (x, weights, _room(num_layers, x), _room(num_layers, out))
     x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
     y, out = layer.apply(x, weights, shared, None, kinds[-1])
     xs = checkpoint_name(_put(xs, num_layers - 1, x), INPUT)
-    return (y, _put(outs, num_layers - 1, out)), (xs, params, shared)
+    return (y, _put(outs, num_layers - 1, out)), (xs, params, fixed, shared)
 
 
 def _prefetched_backward(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, kept: Any, cotangents: Any
-) -> tuple[Any, Any, None]:
-    xs, params, shared = kept
+) -> tuple[Any, Any, None, None]:
+    xs, params, fixed, shared = kept
     dx, of_outs = cotangents
     num_layers = len(kinds)
 
     def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
-        _, transpose = jax.vjp(lambda x, weights: layer.apply(x, weights, shared, None, kind), x, weights)
+        learning, others = weights
+        _, transpose = jax.vjp(
+            lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning
+        )
         dx, of_weights = transpose((dx, _at(of_outs, i)))
-        _, scatter = jax.vjp(layer.gather, _at(params, i))
+        _, scatter = jax.vjp(lambda params: layer.gather(params, _at(fixed, i))[0], _at(params, i))
         return dx, scatter(of_weights)[0]
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
         dx, weights, of_params = carry
         # The barrier also keeps what is computed again apart from what was computed before.
-        dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at(params, i - 1)))
-        preceding = layer.gather(ahead)
+        dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at((params, fixed), i - 1)))
+        preceding = layer.gather(*ahead)
         dx, own = back(dx, x, weights, i, kind)
         return dx, preceding, _put(of_params, i, own)
 
-    dx, last = jax.lax.optimization_barrier((dx, _at(params, num_layers - 1)))
-    carry = (dx, layer.gather(last), jax.tree.map(jnp.zeros_like, params))
+    dx, last = jax.lax.optimization_barrier((dx, _at((params, fixed), num_layers - 1)))
+    carry = (dx, layer.gather(*last), jax.tree.map(jnp.zeros_like, params))
     dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
     dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
     dx, own = back(dx, x, weights, 0, kinds[0])
-    return dx, _put(of_params, 0, own), None
+    return dx, _put(of_params, 0, own), None, None
 
 
 _prefetched.defvjp(_prefetched_forward, _prefetched_backward)

@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
+from trainfw.models.frozen import Frozen, dense
+from trainfw.models.inputs import AdapterInputs, use_inputs
 from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights
 from trainfw.models.moe import MoE, MoEStats
 from trainfw.models.products import softcap, wide_einsum
@@ -152,6 +154,7 @@ class Transformer(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
         mask_BS: jax.Array | None = None,
+        adapters: AdapterInputs | None = None,
     ) -> tuple[jax.Array, MoEStats | None]:
         """(x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`; what the routers of all
         layers did, stacked in the order in which the layers are).
@@ -161,19 +164,27 @@ class Transformer(nnx.Module):
             segment_ids_BS: a token sees only tokens with its own id: packed documents do not see each other.
             positions_BS: place of each token in its document, for the rotary embeddings; by default 0, 1, 2 ...
             mask_BS: weights of the tokens in the routers' losses, f32; 1 by default.
+            adapters: what adapters read, where the model has any that do.
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
         x_BSD = self._embed(tokens_BS)
-        graphdef, params = nnx.split(self.layers)
+        graphdef, params = self._layers(adapters)
+        key = None if adapters is None else adapters.key
 
         def run(x_BSD: jax.Array, params: Any, side: Any) -> tuple[jax.Array, Any]:
-            positions_BS, segment_ids_BS, mask_BS = side
-            turns = self._turns(positions_BS)
-            context = Context(turns, segment_ids_BS=segment_ids_BS, mask_BS=mask_BS, ring=self.ring)
+            positions_BS, segment_ids_BS, mask_BS, of_rows = side
+            context = Context(
+                self._turns(positions_BS),
+                segment_ids_BS=segment_ids_BS,
+                mask_BS=mask_BS,
+                adapters=None if of_rows is None else AdapterInputs(*of_rows, key=key),
+                ring=self.ring,
+            )
             return self._run(graphdef, params, x_BSD, context, None)
 
-        side = (positions_BS, segment_ids_BS, mask_BS if self.config.moe is not None else None)
+        of_rows = None if adapters is None else (adapters.rows_B, adapters.ids_B)
+        side = (positions_BS, segment_ids_BS, mask_BS if self.config.moe is not None else None, of_rows)
         if axis_size("pipeline") == 1:
             x_BSD, (_, stats) = run(x_BSD, params, side)
             return self.final_norm(x_BSD), stats
@@ -197,9 +208,21 @@ class Transformer(nnx.Module):
 
     def head_weight(self) -> jax.Array:
         """The output head w_VD in the compute dtype, its rows split over `tensor`: the embedding's table if tied."""
+        dtype = jnp.dtype(self.compute_dtype)
         weight = self.embedding.table if self.head is None else self.head.kernel
-        w = gather_weight(weight.get_value(), weight.axes, jnp.dtype(self.compute_dtype))
-        return w if self.head is None else w.T
+        value = weight.get_value()
+        # As narrow as it is kept, or as it is used, over the links.
+        kept = jax.tree.leaves(value)[0].dtype
+        w = dense(gather_weight(value, weight.axes, min(kept, dtype, key=lambda d: d.itemsize)), dtype)
+        if self.head is None:
+            return w
+        return (w if self.head.adapter is None else self.head.adapter.merged(w)).T
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether anything in `head_weight` has a gradient."""
+        weight = self.embedding.table if self.head is None else self.head.kernel
+        return not isinstance(weight, Frozen) or (self.head is not None and self.head.adapter is not None)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache with room for `length` tokens."""
@@ -209,24 +232,36 @@ class Transformer(nnx.Module):
         keys, values = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
         return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
-    def decode(self, tokens_BS: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode(
+        self, tokens_BS: jax.Array, cache: KVCache, adapters: AdapterInputs | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """(logits_BSV, the cache with these tokens): the S tokens that follow those in the cache, which must fit."""
-        x_BSD, cache = self.decode_hidden_states(tokens_BS, cache)
+        x_BSD, cache = self.decode_hidden_states(tokens_BS, cache, adapters)
         return self.logits(x_BSD), cache
 
-    def decode_hidden_states(self, tokens_BS: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode_hidden_states(
+        self, tokens_BS: jax.Array, cache: KVCache, adapters: AdapterInputs | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """`decode` without the head: x_BSD after the final norm."""
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
-        context = Context(self._turns(positions_BS), start=cache.length)
-        layers = nnx.split(self.layers)
+        context = Context(self._turns(positions_BS), start=cache.length, adapters=adapters)
         x_BSD, ((keys, values), _) = self._run(
-            *layers, self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
+            *self._layers(adapters), self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
         )
         return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1])
 
     def _turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
         # In order of first use, not a set's: every process must trace the same program.
         return {kind: rope_turns(positions_BS, self.config, kind) for kind in dict.fromkeys(self.config.layer_kinds)}
+
+    def _layers(self, adapters: AdapterInputs | None) -> tuple[Any, Any]:
+        """(graphdef, (what learns, (what does not, the layers' places where adapters draw by them)))"""
+        graphdef, learning, frozen = nnx.split(self.layers, nnx.Param, ...)
+        numbers_L = None
+        if adapters is not None and adapters.key is not None:
+            count = jax.tree.leaves((learning, frozen))[0].shape[0]
+            numbers_L = axis_index("pipeline") * count + jnp.arange(count, dtype=jnp.int32)
+        return graphdef, (learning, (frozen, numbers_L))
 
     def _embed(self, tokens_BS: jax.Array) -> jax.Array:
         x_BSD = self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
@@ -237,15 +272,23 @@ class Transformer(nnx.Module):
     def _run(self, graphdef: Any, params: Any, x_BSD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """These layers, all of them or those of a stage, which begin a period of the pattern."""
         config = self.config
+        learning, (frozen, numbers_L) = params
         num_layers = jax.tree.leaves(params)[0].shape[0]
-        layer = Layer(
-            gather=lambda params: gather_weights(params, x_BSD.dtype, config),
-            apply=lambda x_BSD, weights, *inputs: nnx.merge(graphdef, weights)(x_BSD, *inputs),
-        )
+
+        def gather(learning: nnx.State, fixed: Any) -> Any:
+            frozen, number = fixed
+            return gather_weights(learning, x_BSD.dtype, config), (gather_weights(frozen, x_BSD.dtype, config), number)
+
+        def apply(x_BSD: jax.Array, weights: Any, context: Context, *inputs: Any) -> Any:
+            learning, (frozen, number) = weights
+            with use_inputs(context.adapters, number):
+                return nnx.merge(graphdef, learning, frozen)(x_BSD, context, *inputs)
+
         return run_stack(
-            layer,
+            Layer(gather, apply),
             x_BSD,
-            params,
+            learning,
+            (frozen, numbers_L),
             context,
             cache,
             config.layer_kinds[:num_layers],

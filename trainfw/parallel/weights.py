@@ -16,6 +16,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.parallel.collectives import all_gather, all_reduce, axis_index, axis_size, reduce_scatter
+from trainfw.parallel.quantized import Quantized
 from trainfw.parallel.rules import Rules, active_rules
 
 GATHERED = "gathered weight"
@@ -33,16 +34,23 @@ class Replica:
 
 
 def gather_weight(
-    weight: jax.Array | Replica, names: Sequence[str | None], dtype: Any = None, *, num_kv_heads: int | None = None
-) -> jax.Array:
+    weight: Any, names: Sequence[str | None], dtype: Any = None, *, num_kv_heads: int | None = None
+) -> Any:
     """A weight as it is used, in `dtype`: cast, and then gathered, so that what crosses the links is as narrow.
 
+    A `Quantized` weight is gathered as it is, array by array, and stays quantised.
+
     Args:
+        weight: an array, a `Replica` or a `Quantized`.
         names: of its dims.
         num_kv_heads: where `tensor` spans more devices than there are heads of keys and values, several have the same
             one: dim `kv_heads` is gathered, and each takes its head. (Gathering among those that share a head would
             move less, little as it is, but in groups that Neuron does not take.)
     """
+    if isinstance(weight, Quantized):
+        return jax.tree.map(
+            lambda part, names: gather_weight(part, names, num_kv_heads=num_kv_heads), weight, weight.dims(names)
+        )
     rules = active_rules()
     if rules is None or rules.mesh.size == 1:
         assert not isinstance(weight, Replica)
