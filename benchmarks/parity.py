@@ -228,7 +228,7 @@ def one_device(model: str, settings: tuple[str, ...], seed: int) -> tuple[Any, A
 
     params = jax.tree.map(disturbed, program.init().params)
     batch = random_batches(recipe, 1, seed)[0]
-    grads, metrics = program.gradients(params, program.shard_batch(batch))
+    grads, metrics = program.gradients(params, {}, program.shard_batch(batch))
     means = {name: mean.value() for name, mean in metrics.items()}
     assert means.get("dropped", 0.0) == 0.0
     return params, batch, means, by_name(grads)

@@ -20,6 +20,7 @@ ROWS = [
     ["program"],
     ["recipe"],
     ["data", "optim", "checkpoint", "interop"],
+    ["adapters"],
     ["models"],
     ["hlo"],
     ["parallel"],

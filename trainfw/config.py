@@ -18,7 +18,12 @@ class Config(BaseModel):
 
     # Strict, because a quoted "50" or a `true` where a number belongs is a mistake that should show here.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,  # `from`, which Python does not take as a name
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import keyword
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,14 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
+from trainfw.adapters import AdapterConfig
 from trainfw.backends import load_sdk
 from trainfw.checkpoint import CheckpointConfig
 from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import HardwareConfig
+from trainfw.interop import read_model_config
 from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -27,6 +30,8 @@ Sources = dict[str, str]
 """Where each dotted key was written: `file:line`, or `command line`."""
 
 _COMMAND_LINE = "command line"
+_WHOLE_MODEL = ("model.preset=", "model.from=")
+"""Keys that say what all of the model is."""
 
 
 class Recipe(Config):
@@ -35,6 +40,8 @@ class Recipe(Config):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run, and its directory under runs/."""
     model: ModelConfig
+    adapter: AdapterConfig | None = None
+    """Train an adapter of the model, whose own weights are frozen. Null trains all of them."""
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -60,7 +67,7 @@ class Recipe(Config):
         """A UserError that says where `key` (dotted) was written, its value, and the problem."""
         value: Any = self
         for part in key.split("."):
-            value = getattr(value, part)
+            value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
         return UserError(f"{_where(key, self._sources)}{key} = {_show(value)}: {problem}")
 
     @contextlib.contextmanager
@@ -87,13 +94,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
     """
     tree, sources = _read(find_recipe(path), ())
-    # The preset first: it replaces the inherited model, which other overrides then refine.
-    for override in sorted(overrides, key=lambda text: not text.startswith("model.preset=")):
+    # The preset or the weights first: they replace the inherited model, which other overrides then refine.
+    for override in sorted(overrides, key=lambda text: not text.startswith(_WHOLE_MODEL)):
         key, found, text = override.partition("=")
         if not found or not all(key.split(".")):
             raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
         value = _parse(text, f"{_COMMAND_LINE}: {key}")
-        if key == "model.preset":
+        if f"{key}=" in _WHOLE_MODEL:
             tree = tree | {"model": {}}
             sources = _without_model(sources)
         tree = _set(tree, key.split("."), value)
@@ -220,7 +227,7 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
         cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
         raise UserError(f"{where}: extends = {base!r}: the chain comes back to itself: {cycle}")
     base_tree, base_sources = _read(base_file, chain)
-    if "preset" in tree.get("model", ()):
+    if _names_model(tree.get("model")):
         base_sources = _without_model(base_sources)
     return _merge(base_tree, tree), base_sources | sources
 
@@ -250,6 +257,10 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
     return values
 
 
+def _names_model(model: Any) -> bool:
+    return isinstance(model, dict) and bool({"preset", "from"} & set(model))
+
+
 def _without_model(sources: Sources) -> Sources:
     return {key: where for key, where in sources.items() if not key.startswith("model.")}
 
@@ -264,7 +275,7 @@ def _set(tree: Any, path: list[str], value: Any) -> dict[str, Any]:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict) and not (key == "model" and "preset" in value):
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and not (key == "model" and _names_model(value)):
             merged[key] = _merge(base[key], value)
         else:
             merged[key] = value
@@ -278,6 +289,7 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
     for key, value in _leaves(tree):
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{_where(key, sources)}{key} = {_show(value)}: holds a NUL character")
+    tree = _from_weights(tree, sources)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -288,6 +300,27 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
         raise UserError("\n".join(dict.fromkeys(problems))) from None
     recipe._sources.update(sources)
     return recipe
+
+
+def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
+    """The fields of the model and the tokenizer that `model.from` stands for, where they are not written out."""
+    model, data = tree.get("model"), tree.get("data")
+    source = model.get("from") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(source, str):
+        return tree
+    if model.get("preset") is not None:
+        raise UserError(f"{_where('model.from', sources)}model.from = {source!r}: says all that model.preset says")
+    required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+    if not required <= set(model):
+        try:
+            fields = read_model_config(source)
+        except UserError as error:
+            raise UserError(f"{_where('model.from', sources)}model.from: {error}") from error
+        # Dispatch and the like are not the weights': field by field.
+        tree = {**tree, "model": _merge(fields, model)}
+    if isinstance(data, dict) and "tokenizer" not in data:
+        tree = {**tree, "data": {**data, "tokenizer": {"name": "file", "path": source}}}
+    return tree
 
 
 def _describe(error: Any, sources: Sources, file: str) -> str:
@@ -344,7 +377,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every valid dotted key under a Config."""
-    for name, field in config.model_fields.items():
+    for attribute, field in config.model_fields.items():
+        name = field.alias or attribute
         yield f"{prefix}{name}"
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):

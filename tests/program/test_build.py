@@ -84,7 +84,7 @@ def test_the_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets(tmp_pa
     log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     chosen = np.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
     expected = -(chosen * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
-    metrics = program.eval_step(params, program.shard_batch(batch))
+    metrics = program.eval_step(params, {}, program.shard_batch(batch))
     assert metrics["loss"].value() == pytest.approx(expected, rel=1e-5)
     assert float(metrics["loss"].count) == batch["loss_mask"].sum()
 
@@ -230,7 +230,7 @@ def test_evaluation_does_not_depend_on_microbatches(tmp_path):
         recipe = tiny_recipe(tmp_path, f"train.accumulation_steps={accumulation}")
         program = build_program(recipe, jax.devices()[:2])
         batch = program.shard_batch(random_batches(recipe, 1)[0])
-        found.append(program.eval_step(program.init().params, batch)["loss"])
+        found.append(program.eval_step(program.init().params, {}, batch)["loss"])
     assert found[0].value() == pytest.approx(found[1].value(), rel=1e-6)
     assert float(found[0].count) == float(found[1].count)
 
@@ -242,10 +242,10 @@ def test_without_the_mask_a_token_sees_the_documents_before_its_own(tmp_path):
     logits = program.model(params)(batch["tokens"], positions_BS=batch["positions"])
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch["targets"][..., None], axis=-1)[..., 0]
     expected = -(log_p * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
-    found = program.eval_step(params, program.shard_batch(batch))["loss"].value()
+    found = program.eval_step(params, {}, program.shard_batch(batch))["loss"].value()
     assert found == pytest.approx(expected, rel=1e-5)
     masked = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
-    assert masked.eval_step(params, masked.shard_batch(batch))["loss"].value() != pytest.approx(found, rel=1e-5)
+    assert masked.eval_step(params, {}, masked.shard_batch(batch))["loss"].value() != pytest.approx(found, rel=1e-5)
 
 
 def test_one_process_reads_the_whole_batch(tmp_path):

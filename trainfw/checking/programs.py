@@ -93,7 +93,10 @@ def check_program(
     """
     steps = {
         "train_step": (program.train_step, (program.abstract_state, program.abstract_batch)),
-        "eval_step": (program.eval_step, (program.abstract_state.params, program.abstract_batch)),
+        "eval_step": (
+            program.eval_step,
+            (program.abstract_state.params, program.abstract_state.frozen, program.abstract_batch),
+        ),
     }
     return _check(steps, program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 

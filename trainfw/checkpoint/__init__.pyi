@@ -1,2 +1,3 @@
 from .config import CheckpointConfig as CheckpointConfig
 from .manager import Checkpoints as Checkpoints
+from .saved import SavedParameters as SavedParameters

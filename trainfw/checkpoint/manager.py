@@ -12,7 +12,7 @@ from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 
-_ORDER = "layer_order"
+LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
 
 
@@ -60,7 +60,7 @@ class Checkpoints:
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
         """Start saving; returns once the arrays are copied off the devices."""
         if self._layer_order is not None and self._layer_order != sorted(self._layer_order):
-            meta = {**meta, _ORDER: self._layer_order}
+            meta = {**meta, LAYER_ORDER: self._layer_order}
         with self._failing_as("cannot be saved"):
             saved = self._manager.save(
                 step,
@@ -82,12 +82,12 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
         )
         meta = dict(restored.meta)
-        params, rest = self._in_order((restored.params, restored.rest), meta.pop(_ORDER, None))
+        params, rest = self._in_order((restored.params, restored.rest), meta.pop(LAYER_ORDER, None))
         return params, rest, meta
 
     def restore_params(self, step: int, params: Any) -> Any:
         restored = self._restore(step, params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
-        return self._in_order(restored.params, restored.meta.get(_ORDER))
+        return self._in_order(restored.params, restored.meta.get(LAYER_ORDER))
 
     def _in_order(self, tree: Any, saved: list[int] | None) -> Any:
         wanted = self._layer_order or sorted(saved or ())

@@ -86,6 +86,10 @@ class ModelConfig(Config):
 
     preset: str | None = None
     """Start from a named model, for example `llama3.2-1b`."""
+    from_: str | None = Field(default=None, alias="from")
+    """Start from these weights: a Hugging Face directory (config.json and safetensors), a GGUF file, a run directory,
+    or `package:NAME` for the model inside an installed Python package. It also gives every field that is not written
+    here, and the tokenizer."""
     vocab_size: PositiveInt
     """Rows of the embedding table."""
     hidden_size: PositiveInt

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.parallel import Quantized, dequantize
@@ -48,9 +47,7 @@ def _forward(product: Callable[..., jax.Array], x: jax.Array, weight: Any, *othe
 def _backward(product: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     like, weight, others = kept
     wide = dense(weight, like.dtype)
-    transpose = jax.linear_transpose(
-        lambda x: product(x, wide, *others), jax.ShapeDtypeStruct(like.shape, like.dtype)
-    )
+    transpose = jax.linear_transpose(lambda x: product(x, wide, *others), jax.ShapeDtypeStruct(like.shape, like.dtype))
     return (*transpose(cotangent), None, *(None for _ in others))
 
 
@@ -63,5 +60,3 @@ def freeze(module: nnx.Module) -> None:
         for name, value in list(vars(owner).items()):
             if isinstance(value, nnx.Param):
                 setattr(owner, name, Frozen(value.get_value(), **value.get_metadata()))
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from flax import nnx
 from trainfw.models.config import Activation, ModelConfig
 from trainfw.models.frozen import Frozen, dense, frozen_product
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...], **metadata: bool) -> nnx.Param:
@@ -40,6 +42,12 @@ def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> 
     return nnx.from_flat_state([(path, gathered(weight)) for path, weight in nnx.to_flat_state(params)])
 
 
+def gathered(module: M, dtype: Any, config: ModelConfig) -> M:
+    """The module with its weights as `gather_weights` makes them."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gather_weights(state, jnp.dtype(dtype), config))
+
+
 class Adapter(Protocol):
     """What a linear map's `adapter` is: see `trainfw.adapters`."""
 
@@ -50,9 +58,7 @@ class Adapter(Protocol):
         ...
 
 
-def adapted_product(
-    linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any
-) -> jax.Array:
+def adapted_product(linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Array:
     """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter."""
     kernel = linear.kernel.get_value()
     if isinstance(linear.kernel, Frozen):

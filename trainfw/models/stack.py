@@ -189,9 +189,7 @@ def _prefetched_backward(
 
     def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
         learning, others = weights
-        _, transpose = jax.vjp(
-            lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning
-        )
+        _, transpose = jax.vjp(lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning)
         dx, of_weights = transpose((dx, _at(of_outs, i)))
         _, scatter = jax.vjp(lambda params: layer.gather(params, _at(fixed, i))[0], _at(params, i))
         return dx, scatter(of_weights)[0]

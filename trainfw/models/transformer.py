@@ -16,12 +16,12 @@ from trainfw.models.attention import Attention, Context, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.frozen import Frozen, dense
 from trainfw.models.inputs import AdapterInputs, use_inputs
-from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights
+from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weights, gathered
 from trainfw.models.moe import MoE, MoEStats
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
 from trainfw.models.stack import INPUT, REDUCED, Layer, Remat, check_remat, init_stack, run_stack
-from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, gather_weight, pipelined, reduce_scatter
+from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, pipelined, reduce_scatter
 
 
 @jax.tree_util.register_dataclass
@@ -209,14 +209,13 @@ class Transformer(nnx.Module):
     def head_weight(self) -> jax.Array:
         """The output head w_VD in the compute dtype, its rows split over `tensor`: the embedding's table if tied."""
         dtype = jnp.dtype(self.compute_dtype)
-        weight = self.embedding.table if self.head is None else self.head.kernel
-        value = weight.get_value()
-        # As narrow as it is kept, or as it is used, over the links.
-        kept = jax.tree.leaves(value)[0].dtype
-        w = dense(gather_weight(value, weight.axes, min(kept, dtype, key=lambda d: d.itemsize)), dtype)
         if self.head is None:
-            return w
-        return (w if self.head.adapter is None else self.head.adapter.merged(w)).T
+            # An adapter of the embedding is not the head's: what PEFT does where they are tied.
+            (table,) = nnx.to_flat_state(gather_weights(nnx.State({"table": self.embedding.table}), dtype, self.config))
+            return dense(table[1].get_value(), dtype)
+        head = gathered(self.head, dtype, self.config)
+        w = dense(head.kernel.get_value(), dtype)
+        return (w if head.adapter is None else head.adapter.merged(w)).T
 
     @property
     def head_learns(self) -> bool:

@@ -7,6 +7,7 @@ the names of the weight's dims, so that they are sharded as the weight is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -24,7 +25,7 @@ NF4 = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_MIDDLES = tuple((low + high) / 2 for low, high in zip(NF4, NF4[1:]))
+_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(NF4))
 
 
 @jax.tree_util.register_dataclass

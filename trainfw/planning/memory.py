@@ -244,7 +244,7 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
     """All that a step hands to the next."""
     import jax
 
-    categories = {"params": "parameters", "opt_state": "optimizer_state"}
+    categories = {"params": "parameters", "frozen": "parameters", "opt_state": "optimizer_state"}
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

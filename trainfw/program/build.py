@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
-from trainfw.models import Transformer, dispatch_problem, flops_per_token
+from trainfw.adapters import attach, with_magnitudes
+from trainfw.models import AdapterInputs, Frozen, Transformer, dispatch_problem, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.parallel import (
     Layout,
@@ -25,6 +26,8 @@ from trainfw.parallel import (
     Rules,
     Sharded,
     all_reduce,
+    axis_index,
+    axis_size,
     context_problem,
     layers_problem,
     make_mesh,
@@ -36,7 +39,7 @@ from trainfw.parallel import (
     use_rules,
     zigzag_order,
 )
-from trainfw.program.host import init_on_host
+from trainfw.program.initial import as_kept, count_weights, initial_frozen, initial_state, kept_shardings
 from trainfw.program.loss import Batch, Sums, next_token_loss
 from trainfw.program.metrics import Mean
 from trainfw.program.state import TrainState
@@ -65,20 +68,23 @@ class Program:
     layer_order: tuple[int, ...]
     """The layer at each place of the stacked parameters: not their true order where stages are interleaved."""
     init: Callable[[], TrainState]
-    """The state before the first step, from `train.seed`; the same on every mesh."""
+    """The state before the first step, from `train.seed` and `model.from`; the same on every mesh."""
+    load_frozen: Callable[[], Any]
+    """The part of it that is in no checkpoint."""
     train_step: Any
     """Jitted (state, batch) -> (state, metrics); the state is donated."""
     gradients: Any
-    """Jitted (params, batch) -> (gradients, metrics): what `train_step` hands to the optimizer, of the mean loss."""
+    """Jitted (params, frozen, batch) -> (gradients, metrics): what `train_step` hands to the optimizer, of the mean
+    loss."""
     eval_step: Any
-    """Jitted (params, batch) -> metrics."""
+    """Jitted (params, frozen, batch) -> metrics."""
 
-    def model(self, params: Any) -> Transformer:
+    def model(self, params: Any, frozen: Any = None) -> Transformer:
         """The model with these parameters (a nested dict of arrays), their layers in true order."""
-        return nnx.merge(self.graphdef, nnx.State(params))
+        return nnx.merge(self.graphdef, nnx.State(params), nnx.State(frozen or {}))
 
     def in_true_order(self, params: Any) -> Any:
-        """The state's parameters, their layers in the order in which the model runs them."""
+        """The state's parameters (or frozen ones), their layers in the order in which the model runs them."""
         return reorder_layers(params, self.layer_order, sorted(self.layer_order))
 
     def compile_train_step(self) -> Any:
@@ -124,7 +130,13 @@ class Program:
 
     @property
     def num_parameters(self) -> int:
+        """What learns."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
+
+    @property
+    def num_frozen(self) -> int:
+        """What does not; each weight counts as one, however few bits it has."""
+        return count_weights(self.abstract_state.frozen)
 
     @property
     def device_kind(self) -> str:
@@ -136,8 +148,14 @@ class Program:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of one update (forward and backward, causal attention, no recomputation)."""
-        return self.tokens_per_step * flops_per_token(self.recipe.model, self.recipe.data.sequence_length)
+        """Model FLOPs of one update (forward and backward, causal attention, no recomputation).
+
+        A frozen weight takes two thirds of one that learns: its product, and the gradient of its input.
+        """
+        whole = flops_per_token(self.recipe.model, self.recipe.data.sequence_length)
+        if self.recipe.adapter is not None:
+            whole = whole * 2 / 3 + 6 * self.num_parameters
+        return self.tokens_per_step * whole
 
 
 def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -> Program:
@@ -170,11 +188,13 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     loss_of = functools.partial(
         next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
     )
+    adapter = recipe.adapter
 
     def make_model(key: jax.Array) -> Transformer:
-        return Transformer(
+        rngs = nnx.Rngs(key)
+        model = Transformer(
             recipe.model,
-            rngs=nnx.Rngs(key),
+            rngs=rngs,
             compute_dtype=recipe.train.compute_dtype,
             remat=recipe.train.remat,
             scan_layers=recipe.train.scan_layers,
@@ -183,22 +203,39 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             microbatch_rows=microbatch_rows,
             interleave=recipe.parallel.interleave,
         )
+        if adapter is not None:
+            with recipe.blamed("adapter"):
+                attach(model, adapter, rngs)
+        return model
+
+    def draw() -> tuple[Any, Any]:
+        """(what learns, what does not), from the seed."""
+        params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
+        model = make_model(params_key)
+        if adapter is not None:
+            with_magnitudes(model)
+        drawn = tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Frozen))
+        if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
+            for part in drawn:
+                part["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], part.get("layers", {}))
+        return drawn[0], as_kept(drawn[1], recipe)
+
+    def start(params: Any, frozen: Any) -> TrainState:
+        step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key), frozen)
 
     def init() -> TrainState:
-        params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
-        params = nnx.to_pure_dict(nnx.state(make_model(params_key), nnx.Param))
-        if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
-            params["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], params["layers"])
-        step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key))
+        return start(*draw())
 
-    graphdef, variables = nnx.split(
-        nnx.eval_shape(lambda: make_model(jax.random.key(0, impl="threefry2x32"))), nnx.Param
+    graphdef, variables, frozen_variables = nnx.split(
+        nnx.eval_shape(lambda: make_model(jax.random.key(0, impl="threefry2x32"))), nnx.Param, Frozen
     )
     with recipe.blamed("parallel"):
         param_shardings = _shardings(variables, rules, "parameters")
         grad_shardings = _shardings(variables, rules, "gradients")
         update_shardings = _shardings(variables, rules, "optimizer")
+        frozen_shardings = kept_shardings(frozen_variables, recipe, rules)
+    draws = adapter is not None and adapter.dropout > 0
     names = [weight.axes for weight in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))]
 
     def named(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
@@ -213,11 +250,18 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         params=param_shardings,
         opt_state=optimizer_shardings(optimizer, shapes.params, update_shardings, rules.replicated),
         rng=rules.replicated,
+        frozen=frozen_shardings,
+    )
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
     # What follows runs on each device, on its own parts of everything.
-    def local_loss(params: Any, batch: Batch, z_loss: float) -> tuple[jax.Array, Sums]:
-        return loss_of(nnx.merge(graphdef, nnx.State(params)), batch, z_loss)
+    def local_loss(
+        params: Any, frozen: Any, batch: Batch, z_loss: float, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Sums]:
+        adapters = None if key is None else AdapterInputs(key=key, ids_B=batch["ids"])
+        return loss_of(nnx.merge(graphdef, nnx.State(params), nnx.State(frozen)), batch, z_loss, adapters=adapters)
 
     def metrics_of(sums: Sums) -> Metrics:
         flat, unravel = ravel_pytree(sums)
@@ -227,45 +271,51 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             sums |= {name: Mean(*pair) for name, pair in router.metrics(recipe.model.moe).items()}
         return sums
 
-    def local_gradients(params: Any, wholes: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def local_gradients(
+        params: Any, wholes: Any, frozen: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[Any, Metrics]:
         def objective(params: Any, part: Batch) -> tuple[jax.Array, Sums]:
             if wholes is not None:
                 params = named(lambda n, p, w: Replica(p, w) if any(map(rules.gathered, n)) else p, params, wholes)
-            return local_loss(params, part, z_loss)
+            return local_loss(params, frozen, part, z_loss, key)
 
         with use_rules(rules):
+            if key is not None:
+                batch = batch | {"ids": _row_ids(batch["tokens"].shape[0])}
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
             grads, sums = _accumulate(lambda part: jax.grad(objective, has_aux=True)(params, part), batch, accumulation)
             return named(lambda n, g: reduce_gradient(g, n, rules), grads), metrics_of(sums)
 
-    def local_metrics(params: Any, batch: Batch) -> Metrics:
+    def local_metrics(params: Any, frozen: Any, batch: Batch) -> Metrics:
         # In the same parts as in training, which is how much of the batch the devices have room for.
         with use_rules(rules):
-            return metrics_of(_accumulate(lambda part: local_loss(params, part, 0.0)[1], batch, accumulation))
+            return metrics_of(_accumulate(lambda part: local_loss(params, frozen, part, 0.0)[1], batch, accumulation))
 
-    specs, update_specs, grad_specs = (
+    specs, update_specs, grad_specs, frozen_specs = (
         jax.tree.map(lambda sharding: sharding.spec, tree)
-        for tree in (param_shardings, update_shardings, grad_shardings)
+        for tree in (param_shardings, update_shardings, grad_shardings, frozen_shardings)
     )
     batch_spec = rules.spec("batch", (rows, length), ("batch", "sequence"))
     twice = rules.fsdp_shards == "gradients" and mesh.size > 1  # parameters are whole, and gradients are not
     gradient_sums = _on_every_device(
         local_gradients,
         mesh,
-        (grad_specs if twice else specs, specs if twice else None, batch_spec),
+        (grad_specs if twice else specs, specs if twice else None, frozen_specs, batch_spec, P()),
         (update_specs, P()),
     )
-    eval_step = _on_every_device(local_metrics, mesh, (specs, batch_spec), P())
+    eval_step = _on_every_device(local_metrics, mesh, (specs, frozen_specs, batch_spec), P())
 
     # And what follows on all of them.
-    def gradients(params: Any, batch: Batch) -> tuple[Any, Metrics]:
-        grads, metrics = gradient_sums(params, params if twice else None, batch)
+    def gradients(params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> tuple[Any, Metrics]:
+        grads, metrics = gradient_sums(params, params if twice else None, frozen, batch, key)
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         count = jnp.maximum(metrics["loss"].count, 1.0)
         return jax.tree.map(lambda g: g / count, grads), metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradients(state.params, batch)
+        own = state.rng[0] ^ state.step.astype(jnp.uint32)
+        key = jnp.stack([own, state.rng[1], state.rng[2], jnp.uint32(0)]) if draws else None
+        grads, metrics = gradients(state.params, state.frozen, batch, key)
         # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
         params = jax.lax.with_sharding_constraint(state.params, update_shardings)
         with use_rules(rules):
@@ -274,7 +324,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
         params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), update_shardings)
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, params, opt_state, state.rng, state.frozen), metrics
 
     batch_sharding = rules.sharding("batch", (rows, length), ("batch", "sequence"))
     abstract_batch = {
@@ -294,13 +344,12 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         mesh=mesh,
         rules=rules,
         graphdef=graphdef,
-        abstract_state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        ),
+        abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
         layer_order=layer_order,
-        init=init_on_host(init, shardings) if backends.current().host_init else jax.jit(init, out_shardings=shardings),
+        init=functools.partial(initial_state, recipe, abstract_state, draw, start, layer_order, graphdef),
+        load_frozen=functools.partial(initial_frozen, recipe, abstract_state, draw, layer_order),
         train_step=jax.jit(
             train_step,
             in_shardings=(shardings, batch_sharding),
@@ -308,15 +357,27 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
             donate_argnums=0,
         ),
         gradients=jax.jit(
-            gradients,
-            in_shardings=(param_shardings, batch_sharding),
+            lambda params, frozen, batch: gradients(params, frozen, batch),
+            in_shardings=(param_shardings, frozen_shardings, batch_sharding),
             out_shardings=(update_shardings, rules.replicated),
         ),
-        eval_step=jax.jit(eval_step, in_shardings=(param_shardings, batch_sharding), out_shardings=rules.replicated),
+        eval_step=jax.jit(
+            eval_step,
+            in_shardings=(param_shardings, frozen_shardings, batch_sharding),
+            out_shardings=rules.replicated,
+        ),
     )
     with recipe.blamed("parallel"):
         program.train_step.trace(program.abstract_state, abstract_batch)  # a rule that cannot apply shows here
     return program
+
+
+def _row_ids(rows: int) -> jax.Array:
+    """Numbers of this device's rows, or parts of rows, that no other has; alike along `tensor`. i32[rows]"""
+    place = jnp.int32(0)
+    for axis in ("pipeline", "data", "fsdp", "expert", "context"):
+        place = place * axis_size(axis) + axis_index(axis)
+    return place * rows + jnp.arange(rows, dtype=jnp.int32)
 
 
 def _accumulate(compute: Callable[[Batch], Any], batch: Batch, accumulation: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import Transformer
+from trainfw.models import AdapterInputs, Transformer
 from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.program.metrics import Mean
 
@@ -17,13 +17,20 @@ Batch = dict[str, Any]
 
 
 def next_token_loss(
-    model: Transformer, batch: Batch, z_loss: float, *, chunk: int = 2048, mask_documents: bool = True
+    model: Transformer,
+    batch: Batch,
+    z_loss: float,
+    *,
+    chunk: int = 2048,
+    mask_documents: bool = True,
+    adapters: AdapterInputs | None = None,
 ) -> tuple[jax.Array, Sums]:
     """Cross-entropy of the next token, summed (not averaged) over the unmasked tokens of this device.
 
     Args:
         chunk: tokens whose logits exist at a time.
         mask_documents: a token attends to its own segment only.
+        adapters: what they read; where they drop anything.
 
     Returns the objective (nats, with z_loss * log(Z)^2 and the routers' losses added) and sums: the metric `loss`
     (nats, without these), and the routers' `MoEStats`. Devices along `tensor`, which compute the same tokens' loss,
@@ -35,11 +42,19 @@ def next_token_loss(
         segment_ids_BS=segment_ids_BS,
         positions_BS=batch["positions"],
         mask_BS=batch["loss_mask"],
+        adapters=adapters,
     )
     x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
     mask_N = batch["loss_mask"].reshape(-1)
     objective, nats = _cross_entropy(
-        x_ND, model.head_weight(), batch["targets"].reshape(-1), mask_N, chunk, z_loss, model.config.final_softcap
+        x_ND,
+        model.head_weight(),
+        batch["targets"].reshape(-1),
+        mask_N,
+        chunk,
+        z_loss,
+        model.config.final_softcap,
+        model.head_learns,
     )
     share = 1.0 / axis_size("tensor")
     objective, sums = objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
@@ -48,7 +63,7 @@ def next_token_loss(
     return objective + jnp.sum(stats.loss(model.config.moe)), sums | {"router": stats}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _cross_entropy(
     x_ND: jax.Array,
     w_VD: jax.Array,
@@ -57,6 +72,7 @@ def _cross_entropy(
     chunk: int,
     z_loss: float,
     softcap: float | None,
+    head_learns: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats + z_loss * log(Z)^2, nats), summed over the tokens; only the first has a gradient.
 
@@ -64,7 +80,7 @@ def _cross_entropy(
     tokens exist at a time. Where a gradient is wanted it is computed along with them, so that they are neither kept
     nor computed twice (Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2).
     """
-    return _by_chunk(x_ND, w_VD, targets_N, mask_N, chunk, z_loss, softcap, differentiate=False)[0]
+    return _by_chunk(x_ND, w_VD, targets_N, mask_N, chunk, z_loss, softcap, head_learns, differentiate=False)[0]
 
 
 def _by_chunk(
@@ -75,10 +91,11 @@ def _by_chunk(
     chunk: int,
     z_loss: float,
     softcap: float | None,
+    head_learns: bool,
     *,
     differentiate: bool,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-    """The sums, and the gradients (dx_ND, dw_VD) of the first."""
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
+    """The sums, and the gradients (dx_ND, dw_VD or None) of the first."""
     chunks = loss_chunks(x_ND.shape[0], chunk)
     row_V = axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0], dtype=jnp.int32)
 
@@ -103,18 +120,22 @@ def _by_chunk(
         if softcap is not None:
             d_nV = d_nV * (1.0 - jnp.square(logits_nV / softcap))
         d_nV = d_nV.astype(x_nD.dtype)
-        dw_VD = jnp.einsum("nv,nd->vd", d_nV, x_nD, preferred_element_type=jnp.float32)
-        return (sums[0] + objective, sums[1] + nats, sums[2] + dw_VD), jnp.einsum("nv,vd->nd", d_nV, w_VD)
+        dx_nD, dw_VD = jnp.einsum("nv,vd->nd", d_nV, w_VD), None
+        if head_learns:
+            dw_VD = sums[2] + jnp.einsum("nv,nd->vd", d_nV, x_nD, preferred_element_type=jnp.float32)
+        return (sums[0] + objective, sums[1] + nats, dw_VD), dx_nD
 
     zero = jnp.float32(0)
-    sums: Any = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate else None)
+    sums: Any = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate and head_learns else None)
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
     if chunks == 1:
         sums, dx = step(sums, jax.tree.map(lambda a: a[0], parts))
     else:
         sums, dx = jax.lax.scan(step, sums, parts)
     objective, nats, dw_VD = sums
-    return (objective, nats), (dx.reshape(x_ND.shape), dw_VD.astype(w_VD.dtype)) if differentiate else None
+    if not differentiate:
+        return (objective, nats), None
+    return (objective, nats), (dx.reshape(x_ND.shape), None if dw_VD is None else dw_VD.astype(w_VD.dtype))
 
 
 def loss_chunks(tokens: int, chunk: int) -> int:
@@ -126,10 +147,12 @@ def _forward(*args: Any) -> tuple[Any, Any]:
     return _by_chunk(*args, differentiate=True)
 
 
-def _backward(chunk: int, z_loss: float, softcap: float | None, grads: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(
+    chunk: int, z_loss: float, softcap: float | None, head_learns: bool, grads: Any, cotangents: Any
+) -> tuple[Any, ...]:
     # Devices along tensor return equal shares of one sum, so the cotangent of all of them is theirs together.
     of_all = cotangents[0] * axis_size("tensor")
-    return (*((g * of_all).astype(g.dtype) for g in grads), None, None)
+    return (*(None if g is None else (g * of_all).astype(g.dtype) for g in grads), None, None)
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,8 +17,10 @@ class TrainState:
     step: Any
     """Updates done, an int32 scalar."""
     params: Any
-    """Nested dict of float32 arrays."""
+    """Nested dict of float32 arrays: what learns."""
     opt_state: Any
     """Optax's state."""
     rng: Any
     """Key data for what a step draws (the step folds its number in)."""
+    frozen: Any = field(default_factory=dict)
+    """Nested dict of what does not learn: the base of an adapter, arrays or `Quantized`. Not in checkpoints."""

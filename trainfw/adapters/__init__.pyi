@@ -1,0 +1,12 @@
+from .config import PRESETS as PRESETS
+from .config import AdapterConfig as AdapterConfig
+from .config import PatternConfig as PatternConfig
+from .lora import Bank as Bank
+from .lora import EmbeddingLoRA as EmbeddingLoRA
+from .lora import LoRA as LoRA
+from .placing import adaptable as adaptable
+from .placing import adapted as adapted
+from .placing import attach as attach
+from .placing import config_targets as config_targets
+from .placing import weight_of as weight_of
+from .placing import with_magnitudes as with_magnitudes

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from trainfw.config import Config, PositiveInt, invalid
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ("layers.attention.*",),
+    "mlp": ("layers.mlp.*",),
+    "all-linear": ("layers.attention.*", "layers.mlp.*"),
+    "embeddings": ("embedding", "head"),
+}
+"""Names for groups of weights that adapters are put on; a router is in none of them."""
+
+
+class PatternConfig(Config):
+    """Another rank or scale for some of the weights."""
+
+    rank: PositiveInt | None = None
+    """r of these; left out, the adapter's."""
+    alpha: PositiveFloat | None = None
+    """alpha of these; left out, the adapter's."""
+
+
+class AdapterConfig(Config):
+    """Train low-rank updates of a frozen base, rather than its weights.
+
+    A linear map y = x W becomes y = x W + s x A B, where A (in, r) and B (r, out) learn and W does not (LoRA, Hu et al.
+    2021, arXiv:2106.09685). B starts at zero, so that training starts from the base itself.
+    """
+
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    """`lora`: s = alpha / r. `rslora`: s = alpha / sqrt(r), which keeps its size as r grows (arXiv:2312.03732). `dora`:
+    LoRA of the direction of each column of W, whose length learns by itself (arXiv:2402.09353)."""
+    rank: PositiveInt = 16
+    """r: the width of the update."""
+    alpha: PositiveFloat = 32.0
+    """The update's scale, see `kind`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapters' inputs while training, the share that is dropped."""
+    targets: str | list[str] = "all-linear"
+    """What adapters are put on: `attention`, `mlp`, `all-linear` (both), `embeddings` (table and head), or patterns of
+    names such as `layers.attention.query`; a list takes any of these."""
+    patterns: dict[str, PatternConfig] = Field(default_factory=dict)
+    """Patterns of names -> another rank or alpha for these; of several that match, the last counts."""
+    base: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
+    """How the frozen weights are kept: left out, in train.compute_dtype. `nf4`: in 4 bits with scales in 8 (QLoRA,
+    arXiv:2305.14314), `int8`: a scale for each output. Matrices only; norms and biases stay in bfloat16 there."""
+    block: int = Field(default=64, ge=2, le=4096, multiple_of=2)
+    """nf4: weights that share a scale. It must divide each device's part of every matrix."""
+    exclude: list[str] = Field(default_factory=list)
+    """int8, nf4: patterns of names (`embedding`, `head`) that are kept in bfloat16."""
+    from_: str | None = Field(default=None, alias="from")
+    """Go on from this adapter: a directory in PEFT's form, or a run's. Its rank and targets must be those here."""
+
+    @model_validator(mode="after")
+    def _quantised(self) -> AdapterConfig:
+        if self.exclude and self.base not in ("int8", "nf4"):
+            invalid("exclude", f"exclude is for base: int8 or nf4, but base is {self.base!r}: remove one of them")
+        return self

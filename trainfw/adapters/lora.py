@@ -1,0 +1,120 @@
+"""What an adapter computes: LoRA, rsLoRA and DoRA; and several LoRAs at once, each row its own."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainfw.models import active_inputs, dense, frozen_product, lookup
+from trainfw.parallel import all_reduce, axis_index, gather_weight
+
+_SPLIT_INPUTS = ("heads", "mlp")
+"""Names of input dims that are split over `tensor` in use."""
+
+
+class LoRA(nnx.Module):
+    """y + s (x A) B; with a magnitude m, by columns, (m / |W + s A B|) (y + s (x A) B).
+
+    A and B are stacked as the kernel is, over layers and experts. Their dims carry the kernel's names, and the rank
+    none, so that they are split and gathered as the kernel is. Where the kernel's inputs are split, x A is a partial
+    sum as y is, and so is its product with B.
+    """
+
+    def __init__(
+        self, a: nnx.Param, b: nnx.Param, magnitude: nnx.Param | None, *, scale: float, dropout: float, name: str
+    ):
+        self.lora_a, self.lora_b, self.magnitude = a, b, nnx.data(magnitude)
+        self.scale, self.dropout, self.salt = scale, dropout, zlib.crc32(name.encode())
+
+    def __call__(
+        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+    ) -> jax.Array:
+        kept = self._dropout(x)
+        a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
+        update = product(product(kept, a, *others) * self.scale, b, *others)
+        if self.magnitude is None:
+            return y + update
+        factor = self._factor(kernel).astype(y.dtype)
+        if kept is x:
+            return factor * (y + update)
+        # The direction is trained on the inputs that are left: PEFT's form, whose adapters these are to equal.
+        return y + (factor - 1) * frozen_product(product, kept, kernel, *others) + factor * update
+
+    def _dropout(self, x: jax.Array) -> jax.Array:
+        part = axis_index("tensor") if self._splits_inputs else jnp.int32(0)
+        key = active_inputs().draws(self.salt, part) if self.dropout else None
+        if key is None:
+            return x
+        kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+
+    @property
+    def _splits_inputs(self) -> bool:
+        return self.lora_a.axes[-2] in _SPLIT_INPUTS
+
+    def _factor(self, kernel: Any) -> jax.Array:
+        """m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
+        assert self.magnitude is not None
+        wide = jax.lax.stop_gradient(dense(kernel, jnp.float32) + self.delta())
+        square = jnp.sum(jnp.square(wide), axis=-2)
+        if self._splits_inputs:
+            square = all_reduce(square, "tensor")
+        return self.magnitude[...].astype(jnp.float32) / jnp.sqrt(square)
+
+    def delta(self) -> jax.Array:
+        """s A B, f32 (..., in, out)."""
+        a, b = (part[...].astype(jnp.float32) for part in (self.lora_a, self.lora_b))
+        return self.scale * jnp.matmul(a, b)
+
+    def merged(self, kernel: jax.Array) -> jax.Array:
+        """The kernel of a linear map that does the same alone, in the dtype of `kernel`."""
+        wide = kernel.astype(jnp.float32) + self.delta()
+        if self.magnitude is not None:
+            wide = wide * self._factor(kernel)[..., None, :]
+        return wide.astype(kernel.dtype)
+
+
+class EmbeddingLoRA(nnx.Module):
+    """x + s A[tokens] B for a table's rows x; A (V, r), B (r, D)."""
+
+    def __init__(self, a: nnx.Param, b: nnx.Param, *, scale: float):
+        self.lora_a, self.lora_b, self.scale = a, b, scale
+
+    def __call__(self, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array:
+        b_rD = gather_weight(self.lora_b.get_value(), self.lora_b.axes)
+        return x_BSD + jnp.matmul(lookup(self.lora_a, tokens_BS) * self.scale, b_rD).astype(x_BSD.dtype)
+
+    def merged(self, table: jax.Array) -> jax.Array:
+        """The table that alone gives the same rows, in its dtype."""
+        update = self.scale * jnp.matmul(self.lora_a[...], self.lora_b[...])
+        return (table.astype(jnp.float32) + update).astype(table.dtype)
+
+
+class Bank(nnx.Module):
+    """N adapters of one linear map; each row of x takes its own (`AdapterInputs.rows_B`). For generation.
+
+    What a row becomes depends on its own adapter alone: products are by row.
+
+    Args:
+        a, b: (N, in, r) and (N, r, out), of narrower adapters padded with zeros; the scales are in b.
+        factor: (N, out), what y and the update are multiplied by; 1 but for DoRA.
+    """
+
+    def __init__(self, a: nnx.Variable, b: nnx.Variable, factor: nnx.Variable | None):
+        self.a, self.b, self.factor = a, b, nnx.data(factor)
+
+    def __call__(
+        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+    ) -> jax.Array:
+        rows_B = active_inputs().rows_B
+        assert rows_B is not None, "a bank of adapters is asked without rows"
+        a, b = (jnp.take(part[...], rows_B, axis=0, mode="clip").astype(x.dtype) for part in (self.a, self.b))
+        y = y + jnp.einsum("bsr,bro->bso", jnp.einsum("bsi,bir->bsr", x, a), b)
+        if self.factor is None:
+            return y
+        return y * jnp.take(self.factor[...], rows_B, axis=0, mode="clip")[:, None].astype(y.dtype)
