@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -60,3 +61,7 @@ class AdapterConfig(Config):
         if self.exclude and self.base not in ("int8", "nf4"):
             invalid("exclude", f"exclude is for base: int8 or nf4, but base is {self.base!r}: remove one of them")
         return self
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """s, of a rank and an alpha."""
+        return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)

@@ -52,7 +52,7 @@ def attach(model: Transformer, config: AdapterConfig, rngs: nnx.Rngs) -> None:
         a = jax.random.uniform(rngs.params(), (*shape[:-1], rank), jnp.float32, -bound, bound)
         a = nnx.Param(a, axes=(*axes[:-1], None))
         b = nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1]), jnp.float32), axes=(*axes[:-2], None, axes[-1]))
-        scale = alpha / (math.sqrt(rank) if config.kind == "rslora" else rank)
+        scale = config.scale(rank, alpha)
         if isinstance(module, Embedding):
             module.adapter = EmbeddingLoRA(a, b, scale=scale)
             continue

@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
                 self._turns(positions_BS),
                 segment_ids_BS=segment_ids_BS,
                 mask_BS=mask_BS,
-                adapters=None if of_rows is None else AdapterInputs(*of_rows, key=key),
+                adapters=None if of_rows is None else AdapterInputs(rows_B=of_rows[0], ids_B=of_rows[1], key=key),
                 ring=self.ring,
             )
             return self._run(graphdef, params, x_BSD, context, None)

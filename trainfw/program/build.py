@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
-from trainfw.adapters import attach, with_magnitudes
+from trainfw.adapters import attach
 from trainfw.models import AdapterInputs, Frozen, Transformer, dispatch_problem, flops_per_token
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.parallel import (
@@ -39,7 +39,8 @@ from trainfw.parallel import (
     use_rules,
     zigzag_order,
 )
-from trainfw.program.initial import as_kept, count_weights, initial_frozen, initial_state, kept_shardings
+from trainfw.program.initial import initial_frozen, initial_state, measured
+from trainfw.program.kept import as_kept, count_weights, kept_shardings
 from trainfw.program.loss import Batch, Sums, next_token_loss
 from trainfw.program.metrics import Mean
 from trainfw.program.state import TrainState
@@ -212,13 +213,12 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         """(what learns, what does not), from the seed."""
         params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
         model = make_model(params_key)
-        if adapter is not None:
-            with_magnitudes(model)
         drawn = tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Frozen))
         if layer_order != tuple(sorted(layer_order)):  # drawn in true order: the same model on every layout
             for part in drawn:
                 part["layers"] = jax.tree.map(lambda x: x[jnp.asarray(layer_order)], part.get("layers", {}))
-        return drawn[0], as_kept(drawn[1], recipe)
+        params, frozen = drawn[0], as_kept(drawn[1], recipe)
+        return params if adapter is None else measured(graphdef, params, frozen), frozen
 
     def start(params: Any, frozen: Any) -> TrainState:
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes

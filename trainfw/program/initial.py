@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from trainfw import backends
 from trainfw.adapters import with_magnitudes
 from trainfw.data import Progress
-from trainfw.errors import UserError, did_you_mean
-from trainfw.parallel import Quantized, Rules, quantize
+from trainfw.errors import UserError
+from trainfw.parallel import Quantized
 from trainfw.program.host import init_on_host
-from trainfw.program.source import open_base
+from trainfw.program.kept import Tree, kept_weight, named
+from trainfw.program.source import open_base, read_adapter
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
-
-Tree = Any
-"""A nested dict of arrays, or of what describes them."""
 
 
 def initial_state(
@@ -34,26 +32,30 @@ def initial_state(
     graphdef: Any,
     progress: Progress | None = None,
 ) -> TrainState:
-    """The first state. What `draw` returns serves where `model.from` has nothing: adapters, or everything.
+    """The first state. What `draw` returns serves where `model.from` and `adapter.from` have nothing.
 
-    Raises UserError where the model of `model.from` cannot be read or is of another shape.
+    Raises UserError where a model or an adapter cannot be read, or is of another shape.
     """
-    if recipe.model.from_ is None:
+    if recipe.model.from_ is None and (recipe.adapter is None or recipe.adapter.from_ is None):
         return _computed(lambda: start(*draw()), abstract)
     frozen = initial_frozen(recipe, abstract, draw, layer_order, progress)
     if recipe.adapter is None:
         params = _read(recipe, abstract.params, layer_order, progress)
+    elif recipe.adapter.from_ is not None:
+        params = _read_adapter(recipe, abstract.params, layer_order)
     else:
         params = _computed(lambda: draw()[0], abstract.params)
         if recipe.adapter.kind == "dora":
-            # Of the base as it is kept, which is what the update is added to.
-            def magnitudes(params: Tree, frozen: Tree) -> Tree:
-                model = nnx.merge(graphdef, nnx.State(params), nnx.State(frozen))
-                with_magnitudes(model)
-                return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-            params = jax.jit(magnitudes, out_shardings=_shardings(abstract.params))(params, frozen)
+            measure = functools.partial(measured, graphdef)
+            params = jax.jit(measure, out_shardings=_shardings(abstract.params))(params, frozen)
     return jax.jit(start, out_shardings=_shardings(abstract), donate_argnums=(0, 1))(params, frozen)
+
+
+def measured(graphdef: Any, params: Tree, frozen: Tree) -> Tree:
+    """An adapter's parameters, with DoRA's magnitudes those of the base as it is kept."""
+    model = nnx.merge(graphdef, nnx.State(params), nnx.State(frozen))
+    with_magnitudes(model)
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def initial_frozen(
@@ -85,96 +87,49 @@ def _shardings(abstract: Any) -> Any:
 
 def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: Progress | None) -> Tree:
     """The model of `model.from`, array by array: no more than one of them is ever there in another form."""
+    assert recipe.model.from_ is not None
     with recipe.blamed("model.from"):
         base = open_base(recipe.model.from_)
-        base.check(recipe.model)
-        names = _names(abstract)
+        names = named(abstract)
         leaves = []
         for number, (name, like) in enumerate(names, start=1):
-            leaves.append(_stored(base.read, name, like, layer_order))
+            leaves.append(_stored(recipe, base.read, name, like, layer_order))
             if progress is not None:
                 progress(f"reading {recipe.model.from_}, arrays", number, len(names))
     tree = jax.tree.structure(abstract, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return jax.tree.unflatten(tree, leaves)
 
 
-def _stored(read: Callable[..., jax.Array], name: str, like: Any, layer_order: Sequence[int]) -> Any:
+def _stored(recipe: Recipe, read: Callable[..., jax.Array], name: str, like: Any, layer_order: Sequence[int]) -> Any:
     if not isinstance(like, Quantized):
         return read(name, like, layer_order)
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.codes.sharding)
-    precision, block = ("int8", 0) if like.low is None else ("nf4", like.shape[like.dim] // like.scales.shape[like.dim])
-    return jax.jit(
-        lambda weight: quantize(weight, precision, block=block, dim=like.dim),  # type: ignore[arg-type]
-        out_shardings=_shardings(like),
-        donate_argnums=0,
-    )(read(name, wide, layer_order))
+    keep = jax.jit(lambda weight: kept_weight(name, weight, recipe), out_shardings=_shardings(like), donate_argnums=0)
+    return keep(read(name, wide, layer_order))
 
 
-def _names(tree: Tree) -> list[tuple[str, Any]]:
-    """(dotted name, leaf), a quantised weight as one."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return [(".".join(str(key.key) for key in path), leaf) for path, leaf in leaves]
-
-
-# --- How frozen weights are kept ------------------------------------------------------------------------------------
-
-
-def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
-    """Frozen weights, f32, in the form in which they are kept: `adapter.base`. Raises UserError for a bad `exclude`."""
-    adapter = recipe.adapter
-    if adapter is None:
-        return {}
-    named = _names(frozen)
-    dtype = jnp.dtype(adapter.base or recipe.train.compute_dtype) if not _quantised(recipe) else jnp.dtype("bfloat16")
-    matrices = [name for name, _ in named if _is_matrix(name)]
-    for pattern in adapter.exclude:
-        if not any(_matches(name, pattern) for name in matrices):
-            raise UserError(f"exclude: {pattern!r} matches none of the matrices{did_you_mean(pattern, matrices)}")
-
-    def keep(name: str, weight: jax.Array) -> Any:
-        if not _quantised(recipe) or name not in matrices or any(_matches(name, p) for p in adapter.exclude):
-            return weight.astype(dtype)
-        dim = -1 if name == "embedding.table" else -2
-        try:
-            return quantize(weight, adapter.base, block=adapter.block, dim=dim)  # type: ignore[arg-type]
-        except UserError as error:
-            raise UserError(f"{error} (of {name}, {tuple(weight.shape)})") from None
-
-    tree = jax.tree.structure(frozen)
-    return jax.tree.unflatten(tree, [keep(name, weight) for name, weight in named])
-
-
-def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
-    """Nested dict of the shardings of frozen weights as they are kept; of a `Quantized`, of each of its arrays."""
-    flat = nnx.to_flat_state(variables)
-    dense = nnx.to_pure_dict(nnx.from_flat_state([(path, variable.get_value()) for path, variable in flat]))
-    axes = {".".join(map(str, path)): variable.get_metadata()["axes"] for path, variable in flat}
-    kept = jax.eval_shape(lambda tree: as_kept(tree, recipe), dense)
-
-    def sharding(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Quantized):
-            return rules.weight_sharding(name, leaf.shape, axes[name], "parameters")
-        names = leaf.dims(axes[name])
-        return jax.tree.map(
-            lambda part, names: rules.weight_sharding(name, part.shape, names, "parameters"), leaf, names
-        )
-
-    tree = jax.tree.structure(kept, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return jax.tree.unflatten(tree, [sharding(name, leaf) for name, leaf in _names(kept)])
-
-
-def count_weights(tree: Tree) -> int:
-    """Weights of a tree, a quantised one counted as what it stands for."""
-    return sum(math.prod(leaf.shape) for _, leaf in _names(tree))
-
-
-def _quantised(recipe: Recipe) -> bool:
-    return recipe.adapter is not None and recipe.adapter.base in ("int8", "nf4")
-
-
-def _is_matrix(name: str) -> bool:
-    return (name.endswith(".kernel") and not name.endswith("router.kernel")) or name == "embedding.table"
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rpartition(".")[0], pattern)
+def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
+    """The adapter of `adapter.from`."""
+    assert recipe.adapter is not None and recipe.adapter.from_ is not None  # noqa: PT018
+    with recipe.blamed("adapter.from"):
+        adapter = read_adapter(recipe.adapter.from_, recipe.model)
+        if adapter.base is not None and recipe.model.from_ is not None:
+            adapter.check_base(open_base(recipe.model.from_), recipe.model.from_)
+        wanted = named(abstract)
+        if unlike := set(adapter.arrays) ^ {name for name, _ in wanted}:
+            raise UserError(
+                f"{adapter.path}: {min(unlike)} is {'not ' * (min(unlike) not in adapter.arrays)}in it, but "
+                f"{'not ' * (min(unlike) in adapter.arrays)}in this recipe's adapter; its config is "
+                f"{adapter.config.model_dump(exclude_defaults=True)}"
+            )
+        leaves = []
+        for name, like in wanted:
+            value = adapter.arrays[name].astype(like.dtype)
+            if value.shape != like.shape:
+                raise UserError(
+                    f"{adapter.path}: {name} has shape {value.shape}, but this recipe's {tuple(like.shape)}"
+                )
+            if name.startswith("layers."):
+                value = value[np.asarray(layer_order)]
+            leaves.append(jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)

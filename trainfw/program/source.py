@@ -1,25 +1,36 @@
-"""What `model.from` names, whatever form it has."""
+"""What `model.from`, `adapter.from` and the commands about models name, whatever form it has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
+from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters
 from trainfw.errors import UserError
-from trainfw.interop import open_model
-from trainfw.models import ModelConfig
-from trainfw.recipe import load_recipe
+from trainfw.interop import is_peft, open_model, read_peft
+from trainfw.models import ModelConfig, abstract_model, dense
+from trainfw.program.kept import kept_weight
+from trainfw.recipe import Recipe, load_recipe
 
 
 class Base(Protocol):
     """Weights to start from, by the names of our parameters."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> str:
+        """That of most weights."""
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
         """One of them, laid out and of the dtype that `like` says. Raises UserError where its shape is another."""
@@ -30,16 +41,95 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class RunBase:
-    """The latest checkpoint of a run that trained all weights."""
+    """A checkpoint of a run that trained all weights."""
 
     config: ModelConfig
     saved: SavedParameters
+    dtype: str = "float32"
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
         return self.saved.read(name, like, layer_order)
 
     def fingerprint(self) -> str:
         return self.saved.fingerprint()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's arrays, by our names."""
+
+    config: AdapterConfig
+    arrays: dict[str, np.ndarray]
+    base: dict[str, str] | None
+    """`path` and `hash` of the base that it was trained on, where known."""
+    path: str
+
+    def check_base(self, base: Base, path: str) -> None:
+        """Raises UserError where it was trained on other weights than these."""
+        if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
+            raise UserError(other_base(self.path, self.base, path, found))
+
+
+def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) -> str:
+    return (
+        f"{path}: is not the base that the adapter in {adapter} was trained on: its weights' hash is {found}, and "
+        f"{trained_on['hash']} is expected, as of {trained_on['path']} then"
+    )
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """A base with an adapter added to its weights, as it was kept while the adapter was trained."""
+
+    base: Base
+    adapter: Adapter
+    recipe: Recipe | None
+    """Of the adapter's run, which says how the base was kept."""
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """That of the base; untied, where the embedding has an adapter: the head has none of it."""
+        untied = self.base.config.tie_embeddings and "embedding" in self._sizes
+        return self.base.config.model_copy(update={"tie_embeddings": False}) if untied else self.base.config
+
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[int, float]]:
+        return config_targets(self.adapter.config, self.base.config)
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+        if name == "head.kernel" and self.base.config.tie_embeddings:
+            table = jax.ShapeDtypeStruct(like.shape[::-1], jnp.float32)
+            return self._kept("embedding.table", self.base.read("embedding.table", table)).T.astype(like.dtype)
+        weight = self._kept(name, self.base.read(name, wide, layer_order))
+        module = name.rpartition(".")[0]
+        if module in self._sizes and name.endswith((".kernel", ".table")):
+            weight = self._merged(module, weight, layer_order)
+        return weight.astype(like.dtype)
+
+    def _kept(self, name: str, weight: jax.Array) -> jax.Array:
+        return weight if self.recipe is None else dense(kept_weight(name, weight, self.recipe), jnp.float32)
+
+    def _merged(self, module: str, weight: jax.Array, layer_order: Sequence[int] | None) -> jax.Array:
+        order = None if layer_order is None or not module.startswith("layers.") else np.asarray(layer_order)
+        parts = {}
+        for part in ("lora_a", "lora_b", "magnitude"):
+            value = self.adapter.arrays.get(f"{module}.adapter.{part}")
+            if value is not None:
+                value = jnp.asarray(value if order is None else value[order], jnp.float32)
+                parts[part] = nnx.Param(value, axes=(None,) * value.ndim)
+        scale = self.adapter.config.scale(*self._sizes[module])
+        if module == "embedding":
+            return EmbeddingLoRA(parts["lora_a"], parts["lora_b"], scale=scale).merged(weight)
+        lora = LoRA(parts["lora_a"], parts["lora_b"], parts.get("magnitude"), scale=scale, dropout=0.0, name=module)
+        return jax.jit(lora.merged, donate_argnums=0)(weight)
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError("merged weights are written before they are used")
 
 
 def is_run(path: str | Path) -> bool:
@@ -50,14 +140,69 @@ def is_run(path: str | Path) -> bool:
 def open_base(path: str, step: int | None = None) -> Base:
     """Raises UserError for a path that holds no model, and for a run of an adapter, which has none of its own."""
     if not is_run(path):
-        return open_model(path)
-    recipe = load_recipe(path)
+        model = open_model(path)
+        model.check()
+        return model
+    recipe = load_recipe(Path(path) / "recipe.yaml")
     if recipe.adapter is not None:
         raise UserError(
             f"{path}: is a run of an adapter on {recipe.model.from_ or 'a drawn model'}; "
             f"`trainfw merge {path} --out MODEL` makes a model of both"
         )
     return RunBase(recipe.model, SavedParameters(latest_checkpoint(path, step)))
+
+
+def merge(adapter_path: str, base_path: str | None = None, step: int | None = None) -> MergedBase:
+    """The model that an adapter, a run or a directory in PEFT's form, makes of its base.
+
+    Raises UserError where the base is not given and not known, or is another than the adapter was trained on.
+    """
+    recipe = load_recipe(Path(adapter_path) / "recipe.yaml") if is_run(adapter_path) else None
+    if recipe is not None and recipe.adapter is None:
+        raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
+    base_path = base_path or (recipe.model.from_ if recipe is not None else None)
+    if base_path is None:
+        known = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
+        raise UserError(f"{adapter_path}: {known}; name one with --base")
+    base = open_base(base_path)
+    adapter = read_adapter(adapter_path, base.config, step)
+    adapter.check_base(base, base_path)
+    return MergedBase(base, adapter, recipe)
+
+
+def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adapter:
+    """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
+    if is_peft(path):
+        config, arrays = read_peft(path, model)
+        return Adapter(config, arrays, None, path)
+    if not is_run(path):
+        raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
+    recipe = load_recipe(Path(path) / "recipe.yaml")
+    if recipe.adapter is None:
+        raise UserError(f"{path}: is a run that trained all weights, not an adapter")
+    saved = SavedParameters(latest_checkpoint(path, step))
+    shapes = saved.arrays
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = {
+        name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
+        for name, (shape, dtype) in shapes.items()
+    }
+    adapter = Adapter(recipe.adapter, arrays, saved.meta.get("base"), path)
+    _check_shapes(adapter, model)
+    return adapter
+
+
+def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
+    expected = config_targets(adapter.config, model)
+    modules = adaptable(abstract_model(model))
+    for name, (rank, _) in expected.items():
+        shape = weight_of(modules[name]).get_value().shape
+        wanted = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
+        for part, its in wanted.items():
+            array = adapter.arrays.get(f"{name}.adapter.{part}")
+            if array is None or array.shape != its:
+                found = "missing" if array is None else f"of shape {array.shape}"
+                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {found}; this base takes {its}")
 
 
 def latest_checkpoint(run: str | Path, step: int | None = None) -> Path:

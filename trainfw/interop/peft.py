@@ -1,0 +1,254 @@
+"""Adapters in PEFT's form: adapter_config.json and adapter_model.safetensors, to and from ours.
+
+Ours are stacked over layers, with matrices (in, out); theirs are one tensor a layer, (out, in).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainfw.adapters import AdapterConfig, PatternConfig, config_targets
+from trainfw.errors import UserError, did_you_mean
+from trainfw.interop.mapping import tensor_names
+from trainfw.interop.safetensors_reader import SafetensorsTensors
+from trainfw.models import ModelConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_REFUSED = {
+    # What an adapter may be beside what is read here, and the value that says it is not.
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "megatron_config": None,
+    "corda_config": None,
+    "exclude_modules": None,
+    "layer_replication": None,
+}
+
+
+def is_peft(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds an adapter in PEFT's form."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+    """An adapter of a model of this shape: its config, and its arrays by our names, in the dtype of the file.
+
+    Raises UserError where the directory holds no LoRA, one with more to it than LoRA, rsLoRA and DoRA have, or tensors
+    that do not fit the model.
+    """
+    directory = Path(path)
+    config = _config(directory)
+    tensors = SafetensorsTensors(directory, names=(WEIGHTS,))
+    found = {name.removeprefix(_PREFIX): name for name in tensors.infos}
+    places = _places(model)
+    ranks: dict[str, int] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for ours, theirs in places.items():
+        here = {index: module for index, module in theirs.items() if any(f"{module}.{p}" in found for p in _PARTS)}
+        if not here:
+            continue
+        if missing := [module for index, module in theirs.items() if index not in here]:
+            raise UserError(
+                f"{directory / WEIGHTS}: {ours} has no adapter in {missing[0]}; expected one in every layer"
+            )
+        for part in _PARTS:
+            names = {index: found.pop(f"{module}.{part}", None) for index, module in theirs.items()}
+            if all(name is None for name in names.values()):
+                continue
+            if none := [theirs[index] for index, name in names.items() if name is None]:
+                raise UserError(f"{directory / WEIGHTS}: no tensor {_PREFIX}{none[0]}.{part}")
+            arrays[f"{ours}.adapter.{_PARTS[part]}"] = _stacked(directory, tensors, names, part)
+        a, b = (arrays.get(f"{ours}.adapter.lora_{x}") for x in "ab")
+        if a is None or b is None:
+            raise UserError(f"{directory / WEIGHTS}: {ours} has only one of A and B")
+        if a.shape[-1] != b.shape[-2]:
+            raise UserError(f"{directory / WEIGHTS}: {ours}: A has rank {a.shape[-1]}, and B {b.shape[-2]}")
+        ranks[ours] = a.shape[-1]
+    if found:
+        raise UserError(
+            f"{directory / WEIGHTS}: the model has no place for tensor {min(found.values())}"
+            f"{did_you_mean(min(found), [m for modules in places.values() for m in modules.values()])}"
+        )
+    if not ranks:
+        raise UserError(f"{directory / WEIGHTS}: holds no tensor of an adapter")
+    return _ours(config, ranks, places, directory), arrays
+
+
+_PARTS = {
+    "lora_A.weight": "lora_a",
+    "lora_B.weight": "lora_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_embedding_A": "lora_a",
+    "lora_embedding_B": "lora_b",
+}
+
+
+def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
+    """Our linear maps and the embedding -> index among the stacked -> their module. Experts, which PEFT does not
+    adapt one by one, are left out.
+    """
+    found = {}
+    for path, names in tensor_names(model).items():
+        name, _, leaf = path.rpartition(".")
+        if leaf in ("kernel", "table") and not name.endswith("router") and all(len(index) < 2 for index in names):
+            found[name] = {index: tensor.removesuffix(".weight") for index, tensor in names.items()}
+    return found
+
+
+def _stacked(
+    directory: Path, tensors: SafetensorsTensors, names: Mapping[tuple[int, ...], str | None], part: str
+) -> np.ndarray:
+    values = {}
+    for index, name in names.items():
+        assert name is not None
+        value = tensors.read(name)
+        values[index] = value if part == "lora_magnitude_vector" else value.T
+    shapes = {value.shape for value in values.values()}
+    if len(shapes) > 1:
+        raise UserError(f"{directory / WEIGHTS}: {part} differs in shape between layers: {sorted(shapes)}")
+    if () in values:
+        return np.ascontiguousarray(values[()])
+    return np.stack([values[index] for index in sorted(values)])
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}: expected LORA")
+    for key, default in _REFUSED.items():
+        if config.get(key) and config[key] != default:
+            raise UserError(f"{file}: {key} = {config[key]!r} is not supported")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool) or not config[key] > 0:
+            raise UserError(f"{file}: {key} = {config.get(key)!r}: expected a number above 0")
+    return config
+
+
+def _ours(
+    config: Mapping[str, Any], ranks: Mapping[str, int], places: Mapping[str, Mapping[Any, str]], directory: Path
+) -> AdapterConfig:
+    rank = int(config["r"])
+    patterns = {}
+    for ours, found in ranks.items():
+        module = next(iter(places[ours].values()))
+        expected = _patterned(config.get("rank_pattern"), module, rank)
+        alpha = float(_patterned(config.get("alpha_pattern"), module, config["lora_alpha"]))
+        if found != expected:
+            raise UserError(f"{directory}: {module} has rank {found}, but {CONFIG} says {expected}")
+        if config.get("use_dora") and config.get("use_rslora"):
+            alpha *= found**0.5  # our DoRA scales by alpha / r
+        if (found, alpha) != (rank, float(config["lora_alpha"])):
+            patterns[ours] = PatternConfig(rank=found, alpha=alpha)
+    return AdapterConfig(
+        kind="dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        rank=rank,
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=list(ranks),
+        patterns=patterns,
+    )
+
+
+def _patterned(patterns: Any, module: str, default: Any) -> Any:
+    """As PEFT looks a module up: the first pattern that matches the end of its name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def peft_problem(config: AdapterConfig, model: ModelConfig) -> str | None:
+    """Why PEFT has no form for this adapter, or None."""
+    others = set(config_targets(config, model)) - set(_places(model))
+    return f"{min(others)}: PEFT has no adapter of single experts; merge it into the model instead" if others else None
+
+
+def save_peft(
+    directory: str | os.PathLike[str],
+    config: AdapterConfig,
+    arrays: Mapping[str, np.ndarray],
+    model: ModelConfig,
+    base: str | None,
+) -> None:
+    """Write an adapter as PEFT would. `arrays` are ours by name; `base` names the model that it belongs to.
+
+    Raises UserError where PEFT has no form for it, or something is already there.
+    """
+    from safetensors.numpy import save_file
+
+    if problem := peft_problem(config, model):
+        raise UserError(problem)
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: already exists, and is not empty")
+    sizes = config_targets(config, model)
+    places = _places(model)
+    suffixes = {name: next(iter(places[name].values())).rpartition(".")[2] for name in sizes}
+    theirs = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": _plain(config.alpha),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.kind == "rslora",
+        "use_dora": config.kind == "dora",
+        "target_modules": sorted(suffixes.values()),
+        "rank_pattern": {suffixes[name]: rank for name, (rank, _) in sizes.items() if rank != config.rank},
+        "alpha_pattern": {suffixes[name]: _plain(alpha) for name, (_, alpha) in sizes.items() if alpha != config.alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    temporary = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(_tensors(arrays, places)), temporary / WEIGHTS, metadata={"format": "pt"})
+        if directory.exists():
+            directory.rmdir()
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _tensors(
+    arrays: Mapping[str, np.ndarray], places: Mapping[str, Mapping[tuple[int, ...], str]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    for path, value in arrays.items():
+        name, _, leaf = path.rpartition(".adapter.")
+        embedding = name == "embedding"
+        part = next(p for p, mine in _PARTS.items() if mine == leaf and ("embedding" in p) == embedding)
+        for index, module in places[name].items():
+            own = value[index] if index else value
+            yield f"{_PREFIX}{module}.{part}", np.ascontiguousarray(own if leaf == "magnitude" else own.T)
