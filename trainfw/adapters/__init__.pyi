@@ -1,3 +1,4 @@
+from .bank import attach_bank as attach_bank
 from .config import PRESETS as PRESETS
 from .config import AdapterConfig as AdapterConfig
 from .config import PatternConfig as PatternConfig

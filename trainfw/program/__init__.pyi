@@ -3,4 +3,11 @@ from .build import Program as Program
 from .build import build_program as build_program
 from .loss import loss_chunks as loss_chunks
 from .metrics import Mean as Mean
+from .source import Base as Base
+from .source import MergedBase as MergedBase
+from .source import is_run as is_run
+from .source import merge as merge
+from .source import open_base as open_base
+from .source import other_base as other_base
+from .source import read_adapter as read_adapter
 from .state import TrainState as TrainState

@@ -234,7 +234,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         param_shardings = _shardings(variables, rules, "parameters")
         grad_shardings = _shardings(variables, rules, "gradients")
         update_shardings = _shardings(variables, rules, "optimizer")
-        frozen_shardings = kept_shardings(frozen_variables, recipe, rules)
+    frozen_shardings = kept_shardings(frozen_variables, recipe, rules)
     draws = adapter is not None and adapter.dropout > 0
     names = [weight.axes for weight in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))]
 

@@ -53,7 +53,8 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
     flat = nnx.to_flat_state(variables)
     dense = nnx.to_pure_dict(nnx.from_flat_state([(path, variable.get_value()) for path, variable in flat]))
     axes = {".".join(map(str, path)): variable.get_metadata()["axes"] for path, variable in flat}
-    kept = jax.eval_shape(lambda tree: as_kept(tree, recipe), dense)
+    with recipe.blamed("adapter"):
+        kept = jax.eval_shape(lambda tree: as_kept(tree, recipe), dense)
 
     def sharding(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
@@ -64,7 +65,8 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
         )
 
     tree = jax.tree.structure(kept, is_leaf=lambda leaf: isinstance(leaf, Quantized))
-    return jax.tree.unflatten(tree, [sharding(name, leaf) for name, leaf in named(kept)])
+    with recipe.blamed("parallel"):
+        return jax.tree.unflatten(tree, [sharding(name, leaf) for name, leaf in named(kept)])
 
 
 def count_weights(tree: Tree) -> int:

@@ -4,17 +4,19 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
+from flax import nnx
 
+from trainfw.adapters import attach_bank
 from trainfw.checkpoint import Checkpoints
 from trainfw.data import PreparedData, Rows, Tokenizer, load_tokenizer, prepare, validation_batches
 from trainfw.errors import RunError, UserError
-from trainfw.models import Transformer
-from trainfw.program import Mean, Program, build_program
+from trainfw.models import Transformer, abstract_model
+from trainfw.program import Base, Mean, Program, build_program, is_run, open_base, read_adapter
 from trainfw.recipe import load_recipe
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
@@ -48,7 +50,7 @@ class Validation:
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.3f} bits per byte{part}"
 
 
-def validate(program: Program, params: Any, data: PreparedData, reporter: Reporter) -> Validation:
+def validate(program: Program, params: Any, frozen: Any, data: PreparedData, reporter: Reporter) -> Validation:
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches."""
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
@@ -64,7 +66,7 @@ def validate(program: Program, params: Any, data: PreparedData, reporter: Report
     everything = -(-len(Rows(data.validation, recipe.data.sequence_length)) // rows)
     total = Mean(0.0, 0.0)
     for number, batch in enumerate(batches, start=1):
-        metrics = program.eval_step(params, program.shard_batch(batch))
+        metrics = program.eval_step(params, frozen, program.shard_batch(batch))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
         total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
         reporter.progress("validating, batches", number, everything if limit is None else min(everything, limit))
@@ -91,15 +93,62 @@ _EVALUATION_KEYS = ("data", "parallel", "hardware", "train.global_batch_size", "
 _ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
 
 
-def load_model(path: str | os.PathLike[str], *, step: int | None = None) -> tuple[Transformer, Tokenizer]:
-    """The model of a run, on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`.
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
 
-    `step` picks a checkpoint (default: the latest). Raises UserError for a path that holds no run.
+    Args:
+        path: a Hugging Face directory, a GGUF file, `package:NAME`, or a run; that of an adapter comes with its base.
+        step: of a run, the checkpoint (default: the latest).
+        dtype: of the parameters and of the computation; by default that of a run's training, else float32.
+        adapters: adapters of this model by name, each a run or a directory in PEFT's form. `generate_batch` then takes
+            one of them, or none, for each row.
+
+    Raises UserError for a path that holds no model, and for adapters that do not fit it.
     """
-    run = RunDirectory.existing(path)
-    recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, "train.global_batch_size=1"])
-    program = build_program(recipe, jax.devices()[:1])
-    return program.model(_restore(run, program, step)), load_tokenizer(run.tokenizer)
+    path = os.fspath(path)
+    if not is_run(path):
+        base = open_base(path)
+        model = _loaded(base, dtype or "float32")
+        tokenizer = load_tokenizer(path)
+    else:
+        run = RunDirectory.existing(path)
+        settings = [f"train.compute_dtype={dtype}"] if dtype else []
+        recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, "train.global_batch_size=1", *settings])
+        program = build_program(recipe, jax.devices()[:1])
+        model, tokenizer = (
+            program.model(_restore(run, program, step), program.load_frozen()),
+            load_tokenizer(run.tokenizer),
+        )
+        if adapters and recipe.adapter is not None:
+            raise UserError(
+                f"{path}: is a run of an adapter itself; name its base, {recipe.model.from_}, and it among adapters"
+            )
+        base = open_base(path, step) if adapters else None
+    if adapters:
+        assert base is not None
+        read = {}
+        for name, where in adapters.items():
+            read[name] = read_adapter(os.fspath(where), model.config)
+            read[name].check_base(base, path)
+        attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
+    return model, tokenizer
+
+
+def _loaded(base: Base, dtype: str) -> Transformer:
+    """A model of a base's weights, on the first device."""
+    graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype), nnx.Param)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    values = [
+        (path, base.read(".".join(map(str, path)), jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)))
+        for path, variable in nnx.to_flat_state(variables)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 def evaluate(
@@ -133,7 +182,7 @@ def evaluate(
         data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    return validate(program, _restore(run, program, step), data, reporter), data
+    return validate(program, _restore(run, program, step), program.load_frozen(), data, reporter), data
 
 
 def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:

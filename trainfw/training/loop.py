@@ -14,12 +14,12 @@ from typing import Any
 import jax
 
 from trainfw import backends
-from trainfw.checkpoint import Checkpoints
+from trainfw.checkpoint import Checkpoints, SavedParameters
 from trainfw.data import PreparedData, TrainIterator, prepare, train_iterator
-from trainfw.errors import RunError
+from trainfw.errors import RunError, UserError
 from trainfw.hardware import peak_flops
 from trainfw.models import generate
-from trainfw.program import Metrics, Program, TrainState, build_program
+from trainfw.program import Metrics, Program, TrainState, build_program, open_base, other_base
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
@@ -68,12 +68,13 @@ def train(
     """
     reporter = reporter or Reporter()
     run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir)
-    run.check(recipe, resume)  # early, since what follows takes a while
+    resumed_step = run.check(recipe, resume)  # early, since what follows takes a while
+    base = _base(recipe, run, resumed_step)
     backend = backends.current()
     program = build_program(recipe, devices)
     count = program.mesh.size
     reporter.note(
-        f"{recipe.name}: {program.num_parameters:,} parameters on {count} {backend.platform} "
+        f"{recipe.name}: {_parameters(program)} on {count} {backend.platform} "
         f"device{'s' * (count > 1)} ({program.device_kind}){f', as {backend.name}' if backend.simulated else ''}, "
         f"layout {program.layout}"
     )
@@ -87,7 +88,7 @@ def train(
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(run.checkpoints, recipe.checkpoint, layer_order=program.layer_order))
         )
-        state = _first_state(program, checkpoints, batches, resumed_step)
+        state = _first_state(program, checkpoints, batches, resumed_step, reporter)
         if resumed_step is not None:
             reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
@@ -97,8 +98,35 @@ def train(
         monitor = backends.NeuronMonitor()
         if backend.platform == "neuron":
             stack.enter_context(monitor)
-        session = _Run(program, data, batches, run, checkpoints, log, reporter, monitor)
+        session = _Run(program, data, batches, run, checkpoints, log, reporter, monitor, base)
         return session.to_the_end(state, resumed_step)
+
+
+def _parameters(program: Program) -> str:
+    if program.recipe.adapter is None:
+        return f"{program.num_parameters:,} parameters"
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state.frozen))
+    return (
+        f"{program.num_parameters:,} parameters of an adapter on {program.num_frozen:,} frozen ones "
+        f"({size / program.num_frozen:.2f} bytes each)"
+    )
+
+
+def _base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> dict[str, str] | None:
+    """What an adapter is trained on, `path` and `hash` of its weights.
+
+    Raises UserError where the run to resume was trained on other weights.
+    """
+    if recipe.adapter is None or recipe.model.from_ is None:
+        return None
+    path = recipe.model.from_
+    with recipe.blamed("model.from"):
+        base = {"path": path, "hash": open_base(path).fingerprint()}
+        if resumed_step is not None:
+            before = SavedParameters(run.checkpoints / str(resumed_step)).meta["base"]
+            if before["hash"] != base["hash"]:
+                raise UserError(other_base(str(run), before, path, base["hash"]))
+    return base
 
 
 def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
@@ -134,16 +162,20 @@ def _batches(program: Program, data: PreparedData) -> TrainIterator:
 
 
 def _first_state(
-    program: Program, checkpoints: Checkpoints, batches: TrainIterator, resumed_step: int | None
+    program: Program,
+    checkpoints: Checkpoints,
+    batches: TrainIterator,
+    resumed_step: int | None,
+    reporter: Reporter,
 ) -> TrainState:
     """The checkpoint's state, with `batches` moved to its place, or the initial one."""
     if resumed_step is None:
-        return program.init()
+        return program.init(progress=reporter.progress)
     abstract = program.abstract_state
     rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
     params, rest, meta = checkpoints.restore(resumed_step, abstract.params, rest)
     batches.set_state(meta["data"])
-    return TrainState(params=params, **rest)
+    return TrainState(params=params, frozen=program.load_frozen(progress=reporter.progress), **rest)
 
 
 class _Run:
@@ -159,10 +191,11 @@ class _Run:
         log: MetricsLog,
         reporter: Reporter,
         monitor: backends.NeuronMonitor,
+        base: dict[str, str] | None,
     ):
         self.program, self.data, self.batches, self.run = program, data, batches, run
         self.checkpoints, self.log, self.reporter, self.monitor = checkpoints, log, reporter, monitor
-        self.recipe = program.recipe
+        self.recipe, self.base = program.recipe, base
         peak = peak_flops(program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * program.mesh.size
         self.in_flight: deque[tuple[int, Metrics]] = deque()
@@ -275,13 +308,13 @@ class _Run:
 
     def _save(self, step: int, state: TrainState) -> None:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
-        meta = {"data": self.batches.get_state(), "recipe": self.recipe.model_dump()}
+        meta = {"data": self.batches.get_state(), "recipe": self.recipe.model_dump(), "base": self.base}
         self.checkpoints.save(step, state.params, rest, meta)
 
     def _validate(self, state: TrainState, step: int) -> Validation | None:
         if self.recipe.train.validation_batches == 0:
             return None
-        validation = validate(self.program, state.params, self.data, self.reporter)
+        validation = validate(self.program, state.params, state.frozen, self.data, self.reporter)
         if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):
             self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
@@ -301,9 +334,12 @@ class _Run:
             return None
         tokenizer = self.data.tokenizer
         host = backends.current().host_generate
-        params = jax.device_put(state.params, backends.host_device() if host else jax.devices()[0])
+        device = backends.host_device() if host else jax.devices()[0]
+        params, frozen = (
+            self.program.in_true_order(jax.device_put(part, device)) for part in (state.params, state.frozen)
+        )
         tokens = generate(
-            self.program.model(self.program.in_true_order(params)),
+            self.program.model(params, frozen),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_tokens=self.recipe.train.sample_tokens,
             eos_id=tokenizer.eos_id,

@@ -16,6 +16,8 @@ Resume = Literal["auto", "never", "must"]
 # reports, not (beyond rounding) the numbers.
 FREE_KEYS = (
     "name",
+    "model.from",  # of an adapter's base, its weights' hash is compared; else it was read once, at the start
+    "data.tokenizer.path",  # the tokens themselves are compared
     "parallel.",
     "hardware.",
     "checkpoint.",
