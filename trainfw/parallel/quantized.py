@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from trainfw.errors import UserError
+from trainfw.parallel.rules import SPLIT_RULES
 
 Precision: TypeAlias = Literal["int8", "nf4"]
 
@@ -61,7 +62,8 @@ class Quantized:
         across = tuple(None if i == len(names) + self.dim else name for i, name in enumerate(names))
         if self.low is None:
             return Quantized(names, across, dim=self.dim)  # type: ignore[arg-type]
-        row = (*names[:-1], None)
+        # Small: whole on every device but for what stays split, so that no collective waits for them.
+        row = (*(name if name in SPLIT_RULES else None for name in names[:-1]), None)
         return Quantized(names, names, row, row, dim=self.dim)  # type: ignore[arg-type]
 
 
