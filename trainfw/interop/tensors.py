@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from trainfw.errors import UserError
+
 CHUNK = 8 * 2**20
 """Bytes read, cast and written at a time: what a tensor costs on the host beyond where it goes."""
 
@@ -86,11 +88,25 @@ def fingerprint(tensors: Tensors, samples: int = 4, width: int = 64) -> str:
 
 
 def chunks(tensors: Tensors, name: str, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-    """A tensor's values in row-major order, in pieces of about `CHUNK` bytes, cast to `dtype` (default: as they are)."""
+    """A tensor's values in row-major order, in pieces of about `CHUNK` bytes, cast to `dtype` where given."""
     info = tensors.infos[name]
     for index in row_blocks(info.shape, info.dtype.itemsize):
         part = tensors.read(name, index)
-        yield part if dtype is None else part.astype(dtype, copy=False)
+        yield part if dtype is None else cast(part, dtype, name)
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """In another float dtype. Raises UserError where a finite value would become infinite, naming the tensor."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(values.dtype).max:
+        lost = np.isinf(result) & np.isfinite(values)
+        if lost.any():
+            value = float(values[lost].flat[0])
+            raise UserError(f"tensor {name} holds {value:g}, which {dtype} cannot; choose bfloat16 or float32")
+    return result
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK) -> Iterable[tuple[slice, ...]]:
