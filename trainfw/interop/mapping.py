@@ -1,0 +1,142 @@
+"""A family's table at work: our stacked parameters out of a checkpoint's tensors, and tensors out of parameters."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from trainfw.interop.families import FAMILIES, Row
+from trainfw.interop.safetensors_reader import bounds_of
+from trainfw.interop.tensors import TensorInfo, Tensors, cast, fingerprint, row_blocks
+from trainfw.models import ModelConfig, abstract_model
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of our parameters, and the tensors that it is stacked of."""
+
+    row: Row
+    shape: tuple[int, ...]
+    """Ours, such as (L, E, in, out)."""
+    stacked: int
+    """How many of its first dims count tensors: layers, experts."""
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of each tensor, as it is stored."""
+        shape = self.shape[self.stacked :]
+        return shape[::-1] if self.row.transpose else shape
+
+    @property
+    def tensor_count(self) -> int:
+        return math.prod(self.shape[: self.stacked])
+
+    def name(self, place: Sequence[int]) -> str:
+        """The tensor at a place of the stacked dims: (layer,) or (layer, expert)."""
+        return self.row.tensor.format(**dict(zip(("layer", "expert"), place)))
+
+    def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        for place in itertools.product(*map(range, self.shape[: self.stacked])):
+            yield place, self.name(place)
+
+    def read(
+        self,
+        tensors: Tensors,
+        index: tuple[slice, ...],
+        dtype: np.dtype,
+        layer_order: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """That part of the parameter, read from those parts of its tensors, a few megabytes at a time.
+
+        layer_order: the layer at each place of the first dim; by default their true order.
+        """
+        bounds = bounds_of(index, self.shape)
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        within = bounds[self.stacked :]
+        if self.row.transpose:
+            within = within[::-1]
+        sizes = tuple(stop - start for start, stop in within)
+        for place in itertools.product(*(range(*bound) for bound in bounds[: self.stacked])):
+            target = out[tuple(i - start for i, (start, _) in zip(place, bounds))]
+            target = target.T if self.row.transpose else target
+            layer = place if layer_order is None or not place else (layer_order[place[0]], *place[1:])
+            name = self.name(layer)
+            for block in row_blocks(sizes, tensors.infos[name].dtype.itemsize):
+                there = tuple(slice(b.start + start, b.stop + start) for b, (start, _) in zip(block, within))
+                target[block] = cast(tensors.read(name, there), dtype, name)
+        return out
+
+
+@functools.lru_cache(maxsize=8)
+def parameters(config: ModelConfig, model_type: str) -> Mapping[str, Parameter]:
+    """Every parameter of the model by path, such as `layers.attention.query.kernel`."""
+    table = {row.path: row for row in FAMILIES[model_type].rows}
+    found = {}
+    for path, param in nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param)):
+        row = table[".".join(map(str, path))]
+        found[row.path] = Parameter(row, tuple(param.shape), sum(f"{{{key}}}" in row.tensor for key in _STACKED))
+    return found
+
+
+_STACKED = ("layer", "expert")
+
+
+class ParameterTensors:
+    """The other way: parameters of ours as the tensors of a Hugging Face checkpoint.
+
+    Tensors come in the order of our parameters: read in order, one parameter is on the host at a time.
+
+    Args:
+        read: a parameter of ours by its path, whole: an array of NumPy or JAX, of any dtype, its layers in true order.
+        dtype: of the tensors.
+    """
+
+    def __init__(self, config: ModelConfig, model_type: str, read: Callable[[str], Any], dtype: np.dtype):
+        self._parameters = parameters(config, model_type)
+        self._read, self._dtype = read, dtype
+        self._held: tuple[str, np.ndarray] | None = None
+        self._places = {
+            name: (path, place) for path, parameter in self._parameters.items() for place, name in parameter.names()
+        }
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(self._parameters[path].tensor_shape, dtype) for name, (path, _) in self._places.items()
+        }
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        path, place = self._places[name]
+        tensor = self._parameter(path)[place]
+        tensor = tensor.T if self._parameters[path].row.transpose else tensor
+        part = tensor[tuple(slice(*bound) for bound in bounds_of(index, tensor.shape))]
+        return np.array(cast(part, self._dtype, name), order="C")
+
+    def fingerprint(self) -> str:
+        return fingerprint(self)
+
+    def _parameter(self, path: str) -> np.ndarray:
+        if self._held is None or self._held[0] != path:
+            self._held = None  # let go before the next is read
+            value, shape = np.asarray(self._read(path)), self._parameters[path].shape
+            assert value.shape == shape, f"{path}: shape {value.shape}, but the model has {shape}"
+            self._held = path, value
+        return self._held[1]
+
+
+class PartOf:
+    """Some of a checkpoint's tensors, in another order."""
+
+    def __init__(self, tensors: Tensors, names: Sequence[str]):
+        self._tensors = tensors
+        self.infos: Mapping[str, TensorInfo] = {name: tensors.infos[name] for name in names}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self._tensors.read(name, index)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self)

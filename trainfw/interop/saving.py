@@ -1,0 +1,234 @@
+"""Hugging Face directories, written a piece at a time and whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainfw.errors import UserError, did_you_mean
+from trainfw.interop.configs import config_to_huggingface
+from trainfw.interop.mapping import ParameterTensors
+from trainfw.interop.safetensors_reader import DTYPES, INDEX, SINGLE
+from trainfw.interop.source import ModelSource, Progress
+from trainfw.interop.tensors import FLOATS, TensorInfo, Tensors, chunks
+from trainfw.models import ModelConfig
+
+MAX_SHARD_SIZE = 2 * 10**9
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written, for a line about it."""
+
+    directory: Path
+    family: str
+    dtype: str
+    num_parameters: int
+    nbytes: int
+    """Of the tensors."""
+
+    def __str__(self) -> str:
+        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.1f} MB"
+        return f"{self.directory}: {self.family}, {self.num_parameters:,} parameters, {self.dtype}, {size}"
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    read: Callable[[str], Any],
+    *,
+    dtype: str = "float32",
+    extra: Mapping[str, Any] | None = None,
+    companions: Callable[[Path], None] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write a model of ours as a Hugging Face directory: config.json, safetensors, and what `companions` adds.
+
+    Args:
+        read: one of our parameters by its path (`layers.attention.query.kernel`), whole, an array of NumPy or JAX with
+            its layers in true order. Each is asked for once and let go before the next: the host holds one at a time.
+        dtype: of the tensors: float32, bfloat16, float16 or float64.
+        extra: of `config_to_huggingface`: the config.json that the model came with, or keys such as `bos_token_id`.
+        companions: writes further files (a tokenizer) into the directory it is given.
+        max_shard_size: bytes of a file; a tensor that is larger has a file of its own.
+
+    The directory appears when everything is in it; after an error nothing has changed. Raises UserError where it exists
+    and holds something, or where no family can say what the model is.
+    """
+    huggingface = config_to_huggingface(config, extra=extra)
+    tensors = ParameterTensors(config, huggingface["model_type"], read, _float(dtype))
+    return _save(directory, huggingface, tensors, dtype, None, companions, max_shard_size, progress)
+
+
+def copy_model(
+    source: ModelSource,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> Saved:
+    """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json.
+
+    What is written is what the model uses: tensors bit for bit, unless `dtype` names another than they have. A few
+    megabytes are in memory at a time.
+    """
+    wanted = None if dtype is None else _float(dtype)
+    huggingface = config_to_huggingface(source.config, extra=source.huggingface)
+    return _save(
+        directory,
+        huggingface,
+        source.used(),
+        dtype or source.dtype,
+        wanted,
+        source.copy_companions,
+        max_shard_size,
+        progress,
+    )
+
+
+def _float(dtype: str) -> np.dtype:
+    if dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not one that weights have{did_you_mean(dtype, FLOATS)}")
+    return FLOATS[dtype]
+
+
+def _save(
+    directory: str | os.PathLike[str],
+    huggingface: dict[str, Any],
+    tensors: Tensors,
+    dtype: str,
+    cast_to: np.dtype | None,
+    companions: Callable[[Path], None] | None,
+    max_shard_size: int,
+    progress: Progress | None,
+) -> Saved:
+    infos = {name: TensorInfo(info.shape, cast_to or info.dtype) for name, info in tensors.infos.items()}
+    nbytes = sum(info.nbytes for info in infos.values())
+    # Transformers 4 reads torch_dtype.
+    huggingface = {**huggingface, "dtype": dtype, "torch_dtype": dtype}
+    with new_directory(directory, nbytes) as temporary:
+        (temporary / "config.json").write_text(json.dumps(huggingface, indent=2, sort_keys=True) + "\n", "utf-8")
+        _write_tensors(temporary, tensors, infos, cast_to, max_shard_size, progress)
+        if companions is not None:
+            companions(temporary)
+    parameters = sum(info.size for info in infos.values())
+    return Saved(Path(directory), huggingface["model_type"], dtype, parameters, nbytes)
+
+
+def _write_tensors(
+    directory: Path,
+    tensors: Tensors,
+    infos: Mapping[str, TensorInfo],
+    cast_to: np.dtype | None,
+    max_shard_size: int,
+    progress: Progress | None,
+) -> None:
+    """The safetensors files: headers from what is known beforehand, then the values in their order."""
+    shards = _shards(infos, max_shard_size)
+    files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    for file, names in zip(files, shards):
+        with open(directory / file, "wb") as stream:
+            stream.write(_header({name: infos[name] for name in names}))
+            for name in names:
+                for part in chunks(tensors, name, cast_to):
+                    stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+                    done += part.nbytes
+                if progress is not None:
+                    progress("writing, MB", done // 2**20, total // 2**20)
+            stream.flush()
+            os.fsync(stream.fileno())
+    if len(files) > 1:
+        placed = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    """Names cut into runs of at most `limit` bytes; in each, wider dtypes come first, which keeps values aligned."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, info in infos.items():
+        if shards[-1] and size + info.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return [sorted(shard, key=lambda name: -infos[name].dtype.itemsize) for shard in shards]
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _header(infos: Mapping[str, TensorInfo]) -> bytes:
+    """The header of a file with these tensors in this order, padded so that values begin at a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        end = offset + info.nbytes
+        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
+    """A temporary directory beside `path`, which is renamed to it at the end; after an error nothing is left.
+
+    Raises UserError where there is something at `path` already (an empty directory is nothing), where it cannot be
+    written, and where the disk has no room for `nbytes`.
+    """
+    target = Path(path)
+    if not str(path) or str(path) == ".":
+        raise UserError(f"{path or 'the path'}: expected the path of a new directory")
+    if target.is_symlink() or target.exists():
+        if not target.is_dir() or target.is_symlink():
+            raise UserError(f"{target}: exists and is no directory; choose another path")
+        if any(target.iterdir()):
+            raise UserError(f"{target}: exists and is not empty; nothing is overwritten, choose another path")
+    made = _make_parents(target.absolute().parent)
+    temporary = target.absolute().parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        try:
+            free = shutil.disk_usage(target.absolute().parent).free
+            if free < nbytes:
+                raise UserError(f"{target}: needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+            temporary.mkdir()
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+        yield temporary
+        os.rename(temporary, target.absolute())
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Those that had to be made, innermost first."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+    except OSError as error:
+        raise UserError(f"{missing[0]}: cannot be made: {error.strerror}") from None
+    return missing

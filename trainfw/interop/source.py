@@ -1,0 +1,217 @@
+"""A model on disk, open: its config and its tensors, of which only what is asked for is read."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainfw.errors import UserError, did_you_mean
+from trainfw.interop.configs import config_from_huggingface
+from trainfw.interop.mapping import Parameter, PartOf, parameters
+from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface, resolve_path
+from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
+from trainfw.interop.tensors import Tensors
+from trainfw.models import ModelConfig
+
+Progress = Callable[[str, int, int | None], None]
+"""(description, completed, total), in megabytes."""
+
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json"),
+)
+"""Files beside the weights that belong to a model."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model of a Hugging Face directory or a GGUF file. Opening it reads its config and its headers."""
+
+    path: Path
+    config: ModelConfig
+    huggingface: dict[str, Any]
+    """Its config.json, or what it would be."""
+    tensors: Tensors
+    """By their Hugging Face names."""
+
+    @property
+    def family(self) -> str:
+        return str(self.huggingface["model_type"])
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Ours, by path, with the tensors that each is made of."""
+        return parameters(self.config, self.family)
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """That of most elements."""
+        counts: Counter[str] = Counter()
+        for info in self.tensors.infos.values():
+            counts[str(info.dtype)] += info.size
+        return counts.most_common(1)[0][0] if counts else "float32"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(info.size for info in self.used().infos.values())
+
+    def fingerprint(self) -> str:
+        """Identity of the weights: names, shapes, dtypes and sampled values of every tensor that the model uses."""
+        return self.used().fingerprint()
+
+    def used(self) -> Tensors:
+        """The tensors that are the model's, in the order of our parameters: not a second copy of a tied table."""
+        return PartOf(self.tensors, [name for parameter in self.parameters.values() for _, name in parameter.names()])
+
+    def check(self) -> None:
+        """Names and shapes against the config; reads no more than a few values.
+
+        Raises UserError that names the tensors where some are missing, unknown or of another shape.
+        """
+        with blamed(self.path):
+            self._check()
+
+    def _check(self) -> None:
+        infos = self.tensors.infos
+        wanted = sum(parameter.tensor_count for parameter in self.parameters.values())
+        if wanted > 2 * len(infos) + 1000:  # before so many names are made
+            raise UserError(f"config.json needs {wanted:,} tensors, and the checkpoint has {len(infos):,}")
+        shapes = {name: p.tensor_shape for p in self.parameters.values() for _, name in p.names()}
+        if missing := set(shapes) - set(infos):
+            hint = "; or its head is the embedding table: tie_word_embeddings: true" if missing == {_HEAD} else ""
+            raise UserError(f"checkpoint: no tensor {_some(missing)}{_near(missing, set(infos) - set(shapes))}{hint}")
+        if extra := {name for name in set(infos) - set(shapes) if not self._ignorable(name)}:
+            raise UserError(f"checkpoint: the model has no place for tensor {_some(extra)}")
+        for name, shape in shapes.items():
+            if infos[name].shape != shape:
+                raise UserError(f"checkpoint: tensor {name} has shape {infos[name].shape}, but the model needs {shape}")
+        if self.config.tie_embeddings and _HEAD in infos and not self._same_samples(_HEAD, _TABLE):
+            raise UserError(
+                f"checkpoint: tensor {_HEAD} differs from {_TABLE}, but config.json says that they are one: set "
+                "tie_word_embeddings: false"
+            )
+
+    def _ignorable(self, name: str) -> bool:
+        """A second copy of a tied table, and the rotary frequencies that old checkpoints store."""
+        return (name == _HEAD and self.config.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
+
+    def _same_samples(self, one: str, other: str) -> bool:
+        infos = self.tensors.infos
+        if infos[one] != infos[other]:
+            return False
+        rows = infos[one].shape[0]
+        parts = [(slice(row, row + 1),) for row in {0, rows // 3, rows // 2, rows - 1}]
+        return all(np.array_equal(self.tensors.read(one, part), self.tensors.read(other, part)) for part in parts)
+
+    def read(
+        self, path: str, like: jax.ShapeDtypeStruct | jax.Array, layer_order: Sequence[int] | None = None
+    ) -> jax.Array:
+        """One of our parameters, such as `layers.attention.query.kernel`, in the dtype and the sharding of `like`.
+
+        Each device's part is read by itself and put there before the next is: the host holds one part at a time, and a
+        part that several devices have is read once. Without a sharding, on the default device. In a run of several
+        processes each reads for its own devices.
+
+        Args:
+            layer_order: the layer at each place of the stacked dim; by default their true order.
+        """
+        if path not in self.parameters:
+            raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.parameters)}")
+        parameter, dtype = self.parameters[path], np.dtype(like.dtype)
+        assert tuple(like.shape) == parameter.shape, f"{path}: {like.shape} for {parameter.shape}"
+        order = None if parameter.stacked == 0 else layer_order
+        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+            whole = index or (slice(None),) * len(parameter.shape)
+            bounds = tuple(part.indices(length)[:2] for part, length in zip(whole, parameter.shape))
+            devices.setdefault(bounds, []).append(device)
+        parts = []
+        for bounds, holders in devices.items():
+            value = parameter.read(self.tensors, tuple(slice(*bound) for bound in bounds), dtype, order)
+            # Waited for, so that this part's memory is free before the next takes its own.
+            parts += [jax.block_until_ready(jax.device_put(value, device)) for device in holders]
+            del value
+        return jax.make_array_from_single_device_arrays(parameter.shape, sharding, parts)
+
+    def copy_companions(self, directory: Path) -> None:
+        """Write the tokenizer, the chat template and the generation config that came with it into a directory."""
+        if self.path.is_dir():
+            for name in COMPANIONS:
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, directory / name)
+
+
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def open_model(path: str | Path) -> ModelSource:
+    """A Hugging Face directory or a GGUF file (or `package:NAME`), checked: it has the tensors that its config needs.
+
+    Reads headers, and weights only when they are asked for. Raises UserError for what is no model, is damaged, or is of
+    a family that `Transformer` does not have; of a run directory, whose model is in a checkpoint that needs its recipe.
+    """
+    resolved = resolve_path(path)
+    kind = model_kind(resolved)
+    if kind == "run":
+        raise UserError(f"{resolved}: is a run; expected a Hugging Face directory or a .gguf file")
+    with blamed(resolved):
+        huggingface = read_huggingface(resolved)
+        config = config_from_huggingface(huggingface)
+        source = ModelSource(resolved, config, huggingface, _open_tensors(resolved, kind))
+    source.check()
+    return source
+
+
+def _open_tensors(path: Path, kind: str) -> Tensors:
+    if kind == "gguf":
+        from trainfw.interop.gguf_reader import GGUFTensors
+
+        return GGUFTensors(path)
+    if not (path / SINGLE).exists() and not (path / INDEX).exists():
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+        if pickles:
+            raise pickle_error(pickles[0])
+        raise UserError(f"{path}: has no weights: expected {SINGLE}, or {INDEX} and its shards")
+    return SafetensorsTensors(path)
+
+
+def load_params(
+    source: ModelSource,
+    abstract: Mapping[str, Any],
+    layer_order: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The parameters as nested dicts of arrays, as in `nnx.to_pure_dict`, in the dtypes and shardings of `abstract`.
+
+    One parameter at a time: the host holds about the largest part of a device.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(dict(abstract))[0]
+    sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]
+    total, done, arrays = sum(sizes) // 2**20, 0, []
+    for (keys, leaf), size in zip(leaves, sizes):
+        arrays.append(source.read(".".join(str(key.key) for key in keys), leaf, layer_order))
+        done += size
+        if progress is not None:
+            progress("loading, MB", done // 2**20, total)
+    return jax.tree.unflatten(jax.tree.structure(dict(abstract)), arrays)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(name[:200] for name in ordered[:limit]) + more
+
+
+def _near(missing: Iterable[str], spare: Iterable[str]) -> str:
+    """What may be there instead, where it is few: a name misspelled."""
+    spare = sorted(spare)
+    return did_you_mean(min(missing), spare) if 0 < len(spare) <= 3 else ""
