@@ -26,7 +26,7 @@ ROWS = [
     ["parallel"],
     ["backends"],
     ["hardware"],
-    ["config"],
+    ["config", "gguf"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

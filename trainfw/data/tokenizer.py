@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
 from trainfw.data.progress import Progress, reported
 from trainfw.errors import UserError
+from trainfw.gguf import huggingface_tokenizer, read_header
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -164,12 +165,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of a directory that holds one (what `Tokenizer.save` wrote, say).
+    """The tokenizer of a tokenizer.json, of a directory that holds one (what `Tokenizer.save` wrote, say), or of a GGUF
+    file.
 
     Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
-    it, else from the usual names. Raises UserError where there is no such file, or no token that ends a document.
+    it, or from the GGUF file, else from the usual names. Raises UserError where there is no such file, or no token
+    that ends a document.
     """
     path = Path(os.path.expanduser(path))
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
@@ -182,14 +187,29 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")
     roles = _json_object(file.parent / "special_tokens_map.json") | settings
+    advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
+    return Tokenizer(backend, *_document_ids(backend, roles, file, advice), settings)
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    form, settings = huggingface_tokenizer(read_header(file))
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(form))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{file}: not a tokenizer that can be read: {error}") from error
+    return Tokenizer(backend, *_document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id"), settings)
+
+
+def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, Any], file: Path, advice: str) -> tuple[int, int]:
+    """The ids of bos and eos. Raises UserError, with what to do, where nothing ends a document."""
     eos = _special_id(backend, roles.get("eos_token"), _KNOWN_EOS)
     bos = _special_id(backend, roles.get("bos_token"), _KNOWN_BOS)
     if eos is None:
         raise UserError(
-            f"{file}: no token that ends a document; name it as eos_token in {file.parent / 'tokenizer_config.json'} "
+            f"{file}: no token that ends a document; {advice} "
             f"(none of the usual names is in the vocabulary: {', '.join(_KNOWN_EOS)})"
         )
-    return Tokenizer(backend, eos if bos is None else bos, eos, settings)
+    return eos if bos is None else bos, eos
 
 
 def _special_id(backend: tokenizers.Tokenizer, named: Any, known: Iterable[str]) -> int | None:

@@ -1,0 +1,242 @@
+"""The header of a GGUF file: its metadata and where its tensors lie.
+
+The `gguf` library knows the format's types; its reader trusts the file, so the walk is ours: every length is held
+against the size of the file before anything is allocated.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from trainfw.errors import UserError, did_you_mean
+
+INSTALL = 'pip install "trainfw[gguf]"'
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+"""Version 1 counted in 32 bits, and was read by nobody for long."""
+MAX_STRING = 1 << 24
+"""Bytes of a string, and elements of an array: no vocabulary is larger, and a header that lies allocates no more."""
+MAX_ELEMENTS = 1 << 22
+MAX_DIMS = 4
+"""ggml's own limit."""
+
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""struct's codes of the metadata's types, by number."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as it lies in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Row-major, as in NumPy: the file lists the dims in the other order. The last is the one that blocks run along."""
+    type: str
+    """ggml's name of the number format, for example `Q4_1`."""
+    offset: int
+    """From the start of the file, in bytes."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A GGUF file's metadata and tensors by name; every tensor lies within the file."""
+
+    file: Path
+    metadata: Mapping[str, Any]
+    """int, float, bool, str, or a list of one of these."""
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the model family, with which the keys about the model begin."""
+        return self.get("general.architecture", str)
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """The value of `key`; a float may be written as an int. Raises UserError where it is absent and there is no
+        default, or is of another kind."""
+        value: Any = self.metadata.get(key, default)
+        if value is None:
+            raise UserError(f"{self.file}: no metadata key {key}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            raise UserError(f"{self.file}: {key} = {_short(value)}: expected {_KINDS[kind]}")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.get(key, int, default)
+        if value < 1:
+            raise UserError(f"{self.file}: {key} = {value}: expected 1 or more")
+        return value
+
+    def items(self, key: str, kind: type[T]) -> list[T]:
+        """A list of values of one kind."""
+        values: list[Any] = self.get(key, list)
+        for value in values:
+            if type(value) is not kind:
+                raise UserError(f"{self.file}: {key} holds {_short(value)}: expected {_KINDS[kind]} in every place")
+        return values
+
+
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+
+
+def read_header(file: Path | str) -> Header:
+    """Read and check the header of a GGUF file. Nothing of the tensors' data is read.
+
+    Raises UserError for a file that is truncated, of another format, version or byte order, or whose counts, lengths
+    or offsets do not fit it, and where the `gguf` library is not installed.
+    """
+    file = Path(os.path.expanduser(file))
+    if not file.is_file():
+        raise UserError(f"no GGUF file at {file}")
+    with file.open("rb") as stream:
+        return _Walk(file, stream).header()
+
+
+@dataclass
+class _Walk:
+    """A position in the header, and reads that stay inside the file."""
+
+    file: Path
+    stream: BinaryIO
+
+    def __post_init__(self) -> None:
+        self.size = os.fstat(self.stream.fileno()).st_size
+        self.at = 0
+
+    def fail(self, what: str) -> UserError:
+        return UserError(f"{self.file}: {what} (at byte {self.at} of {self.size})")
+
+    def read(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise self.fail(f"the header is cut short: {count} bytes were to follow")
+        data = self.stream.read(count)
+        if len(data) != count:
+            raise self.fail("the file became shorter while it was read")
+        self.at += count
+        return data
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.read(struct.calcsize(f"<{code}")))[0]
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        if length > MAX_STRING:
+            raise self.fail(f"text of {length} bytes: expected {MAX_STRING} at most")
+        try:
+            return self.read(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"text that is not UTF-8: {error.reason}") from error
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.fail(f"metadata of unknown type {kind}")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind != _STRING and kind not in _SCALARS:
+            raise self.fail(f"a list of metadata of type {kind}: expected numbers or text")
+        if count > MAX_ELEMENTS:
+            raise self.fail(f"a list of {count} elements: expected {MAX_ELEMENTS} at most")
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        code = _SCALARS[kind]
+        return list(struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize(f"<{code}"))))
+
+    def header(self) -> Header:
+        if (magic := self.read(4)) != MAGIC:
+            raise UserError(f"{self.file}: not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}")
+        version = self.scalar("I")
+        if version & 0xFFFF == 0 and version >> 16:
+            raise UserError(f"{self.file}: a big-endian GGUF file is not supported; convert it where it was made")
+        if version not in VERSIONS:
+            raise UserError(f"{self.file}: GGUF version {version} is not supported; one of: 2, 3")
+        num_tensors, num_keys = self.scalar("Q"), self.scalar("Q")
+        # Each tensor and each key takes at least so many bytes: counts that lie are known before the loop.
+        if num_tensors * 32 + num_keys * 13 > self.size:
+            raise self.fail(f"{num_tensors} tensors and {num_keys} metadata keys do not fit into the file")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_keys):
+            key = self.string()
+            if key in metadata:
+                raise self.fail(f"metadata key {_short(key)} comes twice")
+            metadata[key] = self.value(self.scalar("I"))
+        infos = [self.tensor() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
+            raise UserError(f"{self.file}: general.alignment = {_short(alignment)}: expected a power of two")
+        start = -(-self.at // alignment) * alignment
+        return Header(self.file, metadata, self.placed(infos, start, alignment))
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, number of the type, and offset from the start of the data."""
+        name, rank = self.string(), self.scalar("I")
+        if not 1 <= rank <= MAX_DIMS:
+            raise self.fail(f"tensor {_short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
+        shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
+        return name, shape, self.scalar("I"), self.scalar("Q")
+
+    def placed(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> dict[str, StoredTensor]:
+        """The tensors by name, none of which reaches beyond the file or into another."""
+        sizes = _type_sizes()
+        tensors: dict[str, StoredTensor] = {}
+        for name, shape, number, offset in infos:
+            if number not in sizes:
+                raise UserError(f"{self.file}: tensor {_short(name)} has unknown type {number}")
+            kind, block, bytes_per_block = sizes[number]
+            if min(shape) < 1 or shape[-1] % block:
+                raise UserError(f"{self.file}: tensor {_short(name)} of type {kind} has shape {shape}")
+            nbytes = math.prod(shape) // block * bytes_per_block
+            if offset % alignment or start + offset + nbytes > self.size:
+                raise UserError(
+                    f"{self.file}: tensor {_short(name)}: {nbytes} bytes at {start + offset} of a file of {self.size}: "
+                    "the file is cut short, or its header is wrong"
+                )
+            if name in tensors:
+                raise UserError(f"{self.file}: tensor {_short(name)} comes twice")
+            tensors[name] = StoredTensor(name, shape, kind, start + offset, nbytes)
+        ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+        for left, right in itertools.pairwise(ordered):
+            if left.offset + left.nbytes > right.offset:
+                raise UserError(f"{self.file}: tensors {_short(left.name)} and {_short(right.name)} overlap")
+        return tensors
+
+
+def _type_sizes() -> dict[int, tuple[str, int, int]]:
+    """ggml's number formats by number: name, elements in a block, bytes of a block."""
+    try:
+        from gguf.constants import GGML_QUANT_SIZES
+    except ImportError as error:
+        raise UserError(f"GGUF files need the gguf library: {INSTALL}") from error
+    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def known_or_refuse(header: Header, key: str, choices: Mapping[str, T]) -> T:
+    """`choices` at the value of a text key. Raises UserError with the nearest choice."""
+    name = header.get(key, str)
+    if name not in choices:
+        raise UserError(f"{header.file}: {key} = {_short(name)} is not supported{did_you_mean(name, choices)}")
+    return choices[name]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,97 @@
+"""What GGUF says of tokenizers by name, and tokenizer.json in full: one table for both directions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""`tokenizer.ggml.token_type`."""
+
+SPACE = "▁"
+"""SentencePiece's space."""
+
+ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""Keys of tokenizer_config.json, and those of `tokenizer.ggml` that give the same token by its id."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN2 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+
+
+def _byte_level(*, regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
+
+
+def _splits(*patterns: str) -> dict[str, Any]:
+    """The text cut by each pattern in turn, what is between matches kept; then bytes."""
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    return {"type": "Sequence", "pretokenizers": [*steps, _byte_level(regex=False)]}
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How a byte-level tokenizer cuts text before it merges bytes."""
+
+    form: Mapping[str, Any]
+    """The `pre_tokenizer` of tokenizer.json."""
+    normalizer: str | None = None
+    """The Unicode form that published tokenizers of this kind bring text into first. llama.cpp does not."""
+    ignore_merges: bool = False
+    """A piece that is a token is not merged from bytes."""
+
+
+_DIGITS = {"type": "Digits", "individual_digits": True}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "gpt-2": PreTokenizer(_byte_level(regex=True)),
+    "smollm": PreTokenizer({"type": "Sequence", "pretokenizers": [_DIGITS, _byte_level(regex=True)]}),
+    "llama-bpe": PreTokenizer(_splits(_LLAMA3), ignore_merges=True),
+    "qwen2": PreTokenizer(_splits(_QWEN2), "NFC"),
+    "olmo": PreTokenizer(_byte_level(regex=True), "NFC"),
+    # llama.cpp's own, for files that do not say: the cuts of several models, one after the other.
+    "default": PreTokenizer(_splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+}
+"""By `tokenizer.ggml.pre`; the patterns are those of llama.cpp's src/llama-vocab.cpp, and of the published files."""
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+"""Other names of the same."""
+
+
+def canonical(form: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """A pre-tokenizer's steps, without what changes no token: two that cut alike, written differently, are equal."""
+    match form:
+        case None:
+            return ()
+        case {"type": "Sequence", "pretokenizers": [*steps]}:
+            return tuple(itertools.chain.from_iterable(canonical(step) for step in steps))
+        case {"type": "ByteLevel"}:
+            return (("ByteLevel", form.get("add_prefix_space", True), form.get("use_regex", True)),)
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": behavior}:
+            # llama.cpp and some published files write out what (?i:...) means.
+            for spelling in (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", r"'(?i:[sdmt]|ll|ve|re)"):
+                pattern = pattern.replace(spelling, _ENGLISH)
+            return (("Split", pattern, behavior, form.get("invert", False)),)
+    return (tuple(sorted((key, repr(value)) for key, value in form.items())),)
+
+
+def implied_merges(ids: Mapping[str, int], ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, those of the token
+    with the least rank first. Ties are in the order of Transformers' `generate_merges`, and of what is read first."""
+    found = []
+    for token, rank in ranks.items():
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        found += [(rank, -len(left), -len(right), left, right) for left, right in cuts]
+    found.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in found]
