@@ -20,7 +20,7 @@ from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import HardwareConfig
-from trainfw.interop import read_model_config
+from trainfw.interop import peft_fields, read_model_config
 from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -289,7 +289,7 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
     for key, value in _leaves(tree):
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{_where(key, sources)}{key} = {_show(value)}: holds a NUL character")
-    tree = _from_weights(tree, sources)
+    tree = _from_adapter(_from_weights(tree, sources), sources)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -313,7 +313,7 @@ def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
     required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
     if not required <= set(model):
         try:
-            fields = read_model_config(source)
+            fields = _fields_of(source)
         except UserError as error:
             raise UserError(f"{_where('model.from', sources)}model.from: {error}") from error
         # Dispatch and the like are not the weights': field by field.
@@ -321,6 +321,37 @@ def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
     if isinstance(data, dict) and "tokenizer" not in data:
         tree = {**tree, "data": {**data, "tokenizer": {"name": "file", "path": source}}}
     return tree
+
+
+def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
+    """The fields that `adapter.from` stands for, where none of an adapter's shape is written out."""
+    adapter = tree.get("adapter")
+    source = adapter.get("from") if isinstance(adapter, dict) else None
+    if not isinstance(adapter, dict) or not isinstance(source, str) or {"rank", "targets"} & set(adapter):
+        return tree
+    try:
+        return {**tree, "adapter": {**_adapter_of(source), **adapter}}
+    except UserError as error:
+        raise UserError(f"{_where('adapter.from', sources)}adapter.from: {error}") from error
+
+
+def _fields_of(source: str) -> dict[str, Any]:
+    """The fields of the model at a path: a run's, or those of weights."""
+    if (Path(source) / "recipe.yaml").is_file():
+        config = load_recipe(Path(source) / "recipe.yaml").model
+    else:
+        config = read_model_config(source)
+    return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
+
+
+def _adapter_of(source: str) -> dict[str, Any]:
+    """The fields of the adapter at a path: a run's, or one in PEFT's form."""
+    if not (Path(source) / "recipe.yaml").is_file():
+        return peft_fields(source)
+    config = load_recipe(Path(source) / "recipe.yaml").adapter
+    if config is None:
+        raise UserError(f"{source}: is a run that trained all weights, not an adapter")
+    return config.model_dump(exclude={"from_"}, exclude_defaults=True)
 
 
 def _describe(error: Any, sources: Sources, file: str) -> str:

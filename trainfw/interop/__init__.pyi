@@ -6,6 +6,11 @@ from .paths import model_kind as model_kind
 from .paths import read_huggingface as read_huggingface
 from .paths import read_model_config as read_model_config
 from .paths import resolve_path as resolve_path
+from .peft import is_peft as is_peft
+from .peft import peft_fields as peft_fields
+from .peft import peft_problem as peft_problem
+from .peft import read_peft as read_peft
+from .peft import save_peft as save_peft
 from .safetensors_reader import SafetensorsTensors as SafetensorsTensors
 from .saving import Saved as Saved
 from .saving import copy_model as copy_model

@@ -272,7 +272,7 @@ def _differences(config: ModelConfig, written: Mapping[str, Any]) -> list[str]:
 
 def _essence(config: ModelConfig) -> dict[str, Any]:
     """What the model computes, in one way of saying it."""
-    fields = config.model_dump(exclude={"preset", "layer_pattern", "moe"})
+    fields = config.model_dump(exclude={"preset", "from_", "layer_pattern", "moe"})
     slides = "sliding" in config.layer_kinds
     moe = config.moe.model_dump(exclude=set(_RUNNING)) if config.moe is not None else {}
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ import numpy as np
 
 from trainfw.adapters import AdapterConfig, PatternConfig, config_targets
 from trainfw.errors import UserError, did_you_mean
-from trainfw.interop.mapping import tensor_names
+from trainfw.interop.configs import config_to_huggingface
+from trainfw.interop.json_files import read_json
+from trainfw.interop.mapping import parameters
 from trainfw.interop.safetensors_reader import SafetensorsTensors
+from trainfw.interop.saving import new_directory
 from trainfw.models import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,7 +56,7 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     """
     directory = Path(path)
     config = _config(directory)
-    tensors = SafetensorsTensors(directory, names=(WEIGHTS,))
+    tensors = SafetensorsTensors(directory, WEIGHTS)
     found = {name.removeprefix(_PREFIX): name for name in tensors.infos}
     places = _places(model)
     ranks: dict[str, int] = {}
@@ -99,15 +101,51 @@ _PARTS = {
 }
 
 
+_MODULES = {
+    "q_proj": "layers.attention.query",
+    "k_proj": "layers.attention.key",
+    "v_proj": "layers.attention.value",
+    "o_proj": "layers.attention.output",
+    "gate_proj": "layers.mlp.gate",
+    "up_proj": "layers.mlp.up",
+    "down_proj": "layers.mlp.down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+"""Their names of modules, in every family that PEFT adapts, and ours."""
+
+
+def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of `AdapterConfig` that an adapter in PEFT's form gives a recipe, from its config alone, without JAX.
+
+    Raises UserError for names of modules that are none of a decoder's.
+    """
+    config = _config(Path(path))
+    modules = config.get("target_modules")
+    if modules == "all-linear":
+        modules = [name for name in _MODULES if name not in ("embed_tokens", "lm_head")]
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{Path(path) / CONFIG}: target_modules = {modules!r}: expected a list of names")
+    ends = [name.rpartition(".")[2] for name in modules]
+    if unknown := [name for name in ends if name not in _MODULES]:
+        raise UserError(
+            f"{Path(path) / CONFIG}: target_modules: {unknown[0]!r} is not known{did_you_mean(unknown[0], _MODULES)}"
+        )
+    ranks = {_MODULES[end]: end for end in ends}
+    places = {ours: {(): end} for ours, end in ranks.items()}
+    sizes = {ours: _patterned(config.get("rank_pattern"), end, int(config["r"])) for ours, end in ranks.items()}
+    return _ours(config, sizes, places, Path(path)).model_dump(exclude_defaults=True)
+
+
 def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
     """Our linear maps and the embedding -> index among the stacked -> their module. Experts, which PEFT does not
     adapt one by one, are left out.
     """
     found = {}
-    for path, names in tensor_names(model).items():
+    for path, parameter in parameters(model, config_to_huggingface(model)["model_type"]).items():
         name, _, leaf = path.rpartition(".")
-        if leaf in ("kernel", "table") and not name.endswith("router") and all(len(index) < 2 for index in names):
-            found[name] = {index: tensor.removesuffix(".weight") for index, tensor in names.items()}
+        if leaf in ("kernel", "table") and not name.endswith("router") and parameter.stacked < 2:
+            found[name] = {place: tensor.removesuffix(".weight") for place, tensor in parameter.names()}
     return found
 
 
@@ -129,14 +167,7 @@ def _stacked(
 
 def _config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: expected a JSON object")
+    config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}: expected LORA")
     for key, default in _REFUSED.items():
@@ -202,9 +233,6 @@ def save_peft(
 
     if problem := peft_problem(config, model):
         raise UserError(problem)
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: already exists, and is not empty")
     sizes = config_targets(config, model)
     places = _places(model)
     suffixes = {name: next(iter(places[name].values())).rpartition(".")[2] for name in sizes}
@@ -224,18 +252,9 @@ def save_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    temporary = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_directory(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
         save_file(dict(_tensors(arrays, places)), temporary / WEIGHTS, metadata={"format": "pt"})
-        if directory.exists():
-            directory.rmdir()
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _plain(number: float) -> float:

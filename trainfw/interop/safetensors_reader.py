@@ -42,7 +42,7 @@ class _Place:
 
 
 class SafetensorsTensors:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """The tensors of `single`, or of the shards that `model.safetensors.index.json` names.
 
     Everything that headers and index claim is checked when it is opened, against the files' real sizes, before a value
     is read. A shard's name is that of a file in the directory itself: no path. The file may be a symbolic link to
@@ -51,9 +51,9 @@ class SafetensorsTensors:
     Values are read with `pread` and never mapped, so that the host's memory holds what was asked for and no more.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], single: str = SINGLE):
         self.directory = Path(directory)
-        self._places = self._open()
+        self._places = self._open(single)
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -73,10 +73,10 @@ class SafetensorsTensors:
     def fingerprint(self) -> str:
         return fingerprint(self)
 
-    def _open(self) -> dict[str, _Place]:
-        single, index = self.directory / SINGLE, self.directory / INDEX
-        if single.exists():
-            return read_header(single)
+    def _open(self, single: str) -> dict[str, _Place]:
+        index = self.directory / INDEX
+        if single != SINGLE or (self.directory / single).exists():
+            return read_header(self.directory / single)
         named = self._index(index)
         places: dict[str, _Place] = {}
         for shard in sorted(set(named.values())):

@@ -1,0 +1,281 @@
+"""Adapters beside PEFT's: the same numbers, and each reads what the other writes."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import trainfw
+from trainfw import UserError, build_program, load_recipe
+from trainfw.adapters import AdapterConfig
+from trainfw.data import byte_tokenizer
+from trainfw.interop import peft_fields, read_peft, save_peft
+from trainfw.models import generate
+from trainfw.program import merge
+
+ROWS, LENGTH = 4, 24
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "lora": {"target_modules": LINEAR},
+    "rslora, patterns": {
+        "target_modules": ["q_proj", "down_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+    },
+    "dora": {"target_modules": LINEAR, "use_dora": True},
+    "embeddings and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random Llama, untied, with grouped heads."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    directory = tmp_path_factory.mktemp("base")
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    byte_tokenizer().save(directory)
+    return directory
+
+
+def reference(base):
+    return transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+
+
+def written(base, directory, **fields):
+    """A PEFT adapter with every weight off its start, and the model that has it."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, task_type="CAUSAL_LM", **fields)
+    model = peft.get_peft_model(reference(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return model
+
+
+def recipe(base, directory, *overrides):
+    file = directory / "recipe.yaml"
+    file.write_text(
+        f"name: adapter\nmodel: {{from: {base}}}\nadapter: {{rank: 4, alpha: 8.0}}\n"
+        f"data: {{source: [{directory}/*.txt], tokenizer: {{name: bytes}}, sequence_length: {LENGTH}, "
+        f"validation_fraction: 0.3}}\n"
+        f"train: {{steps: 6, global_batch_size: {ROWS}, log_every: 3, validation_batches: 1}}\n"
+        "optimizer: {learning_rate: 3.0e-2, clip_norm: null}\n"
+    )
+    for i in range(12):
+        (directory / f"{i}.txt").write_text(f"document {i}: " + " ".join(f"{i * k % 5} + {k}" for k in range(30)))
+    return load_recipe(file, overrides)
+
+
+def batch_of():
+    tokens = np.random.default_rng(0).integers(0, 258, (ROWS, LENGTH + 1)).astype(np.int32)
+    index = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((ROWS, LENGTH), np.int32),
+        "positions": index,
+        "loss_mask": np.ones((ROWS, LENGTH), np.float32),
+    }
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_loss_and_gradients_are_those_of_peft(base, tmp_path, adapter):
+    model = written(base, tmp_path / "peft", **ADAPTERS[adapter])
+    batch = batch_of()
+    logits = model(input_ids=torch.from_numpy(batch["tokens"]).long()).logits
+    targets = torch.from_numpy(batch["targets"]).long()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+
+    loaded = recipe(base, tmp_path, f"adapter={{from: {tmp_path / 'peft'}}}")
+    program = build_program(loaded, jax.devices()[:1])
+    state = program.init()
+    grads, metrics = program.gradients(state.params, state.frozen, program.shard_batch(batch))
+    assert metrics["loss"].value() == pytest.approx(float(loss.detach()), rel=1e-4)
+
+    # Theirs, in the form of a saved adapter, read as one.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.grad)
+    model.save_pretrained(tmp_path / "gradients")
+    _, expected = read_peft(tmp_path / "gradients", loaded.model)
+    found = {".".join(map(str, path)): grad for path, grad in nnx.to_flat_state(nnx.State(grads))}
+    assert set(found) == set(expected)
+    for name, grad in found.items():
+        difference = np.linalg.norm(np.asarray(grad) - expected[name]) / np.linalg.norm(expected[name])
+        assert difference < 1e-4, (name, difference)
+
+
+def greedy(model, prompt, count):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def ours(model, prompt, count):
+    return list(generate(model, prompt, max_tokens=count, temperature=0.0))
+
+
+PROMPT = [256, *b"document 3: 1 + 2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_trained_here_is_the_same_in_peft(base, tmp_path, kind):
+    loaded = recipe(base, tmp_path, f"adapter.kind={kind}")
+    result = trainfw.train(loaded, run_dir=tmp_path / "run", devices=jax.devices()[:1])
+    model, _ = trainfw.load_model(result.run_dir)
+    tokens = ours(model, PROMPT, 24)
+    assert tokens != ours(trainfw.load_model(base)[0], PROMPT, 24)
+
+    from trainfw.program import read_adapter
+
+    adapter = read_adapter(str(result.run_dir), loaded.model)
+    save_peft(tmp_path / "peft", adapter.config, adapter.arrays, loaded.model, str(base))
+    theirs = peft.PeftModel.from_pretrained(reference(base), tmp_path / "peft")
+    assert greedy(theirs, PROMPT, 24) == tokens
+    assert greedy(theirs.merge_and_unload(), PROMPT, 24) == tokens
+
+    merged = merge(str(result.run_dir))
+    from trainfw.interop import save_model
+
+    save_model(
+        tmp_path / "merged",
+        merged.config,
+        lambda name: merged.read(name, jax.ShapeDtypeStruct(shapes(merged.config)[name], jnp.float32)),
+    )
+    byte_tokenizer().save(tmp_path / "merged")
+    assert greedy(reference(tmp_path / "merged"), PROMPT, 24) == tokens
+    assert ours(trainfw.load_model(tmp_path / "merged")[0], PROMPT, 24) == tokens
+
+
+def shapes(config):
+    from trainfw.models import abstract_model
+
+    return {
+        ".".join(map(str, path)): p.shape for path, p in nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_of_peft_is_the_same_here(base, tmp_path, adapter):
+    model = written(base, tmp_path / "peft", **ADAPTERS[adapter])
+    tokens = greedy(model, PROMPT, 24)
+    loaded = recipe(base, tmp_path, f"adapter={{from: {tmp_path / 'peft'}}}", "train.steps=1")
+    program = build_program(loaded, jax.devices()[:1])
+    state = program.init()
+    assert ours(program.model(state.params, state.frozen), PROMPT, 24) == tokens
+    merged = merge(str(tmp_path / "peft"), str(base))
+    from trainfw.interop import save_model
+
+    save_model(
+        tmp_path / "merged",
+        merged.config,
+        lambda name: merged.read(name, jax.ShapeDtypeStruct(shapes(merged.config)[name], jnp.float32)),
+    )
+    assert greedy(reference(tmp_path / "merged"), PROMPT, 24) == tokens
+
+
+def test_what_is_read_is_written_again(base, tmp_path):
+    for name, fields in ADAPTERS.items():
+        written(base, tmp_path / name, **fields)
+        model = trainfw.interop.read_model_config(base) if hasattr(trainfw, "interop") else None
+        from trainfw.interop import read_model_config
+
+        model = read_model_config(base)
+        config, arrays = read_peft(tmp_path / name, model)
+        save_peft(tmp_path / f"{name} again", config, arrays, model, "base")
+        before, after = (
+            load_file(d / "adapter_model.safetensors") for d in (tmp_path / name, tmp_path / f"{name} again")
+        )
+        assert set(before) == set(after)
+        for key in before:
+            np.testing.assert_array_equal(before[key], after[key])
+        again, _ = read_peft(tmp_path / f"{name} again", model)
+        assert again == config
+        assert AdapterConfig(**peft_fields(tmp_path / name)).targets == [*config.targets] or set(
+            AdapterConfig(**peft_fields(tmp_path / name)).targets
+        ) == set(config.targets)
+        peft.PeftModel.from_pretrained(reference(base), tmp_path / f"{name} again")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type = 'IA3': expected LORA"),
+        ({"r": "four"}, "r = 'four': expected a number above 0"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported"),
+        ({"r": 5}, "has rank 4, but adapter_config.json says 5"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        (b"{", "JSON"),
+    ],
+)
+def test_damaged_adapters_are_refused(base, tmp_path, change, message):
+    from trainfw.interop import read_model_config
+
+    written(base, tmp_path / "peft", target_modules=["q_proj"])
+    file = tmp_path / "peft" / "adapter_config.json"
+    if isinstance(change, bytes):
+        file.write_bytes(change)
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_peft(tmp_path / "peft", read_model_config(base))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "layer", "truncated"])
+def test_tensors_that_do_not_fit_are_refused(base, tmp_path, damage):
+    from trainfw.interop import read_model_config
+
+    written(base, tmp_path / "peft", target_modules=["q_proj"])
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "extra":
+        tensors[name.replace("q_proj", "w_proj")] = tensors[name]
+    elif damage == "shape":
+        tensors[name] = tensors[name][:-1]
+    elif damage == "layer":
+        tensors = {key: value for key, value in tensors.items() if ".1." not in key}
+    save_file(tensors, file)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError) as error:
+        read_peft(tmp_path / "peft", read_model_config(base))
+    assert "adapter_model.safetensors" in str(error.value)
