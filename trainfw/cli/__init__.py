@@ -13,7 +13,20 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli import check, doctor, env, evaluate, generate, plan, recipe, tokenizer, topology, train
+from trainfw.cli import (
+    check,
+    doctor,
+    env,
+    evaluate,
+    export,
+    generate,
+    import_,
+    plan,
+    recipe,
+    tokenizer,
+    topology,
+    train,
+)
 from trainfw.errors import RunError, UserError
 
 app = typer.Typer(
@@ -46,6 +59,8 @@ def _options(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("import")(import_.import_)
+app.command("export")(export.export)
 app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

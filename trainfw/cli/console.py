@@ -1,9 +1,25 @@
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from trainfw.training import Reporter
+
+
+@contextlib.contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Ctrl-C ends what is written here by its own cleaning up, and then the command."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def make_reporter() -> Reporter:

@@ -12,6 +12,15 @@ Overrides = Annotated[
 ]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+ModelPath = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, or package:NAME (a Python package)."),
+]
+OutPath = Annotated[str, typer.Option("--out", help="What to write; nothing that exists is overwritten.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).", show_default=False),
+]
 Devices = Annotated[
     int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
 ]

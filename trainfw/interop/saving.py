@@ -75,13 +75,14 @@ def copy_model(
     directory: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Saved:
     """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json.
 
     What is written is what the model uses: tensors bit for bit, unless `dtype` names another than they have. A few
-    megabytes are in memory at a time.
+    megabytes are in memory at a time. `companions` takes the place of `source.copy_companions`.
     """
     wanted = None if dtype is None else _float(dtype)
     huggingface = config_to_huggingface(source.config, extra=source.huggingface)
@@ -91,7 +92,7 @@ def copy_model(
         source.used(),
         dtype or source.dtype,
         wanted,
-        source.copy_companions,
+        companions or source.copy_companions,
         max_shard_size,
         progress,
     )
