@@ -71,7 +71,7 @@ class Header:
             raise UserError(f"{self.file}: no metadata key {key}")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{self.file}: {key} = {_short(value)}: expected {_KINDS[kind]}")
         return value
 

@@ -81,15 +81,17 @@ def _byte_level(
     missing = [name for name in ByteLevel.alphabet() if name not in form["model"]["vocab"]]
     if missing:
         raise UserError(f"{file}: the vocabulary lacks {len(missing)} of the 256 bytes of byte-level BPE")
+    if not merges:
+        raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
     return {
         f"{_GGML}.model": "gpt2",
-        f"{_GGML}.pre": _pre_tokenizer(file, form, merges),
+        f"{_GGML}.pre": _pre_tokenizer(file, form),
         f"{_GGML}.merges": [" ".join(merge) for merge in merges],
         f"{_GGML}.add_space_prefix": False,
     }
 
 
-def _pre_tokenizer(file: Path, form: dict[str, Any], merges: list[tuple[str, ...]]) -> str:
+def _pre_tokenizer(file: Path, form: dict[str, Any]) -> str:
     """llama.cpp's name of how text is cut. Raises UserError where it has none."""
     normalizer = (form.get("normalizer") or {}).get("type")
     steps = canonical(form.get("pre_tokenizer"))
@@ -102,8 +104,6 @@ def _pre_tokenizer(file: Path, form: dict[str, Any], merges: list[tuple[str, ...
     for name in sorted(alike, key=lambda name: PRE_TOKENIZERS[name].normalizer != normalizer):
         if PRE_TOKENIZERS[name].ignore_merges or not whole:
             return name
-    if not merges and not whole and normalizer is None and steps and steps[-1] == ("ByteLevel", False, False):
-        return "gpt-2"  # bytes that never merge are the same however the text is cut
     raise UserError(
         f"{file}: llama.cpp has no name for how this tokenizer cuts text, and would cut it otherwise; "
         f"one of: {', '.join(PRE_TOKENIZERS)}. Start from a tokenizer of these kinds to run the model there"

@@ -1,0 +1,93 @@
+"""GGUF files and tokenizers small enough to make in a test."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, trainers
+
+from trainfw.gguf.tokens import PRE_TOKENIZERS
+
+STDLIB = Path(json.__file__).parents[1]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def texts(limit: int = 400) -> list[str]:
+    """Paragraphs of Python's standard library."""
+    files = [STDLIB / name for name in ("argparse.py", "decimal.py", "_pydecimal.py", "textwrap.py", "difflib.py")]
+    found = [part for file in files for part in file.read_text(encoding="utf-8").split("\n\n")]
+    return found[:: max(len(found) // limit, 1)]
+
+
+UNICODE = [
+    "",
+    " ",
+    "  a   b\n\n\n c\t\td \n",
+    "naïve Ünïcödé — “quotes” … ½ ² １２３ ١٢٣",
+    "日本語のテキスト と 한국어, हिन्दी, עברית",
+    "🙂🙂🏽 👩‍👩‍👧 e\u0301 \u200b\ufeff",
+    "it's IT'S we'll 1234567 3.14 x1y2 12abc",
+    "<|im_start|>user\nhi<|im_end|>",
+    "a" * 300,
+    " " * 60 + "1",
+    "\r\n\r\r\n x \r\n",
+]
+
+
+def byte_level(directory: Path, pre: str = "smollm", size: int = 600) -> Path:
+    """A byte-level BPE tokenizer trained on the standard library, in the Hugging Face form."""
+    known = PRE_TOKENIZERS[pre]
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=known.ignore_merges))
+    form = json.loads(backend.to_str())
+    form["pre_tokenizer"] = known.form
+    form["normalizer"] = {"type": known.normalizer} if known.normalizer else None
+    backend = tokenizers.Tokenizer.from_str(json.dumps(form))
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts(), trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "unk_token": SPECIAL[0],
+        "pad_token": SPECIAL[2],
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def write_gguf(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
+    """A file as the gguf library writes it; each tensor with the name of its type, the bytes of a quantised one."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, metadata["general.architecture"])
+    for key, value in metadata.items():
+        if key == "general.architecture":
+            continue
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds.get(type(value), writer.add_array)(key, value)
+    for name, (kind, array) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def string(text: bytes) -> bytes:
+    """As GGUF writes text."""
+    return struct.pack("<Q", len(text)) + text
