@@ -59,6 +59,12 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     tensors = SafetensorsTensors(directory, WEIGHTS)
     found = {name.removeprefix(_PREFIX): name for name in tensors.infos}
     places = _places(model)
+    for module in ("model.embed_tokens", "lm_head"):
+        # PEFT saves the base's own beside adapters of these: the base is given here.
+        if (copy := found.pop(f"{module}.base_layer.weight", None)) is not None:
+            shape, expected = tensors.infos[copy].shape, (model.vocab_size, model.hidden_size)
+            if shape != expected:
+                raise UserError(f"{directory / WEIGHTS}: tensor {copy} has shape {shape}; the base has {expected}")
     ranks: dict[str, int] = {}
     arrays: dict[str, np.ndarray] = {}
     for ours, theirs in places.items():
