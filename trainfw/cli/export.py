@@ -19,10 +19,10 @@ def export(
 ) -> None:
     """Write a run's model, or any model, in a format of other libraries."""
     from trainfw import backends
-    from trainfw.errors import UserError, did_you_mean
+    from trainfw.errors import UserError
 
     if format not in FORMATS:
-        raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
+        raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     backends.prepare()
 
     from trainfw.cli.console import cleaning_up, make_reporter

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 from trainfw.interop.configs import config_to_huggingface
 from trainfw.interop.mapping import ParameterTensors
 from trainfw.interop.safetensors_reader import DTYPES, INDEX, SINGLE
@@ -100,7 +100,7 @@ def copy_model(
 
 def _float(dtype: str) -> np.dtype:
     if dtype not in FLOATS:
-        raise UserError(f"dtype {dtype!r} is not one that weights have{did_you_mean(dtype, FLOATS)}")
+        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
     return FLOATS[dtype]
 
 
