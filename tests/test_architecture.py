@@ -27,6 +27,7 @@ ROWS = [
     ["backends"],
     ["hardware"],
     ["config", "gguf"],
+    ["paths"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

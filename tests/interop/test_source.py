@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from tests.helpers import tiny_recipe
 from tests.interop.references import MODELS, SEQUENCE, logits_of, reference, save, tensors_in
 from trainfw.errors import UserError
-from trainfw.interop import ModelSource, load_params, model_kind, open_model, read_model_config, resolve_path
+from trainfw.interop import ModelSource, load_params, model_kind, open_model, read_model_config
 from trainfw.models import abstract_model
+from trainfw.paths import resolve_path
 from trainfw.program import build_program
 
 

@@ -21,6 +21,7 @@ from trainfw.cli import (
     export,
     generate,
     import_,
+    merge,
     plan,
     recipe,
     tokenizer,
@@ -61,6 +62,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
+app.command("merge")(merge.merge)
 app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

@@ -1,42 +1,46 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from trainfw.cli.options import Dtype, OutPath
-
-FORMATS = ("hf", "gguf", "peft")
+from trainfw.cli.options import AnyModel, OutPath, Step
 
 
 def export(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, package:NAME.")
-    ],
+    source: AnyModel,
     out: OutPath,
-    format: Annotated[str, typer.Option(help="hf (a Hugging Face directory), gguf or peft (an adapter).")] = "hf",
-    dtype: Dtype = None,
+    format: Annotated[
+        str, typer.Option(help="hf (a Hugging Face directory), gguf (a file), peft (an adapter).")
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16; in GGUF q8_0 too (default: as it is, in GGUF float16)."),
+    ] = None,
+    step: Step = None,
 ) -> None:
-    """Write a run's model, or any model, in a format of other libraries."""
+    """Write a run's model or adapter, or any model, in a format of other libraries."""
     from trainfw import backends
-    from trainfw.errors import UserError
+    from trainfw.errors import UserError, did_you_mean
 
-    if format not in FORMATS:
-        raise UserError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     backends.prepare()
 
     from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.cli.import_ import tokenizer_of
-    from trainfw.interop import copy_model, model_kind, open_model, resolve_path
+    from trainfw.program import Format, export_model
 
-    path = resolve_path(source)
-    if (kind := model_kind(path)) == "run" or format != "hf":
-        raise UserError(f"{path}: cannot be written as {format} yet: it is a {kind}")
-    model = open_model(path)
+    if format not in get_args(Format):
+        raise UserError(f"--format {format}{did_you_mean(format, get_args(Format))}")
     reporter = make_reporter()
     try:
         with cleaning_up():
-            saved = copy_model(model, out, dtype=dtype, companions=tokenizer_of(path), progress=reporter.progress)
+            written = export_model(
+                source,
+                out,
+                format=format,  # type: ignore[arg-type]
+                dtype=dtype,
+                step=step,
+                progress=reporter.progress,
+            )
     finally:
         reporter.close()
-    typer.echo(str(saved))
+    typer.echo(written)

@@ -16,7 +16,8 @@ def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
 
     from trainfw.cli.console import cleaning_up, make_reporter
     from trainfw.errors import UserError
-    from trainfw.interop import copy_model, model_kind, open_model, resolve_path
+    from trainfw.interop import copy_model, model_kind, open_model
+    from trainfw.paths import resolve_path
 
     path = resolve_path(source)
     if model_kind(path) == "run":

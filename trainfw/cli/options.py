@@ -16,6 +16,10 @@ ModelPath = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, or package:NAME (a Python package)."),
 ]
+AnyModel = Annotated[
+    str,
+    typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME."),
+]
 OutPath = Annotated[str, typer.Option("--out", help="What to write; nothing that exists is overwritten.")]
 Dtype = Annotated[
     str | None,

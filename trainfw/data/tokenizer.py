@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
 from trainfw.data.progress import Progress, reported
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
+from trainfw.paths import resolve_path
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -165,16 +165,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, of a directory that holds one (what `Tokenizer.save` wrote, say), or of a GGUF
-    file.
+    """The tokenizer of a tokenizer.json, of a directory that holds one (what `Tokenizer.save` wrote, say), of a run, of
+    a GGUF file, or of `package:NAME`.
 
     Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
     it, or from the GGUF file, else from the usual names. Raises UserError where there is no such file, or no token
     that ends a document.
     """
-    path = Path(os.path.expanduser(path))
+    path = resolve_path(path)
     if path.suffix == ".gguf":
         return _from_gguf(path)
+    if (path / "recipe.yaml").is_file():
+        path = path / "tokenizer"
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")

@@ -5,10 +5,10 @@ from .gguf_reader import GGUFTensors as GGUFTensors
 from .gguf_writer import save_gguf as save_gguf
 from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
+from .mapping import parameter_shapes as parameter_shapes
 from .paths import model_kind as model_kind
 from .paths import read_huggingface as read_huggingface
 from .paths import read_model_config as read_model_config
-from .paths import resolve_path as resolve_path
 from .peft import is_peft as is_peft
 from .peft import peft_fields as peft_fields
 from .peft import peft_problem as peft_problem
@@ -22,5 +22,6 @@ from .saving import save_model as save_model
 from .source import ModelSource as ModelSource
 from .source import load_params as load_params
 from .source import open_model as open_model
+from .tensors import FLOATS as FLOATS
 from .tensors import TensorInfo as TensorInfo
 from .tensors import Tensors as Tensors

@@ -88,6 +88,12 @@ def parameters(config: ModelConfig, model_type: str) -> Mapping[str, Parameter]:
 _STACKED = ("layer", "expert")
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of our parameters, by path."""
+    flat = nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
+    return {".".join(map(str, path)): tuple(param.shape) for path, param in flat}
+
+
 class ParameterTensors:
     """The other way: parameters of ours as the tensors of a Hugging Face checkpoint.
 

@@ -16,10 +16,11 @@ import numpy as np
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop.configs import config_from_huggingface
 from trainfw.interop.mapping import Parameter, PartOf, parameters
-from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface, resolve_path
+from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
 from trainfw.interop.tensors import Tensors
 from trainfw.models import ModelConfig
+from trainfw.paths import resolve_path
 
 Progress = Callable[[str, int, int | None], None]
 """(description, completed, total), in megabytes."""

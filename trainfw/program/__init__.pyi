@@ -11,3 +11,6 @@ from .source import open_base as open_base
 from .source import other_base as other_base
 from .source import read_adapter as read_adapter
 from .state import TrainState as TrainState
+from .writing import Format as Format
+from .writing import export_model as export_model
+from .writing import merge_adapter as merge_adapter

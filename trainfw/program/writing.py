@@ -1,0 +1,185 @@
+"""Models and adapters in the formats of other libraries."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from trainfw.data import Progress, load_tokenizer
+from trainfw.errors import UserError, did_you_mean
+from trainfw.interop import (
+    FLOATS,
+    ModelSource,
+    ParameterTensors,
+    config_to_huggingface,
+    copy_model,
+    is_peft,
+    open_model,
+    parameter_shapes,
+    save_gguf,
+    save_model,
+    save_peft,
+)
+from trainfw.program.source import Base, MergedBase, is_run, merge, open_base, read_adapter
+from trainfw.recipe import load_recipe
+
+Format = Literal["hf", "gguf", "peft"]
+_QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
+
+
+def export_model(
+    source: str,
+    out: str,
+    *,
+    format: Format = "hf",
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Write a run's model or adapter, or any model, and say what was written.
+
+    Args:
+        source: a run, or what `model.from` takes.
+        out: a new directory; with `gguf`, a new file.
+        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run of one.
+        dtype: of the weights; by default as they are, and in GGUF float16. GGUF takes q8_0 as well.
+
+    Raises UserError, and nothing is written, where the format has no form for it.
+    """
+    if format == "peft":
+        return _export_adapter(source, out, step)
+    base = open_base(source, step)
+    if format == "gguf":
+        return _write_gguf(base, source, out, dtype, progress)
+    if isinstance(base, ModelSource):
+        return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
+    return _write_model(base, source, out, dtype, progress)
+
+
+def merge_adapter(
+    adapter: str,
+    out: str,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Write the model that an adapter makes of its base, as a Hugging Face directory, and say what was written.
+
+    Args:
+        adapter: a run of an adapter, or a directory in PEFT's form.
+        base: by default that of the run.
+        dtype: of the weights; by default the base's.
+
+    Raises UserError where the base is unknown, or another than the adapter was trained on.
+    """
+    merged = merge(adapter, base, step)
+    source = base or (None if merged.recipe is None else merged.recipe.model.from_)
+    assert source is not None
+    return _write_model(merged, source, out, dtype, progress)
+
+
+def _export_adapter(source: str, out: str, step: int | None) -> str:
+    if is_peft(source):
+        raise UserError(f"{source}: is in PEFT's form already")
+    if not is_run(source):
+        raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
+    recipe = load_recipe(Path(source) / "recipe.yaml")
+    adapter = read_adapter(source, recipe.model, step)
+    save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
+    count = sum(array.size for array in adapter.arrays.values())
+    return f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
+
+
+def _reader(base: Base) -> Callable[[str], np.ndarray]:
+    """Whole parameters on the host, in float32: any of the dtypes that are written is rounded from it once."""
+    shapes = parameter_shapes(base.config)
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
+
+    return read
+
+
+def _write_model(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+    saved = save_model(
+        out,
+        base.config,
+        _reader(base),
+        dtype=dtype or base.dtype,
+        extra=_extra(base, source),
+        companions=_companions(source, base),
+        progress=progress,
+    )
+    return str(saved)
+
+
+def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+    kind = (dtype or "float16").lower()
+    if kind not in _QUANTIZATIONS:
+        raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
+    if Path(out).exists():
+        raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
+    huggingface = config_to_huggingface(base.config, extra=_extra(base, source))
+    tensors = (
+        base.used()
+        if isinstance(base, ModelSource)
+        else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        load_tokenizer(source).save(directory)
+        save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+    count = sum(info.size for info in tensors.infos.values())
+    size = Path(out).stat().st_size / 1e6
+    return f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
+
+
+def _origin(base: Base, source: str) -> ModelSource | None:
+    """The model on disk that this one's config.json and further files come from."""
+    if isinstance(base, MergedBase):
+        return _origin(base.base, source)
+    if isinstance(base, ModelSource):
+        return base
+    try:
+        start = load_recipe(Path(source) / "recipe.yaml").model.from_
+        return None if start is None or is_run(start) else open_model(start)
+    except UserError:  # it was read when the run began, and may be gone
+        return None
+
+
+def _extra(base: Base, source: str) -> dict[str, Any]:
+    """Keys of config.json: the origin's, and which tokens begin and end a text."""
+    origin = _origin(base, source)
+    if origin is not None:
+        return origin.huggingface
+    tokenizer = load_tokenizer(source)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _companions(source: str, base: Base) -> Callable[[Path], None]:
+    """What writes the tokenizer, and the origin's other files, into a directory."""
+    origin = _origin(base, source)
+
+    def write(directory: Path) -> None:
+        if origin is not None:
+            origin.copy_companions(directory)
+        if not (directory / "tokenizer.json").exists():
+            try:
+                load_tokenizer(source).save(directory)
+            except UserError:
+                if origin is None:
+                    raise
+                return  # weights without a tokenizer stay so
+        if not (directory / "generation_config.json").exists():
+            keys = ("bos_token_id", "eos_token_id")
+            tokens = {key: _extra(base, source).get(key) for key in keys}
+            (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+
+    return write
