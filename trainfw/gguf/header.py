@@ -222,11 +222,17 @@ class _Walk:
 
 def _type_sizes() -> dict[int, tuple[str, int, int]]:
     """ggml's number formats by number: name, elements in a block, bytes of a block."""
+    sizes = gguf_library().GGML_QUANT_SIZES
+    return {int(kind): (kind.name, *each) for kind, each in sizes.items()}
+
+
+def gguf_library() -> Any:
+    """The `gguf` library. Raises UserError, with how to install it, where it is not there."""
     try:
-        from gguf.constants import GGML_QUANT_SIZES
+        import gguf
     except ImportError as error:
         raise UserError(f"GGUF files need the gguf library: {INSTALL}") from error
-    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    return gguf
 
 
 def known_or_refuse(header: Header, key: str, choices: Mapping[str, T]) -> T:

@@ -51,6 +51,8 @@ class Architecture:
     """What config.json says of every such model."""
     window_pattern: int | None = None
     """Every so many layers one is global, the others are sliding."""
+    grouped_heads: bool = True
+    """Whether llama.cpp lets query heads share a key head in it."""
     wide_scale_layers: int | None = None
     """The number of layers by which llama.cpp knows the model whose query scale is by hidden_size / num_heads."""
 
@@ -157,6 +159,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"olmoe": "OlmoeForCausalLM"},
         _expert_keys("num_experts"),
         _SILU | {"norm_topk_prob": False, "clip_qkv": None},
+        grouped_heads=False,
     ),
     "gemma2": Architecture(
         (*_ends(plus_one=True), *_attention(), *_GEMMA_NORMS, *_MLP),

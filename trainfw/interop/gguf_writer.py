@@ -13,8 +13,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import numpy as np
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.gguf import Header, StoredTensor, tokenizer_metadata
-from trainfw.gguf.header import INSTALL
+from trainfw.gguf import Header, StoredTensor, gguf_library, tokenizer_metadata
 from trainfw.interop.gguf_configs import config_of
 from trainfw.interop.gguf_names import (
     ARCHITECTURES,
@@ -72,12 +71,14 @@ def save_gguf(
     file, tokenizer_dir = Path(file), Path(tokenizer_dir)
     if quantization not in get_args(Quantization):
         raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f"GGUF files need the gguf library: {INSTALL}") from error
+    gguf = gguf_library()
     name, architecture = _architecture(huggingface)
     config = _model_config(huggingface)
+    if config.num_kv_heads != config.num_heads and not architecture.grouped_heads:
+        raise UserError(
+            f"llama.cpp cannot run this model: in architecture {name}, {config.num_heads} query heads need as many key "
+            f"heads, not {config.num_kv_heads}"
+        )
     divisors = _divisors(config)
     writes = _writes(architecture, config, tensors, quantization, str(huggingface["model_type"]))
     if divisors is not None:

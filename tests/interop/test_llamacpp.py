@@ -1,0 +1,133 @@
+"""What `save_gguf` writes runs in llama.cpp, and gives there what it gives in Transformers."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.gguf_files import byte_level, sentencepiece, smollm2_file
+from tests.gguf_models import MODELS, Arrays, reference, tensors_of
+from trainfw.data import load_tokenizer
+from trainfw.interop import GGUFTensors, gguf_config, save_gguf
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+TOKENS = [5, 300, 17, 42, 99, 4, 250, 251, 8, 8, 130, 77, 64, 31, 200, 12, 6, 90]
+
+
+@contextlib.contextmanager
+def running(file):
+    """The model in llama.cpp, which keeps keys and values in 32 bits too."""
+    model = llama_cpp.Llama(
+        str(file), n_ctx=128, n_threads=2, n_threads_batch=2, logits_all=True, type_k=0, type_v=0, verbose=False
+    )
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def logits(model, tokens) -> np.ndarray:
+    model.reset()
+    model.eval(tokens)
+    return model.scores[: len(tokens)].copy()
+
+
+def theirs(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def greedy(model, tokens, count) -> list[int]:
+    """Tokens that llama.cpp chooses, each the likeliest."""
+    model.reset()
+    chosen: list[int] = []
+    step = list(tokens)
+    for _ in range(count):
+        model.eval(step)
+        step = [int(model.scores[model.n_tokens - 1].argmax())]
+        chosen += step
+    return chosen
+
+
+def assert_greedy_tokens_agree(model, llama, prompt, count):
+    """The same `count` tokens, and none of them a near tie, in which rounding would choose."""
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None
+        )[0].tolist()
+    chosen = ids[len(prompt) :]
+    expected = theirs(model, ids)[len(prompt) - 1 : -1]
+    found = logits(llama, ids)[len(prompt) - 1 : -1]
+    # At every place: how far the choice is ahead, and how far the logits of those that contend are from each other's.
+    best = np.argsort(expected, axis=-1)[:, :-9:-1]
+    ahead = -np.diff(np.take_along_axis(expected, best, -1)[:, :2])[:, 0]
+    error = np.abs(np.take_along_axis(found - expected, best, -1)).max(-1)
+    assert (ahead > 2 * error).all(), np.stack([ahead, error])[:, ahead <= 2 * error]
+    assert greedy(llama, prompt, count) == chosen
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return byte_level(tmp_path_factory.mktemp("tokenizer"), size=320)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_every_family(name, tmp_path, tokenizer_dir):
+    family, changes = MODELS[name]
+    model = reference(family, changes)
+    file = tmp_path / "model.gguf"
+    save_gguf(
+        file, json.loads(model.config.to_json_string()), Arrays(tensors_of(model)), tokenizer_dir, quantization="F32"
+    )
+    expected = theirs(model, TOKENS)
+    with running(file) as llama:
+        difference = np.abs(logits(llama, TOKENS) - expected).max()
+        assert difference < 1e-3 * np.abs(expected).max(), difference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "seed"), [("byte-level", 10), ("sentencepiece", 5)])  # seeds without near ties
+def test_greedy_tokens_of_a_tiny_llama(kind, seed, tmp_path, tokenizer_dir):
+    directory = tokenizer_dir if kind == "byte-level" else sentencepiece(tmp_path / "tokenizer", prefix=True, size=400)
+    tokenizer = load_tokenizer(directory)
+    changes = {"vocab_size": 512, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    model = reference("Llama", changes, seed)
+    file = tmp_path / "model.gguf"
+    save_gguf(file, json.loads(model.config.to_json_string()), Arrays(tensors_of(model)), directory)
+    with running(file) as llama:
+        prompt = llama.tokenize(b"def merge(left, right):\n    return 42", add_bos=False, special=False)
+        assert prompt == tokenizer.encode("def merge(left, right):\n    return 42")
+        assert (llama.token_bos(), llama.token_eos()) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert_greedy_tokens_agree(model, llama, prompt, 48)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_smollm2(tmp_path):
+    source = smollm2_file()
+    tokenizer = load_tokenizer(source)
+    tokenizer.save(tmp_path / "tokenizer")
+    file = tmp_path / "model.gguf"
+    save_gguf(file, gguf_config(source), GGUFTensors(source), tmp_path / "tokenizer")
+    # Both have the weights as F16 has them.
+    config = transformers.AutoConfig.for_model(**gguf_config(file))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    written = GGUFTensors(file)
+    state = {name: torch.from_numpy(written.read(name).astype(np.float32)) for name in written.infos}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.tie_weights()
+    model.float().eval()
+    text = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.backend.encode_special_tokens = False
+    prompt = tokenizer.encode(text)
+    with running(file) as llama:
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == prompt
+        assert_greedy_tokens_agree(model, llama, prompt, 64)
+        template = llama.metadata["tokenizer.chat_template"]
+    assert template == tokenizer.settings["chat_template"]
