@@ -15,7 +15,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import PreparedData, TrainIterator, prepare, train_iterator
+from trainfw.data import ExampleRows, PreparedData, TrainIterator, prepare, train_iterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.models import generate
@@ -109,9 +109,16 @@ def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
             "model.vocab_size",
             f"is smaller than the tokenizer's vocabulary; expected {data.tokenizer.vocab_size} or more",
         )
+    if data.train.learnt is None:
+        size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
+    else:
+        for note in data.notes():
+            reporter.note(f"data: {note}")
+        filled = ExampleRows(data.train, recipe.data.sequence_length).filled
+        learnt = data.train.num_targets / data.train.num_tokens
+        size = f"{learnt:.0%} of them learnt; rows of {recipe.data.sequence_length} are {filled:.1%} full"
     reporter.note(
-        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out "
-        f"({data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token)"
+        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out ({size})"
     )
     return data
 
