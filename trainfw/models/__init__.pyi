@@ -4,6 +4,7 @@ from .config import RopeScaling as RopeScaling
 from .config import preset_names as preset_names
 from .flops import flops_per_token as flops_per_token
 from .generation import generate as generate
+from .generation import generate_batch as generate_batch
 from .generation import sample as sample
 from .moe import MoE as MoE
 from .moe import MoEStats as MoEStats
