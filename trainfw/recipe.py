@@ -24,7 +24,7 @@ from trainfw.interop import peft_fields, read_model_config
 from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
-from trainfw.training import TrainConfig
+from trainfw.training import EvaluationConfig, TrainConfig
 
 Sources = dict[str, str]
 """Where each dotted key was written: `file:line`, or `command line`."""
@@ -45,6 +45,8 @@ class Recipe(Config):
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig | None = None
+    """What the model makes of held-out prompts, by a metric of the task; null: only its loss is computed."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)

@@ -3,7 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfw.data import Rows
+from trainfw.data import ExampleRows, Rows, TokenStore
+from trainfw.data.rows import pack
+from trainfw.errors import UserError
 
 from .conftest import make_store
 
@@ -53,3 +55,63 @@ def test_outside() -> None:
     for index in (-1, 2):
         with pytest.raises(IndexError):
             rows[index]
+
+
+def example_store(examples: list[list[bool]]) -> TokenStore:
+    """Examples of which these tokens are learnt; every token differs from the others, and none is 0."""
+    store = make_store([len(learnt) for learnt in examples])
+    mask = np.array([learnt for example in examples for learnt in example], bool)
+    return TokenStore(store.tokens, store.offsets, store.num_bytes, store.digest, mask)
+
+
+examples = st.lists(
+    st.lists(st.booleans(), min_size=1, max_size=19).map(lambda rest: [False, *rest]), min_size=1, max_size=40
+)
+
+
+@given(examples, st.integers(19, 50))
+@settings(deadline=None)
+def test_examples_are_packed_whole_and_once(examples: list[list[bool]], S: int) -> None:
+    store = example_store(examples)
+    rows = ExampleRows(store, S)
+    seen, filled = [], 0
+    for row in map(rows.__getitem__, range(len(rows))):
+        assert {name: (values.shape, values.dtype.name) for name, values in row.items()} == {
+            **dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ((S,), "int32")),
+            "loss_mask": ((S,), "float32"),
+        }
+        real = row["segment_ids"] > 0
+        filled += real.sum()
+        assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
+        assert all((values[~real] == 0).all() for values in row.values())
+        assert np.unique(row["segment_ids"][real]).tolist() == list(range(1, row["segment_ids"].max() + 1))
+        for segment in range(1, row["segment_ids"].max() + 1):
+            own = row["segment_ids"] == segment
+            tokens = [*row["tokens"][own].tolist(), int(row["targets"][own][-1])]
+            assert row["targets"][own].tolist() == tokens[1:], "no target of another example"
+            assert row["positions"][own].tolist() == list(range(len(tokens) - 1))
+            example = int(np.searchsorted(store.offsets, tokens[0] - 1, side="right")) - 1
+            assert tokens == store.tokens[slice(*store.offsets[example : example + 2])].tolist()
+            assert row["loss_mask"][own].tolist() == examples[example][1:]
+            seen.append(example)
+    assert sorted(seen) == list(range(len(examples)))
+    assert rows.filled == filled / (S * len(rows))
+    assert sum(int(rows[i]["loss_mask"].sum()) for i in range(len(rows))) == store.num_targets
+
+
+def test_packing_is_tight_quick_and_always_the_same() -> None:
+    lengths = np.random.default_rng(0).geometric(1 / 300, 200_000).clip(1, 2048)
+    bins = pack(lengths, 2048)
+    filled = np.bincount(bins, lengths)
+    assert filled.max() <= 2048
+    assert len(filled) <= 1.001 * lengths.sum() / 2048 + 1
+    first = np.unique(bins, return_index=True)[1]
+    assert (np.diff(first) > 0).all(), "in the order of their first example"
+    assert (pack(lengths, 2048) == bins).all()
+
+
+def test_examples_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match="an example of 6 tokens does not fit into rows of 4"):
+        ExampleRows(example_store([[False] * 6]), 4)
+    with pytest.raises(UserError, match="2 training examples make 1 rows of 8, fewer than the 2 of one batch"):
+        ExampleRows(example_store([[False] * 3] * 2), 8).require(2)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw.errors import UserError
-from trainfw.models import ModelConfig, Transformer, generate, sample
+from trainfw.models import ModelConfig, Transformer, generate, generate_batch, sample
 
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
 
@@ -95,3 +95,53 @@ def test_generation_streams_and_ends_before_eos(model):
 def test_arguments_that_make_no_sense_are_refused_at_the_call(model, prompt, options, message):
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **{"max_tokens": 1} | options)
+
+
+MOE = {
+    "intermediate_size": 32,
+    "moe": {"num_experts": 4, "experts_per_token": 2, "dispatch": "capacity", "capacity_factor": 1.0},
+}
+
+
+@pytest.fixture(scope="module", params=["sliding", "moe"])
+def either(request, model) -> Transformer:
+    if request.param == "sliding":
+        return model
+    return Transformer(ModelConfig(preset="tiny", vocab_size=64, init_std=0.3, **MOE), rngs=nnx.Rngs(1))
+
+
+PROMPTS = [[(7 * i + 3 * n) % 64 for i in range(n)] for n in (3, 16, 1, 11, 7)]
+
+
+def test_a_batch_is_each_prompt_alone(either):
+    alone = [list(generate(either, prompt, max_tokens=9, temperature=0)) for prompt in PROMPTS]
+    assert generate_batch(either, PROMPTS, max_tokens=9) == alone
+    # And each ends before its own end.
+    ends = {alone[0][4], alone[3][2]}
+    cut = [tokens[: next((i for i, t in enumerate(tokens) if t in ends), 9)] for tokens in alone]
+    assert generate_batch(either, PROMPTS, max_tokens=9, eos_ids=ends) == cut
+    assert [list(generate(either, p, max_tokens=9, temperature=0, eos_ids=ends)) for p in PROMPTS] == cut
+
+
+def test_a_batch_stops_when_all_have_ended(model, monkeypatch):
+    from trainfw.models import generation
+
+    calls = []
+    extend = generation._extend_batch
+    monkeypatch.setattr(generation, "_extend_batch", lambda *args, **kw: calls.append(1) or extend(*args, **kw))
+    assert generate_batch(model, PROMPTS[:2], max_tokens=9, eos_ids=range(64)) == [[], []]
+    assert len(calls) == 1
+    assert generate_batch(model, [], max_tokens=9) == []
+
+
+def test_samples_of_a_batch_differ_and_repeat(model):
+    first, again, other = (
+        generate_batch(model, [[1, 2]] * 3, max_tokens=12, temperature=2.0, top_k=50, seed=s) for s in (0, 0, 1)
+    )
+    assert first == again != other
+    assert first[0] != first[1] != first[2]
+
+
+def test_a_batch_refuses_what_makes_no_sense(model):
+    with pytest.raises(UserError, match="at least one token"):
+        generate_batch(model, [[1], []], max_tokens=1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from trainfw.data.config import DataConfig
+from trainfw.data.examples import Encoder, Refused
 from trainfw.data.progress import Progress, reported
 from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
@@ -23,8 +24,12 @@ from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, tr
 from trainfw.errors import UserError
 
 FORMAT_VERSION = 1
+EXAMPLES_VERSION = 1
+"""Of what is made of examples; to be raised with any change to it."""
 BATCH_CHARACTERS = 1_000_000
 """Text tokenised at once: enough for every core, little enough for any memory."""
+BATCH_ROWS = 1000
+"""Examples tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,19 @@ class PreparedData:
     """What `gzip -9` makes of the held-out documents in one stream, in bits a byte: the least a model should beat."""
     fingerprint: str
     """Changes with the inputs and with every option that shapes the tokens."""
+    refused: tuple[Refused, ...] = ()
+    """Rows of examples that could not be used, and why."""
+
+    def notes(self) -> list[str]:
+        """What whoever trains on it should know of examples: how many, which were refused and why."""
+        if self.train.learnt is None:
+            return []
+        used = self.train.num_documents + self.validation.num_documents
+        refused = sum(one.count for one in self.refused)
+        counts = f"{self.train.num_documents:,} examples to train on, {self.validation.num_documents:,} held out"
+        if not refused:
+            return [counts]
+        return [f"{counts}; refused {refused:,} of {used + refused:,} rows:", *(f"  {one}" for one in self.refused)]
 
 
 def default_cache_dir() -> Path:
@@ -45,14 +63,17 @@ def default_cache_dir() -> Path:
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> PreparedData:
+def prepare(
+    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None
+) -> PreparedData:
     """Both splits of the source that `config` names, from the cache where nothing has changed since it was written.
 
-    Any number of processes may call this at once; one of them builds. Raises UserError where the source cannot be
-    read, a split would be empty, or the cache cannot be written.
+    `tokenizer` takes the place of the one that `config` names. Any number of processes may call this at once; one of
+    them builds. Raises UserError where the source cannot be read, no row of it can be used, a split would be empty, or
+    the cache cannot be written.
     """
     source = open_source(config)
-    tokenizer = _ready_tokenizer(config)
+    tokenizer = tokenizer or _ready_tokenizer(config)
     fingerprint = _fingerprint(config, source, tokenizer)
     root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else default_cache_dir()
     directory = root / fingerprint
@@ -97,6 +118,11 @@ def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
 def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> str:
     tokens = tokenizer.fingerprint() if tokenizer else config.tokenizer.vocab_size
     state = [FORMAT_VERSION, source.fingerprint(), tokens, config.validation_fraction, config.max_documents]
+    if config.format != "text":
+        shaping = {"format", "loss_on", "chat_template", "system_prompt", "too_long", "sequence_length"}
+        assert tokenizer is not None  # DataConfig: none of these is trained
+        settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
+        state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings]
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
 
@@ -108,7 +134,8 @@ def _open(directory: Path, fingerprint: str) -> PreparedData | None:
         tokenizer = load_tokenizer(directory / "tokenizer")
         if tokenizer.fingerprint() != meta["tokenizer"]:
             return None
-        return PreparedData(train, validation, tokenizer, meta["gzip_bits_per_byte"], fingerprint)
+        refused = tuple(Refused(**one) for one in meta.get("refused", ()))
+        return PreparedData(train, validation, tokenizer, meta["gzip_bits_per_byte"], fingerprint, refused)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -116,7 +143,9 @@ def _open(directory: Path, fingerprint: str) -> PreparedData | None:
 def _build(
     directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
 ) -> None:
+    examples = config.format != "text"
     if tokenizer is None:
+        assert not examples
         assert config.tokenizer.vocab_size is not None
         texts = (document.text for document in _documents(config, source))
         training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
@@ -125,47 +154,76 @@ def _build(
 
     gzip = zlib.compressobj(level=9, wbits=31)
     gzip_bytes = 0
+    encoder = Encoder(config, tokenizer) if examples else None
+    tokenised = (
+        _tokenised(config, source, tokenizer, progress)
+        if encoder is None
+        else _encoded(config, source, encoder, progress)
+    )
     with ExitStack() as stack:
         train, validation = (
-            stack.enter_context(StoreWriter(directory, split, tokenizer.vocab_size))
+            stack.enter_context(StoreWriter(directory, split, tokenizer.vocab_size, examples=examples))
             for split in ("train", "validation")
         )
-        documents = reported(_documents(config, source), "Tokenising", source.num_documents(), progress)
-        for texts_in_batch in _batches(documents):
-            for text, ids in zip(texts_in_batch, tokenizer.encode_batch(texts_in_batch)):
-                data = text.encode()
-                held_out = is_held_out(text, config.validation_fraction)
-                (validation if held_out else train).append([tokenizer.bos_id, *ids, tokenizer.eos_id], len(data))
-                if held_out:
-                    gzip_bytes += len(gzip.compress(data))
+        for key, ids, text, learnt in tokenised:
+            data = text.encode()
+            held_out = is_held_out(key, config.validation_fraction)
+            (validation if held_out else train).append(ids, len(data), learnt)
+            if held_out:
+                gzip_bytes += len(gzip.compress(data))
         gzip_bytes += len(gzip.flush())
 
     infos = {"train": train.info(), "validation": validation.info()}
+    refused = () if encoder is None else encoder.refusals.summary()
+    total = sum(info.num_documents for info in infos.values())
+    if not total and refused:
+        raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
     for split, info in infos.items():
         if info.num_documents == 0:
-            total = sum(info.num_documents for info in infos.values())
             raise UserError(
                 f"the {split} split is empty: validation_fraction = {config.validation_fraction} of {total} "
-                f"document(s) leaves it none; change the fraction, or give more documents (of JSONL and Parquet, "
-                f"each row is one)"
+                f"{'example' if examples else 'document'}(s) leaves it none; change the fraction, or give more "
+                f"{'examples' if examples else 'documents (of JSONL and Parquet, each row is one)'}"
             )
     meta = {split: info.as_dict() for split, info in infos.items()} | {
         "tokenizer": tokenizer.fingerprint(),
-        "gzip_bits_per_byte": 8 * gzip_bytes / infos["validation"].num_bytes,
+        "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
+        "refused": [one.as_dict() for one in refused],
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+_Tokenised = tuple[str, list[int], str, list[bool] | None]
+"""What decides the side, the tokens, the text that is learnt, and which tokens are (None: all)."""
+
+
+def _tokenised(
+    config: DataConfig, source: Source, tokenizer: Tokenizer, progress: Progress | None
+) -> Iterator[_Tokenised]:
+    documents = reported(_documents(config, source), "Tokenising", source.num_documents(), progress)
+    for texts in _batches(document.text for document in documents):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+            yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
+
+
+def _encoded(config: DataConfig, source: Source, encoder: Encoder, progress: Progress | None) -> Iterator[_Tokenised]:
+    rows = reported(itertools.islice(source.rows(), config.max_documents), "Tokenising", None, progress)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        for one in encoder.encode(batch):
+            text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
+            yield one.key, one.ids, text, one.learnt
 
 
 def _documents(config: DataConfig, source: Source) -> Iterator[Document]:
     return itertools.islice(source.documents(), config.max_documents)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document.text)
-        characters += len(document.text)
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

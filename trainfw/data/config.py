@@ -6,6 +6,11 @@ from pydantic import Field, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+TASK_SOURCES = ("python-stdlib-summaries", "python-stdlib-rewrites")
+"""Built-in sources of prompts and completions."""
+
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
 
@@ -37,18 +42,46 @@ class DataConfig(Config):
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
     each), .jsonl, .parquet (a document a row), or a directory written by Hugging Face `save_to_disk`. Relative paths
-    start at the working directory."""
+    start at the working directory. `python-stdlib-summaries` (a function's source -> its docstring's first line) and
+    `python-stdlib-rewrites` (a docstring's sentence in lower case without punctuation -> the sentence) are tasks made
+    of Python's library, for `format: prompt_completion`."""
+    format: Literal["text", "chat", "prompt_completion"] = "text"
+    """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
+    by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the
+    completion is learnt. Both are read from JSONL, Parquet or a saved dataset, packed whole into rows, and never
+    split; rows that cannot be used are counted, and the reasons said."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
+    messages_field: str = "messages"
+    """The key or column of a chat's messages. (`tools` beside it, where there, is handed to the template.)"""
+    prompt_field: str = "prompt"
+    """The key or column of a prompt."""
+    completion_field: str = "completion"
+    """The key or column of a completion."""
+    loss_on: list[Role] = Field(default=["assistant"], min_length=1)
+    """Of a chat, the roles whose messages are learnt: what the template writes after the header, up to and with the
+    token that ends the turn."""
+    chat_template: bool = True
+    """Of prompts and completions: as turns of user and assistant, written by the tokenizer's chat template, which is
+    what instruct models expect. False: the begin marker, prompt and completion as they are, and the end marker; put
+    what is to stand between them into the prompt or the completion."""
+    system_prompt: str | None = Field(default=None, min_length=1)
+    """The system message of every example that has none of its own; null leaves it to the template."""
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    """Examples that do not fit into a row: left out and counted, or cut at its end where something learnt remains."""
+    max_characters: PositiveInt | None = None
+    """Of a built-in task: take only prompts of at most this many characters."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """The tokenizer that turns text into tokens."""
     sequence_length: PositiveInt
-    """Tokens in a row. Documents are concatenated and cut into rows of this length."""
+    """Tokens in a row. Documents are concatenated and cut into rows of this length; examples of the other formats are
+    packed into rows whole."""
     mask_documents: bool = True
     """Tokens attend to tokens of their own document only. Off, to all before them in the row: plain causal attention,
     which is what kernels compute (NKI's flash attention knows no documents)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """The share of documents held out. A hash of its text decides a document's side."""
+    """The share of documents held out. A hash of its text decides a document's side, and of the prompt (a chat's
+    first user message) an example's."""
     max_documents: int | None = Field(default=None, ge=2)
     """Read no more than this many documents, in the order of the source."""
     shuffle: bool = True
@@ -59,3 +92,30 @@ class DataConfig(Config):
     """Where tokens are cached. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
     prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_format(self) -> DataConfig:
+        tasks = [name for name in TASK_SOURCES if name in self._sources]
+        if tasks and len(self._sources) > 1:
+            invalid("source", f"source: {tasks[0]} cannot be mixed with other sources")
+        if tasks and self.format != "prompt_completion":
+            invalid("format", f"source: {tasks[0]} is of prompts and completions: set `format: prompt_completion`")
+        if tasks and (self.prompt_field, self.completion_field) != ("prompt", "completion"):
+            invalid("prompt_field", f"prompt_field and completion_field do not change source: {tasks[0]}")
+        if self.max_characters is not None and not tasks:
+            invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
+        if self.format != "text" and self.tokenizer.name == "bpe":
+            invalid("tokenizer", "`name: bpe` trains on text; make a file of it with `trainfw tokenizer train`")
+        if self.format != "chat" and self.loss_on != ["assistant"]:
+            invalid("loss_on", f"loss_on is for `format: chat`, but format is {self.format!r}")
+        if self.format != "prompt_completion" and not self.chat_template:
+            invalid("chat_template", f"`false` is for `format: prompt_completion`, but format is {self.format!r}")
+        if self.system_prompt is not None and (self.format == "text" or not self.chat_template):
+            invalid("system_prompt", "system_prompt is written by a chat template; this recipe uses none")
+        if self.format == "text" and self.too_long != "refuse":
+            invalid("too_long", "too_long is for `format: chat` and `prompt_completion`: text is cut into rows")
+        return self
+
+    @property
+    def _sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else self.source

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from trainfw.data.config import DataConfig
-from trainfw.data.rows import FIELDS, Rows
+from trainfw.data.rows import FIELDS, AnyRows, open_rows
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
@@ -25,7 +25,7 @@ class TrainIterator(Iterator[Batch]):
     """Training batches without end; see `train_iterator`."""
 
     def __init__(
-        self, rows: Rows, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
+        self, rows: AnyRows, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
     ) -> None:
         self._global_batch_size = global_batch_size
         self._process_index = process_index
@@ -82,7 +82,7 @@ def train_iterator(
     shares in order of process make it up. Raises UserError where the batch does not divide, or has too few rows.
     """
     _check_share(global_batch_size, process_count)
-    rows = Rows(store, config.sequence_length)
+    rows = open_rows(store, config.sequence_length)
     rows.require(global_batch_size)
     return TrainIterator(rows, config, global_batch_size, process_index, process_count)
 
@@ -101,12 +101,12 @@ def validation_batches(
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
     share = _check_share(global_batch_size, process_count)
-    rows = Rows(store, config.sequence_length)
+    rows = open_rows(store, config.sequence_length)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
     return (_batch(rows, start, share) for start in starts[:max_batches])
 
 
-def _batch(rows: Rows, start: int, size: int) -> Batch:
+def _batch(rows: AnyRows, start: int, size: int) -> Batch:
     batch = {name: np.zeros((size, rows.sequence_length), dtype) for name, dtype in FIELDS.items()}
     for i, index in enumerate(range(start, min(start + size, len(rows)))):
         for name, values in rows[index].items():
@@ -121,6 +121,6 @@ def _check_share(global_batch_size: int, process_count: int) -> int:
     return share
 
 
-def _order(rows: Rows, config: DataConfig) -> str:
+def _order(rows: AnyRows, config: DataConfig) -> str:
     state = f"{rows.store.digest} {rows.sequence_length} {config.shuffle} {config.seed if config.shuffle else None}"
     return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

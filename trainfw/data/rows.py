@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import bisect
+from typing import Protocol
+
 import numpy as np
 
 from trainfw.data.store import TokenStore
@@ -13,6 +16,24 @@ FIELDS = {
     "loss_mask": np.float32,  # 1 where the target continues the input's document, else 0
 }
 """The arrays of a row, each (S,), and their types."""
+
+
+class AnyRows(Protocol):
+    """Rows of either kind."""
+
+    store: TokenStore
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def require(self, count: int) -> None: ...
+
+
+def open_rows(store: TokenStore, sequence_length: int) -> AnyRows:
+    """The rows of a store: of text as one stream, of examples packed whole."""
+    return (Rows if store.learnt is None else ExampleRows)(store, sequence_length)
 
 
 class Rows:
@@ -55,3 +76,109 @@ class Rows:
                 f"{self.store.num_tokens} training tokens make {len(self)} rows of {self.sequence_length}, "
                 f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
             )
+
+
+class ExampleRows:
+    """Examples packed whole into rows of S tokens, each a segment of its own; padding comes last.
+
+    An example of n tokens takes n - 1 places: its last token is predicted, and never an input. Which examples share a
+    row depends on their lengths alone (`pack`). Rows are ordered by the first example in them, and examples in a row as
+    in the store.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+        assert store.learnt is not None
+        self.store = store
+        self.sequence_length = sequence_length
+        self._lengths = np.diff(store.offsets) - 1
+        if len(self._lengths) and (longest := int(self._lengths.max())) > sequence_length:
+            raise UserError(f"an example of {longest + 1} tokens does not fit into rows of {sequence_length}")
+        rows = pack(self._lengths, sequence_length)
+        self._examples = np.argsort(rows, kind="stable")
+        self._starts = np.searchsorted(rows[self._examples], np.arange(int(rows.max(initial=-1)) + 2))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def filled(self) -> float:
+        """The share of the rows' places that hold tokens, the rest being padding."""
+        return float(self._lengths.sum()) / max(len(self) * self.sequence_length, 1)
+
+    def examples(self, index: int) -> np.ndarray:
+        """Which examples row `index` holds."""
+        return self._examples[self._starts[index] : self._starts[index + 1]]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays named in `FIELDS`, each (S,). Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        assert self.store.learnt is not None
+        row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
+        place = 0
+        for segment, example in enumerate(self.examples(index), start=1):
+            start, end = self.store.offsets[example : example + 2]
+            tokens, part = self.store.tokens[start:end], slice(place, place + int(end - start) - 1)
+            row["tokens"][part], row["targets"][part] = tokens[:-1], tokens[1:]
+            row["segment_ids"][part] = segment
+            row["positions"][part] = np.arange(end - start - 1)
+            row["loss_mask"][part] = self.store.learnt[start + 1 : end]
+            place = part.stop
+        return row
+
+    def require(self, count: int) -> None:
+        """Raise UserError unless there are `count` rows at least."""
+        if len(self) < count:
+            raise UserError(
+                f"{self.store.num_documents} training examples make {len(self)} rows of {self.sequence_length}, "
+                f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
+            )
+
+
+def pack(lengths: np.ndarray, size: int) -> np.ndarray:
+    """Which bin of `size` each item of `lengths` (at least 1, at most `size`) goes to: i64, (items,).
+
+    Best fit, longest first, of whole lengths rather than single items: bins with the same room left are one group, so
+    a million items take about as long as a thousand (Krell et al., "Efficient sequence packing", arXiv:2107.02027,
+    section 3.2). Bins are numbered by the first item in them.
+    """
+    order = np.argsort(lengths, kind="stable")
+    left = np.bincount(lengths, minlength=size + 1)
+    ends = np.cumsum(left)  # of each length's items in `order`
+    taken = ends - left
+    bins = np.empty(len(lengths), np.int64)
+    groups: dict[int, list[np.ndarray]] = {}  # room left -> bins that have it
+    rooms: list[int] = []  # its keys, in order
+    count = 0
+    for length in range(size, 0, -1):
+        while items := int(ends[length] - taken[length]):
+            at = bisect.bisect_left(rooms, length)
+            if at < len(rooms):
+                room = rooms[at]
+                group = groups[room].pop()
+                if not groups[room]:
+                    del groups[room], rooms[at]
+                if len(group) > items:
+                    _keep(groups, rooms, room, group[items:])
+                    group = group[:items]
+            else:
+                # Bins for as many as will come after the first ones filled them.
+                room = size
+                group = np.arange(count, count + -(-items // (size // length)))
+                count += len(group)
+            start = int(taken[length])
+            bins[order[start : start + len(group)]] = group
+            taken[length] += len(group)
+            if room > length:
+                _keep(groups, rooms, room - length, group)
+    first = np.full(count, len(lengths))
+    np.minimum.at(first, bins, np.arange(len(lengths)))
+    rank = np.empty(count, np.int64)
+    rank[np.argsort(first)] = np.arange(count)
+    return rank[bins]
+
+
+def _keep(groups: dict[int, list[np.ndarray]], rooms: list[int], room: int, group: np.ndarray) -> None:
+    if room not in groups:
+        bisect.insort(rooms, room)
+    groups.setdefault(room, []).append(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -14,18 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainfw.data.config import DataConfig
+from trainfw.data.config import TASK_SOURCES, DataConfig
+from trainfw.data.stdlib import read_task
 from trainfw.errors import UserError, did_you_mean
 
 STDLIB = "python-stdlib"
 
+STDLIB_TESTS = {"test", "tests", "idle_test"}
 STDLIB_EXCLUDED = {
     *("site-packages", "dist-packages"),  # not the standard library
-    *("test", "tests", "idle_test"),  # repetitive, and some distributions leave them out
+    *STDLIB_TESTS,  # repetitive, and some distributions leave them out
     *("encodings", "pydoc_data"),  # generated tables
 }
 STDLIB_BUILT_HERE = ("_sysconfigdata", "config-")
 """What these hold depends on how and where this Python was built."""
+
+_SAVED = "/"
+"""Stands for the suffix of a saved dataset, which is a directory."""
+_TOOLS = "tools"
+_AND = "\0"
+"""Between the names of several keys."""
 
 
 class Document(NamedTuple):
@@ -35,8 +44,23 @@ class Document(NamedTuple):
     text: str
 
 
-Reader = Callable[[Path, str], Iterator[tuple[str, str]]]
-"""`reader(path, text_field)` yields (place within the file, text) for each document."""
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands in the place of a row that is none."""
+
+    reason: str
+
+
+class Row(NamedTuple):
+    """One row of a source of examples: an object with the keys asked for, where it has them."""
+
+    id: str
+    value: Any
+
+
+Reader = Callable[[Path, str], Iterator[tuple[str, Any]]]
+"""`reader(path, field)` yields (place within the file, text) for each document; of examples, `field` names several
+keys, joined by `_AND`, and (place within the file, row) is yielded."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +80,38 @@ class Source:
     text_field: str
     identity: str | None = None
     """What the source is, where that is known better than by the times of its files (`python-stdlib`)."""
+    max_characters: int | None = None
+    """Of a built-in task: the longest prompt taken."""
 
     def documents(self) -> Iterator[Document]:
         """Every document that is not empty, in order. Raises UserError where an input cannot be read."""
+        return (Document(*one) for one in self._read() if one[1])
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, in order; of a built-in task, each prompt once. Raises UserError where an input cannot be read."""
+        seen: set[bytes] = set()
+        for id_, value in self._read():
+            if self.identity is not None:
+                prompt = value["prompt"]
+                digest = hashlib.blake2b(prompt.encode(errors="replace"), digest_size=16).digest()
+                if digest in seen or len(prompt) > (self.max_characters or len(prompt)):
+                    continue
+                seen.add(digest)
+            yield Row(id_, value)
+
+    def _read(self) -> Iterator[tuple[str, Any]]:
         for item in self.inputs:
             try:
-                for place, text in item.read(item.path, self.text_field):
-                    if text:
-                        yield Document(item.name + place, text)
+                for place, value in item.read(item.path, self.text_field):
+                    yield item.name + place, value
             except OSError as error:
                 raise UserError(f"cannot read {item.path}: {error.strerror or error}") from error
 
     def fingerprint(self) -> str:
         """Changes when an input does: the path, size, time, first and last bytes of each file; reads no more of it."""
         state: list[Any] = [self.identity, self.text_field]
+        if self.max_characters is not None:
+            state.append(self.max_characters)
         for item in self.inputs:
             for path in sorted(item.path.rglob("*")) if item.path.is_dir() else [item.path]:
                 stat = path.stat()
@@ -87,72 +129,88 @@ def open_source(config: DataConfig) -> Source:
     names = [config.source] if isinstance(config.source, str) else config.source
     if not names:
         raise UserError("source is an empty list: expected at least one path")
+    if names[0] in TASK_SOURCES:
+        return _python_stdlib(names[0], config.max_characters)
+    if config.format == "text":
+        field, readers = config.text_field, READERS
+    else:
+        chat = config.format == "chat"
+        fields = (config.messages_field, _TOOLS) if chat else (config.prompt_field, config.completion_field)
+        field, readers = _AND.join(fields), ROW_READERS
     if names == [STDLIB]:
+        if config.format != "text":
+            raise UserError(f"source: {STDLIB} is text; for {config.format}, name JSONL or Parquet files")
         return _python_stdlib()
     if STDLIB in names:
         raise UserError(f"source: {STDLIB} cannot be mixed with other sources")
-    return Source(tuple(one for name in names for one in _find(name)), config.text_field)
+    return Source(tuple(one for name in names for one in _find(name, readers)), field)
 
 
 # --- Finding inputs ---------------------------------------------------------------------------------------------------
 
 
-def _find(name: str) -> list[Input]:
+def _find(name: str, readers: dict[str, Reader]) -> list[Input]:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return [_input(path, path.parent)] if _is_saved_dataset(path) else _find_in_directory(path)
+        return [_input(path, path.parent, readers)] if _is_saved_dataset(path) else _find_in_directory(path, readers)
     if path.exists():
-        return [_input(path, path.parent)]
+        return [_input(path, path.parent, readers)]
     if glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         found = [match for match in found if match.is_file() or _is_saved_dataset(match)]
         if not found:
             raise UserError(f"source {name!r} matches no file (seen from {Path.cwd()})")
         fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-        return [_input(match, fixed) for match in found]
+        return [_input(match, fixed, readers) for match in found]
     siblings = [str(sibling) for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(str(path), [STDLIB, *siblings])
+    hint = did_you_mean(str(path), [STDLIB, *TASK_SOURCES, *siblings])
     raise UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
 
 
-def _find_in_directory(root: Path) -> list[Input]:
+def _find_in_directory(root: Path, readers: dict[str, Reader]) -> list[Input]:
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    inputs = [_input(path, root) for path in files if path.suffix in READERS]
+    inputs = [_input(path, root, readers) for path in files if path.suffix in readers]
     if not inputs:
         suffixes = sorted({path.suffix or path.name for path in files}) or ["nothing"]
         raise UserError(
-            f"source {str(root)!r}: no file that can be read (one of {', '.join(READERS)}) "
+            f"source {str(root)!r}: no file that can be read (one of {', '.join(s for s in readers if s)}) "
             f"and no saved dataset; found {', '.join(suffixes[:8])}"
         )
     return inputs
 
 
-def _input(path: Path, root: Path) -> Input:
+def _input(path: Path, root: Path, readers: dict[str, Reader]) -> Input:
     name = path.relative_to(root).as_posix()
     if path.is_dir():
-        return Input(path, name, read_saved_dataset)
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: cannot read a {path.suffix or 'suffixless'} file{did_you_mean(path.suffix, READERS)}")
-    return Input(path, name, READERS[path.suffix])
+        return Input(path, name, readers[_SAVED])
+    suffixes = [suffix for suffix in readers if suffix != _SAVED]
+    if path.suffix not in suffixes:
+        hint = did_you_mean(path.suffix, suffixes)
+        also = "" if ".txt" in suffixes else " as rows of examples"
+        raise UserError(f"{path}: cannot read a {path.suffix or 'suffixless'} file{also}{hint}")
+    return Input(path, name, readers[path.suffix])
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _python_stdlib() -> Source:
+def _python_stdlib(task: str | None = None, max_characters: int | None = None) -> Source:
+    """The library's files, or the pairs of a task made of them; those of its own tests too, where installed."""
     root = Path(sysconfig.get_path("stdlib"))
+    excluded = STDLIB_EXCLUDED if task is None else STDLIB_EXCLUDED - STDLIB_TESTS
+    read = read_python if task is None else _TASK_READERS[task]
     inputs = []
     for directory, subdirectories, files in os.walk(root):
-        subdirectories[:] = sorted(set(subdirectories) - STDLIB_EXCLUDED)
+        subdirectories[:] = sorted(set(subdirectories) - excluded)
         for path in sorted(Path(directory, file) for file in files if file.endswith(".py")):
             name = path.relative_to(root).as_posix()
             if not name.startswith(STDLIB_BUILT_HERE):
-                inputs.append(Input(path, name, read_python))
+                inputs.append(Input(path, name, read))
     if not inputs:
         raise UserError(f"source {STDLIB}: this Python keeps no .py files in {root}; name files of your own")
-    return Source(tuple(inputs), "", identity=f"{STDLIB} {sys.version}")
+    return Source(tuple(inputs), "", f"{task or STDLIB} {sys.version}", max_characters)
 
 
 # --- Reading one input ------------------------------------------------------------------------------------------------
@@ -184,25 +242,53 @@ def read_python(path: Path, _field: str) -> Iterator[tuple[str, str]]:
 
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """One JSON object a line; blank lines are skipped."""
+    for line, data in _lines(path):
+        where = f"{path}, line {line}"
+        try:
+            row = json.loads(_decoded(data, path, line))
+        except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
+            if isinstance(error, UserError):
+                raise
+            shown = data[:60].decode(errors="replace").rstrip()
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{where}: not JSON ({what}): {shown}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with a {field!r} key, found {_kind(row)}")
+        _check_field(field, row, where, "key")
+        yield f":{line}", _checked(row[field], field, where)
+
+
+def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+    """One JSON object a line, of which the keys `fields` are kept; a line that is none is `Unreadable`."""
+    for line, data in _lines(path):
+        row: Any
+        try:
+            row = json.loads(data.decode())
+        except UnicodeDecodeError:
+            row = Unreadable("not UTF-8")
+        except (ValueError, RecursionError):
+            row = Unreadable("not JSON")
+        if isinstance(row, dict):
+            row = {key: row[key] for key in fields.split(_AND) if key in row}
+        yield f":{line}", row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
-            if not data.strip():
-                continue
-            where = f"{path}, line {line}"
-            try:
-                row = json.loads(_decoded(data, path, line))
-            except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
-                shown = data[:60].decode(errors="replace").rstrip()
-                what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                raise UserError(f"{where}: not JSON ({what}): {shown}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object with a {field!r} key, found {_kind(row)}")
-            _check_field(field, row, where, "key")
-            yield f":{line}", _checked(row[field], field, where)
+        yield from ((line, data) for line, data in enumerate(file, start=1) if data.strip())
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """One row a document."""
+    yield from _rows((row[field] for row in _parquet(path, field, optional=False)), field, path)
+
+
+def read_parquet_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+    """One row an example, of which the columns `fields` are kept."""
+    return ((f"#{number}", row) for number, row in enumerate(_parquet(path, fields, optional=True)))
+
+
+def _parquet(path: Path, fields: str, *, optional: bool) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -210,16 +296,24 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
         raise UserError(f'{path}: reading Parquet needs pyarrow; pip install "trainfw[datasets]"') from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_field(field, file.schema_arrow.names, str(path), "column")
-            batches = file.iter_batches(columns=[field], batch_size=1024)
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            yield from _rows(values, field, path)
+            columns = _columns(fields, file.schema_arrow.names, str(path), optional)
+            for batch in file.iter_batches(columns=columns, batch_size=1024):
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
 def read_saved_dataset(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """A directory written by Hugging Face `save_to_disk`; of several splits, `train`."""
+    yield from _rows((row[field] for row in _saved_dataset(path, field, optional=False)), field, path)
+
+
+def read_saved_dataset_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+    """Examples from such a directory, of which the columns `fields` are kept."""
+    return ((f"#{number}", row) for number, row in enumerate(_saved_dataset(path, fields, optional=True)))
+
+
+def _saved_dataset(path: Path, fields: str, *, optional: bool) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -230,9 +324,17 @@ def read_saved_dataset(path: Path, field: str) -> Iterator[tuple[str, str]]:
             splits = ", ".join(dataset)
             raise UserError(f"{path}: no `train` split; name one split's directory, such as {path}/SPLIT ({splits})")
         dataset = dataset["train"]
-    _check_field(field, dataset.column_names, str(path), "column")
-    batches = dataset.select_columns([field]).iter(batch_size=1024)
-    yield from _rows((value for batch in batches for value in batch[field]), field, path)
+    columns = _columns(fields, dataset.column_names, str(path), optional)
+    for batch in dataset.select_columns(columns).iter(batch_size=1024):
+        yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+
+
+def _columns(fields: str, found: list[str], where: str, optional: bool) -> list[str]:
+    """Those to read. The first must be there; of examples, what others lack is said of each row."""
+    columns = fields.split(_AND) if optional else [fields]
+    if columns[0] not in found:
+        _check_field(columns[0], found, where, "column", "messages_field, prompt_field" if optional else "text_field")
+    return [column for column in columns if column in found]
 
 
 READERS: dict[str, Reader] = {
@@ -241,8 +343,20 @@ READERS: dict[str, Reader] = {
     ".py": read_text,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
+    _SAVED: read_saved_dataset,
 }
 """How a file is read, by its suffix."""
+
+ROW_READERS: dict[str, Reader] = {
+    ".jsonl": read_jsonl_rows,
+    ".parquet": read_parquet_rows,
+    _SAVED: read_saved_dataset_rows,
+}
+"""How a file of examples is read."""
+
+_TASK_READERS: dict[str, Reader] = {
+    name: functools.partial(lambda task, path, _field: read_task(path, task), name) for name in TASK_SOURCES
+}
 
 
 def _decoded(data: bytes, path: Path, line: int) -> str:
@@ -258,12 +372,17 @@ def _rows(values: Iterable[Any], field: str, path: Path) -> Iterator[tuple[str, 
         yield f"#{row}", _checked(value, field, f"{path}, row {row}")
 
 
-def _check_field(field: str, found: Iterable[str], where: str, word: str) -> None:
+def _check_field(field: str, found: Iterable[str], where: str, word: str, option: str = "text_field") -> None:
     found = list(found)
     if field not in found:
+        if option == "text_field":
+            for format_, keys in {"chat": {"messages"}, "prompt_completion": {"prompt", "completion"}}.items():
+                if keys <= set(found):
+                    listed = " and ".join(repr(key) for key in sorted(keys, reverse=True))
+                    raise UserError(f"{where}: no {word} {field!r}, but {listed}: did you mean data.format: {format_}?")
         listed = ", ".join(repr(name) for name in found[:12]) or "none"
         hint = did_you_mean(field, found) if len(found) > 1 else ""
-        raise UserError(f"{where}: no {word} {field!r} (see text_field); {word}s found: {listed}{hint}")
+        raise UserError(f"{where}: no {word} {field!r} (see {option}); {word}s found: {listed}{hint}")
 
 
 def _checked(value: Any, field: str, where: str) -> str:

@@ -8,6 +8,7 @@ from .frozen import dense as dense
 from .frozen import freeze as freeze
 from .frozen import frozen_product as frozen_product
 from .generation import generate as generate
+from .generation import generate_batch as generate_batch
 from .generation import sample as sample
 from .inputs import AdapterInputs as AdapterInputs
 from .inputs import active_inputs as active_inputs

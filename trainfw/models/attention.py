@@ -34,6 +34,8 @@ class Context:
     """Index of the first query among the keys: 0, or the length of the cache."""
     segment_ids_BS: jax.Array | None = None
     """Tokens see only tokens of their own segment. (Not with a cache.)"""
+    first_B: jax.Array | None = None
+    """Index of each row's first key, i32[B]: those before it are padding, which nothing sees."""
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
     adapters: AdapterInputs | None = None
@@ -48,7 +50,9 @@ def attention_mask(context: Context, num_queries: int, num_keys: int, window: in
     By index: positions restart with every document, indices do not. A window counts the query itself.
     """
     queries_S, segments_BS = context.start + jnp.arange(num_queries), context.segment_ids_BS
-    return causal_mask(queries_S, jnp.arange(num_keys), segments_BS, segments_BS, window)
+    keys_T = jnp.arange(num_keys)
+    seen_BST = causal_mask(queries_S, keys_T, segments_BS, segments_BS, window)
+    return seen_BST if context.first_B is None else seen_BST & (keys_T >= context.first_B[:, None])[:, None]
 
 
 def attend(

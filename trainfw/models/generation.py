@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,19 +50,85 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     seed: int = 0,
 ) -> Iterator[int]:
-    """Continue a prompt: yields each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id`.
+    """Continue a prompt: yields each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id` or
+    any of `eos_ids`.
 
     Compiles once for each power of two that the prompt and the whole text fill. Raises UserError, at the call, for
     an argument that makes no sense.
     """
     prompt = list(prompt_tokens)
-    vocab = model.config.vocab_size
-    if not prompt:
-        raise UserError("prompt: needs at least one token")
-    if bad := [token for token in prompt if not 0 <= token < vocab]:
-        raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocab}")
+    _check([prompt], model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
+    ends = {*eos_ids} if eos_id is None else {eos_id, *eos_ids}
+    return _generate(model, prompt, max_tokens, ends, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_ids: Collection[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """What follows each prompt, up to `max_tokens` tokens and ending before any of `eos_ids`; all at once.
+
+    Takes the likeliest tokens by default: those that `generate` takes of each prompt alone (but where two are equal
+    within rounding). Prompts are padded to the power of two that the longest fills, and each such size, with each
+    number of prompts and of tokens (in sixteens), compiles once. Raises UserError for an argument that makes no sense.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
+    if not rows:
+        return []
+    graphdef, params = nnx.split(model)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    key = jax.random.key(seed)
+    length = _power_of_two(max(map(len, rows)))
+    padded = np.zeros((len(rows), length), np.int32)
+    for row, prompt in zip(padded, rows):
+        row[length - len(prompt) :] = prompt
+    cache = replace(
+        model.init_cache(len(rows), length + -(-max_tokens // 16) * 16),
+        first_B=jnp.asarray([length - len(prompt) for prompt in rows], jnp.int32),
+    )
+    tokens_BS: Any = padded
+    new: list[list[int]] = [[] for _ in rows]
+    open_rows = set(range(len(rows)))
+    for count in range(max_tokens):
+        tokens_B, cache = _extend_batch(graphdef, params, tokens_BS, cache, jax.random.fold_in(key, count), **sampling)
+        drawn = np.asarray(tokens_B)
+        for i in list(open_rows):
+            if int(drawn[i]) in eos_ids:
+                open_rows.remove(i)
+            else:
+                new[i].append(int(drawn[i]))
+        if not open_rows:
+            break
+        tokens_BS = tokens_B[:, None]
+    return new
+
+
+def _check(
+    prompts: list[list[int]],
+    vocab: int,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> None:
+    """Raises UserError for arguments that make no sense."""
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("prompt: needs at least one token")
+        if bad := [token for token in prompt if not 0 <= token < vocab]:
+            raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocab}")
     if max_tokens < 1:
         raise UserError(f"max_tokens = {max_tokens}: expected at least 1")
     if not 0 <= temperature < float("inf"):
@@ -73,13 +139,12 @@ def generate(
         raise UserError(f"top_p = {top_p}: expected more than 0 and at most 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed = {seed}: expected 0 to {2**32 - 1}")
-    if len(prompt) + max_tokens > _LONGEST:
+    if max(map(len, prompts), default=0) + max_tokens > _LONGEST:
         raise UserError(f"max_tokens = {max_tokens}: the prompt and these tokens exceed {_LONGEST:,}")
-    return _generate(model, prompt, max_tokens, eos_id, seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def _generate(
-    model: Transformer, prompt: list[int], max_tokens: int, eos_id: int | None, seed: int, **sampling: Any
+    model: Transformer, prompt: list[int], max_tokens: int, ends: set[int], seed: int, **sampling: Any
 ) -> Iterator[int]:
     graphdef, params = nnx.split(model)
     key = jax.random.key(seed)
@@ -88,7 +153,7 @@ def _generate(
     cache = model.init_cache(1, _power_of_two(len(prompt) + max_tokens))
     token, cache = _extend(graphdef, params, padded, len(prompt), cache, jax.random.fold_in(key, 0), **sampling)
     for count in range(1, max_tokens + 1):
-        if int(token) == eos_id:
+        if int(token) in ends:
             return
         yield int(token)
         if count < max_tokens:
@@ -115,6 +180,23 @@ def _extend(
     last_11D = jax.lax.dynamic_slice_in_dim(x_1SD, num_tokens - 1, 1, axis=1)
     token = sample(model.logits(last_11D)[0, 0], key, **sampling)
     return token, replace(extended, length=cache.length + num_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", *_SAMPLING), donate_argnames="cache")
+def _extend_batch(
+    graphdef: nnx.GraphDef[Transformer],
+    params: nnx.State,
+    tokens_BS: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    **sampling: Any,
+) -> tuple[jax.Array, KVCache]:
+    """The token that follows each row (i32[B]), whose last is its newest, and the cache with these."""
+    model = nnx.merge(graphdef, params)
+    x_BSD, cache = model.decode_hidden_states(tokens_BS, cache)
+    logits_BV = model.logits(x_BSD[:, -1:])[:, 0]
+    keys_B = jax.random.split(key, logits_BV.shape[0])
+    return jax.vmap(lambda logits_V, key: sample(logits_V, key, **sampling))(logits_BV, keys_B), cache
 
 
 def _power_of_two(size: int) -> int:

@@ -33,6 +33,8 @@ class KVCache:
     values_LBTKh: jax.Array
     length: jax.Array
     """Tokens held, i32[]; what lies beyond is never seen, and is overwritten."""
+    first_B: jax.Array | None = None
+    """Of rows padded on the left, the index of each one's first token, i32[B]: it stands at position 0."""
 
 
 class DecoderLayer(nnx.Module):
@@ -243,11 +245,15 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """`decode` without the head: x_BSD after the final norm."""
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
-        context = Context(self._turns(positions_BS), start=cache.length, adapters=adapters)
+        if cache.first_B is not None:
+            positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
+        context = Context(
+            self._turns(positions_BS), start=cache.length, first_B=cache.first_B, adapters=adapters
+        )
         x_BSD, ((keys, values), _) = self._run(
             *self._layers(adapters), self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
         )
-        return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1])
+        return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1], cache.first_B)
 
     def _turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
         # In order of first use, not a set's: every process must trace the same program.

@@ -1,3 +1,4 @@
+from .config import EvaluationConfig as EvaluationConfig
 from .config import TrainConfig as TrainConfig
 from .evaluation import Validation as Validation
 from .evaluation import evaluate as evaluate
@@ -7,4 +8,9 @@ from .loop import Result as Result
 from .loop import train as train
 from .reporter import Reporter as Reporter
 from .run_directory import RunDirectory as RunDirectory
+from .tasks import METRICS as METRICS
+from .tasks import Comparison as Comparison
+from .tasks import TaskExample as TaskExample
+from .tasks import evaluate_task as evaluate_task
+from .tasks import held_out_tasks as held_out_tasks
 from .tiny import tiny_overrides as tiny_overrides

@@ -4,7 +4,27 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainfw.config import INT32, Config, invalid
+from trainfw.config import INT32, Config, PositiveInt, invalid
+
+
+class EvaluationConfig(Config):
+    """What the model makes of held-out prompts, before the first step and after the last.
+
+    Needs `data.format: chat` (the last turn that is learnt is the reference) or `prompt_completion`.
+    """
+
+    metric: Literal["rouge_l", "chrf", "exact_match"] = "rouge_l"
+    """`rouge_l`: F1 of the longest common subsequence of words, without case and punctuation (Lin, "ROUGE", 2004).
+    `chrf`: F2 of character n-grams up to 6 (Popović, "chrF", 2015). `exact_match`: whether every character is right.
+    Each from 0 to 1, averaged over the examples."""
+    examples: PositiveInt = 64
+    """How many held-out examples, spread over all of them."""
+    max_tokens: PositiveInt = 48
+    """Tokens the model may write; it takes the likeliest each time."""
+    batch_size: PositiveInt = 16
+    """Prompts continued at once."""
+    samples: int = Field(default=3, ge=0)
+    """How many examples are shown when the run ends; evaluation.jsonl in the run directory holds all."""
 
 
 class TrainConfig(Config):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from trainfw.adapters import attach_bank
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import PreparedData, Rows, Tokenizer, load_tokenizer, prepare, validation_batches
+from trainfw.data import PreparedData, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
 from trainfw.program import Base, Mean, Program, build_program, is_run, open_base, read_adapter
@@ -63,7 +63,7 @@ def validate(program: Program, params: Any, frozen: Any, data: PreparedData, rep
         process_count=shares,
         max_batches=limit,
     )
-    everything = -(-len(Rows(data.validation, recipe.data.sequence_length)) // rows)
+    everything = -(-len(open_rows(data.validation, recipe.data.sequence_length)) // rows)
     total = Mean(0.0, 0.0)
     for number, batch in enumerate(batches, start=1):
         metrics = program.eval_step(params, frozen, program.shard_batch(batch))
@@ -75,12 +75,11 @@ def validate(program: Program, params: Any, frozen: Any, data: PreparedData, rep
     loss = total.value()
     if not math.isfinite(loss):
         raise RunError(f"validation: the loss is {loss}: the parameters are no longer finite, or overflow in the model")
-    # Every token of a document but its first, the begin marker, is predicted once.
-    predicted = data.validation.num_tokens - data.validation.num_documents
+    predicted = data.validation.num_targets
     return Validation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=loss * predicted / data.validation.num_bytes / math.log(2),
+        bits_per_byte=loss * predicted / max(data.validation.num_bytes, 1) / math.log(2),
         tokens=int(total.count),
         complete=int(total.count) == predicted,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import threading
@@ -15,16 +16,17 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, SavedParameters
-from trainfw.data import PreparedData, TrainIterator, prepare, train_iterator
+from trainfw.data import ExampleRows, PreparedData, TrainIterator, prepare, train_iterator
 from trainfw.errors import RunError, UserError
 from trainfw.hardware import peak_flops
-from trainfw.models import generate
+from trainfw.models import Transformer, generate
 from trainfw.program import Metrics, Program, TrainState, build_program, open_base, other_base
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import Resume, RunDirectory
+from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
 
 _ROUTER = ("balance_loss", "router_z_loss", "dropped", "expert_load")
 """Metrics of a mixture of experts (`MoEStats.metrics`)."""
@@ -49,6 +51,7 @@ class Result:
     step: int
     validation: Validation | None
     sample: str | None
+    evaluation: Comparison | None = None
 
 
 def train(
@@ -69,6 +72,8 @@ def train(
     reporter = reporter or Reporter()
     run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir)
     resumed_step = run.check(recipe, resume)  # early, since what follows takes a while
+    if recipe.evaluation is not None and recipe.data.format == "text":
+        raise recipe.error("evaluation.metric", "needs prompts and references: data.format chat or prompt_completion")
     base = _base(recipe, run, resumed_step)
     backend = backends.current()
     program = build_program(recipe, devices)
@@ -137,9 +142,16 @@ def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
             "model.vocab_size",
             f"is smaller than the tokenizer's vocabulary; expected {data.tokenizer.vocab_size} or more",
         )
+    if data.train.learnt is None:
+        size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
+    else:
+        for note in data.notes():
+            reporter.note(f"data: {note}")
+        filled = ExampleRows(data.train, recipe.data.sequence_length).filled
+        learnt = data.train.num_targets / data.train.num_tokens
+        size = f"{learnt:.0%} of them learnt; rows of {recipe.data.sequence_length} are {filled:.1%} full"
     reporter.note(
-        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out "
-        f"({data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token)"
+        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out ({size})"
     )
     return data
 
@@ -209,14 +221,16 @@ class _Run:
         if step < steps:
             if resumed_step is None:
                 self._validate(state, step)
+                self._evaluate(state, step)
             train_step = self._compile()
             state = self._steps(train_step, state, step)
         validation = self._validate(state, steps)
         if validation is not None:
             self._compare(validation)
+        evaluation = self._compare_tasks(state, steps)
         sample = self._sample(state)
         self.reporter.note(f"done: step {steps}, saved in {self.run}")
-        return Result(self.run.path, steps, validation, sample)
+        return Result(self.run.path, steps, validation, sample, evaluation)
 
     def _compile(self) -> Any:
         start = time.monotonic()
@@ -328,18 +342,59 @@ class _Run:
             + (f"; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}" if validation.complete else "")
         )
 
+    def _evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:
+        """What `recipe.evaluation` asks for, from evaluation.jsonl where it was done before; nothing if it is null."""
+        config = self.recipe.evaluation
+        if config is None or jax.process_count() > 1:
+            return []
+        tasks = held_out_tasks(self.data.validation, config.examples)
+        if len(done := self._evaluated(step, tasks)) == len(tasks):
+            return done
+        written = evaluate_task(self._model(state), self.data.tokenizer, tasks, config, self.reporter.progress)
+        rows = [{"step": step, **row} for row in written]
+        with self.run.evaluation_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        score = mean_score(rows, config.metric)
+        self.log.write({"step": step, f"evaluation_{config.metric}": score, "evaluation_examples": len(rows)})
+        self.reporter.note(f"evaluation at step {step}: {config.metric} {score:.3f} on {len(rows)} held-out examples")
+        return rows
+
+    def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
+        """What evaluation.jsonl has of these examples at `step`, done as the recipe says now."""
+        config, decode = self.recipe.evaluation, self.data.tokenizer.decode
+        assert config is not None
+        found = {
+            (row.get("example"), row.get("prompt")): row
+            for row in self.run.evaluations()
+            if row["step"] == step and row.get("max_tokens") == config.max_tokens and config.metric in row
+        }
+        keys = [(i, decode(task.prompt)) for i, task in enumerate(tasks)]
+        return [found[key] for key in keys if key in found]
+
+    def _compare_tasks(self, state: TrainState, steps: int) -> Comparison | None:
+        config = self.recipe.evaluation
+        if config is None or not (after := self._evaluate(state, steps)):
+            return None
+        before = self._evaluated(0, held_out_tasks(self.data.validation, config.examples))
+        comparison = Comparison(config.metric, before if len(before) == len(after) else [], after)
+        self.reporter.note(f"evaluation: {comparison}")
+        for text in comparison.samples(config.samples):
+            self.reporter.note(text)
+        return comparison
+
+    def _model(self, state: TrainState) -> Transformer:
+        """The model on one device, to generate with."""
+        device = backends.host_device() if backends.current().host_generate else jax.devices()[0]
+        parts = (self.program.in_true_order(jax.device_put(part, device)) for part in (state.params, state.frozen))
+        return self.program.model(*parts)
+
     def _sample(self, state: TrainState) -> str | None:
         prompt = self.recipe.train.sample_prompt
         if prompt is None or jax.process_count() > 1:
             return None
         tokenizer = self.data.tokenizer
-        host = backends.current().host_generate
-        device = backends.host_device() if host else jax.devices()[0]
-        params, frozen = (
-            self.program.in_true_order(jax.device_put(part, device)) for part in (state.params, state.frozen)
-        )
         tokens = generate(
-            self.program.model(params, frozen),
+            self._model(state),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_tokens=self.recipe.train.sample_tokens,
             eos_id=tokenizer.eos_id,

@@ -27,13 +27,14 @@ FREE_KEYS = (
     "train.sample_",
     "train.remat",
     "train.scan_layers",
+    "evaluation",
     "data.cache_dir",
     "data.prefetch",
 )
 
 
 class RunDirectory:
-    """The files of one run: recipe.yaml, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+    """The files of one run: recipe.yaml, metrics.jsonl, evaluation.jsonl, tensorboard/, tokenizer/, checkpoints/."""
 
     def __init__(self, path: str | os.PathLike[str]):
         if not str(path):
@@ -41,6 +42,7 @@ class RunDirectory:
         self.path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.evaluation_file = self.path / "evaluation.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
@@ -112,22 +114,23 @@ class RunDirectory:
             temporary = self.recipe_file.with_suffix(".tmp")
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
             temporary.replace(self.recipe_file)
-            kept = [row for row in self.metrics() if resumed_step is not None and row["step"] <= resumed_step]
-            temporary = self.metrics_file.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.metrics_file)
+            for file in (self.metrics_file, self.evaluation_file):
+                if file == self.evaluation_file and not file.is_file():
+                    continue
+                kept = [row for row in _rows(file) if resumed_step is not None and row["step"] <= resumed_step]
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                temporary.replace(file)
         except OSError as error:
             raise UserError(f"{self}: cannot be written: {error.strerror}") from None
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl; a line that is none, as a crash may leave, is left out."""
-        if not self.metrics_file.is_file():
-            return
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and "step" in row:
-                    yield row
+        return _rows(self.metrics_file)
+
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """The rows of evaluation.jsonl, likewise."""
+        return _rows(self.evaluation_file)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -146,3 +149,13 @@ class RunDirectory:
             yield
         finally:
             lock.release()
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                yield row

@@ -41,6 +41,12 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "model.num_kv_heads": 1 if shares_heads else 2,
         "model.head_dim": 16,
         "data.source": "python-stdlib",
+        "data.format": "text",
+        "data.loss_on": ["assistant"],
+        "data.chat_template": True,
+        "data.system_prompt": None,
+        "data.too_long": "refuse",
+        "data.max_characters": None,
         "data.tokenizer": {"name": "bytes"},
         "data.sequence_length": 64,
         "train.steps": 5,
@@ -51,6 +57,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "train.accumulation_steps": accumulation,
         "train.global_batch_size": 2 * rows * accumulation,
         "optimizer.warmup_steps": 1,
+        "evaluation": None,
     }
     if model.sliding_window is not None:
         changes["model.sliding_window"] = 16

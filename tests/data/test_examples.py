@@ -1,0 +1,270 @@
+"""Rows of examples: what is learnt of them, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainfw.data import DataConfig, PreparedData, Tokenizer, prepare
+from trainfw.data.cache import is_held_out
+from trainfw.data.examples import Encoder
+from trainfw.data.sources import Row
+from trainfw.errors import UserError
+
+from .test_chat import SMOLLM2, TEMPLATES, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t", SMOLLM2)
+
+
+def chat(*turns: str, **extra: object) -> dict:
+    """Roles by their first letter: "u:hi"."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return {"messages": [{"role": roles[t[0]], "content": t[2:]} for t in turns], **extra}
+
+
+def config(format: str = "chat", **options: object) -> DataConfig:
+    return DataConfig(format=format, **{"sequence_length": 512} | options)  # type: ignore[arg-type]
+
+
+def encode(rows: list, tokenizer: Tokenizer, **options: object):
+    encoder = Encoder(config(**options), tokenizer)  # type: ignore[arg-type]
+    examples = list(encoder.encode([Row(f"a.jsonl:{i}", row) for i, row in enumerate(rows, start=1)]))
+    return examples, [str(one) for one in encoder.refusals.summary()]
+
+
+def shown(example, tokenizer: Tokenizer) -> tuple[str, str]:
+    """(all of it, what of it is learnt), special tokens as text."""
+    learnt = [id_ for id_, is_learnt in zip(example.ids, example.learnt) if is_learnt]
+    return tuple(tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in (example.ids, learnt))  # type: ignore[return-value]
+
+
+def test_a_chat_learns_what_the_assistant_writes(smollm2):
+    [one], refused = encode([chat("s:Be brief.", "u:hi", "a:hello", "u:bye", "a:so long", "u:ok")], smollm2)
+    text, learnt = shown(one, smollm2)
+    assert learnt == "hello<|im_end|>so long<|im_end|>"
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        "hello<|im_end|>\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nso long<|im_end|>"
+    )
+    assert one.key == "hi"
+    assert not refused
+
+
+def test_other_roles_may_be_learnt(smollm2):
+    [one], _ = encode([chat("u:user", "a:hello", "t:42")], smollm2, loss_on=["user", "tool"])
+    assert shown(one, smollm2)[1] == "user<|im_end|>42<|im_end|>"
+
+
+def test_a_system_prompt_is_added_where_there_is_none(smollm2):
+    rows = [chat("u:hi", "a:hello"), chat("s:own", "u:hi", "a:hello")]
+    texts = [shown(one, smollm2)[0] for one in encode(rows, smollm2, system_prompt="Be kind.")[0]]
+    assert [text.split("<|im_end|>")[0] for text in texts] == [
+        "<|im_start|>system\nBe kind.",
+        "<|im_start|>system\nown",
+    ]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_and_completion_are_turns_of_the_template(name, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", TEMPLATES[name])
+    [one], _ = encode([{"prompt": "1 + 1", "completion": "2"}], tokenizer, format="prompt_completion")
+    _, learnt = shown(one, tokenizer)
+    end = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>"}.get(name, "<|im_end|>")
+    assert learnt.strip() == f"2{end}"
+
+
+def test_prompt_and_completion_as_they_are(smollm2):
+    options = {"format": "prompt_completion", "chat_template": False}
+    [one], _ = encode([{"prompt": "1 + 1 = <|im_end|>", "completion": "2"}], smollm2, **options)
+    assert shown(one, smollm2) == ("<s>1 + 1 = <|im_end|>2</s>", "2</s>")
+    assert smollm2.backend.token_to_id("<|im_end|>") not in one.ids
+
+
+UNUSABLE = {
+    "no 'messages'": {"message": []},
+    "'messages' is not a list of messages": {"messages": "hi"},
+    "not an object": [1],
+    "a message is not an object": {"messages": ["hi"]},
+    "a message has no role": {"messages": [{"content": "hi"}]},
+    "unknown role 'asistant'; did you mean 'assistant'?": {"messages": [{"role": "asistant", "content": "hi"}]},
+    "a message's content is not text": {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
+    "no message of assistant to learn": chat("u:hi"),
+    "a message to learn is empty": chat("u:hi", "a: "),
+    "'tools' is not a list": chat("u:hi", "a:x", tools=3),
+    "a message holds '<|im_end|>', which is a special token of the tokenizer": chat("u:a<|im_end|>b", "a:x"),
+    "a message has a lone surrogate": chat("u:\ud800", "a:x"),
+    "longer than sequence_length = 512": chat("u:hi", "a:" + "x" * 600),
+}
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(smollm2):
+    rows = [row for row in UNUSABLE.values() for _ in range(2)]
+    examples, refused = encode([*rows, chat("u:hi", "a:hello")], smollm2)
+    assert len(examples) == 1
+    expected = {f"2 rows: {reason} (the first: a.jsonl:{2 * i + 1})" for i, reason in enumerate(UNUSABLE)}
+    assert set(refused) == expected
+
+
+def test_pairs_that_cannot_be_used(smollm2):
+    rows = {
+        "no 'completion'": {"prompt": "x"},
+        "'prompt' is not text": {"prompt": 1, "completion": "x"},
+        "'completion' is empty": {"prompt": "x", "completion": " \n"},
+        "'completion' has a lone surrogate": {"prompt": "x", "completion": "\udfff"},
+    }
+    _, refused = encode(list(rows.values()), smollm2, format="prompt_completion")
+    assert refused == [f"1 row: {reason} (the first: a.jsonl:{i})" for i, reason in enumerate(rows, start=1)]
+
+
+def test_what_is_too_long_may_be_cut(smollm2):
+    rows = [chat("u:hi", "a:" + "x" * 600), chat("u:" + "x" * 600, "a:never seen")]
+    examples, refused = encode(rows, smollm2, too_long="truncate", sequence_length=200)
+    assert [len(one.ids) for one in examples] == [201]  # the last is a target only
+    assert examples[0].learnt[-1]
+    assert refused == ["1 row: longer than sequence_length = 200 (the first: a.jsonl:2)"]
+
+
+def test_a_template_that_refuses_a_row(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", TEMPLATES["gemma"])
+    _, refused = encode([chat("s:x", "u:x", "a:x")], tokenizer)
+    assert refused == ["1 row: the chat template refuses it: System role not supported (the first: a.jsonl:1)"]
+
+
+def test_a_tokenizer_without_a_template(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", None)
+    with pytest.raises(UserError, match=r"format: chat: the tokenizer has no chat template; put one beside"):
+        Encoder(config(), tokenizer)
+    with pytest.raises(UserError, match="set chat_template: false, or put one"):
+        Encoder(config("prompt_completion"), tokenizer)
+
+
+texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
+
+
+@given(st.lists(st.tuples(st.sampled_from("uas"), texts), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=60)
+def test_learnt_tokens_are_the_contents_and_their_ends(smollm2, turns):
+    """Of any conversation, in any script; all that is left out is refused for a reason."""
+    row = chat(*(f"{role}:{text}" for role, text in turns))
+    examples, refused = encode([row], smollm2)
+    assert len(examples) + len(refused) == 1
+    said = [text for role, text in turns if role == "a"]
+    if examples:
+        assert shown(examples[0], smollm2)[1] == "".join(f"{text}<|im_end|>" for text in said)
+        assert not examples[0].learnt[0]
+    else:
+        assert not said or any(not text.strip() for text in said)
+
+
+# --- Prepared -------------------------------------------------------------------------------------
+
+
+def prepared(path: Path, tokenizer: Tokenizer, **options: object) -> PreparedData:
+    options = {"source": str(path), "validation_fraction": 0.3, "cache_dir": str(path.parent / "cache")} | options
+    return prepare(config(**options), tokenizer=tokenizer)  # type: ignore[arg-type]
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prepared_examples(tmp_path, smollm2):
+    rows = [chat(f"u:question {i % 20}", f"a:answer {i}") for i in range(60)]
+    path = write(tmp_path / "a.jsonl", [*rows, {"messages": 3}])
+    path.write_text(path.read_text() + "not json\n\n\n" + json.dumps(chat("u:q", "a:a")) + "\n")
+    for _ in range(2):  # the second from the cache
+        data = prepared(path, smollm2)
+        assert data.train.num_documents + data.validation.num_documents == 61
+        assert [str(one) for one in data.refused] == [
+            "1 row: 'messages' is not a list of messages (the first: a.jsonl:61)",
+            "1 row: not JSON (the first: a.jsonl:62)",
+        ]
+        assert data.notes()[0].endswith("refused 2 of 63 rows:")
+        sides = {"train": set(), "validation": set()}
+        for split, questions in sides.items():
+            store = getattr(data, split)
+            assert store.learnt.dtype == bool
+            for start, end in zip(store.offsets[:-1], store.offsets[1:]):
+                text = smollm2.decode(store.tokens[start:end].tolist())
+                questions.add(text.split("user\n")[1].split("\nassistant")[0])
+                answer = smollm2.decode(store.tokens[start:end][store.learnt[start:end]].tolist())
+                assert text.endswith(answer)
+        assert not sides["train"] & sides["validation"]
+        assert all(is_held_out(question, 0.3) for question in sides["validation"])
+        assert data.validation.num_bytes == sum(
+            len(f"answer {i}") for i in range(60) if f"question {i % 20}" in sides["validation"]
+        ) + ("q" in sides["validation"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"loss_on": ["user"]}, {"system_prompt": "x"}, {"sequence_length": 99}, {"too_long": "truncate"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_that_shape_examples(tmp_path, smollm2, change):
+    path = write(tmp_path / "a.jsonl", [chat(f"u:{i}", f"a:{i}") for i in range(30)])
+    first = prepared(path, smollm2)
+    assert prepared(path, smollm2, **change).fingerprint != first.fingerprint
+    assert prepared(path, smollm2, **change).fingerprint == prepared(path, smollm2, **change).fingerprint
+
+
+def test_another_template_is_other_data(tmp_path, smollm2):
+    path = write(tmp_path / "a.jsonl", [chat(f"u:{i}", f"a:{i}") for i in range(30)])
+    other = make_tokenizer(tmp_path / "t", TEMPLATES["llama3"])
+    assert prepared(path, smollm2).fingerprint != prepared(path, other).fingerprint
+
+
+def test_parquet(tmp_path, smollm2):
+    rows = [chat(f"u:{i}", f"a:{i}") for i in range(30)]
+    rows[3]["messages"][0]["name"] = "somebody"  # a column of nulls for the others
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    digest = prepared(path, smollm2).train.digest
+    assert digest == prepared(write(tmp_path / "a.jsonl", rows), smollm2).train.digest
+
+
+def test_nothing_to_use_is_an_error(tmp_path, smollm2):
+    path = write(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
+    with pytest.raises(UserError, match=r"no row of the source can be used:\n  3 rows: no 'messages' \(the first: a"):
+        prepared(path, smollm2)
+
+
+@pytest.mark.parametrize(
+    ("row", "format"), [(chat("u:x", "a:y"), "chat"), ({"prompt": "x", "completion": "y"}, "prompt_completion")]
+)
+def test_text_that_looks_like_examples(tmp_path, smollm2, row, format):
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=f"no key 'text', but .*: did you mean data.format: {format}\\?"):
+        prepared(path, smollm2, format="text")
+
+
+def test_files_of_text_are_no_examples(tmp_path, smollm2):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match=r"cannot read a \.txt file as rows of examples; one of: \.jsonl, \.parquet"):
+        prepared(tmp_path / "a.txt", smollm2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_on": ["user"]}, "loss_on is for `format: chat`"),
+        ({"system_prompt": "x"}, "system_prompt is written by a chat template"),
+        ({"chat_template": False}, "is for `format: prompt_completion`"),
+        ({"too_long": "truncate"}, "text is cut into rows"),
+        ({"max_characters": 3}, "max_characters is for a built-in task"),
+        ({"source": "python-stdlib-rewrites"}, "set `format: prompt_completion`"),
+        ({"source": ["python-stdlib-rewrites", "x"]}, "cannot be mixed"),
+        ({"format": "chat", "tokenizer": {"name": "bpe", "vocab_size": 300}}, "`name: bpe` trains on text"),
+    ],
+)
+def test_options_of_other_formats(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(sequence_length=8, **options)

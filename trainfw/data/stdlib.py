@@ -1,0 +1,112 @@
+"""Tasks made of Python's own library: pairs of prompt and completion that are on every machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Pair = tuple[int, str, str]
+"""(line, prompt, completion)"""
+
+_Defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_WORDS = range(3, 31)
+"""Words in a line worth learning: fewer say nothing, more are lists or tables."""
+_PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()\-]*[.?!]")
+"""A sentence in which only case and punctuation could be missing: no code, markup or paths."""
+
+
+def summaries(text: str) -> Iterator[Pair]:
+    """The source of each function, method and class without its docstrings -> the first line of its docstring.
+
+    Left out are docstrings whose first line breaks off (PEP 257 asks for a line of its own), and definitions that
+    hold nothing but their docstring. Docstrings inside go too: one pair's prompt never holds another's completion.
+    """
+    lines = text.splitlines()
+    for node in _documented(text, _Defined):
+        doc = ast.get_docstring(node)
+        assert doc is not None and not isinstance(node, ast.Module)  # noqa: PT018
+        first, _, rest = doc.partition("\n")
+        body = [part for part in node.body[1:] if not _says_nothing(part)]
+        if len(first.split()) not in _WORDS or (rest and rest.split("\n")[0].strip()) or not body:
+            continue
+        source = _without_docstrings(lines, node)
+        if source is not None:
+            yield node.lineno, source, first.strip()
+
+
+def rewrites(text: str) -> Iterator[Pair]:
+    """A sentence of a docstring in lower case and without punctuation -> the sentence as it was written."""
+    for node in _documented(text, (ast.Module, *_Defined)):
+        doc = ast.get_docstring(node)
+        assert doc is not None
+        for paragraph in re.split(r"\n\s*\n", doc):
+            for sentence in re.split(r"(?<=[.?!])\s+", " ".join(paragraph.split())):
+                if len(sentence.split()) in _WORDS and _PROSE.fullmatch(sentence):
+                    # A hyphen and an apostrophe belong to the word.
+                    bare = re.sub(r"[^a-z0-9' \-]", "", sentence.lower())
+                    yield getattr(node, "lineno", 1), " ".join(bare.split()), sentence
+
+
+TASKS: dict[str, Callable[[str], Iterator[Pair]]] = {
+    "python-stdlib-summaries": summaries,
+    "python-stdlib-rewrites": rewrites,
+}
+"""The pairs of a file's text, by the name of their source in a recipe."""
+
+
+def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The pairs of a Python file, as rows; none of one that does not decode or parse."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        for line, prompt, completion in TASKS[task](text):
+            yield f":{line}", {"prompt": prompt, "completion": completion}
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        return
+
+
+def _documented(text: str, kinds: tuple[type[ast.AST], ...]) -> Iterator[ast.FunctionDef | ast.ClassDef | ast.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the files' authors wrote, such as "\d"
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and _docstring(node) is not None:
+            yield node  # type: ignore[misc]
+
+
+def _docstring(node: ast.AST) -> ast.Constant | None:
+    body = getattr(node, "body", None)
+    if isinstance(node, (ast.Module, *_Defined)) and body and isinstance(body[0], ast.Expr):
+        value = body[0].value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            return value
+    return None
+
+
+def _says_nothing(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _without_docstrings(lines: list[str], node: ast.FunctionDef | ast.ClassDef) -> str | None:
+    """The source of `node`; None where a docstring shares a line with other code."""
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    assert node.end_lineno is not None
+    dropped: set[int] = set()
+    for inner in ast.walk(node):
+        if (doc := _docstring(inner)) is not None:
+            assert doc.end_lineno is not None
+            before = lines[doc.lineno - 1].encode()[: doc.col_offset]
+            after = lines[doc.end_lineno - 1].encode()[doc.end_col_offset :].strip()
+            if before.strip() or (after and not after.startswith(b"#")):
+                return None
+            end = doc.end_lineno
+            while end < node.end_lineno and not lines[end].strip():  # blank lines after it
+                end += 1
+            dropped.update(range(doc.lineno, end + 1))
+    kept = [lines[i - 1] for i in range(first, node.end_lineno + 1) if i not in dropped]
+    return textwrap.dedent("\n".join(kept)).strip()

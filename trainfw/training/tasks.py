@@ -1,0 +1,179 @@
+"""How well a model does its task: what it writes after held-out prompts, by a metric."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainfw.data import Progress, Tokenizer, TokenStore
+from trainfw.models import Transformer, generate_batch
+from trainfw.training.config import EvaluationConfig
+
+
+def rouge_l(output: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words: Lin, "ROUGE", 2004, section 3; without stemming."""
+    ours, theirs = (re.findall(r"\w+", text.lower()) for text in (output, reference))
+    common = _common_subsequence(ours, theirs)
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Its length."""
+    before = [0] * (len(b) + 1)
+    for x in a:
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(before[j] + 1 if x == y else max(before[j + 1], row[j]))
+        before = row
+    return before[-1]
+
+
+def chrf(output: str, reference: str, order: int = 6, beta: float = 2.0) -> float:
+    """F2 of character n-grams without whitespace, precision and recall averaged over n: Popović, "chrF", 2015.
+
+    Sizes that neither text is long enough for are left out of the average.
+    """
+    ours, theirs = ("".join(text.split()) for text in (output, reference))
+    precision, recall, orders = 0.0, 0.0, 0
+    for n in range(1, order + 1):
+        mine, true = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (ours, theirs))
+        if not mine and not true:
+            break
+        orders += 1
+        common = (mine & true).total()
+        precision += common / max(mine.total(), 1)
+        recall += common / max(true.total(), 1)
+    if not precision or not recall:
+        return 0.0
+    precision, recall = precision / orders, recall / orders
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def exact_match(output: str, reference: str) -> float:
+    """1 where both are the same, but for spaces around them."""
+    return float(output.strip() == reference.strip())
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l, "chrf": chrf, "exact_match": exact_match}
+"""`metric(output, reference)`, from 0 to 1, by the name used in recipes."""
+
+
+@dataclass(frozen=True)
+class TaskExample:
+    """A held-out prompt, and what should follow it."""
+
+    prompt: list[int]
+    reference: list[int]
+
+
+def held_out_tasks(store: TokenStore, count: int) -> list[TaskExample]:
+    """Up to `count` examples of the store, spread evenly over it; of each, its last run of learnt tokens."""
+    assert store.learnt is not None
+    total = store.num_documents
+    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+    tasks = []
+    for i in chosen:
+        start, end = store.offsets[i : i + 2]
+        ids, learnt = store.tokens[start:end].tolist(), np.asarray(store.learnt[start:end])
+        last = int(np.flatnonzero(learnt)[-1])
+        context = np.flatnonzero(~learnt[:last])
+        begin = int(context[-1]) + 1
+        tasks.append(TaskExample(ids[:begin], ids[begin : last + 1]))
+    return tasks
+
+
+def evaluate_task(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: Sequence[TaskExample],
+    config: EvaluationConfig,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """For each example its prompt, reference and output as text, and the metric, under its name."""
+    special = {id_ for id_, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    # What ends a turn is not always what ends a document.
+    ends = {tokenizer.eos_id, *(task.reference[-1] for task in tasks if task.reference[-1] in special)}
+    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt))  # little padding, few shapes
+    size = min(config.batch_size, len(tasks))
+    outputs: dict[int, str] = {}
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        prompts = [tasks[i].prompt for i in batch]
+        prompts += prompts[-1:] * (size - len(prompts))  # of one shape: compiled once
+        written = generate_batch(model, prompts, max_tokens=config.max_tokens, eos_ids=ends)
+        outputs |= {i: tokenizer.decode(ids).strip() for i, ids in zip(batch, written)}
+        if progress is not None:
+            progress("evaluating, examples", len(outputs), len(tasks))
+    metric = METRICS[config.metric]
+    rows = []
+    for i, task in enumerate(tasks):
+        prompt, reference = tokenizer.decode(task.prompt), tokenizer.decode(task.reference).strip()
+        texts = {"example": i, "prompt": prompt, "reference": reference, "output": outputs[i]}
+        rows.append({**texts, "max_tokens": config.max_tokens, config.metric: metric(outputs[i], reference)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same held-out examples before training and after it."""
+
+    metric: str
+    before: list[dict[str, Any]]
+    """Rows of `evaluate_task`; empty where nothing was evaluated before the first step."""
+    after: list[dict[str, Any]]
+
+    @property
+    def score_before(self) -> float | None:
+        return mean_score(self.before, self.metric) if self.before else None
+
+    @property
+    def score(self) -> float:
+        return mean_score(self.after, self.metric)
+
+    def __str__(self) -> str:
+        head = f"{self.metric} on {len(self.after)} held-out examples"
+        if self.score_before is None:
+            return f"{head}: {self.score:.3f}"
+        gains = [b[self.metric] - a[self.metric] for a, b in zip(self.before, self.after)]
+        mean = sum(gains) / len(gains)
+        error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / max(len(gains) - 1, 1) / len(gains))
+        return (
+            f"{head}: {self.score_before:.3f} before training, {self.score:.3f} after "
+            f"({mean:+.3f}, standard error {error:.3f}; better on {sum(g > 0 for g in gains)}, "
+            f"worse on {sum(g < 0 for g in gains)})"
+        )
+
+    def samples(self, count: int) -> list[str]:
+        """`count` examples as text, spread over all: the end of the prompt, the reference, both outputs."""
+        chosen = np.unique(np.linspace(0, len(self.after) - 1, min(count, len(self.after))).round().astype(int))
+        texts = []
+        for i in map(int, chosen):
+            row = self.after[i]
+            prompt = row["prompt"]
+            shown = prompt if len(prompt) <= _SHOWN else f"...{prompt[-_SHOWN:]}"
+            lines = {"prompt": shown, "reference": row["reference"]}
+            if self.before:
+                lines["before"] = self.before[i]["output"]
+            lines["after"] = row["output"]
+            texts.append(
+                "\n".join([f"sample {i + 1} of {len(self.after)}", *(_indented(*one) for one in lines.items())])
+            )
+        return texts
+
+
+_SHOWN = 400
+"""Characters of a sample's prompt."""
+
+
+def mean_score(rows: Sequence[dict[str, Any]], metric: str) -> float:
+    return sum(row[metric] for row in rows) / len(rows)
+
+
+def _indented(name: str, text: str) -> str:
+    return f"  {name + ':':<11}" + text.strip().replace("\n", "\n" + " " * 13)
