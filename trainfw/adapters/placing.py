@@ -49,8 +49,8 @@ def attach(model: Transformer, config: AdapterConfig, rngs: nnx.Rngs) -> None:
         if config.dropout and name in ("embedding", "head"):
             raise UserError(f"dropout = {config.dropout}: is not for {name}; set it to 0, or choose other targets")
         bound = 1.0 / math.sqrt(shape[-2])
-        a = jax.random.uniform(rngs.params(), (*shape[:-1], rank), jnp.float32, -bound, bound)
-        a = nnx.Param(a, axes=(*axes[:-1], None))
+        drawn = jax.random.uniform(rngs.params(), (*shape[:-1], rank), jnp.float32, -bound, bound)
+        a = nnx.Param(drawn, axes=(*axes[:-1], None))
         b = nnx.Param(jnp.zeros((*shape[:-2], rank, shape[-1]), jnp.float32), axes=(*axes[:-2], None, axes[-1]))
         scale = config.scale(rank, alpha)
         if isinstance(module, Embedding):
@@ -74,10 +74,10 @@ def targets(config: AdapterConfig, names: Any) -> dict[str, tuple[int, float]]:
         chosen |= found
     sizes = {name: (config.rank, config.alpha) for name in names if name in chosen}
     for pattern, other in config.patterns.items():
-        found = _matching(pattern, sizes)
-        if not found:
+        matching = _matching(pattern, sizes)
+        if not matching:
             raise UserError(f"patterns: {pattern!r} matches none of the targets{did_you_mean(pattern, list(sizes))}")
-        for name in found:
+        for name in matching:
             rank, alpha = sizes[name]
             sizes[name] = (other.rank or rank, other.alpha or alpha)
     return sizes
@@ -101,5 +101,5 @@ def with_magnitudes(model: Transformer) -> None:
     """Set DoRA's magnitudes, in place, to the lengths of the columns of the frozen weights."""
     for _, module in adapted(model):
         if isinstance(module.adapter, LoRA) and module.adapter.magnitude is not None:
-            wide = dense(module.kernel.get_value(), jnp.float32)
+            wide = dense(weight_of(module).get_value(), jnp.float32)
             module.adapter.magnitude.set_value(jnp.sqrt(jnp.sum(jnp.square(wide), axis=-2)))

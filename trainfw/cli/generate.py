@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import RunPath, Step
+from trainfw.cli.options import AnyModel, Step
 
 
 def generate(
-    run: RunPath,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    model: AnyModel,
+    prompt: Annotated[list[str], typer.Option(help="The text to go on from; several are written at once.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)] = None,
@@ -18,33 +19,85 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     step: Step = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--plain", help="As a user's turn by the chat template, or as text (default: as trained)."),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="With --chat: the system prompt (default: as trained).", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="An adapter of the model; a prompt NAME=TEXT takes it."),
+    ] = None,
 ) -> None:
-    """Write on from a prompt with a trained run."""
+    """Write on from prompts: with a run, a model, or a model and several adapters."""
     from trainfw import backends
+    from trainfw.errors import UserError
+
+    adapters = _named(adapter or [])
+    for text in prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {text!r}: is not UTF-8 text") from None
 
     backends.prepare()
 
     from trainfw import models, training
     from trainfw.data import TextStream
+
+    loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
+    chosen = [_chosen(text, adapters) for text in prompt]
+    form = {name: training.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
+    tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    ends = training.end_tokens(tokenizer)
+    if len(prompt) == 1 and not adapters:
+        stream = TextStream(tokenizer)
+        typer.echo(form[None].echo(prompt[0], chat), nl=False)
+        for token in models.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
+            typer.echo(stream.push(token), nl=False)
+        typer.echo(stream.flush())
+        return
+    written = models.generate_batch(
+        loaded,
+        tokens,
+        eos_ids=ends,
+        adapters=[name for name, _ in chosen] if adapters else None,
+        **options,  # type: ignore[arg-type]
+    )
+    for (name, text), ids in zip(chosen, written, strict=True):
+        typer.echo(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}")
+        typer.echo(tokenizer.decode(ids))
+
+
+def _named(adapters: list[str]) -> dict[str, str]:
     from trainfw.errors import UserError
 
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--prompt {prompt!r}: is not UTF-8 text") from None
-    model, tokenizer = training.load_model(run, step=step)
-    tokens = models.generate(
-        model,
-        [tokenizer.bos_id, *tokenizer.encode(prompt)],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=tokenizer.eos_id,
-        seed=seed,
-    )
-    typer.echo(prompt, nl=False)
-    text = TextStream(tokenizer)
-    for token in tokens:
-        typer.echo(text.push(token), nl=False)
-    typer.echo(text.flush())
+    named: dict[str, str] = {}
+    for text in adapters:
+        name, equals, path = text.partition("=")
+        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
+        if name in named or name == "base":
+            raise UserError(f"--adapter {text!r}: {name!r} is {'taken' if name in named else 'the model itself'}")
+        named[name] = path
+    return named
+
+
+def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:
+    """The adapter of a prompt, or None for the model without one, and its text."""
+    from trainfw.errors import UserError
+
+    if not adapters:
+        return None, prompt
+    name, equals, text = prompt.partition("=")
+    if equals and name in adapters:
+        return name, text
+    if equals and name == "base":
+        return None, text
+    if len(adapters) == 1:
+        return next(iter(adapters)), prompt
+    raise UserError(f"--prompt {prompt[:40]!r}: expected NAME=TEXT with NAME one of {', '.join(adapters)} or base")

@@ -2,6 +2,7 @@ from .cache import PreparedData as PreparedData
 from .cache import default_cache_dir as default_cache_dir
 from .cache import prepare as prepare
 from .chat import ChatTemplate as ChatTemplate
+from .chat import chat_prompt as chat_prompt
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
 from .examples import Refused as Refused

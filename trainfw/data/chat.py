@@ -195,3 +195,19 @@ def _to_json(
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = None) -> list[int]:
+    """Tokens of a user's turn by the tokenizer's chat template, up to where the assistant's begins.
+
+    Raises UserError where it has no template, or the template refuses the messages.
+    """
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        raise UserError("the tokenizer has no chat template; give the text as it is, with --plain")
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    try:
+        rendered = template.render([*system, {"role": "user", "content": text}], add_generation_prompt=True)
+    except TemplateProblem as problem:
+        raise UserError(str(problem)) from None
+    return list(template.encode([rendered])[0].ids)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, did_you_mean
+from trainfw.models.inputs import AdapterInputs
 from trainfw.models.transformer import KVCache, Transformer
 
 _LONGEST = 2**20
@@ -62,6 +63,8 @@ def generate(
     prompt = list(prompt_tokens)
     _check([prompt], model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     ends = {*eos_ids} if eos_id is None else {eos_id, *eos_ids}
+    if model.adapter_names:
+        raise UserError("this model has several adapters: generate_batch takes one for each prompt")
     return _generate(model, prompt, max_tokens, ends, seed, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
@@ -75,12 +78,17 @@ def generate_batch(
     top_p: float | None = None,
     eos_ids: Collection[int] = (),
     seed: int = 0,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """What follows each prompt, up to `max_tokens` tokens and ending before any of `eos_ids`; all at once.
 
     Takes the likeliest tokens by default: those that `generate` takes of each prompt alone (but where two are equal
     within rounding). Prompts are padded to the power of two that the longest fills, and each such size, with each
     number of prompts and of tokens (in sixteens), compiles once. Raises UserError for an argument that makes no sense.
+
+    Args:
+        adapters: of a model that was loaded with several, the name of the one that each prompt takes, or None for the
+            model without any (the default for all).
     """
     rows = [list(prompt) for prompt in prompts]
     _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
@@ -97,11 +105,13 @@ def generate_batch(
         model.init_cache(len(rows), length + -(-max_tokens // 16) * 16),
         first_B=jnp.asarray([length - len(prompt) for prompt in rows], jnp.int32),
     )
+    inputs = _adapter_inputs(model, len(rows), adapters)
     tokens_BS: Any = padded
     new: list[list[int]] = [[] for _ in rows]
     open_rows = set(range(len(rows)))
     for count in range(max_tokens):
-        tokens_B, cache = _extend_batch(graphdef, params, tokens_BS, cache, jax.random.fold_in(key, count), **sampling)
+        step_key = jax.random.fold_in(key, count)
+        tokens_B, cache = _extend_batch(graphdef, params, tokens_BS, cache, step_key, inputs, **sampling)
         drawn = np.asarray(tokens_B)
         for i in list(open_rows):
             if int(drawn[i]) in eos_ids:
@@ -189,14 +199,32 @@ def _extend_batch(
     tokens_BS: jax.Array,
     cache: KVCache,
     key: jax.Array,
+    adapters: AdapterInputs | None,
     **sampling: Any,
 ) -> tuple[jax.Array, KVCache]:
     """The token that follows each row (i32[B]), whose last is its newest, and the cache with these."""
     model = nnx.merge(graphdef, params)
-    x_BSD, cache = model.decode_hidden_states(tokens_BS, cache)
+    x_BSD, cache = model.decode_hidden_states(tokens_BS, cache, adapters)
     logits_BV = model.logits(x_BSD[:, -1:])[:, 0]
     keys_B = jax.random.split(key, logits_BV.shape[0])
     return jax.vmap(lambda logits_V, key: sample(logits_V, key, **sampling))(logits_BV, keys_B), cache
+
+
+def _adapter_inputs(model: Transformer, rows: int, adapters: Sequence[str | None] | None) -> AdapterInputs | None:
+    """Which adapter of the model's bank each row takes. Raises UserError for a name that it does not have."""
+    names = model.adapter_names
+    if not names:
+        if adapters is not None and any(name is not None for name in adapters):
+            raise UserError("adapters: this model was loaded without any; name them to load_model")
+        return None
+    chosen = [None] * rows if adapters is None else list(adapters)
+    if len(chosen) != rows:
+        raise UserError(f"adapters: {len(chosen)} for {rows} prompts")
+    for name in chosen:
+        if name is not None and name not in names:
+            raise UserError(f"adapters: no {name!r}{did_you_mean(name, names)}")
+    numbers = [len(names) if name is None else names.index(name) for name in chosen]
+    return AdapterInputs(rows_B=jnp.asarray(numbers, jnp.int32))
 
 
 def _power_of_two(size: int) -> int:

@@ -123,6 +123,8 @@ class Transformer(nnx.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.remat, self.scan_layers, self.prefetch, self.ring = remat, scan_layers, prefetch, ring
         self.microbatch_rows, self.interleave = microbatch_rows, interleave
+        self.adapter_names: tuple[str, ...] = ()
+        """Of adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
         self.embedding = Embedding(config, rngs=rngs)
         self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
@@ -247,9 +249,7 @@ class Transformer(nnx.Module):
         positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
         if cache.first_B is not None:
             positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
-        context = Context(
-            self._turns(positions_BS), start=cache.length, first_B=cache.first_B, adapters=adapters
-        )
+        context = Context(self._turns(positions_BS), start=cache.length, first_B=cache.first_B, adapters=adapters)
         x_BSD, ((keys, values), _) = self._run(
             *self._layers(adapters), self._embed(tokens_BS), context, (cache.keys_LBTKh, cache.values_LBTKh)
         )
@@ -261,7 +261,7 @@ class Transformer(nnx.Module):
 
     def _layers(self, adapters: AdapterInputs | None) -> tuple[Any, Any]:
         """(graphdef, (what learns, (what does not, the layers' places where adapters draw by them)))"""
-        graphdef, learning, frozen = nnx.split(self.layers, nnx.Param, ...)
+        graphdef, learning, frozen = nnx.split(self.layers, nnx.Param, ...)  # type: ignore[misc]
         numbers_L = None
         if adapters is not None and adapters.key is not None:
             count = jax.tree.leaves((learning, frozen))[0].shape[0]

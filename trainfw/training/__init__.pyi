@@ -6,6 +6,9 @@ from .evaluation import load_model as load_model
 from .loop import Interrupted as Interrupted
 from .loop import Result as Result
 from .loop import train as train
+from .prompts import PromptForm as PromptForm
+from .prompts import end_tokens as end_tokens
+from .prompts import prompt_form as prompt_form
 from .reporter import Reporter as Reporter
 from .run_directory import RunDirectory as RunDirectory
 from .tasks import METRICS as METRICS

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainfw.data import ChatTemplate, Tokenizer, chat_prompt
+from trainfw.errors import UserError
+from trainfw.program import is_run
+from trainfw.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How a prompt is put to a model, unless it is said otherwise: as the model was trained."""
+
+    chat: bool = False
+    system_prompt: str | None = None
+
+    def encode(
+        self, tokenizer: Tokenizer, text: str, *, chat: bool | None = None, system_prompt: str | None = None
+    ) -> list[int]:
+        """Its tokens: a turn of the user by the chat template, or the text after the token that begins one.
+
+        Raises UserError for a system prompt without the template, and for a template that is not there.
+        """
+        if self.chat if chat is None else chat:
+            return chat_prompt(tokenizer, text, system_prompt or self.system_prompt)
+        if system_prompt is not None:
+            raise UserError("--system: goes with --chat")
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+    def echo(self, text: str, chat: bool | None) -> str:
+        """What of the prompt the text goes on from."""
+        return "" if (self.chat if chat is None else chat) else text
+
+
+def prompt_form(path: str) -> PromptForm:
+    """That of the data that a run was trained on; plain text for anything else."""
+    if not is_run(path):
+        return PromptForm()
+    data = load_recipe(Path(path) / "recipe.yaml").data
+    return PromptForm(
+        data.format == "chat" or (data.format == "prompt_completion" and data.chat_template), data.system_prompt
+    )
+
+
+def end_tokens(tokenizer: Tokenizer) -> set[int]:
+    """What ends a text: the end of a document, and of a turn in a chat."""
+    template = ChatTemplate.of(tokenizer)
+    names = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"}
+    ends = {} if template is None else {name: id_ for name, id_ in template.special_tokens.items() if name in names}
+    return {tokenizer.eos_id, *ends.values()}
