@@ -68,10 +68,10 @@ class Program:
     """Nested dict: how the gradient of each parameter is kept."""
     layer_order: tuple[int, ...]
     """The layer at each place of the stacked parameters: not their true order where stages are interleaved."""
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     """The state before the first step, from `train.seed` and `model.from`; the same on every mesh."""
-    load_frozen: Callable[[], Any]
-    """The part of it that is in no checkpoint."""
+    load_frozen: Callable[..., Any]
+    """The part of it that is in no checkpoint. Both take `progress`, and read no more than an array at a time."""
     train_step: Any
     """Jitted (state, batch) -> (state, metrics); the state is donated."""
     gradients: Any
@@ -227,7 +227,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     def init() -> TrainState:
         return start(*draw())
 
-    graphdef, variables, frozen_variables = nnx.split(
+    graphdef, variables, frozen_variables = nnx.split(  # type: ignore[misc]
         nnx.eval_shape(lambda: make_model(jax.random.key(0, impl="threefry2x32"))), nnx.Param, Frozen
     )
     with recipe.blamed("parallel"):

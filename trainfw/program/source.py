@@ -118,9 +118,9 @@ class MergedBase:
         order = None if layer_order is None or not module.startswith("layers.") else np.asarray(layer_order)
         parts = {}
         for part in ("lora_a", "lora_b", "magnitude"):
-            value = self.adapter.arrays.get(f"{module}.adapter.{part}")
-            if value is not None:
-                value = jnp.asarray(value if order is None else value[order], jnp.float32)
+            held = self.adapter.arrays.get(f"{module}.adapter.{part}")
+            if held is not None:
+                value = jnp.asarray(held if order is None else held[order], jnp.float32)
                 parts[part] = nnx.Param(value, axes=(None,) * value.ndim)
         scale = self.adapter.config.scale(*self._sizes[module])
         if module == "embedding":

@@ -18,6 +18,7 @@ from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
 from trainfw.program import Base, Mean, Program, build_program, is_run, open_base, read_adapter
 from trainfw.recipe import load_recipe
+from trainfw.training.base import check_base
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 
@@ -111,32 +112,34 @@ def load_model(
     Raises UserError for a path that holds no model, and for adapters that do not fit it.
     """
     path = os.fspath(path)
+    base: Base | None = None
     if not is_run(path):
         base = open_base(path)
-        model = _loaded(base, dtype or "float32")
-        tokenizer = load_tokenizer(path)
+        model, tokenizer = _loaded(base, dtype or "float32"), load_tokenizer(path)
     else:
         run = RunDirectory.existing(path)
         settings = [f"train.compute_dtype={dtype}"] if dtype else []
         recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, "train.global_batch_size=1", *settings])
-        program = build_program(recipe, jax.devices()[:1])
-        model, tokenizer = (
-            program.model(_restore(run, program, step), program.load_frozen()),
-            load_tokenizer(run.tokenizer),
-        )
         if adapters and recipe.adapter is not None:
             raise UserError(
-                f"{path}: is a run of an adapter itself; name its base, {recipe.model.from_}, and it among adapters"
+                f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}, and it among "
+                "the adapters"
             )
-        base = open_base(path, step) if adapters else None
+        program = build_program(recipe, jax.devices()[:1])
+        model, tokenizer = program.model(_restore(run, program, step), _frozen(run, program)), load_tokenizer(path)
     if adapters:
-        assert base is not None
-        read = {}
-        for name, where in adapters.items():
-            read[name] = read_adapter(os.fspath(where), model.config)
-            read[name].check_base(base, path)
+        base = base or open_base(path, step)
+        read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
+        for adapter in read.values():
+            adapter.check_base(base, path)
         attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
     return model, tokenizer
+
+
+def _frozen(run: RunDirectory, program: Program) -> Any:
+    """The base of an adapter's run. Raises UserError where it is no longer what it was trained on."""
+    check_base(program.recipe, run, run.steps()[-1])
+    return program.load_frozen()
 
 
 def _loaded(base: Base, dtype: str) -> Transformer:
@@ -181,7 +184,7 @@ def evaluate(
         data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    return validate(program, _restore(run, program, step), program.load_frozen(), data, reporter), data
+    return validate(program, _restore(run, program, step), _frozen(run, program), data, reporter), data
 
 
 def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:

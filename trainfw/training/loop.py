@@ -15,13 +15,14 @@ from typing import Any
 import jax
 
 from trainfw import backends
-from trainfw.checkpoint import Checkpoints, SavedParameters
+from trainfw.checkpoint import Checkpoints
 from trainfw.data import ExampleRows, PreparedData, TrainIterator, prepare, train_iterator
-from trainfw.errors import RunError, UserError
+from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.models import Transformer, generate
-from trainfw.program import Metrics, Program, TrainState, build_program, open_base, other_base
+from trainfw.program import Metrics, Program, TrainState, build_program
 from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.base import check_base
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
 from trainfw.training.reporter import Reporter
@@ -74,7 +75,7 @@ def train(
     resumed_step = run.check(recipe, resume)  # early, since what follows takes a while
     if recipe.evaluation is not None and recipe.data.format == "text":
         raise recipe.error("evaluation.metric", "needs prompts and references: data.format chat or prompt_completion")
-    base = _base(recipe, run, resumed_step)
+    base = check_base(recipe, run, resumed_step)
     backend = backends.current()
     program = build_program(recipe, devices)
     count = program.mesh.size
@@ -115,23 +116,6 @@ def _parameters(program: Program) -> str:
         f"{program.num_parameters:,} parameters of an adapter on {program.num_frozen:,} frozen ones "
         f"({size / program.num_frozen:.2f} bytes each)"
     )
-
-
-def _base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> dict[str, str] | None:
-    """What an adapter is trained on, `path` and `hash` of its weights.
-
-    Raises UserError where the run to resume was trained on other weights.
-    """
-    if recipe.adapter is None or recipe.model.from_ is None:
-        return None
-    path = recipe.model.from_
-    with recipe.blamed("model.from"):
-        base = {"path": path, "hash": open_base(path).fingerprint()}
-        if resumed_step is not None:
-            before = SavedParameters(run.checkpoints / str(resumed_step)).meta["base"]
-            if before["hash"] != base["hash"]:
-                raise UserError(other_base(str(run), before, path, base["hash"]))
-    return base
 
 
 def _prepare_data(recipe: Recipe, reporter: Reporter) -> PreparedData:
