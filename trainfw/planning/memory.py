@@ -436,6 +436,9 @@ class _Known:
                 others |= one | stacked
             used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, dims, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
+        for path, part, dims in _frozen_arrays(program):
+            used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
+            whole = whole.union(*forms(path, used.shard_shape(part.shape)))
         shards |= stacks
         rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps
         length = recipe.data.sequence_length // layout.context
@@ -463,6 +466,28 @@ def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
     import jax
     from flax import nnx
 
-    variables = nnx.state(program.model(program.abstract_state.params), nnx.Param)
+    variables = nnx.state(_model(program), nnx.Param)
     leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return [weight.axes for weight in leaves]
+
+
+def _model(program: Program) -> Any:
+    return program.model(program.abstract_state.params, program.abstract_state.frozen)
+
+
+def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tuple[str | None, ...]]]:
+    """(path, array, names of its dims) of what does not learn: of a quantised weight its arrays, and what it is for."""
+    import jax
+    from flax import nnx
+
+    from trainfw.models import Frozen
+    from trainfw.parallel import Quantized
+
+    variables = nnx.state(_model(program), Frozen)
+    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    for path, weight in leaves:
+        value = weight.get_value()
+        yield path, jax.ShapeDtypeStruct(value.shape, "float32"), weight.axes
+        if isinstance(value, Quantized):
+            names = value.dims(weight.axes)
+            yield from ((path, getattr(value, f), getattr(names, f)) for f in ("codes", "scales"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from typing import Any
@@ -59,9 +60,14 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
     def sharding(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
             return rules.weight_sharding(name, leaf.shape, axes[name], "parameters")
-        names = leaf.dims(axes[name])
+        block = "" if leaf.low is None else f" (a scale for each adapter.block = {recipe.adapter.block})"  # type: ignore[union-attr]
+        titles = Quantized(f"{name}, codes", f"{name}, scales{block}", f"{name}, low", f"{name}, step", leaf.dim)  # type: ignore[arg-type]
+        titles = dataclasses.replace(titles, **({"low": None, "step": None} if leaf.low is None else {}))
         return jax.tree.map(
-            lambda part, names: rules.weight_sharding(name, part.shape, names, "parameters"), leaf, names
+            lambda part, title, names: rules.weight_sharding(title, part.shape, names, "parameters"),
+            leaf,
+            titles,
+            leaf.dims(axes[name]),
         )
 
     tree = jax.tree.structure(kept, is_leaf=lambda leaf: isinstance(leaf, Quantized))
