@@ -132,7 +132,7 @@ class ModelSource:
         parameter, dtype = self.parameters[path], np.dtype(like.dtype)
         assert tuple(like.shape) == parameter.shape, f"{path}: {like.shape} for {parameter.shape}"
         order = None if parameter.stacked == 0 else layer_order
-        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
             whole = index or (slice(None),) * len(parameter.shape)
