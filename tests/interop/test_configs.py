@@ -220,6 +220,7 @@ def test_mixtures_that_the_model_lacks_are_refused(preset, changes, message):
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of type 'linear' has no factor"),
         ({"num_attention_heads": 30}, "num_heads = 30 does not divide by num_kv_heads = 8"),
         ({"model_type": "gemma3"}, "Gemma3ForCausalLM.from_pretrained"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq are not supported"),
         ({"model_type": 7}, "model_type = '7': expected text"),
     ],
 )

@@ -165,6 +165,13 @@ def test_tensors_that_do_not_fit_are_named(tensors, message, tmp_path):
         open_model(tmp_path)
 
 
+def test_experts_in_one_tensor_are_refused_with_the_way_to_part_them(tmp_path):
+    model = save(tmp_path, "mixtral")
+    model.save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(UserError, match=r"save_original_format=True\) parts them"):
+        open_model(tmp_path)
+
+
 def test_a_second_copy_of_a_tied_table_is_let_go_unless_it_differs(tmp_path):
     save(tmp_path, "qwen3")
     table = tensors_in(tmp_path)["model.embed_tokens.weight"]

@@ -84,6 +84,9 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     for key in _UNSUPPORTED:
         if hf.get(key):
             raise UserError(f"config.json: {key} = {hf[key]} is not supported")
+    if isinstance(quantised := hf.get("quantization_config"), dict):
+        method = str(quantised.get("quant_method", "an unnamed method"))[:40]
+        raise UserError(f"config.json: weights quantised by {method} are not supported; take the model in bfloat16")
     activation = hf.get("hidden_activation") or hf["hidden_act"]
     if activation not in _ACTIVATIONS:
         raise UserError(f"config.json: activation {activation!r} is not supported; one of: {', '.join(_ACTIVATIONS)}")

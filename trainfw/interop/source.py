@@ -87,7 +87,11 @@ class ModelSource:
             raise UserError(f"config.json needs {wanted:,} tensors, and the checkpoint has {len(infos):,}")
         shapes = {name: p.tensor_shape for p in self.parameters.values() for _, name in p.names()}
         if missing := set(shapes) - set(infos):
-            hint = "; or its head is the embedding table: tie_word_embeddings: true" if missing == {_HEAD} else ""
+            hint = ""
+            if missing == {_HEAD}:
+                hint = "; or its head is the embedding table: tie_word_embeddings: true"
+            elif any(name.endswith("experts.gate_up_proj") for name in infos):
+                hint = "; experts are stored in one tensor: save_pretrained(..., save_original_format=True) parts them"
             raise UserError(f"checkpoint: no tensor {_some(missing)}{_near(missing, set(infos) - set(shapes))}{hint}")
         if extra := {name for name in set(infos) - set(shapes) if not self._ignorable(name)}:
             raise UserError(f"checkpoint: the model has no place for tensor {_some(extra)}")
@@ -129,7 +133,7 @@ class ModelSource:
         parameter, dtype = self.parameters[path], np.dtype(like.dtype)
         assert tuple(like.shape) == parameter.shape, f"{path}: {like.shape} for {parameter.shape}"
         order = None if parameter.stacked == 0 else layer_order
-        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
             whole = index or (slice(None),) * len(parameter.shape)
