@@ -1,0 +1,192 @@
+"""Runs of adapters: what their checkpoints hold, on which base they go on, and several of them at once."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+import trainfw
+from tests.helpers import write_recipe
+from trainfw import UserError, load_recipe
+from trainfw.checkpoint import SavedParameters
+from trainfw.data import byte_tokenizer
+from trainfw.interop import parameter_shapes, save_model
+from trainfw.models import AdapterInputs, ModelConfig, generate_batch
+from trainfw.parallel import reorder_layers
+from trainfw.program import export_model, merge_adapter, read_adapter
+
+pytestmark = pytest.mark.slow
+
+CONFIG = ModelConfig(
+    vocab_size=258, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True
+)
+
+
+def write_base(directory, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = parameter_shapes(CONFIG)
+
+    def read(name):
+        return np.float32(0.3) * rng.standard_normal(shapes[name], np.float32) + np.float32("scale" in name)
+
+    save_model(directory, CONFIG, read, companions=lambda path: byte_tokenizer().save(path))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+def recipe(directory, model, *overrides, adapter=None):
+    """A tiny recipe on the model at a path: of an adapter, or (False) of all weights."""
+    path = write_recipe(directory, data={"tokenizer": {"name": "bytes"}}, optimizer={"learning_rate": 0.03})
+    tree = yaml.safe_load(path.read_text()) | {"model": {"from": str(model)}}
+    if adapter is not False:
+        tree["adapter"] = {"rank": 4, "alpha": 8.0} | (adapter or {})
+    path.write_text(yaml.safe_dump(tree))
+    return load_recipe(path, overrides)
+
+
+def train(directory, model, name, *overrides, adapter=None):
+    loaded = recipe(directory, model, *overrides, adapter=adapter)
+    return trainfw.train(loaded, run_dir=directory / name, devices=jax.devices()[:1])
+
+
+def rows(run):
+    return [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def test_a_checkpoint_holds_the_adapter_and_goes_on_bit_for_bit(tmp_path, base):
+    whole = train(tmp_path, base, "whole", adapter={"dropout": 0.2})
+    train(tmp_path, base, "halves", "train.steps=4", adapter={"dropout": 0.2})
+    moved = shutil.copytree(base, tmp_path / "moved")
+    halves = train(tmp_path, moved, "halves", adapter={"dropout": 0.2})
+    # The schedule of a run of 4 steps is another: only its own second half is compared with an own first.
+    train(tmp_path, base, "again", "train.steps=4", adapter={"dropout": 0.2})
+    again = train(tmp_path, base, "again", adapter={"dropout": 0.2})
+    assert rows(halves.run_dir) == rows(again.run_dir)
+    assert len(rows(whole.run_dir)) == 8
+    assert all(".adapter." in name for name in SavedParameters(whole.run_dir / "checkpoints" / "8").arrays)
+    assert set(SavedParameters(whole.run_dir / "checkpoints" / "8").meta["base"]) == {"path", "hash"}
+
+
+def test_another_base_is_refused_and_nothing_is_harmed(tmp_path, base):
+    run = train(tmp_path, base, "run", "train.steps=4").run_dir
+    other = write_base(tmp_path / "other", seed=1)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for act in (
+        lambda: train(tmp_path, other, "run"),
+        lambda: merge_adapter(str(run), str(tmp_path / "merged"), base=str(other)),
+        lambda: trainfw.load_model(other, adapters={"a": run}),
+    ):
+        with pytest.raises(UserError, match="not the base that the adapter"):
+            act()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_goes_on_from_another(tmp_path, base):
+    first = train(tmp_path, base, "first", "train.steps=4", adapter={"targets": ["layers.mlp.*"]}).run_dir
+    export_model(str(first), str(tmp_path / "peft"), format="peft")
+    for source in (first, tmp_path / "peft"):
+        loaded = recipe(tmp_path, base, f"adapter={{from: {source}}}", "train.steps=1")
+        assert loaded.adapter.rank == 4
+        state = trainfw.build_program(loaded, jax.devices()[:1]).init()
+        adapter = read_adapter(str(first), loaded.model)
+        found = state.params["layers"]["mlp"]["up"]["adapter"]["lora_b"]
+        np.testing.assert_array_equal(found, adapter.arrays["layers.mlp.up.adapter.lora_b"])
+        assert float(jnp.abs(found).max()) > 0
+    wrong = recipe(tmp_path, base, f"adapter={{from: {first}, rank: 4, targets: all-linear}}")
+    program = trainfw.build_program(wrong, jax.devices()[:1])
+    with pytest.raises(UserError, match=r"adapter.from.*layers.attention.key.adapter.lora_a is not in it"):
+        program.init()
+
+
+def test_layers_in_another_order_read_the_same_base(tmp_path, base):
+    """In interleaved stages the layers are stacked in another order than they run in."""
+    settings = ["parallel.pipeline=2", "parallel.fsdp=2", "train.steps=1"]
+    loaded = recipe(tmp_path, base, *settings)
+    program = trainfw.build_program(loaded, jax.devices()[:4])
+    plain = trainfw.build_program(recipe(tmp_path, base), jax.devices()[:1]).init()
+    state = program.init()
+    order = program.layer_order
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(np.asarray, reorder_layers(state.frozen, order, sorted(order))),
+        jax.tree.map(np.asarray, plain.frozen),
+    )
+
+
+PROMPTS = [[256, *b"document 3: w"], [256, *b"word1 = 2; word"], [256, *b"doc"], [256, *b"word5 ="]]
+
+
+def test_rows_with_their_own_adapters_get_what_each_gives_alone(tmp_path, base):
+    """Bitwise, at the same shape of batch: logits and tokens."""
+    runs = {
+        "a": train(tmp_path, base, "a", "train.steps=6").run_dir,
+        "b": train(
+            tmp_path, base, "b", "train.steps=6", "train.seed=3", adapter={"kind": "dora", "targets": "mlp"}
+        ).run_dir,
+    }
+    tokens = jnp.asarray([prompt[:4] for prompt in PROMPTS])
+
+    def logits(model, rows):
+        inputs = AdapterInputs(rows_B=jnp.asarray(rows))
+        x, _ = jax.jit(lambda: model.decode_hidden_states(tokens, model.init_cache(4, 16), inputs))()
+        return np.asarray(model.logits(x))
+
+    both, _ = trainfw.load_model(base, adapters=runs)
+    mixed = logits(both, [0, 1, 2, 1])
+    alone = {name: trainfw.load_model(base, adapters={name: run})[0] for name, run in runs.items()}
+    of_a, of_b = (logits(alone[name], [0] * 4) for name in "ab")
+    bare = logits(alone["a"], [1] * 4)
+    np.testing.assert_array_equal(mixed[0], of_a[0])
+    np.testing.assert_array_equal(mixed[[1, 3]], of_b[[1, 3]])
+    np.testing.assert_array_equal(mixed[2], bare[2])
+    assert np.abs(of_a - of_b).max() > 0.1
+    assert np.abs(of_a - bare).max() > 0.1
+    # Without a bank: the base, and the adapters by themselves, within rounding.
+    plain, _ = trainfw.load_model(base)
+    np.testing.assert_allclose(np.asarray(plain(tokens)), bare, atol=1e-4)
+    for name, found in (("a", of_a), ("b", of_b)):
+        np.testing.assert_allclose(np.asarray(trainfw.load_model(runs[name])[0](tokens)), found, atol=1e-4)
+
+    chosen = ["a", "b", None, "b"]
+    written = generate_batch(both, PROMPTS, max_tokens=12, adapters=chosen)
+    for name, row, ids in zip(chosen, range(4), written, strict=True):
+        others = generate_batch(alone[name or "a"], PROMPTS, max_tokens=12, adapters=[name] * 4)
+        assert ids == others[row]
+    with pytest.raises(UserError, match="no 'c'"):
+        generate_batch(both, PROMPTS, max_tokens=1, adapters=["c"] * 4)
+
+
+def test_merging_writes_what_the_adapter_computes(tmp_path, base):
+    """Of a base in four bits, too: what was trained on is what is merged into."""
+    for name, adapter in {"nf4": {"base": "nf4", "block": 16}, "embedding": {"targets": ["embedding", "mlp"]}}.items():
+        run = train(tmp_path, base, name, "train.steps=4", adapter=adapter).run_dir
+        tokens = jnp.asarray([PROMPTS[0]])
+        expected = np.asarray(trainfw.load_model(run)[0](tokens))
+        merge_adapter(str(run), str(tmp_path / f"merged {name}"))
+        model, _ = trainfw.load_model(tmp_path / f"merged {name}")
+        np.testing.assert_allclose(np.asarray(model(tokens)), expected, rtol=1e-4, atol=1e-4)
+        # The head keeps what the embedding's adapter changes.
+        assert model.config.tie_embeddings == (name != "embedding")
+
+
+def test_a_model_fine_tuned_whole_is_exported(tmp_path, base):
+    run = train(tmp_path, base, "run", "train.steps=2", adapter=False).run_dir
+    export_model(str(run), str(tmp_path / "model"))
+    tokens = jnp.asarray([PROMPTS[0]])
+    found, expected = (np.asarray(trainfw.load_model(p)[0](tokens)) for p in (tmp_path / "model", run))
+    np.testing.assert_array_equal(found, expected)
+    # And a run can be started from.
+    loaded = recipe(tmp_path, run, "train.steps=1", adapter=False)
+    state = trainfw.build_program(loaded, jax.devices()[:1]).init()
+    np.testing.assert_array_equal(
+        np.asarray(trainfw.build_program(loaded, jax.devices()[:1]).model(state.params)(tokens)), expected
+    )
