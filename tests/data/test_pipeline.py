@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfw.data import Batch, DataConfig, Rows, TrainIterator, train_iterator, validation_batches
+from trainfw.data import (
+    Batch,
+    DataConfig,
+    ExampleRows,
+    Rows,
+    TokenStore,
+    TrainIterator,
+    train_iterator,
+    validation_batches,
+)
 from trainfw.errors import UserError
 
 from .conftest import make_store
@@ -145,3 +154,35 @@ print("done")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+EXAMPLES = TokenStore(STORE.tokens, STORE.offsets, 183, "examples", np.arange(183) % 3 == 1)
+
+
+def _held(batches: Iterable[Batch]) -> list[list[int]]:
+    """The tokens of each row of each batch."""
+    return [row.tolist() for batch in batches for row in batch["tokens"]]
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_examples_come_in_order_and_resume_exactly(process_count: int) -> None:
+    config = DataConfig(sequence_length=60, format="chat", seed=3)
+    rows = ExampleRows(EXAMPLES, 60)
+    first = train_iterator(EXAMPLES, config, global_batch_size=2)
+    epochs = 2  # of 4 rows, in 4 batches
+    seen = _held(itertools.islice(first, len(rows) * epochs // 2))
+    assert Counter(map(tuple, seen)) == Counter({tuple(rows[i]["tokens"]): epochs for i in range(len(rows))})
+    state = json.loads(json.dumps(first.get_state()))
+    expected = _held(itertools.islice(first, 3))
+    shares = []
+    for p in range(process_count):
+        resumed = train_iterator(EXAMPLES, config, global_batch_size=2, process_index=p, process_count=process_count)
+        resumed.set_state(state)
+        shares.append([_held([batch]) for batch in itertools.islice(resumed, 3)])
+    assert [row for step in zip(*shares) for share in step for row in share] == expected
+    with pytest.raises(UserError, match="the data has changed"):
+        train_iterator(STORE, config, global_batch_size=2).set_state(state)
+    batches = list(validation_batches(EXAMPLES, config, global_batch_size=3))
+    assert (
+        sum(batch["loss_mask"].sum() for batch in batches) == EXAMPLES.num_targets - 1
+    )  # one document's first is among them
