@@ -40,8 +40,8 @@ def theirs(model, tokens) -> np.ndarray:
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-def greedy(model, tokens, count) -> list[int]:
-    """Tokens that llama.cpp chooses, each the likeliest."""
+def greedy(model, tokens, count) -> tuple[list[int], np.ndarray]:
+    """Tokens that llama.cpp chooses, each the likeliest, and the logits that it chose by."""
     model.reset()
     chosen: list[int] = []
     step = list(tokens)
@@ -49,24 +49,29 @@ def greedy(model, tokens, count) -> list[int]:
         model.eval(step)
         step = [int(model.scores[model.n_tokens - 1].argmax())]
         chosen += step
-    return chosen
+    return chosen, model.scores[len(tokens) - 1 : len(tokens) + count - 1].copy()
 
 
 def assert_greedy_tokens_agree(model, llama, prompt, count):
-    """The same `count` tokens, and none of them a near tie, in which rounding would choose."""
+    """The same `count` tokens (eos like any other), and none of them a near tie, in which rounding would choose."""
     with torch.no_grad():
-        ids = model.generate(
-            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None
-        )[0].tolist()
-    chosen = ids[len(prompt) :]
-    expected = theirs(model, ids)[len(prompt) - 1 : -1]
-    found = logits(llama, ids)[len(prompt) - 1 : -1]
-    # At every place: how far the choice is ahead, and how far the logits of those that contend are from each other's.
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),  # else the padding token's places are hidden
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    expected = torch.cat(output.logits).numpy()
+    chosen, found = greedy(llama, prompt, count)
+    assert chosen == output.sequences[0, len(prompt) :].tolist()
+    # At every place: how far the choice is ahead, and how far off the logits of the tokens that contend are.
     best = np.argsort(expected, axis=-1)[:, :-9:-1]
     ahead = -np.diff(np.take_along_axis(expected, best, -1)[:, :2])[:, 0]
     error = np.abs(np.take_along_axis(found - expected, best, -1)).max(-1)
     assert (ahead > 2 * error).all(), np.stack([ahead, error])[:, ahead <= 2 * error]
-    assert greedy(llama, prompt, count) == chosen
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def test_greedy_tokens_of_smollm2(tmp_path):
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.tie_weights()
     model.float().eval()
-    text = "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n"
+    text = "<|im_start|>user\nExplain what a list is in Python.<|im_end|>\n<|im_start|>assistant\n"
     tokenizer.backend.encode_special_tokens = False
     prompt = tokenizer.encode(text)
     with running(file) as llama:
