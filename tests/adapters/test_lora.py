@@ -116,6 +116,7 @@ def test_a_base_in_four_bits_takes_little_more(tmp_path):
     assert sizes["float32"] == pytest.approx(4.0, rel=0.01)
 
 
+# The first three with DoRA and the others with NF4 in the quicker suite; all of them with --all.
 LAYOUTS = {
     "fsdp, tensor": ({"fsdp": 2, "tensor": 2, "data": 2}, {}),
     "fsdp, prefetched": ({"fsdp": 4, "data": 2}, {"remat": "full"}),
@@ -125,20 +126,23 @@ LAYOUTS = {
 }
 
 
+ADAPTERS = {"dora": {"kind": "dora"}, "nf4": {"base": "nf4", "block": 16, "targets": ["all-linear", "embedding"]}}
+COMBINATIONS = [
+    pytest.param(layout, adapter, marks=[] if (i < 3) == (adapter == "dora") else pytest.mark.long)
+    for i, layout in enumerate(LAYOUTS)
+    for adapter in ADAPTERS
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "adapter",
-    [{"kind": "dora"}, {"base": "nf4", "block": 16, "targets": ["all-linear", "embedding"]}],
-    ids=["dora", "nf4"],
-)
+@pytest.mark.parametrize(("layout", "adapter"), COMBINATIONS)
 def test_every_layout_trains_the_same_adapter(tmp_path, layout, adapter):
     parallel, train = LAYOUTS[layout]
     losses = {}
     for devices in (1, 8):
         program = program_of(
             tmp_path,
-            adapter,
+            ADAPTERS[adapter],
             devices,
             parallel=parallel if devices > 1 else {},
             train=train,
@@ -154,7 +158,7 @@ def test_every_layout_trains_the_same_adapter(tmp_path, layout, adapter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("dispatch", [pytest.param("capacity", marks=pytest.mark.long), "dropless"])
 def test_experts_have_adapters_of_their_own(tmp_path, dispatch):
     losses = {}
     for devices in (1, 4):

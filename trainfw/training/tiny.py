@@ -59,6 +59,10 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "optimizer.warmup_steps": 1,
         "evaluation": None,
     }
+    if model.from_ is not None:
+        changes["model.from"] = None  # weights of another shape
+    if recipe.adapter is not None:
+        changes |= {"adapter.from": None, "adapter.block": 16}
     if model.sliding_window is not None:
         changes["model.sliding_window"] = 16
     if model.moe is not None:
