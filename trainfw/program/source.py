@@ -126,7 +126,7 @@ class MergedBase:
         if module == "embedding":
             return EmbeddingLoRA(parts["lora_a"], parts["lora_b"], scale=scale).merged(weight)
         lora = LoRA(parts["lora_a"], parts["lora_b"], parts.get("magnitude"), scale=scale, dropout=0.0, name=module)
-        return jax.jit(lora.merged, donate_argnums=0)(weight)
+        return lora.merged(weight)  # not jitted: A and B would be constants, and folded
 
     def fingerprint(self) -> str:
         raise NotImplementedError("merged weights are written before they are used")
