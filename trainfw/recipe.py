@@ -24,6 +24,7 @@ from trainfw.interop import peft_fields, read_model_config
 from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
+from trainfw.paths import resolve_path
 from trainfw.training import EvaluationConfig, TrainConfig
 
 Sources = dict[str, str]
@@ -103,6 +104,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
         value = _parse(text, f"{_COMMAND_LINE}: {key}")
         if f"{key}=" in _WHOLE_MODEL:
+            tree = _without_tokenizer_of_model(tree)
             tree = tree | {"model": {}}
             sources = _without_model(sources)
         tree = _set(tree, key.split("."), value)
@@ -259,6 +261,17 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
     return values
 
 
+def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without the tokenizer that came with `model.from`, since another model comes with its own."""
+    model, data = tree.get("model"), tree.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict) or model.get("from") is None:
+        return tree
+    tokenizer = data.get("tokenizer")
+    if not isinstance(tokenizer, dict) or tokenizer.get("path") != model["from"]:
+        return tree
+    return {**tree, "data": {key: value for key, value in data.items() if key != "tokenizer"}}
+
+
 def _names_model(model: Any) -> bool:
     return isinstance(model, dict) and bool({"preset", "from"} & set(model))
 
@@ -339,8 +352,9 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
 
 def _fields_of(source: str) -> dict[str, Any]:
     """The fields of the model at a path: a run's, or those of weights."""
-    if (Path(source) / "recipe.yaml").is_file():
-        config = load_recipe(Path(source) / "recipe.yaml").model
+    run = resolve_path(source) / "recipe.yaml"
+    if run.is_file():
+        config = load_recipe(run).model
     else:
         config = read_model_config(source)
     return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
@@ -348,9 +362,10 @@ def _fields_of(source: str) -> dict[str, Any]:
 
 def _adapter_of(source: str) -> dict[str, Any]:
     """The fields of the adapter at a path: a run's, or one in PEFT's form."""
-    if not (Path(source) / "recipe.yaml").is_file():
-        return peft_fields(source)
-    config = load_recipe(Path(source) / "recipe.yaml").adapter
+    run = resolve_path(source) / "recipe.yaml"
+    if not run.is_file():
+        return peft_fields(run.parent)
+    config = load_recipe(run).adapter
     if config is None:
         raise UserError(f"{source}: is a run that trained all weights, not an adapter")
     return config.model_dump(exclude={"from_"}, exclude_defaults=True)

@@ -130,6 +130,14 @@ def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     modules = config.get("target_modules")
     if modules == "all-linear":
         modules = [name for name in _MODULES if name not in ("embed_tokens", "lm_head")]
+    elif isinstance(modules, str):  # a regular expression of whole names
+        blocks = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+        wholes = {f"model.layers.0.{block}.{name}": name for block, names in blocks.items() for name in names}
+        wholes |= {"model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
+        try:
+            modules = [name for whole, name in wholes.items() if re.fullmatch(modules, whole)] or modules
+        except re.error as error:
+            raise UserError(f"{Path(path) / CONFIG}: target_modules = {modules!r}: {error}") from None
     if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
         raise UserError(f"{Path(path) / CONFIG}: target_modules = {modules!r}: expected a list of names")
     ends = [name.rpartition(".")[2] for name in modules]
@@ -179,10 +187,24 @@ def _config(directory: Path) -> dict[str, Any]:
     for key, default in _REFUSED.items():
         if config.get(key) and config[key] != default:
             raise UserError(f"{file}: {key} = {config[key]!r} is not supported")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or isinstance(config[key], bool) or not config[key] > 0:
-            raise UserError(f"{file}: {key} = {config.get(key)!r}: expected a number above 0")
+    _check_number(file, "r", config.get("r"), int)
+    _check_number(file, "lora_alpha", config.get("lora_alpha"), (int, float))
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{file}: {key} = {patterns!r}: expected an object")
+        for pattern, value in patterns.items():
+            _check_number(file, f"{key}.{pattern}", value, kind)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{file}: {key}: {pattern!r} is not a regular expression: {error}") from None
     return config
+
+
+def _check_number(file: Path, key: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 1e9:
+        raise UserError(f"{file}: {key} = {value!r}: expected a {'whole ' * (kind is int)}number above 0")
 
 
 def _ours(

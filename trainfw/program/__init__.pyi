@@ -1,6 +1,7 @@
 from .build import Metrics as Metrics
 from .build import Program as Program
 from .build import build_program as build_program
+from .initial import check_sources as check_sources
 from .loss import loss_chunks as loss_chunks
 from .metrics import Mean as Mean
 from .source import Base as Base

@@ -178,6 +178,10 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
         rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards)
+    if recipe.adapter is not None and recipe.optimizer.name == "muon":
+        raise recipe.error(
+            "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
+        )
     with recipe.blamed("optimizer"):
         optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)

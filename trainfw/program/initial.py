@@ -104,32 +104,47 @@ def _stored(recipe: Recipe, read: Callable[..., jax.Array], name: str, like: Any
     if not isinstance(like, Quantized):
         return read(name, like, layer_order)
     wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.codes.sharding)
-    keep = jax.jit(lambda weight: kept_weight(name, weight, recipe), out_shardings=_shardings(like), donate_argnums=0)
+    keep = jax.jit(lambda weight: kept_weight(name, weight, recipe), out_shardings=_shardings(like))
     return keep(read(name, wide, layer_order))
 
 
 def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
     """The adapter of `adapter.from`."""
+    arrays = _fitting_adapter(recipe, abstract)
+    leaves = []
+    for name, like in named(abstract):
+        value = arrays[name].astype(like.dtype)
+        if name.startswith("layers."):
+            value = value[np.asarray(layer_order)]
+        leaves.append(jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def check_sources(recipe: Recipe, abstract: TrainState) -> None:
+    """Raises UserError where `model.from` or `adapter.from` cannot be what this recipe starts from."""
+    if recipe.model.from_ is not None:
+        with recipe.blamed("model.from"):
+            open_base(recipe.model.from_)
+    if recipe.adapter is not None and recipe.adapter.from_ is not None:
+        _fitting_adapter(recipe, abstract.params)
+
+
+def _fitting_adapter(recipe: Recipe, abstract: Tree) -> dict[str, np.ndarray]:
     assert recipe.adapter is not None and recipe.adapter.from_ is not None  # noqa: PT018
     with recipe.blamed("adapter.from"):
         adapter = read_adapter(recipe.adapter.from_, recipe.model)
         if adapter.base is not None and recipe.model.from_ is not None:
             adapter.check_base(open_base(recipe.model.from_), recipe.model.from_)
-        wanted = named(abstract)
-        if unlike := set(adapter.arrays) ^ {name for name, _ in wanted}:
+        wanted = dict(named(abstract))
+        for name in sorted(set(adapter.arrays) ^ set(wanted)):
+            there = name in adapter.arrays
             raise UserError(
-                f"{adapter.path}: {min(unlike)} is {'not ' * (min(unlike) not in adapter.arrays)}in it, but "
-                f"{'not ' * (min(unlike) in adapter.arrays)}in this recipe's adapter; its config is "
-                f"{adapter.config.model_dump(exclude_defaults=True)}"
+                f"{adapter.path}: {name} is {'' if there else 'not '}in it, but {'not ' if there else ''}in this "
+                f"recipe's adapter; its config is {adapter.config.model_dump(exclude_defaults=True)}"
             )
-        leaves = []
-        for name, like in wanted:
-            value = adapter.arrays[name].astype(like.dtype)
-            if value.shape != like.shape:
+        for name, like in wanted.items():
+            if adapter.arrays[name].shape != like.shape:
                 raise UserError(
-                    f"{adapter.path}: {name} has shape {value.shape}, but this recipe's {tuple(like.shape)}"
+                    f"{adapter.path}: {name} has shape {adapter.arrays[name].shape}; this recipe's has {like.shape}"
                 )
-            if name.startswith("layers."):
-                value = value[np.asarray(layer_order)]
-            leaves.append(jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return adapter.arrays

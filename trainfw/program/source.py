@@ -18,6 +18,7 @@ from trainfw.checkpoint import SavedParameters
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
+from trainfw.paths import resolve_path
 from trainfw.program.kept import kept_weight
 from trainfw.recipe import Recipe, load_recipe
 
@@ -73,7 +74,8 @@ class Adapter:
 def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) -> str:
     return (
         f"{path}: is not the base that the adapter in {adapter} was trained on: its weights' hash is {found}, and "
-        f"{trained_on['hash']} is expected, as of {trained_on['path']} then"
+        f"{trained_on['hash']} is expected, as of {trained_on['path']} then (of a run, its latest checkpoint counts: "
+        "`trainfw export` keeps a model as it is)"
     )
 
 
@@ -134,7 +136,7 @@ class MergedBase:
 
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run directory."""
-    return (Path(path) / "recipe.yaml").is_file()
+    return not str(path).startswith("package:") and (resolve_path(path) / "recipe.yaml").is_file()
 
 
 def open_base(path: str, step: int | None = None) -> Base:
@@ -143,7 +145,7 @@ def open_base(path: str, step: int | None = None) -> Base:
         model = open_model(path)
         model.check()
         return model
-    recipe = load_recipe(Path(path) / "recipe.yaml")
+    recipe = load_recipe(resolve_path(path) / "recipe.yaml")
     if recipe.adapter is not None:
         raise UserError(
             f"{path}: is a run of an adapter on {recipe.model.from_ or 'a drawn model'}; "
@@ -157,7 +159,7 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
 
     Raises UserError where the base is not given and not known, or is another than the adapter was trained on.
     """
-    recipe = load_recipe(Path(adapter_path) / "recipe.yaml") if is_run(adapter_path) else None
+    recipe = load_recipe(resolve_path(adapter_path) / "recipe.yaml") if is_run(adapter_path) else None
     if recipe is not None and recipe.adapter is None:
         raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
     base_path = base_path or (recipe.model.from_ if recipe is not None else None)
@@ -173,11 +175,13 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
 def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adapter:
     """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
     if is_peft(path):
-        config, arrays = read_peft(path, model)
-        return Adapter(config, arrays, None, path)
+        config, arrays = read_peft(resolve_path(path), model)
+        adapter = Adapter(config, arrays, None, path)
+        _check_shapes(adapter, model)
+        return adapter
     if not is_run(path):
         raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
-    recipe = load_recipe(Path(path) / "recipe.yaml")
+    recipe = load_recipe(resolve_path(path) / "recipe.yaml")
     if recipe.adapter is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
     saved = SavedParameters(latest_checkpoint(path, step))
@@ -198,6 +202,8 @@ def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
     for name, (rank, _) in expected.items():
         shape = weight_of(modules[name]).get_value().shape
         wanted = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
+        if adapter.config.kind == "dora":
+            wanted["magnitude"] = (*shape[:-2], shape[-1])
         for part, its in wanted.items():
             array = adapter.arrays.get(f"{name}.adapter.{part}")
             if array is None or array.shape != its:
@@ -207,7 +213,7 @@ def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
 
 def latest_checkpoint(run: str | Path, step: int | None = None) -> Path:
     """The directory of a run's checkpoint: of `step`, or the latest. Raises UserError where there is none."""
-    directory = Path(run) / "checkpoints"
+    directory = resolve_path(run) / "checkpoints"
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
     if not steps:
         raise UserError(f"{run}: holds no checkpoint yet")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from trainfw.data import Progress, load_tokenizer
+from trainfw.data import Progress, Tokenizer, load_tokenizer
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop import (
     FLOATS,
@@ -26,6 +26,7 @@ from trainfw.interop import (
     save_model,
     save_peft,
 )
+from trainfw.paths import resolve_path
 from trainfw.program.source import Base, MergedBase, is_run, merge, open_base, read_adapter
 from trainfw.recipe import load_recipe
 
@@ -53,6 +54,8 @@ def export_model(
     Raises UserError, and nothing is written, where the format has no form for it.
     """
     if format == "peft":
+        if dtype not in (None, "float32"):
+            raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
         return _export_adapter(source, out, step)
     base = open_base(source, step)
     if format == "gguf":
@@ -81,7 +84,7 @@ def merge_adapter(
     Raises UserError where the base is unknown, or another than the adapter was trained on.
     """
     merged = merge(adapter, base, step)
-    source = base or (None if merged.recipe is None else merged.recipe.model.from_)
+    source = adapter if merged.recipe is not None else base
     assert source is not None
     return _write_model(merged, source, out, dtype, progress)
 
@@ -91,7 +94,7 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
-    recipe = load_recipe(Path(source) / "recipe.yaml")
+    recipe = load_recipe(resolve_path(source) / "recipe.yaml")
     adapter = read_adapter(source, recipe.model, step)
     save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
@@ -148,35 +151,48 @@ def _origin(base: Base, source: str) -> ModelSource | None:
     if isinstance(base, ModelSource):
         return base
     try:
-        start = load_recipe(Path(source) / "recipe.yaml").model.from_
+        start = load_recipe(resolve_path(source) / "recipe.yaml").model.from_
         return None if start is None or is_run(start) else open_model(start)
     except UserError:  # it was read when the run began, and may be gone
         return None
 
 
+def _tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer at a path; None where weights come without one."""
+    try:
+        return load_tokenizer(source)
+    except UserError:
+        if is_run(source):
+            raise
+        return None
+
+
+def _same_tokenizer(source: str, origin: ModelSource) -> bool:
+    """Whether a run's tokenizer is that of the model which it started from."""
+    theirs = _tokenizer(str(origin.path))
+    ours = _tokenizer(source)
+    return ours is None or (theirs is not None and theirs.fingerprint() == ours.fingerprint())
+
+
 def _extra(base: Base, source: str) -> dict[str, Any]:
     """Keys of config.json: the origin's, and which tokens begin and end a text."""
     origin = _origin(base, source)
-    if origin is not None:
-        return origin.huggingface
-    tokenizer = load_tokenizer(source)
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    extra = {} if origin is None else dict(origin.huggingface)
+    if origin is None or not _same_tokenizer(source, origin):
+        tokenizer = load_tokenizer(source)
+        extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    return extra
 
 
 def _companions(source: str, base: Base) -> Callable[[Path], None]:
-    """What writes the tokenizer, and the origin's other files, into a directory."""
+    """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory."""
     origin = _origin(base, source)
 
     def write(directory: Path) -> None:
-        if origin is not None:
+        if origin is not None and _same_tokenizer(source, origin):
             origin.copy_companions(directory)
-        if not (directory / "tokenizer.json").exists():
-            try:
-                load_tokenizer(source).save(directory)
-            except UserError:
-                if origin is None:
-                    raise
-                return  # weights without a tokenizer stay so
+        if not (directory / "tokenizer.json").exists() and (tokenizer := _tokenizer(source)) is not None:
+            tokenizer.save(directory)
         if not (directory / "generation_config.json").exists():
             keys = ("bos_token_id", "eos_token_id")
             tokens = {key: _extra(base, source).get(key) for key in keys}

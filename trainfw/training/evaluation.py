@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,7 +88,7 @@ def validate(program: Program, params: Any, frozen: Any, data: PreparedData, rep
 
 
 # What an evaluation may be told; anything else would be silently ignored.
-_EVALUATION_KEYS = ("data", "parallel", "hardware", "train.global_batch_size", "train.validation_batches")
+_EVALUATION_KEYS = ("data", "parallel", "hardware", "model.from", "train.global_batch_size", "train.validation_batches")
 
 # Where and how a run was trained does not matter to whoever uses its model.
 _ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
@@ -130,8 +131,14 @@ def load_model(
     if adapters:
         base = base or open_base(path, step)
         read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
-        for adapter in read.values():
+        for name, adapter in read.items():
             adapter.check_base(base, path)
+            if (kept := adapter.config.base) in ("int8", "nf4"):
+                warnings.warn(
+                    f"adapter {name} was trained on a base in {kept}; here the base is in {model.compute_dtype}, and it "
+                    "may write otherwise than its run does",
+                    stacklevel=2,
+                )
         attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
     return model, tokenizer
 

@@ -20,7 +20,7 @@ from trainfw.data import ExampleRows, PreparedData, TrainIterator, prepare, trai
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.models import Transformer, generate
-from trainfw.program import Metrics, Program, TrainState, build_program
+from trainfw.program import Metrics, Program, TrainState, build_program, check_sources
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.evaluation import Validation, validate
@@ -84,6 +84,8 @@ def train(
         f"device{'s' * (count > 1)} ({program.device_kind}){f', as {backend.name}' if backend.simulated else ''}, "
         f"layout {program.layout}"
     )
+    if resumed_step is None:
+        check_sources(recipe, program.abstract_state)
     if approve is not None:
         approve(program)
     data = _prepare_data(recipe, reporter)
