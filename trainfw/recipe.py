@@ -353,10 +353,7 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
 def _fields_of(source: str) -> dict[str, Any]:
     """The fields of the model at a path: a run's, or those of weights."""
     run = resolve_path(source) / "recipe.yaml"
-    if run.is_file():
-        config = load_recipe(run).model
-    else:
-        config = read_model_config(source)
+    config = load_recipe(run).model if run.is_file() else read_model_config(source)
     return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
 from typing import Any
@@ -60,9 +59,10 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
     def sharding(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
             return rules.weight_sharding(name, leaf.shape, axes[name], "parameters")
-        block = "" if leaf.low is None else f" (a scale for each adapter.block = {recipe.adapter.block})"  # type: ignore[union-attr]
-        titles = Quantized(f"{name}, codes", f"{name}, scales{block}", f"{name}, low", f"{name}, step", leaf.dim)  # type: ignore[arg-type]
-        titles = dataclasses.replace(titles, **({"low": None, "step": None} if leaf.low is None else {}))
+        quantised = recipe.adapter is not None and leaf.low is not None
+        scales = f"scales (one for each adapter.block = {recipe.adapter.block})" if quantised else "scales"  # type: ignore[union-attr]
+        low, step = (f"{name}, {part}" if quantised else None for part in ("low", "step"))
+        titles = Quantized(f"{name}, codes", f"{name}, {scales}", low, step, dim=leaf.dim)  # type: ignore[arg-type]
         return jax.tree.map(
             lambda part, title, names: rules.weight_sharding(title, part.shape, names, "parameters"),
             leaf,

@@ -135,8 +135,8 @@ def load_model(
             adapter.check_base(base, path)
             if (kept := adapter.config.base) in ("int8", "nf4"):
                 warnings.warn(
-                    f"adapter {name} was trained on a base in {kept}; here the base is in {model.compute_dtype}, and it "
-                    "may write otherwise than its run does",
+                    f"adapter {name} was trained on a base in {kept}; here the base is in {model.compute_dtype}, and "
+                    "it may write otherwise than its run does",
                     stacklevel=2,
                 )
         attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})

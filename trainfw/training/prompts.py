@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainfw.data import ChatTemplate, Tokenizer, chat_prompt
 from trainfw.errors import UserError
+from trainfw.paths import resolve_path
 from trainfw.program import is_run
 from trainfw.recipe import load_recipe
 
@@ -38,7 +38,7 @@ def prompt_form(path: str) -> PromptForm:
     """That of the data that a run was trained on; plain text for anything else."""
     if not is_run(path):
         return PromptForm()
-    data = load_recipe(Path(path) / "recipe.yaml").data
+    data = load_recipe(resolve_path(path) / "recipe.yaml").data
     return PromptForm(
         data.format == "chat" or (data.format == "prompt_completion" and data.chat_template), data.system_prompt
     )
