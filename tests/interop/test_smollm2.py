@@ -1,0 +1,98 @@
+"""Real weights, SmolLM2-135M-Instruct: in from GGUF and safetensors, out again, and an adapter of them in llama.cpp."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import trainfw
+from tests.gguf_files import smollm2_file
+from trainfw.interop import copy_model, open_model, save_peft
+from trainfw.models import generate
+from trainfw.program import export_model, merge_adapter, read_adapter
+
+pytestmark = pytest.mark.slow
+TEXT = "The capital of France is Paris. The capital of Italy is"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Imported from GGUF: a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("smollm2") / "model"
+    source = open_model(smollm2_file())
+    from trainfw.data import load_tokenizer
+
+    copy_model(source, directory, companions=load_tokenizer(smollm2_file()).save)
+    return directory
+
+
+def reference(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def greedy(reference, prompt, count):
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)  # else the padding token's places are hidden
+    out = reference.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return out[0, len(prompt) :].tolist()
+
+
+def test_logits_and_tokens_are_those_of_transformers(model, tmp_path):
+    theirs = reference(model)
+    loaded, tokenizer = trainfw.load_model(model)
+    prompt = tokenizer.encode(TEXT)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits.numpy()
+    found = np.asarray(loaded(np.array([prompt])))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    tokens = greedy(theirs, prompt, 64)
+    assert list(generate(loaded, prompt, max_tokens=64, temperature=0.0)) == tokens
+    straight, _ = trainfw.load_model(smollm2_file())
+    np.testing.assert_array_equal(np.asarray(straight(np.array([prompt]))), found)
+    # What Transformers itself writes of it is read as the same, and written again bit for bit.
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert open_model(tmp_path / "theirs").fingerprint() == open_model(model).fingerprint()
+    export_model(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "again"))
+    assert set(before) == set(after)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
+    """In F16, through `merge` and `export --format gguf`: the tokens of the merged model in Transformers."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from trainfw.adapters import AdapterConfig
+
+    config = AdapterConfig(rank=4, alpha=8.0, targets="attention")
+    base = open_model(model)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part in ("query", "key", "value", "output"):
+        L, D, F = base.parameters[f"layers.attention.{part}.kernel"].shape
+        name = f"layers.attention.{part}.adapter"
+        arrays[f"{name}.lora_a"] = rng.uniform(-(D**-0.5), D**-0.5, (L, D, 4)).astype(np.float32)
+        arrays[f"{name}.lora_b"] = np.float32(0.05) * rng.standard_normal((L, 4, F), np.float32)
+    save_peft(tmp_path / "adapter", config, arrays, base.config, str(model))
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(model))
+    export_model(str(tmp_path / "merged"), str(tmp_path / "merged.gguf"), format="gguf")
+    merged, tokenizer = trainfw.load_model(tmp_path / "merged")
+    prompt = tokenizer.encode(TEXT)
+    tokens = greedy(reference(tmp_path / "merged"), prompt, 32)
+    assert tokens != greedy(reference(model), prompt, 32)
+    assert list(generate(merged, prompt, max_tokens=32, temperature=0.0)) == tokens
+    llama = llama_cpp.Llama(str(tmp_path / "merged.gguf"), n_ctx=128, n_threads=2, logits_all=True, verbose=False)
+    try:
+        llama.eval(prompt)
+        chosen = []
+        for _ in range(32):
+            chosen.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+            llama.eval(chosen[-1:])
+    finally:
+        llama.close()
+    assert chosen == tokens
+    assert read_adapter(str(tmp_path / "adapter"), base.config).config.rank == 4
