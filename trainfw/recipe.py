@@ -20,7 +20,7 @@ from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import HardwareConfig
-from trainfw.interop import peft_fields, read_model_config
+from trainfw.interop import read_model_config
 from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -361,6 +361,8 @@ def _adapter_of(source: str) -> dict[str, Any]:
     """The fields of the adapter at a path: a run's, or one in PEFT's form."""
     run = resolve_path(source) / "recipe.yaml"
     if not run.is_file():
+        from trainfw.interop import peft_fields  # with NumPy and JAX, which other recipes do without
+
         return peft_fields(run.parent)
     config = load_recipe(run).adapter
     if config is None:

@@ -162,7 +162,7 @@ ARGUMENTS = {
     "devices after jax": (["train", "quickstart", "--devices", "3"], "jax is already running with 8"),
     "resume must, nothing there": (["train", "quickstart", "--resume", "must"], "no checkpoint to resume from"),
     "eval of no run": (["eval", "nowhere"], "is not a run directory"),
-    "generate from no run": (["generate", "nowhere", "--prompt", "x"], "is not a run directory"),
+    "generate from no run": (["generate", "nowhere", "--prompt", "x"], "no such file or directory"),
     "recipe of no name": (["train", ""], "the path is empty"),
     "recipe too long": (["train", "x" * 5000], "ame too long"),
     "devices beyond count": (["train", "quickstart", "--devices", "99999999999999"], "2048 at most"),
