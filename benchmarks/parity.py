@@ -248,11 +248,11 @@ def compare(combination: Combination, seed: int = 0) -> Agreement:
     same = tuple(s for s in combination.settings.split() if section(s) == "model" or s.startswith("z_loss="))
     params, batch, means, gradients = one_device(combination.model, same, seed)
     program = build_program(recipe, jax.devices()[: combination.devices])
-    compiled = program.gradients.lower(program.abstract_state.params, program.abstract_batch).compile()
+    compiled = program.gradients.lower(program.abstract_state.params, {}, program.abstract_batch).compile()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
     held = np.array(program.layer_order)
     params = params | {"layers": jax.tree.map(lambda x: x[held], params["layers"])}
-    grads, metrics = compiled(jax.device_put(params, shardings), program.shard_batch(batch))
+    grads, metrics = compiled(jax.device_put(params, shardings), {}, program.shard_batch(batch))
     found = by_name(grads)
     found |= {name: grad[np.argsort(held)] for name, grad in found.items() if name.startswith("layers.")}
     assert found.keys() == gradients.keys()

@@ -226,7 +226,7 @@ def test_what_is_read_is_written_again(base, tmp_path):
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3': expected LORA"),
-        ({"r": "four"}, "r = 'four': expected a number above 0"),
+        ({"r": "four"}, "r = 'four': expected a whole number above 0"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported"),
         ({"r": 5}, "has rank 4, but adapter_config.json says 5"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),

@@ -21,7 +21,7 @@ def export(
 ) -> None:
     """Write a run's model or adapter, or any model, in a format of other libraries."""
     from trainfw import backends
-    from trainfw.errors import UserError, did_you_mean
+    from trainfw.errors import UserError
 
     backends.prepare()
 
@@ -29,7 +29,7 @@ def export(
     from trainfw.program import Format, export_model
 
     if format not in get_args(Format):
-        raise UserError(f"--format {format}{did_you_mean(format, get_args(Format))}")
+        raise UserError(f"--format {format}: expected one of {', '.join(get_args(Format))}")
     reporter = make_reporter()
     try:
         with cleaning_up():
