@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 import trainfw
 from tests.helpers import write_recipe
 from trainfw import UserError, load_recipe
 from trainfw.checkpoint import SavedParameters
-from trainfw.data import byte_tokenizer
+from trainfw.data import byte_tokenizer, load_tokenizer
 from trainfw.interop import parameter_shapes, save_model
 from trainfw.models import AdapterInputs, ModelConfig, generate_batch
 from trainfw.parallel import reorder_layers
@@ -190,3 +191,100 @@ def test_a_model_fine_tuned_whole_is_exported(tmp_path, base):
     np.testing.assert_array_equal(
         np.asarray(trainfw.build_program(loaded, jax.devices()[:1]).model(state.params)(tokens)), expected
     )
+
+
+def test_a_base_drawn_from_a_seed_and_a_model_are_not_one(tmp_path, base):
+    """Both ways: a run goes on with the kind of base that it began with."""
+    on_model = train(tmp_path, base, "on model", "train.steps=2").run_dir
+    spelled = CONFIG.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
+    path = tmp_path / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["model"] = spelled | {"tie_embeddings": True}
+    path.write_text(yaml.safe_dump(tree))
+    drawn = load_recipe(path, ["train.steps=2"])
+    with pytest.raises(UserError, match="draws its base from a seed"):
+        trainfw.train(drawn, run_dir=on_model, devices=jax.devices()[:1])
+    run = trainfw.train(drawn, run_dir=tmp_path / "drawn", devices=jax.devices()[:1]).run_dir
+    with pytest.raises(UserError, match="base drawn from a seed, not on a model"):
+        train(tmp_path, base, "drawn", "train.steps=2")
+    assert run.is_dir()
+
+
+def test_banks_take_adapters_of_any_targets(tmp_path, base):
+    """Lists of patterns, ranks by pattern, and what PEFT's form gives back."""
+    several = {"targets": ["attention", "layers.mlp.up"], "patterns": {"layers.attention.*": {"rank": 2}}}
+    run = train(tmp_path, base, "run", "train.steps=2", adapter=several).run_dir
+    export_model(str(run), str(tmp_path / "peft"), format="peft")
+    model, _ = trainfw.load_model(base, adapters={"run": run, "peft": tmp_path / "peft"})
+    tokens = jnp.asarray([prompt[:4] for prompt in PROMPTS])
+    x, _ = model.decode_hidden_states(tokens, model.init_cache(4, 16), AdapterInputs(rows_B=jnp.asarray([0, 1, 0, 1])))
+    expected = np.asarray(trainfw.load_model(run)[0](tokens))
+    np.testing.assert_allclose(np.asarray(model.logits(x)), expected, atol=1e-4)
+
+
+def test_what_is_written_has_the_tokenizer_that_was_trained_with(tmp_path, base):
+    """Not the base's, where the recipe names another."""
+    other = byte_tokenizer()
+    other.backend.add_special_tokens(["<|extra|>"])
+    tokenizer_dir = tmp_path / "tokenizer"
+    other.save(tokenizer_dir)
+    larger = tmp_path / "larger"
+    config = CONFIG.model_copy(update={"vocab_size": 260})
+    shapes = parameter_shapes(config)
+    save_model(larger, config, lambda name: np.full(shapes[name], 0.1, np.float32), companions=byte_tokenizer().save)
+    tokenizer = f"data.tokenizer={{name: file, path: {tokenizer_dir}}}"
+    run = train(tmp_path, larger, "run", "train.steps=1", tokenizer).run_dir
+    merge_adapter(str(run), str(tmp_path / "merged"))
+    whole = train(tmp_path, larger, "whole", "train.steps=1", tokenizer, adapter=False).run_dir
+    export_model(str(whole), str(tmp_path / "exported"))
+    expected = load_tokenizer(tokenizer_dir).fingerprint()
+    assert load_tokenizer(larger).fingerprint() != expected
+    for written in ("merged", "exported"):
+        assert load_tokenizer(tmp_path / written).fingerprint() == expected
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, base):
+    narrow = {"targets": ["layers.mlp.up"], "kind": "dora"}
+    run = train(tmp_path, base, "run", "train.steps=1", adapter=narrow).run_dir
+    export_model(str(run), str(tmp_path / "peft"), format="peft")
+    wide = tmp_path / "wide"
+    config = CONFIG.model_copy(update={"intermediate_size": 64})
+    shapes = parameter_shapes(config)
+    save_model(wide, config, lambda name: np.full(shapes[name], 0.1, np.float32), companions=byte_tokenizer().save)
+    acts = (
+        lambda: merge_adapter(str(tmp_path / "peft"), str(tmp_path / "out"), base=str(wide)),
+        lambda: trainfw.load_model(wide, adapters={"a": tmp_path / "peft"}),
+        lambda: train(tmp_path, wide, "out", f"adapter={{from: {tmp_path / 'peft'}}}"),
+    )
+    for act in acts:
+        with pytest.raises(UserError, match=r"layers.mlp.up.adapter.lora_b is of shape"):
+            act()
+    assert not (tmp_path / "out").exists()
+    weights = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if "magnitude" not in name}, weights)
+    with pytest.raises(UserError, match="magnitude is missing"):
+        merge_adapter(str(tmp_path / "peft"), str(tmp_path / "out"), base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_muon_is_refused(tmp_path, base):
+    with pytest.raises(UserError, match=r"optimizer.name = 'muon'.*an adapter trains none"):
+        trainfw.build_program(recipe(tmp_path, base, "optimizer.name=muon"), jax.devices()[:1])
+
+
+def test_a_base_that_was_moved_is_named_anew(tmp_path, base):
+    """In the run's own recipe too, whose tokenizer was at the old place; and to evaluate it."""
+    first = shutil.copytree(base, tmp_path / "first")
+    path = tmp_path / "recipe.yaml"
+    recipe(tmp_path, first)
+    tree = yaml.safe_load(path.read_text())
+    del tree["data"]["tokenizer"]
+    path.write_text(yaml.safe_dump(tree))
+    run = trainfw.train(
+        load_recipe(path, ["train.steps=2"]), run_dir=tmp_path / "run", devices=jax.devices()[:1]
+    ).run_dir
+    second = first.rename(tmp_path / "second")
+    again = load_recipe(run / "recipe.yaml", [f"model.from={second}", "train.steps=4"])
+    assert trainfw.train(again, run_dir=run, devices=jax.devices()[:1]).step == 4
+    validation, _ = trainfw.evaluate(run, [f"model.from={second}"])
+    assert validation.tokens > 0
