@@ -111,6 +111,7 @@ def test_greedy_tokens_of_a_tiny_llama(kind, seed, tmp_path, tokenizer_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_smollm2.py has a merged adapter of it there
 def test_greedy_tokens_of_smollm2(tmp_path):
     source = smollm2_file()
     tokenizer = load_tokenizer(source)
