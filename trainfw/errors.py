@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+TRY_AGAIN = 75
+"""Exit code of a command that failed for no fault of its input: given again, it goes on (EX_TEMPFAIL, sysexits.h)."""
+
 
 class UserError(ValueError):
     """Bad input: a recipe, an argument or a file the user can fix. The CLI exits 2, with no traceback."""
