@@ -196,9 +196,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, then let go. Raises RunError where what was saved last is not to be on disk."""
+        if self._manager is None:
+            return
         self._settle(0)
         with contextlib.suppress(Exception):  # everything that matters was waited for
             self._manager.close()
+
+    def abandon(self) -> None:
+        """Let go of a save that another process can no longer take part in, instead of waiting for it."""
+        self._saving = None
+        self._manager = None  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def _failing_as(self, problem: str) -> Iterator[None]:

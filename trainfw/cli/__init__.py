@@ -23,6 +23,7 @@ from trainfw.cli import (
     export,
     generate,
     import_,
+    launch,
     merge,
     plan,
     recipe,
@@ -70,6 +71,7 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)
 app.command("topology")(topology.topology)
+app.add_typer(launch.app, name="launch")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")
 

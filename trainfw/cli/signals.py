@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ def leaving_at_once() -> Iterator[None]:
                     os.write(2, text.encode())
                 os._exit(128 + byte[0])
 
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2)  # `kill -USR1`: where are we?
+    faulthandler.enable(file=sys.__stderr__ or 2)
     for signum in signals:
         signal.signal(signum, lambda *_: None)  # a handler, or nothing is written to the pipe
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

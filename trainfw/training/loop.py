@@ -135,6 +135,10 @@ def _train(
         except Interrupted as stop:
             end = str(stop)
             raise
+        except jax.errors.JaxRuntimeError:
+            if processes > 1:  # of which one may have died
+                checkpoints.abandon()
+            raise
         finally:
             sessions.write(phases.step, phases.so_far(), end)
         return result

@@ -80,7 +80,7 @@ class RunDirectory:
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
         if self.path.is_dir() and not self.checkpoints.is_dir():
             # A run has made checkpoints/ before any other file but its lock: these files are somebody else's.
-            others = {p.name for p in self.path.iterdir()} - {".lock"}
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         steps = self.steps()

@@ -1,0 +1,1 @@
+from .local import launch_local as launch_local
