@@ -205,7 +205,7 @@ class Checkpoints:
     def abandon(self) -> None:
         """Let go of a save that another process can no longer take part in, instead of waiting for it."""
         self._saving = None
-        self._manager = None  # type: ignore[assignment]
+        self._manager = None
 
     @contextlib.contextmanager
     def _failing_as(self, problem: str) -> Iterator[None]:

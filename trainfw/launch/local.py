@@ -27,7 +27,7 @@ def launch_local(
     """Run `command` in `processes` processes of this machine, which find each other; their exit code.
 
     Each writes to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
-    stacks go to their logs, and is the one reported. SIGINT and SIGTERM go to all of them; a second one ends them.
+    stacks go to their logs, and is the one reported. SIGINT and SIGTERM go to all of them; a second SIGINT ends them.
     Raises UserError for a number of processes that cannot be.
     """
     if processes < 1:
@@ -97,14 +97,14 @@ def _first_to_fail(children: Sequence[subprocess.Popen[bytes]], forwarded: Seque
 
 @contextmanager
 def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Signals that came, each passed on; the second one kills."""
+    """Signals that came, each passed on; a second SIGINT kills."""
     received: list[int] = []
 
     def handle(signum: int, _frame: object) -> None:
         received.append(signum)
         for child in children:
             if child.poll() is None:
-                child.send_signal(signum if len(received) == 1 else signal.SIGKILL)
+                child.send_signal(signum if len(received) == 1 or signum != signal.SIGINT else signal.SIGKILL)
 
     before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -74,7 +74,8 @@ class Stop:
 def stopping(processes: int) -> Iterator[Stop]:
     """A `Stop` that hears signals, also while a compiler or the device holds the main thread.
 
-    A second signal acts as if nobody caught it. Where this is not the main thread, only other processes are heard.
+    A second SIGINT acts as if nobody caught it; a second SIGTERM, of which schedulers send several, changes nothing.
+    Where this is not the main thread, only other processes are heard.
     """
     stop, ended = Stop(processes), threading.Event()
     with contextlib.ExitStack() as stack:
@@ -90,7 +91,7 @@ def stopping(processes: int) -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _signals_to(receive: Callable[[int], None]) -> Iterator[None]:
-    """Calls `receive`, in a thread, with the first signal; from then on those who handled them before do again."""
+    """Calls `receive`, in a thread, with the first signal; from then on who handled SIGINT before does again."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in _SIGNALS}
@@ -103,6 +104,7 @@ def _signals_to(receive: Callable[[int], None]) -> Iterator[None]:
 
     def handle(_signum: int, _frame: FrameType | None) -> None:
         restore()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def read() -> None:
         received = False
@@ -112,7 +114,7 @@ def _signals_to(receive: Callable[[int], None]) -> Iterator[None]:
             if not received:
                 received = True
                 threading.Thread(target=receive, args=(byte[0],), name="stopping", daemon=True).start()
-            elif handlers_before_us >= 0:
+            elif byte[0] == signal.SIGINT and handlers_before_us >= 0:
                 os.write(handlers_before_us, byte)  # the main thread is busy, and has not restored them yet
 
     for signum in _SIGNALS:
