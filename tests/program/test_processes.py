@@ -50,7 +50,7 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*list(LAYOUTS)[:2], pytest.param("placed", marks=pytest.mark.long)])
 def test_two_processes_train_as_one(name, tmp_path):
     overrides, shares = LAYOUTS[name]
     path = tmp_path / "recipe.yaml"
