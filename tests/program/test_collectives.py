@@ -52,7 +52,7 @@ LAYOUTS = {
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
 QUICK = {"fsdp", "tensor-fsdp", "context-ring"}
-SLOW = {"hybrid", "fsdp-optimizer", "pipeline-interleaved", "pipeline-expert", "expert-dropless", "fsdp-context-tensor"}
+SLOW = {"hybrid", "pipeline-expert", "expert-dropless"}
 """The others are for `--all`."""
 TRAIN = {"remat", "scan_layers", "accumulation_steps"}
 
