@@ -127,7 +127,7 @@ LAYOUTS = {
 
 
 ADAPTERS = {"dora": {"kind": "dora"}, "nf4": {"base": "nf4", "block": 16, "targets": ["all-linear", "embedding"]}}
-QUICKER = {(0, "nf4"), (1, "dora"), (2, "dora")}
+QUICKER = {(0, "nf4"), (2, "dora")}
 COMBINATIONS = [
     pytest.param(layout, adapter, marks=[] if (i, adapter) in QUICKER else pytest.mark.long)
     for i, layout in enumerate(LAYOUTS)

@@ -152,7 +152,7 @@ PROMPT = [256, *b"document 3: 1 + 2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.long), "dora"])
 def test_an_adapter_trained_here_is_the_same_in_peft(base, tmp_path, kind):
     loaded = recipe(base, tmp_path, f"adapter.kind={kind}")
     result = trainfw.train(loaded, run_dir=tmp_path / "run", devices=jax.devices()[:1])

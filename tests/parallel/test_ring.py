@@ -140,7 +140,7 @@ def test_it_is_full_attention(**example):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(context=st.sampled_from([1, 2, 4, 8]), **EXAMPLES)
 def test_it_is_full_attention_whatever_the_size(**example):
     check(**example)

@@ -177,6 +177,7 @@ def test_a_command_that_finds_it_in_the_cache_needs_no_jax(tmp_path, compilation
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_commands_at_once(tmp_path, plans):
     hardware = ("hardware.topology=trn2.3xlarge", "train.compute_dtype=bfloat16")
     command = [sys.executable, "-m", "trainfw", "plan", str(write_recipe(tmp_path)), *hardware, "--json"]
@@ -249,7 +250,11 @@ def test_state_that_does_not_divide_among_all_is_said_before_it_is_compiled(tmp_
     ("overrides", "most"),
     [
         (("parallel.fsdp=8", "train.accumulation_steps=2"), 4),
-        (("parallel.fsdp=4", "parallel.tensor=2", "train.remat=full", "train.scan_layers=false"), 4),
+        pytest.param(
+            ("parallel.fsdp=4", "parallel.tensor=2", "train.remat=full", "train.scan_layers=false"),
+            4,
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             ("parallel.fsdp=4", "parallel.data=2", "optimizer.name=adafactor", "model.tie_embeddings=false"),
             4,

@@ -97,6 +97,7 @@ def test_rules_stay_as_they_are(tmp_path):
     assert all(c.recipe.parallel.rules == {"norm": ["fsdp"]} for c in found.candidates)
 
 
+@pytest.mark.long
 def test_other_axes_are_legal_as_in_the_program(tmp_path):
     more = ("model.num_layers=6", "data.sequence_length=64", "train.global_batch_size=384")
     on_switches = (*LARGE, "hardware={topology: h100-8, count: 8}", *more)

@@ -205,9 +205,8 @@ def counted(analysis: Analysis) -> tuple[dict[Matmul, int], dict[Transfer, int]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "most"), [({"fsdp": 8}, 4), pytest.param({"data": 2, "fsdp": 4}, 4, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("sizes", "most"), [({"fsdp": 8}, 4), ({"data": 2, "fsdp": 4}, 4)])
 def test_a_shorter_fsdp_tells_of_the_longer(tmp_path, sizes, most):
     overrides = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
     recipe = recipe_for(

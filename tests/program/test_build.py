@@ -124,7 +124,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_state(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", ["true", "false"])
+@pytest.mark.parametrize("scan", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_remat_trades_memory_for_recomputation(scan, tmp_path):
     """What the compiled step says of itself: more FLOPs and fewer temporary bytes, from none to full."""
 

@@ -52,6 +52,8 @@ LAYOUTS = {
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
 QUICK = {"fsdp", "tensor-fsdp", "context-ring"}
+SLOW = {"hybrid", "pipeline-expert", "expert-dropless"}
+"""The others are for `--all`."""
 TRAIN = {"remat", "scan_layers", "accumulation_steps"}
 
 
@@ -78,7 +80,11 @@ def summary(collectives: list[Collective], program) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow] if name in SLOW else [pytest.mark.long])
+        for name in LAYOUTS
+    ],
 )
 def test_collectives_of_a_layout(name, tmp_path, capfd):
     program = build_program(tiny_recipe(tmp_path, *overrides(LAYOUTS[name])))

@@ -15,7 +15,7 @@ def as_neuron():
     backends.prepare()
 
 
-@pytest.mark.parametrize("at_once", [1, 2**20])
+@pytest.mark.parametrize("at_once", [1, pytest.param(2**20, marks=pytest.mark.long)])
 def test_the_state_from_the_host_is_the_state_from_the_devices(at_once, as_neuron, tmp_path, monkeypatch):
     monkeypatch.setattr(host, "_AT_ONCE", at_once)
     recipe = tiny_recipe(tmp_path, "parallel.tensor=2")

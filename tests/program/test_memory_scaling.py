@@ -59,6 +59,7 @@ def test_stages_of_zero_hold_what_their_formula_says(tmp_path):
     assert held["parameters"][0] < held["gradients"][0]
 
 
+@pytest.mark.long
 def test_prefetch_takes_a_layer_more_or_two(tmp_path):
     """The next layer's weights, and a copy of them where the CPU's compiler hands them to a loop's next round."""
     overrides = (*WEIGHTS, "parallel.fsdp=8", "train.remat=full")
@@ -93,6 +94,7 @@ def test_no_device_holds_the_logits(tmp_path):
     assert whole - chunked > part  # the logits, if not also their gradients
 
 
+@pytest.mark.long
 def test_activations_fall_with_the_part_of_the_sequence(tmp_path):
     shape = (
         "model={preset: tiny, hidden_size: 128, intermediate_size: 256, num_heads: 2, num_layers: 4, vocab_size: 64}",

@@ -50,7 +50,9 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", ["each its half", *(pytest.param(n, marks=pytest.mark.long) for n in list(LAYOUTS)[1:])]
+)
 def test_two_processes_train_as_one(name, tmp_path):
     overrides, shares = LAYOUTS[name]
     path = tmp_path / "recipe.yaml"

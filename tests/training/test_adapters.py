@@ -166,17 +166,23 @@ def test_rows_with_their_own_adapters_get_what_each_gives_alone(tmp_path, base):
         generate_batch(both, PROMPTS, max_tokens=1, adapters=["c"] * 4)
 
 
-def test_merging_writes_what_the_adapter_computes(tmp_path, base):
-    """Of a base in four bits, too: what was trained on is what is merged into."""
-    for name, adapter in {"nf4": {"base": "nf4", "block": 16}, "embedding": {"targets": ["embedding", "mlp"]}}.items():
-        run = train(tmp_path, base, name, "train.steps=4", adapter=adapter).run_dir
-        tokens = jnp.asarray([PROMPTS[0]])
-        expected = np.asarray(trainfw.load_model(run)[0](tokens))
-        merge_adapter(str(run), str(tmp_path / f"merged {name}"))
-        model, _ = trainfw.load_model(tmp_path / f"merged {name}")
-        np.testing.assert_allclose(np.asarray(model(tokens)), expected, rtol=1e-4, atol=1e-4)
-        # The head keeps what the embedding's adapter changes.
-        assert model.config.tie_embeddings == (name != "embedding")
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"base": "nf4", "block": 16},  # what was trained on is what is merged into
+        pytest.param({"targets": ["embedding", "mlp"]}, marks=pytest.mark.long),
+    ],
+    ids=["nf4", "embedding"],
+)
+def test_merging_writes_what_the_adapter_computes(tmp_path, base, adapter):
+    run = train(tmp_path, base, "run", "train.steps=4", adapter=adapter).run_dir
+    tokens = jnp.asarray([PROMPTS[0]])
+    expected = np.asarray(trainfw.load_model(run)[0](tokens))
+    merge_adapter(str(run), str(tmp_path / "merged"))
+    model, _ = trainfw.load_model(tmp_path / "merged")
+    np.testing.assert_allclose(np.asarray(model(tokens)), expected, rtol=1e-4, atol=1e-4)
+    # The head keeps what the embedding's adapter changes.
+    assert model.config.tie_embeddings == ("targets" not in adapter)
 
 
 def test_a_model_fine_tuned_whole_is_exported(tmp_path, base):
