@@ -98,8 +98,9 @@ case $code in
   {TRY_AGAIN} | 134 | 137 | 139 | 143)
     if ((${{SLURM_RESTART_COUNT:-0}} < {self.restarts})); then
       echo "$(date): exit code $code; requeued"
+      trap - TERM  # by which Slurm ends this script now
       scontrol requeue "$SLURM_JOB_ID"
-      sleep 60  # Slurm ends this script meanwhile
+      sleep 60
     else
       echo "$(date): exit code $code after {self.restarts} restarts; giving up"
     fi ;;

@@ -211,12 +211,13 @@ class Session:
             self._log_step(done.step, loss, done.metrics)
 
     def _bad(self, bad: BadStep) -> None:
+        policy: Policy = self.faults.write(bad)
+        if policy == "stop":
+            self._wait()
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         advice = "lower optimizer.learning_rate or look at the data, or set faults.non_finite or faults.spike"
-        policy: Policy = self.faults.write(bad)
         if policy == "stop":
-            self.checkpoints.wait()
             raise RunError(f"{bad}; {kept}; {advice}")
         if policy == "rollback":
             self.reporter.note(f"warning: {bad}; going back to {f'step {last}' if last else 'the start'}")
