@@ -109,9 +109,9 @@ class Checkpoints:
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._settle(self._config.max_failures)
 
-    def wait(self) -> None:
-        """Until what was saved last is on disk. Raises RunError where it is not to be."""
-        self._settle(0)
+    def wait(self, *, must: bool = True) -> None:
+        """Until what was saved last is on disk. Raises RunError where it is not to be (unless `must`, as `save` does)."""
+        self._settle(0 if must else self._config.max_failures)
 
     def _settle(self, forgiven: int) -> None:
         if self._saving is None:

@@ -101,6 +101,12 @@ class Program:
         lowered = self.train_step.lower(self.abstract_state, self.abstract_batch)
         return lowered.compile(compiler_options=backends.current().compiler_options)
 
+    def compile_eval_step(self) -> Any:
+        """`eval_step`, likewise."""
+        state = self.abstract_state
+        lowered = self.eval_step.lower(state.params, state.frozen, self.abstract_batch)
+        return lowered.compile(compiler_options=backends.current().compiler_options)
+
     def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows (B / processes, S) as its part of the global batch (B, S)."""
         rows, length = self.recipe.train.global_batch_size, self.recipe.data.sequence_length

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_WINDOW = 100.0
+_WINDOW = 50.0
 """Steps over which the running mean and variance are, roughly."""
 _SETTLED = 20.0
 """Good steps before any can be a spike."""

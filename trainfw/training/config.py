@@ -84,7 +84,7 @@ class FaultsConfig(Config):
     spike: Literal["stop", "skip", "rollback"] = "skip"
     """When the loss or the gradient's norm is `spike_sigma` above what it has been."""
     spike_sigma: float | None = Field(default=None, gt=0)
-    """Standard deviations above the running mean (over some 100 steps) that make a spike; null: nothing does."""
+    """Standard deviations above the running mean (over some 50 steps) that make a spike; null: nothing does."""
     most: int = Field(default=10, ge=0)
     """Bad steps in a row, and rollbacks in all, after which the run ends whatever the policy."""
     replicas_every: int = Field(default=0, ge=0)

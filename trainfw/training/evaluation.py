@@ -54,6 +54,7 @@ class Validation:
 
 def validate(
     program: Program,
+    eval_step: Any,
     params: Any,
     frozen: Any,
     data: PreparedData,
@@ -62,7 +63,7 @@ def validate(
 ) -> Validation | None:
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches.
 
-    `stop` is asked before each batch whether to give up, and None returned.
+    `eval_step` is the program's, compiled. `stop` is asked before each batch whether to give up, and None returned.
     """
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
@@ -80,7 +81,7 @@ def validate(
     for number, batch in enumerate(batches, start=1):
         if stop():
             return None
-        metrics = program.eval_step(params, frozen, program.shard_batch(batch))
+        metrics = eval_step(params, frozen, program.shard_batch(batch))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
         total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
         progress("validating, batches", number, everything if limit is None else min(everything, limit))
@@ -204,7 +205,7 @@ def evaluate(
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
     params, frozen = _restore(run, program, step), _frozen(run, program)
-    validation = validate(program, params, frozen, data, reporter.progress)
+    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress)
     assert validation is not None
     return validation, data
 

@@ -112,7 +112,7 @@ def _train(
         monitor = backends.NeuronMonitor()
         if backend.platform == "neuron":
             stack.enter_context(monitor)
-        outcome = Outcome(program, data, run, log, reporter, progress)
+        outcome = Outcome(program, data, run, log, reporter, progress, phases)
         session = Session(
             program=program,
             batches=batches,

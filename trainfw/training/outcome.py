@@ -12,6 +12,7 @@ from trainfw.models import Transformer, generate
 from trainfw.program import Program, TrainState
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
+from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
@@ -28,15 +29,20 @@ class Outcome:
         log: MetricsLog,
         reporter: Reporter,
         progress: Progress,
+        phases: Phases,
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
-        self.recipe, self.progress = program.recipe, progress
+        self.recipe, self.progress, self.phases = program.recipe, progress, phases
+        self._eval_step: Any = None
 
     def validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
         """None where the recipe wants none, or `stop` said so."""
         if self.recipe.train.validation_batches == 0:
             return None
-        validation = validate(self.program, state.params, state.frozen, self.data, self.progress, stop)
+        if self._eval_step is None:
+            with self.phases.during("compile"):
+                self._eval_step = self.program.compile_eval_step()
+        validation = validate(self.program, self._eval_step, state.params, state.frozen, self.data, self.progress, stop)
         if validation is None:
             return None
         if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):

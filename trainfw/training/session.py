@@ -212,8 +212,8 @@ class Session:
 
     def _bad(self, bad: BadStep) -> None:
         policy: Policy = self.faults.write(bad)
-        if policy == "stop":
-            self._wait()
+        if policy != "skip":
+            self._wait(must=False)
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         advice = "lower optimizer.learning_rate or look at the data, or set faults.non_finite or faults.spike"
@@ -226,7 +226,6 @@ class Session:
 
     def _roll_back(self) -> tuple[TrainState, int]:
         """The state of the last checkpoint, and its step; what came after it is forgotten."""
-        self._wait()
         self.saved = self._last_saved()
         done, first = self.phases.step, self.saved or 0
         self.phases.lost += self.phases.so_far()["step"] * (done - first) / max(done - self.sessions.first, 1)
@@ -280,6 +279,6 @@ class Session:
             if self.checkpoints.save(step, state.params, rest, meta):
                 self.saved = step  # or will be
 
-    def _wait(self) -> None:
+    def _wait(self, *, must: bool = True) -> None:
         with self.phases.during("save"):
-            self.checkpoints.wait()
+            self.checkpoints.wait(must=must)
