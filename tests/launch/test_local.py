@@ -95,7 +95,7 @@ def test_one_is_killed_and_all_go_on(straight, tmp_path):
 def test_one_hangs_and_the_job_ends_with_the_reason(straight, tmp_path):
     recipe, expected, _ = straight
     run = tmp_path / "run"
-    process = start(recipe, run, "watchdog.step=5", "watchdog.save=5")
+    process = start(recipe, run, "watchdog.step_seconds=5", "watchdog.save_seconds=5")
     ranks = until_step(12, process, run)
     os.kill(ranks[1], signal.SIGSTOP)
     began = time.monotonic()

@@ -50,8 +50,8 @@ def rows(directory: Path) -> dict[int, str]:
 
 def train(directory, recipe, steps, devices, processes, *overrides):
     directory.mkdir(exist_ok=True)
-    (directory / "trainfw.py").write_text(WATCHED)
-    command = [sys.executable, str(directory / "trainfw.py"), "train", str(recipe), f"train.steps={steps}", *overrides]
+    (directory / "watched.py").write_text(WATCHED)
+    command = [sys.executable, str(directory / "watched.py"), "train", str(recipe), f"train.steps={steps}", *overrides]
     command += ["--devices", str(devices // processes), "--run-dir", str(directory / "run")]
     environment = {"ROWS": str(directory / "rows-")}
     if processes == 1:

@@ -97,11 +97,11 @@ class WatchdogConfig(Config):
     The other processes, which wait for it in a collective, do the same: the job ends, and starts again.
     """
 
-    start: float = Field(default=3600, ge=0)
+    start_seconds: float = Field(default=3600, ge=0)
     """Reading data, weights and checkpoints; each piece read is progress."""
-    compile: float = Field(default=10800, ge=0)
+    compile_seconds: float = Field(default=10800, ge=0)
     """Compiling the training step: hours, for a large model on Neuron."""
-    step: float = Field(default=1800, ge=0)
+    step_seconds: float = Field(default=1800, ge=0)
     """A step, a batch of validation, or an example of an evaluation."""
-    save: float = Field(default=3600, ge=0)
+    save_seconds: float = Field(default=3600, ge=0)
     """Waiting for a checkpoint."""

@@ -30,7 +30,7 @@ class Phases:
     """
 
     def __init__(self, limits: WatchdogConfig):
-        self._limits = {phase: getattr(limits, "step" if phase == "validation" else phase) for phase in PHASES}
+        self._limits = {phase: getattr(limits, _key(phase)) for phase in PHASES}
         self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self.lost = 0.0
         """Of the seconds in steps, those in steps that were rolled back."""
@@ -100,7 +100,7 @@ class Phases:
         out = sys.__stderr__
         if out is not None:
             print(
-                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{self._key()}) after "
+                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) after "
                 f"step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
                 file=out,
                 flush=True,
@@ -108,5 +108,6 @@ class Phases:
             faulthandler.dump_traceback(file=out, all_threads=True)
         os._exit(TRY_AGAIN)
 
-    def _key(self) -> str:
-        return "step" if self.phase == "validation" else self.phase
+
+def _key(phase: Phase) -> str:
+    return f"{'step' if phase == 'validation' else phase}_seconds"
