@@ -19,12 +19,19 @@ pytestmark = pytest.mark.slow
 # `trainfw`, but each row that is trained on is written down with its place in the run's order.
 WATCHED = """
 import hashlib, json, os, sys
+from trainfw import backends
 from trainfw.cli import main
-from trainfw.data import TrainIterator
 
-take = TrainIterator._take
+connect = backends.connect
 
-def watched(self):
+def connect_and_watch(wiring):
+    connect(wiring)  # before anything touches a device
+    from trainfw.data import TrainIterator
+
+    take = TrainIterator._take
+    TrainIterator._take = lambda self: watched(self, take)
+
+def watched(self, take):
     first, batch = self._next_row, take(self)
     share = len(batch["tokens"])
     with open(os.environ["ROWS"] + str(os.getpid()), "a") as file:
@@ -33,7 +40,7 @@ def watched(self):
             print(json.dumps([first + self._process_index * share + i, digest]), file=file)
     return batch
 
-TrainIterator._take = watched
+backends.connect = connect_and_watch
 main()
 """
 

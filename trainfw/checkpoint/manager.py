@@ -110,7 +110,7 @@ class Checkpoints:
             self._settle(self._config.max_failures)
 
     def wait(self, *, must: bool = True) -> None:
-        """Until what was saved last is on disk. Raises RunError where it is not to be (unless `must`, as `save` does)."""
+        """Until what was saved last is on disk. Raises RunError where it will not be; unless `must`, as `save` does."""
         self._settle(0 if must else self._config.max_failures)
 
     def _settle(self, forgiven: int) -> None:
@@ -181,6 +181,13 @@ class Checkpoints:
         return params, rest, meta
 
     def restore_params(self, step: int, params: Any) -> Any:
+        """The parameters alone. Raises RunError also where the checkpoint's files are not what was saved."""
+        if problem := find_damage(self.directory / str(step)):
+            whole = next(
+                (s for s in reversed(self.steps()) if s < step and not find_damage(self.directory / str(s))), None
+            )
+            hint = "" if whole is None else f"; step {whole} is whole"
+            raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
         restored = self._restore(step, params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
         return self._in_order(restored.params, restored.meta.get(LAYER_ORDER))
 
