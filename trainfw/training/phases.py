@@ -100,8 +100,8 @@ class Phases:
         out = sys.__stderr__
         if out is not None:
             print(
-                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) after "
-                f"step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
+                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) "
+                f"after step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
                 file=out,
                 flush=True,
             )
