@@ -34,7 +34,7 @@ def free_ports(count):
     return ports
 
 
-def until(reached, seconds=120):
+def until(reached, seconds=300):
     deadline = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < deadline
