@@ -17,6 +17,10 @@ class RunError(RuntimeError):
     """A run that was well described failed while running. The CLI exits 1, with no traceback."""
 
 
+class PeerError(RunError):
+    """Another process of the run died or hangs. The CLI exits with `TRY_AGAIN`."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
     choices = list(choices)

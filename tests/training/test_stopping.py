@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfw import RunError, backends
+from trainfw import backends
+from trainfw.errors import PeerError
 from trainfw.training import stopping
 from trainfw.training.stopping import Stop
 
@@ -34,7 +35,7 @@ class Store:
             self.exchanged[name].append(json.loads(json.dumps(value)))
             self.changed.notify_all()
             if not self.changed.wait_for(lambda: len(self.exchanged[name]) == self.count, timeout):
-                raise RunError("nobody")
+                raise PeerError("nobody")
             return self.exchanged[name]
 
     def heard(self, name, timeout):

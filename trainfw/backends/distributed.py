@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainfw.backends.neuron.place import Place, read_place, sort_hosts
-from trainfw.errors import RunError, UserError
+from trainfw.errors import PeerError, UserError
 from trainfw.hardware import Topology
 
 ROOT_PORT = 41000
@@ -225,23 +225,23 @@ _rounds: Counter[str] = Counter()
 def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
     """Every process's `value` (JSON), by index, once all have called with this `name`, as often as this one has.
 
-    Raises RunError where one has not within `timeout` seconds.
+    Raises PeerError where one has not within `timeout` seconds.
     """
     client, index, count = _coordination()
     if client is None:
         return [value]
     _rounds[name] += 1
-    name = f"{name}/{_rounds[name]}"
-    client.key_value_set(f"trainfw/{name}/{index}", json.dumps(value))
+    key = f"trainfw/{name}/{_rounds[name]}"
+    client.key_value_set(f"{key}/{index}", json.dumps(value))
     deadline = time.monotonic() + timeout
     found = []
     for other in range(count):
         left = max(int(1000 * (deadline - time.monotonic())), 1)
         try:
-            found.append(json.loads(client.blocking_key_value_get(f"trainfw/{name}/{other}", left)))
+            found.append(json.loads(client.blocking_key_value_get(f"{key}/{other}", left)))
         except Exception as error:  # jaxlib raises its own kind
-            raise RunError(
-                f"process {other} of {count} said nothing of {name!r} within {timeout:.0f} s: it died or hangs; its "
+            raise PeerError(
+                f"process {other} of {count} said nothing of {name!r} within {timeout:g} s: it died or hangs; its "
                 "own log may say why"
             ) from error
     return found

@@ -31,7 +31,7 @@ from trainfw.cli import (
     topology,
     train,
 )
-from trainfw.errors import TRY_AGAIN, RunError, UserError
+from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
 
 app = typer.Typer(
     name="trainfw",
@@ -91,6 +91,8 @@ def main() -> None:
         app()
     except UserError as error:
         _exit(f"error: {error}", 2)
+    except PeerError as error:
+        _exit(f"failed: {error}", TRY_AGAIN)
     except RunError as error:
         _exit(f"failed: {error}", 1)
     except OSError as error:

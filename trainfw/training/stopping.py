@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from trainfw import backends
-from trainfw.errors import RunError
+from trainfw.errors import PeerError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGREE_SECONDS = 60.0
@@ -39,7 +39,7 @@ class Stop:
         with self._lock:
             holds = self._held is not None and self._stop_at is None and self._turns >= self._held
             if holds and not self._lock.wait_for(lambda: self._stop_at is not None, _AGREE_SECONDS):
-                raise RunError("the processes did not agree on when to stop: one of them died or hangs")
+                raise PeerError("the processes did not agree on when to stop: one of them died or hangs")
             if self._stop_at is not None and self._turns >= self._stop_at:
                 return True
             self._turns += 1
@@ -66,7 +66,7 @@ class Stop:
         while not ended.is_set() and self.signum is None:
             signum = backends.heard(self._key, 1.0)
             if signum is not None and not ended.is_set():
-                with contextlib.suppress(RunError):  # `turn` says it
+                with contextlib.suppress(PeerError):  # `turn` says it
                     self.request(signum)
 
 
