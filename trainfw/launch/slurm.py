@@ -114,10 +114,11 @@ exit $code
             return 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         return f"""
 # Neighbours in the mesh are to be neighbours in the torus: processes are numbered by the places of their hosts.
-export SLURM_HOSTFILE={shlex.quote(str(self.run_dir / "logs"))}/hosts-$SLURM_JOB_ID
+hosts=$(realpath {shlex.quote(str(self.run_dir / "logs"))})/hosts-$SLURM_JOB_ID
 srun --ntasks-per-node=1 {shlex.join([self.python, "-m", "trainfw", "launch", "place"])} \\
-  | sort -k1,1 -k2,2n -k3,3 | awk '{{print $3}}' > "$SLURM_HOSTFILE"
-head=$(head -n 1 "$SLURM_HOSTFILE")"""
+  | sort -k1,1 -k2,2n -k3,3 | awk '{{print $3}}' > "$hosts"
+head=$(head -n 1 "$hosts")
+export SLURM_HOSTFILE=$hosts"""
 
     def _distribution(self) -> str:
         return "--distribution=arbitrary " if self.by_ultraserver else ""

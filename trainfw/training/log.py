@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 from trainfw.training.reporter import Reporter
@@ -21,21 +22,35 @@ class MetricsLog:
 
     def _open(self, step: int | None) -> None:
         if self._writes:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
             self._file = self._run.metrics_file.open("a", encoding="utf-8")
-            # purge_step hides what an interrupted session logged beyond its last checkpoint.
-            self._writer = SummaryWriter(str(self._run.tensorboard), purge_step=None if step is None else step + 1)
+            self._run.tensorboard.mkdir(exist_ok=True)
+            # Not SummaryWriter, whose thread dies of a full disk, and whose full queue would then hold us for ever.
+            self._events = EventsWriter(str(self._run.tensorboard / "events"))
+            if step is not None:  # hides what an interrupted session logged beyond its last checkpoint
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
 
     def write(self, row: dict[str, Any]) -> None:
         if not self._writes:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._writer.add_scalar(name, value, row["step"])
+            summary = Summary(
+                value=[
+                    Summary.Value(tag=name, simple_value=value)
+                    for name, value in row.items()
+                    if name != "step" and value is not None
+                ]
+            )
+            self._events.write_event(Event(step=row["step"], wall_time=time.time(), summary=summary))
+            self._events.flush()
             self._failed = False
         except OSError as error:
             if not self._failed:
@@ -56,4 +71,4 @@ class MetricsLog:
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
-            self._writer.close()
+            self._events.close()

@@ -34,6 +34,8 @@ class Outcome:
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
         self.recipe, self.progress, self.phases = program.recipe, progress, phases
         self._eval_step: Any = None
+        if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
+            reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
 
     def validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
         """None where the recipe wants none, or `stop` said so."""
