@@ -44,7 +44,7 @@ def measure(name: str, rounds: int) -> bool:
         step, state = program.compile_train_step(), program.init()
         batch = program.shard_batch(random_batch(recipe))
         checkpoints = Checkpoints(Path(directory) / "checkpoints", recipe.checkpoint)
-        number, blocks, waits, commits = 0, {True: [], False: []}, [], []
+        number, blocks, waits = 0, {True: [], False: []}, []
         for turn in range(2 * rounds + 2):
             saves = turn % 2 == 1
             state, metrics = step(state, batch)
@@ -61,8 +61,6 @@ def measure(name: str, rounds: int) -> bool:
             if turn > 1:  # the first of each warms up
                 blocks[saves].append(time.monotonic() - start)
             checkpoints.wait()
-            if saves:
-                commits.append(time.monotonic() - start)
         checkpoints.close()
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
     plain, saving = statistics.median(blocks[False]), statistics.median(blocks[True])
@@ -70,8 +68,8 @@ def measure(name: str, rounds: int) -> bool:
     cost = (saving - plain) / (every * plain / steps)
     print(
         f"{name}: {size / 1e6:,.0f} MB; {plain / steps:.3f} s a step; a save adds {saving - plain:+.2f} s to {steps} "
-        f"steps of {plain:.2f} s (the loop waits {statistics.median(waits[1:]):.2f} s; on disk after "
-        f"{statistics.median(commits[1:]):.2f} s): {cost:.2%} at one in {every:,} steps (at most {MOST:.0%}); "
+        f"steps of {plain:.2f} s (the loop waits {statistics.median(waits[1:]):.2f} s): "
+        f"{cost:.2%} at one in {every:,} steps (at most {MOST:.0%}); "
         f"{rounds} rounds, {min(blocks[False]):.2f} to {max(blocks[False]):.2f} s without and "
         f"{min(blocks[True]):.2f} to {max(blocks[True]):.2f} s with"
     )

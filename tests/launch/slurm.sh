@@ -8,8 +8,8 @@ set -euo pipefail
 
 install() {
   command -v slurmctld slurmd munged > /dev/null && return
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
+  timeout 300 apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge
 }
 
 start() {
