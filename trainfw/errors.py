@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+TRY_AGAIN = 75
+"""Exit code of a command that failed for no fault of its input: given again, it goes on (EX_TEMPFAIL, sysexits.h)."""
+
 
 class UserError(ValueError):
     """Bad input: a recipe, an argument or a file the user can fix. The CLI exits 2, with no traceback."""
@@ -12,6 +15,10 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that was well described failed while running. The CLI exits 1, with no traceback."""
+
+
+class PeerError(RunError):
+    """Another process of the run died or hangs. The CLI exits with `TRY_AGAIN`."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

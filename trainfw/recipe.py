@@ -25,7 +25,7 @@ from trainfw.models import ModelConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import resolve_path
-from trainfw.training import EvaluationConfig, TrainConfig
+from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 
 Sources = dict[str, str]
 """Where each dotted key was written: `file:line`, or `command line`."""
@@ -49,6 +49,8 @@ class Recipe(Config):
     evaluation: EvaluationConfig | None = None
     """What the model makes of held-out prompts, by a metric of the task; null: only its loss is computed."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
 

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import tiny_recipe
-from trainfw import RunError, UserError, evaluate, load_model, load_recipe, train
+from trainfw import RunError, UserError, build_program, evaluate, load_model, load_recipe, train
 from trainfw.training import Reporter, RunDirectory
 
 
@@ -44,6 +44,9 @@ def test_metrics_have_the_promised_keys(finished):
             "grad_norm",
             "learning_rate",
             "tokens",
+            "goodput",
+            "skipped_steps",
+            "rollbacks",
         }
         assert row["mfu"] is None  # no published peak of a CPU
         assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_time_seconds"])
@@ -148,13 +151,13 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
 
 
 def test_mfu_is_model_flops_over_the_peak(tmp_path, monkeypatch):
-    from trainfw.training import loop
+    from trainfw.training import session
 
-    monkeypatch.setattr(loop, "peak_flops", lambda kind, dtype: 1e12)
+    monkeypatch.setattr(session, "peak_flops", lambda kind, dtype: 1e12)
     recipe = tiny_recipe(tmp_path, "train.validation_batches=0")
     reporter = Notes()
     result = train(recipe, devices=jax.devices()[:2], run_dir=tmp_path / "run", reporter=reporter)
-    program = loop.build_program(recipe, jax.devices()[:2])
+    program = build_program(recipe, jax.devices()[:2])
     for row in RunDirectory(result.run_dir).metrics():
         assert row["mfu"] == pytest.approx(program.flops_per_step / row["step_time_seconds"] / 2e12)
     assert sum("MFU is model FLOPs" in note for note in reporter.notes) == 1

@@ -47,9 +47,9 @@ def straight(tmp_path_factory):
 
 def stop_after(recipe, run, step, monkeypatch, **kwargs):
     """Train until just after `step`, then fail as a crash would."""
-    from trainfw.training import loop
+    from trainfw.training.session import Session
 
-    log = loop._Run._log_step
+    log = Session._log_step
 
     def crash(self, at, *rest):
         log(self, at, *rest)
@@ -57,7 +57,7 @@ def stop_after(recipe, run, step, monkeypatch, **kwargs):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_log_step", crash)
+        patch.setattr(Session, "_log_step", crash)
         with pytest.raises(KeyboardInterrupt):
             train_quietly(recipe, run, **kwargs)
 

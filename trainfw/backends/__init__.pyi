@@ -1,7 +1,10 @@
 from .base import Backend as Backend
 from .distributed import Wiring as Wiring
+from .distributed import announce as announce
 from .distributed import connect as connect
+from .distributed import exchange as exchange
 from .distributed import expand_hosts as expand_hosts
+from .distributed import heard as heard
 from .distributed import order_problem as order_problem
 from .distributed import read_wiring as read_wiring
 from .kernels import AttentionRequest as AttentionRequest

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import re
 import socket
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from trainfw.backends.neuron.place import Place, read_place, sort_hosts
-from trainfw.errors import UserError
+from trainfw.errors import PeerError, UserError
 from trainfw.hardware import Topology
 
 ROOT_PORT = 41000
@@ -139,14 +143,18 @@ def connect(wiring: Wiring) -> None:
     # jax ends a process that nobody answers within 5 minutes, without an exception to say this in.
     logging.getLogger("trainfw").info("%s (%s): meeting the others at %s", which, wiring.launcher, coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM from our own handler, which says when to stop to all processes (training/stopping.py).
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=coordinator,
         num_processes=wiring.process_count,
         process_id=wiring.process_index,
         cluster_detection_method="deactivate",  # under Slurm it would leave a process one GPU of its instance
+        shutdown_timeout_seconds=60,
     )
     place = read_place()
-    if problem := order_problem(_exchange(wiring, place and replace(place, fqdn=socket.getfqdn()))):
+    places = exchange("place", place and asdict(replace(place, fqdn=socket.getfqdn())))
+    if problem := order_problem([None if found is None else Place(**found) for found in places]):
         raise UserError(f"{which} ({wiring.launcher}): {problem}")
 
 
@@ -210,12 +218,57 @@ def order_problem(places: Sequence[Place | None], nodes: int = 4) -> str | None:
     )
 
 
-def _exchange(wiring: Wiring, place: Place | None) -> list[Place | None]:
-    """Every process's place, by index, through the coordinator."""
+_rounds: Counter[str] = Counter()
+"""How often each name was exchanged: the store keeps what it was told."""
+
+
+def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
+    """Every process's `value` (JSON), by index, once all have called with this `name`, as often as this one has.
+
+    Raises PeerError where one has not within `timeout` seconds.
+    """
+    client, index, count = _coordination()
+    if client is None:
+        return [value]
+    _rounds[name] += 1
+    key = f"trainfw/{name}/{_rounds[name]}"
+    client.key_value_set(f"{key}/{index}", json.dumps(value))
+    deadline = time.monotonic() + timeout
+    found = []
+    for other in range(count):
+        left = max(int(1000 * (deadline - time.monotonic())), 1)
+        try:
+            found.append(json.loads(client.blocking_key_value_get(f"{key}/{other}", left)))
+        except Exception as error:  # jaxlib raises its own kind
+            raise PeerError(
+                f"process {other} of {count} said nothing of {name!r} within {timeout:g} s: it died or hangs; its "
+                "own log may say why"
+            ) from error
+    return found
+
+
+def announce(name: str, value: Any) -> None:
+    """Say `value` (JSON) to all processes; the first to speak of a `name` is heard, the others pass in silence."""
+    client, _, _ = _coordination()
+    if client is not None:
+        with contextlib.suppress(Exception):  # another was first, or nobody is left to hear
+            client.key_value_set(f"trainfw/{name}", json.dumps(value))
+
+
+def heard(name: str, timeout: float) -> Any:
+    """What any process announced by this `name`; None where nobody did within `timeout` seconds."""
+    client, _, _ = _coordination()
+    if client is None:
+        return None
+    try:
+        return json.loads(client.blocking_key_value_get(f"trainfw/{name}", int(1000 * timeout)))
+    except Exception:  # nobody spoke, or the coordinator has gone: the watchdog and the collectives will tell
+        return None
+
+
+def _coordination() -> tuple[Any, int, int]:
+    """(the client of the coordinator's store or None, this process's index, their number)"""
     from jax._src import distributed  # no public way reaches the coordinator's store before there are devices
 
-    client = distributed.global_state.client
-    assert client is not None
-    client.key_value_set(f"trainfw/place/{wiring.process_index}", json.dumps(place and asdict(place)))
-    found = [client.blocking_key_value_get(f"trainfw/place/{i}", 300_000) for i in range(wiring.process_count)]
-    return [None if text == "null" else Place(**json.loads(text)) for text in found]
+    state = distributed.global_state
+    return state.client, state.process_id, state.num_processes

@@ -14,3 +14,6 @@ class CheckpointConfig(Config):
     """Keep this many of the newest checkpoints."""
     keep_every: int | None = Field(default=None, ge=1)
     """Beyond those, keep every checkpoint whose step is a multiple of this."""
+    max_failures: int = Field(default=3, ge=0)
+    """Saves in a row that may fail (a full disk, a store that does not answer) before the run does. The last save of
+    a run may not."""

@@ -2,28 +2,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from trainfw.backends import exchange
 from trainfw.checkpoint.config import CheckpointConfig
+from trainfw.checkpoint.manifest import find_damage, write_manifest
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 
 LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
 
+_BARRIER_SECONDS = 600
+"""How long a process waits for the others to have written their parts."""
+
 
 class Checkpoints:
-    """The checkpoints of one run. Each holds `params`, `rest` (of the state) and `meta` (JSON).
+    """The checkpoints of one run: each `params`, `rest` (of the state), `meta` (JSON), and a manifest of the files.
 
-    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed.
+    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed. A save that fails is only
+    reported, up to `config.max_failures` in a row.
 
     Args:
         layer_order: the layer at each place of the stacked parameters that are saved and wanted back; by default their
             true order. What was saved in another order is reordered when it is restored.
+        report: told, in a sentence, of a save that failed.
     """
 
     def __init__(
@@ -33,22 +41,39 @@ class Checkpoints:
         *,
         layer_order: Sequence[int] | None = None,
         read_only: bool = False,
+        report: Callable[[str], None] = lambda text: None,
     ):
-        self._failed = False
+        self.directory = directory.absolute()
+        self._config, self._read_only, self._report = config, read_only, report
         self._layer_order = None if layer_order is None else list(layer_order)
+        self._saving: int | None = None
+        self._failures = 0
         # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        config, writes = self._config, not self._read_only
+        return ocp.CheckpointManager(
+            self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else config.keep_last,
+                max_to_keep=config.keep_last if writes else None,
                 keep_period=config.keep_every,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                create=writes,
+                cleanup_tmp_directories=writes,
+                read_only=self._read_only,
+                # Called when all files are written, before the rename that makes them a checkpoint.
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._describe
+                ),
             ),
         )
+
+    def _describe(self) -> None:
+        if jax.process_index() == 0:
+            for directory in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                write_manifest(directory)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -57,11 +82,16 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> None:
-        """Start saving; returns once the arrays are copied off the devices."""
+    def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> bool:
+        """Start saving; returns once the arrays are copied off the devices, and the save before is on disk.
+
+        False where that failed already and the run may go on; raises RunError where too many in a row have failed.
+        """
         if self._layer_order is not None and self._layer_order != sorted(self._layer_order):
             meta = {**meta, LAYER_ORDER: self._layer_order}
-        with self._failing_as("cannot be saved"):
+        self._settle(self._config.max_failures)
+        with self._forgiving(step, self._config.max_failures):
+            self._saving = step
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -72,6 +102,71 @@ class Checkpoints:
             )
             if not saved:
                 raise ValueError(f"step {step} is not newer than {self.latest}")
+        return self._saving == step
+
+    def check(self) -> None:
+        """Report a save that has failed in the background. Raises RunError as `save` does; does not wait."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._settle(self._config.max_failures)
+
+    def wait(self, *, must: bool = True) -> None:
+        """Until what was saved last is on disk. Raises RunError where it will not be; unless `must`, as `save` does."""
+        self._settle(0 if must else self._config.max_failures)
+
+    def _settle(self, forgiven: int) -> None:
+        if self._saving is None:
+            return
+        with self._forgiving(self._saving, forgiven):
+            self._manager.wait_until_finished()
+            self._saving, self._failures = None, 0
+
+    @contextlib.contextmanager
+    def _forgiving(self, step: int, forgiven: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            self._saving = None
+            self._failures += 1
+            what = f"{self.directory}: step {step} cannot be saved: {_first_line(error)}"
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            if self._failures > forgiven:
+                raise RunError(what) from error
+            # Anew: the manager raises its failure again and again, and what was half written takes room.
+            self._manager = self._open()
+            self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
+
+    def newest_whole(self, report: Callable[[str], None]) -> int | None:
+        """The newest step whose files are what was saved; newer ones are moved to `damaged/` beside `checkpoints/`.
+
+        `report` is told of each. Every process looks at its share of the files. Raises RunError where there are
+        checkpoints, and none is whole.
+        """
+        steps = self.steps()
+        index, count = jax.process_index(), jax.process_count()
+        problem = ""
+        for i, step in enumerate(reversed(steps)):
+            here = find_damage(self.directory / str(step), index, count)
+            problem = next((text for text in exchange(f"damage/{step}", here) if text is not None), "")
+            if not problem:
+                break
+            older = f"; going back to step {steps[-i - 2]}" if i + 1 < len(steps) else ""
+            report(f"warning: the checkpoint of step {step} is damaged: {problem}{older}")
+        else:
+            if steps:
+                raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
+            return None
+        damaged = [later for later in steps if later > step]
+        for later in damaged if index == 0 else ():
+            target = self.directory.parent / "damaged" / str(later)
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(later)).rename(target)
+        if damaged:
+            exchange("damaged", None)  # moved, for all to see
+            self._manager.reload()
+        return step
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, rest, meta) of a step, laid out as the given abstract arrays say."""
@@ -86,6 +181,13 @@ class Checkpoints:
         return params, rest, meta
 
     def restore_params(self, step: int, params: Any) -> Any:
+        """The parameters alone. Raises RunError also where the checkpoint's files are not what was saved."""
+        if problem := find_damage(self.directory / str(step)):
+            whole = next(
+                (s for s in reversed(self.steps()) if s < step and not find_damage(self.directory / str(s))), None
+            )
+            hint = "" if whole is None else f"; step {whole} is whole"
+            raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
         restored = self._restore(step, params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
         return self._in_order(restored.params, restored.meta.get(LAYER_ORDER))
 
@@ -99,25 +201,26 @@ class Checkpoints:
         with self._failing_as(f"step {step} cannot be restored{hint}"):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
-    def wait(self) -> None:
-        """Until everything saved is on disk. Raises what a background save failed with."""
-        with self._failing_as("cannot be saved"):
-            self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Wait, then let go. After a failure was raised, what it left behind is let go quietly."""
-        if self._failed:
-            with contextlib.suppress(Exception):
-                self._manager.close()
-        else:
-            with self._failing_as("cannot be saved"):
-                self._manager.close()
+        """Wait, then let go. Raises RunError where what was saved last is not to be on disk."""
+        if self._manager is None:
+            return
+        self._settle(0)
+        with contextlib.suppress(Exception):  # everything that matters was waited for
+            self._manager.close()
+
+    def abandon(self) -> None:
+        """Let go of a save that another process can no longer take part in, instead of waiting for it."""
+        self._saving = None
+        self._manager = None
 
     @contextlib.contextmanager
     def _failing_as(self, problem: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            self._failed = True
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"{self._manager.directory}: {problem}: {first}") from error
+            raise RunError(f"{self.directory}: {problem}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

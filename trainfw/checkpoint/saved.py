@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.manager import LAYER_ORDER
+from trainfw.checkpoint.manifest import find_damage
 from trainfw.errors import RunError, UserError, did_you_mean
 from trainfw.parallel import reorder_layers
 
@@ -20,10 +21,14 @@ class SavedParameters:
 
     Args:
         directory: of a step, `checkpoints/STEP`.
+
+    Raises RunError where its files are not what was saved.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory.absolute()
+        if problem := find_damage(self.directory):
+            raise RunError(f"{self.directory}: is damaged: {problem}")
         self._reader = ocp.PyTreeCheckpointHandler()
 
     @cached_property

@@ -1,6 +1,7 @@
 """The `trainfw` command: parsing, printing and exit codes only; one file a command.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n (after saving).
+Exit codes: 0 done, 1 failed while running, 2 bad input, 75 failed for want of another process or of progress (the
+same command goes on), 128 + n stopped by signal n (after saving).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -21,6 +23,7 @@ from trainfw.cli import (
     export,
     generate,
     import_,
+    launch,
     merge,
     plan,
     recipe,
@@ -28,7 +31,7 @@ from trainfw.cli import (
     topology,
     train,
 )
-from trainfw.errors import RunError, UserError
+from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
 
 app = typer.Typer(
     name="trainfw",
@@ -68,6 +71,7 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)
 app.command("topology")(topology.topology)
+app.add_typer(launch.app, name="launch")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")
 
@@ -87,6 +91,8 @@ def main() -> None:
         app()
     except UserError as error:
         _exit(f"error: {error}", 2)
+    except PeerError as error:
+        _exit(f"failed: {error}", TRY_AGAIN)
     except RunError as error:
         _exit(f"failed: {error}", 1)
     except OSError as error:
@@ -94,17 +100,32 @@ def main() -> None:
         if error.errno in _PATH_ERRORS:
             _exit(f"error: {what}", 2)
         _exit(f"failed: {what}", 1)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "JaxRuntimeError":
-            raise  # a mistake of ours: show where
-        _exit(f"failed: {(str(error).splitlines() or ['out of memory'])[0]}", 1)
+            if not _one_of_many():
+                raise  # a mistake of ours: show where
+            traceback.print_exc()
+            _exit("failed", 1)
+        text = (str(error).splitlines() or ["out of memory"])[0]
+        if _one_of_many():
+            _exit(f"failed: {text} (another process may have ended; start them all again)", TRY_AGAIN)
+        _exit(f"failed: {text}", 1)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _exit(message: str, code: int) -> None:
     print(message, file=sys.stderr)
+    if _one_of_many():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # else jax waits for the other processes, which wait for this one
     raise SystemExit(code)
+
+
+def _one_of_many() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _interrupted(_signum: int, _frame: object) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainfw.cli.options import Devices, Overrides, RecipePath
+from trainfw.cli.signals import leaving_at_once
 from trainfw.errors import RunError
 
 if TYPE_CHECKING:
     from trainfw.program import Program
+    from trainfw.recipe import Recipe
     from trainfw.training import Reporter
 
 
@@ -33,9 +35,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
-    from trainfw import backends
     from trainfw.errors import UserError
-    from trainfw.parallel import AXES
     from trainfw.recipe import load_recipe
     from trainfw.training import tiny_overrides
 
@@ -51,6 +51,14 @@ def train(
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
     if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
+    with leaving_at_once():
+        _run(loaded, devices, resume, run_dir, as_backend)
+
+
+def _run(loaded: Recipe, devices: int | None, resume: str, run_dir: str | None, as_backend: str | None) -> None:
+    from trainfw import backends
+    from trainfw.parallel import AXES
+
     layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}
     wiring = backends.prepare(
         devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=loaded.train.scan_layers
@@ -70,7 +78,8 @@ def train(
         training.train(loaded, run_dir=run_dir, resume=resume, reporter=reporter, approve=approve)  # type: ignore[arg-type]
     except training.Interrupted as stop:
         reporter.close()
-        typer.echo(f"stopped by {stop}, saved; the same command resumes", err=True)
+        what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"
+        typer.echo(f"stopped by {stop}, {what}", err=True)
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()

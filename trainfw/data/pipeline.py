@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
@@ -32,6 +32,7 @@ class TrainIterator(Iterator[Batch]):
         self._process_count = process_count
         self._prefetch = config.prefetch
         self._order = _order(rows, config)
+        self._skipped: frozenset[int] = frozenset()
         stream = grain.MapDataset.source(rows)
         if config.shuffle:
             # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
@@ -40,6 +41,14 @@ class TrainIterator(Iterator[Batch]):
         self._seek(0)
 
     def __next__(self) -> Batch:
+        self._pass_skipped()
+        return self._take()
+
+    def _pass_skipped(self) -> None:
+        while self._next_row in self._skipped:
+            self._take()
+
+    def _take(self) -> Batch:
         batch = next(self._batches)
         self._next_row += self._global_batch_size
         return batch
@@ -57,6 +66,21 @@ class TrainIterator(Iterator[Batch]):
             )
         self.close()
         self._seek(state["next_row"])
+
+    @property
+    def next_row(self) -> int:
+        """Of the endless order, the first row of the next batch."""
+        self._pass_skipped()
+        return self._next_row
+
+    def skip(self, first_rows: Iterable[int]) -> None:
+        """Leave out the batches that start at these rows of the order, now and after `set_state`."""
+        self._skipped = frozenset(first_rows)
+
+    def restart(self) -> None:
+        """Go back to the beginning."""
+        self.close()
+        self._seek(0)
 
     def close(self) -> None:
         """Stop reading ahead. Closing twice is harmless."""

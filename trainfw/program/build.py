@@ -39,6 +39,7 @@ from trainfw.parallel import (
     use_rules,
     zigzag_order,
 )
+from trainfw.program.guard import judge, keep_where, start_guard
 from trainfw.program.initial import initial_frozen, initial_state, measured
 from trainfw.program.kept import as_kept, count_weights, kept_shardings
 from trainfw.program.loss import Batch, Sums, next_token_loss
@@ -84,6 +85,13 @@ class Program:
         """The model with these parameters (a nested dict of arrays), their layers in true order."""
         return nnx.merge(self.graphdef, nnx.State(params), nnx.State(frozen or {}))
 
+    def restore_guard(self, saved: Mapping[str, Any]) -> Any:
+        """The state's guard from a checkpoint's meta (nested lists), or a new one where that has none."""
+        if not self.abstract_state.guard:
+            return {}
+        values = {name: np.asarray(value, np.float32) for name, value in (saved or start_guard()).items()}
+        return jax.tree.map(lambda value, like: jax.device_put(value, like.sharding), values, self.abstract_state.guard)
+
     def in_true_order(self, params: Any) -> Any:
         """The state's parameters (or frozen ones), their layers in the order in which the model runs them."""
         return reorder_layers(params, self.layer_order, sorted(self.layer_order))
@@ -91,6 +99,12 @@ class Program:
     def compile_train_step(self) -> Any:
         """`train_step`, compiled ahead of time with the backend's options."""
         lowered = self.train_step.lower(self.abstract_state, self.abstract_batch)
+        return lowered.compile(compiler_options=backends.current().compiler_options)
+
+    def compile_eval_step(self) -> Any:
+        """`eval_step`, likewise."""
+        state = self.abstract_state
+        lowered = self.eval_step.lower(state.params, state.frozen, self.abstract_batch)
         return lowered.compile(compiler_options=backends.current().compiler_options)
 
     def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
@@ -193,7 +207,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     loss_of = functools.partial(
         next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
     )
-    adapter = recipe.adapter
+    adapter, faults = recipe.adapter, recipe.faults
 
     def make_model(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(key)
@@ -226,7 +240,8 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
     def start(params: Any, frozen: Any) -> TrainState:
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key), frozen)
+        guard = {} if faults.spike_sigma is None else start_guard()
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key), frozen, guard)
 
     def init() -> TrainState:
         return start(*draw())
@@ -255,6 +270,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         opt_state=optimizer_shardings(optimizer, shapes.params, update_shardings, rules.replicated),
         rng=rules.replicated,
         frozen=frozen_shardings,
+        guard=jax.tree.map(lambda _: rules.replicated, shapes.guard),
     )
     abstract_state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -327,8 +343,18 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
         metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)
-        params = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), update_shardings)
-        return TrainState(state.step + 1, params, opt_state, state.rng, state.frozen), metrics
+        updated = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), update_shardings)
+        guard = state.guard
+        if faults.non_finite == "skip" or faults.spike_sigma is not None:
+            values = jnp.stack([metrics["loss"].total / metrics["loss"].count, metrics["grad_norm"].total])
+            bad = ~jnp.all(jnp.isfinite(values)) | ~jnp.isfinite(metrics["update_norm"].total)
+            if faults.spike_sigma is not None:
+                spike, guard = judge(guard, values, faults.spike_sigma)
+                metrics["spike"] = Mean(spike.astype(jnp.float32), 1.0)
+                bad |= spike
+            updated = keep_where(bad, params, updated)
+            opt_state = keep_where(bad, state.opt_state, opt_state)
+        return TrainState(state.step + 1, updated, opt_state, state.rng, state.frozen, guard), metrics
 
     batch_sharding = rules.sharding("batch", (rows, length), ("batch", "sequence"))
     abstract_batch = {

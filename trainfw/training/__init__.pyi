@@ -1,5 +1,7 @@
 from .config import EvaluationConfig as EvaluationConfig
+from .config import FaultsConfig as FaultsConfig
 from .config import TrainConfig as TrainConfig
+from .config import WatchdogConfig as WatchdogConfig
 from .evaluation import Validation as Validation
 from .evaluation import evaluate as evaluate
 from .evaluation import load_model as load_model

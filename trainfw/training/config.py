@@ -69,3 +69,39 @@ class TrainConfig(Config):
                 f"train.global_batch_size = {self.global_batch_size}",
             )
         return self
+
+
+class FaultsConfig(Config):
+    """What a run makes of steps that go wrong.
+
+    Policies: `stop` ends the run; `skip` leaves parameters and optimizer as they were (decided on the devices) and
+    goes on; `rollback` goes back to the last checkpoint and leaves out the rows of that step. Each is written to
+    faults.jsonl in the run directory.
+    """
+
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """When the loss or a norm of the gradient is infinite or not a number."""
+    spike: Literal["stop", "skip", "rollback"] = "skip"
+    """When the loss or the gradient's norm is `spike_sigma` above what it has been."""
+    spike_sigma: float | None = Field(default=None, gt=0)
+    """Standard deviations above the running mean (over some 50 steps) that make a spike; null: nothing does."""
+    most: int = Field(default=10, ge=0)
+    """Bad steps in a row, and rollbacks in all, after which the run ends whatever the policy."""
+    replicas_every: int = Field(default=0, ge=0)
+    """Compare the parameters of all replicas, bit for bit, every this many steps; 0: never."""
+
+
+class WatchdogConfig(Config):
+    """Seconds without progress after which a process prints where it hangs and exits with code 75; 0: never.
+
+    The other processes, which wait for it in a collective, do the same: the job ends, and starts again.
+    """
+
+    start_seconds: float = Field(default=3600, ge=0)
+    """Reading data, weights and checkpoints; each piece read is progress."""
+    compile_seconds: float = Field(default=10800, ge=0)
+    """Compiling the training step: hours, for a large model on Neuron."""
+    step_seconds: float = Field(default=1800, ge=0)
+    """A step, a batch of validation, or an example of an evaluation."""
+    save_seconds: float = Field(default=3600, ge=0)
+    """Waiting for a checkpoint."""

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from flax import nnx
 
 from trainfw.adapters import attach_bank
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import PreparedData, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
+from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
 from trainfw.program import Base, Mean, Program, build_program, is_run, open_base, read_adapter
@@ -52,8 +52,19 @@ class Validation:
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.3f} bits per byte{part}"
 
 
-def validate(program: Program, params: Any, frozen: Any, data: PreparedData, reporter: Reporter) -> Validation:
-    """Evaluate on the held-out split, or on its first `train.validation_batches` batches."""
+def validate(
+    program: Program,
+    eval_step: Any,
+    params: Any,
+    frozen: Any,
+    data: PreparedData,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Evaluate on the held-out split, or on its first `train.validation_batches` batches.
+
+    `eval_step` is the program's, compiled. `stop` is asked before each batch whether to give up, and None returned.
+    """
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
     share, shares = program.batch_share
@@ -68,10 +79,12 @@ def validate(program: Program, params: Any, frozen: Any, data: PreparedData, rep
     everything = -(-len(open_rows(data.validation, recipe.data.sequence_length)) // rows)
     total = Mean(0.0, 0.0)
     for number, batch in enumerate(batches, start=1):
-        metrics = program.eval_step(params, frozen, program.shard_batch(batch))
+        if stop():
+            return None
+        metrics = eval_step(params, frozen, program.shard_batch(batch))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
         total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
-        reporter.progress("validating, batches", number, everything if limit is None else min(everything, limit))
+        progress("validating, batches", number, everything if limit is None else min(everything, limit))
     if not total.count:
         raise recipe.error("train.validation_batches", "leaves no held-out token to predict")
     loss = total.value()
@@ -191,7 +204,10 @@ def evaluate(
         data = prepare(recipe.data, progress=reporter.progress)
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    return validate(program, _restore(run, program, step), _frozen(run, program), data, reporter), data
+    params, frozen = _restore(run, program, step), _frozen(run, program)
+    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress)
+    assert validation is not None
+    return validation, data
 
 
 def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ FREE_KEYS = (
     "parallel.",
     "hardware.",
     "checkpoint.",
+    "faults",
+    "watchdog",
     "train.log_every",
     "train.validate_every",
     "train.validation_batches",
@@ -34,7 +36,8 @@ FREE_KEYS = (
 
 
 class RunDirectory:
-    """The files of one run: recipe.yaml, metrics.jsonl, evaluation.jsonl, tensorboard/, tokenizer/, checkpoints/."""
+    """The files of one run: recipe.yaml, metrics.jsonl, sessions.jsonl, evaluation.jsonl and faults.jsonl where there
+    are any, tensorboard/, tokenizer/, checkpoints/."""
 
     def __init__(self, path: str | os.PathLike[str]):
         if not str(path):
@@ -43,6 +46,8 @@ class RunDirectory:
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation_file = self.path / "evaluation.jsonl"
+        self.sessions_file = self.path / "sessions.jsonl"
+        self.faults_file = self.path / "faults.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
@@ -75,7 +80,7 @@ class RunDirectory:
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
         if self.path.is_dir() and not self.checkpoints.is_dir():
             # A run has made checkpoints/ before any other file but its lock: these files are somebody else's.
-            others = {p.name for p in self.path.iterdir()} - {".lock"}
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         steps = self.steps()
@@ -114,15 +119,21 @@ class RunDirectory:
             temporary = self.recipe_file.with_suffix(".tmp")
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
             temporary.replace(self.recipe_file)
-            for file in (self.metrics_file, self.evaluation_file):
-                if file == self.evaluation_file and not file.is_file():
-                    continue
-                kept = [row for row in _rows(file) if resumed_step is not None and row["step"] <= resumed_step]
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-                temporary.replace(file)
+            self.metrics_file.touch()
+            self.drop_after(-1 if resumed_step is None else resumed_step)
         except OSError as error:
             raise UserError(f"{self}: cannot be written: {error.strerror}") from None
+
+    def drop_after(self, step: int) -> None:
+        """Drop the metrics of later steps."""
+        for file in (self.metrics_file, self.evaluation_file):
+            if file.is_file():
+                self.rewrite(file, [row for row in _rows(file) if row["step"] <= step])
+
+    def rewrite(self, file: Path, rows: Iterable[dict[str, Any]]) -> None:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(file)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl; a line that is none, as a crash may leave, is left out."""
@@ -131,6 +142,10 @@ class RunDirectory:
     def evaluations(self) -> Iterator[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
         return _rows(self.evaluation_file)
+
+    def faults(self) -> Iterator[dict[str, Any]]:
+        """The rows of faults.jsonl, likewise."""
+        return _rows(self.faults_file)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

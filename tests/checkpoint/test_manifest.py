@@ -1,0 +1,50 @@
+"""A changed file is seen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from trainfw.checkpoint.manifest import MANIFEST, find_damage, write_manifest
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    (tmp_path / "params").mkdir()
+    for name, size in {"params/a": 5000, "params/b": 1, "meta": 40, "empty": 0}.items():
+        (tmp_path / name).write_bytes(random.Random(name).randbytes(size))
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_what_was_written_is_whole(checkpoint):
+    (checkpoint / "added later").write_text("such as Orbax's note of the commit")
+    assert find_damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("name", ["params/a", "params/b", "meta"])
+def test_one_bit_is_seen(checkpoint, name):
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (checkpoint / name).write_bytes(content)
+    assert find_damage(checkpoint) == f"{name} is not what was saved (its SHA-256 differs)"
+
+
+def test_truncated_and_missing_files_are_seen(checkpoint):
+    (checkpoint / "params" / "a").write_bytes(b"x" * 4999)
+    assert find_damage(checkpoint) == "params/a has 4,999 bytes, not 5,000"
+    (checkpoint / "params" / "a").unlink()
+    assert find_damage(checkpoint) == "params/a is missing"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sha256": {}}', b'{"sha256": {"a": 3}}', b"\xff\xfe"])
+def test_a_manifest_that_is_none_is_damage(checkpoint, content):
+    (checkpoint / MANIFEST).write_bytes(content)
+    assert find_damage(checkpoint)
+
+
+def test_each_share_sees_its_own_files(checkpoint):
+    (checkpoint / "params" / "b").write_bytes(b"")
+    found = [find_damage(checkpoint, share, 2) for share in range(2)]
+    assert sum(text is not None for text in found) == 1

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainfw.cli.options import Overrides, RecipePath
+
+app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
+
+Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
+RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
+
+
+@app.command()
+def local(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="How many.")] = 2,
+    devices: Annotated[int, typer.Option(help="CPU devices that each of them simulates.")] = 1,
+    resume: Resume = "auto",
+    run_dir: RunDir = None,
+) -> None:
+    """Train in several processes of this machine, as on several instances."""
+    from trainfw.launch import launch_local
+    from trainfw.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = run_dir or os.path.join("runs", loaded.name)
+    command = [sys.executable, "-m", "trainfw", "train", recipe, *(overrides or ())]
+    command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume]
+    code = launch_local(command, processes, Path(directory) / "logs", lambda text: typer.echo(text, err=True))
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def slurm(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.", show_default=False)] = None,
+    partition: Annotated[str | None, typer.Option(show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(show_default=False)] = None,
+    grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and the time limit.", min=0)] = 120,
+    restarts: Annotated[int, typer.Option(help="How often the job may requeue itself.", min=0)] = 100,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="A further option of sbatch, such as --sbatch=--exclude=trn-7.")
+    ] = None,
+    tasks_per_node: Annotated[int, typer.Option(help="Processes a node, where several share one.", min=1)] = 1,
+    devices: Annotated[
+        int | None, typer.Option(help="CPU devices that each process simulates.", show_default=False)
+    ] = None,
+    run_dir: RunDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
+) -> None:
+    """Train under Slurm: one process a node, saved and requeued when it is stopped."""
+    from trainfw.launch import slurm_job, submit
+    from trainfw.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    job = slurm_job(
+        loaded,
+        recipe,
+        overrides or (),
+        Path(run_dir or os.path.join("runs", loaded.name)),
+        nodes=nodes,
+        time=time,
+        partition=partition,
+        account=account,
+        grace=grace,
+        restarts=restarts,
+        options=sbatch or (),
+        tasks_per_node=tasks_per_node,
+        devices=devices,
+    )
+    if dry_run:
+        typer.echo(job.script(), nl=False)
+        return
+    number = submit(job)
+    logs = job.run_dir / "logs"
+    typer.echo(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
+
+
+@app.command(hidden=True)
+def place() -> None:
+    """Print this host's place in its UltraServer, for a script to number processes by."""
+    import socket
+
+    from trainfw.backends import read_place
+
+    found = read_place()
+    where = f"{found.server_id} {found.node_id}" if found else f"~ {os.environ.get('SLURM_NODEID', '0')}"
+    typer.echo(f"{where} {os.environ.get('SLURMD_NODENAME', socket.gethostname())}")

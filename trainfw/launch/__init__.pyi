@@ -1,0 +1,4 @@
+from .local import launch_local as launch_local
+from .slurm import SlurmJob as SlurmJob
+from .slurm import slurm_job as slurm_job
+from .slurm import submit as submit

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from trainfw.errors import UserError
+
+_STACKS = signal.SIGUSR1
+"""Asks a process for the stacks of its threads (`trainfw.cli.signals`)."""
+_STACK_SECONDS = 2.0
+_POLL_SECONDS = 0.1
+
+
+def launch_local(
+    command: Sequence[str], processes: int, logs: Path, say: Callable[[str], None] = lambda text: None
+) -> int:
+    """Run `command` in `processes` processes of this machine, which find each other; their exit code.
+
+    Each writes to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
+    stacks go to their logs, and is the one reported. SIGINT and SIGTERM go to all of them; a second SIGINT ends them.
+    Raises UserError for a number of processes that cannot be.
+    """
+    if processes < 1:
+        raise UserError(f"--processes {processes}: expected at least 1")
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        port = _free_port()
+        paths = [logs / f"rank-{rank}.log" for rank in range(processes)]
+        files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
+        say(f"{processes} processes; their logs: {logs}/rank-*.log")
+        children = [_start(command, rank, processes, port, file) for rank, file in enumerate(files)]
+        stack.callback(_end, children)
+        tee = threading.Thread(target=_tee, args=(children[0].stdout, files[0]), daemon=True)
+        tee.start()
+        with _forwarding(children) as forwarded:
+            rank = _first_to_fail(children, forwarded)
+        if rank is None:
+            tee.join()
+            return 0
+        code = children[rank].returncode
+        code = 128 - code if code < 0 else code
+        if not forwarded:
+            _end(children)
+            tee.join()
+            say(f"process {rank} of {processes} ended first, with exit code {code}; the others were ended")
+            if rank:  # what the first one wrote was shown
+                say(f"{paths[rank]} ends:\n{_tail(paths[rank])}")
+        return code
+
+
+def _start(command: Sequence[str], rank: int, processes: int, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "TRAINFW_PROCESS_COUNT": str(processes),
+        "TRAINFW_PROCESS_INDEX": str(rank),
+        "TRAINFW_COORDINATOR": f"localhost:{port}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if rank == 0 else log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C comes through us alone
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: whoever kills us leaves none of them behind
+
+
+def _first_to_fail(children: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) -> int | None:
+    """The rank of the first process that fails; None where all end well. After a signal, waits for all of them."""
+    failed: int | None = None
+    while True:
+        codes = [child.poll() for child in children]
+        if failed is None:
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None and not forwarded:
+            return failed
+        if None not in codes:
+            return failed
+        time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Signals that came, each passed on; a second SIGINT kills."""
+    received: list[int] = []
+
+    def handle(signum: int, _frame: object) -> None:
+        received.append(signum)
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signum if len(received) == 1 or signum != signal.SIGINT else signal.SIGKILL)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """At once, but for the moment it takes them to say where they were."""
+    left = [child for child in children if child.poll() is None]
+    for child in left:
+        for signum in (_STACKS, signal.SIGCONT):
+            with suppress(ProcessLookupError):
+                child.send_signal(signum)
+    deadline = time.monotonic() + _STACK_SECONDS
+    while time.monotonic() < deadline and any(child.poll() is None for child in left):
+        time.sleep(_POLL_SECONDS)
+    for child in left:
+        child.kill()
+        child.wait()
+
+
+def _tee(source: IO[bytes] | None, log: IO[bytes]) -> None:
+    assert source is not None
+    while chunk := os.read(source.fileno(), 65536):
+        log.write(chunk)
+        with suppress(OSError):  # nobody reads any more; the run goes on
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])

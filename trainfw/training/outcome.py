@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from trainfw import backends
+from trainfw.data import PreparedData, Progress
+from trainfw.models import Transformer, generate
+from trainfw.program import Program, TrainState
+from trainfw.training.evaluation import Validation, validate
+from trainfw.training.log import MetricsLog
+from trainfw.training.phases import Phases
+from trainfw.training.reporter import Reporter
+from trainfw.training.run_directory import RunDirectory
+from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
+
+
+class Outcome:
+    """What a run has learnt: validation, the task's metric, a sample; said, and logged."""
+
+    def __init__(
+        self,
+        program: Program,
+        data: PreparedData,
+        run: RunDirectory,
+        log: MetricsLog,
+        reporter: Reporter,
+        progress: Progress,
+        phases: Phases,
+    ):
+        self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
+        self.recipe, self.progress, self.phases = program.recipe, progress, phases
+        self._eval_step: Any = None
+        if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
+            reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
+
+    def validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
+        """None where the recipe wants none, or `stop` said so."""
+        if self.recipe.train.validation_batches == 0:
+            return None
+        if self._eval_step is None:
+            with self.phases.during("compile"):
+                self._eval_step = self.program.compile_eval_step()
+        validation = validate(self.program, self._eval_step, state.params, state.frozen, self.data, self.progress, stop)
+        if validation is None:
+            return None
+        if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):
+            self.log.write(validation.row(step))
+        self.reporter.note(f"validation at step {step}: {validation}")
+        return validation
+
+    def compare(self, validation: Validation) -> None:
+        first = next((row for row in self.run.metrics() if "validation_bits_per_byte" in row), validation.row(0))
+        self.reporter.note(
+            f"held-out documents, bits per byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
+            f"{validation.bits_per_byte:.3f} now"
+            + (f"; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}" if validation.complete else "")
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:
+        """What `recipe.evaluation` asks for, from evaluation.jsonl where it was done before; nothing if it is null."""
+        config = self.recipe.evaluation
+        if config is None or jax.process_count() > 1:
+            return []
+        tasks = held_out_tasks(self.data.validation, config.examples)
+        if len(done := self._evaluated(step, tasks)) == len(tasks):
+            return done
+        written = evaluate_task(self._model(state), self.data.tokenizer, tasks, config, self.progress)
+        rows = [{"step": step, **row} for row in written]
+        with self.run.evaluation_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        score = mean_score(rows, config.metric)
+        self.log.write({"step": step, f"evaluation_{config.metric}": score, "evaluation_examples": len(rows)})
+        self.reporter.note(f"evaluation at step {step}: {config.metric} {score:.3f} on {len(rows)} held-out examples")
+        return rows
+
+    def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
+        """What evaluation.jsonl has of these examples at `step`, done as the recipe says now."""
+        config, decode = self.recipe.evaluation, self.data.tokenizer.decode
+        assert config is not None
+        found = {
+            (row.get("example"), row.get("prompt")): row
+            for row in self.run.evaluations()
+            if row["step"] == step and row.get("max_tokens") == config.max_tokens and config.metric in row
+        }
+        keys = [(i, decode(task.prompt)) for i, task in enumerate(tasks)]
+        return [found[key] for key in keys if key in found]
+
+    def compare_tasks(self, state: TrainState, steps: int) -> Comparison | None:
+        config = self.recipe.evaluation
+        if config is None or not (after := self.evaluate(state, steps)):
+            return None
+        before = self._evaluated(0, held_out_tasks(self.data.validation, config.examples))
+        comparison = Comparison(config.metric, before if len(before) == len(after) else [], after)
+        self.reporter.note(f"evaluation: {comparison}")
+        for text in comparison.samples(config.samples):
+            self.reporter.note(text)
+        return comparison
+
+    def _model(self, state: TrainState) -> Transformer:
+        """The model on one device, to generate with."""
+        device = backends.host_device() if backends.current().host_generate else jax.devices()[0]
+        parts = (self.program.in_true_order(jax.device_put(part, device)) for part in (state.params, state.frozen))
+        return self.program.model(*parts)
+
+    def sample(self, state: TrainState) -> str | None:
+        prompt = self.recipe.train.sample_prompt
+        if prompt is None or jax.process_count() > 1:
+            return None
+        tokenizer = self.data.tokenizer
+        tokens = generate(
+            self._model(state),
+            [tokenizer.bos_id, *tokenizer.encode(prompt)],
+            max_tokens=self.recipe.train.sample_tokens,
+            eos_id=tokenizer.eos_id,
+        )
+        sample = tokenizer.decode(list(tokens))
+        self.reporter.note(f"sample:\n{prompt}{sample}")
+        return sample

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from trainfw.errors import TRY_AGAIN
+from trainfw.training.config import WatchdogConfig
+
+Phase = Literal["start", "compile", "step", "validation", "save"]
+"""What a session of a run does: reads data and weights, compiles, trains, validates (and writes samples), or waits
+for a checkpoint."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+_POLL_SECONDS = 0.5
+_SLACK_SECONDS = 30
+"""How much later than our own thread the interpreter's watchdog acts, which needs no interpreter."""
+
+
+class Phases:
+    """What a session is doing, how long it has done what, and that it does not hang.
+
+    Where nothing moves for longer than the phase's limit, the stacks of all threads go to stderr and the process exits
+    with `TRY_AGAIN`: a process that hangs says where, and those that wait for it leave too.
+    """
+
+    def __init__(self, limits: WatchdogConfig):
+        self._limits = {phase: getattr(limits, _key(phase)) for phase in PHASES}
+        self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self.lost = 0.0
+        """Of the seconds in steps, those in steps that were rolled back."""
+        self.phase: Phase = "start"
+        self.step = 0
+        """The last step known to be done."""
+        self._since = self._moved = time.monotonic()
+        self._armed = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Phases:
+        self._thread.start()
+        self.moved()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        before = self.phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def _enter(self, phase: Phase) -> None:
+        now = time.monotonic()
+        self.seconds[self.phase] += now - self._since
+        self.phase, self._since = phase, now
+        self.moved(at_once=True)
+
+    def moved(self, *, at_once: bool = False) -> None:
+        """Something was done: the limit counts from now."""
+        self._moved = now = time.monotonic()
+        limit = self._limits[self.phase]
+        if not at_once and now - self._armed < 1:
+            return
+        self._armed = now
+        faulthandler.cancel_dump_traceback_later()
+        if limit and not self._ended.is_set():
+            faulthandler.dump_traceback_later(limit + _SLACK_SECONDS, exit=True, file=sys.__stderr__ or 2)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds in each phase, the one that lasts included, and `lost`."""
+        seconds: dict[str, float] = {str(phase): spent for phase, spent in self.seconds.items()}
+        seconds[self.phase] += time.monotonic() - self._since
+        seconds["step"] -= self.lost
+        return seconds | {"lost": self.lost}
+
+    def _watch(self) -> None:
+        polled = time.monotonic()
+        while not self._ended.wait(_POLL_SECONDS):
+            now = time.monotonic()
+            if now - polled > 10:  # this very process was stopped meanwhile (Ctrl-Z, SIGSTOP); that was not its work
+                self._moved += now - polled
+            polled = now
+            limit = self._limits[self.phase]
+            if limit and now - self._moved > limit:
+                self._leave(limit)
+
+    def _leave(self, limit: float) -> None:
+        out = sys.__stderr__
+        if out is not None:
+            print(
+                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) "
+                f"after step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
+                file=out,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=out, all_threads=True)
+        os._exit(TRY_AGAIN)
+
+
+def _key(phase: Phase) -> str:
+    return f"{'step' if phase == 'validation' else phase}_seconds"

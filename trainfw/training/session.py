@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trainfw import backends
+from trainfw.checkpoint import Checkpoints
+from trainfw.data import TrainIterator
+from trainfw.errors import RunError
+from trainfw.hardware import peak_flops
+from trainfw.program import Metrics, Program, TrainState
+from trainfw.training.evaluation import Validation
+from trainfw.training.faults import BadStep, FaultLog, Policy, judge_step
+from trainfw.training.log import MetricsLog
+from trainfw.training.outcome import Outcome
+from trainfw.training.phases import Phases
+from trainfw.training.replicas import compare_replicas
+from trainfw.training.reporter import Reporter
+from trainfw.training.run_directory import RunDirectory
+from trainfw.training.sessions import Sessions
+from trainfw.training.stopping import Stop, stopping
+from trainfw.training.tasks import Comparison
+
+_ROUTER = ("balance_loss", "router_z_loss", "dropped", "expert_load")
+"""Metrics of a mixture of experts (`MoEStats.metrics`)."""
+
+# Steps dispatched ahead of the one waited for: the device never idles, and the host never runs far ahead.
+_IN_FLIGHT = 2
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the run is saved at `step`, or has nothing to save where that is 0."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name} at step {step}")
+        self.signum, self.step = signum, step
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    run_dir: Path
+    step: int
+    validation: Validation | None
+    sample: str | None
+    evaluation: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A step that the devices may still be at."""
+
+    step: int
+    row: int
+    """Of the endless order of rows, the first that the step reads."""
+    metrics: Metrics
+
+
+class _RollBack(Exception):
+    """A bad step, of which the policy is to go back."""
+
+
+@dataclass
+class Session:
+    """One session of a run, from its first step or a checkpoint to the last step."""
+
+    program: Program
+    batches: TrainIterator
+    run: RunDirectory
+    checkpoints: Checkpoints
+    outcome: Outcome
+    log: MetricsLog
+    faults: FaultLog
+    sessions: Sessions
+    phases: Phases
+    reporter: Reporter
+    monitor: backends.NeuronMonitor
+    base: dict[str, str] | None
+    first_state: Callable[[int | None], TrainState]
+    """The state of a checkpoint (or, of None, of the beginning), with `batches` at its place."""
+
+    def __post_init__(self) -> None:
+        self.recipe = self.program.recipe
+        peak = peak_flops(self.program.device_kind, self.recipe.train.compute_dtype)
+        self.peak_flops = None if peak is None else peak * self.program.mesh.size
+        self.in_flight: deque[_InFlight] = deque()
+        self.last_completed = 0.0
+        self.times: list[float] = []
+        self.saved: int | None = None
+
+    def to_the_end(self, state: TrainState, resumed_step: int | None) -> Result:
+        """Train from `state` on. Raises Interrupted, RunError."""
+        steps = self.recipe.train.steps
+        step = self.phases.step = resumed_step or 0
+        self.saved = resumed_step
+        self.sessions.write(step, self.phases.so_far())
+        if step < steps:
+            if resumed_step is None:
+                with self.phases.during("validation"):
+                    self.outcome.validate(state, step)
+                    self.outcome.evaluate(state, step)
+            train_step = self._compile()
+            with stopping(jax.process_count()) as stop, self.phases.during("step"):
+                state = self._steps(train_step, state, step, stop)
+        with self.phases.during("validation"):
+            validation = self.outcome.validate(state, steps)
+            if validation is not None:
+                self.outcome.compare(validation)
+            evaluation = self.outcome.compare_tasks(state, steps)
+            sample = self.outcome.sample(state)
+        if step < steps:
+            self.reporter.note(str(self.sessions.goodput(steps, self.phases.so_far())))
+        self.reporter.note(f"done: step {steps}, saved in {self.run}")
+        return Result(self.run.path, steps, validation, sample, evaluation)
+
+    def _compile(self) -> Any:
+        start = time.monotonic()
+        self.reporter.note("compiling the training step")
+        with self.phases.during("compile"):
+            compiled = self.program.compile_train_step()
+        self.reporter.note(f"compiled in {time.monotonic() - start:.1f} s; {self._mfu_definition()}")
+        return compiled
+
+    def _mfu_definition(self) -> str:
+        if self.peak_flops is None:
+            dtype = self.recipe.train.compute_dtype
+            return f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
+        return (
+            f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal attention, "
+            f"no recomputation) over step time and the devices' dense {self.recipe.train.compute_dtype} peak "
+            f"({self.peak_flops:.3e} FLOP/s)"
+        )
+
+    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+        while True:
+            try:
+                return self._forward(train_step, state, step, stop)
+            except _RollBack:
+                del state  # room for another
+                state, step = self._roll_back()
+
+    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+        config, steps = self.recipe.train, self.recipe.train.steps
+        self.last_completed = time.monotonic()
+        while step < steps:
+            if stop.turn():
+                self._leave(state, step, stop)
+            row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
+            with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
+                state, metrics = train_step(state, batch)
+            step += 1
+            self.in_flight.append(_InFlight(step, row, metrics))
+            if len(self.in_flight) > _IN_FLIGHT:
+                self._complete_one()
+            every = self.recipe.checkpoint.every
+            save = step == steps or (every and step % every == 0)
+            check = config.validate_every and step % config.validate_every == 0 and step < steps
+            compare = self.recipe.faults.replicas_every and step % self.recipe.faults.replicas_every == 0
+            if save or check or compare:
+                self._drain()
+                if compare:  # what is saved has been seen to agree
+                    compare_replicas(state.params, f"replicas/{step}")
+                # Before the save: a run that dies in between validates again, and no row is lost.
+                if check:
+                    with self.phases.during("validation"):
+                        self.outcome.validate(state, step, stop.turn)
+                if save:
+                    self._save(step, state)
+                self.last_completed = time.monotonic()  # none of them is part of a step's time
+        self._wait()  # while a signal still cannot cut it short
+        return state
+
+    def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
+        """Save, unless that was done, and stop."""
+        assert stop.signum is not None
+        self._drain()
+        if step and step != self.saved:
+            self._save(step, state)
+        self._wait()
+        raise Interrupted(stop.signum, step)
+
+    def _drain(self) -> None:
+        while self.in_flight:
+            self._complete_one()
+
+    def _complete_one(self) -> None:
+        """Wait for the oldest step in flight. A step's time is from the completion of the one before."""
+        done = self.in_flight.popleft()
+        loss = done.metrics["loss"].value()  # waits
+        now = time.monotonic()
+        self.times.append(now - self.last_completed)
+        self.last_completed = now
+        self.phases.moved()
+        bad = judge_step(done.step, done.row, done.metrics, self.recipe.faults)
+        if bad is None:
+            self.faults.good()
+        else:
+            self._bad(bad)
+        self.phases.step = done.step
+        self.reporter.step(done.step, self.recipe.train.steps)
+        if done.step % self.recipe.train.log_every == 0 or done.step == self.recipe.train.steps:
+            self._log_step(done.step, loss, done.metrics)
+
+    def _bad(self, bad: BadStep) -> None:
+        policy: Policy = self.faults.write(bad)
+        if policy != "skip":
+            self._wait(must=False)
+        last = self._last_saved()
+        kept = f"step {last} is the last one saved" if last else "nothing was saved"
+        advice = "lower optimizer.learning_rate or look at the data, or set faults.non_finite or faults.spike"
+        if policy == "stop":
+            raise RunError(f"{bad}; {kept}; {advice}")
+        if policy == "rollback":
+            self.reporter.note(f"warning: {bad}; going back to {f'step {last}' if last else 'the start'}")
+            raise _RollBack
+        self.reporter.note(f"warning: {bad}; skipped")
+
+    def _roll_back(self) -> tuple[TrainState, int]:
+        """The state of the last checkpoint, and its step; what came after it is forgotten."""
+        self.saved = self._last_saved()
+        done, first = self.phases.step, self.saved or 0
+        self.phases.lost += self.phases.so_far()["step"] * (done - first) / max(done - self.sessions.first, 1)
+        self.in_flight.clear()
+        self.times.clear()
+        with self.phases.during("start"):
+            state = self.first_state(self.saved)
+            self.batches.skip(self.faults.rows)
+            self.faults.rewind(first)
+            self.log.rewind(first)
+        self.phases.step = first
+        return state, first
+
+    def _last_saved(self) -> int | None:
+        steps = self.run.steps()
+        return steps[-1] if steps else None
+
+    def _log_step(self, step: int, loss: float, metrics: Metrics) -> None:
+        seconds = sum(self.times) / len(self.times)
+        self.times.clear()
+        so_far = self.phases.so_far()
+        self.sessions.write(step, so_far)
+        row = {
+            "step": step,
+            "loss": loss,
+            "step_time_seconds": seconds,
+            "tokens_per_second": self.program.tokens_per_step / seconds,
+            "mfu": None if self.peak_flops is None else self.program.flops_per_step / seconds / self.peak_flops,
+            "grad_norm": metrics["grad_norm"].value(),
+            "learning_rate": metrics["learning_rate"].value(),
+            **{name: metrics[name].value() for name in _ROUTER if name in metrics},
+            "tokens": step * self.program.tokens_per_step,
+            "goodput": self.sessions.goodput(step, so_far).fraction,
+            **self.faults.counts(),
+            **self.monitor.latest(),
+        }
+        self.checkpoints.check()
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.log.write(finite)  # JSON has no NaN
+        self.reporter.row(row, self.recipe.train.steps)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        meta = {
+            "data": self.batches.get_state(),
+            "recipe": self.recipe.model_dump(),
+            "base": self.base,
+            "guard": {name: jax.device_get(value).tolist() for name, value in state.guard.items()},
+        }
+        with self.phases.during("save"):
+            if self.checkpoints.save(step, state.params, rest, meta):
+                self.saved = step  # or will be
+
+    def _wait(self, *, must: bool = True) -> None:
+        with self.phases.during("save"):
+            self.checkpoints.wait(must=must)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from trainfw import backends
+from trainfw.errors import PeerError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGREE_SECONDS = 60.0
+_SESSIONS = itertools.count()
+
+
+class Stop:
+    """When to stop after the first SIGINT or SIGTERM to any process: at the same turn in all of them.
+
+    A turn is a program that all processes run together. The process that a signal reached announces it; each then
+    says how many turns it has taken and takes no more, until all have said so; all stop at the largest of these
+    numbers. So nobody waits in a collective for one that has left, and nothing is asked of the devices.
+    """
+
+    def __init__(self, processes: int):
+        self.signum: int | None = None
+        self._processes = processes
+        self._lock = threading.Condition()
+        self._turns = 0
+        self._key = f"stop/{next(_SESSIONS)}"
+        self._held: int | None = None
+        self._stop_at: int | None = None
+
+    def turn(self) -> bool:
+        """Whether to stop now; else this process goes on to its next turn."""
+        with self._lock:
+            holds = self._held is not None and self._stop_at is None and self._turns >= self._held
+            if holds and not self._lock.wait_for(lambda: self._stop_at is not None, _AGREE_SECONDS):
+                raise PeerError("the processes did not agree on when to stop: one of them died or hangs")
+            if self._stop_at is not None and self._turns >= self._stop_at:
+                return True
+            self._turns += 1
+            return False
+
+    def request(self, signum: int) -> None:
+        """A signal came, to this process or to another."""
+        with self._lock:
+            if self.signum is not None:
+                return
+            self.signum = signum
+            self._held = self._turns
+            if self._processes == 1:
+                self._stop_at = self._turns
+                return
+        backends.announce(self._key, signum)
+        turns = backends.exchange(f"{self._key}/turns", self._held, _AGREE_SECONDS)
+        with self._lock:
+            self._stop_at = max(turns)
+            self._lock.notify_all()
+
+    def _listen(self, ended: threading.Event) -> None:
+        """To the other processes."""
+        while not ended.is_set() and self.signum is None:
+            signum = backends.heard(self._key, 1.0)
+            if signum is not None and not ended.is_set():
+                with contextlib.suppress(PeerError):  # `turn` says it
+                    self.request(signum)
+
+
+@contextlib.contextmanager
+def stopping(processes: int) -> Iterator[Stop]:
+    """A `Stop` that hears signals, also while a compiler or the device holds the main thread.
+
+    A second SIGINT acts as if nobody caught it; a second SIGTERM, of which schedulers send several, changes nothing.
+    Where this is not the main thread, only other processes are heard.
+    """
+    stop, ended = Stop(processes), threading.Event()
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(_signals_to(stop.request))
+        if processes > 1:
+            listener = threading.Thread(target=stop._listen, args=(ended,), name="stop", daemon=True)
+            listener.start()
+            stack.callback(listener.join)
+        stack.callback(ended.set)
+        yield stop
+
+
+@contextlib.contextmanager
+def _signals_to(receive: Callable[[int], None]) -> Iterator[None]:
+    """Calls `receive`, in a thread, with the first signal; from then on who handled SIGINT before does again."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    handlers_before_us = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def restore() -> None:
+        signal.set_wakeup_fd(handlers_before_us)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def handle(_signum: int, _frame: FrameType | None) -> None:
+        restore()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def read() -> None:
+        received = False
+        while byte := os.read(reading, 1):
+            if byte[0] not in _SIGNALS:
+                continue
+            if not received:
+                received = True
+                threading.Thread(target=receive, args=(byte[0],), name="stopping", daemon=True).start()
+            elif byte[0] == signal.SIGINT and handlers_before_us >= 0:
+                os.write(handlers_before_us, byte)  # the main thread is busy, and has not restored them yet
+
+    for signum in _SIGNALS:
+        signal.signal(signum, handle)
+    thread = threading.Thread(target=read, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        restore()
+        os.close(writing)
+        thread.join()
+        os.close(reading)
