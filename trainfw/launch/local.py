@@ -26,7 +26,7 @@ def launch_local(
 ) -> int:
     """Run `command` in `processes` processes of this machine, which find each other; their exit code.
 
-    Each writes to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
+    Each adds to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
     stacks go to their logs, and is the one reported. SIGINT and SIGTERM go to all of them; a second SIGINT ends them.
     Raises UserError for a number of processes that cannot be.
     """
@@ -36,7 +36,7 @@ def launch_local(
     with ExitStack() as stack:
         port = _free_port()
         paths = [logs / f"rank-{rank}.log" for rank in range(processes)]
-        files = [stack.enter_context(path.open("wb", buffering=0)) for path in paths]
+        files = [stack.enter_context(path.open("ab", buffering=0)) for path in paths]
         say(f"{processes} processes; their logs: {logs}/rank-*.log")
         children = [_start(command, rank, processes, port, file) for rank, file in enumerate(files)]
         stack.callback(_end, children)
