@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def write_recipe(directory: Path, **replacements: Any) -> Path:
 
 def tiny_recipe(directory: Path, *overrides: str) -> Recipe:
     return load_recipe(write_recipe(directory), overrides)
+
+
+def losses(run: Path) -> dict[int, float | None]:
+    """Of the logged steps of a run, each of which is there once, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in found] == sorted({step for step, _ in found})
+    return dict(found)
 
 
 def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

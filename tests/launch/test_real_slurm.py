@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import write_recipe
+from tests.helpers import losses, write_recipe
 from trainfw.launch import SlurmJob, submit
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
@@ -62,11 +61,6 @@ def slurm(tmp_path, monkeypatch):
 
 def said(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def losses(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_a_job_is_preempted_and_goes_on(slurm, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import write_recipe
+from tests.helpers import losses, write_recipe
 from trainfw.launch import launch_local
 
 pytestmark = pytest.mark.slow
@@ -84,8 +84,3 @@ def test_the_examples_are_those_of_the_uninterrupted_run(tmp_path):
     straight, elastic = (losses(tmp_path / name / "run") for name in ("straight", "moved"))
     assert list(straight) == list(elastic)
     np.testing.assert_allclose(list(straight.values()), list(elastic.values()), rtol=1e-4)
-
-
-def losses(run: Path) -> dict[int, float]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in found if "loss" in row}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny_recipe
+from tests.helpers import losses, tiny_recipe
 from trainfw import RunError, train
 from trainfw.data import TrainIterator
 from trainfw.training import Reporter, RunDirectory
@@ -27,33 +24,35 @@ class Heard(Reporter):
         self.notes.append(text)
 
 
-def losses(run: Path) -> dict[int, float | None]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if "loss" in row]
-    assert steps == sorted(set(steps))
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
 def run_it(recipe, run, **kwargs):
     heard = Heard()
     train(recipe, devices=jax.devices()[:1], run_dir=run, reporter=heard, **kwargs)
     return heard.notes
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Batches that start at these rows have no loss."""
+def changing(monkeypatch, change):
+    """First rows of batches, to be filled in; these batches are then changed."""
     rows: set[int] = set()
     take = TrainIterator._take
 
-    def poison(self):
+    def changed(self):
         row, batch = self._next_row, take(self)
-        if row in rows:
-            batch = {**batch, "loss_mask": batch["loss_mask"] * np.float32("nan")}
-        return batch
+        return {**batch, **change(batch)} if row in rows else batch
 
-    monkeypatch.setattr(TrainIterator, "_take", poison)
+    monkeypatch.setattr(TrainIterator, "_take", changed)
     return rows
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Batches that start at these rows have no loss."""
+    return changing(monkeypatch, lambda batch: {"loss_mask": batch["loss_mask"] * np.float32("nan")})
+
+
+@pytest.fixture
+def confused(monkeypatch):
+    """Batches that start at these rows have other targets than theirs."""
+    return changing(monkeypatch, lambda batch: {"targets": (batch["targets"] * 7 + 11) % 251})
 
 
 def test_stop(tmp_path, poisoned):
@@ -104,20 +103,6 @@ def test_too_many(tmp_path, poisoned, policy):
     recipe = tiny_recipe(tmp_path, f"faults.non_finite={policy}", "faults.most=2")
     with pytest.raises(RunError, match=r"step [356]: loss is nan"):
         run_it(recipe, tmp_path / "run")
-
-
-@pytest.fixture
-def confused(monkeypatch):
-    """Batches that start at these rows have other targets than theirs."""
-    rows: set[int] = set()
-    take = TrainIterator._take
-
-    def confuse(self):
-        row, batch = self._next_row, take(self)
-        return {**batch, "targets": (batch["targets"] * 7 + 11) % 251} if row in rows else batch
-
-    monkeypatch.setattr(TrainIterator, "_take", confuse)
-    return rows
 
 
 SPIKES = ("faults.spike_sigma=2", "train.steps=50", "optimizer.learning_rate=1e-3", "checkpoint.every=35")

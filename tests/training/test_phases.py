@@ -40,6 +40,16 @@ def test_seconds_are_of_their_phases():
     assert found["compile"] == 0
 
 
+def test_the_time_for_which_the_process_was_stopped_is_given_back():
+    phases = Phases(WatchdogConfig(start_seconds=60))
+    now = phases._moved
+    assert not phases._overdue(now + 9)
+    assert not phases._overdue(now + 5000)  # stopped, and going on
+    assert not phases._overdue(now + 5009)
+    assert not any(phases._overdue(now + 5009 + second) for second in range(40))
+    assert any(phases._overdue(now + 5049 + second) for second in range(20))
+
+
 @pytest.mark.slow
 def test_it_prints_the_phase_the_step_and_the_stacks():
     script = HANGS.format(hang="threading.Event().wait()")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import signal
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import tiny_recipe, write_recipe
+from tests.helpers import losses, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, train
 from trainfw.checkpoint import Checkpoints
 from trainfw.training import Reporter, RunDirectory
@@ -25,11 +24,6 @@ from trainfw.training import Reporter, RunDirectory
 
 class Quiet(Reporter):
     def note(self, text: str) -> None: ...
-
-
-def losses(run: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def train_quietly(recipe, run, devices=1, **kwargs):

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Overrides, RecipePath
+from trainfw.cli.options import Overrides, RecipePath, Resume, RunDir
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
-
-Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
-RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
 
 
 @app.command()

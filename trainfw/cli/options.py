@@ -28,6 +28,8 @@ Dtype = Annotated[
 Devices = Annotated[
     int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
 ]
+Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
+RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
 Step = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
 ]

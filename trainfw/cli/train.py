@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainfw.cli.options import Devices, Overrides, RecipePath
+from trainfw.cli.options import Devices, Overrides, RecipePath, Resume, RunDir
 from trainfw.cli.signals import leaving_at_once
 from trainfw.errors import RunError
 
@@ -20,12 +20,8 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     devices: Devices = None,
-    resume: Annotated[
-        str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")
-    ] = "auto",
-    run_dir: Annotated[
-        str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)
-    ] = None,
+    resume: Resume = "auto",
+    run_dir: RunDir = None,
     as_backend: Annotated[
         str | None,
         typer.Option("--as", metavar="neuron", help="Run on the CPU what Neuron would run, under its rules."),

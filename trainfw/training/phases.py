@@ -18,8 +18,8 @@ for a checkpoint."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _POLL_SECONDS = 0.5
-_SLACK_SECONDS = 30
-"""How much later than our own thread the interpreter's watchdog acts, which needs no interpreter."""
+_STOPPED_SECONDS = 10
+"""A look that comes this late: the process was stopped meanwhile (Ctrl-Z, SIGSTOP)."""
 
 
 class Phases:
@@ -38,18 +38,16 @@ class Phases:
         self.step = 0
         """The last step known to be done."""
         self._since = self._moved = time.monotonic()
-        self._armed = 0.0
+        self._looked = self._since
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Phases:
         self._thread.start()
-        self.moved()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
         self._thread.join()
 
     @contextlib.contextmanager
@@ -65,18 +63,11 @@ class Phases:
         now = time.monotonic()
         self.seconds[self.phase] += now - self._since
         self.phase, self._since = phase, now
-        self.moved(at_once=True)
+        self.moved()
 
-    def moved(self, *, at_once: bool = False) -> None:
+    def moved(self) -> None:
         """Something was done: the limit counts from now."""
-        self._moved = now = time.monotonic()
-        limit = self._limits[self.phase]
-        if not at_once and now - self._armed < 1:
-            return
-        self._armed = now
-        faulthandler.cancel_dump_traceback_later()
-        if limit and not self._ended.is_set():
-            faulthandler.dump_traceback_later(limit + _SLACK_SECONDS, exit=True, file=sys.__stderr__ or 2)
+        self._moved = time.monotonic()
 
     def so_far(self) -> dict[str, float]:
         """Seconds in each phase, the one that lasts included, and `lost`."""
@@ -86,15 +77,16 @@ class Phases:
         return seconds | {"lost": self.lost}
 
     def _watch(self) -> None:
-        polled = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
-            now = time.monotonic()
-            if now - polled > 10:  # this very process was stopped meanwhile (Ctrl-Z, SIGSTOP); that was not its work
-                self._moved += now - polled
-            polled = now
-            limit = self._limits[self.phase]
-            if limit and now - self._moved > limit:
-                self._leave(limit)
+            if self._overdue(time.monotonic()):
+                self._leave(self._limits[self.phase])
+
+    def _overdue(self, now: float) -> bool:
+        gap, self._looked = now - self._looked, now
+        if gap > _STOPPED_SECONDS:
+            self._moved += gap  # which was not the work's
+        limit = self._limits[self.phase]
+        return bool(limit) and now - self._moved > limit
 
     def _leave(self, limit: float) -> None:
         out = sys.__stderr__

@@ -56,7 +56,10 @@ class Stop:
                 self._stop_at = self._turns
                 return
         backends.announce(self._key, signum)
-        turns = backends.exchange(f"{self._key}/turns", self._held, _AGREE_SECONDS)
+        try:
+            turns = backends.exchange(f"{self._key}/turns", self._held, _AGREE_SECONDS)
+        except PeerError:
+            return  # `turn` says it
         with self._lock:
             self._stop_at = max(turns)
             self._lock.notify_all()
@@ -66,8 +69,7 @@ class Stop:
         while not ended.is_set() and self.signum is None:
             signum = backends.heard(self._key, 1.0)
             if signum is not None and not ended.is_set():
-                with contextlib.suppress(PeerError):  # `turn` says it
-                    self.request(signum)
+                self.request(signum)
 
 
 @contextlib.contextmanager
