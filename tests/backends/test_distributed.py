@@ -44,17 +44,19 @@ def test_nothing_means_a_single_process():
 
 
 def test_slurm():
-    assert read_wiring(SLURM, load_topology("trn2-ultraserver")) == Wiring(2, 4, "trn001", "Slurm")
+    assert read_wiring(SLURM, load_topology("trn2-ultraserver")) == Wiring(2, 4, "trn001", "Slurm", order="launcher's")
 
 
 def test_a_step_of_fewer_nodes_than_the_job():
     step = {**SLURM, "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "trn[003-004]"}
-    assert read_wiring(step, load_topology("trn2.48xlarge", count=2)) == Wiring(1, 2, "trn003", "Slurm")
+    assert read_wiring(step, load_topology("trn2.48xlarge", count=2)) == Wiring(
+        1, 2, "trn003", "Slurm", order="launcher's"
+    )
 
 
 def test_kubernetes_takes_the_number_of_pods_from_the_topology():
     wiring = read_wiring(KUBERNETES, load_topology("trn2-ultraserver"))
-    assert wiring == Wiring(3, 4, "llama-workers-0-0.llama", "Kubernetes")
+    assert wiring == Wiring(3, 4, "llama-workers-0-0.llama", "Kubernetes", order="launcher's")
 
 
 def test_an_indexed_job_of_independent_runs_is_a_single_process():
@@ -65,7 +67,7 @@ def test_an_indexed_job_of_independent_runs_is_a_single_process():
 @pytest.mark.parametrize("launcher", [SLURM, KUBERNETES])
 def test_the_place_in_the_ultraserver_wins_over_the_launchers_number(launcher):
     wiring = read_wiring({**launcher, **PLACED}, load_topology("trn2-ultraserver"))
-    assert (wiring.process_index, wiring.process_count, wiring.head, wiring.placed) == (1, 4, "trn003", True)
+    assert (wiring.process_index, wiring.process_count, wiring.head, wiring.order) == (1, 4, "trn003", "places")
 
 
 def test_trainfws_own_variables_win_over_all():

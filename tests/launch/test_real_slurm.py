@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import losses, write_recipe
-from trainfw.launch import SlurmJob, submit
 
 SCRIPT = Path(__file__).parent / "slurm.sh"
 
@@ -88,13 +87,3 @@ def test_a_job_is_preempted_and_goes_on(slurm, tmp_path):
     local = [*trainfw, "launch", "local", str(recipe), "parallel.data=2", "--run-dir", str(straight)]
     subprocess.run(local, check=True, capture_output=True)
     assert losses(run) == losses(straight)
-
-
-def test_processes_are_numbered_by_the_places_of_their_hosts(slurm, tmp_path):
-    recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    job = submit(SlurmJob(str(recipe), [], run, "placed", 1, by_ultraserver=True, devices=1))
-    story = run / "logs" / f"slurm-{job}.log"
-    until(lambda: story.exists() and "exit code" in story.read_text())
-    assert story.read_text().rstrip().endswith("exit code 0")
-    assert (run / "logs" / f"hosts-{job}").read_text() == said("hostname", "-s")
-    assert "done: step 8, saved in " in (run / "logs" / "rank-0.log").read_text()

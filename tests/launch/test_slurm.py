@@ -47,17 +47,18 @@ def test_it_is_bash(recipe):
 
 def command(script):
     """The line that srun's processes run, as bash reads it."""
-    lines = script.splitlines()
-    return lines[next(i for i, line in enumerate(lines) if "exec" in line) + 1].strip().removesuffix(" &")
+    return next(line for line in script.splitlines() if " train " in line).strip().removesuffix(" &")
 
 
-def test_ultraservers_number_their_processes_by_place():
+def test_several_processes_a_node_are_numbered_by_task():
+    assert "TRAINFW_PROCESS_INDEX=$SLURM_PROCID" in job(nodes=1, tasks_per_node=2).script()
+    assert "TRAINFW_PROCESS_INDEX" not in job(nodes=2).script()
+
+
+def test_a_node_for_each_instance():
     script = job("llama3.1-8b-trn2-ultraserver").script()
     assert "#SBATCH --nodes=4" in script
-    assert "trainfw launch place" in script
     assert "srun --kill-on-bad-exit=1" in script
-    assert "--distribution=arbitrary" in script
-    assert "--distribution=arbitrary" not in job().script()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from trainfw.backends.neuron.place import Place, read_place, sort_hosts
 from trainfw.errors import PeerError, UserError
@@ -22,6 +22,8 @@ ROOT_PORT = 41000
 """Of process 0, where Neuron's collectives meet. (The ports of AWS's Slurm scripts for JAX.)"""
 COORDINATOR_PORT = 41001
 """Of process 0, where JAX's processes meet."""
+
+Order = Literal["chosen", "launcher's", "places"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Wiring:
     launcher: str = "a single process"
     """Who started the processes, in words."""
     coordinator_port: int = COORDINATOR_PORT
-    placed: bool = False
-    """The index follows hosts sorted by (server_id, node_id), as AWS's UltraServer script sorts them."""
+    order: Order = "chosen"
+    """What the index follows: the user's choice, the launcher's own order, which knows nothing of UltraServers, or
+    hosts sorted by (server_id, node_id), as AWS's UltraServer script sorts them."""
 
 
 def read_wiring(environ: Mapping[str, str], topology: Topology | None = None) -> Wiring:
@@ -99,7 +102,13 @@ def _kubernetes(environ: Mapping[str, str], instances: int) -> Wiring:
         # site/static/examples/simple/jobset-with-network.yaml
         jobset = environ["JOBSET_NAME"]
         head = f"{jobset}-{environ['REPLICATED_JOB_NAME']}-0-0.{jobset}"
-    return _wired(environ, "Kubernetes", "JOB_COMPLETION_INDEX", count, head)
+    first = 0
+    if "JOB_INDEX" in environ:  # one of several Jobs of the set
+        jobs = _integer(environ, "REPLICATED_JOB_REPLICAS")
+        if not jobs or count % jobs:
+            raise UserError(f"REPLICATED_JOB_REPLICAS = {jobs}: the {count} pods are not so many equal Jobs")
+        first = _integer(environ, "JOB_INDEX") * (count // jobs)
+    return _wired(environ, "Kubernetes", "JOB_COMPLETION_INDEX", count, head, first)
 
 
 def _explicit(environ: Mapping[str, str]) -> Wiring:
@@ -109,11 +118,17 @@ def _explicit(environ: Mapping[str, str]) -> Wiring:
     return _wired(environ, "TRAINFW_PROCESS_COUNT", "TRAINFW_PROCESS_INDEX", count, None)
 
 
-def _wired(environ: Mapping[str, str], launcher: str, index_name: str, count: int, head: str | None) -> Wiring:
+def _wired(
+    environ: Mapping[str, str], launcher: str, index_name: str, count: int, head: str | None, first: int = 0
+) -> Wiring:
     name = _first(environ, "TRAINFW_PROCESS_INDEX", "NEURON_GLOBAL_TOPOID", index_name)
-    placed = name == "NEURON_GLOBAL_TOPOID"
+    order: Order = "chosen"
     index = _integer(environ, name) if name else 0
-    if placed:
+    if name == index_name != "TRAINFW_PROCESS_INDEX":
+        order = "launcher's"
+        index += first
+    elif name == "NEURON_GLOBAL_TOPOID":
+        order = "places"
         head = environ.get("NEURON_GLOBAL_TOPOID0_HOST")  # the launcher's first host need not be process 0
     port = COORDINATOR_PORT
     if "TRAINFW_COORDINATOR" in environ:
@@ -121,12 +136,12 @@ def _wired(environ: Mapping[str, str], launcher: str, index_name: str, count: in
         if given:
             port = _number("TRAINFW_COORDINATOR", given, environ["TRAINFW_COORDINATOR"])
     if count > 1 and not head:
-        missing = "NEURON_GLOBAL_TOPOID0_HOST" if placed else "TRAINFW_COORDINATOR"
+        missing = "NEURON_GLOBAL_TOPOID0_HOST" if order == "places" else "TRAINFW_COORDINATOR"
         raise UserError(f"{missing}: is missing; it names the host of process 0 to the {count} processes of {launcher}")
     if not 0 <= index < count:
         expected = f"0 to {count - 1}, since there are {count} processes" if count > 1 else "0, of one process"
         raise UserError(f"{name} = {index}: expected {expected}")
-    return Wiring(index, count, head, launcher, port, placed)
+    return Wiring(index, count, head, launcher, port, order)
 
 
 def connect(wiring: Wiring) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from trainfw.backends.base import Backend
 from trainfw.backends.distributed import Wiring, read_wiring
 from trainfw.backends.neuron import environment, plugin
+from trainfw.backends.neuron.numbering import number_by_place
+from trainfw.backends.neuron.place import read_place
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import HardwareConfig
 
@@ -51,6 +53,8 @@ def prepare(
 ) -> Wiring:
     """Set up the environment in which jax is to be imported; where this process stands among others.
 
+    On UltraServers, processes that a launcher has numbered meet here, to be numbered by their hosts' places.
+
     Args:
         devices: simulate this many devices on the CPU.
         as_backend: `neuron`: run on the CPU under that backend's contract, which `current` then returns.
@@ -71,6 +75,8 @@ def prepare(
     topology = hardware.load() if hardware is not None else None
     wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
     if devices is None and as_backend is None and plugin.on_neuron(os.environ):
+        if wiring.order == "launcher's" and topology is not None and topology.instances > topology.count:
+            wiring = number_by_place(wiring, read_place(topology.instances // topology.count))
         environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
         _tell_jax()
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ class Checkpoints:
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
             self._saving, self._failures = None, 0
+            if jax.process_index() == 0:
+                # Of saves that failed: their writers may outlive the manager, and write again what it has deleted.
+                for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     @contextlib.contextmanager
     def _forgiving(self, step: int, forgiven: int) -> Iterator[None]:

@@ -82,13 +82,51 @@ def slurm(
     typer.echo(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
 
 
-@app.command(hidden=True)
-def place() -> None:
-    """Print this host's place in its UltraServer, for a script to number processes by."""
-    import socket
+@app.command()
+def kubernetes(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    *,
+    image: Annotated[str, typer.Option(help="A container image with trainfw in it.")],
+    volume: Annotated[
+        list[str],
+        typer.Option(
+            metavar="CLAIM[:PATH]",
+            help="A PersistentVolumeClaim that all pods can write, and where they see it (default: /CLAIM). The run is "
+            "kept in the first.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Default: the recipe's.", show_default=False)] = None,
+    namespace: Annotated[str | None, typer.Option(show_default=False)] = None,
+    nodes: Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)] = None,
+    efa: Annotated[
+        int | None, typer.Option(help="EFA interfaces a node offers (default: the instance's).", show_default=False)
+    ] = None,
+    queue: Annotated[str | None, typer.Option(help="Of Kueue, to wait in.", show_default=False)] = None,
+    grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and SIGKILL.", min=1)] = 120,
+    restarts: Annotated[int, typer.Option(help="How often the pods may be started anew.", min=0)] = 100,
+    run_dir: Annotated[
+        str | None, typer.Option(help="In the pods (default: runs/NAME in the first volume).", show_default=False)
+    ] = None,
+) -> None:
+    """Print a JobSet that trains: one pod a node, started anew when it stops for no fault of its own.
 
-    from trainfw.backends import read_place
+    For kubectl: trainfw launch kubernetes RECIPE ... | kubectl apply -f -
+    """
+    from trainfw.launch import kubernetes_job
+    from trainfw.recipe import load_recipe
 
-    found = read_place()
-    where = f"{found.server_id} {found.node_id}" if found else f"~ {os.environ.get('SLURM_NODEID', '0')}"
-    typer.echo(f"{where} {os.environ.get('SLURMD_NODENAME', socket.gethostname())}")
+    job = kubernetes_job(
+        load_recipe(recipe, overrides or ()),
+        image=image,
+        volumes=volume,
+        name=name,
+        namespace=namespace,
+        nodes=nodes,
+        efa=efa,
+        queue=queue,
+        grace=grace,
+        restarts=restarts,
+        run_dir=run_dir,
+    )
+    typer.echo(job.manifest(), nl=False)

@@ -166,6 +166,20 @@ class StorageFile(Config):
     """From the memory of one chip to that of its host."""
 
 
+class KubernetesFile(Config):
+    """What nodes of this kind are called and offer in Kubernetes."""
+
+    instance_type: str | None = None
+    """The nodes' label `node.kubernetes.io/instance-type`."""
+    devices: str
+    """The resource by which pods ask for chips."""
+    efa: int = Field(default=0, ge=0)
+    """EFA interfaces of an instance, the resource `vpc.amazonaws.com/efa`."""
+    unit_label: str | None = None
+    """The nodes' label whose value the instances of one unit share, where a unit is several."""
+    sources: list[str]
+
+
 class TopologyFile(Config):
     """One unit of rentable hardware (`topologies/<name>.yaml`)."""
 
@@ -192,6 +206,8 @@ class TopologyFile(Config):
     reliability: ReliabilityFile
     """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
     storage: StorageFile
+    kubernetes: KubernetesFile | None = None
+    """Left out where no document says."""
     totals: dict[str, Figure] = {}
     """What the source says of the whole unit (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to it."""
     sources: list[str]

@@ -14,7 +14,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, dimension, quantity, units
-from trainfw.hardware.schema import ChipFile, GroupsFile, LinkFile, SplitFile, TopologyFile
+from trainfw.hardware.schema import ChipFile, GroupsFile, KubernetesFile, LinkFile, SplitFile, TopologyFile
 
 MAX_COUNT = 2**20
 """Units of a topology: far more than anyone can rent, and still quick to plan for."""
@@ -82,6 +82,8 @@ class Topology:
     totals: Mapping[str, Figure]
     """What the sources say of one unit."""
     sources: tuple[str, ...]
+    kubernetes: KubernetesFile | None = None
+    """None: no document says."""
 
     # Sizes ------------------------------------------------------------------------------------------------------
     @property
@@ -258,6 +260,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         figures=figures,
         totals=file.totals,
         sources=tuple(file.sources),
+        kubernetes=file.kubernetes,
     )
 
 
@@ -327,7 +330,7 @@ def _read_topology(name: str) -> dict[str, Any]:
         raise UserError(f"topology {name!r}: extends = {extended!r}: unknown{did_you_mean(extended, topology_names())}")
     base = _read_topology(values["extends"]) if "extends" in values else _read(_HERE / "cluster.yaml")
     merged = base | values
-    for key in ("links", "splits", "reliability", "storage"):
+    for key in ("links", "splits", "reliability", "storage", "kubernetes"):
         if key in base and key in values:
             merged[key] = base[key] | values[key]
     return merged

@@ -32,8 +32,6 @@ class SlurmJob:
     nodes: int
     tasks_per_node: int = 1
     """Processes a node: one, but on nodes that several share."""
-    by_ultraserver: bool = False
-    """Number the processes by their hosts' places in their UltraServers."""
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -74,18 +72,18 @@ class SlurmJob:
 {directives}
 
 # Written by `trainfw launch slurm`. One process on each node; each sets Neuron's, EFA's and JAX's environment itself
-# (`trainfw env` shows which). SIGTERM (scancel, preemption, {self.grace} s before the time limit) goes to the
-# processes, which save and exit with 143.
+# (`trainfw env` shows which), and those of UltraServers number themselves by their hosts' places in the torus.
+# SIGTERM (scancel, preemption, {self.grace} s before the time limit) goes to the processes, which save and exit with
+# 143.
 set -uo pipefail
 trap 'echo "$(date): SIGTERM; the processes save"; [[ -n ${{step:-}} ]] && kill -TERM "$step" 2>/dev/null' TERM
 echo "$(date): job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"
-{self._order()}
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
-srun --kill-on-bad-exit=1 --output={shlex.quote(str(logs))}/rank-%t.log --open-mode=append {self._distribution()}\\
-  bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec "$@"' - \\
-  {shlex.join(command)} &
+srun --kill-on-bad-exit=1 --output={shlex.quote(str(logs))}/rank-%t.log --open-mode=append \\
+  {self._numbered()}{shlex.join(command)} &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do  # the trap ended that wait, not the step
@@ -109,19 +107,12 @@ esac
 exit $code
 """
 
-    def _order(self) -> str:
-        if not self.by_ultraserver:
-            return 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-        return f"""
-# Neighbours in the mesh are to be neighbours in the torus: processes are numbered by the places of their hosts.
-hosts=$(realpath {shlex.quote(str(self.run_dir / "logs"))})/hosts-$SLURM_JOB_ID
-srun --ntasks-per-node=1 {shlex.join([self.python, "-m", "trainfw", "launch", "place"])} \\
-  | sort -k1,1 -k2,2n -k3,3 | awk '{{print $3}}' > "$hosts"
-head=$(head -n 1 "$hosts")
-export SLURM_HOSTFILE=$hosts"""
-
-    def _distribution(self) -> str:
-        return "--distribution=arbitrary " if self.by_ultraserver else ""
+    def _numbered(self) -> str:
+        """Several processes on a node need other numbers than their node's."""
+        if self.tasks_per_node == 1:
+            return ""
+        return """bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec "$@"' - \\
+  """
 
 
 def slurm_job(
@@ -138,7 +129,7 @@ def slurm_job(
             "hardware.count",
             f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
         )
-    job = SlurmJob(path, overrides, run_dir, recipe.name, count, by_ultraserver=neuron and count > 1, **options)
+    job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
     for option in job.options:

@@ -193,7 +193,7 @@ def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
         "devices of each process: one process an instance",
         _ENVVARS,
     )
-    order = "hosts sorted by (server_id, node_id)" if wiring.placed else wiring.launcher
+    order = "hosts sorted by (server_id, node_id)" if wiring.order == "places" else wiring.launcher
     yield Variable(
         "NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process, numbered by {order}", _ENVVARS
     )

@@ -1,0 +1,239 @@
+"""The JobSet that Kubernetes gets, held against the published schemas."""
+
+from __future__ import annotations
+
+import re
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from trainfw import UserError, load_recipe
+from trainfw.backends import read_wiring
+from trainfw.launch import kubernetes_job
+
+VERSION = "1.37"
+
+# The fields of jobset.x-k8s.io/v1alpha2 that we write (kubernetes-sigs/jobset 0336a8fd hack/python-sdk/swagger.json and
+# api/jobset/v1alpha2/jobset_types.go); `template.spec` is a batch/v1 Job's.
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+RULE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+        "action": {
+            "enum": [
+                "FailJobSet",
+                "RestartJobSet",
+                "RestartJobSetAndIgnoreMaxRestarts",
+                "RestartJob",
+                "RestartJobAndIgnoreMaxRestarts",
+            ]
+        },
+        "onJobFailureReasons": {
+            "items": {
+                "enum": [
+                    "BackoffLimitExceeded",
+                    "DeadlineExceeded",
+                    "FailedIndexes",
+                    "MaxFailedIndexesExceeded",
+                    "PodFailurePolicy",
+                ]
+            }
+        },
+    },
+    "required": ["name", "action"],
+    "additionalProperties": False,
+}
+JOBSET = {
+    "type": "object",
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "properties": {
+                "network": {
+                    "type": "object",
+                    "properties": {
+                        "enableDNSHostnames": {"type": "boolean"},
+                        "subdomain": NAME,
+                        "publishNotReadyAddresses": {"type": "boolean"},
+                    },
+                    "additionalProperties": False,
+                },
+                "failurePolicy": {
+                    "type": "object",
+                    "properties": {"maxRestarts": {"type": "integer", "minimum": 0}, "rules": {"items": RULE}},
+                    "additionalProperties": False,
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "name": NAME,
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": {
+                                "type": "object",
+                                "properties": {"spec": {"type": "object"}},
+                                "required": ["spec"],
+                                "additionalProperties": False,
+                            },
+                        },
+                        "required": ["name", "template"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+            "required": ["replicatedJobs"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+}
+
+RECIPES = {
+    "one process": ("quickstart", []),
+    "many, of no topology": ("quickstart", ["parallel.data=4"]),
+    "an UltraServer": ("llama3.1-8b-trn2-ultraserver", []),
+    "many UltraServers": ("llama3.1-405b-trn2-ultraservers", []),
+    "instances": ("llama3.1-8b-trn2-ultraserver", ["hardware={topology: trn2.48xlarge, count: 4}"]),
+    "GPUs": ("quickstart", ["hardware={topology: h100-8, count: 2}"]),
+}
+
+
+def job(recipe="quickstart", overrides=(), **options):
+    return kubernetes_job(
+        load_recipe(recipe, overrides), **{"image": "registry/trainfw:1", "volumes": ["fsx"], **options}
+    )
+
+
+def read(job):
+    config, jobset = yaml.safe_load_all(job.manifest())
+    return config, jobset
+
+
+def pod(jobset):
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+def check(config, jobset):
+    kubernetes_validate.validate(config, VERSION, strict=True)
+    jsonschema.validate(jobset, JOBSET)
+    for each in jobset["spec"]["replicatedJobs"]:
+        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": each["template"]["spec"]}
+        kubernetes_validate.validate(whole, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_what_the_schemas_say(name):
+    recipe, overrides = RECIPES[name]
+    nodes = 4 if name == "many, of no topology" else None
+    config, jobset = read(job(recipe, overrides, nodes=nodes, namespace="ml", queue="research"))
+    check(config, jobset)
+
+
+def test_the_schemas_refuse_what_is_wrong():
+    config, jobset = read(job())
+    pod(jobset)["containers"][0]["comand"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="comand"):
+        check(config, jobset)
+    config, jobset = read(job())
+    jobset["spec"]["failurePolicy"]["maxRestart"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+        check(config, jobset)
+
+
+def test_the_recipe_travels(tmp_path):
+    recipe = load_recipe("quickstart", ["train.steps=7"])
+    config, jobset = read(kubernetes_job(recipe, image="i", volumes=["fsx:/data/", "corpus"]))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config["data"]["recipe.yaml"])
+    assert load_recipe(file) == recipe
+    container = pod(jobset)["containers"][0]
+    assert container["command"][-4:] == ["train", "/etc/trainfw/recipe.yaml", "--run-dir", "/data/runs/quickstart"]
+    assert {"name": "recipe", "mountPath": "/etc/trainfw", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "volume-1", "mountPath": "/corpus"} in container["volumeMounts"]
+
+
+def test_ultraservers():
+    _, jobset = read(job("llama3.1-8b-trn2-ultraserver", ["hardware.count=3"]))
+    unit = "neuron.amazonaws.com/ultraserver-server-id-4"
+    assert jobset["metadata"]["annotations"] == {"alpha.jobset.sigs.k8s.io/exclusive-topology": unit}
+    [jobs] = jobset["spec"]["replicatedJobs"]
+    assert (jobs["replicas"], jobs["template"]["spec"]["completions"]) == (3, 4)
+    devices = {"aws.amazon.com/neuron": "16", "vpc.amazonaws.com/efa": "16"}
+    assert pod(jobset)["containers"][0]["resources"] == {"limits": devices, "requests": devices}
+    assert pod(jobset)["nodeSelector"] == {"node.kubernetes.io/instance-type": "trn2u.48xlarge"}
+    _, jobset = read(job("llama3.1-8b-trn2-ultraserver", efa=15))
+    assert pod(jobset)["containers"][0]["resources"]["limits"]["vpc.amazonaws.com/efa"] == "15"
+
+
+def test_pods_know_where_they_stand():
+    """What the pods are told, as JobSet and Kubernetes fill it in, makes them processes 0 to 11."""
+    recipe = load_recipe("llama3.1-8b-trn2-ultraserver", ["hardware.count=3"])
+    _, jobset = read(kubernetes_job(recipe, image="i", volumes=["fsx"], name="llama"))
+    found = []
+    for index in range(12):
+        labels = {
+            "jobset-name": "llama",
+            "replicatedjob-name": "workers",
+            "replicatedjob-replicas": "3",
+            "job-index": str(index // 4),
+        }
+        environ = {"JOB_COMPLETION_INDEX": str(index % 4)}
+        for variable in pod(jobset)["containers"][0]["env"]:
+            if "value" in variable:
+                environ[variable["name"]] = variable["value"]
+            else:
+                path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+                label = re.fullmatch(r"metadata\.labels\['jobset\.sigs\.k8s\.io/(.+)'\]", path)
+                environ[variable["name"]] = labels[label[1]]
+        wiring = read_wiring(environ, recipe.hardware.load())
+        assert (wiring.process_count, wiring.head, wiring.order) == (12, "llama-workers-0-0.llama", "launcher's")
+        found.append(wiring.process_index)
+    assert found == list(range(12))
+
+
+def test_what_another_try_would_not_mend_fails_at_once():
+    _, jobset = read(job(restarts=7))
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7
+    assert policy["rules"][0]["action"] == "FailJobSet"
+    spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+    assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("quickstart", {"nodes": 0}, "--nodes 0: expected at least 1"),
+        ("quickstart", {"volumes": ["Fsx"]}, "--volume Fsx: expected CLAIM or CLAIM:/PATH"),
+        ("quickstart", {"volumes": ["fsx:data"]}, "--volume fsx:data: expected CLAIM or CLAIM:/PATH"),
+        ("quickstart", {"name": "a.b"}, "--name a.b: expected at most 4[0-9] small letters"),
+        ("quickstart", {"name": "a" * 60}, "expected at most 4[0-9] small letters"),
+        ("quickstart", {"namespace": "A"}, "--namespace A: expected"),
+        ("quickstart", {"image": "a b"}, "--image 'a b': expected a container image"),
+        (
+            "llama3.1-8b-trn2-ultraserver",
+            {"nodes": 3},
+            "hardware.count = 1: 1 x trn2-ultraserver is 4 instances, not --nodes 3",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(recipe, options, message):
+    with pytest.raises(UserError, match=message):
+        job(recipe, **options)
+
+
+def test_nodes_of_which_no_document_tells():
+    recipe = load_recipe("llama3.1-8b-trn2-ultraserver", ["hardware={topology: trn3-gen1-ultraserver}"])
+    with pytest.raises(
+        UserError, match=r"hardware.topology = .*trn3-gen1-ultraserver: no document says what its nodes"
+    ):
+        kubernetes_job(recipe, image="i", volumes=["fsx"])

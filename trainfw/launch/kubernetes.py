@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from trainfw.errors import UserError
+from trainfw.recipe import Recipe
+
+_API = "jobset.x-k8s.io/v1alpha2"
+_LABELS = "jobset.sigs.k8s.io"
+"""JobSet puts these on each pod (kubernetes-sigs/jobset api/jobset/v1alpha2/jobset_types.go)."""
+_JOB = "workers"
+_RECIPE = "/etc/trainfw"
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+"""RFC 1123."""
+_LONGEST = 63
+"""Of a label: of a pod's host name too."""
+
+
+@dataclass(frozen=True)
+class KubernetesJob:
+    """A JobSet that trains a recipe: one pod an instance, a Job for the instances of one unit of the topology."""
+
+    recipe: Recipe
+    name: str
+    image: str
+    volumes: Sequence[tuple[str, str]]
+    """(claim, where the pods see it)."""
+    run_dir: str
+    jobs: int
+    """Units of the topology that are several instances each; else one."""
+    pods: int
+    """Of each."""
+    resources: dict[str, int]
+    """Of each pod."""
+    node_labels: dict[str, str]
+    unit_label: str | None
+    """The label of nodes that the pods of one Job have in common, and with no other's."""
+    namespace: str | None
+    queue: str | None
+    grace: int
+    restarts: int
+
+    def manifest(self) -> str:
+        """YAML for `kubectl apply`: a ConfigMap of the recipe, and the JobSet."""
+        header = (
+            "# Written by `trainfw launch kubernetes`, for a cluster with JobSet (github.com/kubernetes-sigs/jobset), "
+            "which makes\n# the headless service of `network` itself. Each pod sets Neuron's, EFA's and JAX's "
+            "environment (`trainfw env` shows\n# which); those of UltraServers number themselves by their hosts' "
+            "places in the torus. Has not run on Neuron hardware.\n"
+        )
+        return header + yaml.dump_all(self.objects(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+    def objects(self) -> list[dict[str, Any]]:
+        config = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": self._metadata(f"{self.name}-recipe"),
+            "data": {"recipe.yaml": self.recipe.to_yaml()},
+        }
+        metadata = self._metadata(self.name)
+        if self.queue is not None:
+            metadata["labels"] = {"kueue.x-k8s.io/queue-name": self.queue}
+        if self.unit_label is not None:
+            metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": self.unit_label}
+        spec = {
+            "network": {"enableDNSHostnames": True, "subdomain": self.name, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": self.restarts,
+                # Whatever else happens: all pods anew, and each goes on from the last checkpoint.
+                "rules": [{"name": "wrong", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": _JOB, "replicas": self.jobs, "template": {"spec": self._job()}}],
+        }
+        return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
+
+    def _job(self) -> dict[str, Any]:
+        wrong = {"containerName": "trainfw", "operator": "In", "values": [1, 2]}  # another try would end as this one
+        return {
+            "completionMode": "Indexed",
+            "completions": self.pods,
+            "parallelism": self.pods,
+            "backoffLimit": 0,
+            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": wrong}]},
+            "template": {"spec": self._pod()},
+        }
+
+    def _pod(self) -> dict[str, Any]:
+        devices = {name: str(count) for name, count in self.resources.items()}
+        volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{self.name}-recipe"}}]
+        mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": _RECIPE, "readOnly": True}]
+        for i, (claim, path) in enumerate(self.volumes):
+            volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": claim}})
+            mounts.append({"name": f"volume-{i}", "mountPath": path})
+        if devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
+            volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+            mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        container = {
+            "name": "trainfw",
+            "image": self.image,
+            "command": ["python", "-m", "trainfw", "train", f"{_RECIPE}/recipe.yaml", "--run-dir", self.run_dir],
+            "env": self._environment(),
+            "volumeMounts": mounts,
+        }
+        if devices:
+            container["resources"] = {"limits": devices, "requests": devices}
+        pod: dict[str, Any] = {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": self.grace,
+            "containers": [container],
+            "volumes": volumes,
+        }
+        if self.node_labels:
+            pod["nodeSelector"] = self.node_labels
+        if devices:
+            pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in devices]
+        return pod
+
+    def _environment(self) -> list[dict[str, Any]]:
+        labels = {
+            "JOBSET_NAME": "jobset-name",
+            "REPLICATED_JOB_NAME": "replicatedjob-name",
+            "REPLICATED_JOB_REPLICAS": "replicatedjob-replicas",
+            "JOB_INDEX": "job-index",
+        }  # JOB_COMPLETION_INDEX is set by Kubernetes
+        told = [{"name": "TRAINFW_PROCESS_COUNT", "value": str(self.jobs * self.pods)}]
+        told.append({"name": "PYTHONUNBUFFERED", "value": "1"})
+        return told + [
+            {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{_LABELS}/{label}']"}}}
+            for name, label in labels.items()
+        ]
+
+
+def kubernetes_job(
+    recipe: Recipe,
+    *,
+    image: str,
+    volumes: Sequence[str],
+    name: str | None = None,
+    namespace: str | None = None,
+    nodes: int | None = None,
+    efa: int | None = None,
+    queue: str | None = None,
+    grace: int = 120,
+    restarts: int = 100,
+    run_dir: str | None = None,
+) -> KubernetesJob:
+    """A JobSet for a recipe.
+
+    Args:
+        image: has `python -m trainfw`.
+        volumes: `CLAIM` or `CLAIM:PATH`; all pods write the first.
+        name: by default the recipe's, in the letters that Kubernetes takes.
+        nodes: pods; by default the topology's instances.
+        efa: EFA interfaces for each pod; by default those of the instance.
+
+    Raises UserError for names and numbers that cannot be.
+    """
+    topology = recipe.hardware.load()
+    count = nodes if nodes is not None else topology.instances if topology is not None else 1
+    if count < 1:
+        raise UserError(f"--nodes {count}: expected at least 1")
+    jobs, resources, labels, unit_label = 1, {}, {}, None
+    if topology is not None and topology.name != "cpu":
+        known = topology.kubernetes
+        if known is None:
+            raise recipe.error(
+                "hardware.topology", f"{topology.name}: no document says what its nodes are called in Kubernetes"
+            )
+        if count != topology.instances:
+            raise recipe.error(
+                "hardware.count",
+                f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
+            )
+        resources = {known.devices: topology.chips // topology.instances}
+        interfaces = known.efa if efa is None else efa
+        if interfaces and count > 1:
+            resources["vpc.amazonaws.com/efa"] = interfaces
+        if known.instance_type is not None:
+            labels = {"node.kubernetes.io/instance-type": known.instance_type}
+        if topology.instances > topology.count:
+            jobs, unit_label = topology.count, known.unit_label
+    pods = count // jobs
+    claims = [_volume(text) for text in volumes]
+    if name is None:
+        name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
+    room = _LONGEST - len(f"-{_JOB}-{jobs - 1}-{pods - 1}-xxxxx")  # the names of pods
+    _check("--name", name, room)
+    for option, text in (("--namespace", namespace), ("--queue", queue)):
+        if text is not None:
+            _check(option, text, _LONGEST)
+    if not image or re.search(r"\s", image):
+        raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
+    return KubernetesJob(
+        recipe=recipe,
+        name=name,
+        image=image,
+        volumes=claims,
+        run_dir=run_dir or f"{claims[0][1]}/runs/{name}",
+        jobs=jobs,
+        pods=pods,
+        resources=resources,
+        node_labels=labels,
+        unit_label=unit_label,
+        namespace=namespace,
+        queue=queue,
+        grace=grace,
+        restarts=restarts,
+    )
+
+
+def _volume(text: str) -> tuple[str, str]:
+    claim, _, path = text.partition(":")
+    path = path or f"/{claim}"
+    if not _LABEL.fullmatch(claim) or not path.startswith("/") or ":" in path:
+        raise UserError(f"--volume {text}: expected CLAIM or CLAIM:/PATH, such as checkpoints:/fsx")
+    return claim, path.rstrip("/")
+
+
+def _check(option: str, name: str, longest: int) -> None:
+    if not _LABEL.fullmatch(name) or len(name) > longest:
+        raise UserError(
+            f"{option} {name}: expected at most {longest} small letters, digits and hyphens, a letter or digit at both "
+            "ends"
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes several lines as they are, and everything in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
