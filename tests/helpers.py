@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from trainfw import Recipe, load_recipe
+from trainfw.training import Reporter
 
 TINY = """
 name: tiny
@@ -48,6 +49,17 @@ def losses(run: Path) -> dict[int, float | None]:
     found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert [step for step, _ in found] == sorted({step for step, _ in found})
     return dict(found)
+
+
+class Heard(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers import losses, tiny_recipe, write_recipe
-from tests.training.test_faults import Heard
+from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import RunError, build_program, load_model, train
 from trainfw.checkpoint import Checkpoints
 from trainfw.training import RunDirectory

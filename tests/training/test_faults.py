@@ -6,22 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import losses, tiny_recipe
+from tests.helpers import Heard, losses, tiny_recipe
 from trainfw import RunError, train
 from trainfw.data import TrainIterator
-from trainfw.training import Reporter, RunDirectory
+from trainfw.training import RunDirectory
 from trainfw.training.session import Session
 
 pytestmark = pytest.mark.slow
-
-
-class Heard(Reporter):
-    def __init__(self):
-        super().__init__()
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def run_it(recipe, run, **kwargs):

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from trainfw.config import Config
+from trainfw.config import Config, invalid
+from trainfw.errors import did_you_mean
+
+STORES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+"""The library that lists each, and our extra that brings it. TensorStore reads and writes the arrays itself."""
 
 
 class CheckpointConfig(Config):
     """When to save, and what to keep. The last step is always saved."""
 
+    directory: str | None = None
+    """Keep them here: a directory, or a place of this run's own in an object store, such as s3://bucket/llama. Null: in
+    the run's directory."""
     every: int = Field(default=1000, ge=0)
     """Save after every this many steps; 0: only at the end."""
     keep_last: int = Field(default=2, ge=1)
@@ -17,3 +24,14 @@ class CheckpointConfig(Config):
     max_failures: int = Field(default=3, ge=0)
     """Saves in a row that may fail (a full disk, a store that does not answer) before the run does. The last save of
     a run may not."""
+
+    @model_validator(mode="after")
+    def _directory_is_a_place(self) -> CheckpointConfig:
+        scheme, found, rest = (self.directory or "").partition("://")
+        bucket, _, place = rest.partition("/")
+        if found and scheme not in STORES:
+            expected = f"expected a path, or a store by {' or '.join(f'{known}://' for known in STORES)}"
+            invalid("directory", f"{expected}{did_you_mean(scheme, STORES)}")
+        if self.directory == "" or (found and not (bucket and place.strip("/"))):
+            invalid("directory", "expected a path, or a bucket and a place in it, such as s3://bucket/llama")
+        return self

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import orbax.checkpoint as ocp
 from trainfw.backends import exchange
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.checkpoint.manifest import find_damage, write_manifest
+from trainfw.checkpoint.stores import Directory, commit_by_file, delete_leftovers, in_store, move
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 
@@ -37,14 +36,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Directory,
         config: CheckpointConfig,
         *,
         layer_order: Sequence[int] | None = None,
         read_only: bool = False,
         report: Callable[[str], None] = lambda text: None,
     ):
-        self.directory = directory.absolute()
+        self.directory = directory if in_store(directory) else directory.absolute()
         self._config, self._read_only, self._report = config, read_only, report
         self._layer_order = None if layer_order is None else list(layer_order)
         self._saving: int | None = None
@@ -52,7 +51,13 @@ class Checkpoints:
         # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self._manager = self._open()
+        self._opened: ocp.CheckpointManager | None = self._open()
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def _open(self) -> ocp.CheckpointManager:
         config, writes = self._config, not self._read_only
@@ -64,6 +69,7 @@ class Checkpoints:
                 create=writes,
                 cleanup_tmp_directories=writes,
                 read_only=self._read_only,
+                temporary_path_class=commit_by_file(self.directory),
                 # Called when all files are written, before the rename that makes them a checkpoint.
                 async_options=ocp.AsyncOptions(
                     timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._describe
@@ -73,8 +79,11 @@ class Checkpoints:
 
     def _describe(self) -> None:
         if jax.process_index() == 0:
-            for directory in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                write_manifest(directory)
+            if in_store(self.directory):
+                write_manifest(self.directory / str(self._saving))
+            else:
+                for directory in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                    write_manifest(directory)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -121,9 +130,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._saving, self._failures = None, 0
             if jax.process_index() == 0:
-                # Of saves that failed: their writers may outlive the manager, and write again what it has deleted.
-                for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                delete_leftovers(self.directory)
 
     @contextlib.contextmanager
     def _forgiving(self, step: int, forgiven: int) -> Iterator[None]:
@@ -137,8 +144,8 @@ class Checkpoints:
                 self._manager.close()
             if self._failures > forgiven:
                 raise RunError(what) from error
-            # Anew: the manager raises its failure again and again, and what was half written takes room.
-            self._manager = self._open()
+            # Another next time: this one raises its failure again and again, and what was half written takes room.
+            self._opened = None
             self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
 
     def newest_whole(self, report: Callable[[str], None]) -> int | None:
@@ -166,8 +173,7 @@ class Checkpoints:
             target = self.directory.parent / "damaged" / str(later)
             while target.exists():
                 target = target.with_name(target.name + "-again")
-            target.parent.mkdir(exist_ok=True)
-            (self.directory / str(later)).rename(target)
+            move(self.directory / str(later), target)
         if damaged:
             exchange("damaged", None)  # moved, for all to see
             self._manager.reload()
@@ -208,7 +214,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, then let go. Raises RunError where what was saved last is not to be on disk."""
-        if self._manager is None:
+        if self._opened is None:
             return
         self._settle(0)
         with contextlib.suppress(Exception):  # everything that matters was waited for
@@ -217,7 +223,7 @@ class Checkpoints:
     def abandon(self) -> None:
         """Let go of a save that another process can no longer take part in, instead of waiting for it."""
         self._saving = None
-        self._manager = None
+        self._opened = None
 
     @contextlib.contextmanager
     def _failing_as(self, problem: str) -> Iterator[None]:

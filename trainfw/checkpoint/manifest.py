@@ -1,4 +1,8 @@
-"""What a checkpoint's files are, by size and SHA-256: a file that a disk, a copy or a crash changed is seen."""
+"""What a checkpoint's files are: one that a disk, a copy or a crash changed is seen.
+
+By size and SHA-256; in an object store, which does not return other bytes than it was given, by size and the store's
+own tag, for which nothing is read.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,32 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
+
+from trainfw.checkpoint.stores import COMMITTED, Directory, in_store, list_store
 
 MANIFEST = "manifest.json"
 
-_LATER = {MANIFEST, "_CHECKPOINT_METADATA"}
-"""Files not in the manifest: itself, and Orbax's note of when the checkpoint was committed."""
+_LATER = {MANIFEST, "_CHECKPOINT_METADATA", COMMITTED}
+"""Files not in the manifest: itself, and Orbax's notes of when the checkpoint was committed."""
 
 _THREADS = 4
 """hashlib lets go of the interpreter's lock: one thread reads while another computes."""
 
 
-def write_manifest(directory: Path) -> None:
+def write_manifest(directory: Directory) -> None:
     """Describe the files under `directory`, which are all there, in one file beside them."""
-    files = {name: _describe(directory / name) for name in _names(directory)}
-    (directory / MANIFEST).write_text(json.dumps({"sha256": files}, indent=0), encoding="utf-8")
+    (directory / MANIFEST).write_text(json.dumps({_key(directory): inventory(directory)}, indent=0), encoding="utf-8")
 
 
-def find_damage(directory: Path, share: int = 0, shares: int = 1) -> str | None:
+def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256 or the store's tag) of every file of a checkpoint, by name."""
+    if in_store(directory):
+        return {name: about for name, about in sorted(list_store(directory).items()) if name not in _LATER}
+    return {name: _describe(directory / name) for name in _names(directory)}
+
+
+def find_damage(directory: Directory, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, in words, or None where every file is what it was when it was saved.
 
     Args:
@@ -32,17 +43,34 @@ def find_damage(directory: Path, share: int = 0, shares: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest["sha256"].items()}
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest[_key(directory)].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     if not files:
         return f"{MANIFEST} lists no files"
+    if in_store(directory):
+        found = inventory(directory)
+        return next(
+            (_changed(name, found.get(name), about) for name, about in files.items() if found.get(name) != about), None
+        )
     return next(_damages(directory, dict(sorted(files.items())[share::shares])), None)
 
 
-def _damages(directory: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+def _key(directory: Directory) -> str:
+    return "tag" if in_store(directory) else "sha256"
+
+
+def _changed(name: str, found: tuple[int, str] | None, saved: tuple[int, str]) -> str:
+    if found is None:
+        return f"{name} is missing"
+    if found[0] != saved[0]:
+        return f"{name} has {found[0]:,} bytes, not {saved[0]:,}"
+    return f"{name} is not what was saved (its tag differs)"
+
+
+def _damages(directory: Directory, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, found in zip(files, pool.map(lambda name: _found(directory / name, files[name][0]), files)):
             if isinstance(found, str):
@@ -51,7 +79,7 @@ def _damages(directory: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[
                 yield f"{name} is not what was saved (its SHA-256 differs)"
 
 
-def _found(path: Path, size: int) -> tuple[int, str] | str:
+def _found(path: Directory, size: int) -> tuple[int, str] | str:
     try:
         actual = path.stat().st_size
         if actual != size:  # without reading it
@@ -63,11 +91,11 @@ def _found(path: Path, size: int) -> tuple[int, str] | str:
         return f"cannot be read: {error.strerror}"
 
 
-def _describe(path: Path) -> tuple[int, str]:
+def _describe(path: Directory) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _names(directory: Path) -> list[str]:
+def _names(directory: Directory) -> list[str]:
     paths: Any = (path for path in directory.rglob("*") if path.is_file() and path.name not in _LATER)
     return sorted(path.relative_to(directory).as_posix() for path in paths)

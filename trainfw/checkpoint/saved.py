@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.manager import LAYER_ORDER
-from trainfw.checkpoint.manifest import find_damage
+from trainfw.checkpoint.manifest import find_damage, inventory
+from trainfw.checkpoint.stores import Directory, in_store
 from trainfw.errors import RunError, UserError, did_you_mean
 from trainfw.parallel import reorder_layers
 
@@ -20,13 +20,13 @@ class SavedParameters:
     """The parameters of one finished checkpoint, read array by array, onto any mesh and in any dtype.
 
     Args:
-        directory: of a step, `checkpoints/STEP`.
+        directory: of a step.
 
     Raises RunError where its files are not what was saved.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory.absolute()
+    def __init__(self, directory: Directory):
+        self.directory = directory if in_store(directory) else directory.absolute()
         if problem := find_damage(self.directory):
             raise RunError(f"{self.directory}: is damaged: {problem}")
         self._reader = ocp.PyTreeCheckpointHandler()
@@ -71,8 +71,11 @@ class SavedParameters:
         return value
 
     def fingerprint(self) -> str:
-        """Of the first and last 64 KiB of every file: two sets of weights differ in it."""
+        """Of the first and last 64 KiB of every file (in a store, of its tag): two sets of weights differ in it."""
         digest = hashlib.blake2b(digest_size=16)
+        if in_store(self.directory):
+            digest.update(json.dumps(inventory(self.directory / "params")).encode())
+            return digest.hexdigest()
         for path in sorted(path for path in (self.directory / "params").rglob("*") if path.is_file()):
             size = path.stat().st_size
             with path.open("rb") as file:

@@ -45,7 +45,7 @@ def train(
         typer.echo(f"tiny: {' '.join(shrunk)}")
         loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
-    if run_dir is None and (Path(recipe) / "checkpoints").is_dir():
+    if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     with leaving_at_once():
         _run(loaded, devices, resume, run_dir, as_backend)

@@ -108,9 +108,8 @@ class KubernetesJob:
             "command": ["python", "-m", "trainfw", "train", f"{_RECIPE}/recipe.yaml", "--run-dir", self.run_dir],
             "env": self._environment(),
             "volumeMounts": mounts,
+            **({"resources": {"limits": devices, "requests": devices}} if devices else {}),
         }
-        if devices:
-            container["resources"] = {"limits": devices, "requests": devices}
         pod: dict[str, Any] = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": self.grace,

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
-from trainfw.checkpoint import SavedParameters
+from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
@@ -211,10 +211,10 @@ def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
                 raise UserError(f"{adapter.path}: {name}.adapter.{part} is {found}; this base takes {its}")
 
 
-def latest_checkpoint(run: str | Path, step: int | None = None) -> Path:
+def latest_checkpoint(run: str | Path, step: int | None = None) -> Directory:
     """The directory of a run's checkpoint: of `step`, or the latest. Raises UserError where there is none."""
-    directory = resolve_path(run) / "checkpoints"
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
+    directory = locate(resolve_path(run), load_recipe(resolve_path(run) / "recipe.yaml").checkpoint)
+    steps = steps_in(directory)
     if not steps:
         raise UserError(f"{run}: holds no checkpoint yet")
     if step is not None and step not in steps:

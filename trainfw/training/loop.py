@@ -13,7 +13,7 @@ from trainfw.checkpoint import Checkpoints
 from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, prepare, train_iterator
 from trainfw.errors import UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
-from trainfw.recipe import Recipe, load_recipe
+from trainfw.recipe import Recipe
 from trainfw.training.base import check_base
 from trainfw.training.faults import FaultLog
 from trainfw.training.log import MetricsLog
@@ -62,7 +62,7 @@ def _train(
         phases.moved()
         reporter.progress(description, completed, total)
 
-    run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir)
+    run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir, recipe.checkpoint)
     # Early, since what follows takes a while.
     resumed_step = _first_says("check", lambda: run.check(recipe, resume))
     if recipe.evaluation is not None and recipe.data.format == "text":
@@ -197,7 +197,7 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
 
 
 def _changes(run: RunDirectory, recipe: Recipe) -> str:
-    changed = load_recipe(run.recipe_file).differences(recipe)
+    changed = run.stored_recipe().differences(recipe)
     return "".join(f"; {key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
 from trainfw.errors import UserError
 from trainfw.recipe import Recipe, load_recipe
 
@@ -37,9 +38,9 @@ FREE_KEYS = (
 
 class RunDirectory:
     """The files of one run: recipe.yaml, metrics.jsonl, sessions.jsonl, evaluation.jsonl and faults.jsonl where there
-    are any, tensorboard/, tokenizer/, checkpoints/."""
+    are any, tensorboard/, tokenizer/, checkpoints/ (unless `config` has them elsewhere)."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], config: CheckpointConfig | None = None):
         if not str(path):
             raise UserError("run directory: the path is empty")
         self.path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
@@ -50,7 +51,7 @@ class RunDirectory:
         self.faults_file = self.path / "faults.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = locate(self.path, config or CheckpointConfig())
 
     def __str__(self) -> str:
         return str(self.path)
@@ -61,15 +62,14 @@ class RunDirectory:
         run = cls(path)
         if not run.recipe_file.is_file():
             raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
+        run = cls(path, load_recipe(run.recipe_file).checkpoint)
         if not run.steps():
             raise UserError(f"{path}: holds no checkpoint yet")
         return run
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints (Orbax renames a checkpoint to its step when it is whole)."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal() and p.is_dir())
+        """Steps of the finished checkpoints."""
+        return steps_in(self.checkpoints)
 
     def check(self, recipe: Recipe, resume: Resume) -> int | None:
         """The step to resume from, or None to start. Reads only.
@@ -78,9 +78,9 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if self.path.is_dir() and not self.checkpoints.is_dir():
-            # A run has made checkpoints/ before any other file but its lock: these files are somebody else's.
-            others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
+        if self.path.is_dir() and not self.recipe_file.is_file():
+            # A run has made its recipe before any other file but these: others are somebody else's.
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", "checkpoints", "recipe.tmp"}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         steps = self.steps()
@@ -100,9 +100,7 @@ class RunDirectory:
 
     def _check_same(self, recipe: Recipe) -> None:
         differences = {
-            key: pair
-            for key, pair in load_recipe(self.recipe_file).differences(recipe).items()
-            if not key.startswith(FREE_KEYS)
+            key: pair for key, pair in self.stored_recipe().differences(recipe).items() if not key.startswith(FREE_KEYS)
         }
         # More steps make a longer run of the same numbers so far; the schedule's shape follows, as the user asked.
         differences.pop("train.steps", None)
@@ -112,6 +110,12 @@ class RunDirectory:
                 f"{self}: was trained with another recipe:\n" + "\n".join(lines) + "\n"
                 "set these keys back to resume it, or start another run with --run-dir or name=..."
             )
+
+    def stored_recipe(self) -> Recipe:
+        """Of the last session; of the last checkpoint, where it is kept elsewhere and this directory is new."""
+        if self.recipe_file.is_file():
+            return load_recipe(self.recipe_file)
+        return Recipe.model_validate(SavedParameters(self.checkpoints / str(self.steps()[-1])).meta["recipe"])
 
     def open(self, recipe: Recipe, resumed_step: int | None) -> None:
         """Store the recipe, and drop metrics newer than the step resumed from."""

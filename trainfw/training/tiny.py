@@ -56,6 +56,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "train.sample_prompt": None,
         "train.accumulation_steps": accumulation,
         "train.global_batch_size": 2 * rows * accumulation,
+        "checkpoint.directory": None,
         "optimizer.warmup_steps": 1,
         "evaluation": None,
     }
