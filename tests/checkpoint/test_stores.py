@@ -64,6 +64,7 @@ def server():
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_MAX_ATTEMPTS": "2",
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -136,7 +137,7 @@ def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
 @pytest.mark.slow
 def test_what_a_kill_leaves_is_no_checkpoint(server, prefix, tmp_path):
     """Killed while objects of a checkpoint are there, but not all."""
-    path = write_recipe(tmp_path, train={"steps": 60}, checkpoint={"every": 2})
+    path = write_recipe(tmp_path, train={"steps": 20}, checkpoint={"every": 2})
     run = tmp_path / "run"
     command = [sys.executable, "-m", "trainfw", "train", str(path), place(prefix), "--devices", "1"]
     training = subprocess.Popen([*command, "--run-dir", str(run)], stdout=subprocess.DEVNULL)
@@ -162,7 +163,7 @@ def unfinished(server, prefix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["missing", "other bytes", "shorter"])
+@pytest.mark.parametrize("change", ["missing", "other bytes", pytest.param("shorter", marks=pytest.mark.long)])
 def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     recipe = tiny_recipe(tmp_path, "train.steps=8", "checkpoint.every=4", place(prefix))
     run_here(recipe, tmp_path / "run")
@@ -216,6 +217,17 @@ def test_places_that_cannot_be(where, message, tmp_path):
     with pytest.raises(UserError) as error:
         tiny_recipe(tmp_path, f"checkpoint.directory={where}")
     assert message in str(error.value)
+
+
+def test_stores_that_do_not_answer(server, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="s3://no-such-bucket/a: The specified bucket does not exist"):
+        steps_in(locate(tmp_path, CheckpointConfig(directory="s3://no-such-bucket/a")))
+    alone = [sys.executable, "-m", "trainfw", "train", str(write_recipe(tmp_path)), place("a"), "--devices", "1"]
+    environ = {**os.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_free_port()}", "AWS_MAX_ATTEMPTS": "1"}
+    done = subprocess.run([*alone, "--run-dir", str(tmp_path / "run")], env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "s3://checkpoints/a: cannot be listed: Could not connect to the endpoint URL" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_store_whose_library_is_missing(tmp_path, monkeypatch):

@@ -47,15 +47,25 @@ def in_store(directory: Directory) -> bool:
 
 
 def steps_in(directory: Directory) -> list[int]:
-    """Steps of the finished checkpoints in a directory, which need not exist."""
+    """Steps of the finished checkpoints in a directory, which need not exist.
+
+    Raises UserError where a store does not answer, or has no such bucket.
+    """
     if not in_store(directory):
         if not directory.is_dir():
             return []
         # Orbax renames a checkpoint to its step when it is whole.
         return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-    found = _filesystem(directory).glob(f"{directory}/*/{COMMITTED}")
-    names = [path.split("/")[-2] for path in found]
-    return sorted(int(name) for name in names if name.isdecimal())
+    store = _filesystem(directory)
+    try:
+        names = [path.rstrip("/").rpartition("/")[2] for path in store.ls(str(directory), detail=False)]
+    except FileNotFoundError as error:
+        if "bucket" in str(error):
+            raise UserError(f"{directory}: {error}") from None
+        return []
+    except Exception as error:  # each library raises its own kinds
+        raise UserError(f"{directory}: cannot be listed: {error}") from error
+    return sorted(int(name) for name in names if name.isdecimal() and store.exists(f"{directory}/{name}/{COMMITTED}"))
 
 
 def list_store(directory: Directory) -> dict[str, tuple[int, str]]:
