@@ -182,6 +182,7 @@ def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     assert any("the checkpoint of step 8 is damaged: params/ocdbt" in note for note in notes)
     assert losses(tmp_path / "run") == before
     assert steps_in(directory) == [4, 8]
+    assert server.keys(f"{prefix}-damaged/8/")
 
 
 def read(server, key):

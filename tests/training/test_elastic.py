@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.helpers import losses, write_recipe
 from trainfw.launch import launch_local
 
 pytestmark = pytest.mark.slow
+
+STEPS = 160
 
 # `trainfw`, but each row that is trained on is written down with its place in the run's order.
 WATCHED = """
@@ -55,32 +58,43 @@ def rows(directory: Path) -> dict[int, str]:
     return found
 
 
-def train(directory, recipe, steps, devices, processes, *overrides):
+def train(directory, recipe, devices, processes, *overrides, kill_at=None):
+    """To the end; or until it is killed, once it has logged step `kill_at`."""
     directory.mkdir(exist_ok=True)
     (directory / "watched.py").write_text(WATCHED)
-    command = [sys.executable, str(directory / "watched.py"), "train", str(recipe), f"train.steps={steps}", *overrides]
-    command += ["--devices", str(devices // processes), "--run-dir", str(directory / "run")]
-    environment = {"ROWS": str(directory / "rows-")}
-    if processes == 1:
-        ran = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        return
+    run = directory / "run"
+    command = [sys.executable, str(directory / "watched.py"), "train", str(recipe), *overrides]
+    command += ["--devices", str(devices // processes), "--run-dir", str(run)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROWS", environment["ROWS"])
-        assert launch_local(command, processes, directory / "logs") == 0
+        patch.setenv("ROWS", str(directory / "rows-"))
+        if processes > 1:
+            assert launch_local(command, processes, directory / "logs") == 0
+            return
+        with (directory / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        metrics = run / "metrics.jsonl"
+        while kill_at is not None and process.poll() is None:
+            if metrics.exists() and f'"step": {kill_at},' in metrics.read_text():
+                process.kill()
+        assert process.wait() == (0 if kill_at is None else -signal.SIGKILL), (directory / "log").read_text()
 
 
 def test_the_examples_are_those_of_the_uninterrupted_run(tmp_path):
-    recipe = write_recipe(tmp_path, checkpoint={"every": 5}, optimizer={"schedule": "constant", "warmup_steps": 2})
-    train(tmp_path / "straight", recipe, 24, 4, 1, "parallel.fsdp=4")
+    recipe = write_recipe(tmp_path, train={"steps": STEPS}, checkpoint={"every": 7})
+    train(tmp_path / "straight", recipe, 4, 1, "parallel.fsdp=4")
     moved = tmp_path / "moved"
-    train(moved, recipe, 6, 4, 1, "parallel.fsdp=4")
-    train(moved, recipe, 12, 2, 1, "parallel.data=2")
-    train(moved, recipe, 18, 8, 1, "parallel={fsdp: 4, tensor: 2}")
-    train(moved, recipe, 24, 2, 2, "parallel.data=2")
+    train(moved, recipe, 4, 1, "parallel.fsdp=4", kill_at=40)
+    train(moved, recipe, 2, 1, "parallel.data=2", kill_at=80)
+    train(moved, recipe, 8, 1, "parallel={fsdp: 4, tensor: 2}", kill_at=120)
+    train(moved, recipe, 2, 2, "parallel.data=2")
     expected, found = rows(tmp_path / "straight"), rows(moved)
-    trained = range(24 * 8)  # and what was read ahead
+    trained = range(STEPS * 8)  # and what was read ahead
     assert [found[i] for i in trained] == [expected[i] for i in trained]
     straight, elastic = (losses(tmp_path / name / "run") for name in ("straight", "moved"))
-    assert list(straight) == list(elastic)
+    assert list(straight) == list(elastic) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(straight.values()), list(elastic.values()), rtol=1e-4)
+    # The kills cost what was done after the last checkpoint, and until the next session began.
+    log = (moved / "logs" / "rank-0.log").read_text()
+    assert re.search(r"goodput \d+\.\d% of .* in 4 sessions: start .*, lost \d.*, restart \d", log)
+    last = json.loads((moved / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["goodput"] < 1

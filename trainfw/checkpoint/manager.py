@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from trainfw.backends import exchange
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.checkpoint.manifest import find_damage, write_manifest
-from trainfw.checkpoint.stores import Directory, commit_by_file, delete_leftovers, in_store, move
+from trainfw.checkpoint.stores import Directory, commit_by_file, damaged_beside, delete_leftovers, in_store, move
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 
@@ -149,7 +149,7 @@ class Checkpoints:
             self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
 
     def newest_whole(self, report: Callable[[str], None]) -> int | None:
-        """The newest step whose files are what was saved; newer ones are moved to `damaged/` beside `checkpoints/`.
+        """The newest step whose files are what was saved; newer ones are moved to `damaged_beside` it.
 
         `report` is told of each. Every process looks at its share of the files. Raises RunError where there are
         checkpoints, and none is whole.
@@ -170,7 +170,7 @@ class Checkpoints:
             return None
         damaged = [later for later in steps if later > step]
         for later in damaged if index == 0 else ():
-            target = self.directory.parent / "damaged" / str(later)
+            target = damaged_beside(self.directory) / str(later)
             while target.exists():
                 target = target.with_name(target.name + "-again")
             move(self.directory / str(later), target)

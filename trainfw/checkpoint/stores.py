@@ -46,6 +46,11 @@ def in_store(directory: Directory) -> bool:
     return "://" in str(directory)
 
 
+def damaged_beside(directory: Directory) -> Directory:
+    """Where damaged checkpoints go: RUN/damaged for RUN/checkpoints, else DIRECTORY-damaged."""
+    return directory.with_name("damaged" if directory.name == "checkpoints" else f"{directory.name}-damaged")
+
+
 def steps_in(directory: Directory) -> list[int]:
     """Steps of the finished checkpoints in a directory, which need not exist.
 

@@ -1,0 +1,21 @@
+"""A few of the stops of `benchmarks/chaos.py`, of which the whole takes most of an hour."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+
+
+@pytest.mark.slow
+def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
+    command = [sys.executable, str(CHAOS), "--runs", "3", "--terms", "2", "--seed", "11", "--grace", "60"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.endswith("5 of 5 runs went on bit for bit\n")
