@@ -3,12 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
 
 from trainfw import UserError, backends
 from trainfw.backends import select
+from trainfw.hardware import HardwareConfig
 
 
 @pytest.fixture
@@ -79,3 +81,35 @@ def test_a_real_neuron_platform_is_taken_and_an_unknown_one_refused_by_name(monk
 
 def test_the_host_device_is_of_the_cpu():
     assert backends.host_device().platform == "cpu"
+
+
+SLURM = {"SLURM_NODEID": "2", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "trn[001-004]"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "asked"),
+    [
+        (SLURM, True),
+        ({**SLURM, "NEURON_GLOBAL_TOPOID": "1", "NEURON_GLOBAL_TOPOID0_HOST": "trn003"}, False),
+        ({**SLURM, "TRAINFW_PROCESS_INDEX": "1"}, False),
+    ],
+    ids=["the launcher's order", "placed", "chosen"],
+)
+def test_on_ultraservers_places_number_the_processes(environ, asked, monkeypatch):
+    """Before the environment is set, which has the number."""
+    met, applied = [], []
+
+    def number(wiring, place):
+        met.append(wiring.process_index)
+        return replace(wiring, process_index=3, order="places")
+
+    monkeypatch.setattr(select.plugin, "on_neuron", lambda environ: True)
+    monkeypatch.setattr(select, "number_by_place", number)
+    monkeypatch.setattr(select, "_tell_jax", lambda: None)
+    monkeypatch.setattr(select.environment, "apply", lambda hardware, wiring, **_: applied.append(wiring))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    wiring = select.prepare(hardware=HardwareConfig(topology="trn2-ultraserver"))
+    assert applied == [wiring]
+    assert met == ([2] if asked else [])
+    assert wiring.process_index == (3 if asked else 1)
