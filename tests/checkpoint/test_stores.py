@@ -212,6 +212,7 @@ def test_a_store_that_does_not_answer_fails_the_save_and_not_the_run(server, pre
         ("s3://bucket", "expected a path, or a bucket and a place in it, such as s3://bucket/llama"),
         ("s3:///a", "expected a path, or a bucket and a place in it"),
         ("''", "expected a path, or a bucket"),
+        ("elsewhere", "expected an absolute path"),
     ],
 )
 def test_places_that_cannot_be(where, message, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 from pydantic import Field, model_validator
 
 from trainfw.config import Config, invalid
@@ -13,8 +15,8 @@ class CheckpointConfig(Config):
     """When to save, and what to keep. The last step is always saved."""
 
     directory: str | None = None
-    """Keep them here: a directory, or a place of this run's own in an object store, such as s3://bucket/llama. Null: in
-    the run's directory."""
+    """Keep them here: an absolute path, or a place in an object store such as s3://bucket/llama, for this run alone. Null:
+    in the run's directory."""
     every: int = Field(default=1000, ge=0)
     """Save after every this many steps; 0: only at the end."""
     keep_last: int = Field(default=2, ge=1)
@@ -34,4 +36,6 @@ class CheckpointConfig(Config):
             invalid("directory", f"{expected}{did_you_mean(scheme, STORES)}")
         if self.directory == "" or (found and not (bucket and place.strip("/"))):
             invalid("directory", "expected a path, or a bucket and a place in it, such as s3://bucket/llama")
+        if self.directory and not found and not os.path.isabs(os.path.expanduser(self.directory)):
+            invalid("directory", "expected an absolute path, the same from everywhere, or a place in a store")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -86,11 +87,12 @@ def list_store(directory: Directory) -> dict[str, tuple[int, str]]:
 def delete_leftovers(directory: Directory) -> None:
     """What saves that failed have left, while none goes on: their writers may outlive Orbax's own deletion of it."""
     if in_store(directory):
-        whole = {str(step) for step in steps_in(directory)}
-        listed = _filesystem(directory).ls(str(directory), detail=False)
-        for name in {path.rstrip("/").rpartition("/")[2] for path in listed} - whole:
-            if name.isdecimal():
-                _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
+        with contextlib.suppress(Exception):  # of many kinds; there is a next time
+            whole = {str(step) for step in steps_in(directory)}
+            listed = _filesystem(directory).ls(str(directory), detail=False)
+            for name in {path.rstrip("/").rpartition("/")[2] for path in listed} - whole:
+                if name.isdecimal():
+                    _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
         return
     for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -138,6 +140,8 @@ def _teach_orbax() -> None:
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
+    if not (hasattr(gcs_utils, "get_kvstore_for_gcs") and hasattr(tensorstore_utils, "_use_gcs_driver")):
+        raise UserError("checkpoint.directory: s3:// is known to work with orbax-checkpoint 0.12.8; install that")
     of_gcs, is_remote = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._use_gcs_driver
 
     def spec(path: Any) -> dict[str, Any]:
