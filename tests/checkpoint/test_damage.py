@@ -165,6 +165,30 @@ def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
 
 @needs_tmpfs
 @pytest.mark.slow
+def test_the_last_save_is_tried_twice(tmp_path, small_disk):
+    filler = small_disk / "filler"
+
+    class Filling(Heard):
+        def row(self, row, steps):
+            if row["step"] == 6:
+                with contextlib.suppress(OSError), filler.open("wb") as file:
+                    while True:
+                        file.write(bytes(65536))
+
+        def note(self, text):
+            super().note(text)
+            if "trying once more" in text:
+                filler.unlink()
+
+    heard = Filling()
+    recipe = tiny_recipe(tmp_path, "train.steps=6", "checkpoint.every=0")
+    train(recipe, devices=jax.devices()[:1], run_dir=small_disk / "run", reporter=heard)
+    assert any("step 6" in note and note.endswith("trying once more") for note in heard.notes)
+    assert RunDirectory(small_disk / "run").steps() == [6]
+
+
+@needs_tmpfs
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run(tmp_path, small_disk):
     write_recipe(tmp_path)
     recipe = tiny_recipe(tmp_path, "train.steps=40", "checkpoint={every: 4, max_failures: 2, keep_last: 1}")

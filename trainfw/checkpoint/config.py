@@ -15,8 +15,8 @@ class CheckpointConfig(Config):
     """When to save, and what to keep. The last step is always saved."""
 
     directory: str | None = None
-    """Keep them here: an absolute path, or a place in an object store such as s3://bucket/llama, for this run alone. Null:
-    in the run's directory."""
+    """Keep them here: an absolute path, or a place in an object store such as s3://bucket/llama, for this run alone.
+    Null: in the run's directory."""
     every: int = Field(default=1000, ge=0)
     """Save after every this many steps; 0: only at the end."""
     keep_last: int = Field(default=2, ge=1)

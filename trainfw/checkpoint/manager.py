@@ -142,10 +142,10 @@ class Checkpoints:
             what = f"{self.directory}: step {step} cannot be saved: {_first_line(error)}"
             with contextlib.suppress(Exception):
                 self._manager.close()
-            if self._failures > forgiven:
-                raise RunError(what) from error
             # Another next time: this one raises its failure again and again, and what was half written takes room.
             self._opened = None
+            if self._failures > forgiven:
+                raise RunError(what) from error
             self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
 
     def newest_whole(self, report: Callable[[str], None]) -> int | None:

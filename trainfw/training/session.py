@@ -176,16 +176,15 @@ class Session:
                 if save:
                     self._save(step, state)
                 self.last_completed = time.monotonic()  # none of them is part of a step's time
-        self._wait()  # while a signal still cannot cut it short
+        self._save_last(steps, state)  # while a signal still cannot cut it short
         return state
 
     def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
         """Save, unless that was done, and stop."""
         assert stop.signum is not None
         self._drain()
-        if step and step != self.saved:
-            self._save(step, state)
-        self._wait()
+        if step:
+            self._save_last(step, state)
         raise Interrupted(stop.signum, step)
 
     def _drain(self) -> None:
@@ -278,6 +277,23 @@ class Session:
         with self.phases.during("save"):
             if self.checkpoints.save(step, state.params, rest, meta):
                 self.saved = step  # or will be
+
+    def _save_last(self, step: int, state: TrainState) -> None:
+        """Have `step` on disk, unless it is. Tried twice: nothing comes after it. Raises RunError where it fails."""
+        tries = 2 if jax.process_count() == 1 else 1  # of several, only one may know that it failed
+        for left in reversed(range(tries)):
+            try:
+                if self.saved != step:
+                    self._save(step, state)
+                self._wait()
+                if self.saved == step:
+                    return
+                raise RunError(f"{self.run}: step {step} is not saved")  # why was reported
+            except RunError as error:
+                if not left:
+                    raise
+                self.reporter.note(f"warning: {error}; trying once more")
+                self.saved = None
 
     def _wait(self, *, must: bool = True) -> None:
         with self.phases.during("save"):
