@@ -50,8 +50,8 @@ class Server:
     def client(self):
         return boto3.client("s3", endpoint_url=self.endpoint)
 
-    def keys(self, prefix):
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    def keys(self, prefix, bucket=BUCKET):
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
 
@@ -118,6 +118,27 @@ def test_a_run_goes_on_from_a_store(server, prefix, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_copy_from_a_store_is_a_checkpoint(server, tmp_path):
+    """In a bucket and a place that are called as the words of errors are."""
+    recipe = tiny_recipe(tmp_path, "train.steps=4", "checkpoint.directory=s3://a-bucket/bucket")
+    server.client.create_bucket(Bucket="a-bucket")
+    run_here(recipe, tmp_path / "run")
+    for key in server.keys("bucket/", "a-bucket"):
+        file = tmp_path / "run" / "checkpoints" / key.removeprefix("bucket/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(read(server, key, "a-bucket"))
+    copied = tiny_recipe(tmp_path, "train.steps=8")
+    notes = run_here(copied, tmp_path / "run")
+    assert any(note.startswith("resumed") and "at step 4" in note for note in notes)
+    assert list(losses(tmp_path / "run")) == list(range(1, 9))
+    with pytest.raises(UserError, match=r"its checkpoints, up to step 8, are in .*checkpoints, not in s3://a-bucket/b"):
+        run_here(recipe, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "8" / "manifest.json").write_text('{"tag": {"missing": [1, ""]}}')
+    with pytest.raises(RunError, match="8: is damaged: missing is missing"):
+        SavedParameters(tmp_path / "run" / "checkpoints" / "8")
+
+
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
     path = write_recipe(tmp_path, train={"steps": 8}, checkpoint={"every": 4})
     command = [sys.executable, "-m", "trainfw", "launch", "local", str(path), "parallel.fsdp=2", place(prefix)]
@@ -178,15 +199,16 @@ def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     directory = locate(tmp_path / "run", recipe.checkpoint)
     with pytest.raises(RunError, match=r"s3://checkpoints/.*/8: is damaged: params/ocdbt"):
         SavedParameters(directory / "8")
-    notes = run_here(recipe, tmp_path / "run")
+    again = tmp_path / ("run" if change == "missing" else "new")  # where nothing else knows the recipe
+    notes = run_here(recipe, again)
     assert any("the checkpoint of step 8 is damaged: params/ocdbt" in note for note in notes)
-    assert losses(tmp_path / "run") == before
+    assert losses(again) == {step: loss for step, loss in before.items() if again.name == "run" or step > 4}
     assert steps_in(directory) == [4, 8]
     assert server.keys(f"{prefix}-damaged/8/")
 
 
-def read(server, key):
-    return server.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+def read(server, key, bucket=BUCKET):
+    return server.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
 
 @pytest.mark.slow
@@ -213,6 +235,7 @@ def test_a_store_that_does_not_answer_fails_the_save_and_not_the_run(server, pre
         ("s3:///a", "expected a path, or a bucket and a place in it"),
         ("''", "expected a path, or a bucket"),
         ("elsewhere", "expected an absolute path"),
+        ("s3:/bucket/a", "expected an absolute path"),
     ],
 )
 def test_places_that_cannot_be(where, message, tmp_path):
@@ -245,3 +268,6 @@ def test_another_directory(tmp_path):
     assert steps_in(tmp_path / "elsewhere") == [4]
     assert not (tmp_path / "run" / "checkpoints").exists()
     load_model(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="/file: is a file; checkpoints need a directory"):
+        run_here(tiny_recipe(tmp_path, f"checkpoint.directory={tmp_path / 'file'}"), tmp_path / "other")

@@ -262,6 +262,7 @@ def test_a_process_sets_exactly_what_is_printed(tmp_path):
     recipe = str(write_recipe(tmp_path, **ULTRASERVER, **UNROLLED))
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     environ |= CASES["ultraserver-slurm"][1] | {"NEURON_RT_EXEC_TIMEOUT": "1800"}
+    environ |= {"NEURON_GLOBAL_TOPOID": "2", "NEURON_GLOBAL_TOPOID0_HOST": "trn2u-003"}  # or they would meet first
 
     def run(*command: str) -> str:
         return subprocess.run(

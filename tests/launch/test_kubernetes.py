@@ -173,6 +173,13 @@ def test_ultraservers():
     assert pod(jobset)["containers"][0]["resources"]["limits"]["vpc.amazonaws.com/efa"] == "15"
 
 
+def test_other_resources_and_names():
+    _, jobset = read(job("quickstart", ["name=8b-run"], resources=["memory=15Gi", "hugepages-2Mi=5120Mi"]))
+    assert jobset["metadata"]["name"] == "run-8b-run"
+    asked = {"memory": "15Gi", "hugepages-2Mi": "5120Mi"}
+    assert pod(jobset)["containers"][0]["resources"] == {"limits": asked, "requests": asked}
+
+
 def test_pods_know_where_they_stand():
     """What the pods are told, as JobSet and Kubernetes fill it in, makes them processes 0 to 11."""
     recipe = load_recipe("llama3.1-8b-trn2-ultraserver", ["hardware.count=3"])
@@ -217,6 +224,12 @@ def test_what_another_try_would_not_mend_fails_at_once():
         ("quickstart", {"volumes": ["fsx:data"]}, "--volume fsx:data: expected CLAIM or CLAIM:/PATH"),
         ("quickstart", {"name": "a.b"}, "--name a.b: expected at most 4[0-9] small letters"),
         ("quickstart", {"name": "a" * 60}, "expected at most 4[0-9] small letters"),
+        ("quickstart", {"name": "8b"}, "--name 8b: expected .* the first a letter"),
+        ("quickstart", {"volumes": ["c:/"]}, "--volume c:/: expected CLAIM"),
+        ("quickstart", {"volumes": ["c:/x", "d:/x"]}, "--volume: /x is there already"),
+        ("quickstart", {"volumes": ["c:/etc/trainfw"]}, "--volume: /etc/trainfw is there already"),
+        ("quickstart", {"resources": ["memory"]}, "--resource memory: expected NAME=AMOUNT"),
+        ("quickstart", {"run_dir": "runs/a"}, "--run-dir runs/a: expected an absolute path"),
         ("quickstart", {"namespace": "A"}, "--namespace A: expected"),
         ("quickstart", {"image": "a b"}, "--image 'a b': expected a container image"),
         (
@@ -234,6 +247,6 @@ def test_what_cannot_be_is_refused(recipe, options, message):
 def test_nodes_of_which_no_document_tells():
     recipe = load_recipe("llama3.1-8b-trn2-ultraserver", ["hardware={topology: trn3-gen1-ultraserver}"])
     with pytest.raises(
-        UserError, match=r"hardware.topology = .*trn3-gen1-ultraserver: no document says what its nodes"
+        UserError, match=r"hardware.topology = 'trn3-gen1-ultraserver': no document says what its nodes"
     ):
         kubernetes_job(recipe, image="i", volumes=["fsx"])

@@ -61,6 +61,14 @@ def test_a_node_for_each_instance():
     assert "srun --kill-on-bad-exit=1" in script
 
 
+def test_names_with_spaces_and_patterns():
+    script = job(nodes=1, run="my runs/50%j", partition="a b").script()
+    assert '#SBATCH --partition="a b"' in script
+    assert '#SBATCH --output="my runs/50%%j/logs/slurm-%j.log"' in script
+    assert "--output='my runs/50%%j/logs'/rank-%t.log" in script
+    assert "--run-dir 'my runs/50%j'" in script
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -68,11 +76,17 @@ def test_a_node_for_each_instance():
         ({"time": "tomorrow"}, "--time tomorrow: expected what sbatch takes"),
         ({"options": ["exclude=a"]}, "--sbatch exclude=a: expected an option"),
         ({"partition": "a\nb"}, "line break"),
+        ({"partition": 'a"b'}, "quotation mark"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         job(**options)
+
+
+def test_an_instance_takes_one_process():
+    with pytest.raises(UserError, match="--tasks-per-node 4: an instance of Neuron takes one process"):
+        job("llama3.1-8b-trn2-ultraserver", tasks_per_node=4)
 
 
 def test_nodes_must_be_the_topologys():

@@ -96,5 +96,5 @@ def test_the_examples_are_those_of_the_uninterrupted_run(tmp_path):
     # The kills cost what was done after the last checkpoint, and until the next session began.
     log = (moved / "logs" / "rank-0.log").read_text()
     assert re.search(r"goodput \d+\.\d% of .* in 4 sessions: start .*, lost \d.*, restart \d", log)
-    last = json.loads((moved / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0 < last["goodput"] < 1
+    kept = [json.loads(line).get("goodput") for line in (moved / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < share < 1 for share in kept if share is not None)

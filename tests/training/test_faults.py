@@ -92,7 +92,7 @@ def test_rollback_before_anything_was_saved(tmp_path, poisoned):
 def test_too_many(tmp_path, poisoned, policy):
     poisoned.update(range(16, 800, 8))
     recipe = tiny_recipe(tmp_path, f"faults.non_finite={policy}", "faults.most=2")
-    with pytest.raises(RunError, match=r"step [356]: loss is nan"):
+    with pytest.raises(RunError, match=r"step [356]: loss is nan; more than faults\.most = 2; "):
         run_it(recipe, tmp_path / "run")
 
 

@@ -18,6 +18,9 @@ from trainfw.parallel import reorder_layers
 LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
 
+_MOVE_SECONDS = 3600
+"""How long they wait for damaged ones to be moved, which a store does by copying."""
+
 _BARRIER_SECONDS = 600
 """How long a process waits for the others to have written their parts."""
 
@@ -144,6 +147,8 @@ class Checkpoints:
                 self._manager.close()
             # Another next time: this one raises its failure again and again, and what was half written takes room.
             self._opened = None
+            if jax.process_index() == 0 and not in_store(self.directory):
+                delete_leftovers(self.directory)
             if self._failures > forgiven:
                 raise RunError(what) from error
             self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
@@ -175,7 +180,7 @@ class Checkpoints:
                 target = target.with_name(target.name + "-again")
             move(self.directory / str(later), target)
         if damaged:
-            exchange("damaged", None)  # moved, for all to see
+            exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
             self._manager.reload()
         return step
 

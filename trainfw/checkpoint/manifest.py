@@ -25,7 +25,9 @@ _THREADS = 4
 
 def write_manifest(directory: Directory) -> None:
     """Describe the files under `directory`, which are all there, in one file beside them."""
-    (directory / MANIFEST).write_text(json.dumps({_key(directory): inventory(directory)}, indent=0), encoding="utf-8")
+    files = inventory(directory)
+    manifest = {"place": str(directory), "tag": files} if in_store(directory) else {"sha256": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=0), encoding="utf-8")
 
 
 def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
@@ -38,12 +40,15 @@ def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
 def find_damage(directory: Directory, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, in words, or None where every file is what it was when it was saved.
 
+    Of one that was copied from or to a store, which has other tags, sizes alone are compared.
+
     Args:
         share: look at the files of this share alone, of `shares` equal ones.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest[_key(directory)].items()}
+        key = "sha256" if "sha256" in manifest else "tag"
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest[key].items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -51,23 +56,25 @@ def find_damage(directory: Directory, share: int = 0, shares: int = 1) -> str | 
     if not files:
         return f"{MANIFEST} lists no files"
     if in_store(directory):
-        found = inventory(directory)
-        return next(
-            (_changed(name, found.get(name), about) for name, about in files.items() if found.get(name) != about), None
-        )
-    return next(_damages(directory, dict(sorted(files.items())[share::shares])), None)
+        copied = manifest.get("place") != str(directory)
+        return next(_differences(inventory(directory), files, copied), None)
+    mine = dict(sorted(files.items())[share::shares])
+    if key == "tag":
+        there = {name: ((directory / name).stat().st_size, "") for name in mine if (directory / name).is_file()}
+        return next(_differences(there, mine, True), None)
+    return next(_damages(directory, mine), None)
 
 
-def _key(directory: Directory) -> str:
-    return "tag" if in_store(directory) else "sha256"
-
-
-def _changed(name: str, found: tuple[int, str] | None, saved: tuple[int, str]) -> str:
-    if found is None:
-        return f"{name} is missing"
-    if found[0] != saved[0]:
-        return f"{name} has {found[0]:,} bytes, not {saved[0]:,}"
-    return f"{name} is not what was saved (its tag differs)"
+def _differences(
+    found: Mapping[str, tuple[int, str]], saved: Mapping[str, tuple[int, str]], sizes_alone: bool
+) -> Iterator[str]:
+    for name, (size, tag) in saved.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif found[name][0] != size:
+            yield f"{name} has {found[name][0]:,} bytes, not {size:,}"
+        elif not sizes_alone and found[name][1] != tag:
+            yield f"{name} is not what was saved (its tag differs)"
 
 
 def _damages(directory: Directory, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:

@@ -21,13 +21,14 @@ class SavedParameters:
 
     Args:
         directory: of a step.
+        verify: look at its files first.
 
     Raises RunError where its files are not what was saved.
     """
 
-    def __init__(self, directory: Directory):
+    def __init__(self, directory: Directory, *, verify: bool = True):
         self.directory = directory if in_store(directory) else directory.absolute()
-        if problem := find_damage(self.directory):
+        if verify and (problem := find_damage(self.directory)):
             raise RunError(f"{self.directory}: is damaged: {problem}")
         self._reader = ocp.PyTreeCheckpointHandler()
 

@@ -66,7 +66,7 @@ def steps_in(directory: Directory) -> list[int]:
     try:
         names = [path.rstrip("/").rpartition("/")[2] for path in store.ls(str(directory), detail=False)]
     except FileNotFoundError as error:
-        if "bucket" in str(error):
+        if "bucket does not exist" in str(error):
             raise UserError(f"{directory}: {error}") from None
         return []
     except Exception as error:  # each library raises its own kinds
@@ -99,11 +99,13 @@ def delete_leftovers(directory: Directory) -> None:
 
 
 def move(source: Directory, target: Directory) -> None:
-    """A tree to another place, which does not exist; in a store, by copies."""
+    """A checkpoint to another place, which does not exist; in a store, by copies."""
     if in_store(source):
         store = _filesystem(source)
-        for name in list_store(source):
-            store.copy(f"{source}/{name}", f"{target}/{name}")
+        names = list(list_store(source))
+        store.rm(f"{source}/{COMMITTED}")  # whoever is killed in between has not left it for another time
+        names.remove(COMMITTED)
+        store.copy([f"{source}/{name}" for name in names], [f"{target}/{name}" for name in names])
         store.rm(str(source), recursive=True)
     else:
         target.parent.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Overrides, RecipePath, Resume, RunDir
+from trainfw.cli.options import Overrides, RecipePath, Resume, RunDir, check_resume
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
@@ -25,6 +25,7 @@ def local(
     from trainfw.launch import launch_local
     from trainfw.recipe import load_recipe
 
+    check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     directory = run_dir or os.path.join("runs", loaded.name)
     command = [sys.executable, "-m", "trainfw", "train", recipe, *(overrides or ())]
@@ -100,7 +101,12 @@ def kubernetes(
     namespace: Annotated[str | None, typer.Option(show_default=False)] = None,
     nodes: Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)] = None,
     efa: Annotated[
-        int | None, typer.Option(help="EFA interfaces a node offers (default: the instance's).", show_default=False)
+        int | None,
+        typer.Option(help="EFA interfaces a node offers (default: the instance's).", show_default=False, min=0),
+    ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="Ask for it in each pod too, such as memory=1500Gi, cpu=180."),
     ] = None,
     queue: Annotated[str | None, typer.Option(help="Of Kueue, to wait in.", show_default=False)] = None,
     grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and SIGKILL.", min=1)] = 120,
@@ -124,6 +130,7 @@ def kubernetes(
         namespace=namespace,
         nodes=nodes,
         efa=efa,
+        resources=resource or (),
         queue=queue,
         grace=grace,
         restarts=restarts,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from trainfw.errors import UserError
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe, such as train.steps=50."),
@@ -33,3 +35,9 @@ RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default
 Step = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
 ]
+
+
+def check_resume(resume: str) -> None:
+    """Raise UserError for what `--resume` does not take."""
+    if resume not in ("auto", "never", "must"):
+        raise UserError(f"--resume {resume}: expected auto, never or must")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainfw.cli.options import Devices, Overrides, RecipePath, Resume, RunDir
+from trainfw.cli.options import Devices, Overrides, RecipePath, Resume, RunDir, check_resume
 from trainfw.cli.signals import leaving_at_once
 from trainfw.errors import RunError
 
@@ -31,13 +33,10 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
-    from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
     from trainfw.training import tiny_overrides
 
-    choices = ("auto", "never", "must")
-    if resume not in choices:
-        raise UserError(f"--resume {resume}: expected auto, never or must")
+    check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     if tiny:
         devices = devices or 8
@@ -47,8 +46,21 @@ def train(
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
     if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
+    _ignore_what_failed_saves_leave()
     with leaving_at_once():
         _run(loaded, devices, resume, run_dir, as_backend)
+
+
+def _ignore_what_failed_saves_leave() -> None:
+    """Orbax's coroutines and callbacks, of which Python would complain at length around the one line that matters."""
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _run(loaded: Recipe, devices: int | None, resume: str, run_dir: str | None, as_backend: str | None) -> None:

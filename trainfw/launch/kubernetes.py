@@ -17,6 +17,10 @@ _JOB = "workers"
 _RECIPE = "/etc/trainfw"
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 """RFC 1123."""
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+"""RFC 1035, which JobSet asks for (kubernetes-sigs/jobset pkg/webhooks/jobset_webhook.go)."""
+_AMOUNT = re.compile(r"[a-z][-./a-zA-Z0-9]*=[0-9]+(\.[0-9]+)?[a-zA-Z]{0,2}")
+_OURS = ("/dev/shm", _RECIPE)
 _LONGEST = 63
 """Of a label: of a pod's host name too."""
 
@@ -35,8 +39,10 @@ class KubernetesJob:
     """Units of the topology that are several instances each; else one."""
     pods: int
     """Of each."""
-    resources: dict[str, int]
+    devices: dict[str, int]
     """Of each pod."""
+    resources: dict[str, str]
+    """Others, such as cpu and memory."""
     node_labels: dict[str, str]
     unit_label: str | None
     """The label of nodes that the pods of one Job have in common, and with no other's."""
@@ -93,7 +99,8 @@ class KubernetesJob:
         }
 
     def _pod(self) -> dict[str, Any]:
-        devices = {name: str(count) for name, count in self.resources.items()}
+        devices = {name: str(count) for name, count in self.devices.items()}
+        resources = devices | self.resources
         volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{self.name}-recipe"}}]
         mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": _RECIPE, "readOnly": True}]
         for i, (claim, path) in enumerate(self.volumes):
@@ -108,7 +115,7 @@ class KubernetesJob:
             "command": ["python", "-m", "trainfw", "train", f"{_RECIPE}/recipe.yaml", "--run-dir", self.run_dir],
             "env": self._environment(),
             "volumeMounts": mounts,
-            **({"resources": {"limits": devices, "requests": devices}} if devices else {}),
+            **({"resources": {"limits": resources, "requests": resources}} if resources else {}),
         }
         pod: dict[str, Any] = {
             "restartPolicy": "Never",
@@ -146,6 +153,7 @@ def kubernetes_job(
     namespace: str | None = None,
     nodes: int | None = None,
     efa: int | None = None,
+    resources: Sequence[str] = (),
     queue: str | None = None,
     grace: int = 120,
     restarts: int = 100,
@@ -159,6 +167,7 @@ def kubernetes_job(
         name: by default the recipe's, in the letters that Kubernetes takes.
         nodes: pods; by default the topology's instances.
         efa: EFA interfaces for each pod; by default those of the instance.
+        resources: `NAME=AMOUNT` to ask for and be limited to, for each pod.
 
     Raises UserError for names and numbers that cannot be.
     """
@@ -166,35 +175,46 @@ def kubernetes_job(
     count = nodes if nodes is not None else topology.instances if topology is not None else 1
     if count < 1:
         raise UserError(f"--nodes {count}: expected at least 1")
-    jobs, resources, labels, unit_label = 1, {}, {}, None
+    jobs, devices, labels, unit_label = 1, {}, {}, None
     if topology is not None and topology.name != "cpu":
         known = topology.kubernetes
         if known is None:
-            raise recipe.error(
-                "hardware.topology", f"{topology.name}: no document says what its nodes are called in Kubernetes"
-            )
+            raise recipe.error("hardware.topology", "no document says what its nodes are called in Kubernetes")
         if count != topology.instances:
             raise recipe.error(
                 "hardware.count",
                 f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
             )
-        resources = {known.devices: topology.chips // topology.instances}
+        devices = {known.devices: topology.chips // topology.instances}
         interfaces = known.efa if efa is None else efa
         if interfaces and count > 1:
-            resources["vpc.amazonaws.com/efa"] = interfaces
+            devices["vpc.amazonaws.com/efa"] = interfaces
         if known.instance_type is not None:
             labels = {"node.kubernetes.io/instance-type": known.instance_type}
         if topology.instances > topology.count:
             jobs, unit_label = topology.count, known.unit_label
     pods = count // jobs
     claims = [_volume(text) for text in volumes]
+    places = [*_OURS, *(path for _, path in claims)]
+    if twice := next((path for path in places if places.count(path) > 1), None):
+        raise UserError(f"--volume: {twice} is there already")
+    for text in resources:
+        if not _AMOUNT.fullmatch(text):
+            raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
+    if run_dir is not None and not run_dir.startswith("/"):
+        raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
+        name = name if name[0].isalpha() else f"run-{name}"
     room = _LONGEST - len(f"-{_JOB}-{jobs - 1}-{pods - 1}-xxxxx")  # the names of pods
-    _check("--name", name, room)
-    for option, text in (("--namespace", namespace), ("--queue", queue)):
-        if text is not None:
-            _check(option, text, _LONGEST)
+    if not _NAME.fullmatch(name) or len(name) > room:
+        raise UserError(
+            f"--name {name}: expected at most {room} small letters, digits and hyphens, the first a letter, the last no "
+            "hyphen"
+        )
+    for option, label in (("--namespace", namespace), ("--queue", queue)):
+        if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):
+            raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
     if not image or re.search(r"\s", image):
         raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
     return KubernetesJob(
@@ -205,7 +225,8 @@ def kubernetes_job(
         run_dir=run_dir or f"{claims[0][1]}/runs/{name}",
         jobs=jobs,
         pods=pods,
-        resources=resources,
+        devices=devices,
+        resources=dict(text.split("=", 1) for text in resources),
         node_labels=labels,
         unit_label=unit_label,
         namespace=namespace,
@@ -217,18 +238,10 @@ def kubernetes_job(
 
 def _volume(text: str) -> tuple[str, str]:
     claim, _, path = text.partition(":")
-    path = path or f"/{claim}"
+    path = (path or f"/{claim}").rstrip("/")
     if not _LABEL.fullmatch(claim) or not path.startswith("/") or ":" in path:
         raise UserError(f"--volume {text}: expected CLAIM or CLAIM:/PATH, such as checkpoints:/fsx")
-    return claim, path.rstrip("/")
-
-
-def _check(option: str, name: str, longest: int) -> None:
-    if not _LABEL.fullmatch(name) or len(name) > longest:
-        raise UserError(
-            f"{option} {name}: expected at most {longest} small letters, digits and hyphens, a letter or digit at both "
-            "ends"
-        )
+    return claim, path
 
 
 class _Dumper(yaml.SafeDumper):

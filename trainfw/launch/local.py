@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,10 @@ _STACKS = signal.SIGUSR1
 """Asks a process for the stacks of its threads (`trainfw.cli.signals`)."""
 _STACK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a process that was stopped, as all of them then are, each when it has saved."""
+_LEAVING_SECONDS = 60.0
+"""How long they are waited for."""
 
 
 def launch_local(
@@ -38,20 +43,22 @@ def launch_local(
         paths = [logs / f"rank-{rank}.log" for rank in range(processes)]
         files = [stack.enter_context(path.open("ab", buffering=0)) for path in paths]
         say(f"{processes} processes; their logs: {logs}/rank-*.log")
+        shown = paths[0].stat().st_size
         children = [_start(command, rank, processes, port, file) for rank, file in enumerate(files)]
         stack.callback(_end, children)
-        tee = threading.Thread(target=_tee, args=(children[0].stdout, files[0]), daemon=True)
-        tee.start()
+        over = threading.Event()
+        echo = threading.Thread(target=_echo, args=(paths[0], shown, over), daemon=True)
+        echo.start()
         with _forwarding(children) as forwarded:
             rank = _first_to_fail(children, forwarded)
+        over.set()
+        echo.join()  # before the others are ended, whose stacks are for their logs
         if rank is None:
-            tee.join()
             return 0
         code = children[rank].returncode
         code = 128 - code if code < 0 else code
-        if not forwarded:
+        if not forwarded and code not in _STOPPED:
             _end(children)
-            tee.join()
             say(f"process {rank} of {processes} ended first, with exit code {code}; the others were ended")
             if rank:  # what the first one wrote was shown
                 say(f"{paths[rank]} ends:\n{_tail(paths[rank])}")
@@ -70,7 +77,7 @@ def _start(command: Sequence[str], rank: int, processes: int, port: int, log: IO
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if rank == 0 else log,
+        stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a terminal's Ctrl-C comes through us alone
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
@@ -84,13 +91,16 @@ def _die_with_parent() -> None:
 def _first_to_fail(children: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) -> int | None:
     """The rank of the first process that fails; None where all end well. After a signal, waits for all of them."""
     failed: int | None = None
+    deadline = math.inf
     while True:
         codes = [child.poll() for child in children]
         if failed is None:
             failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None and not forwarded:
-            return failed
+            if failed is not None and codes[failed] in _STOPPED:
+                deadline = time.monotonic() + _LEAVING_SECONDS
         if None not in codes:
+            return failed
+        if failed is not None and not forwarded and (codes[failed] not in _STOPPED or time.monotonic() > deadline):
             return failed
         time.sleep(_POLL_SECONDS)
 
@@ -129,13 +139,16 @@ def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
         child.wait()
 
 
-def _tee(source: IO[bytes] | None, log: IO[bytes]) -> None:
-    assert source is not None
-    while chunk := os.read(source.fileno(), 65536):
-        log.write(chunk)
-        with suppress(OSError):  # nobody reads any more; the run goes on
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+def _echo(log: Path, start: int, over: threading.Event) -> None:
+    """What is added to a log from byte `start` on, until it is over."""
+    with log.open("rb") as file:
+        file.seek(start)
+        last = False
+        while not last:
+            last = over.wait(_POLL_SECONDS)
+            with suppress(OSError):  # nobody reads any more; the run goes on
+                sys.stdout.buffer.write(file.read())
+                sys.stdout.buffer.flush()
 
 
 def _tail(path: Path, lines: int = 15) -> str:

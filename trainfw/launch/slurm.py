@@ -58,12 +58,10 @@ class SlurmJob:
             "account": self.account,
             "requeue": "",
             "open-mode": "append",  # a requeued job goes on in the same files
-            "output": logs / "slurm-%j.log",
+            "output": f"{_literal(logs)}/slurm-%j.log",
             "signal": f"TERM@{self.grace}",
         }
-        lines = [
-            f"--{key}={value}" if value != "" else f"--{key}" for key, value in sbatch.items() if value is not None
-        ]
+        lines = [_directive(key, value) for key, value in sbatch.items() if value is not None]
         command = [self.python, "-m", "trainfw", "train", self.recipe, *self.overrides, "--run-dir", str(self.run_dir)]
         if self.devices is not None:
             command += ["--devices", str(self.devices)]
@@ -74,7 +72,7 @@ class SlurmJob:
 # Written by `trainfw launch slurm`. One process on each node; each sets Neuron's, EFA's and JAX's environment itself
 # (`trainfw env` shows which), and those of UltraServers number themselves by their hosts' places in the torus.
 # SIGTERM (scancel, preemption, {self.grace} s before the time limit) goes to the processes, which save and exit with
-# 143.
+# 143. sbatch itself writes into {logs}: it must exist.
 set -uo pipefail
 trap 'echo "$(date): SIGTERM; the processes save"; [[ -n ${{step:-}} ]] && kill -TERM "$step" 2>/dev/null' TERM
 echo "$(date): job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"
@@ -82,7 +80,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
-srun --kill-on-bad-exit=1 --output={shlex.quote(str(logs))}/rank-%t.log --open-mode=append \\
+srun --kill-on-bad-exit=1 --output={shlex.quote(_literal(logs))}/rank-%t.log --open-mode=append \\
   {self._numbered()}{shlex.join(command)} &
 step=$!
 wait "$step"; code=$?
@@ -115,6 +113,16 @@ exit $code
   """
 
 
+def _directive(key: str, value: object) -> str:
+    text = str(value)
+    return f"--{key}" + (f'="{text}"' if re.search(r"\s", text) else f"={text}" if text else "")
+
+
+def _literal(path: Path) -> str:
+    """For a file name pattern of Slurm's."""
+    return str(path).replace("%", "%%")
+
+
 def slurm_job(
     recipe: Recipe, path: str, overrides: Sequence[str], run_dir: Path, *, nodes: int | None, **options: Any
 ) -> SlurmJob:
@@ -135,6 +143,10 @@ def slurm_job(
     for option in job.options:
         if not option.startswith("-"):
             raise UserError(f"--sbatch {option}: expected an option of sbatch, such as --exclude=trn-7")
+    if neuron and job.tasks_per_node > 1:
+        raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
+    if any('"' in text for text in (str(job.run_dir), job.partition or "", job.account or "")):
+        raise UserError("a name in the script's directives has a quotation mark")
     if any("\n" in text for text in (job.recipe, *job.overrides, *job.options, job.partition or "", job.account or "")):
         raise UserError("an argument has a line break")
     return job

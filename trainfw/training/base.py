@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from trainfw.checkpoint import SavedParameters
 from trainfw.errors import UserError
 from trainfw.program import open_base, other_base
 from trainfw.recipe import Recipe
@@ -15,7 +14,7 @@ def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> d
     if recipe.adapter is None:
         return None
     path = recipe.model.from_
-    before = None if resumed_step is None else SavedParameters(run.checkpoints / str(resumed_step)).meta.get("base")
+    before = None if resumed_step is None else run.saved_meta().get("base")
     if path is None:
         if before is not None:
             raise UserError(

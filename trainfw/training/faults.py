@@ -53,6 +53,8 @@ class FaultLog:
     def __init__(self, run: RunDirectory, config: FaultsConfig, batch_rows: int, resumed_step: int, writes: bool):
         self._file, self._config, self._batch_rows, self._writes = run.faults_file, config, batch_rows, writes
         self._run, self._in_a_row = run, 0
+        self.limit = ""
+        """Why a step that the recipe has another policy for ends the run, if it does."""
         self._rows = list(run.faults())
         self.rewind(resumed_step)
 
@@ -82,6 +84,7 @@ class FaultLog:
         rollbacks = self.counts()["rollbacks"]
         if self._in_a_row > self._config.most or (policy == "rollback" and rollbacks >= self._config.most):
             policy = "stop"
+            self.limit = f"; more than faults.most = {self._config.most}"
         row = {
             "step": bad.step,
             "kind": bad.kind,

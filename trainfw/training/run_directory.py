@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
-from trainfw.errors import UserError
+from trainfw.errors import RunError, UserError
 from trainfw.recipe import Recipe, load_recipe
 
 Resume = Literal["auto", "never", "must"]
@@ -78,12 +78,14 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if self.path.is_dir() and not self.recipe_file.is_file():
-            # A run has made its recipe before any other file but these: others are somebody else's.
-            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", "checkpoints", "recipe.tmp"}
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise UserError(f"{self.checkpoints}: is a file; checkpoints need a directory")
+        steps = self.steps()
+        if self.path.is_dir() and not steps and not self._is_ours():
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
-        steps = self.steps()
+        self._check_same_place(steps)
         if not steps:
             if resume == "must":
                 raise UserError(f"{self}: holds no checkpoint to resume from (--resume must)")
@@ -97,6 +99,24 @@ class RunDirectory:
         if steps[-1] > recipe.train.steps:
             raise recipe.error("train.steps", f"{self} is already at step {steps[-1]}; expected at least that")
         return steps[-1]
+
+    def _is_ours(self) -> bool:
+        """Whether a run began here: it makes checkpoints/, or keeps them elsewhere, before any other file."""
+        return (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
+
+    def _check_same_place(self, steps: list[int]) -> None:
+        """Raise UserError where the last session kept checkpoints elsewhere, which this one would not see."""
+        if not self.recipe_file.is_file():
+            return
+        place = locate(self.path, load_recipe(self.recipe_file).checkpoint)
+        if place == self.checkpoints:
+            return
+        there = steps_in(place)
+        if there and there[-1] > max(steps, default=0):
+            raise UserError(
+                f"{self}: its checkpoints, up to step {there[-1]}, are in {place}, not in {self.checkpoints}: set "
+                f"checkpoint.directory as it was, copy them, or choose another --run-dir"
+            )
 
     def _check_same(self, recipe: Recipe) -> None:
         differences = {
@@ -112,10 +132,20 @@ class RunDirectory:
             )
 
     def stored_recipe(self) -> Recipe:
-        """Of the last session; of the last checkpoint, where it is kept elsewhere and this directory is new."""
+        """Of the last session; of the last checkpoint, where this directory has none."""
         if self.recipe_file.is_file():
             return load_recipe(self.recipe_file)
-        return Recipe.model_validate(SavedParameters(self.checkpoints / str(self.steps()[-1])).meta["recipe"])
+        return Recipe.model_validate(self.saved_meta()["recipe"])
+
+    def saved_meta(self) -> dict[str, Any]:
+        """What was saved beside the arrays of the newest checkpoint in which it can be read.
+
+        Raises UserError where there is none.
+        """
+        for step in reversed(self.steps()):
+            with contextlib.suppress(OSError, ValueError, RunError):
+                return SavedParameters(self.checkpoints / str(step), verify=False).meta
+        raise UserError(f"{self.checkpoints}: no checkpoint can be read")
 
     def open(self, recipe: Recipe, resumed_step: int | None) -> None:
         """Store the recipe, and drop metrics newer than the step resumed from."""

@@ -217,7 +217,7 @@ class Session:
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         advice = "lower optimizer.learning_rate or look at the data, or set faults.non_finite or faults.spike"
         if policy == "stop":
-            raise RunError(f"{bad}; {kept}; {advice}")
+            raise RunError(f"{bad}{self.faults.limit}; {kept}; {advice}")
         if policy == "rollback":
             self.reporter.note(f"warning: {bad}; going back to {f'step {last}' if last else 'the start'}")
             raise _RollBack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,8 @@ def test_strangers_are_not_counted():
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(number_by_place, before[0], Place("A", 1), 30.0)
         port = before[0].coordinator_port + 1
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b'{"index": null}\n'):
+        other_job = json.dumps({"of": ["elsewhere", 2], "index": 1, "place": ["B", 0]}).encode() + b"\n"
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b'{"index": null}\n', other_job):
             stranger = connect(port)
             stranger.sendall(said)
             stranger.close()

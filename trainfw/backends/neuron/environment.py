@@ -209,11 +209,15 @@ def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str
         raise UserError(f"NEURON_ULTRASERVER_NODE_CONFIG = {config}: {topology.name} joins {nodes} instances")
     place = read_place(nodes)
     if place is not None and place.node_id != wiring.process_index % nodes:
+        advice = (
+            "the hosts are not whole UltraServers: ask the scheduler for those"
+            if wiring.order == "places"
+            else "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host "
+            "in NEURON_GLOBAL_TOPOID0_HOST)"
+        )
         raise UserError(
             f"process {wiring.process_index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
-            f"{place.server_id}, but process {wiring.process_index} takes node {wiring.process_index % nodes}: number "
-            f"processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host in "
-            f"NEURON_GLOBAL_TOPOID0_HOST)"
+            f"{place.server_id}, but process {wiring.process_index} takes node {wiring.process_index % nodes}: {advice}"
         )
     host = "read from /sys/class/neuron_device on the host"
     yield Variable("NEURON_RT_ULTRASERVER_MODE", "1", "4 instances joined by NeuronLink", _ULTRASERVER)

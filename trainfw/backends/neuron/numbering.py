@@ -27,7 +27,7 @@ def number_by_place(wiring: Wiring, place: Place | None, timeout: float = 600.0)
     """
     deadline = time.monotonic() + timeout
     index, count = wiring.process_index, wiring.process_count
-    mine = {"index": index, "place": place and [place.server_id, place.node_id]}
+    mine = {"of": [wiring.head, count], "index": index, "place": place and [place.server_id, place.node_id]}
     try:
         order = _gather(wiring, mine, deadline) if index == 0 else _ask(wiring, mine, deadline)
     except (OSError, ValueError) as error:
@@ -57,7 +57,9 @@ def _gather(wiring: Wiring, mine: dict[str, Any], deadline: float) -> list[dict[
             connection.settimeout(10.0)
             try:
                 said = json.loads(_line(connection))
-                entries[int(said["index"])] = {**said, "address": address}
+                if said["of"] != mine["of"] or said["index"] not in range(1, wiring.process_count):
+                    continue  # another job's
+                entries[said["index"]] = {**said, "address": address}
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of us
             waiting.append(connection)
