@@ -87,3 +87,19 @@ def test_a_job_is_preempted_and_goes_on(slurm, tmp_path):
     local = [*trainfw, "launch", "local", str(recipe), "parallel.data=2", "--run-dir", str(straight)]
     subprocess.run(local, check=True, capture_output=True)
     assert losses(run) == losses(straight)
+
+
+def test_a_job_that_is_cancelled_stays_so(slurm, tmp_path):
+    """Its processes save, and it does not requeue itself."""
+    recipe = write_recipe(tmp_path, train={"steps": 100_000}, checkpoint={"every": 0})
+    run = tmp_path / "run"
+    job = said(sys.executable, "-m", "trainfw", "launch", "slurm", str(recipe), "--devices", "1", "--run-dir", str(run))
+    number = job.split()[1]
+    until(lambda: (run / "metrics.jsonl").exists() and '"step": 30,' in (run / "metrics.jsonl").read_text())
+    subprocess.run(["scancel", number], check=True)
+    until(lambda: not said("squeue", "-h", "-o", "%i %T"))
+    story = (run / "logs" / f"slurm-{number}.log").read_text()
+    assert "start 2" not in story
+    assert story.rstrip().endswith("exit code 143; cancelled")
+    assert "CANCELLED" in said("scontrol", "show", "job", number)
+    assert "stopped by SIGTERM at step " in (run / "logs" / "rank-0.log").read_text()

@@ -55,9 +55,11 @@ def damaged_beside(directory: Directory) -> Directory:
 def steps_in(directory: Directory) -> list[int]:
     """Steps of the finished checkpoints in a directory, which need not exist.
 
-    Raises UserError where a store does not answer, or has no such bucket.
+    Raises UserError for a file, and where a store does not answer, or has no such bucket.
     """
     if not in_store(directory):
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory}: is a file; checkpoints need a directory")
         if not directory.is_dir():
             return []
         # Orbax renames a checkpoint to its step when it is whole.

@@ -209,8 +209,8 @@ def kubernetes_job(
     room = _LONGEST - len(f"-{_JOB}-{jobs - 1}-{pods - 1}-xxxxx")  # the names of pods
     if not _NAME.fullmatch(name) or len(name) > room:
         raise UserError(
-            f"--name {name}: expected at most {room} small letters, digits and hyphens, the first a letter, the last no "
-            "hyphen"
+            f"--name {name}: expected at most {room} small letters, digits and hyphens, the first a letter, the last "
+            "no hyphen"
         )
     for option, label in (("--namespace", namespace), ("--queue", queue)):
         if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):

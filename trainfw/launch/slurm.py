@@ -92,7 +92,9 @@ done
 # killed, crashed.
 case $code in
   {TRY_AGAIN} | 134 | 137 | 139 | 143)
-    if ((${{SLURM_RESTART_COUNT:-0}} < {self.restarts})); then
+    if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+      echo "$(date): exit code $code; cancelled"
+    elif ((${{SLURM_RESTART_COUNT:-0}} < {self.restarts})); then
       echo "$(date): exit code $code; requeued"
       trap - TERM  # by which Slurm ends this script now
       scontrol requeue "$SLURM_JOB_ID"

@@ -78,8 +78,6 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if self.checkpoints.exists() and not self.checkpoints.is_dir():
-            raise UserError(f"{self.checkpoints}: is a file; checkpoints need a directory")
         steps = self.steps()
         if self.path.is_dir() and not steps and not self._is_ours():
             others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}

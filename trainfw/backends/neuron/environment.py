@@ -212,8 +212,8 @@ def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str
         advice = (
             "the hosts are not whole UltraServers: ask the scheduler for those"
             if wiring.order == "places"
-            else "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host "
-            "in NEURON_GLOBAL_TOPOID0_HOST)"
+            else "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first "
+            "host in NEURON_GLOBAL_TOPOID0_HOST)"
         )
         raise UserError(
             f"process {wiring.process_index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
