@@ -127,7 +127,7 @@ LAYOUTS = {
 
 
 ADAPTERS = {"dora": {"kind": "dora"}, "nf4": {"base": "nf4", "block": 16, "targets": ["all-linear", "embedding"]}}
-QUICKER = {(0, "nf4"), (2, "dora")}
+QUICKER = {(2, "dora")}
 COMBINATIONS = [
     pytest.param(layout, adapter, marks=[] if (i, adapter) in QUICKER else pytest.mark.long)
     for i, layout in enumerate(LAYOUTS)
@@ -202,6 +202,7 @@ def test_dropout_draws_anew_for_every_step_row_and_layer(tmp_path):
             assert np.sum(one == other) == 0
 
 
+@pytest.mark.long
 def test_dropout_is_for_training_alone(tmp_path):
     program = program_of(tmp_path, {"dropout": 0.5})
     plain = program_of(tmp_path, {})

@@ -15,7 +15,7 @@ CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
-    command = [sys.executable, str(CHAOS), "--runs", "3", "--terms", "2", "--seed", "11", "--grace", "60"]
+    command = [sys.executable, str(CHAOS), "--runs", "3", "--terms", "1", "--seed", "11", "--grace", "60"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.endswith("5 of 5 runs went on bit for bit\n")
+    assert ran.stdout.endswith("4 of 4 runs went on bit for bit\n")

@@ -184,7 +184,10 @@ def unfinished(server, prefix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["missing", "other bytes", pytest.param("shorter", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param("missing", marks=pytest.mark.long), "other bytes", pytest.param("shorter", marks=pytest.mark.long)],
+)
 def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     recipe = tiny_recipe(tmp_path, "train.steps=8", "checkpoint.every=4", place(prefix))
     run_here(recipe, tmp_path / "run")

@@ -60,6 +60,7 @@ def test_bad_input(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_for_64_cores(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL, data={"source": ["nowhere/*.txt"]}, train={"global_batch_size": 16})
     arguments = [str(recipe), "parallel.tensor=4", "--hardware", "trn2.48xlarge"]

@@ -35,6 +35,7 @@ def test_train_generate_and_eval(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_train_as_neuron_gives_the_same_losses(tmp_path):
     recipe = str(write_recipe(tmp_path))
     chip = ["hardware.topology=trn2.3xlarge", "train.steps=4", "--devices", "4"]

@@ -58,6 +58,7 @@ def test_every_rank_has_a_log_and_the_first_one_is_shown(straight):
     assert all("step 40/40  loss" in log for log in logs)
 
 
+@pytest.mark.long
 def test_one_process_goes_on_with_what_two_began(straight, tmp_path):
     recipe, expected, _ = straight
     run = tmp_path / "run"
@@ -105,7 +106,7 @@ def test_one_hangs_and_the_job_ends_with_the_reason(straight, tmp_path):
     assert losses(run) == expected
 
 
-@pytest.mark.parametrize("to", ["the launcher", "one process"])
+@pytest.mark.parametrize("to", [pytest.param("the launcher", marks=pytest.mark.long), "one process"])
 def test_sigterm_saves_in_all(straight, tmp_path, to):
     recipe, expected, _ = straight
     run = tmp_path / "run"

@@ -86,7 +86,7 @@ def recomputed(tokens: int) -> dict[tuple[str, str], int]:
     return {("all-gather", "tensor"): 2 * each, ("reduce-scatter", "tensor"): each}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.long)])
 def test_fsdp_gathers_every_weight_and_scatters_every_gradient(tmp_path, remat):
     found, _ = traffic(tmp_path, remat, fsdp=8)
     assert found == {("all-gather", "fsdp"): gathered(), ("reduce-scatter", "fsdp"): scattered()}

@@ -113,6 +113,7 @@ def test_activations_are_the_inputs_of_layers_with_full_remat(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_remat_the_backward_pass_finds_all_it_needs(tmp_path):
     saved = []
     for remat in ("full", "dots", "none"):

@@ -97,6 +97,7 @@ def found(tmp_path_factory):
     return scale(half(tmp_path_factory.mktemp("scaling")), SCALED, told.append), told
 
 
+@pytest.mark.long
 def test_steps_are_compiled_once_for_each_number_of_rows(found):
     _, told = found
     # Weak: one replica, and two. Strong: 8 microbatches, 1, and those of weak scaling again where 2 units run.
@@ -148,6 +149,7 @@ def test_json_adds_up(found):
     assert all(one["best_spares"] < len(one["spares"]) for one in json_["goodput"]["weak"])
 
 
+@pytest.mark.long
 def test_a_run_that_never_ends_is_json_all_the_same(tmp_path):
     recipe = half(tmp_path)
     parameters = {"reliability.instance_mtbf": "1 s"}
@@ -195,6 +197,7 @@ def test_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_typed(tmp_path):
     recipe = str(write_recipe(tmp_path, hardware={"topology": "h100-8"}))
     command = [sys.executable, "-m", "trainfw", "plan", recipe, "--scale"]

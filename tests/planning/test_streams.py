@@ -120,6 +120,7 @@ def test_a_turn_of_the_loop_is_in_the_order_of_the_program(scanned):
     assert [258 // 2 in (m.m, m.n, m.k) for m in rest] == [True] * 3
 
 
+@pytest.mark.long
 def test_unrolled_layers_have_phases_but_no_turn(tmp_path):
     made = plan(tiny_recipe(tmp_path, *ON_EIGHT, "train.scan_layers=false", "optimizer.name=muon"))
     assert made.timeline.loops == ()

@@ -114,6 +114,7 @@ def test_masked_tokens_have_no_influence(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_bfloat16_computes_near_float32_and_keeps_float32_state(tmp_path):
     _, (_, reference) = one_step(tiny_recipe(tmp_path))
     _, (state, metrics) = one_step(tiny_recipe(tmp_path, "train.compute_dtype=bfloat16"))

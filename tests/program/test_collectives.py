@@ -51,8 +51,8 @@ LAYOUTS = {
     "expert-context-tensor": f"expert=2 context=2 tensor=2 remat=full {MOE}",
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
-QUICK = {"fsdp", "tensor-fsdp", "context-ring"}
-SLOW = {"hybrid", "pipeline-expert", "expert-dropless"}
+QUICK = {"fsdp", "tensor-fsdp"}
+SLOW = {"pipeline-expert"}
 """The others are for `--all`."""
 TRAIN = {"remat", "scan_layers", "accumulation_steps"}
 

@@ -38,6 +38,7 @@ STAGES = {"data": (0, 0, 0), "optimizer": (0, 0, 1), "gradients": (0, 1, 1), "pa
 """Whether parameters, gradients and optimizer state are shared out."""
 
 
+@pytest.mark.long
 def test_stages_of_zero_hold_what_their_formula_says(tmp_path):
     """Rajbhandari et al. 2019 (arXiv:1910.02054), figure 1, for Adam in f32: of M parameters on n devices
 

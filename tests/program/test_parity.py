@@ -138,7 +138,14 @@ def test_a_placed_mesh_trains_alike(one_device, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["parameters", "gradients", "optimizer"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "parameters",
+        pytest.param("gradients", marks=pytest.mark.long),
+        pytest.param("optimizer", marks=pytest.mark.long),
+    ],
+)
 def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
     overrides = ["parallel={data: 2, fsdp: 2, tensor: 2, fsdp_shards: %s}" % stage, "train.accumulation_steps=2"]  # noqa: UP031
     program = program_of(tmp_path, jax.devices(), overrides)

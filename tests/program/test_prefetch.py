@@ -82,6 +82,7 @@ def test_without_it_they_gather_for_themselves(tmp_path):
     assert len(bodies) == 2
 
 
+@pytest.mark.long
 def test_unrolled_layers_gather_for_the_next(tmp_path):
     """One layer's products lie between what a gather waits for and what waits for it, and no more than that."""
     module = partitioned(tmp_path, "train.scan_layers=false").module

@@ -223,6 +223,7 @@ def test_a_browser_has_nothing_to_say(page, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_as_typed(tmp_path):
     recipe = write_recipe(tmp_path, hardware={"topology": "h100-8"})
     file = tmp_path / "plan.html"

@@ -11,6 +11,8 @@ from tests.helpers import tiny_recipe
 from trainfw.planning import plan, scale
 from trainfw.report import plan_page, scaling_section
 
+pytestmark = pytest.mark.long
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -185,6 +185,7 @@ def test_merging_writes_what_the_adapter_computes(tmp_path, base, adapter):
     assert model.config.tie_embeddings == ("targets" not in adapter)
 
 
+@pytest.mark.long
 def test_a_model_fine_tuned_whole_is_exported(tmp_path, base):
     run = train(tmp_path, base, "run", "train.steps=2", adapter=False).run_dir
     export_model(str(run), str(tmp_path / "model"))
@@ -199,6 +200,7 @@ def test_a_model_fine_tuned_whole_is_exported(tmp_path, base):
     )
 
 
+@pytest.mark.long
 def test_a_base_drawn_from_a_seed_and_a_model_are_not_one(tmp_path, base):
     """Both ways: a run goes on with the kind of base that it began with."""
     on_model = train(tmp_path, base, "on model", "train.steps=2").run_dir
@@ -216,6 +218,7 @@ def test_a_base_drawn_from_a_seed_and_a_model_are_not_one(tmp_path, base):
     assert run.is_dir()
 
 
+@pytest.mark.long
 def test_banks_take_adapters_of_any_targets(tmp_path, base):
     """Lists of patterns, ranks by pattern, and what PEFT's form gives back."""
     several = {"targets": ["attention", "layers.mlp.up"], "patterns": {"layers.attention.*": {"rank": 2}}}
@@ -228,6 +231,7 @@ def test_banks_take_adapters_of_any_targets(tmp_path, base):
     np.testing.assert_allclose(np.asarray(model.logits(x)), expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_what_is_written_has_the_tokenizer_that_was_trained_with(tmp_path, base):
     """Not the base's, where the recipe names another."""
     other = byte_tokenizer()
@@ -278,6 +282,7 @@ def test_muon_is_refused(tmp_path, base):
         trainfw.build_program(recipe(tmp_path, base, "optimizer.name=muon"), jax.devices()[:1])
 
 
+@pytest.mark.long
 def test_a_base_that_was_moved_is_named_anew(tmp_path, base):
     """In the run's own recipe too, whose tokenizer was at the old place; and to evaluate it."""
     first = shutil.copytree(base, tmp_path / "first")

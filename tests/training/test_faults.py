@@ -106,6 +106,7 @@ def test_a_spike(tmp_path, confused):
     assert [row["step"] for row in RunDirectory(tmp_path / "run").faults()] == [45]
 
 
+@pytest.mark.long
 def test_what_spikes_are_measured_by_is_saved(tmp_path, confused, monkeypatch):
     confused.add(44 * 8)  # ten steps after the checkpoint: too few for a new guard
     recipe = tiny_recipe(tmp_path, *SPIKES)

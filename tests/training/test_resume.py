@@ -73,6 +73,7 @@ def test_resumed_on_another_mesh(straight, tmp_path, monkeypatch):
     np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_resumed_from_stages_that_held_other_layers(straight, tmp_path, monkeypatch):
     recipe, expected = straight
     stop_after(recipe, tmp_path / "run", 6, monkeypatch)
@@ -146,6 +147,7 @@ def wait_until(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_a_random_moment(tmp_path):
     recipe = write_recipe(
         tmp_path, train={"steps": 40, "global_batch_size": 8, "log_every": 1}, checkpoint={"every": 5}
