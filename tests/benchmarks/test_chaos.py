@@ -1,4 +1,7 @@
-"""A few of the stops of `benchmarks/chaos.py`, of which the whole takes most of an hour."""
+"""A few of the stops of `benchmarks/chaos.py`, of which the whole takes most of an hour.
+
+Of one process; tests/launch/test_local.py stops one of two.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
-    command = [sys.executable, str(CHAOS), "--runs", "3", "--terms", "1", "--seed", "11", "--grace", "60"]
+    command = [sys.executable, str(CHAOS), "--runs", "2", "--terms", "1", "--seed", "11", "--grace", "60"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.endswith("4 of 4 runs went on bit for bit\n")
+    assert ran.stdout.endswith("3 of 3 runs went on bit for bit\n")

@@ -156,6 +156,7 @@ def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_a_kill_leaves_is_no_checkpoint(server, prefix, tmp_path):
     """Killed while objects of a checkpoint are there, but not all."""
     path = write_recipe(tmp_path, train={"steps": 20}, checkpoint={"every": 2})

@@ -63,6 +63,7 @@ def test_logits_and_tokens_are_those_of_transformers(model, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.long
 def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
     """In F16, through `merge` and `export --format gguf`: the tokens of the merged model in Transformers."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

@@ -62,6 +62,7 @@ def said(*command):
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
+@pytest.mark.long
 def test_a_job_is_preempted_and_goes_on(slurm, tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 600}, checkpoint={"every": 0})
     run, trainfw = tmp_path / "run", [sys.executable, "-m", "trainfw"]

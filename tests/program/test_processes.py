@@ -53,6 +53,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "name", ["each its half", *(pytest.param(n, marks=pytest.mark.long) for n in list(LAYOUTS)[1:])]
 )
+@pytest.mark.long
 def test_two_processes_train_as_one(name, tmp_path):
     overrides, shares = LAYOUTS[name]
     path = tmp_path / "recipe.yaml"

@@ -126,6 +126,7 @@ def test_layers_in_another_order_read_the_same_base(tmp_path, base):
 PROMPTS = [[256, *b"document 3: w"], [256, *b"word1 = 2; word"], [256, *b"doc"], [256, *b"word5 ="]]
 
 
+@pytest.mark.long
 def test_rows_with_their_own_adapters_get_what_each_gives_alone(tmp_path, base):
     """Bitwise, at the same shape of batch: logits and tokens."""
     runs = {
@@ -174,6 +175,7 @@ def test_rows_with_their_own_adapters_get_what_each_gives_alone(tmp_path, base):
     ],
     ids=["nf4", "embedding"],
 )
+@pytest.mark.long
 def test_merging_writes_what_the_adapter_computes(tmp_path, base, adapter):
     run = train(tmp_path, base, "run", "train.steps=4", adapter=adapter).run_dir
     tokens = jnp.asarray([PROMPTS[0]])

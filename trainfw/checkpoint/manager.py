@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from trainfw.parallel import reorder_layers
 
 LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
+
+_CLEAR_SECONDS = 0.25
+_QUIET = 4
+"""So often nothing may be left, one after the other."""
 
 _MOVE_SECONDS = 3600
 """How long they wait for damaged ones to be moved, which a store does by copying."""
@@ -134,6 +139,14 @@ class Checkpoints:
             self._saving, self._failures = None, 0
             if jax.process_index() == 0:
                 delete_leftovers(self.directory)
+
+    def clear(self, seconds: float = 30.0) -> None:
+        """Make room for another try at a step: until the writers of a save that failed, which outlive it, are done."""
+        deadline = time.monotonic() + seconds
+        quiet = 0
+        while quiet < _QUIET and time.monotonic() < deadline:
+            quiet = 0 if delete_leftovers(self.directory) else quiet + 1
+            time.sleep(_CLEAR_SECONDS)
 
     @contextlib.contextmanager
     def _forgiving(self, step: int, forgiven: int) -> Iterator[None]:

@@ -86,18 +86,26 @@ def list_store(directory: Directory) -> dict[str, tuple[int, str]]:
     return found
 
 
-def delete_leftovers(directory: Directory) -> None:
-    """What saves that failed have left, while none goes on: their writers may outlive Orbax's own deletion of it."""
+def delete_leftovers(directory: Directory) -> bool:
+    """What saves that failed have left, while none goes on; whether there was any.
+
+    Their writers may outlive Orbax's own deletion of it.
+    """
     if in_store(directory):
         with contextlib.suppress(Exception):  # of many kinds; there is a next time
             whole = {str(step) for step in steps_in(directory)}
             listed = _filesystem(directory).ls(str(directory), detail=False)
-            for name in {path.rstrip("/").rpartition("/")[2] for path in listed} - whole:
-                if name.isdecimal():
-                    _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
-        return
-    for leftover in directory.glob("*.orbax-checkpoint-tmp*"):
+            left = [
+                name for name in {path.rstrip("/").rpartition("/")[2] for path in listed} - whole if name.isdecimal()
+            ]
+            for name in left:
+                _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
+            return bool(left)
+        return False
+    leftovers = list(directory.glob("*.orbax-checkpoint-tmp*"))
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
+    return bool(leftovers)
 
 
 def move(source: Directory, target: Directory) -> None:

@@ -293,6 +293,7 @@ class Session:
                 if not left:
                     raise
                 self.reporter.note(f"warning: {error}; trying once more")
+                self.checkpoints.clear()
                 self.saved = None
 
     def _wait(self, *, must: bool = True) -> None:
