@@ -139,6 +139,7 @@ def test_a_copy_from_a_store_is_a_checkpoint(server, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
     path = write_recipe(tmp_path, train={"steps": 8}, checkpoint={"every": 4})
     command = [sys.executable, "-m", "trainfw", "launch", "local", str(path), "parallel.fsdp=2", place(prefix)]

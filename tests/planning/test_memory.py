@@ -162,6 +162,7 @@ def test_gradients_of_whole_parameters_are_recognised(tmp_path, stage, parts):
     assert 0 < table.categories["gradients"] <= 2 * 4 * (sum(sizes) + (2 * LAYERS + 1) * WIDTH)
 
 
+@pytest.mark.long
 def test_what_the_cpu_widens_counts_as_asked_for(tmp_path):
     overrides = (*SHAPE, *LAYOUTS["fsdp-tensor"], "train.remat=full", "train.compute_dtype=bfloat16")
     program, partitioned = compiled_step(tmp_path, *overrides)

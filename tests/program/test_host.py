@@ -27,6 +27,7 @@ def test_the_state_from_the_host_is_the_state_from_the_devices(at_once, as_neuro
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_step_under_neurons_contract_is_the_same_step(as_neuron, tmp_path):
     recipe = tiny_recipe(tmp_path)
     batch = random_batches(recipe, 1)[0]

@@ -73,6 +73,7 @@ def test_prefetch_takes_a_layer_more_or_two(tmp_path):
 # --- Activations ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_remat_keeps_less(tmp_path):
     shape = "model={preset: tiny, hidden_size: 64, intermediate_size: 192, num_layers: 6, vocab_size: 64}"
     overrides = (shape, "train.global_batch_size=16", "data.sequence_length=128", "train.loss_chunk=64")

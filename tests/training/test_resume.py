@@ -64,6 +64,7 @@ def test_resumed_is_bitwise_the_uninterrupted_run(straight, tmp_path, monkeypatc
     assert losses(tmp_path / "run") == expected
 
 
+@pytest.mark.long
 def test_resumed_on_another_mesh(straight, tmp_path, monkeypatch):
     recipe, expected = straight
     stop_after(recipe, tmp_path / "run", 6, monkeypatch)
@@ -120,6 +121,7 @@ def test_changed_data_is_refused(tmp_path, monkeypatch):
     assert losses(tmp_path / "run")[6]  # nothing saved is lost
 
 
+@pytest.mark.long
 def test_retention(tmp_path):
     recipe = tiny_recipe(tmp_path, "checkpoint={every: 1, keep_last: 2, keep_every: 3}")
     train_quietly(recipe, tmp_path / "run")
