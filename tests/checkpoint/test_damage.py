@@ -134,6 +134,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def fill(disk):
+    with contextlib.suppress(OSError), (disk / "filler").open("wb") as file:
+        while True:
+            file.write(bytes(65536))
+
+
 @needs_tmpfs
 @pytest.mark.slow
 def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
@@ -141,16 +147,13 @@ def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
     recipe = tiny_recipe(tmp_path, "train.steps=12", "checkpoint={every: 2, max_failures: 10}")
     straight = tmp_path / "straight"
     train(recipe, devices=jax.devices()[:1], run_dir=straight, reporter=Heard())
-    filler = small_disk / "filler"
 
     class Filling(Heard):
         def row(self, row, steps):
             if row["step"] == 3:
-                with contextlib.suppress(OSError), filler.open("wb") as file:
-                    while True:
-                        file.write(bytes(65536))
+                fill(small_disk)
             if row["step"] == 9:
-                filler.unlink()
+                (small_disk / "filler").unlink()
 
     heard = Filling()
     train(recipe, devices=jax.devices()[:1], run_dir=small_disk / "run", reporter=heard)
@@ -166,19 +169,15 @@ def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
 @needs_tmpfs
 @pytest.mark.slow
 def test_the_last_save_is_tried_twice(tmp_path, small_disk):
-    filler = small_disk / "filler"
-
     class Filling(Heard):
         def row(self, row, steps):
             if row["step"] == 6:
-                with contextlib.suppress(OSError), filler.open("wb") as file:
-                    while True:
-                        file.write(bytes(65536))
+                fill(small_disk)
 
         def note(self, text):
             super().note(text)
             if "trying once more" in text:
-                filler.unlink()
+                (small_disk / "filler").unlink()
 
     heard = Filling()
     recipe = tiny_recipe(tmp_path, "train.steps=6", "checkpoint.every=0")
@@ -196,9 +195,7 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path, small_disk):
     class Filling(Heard):
         def row(self, row, steps):
             if row["step"] == 9:  # the save of step 4 was waited for
-                with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as file:
-                    while True:
-                        file.write(bytes(65536))
+                fill(small_disk)
 
     with pytest.raises(RunError, match=r"step \d+ cannot be saved: .*"):
         train(recipe, devices=jax.devices()[:1], run_dir=small_disk / "run", reporter=Filling())

@@ -56,6 +56,7 @@ class Checkpoints:
         self._layer_order = None if layer_order is None else list(layer_order)
         self._saving: int | None = None
         self._failures = 0
+        self._has_failed = False
         # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -137,7 +138,7 @@ class Checkpoints:
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
             self._saving, self._failures = None, 0
-            if jax.process_index() == 0:
+            if self._has_failed and jax.process_index() == 0:
                 delete_leftovers(self.directory)
 
     def clear(self, seconds: float = 30.0) -> None:
@@ -155,6 +156,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             self._saving = None
             self._failures += 1
+            self._has_failed = True
             what = f"{self.directory}: step {step} cannot be saved: {_first_line(error)}"
             with contextlib.suppress(Exception):
                 self._manager.close()

@@ -27,8 +27,8 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
     """Where the checkpoints of the run in the directory `run` are. Raises UserError without the store's library."""
     if config.directory is None:
         return run / "checkpoints"
-    scheme, in_store, _ = config.directory.partition("://")
-    if not in_store:
+    scheme, found, _ = config.directory.partition("://")
+    if not found:
         return Path(os.path.expanduser(config.directory))
     library, extra = STORES[scheme]
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from trainfw.errors import UserError
+from trainfw.launch.nodes import count_nodes
 from trainfw.recipe import Recipe
 
 _API = "jobset.x-k8s.io/v1alpha2"
@@ -171,20 +172,13 @@ def kubernetes_job(
 
     Raises UserError for names and numbers that cannot be.
     """
+    count = count_nodes(recipe, nodes)
     topology = recipe.hardware.load()
-    count = nodes if nodes is not None else topology.instances if topology is not None else 1
-    if count < 1:
-        raise UserError(f"--nodes {count}: expected at least 1")
     jobs, devices, labels, unit_label = 1, {}, {}, None
     if topology is not None and topology.name != "cpu":
         known = topology.kubernetes
         if known is None:
             raise recipe.error("hardware.topology", "no document says what its nodes are called in Kubernetes")
-        if count != topology.instances:
-            raise recipe.error(
-                "hardware.count",
-                f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
-            )
         devices = {known.devices: topology.chips // topology.instances}
         interfaces = known.efa if efa is None else efa
         if interfaces and count > 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import TRY_AGAIN, RunError, UserError
+from trainfw.launch.nodes import count_nodes
 from trainfw.recipe import Recipe
 
 SCRIPT = "launch.sbatch"
@@ -129,16 +130,9 @@ def slurm_job(
     recipe: Recipe, path: str, overrides: Sequence[str], run_dir: Path, *, nodes: int | None, **options: Any
 ) -> SlurmJob:
     """A job for a recipe. Raises UserError for numbers and options that cannot be."""
+    count = count_nodes(recipe, nodes)
     topology = recipe.hardware.load()
     neuron = topology is not None and topology.rules == "neuron"
-    count = nodes if nodes is not None else topology.instances if topology is not None else 1
-    if count < 1:
-        raise UserError(f"--nodes {count}: expected at least 1")
-    if neuron and topology is not None and count != topology.instances:
-        raise recipe.error(
-            "hardware.count",
-            f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
-        )
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
