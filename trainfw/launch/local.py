@@ -57,7 +57,8 @@ def launch_local(
             return 0
         code = children[rank].returncode
         code = 128 - code if code < 0 else code
-        if not forwarded and code not in _STOPPED:
+        late = any(child.poll() is None for child in children)
+        if not forwarded and (late or code not in _STOPPED):
             _end(children)
             say(f"process {rank} of {processes} ended first, with exit code {code}; the others were ended")
             if rank:  # what the first one wrote was shown

@@ -99,7 +99,7 @@ class RunDirectory:
         return steps[-1]
 
     def _is_ours(self) -> bool:
-        """Whether a run began here: it makes checkpoints/, or keeps them elsewhere, before any other file."""
+        """Whether a run began here: it makes checkpoints/ first or, where they are elsewhere, both of these files."""
         return (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
 
     def _check_same_place(self, steps: list[int]) -> None:
