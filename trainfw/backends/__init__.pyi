@@ -1,4 +1,5 @@
 from .base import Backend as Backend
+from .compiled import keep_compiled as keep_compiled
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import connect as connect
@@ -10,6 +11,7 @@ from .distributed import read_wiring as read_wiring
 from .kernels import AttentionRequest as AttentionRequest
 from .kernels import Kernel as Kernel
 from .kernels import resolve as resolve
+from .memory import keep_freed_memory as keep_freed_memory
 from .neuron.environment import Variable as Variable
 from .neuron.environment import environment_warnings as environment_warnings
 from .neuron.environment import neuron_environment as neuron_environment

@@ -84,6 +84,9 @@ def prepare(
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend
+    from trainfw.backends.compiled import keep_compiled  # imports jax, which has its environment now
+
+    keep_compiled()
     return wiring
 
 
