@@ -59,7 +59,14 @@ def test_checkpoint(saving, code, capsys):
 @pytest.mark.parametrize(("last", "code"), [(2.3, 0), (2.31, 1)])
 def test_scaling(last, code):
     def one(devices, processor):
-        return {"tokens": 100 * devices, "parameters": 9, "wall": 1.0, "processor": processor, "compile": 3.0}
+        return {
+            "tokens": 100 * devices,
+            "parameters": 9,
+            "wall": 1.0,
+            "processor": processor,
+            "system": 0.1,
+            "compile": 3.0,
+        }
 
     weak = {
         "fsdp": {1: one(1, 1.0), 2: one(2, last)},
