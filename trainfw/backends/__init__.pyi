@@ -1,5 +1,4 @@
 from .base import Backend as Backend
-from .compiled import keep_compiled as keep_compiled
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import connect as connect

@@ -84,9 +84,6 @@ def prepare(
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend
-    from trainfw.backends.compiled import keep_compiled  # imports jax, which has its environment now
-
-    keep_compiled()
     return wiring
 
 
@@ -122,10 +119,14 @@ def _simulate(devices: int | None) -> None:
 def current() -> Backend:
     """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
 
+    Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`).
     Raises UserError for a platform trainfw has no backend for.
     """
     import jax
 
+    from trainfw.backends.compiled import keep_compiled  # imports jax, for which `prepare` is too early
+
+    keep_compiled()
     platform = jax.default_backend()
     if _as_backend is not None:
         if platform != "cpu":
