@@ -52,6 +52,7 @@ from side_by_side.report import (
     as_json,
     as_markdown,
     checks,
+    idle_line,
     loss_lines,
     product_lines,
     table,
@@ -64,6 +65,8 @@ HERE = Path(__file__).parent
 WORKERS = HERE / "side_by_side" / "workers"
 RESULTS = HERE / "results" / "peers.md"
 PRODUCTS = "products of "
+MEMORY = 3_200_000_000
+"""Bytes that a peer takes, about; all stay until the end."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_memory() -> int | None:
+    """Bytes that the machine can still give, where it says."""
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "command": " ".join(["python benchmarks/peers.py", *arguments]),
@@ -268,13 +280,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say = make_say()
     about = describe(sys.argv[1:] if arguments is None else arguments)
     print(f"{about['work']} {about['cores']} cores of {about['cpu']}.", flush=True)
+    needed, free = len(chosen.names) * MEMORY, free_memory()
+    if free is not None and free < needed:
+        say(f"warning: up to {needed / 1e9:.0f} GB of memory are needed, {free / 1e9:.0f} GB are free; see --peers")
     return tell(measure(chosen, say), chosen, about)
 
 
 def tell(results: Results, chosen: argparse.Namespace, about: Mapping[str, Any]) -> int:
     """Print and write what was found; the exit code."""
     made = checks(results, chosen.names)
-    for lines in (table(results), product_lines(results), loss_lines(results), made):
+    for lines in (table(results), [*product_lines(results), *idle_line(results)], loss_lines(results), made):
         print(*lines, sep="\n", flush=True)
         print()
     if chosen.json is not None:

@@ -104,6 +104,15 @@ def product_lines(results: Results) -> list[str]:
     return lines
 
 
+def idle_line(results: Results) -> list[str]:
+    """Whether those that waited left the machine to the one at work."""
+    shares = {name: r.idle_cpu / r.idle_wall for name, r in results.records.items() if r.idle_wall}
+    if not shares:
+        return []
+    name = max(shares, key=lambda name: shares[name])
+    return [f"while others had their turns, none took more than {shares[name]:.1%} of a core ({name})"]
+
+
 def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs)]
     return math.nan if any(map(math.isnan, differences)) else max(differences)  # `max` overlooks NaNs
@@ -244,7 +253,7 @@ def as_markdown(results: Results, made: Sequence[Check], about: Mapping[str, Any
             *rows,
             *(["", *rest] if rest else []),
             "",
-            *(f"- {line}" for line in product_lines(results)),
+            *(f"- {line}" for line in (*product_lines(results), *idle_line(results))),
             "",
             *(f"    {line}" for line in loss_lines(results)),
             "",

@@ -76,7 +76,8 @@ def test_names(peers):
 
 
 def test_all_is_well(run):
-    code, said = run(GOOD, products={("jax", ""): 0.8, ("torch", ""): 0.75})
+    idle = {"idle_wall": 50.0, "idle_cpu": 0.1}
+    code, said = run(GOOD, products={("jax", ""): 0.8, ("torch", ""): 0.75}, maxtext=idle)
     assert code == 0
     assert "MISSED" not in said
     assert "ok: trainfw: tokens/s at least 2 times MaxText's: 2.50 (maxtext)" in said
@@ -84,6 +85,7 @@ def test_all_is_well(run):
     assert "ok: trainfw: bfloat16 no slower than float32: 0.90 s a step, 1.00 s" in said
     assert "products alone (jax, float32): 0.80 s a step; trainfw takes 1.25 times that" in said
     assert "largest relative difference: 0.0e+00" in said
+    assert "none took more than 0.2% of a core (maxtext)" in said
     row = next(line for line in said.splitlines() if line.startswith("| maxtext "))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "maxtext", "2.50", "2.50–2.50", "819", "2.50x", "9.5", "1.00", "58,073,600",

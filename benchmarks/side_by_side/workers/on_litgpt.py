@@ -30,7 +30,7 @@ def main() -> None:
 
     def kept(logits: Any, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = entropy(logits, *arguments, **options)
-        if loss.requires_grad:
+        if loss.requires_grad and not loss.is_meta:  # LitGPT counts the FLOPs of one on the meta device
             losses.append(loss.item())
         return loss
 
