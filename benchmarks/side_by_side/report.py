@@ -99,7 +99,7 @@ def product_lines(results: Results) -> list[str]:
         names = (f"trainfw{suffix}",) if backend == "jax" else tuple(f"{name}{suffix}" for name in PYTORCH)
         taken = [f"{n} takes {results.median(n) / seconds:.2f} times that" for n in names if n in results.records]
         if backend == "torch" and f"trainfw{suffix}" in results.records:
-            taken.append(f"trainfw {results.median(f'trainfw{suffix}') / seconds:.2f}")
+            taken.append(f"trainfw{suffix} takes {results.median(f'trainfw{suffix}') / seconds:.2f} times that")
         lines.append("; ".join([line, *taken]))
     return lines
 
