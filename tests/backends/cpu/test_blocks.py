@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw.backends.cpu.blocks import blocked_attend, blocks_of
+from trainfw.backends.select import CPU
 from trainfw.models.attention import attend
 from trainfw.parallel import causal_mask
 
@@ -75,8 +76,8 @@ def test_no_array_has_all_scores():
 
     def temporaries(run):
         gradient = jax.grad(lambda q, k, v, mask: run(q, k, v, mask, scale=1.0).sum(), (0, 1, 2))
-        return jax.jit(gradient).lower(q, q, q, mask).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(gradient).lower(q, q, q, mask).compile(CPU.compiler_options).memory_analysis().temp_size_in_bytes
 
     scores = 2 * S * S * 4
-    assert temporaries(attend) > scores
+    assert temporaries(attend) > 2 * scores
     assert temporaries(blocked_attend) < scores

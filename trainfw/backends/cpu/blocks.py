@@ -63,9 +63,13 @@ def _forward(
     K = k_BTKh.shape[2]
     q_BKGSh = _heads_first(q_BSHh, K)
     k_BKTh, v_BKTh = (_heads_first(x, K)[:, :, 0] for x in (k_BTKh, v_BTKh))
-    outs, logs = [], []
+    outs: list[jax.Array] = []
+    logs: list[jax.Array] = []
     for start, stop in blocks_of(q_BKGSh.shape[3]):
-        scores_BKGst = _scores(q_BKGSh[:, :, :, start:stop], k_BKTh[:, :, :stop], scale, softcap)
+        q_BKGsh = q_BKGSh[:, :, :, start:stop]
+        if outs:  # one block after the other, or the scores of all are there at once
+            q_BKGsh, outs[-1] = jax.lax.optimization_barrier((q_BKGsh, outs[-1]))
+        scores_BKGst = _scores(q_BKGsh, k_BKTh[:, :, :stop], scale, softcap)
         # Finite, so that a row which sees nothing is a plain average rather than NaN.
         scores_BKGst = jnp.where(mask_BST[:, None, None, start:stop, :stop], scores_BKGst, -1e30)
         top_BKGs1 = jnp.max(scores_BKGst, axis=-1, keepdims=True)
@@ -92,8 +96,11 @@ def _backward(
     for start, stop in blocks:
         block = (slice(None),) * 3 + (slice(start, stop),)
         k_BKth, v_BKth = k_BKTh[:, :, :stop], v_BKTh[:, :, :stop]
-        scores_BKGst = _scores(q_BKGSh[block], k_BKth, scale, softcap)
-        dweights_BKGst = product("bkgsh,bkth->bkgst", do_BKGSh[block], v_BKth)
+        q_BKGsh, do_BKGsh = q_BKGSh[block], do_BKGSh[block]
+        if dqs:
+            q_BKGsh, do_BKGsh, dqs[-1] = jax.lax.optimization_barrier((q_BKGsh, do_BKGsh, dqs[-1]))
+        scores_BKGst = _scores(q_BKGsh, k_BKth, scale, softcap)
+        dweights_BKGst = product("bkgsh,bkth->bkgst", do_BKGsh, v_BKth)
         mask_BKGst = mask_BST[:, None, None, start:stop, :stop]
         weights_BKGst = jnp.where(mask_BKGst, jnp.exp(scores_BKGst - log_BKGS1[block]), 0.0)
         dscores_BKGst = weights_BKGst * (dweights_BKGst - own_BKGS1[block]) * scale
@@ -104,8 +111,8 @@ def _backward(
             (weights_BKGst.astype(dtype), dscores_BKGst.astype(dtype))
         )
         dqs.append(product("bkgst,bkth->bkgsh", dscores_BKGst, k_BKth))
-        dk_BKth = _over_queries(dscores_BKGst, q_BKGSh[block])
-        dv_BKth = _over_queries(weights_BKGst, do_BKGSh[block])
+        dk_BKth = _over_queries(dscores_BKGst, q_BKGsh)
+        dv_BKth = _over_queries(weights_BKGst, do_BKGsh)
         for (first, last), of_k, of_v in zip(blocks, dks, dvs):
             if last <= stop:
                 of_k.append(dk_BKth[:, :, first:last])
