@@ -80,7 +80,7 @@ class Peer:
 
 
 PEERS = {
-    "trainfw": Peer("on_trainfw.py", {"train": {"scan_layers": False, "remat": "none"}}),
+    "trainfw": Peer("on_trainfw.py", {"train": {"scan_layers": False, "remat": "dots", "loss_chunk": 1024}}),
     "transformers": Peer("on_transformers.py", {"compile": False}, ("torch", "transformers")),
     "transformers-compile": Peer("on_transformers.py", {"compile": True}, ("torch", "transformers")),
     "litgpt": Peer("on_litgpt.py", environment="litgpt"),
