@@ -1,4 +1,7 @@
+from .base import ATTENDED as ATTENDED
+from .base import AttentionRequest as AttentionRequest
 from .base import Backend as Backend
+from .base import MatmulRequest as MatmulRequest
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import connect as connect
@@ -7,8 +10,8 @@ from .distributed import expand_hosts as expand_hosts
 from .distributed import heard as heard
 from .distributed import order_problem as order_problem
 from .distributed import read_wiring as read_wiring
-from .kernels import AttentionRequest as AttentionRequest
 from .kernels import Kernel as Kernel
+from .kernels import own_kernels as own_kernels
 from .kernels import resolve as resolve
 from .memory import keep_freed_memory as keep_freed_memory
 from .neuron.environment import Variable as Variable

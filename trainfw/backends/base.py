@@ -3,6 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+ATTENDED = "attended"
+"""Name, for policies of `jax.checkpoint`, of what an attention kernel keeps of its result for the backward pass."""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -30,3 +33,37 @@ class Backend:
 
     def __str__(self) -> str:
         return f"{self.name} (simulated on the CPU)" if self.simulated else self.name
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What one call of attention needs, in the sizes of one device."""
+
+    query_length: int
+    key_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    causal: bool = True
+    """A query sees keys up to its own index."""
+    segments: bool = False
+    """Tokens see only their own segment."""
+    window: int | None = None
+    """Keys that a query sees, itself included."""
+    softcap: float | None = None
+    cached: bool = False
+    """Queries continue keys of earlier calls."""
+    ring: int = 1
+    """Devices over which the sequence is split."""
+    lnc: int | None = None
+    """Physical cores in a logical one. Left out, what the devices say."""
+
+
+@dataclass(frozen=True)
+class MatmulRequest:
+    """What a product of activations and weights needs: `x_ND @ w_DF`, or with `over_rows` the sum over N of
+    `x_ND` times `y_NF`, in float32."""
+
+    dtype: str
+    over_rows: bool = False

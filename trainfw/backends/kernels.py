@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from trainfw.backends.base import Backend
+from trainfw.backends.base import AttentionRequest, Backend, MatmulRequest
+from trainfw.backends.cpu import kernels as cpu
 from trainfw.backends.neuron import attention as neuron_attention
-from trainfw.backends.neuron.attention import AttentionRequest
 from trainfw.errors import UserError, did_you_mean
 
 
@@ -43,27 +45,43 @@ class Kernel:
 # By operation, then by JAX's platform, best first. Whatever is left takes the XLA form.
 KERNELS: dict[str, dict[str, list[Candidate]]] = {
     "attention": {
+        "cpu": [Candidate("blocks of queries", cpu.attention_refuses, cpu.load_attention)],
         "neuron": [
             Candidate("nkilib ring attention", neuron_attention.ring_refuses, neuron_attention.load_ring),
             Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),
-        ]
-    }
+        ],
+    },
+    "matmul": {"cpu": [Candidate("float32 results", cpu.matmul_refuses, cpu.load_matmul)]},
 }
 
+_own: ContextVar[bool] = ContextVar("own_kernels", default=True)
 
-def resolve(operation: str, request: AttentionRequest, backend: Backend) -> Kernel:
+
+@contextlib.contextmanager
+def own_kernels(allowed: bool) -> Iterator[None]:
+    """Whether `resolve` may choose anything but the XLA form: not where a program stands for one of other hardware."""
+    token = _own.set(allowed)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
+def resolve(operation: str, request: AttentionRequest | MatmulRequest, backend: Backend) -> Kernel:
     """The implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
 
     An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
     softcap) -> o_BSHh, with the shapes of one device: inside shard_map wherever there is more than one.
     """
+    if backend.simulated or not _own.get():
+        return Kernel("XLA", None)
     if operation not in KERNELS:
         raise UserError(f"operation {operation!r}: has no kernels{did_you_mean(operation, KERNELS)}")
     return _resolve(operation, request, backend.platform)
 
 
 @functools.cache  # which is also what logs a choice once
-def _resolve(operation: str, request: AttentionRequest, platform: str) -> Kernel:
+def _resolve(operation: str, request: AttentionRequest | MatmulRequest, platform: str) -> Kernel:
     passed_over: list[str] = []
     for candidate in KERNELS[operation].get(platform, []):
         problem = candidate.refuses(request)
@@ -77,9 +95,10 @@ def _resolve(operation: str, request: AttentionRequest, platform: str) -> Kernel
                 return kernel
         passed_over.append(f"{candidate.name}: {problem}")
     kernel = Kernel("XLA", None, tuple(passed_over))
-    _log(logging.WARNING if passed_over else logging.INFO, operation, request, kernel)
+    # The XLA form is what the CPU does well for the rest.
+    _log(logging.WARNING if passed_over and platform != "cpu" else logging.INFO, operation, request, kernel)
     return kernel
 
 
-def _log(level: int, operation: str, request: AttentionRequest, kernel: Kernel) -> None:
+def _log(level: int, operation: str, request: AttentionRequest | MatmulRequest, kernel: Kernel) -> None:
     logging.getLogger("trainfw").log(level, "%s: %s for %s", operation, kernel, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -125,26 +126,28 @@ class Attention(nnx.Module):
                 softcap=config.attention_softcap,
             )
             return self.output(o_BSHh.reshape(B, S, -1)), cache
-        kernel = backends.resolve(
-            "attention",
-            backends.AttentionRequest(
-                query_length=S,
-                key_length=k_BTKh.shape[1],
-                num_heads=q_BSHh.shape[2],
-                num_kv_heads=k_BTKh.shape[2],
-                head_dim=config.head_dim,
-                dtype=q_BSHh.dtype.name,
-                segments=context.segment_ids_BS is not None,
-                window=window,
-                softcap=config.attention_softcap,
-                cached=cache is not None,
-            ),
-            backends.current(),
-        )
         mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
-        run = kernel.call or attend
+        run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
         o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache
+
+    def _kernel(
+        self, q_BSHh: jax.Array, k_BTKh: jax.Array, context: Context, window: int | None, *, cached: bool
+    ) -> Callable[..., jax.Array]:
+        """`attend`, or what the backend has in its place."""
+        request = backends.AttentionRequest(
+            query_length=q_BSHh.shape[1],
+            key_length=k_BTKh.shape[1],
+            num_heads=q_BSHh.shape[2],
+            num_kv_heads=k_BTKh.shape[2],
+            head_dim=self.config.head_dim,
+            dtype=q_BSHh.dtype.name,
+            segments=context.segment_ids_BS is not None,
+            window=window,
+            softcap=self.config.attention_softcap,
+            cached=cached,
+        )
+        return backends.resolve("attention", request, backends.current()).call or attend
 
     def _norm(self, axis: str, width: int) -> RMSNorm | None:
         if self.config.qk_norm == "all_heads":

@@ -11,6 +11,7 @@ from flax import nnx
 
 from trainfw.models.config import Activation, ModelConfig
 from trainfw.models.frozen import Frozen, dense, frozen_product
+from trainfw.models.products import matmul
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 M = TypeVar("M", bound=nnx.Module)
@@ -86,7 +87,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = adapted_product(self, jnp.matmul, x)
+        y = adapted_product(self, matmul, x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

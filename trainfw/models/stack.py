@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
+from trainfw.backends import ATTENDED
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel import GATHERED, active_rules
 
@@ -39,9 +40,9 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": _all_but_gathered,
     "full": None,  # saves a layer's input only
     "stage": None,  # and where layers are in stages, a stage's only
-    # And what its projections return, so that no product with weights is done again.
+    # And what its projections return, so that no product with weights is done again, nor an attention kernel run.
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(REDUCED)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(REDUCED, ATTENDED)
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
 from trainfw.models.stack import INPUT, REDUCED, Layer, Remat, check_remat, init_stack, run_stack
 from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, pipelined, reduce_scatter
+
+HeadDims: TypeAlias = Literal["vd", "dv"]
+"""Of the output head: the vocabulary and the hidden size. Its gradient in another order would be transposed."""
 
 
 @jax.tree_util.register_dataclass
@@ -207,19 +210,23 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
-        logits_BSV = wide_einsum("bsd,vd->bsv", _gather(x_BSD), self.head_weight())
+        w, dims = self.head_weight()
+        logits_BSV = wide_einsum(f"bsd,{dims}->bsv", _gather(x_BSD), w)
         return softcap(logits_BSV, self.config.final_softcap)
 
-    def head_weight(self) -> jax.Array:
-        """The output head w_VD in the compute dtype, its rows split over `tensor`: the embedding's table if tied."""
+    def head_weight(self) -> tuple[jax.Array, HeadDims]:
+        """The output head in the compute dtype, the vocabulary split over `tensor`, and how its dims lie in memory.
+
+        Tied, it is the embedding's table.
+        """
         dtype = jnp.dtype(self.compute_dtype)
         if self.head is None:
             # An adapter of the embedding is not the head's: what PEFT does where they are tied.
             (table,) = nnx.to_flat_state(gather_weights(nnx.State({"table": self.embedding.table}), dtype, self.config))
-            return dense(table[1].get_value(), dtype)
+            return dense(table[1].get_value(), dtype), "vd"
         head = gathered(self.head, dtype, self.config)
         w = dense(head.kernel.get_value(), dtype)
-        return (w if head.adapter is None else head.adapter.merged(w)).T
+        return (w if head.adapter is None else head.adapter.merged(w)), "dv"
 
     @property
     def head_learns(self) -> bool:

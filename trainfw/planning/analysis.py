@@ -29,9 +29,9 @@ REPLICAS = 2
 
 _SCORES = ("bkgst",)
 """The attention scores, as the einsums of `trainfw.models` name their dims."""
-_LOSS_GRADIENTS = ("nv,vd->nd", "nv,nd->vd")
+_LOSS_GRADIENTS = ("nv,vd->nd", "nv,dv->nd", "nd,nv->dv")
 """Products of the loss's gradient, which the forward pass computes beside the loss (`trainfw.program`)."""
-_LOSS = ("nd,vd->nv", *_LOSS_GRADIENTS)
+_LOSS = ("nd,vd->nv", "nd,dv->nv", *_LOSS_GRADIENTS)
 
 Phase: TypeAlias = Literal["forward", "backward", "update"]
 """Of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every

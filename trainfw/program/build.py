@@ -208,6 +208,10 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
         next_token_loss, chunk=recipe.train.loss_chunk, mask_documents=recipe.data.mask_documents
     )
     adapter, faults = recipe.adapter, recipe.faults
+    backend = backends.current()
+    kinds = [] if topology is None else [kind for kinds in topology.chip.device_kinds.values() for kind in kinds]
+    # On a CPU that stands for other hardware, its own kernels are not what that would run.
+    kernels = backend.platform != "cpu" or (not backend.simulated and (topology is None or "cpu" in kinds))
 
     def make_model(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(key)
@@ -299,7 +303,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
                 params = named(lambda n, p, w: Replica(p, w) if any(map(rules.gathered, n)) else p, params, wholes)
             return local_loss(params, frozen, part, z_loss, key)
 
-        with use_rules(rules):
+        with use_rules(rules), backends.own_kernels(kernels):
             if key is not None:
                 batch = batch | {"ids": _row_ids(batch["tokens"].shape[0])}
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
@@ -308,7 +312,7 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
 
     def local_metrics(params: Any, frozen: Any, batch: Batch) -> Metrics:
         # In the same parts as in training, which is how much of the batch the devices have room for.
-        with use_rules(rules):
+        with use_rules(rules), backends.own_kernels(kernels):
             return metrics_of(_accumulate(lambda part: local_loss(params, frozen, part, 0.0)[1], batch, accumulation))
 
     specs, update_specs, grad_specs, frozen_specs = (

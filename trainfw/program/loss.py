@@ -6,7 +6,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import AdapterInputs, Transformer
+from trainfw.models import AdapterInputs, HeadDims, Transformer
+from trainfw.models.products import over_rows
 from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.program.metrics import Mean
 
@@ -46,15 +47,17 @@ def next_token_loss(
     )
     x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
     mask_N = batch["loss_mask"].reshape(-1)
+    weight, dims = model.head_weight()
     objective, nats = _cross_entropy(
         x_ND,
-        model.head_weight(),
+        weight,
         batch["targets"].reshape(-1),
         mask_N,
         chunk,
         z_loss,
         model.config.final_softcap,
         model.head_learns,
+        dims,
     )
     share = 1.0 / axis_size("tensor")
     objective, sums = objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
@@ -63,16 +66,17 @@ def next_token_loss(
     return objective + jnp.sum(stats.loss(model.config.moe)), sums | {"router": stats}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _cross_entropy(
     x_ND: jax.Array,
-    w_VD: jax.Array,
+    w: jax.Array,
     targets_N: jax.Array,
     mask_N: jax.Array,
     chunk: int,
     z_loss: float,
     softcap: float | None,
     head_learns: bool,
+    dims: HeadDims,
 ) -> tuple[jax.Array, jax.Array]:
     """(nats + z_loss * log(Z)^2, nats), summed over the tokens; only the first has a gradient.
 
@@ -80,28 +84,30 @@ def _cross_entropy(
     tokens exist at a time. Where a gradient is wanted it is computed along with them, so that they are neither kept
     nor computed twice (Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2).
     """
-    return _by_chunk(x_ND, w_VD, targets_N, mask_N, chunk, z_loss, softcap, head_learns, differentiate=False)[0]
+    return _by_chunk(x_ND, w, targets_N, mask_N, chunk, z_loss, softcap, head_learns, dims, differentiate=False)[0]
 
 
 def _by_chunk(
     x_ND: jax.Array,
-    w_VD: jax.Array,
+    w: jax.Array,
     targets_N: jax.Array,
     mask_N: jax.Array,
     chunk: int,
     z_loss: float,
     softcap: float | None,
     head_learns: bool,
+    dims: HeadDims,
     *,
     differentiate: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
-    """The sums, and the gradients (dx_ND, dw_VD or None) of the first."""
+    """The sums, and the gradients (dx_ND, dw or None) of the first."""
     chunks = loss_chunks(x_ND.shape[0], chunk)
-    row_V = axis_index("tensor") * w_VD.shape[0] + jnp.arange(w_VD.shape[0], dtype=jnp.int32)
+    rows = w.shape[dims.index("v")]
+    row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
 
     def step(sums: Any, part: Any) -> tuple[Any, Any]:
         x_nD, targets_n, mask_n = part
-        logits_nV = jnp.einsum("nd,vd->nv", x_nD, w_VD, preferred_element_type=jnp.float32)
+        logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
         if softcap is not None:
             logits_nV = softcap * jnp.tanh(logits_nV / softcap)
         top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
@@ -120,22 +126,24 @@ def _by_chunk(
         if softcap is not None:
             d_nV = d_nV * (1.0 - jnp.square(logits_nV / softcap))
         d_nV = d_nV.astype(x_nD.dtype)
-        dx_nD, dw_VD = jnp.einsum("nv,vd->nd", d_nV, w_VD), None
+        # In float32 first, as every backend sums it.
+        dx_nD = jnp.einsum(f"nv,{dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
+        dw = None
         if head_learns:
-            dw_VD = sums[2] + jnp.einsum("nv,nd->vd", d_nV, x_nD, preferred_element_type=jnp.float32)
-        return (sums[0] + objective, sums[1] + nats, dw_VD), dx_nD
+            dw = sums[2] + (over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV))
+        return (sums[0] + objective, sums[1] + nats, dw), dx_nD
 
     zero = jnp.float32(0)
-    sums: Any = (zero, zero, jnp.zeros(w_VD.shape, jnp.float32) if differentiate and head_learns else None)
+    sums: Any = (zero, zero, jnp.zeros(w.shape, jnp.float32) if differentiate and head_learns else None)
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
     if chunks == 1:
         sums, dx = step(sums, jax.tree.map(lambda a: a[0], parts))
     else:
         sums, dx = jax.lax.scan(step, sums, parts)
-    objective, nats, dw_VD = sums
+    objective, nats, dw = sums
     if not differentiate:
         return (objective, nats), None
-    return (objective, nats), (dx.reshape(x_ND.shape), None if dw_VD is None else dw_VD.astype(w_VD.dtype))
+    return (objective, nats), (dx.reshape(x_ND.shape), None if dw is None else dw.astype(w.dtype))
 
 
 def loss_chunks(tokens: int, chunk: int) -> int:
@@ -148,7 +156,13 @@ def _forward(*args: Any) -> tuple[Any, Any]:
 
 
 def _backward(
-    chunk: int, z_loss: float, softcap: float | None, head_learns: bool, grads: Any, cotangents: Any
+    chunk: int,
+    z_loss: float,
+    softcap: float | None,
+    head_learns: bool,
+    dims: HeadDims,
+    grads: Any,
+    cotangents: Any,
 ) -> tuple[Any, ...]:
     # Devices along tensor return equal shares of one sum, so the cotangent of all of them is theirs together.
     of_all = cotangents[0] * axis_size("tensor")

@@ -187,9 +187,9 @@ def test_a_choice_is_logged_once(caplog):
 
 
 @pytest.mark.usefixtures("nkilib")
-@pytest.mark.parametrize("backend", [CPU, SIMULATED["neuron"]])
-def test_on_the_cpu_the_xla_form_runs(backend):
-    assert resolve("attention", REQUEST, backend) == kernels.Kernel("XLA", None)
+def test_on_the_cpu_its_own_form_runs_and_none_where_it_stands_for_neuron():
+    assert resolve("attention", REQUEST, CPU).name == "blocks of queries"
+    assert resolve("attention", REQUEST, SIMULATED["neuron"]) == kernels.Kernel("XLA", None)
 
 
 def test_an_unknown_operation():

@@ -9,37 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from trainfw.backends.base import AttentionRequest
 
 Attend = Callable[..., Any]
 
 _PARTITIONS = 128
-
-
-@dataclass(frozen=True)
-class AttentionRequest:
-    """What one call of attention needs, in the sizes of one device."""
-
-    query_length: int
-    key_length: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    causal: bool = True
-    """A query sees keys up to its own index."""
-    segments: bool = False
-    """Tokens see only their own segment."""
-    window: int | None = None
-    """Keys that a query sees, itself included."""
-    softcap: float | None = None
-    cached: bool = False
-    """Queries continue keys of earlier calls."""
-    ring: int = 1
-    """Devices over which the sequence is split."""
-    lnc: int | None = None
-    """Physical cores in a logical one. Left out, what the devices say."""
 
 
 def ring_refuses(request: AttentionRequest) -> str | None:

@@ -1,0 +1,47 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainfw import backends
+from trainfw.backends import own_kernels, resolve
+from trainfw.backends.base import MatmulRequest
+from trainfw.backends.cpu import products
+from trainfw.models.products import matmul, over_rows
+
+X, W = (jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate([(2, 24, 16), (16, 40)]))
+
+
+def gradients(product):
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(product(x, w).astype(jnp.float32))), (0, 1)))(X, W)
+
+
+def test_products_and_gradients_are_the_same():
+    for ours, theirs in zip((matmul(X, W), *gradients(matmul)), (X @ W, *gradients(jnp.matmul)), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_over_rows(dtype):
+    x, y = X[0].astype(dtype), X[1].astype(dtype)
+    found = over_rows(x, y)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.float32(x).T @ np.float32(y), rtol=1e-5, atol=1e-5)
+
+
+def test_every_product_is_of_bfloat16_with_a_float32_result():
+    # The form that has a fast kernel: from another, XLA makes products of float32.
+    text = jax.jit(jax.grad(lambda x, w: jnp.sum(matmul(x, w) ** 2), (0, 1))).lower(X, W).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(dots) == 3
+    assert all(line.count("bf16>") == 2 and line.rstrip().split(" loc")[0].endswith("f32>") for line in dots)
+
+
+def test_only_where_it_gains():
+    cpu = backends.current()
+    assert resolve("matmul", MatmulRequest("bfloat16"), cpu).call is products.matmul
+    assert resolve("matmul", MatmulRequest("float32"), cpu).call is None
+    with own_kernels(False):
+        assert resolve("matmul", MatmulRequest("bfloat16"), cpu).call is None
+    assert resolve("matmul", MatmulRequest("bfloat16"), cpu).call is products.matmul

@@ -1,0 +1,48 @@
+"""Matrix products in the forms for which XLA's CPU backend has fast kernels.
+
+Those take operands as they lie in memory, contracted along the last dim of the first: what is to be transposed is so
+beforehand. And bfloat16 operands with a float32 result, which the AMX units of a CPU compute some five times as fast
+as a bfloat16 result, for which XLA takes another way (jaxlib 0.10.2; `benchmarks/machine.py` has the rates).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x`, its last dim contiguous in memory. XLA would else leave a transposition to what reads it."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays of one dtype, in float32."""
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def matmul(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """`x_ND @ w_DF`, in their dtype."""
+    return product("nd,df->nf", x_ND, w_DF).astype(x_ND.dtype)
+
+
+def _forward(x_ND: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x_ND, w_DF), (x_ND, w_DF)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, Any]:
+    x_ND, w_DF = kept
+    dx_ND = product("nf,df->nd", dy_NF, w_DF).astype(x_ND.dtype)
+    return dx_ND, over_rows(x_ND, dy_NF).astype(w_DF.dtype)
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def over_rows(x_ND: jax.Array, y_NF: jax.Array) -> jax.Array:
+    """Their products summed over the rows, f32[D, F]."""
+    return product("dn,nf->df", row_major(x_ND.T), y_NF)
