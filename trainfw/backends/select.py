@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trainfw.backends.base import Backend
-from trainfw.backends.cpu.memory import keep_freed_memory
 from trainfw.backends.distributed import Wiring, read_wiring
 from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
@@ -84,8 +83,6 @@ def prepare(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if devices is not None or as_backend is not None:
         _simulate(devices)
-    elif not plugin.on_neuron(os.environ):
-        keep_freed_memory()
     _as_backend = as_backend
     return wiring
 
