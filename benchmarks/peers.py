@@ -58,8 +58,8 @@ from side_by_side.report import (
     table,
 )
 
-from trainfw.paths import cache_dir
 from trainfw.errors import did_you_mean
+from trainfw.paths import cache_dir
 
 HERE = Path(__file__).parent
 WORKERS = HERE / "side_by_side" / "workers"
