@@ -111,6 +111,11 @@ class Topology:
     def device_kinds(self) -> tuple[str, ...]:
         return tuple(self.chip.device_kinds[self.lnc])
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether a machine of CPU alone is this hardware, rather than simulates it."""
+        return self.device_kinds == ("cpu",)
+
     # Rates ------------------------------------------------------------------------------------------------------
     def peak_flops(self, dtype: str) -> float | None:
         """Dense peak of one core in FLOP/s, or None where no source gives it (never a guess)."""

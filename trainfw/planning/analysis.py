@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 REPLICAS = 2
 """Replicas that are compiled, of however many."""
 
-_SCORES = ("bkgst",)
-"""The attention scores, as the einsums of `trainfw.models` name their dims."""
+_SCORES = ("bkgst", "bktn,bknh->bkth")
+"""The attention scores, as the einsums of `trainfw.models` and of the CPU's blocks of queries name their dims."""
 _LOSS_GRADIENTS = ("nv,vd->nd", "nv,dv->nd", "nd,nv->dv")
 """Products of the loss's gradient, which the forward pass computes beside the loss (`trainfw.program`)."""
 _LOSS = ("nd,vd->nv", "nd,dv->nv", *_LOSS_GRADIENTS)
@@ -176,6 +176,8 @@ class Simulation:
     """That layout."""
     rules: str | None
     """Whose restrictions hold on the hardware (see `Topology.rules`)."""
+    stands_in: bool
+    """Whether this machine's CPU stands for other hardware, and so the program has no kernels of the CPU's own."""
 
     @property
     def cores(self) -> int:
@@ -196,7 +198,7 @@ def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation
     with recipe.blamed("parallel"):
         layout = Layout.resolve(recipe.parallel, topology.cores)
     small, simulated = simulated_recipe(recipe, layout, most)
-    found = Simulation(layout, small, simulated, topology.rules)
+    found = Simulation(layout, small, simulated, topology.rules, not topology.is_cpu)
     if simulated != layout:
         _check_shortened(recipe, layout, simulated)
     if found.cores > backends.MAX_SIMULATED:
@@ -221,14 +223,13 @@ def check_rates(recipe: Recipe, topology: Topology) -> None:
         "chip.hbm_bandwidth": topology.hbm_bandwidth,
     }
     if missing := [key for key, rate in known.items() if rate is None]:
-        mine = topology.chip.device_kinds.get(topology.lnc) == ["cpu"]
         how = (
             "; measure this machine's with `python benchmarks/machine.py --hardware mine.yaml` and plan for "
             "hardware.topology=mine.yaml"
         )
         raise recipe.error(
             "hardware.topology",
-            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if mine else ''}",
+            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if topology.is_cpu else ''}",
         )
 
 
@@ -273,7 +274,7 @@ def simulated_program(found: Simulation) -> Program:
         raise UserError(
             f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}"
         )
-    return build_program(found.recipe, jax.devices()[: found.cores])
+    return build_program(found.recipe, jax.devices()[: found.cores], stands_in=found.stands_in)
 
 
 def compile_step(program: Program, progress: Callable[[str], None] = lambda _: None) -> Partitioned:

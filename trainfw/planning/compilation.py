@@ -111,6 +111,7 @@ def _key(found: Simulation, backend: backends.Backend) -> str:
     parts = {
         "recipe": found.recipe.model_dump(mode="json", exclude={"name"}),
         "layout": found.simulated.sizes,
+        "stands_in": found.stands_in,
         "backend": repr(backend),
         "flags": flags,
         # As JAX_ENABLE_X64; the platform is the backend's.

@@ -173,8 +173,14 @@ class Program:
         return self.tokens_per_step * whole
 
 
-def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -> Program:
+def build_program(
+    recipe: Recipe, devices: Sequence[jax.Device] | None = None, *, stands_in: bool | None = None
+) -> Program:
     """Turn a recipe and devices (default: all) into the program. Compiles and allocates nothing.
+
+    Args:
+        stands_in: whether a CPU stands for other hardware, where the CPU's own kernels are not what that would run.
+            None: where `hardware.topology` is of other hardware, or the backend is simulated.
 
     Raises UserError where the recipe and the devices do not fit together.
     """
@@ -209,9 +215,9 @@ def build_program(recipe: Recipe, devices: Sequence[jax.Device] | None = None) -
     )
     adapter, faults = recipe.adapter, recipe.faults
     backend = backends.current()
-    kinds = [] if topology is None else [kind for kinds in topology.chip.device_kinds.values() for kind in kinds]
-    # On a CPU that stands for other hardware, its own kernels are not what that would run.
-    kernels = backend.platform != "cpu" or (not backend.simulated and (topology is None or "cpu" in kinds))
+    if stands_in is None:
+        stands_in = backend.simulated or (topology is not None and not topology.is_cpu)
+    kernels = backend.platform != "cpu" or not stands_in
 
     def make_model(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(key)
