@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import random_batches, tiny_recipe
-from trainfw import UserError, build_program
+from trainfw import UserError, backends, build_program
 from trainfw.hlo import collectives_of, partition
 from trainfw.program import Mean
 from trainfw.program.loss import next_token_loss
@@ -234,6 +235,26 @@ def test_evaluation_does_not_depend_on_microbatches(tmp_path):
         found.append(program.eval_step(program.init().params, {}, batch)["loss"])
     assert found[0].value() == pytest.approx(found[1].value(), rel=1e-6)
     assert float(found[0].count) == float(found[1].count)
+
+
+def test_weights_cast_once_a_step_give_the_same_bits(tmp_path, monkeypatch):
+    # As on a GPU; the router of a mixture of experts is used in float32.
+    found = []
+    for once in (False, True):
+        backend = dataclasses.replace(backends.current(), casts_once=once)
+        monkeypatch.setattr(backends, "current", lambda backend=backend: backend)
+        moe = "model.moe={num_experts: 4, experts_per_token: 2}"
+        overrides = ("train.accumulation_steps=2", "train.compute_dtype=bfloat16", moe)
+        recipe = tiny_recipe(tmp_path, *overrides)
+        program = build_program(recipe, jax.devices()[:1])
+        step = program.train_step.lower(program.abstract_state, program.abstract_batch)
+        state = program.init()
+        for batch in random_batches(recipe, 2):
+            state, _ = program.train_step(state, program.shard_batch(batch))
+        found.append((step.as_text(), jax.tree.map(np.asarray, state.params)))
+    (before, ours), (after, theirs) = found
+    assert before != after
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_without_the_mask_a_token_sees_the_documents_before_its_own(tmp_path):

@@ -1,4 +1,5 @@
 from .base import ATTENDED as ATTENDED
+from .base import ROTATED as ROTATED
 from .base import AttentionRequest as AttentionRequest
 from .base import Backend as Backend
 from .base import MatmulRequest as MatmulRequest

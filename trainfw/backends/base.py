@@ -5,6 +5,8 @@ from typing import Literal
 
 ATTENDED = "attended"
 """Name, for policies of `jax.checkpoint`, of what an attention kernel keeps of its result for the backward pass."""
+ROTATED = "rotated"
+"""And of the queries and keys that it reads: what they are made of is then not needed again."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Backend:
     grouped_matmul: bool = True
     """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
     Neuron names such an operator."""
+
+    casts_once: bool = False
+    """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
+    held twice for less work. Measured to pay on a GPU."""
 
     @property
     def simulated(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainfw.backends.base import AttentionRequest, Backend, MatmulRequest
 from trainfw.backends.cpu import kernels as cpu
+from trainfw.backends.gpu import kernels as gpu
 from trainfw.backends.neuron import attention as neuron_attention
 from trainfw.errors import UserError, did_you_mean
 
@@ -46,6 +47,7 @@ class Kernel:
 KERNELS: dict[str, dict[str, list[Candidate]]] = {
     "attention": {
         "cpu": [Candidate("blocks of queries", cpu.attention_refuses, cpu.load_attention)],
+        "gpu": [Candidate("cuDNN flash attention", gpu.attention_refuses, gpu.load_attention)],
         "neuron": [
             Candidate("nkilib ring attention", neuron_attention.ring_refuses, neuron_attention.load_ring),
             Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),

@@ -26,12 +26,14 @@ CPU = Backend(
     # layer at once: all of the work and none of the memory saved.
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
 )
-GPU = Backend("gpu", "gpu")
+GPU = Backend("gpu", "gpu", casts_once=True)
 NEURON = Backend("neuron", "neuron", rules="neuron", host_init=True, host_generate=True, grouped_matmul=False)
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
 
+GPU_MEMORY = "0.93"
+"""Share of a GPU's memory that jax takes: what is left of 80 GB is enough for CUDA's own."""
 MAX_SIMULATED = 2048
 """The most devices that one process is known to simulate."""
 
@@ -81,6 +83,8 @@ def prepare(
         _tell_jax()
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Of a GPU's memory jax takes three quarters if nothing is said.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainfw import backends
 from trainfw.models.config import LayerKind, ModelConfig
@@ -106,6 +107,7 @@ class Attention(nnx.Module):
         k_BTKh = self._heads(self.key(x_BSD), self.key_norm)
         v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
         q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
+        q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
             v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
@@ -142,7 +144,8 @@ class Attention(nnx.Module):
             num_kv_heads=k_BTKh.shape[2],
             head_dim=self.config.head_dim,
             dtype=q_BSHh.dtype.name,
-            segments=context.segment_ids_BS is not None,
+            # Padding is more to the mask than causality, as documents are.
+            segments=context.segment_ids_BS is not None or context.first_B is not None,
             window=window,
             softcap=self.config.attention_softcap,
             cached=cached,

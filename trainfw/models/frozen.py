@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.parallel import Quantized, dequantize
@@ -47,7 +48,9 @@ def _forward(product: Callable[..., jax.Array], x: jax.Array, weight: Any, *othe
 def _backward(product: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     like, weight, others = kept
     wide = dense(weight, like.dtype)
-    transpose = jax.linear_transpose(lambda x: product(x, wide, *others), jax.ShapeDtypeStruct(like.shape, like.dtype))
+    # Its gradient rather than its transpose: a product may be a kernel that has only the former. Being linear, it has
+    # the same one at zero, where nothing is computed for it.
+    _, transpose = jax.vjp(lambda x: product(x, wide, *others), jnp.zeros(like.shape, like.dtype))
     return (*transpose(cotangent), None, *(None for _ in others))
 
 

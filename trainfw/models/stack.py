@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
-from trainfw.backends import ATTENDED
+from trainfw.backends import ATTENDED, ROTATED
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel import GATHERED, active_rules
 
@@ -35,6 +35,11 @@ def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return params.get("name") != GATHERED
 
 
+def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: what an attention kernel of jax's own returns, which has no names inside."""
+    return bool(primitive.name.startswith("dot_product_attention_fwd"))
+
+
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": _all_but_gathered,
@@ -42,7 +47,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "stage": None,  # and where layers are in stages, a stage's only
     # And what its projections return, so that no product with weights is done again, nor an attention kernel run.
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(REDUCED, ATTENDED)
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_from_both_policies(_policies.save_only_these_names(REDUCED, ROTATED, ATTENDED), _kernel_results),
     ),
 }
 

@@ -265,12 +265,19 @@ def build_program(
         update_shardings = _shardings(variables, rules, "optimizer")
     frozen_shardings = kept_shardings(frozen_variables, recipe, rules)
     draws = adapter is not None and adapter.dropout > 0
-    names = [weight.axes for weight in jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))]
+    weights = jax.tree.leaves(variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    names = [weight.axes for weight in weights]
 
     def named(function: Callable[..., Any], tree: Any, *trees: Any) -> Any:
         """`function(names of its dims, leaf, ...)` of every parameter."""
         leaves = (jax.tree.leaves(t) for t in (tree, *trees))
         return jax.tree.unflatten(jax.tree.structure(tree), map(function, names, *leaves))
+
+    def narrowed(params: Any) -> Any:
+        """The layers' matrices in the dtype in which alone they are used."""
+        stacked = [w.axes[0] == "layers" and len(w.axes) > 2 and not w.get_metadata().get("wide") for w in weights]
+        flags = jax.tree.unflatten(jax.tree.structure(params), stacked)
+        return jax.tree.map(lambda x, yes: x.astype(recipe.train.compute_dtype) if yes else x, params, flags)
 
     with recipe.blamed("optimizer"):
         shapes = jax.eval_shape(init)
@@ -313,7 +320,14 @@ def build_program(
             if key is not None:
                 batch = batch | {"ids": _row_ids(batch["tokens"].shape[0])}
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
-            grads, sums = _accumulate(lambda part: jax.grad(objective, has_aux=True)(params, part), batch, accumulation)
+            once = backend.casts_once and accumulation > 1 and mesh.size == 1
+            used = narrowed(params) if once else params
+
+            def differentiate(part: Batch) -> tuple[Any, Sums]:
+                grads, sums = jax.grad(objective, has_aux=True)(used, part)
+                return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
+
+            grads, sums = _accumulate(differentiate, batch, accumulation)
             return named(lambda n, g: reduce_gradient(g, n, rules), grads), metrics_of(sums)
 
     def local_metrics(params: Any, frozen: Any, batch: Batch) -> Metrics:

@@ -111,10 +111,13 @@ def _by_chunk(
             logits_nV = softcap * jnp.tanh(logits_nV / softcap)
         top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
         exp_nV = jnp.exp(logits_nV - top_n[:, None])
-        # A masked sum rather than a gather: it stays local where the vocabulary is split.
         hit_nV = row_V == targets_n[:, None]
-        own = jnp.stack([jnp.sum(exp_nV, axis=-1), jnp.sum(jnp.where(hit_nV, logits_nV, 0.0), axis=-1)])
-        z_n, target_n = all_reduce(own, "tensor")
+        z_n = jnp.sum(exp_nV, axis=-1)
+        if axis_size("tensor") == 1:
+            target_n = jnp.take_along_axis(logits_nV, targets_n[:, None], axis=-1, mode="clip")[:, 0]
+        else:  # a masked sum stays local where the vocabulary is split
+            target_n = jnp.sum(jnp.where(hit_nV, logits_nV, 0.0), axis=-1)
+            z_n, target_n = all_reduce(jnp.stack([z_n, target_n]), "tensor")
         log_z_n = top_n + jnp.log(z_n)
         nats = jnp.sum((log_z_n - target_n) * mask_n)
         objective = nats + z_loss * jnp.sum(jnp.square(log_z_n) * mask_n)

@@ -14,11 +14,13 @@ Libraries print what they like: their standard output goes to standard error, wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -106,6 +108,15 @@ def _high_water(pid: int) -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: trainfw may be run from its sources."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def read_work() -> dict[str, Any]:
