@@ -33,7 +33,8 @@ def _scale(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
 def rope_turns(positions_BS: jax.Array, config: ModelConfig, kind: LayerKind) -> tuple[jax.Array, jax.Array]:
     """The cosine and sine of every pair's angle at every position: f32[B, S, h / 2] each."""
     angles = positions_BS.astype(jnp.float32)[..., None] * rope_frequencies(config, kind)
-    return jnp.cos(angles), jnp.sin(angles)
+    # Once: XLA would compute them again for every head of every layer that they are fused into.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def apply_rope(x_BSHh: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
