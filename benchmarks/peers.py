@@ -10,7 +10,8 @@ own that stays alive and does N steps when it is its turn, so that a machine who
   transformers-compile  the same through torch.compile
   litgpt                LitGPT's own `pretrain`, which compiles
   maxtext               MaxText's own `train_loop`, as its defaults are: layers in a scan, full rematerialisation
-  maxtext-tuned         with the best settings found on a CPU: unrolled, nothing rematerialised, logits in 4 parts
+  maxtext-tuned         with the best settings found on a CPU: unrolled, nothing rematerialised, logits in 4 parts; in
+                        the table and in the check of memory, while "2 times MaxText" is of MaxText as it comes
 
 `-bf16` at the end of a name: products in bfloat16, parameters in float32. LitGPT and MaxText come from PyPI, each into
 an environment of its own under the cache directory, once (MaxText needs Python 3.12). All compile afresh.
@@ -28,7 +29,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from side_by_side import environments, work
 from side_by_side.driver import Say, Worker, take_turns
@@ -50,7 +51,6 @@ from side_by_side.report import (
     BF16,
     Results,
     as_json,
-    as_markdown,
     checks,
     idle_line,
     loss_lines,
@@ -58,12 +58,13 @@ from side_by_side.report import (
     table,
 )
 
+from benchmarks.reporting import command, machine
 from trainfw.errors import did_you_mean
 from trainfw.paths import cache_dir
 
 HERE = Path(__file__).parent
 WORKERS = HERE / "side_by_side" / "workers"
-RESULTS = HERE / "results" / "peers.md"
+RESULTS = HERE / "results" / "peers.json"
 PRODUCTS = "products of "
 MEMORY = 3_200_000_000
 """Bytes that a peer takes, about; all stay until the end."""
@@ -80,7 +81,7 @@ class Peer:
 
 
 PEERS = {
-    "trainfw": Peer("on_trainfw.py", {"train": {"scan_layers": False, "remat": "dots", "loss_chunk": 1024}}),
+    "trainfw": Peer("on_trainfw.py", {"train": {"scan_layers": False, "remat": "dots", "loss_chunk": 512}}),
     "transformers": Peer("on_transformers.py", {"compile": False}, ("torch", "transformers")),
     "transformers-compile": Peer("on_transformers.py", {"compile": True}, ("torch", "transformers")),
     "litgpt": Peer("on_litgpt.py", environment="litgpt"),
@@ -240,19 +241,6 @@ def product_seconds(sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> float:
     return sum(statistics.median(product["seconds"] for product in same) * same[0]["count"] for same in zip(*sweeps))
 
 
-def processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        return found[1]
-    if sys.platform == "darwin":
-        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        return told.stdout.strip() or platform.processor()
-    return platform.processor() or platform.machine()
-
-
 def free_memory() -> int | None:
     """Bytes that the machine can still give, where it says."""
     try:
@@ -263,15 +251,12 @@ def free_memory() -> int | None:
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
+    parameters, rows, length = work.num_parameters(), work.ROWS, work.LENGTH
     return {
-        "command": " ".join(["python benchmarks/peers.py", *arguments]),
+        "command": command("peers", arguments),
         "date": datetime.date.today().isoformat(),
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "work": (
-            f"A Llama of {work.num_parameters():,} parameters, {work.ROWS} rows of {work.LENGTH} tokens a step, AdamW."
-        ),
+        "machine": machine(),
+        "work": f"A Llama of {parameters:,} parameters, {rows} rows of {length} tokens a step, AdamW.",
     }
 
 
@@ -279,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     say = make_say()
     about = describe(sys.argv[1:] if arguments is None else arguments)
-    print(f"{about['work']} {about['cores']} cores of {about['cpu']}.", flush=True)
+    print(f"{about['work']} {about['machine']['cores']} cores of {about['machine']['cpu']}.", flush=True)
     needed, free = len(chosen.names) * MEMORY, free_memory()
     if free is not None and free < needed:
         say(f"warning: up to {needed / 1e9:.0f} GB of memory are needed, {free / 1e9:.0f} GB are free; see --peers")
@@ -292,10 +277,8 @@ def tell(results: Results, chosen: argparse.Namespace, about: Mapping[str, Any])
     for lines in (table(results), [*product_lines(results), *idle_line(results)], loss_lines(results), made):
         print(*lines, sep="\n", flush=True)
         print()
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(as_json(results, made, about), indent=1) + "\n")
-    if chosen.save:
-        RESULTS.write_text(as_markdown(results, made, about))
+    for file in filter(None, (chosen.json, RESULTS if chosen.save else None)):
+        file.write_text(json.dumps(as_json(results, made, about), indent=1) + "\n")
     return int(any(check.missed for check in made))
 
 

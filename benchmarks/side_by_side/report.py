@@ -13,6 +13,7 @@ from side_by_side.driver import Record
 BF16 = "-bf16"
 PYTORCH = ("transformers", "transformers-compile", "litgpt")
 MAXTEXT = ("maxtext", "maxtext-tuned")
+"""As it comes, whose times are checked, and tuned, which the table tells."""
 TIMES_MAXTEXT, OF_PYTORCH, LOSSES_WITHIN = 2.0, 0.9, 1e-3
 
 
@@ -65,9 +66,10 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f}"
 
 
-def table(results: Results) -> list[str]:
+def cells_of(results: Results) -> list[list[str]]:
+    """The table: its head, and a row for each."""
     head = ["", "s/step", "p10–p90", "tokens/s", "trainfw is", "first step, s", "peak RSS, GB", "parameters"]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = [head]
     for name, record in results.records.items():
         own = f"trainfw{BF16 if name.endswith(BF16) else ''}"
         times = "" if own not in results.records else f"{results.median(name) / results.median(own):.2f}x"
@@ -80,15 +82,19 @@ def table(results: Results) -> list[str]:
         rows.append(cells)
     for name in results.problems:
         rows.append([name, "did not run", *[""] * (len(head) - 2)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        if row is rows[1]:
-            cells = [cell.replace("---", "-" * (width - cell.count(":"))) for cell, width in zip(row, widths)]
-        else:
-            cells = [cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, *(f"{name} did not run: {problem}" for name, problem in results.problems.items())]
+    return rows
+
+
+def problem_lines(results: Results) -> list[str]:
+    return [f"{name} did not run: {problem}" for name, problem in results.problems.items()]
+
+
+def table(results: Results) -> list[str]:
+    rows = cells_of(results)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    drawn = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
+    rule = ["-" * w if not i else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return [*(f"| {' | '.join(row)} |" for row in (drawn[0], rule, *drawn[1:])), *problem_lines(results)]
 
 
 def product_lines(results: Results) -> list[str]:
@@ -139,7 +145,7 @@ def checks(results: Results, asked: Sequence[str]) -> list[Check]:
     made: list[Check] = []
     for suffix in results.dtypes:
         own = f"trainfw{suffix}"
-        made.append(_check_faster(results, asked, own, MAXTEXT, suffix, TIMES_MAXTEXT, "MaxText"))
+        made.append(_check_faster(results, asked, own, MAXTEXT[:1], suffix, TIMES_MAXTEXT, "MaxText"))
         made.append(_check_faster(results, asked, own, PYTORCH, suffix, OF_PYTORCH, "the fastest PyTorch form"))
     made.append(_check_bf16(results, asked))
     made += [_check_memory(results, asked, suffix) for suffix in results.dtypes]
@@ -213,7 +219,9 @@ def _check_losses(results: Results, asked: Sequence[str]) -> Check:
 
 
 def as_json(results: Results, made: Sequence[Check], about: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as `reporting.py` describes one, and all numbers beside."""
     peers: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     for name, record in results.records.items():
         peers[name] = {
             "seconds_per_step": results.median(name),
@@ -222,8 +230,24 @@ def as_json(results: Results, made: Sequence[Check], about: Mapping[str, Any]) -
             "tokens_per_second": results.tokens_per_second(name),
             **vars(record),
         }
+        for package, version in record.versions.items():  # MaxText brings a jax of its own
+            key = package if versions.get(package, version) == version else f"{package} ({name})"
+            versions[key] = version
+    head, *rows = cells_of(results)
+    lines = [*problem_lines(results), *product_lines(results), *idle_line(results), *loss_lines(results)]
     return {
         **about,
+        "benchmark": "peers",
+        "versions": versions,
+        "tables": [
+            {"title": about["work"], "columns": head, "rows": rows},
+            {"title": "Beside the table", "columns": [""], "rows": [[line] for line in lines]},
+        ],
+        "checks": [
+            {"name": check.text, "value": check.state, "limit": "ok", "ok": not check.missed}
+            for check in made
+            if check.state != "not asked for"
+        ],
         "tokens_per_step": results.tokens_per_step,
         "peers": peers,
         "did_not_run": dict(results.problems),
@@ -231,35 +255,4 @@ def as_json(results: Results, made: Sequence[Check], about: Mapping[str, Any]) -
             {"backend": backend, "dtype": "bfloat16" if suffix else "float32", "seconds_per_step": seconds}
             for (backend, suffix), seconds in results.products.items()
         ],
-        "checks": [{"check": check.text, "state": check.state} for check in made],
     }
-
-
-def as_markdown(results: Results, made: Sequence[Check], about: Mapping[str, Any]) -> str:
-    versions = "; ".join(
-        f"{n}: {', '.join(f'{k} {v}' for k, v in r.versions.items())}" for n, r in results.records.items()
-    )
-    listed = table(results)
-    rows = [line for line in listed if line.startswith("|")]
-    rest = [f"- {line}" for line in listed if not line.startswith("|")]
-    where = f"{about['date']}, {about['cores']} cores of {about['cpu']}, Python {about['python']}"
-    return "\n".join(
-        [
-            "# trainfw beside its peers",
-            "",
-            f"`{about['command']}`: {where}.",
-            about["work"],
-            "",
-            *rows,
-            *(["", *rest] if rest else []),
-            "",
-            *(f"- {line}" for line in (*product_lines(results), *idle_line(results))),
-            "",
-            *(f"    {line}" for line in loss_lines(results)),
-            "",
-            *(f"- {check}" for check in made),
-            "",
-            f"Versions: {versions}.",
-            "",
-        ]
-    )
