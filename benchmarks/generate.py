@@ -70,8 +70,8 @@ class Results:
     """Tokens written after it."""
     model_bytes: int
     """Of the weights in float32: what each step reads."""
-    stream: float
-    """Bytes/s that this machine reads and writes, of `machine.py`."""
+    reads: float
+    """Bytes/s that this machine reads of an array far larger than its caches."""
     measured: dict[str, dict[int, Measured]]
     """By peer and rows."""
 
@@ -117,14 +117,19 @@ class Results:
         lines.append(
             f"medians of {len(next(iter(next(iter(self.measured.values())).values())).whole)} rounds (least to most); "
             f"prompts of {self.prompt} tokens, {self.count} after each; ratio: trainfw's decoding over this\n"
-            f"GB/s: {self.model_bytes / 1e6:.0f} MB of weights, read once a step; this machine streams "
-            f"{self.stream / 1e9:.1f} GB/s"
+            f"GB/s: {self.model_bytes / 1e6:.0f} MB of weights, read once a step; this machine reads "
+            f"{self.reads / 1e9:.1f} GB/s"
         )
         return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
+    if chosen.worker == "facts":
+        from trainfw.interop import open_model
+
+        print(json.dumps({"reads": read_rate(), "bytes": 4 * open_model(MODEL).num_parameters}))
+        return 0
     if chosen.worker:
         work(chosen.worker)
         return 0
@@ -168,7 +173,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers there")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*PEERS, "facts"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 2:
         parser.error("--tokens 1: expected at least 2: the first is prefill's")
@@ -177,8 +182,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
     texts = prompts(max(chosen.rows), chosen.prompt)
-    say(f"measuring how fast this machine streams; {machine_line()}")
-    facts = json.loads(child("facts"))
+    say(f"{machine_line()}; measuring how fast it reads")
+    facts = measured_apart()
     workers = {name: Worker(name) for name in chosen.peers}
     measured = {name: {rows: Measured() for rows in chosen.rows} for name in chosen.peers}
     try:
@@ -199,7 +204,7 @@ def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
     finally:
         for worker in workers.values():
             worker.close()
-    return Results(chosen.prompt, chosen.tokens, facts["bytes"], facts["stream"], measured)
+    return Results(chosen.prompt, chosen.tokens, facts["bytes"], facts["reads"], measured)
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:
@@ -218,17 +223,22 @@ class Worker:
     def __init__(self, name: str):
         command = [sys.executable, __file__, "--worker", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
 
     def run(self, texts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
         """(seconds, the tokens after each prompt)"""
-        assert self.process.stdin is not None and self.process.stdout is not None  # noqa: PT018
+        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"prompts": texts, "count": count}) + "\n")
         self.process.stdin.flush()
+        answer = self._answer()
+        return answer["seconds"], answer["tokens"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{' '.join(self.process.args)}: ended with {self.process.wait()}")  # type: ignore[arg-type]
-        answer = json.loads(line)
-        return answer["seconds"], answer["tokens"]
+        return json.loads(line)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -241,6 +251,7 @@ def work(name: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"
     write = on_trainfw() if name == "trainfw" else on_transformers(compiled=name.endswith("compile"))
+    print("{}", file=answers, flush=True)  # the model is there
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
@@ -266,6 +277,9 @@ def on_trainfw() -> Callable[[list[list[int]], int], list[list[int]]]:
 def on_transformers(compiled: bool) -> Callable[[list[list[int]], int], list[list[int]]]:
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     from trainfw.paths import resolve_path
 
@@ -294,17 +308,21 @@ def on_transformers(compiled: bool) -> Callable[[list[list[int]], int], list[lis
     return write
 
 
-def child(what: str) -> str:
-    """What a process of this name prints last; so that no threads of JAX stay here."""
-    assert what == "facts"
-    code = (
-        "import json, machine; from trainfw.interop import open_model; "
-        f"print(json.dumps({{'stream': machine.stream_rate(), 'bytes': 4 * open_model({MODEL!r}).num_parameters}}))"
-    )
+def measured_apart() -> dict[str, float]:
+    """What `read_rate` and the model's header say, of a process of its own, so that no threads of JAX stay here."""
     found = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+        [sys.executable, __file__, "--worker", "facts"], check=True, stdout=subprocess.PIPE, text=True
     )
-    return found.stdout.splitlines()[-1]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def read_rate() -> float:
+    import jax
+    import jax.numpy as jnp
+    from machine import STREAM_BYTES, seconds
+
+    array, total = jnp.ones(2 * STREAM_BYTES // 4), jax.jit(jnp.sum)
+    return array.nbytes / seconds(lambda: total(array))
 
 
 def machine_line() -> str:
@@ -330,7 +348,7 @@ def record(results: Results, problems: list[str]) -> dict[str, Any]:
         }
         for peer, by_rows in results.measured.items()
     }
-    shape = {"prompt": results.prompt, "tokens": results.count, "stream_bytes_per_second": results.stream}
+    shape = {"prompt": results.prompt, "tokens": results.count, "read_bytes_per_second": results.reads}
     return {"machine": machine_line(), **shape, "peers": rows, "problems": problems}
 
 
