@@ -172,7 +172,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5, help="after one that does not count (5)")
     parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/generate.md")
     parser.add_argument("--worker", choices=(*PEERS, "facts"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 2:
