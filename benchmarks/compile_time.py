@@ -28,6 +28,7 @@ parallel: {fsdp: 16, tensor: 4}
 
 def compile_once(num_layers: int) -> None:
     """Print the seconds."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     from trainfw import backends, build_program, load_recipe
 
     backends.prepare(64)

@@ -1,11 +1,13 @@
-"""The limits of this machine: matrix products by shape and dtype, elementwise operations, and memory bandwidth.
+"""The limits of this machine: matrix products, elementwise operations, memory bandwidth, and collectives.
 
-    python benchmarks/machine.py [--hardware FILE.yaml]
+    python benchmarks/machine.py [--hardware FILE.yaml] [--json FILE] [--save]
 
-FILE becomes a topology of one device with these rates, for `hardware.topology` of a recipe. Rates are the best of
+FILE.yaml becomes a topology of one device with these rates, for `hardware.topology` of a recipe. Rates are the best of
 several runs, which others on the machine disturb least; the peak of a dtype is the best shape's. Of a product
 (m, k) x (k, n) the rate is the mean of the three forms that training has: as it is, with the second operand
-transposed, and with the first.
+transposed, and with the first. Collectives are between simulated devices, threads of one process; their rate is the
+bytes of the whole array (what each device hands to an all-reduce or a reduce-scatter, or has of an all-gather) over the
+time, whatever the algorithm.
 """
 
 from __future__ import annotations
@@ -13,17 +15,25 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import yaml
 
+from benchmarks.reporting import Table, add_arguments, finish, table
+from benchmarks.reporting import say as say_beside
 from trainfw.hlo import partition
 from trainfw.parallel import Layout
 from trainfw.planning.analysis import read
@@ -34,6 +44,8 @@ SIZES = [64, 128, 256, 512, 1024, 2048, 4096]
 ARRAYS = [2**20, 2**22, 2**24, 2**26]
 """Bytes of the largest array of an elementwise operation."""
 STREAM_BYTES = 2**28
+DEVICES = (2, 4, 8)
+COLLECTIVE_BYTES = (2**20, 2**24)
 
 
 def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
@@ -82,6 +94,50 @@ def stream_rate() -> float:
         return kept[0]
 
     return 2.0 * STREAM_BYTES / seconds(step)
+
+
+def copy_rate() -> float:
+    """Bytes/s of reading and writing in one thread's copy from one array to another, as the host's copies are."""
+    source = np.ones(STREAM_BYTES // 4, np.float32)
+    target = np.zeros_like(source)
+    return 2.0 * STREAM_BYTES / seconds(lambda: np.copyto(target, source))
+
+
+def collective_rates(devices: int) -> list[tuple[str, int, float]]:
+    """(collective, bytes of the whole array, bytes/s) between all devices of this process."""
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    collectives: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
+        "all-reduce": (lambda x: jax.lax.psum(x, "x"), devices),
+        "all-gather": (lambda x: jax.lax.all_gather(x, "x", tiled=True), 1),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "x", tiled=True), devices),
+    }
+    found = []
+    for size, (name, (function, copies)) in itertools.product(COLLECTIVE_BYTES, collectives.items()):
+        array = jax.device_put(np.ones(size // 4 * copies, np.float32), NamedSharding(mesh, P("x")))
+        run = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False))
+        found.append((name, size, size / seconds(lambda f=run, x=array: f(x))))
+    return found
+
+
+def all_collective_rates(say: Callable[[str], None]) -> list[list[Any]]:
+    """[collective, devices, bytes, bytes/s], with so many devices in a process of their own each."""
+    rows = []
+    for devices in DEVICES:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, __file__, "--collectives", str(devices)],
+            env=os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, size, rate in json.loads(done.stdout.splitlines()[-1]):
+            say(f"{name:14} of {size / 2**20:3.0f} MiB, {devices} devices: {rate / 1e9:6.2f} GB/s")
+            rows.append([name, devices, size, rate])
+    return rows
 
 
 def both_ways(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -172,15 +228,43 @@ def measure(dtypes: Sequence[str] = DTYPES, say: Callable[[str], None] = print) 
     }
 
 
-def main() -> None:
+def tables(found: dict[str, Any], copying: float, collectives: list[list[Any]]) -> list[Table]:
+    """The result, of a topology and what it does not hold."""
+    chip = found["chip"]
+    rates = chip["matmul_rates"]["rates"]
+    square = [[size, *(rates[dtype][i][i][i] / 1e9 for dtype in rates)] for i, size in enumerate(SIZES)]
+    elementwise = chip["elementwise_rates"]
+    moved = [
+        [f"elementwise, {size / 2**20:.0f} MiB", rate / 1e9]
+        for size, rate in zip(elementwise["sizes"], elementwise["rates"])
+    ]
+    moved.append(
+        [f"read and write {STREAM_BYTES / 1e6:.0f} MB in place", float(chip["hbm_bandwidth"]["value"].split()[0])]
+    )
+    moved.append([f"copy {STREAM_BYTES / 1e6:.0f} MB, one thread", copying / 1e9])
+    sizes = [[name, devices, size / 2**20, rate / 1e9] for name, devices, size, rate in collectives]
+    return [
+        table("Square matrix products, mean of the three forms", ["size", *(f"{d} GFLOP/s" for d in rates)], square),
+        table("Memory, read and written", ["what", "GB/s"], moved),
+        table("Collectives between simulated devices", ["collective", "devices", "MiB", "GB/s"], sizes),
+    ]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", type=Path, help="write the rates to this topology file")
+    parser.add_argument("--collectives", type=int, help=argparse.SUPPRESS)
+    add_arguments(parser)
     chosen = parser.parse_args()
-    found = measure()
+    if chosen.collectives:
+        print(json.dumps(collective_rates(chosen.collectives)))
+        return 0
+    found = measure(say=say_beside)
     if chosen.hardware:
         chosen.hardware.write_text(yaml.safe_dump(found, sort_keys=False, default_flow_style=None))
-        print(f"wrote {chosen.hardware}")
+        say_beside(f"wrote {chosen.hardware}")
+    return finish("machine", tables(found, copy_rate(), all_collective_rates(say_beside)), [], chosen)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -58,8 +58,8 @@ from side_by_side.report import (
     table,
 )
 
-from trainfw.data import default_cache_dir
 from trainfw.errors import did_you_mean
+from trainfw.paths import cache_dir
 
 HERE = Path(__file__).parent
 WORKERS = HERE / "side_by_side" / "workers"
@@ -158,7 +158,7 @@ class Stage:
 
     def __init__(self, chosen: argparse.Namespace, directory: Path, say: Say):
         self.chosen, self.directory, self.say = chosen, directory, say
-        self.root = default_cache_dir() / "peers"
+        self.root = cache_dir() / "peers"
         self.pythons: dict[str, Path | Unavailable] = {}
 
     def peer(self, name: str) -> Worker:

@@ -7,6 +7,7 @@ from trainfw import backends
 
 # Tests compile far more than they compute. `prepare` keeps flags that are set.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")
 # Warnings of XLA's are to be seen here: of what its partitioner cannot split (tests/program/test_collectives.py).
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 backends.prepare(8)
@@ -15,4 +16,3 @@ import jax
 # Started here, whichever test comes first: commands run in this process may ask for another number.
 assert jax.device_count() == 8
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as commands set it; this process has read the other
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")

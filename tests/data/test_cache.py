@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from trainfw.data import DataConfig, PreparedData, default_cache_dir, prepare, sources
+from trainfw.data import DataConfig, PreparedData, prepare, sources
 from trainfw.data.cache import is_held_out
 from trainfw.errors import UserError
+from trainfw.paths import cache_dir
 
 
 def _documents(prepared: PreparedData, split: str) -> list[str]:
@@ -146,11 +147,11 @@ def test_unwritable_cache(config: DataConfig, tmp_path: Path) -> None:
         prepare(DataConfig(**config.model_dump() | {"cache_dir": str(tmp_path / "file" / "cache")}))
 
 
-def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert default_cache_dir() == Path("/somewhere/trainfw")
+    assert cache_dir() == Path("/somewhere/trainfw")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_dir() == Path.home() / ".cache" / "trainfw"
+    assert cache_dir() == Path.home() / ".cache" / "trainfw"
 
 
 def test_progress(config: DataConfig) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import tiny_recipe, write_recipe
 from trainfw import Recipe, UserError, backends
-from trainfw.data import default_cache_dir
+from trainfw.paths import cache_dir
 from trainfw.planning import plan, simulated_cores, survey
 from trainfw.planning.compilation import Compiled, compiled
 
@@ -26,7 +26,7 @@ REPLICAS = ("hardware.topology=h100-8", "parallel.data=2", "parallel.fsdp=4", "t
 def plans(tmp_path, monkeypatch) -> Path:
     """The cache's own directory, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return default_cache_dir() / "plans"
+    return cache_dir() / "plans"
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from .distributed import read_wiring as read_wiring
 from .kernels import Kernel as Kernel
 from .kernels import own_kernels as own_kernels
 from .kernels import resolve as resolve
+from .memory import keep_freed_memory as keep_freed_memory
 from .neuron.environment import Variable as Variable
 from .neuron.environment import environment_warnings as environment_warnings
 from .neuron.environment import neuron_environment as neuron_environment

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trainfw.backends.base import Backend
-from trainfw.backends.cpu.memory import keep_freed_memory
 from trainfw.backends.distributed import Wiring, read_wiring
 from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
@@ -84,8 +83,6 @@ def prepare(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if devices is not None or as_backend is not None:
         _simulate(devices)
-    elif not plugin.on_neuron(os.environ):
-        keep_freed_memory()
     _as_backend = as_backend
     return wiring
 
@@ -122,10 +119,14 @@ def _simulate(devices: int | None) -> None:
 def current() -> Backend:
     """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
 
+    Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`).
     Raises UserError for a platform trainfw has no backend for.
     """
     import jax
 
+    from trainfw.backends.compiled import keep_compiled  # imports jax, for which `prepare` is too early
+
+    keep_compiled()
     platform = jax.default_backend()
     if _as_backend is not None:
         if platform != "cpu":

@@ -17,7 +17,7 @@ _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
 def doctor(devices: Devices = None) -> None:
     """Show versions, backend, devices and memory, and what is missing."""
     from trainfw import backends
-    from trainfw.data import default_cache_dir
+    from trainfw.paths import cache_dir
 
     backends.prepare(devices)
 
@@ -42,7 +42,7 @@ def doctor(devices: Devices = None) -> None:
         line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
-    cache = default_cache_dir()
+    cache = cache_dir()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
     if shutil.which("nvidia-smi") and backends.current().name == "cpu":

@@ -1,5 +1,4 @@
 from .cache import PreparedData as PreparedData
-from .cache import default_cache_dir as default_cache_dir
 from .cache import prepare as prepare
 from .chat import ChatTemplate as ChatTemplate
 from .chat import chat_prompt as chat_prompt

@@ -22,6 +22,7 @@ from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import UserError
+from trainfw.paths import cache_dir
 
 FORMAT_VERSION = 1
 EXAMPLES_VERSION = 1
@@ -58,11 +59,6 @@ class PreparedData:
         return [f"{counts}; refused {refused:,} of {used + refused:,} rows:", *(f"  {one}" for one in self.refused)]
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
-
-
 def prepare(
     config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None
 ) -> PreparedData:
@@ -75,7 +71,7 @@ def prepare(
     source = open_source(config)
     tokenizer = tokenizer or _ready_tokenizer(config)
     fingerprint = _fingerprint(config, source, tokenizer)
-    root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else default_cache_dir()
+    root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
     directory = root / fingerprint
     try:
         if (found := _open(directory, fingerprint)) is not None:

@@ -59,15 +59,13 @@ class Rows:
         place = np.arange(start, start + len(stream))
         document = np.searchsorted(self.store.offsets, place, side="right") - 1
         part_start = np.maximum(self.store.offsets[document], start)
-        row = {
-            "tokens": stream[:-1],
-            "targets": stream[1:],
-            "segment_ids": (document - document[0] + 1)[:-1],
-            "positions": (place - part_start)[:-1],
-            "loss_mask": document[1:] == document[:-1],
-        }
-        padding = (0, self.sequence_length + 1 - len(stream))
-        return {name: np.pad(values.astype(FIELDS[name]), padding) for name, values in row.items()}
+        row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
+        part = slice(len(stream) - 1)
+        row["tokens"][part], row["targets"][part] = stream[:-1], stream[1:]
+        row["segment_ids"][part] = (document - document[0] + 1)[:-1]
+        row["positions"][part] = (place - part_start)[:-1]
+        row["loss_mask"][part] = document[1:] == document[:-1]
+        return row
 
     def require(self, count: int) -> None:
         """Raise UserError unless there are `count` rows at least."""

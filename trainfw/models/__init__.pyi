@@ -19,6 +19,7 @@ from .moe import ExpertLinear as ExpertLinear
 from .moe import MoE as MoE
 from .moe import MoEStats as MoEStats
 from .moe import dispatch_problem as dispatch_problem
+from .products import over_rows as over_rows
 from .transformer import HeadDims as HeadDims
 from .transformer import KVCache as KVCache
 from .transformer import Transformer as Transformer

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from trainfw import backends
-from trainfw.data import default_cache_dir
+from trainfw.paths import cache_dir
 from trainfw.planning.analysis import (
     Analysis,
     Simulation,
@@ -76,7 +76,7 @@ def compiled(
     as_backend = "neuron" if found.rules == "neuron" else None
     backend = backends.current() if simulate is None else backends.simulated(as_backend)
     key = _key(found, backend)
-    file = default_cache_dir() / "plans" / f"{key}.json"
+    file = cache_dir() / "plans" / f"{key}.json"
     step = None if fresh else _load(file, key)
     if step is not None:
         progress("compiled before (in the cache; --no-cache compiles it anew)")

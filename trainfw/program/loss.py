@@ -6,8 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import AdapterInputs, HeadDims, Transformer
-from trainfw.models.products import over_rows
+from trainfw.models import AdapterInputs, HeadDims, Transformer, over_rows
 from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.program.metrics import Mean
 

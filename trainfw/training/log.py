@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from trainfw.training.reporter import Reporter
@@ -22,8 +24,9 @@ class MetricsLog:
 
     def _open(self, step: int | None) -> None:
         if self._writes:
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            with _without_torch():
+                from tensorboardX.event_file_writer import EventsWriter
+                from tensorboardX.proto.event_pb2 import Event, SessionLog
 
             self._file = self._run.metrics_file.open("a", encoding="utf-8")
             self._run.tensorboard.mkdir(exist_ok=True)
@@ -72,3 +75,16 @@ class MetricsLog:
             self._file.close()
         with contextlib.suppress(OSError):
             self._events.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports PyTorch where it is installed: a second or two, for what is not used here."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # "not installed"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

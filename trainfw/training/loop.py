@@ -69,6 +69,8 @@ def _train(
         raise recipe.error("evaluation.metric", "needs prompts and references: data.format chat or prompt_completion")
     base = check_base(recipe, run, resumed_step)
     backend = backends.current()
+    if backend.platform == "cpu":
+        backends.keep_freed_memory()
     program = build_program(recipe, devices)
     count, processes, first = program.mesh.size, jax.process_count(), jax.process_index() == 0
     reporter.note(

@@ -33,6 +33,7 @@ def main() -> None:
     }
     file = Path(WORK["directory"]) / "recipe.yaml"
     file.write_text(json.dumps(recipe))  # JSON is YAML
+    backends.keep_freed_memory()  # as `train` does
     program = build_program(load_recipe(file), jax.devices()[:1])
     step, state = program.compile_train_step(), program.init()
     TURNS.say("built", parameters=program.num_parameters)

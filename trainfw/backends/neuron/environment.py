@@ -9,13 +9,13 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainfw.backends.distributed import ROOT_PORT, Wiring
 from trainfw.backends.neuron.place import read_place
 from trainfw.backends.neuron.sdk import Sdk, load_sdk
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig, Topology
+from trainfw.paths import cache_dir
 
 _SDK = "aws-neuron-sdk 2.32.0"
 _ENVVARS = f"{_SDK} frameworks/jax/api-reference-guide/neuron-envvars.rst"
@@ -270,7 +270,7 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
 
 
 def _caches() -> Iterator[Variable]:
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
+    cache = cache_dir()
     yield Variable(
         "JAX_COMPILATION_CACHE_DIR",
         str(cache / "jax"),

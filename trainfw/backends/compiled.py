@@ -1,0 +1,111 @@
+"""What jax compiles is kept on disk, and compiled once for all runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+from jax._src import compilation_cache  # its public face cannot be given another store
+from jax._src.compilation_cache_interface import CacheInterface
+
+from trainfw.paths import cache_dir
+
+MOST_BYTES = 2**30
+"""On disk, beyond which what was not used for longest goes: a few hundred training steps, of some MB each."""
+SHORTEST_SECONDS = 0.1
+"""What compiles faster is compiled again: reading and checking an entry takes milliseconds, and there are many."""
+_DIGEST_BYTES = 16
+
+
+def keep_compiled() -> None:
+    """Keep what jax compiles from now on in `cache_dir()`, unless its own settings say where, or that it is not to.
+
+    Those are JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE (and the names in jax.config); a directory
+    given there is jax's alone. Where the cache cannot be written nothing is kept.
+
+    jax's key holds the program, its options, the versions and the CPU's features. Its own files are written in place
+    and bare: one cut short is never replaced, one damaged may be run, and a limit to their size needs a lock.
+    `Executables` has none of this.
+    """
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"] or settings["jax_compilation_cache_dir"] is not None:
+        return
+    directory = cache_dir() / "compiled"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies in it is run
+    except OSError:
+        return
+    if not os.access(directory, os.W_OK):
+        return
+    theirs = compilation_cache.get_file_cache
+
+    def open_cache(path: str) -> tuple[CacheInterface, str] | None:
+        return (Executables(directory), path) if path == str(directory) else theirs(path)
+
+    compilation_cache.get_file_cache = open_cache
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)
+
+
+class Executables(CacheInterface):
+    """Entries by key, each a file with a checksum, written whole or not at all; any number of processes share them."""
+
+    def __init__(self, directory: Path, most_bytes: int = MOST_BYTES):
+        self._path = directory  # jax reads it
+        self._most_bytes = most_bytes
+
+    def get(self, key: str) -> bytes | None:
+        """None where there is no such entry, or it is damaged; that goes."""
+        file = self._file(key)
+        try:
+            data = file.read_bytes()
+            value = data[_DIGEST_BYTES:]
+            if data[:_DIGEST_BYTES] != _digest(value):
+                file.unlink(missing_ok=True)
+                return None
+            os.utime(file)  # used last
+        except OSError:
+            return None
+        return value
+
+    def put(self, key: str, value: bytes) -> None:
+        """Kept, unless the disk is full: then the run does without."""
+        with contextlib.suppress(OSError):
+            self._write(key, _digest(value) + value)
+            self._trim()
+
+    def _file(self, key: str) -> Path:
+        return self._path / f"{key}.executable"
+
+    def _write(self, key: str, data: bytes) -> None:
+        self._path.mkdir(parents=True, exist_ok=True, mode=0o700)  # someone may have emptied the cache
+        descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=self._path)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            os.replace(name, self._file(key))
+        except BaseException:
+            os.unlink(name)
+            raise
+
+    def _trim(self) -> None:
+        found = []
+        for entry in os.scandir(self._path):
+            with contextlib.suppress(FileNotFoundError):  # another process trims too
+                if entry.is_file():
+                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._most_bytes:
+                return
+            Path(path).unlink(missing_ok=True)
+            total -= size
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=_DIGEST_BYTES).digest()
