@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"reads": read_rate(), "bytes": 4 * open_model(MODEL).num_parameters}))
         return 0
     if chosen.worker:
-        work(chosen.worker)
+        serve(lambda: work(chosen.worker))
         return 0
     results = measure(chosen, lambda text: print(text, file=sys.stderr, flush=True))
     problems = results.problems()
@@ -184,14 +184,15 @@ def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
     texts = prompts(max(chosen.rows), chosen.prompt)
     say(f"{machine_line()}; measuring how fast it reads")
     facts = measured_apart()
-    workers = {name: Worker(name) for name in chosen.peers}
+    workers = {name: Worker(__file__, name) for name in chosen.peers}
     measured = {name: {rows: Measured() for rows in chosen.rows} for name in chosen.peers}
     try:
         for round_ in range(chosen.rounds + 1):
             for rows in chosen.rows:
                 for name, worker in workers.items():
-                    first, _ = worker.run(texts[:rows], 1)
-                    whole, tokens = worker.run(texts[:rows], chosen.tokens)
+                    first = worker.ask(prompts=texts[:rows], count=1)["seconds"]
+                    written = worker.ask(prompts=texts[:rows], count=chosen.tokens)
+                    whole = written["seconds"]
                     say(
                         f"round {round_}{' (not counted)' if round_ == 0 else ''}: {name}, {rows} rows: "
                         f"{first:.2f} s to the first token, {whole:.2f} s to the last"
@@ -200,7 +201,7 @@ def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
                         of = measured[name][rows]
                         of.prefill.append(first)
                         of.whole.append(whole)
-                        of.tokens = tokens
+                        of.tokens = written["tokens"]
     finally:
         for worker in workers.values():
             worker.close()
@@ -218,20 +219,19 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 
 
 class Worker:
-    """A peer in a process of its own, which writes when it is told to."""
+    """A peer of a benchmark, `file`, in a process of its own, which does what it is asked to."""
 
-    def __init__(self, name: str):
-        command = [sys.executable, __file__, "--worker", name]
+    def __init__(self, file: str, name: str):
+        command = [sys.executable, file, "--worker", name]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
+        self.facts = self._answer()
+        """What it says once it is ready."""
 
-    def run(self, texts: list[list[int]], count: int) -> tuple[float, list[list[int]]]:
-        """(seconds, the tokens after each prompt)"""
+    def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": texts, "count": count}) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = self._answer()
-        return answer["seconds"], answer["tokens"]
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -246,18 +246,25 @@ class Worker:
         self.process.wait(60)
 
 
-def work(name: str) -> None:
-    """Answer each line of stdin, a request, by one of stdout."""
+def serve(make: Callable[[], tuple[dict[str, Any], Callable[..., dict[str, Any]]]]) -> None:
+    """Be such a worker: `make` returns what it says once it is ready, and what answers a request."""
     answers, sys.stdout = sys.stdout, sys.stderr
     os.environ["HF_HUB_OFFLINE"] = "1"
-    write = on_trainfw() if name == "trainfw" else on_transformers(compiled=name.endswith("compile"))
-    print("{}", file=answers, flush=True)  # the model is there
+    facts, answer = make()
+    print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
+
+
+def work(name: str) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    write = on_trainfw() if name == "trainfw" else on_transformers(compiled=name.endswith("compile"))
+
+    def answer(prompts: list[list[int]], count: int) -> dict[str, Any]:
         start = time.perf_counter()
-        tokens = write(request["prompts"], request["count"])
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers, flush=True)
+        tokens = write(prompts, count)
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return {}, answer
 
 
 def on_trainfw() -> Callable[[list[list[int]], int], list[list[int]]]:
@@ -325,12 +332,12 @@ def read_rate() -> float:
     return array.nbytes / seconds(lambda: total(array))
 
 
-def machine_line() -> str:
+def machine_line(*packages: str) -> str:
     """The CPU and the versions."""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     cpu = models[0].partition(":")[2].strip() if models else platform.machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", *packages))
     return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}"
 
 

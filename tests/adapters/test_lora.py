@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers import random_batches, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe
-from trainfw.models import AdapterInputs
+from trainfw.adapters import AdapterConfig, attach
+from trainfw.models import AdapterInputs, ModelConfig, Transformer
 from trainfw.parallel import Quantized
 
 ADAPTER = {"rank": 4, "alpha": 8.0}
@@ -255,3 +257,15 @@ def test_quantised_weights_are_nodes_of_the_state(tmp_path):
     assert frozen["embedding"]["table"].dtype == jnp.bfloat16
     assert frozen["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     assert program.num_frozen == program_of(tmp_path).num_frozen
+
+
+def test_an_adapter_trains_through_products_with_rules_of_their_own():
+    """As a backend's are in bfloat16, where the base is kept narrow."""
+    config = ModelConfig(preset="tiny", vocab_size=64)
+    model = Transformer(config, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
+    attach(model, AdapterConfig(rank=2, targets="all-linear"), nnx.Rngs(1))
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    tokens_BS = jnp.arange(12)[None] % 64
+    gradients = jax.grad(lambda params: nnx.merge(graphdef, params, frozen)(tokens_BS).var())(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+    assert any(bool((leaf != 0).any()) for leaf in jax.tree.leaves(gradients))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.parallel import Quantized, dequantize
@@ -47,8 +48,10 @@ def _forward(product: Callable[..., jax.Array], x: jax.Array, weight: Any, *othe
 def _backward(product: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     like, weight, others = kept
     wide = dense(weight, like.dtype)
-    transpose = jax.linear_transpose(lambda x: product(x, wide, *others), jax.ShapeDtypeStruct(like.shape, like.dtype))
-    return (*transpose(cotangent), None, *(None for _ in others))
+    # Not `linear_transpose`: a backend's product may have a rule for its gradient. As the product is linear in x, what
+    # x is does not matter, and none of it is computed.
+    _, back = jax.vjp(lambda x: product(x, wide, *others), jnp.zeros(like.shape, like.dtype))
+    return (*back(cotangent), None, *(None for _ in others))
 
 
 frozen_product.defvjp(_forward, _backward)
