@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 
 import jax
@@ -145,3 +146,89 @@ def test_samples_of_a_batch_differ_and_repeat(model):
 def test_a_batch_refuses_what_makes_no_sense(model):
     with pytest.raises(UserError, match="at least one token"):
         generate_batch(model, [[1], []], max_tokens=1)
+
+
+SHAPES = {
+    "tied": {"tie_embeddings": True},
+    "untied": {"tie_embeddings": False},
+    "biases": {"qkv_bias": True, "qk_norm": True, "post_norms": True, "zero_centered_norm": True},
+    "softcap": {"attention_softcap": 2.0, "final_softcap": 3.0, "scale_embeddings": True, "tie_embeddings": True},
+    "windows": {"sliding_window": 5, "layer_pattern": ["sliding", "global"], "rope_local_theta": 100.0},
+    "moe": MOE,
+}
+
+
+def shaped(name: str, **options: str) -> Transformer:
+    config = ModelConfig(preset="tiny", vocab_size=64, init_std=0.3, **SHAPES[name])
+    built = Transformer(config, rngs=nnx.Rngs(2), **options)
+    rng = np.random.default_rng(0)  # so that biases are not 0, nor scales 1
+    for _, variable in nnx.to_flat_state(nnx.state(built)):
+        variable.set_value(variable.get_value() + rng.normal(0, 0.05, variable.shape).astype(np.float32))
+    return built
+
+
+def logits_by_layer(built, tokens_BS, length, first_B=None):
+    """Of every token after the first `length`, decoded one at a time from a cache by layers."""
+    from trainfw.models.decoding import by_layer, decode_token, decoding_weights
+
+    rows, count = tokens_BS.shape
+    cache = replace(built.init_cache(rows, length), first_B=first_B)
+    _, cache = built.decode(tokens_BS[:, :length], cache)
+    prepared = decoding_weights(built, rows)
+    weights, cache, found = (prepared.layers, prepared.joined), by_layer(cache, count), []
+    step = nnx.jit(decode_token)
+    for i in range(length, count):
+        logits_BV, cache = step(built, weights, tokens_BS[:, i], cache, None)
+        found.append(logits_BV)
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("name", SHAPES)
+def test_decoding_by_layers_is_decoding(name, rows):
+    built = shaped(name)
+    tokens_BS = jax.random.randint(jax.random.key(0), (rows, 12), 0, 64)
+    first_B = jnp.arange(rows) % 3  # padding on the left
+    cache = replace(built.init_cache(rows, 12), first_B=first_B)
+    expected = np.asarray(nnx.jit(lambda m, t, c: m.decode(t, c)[0])(built, tokens_BS, cache))[:, 6:]
+    found = logits_by_layer(built, tokens_BS, 6, first_B)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_decoding_by_layers_computes_in_the_models_dtype():
+    built = shaped("tied", compute_dtype="bfloat16")
+    tokens_BS = jax.random.randint(jax.random.key(0), (2, 10), 0, 64)
+    expected = np.asarray(built.decode(tokens_BS, built.init_cache(2, 10))[0])[:, 6:]
+    found = logits_by_layer(built, tokens_BS, 6)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_weights_to_decode_with_are_views_where_memory_is_short(model, monkeypatch):
+    from trainfw.models import decoding
+
+    tokens = list(generate(model, [1, 2, 3], max_tokens=6, temperature=0))
+    copied = decoding.decoding_weights(model, 1)
+    assert copied.joined[0]
+    monkeypatch.setattr(decoding, "_available_memory", lambda: 0)
+    viewed = decoding.decoding_weights(model, 1)
+    assert not viewed.joined[0]
+    stacked = model.layers.mlp.gate.kernel.get_value()
+    (own,) = [v.get_value() for path, v in nnx.to_flat_state(viewed.layers[1][0]) if path[:2] == ("mlp", "gate")]
+    assert own.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + stacked[0].nbytes
+    assert list(generate(model, [1, 2, 3], max_tokens=6, temperature=0)) == tokens
+
+
+def test_weights_to_decode_with_are_kept_until_the_model_changes():
+    from trainfw.models.decoding import decoding_weights
+
+    built = shaped("untied")
+    first = decoding_weights(built, 1)
+    assert decoding_weights(built, 1) is first
+    assert decoding_weights(built, 4) is not first
+    before = list(generate(built, [1, 2, 3], max_tokens=6, temperature=0))
+    kernel = built.layers.mlp.down.kernel
+    kernel.set_value(-kernel.get_value())
+    assert decoding_weights(built, 1) is not first
+    after = list(generate(built, [1, 2, 3], max_tokens=6, temperature=0))
+    logits_SV = built(jnp.array([[1, 2, 3, *after]]))[0]
+    assert before != after == jnp.argmax(logits_SV[2:-1], axis=-1).tolist()

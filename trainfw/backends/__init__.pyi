@@ -2,6 +2,7 @@ from .base import ATTENDED as ATTENDED
 from .base import ROTATED as ROTATED
 from .base import AttentionRequest as AttentionRequest
 from .base import Backend as Backend
+from .base import DecodingRequest as DecodingRequest
 from .base import MatmulRequest as MatmulRequest
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce

@@ -67,6 +67,14 @@ class AttentionRequest:
 
 
 @dataclass(frozen=True)
+class DecodingRequest:
+    """What the products of one token of each row need."""
+
+    dtype: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class MatmulRequest:
     """What a product of activations and weights needs: `x_ND @ w_DF`, or with `over_rows` the sum over N of
     `x_ND` times `y_NF`, in float32."""

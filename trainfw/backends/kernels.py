@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from trainfw.backends.base import AttentionRequest, Backend, MatmulRequest
+from trainfw.backends.base import AttentionRequest, Backend, DecodingRequest, MatmulRequest
 from trainfw.backends.cpu import kernels as cpu
 from trainfw.backends.gpu import kernels as gpu
 from trainfw.backends.neuron import attention as neuron_attention
@@ -53,6 +53,7 @@ KERNELS: dict[str, dict[str, list[Candidate]]] = {
             Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),
         ],
     },
+    "decoding": {"cpu": [Candidate("weights read once", cpu.decoding_refuses, cpu.load_decoding)]},
     "matmul": {"cpu": [Candidate("float32 results", cpu.matmul_refuses, cpu.load_matmul)]},
 }
 
@@ -69,7 +70,7 @@ def own_kernels(allowed: bool) -> Iterator[None]:
         _own.reset(token)
 
 
-def resolve(operation: str, request: AttentionRequest | MatmulRequest, backend: Backend) -> Kernel:
+def resolve(operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, backend: Backend) -> Kernel:
     """The implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
 
     An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
@@ -83,7 +84,7 @@ def resolve(operation: str, request: AttentionRequest | MatmulRequest, backend: 
 
 
 @functools.cache  # which is also what logs a choice once
-def _resolve(operation: str, request: AttentionRequest | MatmulRequest, platform: str) -> Kernel:
+def _resolve(operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, platform: str) -> Kernel:
     passed_over: list[str] = []
     for candidate in KERNELS[operation].get(platform, []):
         problem = candidate.refuses(request)
@@ -102,5 +103,7 @@ def _resolve(operation: str, request: AttentionRequest | MatmulRequest, platform
     return kernel
 
 
-def _log(level: int, operation: str, request: AttentionRequest | MatmulRequest, kernel: Kernel) -> None:
+def _log(
+    level: int, operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, kernel: Kernel
+) -> None:
     logging.getLogger("trainfw").log(level, "%s: %s for %s", operation, kernel, request)

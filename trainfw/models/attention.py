@@ -27,6 +27,36 @@ LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class HeadCache:
+    """One layer's keys and values so far, each head's together: for one query at a time.
+
+    Keys lie along their index, values along the head: XLA's CPU backend reads either as they lie, where products of
+    `attend` with BTKh would transpose all of them for every token.
+    """
+
+    keys_BKhT: jax.Array
+    values_BKTh: jax.Array
+
+    def extended(self, k_B1Kh: jax.Array, v_B1Kh: jax.Array, at: jax.Array | int) -> HeadCache:
+        return HeadCache(
+            jax.lax.dynamic_update_slice_in_dim(self.keys_BKhT, k_B1Kh.transpose(0, 2, 3, 1), at, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(self.values_BKTh, v_B1Kh.transpose(0, 2, 1, 3), at, axis=2),
+        )
+
+    def attend(self, q_B1Hh: jax.Array, mask_B1T: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
+        """What `attend` computes, o_B1Hh."""
+        B, K, h, _ = self.keys_BKhT.shape
+        q_BKGh1 = q_B1Hh.reshape(B, K, -1, h)[..., None].astype(jnp.float32)
+        # Sums of products rather than products of matrices, which are slow where they are this narrow.
+        scores_BKGT = capped(jnp.sum(q_BKGh1 * self.keys_BKhT[:, :, None], axis=3) * scale, softcap)
+        scores_BKGT = jnp.where(mask_B1T[:, :, None], scores_BKGT, -1e30)
+        weights_BKGT = jax.nn.softmax(scores_BKGT, axis=-1)
+        o_BKGh = jnp.sum(weights_BKGT[..., None] * self.values_BKTh[:, :, None], axis=3)
+        return o_BKGh.reshape(q_B1Hh.shape).astype(q_B1Hh.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Context:
     """What attention in every layer shares: where each query stands and which keys it may see."""
 
@@ -98,8 +128,8 @@ class Attention(nnx.Module):
         self.key_norm = self._norm("kv_heads", kv_width)
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | HeadCache | None = None
+    ) -> tuple[jax.Array, LayerCache | HeadCache | None]:
         """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
         config = self.config
         B, S, _ = x_BSD.shape
@@ -108,12 +138,17 @@ class Attention(nnx.Module):
         v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
         q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
         q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
+        window = config.sliding_window if kind == "sliding" else None
+        scale = config.query_scale or config.head_dim**-0.5
+        if isinstance(cache, HeadCache):
+            cache = cache.extended(k_BTKh, v_BTKh, context.start)
+            mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)
+            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            return self.output(o_BSHh.reshape(B, S, -1)), cache
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
             v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
             cache = (k_BTKh, v_BTKh)
-        window = config.sliding_window if kind == "sliding" else None
-        scale = config.query_scale or config.head_dim**-0.5
         if axis_size("context") > 1:
             over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
             o_BSHh = over_context(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,14 @@ import numpy as np
 from flax import nnx
 
 from trainfw.errors import UserError, did_you_mean
+from trainfw.models.decoding import (
+    LayerCaches,
+    by_layer,
+    decode_token,
+    decodes_by_layer,
+    decoding_kernels,
+    decoding_weights,
+)
 from trainfw.models.inputs import AdapterInputs
 from trainfw.models.transformer import KVCache, Transformer
 
@@ -33,6 +41,8 @@ def sample(
     """
     if temperature == 0:
         return jnp.argmax(logits_V)
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits_V / temperature)
     # Likeliest first, so that top-k is a prefix and top-p another.
     sorted_V, tokens_V = jax.lax.top_k(logits_V / temperature, min(top_k or logits_V.size, logits_V.size))
     if top_p is not None:
@@ -57,7 +67,9 @@ def generate(
     """Continue a prompt: yields each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id` or
     any of `eos_ids`.
 
-    Compiles once for each power of two that the prompt and the whole text fill. Raises UserError, at the call, for
+    Compiles once for each power of two that the prompt and the whole text fill. Beside the model's weights, a CPU with
+    memory to spare keeps a copy of its layers' for as long as the model is there, as the products of a token read them
+    fastest. Raises UserError, at the call, for
     an argument that makes no sense.
     """
     prompt = list(prompt_tokens)
@@ -94,33 +106,20 @@ def generate_batch(
     _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     if not rows:
         return []
-    graphdef, params = nnx.split(model)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    key = jax.random.key(seed)
-    length = _power_of_two(max(map(len, rows)))
-    padded = np.zeros((len(rows), length), np.int32)
-    for row, prompt in zip(padded, rows):
-        row[length - len(prompt) :] = prompt
-    cache = replace(
-        model.init_cache(len(rows), length + -(-max_tokens // 16) * 16),
-        first_B=jnp.asarray([length - len(prompt) for prompt in rows], jnp.int32),
-    )
-    inputs = _adapter_inputs(model, len(rows), adapters)
-    tokens_BS: Any = padded
+    ends = set(eos_ids)
     new: list[list[int]] = [[] for _ in rows]
     open_rows = set(range(len(rows)))
-    for count in range(max_tokens):
-        step_key = jax.random.fold_in(key, count)
-        tokens_B, cache = _extend_batch(graphdef, params, tokens_BS, cache, step_key, inputs, **sampling)
-        drawn = np.asarray(tokens_B)
+    inputs = _adapter_inputs(model, len(rows), adapters)
+    room = -(-max_tokens // 16) * 16
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for drawn in _drawn(model, rows, max_tokens, room, inputs, seed, sampling):
         for i in list(open_rows):
-            if int(drawn[i]) in eos_ids:
+            if drawn[i] in ends:
                 open_rows.remove(i)
             else:
-                new[i].append(int(drawn[i]))
+                new[i].append(drawn[i])
         if not open_rows:
             break
-        tokens_BS = tokens_B[:, None]
     return new
 
 
@@ -156,40 +155,56 @@ def _check(
 def _generate(
     model: Transformer, prompt: list[int], max_tokens: int, ends: set[int], seed: int, **sampling: Any
 ) -> Iterator[int]:
-    graphdef, params = nnx.split(model)
-    key = jax.random.key(seed)
-    padded = np.zeros((1, _power_of_two(len(prompt))), np.int32)
-    padded[0, : len(prompt)] = prompt
-    cache = model.init_cache(1, _power_of_two(len(prompt) + max_tokens))
-    token, cache = _extend(graphdef, params, padded, len(prompt), cache, jax.random.fold_in(key, 0), **sampling)
-    for count in range(1, max_tokens + 1):
-        if int(token) in ends:
+    length = _power_of_two(len(prompt))
+    room = _power_of_two(length + max_tokens) - length
+    for (token,) in _drawn(model, [prompt], max_tokens, room, None, seed, sampling):
+        if token in ends:
             return
-        yield int(token)
-        if count < max_tokens:
+        yield token
+
+
+def _drawn(
+    model: Transformer,
+    rows: list[list[int]],
+    max_tokens: int,
+    room: int,
+    adapters: AdapterInputs | None,
+    seed: int,
+    sampling: dict[str, Any],
+) -> Iterator[list[int]]:
+    """The tokens that follow the rows, one of each at a time. `room`: for tokens, beside the padded rows."""
+    graphdef, params = nnx.split(model)
+    by_layers = max_tokens > 1 and decodes_by_layer(model)
+    key = jax.random.key(seed)
+    length = _power_of_two(max(map(len, rows)))
+    padded = np.zeros((len(rows), length), np.int32)
+    for row, prompt in zip(padded, rows):
+        row[length - len(prompt) :] = prompt
+    cache: Any = replace(
+        model.init_cache(len(rows), length + (0 if by_layers else room)),
+        first_B=jnp.asarray([length - len(prompt) for prompt in rows], jnp.int32),
+    )
+    tokens_B, cache = _extend_batch(graphdef, params, padded, cache, jax.random.fold_in(key, 0), adapters, **sampling)
+    yield np.asarray(tokens_B).tolist()
+    if max_tokens == 1:
+        return
+    extend: Callable[..., tuple[jax.Array, Any]]
+    if by_layers:
+        extend = _by_layers(model, graphdef, params, len(rows), adapters, sampling)
+        cache = _by_layer(cache, length + room)
+    else:
+
+        def extend(tokens_B: jax.Array, cache: KVCache, key: jax.Array, count: np.int32) -> tuple[jax.Array, KVCache]:
             step_key = jax.random.fold_in(key, count)
-            token, cache = _extend(graphdef, params, token[None, None], 1, cache, step_key, **sampling)
+            return _extend_batch(graphdef, params, tokens_B[:, None], cache, step_key, adapters, **sampling)
 
-
-@functools.partial(jax.jit, static_argnames=("graphdef", *_SAMPLING), donate_argnames="cache")
-def _extend(
-    graphdef: nnx.GraphDef[Transformer],
-    params: nnx.State,
-    tokens_1S: jax.Array,
-    num_tokens: jax.Array | int,
-    cache: KVCache,
-    key: jax.Array,
-    **sampling: Any,
-) -> tuple[jax.Array, KVCache]:
-    """The token that follows the first `num_tokens` of `tokens_1S`, and the cache with those; the rest is padding.
-
-    Padding comes after the tokens, so they do not see it, and the shortened cache forgets it.
-    """
-    model = nnx.merge(graphdef, params)
-    x_1SD, extended = model.decode_hidden_states(tokens_1S, cache)
-    last_11D = jax.lax.dynamic_slice_in_dim(x_1SD, num_tokens - 1, 1, axis=1)
-    token = sample(model.logits(last_11D)[0, 0], key, **sampling)
-    return token, replace(extended, length=cache.length + num_tokens)
+    tokens_B, cache = extend(tokens_B, cache, key, np.int32(1))
+    for count in range(1, max_tokens):
+        # The next step is handed over before this one's token is read, so that none waits for Python.
+        drawn_B = tokens_B
+        if count + 1 < max_tokens:
+            tokens_B, cache = extend(tokens_B, cache, key, np.int32(count + 1))
+        yield np.asarray(drawn_B).tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", *_SAMPLING), donate_argnames="cache")
@@ -206,8 +221,45 @@ def _extend_batch(
     model = nnx.merge(graphdef, params)
     x_BSD, cache = model.decode_hidden_states(tokens_BS, cache, adapters)
     logits_BV = model.logits(x_BSD[:, -1:])[:, 0]
+    return _samples(logits_BV, key, sampling), cache
+
+
+def _by_layers(
+    model: Transformer, graphdef: Any, params: Any, rows: int, adapters: AdapterInputs | None, sampling: dict[str, Any]
+) -> Callable[..., tuple[jax.Array, LayerCaches]]:
+    """(tokens_B, cache, key, count) -> (the tokens that follow, the cache with these): `_extend_batch` on a CPU."""
+    prepared = decoding_weights(model, rows)
+    weights = (params, prepared.layers, prepared.joined, adapters)
+    leaves, structure = jax.tree.flatten(weights)
+    kernels = decoding_kernels(model.compute_dtype, rows)
+    options = {} if kernels is None else kernels.compiler_options(rows)
+    step = _layers_step(graphdef, structure, tuple(sampling.items()), tuple(options.items()))
+    return functools.partial(step, leaves)
+
+
+@functools.lru_cache(maxsize=32)
+def _layers_step(
+    graphdef: Any, structure: Any, sampling: tuple[tuple[str, Any], ...], options: tuple[tuple[str, str], ...]
+) -> Any:
+    """The step of `_by_layers`. Its own function, and with leaves for weights: trees of them take 2 ms to hand over."""
+
+    def step(
+        leaves: list[jax.Array], tokens_B: jax.Array, cache: LayerCaches, key: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, LayerCaches]:
+        params, layers, joined, adapters = jax.tree.unflatten(structure, leaves)
+        model = nnx.merge(graphdef, params)
+        logits_BV, cache = decode_token(model, (layers, joined), tokens_B, cache, adapters)
+        return _samples(logits_BV, jax.random.fold_in(key, count), dict(sampling)), cache
+
+    return jax.jit(step, donate_argnums=2, compiler_options=dict(options))
+
+
+_by_layer = jax.jit(by_layer, static_argnums=1)
+
+
+def _samples(logits_BV: jax.Array, key: jax.Array, sampling: dict[str, Any]) -> jax.Array:
     keys_B = jax.random.split(key, logits_BV.shape[0])
-    return jax.vmap(lambda logits_V, key: sample(logits_V, key, **sampling))(logits_BV, keys_B), cache
+    return jax.vmap(lambda logits_V, key: sample(logits_V, key, **sampling))(logits_BV, keys_B)
 
 
 def _adapter_inputs(model: Transformer, rows: int, adapters: Sequence[str | None] | None) -> AdapterInputs | None:

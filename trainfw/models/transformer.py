@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.models.attention import Attention, Context, LayerCache
+from trainfw.models.attention import Attention, Context, HeadCache, LayerCache
 from trainfw.models.config import LayerKind, ModelConfig
 from trainfw.models.frozen import Frozen, dense
 from trainfw.models.inputs import AdapterInputs, use_inputs
@@ -56,8 +56,8 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, cache: LayerCache | None, kind: LayerKind
-    ) -> tuple[jax.Array, tuple[LayerCache | None, MoEStats | None]]:
+        self, x_BSD: jax.Array, context: Context, cache: LayerCache | HeadCache | None, kind: LayerKind
+    ) -> tuple[jax.Array, tuple[LayerCache | HeadCache | None, MoEStats | None]]:
         """(x_BSD, (the cache extended, what the router did))"""
         y_BSD, cache = self.attention(_gather(self.attention_norm(x_BSD)), context, kind, cache)
         y_BSD = _scatter(y_BSD)

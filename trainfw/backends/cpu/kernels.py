@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainfw.backends.base import AttentionRequest, MatmulRequest
+from trainfw.backends.base import AttentionRequest, DecodingRequest, MatmulRequest
 
 
 def attention_refuses(request: AttentionRequest) -> str | None:
@@ -30,3 +30,20 @@ def load_matmul(request: MatmulRequest) -> Callable[..., Any]:
     from trainfw.backends.cpu import products
 
     return products.over_rows if request.over_rows else products.matmul
+
+
+MOST_ROWS = 16
+"""Beyond, products of matrices as they are written are as fast as those of `decoding`."""
+
+
+def decoding_refuses(request: DecodingRequest) -> str | None:
+    """What `decoding` would gain nothing for."""
+    if request.dtype != "float32":
+        return "it is for float32"
+    return f"it is for {MOST_ROWS} rows at most" if request.rows > MOST_ROWS else None
+
+
+def load_decoding(request: DecodingRequest) -> Any:
+    from trainfw.backends.cpu import decoding
+
+    return decoding

