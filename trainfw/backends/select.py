@@ -81,10 +81,10 @@ def prepare(
             wiring = number_by_place(wiring, read_place(topology.instances // topology.count))
         environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
         _tell_jax()
+    else:  # of a GPU's memory jax takes three quarters if nothing is said
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Of a GPU's memory jax takes three quarters if nothing is said.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend

@@ -34,7 +34,8 @@ class BadStep:
 
 def judge_step(step: int, row: int, metrics: Metrics, config: FaultsConfig) -> BadStep | None:
     """What is wrong with a finished step, as the devices saw it."""
-    values = {name: metrics[name].value() for name in ("loss", "grad_norm", "update_norm") if name in metrics}
+    judged: tuple[str, ...] = ("loss", "grad_norm", "update_norm")
+    values = {name: metrics[name].value() for name in judged if name in metrics}
     if not all(map(math.isfinite, values.values())):
         return BadStep(step, row, "non_finite", values, config.non_finite)
     if "spike" in metrics and metrics["spike"].value():
