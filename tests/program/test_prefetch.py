@@ -15,8 +15,9 @@ from trainfw.hlo import Computation, Instruction, Module, Partitioned, parse_mod
 LAYERS, VOCABULARY = 4, 512
 GATHERS = 7
 """Matrices of a layer."""
-FORWARD, BACKWARD = 9, 8 + 18
-"""Products of a layer: with these and in attention; all but the last again, and two of each in the transpose."""
+FORWARD, BACKWARD = 9, 8 + 19
+"""Products of a layer: with these and in attention; all but the last again, two of each in the transpose, and
+the row sums of attention's gradient (a CPU's kernel has them as one)."""
 
 
 def partitioned(tmp_path, *overrides: str) -> Partitioned:
