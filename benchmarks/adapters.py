@@ -28,6 +28,8 @@ from typing import Any
 import yaml
 from generate import MODEL, ROOT, Worker, machine_line, prompts, serve
 
+from benchmarks.reporting import command
+
 RATIO, MEMORY = 1.5, 0.6
 LOSS = {"": 1e-4, "-bf16": 2e-3}
 """By what a peer's name ends with."""
@@ -131,9 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(record(results, problems), indent=1) + "\n")
     if chosen.save:
-        command = " ".join(["python benchmarks/adapters.py", *(sys.argv[1:] if arguments is None else arguments)])
+        how = command("adapters", sys.argv[1:] if arguments is None else arguments)
         RESULTS.write_text(
-            f"# Training an adapter, beside PEFT\n\n{datetime.date.today()}, {machine_line('peft')}; `{command}`.\n"
+            f"# Training an adapter, beside PEFT\n\n{datetime.date.today()}, {machine_line('peft')}; `{how}`.\n"
             f"LoRA on SmolLM2-135M-Instruct.\n\n```\n{results}\n{verdict}\n```\n"
         )
     return int(bool(problems))

@@ -25,6 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.reporting import command
+
 ROOT = Path(__file__).parents[1]
 RATIO = 1.5
 """Of tokens a second while decoding."""
@@ -360,9 +364,9 @@ def record(results: Results, problems: list[str]) -> dict[str, Any]:
 
 
 def page(table: str, arguments: list[str]) -> str:
-    command = " ".join(["python benchmarks/generate.py", *arguments])
     return (
-        f"# Writing text, beside Transformers\n\n{datetime.date.today()}, {machine_line()}; `{command}`.\n"
+        f"# Writing text, beside Transformers\n\n"
+        f"{datetime.date.today()}, {machine_line()}; `{command('generate', arguments)}`.\n"
         f"SmolLM2-135M-Instruct in float32, greedy.\n\n```\n{table}\n```\n"
     )
 

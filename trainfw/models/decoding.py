@@ -74,12 +74,14 @@ def decodes_by_layer(model: Transformer) -> bool:
     return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
-_prepared: weakref.WeakKeyDictionary[Transformer, dict[int, tuple[list[Any], DecodingWeights]]]
+_prepared: weakref.WeakKeyDictionary[Transformer, tuple[Any, list[Any], DecodingWeights]]
 _prepared = weakref.WeakKeyDictionary()
 
 
 def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
-    """The weights to decode so many rows with; kept for the next call as long as the model is, and its arrays are.
+    """The weights to decode so many rows with; kept with the model, for the next call that finds the same arrays in it.
+
+    One form at a time: another number of rows, dtype or array takes the place of what was kept.
 
     Layers' own weights are views of the stacked ones, except what is in another dtype than it is computed in. Joined
     ones are copies: as much memory again, where the machine has it to spare.
@@ -87,11 +89,13 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
     spare = size < _available_memory() // 4
     kernels = decoding_kernels(model.compute_dtype, rows) if spare else None
-    kind = 0 if kernels is None else min(rows, 2)
+    kind = model.compute_dtype, 0 if kernels is None else min(rows, 2)
     sources = jax.tree.leaves(nnx.state(model))
-    held = _prepared.setdefault(model, {})
-    if kind in held and all(a is b for a, b in zip(held[kind][0], sources, strict=True)):
-        return held[kind][1]
+    held = _prepared.pop(model, None)  # before others are made: two copies would be more than there is room for
+    if held is not None and held[0] == kind and list(map(id, held[1])) == list(map(id, sources)):
+        _prepared[model] = held
+        return held[2]
+    del held
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
     states = tuple(gather_weights(state, dtype, model.config) for state in (learning, frozen))
@@ -115,7 +119,7 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
         gone = {f"{path}.kernel" for group in groups for path in group}
         layers = tuple(tuple(_without(state, gone) for state in layer) for layer in layers)
     weights = DecodingWeights(layers, joined)
-    held[kind] = sources, weights
+    _prepared[model] = kind, sources, weights
     return weights
 
 
