@@ -232,3 +232,10 @@ def test_weights_to_decode_with_are_kept_until_the_model_changes():
     after = list(generate(built, [1, 2, 3], max_tokens=6, temperature=0))
     logits_SV = built(jnp.array([[1, 2, 3, *after]]))[0]
     assert before != after == jnp.argmax(logits_SV[2:-1], axis=-1).tolist()
+
+
+def test_the_weights_are_left_as_they_were():
+    """The set of an array's devices is its sharding's own."""
+    model = Transformer(ModelConfig(preset="tiny", vocab_size=64), rngs=nnx.Rngs(0))
+    list(generate(model, [1, 2], max_tokens=2))
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(nnx.state(model)))

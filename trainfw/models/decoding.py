@@ -151,7 +151,7 @@ def _available_memory() -> int:
 
 def _views(tree: Any, count: int) -> tuple[Any, ...]:
     """A stacked tree's layers. On a CPU, NumPy's view of an array and JAX's of that one are the same memory."""
-    device = jax.tree.leaves(tree)[0].devices().pop()
+    (device,) = jax.tree.leaves(tree)[0].devices()
     leaves, structure = jax.tree.flatten(tree)
     hosts = [np.asarray(leaf) for leaf in leaves]
     return tuple(
