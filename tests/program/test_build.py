@@ -257,6 +257,16 @@ def test_weights_cast_once_a_step_give_the_same_bits(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_unrolled_layers_of_microbatches_get_the_gradients_of_scanned_ones(tmp_path):
+    found = []
+    for scan in ("true", "false"):
+        recipe = tiny_recipe(tmp_path, "train.accumulation_steps=4", f"train.scan_layers={scan}")
+        program = build_program(recipe, jax.devices()[:1])
+        batch = program.shard_batch(random_batches(recipe, 1)[0])
+        found.append(program.gradients(program.init().params, {}, batch)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
+
+
 def test_without_the_mask_a_token_sees_the_documents_before_its_own(tmp_path):
     recipe = tiny_recipe(tmp_path, "data.mask_documents=false")
     program = build_program(recipe, jax.devices()[:1])

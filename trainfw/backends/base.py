@@ -29,6 +29,8 @@ class Backend:
     """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
     Neuron names such an operator."""
 
+    fp8_dtypes: tuple[str, str] = ("float8_e4m3fn", "float8_e5m2")
+    """Of operands in products of 8 bits: in the forward pass, and of gradients."""
     casts_once: bool = False
     """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
     held twice for less work. Measured to pay on a GPU."""

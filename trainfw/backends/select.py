@@ -27,7 +27,15 @@ CPU = Backend(
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
 )
 GPU = Backend("gpu", "gpu", casts_once=True)
-NEURON = Backend("neuron", "neuron", rules="neuron", host_init=True, host_generate=True, grouped_matmul=False)
+NEURON = Backend(
+    "neuron",
+    "neuron",
+    rules="neuron",
+    host_init=True,
+    host_generate=True,
+    grouped_matmul=False,
+    fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
+)
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""

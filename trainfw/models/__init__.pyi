@@ -20,6 +20,8 @@ from .moe import MoE as MoE
 from .moe import MoEStats as MoEStats
 from .moe import dispatch_problem as dispatch_problem
 from .products import over_rows as over_rows
+from .stack import restack as restack
+from .stack import unstack as unstack
 from .transformer import HeadDims as HeadDims
 from .transformer import KVCache as KVCache
 from .transformer import Transformer as Transformer

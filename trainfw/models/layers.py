@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -59,13 +60,21 @@ class Adapter(Protocol):
         ...
 
 
-def adapted_product(linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any) -> jax.Array:
-    """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter."""
-    kernel = linear.kernel.get_value()
+_matmul_fp8 = functools.partial(matmul, fp8=True)
+
+
+def adapted_product(
+    linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any, fp8: bool = False
+) -> jax.Array:
+    """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter.
+
+    `fp8`: the product with the kernel, but not those of the adapter, is of 8 bits.
+    """
+    kernel, own = linear.kernel.get_value(), _matmul_fp8 if fp8 else product
     if isinstance(linear.kernel, Frozen):
-        y = frozen_product(product, x, kernel, *others)
+        y = frozen_product(own, x, kernel, *others)
     else:
-        y = product(x, kernel.astype(x.dtype), *others)
+        y = own(x, kernel.astype(x.dtype), *others)
     return y if linear.adapter is None else linear.adapter(product, x, y, kernel, *others)
 
 
@@ -85,9 +94,11 @@ class Linear(nnx.Module):
         self.kernel = normal(rngs, shape, std, axes, wide=wide)
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
         self.adapter: Any = nnx.data(None)
+        self.fp8 = False
+        """Whether the product is of 8 bits."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = adapted_product(self, matmul, x)
+        y = adapted_product(self, matmul, x, fp8=self.fp8)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

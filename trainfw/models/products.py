@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from trainfw import backends
+from trainfw.models.fp8 import fp8_matmul
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -15,14 +16,14 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel` of a matrix, the leading dims of x taken as one.
+def matmul(x: jax.Array, kernel: jax.Array, *, fp8: bool = False) -> jax.Array:
+    """`x @ kernel` of a matrix, the leading dims of x taken as one; `fp8`: of operands in 8 bits.
 
     The kernel's gradient is then one product of matrices. With two dims of tokens to sum over, XLA's CPU backend
     transposes what it is made of element by element: a feed-forward takes 1.7 times as long.
     """
     request = backends.MatmulRequest(x.dtype.name)
-    product = backends.resolve("matmul", request, backends.current()).call or jnp.matmul
+    product = fp8_matmul if fp8 else backends.resolve("matmul", request, backends.current()).call or jnp.matmul
     return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,37 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
         _policies.save_from_both_policies(_policies.save_only_these_names(REDUCED, ROTATED, ATTENDED), _kernel_results),
     ),
 }
+
+
+class Unstacked(NamedTuple):
+    """In the place of a stacked array, each layer's part by itself: gradients of it need not be stacked."""
+
+    parts: tuple[jax.Array, ...]
+
+
+def unstack(stacked: Any) -> Any:
+    """`Unstacked` for every array of a stack's, for layers that are not scanned."""
+
+    def of(x: jax.Array) -> Unstacked:
+        # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
+        return Unstacked(tuple(part.reshape(part.shape[1:]) for part in jax.lax.split(x, (1,) * x.shape[0])))
+
+    return jax.tree.map(of, stacked)
+
+
+def restack(unstacked: Any) -> Any:
+    """The opposite of `unstack`."""
+    return jax.tree.map(lambda x: jnp.stack(x.parts), unstacked, is_leaf=_is_unstacked)
+
+
+def stack_size(stacked: Any) -> int:
+    """Layers in a stack whose leaves are arrays or `Unstacked`."""
+    first = jax.tree.leaves(stacked, is_leaf=_is_unstacked)[0]
+    return len(first.parts) if isinstance(first, Unstacked) else int(first.shape[0])
+
+
+def _is_unstacked(x: Any) -> bool:
+    return isinstance(x, Unstacked)
 
 
 def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
@@ -111,7 +142,8 @@ def run_stack(
     """Every layer in order; returns the last x and the stacked outs.
 
     Args:
-        params, fixed, own: pytrees of arrays with a leading layers dim; of a layer's own, only params learn.
+        params, fixed, own: pytrees of arrays with a leading layers dim (or, where nothing is scanned, `Unstacked`); of
+            a layer's own, only params learn.
         shared: a pytree of arrays that are not differentiated.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
@@ -250,6 +282,6 @@ def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
 
 
 def _unstack(stacked: Any, num_layers: int) -> list[Any]:
-    leaves, tree = jax.tree.flatten(stacked)
-    slices = [jax.lax.split(leaf, (1,) * num_layers) for leaf in leaves]
-    return [jax.tree.unflatten(tree, [s[i].reshape(s[i].shape[1:]) for s in slices]) for i in range(num_layers)]
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=_is_unstacked)
+    parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
+    return [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(num_layers)]

@@ -20,7 +20,7 @@ from trainfw.models.layers import MLP, Embedding, Linear, RMSNorm, gather_weight
 from trainfw.models.moe import MoE, MoEStats
 from trainfw.models.products import softcap, wide_einsum
 from trainfw.models.rope import rope_turns
-from trainfw.models.stack import INPUT, REDUCED, Layer, Remat, check_remat, init_stack, run_stack
+from trainfw.models.stack import INPUT, REDUCED, Layer, Remat, check_remat, init_stack, run_stack, stack_size
 from trainfw.parallel import all_gather, axis_index, axis_size, chunk_of, pipelined, reduce_scatter
 
 HeadDims: TypeAlias = Literal["vd", "dv"]
@@ -47,13 +47,16 @@ class DecoderLayer(nnx.Module):
     parallelism: Korthikanti et al., arXiv:2205.05198).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, fp8: bool = False, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs) if config.moe is None else MoE(config, rngs=rngs)
         self.attention_norm = RMSNorm(config.hidden_size, config)
         self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
         self.mlp_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+        for _, part in nnx.iter_modules(self) if fp8 else ():
+            if isinstance(part, Linear) and not part.kernel.get_metadata().get("wide"):  # as a router's is
+                part.fp8 = True
 
     def __call__(
         self, x_BSD: jax.Array, context: Context, cache: LayerCache | HeadCache | None, kind: LayerKind
@@ -99,6 +102,7 @@ class Transformer(nnx.Module):
         rngs: draws the initial weights.
         compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
             and logits are f32 whatever it is.
+        matmul_dtype: "fp8": the layers' linear maps multiply in 8 bits (`fp8_matmul`).
         remat: what the backward pass recomputes: "none" saves all but what was gathered, "full" saves each layer's
             input only, "dots" saves what the layers' projections return as well, "stage" a pipeline stage's input only.
         ring: see `ParallelConfig.context_attention`.
@@ -115,6 +119,7 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         compute_dtype: str = "float32",
+        matmul_dtype: Literal["fp8"] | None = None,
         remat: Remat = "none",
         scan_layers: bool = True,
         prefetch: bool = False,
@@ -129,7 +134,8 @@ class Transformer(nnx.Module):
         self.adapter_names: tuple[str, ...] = ()
         """Of adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
         self.embedding = Embedding(config, rngs=rngs)
-        self.layers = init_stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_layers, rngs)
+        fp8 = matmul_dtype == "fp8"
+        self.layers = init_stack(lambda rngs: DecoderLayer(config, fp8=fp8, rngs=rngs), config.num_layers, rngs)
         self.final_norm = RMSNorm(config.hidden_size, config)
         size = (config.hidden_size, config.vocab_size)
         self.head = None if config.tie_embeddings else Linear(size, ("embed", "vocab"), std=config.init_std, rngs=rngs)
@@ -271,7 +277,7 @@ class Transformer(nnx.Module):
         graphdef, learning, frozen = nnx.split(self.layers, nnx.Param, ...)  # type: ignore[misc]
         numbers_L = None
         if adapters is not None and adapters.key is not None:
-            count = jax.tree.leaves((learning, frozen))[0].shape[0]
+            count = stack_size((learning, frozen))
             numbers_L = axis_index("pipeline") * count + jnp.arange(count, dtype=jnp.int32)
         return graphdef, (learning, (frozen, numbers_L))
 
@@ -285,7 +291,7 @@ class Transformer(nnx.Module):
         """These layers, all of them or those of a stage, which begin a period of the pattern."""
         config = self.config
         learning, (frozen, numbers_L) = params
-        num_layers = jax.tree.leaves(params)[0].shape[0]
+        num_layers = stack_size(params)
 
         def gather(learning: nnx.State, fixed: Any) -> Any:
             frozen, number = fixed

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
 from trainfw.adapters import attach
-from trainfw.models import AdapterInputs, Frozen, Transformer, dispatch_problem, flops_per_token
+from trainfw.models import AdapterInputs, Frozen, Transformer, dispatch_problem, flops_per_token, restack, unstack
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.parallel import (
     Layout,
@@ -225,6 +225,7 @@ def build_program(
             recipe.model,
             rngs=rngs,
             compute_dtype=recipe.train.compute_dtype,
+            matmul_dtype=recipe.train.matmul_dtype,
             remat=recipe.train.remat,
             scan_layers=recipe.train.scan_layers,
             prefetch=recipe.parallel.prefetch and rules.gathers,
@@ -320,14 +321,20 @@ def build_program(
             if key is not None:
                 batch = batch | {"ids": _row_ids(batch["tokens"].shape[0])}
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
-            once = backend.casts_once and accumulation > 1 and mesh.size == 1
-            used = narrowed(params) if once else params
+            alone = accumulation > 1 and mesh.size == 1
+            used = narrowed(params) if alone and backend.casts_once else params
+            # Or the layers' gradients are stacked for each microbatch.
+            apart = alone and not recipe.train.scan_layers and "layers" in params
+            if apart:
+                used = used | {"layers": unstack(used["layers"])}
 
             def differentiate(part: Batch) -> tuple[Any, Sums]:
                 grads, sums = jax.grad(objective, has_aux=True)(used, part)
-                return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums
+                return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
             grads, sums = _accumulate(differentiate, batch, accumulation)
+            if apart:
+                grads = grads | {"layers": restack(grads["layers"])}
             return named(lambda n, g: reduce_gradient(g, n, rules), grads), metrics_of(sums)
 
     def local_metrics(params: Any, frozen: Any, batch: Batch) -> Metrics:

@@ -38,6 +38,9 @@ class TrainConfig(Config):
     """Microbatches that one update is split into: less activation memory, the same update."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of matrix products and activations. Parameters, gradients and optimizer state are float32."""
+    matmul_dtype: Literal["fp8"] | None = None
+    """fp8: the layers' linear maps multiply in 8 bits, E4M3 forward and E5M2 for gradients, each array scaled by its
+    largest number. Experts, the output head and attention's own products stay in compute_dtype. Hopper and later."""
     remat: Literal["none", "dots", "full", "stage"] = "none"
     """What backward computes again: nothing; all but matrix products; all of each layer; and, where layers are in
     stages of a pipeline, all of each stage once and of each of its layers once more, for the least memory."""
