@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import tiny_recipe
+from trainfw import backends
+from trainfw.backends import select
 from trainfw.models.fp8 import fp8_matmul
 from trainfw.program import build_program
 
@@ -44,6 +46,19 @@ def test_zeros_and_their_gradients_are_zeros():
     y, back = jax.vjp(fp8_matmul, jnp.zeros((4, 8)), jnp.zeros((8, 6)))
     for found in (y, *back(jnp.zeros((4, 6)))):
         np.testing.assert_array_equal(found, 0.0)
+
+
+def test_the_smallest_numbers_stay_finite():
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    y, back = jax.vjp(fp8_matmul, jnp.full((4, 8), tiny), jnp.ones((8, 6)))
+    assert all(np.isfinite(found).all() for found in (y, *back(jnp.full((4, 6), 8 * tiny))))
+
+
+@pytest.mark.parametrize(("backend", "forward"), [("gpu", "f8E4M3FN"), ("neuron", "f8E4M3>")])
+def test_the_format_is_one_that_the_backend_has(monkeypatch, backend, forward):
+    monkeypatch.setattr(backends, "current", lambda: select.BACKENDS[backend])
+    text = jax.jit(lambda x, w: fp8_matmul(x, w)).lower(jnp.ones((8, 16)), jnp.ones((16, 4))).as_text()
+    assert all(line.count(forward) == 2 for line in text.splitlines() if "dot_general" in line)
 
 
 def test_what_is_not_finite_stays_so():

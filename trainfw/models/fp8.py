@@ -19,7 +19,8 @@ from trainfw import backends
 def _narrow(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """(x / scale in the dtype, the scale, f32[])"""
     top = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    scale = jnp.where(top > 0, top / float(jnp.finfo(dtype).max), 1.0)
+    # Not below what has an inverse: zeros stay zeros, and the smallest numbers do not become infinite.
+    scale = jnp.maximum(top / float(jnp.finfo(dtype).max), jnp.finfo(jnp.float32).tiny)
     return (x.astype(jnp.float32) * (1.0 / scale)).astype(dtype), scale
 
 

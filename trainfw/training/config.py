@@ -40,7 +40,8 @@ class TrainConfig(Config):
     """Dtype of matrix products and activations. Parameters, gradients and optimizer state are float32."""
     matmul_dtype: Literal["fp8"] | None = None
     """fp8: the layers' linear maps multiply in 8 bits, E4M3 forward and E5M2 for gradients, each array scaled by its
-    largest number. Experts, the output head and attention's own products stay in compute_dtype. Hopper and later."""
+    largest number. Experts, the output head and attention's own products stay in compute_dtype. For GPUs from Hopper
+    on; a CPU is slower with it, and on Neuron it has not run."""
     remat: Literal["none", "dots", "full", "stage"] = "none"
     """What backward computes again: nothing; all but matrix products; all of each layer; and, where layers are in
     stages of a pipeline, all of each stage once and of each of its layers once more, for the least memory."""
