@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from trainfw import UserError
@@ -133,3 +134,20 @@ def test_clipping_makes_the_update_blind_to_the_gradients_size():
     _, large = optimizer.update(jax.tree.map(lambda g: 1000 * g, grads), optimizer.init(params), params)
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large)):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e3])
+@pytest.mark.parametrize("handed", [False, True])
+def test_clipping_is_optaxs(scale, handed):
+    params = parameters()
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    grads = jax.tree.map(lambda p: scale * jax.random.normal(next(keys), p.shape), params)
+    settings = {"name": "adamw", "schedule": "constant", "weight_decay": 0, "learning_rate": 0.1}
+    ours, plain = (make_optimizer(OptimizerConfig(**settings, clip_norm=limit), 10) for limit in (1.0, None))
+    theirs, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    extra = {"norm": optax.global_norm(grads)} if handed else {}
+    updates, state = ours.update(grads, ours.init(params), params, **extra)
+    expected, expected_state = plain.update(theirs, plain.init(params), params)
+    moments, expected_moments = (jax.tree.leaves(optax.tree.get(s, "mu")) for s in (state, expected_state))
+    for a, b in zip(jax.tree.leaves(updates) + moments, jax.tree.leaves(expected) + expected_moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-12)

@@ -140,6 +140,10 @@ def current() -> Backend:
 
     keep_compiled()
     platform = jax.default_backend()
+    if platform == "cpu":
+        from trainfw.backends.cpu.lowering import leave_float32  # likewise
+
+        leave_float32(_on_its_own)
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")
@@ -147,6 +151,11 @@ def current() -> Backend:
     if platform not in BACKENDS:
         raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")
     return BACKENDS[platform]
+
+
+def _on_its_own() -> bool:
+    """Whether the CPU stands for no other backend."""
+    return _as_backend is None
 
 
 def host_device() -> jax.Device:

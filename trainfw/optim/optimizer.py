@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -18,8 +19,11 @@ Params = Any
 """A nested dict of arrays; a parameter's name is its keys joined by dots."""
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, the optimizer, decoupled weight decay and the schedule, as one Optax transformation."""
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping, the optimizer, decoupled weight decay and the schedule, as one Optax transformation.
+
+    `update` takes the gradients' global norm as `norm`; left out, clipping computes it.
+    """
     schedule = make_schedule(config, steps)
 
     def decays(params: Params) -> Params:
@@ -62,13 +66,27 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 _muon_labels,
             )
     if config.clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+        optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
 
     def init(params: Params) -> Any:
         _check_patterns(params, config.weight_decay_exclude)
         return optimizer.init(params)
 
-    return optax.GradientTransformation(init, optimizer.update)
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, for whoever has the norm at hand (`norm=` of `update`), and as one factor.
+
+    Compilers do a product again in each moment that reads it. Optax divides by the norm, and quotients they write down.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.global_norm(updates) if norm is None else norm
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def optimizer_shardings(

@@ -358,11 +358,12 @@ def build_program(
 
     # And what follows on all of them.
     def gradients(params: Any, frozen: Any, batch: Batch, key: jax.Array | None = None) -> tuple[Any, Metrics]:
-        grads, metrics = gradient_sums(params, params if twice else None, frozen, batch, key)
+        sums, metrics = gradient_sums(params, params if twice else None, frozen, batch, key)
         # Summed over all tokens and divided once, so that how a batch is split never weighs its tokens.
         # By its inverse: compilers do a product again wherever it is read, and write a quotient down.
         share = 1.0 / jnp.maximum(metrics["loss"].count, 1.0)
-        return jax.tree.map(lambda g: g * share, grads), metrics
+        metrics["grad_norm"] = Mean(optax.global_norm(sums) * share, 1.0)  # of what is in memory
+        return jax.tree.map(lambda g: g * share, sums), metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         own = state.rng[0] ^ state.step.astype(jnp.uint32)
@@ -371,8 +372,7 @@ def build_program(
         # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
         params = jax.lax.with_sharding_constraint(state.params, update_shardings)
         with use_rules(rules):
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        metrics["grad_norm"] = Mean(optax.global_norm(grads), 1.0)
+            updates, opt_state = optimizer.update(grads, state.opt_state, params, norm=metrics["grad_norm"].total)
         if recipe.optimizer.name == "muon":  # the others make finite updates of finite gradients; a norm is a pass
             metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(schedule(state.step)), 1.0)

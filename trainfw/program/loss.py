@@ -132,16 +132,17 @@ def _by_chunk(
         dx_nD = jnp.einsum(f"nv,{dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
         dw = None
         if head_learns:
-            dw = sums[2] + (over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV))
+            dw = over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV)
+            dw = dw if sums[2] is None else sums[2] + dw
         return (sums[0] + objective, sums[1] + nats, dw), dx_nD
 
-    zero = jnp.float32(0)
-    sums: Any = (zero, zero, jnp.zeros(w.shape, jnp.float32) if differentiate and head_learns else None)
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
-    if chunks == 1:
-        sums, dx = step(sums, jax.tree.map(lambda a: a[0], parts))
-    else:
-        sums, dx = jax.lax.scan(step, sums, parts)
+    # The first by itself: a gradient as large as the head is then not cleared to be added to.
+    zero = jnp.float32(0)
+    sums, dx = step((zero, zero, None), jax.tree.map(lambda a: a[0], parts))
+    if chunks > 1:
+        sums, others = jax.lax.scan(step, sums, jax.tree.map(lambda a: a[1:], parts))
+        dx = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), dx, others)
     objective, nats, dw = sums
     if not differentiate:
         return (objective, nats), None

@@ -63,6 +63,8 @@ def _forward(
     K = k_BTKh.shape[2]
     q_BKGSh = _heads_first(q_BSHh, K)
     k_BKTh, v_BKTh = (_heads_first(x, K)[:, :, 0] for x in (k_BTKh, v_BTKh))
+    # As the backward pass reads them too, so that nothing is turned round twice.
+    q_BKGSh, k_BKTh, v_BKTh = checkpoint_name((q_BKGSh, k_BKTh, v_BKTh), ATTENDED)
     outs: list[jax.Array] = []
     logs: list[jax.Array] = []
     for start, stop in blocks_of(q_BKGSh.shape[3]):
