@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.config import Activation, ModelConfig
 from trainfw.models.frozen import Frozen, dense, frozen_product
@@ -16,6 +17,10 @@ from trainfw.models.products import matmul
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 M = TypeVar("M", bound=nnx.Module)
+
+PRODUCT = "what a linear map returns"
+"""Name for policies of `jax.checkpoint`: in the compute dtype and with the adapter's part added, where the products
+inside may have wider results, and two."""
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...], **metadata: bool) -> nnx.Param:
@@ -99,7 +104,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = adapted_product(self, matmul, x, fp8=self.fp8)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PRODUCT)
 
 
 class Embedding(nnx.Module):

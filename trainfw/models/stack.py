@@ -18,6 +18,7 @@ from jax.extend.core.primitives import all_gather_p
 
 from trainfw.backends import ATTENDED, ROTATED
 from trainfw.errors import UserError, did_you_mean
+from trainfw.models.layers import PRODUCT
 from trainfw.parallel import GATHERED, active_rules
 
 Remat = Literal["none", "dots", "full", "stage"]
@@ -47,8 +48,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "stage": None,  # and where layers are in stages, a stage's only
     # And what its projections return, so that no product with weights is done again, nor an attention kernel run.
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_from_both_policies(_policies.save_only_these_names(REDUCED, ROTATED, ATTENDED), _kernel_results),
+        _policies.save_only_these_names(PRODUCT, REDUCED, ROTATED, ATTENDED), _kernel_results
     ),
 }
 

@@ -137,12 +137,17 @@ def _by_chunk(
         return (sums[0] + objective, sums[1] + nats, dw), dx_nD
 
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
-    # The first by itself: a gradient as large as the head is then not cleared to be added to.
-    zero = jnp.float32(0)
-    sums, dx = step((zero, zero, None), jax.tree.map(lambda a: a[0], parts))
-    if chunks > 1:
-        sums, others = jax.lax.scan(step, sums, jax.tree.map(lambda a: a[1:], parts))
-        dx = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), dx, others)
+    sums: Any = (jnp.float32(0), jnp.float32(0), None)
+    if chunks == 1 or (differentiate and head_learns):
+        # The first by itself: a gradient as large as the head is then not cleared to be added to. Without one, no
+        # scan waits for it, and the logits of two chunks would be there at once.
+        first, parts = (jax.tree.map(lambda a, part=part: a[part], parts) for part in (0, slice(1, None)))
+        sums, dx = step(sums, first)
+        if chunks > 1:
+            sums, others = jax.lax.scan(step, sums, parts)
+            dx = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), dx, others)
+    else:
+        sums, dx = jax.lax.scan(step, sums, parts)
     objective, nats, dw = sums
     if not differentiate:
         return (objective, nats), None

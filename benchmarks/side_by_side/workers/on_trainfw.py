@@ -32,7 +32,7 @@ def main() -> None:
     TURNS.say("imported", versions=versions("trainfw", "jax", "flax", "optax"))
     backends.keep_freed_memory()  # as `train` does
     program = build_program(load_recipe(recipe_file(), WORK.get("overrides", ())), jax.devices()[:1])
-    step, state = program.compile_train_step(), program.init()
+    state, step = program.init(), program.compile_train_step()  # in the order of `train`
     TURNS.say("built", parameters=program.num_parameters)
     told = {"model_flops": program.flops_per_step, "device": jax.devices()[0].device_kind}
     rows = np.load(WORK["batches"])["rows"]
