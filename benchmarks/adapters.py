@@ -229,7 +229,6 @@ def on_trainfw() -> tuple[dict[str, Any], Answer]:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             file.write(json.dumps(recipe))  # JSON is YAML
             file.flush()
-            backends.keep_freed_memory()  # as `train` does
             program = build_program(load_recipe(file.name), jax.devices()[:1])
         states, step = [program.init()], program.compile_train_step()  # in the order of `train`
         turns = itertools.cycle(np.asarray(batches, np.int32))
@@ -246,6 +245,7 @@ def on_trainfw() -> tuple[dict[str, Any], Answer]:
 
         return program.num_parameters, once
 
+    backends.keep_freed_memory()  # as `train` does
     jax.devices()
     return {"peak": peak()}, answering(build)
 

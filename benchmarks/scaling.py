@@ -55,8 +55,8 @@ def child(devices: int, steps: int, overrides: Sequence[str]) -> None:
     from benchmarks.checkpoint import random_batch
     from trainfw import build_program, load_recipe
 
-    jax.devices()
     backends.keep_freed_memory()  # as a run does
+    jax.devices()
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "recipe.yaml"
         path.write_text(RECIPE)

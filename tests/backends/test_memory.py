@@ -1,4 +1,4 @@
-"""Huge pages for malloc: where they are asked for, and that the command starts itself again with them."""
+"""The memory of a process: huge pages for malloc, computations in their caller's thread, what goes back and stays."""
 
 from __future__ import annotations
 
@@ -80,3 +80,55 @@ def test_the_program_starts_once_more_as_the_same_process(tmp_path):
     assert first == f"{pid} None two words"
     assert again == f"{pid} glibc.malloc.hugetlb=1 two words"
     assert last == "went on"
+
+
+COMPUTE = """
+import sys
+from trainfw import backends
+if "inline" in sys.argv:
+    backends.compute_inline()
+import jax, jax.numpy as jnp
+x = jnp.eye(512)
+work = jax.jit(lambda x: jax.lax.fori_loop(0, 50, lambda i, y: jnp.tanh(y @ x), x))
+jax.block_until_ready(work(x))
+print(work(x).is_ready())
+"""
+
+
+@pytest.mark.parametrize("how", ["inline", "apart"])
+def test_a_computation_is_done_when_its_caller_goes_on(how):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTE, how],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(how == "inline")
+
+
+RELEASE = """
+import ctypes, sys
+from pathlib import Path
+from trainfw import backends
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+backends.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+block = libc.malloc(200_000_000)
+ctypes.memset(block, 1, 200_000_000)
+taken = resident()
+libc.free(block)
+kept = resident()
+backends.release_freed_memory()
+print(taken, kept, resident())
+"""
+
+
+@pytest.mark.skipif(not (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="of glibc's malloc")
+def test_what_is_freed_is_kept_until_it_is_to_go():
+    done = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True)
+    taken, kept, left = map(int, done.stdout.split())
+    assert kept > taken - 10_000_000
+    assert left < taken - 190_000_000

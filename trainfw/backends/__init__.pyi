@@ -15,6 +15,7 @@ from .distributed import read_wiring as read_wiring
 from .kernels import Kernel as Kernel
 from .kernels import own_kernels as own_kernels
 from .kernels import resolve as resolve
+from .memory import compute_inline as compute_inline
 from .memory import huge_page_variables as huge_page_variables
 from .memory import keep_freed_memory as keep_freed_memory
 from .memory import release_freed_memory as release_freed_memory

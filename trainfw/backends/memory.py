@@ -14,6 +14,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3), glibc's malloc.h."""
 
 
+def compute_inline() -> None:
+    """Have the computations of one CPU device run in the thread that asks for them. For where jax has not started yet.
+
+    What that thread frees can be kept (`keep_freed_memory`), which threads of jax's own hand back to the system: a step
+    of an adapter in benchmarks/adapters.py has 640 MB of buffers to clear then, and takes a tenth longer. What the host
+    would do meanwhile it does on the same cores.
+    """
+    import jax  # not before the environment for it is set
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that a step frees for the next one, rather than hand it back to the system.
 
@@ -21,6 +33,7 @@ def keep_freed_memory() -> None:
     clear every page: a first step of benchmarks/startup.py was a quarter longer so, and the later ones a twelfth. The
     peak is the same, and less is given back after it. Other C libraries are left as they are.
     """
+    compute_inline()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)  # what is larger goes back all the same

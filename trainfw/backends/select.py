@@ -139,10 +139,6 @@ def current() -> Backend:
     from trainfw.backends.compiled import keep_compiled  # imports jax, for which `prepare` is too early
 
     keep_compiled()
-    # Has an effect where jax has not started. A computation of one CPU device runs in the thread that asks for it, whose
-    # freed memory can be kept (`keep_freed_memory`): threads of jax's own hand theirs back, and have a step's buffers
-    # cleared anew. What the host could do meanwhile it does on the same cores.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     platform = jax.default_backend()
     if platform == "cpu":
         from trainfw.backends.cpu.lowering import leave_float32  # likewise

@@ -45,6 +45,7 @@ def train(
     when a signal stopped it after a checkpoint. A process that hangs exits (`watchdog` in the recipe).
     """
     reporter = reporter or Reporter()
+    backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
         return _train(recipe, devices, run_dir, resume, reporter, approve, phases)
 
