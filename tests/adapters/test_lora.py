@@ -255,3 +255,30 @@ def test_quantised_weights_are_nodes_of_the_state(tmp_path):
     assert frozen["embedding"]["table"].dtype == jnp.bfloat16
     assert frozen["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     assert program.num_frozen == program_of(tmp_path).num_frozen
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dots_does_no_product_of_a_frozen_kernel_again(tmp_path, dtype):
+    """Products with feed-forward kernels; `full` does those of gate and up once more."""
+
+    def step(remat):
+        program = program_of(tmp_path, train={"remat": remat, "compute_dtype": dtype})
+        jaxpr = program.train_step.trace(program.abstract_state, program.abstract_batch).jaxpr
+        return [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("dot_general", "scan")]
+
+    def products(remat):
+        sides = [{v.aval.shape for v in e.invars} for e in step(remat) if e.primitive.name == "dot_general"]
+        return sum(bool(shapes & {(64, 160), (160, 64)}) for shapes in sides)
+
+    assert products("none") == products("dots") == products("full") - 2
+    # Of gate and up their sums, not the two products of each, in the dtype in which they are used.
+    scans = [e for e in step("dots") if e.primitive.name == "scan"]
+    kept = [v.aval.dtype.name for e in scans for v in e.outvars if v.aval.shape == (4, 8, 32, 160)]
+    assert kept == [dtype, dtype]

@@ -35,7 +35,9 @@ def run(bench, monkeypatch, capsys):
             first = (losses or {}).get(name, 4.25)
             peaks = {"imported": 10**8, "built": 5 * 10**8, "trained": int(peak)}
             measured[name] = bench.Measured([seconds, seconds, 9.0], [first, 4.0], 4_884_480, peaks)
-        monkeypatch.setattr(bench, "measure", lambda chosen: bench.Results(2, 512, 16, measured))
+        monkeypatch.setattr(
+            bench, "measure", lambda chosen: bench.Results(2, 512, 16, measured, {"": 0.9, "-bf16": 0.4})
+        )
         code = bench.main(list(arguments))
         return code, "".join(capsys.readouterr())
 
@@ -46,14 +48,16 @@ def test_all_is_well(run):
     code, said = run(GOOD)
     assert code == 0
     assert "missed" not in said
-    assert re.findall(r"times as fast as PEFT +\| +([0-9.]+)", said) == ["1.60", "1.60"]
+    assert re.findall(r"trainfw-bf16: times as fast as peft-bf16 +\| +([0-9.]+)", said) == ["1.60"]
     assert re.findall(r"peak memory over PEFT's +\| +([0-9.]+)", said) == ["0.571", "0.562"]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"trainfw": (1.2, 1.2e9)}, r"trainfw: times as fast as PEFT +\| +1.33 \| at least 1.50 .*missed"),
+        ({"trainfw-bf16": (0.6, 0.9e9)}, r"bf16: times as fast as peft-bf16 +\| +1.33 \| at least 1.50 .*missed"),
+        ({"peft": (0.6, 2.1e9)}, r"trainfw-bf16: times as fast as peft +\| +1.20 \| at least 1.50 .*missed"),
+        ({"trainfw": (9.0, 2e9)}, r"trainfw: peak memory over PEFT's +\| +0.952 \| at most 0.6 .*missed"),
         ({"trainfw-bf16": (0.5, 1.2e9)}, r"trainfw-bf16: peak memory over PEFT's +\| +0.75 \| at most 0.6 .*missed"),
     ],
 )
@@ -74,7 +78,7 @@ def test_losses_that_differ_exit_1(run):
 
 
 def test_alone_nothing_is_checked_and_that_is_said(run):
-    for peers in ({"trainfw": (9.0, 9e9)}, {"trainfw": (9.0, 9e9), "peft-bf16": (1.0, 1e9)}):
+    for peers in ({"trainfw": (9.0, 9e9)}, {"peft": (9.0, 9e9), "peft-bf16": (1.0, 1e9)}):
         code, said = run(peers)
         assert code == 0
         assert "nothing was checked" in said
@@ -84,7 +88,7 @@ def test_what_is_written(run, tmp_path):
     assert run(GOOD, "--json", str(tmp_path / "all.json"))[0] == 0
     rows = json.loads((tmp_path / "all.json").read_text())["tables"][0]["rows"]
     assert [row[:2] for row in rows] == [["trainfw", 1024], ["peft", 640], ["trainfw-bf16", 2048], ["peft-bf16", 1280]]
-    assert rows[1][7] == 2100  # MB at the peak
+    assert rows[1][8] == 2100  # MB at the peak
 
 
 @pytest.mark.parametrize(

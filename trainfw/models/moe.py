@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.backends import Backend
 from trainfw.models.config import ModelConfig, MoEConfig
-from trainfw.models.layers import MLP, Linear, activate, adapted_product, normal
+from trainfw.models.layers import MLP, PRODUCT, Linear, activate, adapted_product, normal
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -146,6 +147,7 @@ class MoE(nnx.Module):
         router_DE = self.router.kernel[...].astype(jnp.float32)
         # In full: GPUs would round the operands to TF32, and a choice between near equals would depend on it.
         logits_TE = jnp.matmul(x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+        logits_TE = checkpoint_name(logits_TE, PRODUCT)
         probabilities_TE = jax.nn.softmax(logits_TE, axis=-1)
         _, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(probabilities_TE), self.config.experts_per_token)
         # A masked sum rather than what top_k returns, whose gradient would be a scatter.
