@@ -31,7 +31,6 @@ import yaml
 from generate import MODEL, PACKAGES, Worker, prompts, serve
 
 from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, say, table
-from trainfw.backends import restart_with_huge_pages
 
 RATIO, MEMORY = 1.5, 0.6
 LOSS = {"": 1e-4, "-bf16": 2e-3}
@@ -117,8 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
         serve(in_products)
         return 0
     if chosen.worker:
-        if chosen.worker.startswith("trainfw"):
-            restart_with_huge_pages()  # as `trainfw train` does
         serve(on_peft if chosen.worker.startswith("peft") else on_trainfw)
         return 0
     tables, checks = judge(measure(chosen))

@@ -25,7 +25,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, say, table
-from trainfw.backends import restart_with_huge_pages
 
 ROOT = Path(__file__).parents[1]
 RATIO = 1.5
@@ -112,8 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"reads": read_rate(), "bytes": 4 * open_model(MODEL).num_parameters}))
         return 0
     if chosen.worker:
-        if chosen.worker == "trainfw":
-            restart_with_huge_pages()  # as `trainfw generate` does
         serve(lambda: work(chosen.worker))
         return 0
     tables, checks = judge(measure(chosen))

@@ -16,10 +16,8 @@ from .kernels import Kernel as Kernel
 from .kernels import own_kernels as own_kernels
 from .kernels import resolve as resolve
 from .memory import compute_inline as compute_inline
-from .memory import huge_page_variables as huge_page_variables
 from .memory import keep_freed_memory as keep_freed_memory
 from .memory import release_freed_memory as release_freed_memory
-from .memory import restart_with_huge_pages as restart_with_huge_pages
 from .neuron.environment import Variable as Variable
 from .neuron.environment import environment_warnings as environment_warnings
 from .neuron.environment import neuron_environment as neuron_environment

@@ -12,9 +12,6 @@ from pathlib import Path
 
 from turns import Turns, read_work, versions
 
-from trainfw.backends import restart_with_huge_pages
-
-restart_with_huge_pages()  # as `trainfw train` does
 TURNS, WORK = Turns(), read_work()
 
 
