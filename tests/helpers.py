@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 
 from trainfw import Recipe, load_recipe
+from trainfw.checking.jaxpr import sub_jaxprs
 from trainfw.training import Reporter
 
 TINY = """
@@ -85,3 +87,11 @@ def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, 
             }
         )
     return batches
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a jaxpr and of all inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in sub_jaxprs(equation):
+            yield from equations(getattr(inner, "jaxpr", inner))

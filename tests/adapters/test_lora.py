@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import random_batches, tiny_recipe, write_recipe
+from tests.helpers import equations, random_batches, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe
 from trainfw.models import AdapterInputs
 from trainfw.parallel import Quantized
@@ -255,13 +255,6 @@ def test_quantised_weights_are_nodes_of_the_state(tmp_path):
     assert frozen["embedding"]["table"].dtype == jnp.bfloat16
     assert frozen["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     assert program.num_frozen == program_of(tmp_path).num_frozen
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

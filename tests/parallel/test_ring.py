@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from tests.helpers import equations
 from trainfw import backends
-from trainfw.checking.jaxpr import sub_jaxprs
 from trainfw.hardware import load_topology
 from trainfw.hlo import collectives_of, partition
 from trainfw.models.attention import attend
@@ -264,13 +264,6 @@ def test_gathered_only_gathers_and_scatters_sums():
         module = partition(split("gathered", Layout(context=4), backward=backward).lower(*arrays)).module
         kinds = {"reduce-scatter" if c.scattered else c.kind for c in collectives_of(module)}
         assert kinds == {"all-gather"} | ({"reduce-scatter"} if backward else set())
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in sub_jaxprs(equation):
-            yield from equations(getattr(inner, "jaxpr", inner))
 
 
 def products(function, arrays):
