@@ -66,6 +66,21 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path):
     assert (recipe.name, recipe.optimizer.learning_rate, recipe.train.seed) == ("no", 1e-4, 10)
 
 
+@pytest.mark.parametrize("base", ["quickstart", "quickstart.yaml"])
+def test_a_bundled_recipe_can_be_extended_from_anywhere(tmp_path, base):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: {base}\nname: mine\ntrain: {{steps: 7}}\n")
+    assert load_recipe(file) == load_recipe("quickstart", ["name=mine", "train.steps=7"])
+    file.write_text("extends: quickstat\n")
+    with pytest.raises(
+        UserError, match=r"mine\.yaml:1: extends = 'quickstat': no such file; did you mean 'quickstart'"
+    ):
+        load_recipe(file)
+    (tmp_path / "quickstart.yaml").write_text("extends: quickstart\nname: nearer\n")
+    file.write_text("extends: quickstart.yaml\n")
+    assert load_recipe(file).name == "nearer"
+
+
 def test_extends_is_a_chain_and_overrides_come_last(tmp_path):
     write_recipe(tmp_path)
     (tmp_path / "sub").mkdir()

@@ -121,7 +121,10 @@ def json_schema() -> dict[str, Any]:
         section.pop("required", None)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"] = {
-        "extends": {"type": "string", "description": "Another recipe that this one refines, relative to this file."},
+        "extends": {
+            "type": "string",
+            "description": "Another recipe that this one refines: a file, relative to this one, or a bundled recipe.",
+        },
         **schema["properties"],
     }
     return schema
@@ -225,10 +228,12 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
     where = sources.pop("extends")
     if not isinstance(base, str):
         raise UserError(f"{where}: extends = {_show(base)}: expected the path of another recipe")
-    base_file = file.parent / base
+    base_file, bundled = file.parent / base, bundled_recipes()
     if not base_file.is_file():
-        beside = [str(p.relative_to(file.parent)) for p in file.parent.glob("*.yaml")]
-        raise UserError(f"{where}: extends = {base!r}: no such file{did_you_mean(base, beside)}")
+        base_file = bundled.get(base.removesuffix(".yaml"), base_file)
+    if not base_file.is_file():
+        beside = [p.name for p in file.parent.glob("*.yaml")]
+        raise UserError(f"{where}: extends = {base!r}: no such file{did_you_mean(base, [*beside, *bundled])}")
     if base_file.resolve() in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
         raise UserError(f"{where}: extends = {base!r}: the chain comes back to itself: {cycle}")
