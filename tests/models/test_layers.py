@@ -3,11 +3,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from trainfw.models import ModelConfig
-from trainfw.models.layers import RMSNorm
+from trainfw.models.layers import RMSNorm, gate_with
 from trainfw.parallel import Layout, Rules, make_mesh, use_rules
 
 
@@ -36,3 +37,18 @@ def test_a_norm_over_a_dim_that_is_split_is_that_of_the_whole():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for found, right in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_gate_in_bfloat16_is_rounded_once(activation):
+    gate, up, cotangent = (jax.random.normal(jax.random.key(n), (16, 8), jnp.bfloat16) for n in range(3))
+
+    def exact(gate, up):
+        active = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return active * up
+
+    y, back = jax.vjp(lambda *inputs: gate_with(activation, *inputs), gate, up)
+    wide, wide_back = jax.vjp(exact, *(x.astype(jnp.float32) for x in (gate, up)))
+    for found, expected in zip((y, *back(cotangent)), (wide, *wide_back(cotangent.astype(jnp.float32)))):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(found), expected, rtol=2**-8, atol=1e-6)

@@ -172,7 +172,9 @@ def test_remat_does_what_its_name_says(scan_layers):
         programs[remat] = step.lower(params).compile(compiler_options=options)
     flops = {remat: program.cost_analysis()["flops"] for remat, program in programs.items()}
     saved = {remat: program.memory_analysis().temp_size_in_bytes for remat, program in programs.items()}
-    assert flops["none"] < flops["dots"] < flops["full"]
+    # "dots" does only activations and norms again, and the gate's are so with "none" too.
+    assert flops["dots"] < flops["full"]
+    np.testing.assert_allclose(flops["dots"], flops["none"], rtol=0.02)
     assert saved["none"] > saved["dots"] > saved["full"]
     values = {remat: jax.tree.leaves(program(params)) for remat, program in programs.items()}
     for remat in ("dots", "full"):

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.models import active_inputs, dense, frozen_product, lookup
+from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
 from trainfw.parallel import all_reduce, axis_index, gather_weight
 
 _SPLIT_INPUTS = ("heads", "mlp")
@@ -36,7 +37,8 @@ class LoRA(nnx.Module):
     ) -> jax.Array:
         kept = self._dropout(x)
         a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
-        update = product(product(kept, a, *others) * self.scale, b, *others)
+        narrow = checkpoint_name(product(kept, a, *others) * self.scale, PRODUCT)
+        update = product(narrow, b, *others)
         if self.magnitude is None:
             return y + update
         factor = self._factor(kernel).astype(y.dtype)

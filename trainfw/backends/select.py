@@ -141,9 +141,9 @@ def current() -> Backend:
     keep_compiled()
     platform = jax.default_backend()
     if platform == "cpu":
-        from trainfw.backends.cpu.lowering import leave_float32  # likewise
+        from trainfw.backends.cpu.lowering import leave_saved  # likewise
 
-        leave_float32(_on_its_own)
+        leave_saved(_on_its_own)
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")

@@ -12,6 +12,7 @@ from .generation import generate_batch as generate_batch
 from .generation import sample as sample
 from .inputs import AdapterInputs as AdapterInputs
 from .inputs import active_inputs as active_inputs
+from .layers import PRODUCT as PRODUCT
 from .layers import Embedding as Embedding
 from .layers import Linear as Linear
 from .layers import lookup as lookup

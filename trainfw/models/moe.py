@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.backends import Backend
 from trainfw.models.config import ModelConfig, MoEConfig
-from trainfw.models.layers import MLP, PRODUCT, Linear, activate, adapted_product, normal
+from trainfw.models.layers import MLP, PRODUCT, Linear, adapted_product, gate_with, normal
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -204,7 +204,7 @@ class MoE(nnx.Module):
         rows = take_rows(x_TD, tokens_EC.reshape(-1), slots_TK)
         x_ECD = all_to_all(rows.reshape(E, C, D), "expert", 0, 1)
         assert x_ECD.shape[0] == self.gate.kernel.shape[0] == E // devices
-        y_ECD = self.down(activate(self.activation, self.gate(x_ECD)) * self.up(x_ECD))
+        y_ECD = self.down(gate_with(self.activation, self.gate(x_ECD), self.up(x_ECD)))
         y_ECD = all_to_all(y_ECD, "expert", 1, 0)
         y_TD = weigh(take_rows(y_ECD.reshape(E * C, D), slots_TK.reshape(-1), choices_EC.reshape(-1, 1)), weights_TK)
         return y_TD, jnp.sum((slots_TK == E * C).astype(jnp.float32))
@@ -232,7 +232,7 @@ class MoE(nnx.Module):
         choices_N = jnp.where(index_N < taken, order_N, T * k)
         place_N = jnp.where(place_N < taken, place_N, T * k)
         rows_ND = take_rows(x_TD, jnp.where(index_N < taken, order_N // k, T), place_N.reshape(T, k))
-        hidden_NF = activate(self.activation, self.gate(rows_ND, sizes_E)) * self.up(rows_ND, sizes_E)
+        hidden_NF = gate_with(self.activation, self.gate(rows_ND, sizes_E), self.up(rows_ND, sizes_E))
         y_ND = self.down(hidden_NF, sizes_E)
         y_TD = weigh(take_rows(y_ND, place_N, choices_N[:, None]), weights_TK)
         return reduce_scatter(y_TD, "expert", 0)

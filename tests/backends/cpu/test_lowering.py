@@ -1,4 +1,4 @@
-"""What `jax.checkpoint` saves: float32 is left as it is, narrower numbers are rounded as jax has it."""
+"""What `jax.checkpoint` saves: float32 and bfloat16 are left as they are."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def lowered(dtype) -> str:
     return text
 
 
-def test_float32_is_saved_as_it_is():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_they_are_saved_as_they_are(dtype):
     select.current()
-    assert "reduce_precision" not in lowered(jnp.float32)
+    assert "reduce_precision" not in lowered(dtype)
 
 
-def test_narrower_numbers_are_rounded_to_what_is_saved():
+def test_other_numbers_are_rounded_as_jax_has_it():
     select.current()
-    assert "reduce_precision" in lowered(jnp.bfloat16)
+    assert "reduce_precision" in lowered(jnp.float16)
 
 
-def test_so_is_float32_where_the_cpu_stands_for_another_backend(monkeypatch):
+def test_so_are_all_where_the_cpu_stands_for_another_backend(monkeypatch):
     select.current()
     monkeypatch.setattr(select, "_as_backend", "neuron")
     assert "reduce_precision" in lowered(jnp.float32)

@@ -23,11 +23,12 @@ def test_products_and_gradients_are_rounded_once():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sums_over_rows(dtype):
-    x, y = X[0].astype(dtype), X[1].astype(dtype)
-    found = over_rows(x, y)
+@pytest.mark.parametrize("widths", [(16, 16), (40, 2), (2, 40)], ids=["alike", "the first wide", "the second wide"])
+def test_sums_over_rows(dtype, widths):
+    x, y = (jax.random.normal(jax.random.key(n), (24, width)).astype(dtype) for n, width in enumerate(widths))
+    found = jax.jit(over_rows)(x, y)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.float32(x).T @ np.float32(y), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, np.float64(x).T @ np.float64(y), rtol=1e-5, atol=1e-5)
 
 
 def test_every_product_is_of_bfloat16_with_a_float32_result():
