@@ -96,6 +96,17 @@ def test_quantised_weights_are_widened_one_at_a_time(tmp_path, remat):
     assert re.findall(r"f32\[(?:1,)?64,160\]", text)
 
 
+def test_unrolled_layers_keep_no_copies_of_frozen_weights(tmp_path):
+    """The step's memory beside its arguments grows with the layers' inputs, not with their weights."""
+    taken, frozen = [], []
+    for num_layers in (2, 8):
+        model = {"intermediate_size": 1024, "num_layers": num_layers}
+        program = program_of(tmp_path, {"rank": 1}, model=model, train={"remat": "full", "scan_layers": False})
+        taken.append(program.compile_train_step().memory_analysis().temp_size_in_bytes)
+        frozen.append(4 * program.num_frozen)
+    assert taken[1] - taken[0] < 0.5 * (frozen[1] - frozen[0])
+
+
 def test_a_base_in_four_bits_takes_little_more(tmp_path):
     """All arguments of the compiled step that are the base's, over its parameters: at most 0.6 bytes."""
     model = {"hidden_size": 256, "intermediate_size": 768, "num_heads": 4, "num_kv_heads": 2}

@@ -142,8 +142,8 @@ def run_stack(
     """Every layer in order; returns the last x and the stacked outs.
 
     Args:
-        params, fixed, own: pytrees of arrays with a leading layers dim (or, where nothing is scanned, `Unstacked`); of
-            a layer's own, only params learn.
+        params, fixed, own: pytrees of arrays with a leading layers dim; of a layer's own, only params learn, which may
+            be `Unstacked` where nothing is scanned.
         shared: a pytree of arrays that are not differentiated.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
@@ -153,32 +153,38 @@ def run_stack(
         return _prefetched(layer, kinds, scan, x, params, fixed, shared)
     rules = active_rules()
     sharded = rules is not None and rules.mesh.size > 1
-    step = checkpointed(layer, remat, scanned=False)
-    scanned_step = checkpointed(layer, remat, scanned=True)
 
-    def unrolled(step: Any, x: jax.Array, stacked: Any, kinds: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+    def one_of(x: jax.Array, params: Any, shared: Any, own: Any, place: tuple[int, Any]) -> tuple[jax.Array, Any]:
+        (learning, fixed), (i, kind) = params, place
+        return layer(x, (learning, _at(fixed, i)), shared, own, kind)
+
+    def unrolled(x: jax.Array, stacked: Any, kinds: tuple[Any, ...], *, scanned: bool = False) -> tuple[jax.Array, Any]:
+        (params, fixed), own = stacked
+        # What is fixed goes into the checkpoint whole: the backward pass would else keep a copy of every layer's.
+        step = checkpointed(one_of, remat, scanned=scanned)
         outs = []
-        for (params, own), kind in zip(_unstack(stacked, len(kinds)), kinds, strict=True):
+        for i, (kind, (params_i, own_i)) in enumerate(zip(kinds, _unstack((params, own), len(kinds)), strict=True)):
             if sharded:  # or all layers' weights are gathered at the start
-                x, params = jax.lax.optimization_barrier((x, params))
-            x, out = step(x, params, shared, own, kind)
+                x, (params_i, fixed) = jax.lax.optimization_barrier((x, (params_i, fixed)))
+            x, out = step(x, (params_i, fixed), shared, own_i, (i, kind))
             outs.append(out)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
     stacked = ((params, fixed), own)
     groups = len(kinds) // period if scan else 0
     if groups < 2:
-        return unrolled(step, x, stacked, kinds)
+        return unrolled(x, stacked, kinds)
     if period == 1:
         # Slices of the stack go straight into the checkpoint: the backward pass then reads the stack itself, where it
         # would keep a copy of what is made of them.
-        return jax.lax.scan(lambda x, slice_: scanned_step(x, slice_[0], shared, slice_[1], kinds[0]), x, stacked)
+        step = checkpointed(layer, remat, scanned=True)
+        return jax.lax.scan(lambda x, slice_: step(x, slice_[0], shared, slice_[1], kinds[0]), x, stacked)
     looped, rest = _cut(stacked, groups * period)
     looped = jax.tree.map(lambda a: a.reshape(groups, period, *a.shape[1:]), looped)
-    x, outs = jax.lax.scan(lambda x, group: unrolled(scanned_step, x, group, kinds[:period]), x, looped)
+    x, outs = jax.lax.scan(lambda x, group: unrolled(x, group, kinds[:period], scanned=True), x, looped)
     outs = jax.tree.map(lambda a: a.reshape(groups * period, *a.shape[2:]), outs)
     if groups * period < len(kinds):
-        x, rest_outs = unrolled(step, x, rest, kinds[groups * period :])
+        x, rest_outs = unrolled(x, rest, kinds[groups * period :])
         outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
     return x, outs
 
@@ -262,7 +268,8 @@ def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds:
 
 
 def _at(stacked: Any, i: Any) -> Any:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+    index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
+    return jax.tree.map(lambda a: index(a, i, keepdims=False), stacked)
 
 
 def _put(stacked: Any, i: Any, one: Any) -> Any:
