@@ -242,7 +242,7 @@ def on_trainfw() -> tuple[dict[str, Any], Answer]:
             file.write(json.dumps(recipe))  # JSON is YAML
             file.flush()
             program = build_program(load_recipe(file.name), jax.devices()[:1])
-        states, step = [program.init()], program.compile_train_step()  # in the order of `train`
+        step, states = program.compile_train_step(), [program.init()]  # in the order of `train`
         turns = itertools.cycle(np.asarray(batches, np.int32))
 
         def once() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,22 @@ from trainfw.program.source import open_base, read_adapter
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+def _tidy(make: F) -> F:
+    """`make`, and what memory it freed handed back: steps would keep it besides their own."""
+
+    @functools.wraps(make)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        backends.release_freed_memory()
+        return made
+
+    return cast(F, run)
+
+
+@_tidy
 def initial_state(
     recipe: Recipe,
     abstract: TrainState,
@@ -58,6 +73,7 @@ def measured(graphdef: Any, params: Tree, frozen: Tree) -> Tree:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
+@_tidy
 def initial_frozen(
     recipe: Recipe,
     abstract: TrainState,

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -99,6 +100,8 @@ def _train(
             )
         )
         resumed_step = checkpoints.newest_whole(reporter.note)
+        # Before the state is there: compiling takes memory of its own.
+        train_step = _compile(program, reporter, phases) if (resumed_step or 0) < recipe.train.steps else None
         first_state = functools.partial(_state_at, program, checkpoints, batches, progress)
         state = first_state(resumed_step)
         if resumed_step is not None:
@@ -133,7 +136,7 @@ def _train(
         )
         end = "failed"
         try:
-            result = session.to_the_end(state, resumed_step)
+            result = session.to_the_end(train_step, state, resumed_step)
             end = "done"
         except Interrupted as stop:
             end = str(stop)
@@ -197,6 +200,15 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
         f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out ({size})"
     )
     return data
+
+
+def _compile(program: Program, reporter: Reporter, phases: Phases) -> Any:
+    start = time.monotonic()
+    reporter.note("compiling the training step")
+    with phases.during("compile"):
+        compiled = program.compile_train_step()
+    reporter.note(f"compiled in {time.monotonic() - start:.1f} s")
+    return compiled
 
 
 def _changes(run: RunDirectory, recipe: Recipe) -> str:

@@ -97,8 +97,8 @@ class Session:
         self.times: list[float] = []
         self.saved: int | None = None
 
-    def to_the_end(self, state: TrainState, resumed_step: int | None) -> Result:
-        """Train from `state` on. Raises Interrupted, RunError."""
+    def to_the_end(self, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
+        """Train from `state` on, with `train_step` unless that is the last state. Raises Interrupted, RunError."""
         steps = self.recipe.train.steps
         step = self.phases.step = resumed_step or 0
         self.saved = resumed_step
@@ -108,7 +108,7 @@ class Session:
                 with self.phases.during("validation"):
                     self.outcome.validate(state, step)
                     self.outcome.evaluate(state, step)
-            train_step = self._compile()
+            self.reporter.note(self._mfu_definition())
             with stopping(jax.process_count()) as stop, self.phases.during("step"):
                 state = self._steps(train_step, state, step, stop)
         with self.phases.during("validation"):
@@ -121,14 +121,6 @@ class Session:
             self.reporter.note(str(self.sessions.goodput(steps, self.phases.so_far())))
         self.reporter.note(f"done: step {steps}, saved in {self.run}")
         return Result(self.run.path, steps, validation, sample, evaluation)
-
-    def _compile(self) -> Any:
-        start = time.monotonic()
-        self.reporter.note("compiling the training step")
-        with self.phases.during("compile"):
-            compiled = self.program.compile_train_step()
-        self.reporter.note(f"compiled in {time.monotonic() - start:.1f} s; {self._mfu_definition()}")
-        return compiled
 
     def _mfu_definition(self) -> str:
         if self.peak_flops is None:
