@@ -128,7 +128,10 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_state(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_remat_trades_memory_for_recomputation(scan, tmp_path):
-    """What the compiled step says of itself: more FLOPs and fewer temporary bytes, from none to full."""
+    """What the compiled step says of itself: from none to full fewer temporary bytes, and more FLOPs.
+
+    As many with "dots", but for activations and norms: the gate's are computed again with "none" too.
+    """
 
     def cost(remat: str) -> tuple[float, int]:
         recipe = tiny_recipe(
@@ -142,7 +145,8 @@ def test_remat_trades_memory_for_recomputation(scan, tmp_path):
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
     none, dots, full = cost("none"), cost("dots"), cost("full")
-    assert none[0] < dots[0] < full[0]
+    assert dots[0] < full[0]
+    assert dots[0] == pytest.approx(none[0], rel=0.05)
     assert none[1] > dots[1] > full[1]
 
 
