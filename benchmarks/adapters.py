@@ -38,9 +38,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trainfw": {"remat": "dots", "loss_chunk": 128},
     "trainfw-bf16": {"compute_dtype": "bfloat16", "remat": "dots", "loss_chunk": 128, "scan_layers": False},
 }
-"""Of the recipe's `train`, the best of those tried: in float32 unrolled layers take 3% less time and 350 MB more, and all
-kept for the backward pass (`remat=none`) half as much time again; in bfloat16 a scan takes a third more time and 370 MB
-more, since XLA widens what it stacks."""
+"""Of the recipe's `train`, the best of those tried: in float32 unrolled layers take 3% less time and 350 MB more, and
+with all kept for the backward pass (`remat=none`) half as much time again; in bfloat16 a scan takes a third more time
+and 370 MB more, since XLA widens what it stacks."""
 OPTIMIZER = {"learning_rate": 6e-4, "b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
 
 
