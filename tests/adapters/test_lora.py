@@ -281,7 +281,13 @@ def test_dots_does_no_product_of_a_frozen_kernel_again(tmp_path, dtype):
         sides = [{v.aval.shape for v in e.invars} for e in step(remat) if e.primitive.name == "dot_general"]
         return sum(bool(shapes & {(64, 160), (160, 64)}) for shapes in sides)
 
+    def narrow(remat):
+        """Products with a LoRA's A, or with B in the backward pass."""
+        made = [e.outvars[0].aval.shape for e in step(remat) if e.primitive.name == "dot_general"]
+        return sum(shape[-1] == 4 for shape in made)
+
     assert products("none") == products("dots") == products("full") - 2
+    assert narrow("none") == narrow("dots") < narrow("full")
     # Of gate and up their sums, not the two products of each, in the dtype in which they are used.
     scans = [e for e in step("dots") if e.primitive.name == "scan"]
     kept = [v.aval.dtype.name for e in scans for v in e.outvars if v.aval.shape == (4, 8, 32, 160)]

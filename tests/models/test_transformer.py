@@ -173,7 +173,7 @@ def test_remat_does_what_its_name_says(scan_layers):
     flops = {remat: program.cost_analysis()["flops"] for remat, program in programs.items()}
     saved = {remat: program.memory_analysis().temp_size_in_bytes for remat, program in programs.items()}
     # "dots" does only activations and norms again, and the gate's are so with "none" too.
-    assert flops["dots"] < flops["full"]
+    assert 1.1 * flops["dots"] < flops["full"]
     np.testing.assert_allclose(flops["dots"], flops["none"], rtol=0.05)
     assert saved["none"] > saved["dots"] > saved["full"]
     values = {remat: jax.tree.leaves(program(params)) for remat, program in programs.items()}

@@ -145,7 +145,7 @@ def test_remat_trades_memory_for_recomputation(scan, tmp_path):
         return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
     none, dots, full = cost("none"), cost("dots"), cost("full")
-    assert dots[0] < full[0]
+    assert 1.1 * dots[0] < full[0]
     assert dots[0] == pytest.approx(none[0], rel=0.05)
     assert none[1] > dots[1] > full[1]
 

@@ -78,6 +78,7 @@ def test_what_it_told(finished):
     text = "\n".join(notes)
     assert "no MFU: no published dense peak of 'cpu'" in text
     assert text.count("compiled in") == 1
+    assert text.index("compiled in") < text.index("validation at step 0")  # before the state takes memory
     assert f"{result.validation.bits_per_byte:.3f} now; gzip -9 reaches" in text
     assert f"sample:\nword{result.sample}" in text
 

@@ -37,7 +37,7 @@ def release_freed_memory() -> None:
     """Hand back to the system what has been freed by now, where glibc can.
 
     Compiling and reading weights take memory of which much is free afterwards, and which steps have no use for: of an
-    adapter's 30 layers, 600 and 140 MB (benchmarks/adapters.py).
+    adapter's 30 layers, 600 and 120 MB (benchmarks/adapters.py).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -164,7 +164,7 @@ class RMSNorm(nnx.Module):
 def gate_with(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
     """activation(gate) * up, in f32, back to their dtype; the backward pass keeps the two, in that dtype.
 
-    Rounded after every operation, bfloat16 takes a CPU 2.4 times as long, each rounding being a pass of its own.
+    Rounded after every operation, bfloat16 would cost a CPU a pass for every rounding.
     """
     wide = gate.astype(jnp.float32)
     wide = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,7 @@ from trainfw.program.source import open_base, read_adapter
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _tidy(make: F) -> F:
-    """`make`, and what memory it freed handed back: steps would keep it besides their own."""
-
-    @functools.wraps(make)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        made = make(*args, **kwargs)
-        backends.release_freed_memory()
-        return made
-
-    return cast(F, run)
-
-
-@_tidy
 def initial_state(
     recipe: Recipe,
     abstract: TrainState,
@@ -73,7 +58,6 @@ def measured(graphdef: Any, params: Tree, frozen: Tree) -> Tree:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-@_tidy
 def initial_frozen(
     recipe: Recipe,
     abstract: TrainState,
@@ -94,7 +78,9 @@ def _computed(compute: Callable[[], Any], abstract: Any) -> Any:
     run = (
         init_on_host(compute, shardings) if backends.current().host_init else jax.jit(compute, out_shardings=shardings)
     )
-    return run()
+    computed = run()
+    backends.release_freed_memory()  # of compiling
+    return computed
 
 
 def _shardings(abstract: Any) -> Any:

@@ -33,10 +33,11 @@ def test_other_numbers_are_rounded_as_jax_has_it():
     assert "reduce_precision" in lowered(jnp.float16)
 
 
-def test_so_are_all_where_the_cpu_stands_for_another_backend(monkeypatch):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_so_are_all_where_the_cpu_stands_for_another_backend(monkeypatch, dtype):
     select.current()
     monkeypatch.setattr(select, "_as_backend", "neuron")
-    assert "reduce_precision" in lowered(jnp.float32)
+    assert "reduce_precision" in lowered(dtype)
 
 
 @pytest.mark.parametrize("mantissa_bits", [7, 22])

@@ -62,7 +62,7 @@ def _forward(
 ) -> tuple[jax.Array, Any]:
     K = k_BTKh.shape[2]
     if q_BSHh.dtype != jnp.float32:
-        # Turned by itself: together with rope's narrowing XLA takes 2.5 times as long.
+        # Turned by itself: together with rope's narrowing XLA does it number by number.
         q_BSHh, k_BTKh = jax.lax.optimization_barrier((q_BSHh, k_BTKh))
     q_BKGSh = _heads_first(q_BSHh, K)
     k_BKTh, v_BKTh = (_heads_first(x, K)[:, :, 0] for x in (k_BTKh, v_BTKh))

@@ -19,7 +19,7 @@ def leave_saved(here: Callable[[], bool]) -> None:
     It rounds what it saves to the bits of its dtype, lest XLA hold more of them in one place than in another
     (github.com/jax-ml/jax/pull/22244). XLA never does with float32 on a CPU; of bfloat16 the forward pass may then read
     what was not yet rounded, as it does where nothing is checkpointed. And XLA copies the array for it: of
-    benchmarks/peers.py's step 2%, of benchmarks/adapters.py's in bfloat16 4% (jaxlib 0.10.2).
+    benchmarks/peers.py's step 2% (jaxlib 0.10.2).
     """
 
     def lower(ctx: mlir.LoweringRuleContext, x: Any, *, exponent_bits: int, mantissa_bits: int) -> Any:

@@ -47,5 +47,6 @@ def over_rows(x_ND: jax.Array, y_NF: jax.Array) -> jax.Array:
     """Their products summed over the rows, f32[D, F]."""
     (N, D), F = x_ND.shape, y_NF.shape[1]
     if F * (N + 2 * D) < N * D:  # less to turn round: y and the result, rather than x
+        # Its own turn kept apart: XLA would make it part of the product, in a form that it has no kernel for.
         return row_major(over_rows(y_NF, x_ND)).T
     return product("dn,nf->df", row_major(x_ND.T), y_NF)
