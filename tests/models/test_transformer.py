@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from trainfw.errors import UserError
 from trainfw.models import ModelConfig, Transformer, abstract_model, count_parameters, preset_names
+from trainfw.models.transformer import DecoderLayer
 
 # Published totals: the safetensors metadata on each model's Hugging Face page (the `source` in presets.yaml), which
 # counts a tied table once. Llama 3.1 405B is the 8-kv-head upload.
@@ -156,6 +157,17 @@ def test_scanned_and_unrolled_layers_agree(config):
     jax.tree.map(np.testing.assert_array_equal, params, same)
     for scanned, unrolled in zip(*(jax.tree.leaves(f(params)) for f in (scan, unroll)), strict=True):
         np.testing.assert_allclose(scanned, unrolled, rtol=1e-4, atol=2e-6 * float(jnp.abs(unrolled).max()))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_unrolled_layers_are_traced_once_for_each_kind(remat, monkeypatch):
+    traced = []
+    run_layer = DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda *inputs: traced.append(1) or run_layer(*inputs))
+    config = ModelConfig(preset="tiny", num_layers=5, sliding_window=3, layer_pattern=["sliding", "global"])
+    step, params = loss_and_gradients(config, scan_layers=False, remat=remat)
+    step.lower(params)
+    assert len(traced) == 2
 
 
 @pytest.mark.slow

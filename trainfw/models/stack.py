@@ -154,9 +154,11 @@ def run_stack(
     rules = active_rules()
     sharded = rules is not None and rules.mesh.size > 1
 
+    traced_once = jax.jit(layer.__call__, static_argnums=4)  # for all layers of a kind; XLA sees each of them
+
     def one_of(x: jax.Array, params: Any, shared: Any, own: Any, place: tuple[int, Any]) -> tuple[jax.Array, Any]:
         (learning, fixed), (i, kind) = params, place
-        return layer(x, (learning, _at(fixed, i)), shared, own, kind)
+        return traced_once(x, (learning, _at(fixed, i)), shared, own, kind)
 
     def unrolled(x: jax.Array, stacked: Any, kinds: tuple[Any, ...], *, scanned: bool = False) -> tuple[jax.Array, Any]:
         (params, fixed), own = stacked
