@@ -52,6 +52,13 @@ def test_neurons_contract_on_the_cpu():
     assert backend.compiler_options == select.CPU.compiler_options
 
 
+def test_xla_plans_products_by_themselves_in_bfloat16_alone():
+    narrow, wide = select.CPU.step_options("bfloat16"), select.CPU.step_options("float32")
+    assert narrow == select.CPU.compiler_options
+    assert wide == narrow | select.CPU.float32_options
+    assert jax.jit(lambda: 3, compiler_options=wide)() == 3  # XLA knows them
+
+
 def test_the_next_prepare_ends_a_simulation():
     backends.prepare(as_backend="neuron")
     backends.prepare()

@@ -19,6 +19,10 @@ class Backend:
     """JAX's name of the platform that runs the programs: `name`, or `cpu` when the backend is simulated."""
     compiler_options: dict[str, str] = field(default_factory=dict)
     """XLA options with which the training step is compiled."""
+    float32_options: dict[str, str] = field(default_factory=dict)
+    """And further ones, where it computes in float32."""
+    init_options: dict[str, str] = field(default_factory=dict)
+    """Those with which the first state is computed, by the host where `host_init` says so."""
     rules: Literal["neuron"] | None = None
     """Whose restrictions on programs are enforced."""
     host_init: bool = False
@@ -34,6 +38,10 @@ class Backend:
     casts_once: bool = False
     """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
     held twice for less work. Measured to pay on a GPU."""
+
+    def step_options(self, compute_dtype: str) -> dict[str, str]:
+        """XLA options for a training step, or a part of one, that computes in `compute_dtype`."""
+        return self.compiler_options | (self.float32_options if compute_dtype == "float32" else {})
 
     @property
     def simulated(self) -> bool:

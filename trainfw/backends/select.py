@@ -17,6 +17,8 @@ from trainfw.hardware import HardwareConfig
 if TYPE_CHECKING:
     import jax
 
+_QUICKLY = {"xla_backend_optimization_level": "1"}
+"""For a CPU's program that runs once: drawing 58 million parameters takes 0.9 s to compile, not 1.8, and 0.5 to run."""
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
 CPU = Backend(
@@ -25,6 +27,10 @@ CPU = Backend(
     # Else the CPU pipeline drops remat's optimization barriers before it schedules, and recomputes every unrolled
     # layer at once: all of the work and none of the memory saved.
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
+    # Not for products, which are as fast without: a first run spends 0.8 s for 8 layers on planning each by itself.
+    # Those of bfloat16 are twice as fast with it.
+    float32_options={"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    init_options=_QUICKLY,
 )
 GPU = Backend("gpu", "gpu", casts_once=True)
 NEURON = Backend(
@@ -32,6 +38,7 @@ NEURON = Backend(
     "neuron",
     rules="neuron",
     host_init=True,
+    init_options=_QUICKLY,
     host_generate=True,
     grouped_matmul=False,
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)

@@ -98,12 +98,18 @@ class Program:
 
     def compile_train_step(self) -> Any:
         """`train_step`, compiled ahead of time with the backend's options."""
-        return _compiled(self.train_step.lower(self.abstract_state, self.abstract_batch))
+        return self._compiled(self.train_step.lower(self.abstract_state, self.abstract_batch))
 
     def compile_eval_step(self) -> Any:
         """`eval_step`, likewise."""
         state = self.abstract_state
-        return _compiled(self.eval_step.lower(state.params, state.frozen, self.abstract_batch))
+        return self._compiled(self.eval_step.lower(state.params, state.frozen, self.abstract_batch))
+
+    def _compiled(self, lowered: Any) -> Any:
+        options = backends.current().step_options(self.recipe.train.compute_dtype)
+        compiled = lowered.compile(compiler_options=options)
+        backends.release_freed_memory()
+        return compiled
 
     def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows (B / processes, S) as its part of the global batch (B, S)."""
@@ -433,12 +439,6 @@ def build_program(
     with recipe.blamed("parallel"):
         program.train_step.trace(program.abstract_state, abstract_batch)  # a rule that cannot apply shows here
     return program
-
-
-def _compiled(lowered: Any) -> Any:
-    compiled = lowered.compile(compiler_options=backends.current().compiler_options)
-    backends.release_freed_memory()
-    return compiled
 
 
 def _row_ids(rows: int) -> jax.Array:

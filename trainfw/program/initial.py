@@ -74,10 +74,11 @@ def initial_frozen(
 
 
 def _computed(compute: Callable[[], Any], abstract: Any) -> Any:
-    shardings = _shardings(abstract)
-    run = (
-        init_on_host(compute, shardings) if backends.current().host_init else jax.jit(compute, out_shardings=shardings)
-    )
+    shardings, backend = _shardings(abstract), backends.current()
+    if backend.host_init:
+        run = init_on_host(compute, shardings, backend.init_options)
+    else:
+        run = jax.jit(compute, out_shardings=shardings, compiler_options=backend.init_options)
     computed = run()
     backends.release_freed_memory()  # of compiling
     return computed
