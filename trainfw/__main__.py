@@ -1,3 +1,3 @@
-from trainfw.cli import main
+from trainfw.cli import command
 
-main()
+command()

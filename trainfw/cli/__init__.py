@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import Annotated
 
@@ -81,6 +82,18 @@ _PATH_ERRORS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL),
 }
+
+
+def command() -> None:
+    """`main` as a process, which does not wait for a program that is being compiled and that nothing will run."""
+    try:
+        main()
+    except SystemExit as end:
+        if any(thread.name.startswith("compiling") for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 0)
+        raise
 
 
 def main() -> None:

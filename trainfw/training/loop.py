@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -16,6 +15,7 @@ from trainfw.errors import UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
 from trainfw.recipe import Recipe
 from trainfw.training.base import check_base
+from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
 from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
@@ -84,8 +84,10 @@ def _train(
         check_sources(recipe, program.abstract_state)
     if approve is not None:
         approve(program)
-    data = _prepare_data(recipe, reporter, progress)
     with contextlib.ExitStack() as stack:
+        trains = (resumed_step or 0) < recipe.train.steps
+        compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
+        data = _prepare_data(recipe, reporter, progress)
         batches = stack.enter_context(contextlib.closing(_batches(program, data)))
         # Again, now that no other process can change the answer.
         resumed_step = _first_says("start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume))[1])
@@ -101,7 +103,7 @@ def _train(
         )
         resumed_step = checkpoints.newest_whole(reporter.note)
         # Before the state is there: compiling takes memory of its own.
-        train_step = _compile(program, reporter, phases) if (resumed_step or 0) < recipe.train.steps else None
+        train_step = compiling.train_step()
         first_state = functools.partial(_state_at, program, checkpoints, batches, progress)
         state = first_state(resumed_step)
         if resumed_step is not None:
@@ -118,7 +120,7 @@ def _train(
         monitor = backends.NeuronMonitor()
         if backend.platform == "neuron":
             stack.enter_context(monitor)
-        outcome = Outcome(program, data, run, log, reporter, progress, phases)
+        outcome = Outcome(program, compiling.eval_step, data, run, log, reporter, progress)
         session = Session(
             program=program,
             batches=batches,
@@ -200,15 +202,6 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
         f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out ({size})"
     )
     return data
-
-
-def _compile(program: Program, reporter: Reporter, phases: Phases) -> Any:
-    start = time.monotonic()
-    reporter.note("compiling the training step")
-    with phases.during("compile"):
-        compiled = program.compile_train_step()
-    reporter.note(f"compiled in {time.monotonic() - start:.1f} s")
-    return compiled
 
 
 def _changes(run: RunDirectory, recipe: Recipe) -> str:

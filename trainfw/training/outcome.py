@@ -12,7 +12,6 @@ from trainfw.models import Transformer, generate
 from trainfw.program import Program, TrainState
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
-from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
@@ -24,16 +23,15 @@ class Outcome:
     def __init__(
         self,
         program: Program,
+        eval_step: Callable[[], Any],
         data: PreparedData,
         run: RunDirectory,
         log: MetricsLog,
         reporter: Reporter,
         progress: Progress,
-        phases: Phases,
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
-        self.recipe, self.progress, self.phases = program.recipe, progress, phases
-        self._eval_step: Any = None
+        self.recipe, self.progress, self._eval_step = program.recipe, progress, eval_step
         if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
             reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
 
@@ -41,10 +39,9 @@ class Outcome:
         """None where the recipe wants none, or `stop` said so."""
         if self.recipe.train.validation_batches == 0:
             return None
-        if self._eval_step is None:
-            with self.phases.during("compile"):
-                self._eval_step = self.program.compile_eval_step()
-        validation = validate(self.program, self._eval_step, state.params, state.frozen, self.data, self.progress, stop)
+        validation = validate(
+            self.program, self._eval_step(), state.params, state.frozen, self.data, self.progress, stop
+        )
         if validation is None:
             return None
         if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):

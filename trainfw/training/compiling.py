@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from trainfw.program import Program
+from trainfw.training.phases import Phases
+from trainfw.training.reporter import Reporter
+
+
+class Compiling:
+    """A program's functions, compiled in a thread of their own while the run reads data and weights.
+
+    As a context it stops what is not begun; what is being compiled ends up in the cache, even if the run fails.
+    """
+
+    def __init__(self, program: Program, reporter: Reporter, phases: Phases, *, trains: bool):
+        self._reporter, self._phases = reporter, phases
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+        self._train, self._eval = None, None
+        if trains:
+            reporter.note("compiling the training step")
+            self._train = self._thread.submit(_timed, program.compile_train_step)
+        if program.recipe.train.validation_batches != 0:
+            self._eval = self._thread.submit(_timed, program.compile_eval_step)
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def train_step(self) -> Any:
+        """`Program.train_step` when it is compiled; None where the run takes no step. Raises what compiling raises."""
+        if self._train is None:
+            return None
+        compiled, seconds = self._wait(self._train)
+        self._reporter.note(f"compiled in {seconds:.1f} s")
+        return compiled
+
+    def eval_step(self) -> Any:
+        """`Program.eval_step`, likewise; None where the run does not validate."""
+        return None if self._eval is None else self._wait(self._eval)[0]
+
+    def _wait(self, compiled: Future[Any]) -> Any:
+        with self._phases.during("compile"):
+            return compiled.result()
+
+
+def _timed(compile_: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.monotonic()
+    return compile_(), time.monotonic() - start
