@@ -258,6 +258,7 @@ def build_program(
         guard = {} if faults.spike_sigma is None else start_guard()
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key), frozen, guard)
 
+    @jax.jit  # traced once: for the shapes here, and to run
     def init() -> TrainState:
         return start(*draw())
 
@@ -417,7 +418,7 @@ def build_program(
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
         layer_order=layer_order,
-        init=functools.partial(initial_state, recipe, abstract_state, draw, start, layer_order, graphdef),
+        init=functools.partial(initial_state, recipe, abstract_state, init, draw, start, layer_order, graphdef),
         load_frozen=functools.partial(initial_frozen, recipe, abstract_state, draw, layer_order),
         train_step=jax.jit(
             train_step,

@@ -32,6 +32,12 @@ class Compiling:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def wait(self) -> None:
+        """Until nothing is being compiled."""
+        for compiled in (self._train, self._eval):
+            if compiled is not None:
+                self._wait(compiled)
+
     def train_step(self) -> Any:
         """`Program.train_step` when it is compiled; None where the run takes no step. Raises what compiling raises."""
         if self._train is None:

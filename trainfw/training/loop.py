@@ -102,10 +102,11 @@ def _train(
             )
         )
         resumed_step = checkpoints.newest_whole(reporter.note)
-        # Before the state is there: compiling takes memory of its own.
-        train_step = compiling.train_step()
+        if recipe.adapter is not None:  # whose steps take less memory than compiling them
+            compiling.wait()
         first_state = functools.partial(_state_at, program, checkpoints, batches, progress)
         state = first_state(resumed_step)
+        train_step = compiling.train_step()
         if resumed_step is not None:
             reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
