@@ -33,8 +33,8 @@ def test_a_computation_is_done_when_its_caller_goes_on(how):
     assert done.stdout.strip() == str(how == "inline")
 
 
-RELEASE = """
-import ctypes, sys
+USE = """
+import ctypes, resource, sys, threading
 from pathlib import Path
 from trainfw import backends
 def resident():
@@ -42,20 +42,46 @@ def resident():
 backends.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-block = libc.malloc(int(sys.argv[1]))
-ctypes.memset(block, 1, 200_000_000)
-taken = resident()
-libc.free(block)
-kept = resident()
+def use(size, written, times, then):
+    blocks = [libc.malloc(size) for _ in range(times)]
+    for block in blocks:
+        ctypes.memset(block, 1, written)
+    found = then()
+    for block in blocks:
+        libc.free(block)
+    return found
+"""
+INLINE = """
+taken, kept = use(int(sys.argv[1]), 200_000_000, 1, resident), resident()
 backends.release_freed_memory()
 print(taken, kept, resident())
 """
+IN_A_THREAD = """
+def cleared():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    before, after = (use(30_000_000, 30_000_000, 7, cleared) for _ in range(2))
+    print(after - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def measured(*code):
+    done = subprocess.run([sys.executable, "-c", *code], capture_output=True, text=True, check=True)
+    return map(int, done.stdout.split())
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc's malloc")
 @pytest.mark.parametrize("size", [200_000_000, 3_000_000_000])  # of which 200 MB are written
 def test_what_is_freed_is_kept_until_it_is_to_go(size):
-    done = subprocess.run([sys.executable, "-c", RELEASE, str(size)], capture_output=True, text=True, check=True)
-    taken, kept, left = map(int, done.stdout.split())
+    taken, kept, left = measured(USE + INLINE, str(size))
     assert kept > taken - 10_000_000
     assert left < taken - 190_000_000
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc's malloc")
+def test_so_are_the_blocks_of_other_threads():
+    (cleared,) = measured(USE + IN_A_THREAD)
+    assert cleared < 1000  # pages, of 51,000

@@ -3,16 +3,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Of mallopt(3), glibc's malloc.h."""
 
 
 def compute_inline() -> None:
     """Have the computations of one CPU device run in the thread that asks for them. For where jax has not started yet.
 
-    What that thread frees can be kept (`keep_freed_memory`), which threads of jax's own hand back to the system: a step
-    of an adapter in benchmarks/adapters.py has 640 MB of buffers to clear then, and takes a tenth longer. What the host
-    would do meanwhile it does on the same cores.
+    What that thread frees can be kept whole (`keep_freed_memory`), of which threads of jax's own hand large blocks back
+    to the system: a step of an adapter in benchmarks/adapters.py has 640 MB of buffers to clear then, and takes a tenth
+    longer. What the host would do meanwhile it does on the same cores.
     """
     import jax  # not before the environment for it is set
 
@@ -31,6 +31,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)  # nothing in a mapping of its own, however large: those go back at once
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_TOP_PAD, 2**27)  # nor the heaps of other threads, which are of 64 MB, when they are empty
 
 
 def release_freed_memory() -> None:
