@@ -70,14 +70,19 @@ def test_what_compiling_raises_is_raised_where_it_is_waited_for(program, monkeyp
         functions.train_step()
 
 
-def test_what_the_run_does_not_call_is_not_compiled(program, tmp_path):
+def test_what_the_run_does_not_call_is_not_compiled(program, tmp_path, monkeypatch):
+    compiled = []
     silent = dataclasses.replace(program, recipe=tiny_recipe(tmp_path, "train.validation_batches=0"))
+    monkeypatch.setattr(Program, "compile_train_step", lambda _: compiled.append("train") or "train")
     with compiling(silent, trains=False) as functions:
-        assert functions.train_step() is None
+        functions.wait()
         assert functions.eval_step() is None
-    with compiling(program, trains=False) as functions:
-        assert functions.train_step() is None
+        assert not compiled
+        assert functions.train_step() == "train"  # of a run that goes on from an earlier checkpoint than thought
+    with compiling(program) as functions:
+        functions.wait()
         assert functions.eval_step() is functions.eval_step()
+    assert compiled == ["train", "train"]
 
 
 LEAVE = """

@@ -13,16 +13,18 @@ from trainfw.training.reporter import Reporter
 class Compiling:
     """A program's functions, compiled in a thread of their own while the run reads data and weights.
 
+    `trains` says whether the run is thought to take a step: a damaged checkpoint may make it one.
+
     As a context it stops what is not begun; what is being compiled ends up in the cache, even if the run fails.
     """
 
     def __init__(self, program: Program, reporter: Reporter, phases: Phases, *, trains: bool):
-        self._reporter, self._phases = reporter, phases
+        self._program, self._reporter, self._phases = program, reporter, phases
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compiling")
-        self._train, self._eval = None, None
+        self._train: Future[Any] | None = None
+        self._eval: Future[Any] | None = None
         if trains:
-            reporter.note("compiling the training step")
-            self._train = self._thread.submit(_timed, program.compile_train_step)
+            self._begin()
         if program.recipe.train.validation_batches != 0:
             self._eval = self._thread.submit(_timed, program.compile_eval_step)
 
@@ -39,16 +41,19 @@ class Compiling:
                 self._wait(compiled)
 
     def train_step(self) -> Any:
-        """`Program.train_step` when it is compiled; None where the run takes no step. Raises what compiling raises."""
-        if self._train is None:
-            return None
-        compiled, seconds = self._wait(self._train)
+        """`Program.train_step`, compiled now if not before. Raises what compiling raises."""
+        compiled, seconds = self._wait(self._train or self._begin())
         self._reporter.note(f"compiled in {seconds:.1f} s")
         return compiled
 
     def eval_step(self) -> Any:
         """`Program.eval_step`, likewise; None where the run does not validate."""
         return None if self._eval is None else self._wait(self._eval)[0]
+
+    def _begin(self) -> Future[Any]:
+        self._reporter.note("compiling the training step")
+        self._train = self._thread.submit(_timed, self._program.compile_train_step)
+        return self._train
 
     def _wait(self, compiled: Future[Any]) -> Any:
         with self._phases.during("compile"):

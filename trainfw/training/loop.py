@@ -102,11 +102,12 @@ def _train(
             )
         )
         resumed_step = checkpoints.newest_whole(reporter.note)
-        if recipe.adapter is not None:  # whose steps take less memory than compiling them
+        # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
+        if recipe.adapter is not None or backend.platform == "gpu":
             compiling.wait()
         first_state = functools.partial(_state_at, program, checkpoints, batches, progress)
         state = first_state(resumed_step)
-        train_step = compiling.train_step()
+        train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
         if resumed_step is not None:
             reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
