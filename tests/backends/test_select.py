@@ -52,20 +52,14 @@ def test_neurons_contract_on_the_cpu():
     assert backend.compiler_options == select.CPU.compiler_options
 
 
-def test_xla_plans_products_by_themselves_in_bfloat16_alone():
-    narrow, wide = (select.CPU.step_options(dtype, 1) for dtype in ("bfloat16", "float32"))
-    assert narrow == select.CPU.compiler_options
-    assert wide == narrow | select.CPU.float32_options
-
-
 def test_xla_knows_the_options():
-    options = select.CPU.step_options("float32", 2) | select.CPU.init_options
+    options = select.CPU.step_options(2) | select.CPU.init_options
     assert jax.jit(lambda: 3, compiler_options=options)() == 3
 
 
 @pytest.mark.usefixtures("as_neuron")
 def test_simulated_devices_compute_as_the_cpus():
-    assert backends.current().step_options("bfloat16", 8) == select.CPU.step_options("bfloat16", 8)
+    assert backends.current().step_options(8) == select.CPU.step_options(8)
 
 
 def test_the_next_prepare_ends_a_simulation():

@@ -19,10 +19,8 @@ class Backend:
     """JAX's name of the platform that runs the programs: `name`, or `cpu` when the backend is simulated."""
     compiler_options: dict[str, str] = field(default_factory=dict)
     """XLA options with which the training step is compiled."""
-    float32_options: dict[str, str] = field(default_factory=dict)
-    """And further ones, where it computes in float32."""
     many_options: dict[str, str] = field(default_factory=dict)
-    """And where it runs on several devices."""
+    """And further ones, where it runs on several devices."""
     init_options: dict[str, str] = field(default_factory=dict)
     """Those with which the first state is computed, by the host where `host_init` says so."""
     rules: Literal["neuron"] | None = None
@@ -41,14 +39,9 @@ class Backend:
     """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
     held twice for less work. Measured to pay on a GPU."""
 
-    def step_options(self, compute_dtype: str, num_devices: int) -> dict[str, str]:
+    def step_options(self, num_devices: int) -> dict[str, str]:
         """XLA options for a training step, or a part of one."""
-        options = dict(self.compiler_options)
-        if compute_dtype == "float32":
-            options |= self.float32_options
-        if num_devices > 1:
-            options |= self.many_options
-        return options
+        return self.compiler_options | (self.many_options if num_devices > 1 else {})
 
     @property
     def simulated(self) -> bool:

@@ -28,9 +28,6 @@ CPU = Backend(
     # Else the CPU pipeline drops remat's optimization barriers before it schedules, and recomputes every unrolled
     # layer at once: all of the work and none of the memory saved.
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
-    # Not for products, which are as fast without: a first run spends 0.8 s for 8 layers on planning each by itself.
-    # Those of bfloat16 are twice as fast with it.
-    float32_options={"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # Several devices compute in threads of jax's own, whose freed memory glibc keeps in blocks of up to 64 MB: else a
     # step on simulated devices spends an eighth of its time in memory that is cleared anew (benchmarks/scaling.py).
     many_options=_SMALL_BLOCKS,

@@ -106,8 +106,7 @@ class Program:
         return self._compiled(self.eval_step.lower(state.params, state.frozen, self.abstract_batch))
 
     def _compiled(self, lowered: Any) -> Any:
-        options = backends.current().step_options(self.recipe.train.compute_dtype, self.mesh.size)
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=backends.current().step_options(self.mesh.size))
         backends.release_freed_memory()
         return compiled
 
