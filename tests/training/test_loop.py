@@ -6,6 +6,7 @@ from flax import nnx
 
 from tests.helpers import tiny_recipe
 from trainfw import RunError, UserError, build_program, evaluate, load_model, load_recipe, train
+from trainfw.data import TrainIterator, pipeline
 from trainfw.training import Reporter, RunDirectory
 
 
@@ -78,9 +79,26 @@ def test_what_it_told(finished):
     text = "\n".join(notes)
     assert "no MFU: no published dense peak of 'cpu'" in text
     assert text.count("compiled in") == 1
-    assert text.index("compiled in") < text.index("validation at step 0")  # before the state takes memory
+    assert text.index("compiled in") < text.index("validation at step 0")
     assert f"{result.validation.bits_per_byte:.3f} now; gzip -9 reaches" in text
     assert f"sample:\nword{result.sample}" in text
+
+
+def test_one_cpu_device_reports_a_step_before_the_next_is_fed(tmp_path, monkeypatch):
+    order = []
+
+    class Steps(Notes):
+        def step(self, step, steps):
+            order.append(f"{step} done")
+
+    class Fed(TrainIterator):
+        def __next__(self):
+            order.append("fed")
+            return super().__next__()
+
+    monkeypatch.setattr(pipeline, "TrainIterator", Fed)
+    train(tiny_recipe(tmp_path, "train.steps=3"), devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Steps())
+    assert order == ["fed", "1 done", "fed", "2 done", "fed", "3 done"]
 
 
 def test_bits_per_byte_of_the_byte_tokenizer_are_bits_per_token(finished):

@@ -22,7 +22,7 @@ class Backend:
     many_options: dict[str, str] = field(default_factory=dict)
     """And further ones, where it runs on several devices."""
     init_options: dict[str, str] = field(default_factory=dict)
-    """Those with which the first state is computed, by the host where `host_init` says so."""
+    """Those with which the first state is computed: by the host, where `host_init` says so."""
     rules: Literal["neuron"] | None = None
     """Whose restrictions on programs are enforced."""
     host_init: bool = False

@@ -23,8 +23,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory that a step frees for the next one, rather than hand it back to the system.
 
     The CPU's computations take their buffers from malloc, which asks the system for large ones each time, and has it
-    clear every page: with 1.7 GB of buffers (the model of benchmarks/startup.py, `remat: none`) a step took an eighth
-    longer so. The peak is no higher, and less is given back after it. Other C libraries are left as they are.
+    clear every page of them for every step. The peak is no higher, and less is given back after it. Other C libraries
+    are left as they are.
     """
     compute_inline()
     with contextlib.suppress(AttributeError, OSError, TypeError):

@@ -17,9 +17,6 @@ from trainfw.hardware import HardwareConfig
 if TYPE_CHECKING:
     import jax
 
-_QUICKLY = {"xla_backend_optimization_level": "1"}
-"""For a CPU's program that runs once: drawing 58 million parameters takes 0.9 s to compile, not 1.8, and 0.5 to run."""
-_SMALL_BLOCKS = {"xla_multiheap_size_constraint_per_heap": str(2**25)}
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
 CPU = Backend(
@@ -30,8 +27,9 @@ CPU = Backend(
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
     # Several devices compute in threads of jax's own, whose freed memory glibc keeps in blocks of up to 64 MB: else a
     # step on simulated devices spends an eighth of its time in memory that is cleared anew (benchmarks/scaling.py).
-    many_options=_SMALL_BLOCKS,
-    init_options=_QUICKLY,
+    many_options={"xla_multiheap_size_constraint_per_heap": str(2**25)},
+    # It runs once, as fast, for half the time to compile (JAX_LOG_COMPILES=1 prints it) and the same bits.
+    init_options={"xla_backend_optimization_level": "1"},
 )
 GPU = Backend("gpu", "gpu", casts_once=True)
 NEURON = Backend(
@@ -39,14 +37,14 @@ NEURON = Backend(
     "neuron",
     rules="neuron",
     host_init=True,
-    init_options=_QUICKLY,
+    init_options=CPU.init_options,
     host_generate=True,
     grouped_matmul=False,
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
 )
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {
-    NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options, many_options=_SMALL_BLOCKS)
+    NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options, many_options=CPU.many_options)
 }
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
 

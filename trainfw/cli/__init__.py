@@ -85,14 +85,16 @@ _PATH_ERRORS = {
 
 
 def command() -> None:
-    """`main` as a process, which does not wait for a program that is being compiled and that nothing will run."""
+    """`main` as a process, which, failing, does not wait for a program that is being compiled and nothing will run."""
     try:
         main()
     except SystemExit as end:
-        if any(thread.name.startswith("compiling") for thread in threading.enumerate()):
+        # The thread of `trainfw.training.compiling`, which need not be loaded.
+        compiles = any(thread.name.startswith("compiling") for thread in threading.enumerate())
+        if isinstance(end.code, int) and end.code and compiles:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else 0)
+            os._exit(end.code)
         raise
 
 

@@ -241,6 +241,7 @@ def build_program(
                 attach(model, adapter, rngs)
         return model
 
+    @jax.jit  # this and `start`, so that they are traced once: for the shapes here, and to run
     def draw() -> tuple[Any, Any]:
         """(what learns, what does not), from the seed."""
         params_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))[0]
@@ -252,12 +253,12 @@ def build_program(
         params, frozen = drawn[0], as_kept(drawn[1], recipe)
         return params if adapter is None else measured(graphdef, params, frozen), frozen
 
+    @jax.jit
     def start(params: Any, frozen: Any) -> TrainState:
         step_key = jax.random.key(seed, impl="rbg")  # the one generator whose draws Neuron's compiler takes
         guard = {} if faults.spike_sigma is None else start_guard()
         return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(step_key), frozen, guard)
 
-    @jax.jit  # traced once: for the shapes here, and to run
     def init() -> TrainState:
         return start(*draw())
 
@@ -417,7 +418,7 @@ def build_program(
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,
         layer_order=layer_order,
-        init=functools.partial(initial_state, recipe, abstract_state, init, draw, start, layer_order, graphdef),
+        init=functools.partial(initial_state, recipe, abstract_state, draw, start, layer_order, graphdef),
         load_frozen=functools.partial(initial_frozen, recipe, abstract_state, draw, layer_order),
         train_step=jax.jit(
             train_step,

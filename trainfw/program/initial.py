@@ -26,19 +26,18 @@ from trainfw.recipe import Recipe
 def initial_state(
     recipe: Recipe,
     abstract: TrainState,
-    init: Callable[[], TrainState],
     draw: Callable[[], tuple[Tree, Tree]],
     start: Callable[[Tree, Tree], TrainState],
     layer_order: Sequence[int],
     graphdef: Any,
     progress: Progress | None = None,
 ) -> TrainState:
-    """The first state: that of `init`, or `start` of what is read, and of what `draw` returns where there is nothing.
+    """The first state. What `draw` returns serves where `model.from` and `adapter.from` have nothing.
 
     Raises UserError where a model or an adapter cannot be read, or is of another shape.
     """
     if recipe.model.from_ is None and (recipe.adapter is None or recipe.adapter.from_ is None):
-        return _computed(init, abstract)
+        return _computed(lambda: start(*draw()), abstract)
     frozen = initial_frozen(recipe, abstract, draw, layer_order, progress)
     if recipe.adapter is None:
         params = _read(recipe, abstract.params, layer_order, progress)

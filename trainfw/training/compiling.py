@@ -26,7 +26,7 @@ class Compiling:
         if trains:
             self._begin()
         if program.recipe.train.validation_batches != 0:
-            self._eval = self._thread.submit(_timed, program.compile_eval_step)
+            self._eval = self._thread.submit(program.compile_eval_step)
 
     def __enter__(self) -> Compiling:
         return self
@@ -48,7 +48,7 @@ class Compiling:
 
     def eval_step(self) -> Any:
         """`Program.eval_step`, likewise; None where the run does not validate."""
-        return None if self._eval is None else self._wait(self._eval)[0]
+        return None if self._eval is None else self._wait(self._eval)
 
     def _begin(self) -> Future[Any]:
         self._reporter.note("compiling the training step")

@@ -107,11 +107,11 @@ class Session:
         self.saved = resumed_step
         self.sessions.write(step, self.phases.so_far())
         if step < steps:
+            self.reporter.note(self._mfu_definition())
             if resumed_step is None:
                 with self.phases.during("validation"):
                     self.outcome.validate(state, step)
                     self.outcome.evaluate(state, step)
-            self.reporter.note(self._mfu_definition())
             with stopping(jax.process_count()) as stop, self.phases.during("step"):
                 state = self._steps(train_step, state, step, stop)
         with self.phases.during("validation"):
