@@ -175,6 +175,14 @@ def test_the_first_state_is_the_same_model_in_any_order_of_layers(tmp_path, monk
     np.testing.assert_array_equal(up[1], expected["layers"]["mlp"]["up"]["kernel"][2])
 
 
+def test_the_first_state_is_the_same_bits_compiled_quickly(tmp_path, monkeypatch):
+    program = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
+    quickly = program.init().params
+    thoroughly = dataclasses.replace(backends.current(), init_options={"xla_backend_optimization_level": "3"})
+    monkeypatch.setattr(backends, "current", lambda: thoroughly)
+    jax.tree.map(np.testing.assert_array_equal, quickly, program.init().params)
+
+
 def test_means_merge_by_their_counts():
     assert (Mean(6.0, 2.0) + Mean(0.0, 1.0)).value() == 2.0
     assert Mean(0.0, 0.0).value() == 0.0
