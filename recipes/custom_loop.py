@@ -12,6 +12,7 @@ from trainfw import backends
 
 # The backend's environment comes before anything imports jax. `prepare(8)` would simulate eight CPU devices.
 backends.prepare()
+backends.keep_freed_memory()  # of one step for the next, as `trainfw train` does
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ def main(path: str = "quickstart", *overrides: str) -> None:
 
     # The program is everything jitted: how to make the state, one step, one evaluation, and all shardings.
     program = trainfw.build_program(recipe)
+    train_step = program.compile_train_step()  # with the backend's options, which `program.train_step` is without
     state = program.init()
 
     @jax.jit
@@ -43,7 +45,7 @@ def main(path: str = "quickstart", *overrides: str) -> None:
 
     for step in range(1, recipe.train.steps + 1):
         batch = program.shard_batch(next(batches))
-        state, metrics = program.train_step(state, batch)  # the old state is donated: do not use it again
+        state, metrics = train_step(state, batch)  # the old state is donated: do not use it again
         if step % recipe.train.log_every == 0:
             right = float(accuracy(state.params, batch))
             print(f"step {step}: loss {metrics['loss'].value():.3f}, right {right:.1%}")

@@ -399,6 +399,8 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
             return f"{where}{key}: {error['msg']}"
         case "literal_error":
             choices = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
+            if type(None) in get_args(dict(_keys(Recipe)).get(key)):
+                choices.append("null")
             return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}"
         case "model_type" | "model_attributes_type":
             return f"{where}{key} = {_show(value)}: expected a section, `{path[-1] if path else file}: {{key: value}}`"
@@ -429,11 +431,11 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every valid dotted key under a Config."""
+def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every valid dotted key under a Config, and its type."""
     for attribute, field in config.model_fields.items():
         name = field.alias or attribute
-        yield f"{prefix}{name}"
+        yield f"{prefix}{name}", field.annotation
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _keys(kind, f"{prefix}{name}.")
@@ -441,7 +443,7 @@ def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _nearest_key(key: str) -> str:
     """The nearest valid key: one of the same section, or one of that name in another."""
-    valid = list(_keys(Recipe))
+    valid = [k for k, _ in _keys(Recipe)]
     parent, _, last = key.rpartition(".")
     elsewhere = [k for k in valid if k.rpartition(".")[2] == last]
     if elsewhere:

@@ -74,7 +74,7 @@ class Program:
     load_frozen: Callable[..., Any]
     """The part of it that is in no checkpoint. Both take `progress`, and read no more than an array at a time."""
     train_step: Any
-    """Jitted (state, batch) -> (state, metrics); the state is donated."""
+    """Jitted (state, batch) -> (state, metrics); the state is donated. `compile_train_step` is what trains."""
     gradients: Any
     """Jitted (params, frozen, batch) -> (gradients, metrics): what `train_step` hands to the optimizer, of the mean
     loss."""
