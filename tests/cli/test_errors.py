@@ -38,6 +38,7 @@ OVERRIDES = {
     "unknown optimizer": ("optimizer.name=adam", "expected one of adamw, lion, adafactor, muon; did you mean 'adamw'?"),
     "unknown schedule": ("optimizer.schedule=cosin", "did you mean 'cosine'?"),
     "unknown dtype": ("train.compute_dtype=bf16", "expected one of float32, bfloat16"),
+    "what may be left out": ("train.matmul_dtype=fp9", "train.matmul_dtype = 'fp9': expected one of fp8, null"),
     "unknown remat": ("train.remat=ful", "did you mean 'full'?"),
     "learning rate of zero": ("optimizer.learning_rate=0", "expected greater than 0"),
     "decay_steps without wsd": ("optimizer.decay_steps=5", "decay_steps belongs to schedule wsd"),
