@@ -25,6 +25,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.reporting import positive
+
 STEPS = 48
 RECIPE = """
 name: chaos
@@ -124,8 +128,8 @@ class Chaos:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100, help="killed")
-    parser.add_argument("--terms", type=int, default=30, help="terminated")
+    parser.add_argument("--runs", type=positive, default=100, help="killed")
+    parser.add_argument("--terms", type=positive, default=30, help="terminated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grace", type=float, default=30.0, help="seconds")
     arguments = parser.parse_args()

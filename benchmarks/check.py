@@ -5,20 +5,29 @@ Default: every bundled recipe for Neuron. One process each, so that peaks are of
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import time
 
+from trainfw.errors import UserError
 from trainfw.recipe import bundled_recipes, load_recipe
 
 
 def main() -> int:
-    names = sys.argv[1:] or [n for n, path in bundled_recipes().items() if load_recipe(path).hardware.topology]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
+    named = parser.parse_args().recipes
+    try:
+        recipes = {name: load_recipe(name) for name in named or bundled_recipes()}
+    except UserError as error:
+        parser.error(str(error))
+    names = named or [name for name, recipe in recipes.items() if recipe.hardware.topology]
     print(f"{os.cpu_count()} CPUs\n{'recipe':29} {'cores':>6} {'seconds':>8} {'peak GB':>8}  verdict")
     failed = 0
     for name in names:
-        topology = load_recipe(name).hardware.load()
+        topology = recipes[name].hardware.load()
         start = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "trainfw", "check", name],

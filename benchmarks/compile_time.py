@@ -15,6 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.reporting import positive
+
 LAYERS = (8, 80)
 MOST_GROWTH, MOST_GB = 1.10, 4.0
 RECIPE = """
@@ -59,7 +63,7 @@ def measure(num_layers: int) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.layers is not None:

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, say, table
+from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, positive, say, table
 
 ROOT = Path(__file__).parents[1]
 RATIO = 1.5
@@ -121,11 +121,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
-        return int(text)
 
     def several(text: str) -> list[int]:
         return [positive(part) for part in text.split(",")]

@@ -143,9 +143,13 @@ def measured(what: str, *arguments: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0, help="of the checkpoint")
-    parser.add_argument("--dtype", default="bfloat16", help="of the parameters on the devices")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the parameters on the devices"
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if not 0 < chosen.gigabytes < math.inf:
+        parser.error(f"--gigabytes {chosen.gigabytes}: expected a positive number")
     if chosen.child:
         what, source, argument = chosen.child
         found = load(Path(source), argument) if what == "load" else copy(Path(source), Path(argument))

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from benchmarks.reporting import Table, add_arguments, finish, table
+from benchmarks.reporting import Table, add_arguments, finish, table, writable
 from benchmarks.reporting import say as say_beside
 from trainfw.hlo import partition
 from trainfw.parallel import Layout
@@ -252,7 +252,7 @@ def tables(found: dict[str, Any], copying: float, collectives: list[list[Any]]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", type=Path, help="write the rates to this topology file")
+    parser.add_argument("--hardware", type=writable, help="write the rates to this topology file")
     parser.add_argument("--collectives", type=int, help=argparse.SUPPRESS)
     add_arguments(parser)
     chosen = parser.parse_args()

@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import re
 import statistics
@@ -58,7 +59,7 @@ from side_by_side.report import (
     table,
 )
 
-from benchmarks.reporting import command, machine
+from benchmarks.reporting import command, machine, writable
 from trainfw.errors import did_you_mean
 from trainfw.paths import cache_dir
 
@@ -110,17 +111,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--maxtext-python", type=Path, help="the Python of an environment that has MaxText")
     parser.add_argument("--litgpt-python", type=Path, help="the Python of an environment that has LitGPT")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for a start or a turn (1200)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers")
     parser.add_argument("--save", action="store_true", help=f"write benchmarks/results/{RESULTS.name}")
     chosen = parser.parse_args(arguments)
     for name in ("steps", "rounds", "timeout"):
-        if getattr(chosen, name) <= 0:
+        if not 0 < getattr(chosen, name) < math.inf:
             parser.error(f"--{name} {getattr(chosen, name)}: expected a positive number")
     for name in ("maxtext_python", "litgpt_python"):
         if (given := getattr(chosen, name)) is not None and not given.is_file():
             parser.error(f"--{name.replace('_', '-')} {given}: no such file; expected a Python interpreter")
-    if chosen.json is not None and not chosen.json.parent.is_dir():
-        parser.error(f"--json {chosen.json}: the directory does not exist")
     named = PEERS if chosen.peers is None else [name.strip() for name in chosen.peers.split(",") if name.strip()]
     for name in named:
         if name not in NAMES:
@@ -149,6 +148,7 @@ def variables(directory: Path, own: bool) -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
     found |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     found |= {"PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor")}
+    found["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
     if own:  # trainfw as it stands beside this file
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     return found

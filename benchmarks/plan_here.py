@@ -18,6 +18,9 @@ from pathlib import Path
 
 import yaml
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.reporting import positive, readable
 from trainfw import Recipe, backends, load_recipe, planning
 
 WITHIN = 0.20
@@ -57,8 +60,8 @@ def measured(recipe: Recipe, steps: int) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", type=Path, help="what benchmarks/machine.py wrote on this machine")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--hardware", type=readable, help="what benchmarks/machine.py wrote on this machine")
+    parser.add_argument("--steps", type=positive, default=8)
     chosen = parser.parse_args()
     backends.prepare(1)
     with tempfile.TemporaryDirectory() as directory:

@@ -29,6 +29,8 @@ def page(directory: Path) -> str:
         if not isinstance(result, dict) or not result.keys() >= KEYS:
             raise ValueError(f"{file}: is no result of a benchmark; it needs {', '.join(sorted(KEYS))}")
         results.append(result)
+    if not results:
+        raise ValueError(f"{directory}: has no results")
     checks = [check for result in results for check in result["checks"]]
     missed = [f"{r['benchmark']}: {c['name']}" for r in results for c in r["checks"] if not c["ok"]]
     holds = f"{len(checks) - len(missed)} of {len(checks)} checks hold"

@@ -47,9 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def writable(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a directory; expected a file")
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: the directory does not exist")
     return Path(text)
+
+
+def readable(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return Path(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return int(text)
 
 
 def say(text: str) -> None:

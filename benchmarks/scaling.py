@@ -1,6 +1,7 @@
-"""What more devices and more layers cost: python benchmarks/scaling.py [--steps N] [--json FILE] [--save]
+"""What more devices and more layers cost: python benchmarks/scaling.py [--steps N] [--repeats N] [--save]
 
-A Llama of 5 million parameters in f32 on simulated devices, each measurement in a process of its own, without caches.
+A Llama of 5 million parameters in f32 on simulated devices, each measurement in a process of its own, without caches;
+the median of the repeats counts, which take turns.
 
 Weak scaling: every device has 8 rows of 256 tokens, so the work grows with the devices. They share this machine's
 cores: what counts is the processor time (user and system) of a step per token, which would not grow if a device's work
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, say, table
+from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, positive, say, table
 
 MOST_GROWTH = 0.15
 DEVICES = (1, 2, 4, 8, 16)
@@ -131,23 +133,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=1, help="on 16 devices; fewer devices take more, up to 8 times as many"
+        "--steps", type=positive, default=1, help="on 16 devices; fewer devices take more, up to 8 times as many"
     )
+    parser.add_argument("--repeats", type=positive, default=3)
     add_arguments(parser)
     chosen = parser.parse_args(arguments)
-    if chosen.steps < 1:
-        parser.error("--steps: expected 1 or more")
-    weak: dict[str, dict[int, dict[str, Any]]] = {layout: {} for layout in LAYOUTS}
-    for devices in DEVICES:
-        for layout in LAYOUTS:
-            sizes = (f"train.global_batch_size={ROWS * devices}", f"parallel.{layout}={devices}")
-            steps = chosen.steps * min(8, max(DEVICES) // devices)
-            weak[layout][devices] = measure(devices, steps, *sizes)
-    deep = {
-        layers: measure(1, 2 * chosen.steps, f"model.num_layers={layers}", f"train.global_batch_size={DEEP_ROWS}")
-        for layers in LAYERS
-    }
-    return finish("scaling", *judge(weak, deep), chosen)
+    weak: dict[str, dict[int, list[dict[str, Any]]]] = {layout: {n: [] for n in DEVICES} for layout in LAYOUTS}
+    deep: dict[int, list[dict[str, Any]]] = {layers: [] for layers in LAYERS}
+    for _ in range(chosen.repeats):
+        for devices in DEVICES:
+            for layout in LAYOUTS:
+                sizes = (f"train.global_batch_size={ROWS * devices}", f"parallel.{layout}={devices}")
+                steps = chosen.steps * min(8, max(DEVICES) // devices)
+                weak[layout][devices].append(measure(devices, steps, *sizes))
+        for layers in LAYERS:
+            sizes = (f"model.num_layers={layers}", f"train.global_batch_size={DEEP_ROWS}")
+            deep[layers].append(measure(1, 2 * chosen.steps, *sizes))
+    middle = {layout: {n: _middle(found) for n, found in of.items()} for layout, of in weak.items()}
+    tables, checks = judge(middle, {layers: _middle(found) for layers, found in deep.items()})
+    return finish("scaling", tables, checks, chosen)
+
+
+def _middle(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, say, table
+from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, positive, say, table
 
 MOST_SECONDS = {"cold": 15.0, "warm": 9.0}
 PHASES = ("imports", "build", "data", "compile", "init", "validation", "first step", "rest")
@@ -53,7 +53,8 @@ def prepare(directory: Path) -> None:
 
 def start(directory: Path, run: str) -> dict[str, Any]:
     """{phase: seconds, "total": seconds, "loss": of the first step} of one process."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(directory / "cache"), "STARTED": repr(time.time())}
+    kept = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
+    environment = kept | {"XDG_CACHE_HOME": str(directory / "cache"), "STARTED": repr(time.time())}
     command = [sys.executable, __file__, "--child", "train", "recipe.yaml", "--run-dir", run]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -121,9 +122,9 @@ def child(arguments: list[str]) -> None:
 
     backends.connect = connected  # type: ignore[attr-defined]
     sys.argv = ["trainfw", *arguments]
-    from trainfw.cli import main
+    from trainfw.cli import command
 
-    main()
+    command()
 
 
 def judge(found: dict[str, list[dict[str, Any]]]) -> tuple[list[Table], list[Check]]:
@@ -148,11 +149,9 @@ def main() -> int:
         child(sys.argv[2:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.repeats < 1:
-        parser.error("--repeats: expected 1 or more")
     found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for turn in range(arguments.repeats):
         with tempfile.TemporaryDirectory(prefix="trainfw-startup-") as place:

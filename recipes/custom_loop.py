@@ -60,4 +60,8 @@ def main(path: str = "quickstart", *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except trainfw.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

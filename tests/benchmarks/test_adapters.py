@@ -29,12 +29,12 @@ GOOD = {"trainfw": (1.0, 1.2e9), "peft": (1.6, 2.1e9), "trainfw-bf16": (0.5, 0.9
 def run(bench, monkeypatch, capsys):
     """`run({peer: (seconds a step, peak)}, *arguments)` -> (exit code, what was printed), as if these were measured."""
 
-    def run(peers, *arguments, losses=None):
+    def run(peers, *arguments, losses=None, last=None):
         measured = {}
         for name, (seconds, peak) in peers.items():
-            first = (losses or {}).get(name, 4.25)
+            first, end = (losses or {}).get(name, 4.25), (last or {}).get(name, 4.0)
             peaks = {"imported": 10**8, "built": 5 * 10**8, "trained": int(peak)}
-            measured[name] = bench.Measured([seconds, seconds, 9.0], [first, 4.0], 4_884_480, peaks)
+            measured[name] = bench.Measured([seconds, seconds, 9.0], [first, end], 4_884_480, peaks)
         monkeypatch.setattr(
             bench, "measure", lambda chosen: bench.Results(2, 512, 16, measured, {"": 0.9, "-bf16": 0.4})
         )
@@ -75,6 +75,10 @@ def test_losses_that_differ_exit_1(run):
     assert re.search(r"trainfw: the first loss, apart from PEFT's +\| +0.00235 .*missed", said)
     assert re.search(r"trainfw-bf16: the first loss.*missed", said)
     assert run(GOOD, losses={"trainfw": float("nan")})[0] == 1
+    assert run(GOOD, last={"trainfw": 4.05})[0] == 0
+    code, said = run(GOOD, last={"trainfw": 4.2})
+    assert code == 1
+    assert re.search(r"trainfw: the last loss, apart from PEFT's +\| +0.05 .*missed", said)
 
 
 def test_alone_nothing_is_checked_and_that_is_said(run):
@@ -97,6 +101,8 @@ def test_what_is_written(run, tmp_path):
         (["--rows", "0"], "0: expected a positive number"),
         (["--peers", "trainfw,unsloth"], "unknown peer 'unsloth'"),
         (["--train", "remat"], "--train remat: expected KEY=VALUE"),
+        (["--train", "remat=dots,stps=3"], "train.stps = 3: unknown key; did you mean 'train.steps'?"),
+        (["--json", "/"], "/: is a directory; expected a file"),
         (["--json", "/no/such/directory/file"], "the directory does not exist"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import report, reporting
 
 REPORT = Path(report.__file__)
+NOWHERE = {"machine": {}, "versions": {}}
 
 
 def finish(*checks, **options):
@@ -23,6 +24,10 @@ def test_a_missed_check_is_exit_code_1():
     assert finish(reporting.at_most("seconds", 2.0, 2.0)) == 0
     assert finish(reporting.at_most("seconds", 2.1, 2.0)) == 1
     assert finish(reporting.at_least("times", 20.0, 20.0), reporting.at_least("rows", 1, 2)) == 1
+
+
+def test_the_page_is_of_the_results_that_are_there():
+    assert (reporting.RESULTS / "report.md").read_text() == report.page(reporting.RESULTS)
 
 
 def test_results_are_written_and_make_a_page(tmp_path, monkeypatch, capsys):
@@ -45,6 +50,10 @@ def test_the_page_is_compared(tmp_path):
         return subprocess.run([sys.executable, str(REPORT), *arguments], capture_output=True, text=True)
 
     where = ("--results", str(tmp_path))
+    empty = run(*where)
+    assert empty.returncode == 2
+    assert "has no results" in empty.stderr
+    (tmp_path / "one.json").write_text(json.dumps({key: [] for key in report.KEYS} | NOWHERE))
     assert run(*where, "--check").returncode == 1
     assert run(*where).returncode == 0
     assert run(*where, "--check").returncode == 0

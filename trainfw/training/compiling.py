@@ -15,7 +15,7 @@ class Compiling:
 
     `trains` says whether the run is thought to take a step: a damaged checkpoint may make it one.
 
-    As a context it stops what is not begun; what is being compiled ends up in the cache, even if the run fails.
+    As a context it stops what is not begun. What is being compiled ends up in the cache, unless the process ends first.
     """
 
     def __init__(self, program: Program, reporter: Reporter, phases: Phases, *, trains: bool):
