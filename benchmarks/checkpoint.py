@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, say, table
+from benchmarks.reporting import Check, Table, add_arguments, at_most, finish, positive, say, table
 
 MOST = 0.05
 SMALL = """
@@ -168,12 +168,10 @@ def judge(found: dict[str, dict[str, Any]]) -> tuple[list[Table], list[Check]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--model", choices=list(MODELS))
     add_arguments(parser)
     chosen = parser.parse_args(arguments)
-    if chosen.rounds < 1:
-        parser.error("--rounds: expected 1 or more")
     names = [chosen.model] if chosen.model else list(MODELS)
     return finish("checkpoint", *judge({name: measure(name, chosen.rounds) for name in names}), chosen)
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from side_by_side.driver import Record, Worker
 from side_by_side.environments import Unavailable
 
-from benchmarks.reporting import Check, add_arguments, at_least, finish, say, table
+from benchmarks.reporting import Check, add_arguments, at_least, finish, positive, say, table
 from trainfw import Recipe, load_recipe
 from trainfw.hardware import load_topology
 from trainfw.paths import cache_dir
@@ -139,7 +139,7 @@ class Bench:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default=",".join(NAMES), help=f"names with commas between, of {', '.join(NAMES)}")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each (8)")
+    parser.add_argument("--steps", type=positive, default=8, help="timed steps of each (8)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the recipes")
     parser.add_argument(
         "--memory-fraction", type=float, metavar="F", help="of the card's memory for trainfw: a larger card as an H100"
@@ -151,8 +151,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in chosen.names:
         if name not in NAMES:
             parser.error(f"--recipes: unknown recipe {name!r}; expected of {', '.join(NAMES)}")
-    if chosen.steps < 1:
-        parser.error(f"--steps {chosen.steps}: expected a positive number")
     return chosen
 
 

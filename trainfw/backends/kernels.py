@@ -54,7 +54,7 @@ KERNELS: dict[str, dict[str, list[Candidate]]] = {
         ],
     },
     "decoding": {"cpu": [Candidate("weights read once", cpu.decoding_refuses, cpu.load_decoding)]},
-    "matmul": {"cpu": [Candidate("float32 results", cpu.matmul_refuses, cpu.load_matmul)]},
+    "matmul": {"cpu": [Candidate("turned operands, float32 results", cpu.matmul_refuses, cpu.load_matmul)]},
 }
 
 _own: ContextVar[bool] = ContextVar("own_kernels", default=True)

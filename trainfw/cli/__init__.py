@@ -87,8 +87,8 @@ _PATH_ERRORS = {
 
 def command() -> None:
     """`main` as a process, which, failing, does not wait for a program that is being compiled and nothing will run."""
-    # Imports and tracing make millions of objects that stay: to look among them for cycles after every 700 takes 6% of
-    # a warm start (benchmarks/startup.py).
+    # Imports and tracing make millions of objects that stay: a start is shorter if Python looks among them for cycles
+    # less often than after every 700.
     gc.set_threshold(50_000, 20, 20)
     try:
         main()

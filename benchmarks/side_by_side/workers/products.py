@@ -1,8 +1,8 @@
 """The model's matrix products by themselves, in JAX's matmuls or in PyTorch's: about what a step has to take.
 
 Each as an einsum, whatever its library makes of that: a step that lays its operands out better can be faster, as
-trainfw's is. All of forward and both gradients, as many of each as the model has; attention's over whole
-rows, without the half that a causal kernel may leave out.
+trainfw's is. All of forward and both gradients, as many of each as the model has; attention's over whole rows, without
+the half that a causal kernel may leave out.
 """
 
 from __future__ import annotations

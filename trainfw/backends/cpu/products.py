@@ -1,9 +1,8 @@
 """Matrix products in the forms for which XLA's CPU backend has fast kernels.
 
 Those take operands as they lie in memory, contracted along the last dim of the first: what is to be transposed is so
-beforehand (benchmarks/peers.py's step in float32 is 6% shorter for it on an EPYC). And bfloat16 operands with a float32
-result, which the AMX units of a CPU compute some five times as fast as a bfloat16 result, for which XLA takes another
-way (jaxlib 0.10.2; `benchmarks/machine.py` has the rates).
+beforehand. And bfloat16 operands with a float32 result, which the AMX units of a CPU compute some five times as fast
+as a bfloat16 result, for which XLA takes another way (jaxlib 0.10.2; `benchmarks/machine.py` has the rates).
 """
 
 from __future__ import annotations
