@@ -410,12 +410,13 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
 
 
 def _where(key: str, sources: Sources) -> str:
-    """`file:line: ` of the key, or of the nearest section it is in."""
+    """`file:line: ` of the key, or of the nearest section it is in, or of what is in it."""
+    inside = next((source for name, source in sources.items() if name.startswith(f"{key}.")), None)
     while key:
         if key in sources:
             return f"{sources[key]}: "
         key = key.rpartition(".")[0]
-    return ""
+    return "" if inside is None else f"{inside}: "
 
 
 def _show(value: Any) -> str:
