@@ -4,9 +4,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from trainfw.data import TextStream, Tokenizer, TokenizerConfig, byte_tokenizer, load_tokenizer, train_bpe, vocab_size
+from trainfw.data import (
+    ChatTemplate,
+    TextStream,
+    Tokenizer,
+    TokenizerConfig,
+    byte_tokenizer,
+    load_tokenizer,
+    train_bpe,
+    vocab_size,
+)
 from trainfw.errors import UserError
 
 TEXTS = [f"def f{i}(x):\n    return x + {i * i * 37} {i * 'ab'[i % 2]}  # naïve café, 东京, 🚀\n" for i in range(300)]
@@ -96,6 +106,7 @@ def test_special_tokens_of_a_file(tmp_path: Path) -> None:
     assert len(tokenizer.encode("a b c d e f g h")) > 4, "a file's truncation does not apply"
     _write(tmp_path, ["[A]", "[B]"], special_tokens_map={"eos_token": {"content": "[A]"}})
     assert load_tokenizer(tmp_path).eos_id == BPE.bos_id
+    (tmp_path / "special_tokens_map.json").unlink()
     config = {"eos_token": "[B]", "bos_token": "[A]", "chat_template": "hello"}
     tokenizer = load_tokenizer(_write(tmp_path, ["[A]", "[B]"], tokenizer_config=config))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (BPE.bos_id, BPE.eos_id)
@@ -111,3 +122,120 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no token that ends a document; name it as eos_token in"):
         load_tokenizer(_write(tmp_path, ["[A]", "[B]"]))
+
+
+# --- Against Transformers, whatever file a token is in ------------------------------------------------------------
+
+
+def _flags(content: str, **flags: bool) -> dict:
+    return (
+        {"content": content}
+        | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+        | flags
+    )
+
+
+DIRECTORIES: dict[str, dict[str, dict]] = {
+    "tokenizer.json alone": {},
+    "roles": {
+        "tokenizer_config": {"bos_token": "<s>", "pad_token": "<pad>", "image_token": "<image>", "sep_token": None}
+    },
+    "roles with flags": {"tokenizer_config": {"pad_token": {"__type": "AddedToken", **_flags("<pad>", lstrip=True)}}},
+    "decoder": {
+        "tokenizer_config": {
+            "added_tokens_decoder": {
+                "403": _flags("<im_end>"),
+                "402": _flags("<im_start>", special=True, rstrip=True),
+                "1": _flags("<|eos|>", special=True),
+            },
+            "additional_special_tokens": ["<im_start>", "<extra>"],
+        },
+        "special_tokens_map": {"eos_token": "<im_start>", "additional_special_tokens": ["<unseen>"]},
+        "added_tokens": {"<unseen>": 400},
+    },
+    "other flags": {
+        "tokenizer_config": {
+            "added_tokens_decoder": {"402": _flags("  ", special=True), "403": _flags("naïve", single_word=True)}
+        }
+    },
+    "map": {
+        "tokenizer_config": {"eos_token": "<|eos|>", "additional_special_tokens": ["<a>", "<|bos|>"]},
+        "special_tokens_map": {"eos_token": _flags("</s>", lstrip=True), "additional_special_tokens": ["<b>"]},
+    },
+    "extra": {
+        "tokenizer_config": {"extra_special_tokens": {"boi_token": "<boi>"}, "additional_special_tokens": ["<a>"]}
+    },
+    "extra list": {
+        "tokenizer_config": {"extra_special_tokens": ["<a>"]},
+        "special_tokens_map": {"extra_special_tokens": [{"content": "<b>", "rstrip": True}, "<a>"]},
+    },
+    "added": {
+        "tokenizer_config": {"additional_special_tokens": ["<im_start>"]},
+        "added_tokens": {"<im_end>": 403, "<im_start>": 402},
+    },
+}
+"""Files beside a tokenizer.json that has `<|bos|>`, `<|eos|>` and two tokens of its own, 400 and 401."""
+
+_PIECES = [
+    *("<s>", "</s>", "<pad>", "<image>", "<im_start>", "<im_end>", "<extra>", "<unseen>", "<a>", "<b>", "<boi>"),
+    *("<|bos|>", "<|eos|>", "<own>", "<tool>", "naïve", "<im_", "start>", " ", "  ", "\n", "a", "<", "é", "def f(x):"),
+]
+
+
+@pytest.fixture(scope="module", params=DIRECTORIES)
+def directory(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    BPE.save(path)
+    (path / "tokenizer_config.json").unlink()
+    backend = BPE.backend.from_str(BPE.backend.to_str())
+    backend.add_tokens([AddedToken("<own>", special=True), AddedToken("<tool>", normalized=False)])
+    backend.save(str(path / "tokenizer.json"))
+    for name, value in DIRECTORIES[request.param].items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+def test_tokens_are_those_of_transformers(directory: Path, tmp_path: Path) -> None:
+    """Of every text: markers as such, as chat templates are read, and special tokens as text, as documents are."""
+    theirs, ours = PreTrainedTokenizerFast.from_pretrained(directory), load_tokenizer(directory)
+    ours.save(tmp_path)
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    as_markers = ChatTemplate(ours, "").encode
+
+    @given(text=st.lists(st.sampled_from(_PIECES)).map("".join) | st.text(max_size=8))
+    @settings(deadline=None, max_examples=60)
+    def check(text: str) -> None:
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert as_markers([text])[0].ids == expected
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+        assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert saved(text, add_special_tokens=False)["input_ids"] == expected
+
+    check()
+    assert ours.vocab_size == len(theirs)
+    if theirs.eos_token_id is not None:
+        assert ours.eos_id == theirs.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens": {"<x>": 500}}, r"'<x>' is to have the id 500, but its place is 400"),
+        ({"added_tokens": {"<x>": "500"}}, r"added_tokens.json: '<x>' = '500': expected its id"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"402": 3}}},
+            "added_tokens_decoder: '3': expected a token",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": ["<x>"]}}, "expected an object of tokens by their ids"),
+        ({"tokenizer_config": {"pad_token": {"content": "x", "strip": True}}}, "pad_token: .*: expected a token's te"),
+        ({"tokenizer_config": {"additional_special_tokens": "<x>"}}, "expected a list of tokens"),
+    ],
+)
+def test_added_tokens_that_are_not_understood(tmp_path: Path, files: dict, message: str) -> None:
+    BPE.save(tmp_path)
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    if "added_tokens" in files:
+        (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
 from trainfw.data.progress import Progress, reported
 from trainfw.errors import UserError
@@ -20,6 +21,8 @@ from trainfw.gguf import huggingface_tokenizer, read_header
 from trainfw.paths import resolve_path
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+
+GENERATION = "generation_config.json"
 
 BPE_SAMPLE_BYTES = 64_000_000
 """BPE is trained on no more text than this, from the start of the training split: more changes few merges."""
@@ -42,6 +45,8 @@ class Tokenizer:
     """Ends every document."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The rest of its tokenizer_config.json (a chat template, say), kept for those who export it."""
+    stop_ids: tuple[int, ...] = ()
+    """Where generation stops besides `eos_id`, as the files say. See `data.stop_ids`, which asks the template too."""
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -71,7 +76,8 @@ class Tokenizer:
         return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as `load_tokenizer` and transformers read them."""
+        """Write tokenizer.json, tokenizer_config.json and, where generation stops at more than `eos_id`,
+        generation_config.json, as `load_tokenizer` and Transformers read them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -85,6 +91,9 @@ class Tokenizer:
         self.backend.save(str(directory / "tokenizer.json"))
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        if set(self.stop_ids) - {self.eos_id}:
+            stops = {"eos_token_id": list(dict.fromkeys([self.eos_id, *self.stop_ids]))}
+            (directory / GENERATION).write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
 
 
 class TextStream:
@@ -169,8 +178,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     a GGUF file, or of `package:NAME`.
 
     Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
-    it, or from the GGUF file, else from the usual names. Raises UserError where there is no such file, or no token
-    that ends a document.
+    it, or from the GGUF file, else from the usual names; where generation stops, from generation_config.json or
+    config.json too. Raises UserError where there is no such file, or no token that ends a document.
     """
     path = resolve_path(path)
     if path.suffix == ".gguf":
@@ -184,22 +193,39 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: not a tokenizer.json that can be read: {error}") from error
-    settings = _json_object(file.parent / "tokenizer_config.json")
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
+    files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
+    files.add_to(backend)
     template = file.parent / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")
-    roles = _json_object(file.parent / "special_tokens_map.json") | settings
     advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
-    return Tokenizer(backend, *_document_ids(backend, roles, file, advice), settings)
+    stops = _stop_ids(file.parent)
+    return Tokenizer(backend, *_document_ids(backend, files.roles(), file, advice), settings, stops)
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    form, settings = huggingface_tokenizer(read_header(file))
+    form, settings, stops = huggingface_tokenizer(read_header(file))
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(form))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: not a tokenizer that can be read: {error}") from error
-    return Tokenizer(backend, *_document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id"), settings)
+    ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
+    return Tokenizer(backend, *ids, settings, stops)
+
+
+def _stop_ids(directory: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json or, where that says nothing, of config.json: one id, or a list."""
+    for name in (GENERATION, "config.json"):
+        value = _json_object(directory / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+            raise UserError(f"{directory / name}: eos_token_id = {str(value)[:60]}: expected an id, or a list of them")
+        return tuple(dict.fromkeys(id_ for id_ in ids if id_ >= 0))
+    return ()
 
 
 def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, Any], file: Path, advice: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from trainfw.gguf.tokens import (
     PRE_TOKENIZERS,
     ROLES,
     SPACE,
+    STOPS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -25,7 +26,8 @@ _GGML = "tokenizer.ggml"
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
-    """The `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in `directory`.
+    """The `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in `directory`, and for where its
+    generation_config.json stops: besides at eos, a GGUF file has a place for two.
 
     `vocab_size`: rows of the embedding table; those that no token has are listed as unused, as llama.cpp expects.
     Raises UserError for a tokenizer that llama.cpp has no name for, and says what it is.
@@ -64,6 +66,16 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         if name in ids:
             names[role] = name
             metadata[f"{_GGML}.{key}"] = ids[name]
+    eos = metadata.get(f"{_GGML}.eos_token_id")
+    stops = _json(directory / "generation_config.json", absent={}).get("eos_token_id")
+    others = [id_ for id_ in (stops if isinstance(stops, list) else [stops]) if id_ not in (None, eos)]
+    if len(others) > len(STOPS):
+        listed = ", ".join(map(str, others))
+        raise UserError(
+            f"{directory}: generation stops at the tokens {listed} besides eos, and a GGUF file has a place for "
+            f"{len(STOPS)}: take some out of generation_config.json's eos_token_id"
+        )
+    metadata |= {f"{_GGML}.{key}": id_ for key, id_ in zip(STOPS, others)}
     before, after = _around(form.get("post_processor"))
     for flag, role, there in (("add_bos_token", "bos_token", before), ("add_eos_token", "eos_token", after)):
         given = settings.get(flag)

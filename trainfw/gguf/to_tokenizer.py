@@ -12,6 +12,7 @@ from trainfw.gguf.tokens import (
     PRE_TOKENIZERS,
     ROLES,
     SPACE,
+    STOPS,
     UNKNOWN,
     USER_DEFINED,
     implied_merges,
@@ -22,8 +23,8 @@ NONE = 0xFFFFFFFF
 """The id of no token, in files that write one."""
 
 
-def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tokenizer.json and the tokenizer_config.json of a GGUF file.
+def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]:
+    """The tokenizer.json and the tokenizer_config.json of a GGUF file, and where generation stops besides at eos.
 
     Byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`). Raises UserError for other models, for a pre-tokenizer
     that is not known, and for lists that do not belong together.
@@ -39,11 +40,14 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any
         twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
         raise UserError(f"{header.file}: {_GGML}.tokens has {twice!r} twice")
     settings: dict[str, Any] = {}
-    for role, key in ROLES.items():
+    named = {}
+    for key in (*ROLES.values(), *STOPS):
         if (id_ := header.get(f"{_GGML}.{key}", int, NONE)) != NONE:
             if not 0 <= id_ < len(tokens):
                 raise UserError(f"{header.file}: {_GGML}.{key} = {id_}: the vocabulary has {len(tokens)} tokens")
-            settings[role] = tokens[id_]
+            named[key] = id_
+    settings |= {role: tokens[named[key]] for role, key in ROLES.items() if key in named}
+    stops = tuple(named[key] for key in STOPS if key in named)
     form = build(header, tokens, types, settings)
     kinds = dict(zip(tokens, types))
     form["added_tokens"] = [
@@ -57,7 +61,7 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any
             "special": kinds.get(token) != USER_DEFINED,
         }
         for id_, token in enumerate(tokens)
-        if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values()
+        if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values() or id_ in stops
     ]
     # llama.cpp's own defaults: SentencePiece models start with bos where the file does not say.
     add_bos = header.get(f"{_GGML}.add_bos_token", bool, build is _sentencepiece) and "bos_token" in settings
@@ -69,7 +73,7 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any
     settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos}
     if "tokenizer.chat_template" in header.metadata:
         settings["chat_template"] = header.get("tokenizer.chat_template", str)
-    return form, settings
+    return form, settings, stops
 
 
 def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:

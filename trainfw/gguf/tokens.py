@@ -21,6 +21,10 @@ ROLES = {
 }
 """Keys of tokenizer_config.json, and those of `tokenizer.ggml` that give the same token by its id."""
 
+STOPS = ("eot_token_id", "eom_token_id")
+"""Keys of `tokenizer.ggml` that name further tokens at which generation stops: the end of a turn, and of a message that
+calls a tool (llama.cpp, src/llama-vocab.cpp: `special_eog_ids`)."""
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
