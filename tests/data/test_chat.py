@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainfw.data import ChatTemplate, Tokenizer, load_tokenizer
+from trainfw.data import ChatTemplate, Tokenizer, load_tokenizer, stop_ids
 from trainfw.data.chat import TemplateProblem
 from trainfw.data.tokenizer import _byte_names
 from trainfw.errors import UserError
@@ -99,19 +99,6 @@ def test_text_and_tokens_are_those_of_transformers(pair, turns):
         assert template.encode([text])[0].ids == ids
 
 
-def test_what_is_learnt_is_what_the_template_writes_after_the_header(pair):
-    template, _ = pair
-    text = template.render(CHAT)
-    spans = [text[slice(*span)] for span in template.spans(text, CHAT, lambda m: m["role"] == "assistant")]
-    said = [message["content"].strip() for message in CHAT if message["role"] == "assistant"]
-    assert [span.lstrip()[: len(one)] for span, one in zip(spans, said)] == said
-    ends = {"<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>"}
-    assert all(span.lstrip()[len(one) :].strip() in ends for span, one in zip(spans, said))
-    spans = [text[slice(*span)] for span in template.spans(text, CHAT, lambda m: m["role"] == "user")]
-    said = [message["content"].strip() for message in CHAT if message["role"] == "user"]
-    assert [span.lstrip()[: len(one)] for span, one in zip(spans, said)] == said
-
-
 def test_tools_and_namespaces(tmp_path):
     source = (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if loop.last %}{% break %}"
@@ -152,16 +139,32 @@ def test_a_template_that_is_none(tmp_path):
     assert ChatTemplate.of(tokenizer).source == "y"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    # Qwen3 drops what earlier turns thought.
-    source = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think></think>"
-        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    template = ChatTemplate.of(make_tokenizer(tmp_path / "t", source))
-    text = template.render(CHAT[:2])
-    [(start, end)] = template.spans(text, CHAT[:2], lambda m: m["role"] == "assistant")
-    assert text[start:end].startswith("<think></think>Gut")
-    with pytest.raises(TemplateProblem, match="writes a turn differently once others follow"):
-        template.spans(template.render(CHAT), CHAT, lambda m: m["role"] == "assistant")
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [("smollm2", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("mistral", "</s>"), ("gemma", "<end_of_turn>")],
+)
+def test_generation_stops_at_what_ends_a_turn(tmp_path, name, ends):
+    """The template's end of a turn, the end of a document, and what generation_config.json lists."""
+    tokenizer = make_tokenizer(tmp_path / "t", TEMPLATES[name])
+    id_of = tokenizer.backend.token_to_id
+    assert set(stop_ids(tokenizer)) == {id_of("</s>"), id_of(ends)}
+    (tmp_path / "t" / "config.json").write_text('{"eos_token_id": 7}')
+    assert 7 in stop_ids(load_tokenizer(tmp_path / "t"))
+    (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": [3, 5, 100000, -1]}')
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert set(stop_ids(tokenizer)) == {3, 5, id_of("</s>"), id_of(ends)}
+    tokenizer.save(tmp_path / "copy")
+    assert stop_ids(load_tokenizer(tmp_path / "copy")) == stop_ids(tokenizer)
+    (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(UserError, match=r"eos_token_id = \['</s>'\]: expected an id, or a list of them"):
+        load_tokenizer(tmp_path / "t")
+
+
+def test_markers_that_were_not_added_as_special(tmp_path):
+    """They stand around turns all the same; what a message may hold (`<think>`) is none."""
+    tokenizer = make_tokenizer(tmp_path / "t", SMOLLM2.replace("<|im_", "<turn_").replace("|>", ">"))
+    tokenizer.backend.add_tokens(["<turn_start>", "<turn_end>", "<think>"])
+    template = ChatTemplate.of(tokenizer)
+    assert {"<turn_start>", "<turn_end>"} <= set(template.markers)
+    assert "<think>" not in template.markers
+    assert stop_ids(tokenizer)[1:] == (tokenizer.backend.token_to_id("<turn_end>"),)

@@ -187,7 +187,7 @@ def test_prepared_examples(tmp_path, smollm2):
             "1 row: 'messages' is not a list of messages (the first: a.jsonl:61)",
             "1 row: not JSON (the first: a.jsonl:62)",
         ]
-        assert data.notes()[0].endswith("refused 2 of 63 rows:")
+        assert data.notes()[0].endswith("; 2 rows refused:")
         sides = {"train": set(), "validation": set()}
         for split, questions in sides.items():
             store = getattr(data, split)

@@ -97,7 +97,7 @@ def evaluated(tmp_path_factory):
 def test_a_run_evaluates_before_and_after(evaluated):
     directory, result, notes = evaluated
     text = "\n".join(notes)
-    assert "refused 1 of 79 rows:\ndata:   1 row: 'completion' is empty (the first: pairs.jsonl:79)" in text
+    assert "1 row refused:\ndata:   1 row: 'completion' is empty (the first: pairs.jsonl:79)" in text
     assert "% of them learnt; rows of 32 are" in text
     assert f"evaluation: {result.evaluation}" in text
     assert text.count("\n  reference: ") == text.count("\n  before: ") == text.count("\n  after: ") == 2

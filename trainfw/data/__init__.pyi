@@ -2,6 +2,7 @@ from .cache import PreparedData as PreparedData
 from .cache import prepare as prepare
 from .chat import ChatTemplate as ChatTemplate
 from .chat import chat_prompt as chat_prompt
+from .chat import stop_ids as stop_ids
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
 from .examples import Refused as Refused
@@ -17,6 +18,7 @@ from .sources import Document as Document
 from .sources import Source as Source
 from .sources import open_source as open_source
 from .store import TokenStore as TokenStore
+from .tokenizer import GENERATION as GENERATION
 from .tokenizer import TextStream as TextStream
 from .tokenizer import Tokenizer as Tokenizer
 from .tokenizer import byte_tokenizer as byte_tokenizer

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from trainfw.data.chat import stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
 from trainfw.data.progress import Progress, reported
@@ -25,7 +26,7 @@ from trainfw.errors import UserError
 from trainfw.paths import cache_dir
 
 FORMAT_VERSION = 1
-EXAMPLES_VERSION = 1
+EXAMPLES_VERSION = 2
 """Of what is made of examples; to be raised with any change to it."""
 BATCH_CHARACTERS = 1_000_000
 """Text tokenised at once: enough for every core, little enough for any memory."""
@@ -46,17 +47,19 @@ class PreparedData:
     """Changes with the inputs and with every option that shapes the tokens."""
     refused: tuple[Refused, ...] = ()
     """Rows of examples that could not be used, and why."""
+    remarks: tuple[str, ...] = ()
+    """What else there is to know of the examples."""
 
     def notes(self) -> list[str]:
         """What whoever trains on it should know of examples: how many, which were refused and why."""
         if self.train.learnt is None:
             return []
-        used = self.train.num_documents + self.validation.num_documents
         refused = sum(one.count for one in self.refused)
         counts = f"{self.train.num_documents:,} examples to train on, {self.validation.num_documents:,} held out"
-        if not refused:
-            return [counts]
-        return [f"{counts}; refused {refused:,} of {used + refused:,} rows:", *(f"  {one}" for one in self.refused)]
+        lines = [counts]
+        if refused:
+            lines = [f"{counts}; {refused:,} row{'s' * (refused > 1)} refused:", *(f"  {one}" for one in self.refused)]
+        return [*lines, *self.remarks]
 
 
 def prepare(
@@ -74,11 +77,11 @@ def prepare(
     root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
     directory = root / fingerprint
     try:
-        if (found := _open(directory, fingerprint)) is not None:
+        if (found := _open(directory, fingerprint, tokenizer)) is not None:
             return found
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{fingerprint}.lock"):
-            if (found := _open(directory, fingerprint)) is not None:  # built while this process waited
+            if (found := _open(directory, fingerprint, tokenizer)) is not None:  # built while this process waited
                 return found
             partial = root / f"{fingerprint}.partial"
             for leftover in (partial, directory):
@@ -90,7 +93,7 @@ def prepare(
         raise UserError(
             f"cannot write the token cache in {root}: {error.strerror or error}; name another in cache_dir"
         ) from error
-    found = _open(directory, fingerprint)
+    found = _open(directory, fingerprint, tokenizer)
     assert found is not None, f"{directory} was just built, yet is not whole"
     return found
 
@@ -118,20 +121,22 @@ def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None
         shaping = {"format", "loss_on", "chat_template", "system_prompt", "too_long", "sequence_length"}
         assert tokenizer is not None  # DataConfig: none of these is trained
         settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
-        state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings]
+        state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings, stop_ids(tokenizer)]
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
 
-def _open(directory: Path, fingerprint: str) -> PreparedData | None:
-    """What the cache holds, or None where it holds nothing whole."""
+def _open(directory: Path, fingerprint: str, tokenizer: Tokenizer | None) -> PreparedData | None:
+    """What the cache holds, or None where it holds nothing whole. Where `tokenizer` is known, it is as it is now: what
+    does not shape tokens (a template, for text) may be another than when they were cached."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
         train, validation = (StoreInfo(**meta[split]).open(directory, split) for split in ("train", "validation"))
-        tokenizer = load_tokenizer(directory / "tokenizer")
+        tokenizer = tokenizer or load_tokenizer(directory / "tokenizer")
         if tokenizer.fingerprint() != meta["tokenizer"]:
             return None
         refused = tuple(Refused(**one) for one in meta.get("refused", ()))
-        return PreparedData(train, validation, tokenizer, meta["gzip_bits_per_byte"], fingerprint, refused)
+        remarks = tuple(meta.get("remarks", ()))
+        return PreparedData(train, validation, tokenizer, meta["gzip_bits_per_byte"], fingerprint, refused, remarks)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -185,6 +190,7 @@ def _build(
         "tokenizer": tokenizer.fingerprint(),
         "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
         "refused": [one.as_dict() for one in refused],
+        "remarks": () if encoder is None else encoder.remarks(),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,8 +24,10 @@ from trainfw.errors import UserError
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-_SENTINEL = "Xq7sentinel7qX"
-"""Stands for a message's content, to see what the template writes before it."""
+SENTINEL = "Xq7sentinel7qX"
+"""Stands for a message's content, to see what the template writes around it."""
+_MARKS = ("\ue0f1\ue0f2", "\ue0f3\ue0f2")
+"""Stand around what `{% generation %}` tags hold: characters for private use, which no text has."""
 
 
 class TemplateProblem(ValueError):
@@ -32,14 +35,22 @@ class TemplateProblem(ValueError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, which marks what the model writes: its body, as it is."""
+    """`{% generation %}` ... `{% endgeneration %}`, which marks what the model writes: its body, between `marks`."""
 
     tags = {"generation"}
+    used = False
+    """Whether the template has the tag."""
+    marks = ("", "")
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        self.used = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [jinja2.nodes.Scope(body, lineno=line)]
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body, lineno=line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        before, after = self.marks
+        return f"{before}{caller()}{after}"
 
 
 class _Dict:
@@ -88,11 +99,19 @@ class ChatTemplate:
         return template
 
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+        return jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
+
+    @property
+    def _generation(self) -> _Generation:
+        return next(one for one in self._environment.extensions.values() if isinstance(one, _Generation))
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
+        environment = self._environment
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["dict"] = _Dict()
@@ -124,7 +143,7 @@ class ChatTemplate:
         # What it adds is not asked for, and one of the byte-level ones would cut the spaces off the tokens' places.
         state["post_processor"] = None
         backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-        backend.encode_special_tokens = False
+        backend.encode_special_tokens = bool(self.tokenizer.settings.get("split_special_tokens"))
         return backend
 
     @cached_property
@@ -152,38 +171,77 @@ class ChatTemplate:
         """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
-    def spans(
-        self, text: str, messages: Sequence[Message], learnt: Callable[[Message], bool], tools: list[Any] | None = None
-    ) -> list[Span]:
-        """Where in `text` (the rendered messages) stands what the template writes of each learnt message after its
-        header: the content, and what ends the turn.
+    @property
+    def has_generation_tags(self) -> bool:
+        """Whether the template says itself what the model writes."""
+        self._compiled  # noqa: B018  the tags are found as it is compiled
+        return self._generation.used
 
-        A template must only append: the text of the first messages begins that of all of them. The header of an
-        assistant's message is what the generation prompt writes, that of any other what stands before its content.
-        Raises TemplateProblem where that does not hold, since the spans would then be wrong.
-        """
-        found = []
-        for i, message in enumerate(messages):
-            if not learnt(message):
-                continue
-            through = text if i + 1 == len(messages) else self.render(messages[: i + 1], tools=tools)
-            start = self._header_end(text, messages, i, tools)
-            if start is None or not text.startswith(through) or not start < len(through):
-                raise TemplateProblem("the chat template writes a turn differently once others follow")
-            found.append((start, len(through)))
-        return found
+    def generated(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, list[Span]] | None:
+        """The conversation as text, and where the template's `{% generation %}` tags stand in it; None where the text
+        is not the same with marks in it."""
+        plain = self.render(messages, tools=tools)
+        self._generation.marks = _MARKS
+        try:
+            marked = self.render(messages, tools=tools)
+        finally:
+            self._generation.marks = ("", "")
+        text = ""
+        spans: list[list[int]] = []
+        for i, part in enumerate(re.split("(" + "|".join(_MARKS) + ")", marked)):
+            if i % 2 == 0:
+                text += part
+            elif part != _MARKS[len(spans) and len(spans[-1]) % 2]:
+                return None  # tags within tags, or cut by the template
+            elif part == _MARKS[0]:
+                spans.append([len(text)])
+            else:
+                spans[-1].append(len(text))
+        return (text, [(start, end) for start, end in spans]) if text == plain else None
 
-    def _header_end(self, text: str, messages: Sequence[Message], i: int, tools: list[Any] | None) -> int | None:
-        if messages[i]["role"] == "assistant":
-            try:
-                header = self.render(messages[:i], add_generation_prompt=True, tools=tools)
-            except TemplateProblem:
-                header = ""  # some refuse a conversation without a message
-            if header and text.startswith(header):
-                return len(header)
-        shown = {**messages[i], "content": _SENTINEL}
-        header, found, _ = self.render([*messages[:i], shown], tools=tools).rpartition(_SENTINEL)
-        return len(header) if found and text.startswith(header) else None
+    @cached_property
+    def markers(self) -> dict[str, int]:
+        """Tokens that no message may hold, by their text: the special ones, and those added as not special that the
+        template writes around a message."""
+        return self.special_tokens | self._structure[0]
+
+    @cached_property
+    def marker_pattern(self) -> re.Pattern[str]:
+        """Matches any of `markers`."""
+        longest_first = sorted(self.markers, key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a turn of the assistant."""
+        return self._structure[1]
+
+    @cached_property
+    def _structure(self) -> tuple[dict[str, int], tuple[int, ...]]:
+        """Added tokens between turns, and those that end one of the assistant."""
+        words = [f"{SENTINEL}{i}q" for i in range(3)]
+        turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": word} for i, word in enumerate(words)]
+        between = self._added_after(turns, words[1])
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": words[1]}}}
+        ends: list[int] = []
+        for extra in ({}, {"content": "", "tool_calls": [call]}):
+            after = self._added_after([turns[0], {**turns[1], **extra}], words[1])
+            ends += after[-1:]
+        added = self.tokenizer.backend.get_added_tokens_decoder()
+        return {added[id_].content: id_ for id_ in (*between, *ends)}, tuple(dict.fromkeys(ends))
+
+    def _added_after(self, messages: Sequence[Message], word: str) -> list[int]:
+        """Added tokens that are written after `word`; none where the template does not write it."""
+        try:
+            text = self.render(messages)
+        except TemplateProblem:
+            return []
+        if word not in text:
+            return []
+        start = text.rindex(word) + len(word)
+        added = self.tokenizer.backend.get_added_tokens_decoder()
+        encoding = self.encode([text])[0]
+        return [id_ for id_, (left, _) in zip(encoding.ids, encoding.offsets) if left >= start and id_ in added]
 
 
 def _to_json(
@@ -195,6 +253,15 @@ def _to_json(
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens at which generation stops: the end of a document, of a turn as the chat template writes it, and what
+    the tokenizer's files name."""
+    template = ChatTemplate.of(tokenizer)
+    ends = () if template is None else template.end_ids
+    size = tokenizer.vocab_size
+    return tuple(dict.fromkeys(id_ for id_ in (tokenizer.eos_id, *ends, *tokenizer.stop_ids) if id_ < size))
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = None) -> list[int]:

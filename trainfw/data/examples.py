@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem
+from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem, stop_ids
 from trainfw.data.config import DataConfig, Role
 from trainfw.data.sources import Row, Unreadable
 from trainfw.data.tokenizer import Tokenizer
+from trainfw.data.turns import write_learnt
 from trainfw.errors import UserError, did_you_mean
 
 
@@ -43,15 +45,16 @@ class Refusals:
     """Counts refused rows by reason."""
 
     def __init__(self) -> None:
-        self._by_reason: dict[str, tuple[int, str]] = {}
+        self._by_reason: dict[str, tuple[int, str, str]] = {}
 
     def add(self, reason: str, id_: str) -> None:
-        count, first = self._by_reason.get(reason, (0, id_))
-        self._by_reason[reason] = (count + 1, first)
+        """Count the row `id_`, which comes several times in turn where several examples are made of it."""
+        count, first, last = self._by_reason.get(reason, (0, id_, ""))
+        self._by_reason[reason] = (count + (id_ != last), first, id_)
 
     def summary(self) -> tuple[Refused, ...]:
         """The most frequent first."""
-        found = [Refused(reason, *of) for reason, of in self._by_reason.items()]
+        found = [Refused(reason, count, first) for reason, (count, first, _) in self._by_reason.items()]
         return tuple(sorted(found, key=lambda refused: -refused.count))
 
 
@@ -75,6 +78,10 @@ class Encoder:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.refusals = Refusals()
+        self._unread: Counter[str] = Counter()
+        self._rows_apart = 0
+        self._turns = self._stopping = 0
+        self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
         if config.format == "chat" or config.chat_template:
             self._template = ChatTemplate.of(tokenizer)
@@ -87,10 +94,10 @@ class Encoder:
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """The examples of the rows that can be used; the others are counted in `refusals`."""
-        texts = []
+        texts: list[_Text] = []
         for row in rows:
             try:
-                texts.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
+                texts += self._chat(row) if self.config.format == "chat" else self._pair(row)
             except (_Unusable, TemplateProblem) as problem:
                 self.refusals.add(str(problem), row.id)
         encode = self._plain if self._template is None else self._written
@@ -100,9 +107,29 @@ class Encoder:
             except _Unusable as problem:
                 self.refusals.add(str(problem), one.id)
 
+    def remarks(self) -> tuple[str, ...]:
+        """What whoever trains on the examples encoded so far should know of them."""
+        found = []
+        if self._turns and not self._stopping:
+            stops = ", ".join(repr(self.tokenizer.backend.id_to_token(id_)) for id_ in self._stops)
+            found.append(
+                f"warning: no turn to learn ends in a token at which generation stops ({stops}): the model will not "
+                "learn to stop; end the assistant's turns with {{ eos_token }} in the chat template, or name what "
+                "ends them as eos_token_id in generation_config.json"
+            )
+        if self._rows_apart:
+            found.append(
+                f"{self._rows_apart:,} rows gave several examples, since the chat template writes a turn differently "
+                "once others follow: each turn is learnt as the model will write it"
+            )
+        if self._unread:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
+            found.append(f"the chat template reads nothing of these keys of messages and rows: {keys}")
+        return tuple(found)
+
     # --- A row as text ------------------------------------------------------------------------------------------------
 
-    def _chat(self, row: Row) -> _Text:
+    def _chat(self, row: Row) -> list[_Text]:
         config, value = self.config, _object(row.value)
         field = config.messages_field
         if field not in value:
@@ -111,19 +138,22 @@ class Encoder:
         if not isinstance(messages, list) or not messages:
             raise _Unusable(f"{field!r} is not a list of messages")
         messages = [_message(message) for message in messages]
+        learnt = [_is_learnt(message, config.loss_on) for message in messages]
         tools = value.get("tools")
         if tools is not None and not isinstance(tools, list):
             raise _Unusable("'tools' is not a list")
-        if not any(message["role"] in config.loss_on for message in messages):
+        if not any(learnt):
             raise _Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
-        if any(m["role"] in config.loss_on and not _content(m).strip() and "tool_calls" not in m for m in messages):
+        if any(
+            is_learnt and not _content(m).strip() and not m.get("tool_calls") for m, is_learnt in zip(messages, learnt)
+        ):
             raise _Unusable("a message to learn is empty")
         if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": config.system_prompt}, *messages]
-        said = next((_content(m) for m in messages if m["role"] == "user"), _content(messages[0]))
-        return self._render(row.id, messages, tools, said)
+            messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
+        key = next((_content(m) for m in messages if m["role"] == "user"), _content(messages[0]))
+        return self._render(row.id, messages, learnt, tools, key)
 
-    def _pair(self, row: Row) -> _Text:
+    def _pair(self, row: Row) -> list[_Text]:
         config, value = self.config, _object(row.value)
         texts = []
         for field in (config.prompt_field, config.completion_field):
@@ -136,22 +166,28 @@ class Encoder:
         if not completion.strip():
             raise _Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
-            return _Text(row.id, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+            return [_Text(row.id, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)]
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         if config.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": config.system_prompt})
-        return self._render(row.id, messages, None, prompt)
+        return self._render(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
 
-    def _render(self, id_: str, messages: list[Message], tools: list[Any] | None, key: str) -> _Text:
-        assert self._template is not None
+    def _render(
+        self, id_: str, messages: list[Message], learnt: list[bool], tools: list[Any] | None, key: str
+    ) -> list[_Text]:
+        template = self._template
+        assert template is not None
         for text in _strings([messages, tools]):
             _unicode(text, "a message")
-            for special in self._template.special_tokens:
-                if special in text:
-                    raise _Unusable(f"a message holds {special!r}, which is a special token of the tokenizer")
-        text = self._template.render(messages, tools=tools)
-        spans = self._template.spans(text, messages, lambda m: m["role"] in self.config.loss_on, tools)
-        return _Text(id_, text, spans, key)
+            if marker := template.marker_pattern.search(text):
+                is_special = marker[0] in template.special_tokens
+                why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
+                raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
+        written = write_learnt(template, messages, learnt, tools)
+        self._rows_apart += len(written) > 1
+        keys = [key for message in messages for key in message] + ["tools"] * bool(tools)
+        self._unread.update(key for key in keys if key not in template.source)
+        return [_Text(id_, one.text, one.spans, key) for one in written]
 
     # --- Text as tokens -----------------------------------------------------------------------------------------------
 
@@ -166,16 +202,14 @@ class Encoder:
 
     def _written(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[bool]]]:
         assert self._template is not None
-        special = set(self._template.special_tokens.values())
         for one, encoding in zip(texts, self._template.encode([one.text for one in texts])):
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
             for start, end in one.spans:
                 inside = [i for i, place in enumerate(encoding.offsets) if place[1] > start and place[0] < end]
-                # What follows the token that ends the turn is not for the model to write.
-                while any(ids[i] in special for i in inside) and ids[inside[-1]] not in special:
-                    inside.pop()
                 for i in inside:
                     learnt[i] = True
+                self._turns += 1
+                self._stopping += bool(inside) and ids[inside[-1]] in self._stops
             yield ids, learnt
 
     def _fitted(self, ids: list[int], learnt: list[bool], key: str) -> Example:
@@ -216,6 +250,25 @@ def _message(message: Any) -> Message:
     if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
         raise _Unusable("a message's content is not text")
     return message
+
+
+_SWITCHES = ("weight", "train", "training", "loss")
+"""Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
+
+
+def _is_learnt(message: Message, roles: Sequence[str]) -> bool:
+    """Whether a message is to be learnt; takes what says so out of it, which is not for the template to see."""
+    learnt = message["role"] in roles
+    for key in _SWITCHES:
+        if key not in message:
+            continue
+        value = message.pop(key)
+        if value not in (0, 1):
+            raise _Unusable(f"a message's {key} is {str(value)[:20]}: expected 0 or 1, or false or true")
+        if value is True and message["role"] not in roles:
+            raise _Unusable(f"a message of {message['role']} says {key}: true, but loss_on is {', '.join(roles)}")
+        learnt = learnt and bool(value)
+    return learnt
 
 
 def _content(message: Message) -> str:

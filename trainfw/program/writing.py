@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from trainfw.data import Progress, Tokenizer, load_tokenizer
+from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop import (
     FLOATS,
@@ -26,6 +27,7 @@ from trainfw.interop import (
     save_model,
     save_peft,
 )
+from trainfw.interop.json_files import read_json
 from trainfw.paths import resolve_path
 from trainfw.program.source import Base, MergedBase, is_run, merge, open_base, read_adapter
 from trainfw.recipe import load_recipe
@@ -98,7 +100,20 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
     adapter = read_adapter(source, recipe.model, step)
     save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
-    return f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
+    written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
+    return written + _stops_elsewhere(source, recipe.model.from_)
+
+
+def _stops_elsewhere(run: str, base: str | None) -> str:
+    """What to say where the base's own files stop generation at less than what training taught: PEFT's form cannot."""
+    stops = stop_ids(load_tokenizer(run))
+    theirs = _tokenizer(base) if base is not None and not is_run(base) else None
+    if theirs is None or set(stops) <= {*theirs.stop_ids, *(() if theirs.stop_ids else (theirs.eos_id,))}:
+        return ""
+    return (
+        f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
+        f"generate(..., eos_token_id={list(stops)})"
+    )
 
 
 def _reader(base: Base) -> Callable[[str], np.ndarray]:
@@ -137,7 +152,8 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     )
     with tempfile.TemporaryDirectory() as directory:
-        load_tokenizer(source).save(directory)
+        tokenizer = load_tokenizer(source)
+        replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
@@ -185,17 +201,30 @@ def _extra(base: Base, source: str) -> dict[str, Any]:
 
 
 def _companions(source: str, base: Base) -> Callable[[Path], None]:
-    """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory."""
+    """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory.
+
+    generation_config.json of what was trained names all tokens at which generation stops here.
+    """
     origin = _origin(base, source)
 
     def write(directory: Path) -> None:
         if origin is not None and _same_tokenizer(source, origin):
             origin.copy_companions(directory)
-        if not (directory / "tokenizer.json").exists() and (tokenizer := _tokenizer(source)) is not None:
+        tokenizer = _tokenizer(source)
+        if not (directory / "tokenizer.json").exists() and tokenizer is not None:
             tokenizer.save(directory)
-        if not (directory / "generation_config.json").exists():
-            keys = ("bos_token_id", "eos_token_id")
-            tokens = {key: _extra(base, source).get(key) for key in keys}
-            (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+        file = directory / GENERATION
+        if file.exists():
+            tokens = read_json(file)
+        else:
+            tokens = {key: _extra(base, source).get(key) for key in ("bos_token_id", "eos_token_id")}
+        if tokenizer is not None and not isinstance(base, ModelSource):
+            named = tokens.get("eos_token_id")
+            stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]
+            stops = list(dict.fromkeys(id_ for id_ in stops if id_ is not None))
+            tokens["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        elif file.exists():
+            return
+        file.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
 
     return write

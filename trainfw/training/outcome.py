@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from trainfw import backends
-from trainfw.data import PreparedData, Progress
+from trainfw.data import PreparedData, Progress, stop_ids
 from trainfw.models import Transformer, generate
 from trainfw.program import Program, TrainState
 from trainfw.training.evaluation import Validation, validate
@@ -112,7 +112,7 @@ class Outcome:
             self._model(state),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_tokens=self.recipe.train.sample_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_ids=stop_ids(tokenizer),
         )
         sample = tokenizer.decode(list(tokens))
         self.reporter.note(f"sample:\n{prompt}{sample}")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainfw.data import ChatTemplate, Tokenizer, chat_prompt
+from trainfw.data import Tokenizer, chat_prompt, stop_ids
 from trainfw.errors import UserError
 from trainfw.paths import resolve_path
 from trainfw.program import is_run
@@ -46,7 +46,4 @@ def prompt_form(path: str) -> PromptForm:
 
 def end_tokens(tokenizer: Tokenizer) -> set[int]:
     """What ends a text: the end of a document, and of a turn in a chat."""
-    template = ChatTemplate.of(tokenizer)
-    names = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"}
-    ends = {} if template is None else {name: id_ for name, id_ in template.special_tokens.items() if name in names}
-    return {tokenizer.eos_id, *ends.values()}
+    return set(stop_ids(tokenizer))

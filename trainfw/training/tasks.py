@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainfw.data import Progress, Tokenizer, TokenStore
+from trainfw.data import Progress, Tokenizer, TokenStore, stop_ids
 from trainfw.models import Transformer, generate_batch
 from trainfw.training.config import EvaluationConfig
 
@@ -96,9 +96,7 @@ def evaluate_task(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """For each example its prompt, reference and output as text, and the metric, under its name."""
-    special = {id_ for id_, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-    # What ends a turn is not always what ends a document.
-    ends = {tokenizer.eos_id, *(task.reference[-1] for task in tasks if task.reference[-1] in special)}
+    ends = stop_ids(tokenizer)
     order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt))  # little padding, few shapes
     size = min(config.batch_size, len(tasks))
     outputs: dict[int, str] = {}

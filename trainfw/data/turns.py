@@ -1,0 +1,181 @@
+"""Where in a rendered conversation the turns that are to be learnt stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainfw.data.chat import SENTINEL, ChatTemplate, Message, Span, TemplateProblem
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as text, of which `spans` are learnt."""
+
+    text: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A message as the template writes it last, which is how a model comes to write it."""
+
+    text: str
+    """The conversation up to the end of the turn."""
+    start: int
+    """Where the message begins, after its header."""
+
+    @property
+    def said(self) -> str:
+        return self.text[self.start :]
+
+    @property
+    def span(self) -> Span:
+        return self.start, len(self.text)
+
+
+def write_learnt(
+    template: ChatTemplate, messages: Sequence[Message], learnt: Sequence[bool], tools: list[Any] | None = None
+) -> list[Written]:
+    """The conversation as text, with the places of its learnt messages: what the template writes of each after its
+    header, up to and with the token that ends the turn.
+
+    Where the template has `{% generation %}` tags, they say what the assistant writes. Else a turn is what the template
+    writes of it as the last message, and is looked for in the whole conversation; one that is written differently once
+    others follow (thinking models drop what earlier turns thought) becomes a text of its own, which ends with it.
+
+    Args:
+        learnt: for each message whether it is.
+
+    Raises TemplateProblem where the template leaves out something that is to be learnt, or where it stands cannot be
+    told.
+    """
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
+    if template.has_generation_tags and set(wanted) <= set(assistant):
+        tagged = _tagged(template, messages, wanted, assistant, tools)
+        if tagged is not None:
+            return [tagged]
+    whole = template.render(messages, tools=tools)
+    spans, apart = [], []
+    for i in wanted:
+        turn = _turn(template, messages, i, whole, tools)
+        place = _place(template, messages, i, turn, whole, tools)
+        if place is None:
+            apart.append(Written(turn.text, [turn.span]))
+        else:
+            spans.append(place)
+    return [*apart, *([Written(whole, spans)] if spans else [])]
+
+
+def _tagged(
+    template: ChatTemplate, messages: Sequence[Message], wanted: list[int], assistant: list[int], tools: Any
+) -> Written | None:
+    """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt."""
+    generated = template.generated(messages, tools)
+    if generated is None:
+        return None
+    text, spans = generated
+    if len(spans) == len(assistant):
+        spans = [span for span, i in zip(spans, assistant) if i in wanted]
+        for span, i in zip(spans, wanted):
+            through = template.render(messages[: i + 1], tools=tools)
+            _check_written(template, messages[: i + 1], through, text[slice(*span)], tools)
+    elif wanted != assistant:
+        return None
+    return Written(text, [(start, start + len(_ended(template, text[start:end]))) for start, end in spans])
+
+
+def _turn(template: ChatTemplate, messages: Sequence[Message], i: int, whole: str, tools: Any) -> _Turn:
+    through = whole if i + 1 == len(messages) else template.render(messages[: i + 1], tools=tools)
+    prompt = ""
+    if messages[i]["role"] == "assistant":
+        prompt = _try(template, messages[:i], tools, prompt=True)
+    if prompt and through.startswith(prompt):
+        start = len(prompt)
+    else:
+        start = _content_start(template, messages, i, through, tools)
+    said = _ended(template, through[start:])
+    _check_written(template, messages[: i + 1], through, said, tools)
+    return _Turn(through[:start] + said, start)
+
+
+def _try(template: ChatTemplate, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+    """Some templates refuse a conversation without a message, or one that ends so."""
+    try:
+        return template.render(messages, tools=tools, add_generation_prompt=prompt)
+    except TemplateProblem:
+        return ""
+
+
+def _content_start(template: ChatTemplate, messages: Sequence[Message], i: int, through: str, tools: Any) -> int:
+    shown = {**messages[i], "content": SENTINEL}
+    header, found, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
+    every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(messages[: i + 1])]
+    is_last = template.render(every, tools=tools).rpartition(SENTINEL)[2].startswith(f"{i}q")
+    if not found or not is_last or not through.startswith(header):
+        raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
+    return len(header)
+
+
+def _ended(template: ChatTemplate, said: str) -> str:
+    """Without what follows the token that ends the turn, which is not for the model to write."""
+    ends = [match.end() for match in template.marker_pattern.finditer(said)]
+    return said[: ends[-1]] if ends else said
+
+
+def _check_written(template: ChatTemplate, messages: Sequence[Message], through: str, said: str, tools: Any) -> None:
+    """Raise TemplateProblem where the last message, which is to be learnt, is not in what is written of it.
+
+    Args:
+        through: the conversation up to it, as text.
+        said: what of that is the message's.
+    """
+    *before, message = messages
+    if not template.marker_pattern.sub("", said).strip():
+        raise TemplateProblem("the chat template writes nothing of a message to learn")
+    if message.get("tool_calls"):
+        bare = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+        if _try(template, [*before, bare], tools, prompt=False) == through:
+            raise TemplateProblem("the chat template writes nothing of tool_calls to learn")
+    content = (message.get("content") or "").strip()
+    if content in said:
+        return
+    if SENTINEL not in template.render([*before, _marked(message)], tools=tools):  # nor in another form
+        raise TemplateProblem("the chat template leaves out the content of a message to learn")
+
+
+def _marked(message: Message) -> Message:
+    """The message with a mark after its last word: spaces at the ends may be stripped."""
+    content = message["content"]
+    words = content.rstrip()
+    return {**message, "content": words + SENTINEL + content[len(words) :]}
+
+
+def _place(
+    template: ChatTemplate, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: Any
+) -> Span | None:
+    """Where the turn stands in the whole conversation; None where it is not written there as it is when it is last."""
+    if whole.startswith(turn.text):
+        return turn.span
+    if not (messages[i].get("content") or "").strip():
+        return None
+    marked = _marked(messages[i])
+    last = template.render([*messages[:i], marked], tools=tools)
+    among = template.render([*messages[:i], marked, *messages[i + 1 :]], tools=tools)
+    # The mark has to change nothing else, or it says nothing of where the turn stands.
+    if among.count(SENTINEL) != 1 or among.replace(SENTINEL, "") != whole or last.count(SENTINEL) != 1:
+        return None
+    start = among.index(SENTINEL) - (last.index(SENTINEL) - turn.start)
+    end = start + len(turn.said)
+    same = whole[start:end] == turn.said and whole[:start].endswith(_header(template, messages, i, tools))
+    return (start, end) if same else None
+
+
+def _header(template: ChatTemplate, messages: Sequence[Message], i: int, tools: Any) -> str:
+    """What the template puts before a turn of the assistant; empty where it has no such prompt."""
+    if messages[i]["role"] != "assistant":
+        return ""
+    before, prompt = (_try(template, messages[:i], tools, prompt=prompt) for prompt in (False, True))
+    return prompt.removeprefix(before) if prompt.startswith(before) else ""
