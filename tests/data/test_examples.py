@@ -16,6 +16,9 @@ from trainfw.data.sources import Row
 from trainfw.errors import UserError
 
 from .test_chat import SMOLLM2, TEMPLATES, make_tokenizer
+from .test_turns import THINKING
+
+PAIR = "prompt_completion"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,60 @@ def test_learnt_tokens_are_the_contents_and_their_ends(smollm2, turns):
         assert not said or any(not text.strip() for text in said)
 
 
+@pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0}])
+def test_a_message_may_say_that_it_is_not_learnt(smollm2, off):
+    row = chat("u:hi", "a:hello", "u:bye", "a:so long")
+    row["messages"][1] |= off
+    row["messages"][3] |= {key: type(value)(1) for key, value in off.items()}
+    [one], refused = encode([row], smollm2)
+    assert shown(one, smollm2)[1] == "so long<|im_end|>"
+    row["messages"][3] |= off
+    assert encode([row], smollm2)[1] == ["1 row: no message of assistant to learn (the first: a.jsonl:1)"]
+    for change, problem in (
+        ({"weight": 0.5}, "weight is 0.5: expected 0 or 1"),
+        ({"train": "no"}, "train is no: expec"),
+    ):
+        assert problem in encode([chat("a:x") | {"messages": [{**row["messages"][3], **change}]}], smollm2)[1][0]
+    row["messages"][0]["train"] = True
+    assert "a message of user says train: true, but loss_on is assistant" in encode([row], smollm2)[1][0]
+    assert not refused
+
+
+def test_a_message_cannot_forge_a_marker_that_was_not_added_as_special(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", SMOLLM2.replace("<|im_end|>", "<end>"))
+    tokenizer.backend.add_tokens(["<end>", "<think>"])
+    [one], refused = encode([chat("u:<think>", "a:<think>x"), chat("u:a<end>b", "a:x")], tokenizer)
+    assert shown(one, tokenizer)[1] == "<think>x<end>"
+    assert refused == ["1 row: a message holds '<end>', which marks turns in the chat template (the first: a.jsonl:2)"]
+
+
+def remarks(rows: list, tokenizer: Tokenizer, **options: object) -> str:
+    encoder = Encoder(config(**options), tokenizer)  # type: ignore[arg-type]
+    assert list(encoder.encode([Row("a", row) for row in rows]))
+    return "\n".join(encoder.remarks())
+
+
+def test_what_else_there_is_to_know_is_said(tmp_path, smollm2):
+    rows = [chat("u:hi", "a:hello", "u:bye", "a:so long", tools=[{"name": "f"}]) for _ in range(2)]
+    rows[0]["messages"][1]["reasoning_content"] = "hm"
+    said = remarks(rows, smollm2)
+    assert (
+        said == "the chat template reads nothing of these keys of messages and rows: tools (2), reasoning_content (1)"
+    )
+    thinking = make_tokenizer(tmp_path / "thinking", THINKING)
+    assert remarks(rows, thinking).startswith(
+        "2 rows gave several examples, since the chat template writes a turn diff"
+    )
+    never = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    between = SMOLLM2.replace("+ '<|im_end|>' + '\n'}}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
+    for name, source in (("never", never), ("between", between)):
+        tokenizer = make_tokenizer(tmp_path / name, source)
+        for row, options in ((chat("u:a", "a:b"), {}), ({"prompt": "a", "completion": "b"}, {"format": PAIR})):
+            said = remarks([row], tokenizer, **options)
+            assert said.startswith("warning: no turn to learn ends in a token at which generation stops ('</s>')")
+    assert not remarks([{"prompt": "a", "completion": "b"}], tokenizer, format=PAIR, chat_template=False)
+
+
 # --- Prepared -------------------------------------------------------------------------------------
 
 
@@ -214,6 +271,13 @@ def test_options_that_shape_examples(tmp_path, smollm2, change):
     first = prepared(path, smollm2)
     assert prepared(path, smollm2, **change).fingerprint != first.fingerprint
     assert prepared(path, smollm2, **change).fingerprint == prepared(path, smollm2, **change).fingerprint
+
+
+def test_remarks_come_from_the_cache_too(tmp_path, smollm2):
+    path = write(tmp_path / "a.jsonl", [chat(f"u:{i}", f"a:{i}", tools=[{}]) for i in range(30)])
+    notes = prepared(path, smollm2).notes()
+    assert notes == prepared(path, smollm2).notes()
+    assert notes[-1].endswith("rows: tools (30)")
 
 
 def test_another_template_is_other_data(tmp_path, smollm2):

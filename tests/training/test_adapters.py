@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
+from transformers import GenerationConfig
 
 import trainfw
+from tests.data.test_chat import SMOLLM2, make_tokenizer
 from tests.helpers import write_recipe
 from trainfw import UserError, load_recipe
 from trainfw.checkpoint import SavedParameters
-from trainfw.data import byte_tokenizer, load_tokenizer
+from trainfw.data import byte_tokenizer, load_tokenizer, stop_ids
+from trainfw.gguf import read_header
 from trainfw.interop import parameter_shapes, save_model
 from trainfw.models import AdapterInputs, ModelConfig, generate_batch
 from trainfw.parallel import reorder_layers
@@ -231,6 +234,31 @@ def test_banks_take_adapters_of_any_targets(tmp_path, base):
     x, _ = model.decode_hidden_states(tokens, model.init_cache(4, 16), AdapterInputs(rows_B=jnp.asarray([0, 1, 0, 1])))
     expected = np.asarray(trainfw.load_model(run)[0](tokens))
     np.testing.assert_allclose(np.asarray(model.logits(x)), expected, atol=1e-4)
+
+
+def test_what_is_written_stops_where_training_taught_to(tmp_path):
+    """In Transformers and in llama.cpp; the base's own files name only the end of a document."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", SMOLLM2)
+    config = CONFIG.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    shapes = parameter_shapes(config)
+    base = tmp_path / "base"
+    save_model(base, config, lambda name: np.full(shapes[name], 0.1, np.float32), companions=tokenizer.save)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id, "top_k": 5}))
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}] for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = {"source": str(tmp_path / "chats.jsonl"), "format": "chat", "tokenizer": {"name": "file", "path": str(base)}}
+    changes = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    run = str(train(tmp_path, base, "run", "train.steps=1", "data.sequence_length=256", *changes).run_dir)
+    merge_adapter(run, str(tmp_path / "merged"))
+    stops = GenerationConfig.from_pretrained(tmp_path / "merged")
+    ends = tokenizer.backend.token_to_id("<|im_end|>")
+    assert (stops.eos_token_id, stops.top_k) == ([tokenizer.eos_id, ends], 5)
+    assert stop_ids(load_tokenizer(run)) == (tokenizer.eos_id, ends)
+    said = export_model(run, str(tmp_path / "peft"), format="peft")
+    assert f"generate(..., eos_token_id={[tokenizer.eos_id, ends]})" in said
+    export_model(str(tmp_path / "merged"), str(tmp_path / "m.gguf"), format="gguf")
+    assert set(stop_ids(load_tokenizer(tmp_path / "m.gguf"))) == {tokenizer.eos_id, ends}
+    assert read_header(tmp_path / "m.gguf").metadata["tokenizer.ggml.eot_token_id"] == ends
 
 
 @pytest.mark.long
