@@ -132,6 +132,9 @@ def test_what_is_too_long_may_be_cut(smollm2):
     assert [len(one.ids) for one in examples] == [201]  # the last is a target only
     assert examples[0].learnt[-1]
     assert refused == ["1 row: longer than sequence_length = 200 (the first: a.jsonl:2)"]
+    said = remarks(rows, smollm2, too_long="truncate", sequence_length=200).splitlines()
+    assert said[0].startswith("warning: no turn to learn ends in a token at which generation stops")
+    assert said[1] == "1 examples cut at sequence_length = 200, before the end of a turn"
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -203,9 +206,8 @@ def test_what_else_there_is_to_know_is_said(tmp_path, smollm2):
     rows = [chat("u:hi", "a:hello", "u:bye", "a:so long", tools=[{"name": "f"}]) for _ in range(2)]
     rows[0]["messages"][1]["reasoning_content"] = "hm"
     said = remarks(rows, smollm2)
-    assert (
-        said == "the chat template reads nothing of these keys of messages and rows: tools (2), reasoning_content (1)"
-    )
+    keys = "tools (2), reasoning_content (1)"
+    assert said == f"warning: the chat template reads nothing of these keys of messages and rows: {keys}"
     thinking = make_tokenizer(tmp_path / "thinking", THINKING)
     assert remarks(rows, thinking).startswith(
         "2 rows gave several examples, since the chat template writes a turn diff"

@@ -120,6 +120,11 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json that can be read"):
         load_tokenizer(tmp_path)
+    panics = json.loads(BPE.backend.to_str())
+    panics["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(panics))
+    with pytest.raises(UserError, match=r"not a tokenizer\.json that can be read"):
+        load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no token that ends a document; name it as eos_token in"):
         load_tokenizer(_write(tmp_path, ["[A]", "[B]"]))
 

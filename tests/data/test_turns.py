@@ -114,7 +114,7 @@ def test_what_a_later_turn_moves_is_found(tmp_path):
         (CALLS, turns("u:hi", "a:I call f", tool_calls=CALL), "leaves out the content of a message to learn"),
         (REVERSED, turns("u:hi", "a:hello"), "writes a turn so that its beginning cannot be told"),
         (
-            QWEN.replace("message.content + '<|im", "'<|im"),
+            QWEN.replace("message.content + '<|im_end|>' }}{% end", "'<|im_end|>' }}{% end"),
             turns("u:hi", "a:x"),
             "writes nothing of a message to learn",
         ),
@@ -123,6 +123,26 @@ def test_what_a_later_turn_moves_is_found(tmp_path):
 def test_what_the_template_does_not_write_is_not_learnt(tmp_path, source, messages, problem):
     with pytest.raises(TemplateProblem, match=problem):
         learnt(tmp_path, source, messages)
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "user"])
+def test_a_message_that_the_template_has_no_place_for(tmp_path, role):
+    source = (
+        f"{{% for m in messages if m.role != '{role}' %}}{{{{ m.role + ':' + m.content + '</s>' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(TemplateProblem, match=f"the chat template writes nothing of a message of {role}"):
+        learnt(tmp_path, source, turns("s:Be brief.", "u:hi", "a:I look", "t:42", "a:It is so."))
+
+
+def test_markers_within_a_turn_do_not_end_it(tmp_path):
+    """Where nothing ends it, all of it is learnt."""
+    source = (
+        "{% for m in messages %}{{ m.role + ':' + ('<|eot_id|>' if m.role == 'assistant' else '') + m.content + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    [(_, said)] = learnt(tmp_path, source, turns("u:hi", "a:ahoy"))
+    assert said == ["<|eot_id|>ahoy\n"]
 
 
 def test_a_call_without_words_is_learnt(tmp_path):

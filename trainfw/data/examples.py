@@ -79,7 +79,7 @@ class Encoder:
         self.config, self.tokenizer = config, tokenizer
         self.refusals = Refusals()
         self._unread: Counter[str] = Counter()
-        self._rows_apart = 0
+        self._rows_apart = self._cut = 0
         self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
@@ -117,6 +117,9 @@ class Encoder:
                 "learn to stop; end the assistant's turns with {{ eos_token }} in the chat template, or name what "
                 "ends them as eos_token_id in generation_config.json"
             )
+        if self._cut:
+            length = self.config.sequence_length
+            found.append(f"{self._cut:,} examples cut at sequence_length = {length}, before the end of a turn")
         if self._rows_apart:
             found.append(
                 f"{self._rows_apart:,} rows gave several examples, since the chat template writes a turn differently "
@@ -124,7 +127,8 @@ class Encoder:
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
-            found.append(f"the chat template reads nothing of these keys of messages and rows: {keys}")
+            lead = "warning: " if _SAID & set(self._unread) else ""
+            found.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
         return tuple(found)
 
     # --- A row as text ------------------------------------------------------------------------------------------------
@@ -208,8 +212,6 @@ class Encoder:
                 inside = [i for i, place in enumerate(encoding.offsets) if place[1] > start and place[0] < end]
                 for i in inside:
                     learnt[i] = True
-                self._turns += 1
-                self._stopping += bool(inside) and ids[inside[-1]] in self._stops
             yield ids, learnt
 
     def _fitted(self, ids: list[int], learnt: list[bool], key: str) -> Example:
@@ -223,8 +225,12 @@ class Encoder:
         room = self.config.sequence_length + 1
         if end > room and (self.config.too_long == "refuse" or True not in learnt[:room]):
             raise _Unusable(f"longer than sequence_length = {self.config.sequence_length}")
+        self._cut += end > room
         end = min(end, room)
         end -= learnt[:end][::-1].index(True)
+        turns_end = [i for i in range(end) if learnt[i] and not (i + 1 < end and learnt[i + 1])]
+        self._turns += len(turns_end)
+        self._stopping += sum(ids[i] in self._stops for i in turns_end)
         return Example(ids[:end], learnt[:end], key)
 
 
@@ -254,6 +260,10 @@ def _message(message: Any) -> Message:
 
 _SWITCHES = ("weight", "train", "training", "loss")
 """Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
+
+
+_SAID = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+"""Keys that hold part of a conversation, not facts about it."""
 
 
 def _is_learnt(message: Message, roles: Sequence[str]) -> bool:

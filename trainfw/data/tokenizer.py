@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file}: not a tokenizer.json that can be read: {error}") from error
+    backend = _backend(lambda: tokenizers.Tokenizer.from_file(str(file)), f"{file}: not a tokenizer.json")
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
     files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
@@ -207,12 +204,18 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _from_gguf(file: Path) -> Tokenizer:
     form, settings, stops = huggingface_tokenizer(read_header(file))
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(form))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file}: not a tokenizer that can be read: {error}") from error
+    backend = _backend(lambda: tokenizers.Tokenizer.from_str(json.dumps(form)), f"{file}: not a tokenizer")
     ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
     return Tokenizer(backend, *ids, settings, stops)
+
+
+def _backend(load: Callable[[], tokenizers.Tokenizer], what: str) -> tokenizers.Tokenizer:
+    try:
+        return load()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which are none
+        raise UserError(f"{what} that can be read: {error}") from error
 
 
 def _stop_ids(directory: Path) -> tuple[int, ...]:

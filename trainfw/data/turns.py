@@ -51,13 +51,14 @@ def write_learnt(
     Raises TemplateProblem where the template leaves out something that is to be learnt, or where it stands cannot be
     told.
     """
+    whole = template.render(messages, tools=tools)
+    _check_context(template, messages, whole, tools)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
     if template.has_generation_tags and set(wanted) <= set(assistant):
         tagged = _tagged(template, messages, wanted, assistant, tools)
         if tagged is not None:
             return [tagged]
-    whole = template.render(messages, tools=tools)
     spans, apart = [], []
     for i in wanted:
         turn = _turn(template, messages, i, whole, tools)
@@ -122,7 +123,7 @@ def _content_start(template: ChatTemplate, messages: Sequence[Message], i: int, 
 def _ended(template: ChatTemplate, said: str) -> str:
     """Without what follows the token that ends the turn, which is not for the model to write."""
     ends = [match.end() for match in template.marker_pattern.finditer(said)]
-    return said[: ends[-1]] if ends else said
+    return said[: ends[-1]] if ends and not said[ends[-1] :].strip() else said
 
 
 def _check_written(template: ChatTemplate, messages: Sequence[Message], through: str, said: str, tools: Any) -> None:
@@ -144,6 +145,16 @@ def _check_written(template: ChatTemplate, messages: Sequence[Message], through:
         return
     if SENTINEL not in template.render([*before, _marked(message)], tools=tools):  # nor in another form
         raise TemplateProblem("the chat template leaves out the content of a message to learn")
+
+
+def _check_context(template: ChatTemplate, messages: Sequence[Message], whole: str, tools: Any) -> None:
+    """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
+    for i, message in enumerate(messages):
+        content = (message.get("content") or "").strip()
+        if message["role"] == "assistant" or content in whole:
+            continue
+        if SENTINEL not in template.render([*messages[:i], _marked(message), *messages[i + 1 :]], tools=tools):
+            raise TemplateProblem(f"the chat template writes nothing of a message of {message['role']}")
 
 
 def _marked(message: Message) -> Message:
