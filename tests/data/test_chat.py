@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainfw.data import ChatTemplate, Tokenizer, load_tokenizer, stop_ids
+from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.data.chat import TemplateProblem
 from trainfw.data.tokenizer import _byte_names
 from trainfw.errors import UserError
@@ -168,3 +168,10 @@ def test_markers_that_were_not_added_as_special(tmp_path):
     assert {"<turn_start>", "<turn_end>"} <= set(template.markers)
     assert "<think>" not in template.markers
     assert stop_ids(tokenizer)[1:] == (tokenizer.backend.token_to_id("<turn_end>"),)
+
+
+def test_a_system_prompt_that_the_template_has_no_place_for(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", "{{ messages[-1].content }}")
+    assert chat_prompt(tokenizer, "hi") == tokenizer.encode("hi")
+    with pytest.raises(UserError, match="the chat template writes nothing of a message of system"):
+        chat_prompt(tokenizer, "hi", "Be kind.")

@@ -212,6 +212,10 @@ def test_what_else_there_is_to_know_is_said(tmp_path, smollm2):
     assert remarks(rows, thinking).startswith(
         "2 rows gave several examples, since the chat template writes a turn diff"
     )
+    asks = make_tokenizer(tmp_path / "asks", SMOLLM2.replace("assistant\n' }}", "assistant\n<think>' }}"))
+    said = remarks([chat("u:a", "a:b", "u:c", "a:d")], asks)
+    assert said.startswith(r"warning: 2 turns to learn do not begin with '<|im_start|>assistant\n<think>', with which")
+    assert not remarks([chat("u:a", "a:<think>b")], asks)
     never = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     between = SMOLLM2.replace("+ '<|im_end|>' + '\n'}}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
     for name, source in (("never", never), ("between", between)):

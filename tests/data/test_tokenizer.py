@@ -18,6 +18,7 @@ from trainfw.data import (
     vocab_size,
 )
 from trainfw.errors import UserError
+from trainfw.training import PromptForm
 
 TEXTS = [f"def f{i}(x):\n    return x + {i * i * 37} {i * 'ab'[i % 2]}  # naïve café, 东京, 🚀\n" for i in range(300)]
 BYTES, BPE = byte_tokenizer(), train_bpe(TEXTS, 400)
@@ -85,6 +86,22 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert theirs("def f(x): 12345", add_special_tokens=False)["input_ids"] == tokenizer.encode("def f(x): 12345")
+
+
+@TOKENIZERS
+def test_texts_that_start_with_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As documents do in training, in Transformers too."""
+    assert tokenizer.prefix_ids == []
+    starting = tokenizer.starting_texts()
+    starting.save(tmp_path)
+    assert load_tokenizer(tmp_path).prefix_ids == [tokenizer.bos_id]
+    assert AutoTokenizer.from_pretrained(tmp_path)("a b")["input_ids"] == [tokenizer.bos_id, *tokenizer.encode("a b")]
+    assert starting.fingerprint() == tokenizer.fingerprint()
+    assert starting.encode("a b") == tokenizer.encode("a b")
+    for form, ids in ((PromptForm(), []), (PromptForm(starts=True), [tokenizer.bos_id])):
+        assert form.encode(tokenizer, "a b") == [*ids, *tokenizer.encode("a b")]
+    assert PromptForm().encode(starting, "a") == [tokenizer.bos_id, *tokenizer.encode("a")]
+    assert PromptForm().encode(tokenizer, "") == [tokenizer.bos_id], "a model cannot go on from nothing"
 
 
 def _write(directory: Path, special: list[str], **siblings: dict) -> Path:

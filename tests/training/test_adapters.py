@@ -281,6 +281,7 @@ def test_what_is_written_has_the_tokenizer_that_was_trained_with(tmp_path, base)
     assert load_tokenizer(larger).fingerprint() != expected
     for written in ("merged", "exported"):
         assert load_tokenizer(tmp_path / written).fingerprint() == expected
+        assert load_tokenizer(tmp_path / written).prefix_ids == [256], "a text starts as documents did in training"
 
 
 def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, base):

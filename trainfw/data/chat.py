@@ -199,6 +199,19 @@ class ChatTemplate:
                 spans[-1].append(len(text))
         return (text, [(start, end) for start, end in spans]) if text == plain else None
 
+    def check_context(self, messages: Sequence[Message], text: str, tools: list[Any] | None = None) -> None:
+        """Raise TemplateProblem where the template has no place for a message that is not the assistant's.
+
+        Args:
+            text: the messages as `render` writes them.
+        """
+        for i, message in enumerate(messages):
+            content = (message.get("content") or "").strip()
+            if message["role"] == "assistant" or content in text:
+                continue
+            if SENTINEL not in self.render([*messages[:i], marked(message), *messages[i + 1 :]], tools=tools):
+                raise TemplateProblem(f"the chat template writes nothing of a message of {message['role']}")
+
     @cached_property
     def markers(self) -> dict[str, int]:
         """Tokens that no message may hold, by their text: the special ones, and those added as not special that the
@@ -244,6 +257,13 @@ class ChatTemplate:
         return [id_ for id_, (left, _) in zip(encoding.ids, encoding.offsets) if left >= start and id_ in added]
 
 
+def marked(message: Message) -> Message:
+    """The message with a mark after its last word: spaces at the ends may be stripped."""
+    content = message["content"]
+    words = content.rstrip()
+    return {**message, "content": words + SENTINEL + content[len(words) :]}
+
+
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
@@ -273,8 +293,10 @@ def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = Non
     if template is None:
         raise UserError("the tokenizer has no chat template; give the text as it is, with --plain")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    messages = [*system, {"role": "user", "content": text}]
     try:
-        rendered = template.render([*system, {"role": "user", "content": text}], add_generation_prompt=True)
+        rendered = template.render(messages, add_generation_prompt=True)
+        template.check_context(messages, rendered)
     except TemplateProblem as problem:
         raise UserError(str(problem)) from None
     return list(template.encode([rendered])[0].ids)

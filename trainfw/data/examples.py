@@ -79,6 +79,7 @@ class Encoder:
         self.config, self.tokenizer = config, tokenizer
         self.refusals = Refusals()
         self._unread: Counter[str] = Counter()
+        self._unmet: Counter[str] = Counter()
         self._rows_apart = self._cut = 0
         self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
@@ -116,6 +117,11 @@ class Encoder:
                 f"warning: no turn to learn ends in a token at which generation stops ({stops}): the model will not "
                 "learn to stop; end the assistant's turns with {{ eos_token }} in the chat template, or name what "
                 "ends them as eos_token_id in generation_config.json"
+            )
+        for prompt, count in self._unmet.most_common(1):
+            found.append(
+                f"warning: {count:,} turns to learn do not begin with {prompt!r}, with which the chat template asks "
+                "for one: the model will be asked for what it did not learn"
             )
         if self._cut:
             length = self.config.sequence_length
@@ -189,6 +195,7 @@ class Encoder:
                 raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
         written = write_learnt(template, messages, learnt, tools)
         self._rows_apart += len(written) > 1
+        self._unmet.update(prompt for one in written for prompt in one.unmet)
         keys = [key for message in messages for key in message] + ["tools"] * bool(tools)
         self._unread.update(key for key in keys if key not in template.source)
         return [_Text(id_, one.text, one.spans, key) for one in written]

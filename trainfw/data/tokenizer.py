@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
@@ -58,6 +58,19 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def prefix_ids(self) -> list[int]:
+        """What the tokenizer itself puts before a text that stands alone: often bos, often nothing."""
+        encoding = self.backend.encode("a")
+        return encoding.ids[: encoding.special_tokens_mask.index(0)]
+
+    def starting_texts(self) -> Tokenizer:
+        """The same, but that a text which stands alone starts with bos, as documents do in training."""
+        bos = self.backend.id_to_token(self.bos_id)
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, self.bos_id)])
+        return replace(self, backend=backend)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with neither bos nor eos."""
         return self.encode_batch([text])[0]
@@ -71,8 +84,10 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
-        """Two tokenizers with one fingerprint encode alike."""
+        """Two tokenizers with one fingerprint encode alike: what they put around a text is not asked for here."""
+        around, self.backend.post_processor = self.backend.post_processor, None
         state = f"{self.bos_id} {self.eos_id} {self.backend.to_str()}"
+        self.backend.post_processor = around
         return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:

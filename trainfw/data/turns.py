@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trainfw.data.chat import SENTINEL, ChatTemplate, Message, Span, TemplateProblem
+from trainfw.data.chat import SENTINEL, ChatTemplate, Message, Span, TemplateProblem, marked
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Written:
 
     text: str
     spans: list[Span]
+    unmet: tuple[str, ...] = ()
+    """Prompts for generation with which turns to learn do not begin, such as one that ends in `<think>`."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class _Turn:
     """The conversation up to the end of the turn."""
     start: int
     """Where the message begins, after its header."""
+    unmet: str = ""
 
     @property
     def said(self) -> str:
@@ -52,22 +55,24 @@ def write_learnt(
     told.
     """
     whole = template.render(messages, tools=tools)
-    _check_context(template, messages, whole, tools)
+    template.check_context(messages, whole, tools)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
     if template.has_generation_tags and set(wanted) <= set(assistant):
         tagged = _tagged(template, messages, wanted, assistant, tools)
         if tagged is not None:
             return [tagged]
-    spans, apart = [], []
+    spans, unmet, apart = [], [], []
     for i in wanted:
         turn = _turn(template, messages, i, whole, tools)
         place = _place(template, messages, i, turn, whole, tools)
+        unmet += [turn.unmet] if turn.unmet else []
         if place is None:
             apart.append(Written(turn.text, [turn.span]))
         else:
             spans.append(place)
-    return [*apart, *([Written(whole, spans)] if spans else [])]
+    written = [*apart, *([Written(whole, spans)] if spans else [])]
+    return [replace(written[0], unmet=tuple(unmet)), *written[1:]]
 
 
 def _tagged(
@@ -93,13 +98,15 @@ def _turn(template: ChatTemplate, messages: Sequence[Message], i: int, whole: st
     prompt = ""
     if messages[i]["role"] == "assistant":
         prompt = _try(template, messages[:i], tools, prompt=True)
+    unmet = ""
     if prompt and through.startswith(prompt):
         start = len(prompt)
     else:
         start = _content_start(template, messages, i, through, tools)
+        unmet = prompt.removeprefix(_try(template, messages[:i], tools, prompt=False))
     said = _ended(template, through[start:])
     _check_written(template, messages[: i + 1], through, said, tools)
-    return _Turn(through[:start] + said, start)
+    return _Turn(through[:start] + said, start, unmet)
 
 
 def _try(template: ChatTemplate, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
@@ -143,25 +150,8 @@ def _check_written(template: ChatTemplate, messages: Sequence[Message], through:
     content = (message.get("content") or "").strip()
     if content in said:
         return
-    if SENTINEL not in template.render([*before, _marked(message)], tools=tools):  # nor in another form
+    if SENTINEL not in template.render([*before, marked(message)], tools=tools):  # nor in another form
         raise TemplateProblem("the chat template leaves out the content of a message to learn")
-
-
-def _check_context(template: ChatTemplate, messages: Sequence[Message], whole: str, tools: Any) -> None:
-    """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
-    for i, message in enumerate(messages):
-        content = (message.get("content") or "").strip()
-        if message["role"] == "assistant" or content in whole:
-            continue
-        if SENTINEL not in template.render([*messages[:i], _marked(message), *messages[i + 1 :]], tools=tools):
-            raise TemplateProblem(f"the chat template writes nothing of a message of {message['role']}")
-
-
-def _marked(message: Message) -> Message:
-    """The message with a mark after its last word: spaces at the ends may be stripped."""
-    content = message["content"]
-    words = content.rstrip()
-    return {**message, "content": words + SENTINEL + content[len(words) :]}
 
 
 def _place(
@@ -172,9 +162,9 @@ def _place(
         return turn.span
     if not (messages[i].get("content") or "").strip():
         return None
-    marked = _marked(messages[i])
-    last = template.render([*messages[:i], marked], tools=tools)
-    among = template.render([*messages[:i], marked, *messages[i + 1 :]], tools=tools)
+    message = marked(messages[i])
+    last = template.render([*messages[:i], message], tools=tools)
+    among = template.render([*messages[:i], message, *messages[i + 1 :]], tools=tools)
     # The mark has to change nothing else, or it says nothing of where the turn stands.
     if among.count(SENTINEL) != 1 or among.replace(SENTINEL, "") != whole or last.count(SENTINEL) != 1:
         return None

@@ -152,7 +152,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     )
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer = load_tokenizer(source)
+        tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
     count = sum(info.size for info in tensors.infos.values())
@@ -200,6 +200,17 @@ def _extra(base: Base, source: str) -> dict[str, Any]:
     return extra
 
 
+def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """A run's tokenizer so that others start a text as its documents did: with bos, unless they were chats."""
+    if not is_run(source):
+        return tokenizer
+    data = load_recipe(resolve_path(source) / "recipe.yaml").data
+    chats = data.format == "chat" or (data.format == "prompt_completion" and data.chat_template)
+    if chats or tokenizer.prefix_ids == [tokenizer.bos_id]:
+        return tokenizer
+    return tokenizer.starting_texts()
+
+
 def _companions(source: str, base: Base) -> Callable[[Path], None]:
     """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory.
 
@@ -211,8 +222,10 @@ def _companions(source: str, base: Base) -> Callable[[Path], None]:
         if origin is not None and _same_tokenizer(source, origin):
             origin.copy_companions(directory)
         tokenizer = _tokenizer(source)
-        if not (directory / "tokenizer.json").exists() and tokenizer is not None:
-            tokenizer.save(directory)
+        if tokenizer is not None:
+            written = _as_trained(tokenizer, source)
+            if not (directory / "tokenizer.json").exists() or written is not tokenizer:
+                written.save(directory)
         file = directory / GENERATION
         if file.exists():
             tokens = read_json(file)

@@ -15,11 +15,13 @@ class PromptForm:
 
     chat: bool = False
     system_prompt: str | None = None
+    starts: bool = False
+    """A text starts with bos, as the documents of a run do; else with what the tokenizer puts there."""
 
     def encode(
         self, tokenizer: Tokenizer, text: str, *, chat: bool | None = None, system_prompt: str | None = None
     ) -> list[int]:
-        """Its tokens: a turn of the user by the chat template, or the text after the token that begins one.
+        """Its tokens: a turn of the user by the chat template, or the text after what begins one.
 
         Raises UserError for a system prompt without the template, and for a template that is not there.
         """
@@ -27,7 +29,8 @@ class PromptForm:
             return chat_prompt(tokenizer, text, system_prompt or self.system_prompt)
         if system_prompt is not None:
             raise UserError("--system: goes with --chat")
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
+        begin = [tokenizer.bos_id] if self.starts or not text else tokenizer.prefix_ids
+        return [*begin, *tokenizer.encode(text)]
 
     def echo(self, text: str, chat: bool | None) -> str:
         """What of the prompt the text goes on from."""
@@ -39,9 +42,8 @@ def prompt_form(path: str) -> PromptForm:
     if not is_run(path):
         return PromptForm()
     data = load_recipe(resolve_path(path) / "recipe.yaml").data
-    return PromptForm(
-        data.format == "chat" or (data.format == "prompt_completion" and data.chat_template), data.system_prompt
-    )
+    chat = data.format == "chat" or (data.format == "prompt_completion" and data.chat_template)
+    return PromptForm(chat, data.system_prompt, starts=True)
 
 
 def end_tokens(tokenizer: Tokenizer) -> set[int]:
