@@ -122,6 +122,7 @@ def test_tools_and_namespaces(tmp_path):
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ raise_exception('no') }}",
+        "{{ lipsum() }}",
     ],
 )
 def test_a_template_is_kept_from_python(tmp_path, source):
@@ -130,8 +131,9 @@ def test_a_template_is_kept_from_python(tmp_path, source):
 
 
 def test_a_template_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="chat template cannot be read"):
-        ChatTemplate.of(make_tokenizer(tmp_path / "t", "{% for"))
+    for source in ("{% for", "{{ messages | random }}"):
+        with pytest.raises(UserError, match="chat template cannot be read"):
+            ChatTemplate.of(make_tokenizer(tmp_path / "t", source))
     assert ChatTemplate.of(make_tokenizer(tmp_path / "t", None)) is None
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     tokenizer = make_tokenizer(tmp_path / "t", None)

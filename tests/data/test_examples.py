@@ -1,5 +1,6 @@
 """Rows of examples: what is learnt of them, and what is refused."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -284,6 +285,19 @@ def test_remarks_come_from_the_cache_too(tmp_path, smollm2):
     notes = prepared(path, smollm2).notes()
     assert notes == prepared(path, smollm2).notes()
     assert notes[-1].endswith("rows: tools (30)")
+
+
+def test_the_day_that_a_template_is_told(tmp_path, smollm2):
+    """Part of the data exactly where the template asks; today, unless it is said."""
+    path = write(tmp_path / "a.jsonl", [chat(f"u:{i}", f"a:{i}") for i in range(30)])
+    assert prepared(path, smollm2).fingerprint == prepared(path, smollm2, date="2020-02-29").fingerprint
+    clock = make_tokenizer(tmp_path / "t", "{{ strftime_now('%d %b %Y %H:%M') }}" + SMOLLM2)
+    data = prepared(path, clock, date="2020-02-29")
+    assert clock.decode(data.train.tokens[:40].tolist()).startswith("29 Feb 2020 00:00")
+    today = prepared(path, clock, date=datetime.date.today().isoformat()).fingerprint
+    assert prepared(path, clock).fingerprint == today != data.fingerprint
+    with pytest.raises(ValueError, match=r"'2021-02-29' is no day"):
+        DataConfig(sequence_length=8, format="chat", date="2021-02-29")
 
 
 def test_another_template_is_other_data(tmp_path, smollm2):

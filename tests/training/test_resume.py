@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import random
 import shutil
 import signal
@@ -16,8 +18,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.data.test_chat import SMOLLM2, make_tokenizer
 from tests.helpers import losses, tiny_recipe, write_recipe
-from trainfw import UserError, build_program, train
+from trainfw import UserError, build_program, load_recipe, train
 from trainfw.checkpoint import Checkpoints
 from trainfw.training import Reporter, RunDirectory
 
@@ -122,6 +125,28 @@ def test_changed_data_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+def test_a_template_with_a_clock_is_told_one_day_in_a_run(tmp_path, monkeypatch):
+    make_tokenizer(tmp_path / "t", "{{ strftime_now('%d %b %Y') }}" + SMOLLM2)
+    chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}] for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = {"source": str(tmp_path / "d.jsonl"), "format": "chat", "sequence_length": 256, "validation_fraction": 0.3}
+    data |= {"tokenizer": {"name": "file", "path": str(tmp_path / "t")}}
+    changes = [f"data.{key}={json.dumps(value)}" for key, value in data.items()]
+    recipe = tiny_recipe(tmp_path, "model.vocab_size=300", "train.steps=1", *changes)
+    train_quietly(recipe, tmp_path / "run")
+    today = datetime.date.today()
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return today + datetime.timedelta(days=1)
+
+    monkeypatch.setattr("trainfw.training.run_directory.datetime.date", Tomorrow)
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})})
+    assert train_quietly(longer, tmp_path / "run").step == 2
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.date == today.isoformat()
+
+
 def test_retention(tmp_path):
     recipe = tiny_recipe(tmp_path, "checkpoint={every: 1, keep_last: 2, keep_every: 3}")
     train_quietly(recipe, tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainfw.data.chat import stop_ids
+from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
 from trainfw.data.progress import Progress, reported
@@ -73,6 +74,7 @@ def prepare(
     """
     source = open_source(config)
     tokenizer = tokenizer or _ready_tokenizer(config)
+    config = _dated(config, tokenizer)
     fingerprint = _fingerprint(config, source, tokenizer)
     root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
     directory = root / fingerprint
@@ -114,11 +116,19 @@ def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
     return load_tokenizer(config.tokenizer.path)
 
 
+def _dated(config: DataConfig, tokenizer: Tokenizer | None) -> DataConfig:
+    """With a date exactly where the data depends on it."""
+    template = ChatTemplate.of(tokenizer) if tokenizer is not None and config.format != "text" else None
+    clock = template is not None and template.has_clock
+    date = (config.date or datetime.date.today().isoformat()) if clock else None
+    return config.model_copy(update={"date": date})
+
+
 def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> str:
     tokens = tokenizer.fingerprint() if tokenizer else config.tokenizer.vocab_size
     state = [FORMAT_VERSION, source.fingerprint(), tokens, config.validation_fraction, config.max_documents]
     if config.format != "text":
-        shaping = {"format", "loss_on", "chat_template", "system_prompt", "too_long", "sequence_length"}
+        shaping = {"format", "loss_on", "chat_template", "system_prompt", "date", "too_long", "sequence_length"}
         assert tokenizer is not None  # DataConfig: none of these is trained
         settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
         state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings, stop_ids(tokenizer)]

@@ -84,9 +84,11 @@ class ChatTemplate:
 
     tokenizer: Tokenizer
     source: str
+    date: str | None = None
+    """The day (YYYY-MM-DD) that it is told, at midnight; None: what the clock says."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+    def of(cls, tokenizer: Tokenizer, date: str | None = None) -> ChatTemplate | None:
         """That of the tokenizer (the one named `default` of several), or None where it has none."""
         source = tokenizer.settings.get("chat_template")
         if isinstance(source, list):
@@ -94,7 +96,7 @@ class ChatTemplate:
             source = named.get("default")
         if not isinstance(source, str) or not source.strip():
             return None
-        template = cls(tokenizer, source)
+        template = cls(tokenizer, source, date)
         template._compiled  # noqa: B018  a template that is none is refused here
         return template
 
@@ -116,11 +118,22 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _Namespace
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
+        # The same conversation is the same text.
+        del environment.filters["random"], environment.globals["lipsum"]
         try:
             return environment.from_string(self.source)
         except jinja2.TemplateError as error:
             raise UserError(f"the tokenizer's chat template cannot be read: {error}") from error
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the template may ask what day it is."""
+        return "strftime_now" in self.source
+
+    @property
+    def _now(self) -> datetime:
+        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
 
     @cached_property
     def _variables(self) -> dict[str, Any]:

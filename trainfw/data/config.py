@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -67,6 +68,9 @@ class DataConfig(Config):
     what is to stand between them into the prompt or the completion."""
     system_prompt: str | None = Field(default=None, min_length=1)
     """The system message of every example that has none of its own; null leaves it to the template."""
+    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """The day (YYYY-MM-DD) that a chat template with a clock is told, at midnight. Null: the day on which a run starts,
+    which it keeps."""
     too_long: Literal["refuse", "truncate"] = "refuse"
     """Examples that do not fit into a row: left out and counted, or cut at its end where something learnt remains."""
     max_characters: PositiveInt | None = None
@@ -112,6 +116,11 @@ class DataConfig(Config):
             invalid("chat_template", f"`false` is for `format: prompt_completion`, but format is {self.format!r}")
         if self.system_prompt is not None and (self.format == "text" or not self.chat_template):
             invalid("system_prompt", "system_prompt is written by a chat template; this recipe uses none")
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                invalid("date", f"{self.date!r} is no day: {error}")
         if self.format == "text" and self.too_long != "refuse":
             invalid("too_long", "too_long is for `format: chat` and `prompt_completion`: text is cut into rows")
         return self

@@ -85,7 +85,7 @@ class Encoder:
         self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
         if config.format == "chat" or config.chat_template:
-            self._template = ChatTemplate.of(tokenizer)
+            self._template = ChatTemplate.of(tokenizer, config.date)
             if self._template is None:
                 other = "" if config.format == "chat" else "set chat_template: false, or "
                 raise UserError(

@@ -65,6 +65,9 @@ def _train(
         reporter.progress(description, completed, total)
 
     run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir, recipe.checkpoint)
+    if recipe.data.format != "text" and recipe.data.date is None:
+        date = _first_says("date", run.date)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
     resumed_step = _first_says("check", lambda: run.check(recipe, resume))
     if recipe.evaluation is not None and recipe.data.format == "text":

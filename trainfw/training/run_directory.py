@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,11 @@ class RunDirectory:
         if steps[-1] > recipe.train.steps:
             raise recipe.error("train.steps", f"{self} is already at step {steps[-1]}; expected at least that")
         return steps[-1]
+
+    def date(self) -> str:
+        """The day that chat templates are told in this run: its own, or today where it has none yet."""
+        known = load_recipe(self.recipe_file).data.date if self.recipe_file.is_file() else None
+        return known or datetime.date.today().isoformat()
 
     def _is_ours(self) -> bool:
         """Whether a run began here: it makes checkpoints/ first or, where they are elsewhere, both of these files."""
