@@ -23,7 +23,9 @@ class Notes(Reporter):
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished")
     recipe = tiny_recipe(
-        directory, "train.validate_every=3", "train.sample_prompt=word", "train.validation_batches=null"
+        directory,
+        *("train.validate_every=3", "train.sample_prompt=word", "train.validation_batches=null"),
+        "model.max_position=31",
     )
     reporter = Notes()
     result = train(recipe, devices=jax.devices()[:1], run_dir=directory / "run", reporter=reporter)
@@ -55,6 +57,10 @@ def test_metrics_have_the_promised_keys(finished):
     validations = [row for row in rows if "validation_loss" in row]
     assert [row["step"] for row in validations] == [0, 3, 6, 8]
     assert validations[-1]["validation_bits_per_byte"] == result.validation.bits_per_byte
+
+
+def test_rows_longer_than_the_model_was_made_for_are_said(finished):
+    assert "warning: data.sequence_length = 32 is more than the model's max_position = 31" in finished[2]
 
 
 def test_the_run_directory_is_self_contained(finished):

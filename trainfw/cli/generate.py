@@ -54,6 +54,11 @@ def generate(
     tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ends = training.end_tokens(tokenizer)
+    longest, most = max(map(len, tokens)) + max_tokens, loaded.config.max_position
+    if longest > most:
+        typer.echo(
+            f"warning: {longest} tokens are more than the {most} positions that the model was made for", err=True
+        )
     if len(prompt) == 1 and not adapters:
         stream = TextStream(tokenizer)
         typer.echo(form[None].echo(prompt[0], chat), nl=False)

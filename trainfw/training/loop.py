@@ -195,6 +195,9 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
             "model.vocab_size",
             f"is smaller than the tokenizer's vocabulary; expected {data.tokenizer.vocab_size} or more",
         )
+    length, most = recipe.data.sequence_length, recipe.model.max_position
+    if length > most:
+        reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
     if data.train.learnt is None:
         size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
     else:
