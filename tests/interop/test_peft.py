@@ -201,6 +201,64 @@ def test_an_adapter_of_peft_is_the_same_here(base, tmp_path, adapter):
     assert greedy(reference(tmp_path / "merged"), PROMPT, 24) == tokens
 
 
+SINGLE_LAYERS = {
+    "target_modules": ["q_proj", "v_proj", "o_proj", "embed_tokens"],
+    "exclude_modules": ["o_proj"],
+    "rank_pattern": {"layers.1.self_attn.q_proj": 7, "^model.layers.(0|2).self_attn.v_proj": 3},
+    "alpha_pattern": {"layers.1.self_attn.q_proj": 64, r"layers\.2\..*v_proj": 3, "^q_proj": 50},
+}
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}], ids=str)
+def test_settings_of_single_layers_count_there(base, tmp_path, kind):
+    fields = SINGLE_LAYERS | kind
+    if kind.get("use_dora"):  # of linear maps alone
+        fields["target_modules"] = fields["target_modules"][:3]
+    model = written(base, tmp_path / "peft", init_lora_weights="gaussian", **fields)
+    loaded = recipe(base, tmp_path, f"adapter={{from: {tmp_path / 'peft'}}}")
+    program = build_program(loaded, jax.devices()[:1])
+    state = program.init()
+    tokens = batch_of()["tokens"]
+    expected = model(input_ids=torch.from_numpy(tokens).long()).logits.detach().numpy()
+    adapted = nnx.jit(lambda model, tokens_BS: model(tokens_BS))(program.model(state.params, state.frozen), tokens)
+    assert np.abs(adapted - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_an_adapter_goes_on_at_its_own_scale(base, tmp_path):
+    written(base, tmp_path / "peft", target_modules=["q_proj"])
+    build_program(recipe(base, tmp_path, f"adapter={{from: {tmp_path / 'peft'}}}"), jax.devices()[:1]).init()
+    fields = f"{{from: {tmp_path / 'peft'}, rank: 4, alpha: 9, targets: [layers.attention.query]}}"
+    with pytest.raises(UserError, match=r"query: A B is scaled by 2 there, as of kind lora.* by 2.25 in this recipe"):
+        build_program(recipe(base, tmp_path, f"adapter={fields}"), jax.devices()[:1]).init()
+
+
+def test_a_table_saved_beside_an_adapter_is_that_of_the_base(base, tmp_path):
+    written(base, tmp_path / "peft", **ADAPTERS["embeddings and head"])
+    merge(str(tmp_path / "peft"), str(base))
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"][77, 3] += 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"holds the head.kernel of its base, and it is not that of"):
+        merge(str(tmp_path / "peft"), str(base))
+
+
+def test_files_are_for_whom_the_umask_says(base, tmp_path):
+    written(base, tmp_path / "peft", target_modules=["q_proj"])
+    model = read_model_config(base)
+    save_peft(tmp_path / "again", *read_peft(tmp_path / "peft", model), model, "base")
+    merged = merge(str(tmp_path / "peft"), str(base))
+    held = {
+        name: np.asarray(merged.read(name, jax.ShapeDtypeStruct(s, jnp.float32))) for name, s in shapes(model).items()
+    }
+    save_model(tmp_path / "merged", merged.config, held.__getitem__, companions=byte_tokenizer().save)
+    (tmp_path / "plain").write_text("")
+    modes = {
+        file.name: oct(file.stat().st_mode) for file in tmp_path.rglob("*") if file.parent.name in ("again", "merged")
+    }
+    assert set(modes.values()) == {oct((tmp_path / "plain").stat().st_mode)}, modes
+
+
 def tensors_of(directory):
     tensors = load_file(directory / "adapter_model.safetensors")
     return {name: value for name, value in tensors.items() if not name.endswith("base_layer.weight")}
@@ -229,7 +287,20 @@ def test_what_is_read_is_written_again(base, tmp_path):
         ({"r": "four"}, "r = 'four': expected a whole number above 0"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported"),
         ({"r": 5}, "has rank 4, but adapter_config.json says 5"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_to_transform": [0]}, "layers_to_transform = [0] is not supported"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying = True is not supported"),
+        ({"a key of the future": {"on": 1}}, "a key of the future = {'on': 1} is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': not one that leaves the base's weights as they are"),
+        ({"init_lora_weights": "loftq", "loftq_config": None}, "init_lora_weights = 'loftq'"),
+        ({"lora_dropout": "much"}, "lora_dropout = 'much': expected a number from 0"),
+        ({"use_dora": "no"}, "use_dora = 'no': expected true or false"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj = 0: expected a number above 0"),
+        ({"rank_pattern": {"layers.2.self_attn.q_proj": 5}}, "layers.2.self_attn.q_proj has rank 4, but"),
+        (
+            {"target_modules": ["v_proj"]},
+            "q_proj.lora_A.weight is of a module that adapter_config.json does not target",
+        ),
+        ({"target_modules": None}, "target_modules = None: expected a list of names"),
         (b"{", "JSON"),
     ],
 )
@@ -240,9 +311,19 @@ def test_damaged_adapters_are_refused(base, tmp_path, change, message):
         file.write_bytes(change)
     else:
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError) as error:
-        read_peft(tmp_path / "peft", read_model_config(base))
-    assert message in str(error.value)
+    for read in (lambda path: read_peft(path, read_model_config(base)), peft_fields):
+        with pytest.raises(UserError) as error:
+            read(tmp_path / "peft")
+        assert message in str(error.value)
+
+
+def test_keys_of_the_future_that_are_off_are_read_over(base, tmp_path):
+    written(base, tmp_path / "peft", target_modules=["q_proj"])
+    file = tmp_path / "peft" / "adapter_config.json"
+    before = read_peft(tmp_path / "peft", read_model_config(base))[0]
+    off = {"use_a": False, "b_config": None, "c_pattern": {}, "d_layers": [], "revision": "main"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | off))
+    assert read_peft(tmp_path / "peft", read_model_config(base))[0] == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "layer", "truncated"])

@@ -10,6 +10,7 @@ from .paths import model_kind as model_kind
 from .paths import read_huggingface as read_huggingface
 from .paths import read_model_config as read_model_config
 from .peft import is_peft as is_peft
+from .peft import peft_copies as peft_copies
 from .peft import peft_fields as peft_fields
 from .peft import peft_problem as peft_problem
 from .peft import read_peft as read_peft

@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from trainfw.adapters import AdapterConfig, PatternConfig, config_targets
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 from trainfw.interop.configs import config_to_huggingface
 from trainfw.interop.json_files import read_json
 from trainfw.interop.mapping import parameters
@@ -25,22 +25,19 @@ from trainfw.models import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_REFUSED = {
-    # What an adapter may be beside what is read here, and the value that says it is not.
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "megatron_config": None,
-    "corda_config": None,
-    "exclude_modules": None,
-    "layer_replication": None,
-}
+_READ = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("target_modules", "exclude_modules", "init_lora_weights"),
+)
+_WITHOUT_EFFECT = (
+    # Where an adapter comes from, and how to train it from its start.
+    *("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode", "peft_version"),
+    *("runtime_config", "eva_config"),
+    # They count beside other keys alone, which are refused: megatron_config, use_qalora.
+    *("megatron_core", "qalora_group_size"),
+)
+_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights. The others (pissa, olora, corda, lora_ga, loftq) take A B at the start from the base."""
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
@@ -51,51 +48,39 @@ def is_peft(path: str | os.PathLike[str]) -> bool:
 def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     """An adapter of a model of this shape: its config, and its arrays by our names, in the dtype of the file.
 
+    A rank or an alpha of its own in some layers is none in ours: there A and B are filled up with zeros, and B (f32) is
+    scaled, such that s A B is the same.
+
     Raises UserError where the directory holds no LoRA, one with more to it than LoRA, rsLoRA and DoRA have, or tensors
     that do not fit the model.
     """
     directory = Path(path)
     config = _config(directory)
     tensors = SafetensorsTensors(directory, WEIGHTS)
-    found = {name.removeprefix(_PREFIX): name for name in tensors.infos}
+    found = _found(directory, tensors, config, model)
     places = _places(model)
-    for module in ("model.embed_tokens", "lm_head"):
-        # PEFT saves the base's own beside adapters of these: the base is given here.
-        if (copy := found.pop(f"{module}.base_layer.weight", None)) is not None:
-            shape, expected = tensors.infos[copy].shape, (model.vocab_size, model.hidden_size)
-            if shape != expected:
-                raise UserError(f"{directory / WEIGHTS}: tensor {copy} has shape {shape}; the base has {expected}")
-    ranks: dict[str, int] = {}
+    sizes: dict[str, tuple[int, float]] = {}
     arrays: dict[str, np.ndarray] = {}
+    modules = {module for theirs in places.values() for module in theirs.values()}
+    if extra := [name for (module, _), name in found.items() if module not in modules]:
+        raise _no_place(directory, min(extra))
+    adapted = {module for module, _ in found}
     for ours, theirs in places.items():
-        here = {index: module for index, module in theirs.items() if any(f"{module}.{p}" in found for p in _PARTS)}
-        if not here:
+        missing = [module for module in theirs.values() if module not in adapted]
+        if len(missing) == len(theirs) and not any(_targeted(config, module) for module in missing):
             continue
-        if missing := [module for index, module in theirs.items() if index not in here]:
+        if missing:
             raise UserError(
                 f"{directory / WEIGHTS}: {ours} has no adapter in {missing[0]}; expected one in every layer"
             )
-        for part in _PARTS:
-            names = {index: found.pop(f"{module}.{part}", None) for index, module in theirs.items()}
-            if all(name is None for name in names.values()):
-                continue
-            if none := [theirs[index] for index, name in names.items() if name is None]:
-                raise UserError(f"{directory / WEIGHTS}: no tensor {_PREFIX}{none[0]}.{part}")
-            arrays[f"{ours}.adapter.{_PARTS[part]}"] = _stacked(directory, tensors, names, part)
-        a, b = (arrays.get(f"{ours}.adapter.lora_{x}") for x in "ab")
-        if a is None or b is None:
-            raise UserError(f"{directory / WEIGHTS}: {ours} has only one of A and B")
-        if a.shape[-1] != b.shape[-2]:
-            raise UserError(f"{directory / WEIGHTS}: {ours}: A has rank {a.shape[-1]}, and B {b.shape[-2]}")
-        ranks[ours] = a.shape[-1]
-    if found:
-        raise UserError(
-            f"{directory / WEIGHTS}: the model has no place for tensor {min(found.values())}"
-            f"{did_you_mean(min(found), [m for modules in places.values() for m in modules.values()])}"
-        )
-    if not ranks:
+        layers = {index: _layer(directory, tensors, found, module) for index, module in theirs.items()}
+        each = [_size(config, theirs[index], layer["lora_a"].shape[-1], directory) for index, layer in layers.items()]
+        sizes[ours] = _common(config, each)
+        stacked = _stacked(directory, ours, config, layers, each, sizes[ours])
+        arrays |= {f"{ours}.adapter.{part}": value for part, value in stacked.items()}
+    if not sizes:
         raise UserError(f"{directory / WEIGHTS}: holds no tensor of an adapter")
-    return _ours(config, ranks, places, directory), arrays
+    return _ours(config, sizes), arrays
 
 
 _PARTS = {
@@ -122,33 +107,84 @@ _MODULES = {
 
 
 def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of `AdapterConfig` that an adapter in PEFT's form gives a recipe, from its config alone, without JAX.
+    """The fields of `AdapterConfig` that an adapter in PEFT's form gives a recipe, without JAX and without its values.
 
-    Raises UserError for names of modules that are none of a decoder's.
+    Raises UserError for what `read_peft` refuses of any model's adapter, and for modules that are none of a decoder's.
     """
-    config = _config(Path(path))
-    modules = config.get("target_modules")
-    if modules == "all-linear":
-        modules = [name for name in _MODULES if name not in ("embed_tokens", "lm_head")]
-    elif isinstance(modules, str):  # a regular expression of whole names
-        blocks = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-        wholes = {f"model.layers.0.{block}.{name}": name for block, names in blocks.items() for name in names}
-        wholes |= {"model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
-        try:
-            modules = [name for whole, name in wholes.items() if re.fullmatch(modules, whole)] or modules
-        except re.error as error:
-            raise UserError(f"{Path(path) / CONFIG}: target_modules = {modules!r}: {error}") from None
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{Path(path) / CONFIG}: target_modules = {modules!r}: expected a list of names")
-    ends = [name.rpartition(".")[2] for name in modules]
-    if unknown := [name for name in ends if name not in _MODULES]:
-        raise UserError(
-            f"{Path(path) / CONFIG}: target_modules: {unknown[0]!r} is not known{did_you_mean(unknown[0], _MODULES)}"
-        )
-    ranks = {_MODULES[end]: end for end in ends}
-    places = {ours: {(): end} for ours, end in ranks.items()}
-    sizes = {ours: _patterned(config.get("rank_pattern"), end, int(config["r"])) for ours, end in ranks.items()}
-    return _ours(config, sizes, places, Path(path)).model_dump(exclude_defaults=True)
+    directory = Path(path)
+    config = _config(directory)
+    tensors = SafetensorsTensors(directory, WEIGHTS)
+    each: dict[str, list[tuple[int, float]]] = {}
+    for (module, part), name in _found(directory, tensors, config).items():
+        if (ours := _MODULES.get(module.rpartition(".")[2])) is None:
+            raise _no_place(directory, name)
+        if _PARTS[part] == "lora_a":
+            rank = tensors.infos[name].shape[0] if tensors.infos[name].shape else 0
+            each.setdefault(ours, []).append(_size(config, module, rank, directory))
+    if not each:
+        raise UserError(f"{directory / WEIGHTS}: holds no tensor of an adapter")
+    return _ours(config, {ours: _common(config, sizes) for ours, sizes in each.items()}).model_dump(
+        exclude_defaults=True
+    )
+
+
+def _found(
+    directory: Path, tensors: SafetensorsTensors, config: Mapping[str, Any], model: ModelConfig | None = None
+) -> dict[tuple[str, str], str]:
+    """The adapter's tensors: (module, part) -> name in the file.
+
+    Raises UserError for one that is no part of a LoRA, and of a module that the config does not target: PEFT would
+    leave it out.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for name, info in tensors.infos.items():
+        whole = name.removeprefix(_PREFIX)
+        if whole in _COPIES:
+            if model is not None and info.shape != (expected := (model.vocab_size, model.hidden_size)):
+                raise UserError(f"{directory / WEIGHTS}: tensor {name} has shape {info.shape}; the base has {expected}")
+            continue
+        part = next((part for part in _PARTS if whole.endswith(f".{part}")), None)
+        if part is None:
+            raise _no_place(directory, name)
+        module = whole.removesuffix(f".{part}")
+        if not _targeted(config, module):
+            raise UserError(f"{directory / WEIGHTS}: tensor {name} is of a module that {CONFIG} does not target")
+        found[module, part] = name
+    return found
+
+
+def peft_copies(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The base's own weights that PEFT saves beside adapters of the embedding and the head, by our names.
+
+    PEFT takes them in place of the base's.
+    """
+    tensors = SafetensorsTensors(Path(path), WEIGHTS)
+    names = {_COPIES.get(name.removeprefix(_PREFIX)): name for name in tensors.infos}
+    return {
+        ours: tensors.read(name).T if ours == "head.kernel" else tensors.read(name)
+        for ours, name in names.items()
+        if ours is not None
+    }
+
+
+_COPIES = {"model.embed_tokens.base_layer.weight": "embedding.table", "lm_head.base_layer.weight": "head.kernel"}
+
+
+def _no_place(directory: Path, tensor: str) -> UserError:
+    return UserError(f"{directory / WEIGHTS}: the model has no place for tensor {tensor[:200]}")
+
+
+def _targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT puts an adapter on a module of this name."""
+
+    def named(names: Any) -> bool:
+        if names == "all-linear":
+            return module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+    return named(config["target_modules"]) and not named(config.get("exclude_modules"))
 
 
 def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
@@ -163,20 +199,50 @@ def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
     return found
 
 
+def _layer(
+    directory: Path, tensors: SafetensorsTensors, found: Mapping[tuple[str, str], str], module: str
+) -> dict[str, np.ndarray]:
+    """The adapter of one linear map of one layer: A (in, r), B (r, out), and with DoRA the magnitude (out,)."""
+    arrays: dict[str, np.ndarray] = {}
+    for part, ours in _PARTS.items():
+        if (name := found.get((module, part))) is not None:
+            value = tensors.read(name)
+            if value.ndim != (1 if ours == "magnitude" else 2):
+                raise UserError(f"{directory / WEIGHTS}: tensor {name} has shape {value.shape}")
+            arrays[ours] = value.T
+    if missing := [part for part in ("lora_a", "lora_b") if part not in arrays]:
+        raise UserError(f"{directory / WEIGHTS}: {module} has no tensor {missing[0][-1].upper()} beside the others")
+    a, b = arrays["lora_a"], arrays["lora_b"]
+    if a.shape[-1] != b.shape[-2]:
+        raise UserError(f"{directory / WEIGHTS}: {module}: A has rank {a.shape[-1]}, and B {b.shape[-2]}")
+    return arrays
+
+
 def _stacked(
-    directory: Path, tensors: SafetensorsTensors, names: Mapping[tuple[int, ...], str | None], part: str
-) -> np.ndarray:
-    values = {}
-    for index, name in names.items():
-        assert name is not None
-        value = tensors.read(name)
-        values[index] = value if part == "lora_magnitude_vector" else value.T
-    shapes = {value.shape for value in values.values()}
-    if len(shapes) > 1:
-        raise UserError(f"{directory / WEIGHTS}: {part} differs in shape between layers: {sorted(shapes)}")
-    if () in values:
-        return np.ascontiguousarray(values[()])
-    return np.stack([values[index] for index in sorted(values)])
+    directory: Path,
+    ours: str,
+    config: Mapping[str, Any],
+    layers: Mapping[tuple[int, ...], dict[str, np.ndarray]],
+    each: list[tuple[int, float]],
+    common: tuple[int, float],
+) -> dict[str, np.ndarray]:
+    """The layers' arrays as one each; `each` are their ranks and alphas, `common` those of the whole."""
+    scale = AdapterConfig(kind=_kind(config)).scale
+    ordered = sorted(zip(layers, layers.values(), each), key=lambda layer: layer[0])
+    parts: dict[str, list[np.ndarray]] = {}
+    for _, arrays, (rank, alpha) in ordered:
+        fill = (0, common[0] - rank)
+        a, b = arrays["lora_a"], arrays["lora_b"]
+        if (rank, alpha) != common:
+            b = b.astype(np.float32) * np.float32(scale(rank, alpha) / scale(*common))
+        own = arrays | {"lora_a": np.pad(a, ((0, 0), fill)), "lora_b": np.pad(b, (fill, (0, 0)))}
+        for part, value in own.items():
+            parts.setdefault(part, []).append(value)
+    for part, values in parts.items():
+        if len({value.shape for value in values}) > 1 or len(values) < len(layers):
+            shapes = sorted({value.shape for value in values})
+            raise UserError(f"{directory / WEIGHTS}: {ours}: {part} is not the same in every layer: shapes {shapes}")
+    return {part: np.stack(values) if () not in layers else values[0] for part, values in parts.items()}
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -184,22 +250,49 @@ def _config(directory: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}: expected LORA")
-    for key, default in _REFUSED.items():
-        if config.get(key) and config[key] != default:
-            raise UserError(f"{file}: {key} = {config[key]!r} is not supported")
+    for key, value in config.items():
+        # What is null, false or empty says that something is not used, whatever it is.
+        if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
+            raise UserError(f"{file}: {key} = {repr(value)[:80]} is not supported")
+    if str(initial := config.get("init_lora_weights")).lower() not in _KEEP_THE_BASE:
+        raise UserError(
+            f"{file}: init_lora_weights = {initial!r}: not one that leaves the base's weights as they are "
+            f"({', '.join(_KEEP_THE_BASE)}): A and B belong to a changed base, which the file does not hold; "
+            "PEFT's save_pretrained(DIR, path_initial_model_for_weight_conversion=START) makes them those of the base"
+        )
     _check_number(file, "r", config.get("r"), int)
     _check_number(file, "lora_alpha", config.get("lora_alpha"), (int, float))
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"{file}: lora_dropout = {dropout!r}: expected a number from 0 to less than 1")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(key) or False, bool):
+            raise UserError(f"{file}: {key} = {config[key]!r}: expected true or false")
     for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise UserError(f"{file}: {key} = {patterns!r}: expected an object")
         for pattern, value in patterns.items():
             _check_number(file, f"{key}.{pattern}", value, kind)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{file}: {key}: {pattern!r} is not a regular expression: {error}") from None
+            _check_expression(file, key, pattern)
+    _check_modules(file, config)
     return config
+
+
+def _check_modules(file: Path, config: Mapping[str, Any]) -> None:
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key) or ([] if key == "exclude_modules" else None)
+        if isinstance(names, str) and names != "all-linear":
+            _check_expression(file, key, names)
+        elif not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{file}: {key} = {names!r}: expected a list of names")
+
+
+def _check_expression(file: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{file}: {key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _check_number(file: Path, key: str, value: Any, kind: Any) -> None:
@@ -207,28 +300,36 @@ def _check_number(file: Path, key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{file}: {key} = {value!r}: expected a {'whole ' * (kind is int)}number above 0")
 
 
-def _ours(
-    config: Mapping[str, Any], ranks: Mapping[str, int], places: Mapping[str, Mapping[Any, str]], directory: Path
-) -> AdapterConfig:
-    rank = int(config["r"])
-    patterns = {}
-    for ours, found in ranks.items():
-        module = next(iter(places[ours].values()))
-        expected = _patterned(config.get("rank_pattern"), module, rank)
-        alpha = float(_patterned(config.get("alpha_pattern"), module, config["lora_alpha"]))
-        if found != expected:
-            raise UserError(f"{directory}: {module} has rank {found}, but {CONFIG} says {expected}")
-        if config.get("use_dora") and config.get("use_rslora"):
-            alpha *= found**0.5  # our DoRA scales by alpha / r
-        if (found, alpha) != (rank, float(config["lora_alpha"])):
-            patterns[ours] = PatternConfig(rank=found, alpha=alpha)
+def _kind(config: Mapping[str, Any]) -> Literal["lora", "rslora", "dora"]:
+    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+
+
+def _size(config: Mapping[str, Any], module: str, found: int, directory: Path) -> tuple[int, float]:
+    """Rank and alpha of the adapter of one module, whose tensors have the rank `found`."""
+    rank = _patterned(config.get("rank_pattern"), module, int(config["r"]))
+    if found != rank:
+        raise UserError(f"{directory}: {module} has rank {found}, but {CONFIG} says {rank}")
+    alpha = float(_patterned(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    # Our DoRA scales by alpha / r.
+    return rank, alpha * rank**0.5 if config.get("use_dora") and config.get("use_rslora") else alpha
+
+
+def _common(config: Mapping[str, Any], each: list[tuple[int, float]]) -> tuple[int, float]:
+    """Rank and alpha of the stacked layers, of those of each."""
+    return each[0] if len(set(each)) == 1 else (max(rank for rank, _ in each), float(config["lora_alpha"]))
+
+
+def _ours(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]) -> AdapterConfig:
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
     return AdapterConfig(
-        kind="dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora",
+        kind=_kind(config),
         rank=rank,
-        alpha=float(config["lora_alpha"]),
+        alpha=alpha,
         dropout=float(config.get("lora_dropout") or 0.0),
-        targets=list(ranks),
-        patterns=patterns,
+        targets=list(sizes),
+        patterns={
+            ours: PatternConfig(rank=own[0], alpha=own[1]) for ours, own in sizes.items() if own != (rank, alpha)
+        },
     )
 
 
@@ -257,7 +358,7 @@ def save_peft(
 
     Raises UserError where PEFT has no form for it, or something is already there.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     if problem := peft_problem(config, model):
         raise UserError(problem)
@@ -282,7 +383,8 @@ def save_peft(
     }
     with new_directory(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(_tensors(arrays, places)), temporary / WEIGHTS, metadata={"format": "pt"})
+        # Not by `save_file`, whose files no one else may read, whatever the umask.
+        (temporary / WEIGHTS).write_bytes(save(dict(_tensors(arrays, places)), metadata={"format": "pt"}))
 
 
 def _plain(number: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from trainfw import backends
-from trainfw.adapters import with_magnitudes
+from trainfw.adapters import config_targets, with_magnitudes
 from trainfw.data import Progress
 from trainfw.errors import UserError
 from trainfw.parallel import Quantized
@@ -136,7 +137,7 @@ def _fitting_adapter(recipe: Recipe, abstract: Tree) -> dict[str, np.ndarray]:
     assert recipe.adapter is not None and recipe.adapter.from_ is not None  # noqa: PT018
     with recipe.blamed("adapter.from"):
         adapter = read_adapter(recipe.adapter.from_, recipe.model)
-        if adapter.base is not None and recipe.model.from_ is not None:
+        if (adapter.base or adapter.copies) and recipe.model.from_ is not None:
             adapter.check_base(open_base(recipe.model.from_), recipe.model.from_)
         wanted = dict(named(abstract))
         for name in sorted(set(adapter.arrays) ^ set(wanted)):
@@ -149,5 +150,13 @@ def _fitting_adapter(recipe: Recipe, abstract: Tree) -> dict[str, np.ndarray]:
             if adapter.arrays[name].shape != like.shape:
                 raise UserError(
                     f"{adapter.path}: {name} has shape {adapter.arrays[name].shape}; this recipe's has {like.shape}"
+                )
+        ours, theirs = (config_targets(config, recipe.model) for config in (recipe.adapter, adapter.config))
+        for name, size in theirs.items():
+            scales = recipe.adapter.scale(*ours[name]), adapter.config.scale(*size)
+            if not math.isclose(*scales):
+                raise UserError(
+                    f"{adapter.path}: {name}: A B is scaled by {scales[1]:g} there, as of kind {adapter.config.kind}, "
+                    f"rank {size[0]} and alpha {size[1]:g}; by {scales[0]:g} in this recipe's adapter"
                 )
     return adapter.arrays

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from flax import nnx
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
 from trainfw.errors import UserError
-from trainfw.interop import is_peft, open_model, read_peft
+from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
 from trainfw.paths import resolve_path
 from trainfw.program.kept import kept_weight
@@ -64,9 +64,20 @@ class Adapter:
     base: dict[str, str] | None
     """`path` and `hash` of the base that it was trained on, where known."""
     path: str
+    copies: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Weights of that base which were saved with it, by our names."""
 
     def check_base(self, base: Base, path: str) -> None:
         """Raises UserError where it was trained on other weights than these."""
+        for name, copy in self.copies.items():
+            if name == "head.kernel" and base.config.tie_embeddings:
+                name, copy = "embedding.table", copy.T
+            own = np.asarray(base.read(name, jax.ShapeDtypeStruct(copy.shape, jnp.float32)))
+            if not np.array_equal(own.astype(copy.dtype), copy):
+                raise UserError(
+                    f"{self.path}: holds the {name} of its base, and it is not that of {path}, but changed or trained; "
+                    "merge the adapter with PEFT where it was made"
+                )
         if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
             raise UserError(other_base(self.path, self.base, path, found))
 
@@ -142,9 +153,7 @@ def is_run(path: str | Path) -> bool:
 def open_base(path: str, step: int | None = None) -> Base:
     """Raises UserError for a path that holds no model, and for a run of an adapter, which has none of its own."""
     if not is_run(path):
-        model = open_model(path)
-        model.check()
-        return model
+        return open_model(path)
     recipe = load_recipe(resolve_path(path) / "recipe.yaml")
     if recipe.adapter is not None:
         raise UserError(
@@ -176,7 +185,7 @@ def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adap
     """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
     if is_peft(path):
         config, arrays = read_peft(resolve_path(path), model)
-        adapter = Adapter(config, arrays, None, path)
+        adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
         _check_shapes(adapter, model)
         return adapter
     if not is_run(path):
