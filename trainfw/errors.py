@@ -21,6 +21,20 @@ class PeerError(RunError):
     """Another process of the run died or hangs. The CLI exits with `TRY_AGAIN`."""
 
 
+def one_of(name: str, choices: Iterable[str]) -> str:
+    """Which there are, for a name that a file gives: no one has mistyped it, so that a near one is another thing.
+
+    `"; did you mean 'x'?"` only where it is `x` in other letters' case and marks.
+    """
+    choices = list(choices)
+
+    def plain(text: str) -> str:
+        return "".join(letter for letter in text.lower() if letter.isalnum())
+
+    same = [choice for choice in choices if plain(choice) == plain(name)]
+    return f"; did you mean {same[0]!r}?" if same else f"; one of: {', '.join(choices)}"
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
     choices = list(choices)

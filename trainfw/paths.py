@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,34 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     return found[0]
 
 
+def check_file(file: Path) -> None:
+    """Raises UserError, saying what is there, where it is no file to be read.
+
+    That is nothing, a link that leads nowhere, a pipe (which would be waited on forever), or what Git LFS keeps in a
+    file's place.
+    """
+    if file.is_symlink() and not file.exists():
+        raise UserError(
+            f"{file}: is a link to {os.readlink(file)}, where nothing is: the download is not complete, or what it "
+            "leads to was moved or removed"
+        )
+    if not file.exists():
+        raise UserError(f"{file}: no such file")
+    if not file.is_file():
+        raise UserError(f"{file}: is not a regular file")
+    if file.stat().st_size <= _LFS_BYTES:
+        with file.open("rb") as stream:
+            if stream.read(len(_LFS)) == _LFS:
+                raise UserError(f"{file}: is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches")
+
+
+_LFS, _LFS_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+_LATER_PART = re.compile(r"-(?!00001)[0-9]{5}-of-[0-9]{5}\.gguf$")
+
+
 def _models(root: Path) -> Iterator[Path]:
     for directory, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder != "__pycache__"]
         if "config.json" in files:
             yield Path(directory)
-        yield from (Path(directory) / file for file in files if file.endswith(".gguf"))
+        yield from (Path(directory) / file for file in files if file.endswith(".gguf") and not _LATER_PART.search(file))

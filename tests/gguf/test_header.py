@@ -3,7 +3,7 @@ import struct
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -159,7 +159,7 @@ def test_hostile_files_are_refused(name, good, tmp_path):
 
 MISSING = [key for key in METADATA if key not in ("tokenizer.ggml.pre", "llama.rope.freq_base")]
 WRONG = {
-    "general.architecture": ("lama", "did you mean 'llama'"),
+    "general.architecture": ("mamba", "'mamba' is not supported; one of: llama, qwen2"),
     "llama.block_count": (0, "expected 1 or more"),
     "llama.embedding_length": (1.5, "expected a whole number"),
     "llama.attention.head_count": (5, "does not divide by 5"),
@@ -168,7 +168,7 @@ WRONG = {
     "llama.rope.scaling.type": ("yarn", "'yarn' is not supported"),
     "llama.rope.dimension_count": (4, "is not supported"),
     "tokenizer.ggml.model": ("bert", "'bert' is not supported"),
-    "tokenizer.ggml.pre": ("smolm", "did you mean 'smollm'"),
+    "tokenizer.ggml.pre": ("Llama_BPE", "did you mean 'llama-bpe'"),
     "tokenizer.ggml.eos_token_id": (4, "has 4 tokens"),
     "tokenizer.ggml.token_type": ([1], "has 1 elements"),
     "tokenizer.ggml.tokens": (["a", "a", "ab", "<eos>"], "'a' twice"),
@@ -208,7 +208,7 @@ def test_missing_metadata_is_named(key, tmp_path):
     ("name", "shape", "message"),
     [
         ("blk.1.attn_q.weight", (32, 32), "has no tensor"),
-        ("blk.0.attn_w.weight", (32, 32), r"did you mean 'blk.{layer}.attn_\w.weight'"),
+        ("blk.0.attn_w.weight", (32, 32), "has no tensor 'blk.0.attn_w.weight'$"),
         ("blk.0.attn_q.weight", (36, 32), "expected 4 heads"),
         ("blk.0.ffn_gate_exps.weight", (2, 8, 32), "for as many experts"),
         ("blk.0.ffn_up.weight", (2, 32, 32), "expected 2 dims or 1"),
@@ -223,6 +223,65 @@ def test_tensors_that_have_no_place_are_refused(name, shape, message, tmp_path):
         return
     with pytest.raises(UserError, match=message):
         read_all(file)
+
+
+@pytest.fixture
+def parts(good, tmp_path):
+    """Of the same model: as llama.cpp's gguf-split names them, and what each holds of the tensors."""
+    (tmp_path / "good.gguf").write_bytes(good)
+    reader = GGUFReader(tmp_path / "good.gguf")
+    writer = GGUFWriter(tmp_path / "part.gguf", "llama", split_max_tensors=4)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            array = len(field.types) > 1
+            writer.add_array(key, field.contents()) if array else writer.add_key_value(
+                key, field.contents(), field.types[0]
+            )
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = sorted(tmp_path.glob("part-*.gguf"))
+    assert len(files) == 3
+    return files
+
+
+def test_a_file_in_parts_is_read_by_the_name_of_any(parts, tmp_path):
+    whole = read_all(tmp_path / "good.gguf")
+    for file in parts:
+        found = read_all(file)
+        assert set(found) == set(whole)
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, whole[name])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda parts: parts[2].unlink(), "part-00002-of-00003.gguf: is one of 3 parts; not beside it: part-00003-of-"),
+        (lambda parts: parts[0].rename(parts[0].with_name("first.gguf")), "not beside it: part-00001-of-00003.gguf"),
+        (lambda parts: parts[2].write_bytes(parts[1].read_bytes()), r"split.count = \(1, 3\): expected \(2, 3\)"),
+        (lambda parts: parts[2].write_bytes(b"GGUF"), "part-00003-of-00003.gguf: the header is cut short"),
+    ],
+)
+def test_parts_that_are_missing_or_another_are_named(parts, damage, message):
+    damage(parts)
+    with pytest.raises(UserError, match=message):
+        read_all(parts[1])
+
+
+def test_a_part_by_another_name_is_refused(parts, tmp_path):
+    parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=r"model.gguf: is one of 3 parts, .* expected NAME-00001-of-00003.gguf"):
+        read_header(tmp_path / "model.gguf")
+
+
+def test_keys_about_the_model_that_are_not_read_are_said(tmp_path):
+    file = _rewritten(tmp_path, METADATA | {"llama.attention.scale": 0.5, "general.anything": 1})
+    with pytest.warns(UserWarning, match=r"model.gguf: not read: llama.attention.scale$"):
+        gguf_config(file)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

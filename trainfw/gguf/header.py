@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, one_of
+from trainfw.paths import check_file
 
 INSTALL = 'pip install "trainfw[gguf]"'
 MAGIC = b"GGUF"
@@ -47,6 +49,8 @@ class StoredTensor:
     offset: int
     """From the start of the file, in bytes."""
     nbytes: int
+    file: Path = Path()
+    """One of the parts, where llama.cpp's gguf-split cut a file."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,48 @@ _KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true
 
 
 def read_header(file: Path | str) -> Header:
-    """Read and check the header of a GGUF file. Nothing of the tensors' data is read.
+    """Read and check the header of a GGUF file; of all parts, given any, where it is split. No tensor's data is read.
 
     Raises UserError for a file that is truncated, of another format, version or byte order, or whose counts, lengths
-    or offsets do not fit it, and where the `gguf` library is not installed.
+    or offsets do not fit it, for parts that are missing, and where the `gguf` library is not installed.
     """
-    file = Path(os.path.expanduser(file))
-    if not file.is_file():
-        raise UserError(f"no GGUF file at {file}")
+    header = _read_part(Path(os.path.expanduser(file)))
+    count = header.get("split.count", int, 0)
+    return _joined(header, count) if count > 1 else header
+
+
+def _read_part(file: Path) -> Header:
+    check_file(file)
     with file.open("rb") as stream:
         return _Walk(file, stream).header()
+
+
+def _joined(part: Header, count: int) -> Header:
+    """All parts as one: the metadata is in the first, tensors are in each."""
+    name = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", part.file.name)
+    if name is None or int(name[3]) != count:
+        raise UserError(
+            f"{part.file}: is one of {count} parts, which are found by their names; expected "
+            f"NAME-00001-of-{count:05}.gguf and so on"
+        )
+    files = [part.file.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)]
+    if missing := [file.name for file in files if not os.path.lexists(file)]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{part.file}: is one of {count} parts; not beside it: {', '.join(missing[:3])}{more}")
+    tensors: dict[str, StoredTensor] = {}
+    parts = [_read_part(file) for file in files]
+    for number, each in enumerate(parts):
+        said = each.get("split.no", int, -1), each.get("split.count", int, -1)
+        if said != (number, count):
+            raise UserError(
+                f"{each.file}: split.no and split.count = {said}: expected {(number, count)}, as its name says"
+            )
+        if twice := tensors.keys() & each.tensors.keys():
+            raise UserError(f"{each.file}: tensor {_short(min(twice))} is in {tensors[min(twice)].file.name} too")
+        tensors |= each.tensors
+    if (expected := parts[0].get("split.tensors.count", int, len(tensors))) != len(tensors):
+        raise UserError(f"{files[0]}: its {count} parts have {len(tensors)} tensors, and {expected} are expected")
+    return Header(files[0], parts[0].metadata, tensors)
 
 
 @dataclass
@@ -212,7 +248,7 @@ class _Walk:
                 )
             if name in tensors:
                 raise UserError(f"{self.file}: tensor {_short(name)} comes twice")
-            tensors[name] = StoredTensor(name, shape, kind, start + offset, nbytes)
+            tensors[name] = StoredTensor(name, shape, kind, start + offset, nbytes, self.file)
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
         for left, right in itertools.pairwise(ordered):
             if left.offset + left.nbytes > right.offset:
@@ -236,10 +272,10 @@ def gguf_library() -> Any:
 
 
 def known_or_refuse(header: Header, key: str, choices: Mapping[str, T]) -> T:
-    """`choices` at the value of a text key. Raises UserError with the nearest choice."""
+    """`choices` at the value of a text key. Raises UserError with the choices."""
     name = header.get(key, str)
     if name not in choices:
-        raise UserError(f"{header.file}: {key} = {_short(name)} is not supported{did_you_mean(name, choices)}")
+        raise UserError(f"{header.file}: {key} = {_short(name)} is not supported{one_of(name, choices)}")
     return choices[name]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, one_of
 from trainfw.gguf import Header, StoredTensor, read_header
 from trainfw.interop.gguf_names import ARCHITECTURES, KEYS, MIXTRAL_KEYS, ROPE_FREQS, Architecture, Key, llama3_divisors
 
@@ -30,17 +31,40 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
     that is missing or makes no sense.
     """
     header = read_header(file)
+    if unread := _unread_keys(header):
+        warnings.warn(f"{header.file}: not read: {', '.join(unread)}", stacklevel=1)  # once, whoever reads it
     stored = header.tensors.get(ROPE_FREQS)
     return config_of(header, None if stored is None else _floats(header, stored))
 
 
+_OTHER_KEYS = (
+    *(
+        "vocab_size",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ),
+    *("attention.sliding_window", "expert_count", "expert_used_count", "rope.scaling.type", "rope.scaling.factor"),
+    # Of models that were trained with yarn, which is refused.
+    *("rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+)
+"""Keys about the model that are read, or compute nothing, beside those of the tables."""
+
+
+def _unread_keys(header: Header) -> list[str]:
+    """The file's keys about its model that say nothing here."""
+    name = header.architecture
+    known = {f"{name}.{key}" for key in _OTHER_KEYS}
+    known |= {f"{name}.{key.gguf}" for key in (*KEYS, *architecture_of(header).keys)}
+    return sorted(key[:80] for key in header.metadata if key.startswith(f"{name}.") and key not in known)
+
+
 def architecture_of(header: Header) -> Architecture:
-    """The table of a file's architecture. Raises UserError with the nearest that there is."""
+    """The table of a file's architecture. Raises UserError with those that there are."""
     name = header.architecture
     if name not in ARCHITECTURES:
-        raise UserError(
-            f"{header.file}: general.architecture = {name!r} is not supported{did_you_mean(name, ARCHITECTURES)}"
-        )
+        raise UserError(f"{header.file}: general.architecture = {name!r} is not supported{one_of(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -134,7 +158,13 @@ def _head_dim(header: Header, hidden: int, heads: int) -> int:
 def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[str, Any]) -> dict[str, Any] | None:
     name = header.architecture
     kind = header.get(f"{name}.rope.scaling.type", str, "none")
-    factor = header.get(f"{name}.rope.scaling.factor", float, header.get(f"{name}.rope.scale_linear", float, 1.0))
+    factors = [f"{name}.rope.{key}" for key in ("scaling.factor", "scale_linear")]
+    values = [header.get(key, float) for key in factors if key in header.metadata]
+    if len(set(values)) > 1:
+        raise UserError(
+            f"{header.file}: {factors[0]} = {values[0]:g}, but {factors[1]} = {values[1]:g}: one of them only"
+        )
+    factor = values[0] if values else 1.0
     if kind not in ("none", "linear"):
         raise UserError(f"{header.file}: {name}.rope.scaling.type = {kind!r} is not supported; one of: none, linear")
     if factor < 0:
@@ -170,4 +200,4 @@ def _dtype(header: Header) -> str:
 def _floats(header: Header, stored: StoredTensor) -> np.ndarray:
     if stored.type != "F32" or len(stored.shape) != 1 or stored.nbytes > 1 << 20:
         raise UserError(f"{header.file}: tensor {stored.name} is {stored.type} of shape {stored.shape}: expected F32")
-    return np.fromfile(header.file, "<f4", stored.shape[0], offset=stored.offset)
+    return np.fromfile(stored.file, "<f4", stored.shape[0], offset=stored.offset)

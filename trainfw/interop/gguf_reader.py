@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 from trainfw.gguf import Header, StoredTensor, read_header
 from trainfw.interop.gguf_configs import architecture_of, gguf_config
 from trainfw.interop.gguf_names import ROPE_FREQS, Row, template, to_halves
@@ -57,7 +57,7 @@ class GGUFTensors:
             if pattern not in rows or (layer is not None and layer >= layers):
                 raise UserError(
                     f"{self.header.file}: architecture {self.header.architecture} of {layers} layers has no tensor "
-                    f"{name[:80]!r}{did_you_mean(pattern, rows)}"
+                    f"{name[:80]!r}"
                 )
             self._add(rows[pattern], stored, layer, experts)
         _refuse_unreadable(self.header)
@@ -121,9 +121,9 @@ class GGUFTensors:
         row_bytes = stored.nbytes * stored.shape[-1] // _size(stored.shape)
         offset = stored.offset + (place.first_row + start) * row_bytes
         count = (stop - start) * row_bytes
-        data = np.fromfile(self.header.file, np.uint8, count, offset=offset)
+        data = np.fromfile(stored.file, np.uint8, count, offset=offset)
         if data.size != count:
-            raise UserError(f"{self.header.file}: became shorter while it was read")
+            raise UserError(f"{stored.file}: became shorter while it was read")
         if stored.type in _DTYPES:
             return data.view(_DTYPES[stored.type]).reshape(stop - start, -1)
         return quants.dequantize(data.reshape(stop - start, row_bytes), GGMLQuantizationType[stored.type])

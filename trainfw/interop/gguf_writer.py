@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, did_you_mean, one_of
 from trainfw.gguf import Header, StoredTensor, gguf_library, tokenizer_metadata
 from trainfw.interop.gguf_configs import config_of
 from trainfw.interop.gguf_names import (
@@ -133,7 +133,7 @@ def _architecture(huggingface: Mapping[str, Any]) -> tuple[str, Architecture]:
     families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
     family = huggingface.get("model_type", "")
     if family not in families:
-        raise UserError(f"model_type {family!r} has no GGUF architecture here{did_you_mean(str(family), families)}")
+        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
     return families[family], ARCHITECTURES[families[family]]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import UserError
+from trainfw.paths import check_file
 
 LIMIT = 100_000_000
 """Bytes of JSON that are read at most: the safetensors format's own limit for a header."""
@@ -15,7 +16,7 @@ LIMIT = 100_000_000
 
 def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
     """The object in a JSON file."""
-    check_regular(file)
+    check_file(file)
     if file.stat().st_size > limit:
         raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
     return parse_json(file.read_bytes(), str(file))
@@ -51,11 +52,3 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def check_regular(file: Path) -> None:
-    """Refuses what is no file, such as a pipe, which would be waited on forever."""
-    if not file.exists():
-        raise UserError(f"{file}: no such file")
-    if not file.is_file():
-        raise UserError(f"{file}: is not a regular file")

@@ -10,7 +10,7 @@ from trainfw.errors import UserError
 from trainfw.interop.configs import config_from_huggingface
 from trainfw.interop.json_files import read_json
 from trainfw.models import ModelConfig
-from trainfw.paths import resolve_path
+from trainfw.paths import check_file, resolve_path
 
 CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -21,21 +21,20 @@ ModelKind = Literal["huggingface", "gguf", "run"]
 def model_kind(path: Path) -> ModelKind:
     """What is at a (resolved) path. Raises UserError, saying what was expected, where it is no model."""
     if path.is_dir():
-        if (path / CONFIG).exists():
+        if os.path.lexists(path / CONFIG):
             return "huggingface"
         if (path / "recipe.yaml").exists():
             return "run"
         if (path / "adapter_config.json").exists():
             raise UserError(f"{path}: is a PEFT adapter, not a model; give the model that it adapts")
         raise UserError(f"{path}: is no model: it has no {CONFIG} (a Hugging Face model) and no recipe.yaml (a run)")
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such file or directory; models are not downloaded")
     if path.suffix == ".safetensors" or path.name == CONFIG:
         raise UserError(f"{path}: is one file of a model; give its directory, {path.parent}")
     if path.suffix in PICKLES:
         raise pickle_error(path)
-    if not path.is_file():
-        raise UserError(f"{path}: is not a regular file")
+    check_file(path)
     if path.suffix != ".gguf":
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":

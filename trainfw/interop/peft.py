@@ -42,7 +42,7 @@ _KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mic
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
     """Whether a directory holds an adapter in PEFT's form."""
-    return (Path(path) / CONFIG).is_file()
+    return os.path.lexists(Path(path) / CONFIG)
 
 
 def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:

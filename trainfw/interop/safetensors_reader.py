@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from trainfw.errors import UserError
-from trainfw.interop.json_files import LIMIT, check_regular, parse_json, read_json
+from trainfw.interop.json_files import LIMIT, parse_json, read_json
 from trainfw.interop.tensors import CHUNK, TensorInfo, fingerprint
+from trainfw.paths import check_file
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -75,13 +76,13 @@ class SafetensorsTensors:
 
     def _open(self, single: str) -> dict[str, _Place]:
         index = self.directory / INDEX
-        if single != SINGLE or (self.directory / single).exists():
+        if single != SINGLE or os.path.lexists(self.directory / single):
             return read_header(self.directory / single)
         named = self._index(index)
         places: dict[str, _Place] = {}
         for shard in sorted(set(named.values())):
             file = self.directory / shard
-            if not file.exists():
+            if not os.path.lexists(file):
                 raise UserError(f"{index}: names shard {shard!r}, which is not there: the download is not complete")
             for name, place in read_header(file).items():
                 if name in places:
@@ -165,7 +166,7 @@ def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) 
 
 def read_header(file: Path) -> dict[str, _Place]:
     """Where every tensor of a safetensors file lies. Raises UserError for a header that does not fit the file."""
-    check_regular(file)
+    check_file(file)
     with _readable(file), open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size < 8:
