@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, config_to_huggingface
+from trainfw.interop.configs import unread_keys
 from trainfw.models import ModelConfig, preset_names
 
 # As on the Hub today, keys that do not matter here left out: the form of Transformers 4.
@@ -178,7 +187,10 @@ def test_configs_of_the_hub_are_our_presets(preset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "lama"}, "'lama' is not supported; did you mean 'llama'"),
+        ({"model_type": "LLaMA"}, "'LLaMA' is not supported; did you mean 'llama'"),
+        # Of another design, each: no near name may be offered.
+        ({"model_type": "ministral"}, "'ministral' is not supported; one of: llama, mistral, qwen2"),
+        ({"model_type": "olmo2"}, "'olmo2' is not supported; one of: "),
         ({"hidden_size": None}, "no hidden_size"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
@@ -228,6 +240,150 @@ def test_values_that_make_no_sense_are_named(changes, message):
     with pytest.raises(UserError) as error:
         config_from_huggingface(HUB["llama3.2-1b"] | changes)
     assert message in str(error.value)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        (
+            "mistral-7b",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": YARN},
+            "rope_parameters.rope_type = 'default', but rope_scaling.rope_type = 'yarn'",
+        ),
+        (
+            "mistral-7b",
+            {"rope_parameters": {"rope_theta": 5e5}},
+            "rope_theta = 10000.0, but rope_parameters.rope_theta",
+        ),
+        ("mistral-7b", {"rope_scaling": {"rope_type": "linear", "type": "llama3", "factor": 2.0}}, "rope_scaling.type"),
+        (
+            "llama3.2-1b",
+            {"original_max_position_embeddings": 4096},
+            "original_max_position_embeddings = 4096, but rope",
+        ),
+        (
+            "mistral-7b",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2, "mscale": 1}},
+            "rope_scaling.mscale = 1 is",
+        ),
+        (
+            "mistral-7b",
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 1.0}},
+            "partial_rotary_factor = 0.5, but rope_scaling.partial_rotary_factor = 1.0",
+        ),
+        (
+            "gemma3-1b",
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}, "full_attention": {}}},
+            "rope_local_base_freq = 10000, but rope_parameters.sliding_attention.rope_theta = 5.0",
+        ),
+        ("gemma3-1b", {"hidden_act": "silu"}, "hidden_activation = 'gelu_pytorch_tanh', but hidden_act = 'silu'"),
+        ("olmoe-1b-7b", {"num_local_experts": 8}, "num_experts = 64, but num_local_experts = 8"),
+        (
+            "qwen2.5-0.5b",
+            {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]},
+            "1 sliding layers of 24, but qwen2 with sliding_window = 32768, use_sliding_window = False has 0",
+        ),
+        (
+            "mistral-7b",
+            {"layer_types": ["full_attention"] * 32},
+            "0 sliding layers of 32, but mistral with sliding_window = 4096 has 32",
+        ),
+        ("llama3.2-1b", {"layer_types": ["sliding_attention"] * 16}, "llama with no sliding_window has 0"),
+    ],
+)
+def test_keys_that_disagree_are_both_named(preset, changes, message):
+    with pytest.raises(UserError) as error:
+        config_from_huggingface(HUB[preset] | changes)
+    assert message in str(error.value)
+
+
+ROPE = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "linear"]),
+        "type": st.sampled_from(["default", "linear"]),
+        "rope_theta": st.sampled_from([1e4, 5e5]),
+        "factor": st.sampled_from([2.0, 4.0]),
+    },
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    keys=st.fixed_dictionaries({"rope_parameters": ROPE, "rope_scaling": ROPE}, optional={"rope_theta": st.just(5e5)})
+)
+def test_rope_is_that_of_transformers_or_refused(keys):
+    hub = {key: value for key, value in HUB["mistral-7b"].items() if "rope" not in key} | {"sliding_window": None}
+    try:
+        config = config_from_huggingface(hub | copy.deepcopy(keys))
+    except UserError:
+        return
+    theirs = transformers.MistralConfig(**{key: value for key, value in hub.items() if key != "model_type"}, **keys)
+    rope = theirs.rope_parameters
+    assert config.rope_theta == rope["rope_theta"]
+    assert (config.rope_scaling.kind if config.rope_scaling else "default") == rope["rope_type"]
+    assert config.rope_scaling is None or config.rope_scaling.factor == rope["factor"]
+
+
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "olmoe": "Olmoe",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_what_transformers_reads_is_read_refused_or_computes_nothing(family):
+    fields = {field.name for field in dataclasses.fields(getattr(transformers, f"{CLASSES[family]}Config"))}
+    unread = unread_keys(dict.fromkeys(fields, "set"))
+    assert set(unread) <= {"attention_dropout", "router_jitter_noise"}
+
+
+WINDOWS = {
+    "sliding_window": st.none() | st.just(8),
+    "use_sliding_window": st.booleans(),
+    "max_window_layers": st.integers(0, 3),
+    "layer_types": st.none()
+    | st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=3, max_size=3),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_windows_are_those_of_transformers_or_refused(family, data):
+    keys = data.draw(st.fixed_dictionaries({}, optional=WINDOWS))
+    shape = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    shape |= {"max_position_embeddings": 99, "hidden_act" if family != "gemma2" else "hidden_activation": "silu"}
+    try:
+        config = config_from_huggingface({"model_type": family} | shape | keys)
+        theirs = getattr(transformers, f"{CLASSES[family]}Config")(**shape, **keys)
+    except (UserError, StrictDataclassError):
+        return
+    window = getattr(theirs, "sliding_window", None) if family != "llama" else None
+    if family in ("qwen2", "qwen3", "gemma2"):
+        if window is None:  # its layers would fail where they slide
+            return
+        kinds = [{"full_attention": "global", "sliding_attention": "sliding"}[name] for name in theirs.layer_types]
+    else:
+        kinds = ["global" if window is None else "sliding"] * 3
+    assert list(config.layer_kinds) == kinds
+    assert "sliding" not in kinds or config.sliding_window == window
 
 
 def test_layer_types_are_one_a_layer():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,9 +179,27 @@ def test_a_second_copy_of_a_tied_table_is_let_go_unless_it_differs(tmp_path):
     before = open_model(tmp_path).fingerprint()
     change(tmp_path, lm_head__weight=table.clone(), model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
     assert open_model(tmp_path).fingerprint() == before
-    change(tmp_path, lm_head__weight=table + 1)
-    with pytest.raises(UserError, match=r"lm_head.weight differs .* set tie_word_embeddings: false"):
+    for dtype in (torch.float32, torch.bfloat16):
+        head = table.to(dtype, copy=True)
+        head[29, 3] += 1
+        change(tmp_path, lm_head__weight=head, model__embed_tokens__weight=table.to(dtype))
+        with pytest.raises(UserError, match=r"lm_head.weight differs .*in row 29.* set tie_word_embeddings: false"):
+            open_model(tmp_path)
+    # As Transformers does of itself: both are the model's.
+    config = json.loads((tmp_path / "config.json").read_text())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    check_logits(theirs, tmp_path)
+
+
+def test_keys_that_are_not_read_are_said(tmp_path):
+    save(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"a_new_switch": False, "residual_multiplier": 0.22}))
+    with pytest.warns(UserWarning, match="config.json: not read: residual_multiplier ") as said:
         open_model(tmp_path)
+    assert len(said) == 1
 
 
 def test_a_config_of_too_many_tensors_is_refused_before_they_are_named(tmp_path):
@@ -202,7 +221,8 @@ def test_a_model_inside_a_package(tmp_path, monkeypatch):
     save(package / "weights", "llama")
     assert resolve_path("package:trainfw_test_model") == package / "weights"
     assert read_model_config("package:trainfw_test_model").vocab_size == 96
-    (package / "model.gguf").write_bytes(b"GGUF")
+    for part in range(3):  # one model
+        (package / f"model-{part + 1:05}-of-00003.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"holds 2 models .*weights; give the path of one"):
         resolve_path("package:trainfw_test_model")
 

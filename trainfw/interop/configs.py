@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, one_of
 from trainfw.interop.families import DEFAULTS, FAMILIES, Family
 from trainfw.models import ModelConfig
 
@@ -66,6 +66,33 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a list": (lambda value: isinstance(value, list), ("layer_types", "mlp_only_layers")),
 }
 _EXPECTED = {key: (expected, test) for expected, (test, keys) in _KINDS.items() for key in keys}
+_COMPUTES_NOTHING = {
+    # How a model was made, is loaded and written with, and what Transformers returns of it.
+    *("architectures", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "use_cache", "cache_implementation"),
+    *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "experts_implementation"),
+    *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "model_max_length"),
+    *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "chunk_size_feed_forward"),
+    *(
+        "is_encoder_decoder",
+        "is_decoder",
+        "is_llama_config",
+        "unsloth_fixed",
+        "unsloth_version",
+        "transformers.js_config",
+    ),
+    *(
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "num_beams",
+        "num_beam_groups",
+        "num_return_sequences",
+        "max_length",
+    ),
+    *("length_penalty", "repetition_penalty", "pretraining_tp", "router_aux_loss_coef", "_sliding_window_pattern"),
+}
 # What says how a model runs or was trained, and not what it computes.
 _RUNNING = ("dispatch", "capacity_factor", "balance_loss", "z_loss")
 
@@ -87,10 +114,11 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     if isinstance(quantised := hf.get("quantization_config"), dict):
         method = str(quantised.get("quant_method", "an unnamed method"))[:40]
         raise UserError(f"config.json: weights quantised by {method} are not supported; take the model in bfloat16")
-    activation = hf.get("hidden_activation") or hf["hidden_act"]
+    family = FAMILIES[hf["model_type"]]
+    own, other = sorted(("hidden_act", "hidden_activation"), key=lambda key: key not in family.defaults)
+    activation = _agreed({own: hf[own], other: config.get(other)})
     if activation not in _ACTIVATIONS:
         raise UserError(f"config.json: activation {activation!r} is not supported; one of: {', '.join(_ACTIVATIONS)}")
-    family = FAMILIES[hf["model_type"]]
     pattern = _period(_layer_kinds(hf, family))
     fields = {
         "vocab_size": hf["vocab_size"],
@@ -108,7 +136,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         "attention_softcap": hf.get("attn_logit_softcapping"),
         "final_softcap": hf.get("final_logit_softcapping"),
         "init_std": hf["initializer_range"],
-        **_rope(hf, local="sliding" in pattern),
+        **_rope(config, hf, local="sliding" in pattern),
         **family.fields,
     }
     if "moe" in fields:
@@ -124,6 +152,30 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json: {first['msg']}") from None
 
 
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json that set something, and say nothing to `config_from_huggingface`.
+
+    Transformers' classes of our families compute no model by any of them (attention_dropout and router_jitter_noise
+    count in training); a model's own code may.
+    """
+    return sorted(
+        key for key, value in config.items() if value and key not in _EXPECTED and key not in _COMPUTES_NOTHING
+    )
+
+
+def _agreed(said: Mapping[str, Any]) -> Any:
+    """The value of keys that say the same thing; None where none of them is set. Raises UserError where two differ."""
+    found = {key: value for key, value in said.items() if value is not None}
+    for key, value in found.items():
+        first = next(iter(found))
+        if value != found[first]:
+            raise UserError(
+                f"config.json: {first} = {found[first]!r}, but {key} = {value!r}: they say the same thing in two ways; "
+                "keep the one that is meant"
+            )
+    return next(iter(found.values()), None)
+
+
 def _family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Raises UserError for a family that is none of ours."""
     model_type = config.get("model_type") or ""
@@ -134,7 +186,7 @@ def _family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
             "  model.save_pretrained(NEW_DIR)"
         )
     if model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type {model_type!r} is not supported{did_you_mean(model_type, FAMILIES)}")
+        raise UserError(f"config.json: model_type {model_type!r} is not supported{one_of(model_type, FAMILIES)}")
     return {**DEFAULTS, **FAMILIES[model_type].defaults}
 
 
@@ -158,9 +210,10 @@ def _experts(config: Mapping[str, Any], hf: Mapping[str, Any], moe: Mapping[str,
     if hf.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
     # Transformers 5 writes num_local_experts for every family.
-    counts = [source[key] for source in (config, hf) for key in ("num_experts", "num_local_experts") if source.get(key)]
+    names = ("num_experts", "num_local_experts")
+    count = _agreed({key: config.get(key) for key in names}) or next(hf[key] for key in names if hf.get(key))
     experts = {
-        "num_experts": counts[0],
+        "num_experts": count,
         "experts_per_token": hf["num_experts_per_tok"],
         "normalize_weights": bool(hf.get("norm_topk_prob")),
         "dispatch": "dropless",
@@ -172,21 +225,39 @@ def _experts(config: Mapping[str, Any], hf: Mapping[str, Any], moe: Mapping[str,
 
 
 def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
-    """`global` or `sliding` for each layer."""
-    layers = range(hf["num_hidden_layers"])
-    if family.sliding == "never" or hf.get("sliding_window") is None or hf.get("use_sliding_window") is False:
-        return ["global" for _ in layers]
-    if family.sliding == "always":
-        return ["sliding" for _ in layers]
-    if hf.get("layer_types") is not None:
-        if unknown := {str(name) for name in hf["layer_types"]} - set(_LAYER_TYPES):
-            raise UserError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
-        if len(hf["layer_types"]) != len(layers):
-            raise UserError(f"config.json: layer_types has {len(hf['layer_types'])} entries for {len(layers)} layers")
-        return [_LAYER_TYPES[name] for name in hf["layer_types"]]
-    if family.sliding == "every":
-        return ["sliding" if (i + 1) % hf["sliding_window_pattern"] else "global" for i in layers]
-    return ["sliding" if i >= hf["max_window_layers"] else "global" for i in layers]
+    """`global` or `sliding` for each layer. Raises UserError where `layer_types` says another than the family does."""
+    said, layers = _layer_types(hf), range(hf["num_hidden_layers"])
+    unused = "use_sliding_window" in family.defaults and not hf["use_sliding_window"]
+    if family.sliding == "never" or hf.get("sliding_window") is None or unused:
+        kinds = ["global" for _ in layers]
+    elif family.sliding == "always":
+        kinds = ["sliding" for _ in layers]
+    elif said is not None:
+        kinds = said
+    elif family.sliding == "every":
+        kinds = ["sliding" if (i + 1) % hf["sliding_window_pattern"] else "global" for i in layers]
+    else:
+        kinds = ["sliding" if i >= hf["max_window_layers"] else "global" for i in layers]
+    if said not in (None, kinds):
+        keys = [key for key in ("sliding_window", "use_sliding_window") if key in hf]
+        windows = ", ".join(f"{key} = {hf[key]}" for key in keys) or "no sliding_window"
+        raise UserError(
+            f"config.json: layer_types has {said.count('sliding')} sliding layers of {len(said)}, but "
+            f"{hf['model_type']} with {windows} has {kinds.count('sliding')}"
+        )
+    return kinds
+
+
+def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
+    if hf.get("layer_types") is None:
+        return None
+    if unknown := {str(name) for name in hf["layer_types"]} - set(_LAYER_TYPES):
+        raise UserError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
+    if len(hf["layer_types"]) != hf["num_hidden_layers"]:
+        raise UserError(
+            f"config.json: layer_types has {len(hf['layer_types'])} entries for {hf['num_hidden_layers']} layers"
+        )
+    return [_LAYER_TYPES[name] for name in hf["layer_types"]]
 
 
 def _period(kinds: Sequence[str]) -> list[str]:
@@ -196,26 +267,69 @@ def _period(kinds: Sequence[str]) -> list[str]:
     return list(kinds[:length])
 
 
-def _rope(hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
-    """The rotary fields; `local` says whether there are sliding layers to have a base of their own."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    local_rope = {"rope_theta": hf.get("rope_local_base_freq")}
-    if rope.get("full_attention") is not None:
-        local_rope, rope = {**local_rope, **(rope.get("sliding_attention") or {})}, rope["full_attention"]
-    fields: dict[str, Any] = {"rope_theta": rope.get("rope_theta") or hf["rope_theta"]}
-    if local and local_rope["rope_theta"] is not None:
-        fields["rope_local_theta"] = local_rope["rope_theta"]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if (local_rope.get("rope_type") or "default") != "default" or kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: rope_scaling of type {kind!r} is not supported; one of: linear, llama3")
-    if (rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
+def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
+    """The rotary fields; `local` says whether there are sliding layers to have a base of their own.
+
+    `rope_parameters` (Transformers 5), `rope_scaling` and the keys beside them (4) may all be there, if they agree.
+    """
+    whole, sliding = _rope_dicts(config)
+
+    def said(key: str, dicts: Mapping[str, Any] = whole, beside: str | None = None) -> Any:
+        at_top = {beside: config.get(beside)} if beside is not None else {}
+        return _agreed(at_top | {f"{name}.{key}": rope.get(key) for name, rope in dicts.items()})
+
+    kind, local_kind = (
+        _agreed({f"{name}.rope_type": _rope_type(name, rope) for name, rope in dicts.items() if rope}) or "default"
+        for dicts in (whole, sliding)
+    )
+    for each, known in ((kind, ("default", "linear", "llama3")), (local_kind, ("default",))):
+        if each not in known:
+            raise UserError(f"config.json: rope_scaling of type {each!r} is not supported; one of: linear, llama3")
+    _check_replaced(config, whole)
+    for name, rope in (whole | sliding).items():
+        if unknown := [key for key, value in rope.items() if value and key not in _EXPECTED]:
+            raise UserError(f"config.json: {name}.{unknown[0]} = {str(rope[unknown[0]])[:80]} is not supported")
+    if (said("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
+    fields: dict[str, Any] = {"rope_theta": said("rope_theta", beside="rope_theta") or hf["rope_theta"]}
+    local_theta = said("rope_theta", sliding, "rope_local_base_freq") or hf.get("rope_local_base_freq")
+    if local and local_theta is not None:
+        fields["rope_local_theta"] = local_theta
     keys = {"linear": ("factor",), "llama3": tuple(_SCALING)}.get(kind, ())
-    if missing := [key for key in keys if rope.get(key) is None]:
+    original = "original_max_position_embeddings"
+    values = {key: said(key, beside=original if key == original else None) for key in keys}
+    if missing := [key for key, value in values.items() if value is None]:
         raise UserError(f"config.json: rope_scaling of type {kind!r} has no {', '.join(missing)}")
     if keys:
-        fields["rope_scaling"] = {"kind": kind, **{_SCALING[key]: rope[key] for key in keys}}
+        fields["rope_scaling"] = {"kind": kind, **{_SCALING[key]: value for key, value in values.items()}}
     return fields
+
+
+def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Transformers takes `rope_scaling` in the place of `rope_parameters`, and not beside it."""
+    parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
+    for key in ("rope_theta", *_SCALING) if scaling else ():
+        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
+            raise UserError(
+                f"config.json: rope_parameters.{key} = {parameters[key]!r}, but rope_scaling, which counts in its "
+                "place, has none; keep one of the two"
+            )
+
+
+def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is said of the rotation of all layers, or of the global ones; and of the sliding ones: where -> what."""
+    parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not parameters.keys() & _LAYER_TYPES.keys():
+        return {"rope_parameters": parameters, "rope_scaling": scaling}, {}
+    nested = {f"rope_parameters.{name}": parameters.get(name) or {} for name in _LAYER_TYPES}
+    if extra := [key for key, value in parameters.items() if value and key not in _LAYER_TYPES]:
+        raise UserError(f"config.json: rope_parameters.{extra[0]} is beside {' and '.join(_LAYER_TYPES)}, not in them")
+    first, second = nested.items()
+    return {first[0]: first[1], "rope_scaling": scaling}, {second[0]: second[1]}
+
+
+def _rope_type(name: str, rope: Mapping[str, Any]) -> str:
+    return _agreed({f"{name}.rope_type": rope.get("rope_type"), f"{name}.type": rope.get("type")}) or "default"
 
 
 # Theirs and ours.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ import jax
 import numpy as np
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.interop.configs import config_from_huggingface
+from trainfw.interop.configs import config_from_huggingface, unread_keys
 from trainfw.interop.mapping import Parameter, PartOf, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
-from trainfw.interop.tensors import Tensors
+from trainfw.interop.tensors import Tensors, row_blocks
 from trainfw.models import ModelConfig
-from trainfw.paths import resolve_path
+from trainfw.paths import check_file, resolve_path
 
 Progress = Callable[[str, int, int | None], None]
 """(description, completed, total), in megabytes."""
@@ -98,23 +100,26 @@ class ModelSource:
         for name, shape in shapes.items():
             if infos[name].shape != shape:
                 raise UserError(f"checkpoint: tensor {name} has shape {infos[name].shape}, but the model needs {shape}")
-        if self.config.tie_embeddings and _HEAD in infos and not self._same_samples(_HEAD, _TABLE):
+        if self.config.tie_embeddings and _HEAD in infos and (row := self._differing_row(_HEAD, _TABLE)) is not None:
             raise UserError(
-                f"checkpoint: tensor {_HEAD} differs from {_TABLE}, but config.json says that they are one: set "
-                "tie_word_embeddings: false"
+                f"checkpoint: tensor {_HEAD} differs from {_TABLE} (in row {row}), but config.json says that they are "
+                "one: set tie_word_embeddings: false, and both are kept"
             )
 
     def _ignorable(self, name: str) -> bool:
         """A second copy of a tied table, and the rotary frequencies that old checkpoints store."""
         return (name == _HEAD and self.config.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
 
-    def _same_samples(self, one: str, other: str) -> bool:
-        infos = self.tensors.infos
-        if infos[one] != infos[other]:
-            return False
-        rows = infos[one].shape[0]
-        parts = [(slice(row, row + 1),) for row in {0, rows // 3, rows // 2, rows - 1}]
-        return all(np.array_equal(self.tensors.read(one, part), self.tensors.read(other, part)) for part in parts)
+    def _differing_row(self, one: str, other: str) -> int | None:
+        """The first row in which two tensors are not the same bit for bit; a few megabytes at a time."""
+        info = self.tensors.infos[one]
+        if info != self.tensors.infos[other]:
+            return 0
+        for index in row_blocks(info.shape, info.dtype.itemsize):
+            left, right = (self.tensors.read(name, index).view(np.uint8) for name in (one, other))
+            if not np.array_equal(left, right):
+                return index[0].start + int((left != right).any(axis=1).argmax())
+        return None
 
     def read(
         self, path: str, like: jax.ShapeDtypeStruct | jax.Array, layer_order: Sequence[int] | None = None
@@ -151,7 +156,8 @@ class ModelSource:
         """Write the tokenizer, the chat template and the generation config that came with it into a directory."""
         if self.path.is_dir():
             for name in COMPANIONS:
-                if (self.path / name).is_file():
+                if os.path.lexists(self.path / name):
+                    check_file(self.path / name)
                     shutil.copyfile(self.path / name, directory / name)
 
 
@@ -173,6 +179,12 @@ def open_model(path: str | Path) -> ModelSource:
         config = config_from_huggingface(huggingface)
         source = ModelSource(resolved, config, huggingface, _open_tensors(resolved, kind))
     source.check()
+    if kind == "huggingface" and (unread := unread_keys(huggingface)):
+        warnings.warn(
+            f"{resolved}/config.json: not read: {', '.join(unread)} (Transformers' {source.family} computes nothing by "
+            "it; code that came with the model may)",
+            stacklevel=1,  # once, whoever opens it
+        )
     return source
 
 
@@ -181,7 +193,7 @@ def _open_tensors(path: Path, kind: str) -> Tensors:
         from trainfw.interop.gguf_reader import GGUFTensors
 
         return GGUFTensors(path)
-    if not (path / SINGLE).exists() and not (path / INDEX).exists():
+    if not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):
         pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise pickle_error(pickles[0])
