@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.interop.references import save
 from trainfw.cli import main
+from trainfw.data import byte_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import SafetensorsTensors, config_from_huggingface, read_huggingface
 
@@ -168,6 +169,19 @@ def run(name: str) -> Callable[[Path], None]:
     return damage
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
+
+
+def link(name: str) -> Callable[[Path], None]:
+    """To nowhere, as in a cache whose files are gone."""
+
+    def damage(model: Path) -> None:
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to("../blobs/0a")
+
+    return damage
+
+
 # (which model, what is done to it, what the message must say)
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "cut short": ("one", cut, [WEIGHTS, "of the 17,872 that the file has: cut short?"]),
@@ -251,10 +265,34 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "a width that is a word": ("one", config(hidden_size="big"), ["hidden_size = 'big': expected a whole number"]),
     "a width below nothing": ("one", config(hidden_size=-48), ["hidden_size = '-48': expected a whole number"]),
     "a vocabulary of another size": ("one", config(vocab_size=97), ["(96, 48), but the model needs (97, 48)"]),
-    "a family that is none": ("one", config(model_type="lama"), ["'lama' is not supported; did you mean 'llama'?"]),
+    "a family that is none": ("one", config(model_type="mamba"), ["'mamba' is not supported; one of: llama, mistral"]),
+    "weights in Git LFS": ("one", text(WEIGHTS, POINTER), [f"{WEIGHTS}: is a pointer of Git LFS", "`git lfs pull`"]),
+    "a shard in Git LFS": ("sharded", lambda model: (model / shard(model)).write_text(POINTER), ["pointer of Git LFS"]),
+    "a config in Git LFS": ("one", text("config.json", POINTER), ["config.json: is a pointer of Git LFS"]),
+    "a tokenizer in Git LFS": ("one", text("tokenizer.json", POINTER), ["tokenizer.json: is a pointer of Git LFS"]),
+    "weights that are a link": ("one", link(WEIGHTS), [f"{WEIGHTS}: is a link to ../blobs/0a, where nothing is"]),
+    "a shard that is a link": ("sharded", lambda model: link(shard(model))(model), ["is a link to ../blobs/0a"]),
+    "a config that is a link": ("one", link("config.json"), ["config.json: is a link to ../blobs/0a"]),
+    "a tokenizer that is a link": ("one", link("tokenizer.json"), ["tokenizer.json: is a link to ../blobs/0a"]),
     "an adapter": ("one", run("adapter_config.json"), ["is a PEFT adapter, not a model"]),
     "a run": ("one", run("recipe.yaml"), ["is a run; trainfw export"]),
 }
+
+
+COMMANDS = ("import", "export", "generate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_token_past_the_embedding_is_named(command, models, tmp_path, monkeypatch, capsys):
+    shutil.copytree(models / "one", tmp_path / "model")
+    byte_tokenizer().save(tmp_path / "model")
+    more = ["--prompt", "a"] if command == "generate" else ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["trainfw", command, str(tmp_path / "model"), *more])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    message = "its tokenizer has ids to 257, but its embedding has 96 rows: none for '`' (96). Make them, with Transf"
+    check(capsys, int(exit_.value.code or 0), [f"error: {tmp_path / 'model'}: {message}"])
+    assert not (tmp_path / "out").exists()
 
 
 def import_(monkeypatch, *arguments: object) -> int:

@@ -18,11 +18,13 @@ def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
     from trainfw.errors import UserError
     from trainfw.interop import copy_model, model_kind, open_model
     from trainfw.paths import resolve_path
+    from trainfw.program import check_tokenizer
 
     path = resolve_path(source)
     if model_kind(path) == "run":
         raise UserError(f"{path}: is a run; trainfw export writes its model")
     model = open_model(path)
+    check_tokenizer(path, model.config)
     reporter = make_reporter()
     try:
         with cleaning_up():

@@ -6,6 +6,7 @@ from .loss import loss_chunks as loss_chunks
 from .metrics import Mean as Mean
 from .source import Base as Base
 from .source import MergedBase as MergedBase
+from .source import check_tokenizer as check_tokenizer
 from .source import is_run as is_run
 from .source import merge as merge
 from .source import open_base as open_base

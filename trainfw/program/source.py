@@ -15,6 +15,7 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
+from trainfw.data import Tokenizer, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
@@ -143,6 +144,21 @@ class MergedBase:
 
     def fingerprint(self) -> str:
         raise NotImplementedError("merged weights are written before they are used")
+
+
+def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Raises UserError where a model's tokenizer, if it has one, gives ids that its embedding has no row for."""
+    try:
+        vocabulary = (tokenizer or load_tokenizer(path)).backend.get_vocab(with_added_tokens=True)
+    except UserError:  # weights alone; whoever needs a tokenizer says so
+        return
+    if past := sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= config.vocab_size):
+        id_, token = past[0]
+        raise UserError(
+            f"{path}: its tokenizer has ids to {past[-1][0]:,}, but its embedding has {config.vocab_size:,} rows: none "
+            f"for {token!r} ({id_:,}). Make them, with Transformers' model.resize_token_embeddings(len(tokenizer)), or "
+            "take those tokens out of tokenizer.json"
+        )
 
 
 def is_run(path: str | Path) -> bool:

@@ -29,7 +29,7 @@ from trainfw.interop import (
 )
 from trainfw.interop.json_files import read_json
 from trainfw.paths import resolve_path
-from trainfw.program.source import Base, MergedBase, is_run, merge, open_base, read_adapter
+from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter
 from trainfw.recipe import load_recipe
 
 Format = Literal["hf", "gguf", "peft"]
@@ -60,6 +60,7 @@ def export_model(
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
         return _export_adapter(source, out, step)
     base = open_base(source, step)
+    check_tokenizer(source, base.config)
     if format == "gguf":
         return _write_gguf(base, source, out, dtype, progress)
     if isinstance(base, ModelSource):
@@ -88,6 +89,7 @@ def merge_adapter(
     merged = merge(adapter, base, step)
     source = adapter if merged.recipe is not None else base
     assert source is not None
+    check_tokenizer(source, merged.config)
     return _write_model(merged, source, out, dtype, progress)
 
 

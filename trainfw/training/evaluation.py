@@ -17,7 +17,7 @@ from trainfw.checkpoint import Checkpoints
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
-from trainfw.program import Base, Mean, Program, build_program, is_run, open_base, read_adapter
+from trainfw.program import Base, Mean, Program, build_program, check_tokenizer, is_run, open_base, read_adapter
 from trainfw.recipe import load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.reporter import Reporter
@@ -129,7 +129,9 @@ def load_model(
     base: Base | None = None
     if not is_run(path):
         base = open_base(path)
-        model, tokenizer = _loaded(base, dtype or "float32"), load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
+        check_tokenizer(path, base.config, tokenizer)
+        model = _loaded(base, dtype or "float32")
     else:
         run = RunDirectory.existing(path)
         settings = [f"train.compute_dtype={dtype}"] if dtype else []
