@@ -26,6 +26,7 @@ from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import resolve_path
 from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
+from trainfw.utf8 import read_utf8
 
 Sources = dict[str, str]
 """Where each dotted key was written: `file:line`, or `command line`."""
@@ -204,12 +205,10 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
     """A file's keys merged over those it extends, and where each was written."""
     chain = (*chain, file.resolve())
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_utf8(file)
         node = yaml.compose(text, _Loader)
     except RecursionError:
         raise UserError(f"{file}: is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:

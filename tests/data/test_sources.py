@@ -41,6 +41,13 @@ def test_jsonl(tmp_path: Path) -> None:
     assert _read(path, text_field="body") == [("rows.jsonl:1", "one"), ("rows.jsonl:4", "twö")]
 
 
+def test_only_a_newline_ends_a_line_of_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    texts = ["a\u2028b", "c\u0085\x0b\x0cd", "e"]
+    path.write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline="")
+    assert [text for _, text in _read(path)] == texts
+
+
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "text": ["one", "two"]}), path)

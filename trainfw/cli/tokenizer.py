@@ -14,7 +14,7 @@ def _group() -> None:
 
 @app.command()
 def train(
-    source: Annotated[str, typer.Argument(help="python-stdlib, text files or a glob, .jsonl, .parquet, a dataset.")],
+    source: Annotated[str, typer.Argument(help="python-stdlib, text files or a glob, JSON, Parquet, a dataset.")],
     out: Annotated[str, typer.Option(help="The directory to write tokenizer.json to.")],
     vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 4096,
     text_field: Annotated[str, typer.Option(help="The column of text in JSONL, Parquet and datasets.")] = "text",
@@ -25,8 +25,10 @@ def train(
 
     reporter = make_reporter()
     try:
-        documents = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1)).documents()
-        tokenizer = train_bpe((d.text for d in documents), vocab_size, progress=reporter.progress)
+        opened = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1))
+        if opened.skipped:
+            reporter.note(f"data: {opened.skipped}")
+        tokenizer = train_bpe((d.text for d in opened.documents()), vocab_size, progress=reporter.progress)
         tokenizer.save(out)
     finally:
         reporter.close()

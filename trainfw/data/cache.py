@@ -11,7 +11,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -26,7 +26,7 @@ from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, tr
 from trainfw.errors import UserError
 from trainfw.paths import cache_dir
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EXAMPLES_VERSION = 2
 """Of what is made of examples; to be raised with any change to it."""
 BATCH_CHARACTERS = 1_000_000
@@ -50,9 +50,14 @@ class PreparedData:
     """Rows of examples that could not be used, and why."""
     remarks: tuple[str, ...] = ()
     """What else there is to know of the examples."""
+    skipped: str = ""
+    """What was found in the source and not read, by kind; empty where there is nothing."""
 
     def notes(self) -> list[str]:
-        """What whoever trains on it should know of examples: how many, which were refused and why."""
+        """What whoever trains on it should know: what was not read; of examples, how many, and which were refused."""
+        return [self.skipped, *self._counts()] if self.skipped else self._counts()
+
+    def _counts(self) -> list[str]:
         if self.train.learnt is None:
             return []
         refused = sum(one.count for one in self.refused)
@@ -74,7 +79,12 @@ def prepare(
     """
     source = open_source(config)
     tokenizer = tokenizer or _ready_tokenizer(config)
-    config = _dated(config, tokenizer)
+    return replace(_prepared(_dated(config, tokenizer), source, tokenizer, progress), skipped=source.skipped)
+
+
+def _prepared(
+    config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
+) -> PreparedData:
     fingerprint = _fingerprint(config, source, tokenizer)
     root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
     directory = root / fingerprint

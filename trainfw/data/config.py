@@ -9,6 +9,9 @@ from trainfw.config import Config, PositiveInt, invalid
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
+STDLIB = "python-stdlib"
+"""The built-in source of text."""
+
 TASK_SOURCES = ("python-stdlib-summaries", "python-stdlib-rewrites")
 """Built-in sources of prompts and completions."""
 
@@ -42,14 +45,16 @@ class DataConfig(Config):
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
-    each), .jsonl, .parquet (a document a row), or a directory written by Hugging Face `save_to_disk`. Relative paths
-    start at the working directory. `python-stdlib-summaries` (a function's source -> its docstring's first line) and
-    `python-stdlib-rewrites` (a docstring's sentence in lower case without punctuation -> the sentence) are tasks made
-    of Python's library, for `format: prompt_completion`."""
+    each), .jsonl, .json (a list of objects, or objects one after another), .parquet (a document a row), or a directory
+    written by Hugging Face `save_to_disk` (of several splits, `train`). Text and JSON may be compressed: .gz, .bz2,
+    .xz, .zst. What a directory or a glob holds and is not read is said, but for hidden files; a file that is reached
+    twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's source ->
+    its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without punctuation
+    -> the sentence) are tasks made of Python's library, for `format: prompt_completion`."""
     format: Literal["text", "chat", "prompt_completion"] = "text"
     """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
     by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the
-    completion is learnt. Both are read from JSONL, Parquet or a saved dataset, packed whole into rows, and never
+    completion is learnt. Both are read from JSON, Parquet or a saved dataset, packed whole into rows, and never
     split; rows that cannot be used are counted, and the reasons said."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem, stop_ids
 from trainfw.data.config import DataConfig, Role
-from trainfw.data.sources import Row, Unreadable
+from trainfw.data.readers import Unreadable
+from trainfw.data.sources import Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import write_learnt
 from trainfw.errors import UserError, did_you_mean

@@ -19,6 +19,7 @@ from trainfw.data.progress import Progress, reported
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
 from trainfw.paths import resolve_path
+from trainfw.utf8 import read_utf8
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -204,14 +205,14 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
-    backend = _backend(lambda: tokenizers.Tokenizer.from_file(str(file)), f"{file}: not a tokenizer.json")
+    backend = _backend(lambda: tokenizers.Tokenizer.from_str(read_utf8(file)), f"{file}: not a tokenizer.json")
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
     files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
     files.add_to(backend)
     template = file.parent / "chat_template.jinja"
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["chat_template"] = read_utf8(template)
     advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
     stops = _stop_ids(file.parent)
     return Tokenizer(backend, *_document_ids(backend, files.roles(), file, advice), settings, stops)
@@ -227,7 +228,7 @@ def _from_gguf(file: Path) -> Tokenizer:
 def _backend(load: Callable[[], tokenizers.Tokenizer], what: str) -> tokenizers.Tokenizer:
     try:
         return load()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics, which are none
         raise UserError(f"{what} that can be read: {error}") from error
@@ -269,7 +270,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_utf8(path))
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

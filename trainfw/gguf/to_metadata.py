@@ -21,6 +21,7 @@ from trainfw.gguf.tokens import (
     canonical,
     implied_merges,
 )
+from trainfw.utf8 import read_utf8
 
 _GGML = "tokenizer.ggml"
 
@@ -194,7 +195,7 @@ def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
     if (file := directory / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
+        return read_utf8(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
@@ -205,7 +206,7 @@ def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
     if absent is not None and not file.is_file():
         return absent
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_utf8(file))
     except ValueError as error:
         raise UserError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -9,17 +9,22 @@ from typing import Any
 
 from trainfw.errors import UserError
 from trainfw.paths import check_file
+from trainfw.utf8 import without_mark
 
 LIMIT = 100_000_000
 """Bytes of JSON that are read at most: the safetensors format's own limit for a header."""
 
 
 def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file, which may begin with a byte-order mark."""
     check_file(file)
     if file.stat().st_size > limit:
         raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
-    return parse_json(file.read_bytes(), str(file))
+    try:
+        data = without_mark(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    return parse_json(data, str(file))
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:

@@ -198,11 +198,11 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     length, most = recipe.data.sequence_length, recipe.model.max_position
     if length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
+    for note in data.notes():
+        reporter.note(f"data: {note}")
     if data.train.learnt is None:
         size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
     else:
-        for note in data.notes():
-            reporter.note(f"data: {note}")
         filled = ExampleRows(data.train, recipe.data.sequence_length).filled
         learnt = data.train.num_targets / data.train.num_tokens
         size = f"{learnt:.0%} of them learnt; rows of {recipe.data.sequence_length} are {filled:.1%} full"

@@ -1,0 +1,118 @@
+"""Rows of Arrow's tables, in Parquet files and saved datasets, as the JSON that they were made from.
+
+A column has one type, so Arrow gives every struct of it every key that one of them has, null where it was absent. A
+null in a struct is therefore dropped: JSON's own null cannot be told from it (JSONL and columns of JSON text keep it).
+Nor can the order of keys be told, nor an integer in a column that also has fractions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainfw.data.compressed import check_pointer
+from trainfw.errors import UserError
+
+Choose = Callable[[list[str]], list[str]]
+"""Of the columns that there are, those to read. Raises UserError where one is missing."""
+_Convert = Callable[[Any], Any]
+
+
+class NotText:
+    """A value that JSON has no form for, such as a time: a template that writes it fails, and with it its row."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return self.kind
+
+    def __str__(self) -> str:
+        raise TypeError(f"{self.kind} is not text")
+
+    def __format__(self, _form: str) -> str:
+        return str(self)
+
+
+def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file. Raises UserError where it is none."""
+    with path.open("rb") as head:
+        check_pointer(head.read(128), path)
+    with _reading(path, "a Parquet file"):
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = choose(file.schema_arrow.names)
+            yield from _rows(file.iter_batches(columns=columns, batch_size=1024))
+
+
+def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
+    """The rows of a directory written by Hugging Face `save_to_disk`; of several splits, of `train`."""
+    with _reading(path, "a saved dataset"):
+        import datasets
+
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if "train" not in dataset:
+                splits = ", ".join(dataset)
+                raise UserError(
+                    f"{path}: no `train` split; name one split's directory, such as {path}/SPLIT ({splits})"
+                )
+            dataset = dataset["train"]
+        columns = choose(dataset.column_names)
+        yield from _rows(dataset.select_columns(columns).with_format("arrow").iter(batch_size=1024))
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f'{path}: reading {what} needs {error.name}; pip install "trainfw[datasets]"') from error
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # what the libraries make of a damaged file is not written down
+        raise UserError(f"{path}: not {what} that can be read: {error}") from error
+
+
+def _rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        columns = {field.name: _converter(field.type) for field in batch.schema}
+        for row in batch.to_pylist():
+            yield {name: _converted(columns[name], value) for name, value in row.items()}
+
+
+def _converter(kind: Any) -> _Convert | None:
+    """What makes JSON of the values of an Arrow type that are not null; None where they are JSON as they come."""
+    import pyarrow
+
+    types = pyarrow.types
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return json.loads if kind.extension_name == "arrow.json" else lambda _: NotText(str(kind))
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _converter(kind.value_type)
+    if types.is_struct(kind):
+        fields = {field.name: _converter(field.type) for field in kind}
+        return lambda value: {k: _converted(fields[k], one) for k, one in value.items() if one is not None}
+    if types.is_map(kind) and _is_text(kind.key_type):
+        items = _converter(kind.item_type)
+        return lambda value: {key: _converted(items, one) for key, one in value}
+    if types.is_nested(kind) and hasattr(kind, "value_type"):  # the kinds of lists
+        inner = _converter(kind.value_type)
+        return inner and (lambda value: [_converted(inner, one) for one in value])
+    if _is_text(kind) or any(of(kind) for of in (types.is_integer, types.is_floating, types.is_boolean, types.is_null)):
+        return None
+    return lambda _: NotText(str(kind))
+
+
+def _converted(convert: _Convert | None, value: Any) -> Any:
+    return value if convert is None or value is None else convert(value)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or str(kind) == "string_view"

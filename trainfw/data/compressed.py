@@ -1,0 +1,139 @@
+"""Files that may be compressed (gzip, bzip2, xz, Zstandard), told by their first bytes and read as a stream."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trainfw.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
+LIMIT = 2**30
+"""Bytes of one document, line or value: more would not fit into memory once they are tokens."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_BLOCK = 2**18
+"""Bytes read, and at most made of them, at once: what is compressed may be a million times as long."""
+_MEMORY = 2**30
+"""Bytes that xz may take for what a file says it needs."""
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed where they are compressed, whatever its name says.
+
+    Raises UserError for a Git LFS pointer, and for an empty file with the suffix of a compression; reading raises it
+    where the data are damaged or end too early, with the last line before that. Raises OSError as `open` does.
+    """
+    file = path.open("rb")
+    head = file.read(len(_POINTER))
+    file.seek(0)
+    check_pointer(head, path)
+    for name, (magic, make) in _KINDS.items():
+        if magic.match(head):
+            return io.BufferedReader(_Decompressed(file, path, name, make), _BLOCK)
+    if not head and path.suffix.lower() in SUFFIXES:
+        file.close()
+        raise UserError(f"{path}: is empty, which no compressed file is: was it cut short?")
+    return file
+
+
+def check_pointer(head: bytes, path: Path) -> None:
+    """Raise UserError where a file begins as what Git LFS leaves in the place of one that was not fetched."""
+    if head.startswith(_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
+
+
+class _Gzip:
+    """zlib's decompressor with the methods of the other three."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        made = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        self.needs_input = not self._inner.unconsumed_tail and len(made) < max_length
+        return made
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+
+def _zstandard() -> Any:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # as `zstd --long=31` writes
+
+
+_KINDS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any]]] = {
+    "gzip": (re.compile(rb"\x1f\x8b\x08"), _Gzip),
+    "bzip2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
+    "xz": (re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY)),
+    "Zstandard": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstandard),
+}
+"""How each kind begins (Zstandard also with a frame to be skipped), and what decompresses one stream of it."""
+
+
+class _Decompressed(io.RawIOBase):
+    """The text of a compressed file, which may hold several streams one after another and end in zeros."""
+
+    def __init__(self, file: BinaryIO, path: Path, kind: str, make: Callable[[], Any]) -> None:
+        self._file, self._path, self._kind, self._make = file, path, kind, make
+        self._stream = make()
+        self._lines = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            made = self._next(min(len(buffer), _BLOCK))
+        except (zlib.error, lzma.LZMAError, zstd.ZstdError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # of the disk, not of what bz2 makes of the data
+                raise
+            raise UserError(
+                f"{self._path}: {self._kind} data are damaged ({error}); read as far as line {self._lines}"
+            ) from None
+        self._lines += made.count(b"\n")
+        buffer[: len(made)] = made
+        return len(made)
+
+    def _next(self, length: int) -> bytes:
+        """Some of the text, no more than `length` bytes; nothing at its end."""
+        while True:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")
+                while not rest and (block := self._file.read(_BLOCK)):
+                    rest = block.lstrip(b"\0")
+                if not rest:
+                    return b""
+                self._stream = self._make()
+                made = self._stream.decompress(rest, length)
+            elif self._stream.needs_input:
+                if not (block := self._file.read(_BLOCK)):
+                    raise EOFError("it was cut short")
+                made = self._stream.decompress(block, length)
+            else:
+                made = self._stream.decompress(b"", length)
+            if made:
+                return made
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

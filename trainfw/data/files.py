@@ -1,0 +1,201 @@
+"""Files of a source: a path, a directory or a glob as the inputs there, and what there is no input."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from trainfw.data.compressed import SUFFIXES
+from trainfw.data.config import STDLIB, TASK_SOURCES
+from trainfw.errors import UserError, did_you_mean
+
+SAVED = "/"
+"""The kind of a saved dataset, which is a directory."""
+
+_SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
+_MANY = {
+    "directory": "directories",
+    "directory reached twice": "directories reached twice",
+    "directory that cannot be read": "directories that cannot be read",
+    "dangling link": "dangling links",
+    **{kind: f"{kind}s" for kind in _SPECIAL.values()},
+}
+"""Plurals of what is skipped, where they differ."""
+_SHOWN = 12
+"""Kinds of what is skipped that are said."""
+_Pattern = tuple[str, ...]
+"""The parts of a glob."""
+
+
+class Found(NamedTuple):
+    """A file, or the directory of a saved dataset."""
+
+    path: Path
+    name: str
+    """Its path within its source."""
+    kind: str
+    """Its suffix in lower case, without that of a compression, or `SAVED`."""
+
+
+class Skipped:
+    """Counts what was come upon and is not read, by kind, with the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, example: str = "") -> None:
+        self.counts[kind] += 1
+        self._first.setdefault(kind, f" ({example})" if example else "")
+
+    def __str__(self) -> str:
+        """Such as `3 files skipped: 2 .csv, 1 suffixless (README)`; empty where there is none."""
+        total = self.counts.total()
+        shown = [
+            f"{n:,} {_MANY.get(kind, kind) if n > 1 else kind}{self._first[kind]}"
+            for kind, n in self.counts.most_common(_SHOWN)
+        ]
+        more = ", ..." if len(self.counts) > _SHOWN else ""
+        return f"{total:,} file{'s' * (total > 1)} skipped: {', '.join(shown)}{more}" if total else ""
+
+
+class Finder:
+    """Finds inputs of some kinds, and counts in `skipped` what it comes upon beside them.
+
+    A directory is the glob of all below it. Links are followed, nothing hidden (`.git`, say) is come upon, and what is
+    reached twice is read once: a glob and a name that overlap are no wish to learn a file twice.
+    """
+
+    def __init__(self, kinds: Iterable[str], why_not: Callable[[Path, str], str | None]):
+        """`why_not(path, kind)`: of a file that was not named, why it is none to read, or None where it is one."""
+        self.skipped = Skipped()
+        self._kinds = [kind for kind in kinds if kind != SAVED]
+        self._why_not = why_not
+        self._reached: set[str] = set()
+
+    def find(self, name: str) -> list[Found]:
+        """The inputs that `name` stands for, in order. Raises UserError where it stands for none."""
+        path = Path(os.path.expanduser(name))
+        if not name:
+            raise UserError("source: a name is empty; expected the path of a file or a directory")
+        if os.path.isdir(path):
+            found = [Found(path, path.name, SAVED)] if is_saved_dataset(path) else self._all(path, ("**", "*"), name)
+        elif os.path.lexists(path):
+            found = [self._named(path, name)]
+        elif glob.has_magic(name):
+            root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+            found = self._all(root, path.relative_to(root).parts, name)
+        else:
+            siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+            hint = did_you_mean(str(path), [STDLIB, *TASK_SOURCES, *siblings])
+            raise UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
+        return [one for one in found if self._is_new(one)]
+
+    def _named(self, path: Path, name: str) -> Found:
+        if odd := _odd(path):
+            kind, detail = odd
+            raise UserError(f"source {name!r} is a {kind}{detail and f' to {detail}'}; expected a file or a directory")
+        kind, suffix = file_kind(path)
+        if kind not in self._kinds:
+            also = "" if ".txt" in self._kinds else " as rows of examples"
+            hint = did_you_mean(suffix, self._kinds)
+            raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
+        return Found(path, path.name, kind)
+
+    def _all(self, root: Path, pattern: _Pattern, name: str) -> list[Found]:
+        before, found = self.skipped.counts.copy(), []
+        for path in self._walk(root, {pattern}, {os.path.realpath(root)}):
+            shown = path.relative_to(root).as_posix()
+            kind, suffix = file_kind(path)
+            if os.path.isdir(path):
+                found.append(Found(path, shown, SAVED))
+            elif odd := _odd(path):
+                self.skipped.add(odd[0], f"{shown} -> {odd[1]}" if odd[1] else shown)
+            elif kind not in self._kinds:
+                self.skipped.add(suffix or "suffixless", "" if suffix else shown)
+            elif reason := self._why_not(path, kind):
+                self.skipped.add(f"{suffix} without rows", f"{shown}: {reason}")
+            else:
+                found.append(Found(path, shown, kind))
+        if not found:
+            others = sorted(self.skipped.counts - before)
+            if not others and pattern != ("**", "*"):
+                raise UserError(f"source {name!r} matches no file (seen from {Path.cwd()})")
+            raise UserError(
+                f"source {name!r}: no file that can be read (one of {', '.join(self._kinds)}) and no saved dataset; "
+                f"found {', '.join(others[:8]) or 'nothing'}"
+            )
+        return found
+
+    def _walk(self, directory: Path, patterns: set[_Pattern], entered: set[str]) -> Iterator[Path]:
+        """What is below `directory` and matches one of the patterns, sorted part by part of the path."""
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError as error:
+            if os.path.isdir(directory):
+                self.skipped.add("directory that cannot be read", f"{directory}: {error.strerror}")
+            return
+        for name in names:
+            path, left = directory / name, _after(patterns, name)
+            matches, deeper = () in left, left - {()}
+            if matches and (not os.path.isdir(path) or is_saved_dataset(path)):
+                yield path
+            elif not left or not os.path.isdir(path):
+                continue
+            elif not deeper:
+                self.skipped.add("directory", name)
+            elif (real := os.path.realpath(path)) in entered:
+                self.skipped.add("directory reached twice", name)
+            else:
+                entered.add(real)
+                yield from self._walk(path, deeper, entered)
+
+    def _is_new(self, found: Found) -> bool:
+        real = os.path.realpath(found.path)
+        if real in self._reached:
+            self.skipped.add("reached twice", found.name)
+            return False
+        self._reached.add(real)
+        return True
+
+
+def file_kind(path: Path) -> tuple[str, str]:
+    """(Its suffix in lower case without that of a compression, and with it)."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    kind = Path(name.removesuffix(compression)).suffix
+    return kind, kind + compression
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this directory."""
+    return os.path.isfile(path / "dataset_dict.json") or os.path.isfile(path / "state.json")
+
+
+def _odd(path: Path) -> tuple[str, str] | None:
+    """What is not a regular file, and where it leads: it would be waited for, or is not there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return ("dangling link", os.readlink(path)) if os.path.islink(path) else (error.strerror or "missing file", "")
+    return None if stat.S_ISREG(mode) else (_SPECIAL.get(stat.S_IFMT(mode), "special file"), "")
+
+
+def _after(patterns: set[_Pattern], name: str) -> set[_Pattern]:
+    """What is left of each pattern below a `name` that it matches; () where it ends there."""
+    left: set[_Pattern] = set()
+    hidden = name.startswith(".")
+    for pattern in patterns:
+        while pattern and pattern[0] == "**":
+            if not hidden:
+                left |= {pattern, pattern[1:]} if len(pattern) == 1 else {pattern}
+            pattern = pattern[1:]
+        if pattern and fnmatch.fnmatchcase(name, pattern[0]) and (not hidden or pattern[0].startswith(".")):
+            left.add(pattern[1:])
+    return left
