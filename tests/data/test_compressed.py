@@ -49,8 +49,8 @@ def test_the_text_is_that_of_the_plain_file(tmp_path: Path, kind: str) -> None:
     }
     if kind == "Zstandard":
         forms["skippable"] = b"\x50\x2a\x4d\x18\x03\0\0\0abc" + forms["one"] + b"\x5e\x2a\x4d\x18\0\0\0\0"  # pzstd
-        options = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.enable_long_distance_matching: 1}
-        forms["long"] = zstd.compress(ROWS, options=options)
+        long = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})
+        forms["long"] = long.compress(ROWS) + long.flush()  # as `zstd --long=28` writes a stream
     for name, data in forms.items():
         path = tmp_path / f"{name}.jsonl{SUFFIX[kind]}"
         path.write_bytes(data)

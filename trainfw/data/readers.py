@@ -37,11 +37,13 @@ class Unreadable:
 
 def read_text(path: Path, _field: str) -> Iterator[tuple[str, str]]:
     """The whole file as one document."""
+    blocks, size = [], 0
     with open_plain(path) as file:
-        data = file.read(LIMIT + 1)
-    if len(data) > LIMIT:
-        raise UserError(f"{path}: a document of more than {LIMIT:,} bytes; cut it into several files, or rows of JSONL")
-    text = decode_utf8(data, path)
+        while block := file.read(2**20):  # `read(LIMIT)` would ask for as much memory at once
+            blocks.append(block)
+            if (size := size + len(block)) > LIMIT:
+                raise UserError(f"{path}: a document of more than {LIMIT:,} bytes; cut it, or make it rows of JSONL")
+    text = decode_utf8(b"".join(blocks), path)
     if 4 * text.count("\0", 0, 1024) > len(text[:1024]):
         raise UserError(f"{path}: a quarter of it is NUL characters: no text, or UTF-16; expected UTF-8")
     yield "", text
