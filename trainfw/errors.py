@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 TRY_AGAIN = 75
 """Exit code of a command that failed for no fault of its input: given again, it goes on (EX_TEMPFAIL, sysexits.h)."""
@@ -11,6 +13,9 @@ TRY_AGAIN = 75
 
 class UserError(ValueError):
     """Bad input: a recipe, an argument or a file the user can fix. The CLI exits 2, with no traceback."""
+
+    field = ""
+    """Of the section of a recipe that the raising code was given, the field to blame; see `about`."""
 
 
 class RunError(RuntimeError):
@@ -35,12 +40,35 @@ def one_of(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {same[0]!r}?" if same else f"; one of: {', '.join(choices)}"
 
 
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """A UserError inside is about `field` of a section, unless it says of which itself (`Recipe.blamed` reads it)."""
+    try:
+        yield
+    except UserError as error:
+        error.field = error.field or field
+        raise
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
     choices = list(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    close = nearest(word, choices)
+    if close is not None:
+        return f"; did you mean {close!r}?"
     if 0 < len(choices) <= 12:
         return f"; one of: {', '.join(choices)}"
     return ""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that is most like `word`, whatever its case, hyphens and underscores; None where none is like it."""
+    plain: dict[str, str] = {}
+    for choice in choices:
+        plain.setdefault(_plain(choice), choice)
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    return plain[close[0]] if close else None
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[-_ ]", "", word.lower())

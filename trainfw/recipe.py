@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import keyword
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
@@ -18,10 +19,11 @@ from trainfw.backends import load_sdk
 from trainfw.checkpoint import CheckpointConfig
 from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, did_you_mean, nearest
 from trainfw.hardware import HardwareConfig
 from trainfw.interop import read_model_config
 from trainfw.models import ModelConfig
+from trainfw.names import KEYS, SECTIONS, VALUES
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import resolve_path
@@ -69,20 +71,33 @@ class Recipe(Config):
         # Where a key was written is not part of what it says.
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
+    def written(self, key: str) -> str:
+        """Where `key` itself was written, `file:line` or `command line`; empty for a default."""
+        return self._sources.get(key, "")
+
     def error(self, key: str, problem: str) -> UserError:
         """A UserError that says where `key` (dotted) was written, its value, and the problem."""
         value: Any = self
         for part in key.split("."):
             value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
-        return UserError(f"{_where(key, self._sources)}{key} = {_show(value)}: {problem}")
+        return UserError(f"{_where(key, self._sources, problem)}{key} = {_show(value)}: {problem}")
 
     @contextlib.contextmanager
     def blamed(self, key: str) -> Iterator[None]:
-        """A UserError inside is about `key`: say so, and where it was written."""
+        """A UserError inside is about `key`: say so, and where it was written.
+
+        Of a section, about the field that the message begins with, or that the error names (`errors.about`).
+        """
         try:
             yield
         except UserError as error:
-            raise UserError(f"{_where(key, self._sources)}{key}: {error}") from error
+            text = str(error)
+            first = re.match(r"[a-z_0-9.]+(?= =|:| ')", text)
+            if first and f"{key}.{first[0]}" in keys():
+                key, text = f"{key}.{first[0]}", text[first.end() :]
+            else:
+                key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
+            raise UserError(f"{_where(key, self._sources, text)}{key}{text}") from error
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out; loads back to the same recipe."""
@@ -94,12 +109,20 @@ class Recipe(Config):
         return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe file (or a bundled recipe by name), its `extends` chain and `key=value` overrides.
+def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe file (or a bundled recipe by name, or a file's keys as a dict), what it extends, and overrides.
 
     Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
     """
-    tree, sources = _read(find_recipe(path), ())
+    if isinstance(overrides, str | Mapping) or not all(isinstance(text, str) for text in overrides):
+        raise UserError(f"overrides = {_show(overrides)}: expected a list of key=value, such as ['train.steps=50']")
+    if isinstance(path, Mapping):
+        tree, sources = _extended(dict(path), {}, Path(), ())
+        path = "recipe"
+    elif isinstance(path, str | os.PathLike):
+        tree, sources = _read(find_recipe(path), ())
+    else:
+        raise UserError(f"recipe = {_show(path)}: expected the path of a file, a bundled recipe's name, or a dict")
     # The preset or the weights first: they replace the inherited model, which other overrides then refine.
     for override in sorted(overrides, key=lambda text: not text.startswith(_WHOLE_MODEL)):
         key, found, text = override.partition("=")
@@ -113,6 +136,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
     return _validate(tree, sources, str(path))
+
+
+def expect_recipe(given: Any) -> Recipe:
+    """`given`, which Python code handed over as a recipe. Raises UserError, with the call that makes one, if it is none."""
+    if isinstance(given, Recipe):
+        return given
+    path = _show(given) if isinstance(given, str | os.PathLike | Mapping) else "'quickstart'"
+    raise UserError(f"recipe = {_show(given)}: expected a trainfw.Recipe, such as trainfw.load_recipe({path}) returns")
 
 
 def json_schema() -> dict[str, Any]:
@@ -220,18 +251,24 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
         raise UserError(f"{file}:{node.start_mark.line + 1}: expected `key: value` lines at the top level")
     sources: Sources = {}
     tree = _construct(node, "", file, sources)
+    return _extended(tree, sources, file.parent, chain)
 
+
+def _extended(
+    tree: dict[str, Any], sources: Sources, directory: Path, chain: tuple[Path, ...]
+) -> tuple[dict[str, Any], Sources]:
+    """Keys merged over those they extend, and where each was written."""
     if "extends" not in tree:
         return tree, sources
     base = tree.pop("extends")
-    where = sources.pop("extends")
+    where = sources.pop("extends", "recipe")
     if not isinstance(base, str):
         raise UserError(f"{where}: extends = {_show(base)}: expected the path of another recipe")
-    base_file, bundled = file.parent / base, bundled_recipes()
+    base_file, bundled = directory / base, bundled_recipes()
     if not base_file.is_file():
         base_file = bundled.get(base.removesuffix(".yaml"), base_file)
     if not base_file.is_file():
-        beside = [p.name for p in file.parent.glob("*.yaml")]
+        beside = [p.name for p in directory.glob("*.yaml")]
         raise UserError(f"{where}: extends = {base!r}: no such file{did_you_mean(base, [*beside, *bundled])}")
     if base_file.resolve() in chain:
         cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
@@ -384,38 +421,73 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
     # A field that takes several types is followed by their names.
     if kind != "extra_forbidden":
         path = [part for part in path if part not in ("str", "list[str]")]
+    elif "." not in path[-1]:
+        while isinstance(value, dict) and len(value) == 1:  # of an unknown section, the key in it
+            (name, value), *_ = value.items()
+            path.append(str(name))
     key = ".".join(path)
-    where = _where(key, sources) or f"{file}: "
+    where = _where(key, sources, error["msg"] if kind == "combination" else "") or f"{file}: "
     match kind:
         case "extra_forbidden" if "." in path[-1]:
             section, _, rest = path[-1].partition(".")
             return f"{where}{key}: unknown key; in a file, write it as a section, {section}: {{{rest}: ...}}"
         case "extra_forbidden":
-            return f"{where}{key} = {_show(value)}: unknown key{_nearest_key(key)}"
+            return f"{where}{key} = {_show(value)}: unknown key{nearest_key(key)}"
         case "missing":
-            return f"{where}{key}: is required{_nearest_key(key) if not key else ''}"
+            return f"{where}{key}: is required{nearest_key(key) if not key else ''}"
         case "combination":
             return f"{where}{key}: {error['msg']}"
         case "literal_error":
             choices = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
-            if type(None) in get_args(dict(_keys(Recipe)).get(key)):
+            if type(None) in get_args(keys().get(key)):
                 choices.append("null")
-            return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(str(value), choices)}"
+            return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
         case "model_type" | "model_attributes_type":
             return f"{where}{key} = {_show(value)}: expected a section, `{path[-1] if path else file}: {{key: value}}`"
         case _:
             expected = re.sub(r"^(Input should be|Value should|String should) ", "", error["msg"])
-            return f"{where}{key} = {_show(value)}: expected {expected[:1].lower()}{expected[1:]}"
+            hint = _meant(kind, value)
+            return f"{where}{key} = {_show(value)}: expected {expected[:1].lower()}{expected[1:]}{hint}"
 
 
-def _where(key: str, sources: Sources) -> str:
-    """`file:line: ` of the key, or of the nearest section it is in, or of what is in it."""
-    inside = next((source for name, source in sources.items() if name.startswith(f"{key}.")), None)
-    while key:
-        if key in sources:
-            return f"{sources[key]}: "
-        key = key.rpartition(".")[0]
-    return "" if inside is None else f"{inside}: "
+def _where(key: str, sources: Sources, problem: str = "") -> str:
+    """`file:line: ` of the key, or of the nearest section it is in, or of what is in it.
+
+    What the command line says is blamed before what a file does: the key itself, what is in it, or a key that the
+    problem names.
+    """
+    inside = [name for name in sources if name.startswith(f"{key}.")]
+    written = key
+    while written and written not in sources:
+        written = written.rpartition(".")[0]
+    found = sources[written] if written else sources[inside[0]] if inside else ""
+    if found != _COMMAND_LINE:
+        given = [name for name, source in sources.items() if source == _COMMAND_LINE]
+        named = next((name for name in given if name in inside or _names(problem, name, key)), None)
+        found = found if named is None else f"{_COMMAND_LINE} ({named})"
+    return f"{found}: " if found else ""
+
+
+def _names(problem: str, name: str, key: str) -> bool:
+    """Whether a problem with `key` is said to be one with the key `name` too, which one of its section may shorten."""
+    section, _, last = name.rpartition(".")
+    short = f"|{re.escape(last)}" if section and key.startswith(f"{section}.") else ""
+    return re.search(rf"(?<![\w.])(?:{re.escape(name)}{short})(?!\w|\.\w)", problem) is not None
+
+
+def _meant(kind: str, value: Any) -> str:
+    """What a value of the wrong type was meant to be, where it can be read."""
+    text = str(value).strip().lower()
+    if kind.startswith("bool"):
+        words = {"true": ("true", "yes", "on", "1", "y"), "false": ("false", "no", "off", "0", "n")}
+        return next((f"; did you mean {word}?" for word, same in words.items() if text in same), "")
+    found = re.fullmatch(r"([-+]?\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?) ?([kmb]?)", text)
+    if not kind.startswith(("int", "float")) or isinstance(value, bool) or found is None:
+        return ""
+    number = float(re.sub("[_,]", "", found[1])) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2]]
+    if kind.startswith("float"):
+        return f"; did you mean {number:g}?"
+    return f"; did you mean {number:.0f}?" if number.is_integer() else ""
 
 
 def _show(value: Any) -> str:
@@ -431,28 +503,55 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+@functools.cache
+def keys() -> dict[str, Any]:
+    """Every valid dotted key, and its type."""
+    return dict(_keys(Recipe))
+
+
 def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every valid dotted key under a Config, and its type."""
     for attribute, field in config.model_fields.items():
         name = field.alias or attribute
         yield f"{prefix}{name}", field.annotation
         for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(field.annotation) is not dict:
                 yield from _keys(kind, f"{prefix}{name}.")
 
 
-def _nearest_key(key: str) -> str:
-    """The nearest valid key: one of the same section, or one of that name in another."""
-    valid = [k for k, _ in _keys(Recipe)]
-    parent, _, last = key.rpartition(".")
-    elsewhere = [k for k in valid if k.rpartition(".")[2] == last]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]!r}?"
-    siblings = [k.rpartition(".")[2] for k in valid if k.rpartition(".")[0] == parent]
-    near = did_you_mean(last, siblings)
-    return near.replace("mean '", f"mean '{parent}.") if parent and "mean" in near else near
+def nearest_key(key: str) -> str:
+    """`"; did you mean 'x'?"` for a key that is none: by another trainer's name for it, or by its letters."""
+    valid = keys()
+    section, _, last = key.rpartition(".")
+    name = last.lower().replace("-", "_")
+    sections = [k for k, kind in valid.items() if any(k == other.rpartition(".")[0] for other in valid)]
+    ours = SECTIONS.get(section, section) if section else ""
+    ours = ours if ours in sections else nearest(ours, sections) or ""
+    same = [k for k in valid if k.rpartition(".")[2] == name]
+    known = (
+        KEYS.get(f"{section}.{name}")
+        or next((k for k in same if section and k == f"{ours}.{name}"), None)
+        or KEYS.get(name)
+        or (SECTIONS.get(name) if not section else None)
+        or next(iter(same), None)
+    )
+    if known is not None:
+        found, _, note = known.partition(" ")
+        return f"; did you mean {found!r}?{f' {note}' if note else ''}"
+    siblings = {k.rpartition(".")[2]: k for k in valid if k.rpartition(".")[0] == ours}
+    close = nearest(last, siblings)
+    if close is not None:
+        return f"; did you mean {siblings[close]!r}?"
+    anywhere = {k.rpartition(".")[2]: k for k in reversed(valid)} | KEYS
+    close = nearest(last, anywhere)
+    if close is not None:
+        found = anywhere[close].partition(" ")[0]
+        return f"; did you mean {found!r}?"
+    return did_you_mean(last, siblings)
 
 
-def _nearest(word: str, choices: Sequence[str]) -> str:
-    near = did_you_mean(word, choices)
+def _nearest(value: Any, choices: Sequence[str]) -> str:
+    known = VALUES.get(str(value).lower())
+    if known in choices:
+        return f"; did you mean {known!r}?"
+    near = did_you_mean(str(value), choices)
     return near if "mean" in near else ""

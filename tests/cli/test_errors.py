@@ -20,7 +20,7 @@ def run(monkeypatch, *arguments: str) -> int:
 # (a line put into the recipe, or None; arguments; what the message must say)
 OVERRIDES = {
     "unknown key": ("train.stepz=5", "command line: train.stepz = 5: unknown key; did you mean 'train.steps'?"),
-    "unknown section": ("trian.steps=5", "command line: trian = {'steps': 5}: unknown key; did you mean 'train'?"),
+    "unknown section": ("trian.steps=5", "command line: trian.steps = 5: unknown key; did you mean 'train.steps'?"),
     "key of another section": ("train.learning_rate=1", "did you mean 'optimizer.learning_rate'?"),
     "word for a number": ("train.steps=many", "train.steps = 'many': expected a valid integer"),
     "float for an integer": ("train.steps=1.5", "train.steps = 1.5: expected a valid integer"),

@@ -137,13 +137,13 @@ def test_split_does_not_depend_on_the_rest() -> None:
 def test_a_split_cannot_be_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("only one")
     config = DataConfig(source=str(tmp_path / "a.txt"), sequence_length=8, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"validation split is empty: validation_fraction = 0.02 of 1 document"):
+    with pytest.raises(UserError, match=r"validation_fraction = 0.02: the validation split is empty, of 1 document"):
         prepare(config)
 
 
 def test_unwritable_cache(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write the token cache in .*; name another in cache_dir"):
+    with pytest.raises(UserError, match=r"cannot write the token cache in .*; name another in data.cache_dir"):
         prepare(DataConfig(**config.model_dump() | {"cache_dir": str(tmp_path / "file" / "cache")}))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Overrides, RecipePath, Resume, RunDir, check_resume
+from trainfw.cli.options import Accept, Overrides, RecipePath, Resume, RunDir, check_resume
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
@@ -20,16 +20,17 @@ def local(
     devices: Annotated[int, typer.Option(help="CPU devices that each of them simulates.")] = 1,
     resume: Resume = "auto",
     run_dir: RunDir = None,
+    accept: Accept = None,
 ) -> None:
     """Train in several processes of this machine, as on several instances."""
-    from trainfw.launch import launch_local
+    from trainfw.launch import accepting, launch_local
     from trainfw.recipe import load_recipe
 
     check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     directory = run_dir or os.path.join("runs", loaded.name)
     command = [sys.executable, "-m", "trainfw", "train", recipe, *(overrides or ())]
-    command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume]
+    command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
     code = launch_local(command, processes, Path(directory) / "logs", lambda text: typer.echo(text, err=True))
     if code:
         raise typer.Exit(code)
@@ -53,6 +54,7 @@ def slurm(
         int | None, typer.Option(help="CPU devices that each process simulates.", show_default=False)
     ] = None,
     run_dir: RunDir = None,
+    accept: Accept = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
     """Train under Slurm: one process a node, saved and requeued when it is stopped."""
@@ -74,6 +76,7 @@ def slurm(
         options=sbatch or (),
         tasks_per_node=tasks_per_node,
         devices=devices,
+        accept=accept or (),
     )
     if dry_run:
         typer.echo(job.script(), nl=False)
@@ -114,6 +117,7 @@ def kubernetes(
     run_dir: Annotated[
         str | None, typer.Option(help="In the pods (default: runs/NAME in the first volume).", show_default=False)
     ] = None,
+    accept: Accept = None,
 ) -> None:
     """Print a JobSet that trains: one pod a node, started anew when it stops for no fault of its own.
 
@@ -135,5 +139,6 @@ def kubernetes(
         grace=grace,
         restarts=restarts,
         run_dir=run_dir,
+        accept=accept or (),
     )
     typer.echo(job.manifest(), nl=False)

@@ -32,6 +32,14 @@ Devices = Annotated[
 ]
 Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
 RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Go on with another value of this key (or section), which changes the losses. Give it for each.",
+        show_default=False,
+    ),
+]
 Step = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
 ]

@@ -3,12 +3,13 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainfw.cli.options import Devices, Overrides, RecipePath, Resume, RunDir, check_resume
+from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume
 from trainfw.cli.signals import leaving_at_once
 from trainfw.errors import RunError
 
@@ -24,6 +25,7 @@ def train(
     devices: Devices = None,
     resume: Resume = "auto",
     run_dir: RunDir = None,
+    accept: Accept = None,
     as_backend: Annotated[
         str | None,
         typer.Option("--as", metavar="neuron", help="Run on the CPU what Neuron would run, under its rules."),
@@ -34,10 +36,12 @@ def train(
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
     from trainfw.recipe import load_recipe
-    from trainfw.training import tiny_overrides
+    from trainfw.training import check_accept, check_inputs, tiny_overrides
 
     check_resume(resume)
+    check_accept(accept or ())
     loaded = load_recipe(recipe, overrides or ())
+    check_inputs(loaded)
     if tiny:
         devices = devices or 8
         shrunk = tiny_overrides(loaded, devices)
@@ -48,7 +52,7 @@ def train(
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     _ignore_what_failed_saves_leave()
     with leaving_at_once():
-        _run(loaded, devices, resume, run_dir, as_backend)
+        _run(loaded, devices, resume, run_dir, accept or (), as_backend)
 
 
 def _ignore_what_failed_saves_leave() -> None:
@@ -63,7 +67,14 @@ def _ignore_what_failed_saves_leave() -> None:
     sys.unraisablehook = hook
 
 
-def _run(loaded: Recipe, devices: int | None, resume: str, run_dir: str | None, as_backend: str | None) -> None:
+def _run(
+    loaded: Recipe,
+    devices: int | None,
+    resume: str,
+    run_dir: str | None,
+    accept: Sequence[str],
+    as_backend: str | None,
+) -> None:
     from trainfw import backends
     from trainfw.parallel import AXES
 
@@ -83,7 +94,14 @@ def _run(loaded: Recipe, devices: int | None, resume: str, run_dir: str | None, 
             _check(program, reporter)
 
     try:
-        training.train(loaded, run_dir=run_dir, resume=resume, reporter=reporter, approve=approve)  # type: ignore[arg-type]
+        training.train(
+            loaded,
+            run_dir=run_dir,
+            resume=resume,  # type: ignore[arg-type]
+            accept=accept,
+            reporter=reporter,
+            approve=approve,
+        )
     except training.Interrupted as stop:
         reporter.close()
         what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"

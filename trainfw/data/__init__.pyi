@@ -1,4 +1,5 @@
 from .cache import PreparedData as PreparedData
+from .cache import check_source as check_source
 from .cache import prepare as prepare
 from .chat import ChatTemplate as ChatTemplate
 from .chat import chat_prompt as chat_prompt

@@ -23,8 +23,8 @@ from trainfw.data.progress import Progress, reported
 from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from trainfw.errors import UserError
-from trainfw.paths import cache_dir
+from trainfw.errors import UserError, about
+from trainfw.paths import cache_dir, resolve_path
 
 FORMAT_VERSION = 2
 EXAMPLES_VERSION = 2
@@ -77,8 +77,10 @@ def prepare(
     them builds. Raises UserError where the source cannot be read, no row of it can be used, a split would be empty, or
     the cache cannot be written.
     """
-    source = open_source(config)
-    tokenizer = tokenizer or _ready_tokenizer(config)
+    with about("source"):
+        source = open_source(config)
+    with about("tokenizer.path"):
+        tokenizer = tokenizer or _ready_tokenizer(config)
     return replace(_prepared(_dated(config, tokenizer), source, tokenizer, progress), skipped=source.skipped)
 
 
@@ -99,15 +101,26 @@ def _prepared(
             for leftover in (partial, directory):
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
-            _build(partial, config, source, tokenizer, progress)
+            with about("source"):
+                _build(partial, config, source, tokenizer, progress)
             partial.rename(directory)
     except OSError as error:  # of the cache only: a source raises UserError
         raise UserError(
-            f"cannot write the token cache in {root}: {error.strerror or error}; name another in cache_dir"
+            f"cannot write the token cache in {root}: {error.strerror or error}; name another in data.cache_dir"
         ) from error
     found = _open(directory, fingerprint, tokenizer)
     assert found is not None, f"{directory} was just built, yet is not whole"
     return found
+
+
+def check_source(config: DataConfig) -> None:
+    """Raise UserError where the source, or the tokenizer's file, is not there. Reads neither."""
+    with about("source"):
+        open_source(config)
+    with about("tokenizer.path"):
+        path = config.tokenizer.path
+        if path is not None and not resolve_path(path).exists():
+            raise UserError(f"no tokenizer at {path}: expected a tokenizer.json, or a directory that holds one")
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -202,8 +215,8 @@ def _build(
     for split, info in infos.items():
         if info.num_documents == 0:
             raise UserError(
-                f"the {split} split is empty: validation_fraction = {config.validation_fraction} of {total} "
-                f"{'example' if examples else 'document'}(s) leaves it none; change the fraction, or give more "
+                f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
+                f"{'example' if examples else 'document'}(s); change the fraction, or give more "
                 f"{'examples' if examples else 'documents (of JSONL and Parquet, each row is one)'}"
             )
     meta = {split: info.as_dict() for split, info in infos.items()} | {

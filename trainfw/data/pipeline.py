@@ -45,7 +45,7 @@ class TrainIterator(Iterator[Batch]):
         return self._take()
 
     def _pass_skipped(self) -> None:
-        while self._next_row in self._skipped:
+        while not self._skipped.isdisjoint(range(self._next_row, self._next_row + self._global_batch_size)):
             self._take()
 
     def _take(self) -> Batch:
@@ -73,9 +73,9 @@ class TrainIterator(Iterator[Batch]):
         self._pass_skipped()
         return self._next_row
 
-    def skip(self, first_rows: Iterable[int]) -> None:
-        """Leave out the batches that start at these rows of the order, now and after `set_state`."""
-        self._skipped = frozenset(first_rows)
+    def skip(self, rows: Iterable[int]) -> None:
+        """Leave out the batches in which any of these rows of the order is, now and after `set_state`."""
+        self._skipped = frozenset(rows)
 
     def restart(self) -> None:
         """Go back to the beginning."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from trainfw.errors import UserError
-from trainfw.launch.nodes import count_nodes
+from trainfw.launch.nodes import accepting, count_nodes
 from trainfw.recipe import Recipe
 
 _API = "jobset.x-k8s.io/v1alpha2"
@@ -51,6 +51,8 @@ class KubernetesJob:
     queue: str | None
     grace: int
     restarts: int
+    accept: Sequence[str]
+    """Options of `trainfw train`."""
 
     def manifest(self) -> str:
         """YAML for `kubectl apply`: a ConfigMap of the recipe, and the JobSet."""
@@ -110,10 +112,11 @@ class KubernetesJob:
         if devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
             volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
             mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        recipe = f"{_RECIPE}/recipe.yaml"
         container = {
             "name": "trainfw",
             "image": self.image,
-            "command": ["python", "-m", "trainfw", "train", f"{_RECIPE}/recipe.yaml", "--run-dir", self.run_dir],
+            "command": ["python", "-m", "trainfw", "train", recipe, "--run-dir", self.run_dir, *self.accept],
             "env": self._environment(),
             "volumeMounts": mounts,
             **({"resources": {"limits": resources, "requests": resources}} if resources else {}),
@@ -159,6 +162,7 @@ def kubernetes_job(
     grace: int = 120,
     restarts: int = 100,
     run_dir: str | None = None,
+    accept: Sequence[str] = (),
 ) -> KubernetesJob:
     """A JobSet for a recipe.
 
@@ -169,6 +173,7 @@ def kubernetes_job(
         nodes: pods; by default the topology's instances.
         efa: EFA interfaces for each pod; by default those of the instance.
         resources: `NAME=AMOUNT` to ask for and be limited to, for each pod.
+        accept: keys of which the run is to go on with another value (`trainfw train --accept`).
 
     Raises UserError for names and numbers that cannot be.
     """
@@ -227,6 +232,7 @@ def kubernetes_job(
         queue=queue,
         grace=grace,
         restarts=restarts,
+        accept=accepting(accept),
     )
 
 

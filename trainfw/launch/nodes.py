@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainfw.errors import UserError
 from trainfw.recipe import Recipe
+from trainfw.training import check_accept
 
 
 def count_nodes(recipe: Recipe, nodes: int | None) -> int:
@@ -16,3 +19,9 @@ def count_nodes(recipe: Recipe, nodes: int | None) -> int:
             f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
         )
     return count
+
+
+def accepting(keys: Sequence[str]) -> list[str]:
+    """The options of `trainfw train` that accept other values of keys. Raises UserError for keys that cannot be."""
+    check_accept(keys)
+    return [word for key in keys for word in ("--accept", key)]

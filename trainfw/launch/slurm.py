@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import TRY_AGAIN, RunError, UserError
-from trainfw.launch.nodes import count_nodes
+from trainfw.launch.nodes import accepting, count_nodes
 from trainfw.recipe import Recipe
 
 SCRIPT = "launch.sbatch"
@@ -44,6 +44,8 @@ class SlurmJob:
     """Further options of sbatch, such as --exclude=trn-7."""
     devices: int | None = None
     """Simulate this many CPU devices in each process."""
+    accept: Sequence[str] = ()
+    """Keys of which the run is to go on with another value (`trainfw train --accept`)."""
     python: str = sys.executable
 
     def script(self) -> str:
@@ -66,6 +68,7 @@ class SlurmJob:
         command = [self.python, "-m", "trainfw", "train", self.recipe, *self.overrides, "--run-dir", str(self.run_dir)]
         if self.devices is not None:
             command += ["--devices", str(self.devices)]
+        command += accepting(self.accept)
         directives = "\n".join(f"#SBATCH {line}" for line in [*lines, *self.options])
         return f"""#!/bin/bash
 {directives}
@@ -131,6 +134,7 @@ def slurm_job(
 ) -> SlurmJob:
     """A job for a recipe. Raises UserError for numbers and options that cannot be."""
     count = count_nodes(recipe, nodes)
+    accepting(options.get("accept", ()))
     topology = recipe.hardware.load()
     neuron = topology is not None and topology.rules == "neuron"
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)

@@ -7,14 +7,14 @@ from trainfw.training.run_directory import RunDirectory
 
 
 def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> dict[str, str] | None:
-    """What an adapter is trained on, `path` and `hash` of its weights.
+    """What a run starts from, or an adapter is trained on: `path` and `hash` of the weights; None: drawn from a seed.
 
-    Raises UserError where the run to resume was trained on other weights.
+    Raises UserError where the run to resume has other weights.
     """
-    if recipe.adapter is None:
-        return None
     path = recipe.model.from_
     before = None if resumed_step is None else run.saved_meta().get("base")
+    if recipe.adapter is None and resumed_step is not None:
+        return _check_start(recipe, run, before)
     if path is None:
         if before is not None:
             raise UserError(
@@ -29,3 +29,23 @@ def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> d
         if before is not None and before["hash"] != base["hash"]:
             raise UserError(other_base(str(run), before, path, base["hash"]))
     return base
+
+
+def _check_start(recipe: Recipe, run: RunDirectory, before: dict[str, str] | None) -> dict[str, str] | None:
+    """`before`, of a run that trains all weights: what it started from is not read again, and may be gone.
+
+    Raises UserError where the recipe names other weights than those, which the run would never see.
+    """
+    path, started = recipe.model.from_, run.stored_recipe().model.from_
+    if path is None or path == started:
+        return before
+    with recipe.blamed("model.from"):
+        if started is None:
+            raise UserError(f"{path}: {run} started from a seed, and goes on with its own weights; start another run")
+        found = open_base(path).fingerprint()
+        if before is not None and before["hash"] != found:
+            raise UserError(
+                f"{path}: {run} started from other weights, of {before['path']}, and goes on with its own; start "
+                f"another run with name=... or --run-dir"
+            )
+    return before

@@ -61,8 +61,8 @@ class FaultLog:
 
     @property
     def rows(self) -> set[int]:
-        """First rows of the batches that rollbacks leave out."""
-        return {row["row"] for row in self._of("rollback")}
+        """The rows that rollbacks leave out."""
+        return {first for row in self._of("rollback") for first in range(row["row"], row["row"] + row["rows"])}
 
     def counts(self) -> dict[str, int]:
         return {"skipped_steps": sum(1 for _ in self._of("skip")), "rollbacks": sum(1 for _ in self._of("rollback"))}

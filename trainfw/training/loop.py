@@ -13,14 +13,16 @@ from trainfw.checkpoint import Checkpoints
 from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, prepare, train_iterator
 from trainfw.errors import UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, expect_recipe
 from trainfw.training.base import check_base
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
+from trainfw.training.inputs import check_inputs
 from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
+from trainfw.training.resuming import Changed, check_accept, covers, cut_changes, cut_of
 from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
@@ -34,21 +36,28 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     run_dir: str | Path | None = None,
     resume: Resume = "auto",
+    accept: Sequence[str] = (),
     reporter: Reporter | None = None,
     approve: Callable[[Program], None] | None = None,
 ) -> Result:
     """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
 
-    `run_dir` defaults to `runs/<name>`. `approve` sees the program before anything else is done, and may raise.
+    `run_dir` defaults to `runs/<name>`. `accept` names keys (`["optimizer.learning_rate"]`), or sections, of which other
+    values than the run has are meant to change its losses from here on; without, they are refused.
+    `approve` sees the program before anything else is done, and may raise.
     Of several processes, each calls this; the first writes the run's files, which all must see.
 
     Raises UserError for input that cannot work (before anything is written), RunError when the run fails, Interrupted
     when a signal stopped it after a checkpoint. A process that hangs exits (`watchdog` in the recipe).
     """
+    expect_recipe(recipe)
+    accept = [accept] if isinstance(accept, str) else list(accept)
+    check_accept(accept)
+    check_inputs(recipe)
     reporter = reporter or Reporter()
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
-        return _train(recipe, devices, run_dir, resume, reporter, approve, phases)
+        return _train(recipe, devices, run_dir, resume, accept, reporter, approve, phases)
 
 
 def _train(
@@ -56,6 +65,7 @@ def _train(
     devices: Sequence[jax.Device] | None,
     run_dir: str | Path | None,
     resume: Resume,
+    accept: Sequence[str],
     reporter: Reporter,
     approve: Callable[[Program], None] | None,
     phases: Phases,
@@ -69,9 +79,7 @@ def _train(
         date = _first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
-    resumed_step = _first_says("check", lambda: run.check(recipe, resume))
-    if recipe.evaluation is not None and recipe.data.format == "text":
-        raise recipe.error("evaluation.metric", "needs prompts and references: data.format chat or prompt_completion")
+    resumed_step = _first_says("check", lambda: run.check(recipe, resume, accept))
     base = check_base(recipe, run, resumed_step)
     backend = backends.current()
     if backend.platform == "cpu":
@@ -83,8 +91,11 @@ def _train(
         f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
         f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
     )
+    changed: Changed = {}
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
+    else:
+        changed = _first_says("cut", lambda: _cut_changes(run, program, accept))
     if approve is not None:
         approve(program)
     with contextlib.ExitStack() as stack:
@@ -93,7 +104,9 @@ def _train(
         data = _prepare_data(recipe, reporter, progress)
         batches = stack.enter_context(contextlib.closing(_batches(program, data)))
         # Again, now that no other process can change the answer.
-        resumed_step = _first_says("start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume))[1])
+        resumed_step = _first_says(
+            "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
+        )
         checkpoints = stack.enter_context(
             contextlib.closing(
                 Checkpoints(
@@ -112,7 +125,8 @@ def _train(
         state = first_state(resumed_step)
         train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
         if resumed_step is not None:
-            reporter.note(f"resumed {run} at step {resumed_step}{_changes(run, recipe)}")
+            changed = {one.key: (one.before, one.now) for one in run.changes(recipe)} | changed
+        _say_start(run, resumed_step, changed, accept, reporter)
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
         if first:
             run.open(recipe, resumed_step)
@@ -121,7 +135,13 @@ def _train(
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first)))
-        sessions = Sessions(run.sessions_file, resumed_step or 0, sum(phases.so_far().values()), writes=first)
+        sessions = Sessions(
+            run.sessions_file,
+            resumed_step or 0,
+            sum(phases.so_far().values()),
+            changed=changed,
+            writes=first,
+        )
         monitor = backends.NeuronMonitor()
         if backend.platform == "neuron":
             stack.enter_context(monitor)
@@ -212,9 +232,28 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     return data
 
 
-def _changes(run: RunDirectory, recipe: Recipe) -> str:
-    changed = run.stored_recipe().differences(recipe)
-    return "".join(f"; {key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
+def _cut_changes(run: RunDirectory, program: Program, accept: Sequence[str]) -> Changed:
+    try:
+        return cut_changes(
+            program.recipe, run.saved_meta().get("cut", {}), cut_of(program.recipe, program.layout), accept
+        )
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
+
+
+def _say_start(
+    run: RunDirectory, resumed_step: int | None, changed: Changed, accept: Sequence[str], reporter: Reporter
+) -> None:
+    if resumed_step is not None:
+        said = (
+            f"; {key} was {before!r}, is {now!r}{' (accepted)' * covers(accept, key)}"
+            for key, (before, now) in changed.items()
+        )
+        reporter.note(f"resumed {run} at step {resumed_step}{''.join(said)}")
+    for key in accept:
+        if not any(covers([key], other) for other in changed):
+            why = "the run starts" if resumed_step is None else "nothing of it differs from the run's"
+            reporter.note(f"--accept {key}: nothing to accept, {why}")
 
 
 def _batches(program: Program, data: PreparedData) -> TrainIterator:
@@ -239,6 +278,7 @@ def _state_at(
     abstract = program.abstract_state
     rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
     params, rest, meta = checkpoints.restore(step, abstract.params, rest)
-    batches.set_state(meta["data"])
+    with program.recipe.blamed("data"):
+        batches.set_state(meta["data"])
     guard = program.restore_guard(meta.get("guard") or {})
     return TrainState(params=params, frozen=program.load_frozen(progress=progress), guard=guard, **rest)

@@ -2,39 +2,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
 from trainfw.errors import RunError, UserError
 from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.resuming import Change, changes
 
 Resume = Literal["auto", "never", "must"]
-
-# Keys that may change between the sessions of one run: they change where or how long it runs and what it
-# reports, not (beyond rounding) the numbers.
-FREE_KEYS = (
-    "name",
-    "model.from",  # of an adapter's base, its weights' hash is compared; else it was read once, at the start
-    "data.tokenizer.path",  # the tokens themselves are compared
-    "parallel.",
-    "hardware.",
-    "checkpoint.",
-    "faults",
-    "watchdog",
-    "train.log_every",
-    "train.validate_every",
-    "train.validation_batches",
-    "train.sample_",
-    "train.remat",
-    "train.scan_layers",
-    "evaluation",
-    "data.cache_dir",
-    "data.prefetch",
-)
 
 
 class RunDirectory:
@@ -72,9 +52,10 @@ class RunDirectory:
         """Steps of the finished checkpoints."""
         return steps_in(self.checkpoints)
 
-    def check(self, recipe: Recipe, resume: Resume) -> int | None:
+    def check(self, recipe: Recipe, resume: Resume, accept: Sequence[str] = ()) -> int | None:
         """The step to resume from, or None to start. Reads only.
 
+        `accept` names keys, or sections, of which other values are meant to change the run's numbers from here on.
         Raises UserError when the directory and the recipe do not go together.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -92,17 +73,34 @@ class RunDirectory:
         if resume == "never":
             raise UserError(
                 f"{self}: already holds checkpoints up to step {steps[-1]}, which --resume never will not touch; "
-                f"choose another --run-dir"
+                f"{self.another(recipe)} starts another run"
             )
-        self._check_same(recipe)
+        self._check_same(recipe, accept)
         if steps[-1] > recipe.train.steps:
-            raise recipe.error("train.steps", f"{self} is already at step {steps[-1]}; expected at least that")
+            raise UserError(self._is_further(recipe, steps[-1]))
         return steps[-1]
 
     def date(self) -> str:
         """The day that chat templates are told in this run: its own, or today where it has none yet."""
         known = load_recipe(self.recipe_file).data.date if self.recipe_file.is_file() else None
         return known or datetime.date.today().isoformat()
+
+    def _is_further(self, recipe: Recipe, step: int) -> str:
+        """What to do with a run that has more steps than the recipe asks for."""
+        asked = recipe.train.steps
+        where = recipe.written("train.steps")
+        goal = max(self.stored_recipe().train.steps, step + asked)
+        return (
+            f"{'command line: ' if where == 'command line' else ''}train.steps = {asked}: {self} is at step {step} "
+            f"already. train.steps={goal} trains it on, train.steps={step} leaves it as it is, and "
+            f"{self.another(recipe)} starts another run"
+        )
+
+    def another(self, recipe: Recipe) -> str:
+        """What to add to a command to start another run than this one."""
+        free = (n for n in itertools.count(2) if not self.path.with_name(f"{self.path.name}-{n}").exists())
+        named = self.path == Path("runs") / recipe.name
+        return f"{f'name={recipe.name}' if named else f'--run-dir {self}'}-{next(free)}"
 
     def _is_ours(self) -> bool:
         """Whether a run began here: it makes checkpoints/ first or, where they are elsewhere, both of these files."""
@@ -122,18 +120,17 @@ class RunDirectory:
                 f"checkpoint.directory as it was, copy them, or choose another --run-dir"
             )
 
-    def _check_same(self, recipe: Recipe) -> None:
-        differences = {
-            key: pair for key, pair in self.stored_recipe().differences(recipe).items() if not key.startswith(FREE_KEYS)
-        }
-        # More steps make a longer run of the same numbers so far; the schedule's shape follows, as the user asked.
-        differences.pop("train.steps", None)
-        if differences:
-            lines = [f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in differences.items()]
+    def _check_same(self, recipe: Recipe, accept: Sequence[str]) -> None:
+        refused = [refusal for change in self.changes(recipe) if (refusal := change.refusal(accept))]
+        if refused:
             raise UserError(
-                f"{self}: was trained with another recipe:\n" + "\n".join(lines) + "\n"
-                "set these keys back to resume it, or start another run with --run-dir or name=..."
+                f"{self}: was trained with another recipe:\n" + "\n".join(f"  {line}" for line in refused) + "\n"
+                f"set these keys back to resume it, or start another run with {self.another(recipe)}"
             )
+
+    def changes(self, recipe: Recipe) -> list[Change]:
+        """What `recipe` has otherwise than the last session."""
+        return changes(self.stored_recipe(), recipe)
 
     def stored_recipe(self) -> Recipe:
         """Of the last session; of the last checkpoint, where this directory has none."""

@@ -24,6 +24,7 @@ from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.replicas import compare_replicas
 from trainfw.training.reporter import Reporter
+from trainfw.training.resuming import cut_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Stop, stopping
@@ -202,7 +203,7 @@ class Session:
         self.phases.step = done.step
         self.reporter.step(done.step, self.recipe.train.steps)
         if done.step % self.recipe.train.log_every == 0 or done.step == self.recipe.train.steps:
-            self._log_step(done.step, loss, done.metrics)
+            self._log_step(done.step, loss, done.metrics, done.row)
 
     def _bad(self, bad: BadStep) -> None:
         policy: Policy = self.faults.write(bad)
@@ -210,13 +211,24 @@ class Session:
             self._wait(must=False)
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
-        advice = "lower optimizer.learning_rate or look at the data, or set faults.non_finite or faults.spike"
         if policy == "stop":
-            raise RunError(f"{bad}{self.faults.limit}; {kept}; {advice}")
+            raise RunError(f"{bad}{self.faults.limit}; {kept}; {self._advice(bad, last)}")
         if policy == "rollback":
             self.reporter.note(f"warning: {bad}; going back to {f'step {last}' if last else 'the start'}")
             raise _RollBack
         self.reporter.note(f"warning: {bad}; skipped")
+
+    def _advice(self, bad: BadStep, last: int | None) -> str:
+        """What may help, as it is to be added to the command."""
+        rate = f"optimizer.learning_rate={self.recipe.optimizer.learning_rate / 10:.3g}"
+        if last:
+            rate += " --accept optimizer.learning_rate"
+        others = " or ".join(f"faults.{bad.kind}={policy}" for policy in ("skip", "rollback") if policy != bad.policy)
+        spoilt = f"; if it comes again, start another run ({self.run.another(self.recipe)})" if last else ""
+        return (
+            f"look at the data, or {'go on from there' if last else 'start again'} by the same command with a lower "
+            f"learning rate ({rate}) or without such steps ({others}){spoilt}"
+        )
 
     def _roll_back(self) -> tuple[TrainState, int]:
         """The state of the last checkpoint, and its step; what came after it is forgotten."""
@@ -237,12 +249,14 @@ class Session:
         steps = self.run.steps()
         return steps[-1] if steps else None
 
-    def _log_step(self, step: int, loss: float, metrics: Metrics) -> None:
+    def _log_step(self, step: int, loss: float, metrics: Metrics, row: int) -> None:
+        """`row` is the first that the step read."""
         seconds = sum(self.times) / len(self.times)
         self.times.clear()
         so_far = self.phases.so_far()
         self.sessions.write(step, so_far)
-        row = {
+        rows = row + self.recipe.train.global_batch_size - sum(left < row for left in self.faults.rows)
+        logged = {
             "step": step,
             "loss": loss,
             "step_time_seconds": seconds,
@@ -251,15 +265,15 @@ class Session:
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
             **{name: metrics[name].value() for name in _ROUTER if name in metrics},
-            "tokens": step * self.program.tokens_per_step,
+            "tokens": rows * self.recipe.data.sequence_length,
             "goodput": self.sessions.goodput(step, so_far).fraction,
             **self.faults.counts(),
             **self.monitor.latest(),
         }
         self.checkpoints.check()
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logged.items()}
         self.log.write(finite)  # JSON has no NaN
-        self.reporter.row(row, self.recipe.train.steps)
+        self.reporter.row(logged, self.recipe.train.steps)
 
     def _save(self, step: int, state: TrainState) -> None:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
@@ -267,6 +281,7 @@ class Session:
             "data": self.batches.get_state(),
             "recipe": self.recipe.model_dump(),
             "base": self.base,
+            "cut": cut_of(self.recipe, self.program.layout),
             "guard": {name: jax.device_get(value).tolist() for name, value in state.guard.items()},
         }
         with self.phases.during("save"):

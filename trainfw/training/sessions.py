@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.training.phases import PHASES
+from trainfw.training.resuming import Changed
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,17 @@ class Goodput:
 class Sessions:
     """sessions.jsonl of a run: how far each session got and how long each phase took it, written as it goes."""
 
-    def __init__(self, file: Path, resumed_step: int, spent: float = 0.0, *, writes: bool = True):
-        self._writes = writes
+    def __init__(
+        self,
+        file: Path,
+        resumed_step: int,
+        spent: float = 0.0,
+        *,
+        changed: Changed | None = None,
+        writes: bool = True,
+    ):
+        """`changed`: keys of the recipe with their values in the session before and in this one."""
+        self._writes, self._changed = writes, changed
         self._file, self.first = file, resumed_step
         self._earlier = _last_words(file)
         self._number = len(self._earlier)
@@ -46,6 +56,8 @@ class Sessions:
         if not self._writes:
             return
         row = self._row(step, seconds) | ({"end": end} if end else {})
+        if self._changed:
+            row["changed"], self._changed = self._changed, None  # said once
         with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # no reason to end a run
             file.write(json.dumps(row) + "\n")
 

@@ -1,0 +1,169 @@
+"""Which keys of a recipe may change while its run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainfw.errors import UserError
+from trainfw.parallel import Layout
+from trainfw.recipe import Recipe, keys, nearest_key
+
+Effect = Literal["same", "compared", "longer", "numbers", "state", "order", "start"]
+"""What another value of a key does to a run that goes on.
+
+`same`: beyond rounding nothing to its numbers: where, how and for how long it runs, and what it reports. `compared`:
+nothing, as long as what it leads to is the same, which is compared itself (tokens, the weights of a base). `longer`:
+another end. `numbers`: other losses, which the user may accept. The others cannot change, for the reasons in `_WHY`.
+"""
+
+_KEYS: dict[Effect, str] = {
+    "same": """
+        name model.preset model.max_position
+        data.cache_dir data.prefetch
+        train.accumulation_steps train.remat train.scan_layers train.loss_chunk train.log_every train.validate_every
+        train.validation_batches train.sample_prompt train.sample_tokens
+        evaluation evaluation.metric evaluation.examples evaluation.max_tokens evaluation.batch_size evaluation.samples
+        checkpoint.directory checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.max_failures
+        faults.non_finite faults.spike faults.spike_sigma faults.most faults.replicas_every
+        watchdog.start_seconds watchdog.compile_seconds watchdog.step_seconds watchdog.save_seconds
+        parallel.pipeline parallel.pipeline_microbatches parallel.interleave parallel.data parallel.fsdp
+        parallel.fsdp_shards parallel.prefetch parallel.expert parallel.context parallel.context_attention
+        parallel.tensor parallel.rules parallel.traffic
+        hardware.topology hardware.count hardware.lnc hardware.parameters hardware.dollars_per_chip_hour hardware.sdk
+        hardware.fsdp_overlap hardware.fused_attention
+    """,
+    "compared": """
+        model.from
+        data.source data.text_field data.messages_field data.prompt_field data.completion_field
+        data.tokenizer.name data.tokenizer.path data.tokenizer.vocab_size
+    """,
+    "longer": "train.steps",
+    "numbers": """
+        model.norm_eps model.rope_theta model.rope_local_theta model.rope_scaling model.rope_scaling.kind
+        model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor
+        model.rope_scaling.original_max_position model.sliding_window model.layer_pattern model.attention_softcap
+        model.final_softcap model.query_scale model.moe.experts_per_token model.moe.normalize_weights
+        model.moe.dispatch model.moe.capacity_factor model.moe.balance_loss model.moe.z_loss
+        adapter.alpha adapter.dropout adapter.base adapter.block adapter.exclude
+        data.mask_documents
+        optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
+        optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
+        optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm
+        train.global_batch_size train.compute_dtype train.matmul_dtype train.z_loss
+        hardware.compiler_flags
+    """,
+    "state": """
+        model.vocab_size model.hidden_size model.intermediate_size model.num_layers model.num_heads model.num_kv_heads
+        model.head_dim model.tie_embeddings model.activation model.qkv_bias model.qk_norm model.zero_centered_norm
+        model.post_norms model.scale_embeddings model.moe model.moe.num_experts model.moe.shared_intermediate_size
+        adapter adapter.kind adapter.rank adapter.targets adapter.patterns
+        optimizer.name
+    """,
+    "order": """
+        data.format data.loss_on data.chat_template data.system_prompt data.too_long data.max_characters
+        data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
+    """,
+    "start": "model.init_std adapter.from train.seed",
+}
+Changed = Mapping[str, Sequence[Any]]
+"""Keys with their values before and now."""
+
+EFFECTS: dict[str, Effect] = {key: effect for effect, listed in _KEYS.items() for key in listed.split()}
+"""The effect of every key of a recipe; of a section, that of having it or not, and of the keys that are not listed."""
+
+_WHY: dict[Effect, str] = {
+    "state": "cannot change in a run: what its checkpoints hold would not fit, or mean something else",
+    "order": "cannot change in a run: the tokens or their order would be others, and its place in them mean nothing",
+    "start": "cannot change in a run: it is read at the start alone",
+    "compared": "may change as long as what it leads to is the same, which is compared; other data or another base "
+    "cannot be accepted",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value is not what it was in the run's last session."""
+
+    key: str
+    before: Any
+    now: Any
+    where: str
+    """Where it was written; empty for a default."""
+
+    @property
+    def effect(self) -> Effect:
+        if self.key == "optimizer.clip_norm" and None in (self.before, self.now):
+            return "state"  # a stage of the optimizer, with a place of its own in the state
+        return effect_of(self.key)
+
+    def refusal(self, accept: Sequence[str]) -> str:
+        """Why the run cannot go on with it, and what would let it; empty where it can."""
+        if self.effect in ("same", "compared", "longer") or (self.effect == "numbers" and covers(accept, self.key)):
+            return ""
+        why = _WHY.get(self.effect, f"changes the losses; --accept {self.key} goes on with it")
+        where = f" ({self.where})" if self.where else ""
+        return f"{self.key}: {self.before!r} there, {self.now!r} here{where}: {why}"
+
+
+def changes(before: Recipe, now: Recipe) -> list[Change]:
+    """What differs, in the order of the keys."""
+    return [Change(key, *values, now.written(key)) for key, values in before.differences(now).items()]
+
+
+def covers(accept: Sequence[str], key: str) -> bool:
+    """Whether a key, or a section that it is in, is among those accepted."""
+    return any(key == accepted or key.startswith(f"{accepted}.") for accepted in accept)
+
+
+def effect_of(key: str) -> Effect:
+    """That of the key, or of the nearest section it is in (`parallel.rules.embed`)."""
+    while key not in EFFECTS:
+        key = key.rpartition(".")[0]
+    return EFFECTS[key]
+
+
+def check_accept(accept: Sequence[str]) -> None:
+    """Raise UserError for what `--accept` does not take: no key, or one that cannot change."""
+    for key in accept:
+        if "=" in key:
+            name = key.partition("=")[0]
+            raise UserError(f"--accept {key}: expected a key alone: --accept {name}, beside {key}")
+        if key not in keys():
+            raise UserError(f"--accept {key}: unknown key{nearest_key(key)}")
+        if (why := _WHY.get(EFFECTS.get(key, "same"))) is not None:
+            raise UserError(f"--accept {key}: {why}")
+
+
+def depends_on_cut(recipe: Recipe) -> str:
+    """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not.
+
+    Of this many tokens at a time an expert takes so many (`capacity`), and dropout draws.
+    """
+    if recipe.model.moe is not None and recipe.model.moe.dispatch == "capacity":
+        return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"
+    if recipe.adapter is not None and recipe.adapter.dropout:
+        return "adapter.dropout draws for the part of the batch"
+    return ""
+
+
+def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """How a batch is cut over devices and microbatches, by key."""
+    return {
+        "train.accumulation_steps": recipe.train.accumulation_steps,
+        "parallel.pipeline_microbatches": recipe.parallel.pipeline_microbatches,
+        **{f"parallel.{axis}": size for axis, size in layout.sizes.items()},
+    }
+
+
+def cut_changes(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], accept: Sequence[str]) -> Changed:
+    """How batches are cut otherwise than before, where that is more than rounding. Raises UserError unless accepted."""
+    changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+    why = depends_on_cut(recipe)
+    other = [key for key in changed if not covers(accept, key)]
+    if not why or not other:
+        return changed if why else {}
+    lines = "".join(f"  {key}: {before[key]} there, {now[key]} here\n" for key in other)
+    flags = " ".join(f"--accept {key}" for key in other)
+    raise UserError(f"cuts its batches otherwise, and {why}:\n{lines}cut them as before, or go on with {flags}")
