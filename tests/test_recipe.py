@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,8 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainfw
 from tests.helpers import write_recipe
 from trainfw import UserError, load_recipe
+from trainfw.errors import about
 from trainfw.models import preset_names
 from trainfw.recipe import bundled_recipes, json_schema
 
@@ -117,6 +120,127 @@ def test_every_problem_is_told_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         load_recipe(write_recipe(tmp_path), ["train.steps=x", "train.sed=1", "optimizer.name=muonn"])
     assert len(str(error.value).splitlines()) == 3
+
+
+# What people bring from Transformers, TRL, Axolotl, LLaMA-Factory, torchtitan, MaxText and nanoGPT -> what is meant.
+USUAL = {
+    "optimizer.lr=1e-3": "'optimizer.learning_rate'",
+    "train.lr=1e-3": "'optimizer.learning_rate'",
+    "lr=1e-3": "'optimizer.learning_rate'",
+    "train.learning_rate=1e-3": "'optimizer.learning_rate'",
+    "training.lr=1e-3": "'optimizer.learning_rate'",
+    "train.epochs=3": "'train.steps'? (a run is as many steps",
+    "max_steps=9": "'train.steps'",
+    "train.precision=bf16": "'train.compute_dtype'",
+    "bf16=true": "'train.compute_dtype'? (bfloat16)",
+    "train.gradient_clipping=1": "'optimizer.clip_norm'",
+    "train.max_grad_norm=1": "'optimizer.clip_norm'",
+    "data.dataset=a.jsonl": "'data.source'",
+    "data.path=a.jsonl": "'data.source'",
+    "train.batch_size=4": "'train.global_batch_size'",
+    "per_device_train_batch_size=4": "'train.global_batch_size'",
+    "train.gradient_accumulation_steps=4": "'train.accumulation_steps'",
+    "seed=3": "'train.seed'",
+    "checkpoint.save_every=9": "'checkpoint.every'",
+    "train.save_steps=9": "'checkpoint.every'",
+    "train.eval_steps=9": "'train.validate_every'",
+    "model.d_model=64": "'model.hidden_size'",
+    "model.n_layer=2": "'model.num_layers'",
+    "model.name=tiny": "'model.preset'",
+    "max_seq_length=64": "'data.sequence_length'",
+    "block_size=64": "'data.sequence_length'",
+    "lora.r=8": "'adapter.rank'",
+    "adapter.lora_alpha=8": "'adapter.alpha'",
+    "train.warmup_steps=8": "'optimizer.warmup_steps'",
+    "output_dir=x": "'name'? (a run is kept in runs/NAME",
+    "tokenizer_name=gpt2": "'data.tokenizer.path'",
+    "parallel.tensor_parallel_size=2": "'parallel.tensor'",
+    "parallel.dp=2": "'parallel.data'",
+    "trian.steps=5": "'train.steps'",
+    "optimiser.learning_rte=1": "'optimizer.learning_rate'",
+    "optimizer.name=adam": "'adamw'",
+    "model.preset=llama-3-8b": "'llama3.1-8b'",
+    "model.preset=meta-llama/Llama-3.2-1B-Instruct": "'llama3.2-1b'",
+    "train.compute_dtype=bf16": "'bfloat16'",
+    "train.compute_dtype=fp32": "'float32'",
+    "train.compute_dtype=float16": "'bfloat16'",
+    "train.scan_layers='True'": "true",
+    "train.scan_layers=yes": "true",
+    "data.shuffle=off": "false",
+    "optimizer.learning_rate='1e-3'": "0.001",
+    "train.steps=1k": "1000",
+    "train.steps=2e3": "2000",
+    "train.remat=true": "'full'",
+    "optimizer.schedule=warmup_stable_decay": "'wsd'",
+}
+
+
+@pytest.mark.parametrize("override", USUAL)
+def test_the_usual_mistakes_are_answered_with_what_is_meant(override, tmp_path):
+    with pytest.raises(UserError, match=f"did you mean {re.escape(USUAL[override])}"):
+        load_recipe(write_recipe(tmp_path), [override])
+
+
+def test_a_file_is_not_blamed_for_what_the_command_line_says(tmp_path):
+    path = write_recipe(tmp_path, optimizer={"schedule": "wsd", "decay_steps": 3})
+    with pytest.raises(UserError, match=r"^command line \(optimizer\.schedule\): optimizer\.decay_steps: "):
+        load_recipe(path, ["optimizer.schedule=cosine"])
+    recipe = load_recipe(path, ["train.steps=9"])
+    with (
+        pytest.raises(UserError, match=r"^\S+recipe\.yaml:13: optimizer\.decay_steps = 3: "),
+        recipe.blamed("optimizer"),
+    ):
+        raise UserError("decay_steps = 3: is too long")
+    with pytest.raises(UserError, match=r"^\S+recipe\.yaml:5: data\.source: "), recipe.blamed("data"), about("source"):
+        raise UserError("is not there")
+    recipe = load_recipe(path, ["parallel.tensor=2", "data.tokenizer.name=bytes"])
+    assert str(recipe.error("model.num_heads", "not over parallel.tensor")).startswith("command line (parallel.tensor)")
+    assert str(recipe.error("model.vocab_size", "not of data.tokenizer")).startswith(
+        "command line (data.tokenizer.name)"
+    )
+    assert str(recipe.error("train.seed", "is wrong")).startswith(str(path))
+
+
+def test_a_recipe_may_be_a_dict():
+    recipe = load_recipe({"extends": "quickstart", "train": {"steps": 7}}, ["name=mine"])
+    assert recipe == load_recipe("quickstart", ["name=mine", "train.steps=7"])
+    with pytest.raises(UserError, match=r"^recipe: train\.stepz = 7: unknown key; did you mean 'train\.steps'"):
+        load_recipe({"extends": "quickstart", "train": {"stepz": 7}})
+
+
+class Dataset:
+    def save_to_disk(self): ...
+
+
+HANDED_OVER = {
+    "a dict to train": (lambda: trainfw.train({"name": "x"}), "trainfw.load_recipe({'name': 'x'})"),
+    "a path to train": (lambda: trainfw.train("quickstart"), "trainfw.load_recipe('quickstart')"),
+    "a dict to plan": (lambda: trainfw.plan({}), "expected a trainfw.Recipe"),
+    "a path to build": (lambda: trainfw.build_program("quickstart"), "trainfw.load_recipe('quickstart')"),
+    "a recipe to check": (lambda: trainfw.check(load_recipe("quickstart")), "`trainfw check RECIPE`"),
+    "a recipe to load_model": (lambda: trainfw.load_model(load_recipe("quickstart")), "expected the path of a run"),
+    "a recipe to evaluate": (lambda: trainfw.evaluate(load_recipe("quickstart")), "expected the path of a run"),
+    "a number to load_recipe": (
+        lambda: load_recipe(7),
+        "expected the path of a file, a bundled recipe's name, or a dict",
+    ),
+    "a string of overrides": (lambda: load_recipe("quickstart", "name=x"), "expected a list of key=value"),
+    "a dataset": (
+        lambda: load_recipe({"extends": "quickstart", "data": {"source": Dataset()}}),
+        "data.source: is a tests.Dataset; expected its path: save_to_disk(DIRECTORY)",
+    ),
+    "what is to be accepted": (
+        lambda: trainfw.train(load_recipe("quickstart"), accept="optimizer.lr"),
+        "--accept optimizer.lr: unknown key; did you mean 'optimizer.learning_rate'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HANDED_OVER)
+def test_python_is_told_what_is_expected(what):
+    call, message = HANDED_OVER[what]
+    with pytest.raises(UserError, match=re.escape(message)):
+        call()
 
 
 def test_differences_are_by_key(tmp_path):

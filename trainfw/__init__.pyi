@@ -2,6 +2,7 @@ from .checking import Report as Report
 from .checking import check as check
 from .errors import RunError as RunError
 from .errors import UserError as UserError
+from .planning import plan as plan
 from .program import Program as Program
 from .program import build_program as build_program
 from .recipe import Recipe as Recipe

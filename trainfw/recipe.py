@@ -26,7 +26,7 @@ from trainfw.models import ModelConfig
 from trainfw.names import KEYS, SECTIONS, VALUES
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
-from trainfw.paths import resolve_path
+from trainfw.paths import path_text, resolve_path
 from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 from trainfw.utf8 import read_utf8
 
@@ -93,8 +93,9 @@ class Recipe(Config):
         except UserError as error:
             text = str(error)
             first = re.match(r"[a-z_0-9.]+(?= =|:| ')", text)
-            if first and f"{key}.{first[0]}" in keys():
-                key, text = f"{key}.{first[0]}", text[first.end() :]
+            named = f"{key}.{first[0].removeprefix(f'{key}.')}" if first else ""
+            if first and named in keys():
+                key, text = named, text[first.end() :]
             else:
                 key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
             raise UserError(f"{_where(key, self._sources, text)}{key}{text}") from error
@@ -117,8 +118,8 @@ def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Seq
     if isinstance(overrides, str | Mapping) or not all(isinstance(text, str) for text in overrides):
         raise UserError(f"overrides = {_show(overrides)}: expected a list of key=value, such as ['train.steps=50']")
     if isinstance(path, Mapping):
-        tree, sources = _extended(dict(path), {}, Path(), ())
-        path = "recipe"
+        given, path = dict(path), "recipe"
+        tree, sources = _extended(given, {key: path for key, _ in _leaves(given)}, Path(), ())
     elif isinstance(path, str | os.PathLike):
         tree, sources = _read(find_recipe(path), ())
     else:
@@ -188,6 +189,22 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path}: is a directory without a recipe.yaml")
     beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
     raise UserError(f"{path}: no such recipe{did_you_mean(str(path), [*beside, *bundled])}")
+
+
+def refuse_recipe(path: str | os.PathLike[str]) -> None:
+    """Raise UserError for a recipe, or the name of a run under runs/, where a run or a model is expected."""
+    text = path_text(path)
+    if Path(text, "recipe.yaml").is_file() or (Path(text).exists() and not text.endswith((".yaml", ".yml"))):
+        return
+    run = Path("runs", text)
+    if (run / "recipe.yaml").is_file():
+        raise UserError(f"{path}: no such file or directory; did you mean {str(run)!r}?")
+    if text not in bundled_recipes() and not Path(text).is_file():
+        return
+    run = Path("runs", load_recipe(text).name)
+    trained = (run / "recipe.yaml").is_file()
+    then = f"did you mean {str(run)!r}?" if trained else f"it has not been trained here: trainfw train {text}"
+    raise UserError(f"{path}: is a recipe, where a run or a model is expected; {then}")
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -395,6 +412,7 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
 
 def _fields_of(source: str) -> dict[str, Any]:
     """The fields of the model at a path: a run's, or those of weights."""
+    refuse_recipe(source)
     run = resolve_path(source) / "recipe.yaml"
     config = load_recipe(run).model if run.is_file() else read_model_config(source)
     return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
@@ -469,10 +487,13 @@ def _where(key: str, sources: Sources, problem: str = "") -> str:
 
 
 def _names(problem: str, name: str, key: str) -> bool:
-    """Whether a problem with `key` is said to be one with the key `name` too, which one of its section may shorten."""
+    """Whether a problem with `key` is said to be one with the key `name` too, or with the section it is in.
+
+    Within one section, by its last part alone.
+    """
     section, _, last = name.rpartition(".")
-    short = f"|{re.escape(last)}" if section and key.startswith(f"{section}.") else ""
-    return re.search(rf"(?<![\w.])(?:{re.escape(name)}{short})(?!\w|\.\w)", problem) is not None
+    said = {name, section if "." in section else name, last if section and key.startswith(f"{section}.") else name}
+    return re.search(rf"(?<![\w.])(?:{'|'.join(map(re.escape, said))})(?!\w|\.\w)", problem) is not None
 
 
 def _meant(kind: str, value: Any) -> str:
@@ -518,35 +539,39 @@ def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
                 yield from _keys(kind, f"{prefix}{name}.")
 
 
-def nearest_key(key: str) -> str:
-    """`"; did you mean 'x'?"` for a key that is none: by another trainer's name for it, or by its letters."""
-    valid = keys()
+def our_key(key: str) -> str | None:
+    """The key that says what `key` does elsewhere: in another section, or in another trainer. May add what to know."""
     section, _, last = key.rpartition(".")
     name = last.lower().replace("-", "_")
-    sections = [k for k, kind in valid.items() if any(k == other.rpartition(".")[0] for other in valid)]
-    ours = SECTIONS.get(section, section) if section else ""
-    ours = ours if ours in sections else nearest(ours, sections) or ""
-    same = [k for k in valid if k.rpartition(".")[2] == name]
-    known = (
+    same = [valid for valid in keys() if valid.rpartition(".")[2] == name]
+    return (
         KEYS.get(f"{section}.{name}")
-        or next((k for k in same if section and k == f"{ours}.{name}"), None)
+        or next((valid for valid in same if section and valid == f"{_our_section(section)}.{name}"), None)
         or KEYS.get(name)
-        or (SECTIONS.get(name) if not section else None)
+        or (None if section else SECTIONS.get(name))
         or next(iter(same), None)
     )
-    if known is not None:
-        found, _, note = known.partition(" ")
-        return f"; did you mean {found!r}?{f' {note}' if note else ''}"
-    siblings = {k.rpartition(".")[2]: k for k in valid if k.rpartition(".")[0] == ours}
-    close = nearest(last, siblings)
-    if close is not None:
-        return f"; did you mean {siblings[close]!r}?"
-    anywhere = {k.rpartition(".")[2]: k for k in reversed(valid)} | KEYS
-    close = nearest(last, anywhere)
-    if close is not None:
-        found = anywhere[close].partition(" ")[0]
-        return f"; did you mean {found!r}?"
-    return did_you_mean(last, siblings)
+
+
+def nearest_key(key: str) -> str:
+    """`"; did you mean 'x'?"` for a key that is none: the one that says it here, or the nearest by its letters."""
+    section, _, last = key.rpartition(".")
+    siblings = {
+        valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == _our_section(section)
+    }
+    anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(keys())} | KEYS
+    known = our_key(key) or siblings.get(nearest(last, siblings) or "") or anywhere.get(nearest(last, anywhere) or "")
+    if known is None:
+        return did_you_mean(last, siblings)
+    found, _, note = known.partition(" ")
+    return f"; did you mean {found!r}?{f' {note}' if note else ''}"
+
+
+def _our_section(section: str) -> str:
+    """The section that `section` is, or is like."""
+    sections = {valid.rpartition(".")[0] for valid in keys()}
+    section = SECTIONS.get(section, section)
+    return section if section in sections else nearest(section, sections - {""}) or ""
 
 
 def _nearest(value: Any, choices: Sequence[str]) -> str:

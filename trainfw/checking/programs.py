@@ -56,6 +56,8 @@ def check(
     """
     import jax
 
+    if not callable(fn):
+        raise UserError(f"fn = {fn!r:.60}: expected a function; `trainfw check RECIPE` reads the steps of a recipe")
     topology = hardware if isinstance(hardware, Topology) else load_topology(hardware, count=count, lnc=lnc)
     release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):

@@ -33,6 +33,7 @@ from trainfw.cli import (
     topology,
     train,
 )
+from trainfw.cli.options import RecipeCommand
 from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
 
 app = typer.Typer(
@@ -62,16 +63,16 @@ def _options(
     pass
 
 
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.command("train", cls=RecipeCommand)(train.train)
+app.command("eval", cls=RecipeCommand)(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)
-app.command("check")(check.check)
-app.command("plan")(plan.plan)
+app.command("check", cls=RecipeCommand)(check.check)
+app.command("plan", cls=RecipeCommand)(plan.plan)
 app.command("doctor")(doctor.doctor)
-app.command("env")(env.env)
+app.command("env", cls=RecipeCommand)(env.env)
 app.command("topology")(topology.topology)
 app.add_typer(launch.app, name="launch")
 app.add_typer(recipe.app, name="recipe")

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Accept, Overrides, RecipePath, Resume, RunDir, check_resume
+from trainfw.cli.options import Accept, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def local(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -36,7 +36,7 @@ def local(
         raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def slurm(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -86,7 +86,7 @@ def slurm(
     typer.echo(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def kubernetes(
     recipe: RecipePath,
     overrides: Overrides = None,

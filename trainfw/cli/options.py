@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, nearest
 
 Overrides = Annotated[
     list[str] | None,
@@ -43,6 +45,42 @@ Accept = Annotated[
 Step = Annotated[
     int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
 ]
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes keys of a recipe, and answers those given as options."""
+
+    def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # Typer brings its own Click, or not
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            options = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
+            raise UserError(_no_such_option(error.option_name, given, options)) from None  # type: ignore[attr-defined]
+
+
+def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str]) -> str:
+    from trainfw.recipe import keys, nearest_key, our_key
+
+    asked = option.lstrip("-")
+    key = asked if asked in keys() else our_key(asked)
+    if key is None and (close := nearest(option, options)) is not None:
+        return f"No such option: {option}; did you mean {close}?"
+    if key is None and "mean" not in nearest_key(asked):
+        return f"No such option: {option}; expected {', '.join(options)}, or a key as KEY=VALUE, such as train.steps=50"
+    key = key or nearest_key(asked).split("'")[1]
+    words = [word for word in arguments if word.partition("=")[0] == option]
+    value = words[0].partition("=")[2] if words else ""
+    following = arguments[arguments.index(option) + 1 :] if option in arguments else []
+    if not value and following and not following[0].startswith("--") and "=" not in following[0]:
+        value = following[0]
+    key, _, note = key.partition(" ")
+    said = (
+        f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
+    )  # a value of another kind may be no value here
+    return f"No such option: {option}; keys of a recipe take no dashes: {said}"
 
 
 def check_resume(resume: str) -> None:

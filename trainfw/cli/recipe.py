@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import typer
 
-from trainfw.cli.options import Overrides, RecipePath
+from trainfw.cli.options import Overrides, RecipeCommand, RecipePath
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print the resolved recipe as YAML, every key written out."""
     from trainfw.recipe import load_recipe

@@ -116,6 +116,8 @@ def _prepared(
 def check_source(config: DataConfig) -> None:
     """Raise UserError where the source, or the tokenizer's file, is not there. Reads neither."""
     with about("source"):
+        if not isinstance(config.source, str | list):  # put there unchecked, as by model_copy
+            raise UserError(f"{type(config.source).__name__} where a path, or a list of paths, is expected")
         open_source(config)
     with about("tokenizer.path"):
         path = config.tokenizer.path

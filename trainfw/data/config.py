@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 
@@ -101,6 +101,14 @@ class DataConfig(Config):
     """Where tokens are cached. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
     prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_is_named(cls, source: Any) -> Any:
+        if hasattr(source, "save_to_disk"):
+            kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
+            invalid("", f"is a {kind}; expected its path: save_to_disk(DIRECTORY), and name that")
+        return source
 
     @model_validator(mode="after")
     def _fields_fit_the_format(self) -> DataConfig:

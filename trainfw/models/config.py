@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from importlib import resources
 from typing import Annotated, Any, Literal
 
@@ -152,7 +153,10 @@ class ModelConfig(Config):
         preset = data.get("preset")
         if isinstance(preset, str):
             if preset not in load_presets():
-                invalid("preset", f"unknown preset {preset!r}{did_you_mean(preset, load_presets())}")
+                plain = re.sub(
+                    r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", preset.rpartition("/")[2].lower()
+                )  # the Hub's
+                invalid("preset", f"unknown preset {preset!r}{did_you_mean(plain, load_presets())}")
             data = _merged(load_presets()[preset], data)
         hidden, heads = data.get("hidden_size"), data.get("num_heads")
         if "head_dim" not in data and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:

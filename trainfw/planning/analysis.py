@@ -272,7 +272,8 @@ def simulated_program(found: Simulation) -> Program:
 
     if found.cores > jax.device_count():
         raise UserError(
-            f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}"
+            f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}: "
+            f"trainfw.plan(recipe, simulate={found.cores}), before jax starts, simulates them"
         )
     return build_program(found.recipe, jax.devices()[: found.cores], stands_in=found.stands_in)
 

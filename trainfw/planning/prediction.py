@@ -15,7 +15,7 @@ from trainfw.planning.links import TransferTime, link_utilisation
 from trainfw.planning.memory import MemoryTable
 from trainfw.planning.streams import Timeline, timeline
 from trainfw.planning.time import Assumptions, StepTime, assumptions_of, part_label, step_time
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, expect_recipe
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def plan(
     Args are those of `compiled`. Raises UserError where the recipe names no topology, its layout does not fit it, or
     it is too large to simulate.
     """
+    expect_recipe(recipe)
     return planned(recipe, compiled(recipe, progress, simulate=simulate, fresh=fresh))
 
 

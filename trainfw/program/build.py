@@ -45,7 +45,7 @@ from trainfw.program.kept import as_kept, count_weights, kept_shardings
 from trainfw.program.loss import Batch, Sums, next_token_loss
 from trainfw.program.metrics import Mean
 from trainfw.program.state import TrainState
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, expect_recipe
 
 Metrics = dict[str, Mean]
 
@@ -187,6 +187,7 @@ def build_program(
 
     Raises UserError where the recipe and the devices do not fit together.
     """
+    expect_recipe(recipe)
     devices = jax.devices() if devices is None else devices
     layout = _checked_layout(recipe, len(devices))
     topology = recipe.hardware.load()

@@ -21,7 +21,7 @@ from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
 from trainfw.paths import resolve_path
 from trainfw.program.kept import kept_weight
-from trainfw.recipe import Recipe, load_recipe
+from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 
 
 class Base(Protocol):
@@ -162,7 +162,8 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run directory."""
+    """Whether a path is a run directory. Raises UserError for a recipe, or a run's name without its directory."""
+    refuse_recipe(path)
     return not str(path).startswith("package:") and (resolve_path(path) / "recipe.yaml").is_file()
 
 

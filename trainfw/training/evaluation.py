@@ -17,9 +17,11 @@ from trainfw.checkpoint import Checkpoints
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
+from trainfw.paths import path_text
 from trainfw.program import Base, Mean, Program, build_program, check_tokenizer, is_run, open_base, read_adapter
 from trainfw.recipe import load_recipe
 from trainfw.training.base import check_base
+from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 
@@ -125,7 +127,7 @@ def load_model(
 
     Raises UserError for a path that holds no model, and for adapters that do not fit it.
     """
-    path = os.fspath(path)
+    path = path_text(path)
     base: Base | None = None
     if not is_run(path):
         base = open_base(path)
@@ -201,6 +203,7 @@ def evaluate(
     if any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(run.recipe_file, settings)
+    check_inputs(recipe)
     program = build_program(recipe)
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=reporter.progress)

@@ -74,7 +74,9 @@ def _train(
         phases.moved()
         reporter.progress(description, completed, total)
 
-    run = RunDirectory(Path("runs") / recipe.name if run_dir is None else run_dir, recipe.checkpoint)
+    place = Path("runs") / recipe.name if run_dir is None else run_dir
+    with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
+        run = RunDirectory(place, recipe.checkpoint)
     if recipe.data.format != "text" and recipe.data.date is None:
         date = _first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
@@ -213,7 +215,7 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     if data.tokenizer.vocab_size > recipe.model.vocab_size:
         raise recipe.error(
             "model.vocab_size",
-            f"is smaller than the tokenizer's vocabulary; expected {data.tokenizer.vocab_size} or more",
+            f"is smaller than the vocabulary of data.tokenizer; expected {data.tokenizer.vocab_size} or more",
         )
     length, most = recipe.data.sequence_length, recipe.model.max_position
     if length > most:

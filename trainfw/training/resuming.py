@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -104,12 +105,19 @@ class Change:
             return ""
         why = _WHY.get(self.effect, f"changes the losses; --accept {self.key} goes on with it")
         where = f" ({self.where})" if self.where else ""
-        return f"{self.key}: {self.before!r} there, {self.now!r} here{where}: {why}"
+        return f"{self.key}: {self.before!r:.60} there, {self.now!r:.60} here{where}: {why}"
 
 
 def changes(before: Recipe, now: Recipe) -> list[Change]:
-    """What differs, in the order of the keys."""
-    return [Change(key, *values, now.written(key)) for key, values in before.differences(now).items()]
+    """What differs, in the order of the keys; a section that one of them has and the other has not, as one."""
+    found = before.differences(now)
+    for section in EFFECTS:
+        inside = [key for key in found if key.startswith(f"{section}.")]
+        pair = [functools.reduce(getattr, section.split("."), recipe) for recipe in (before, now)] if inside else []
+        if None in pair:
+            found = {key: value for key, value in found.items() if key not in inside}
+            found[section] = tuple(one and one.model_dump(exclude_defaults=True) for one in pair)
+    return [Change(key, *values, now.written(key)) for key, values in found.items()]
 
 
 def covers(accept: Sequence[str], key: str) -> bool:

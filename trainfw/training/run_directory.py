@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
 from trainfw.errors import RunError, UserError
-from trainfw.recipe import Recipe, load_recipe
+from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.training.resuming import Change, changes
 
 Resume = Literal["auto", "never", "must"]
@@ -40,6 +40,7 @@ class RunDirectory:
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """A run that has something to load. Raises UserError where there is none."""
+        refuse_recipe(path)
         run = cls(path)
         if not run.recipe_file.is_file():
             raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
@@ -60,7 +61,8 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        steps = self.steps()
+        with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
+            steps = self.steps()
         if self.path.is_dir() and not steps and not self._is_ours():
             others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
             if others:
