@@ -140,7 +140,7 @@ def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Seq
 
 
 def expect_recipe(given: Any) -> Recipe:
-    """`given`, which Python code handed over as a recipe. Raises UserError, with the call that makes one, if it is none."""
+    """What Python code handed over as a recipe. Raises UserError, with the call that makes one, where it is none."""
     if isinstance(given, Recipe):
         return given
     path = _show(given) if isinstance(given, str | os.PathLike | Mapping) else "'quickstart'"

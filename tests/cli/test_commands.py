@@ -19,6 +19,19 @@ def trainfw(*arguments: str, code: int = 0, cwd=None) -> str:
     return result.stdout
 
 
+def test_launch_local_hands_on_what_is_accepted(tmp_path, monkeypatch):
+    import trainfw.launch
+    from trainfw.cli import main
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(trainfw.launch, "launch_local", lambda command, *_: commands.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["trainfw", "launch", "local", "quickstart", "train.steps=5", "--accept", "train"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    assert commands[0][-2:] == ["--accept", "train"]
+
+
 @pytest.mark.slow
 def test_train_generate_and_eval(tmp_path):
     recipe = str(write_recipe(tmp_path))

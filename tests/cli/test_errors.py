@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -43,7 +44,10 @@ OVERRIDES = {
     "learning rate of zero": ("optimizer.learning_rate=0", "expected greater than 0"),
     "decay_steps without wsd": ("optimizer.decay_steps=5", "decay_steps belongs to schedule wsd"),
     "adam rate without muon": ("optimizer.adam_learning_rate=0.1", "adam_learning_rate belongs to muon"),
-    "decay pattern that matches nothing": ("optimizer.weight_decay_exclude=[lyers.*]", "'lyers.*' matches none"),
+    "decay pattern that matches nothing": (
+        "optimizer.weight_decay_exclude=[lyers.*]",
+        "command line: optimizer.weight_decay_exclude: 'lyers.*' matches none",
+    ),
     "accumulation does not divide": ("train.accumulation_steps=3", "does not divide train.global_batch_size = 8"),
     "heads do not divide": ("model.num_kv_heads=3", "model.num_kv_heads"),
     "odd head_dim": ("model.head_dim=15", "model.head_dim"),
@@ -55,7 +59,8 @@ OVERRIDES = {
     "batch does not divide": ("train.global_batch_size=12", "does not divide over data(1) * fsdp(8)"),
     "heads over tensor": (
         "parallel.tensor=8",
-        "does not divide over parallel.tensor = 8; the nearest size that does: 4",
+        "command line (parallel.tensor): model.num_heads = 4: does not divide over parallel.tensor = 8; the nearest "
+        "size that does: 4",
     ),
     "layers over stages": (
         "parallel={pipeline: 4, fsdp: 2}",
@@ -84,10 +89,14 @@ OVERRIDES = {
     "topology of another size": ("hardware.topology=trn2.48xlarge", "simulate them with --devices 64"),
     "count without a topology": ("hardware.count=2", "needs hardware.topology"),
     "vocabulary smaller than the tokenizer's": ("model.vocab_size=100", "expected 258 or more"),
-    "no such source": ("data.source=nowhere/*.txt", "nowhere/*.txt"),
+    "no such source": ("data.source=nowhere/*.txt", "command line: data.source 'nowhere/*.txt' matches no file"),
+    "evaluation of text": ("evaluation={}", "command line: evaluation.metric = 'rouge_l': needs prompts"),
     "split that leaves nothing": ("data.validation_fraction=1.5", "expected less than 1"),
     "tokenizer without its file": ("data.tokenizer.name=file", "`name: file` needs path"),
-    "no such tokenizer": ("data.tokenizer={name: file, path: nowhere.json}", "nowhere.json"),
+    "no such tokenizer": (
+        "data.tokenizer={name: file, path: nowhere.json}",
+        "command line: data.tokenizer.path: no tokenizer at nowhere.json",
+    ),
     "not a number": ("optimizer.learning_rate=.nan", "learning_rate = nan: expected"),
     "infinite": ("optimizer.learning_rate=.inf", "learning_rate = inf: expected a finite number"),
     "a tag that lies": ("train.steps=!!bool maybe", "not valid YAML"),
@@ -104,7 +113,10 @@ OVERRIDES = {
         "are both sharded over mesh axis 'tensor'",
     ),
     "dim that stays split": ("parallel.rules={mlp: [fsdp]}", "this dim is always split over tensor"),
-    "decay longer than the run": ("optimizer={schedule: wsd, decay_steps: 99}", "is longer than the 8 steps"),
+    "decay longer than the run": (
+        "optimizer={schedule: wsd, decay_steps: 99}",
+        "command line: optimizer.decay_steps = 99 is longer than the 8 steps",
+    ),
     "name with a slash": ("name=a/b", "name = 'a/b': expected"),
 }
 
@@ -163,12 +175,32 @@ ARGUMENTS = {
     "devices after jax": (["train", "quickstart", "--devices", "3"], "jax is already running with 8"),
     "resume must, nothing there": (["train", "quickstart", "--resume", "must"], "no checkpoint to resume from"),
     "eval of no run": (["eval", "nowhere"], "is not a run directory"),
+    "eval of a recipe": (["eval", "quickstart"], "has not been trained here: trainfw train quickstart"),
+    "export of a recipe": (
+        ["export", "quickstart", "--out", "x"],
+        "quickstart: is a recipe, where a run or a model is",
+    ),
+    "merge of a recipe": (["merge", "quickstart", "--out", "x"], "has not been trained here: trainfw train quickstart"),
+    "generate from a recipe": (["generate", "quickstart", "--prompt", "x"], "has not been trained here: trainfw train"),
+    "from a recipe": (["train", "quickstart", "model.from=quickstart"], "model.from: quickstart: is a recipe, where"),
+    "accept of no key": (["train", "quickstart", "--accept", "lr"], "did you mean 'optimizer.learning_rate'?"),
+    "accept of a shape": (["launch", "local", "quickstart", "--accept", "adapter.rank"], "cannot change in a run"),
+    "a key as an option": (["train", "quickstart", "--steps", "50"], "take no dashes: train.steps=50\n"),
+    "a whole key as an option": (["plan", "quickstart", "--train.steps", "50"], "take no dashes: train.steps=50\n"),
+    "a key with its value": (
+        ["train", "q", "--optimizer.learning_rate=1e-3"],
+        "dashes: optimizer.learning_rate=1e-3\n",
+    ),
+    "another trainer's option": (["check", "quickstart", "--lr", "1"], "dashes: optimizer.learning_rate=1\n"),
+    "an option of other units": (["train", "quickstart", "--epochs", "3"], "train.steps=VALUE (a run is as many steps"),
+    "a short option": (["train", "quickstart", "-n", "5"], "or a key as KEY=VALUE, such as train.steps=50"),
+    "keys as options to launch": (["launch", "local", "q", "--steps=5"], "take no dashes: train.steps=5\n"),
     "generate from no run": (["generate", "nowhere", "--prompt", "x"], "no such file or directory"),
     "recipe of no name": (["train", ""], "the path is empty"),
     "recipe too long": (["train", "x" * 5000], "ame too long"),
     "devices beyond count": (["train", "quickstart", "--devices", "99999999999999"], "2048 at most"),
     "unknown command": (["trian"], "No such command"),
-    "unknown option": (["train", "quickstart", "--device", "2"], "No such option"),
+    "unknown option": (["train", "quickstart", "--device", "2"], "No such option: --device; did you mean --devices?"),
     "tokenizer of nothing": (["tokenizer", "train", "nowhere.txt", "--out", "t"], "nowhere.txt"),
     "tokenizer too small": (["tokenizer", "train", "python-stdlib", "--out", "t", "--vocab-size", "9"], "9"),
 }
@@ -184,3 +216,34 @@ def test_bad_arguments(name, tmp_path, monkeypatch, capsys):
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_found_by_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "recipe.yaml").touch()
+    (tmp_path / "recipe.yaml").write_text("extends: quickstart\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    for given in ("mine", "recipe.yaml"):
+        assert run(monkeypatch, "generate", given, "--prompt", "x") == 2
+        assert "did you mean 'runs/mine'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override", ["data.source=nowhere", "data.tokenizer={name: file, path: nowhere}", "evaluation={}"]
+)
+def test_what_is_not_there_is_said_before_jax_is(override, tmp_path):
+    code = f"""
+import sys
+from trainfw.cli import main
+sys.argv = ["trainfw", "train", "quickstart", {override!r}]
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 2
+assert "jax" not in sys.modules
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr.partition(".")[0]) == (
+        0,
+        f"error: command line: {override.partition('.')[0].partition('=')[0]}",
+    )

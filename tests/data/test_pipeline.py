@@ -105,6 +105,14 @@ def test_resume_with_another_batch_size_repeats_and_skips_nothing() -> None:
     assert _joined(_take(resumed, 2)) == _joined(_take(first, 3))
 
 
+def test_rows_left_out_are_left_out_of_batches_of_another_size() -> None:
+    iterator, whole = _iterator(global_batch_size=6), _iterator(global_batch_size=6)
+    iterator.skip({8, 9, 10, 11})  # a batch of four
+    kept = _take(whole, 3)
+    assert _joined(_take(iterator, 2)) == _joined([kept[0], kept[2]])
+    assert iterator.next_row == 18
+
+
 def test_state_of_other_data_is_refused() -> None:
     state = _iterator().get_state()
     for config in (DataConfig(sequence_length=8, seed=4), DataConfig(sequence_length=9, seed=3)):

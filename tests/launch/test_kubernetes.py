@@ -156,6 +156,8 @@ def test_the_recipe_travels(tmp_path):
     assert load_recipe(file) == recipe
     container = pod(jobset)["containers"][0]
     assert container["command"][-4:] == ["train", "/etc/trainfw/recipe.yaml", "--run-dir", "/data/runs/quickstart"]
+    accepting = pod(read(job(accept=["optimizer"]))[1])["containers"][0]["command"]
+    assert accepting[-4:] == ["--run-dir", "/fsx/runs/quickstart", "--accept", "optimizer"]
     assert {"name": "recipe", "mountPath": "/etc/trainfw", "readOnly": True} in container["volumeMounts"]
     assert {"name": "volume-1", "mountPath": "/corpus"} in container["volumeMounts"]
 

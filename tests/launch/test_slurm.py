@@ -50,6 +50,14 @@ def command(script):
     return next(line for line in script.splitlines() if " train " in line).strip().removesuffix(" &")
 
 
+def test_what_is_accepted_is_handed_on():
+    assert command(job(accept=["optimizer.learning_rate", "train"]).script()).endswith(
+        " --accept optimizer.learning_rate --accept train"
+    )
+    with pytest.raises(UserError, match=r"--accept adapter\.rank: cannot change in a run"):
+        job(accept=["adapter.rank"])
+
+
 def test_several_processes_a_node_are_numbered_by_task():
     assert "TRAINFW_PROCESS_INDEX=$SLURM_PROCID" in job(nodes=1, tasks_per_node=2).script()
     assert "TRAINFW_PROCESS_INDEX" not in job(nodes=2).script()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -48,9 +50,14 @@ def confused(monkeypatch):
 
 def test_stop(tmp_path, poisoned):
     poisoned.add(5 * 8)
-    with pytest.raises(RunError, match=r"step 6: loss is nan; step 4 is the last one saved; look at the data, or "):
+    with pytest.raises(RunError, match=r"step 6: loss is nan; step 4 is the last one saved; look at the data") as error:
         run_it(tiny_recipe(tmp_path), tmp_path / "run")
     assert RunDirectory(tmp_path / "run").steps() == [4]
+    advice = re.search(r"\((optimizer\.learning_rate=\S+) --accept (\S+)\).*\((\S+) or (\S+)\)", str(error.value))
+    assert advice, "what is advised can be pasted"
+    run_it(tiny_recipe(tmp_path, advice[1], advice[3]), tmp_path / "run", accept=[advice[2]])
+    assert [row["policy"] for row in RunDirectory(tmp_path / "run").faults()][-1] == "skip"
+    assert advice[4] == "faults.non_finite=rollback"
 
 
 def test_skip(tmp_path, poisoned):

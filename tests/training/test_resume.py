@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from tests.data.test_chat import SMOLLM2, make_tokenizer
-from tests.helpers import losses, tiny_recipe, write_recipe
+from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe, train
 from trainfw.checkpoint import Checkpoints
 from trainfw.training import Reporter, RunDirectory
+from trainfw.training.base import check_base
 
 
 class Quiet(Reporter):
@@ -94,6 +95,92 @@ def test_resumed_from_stages_that_held_other_layers(straight, tmp_path, monkeypa
     assert losses(tmp_path / "run") == expected
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run whose last checkpoint is of step 4."""
+    directory = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(tiny_recipe(directory), directory / "run", 6, patch)
+    return directory
+
+
+def gone_on(stopped, tmp_path, *overrides, **kwargs):
+    """Its losses once it has gone on with these, what it said, and its rows."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    heard = Heard()
+    recipe = load_recipe(stopped / "recipe.yaml", overrides)
+    train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=heard, **kwargs)
+    sessions = [json.loads(line) for line in (tmp_path / "run" / "sessions.jsonl").read_text().splitlines()]
+    changed = [row["changed"] for row in sessions if "changed" in row]
+    return losses(tmp_path / "run"), "\n".join(heard.notes), changed[-1] if changed else {}
+
+
+def test_the_same_numbers_go_on_from_another_place_and_computed_otherwise(straight, stopped, tmp_path):
+    _, expected = straight
+    shutil.copytree(stopped / "text", tmp_path / "moved")
+    source = f"data.source={tmp_path / 'moved'}/*.txt"
+    resumed, notes, changed = gone_on(stopped, tmp_path / "a", source, "checkpoint.every=3")
+    assert resumed == expected  # bit for bit
+    assert "; data.source was [" in notes
+    assert changed["checkpoint.every"] == [4, 3]
+    otherwise = ["train.accumulation_steps=4", "train.loss_chunk=9", "train.remat=full", "train.scan_layers=false"]
+    resumed, _, changed = gone_on(stopped, tmp_path / "b", *otherwise)
+    assert {f"{key}={value}".lower() for key, (_, value) in changed.items()} == set(otherwise)
+    np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=1e-5)
+    assert resumed != expected, "what was to be computed otherwise was"
+
+
+def test_other_losses_are_accepted_by_key_and_written_down(straight, stopped, tmp_path):
+    _, expected = straight
+    change = ["optimizer.learning_rate=1e-4", "train.global_batch_size=16"]
+    with pytest.raises(
+        UserError, match=r"(?s)0\.003 there, 0\.0001 here \(command line\).*--accept optimizer\.learning_rate"
+    ):
+        gone_on(stopped, tmp_path / "refused", *change, accept=["train"])
+    accept = ["optimizer", "train.global_batch_size", "train.z_loss"]
+    resumed, notes, changed = gone_on(stopped, tmp_path / "run", *change, accept=accept)
+    assert [resumed[step] for step in (1, 2, 3, 4)] == [expected[step] for step in (1, 2, 3, 4)]
+    assert all(resumed[step] != expected[step] for step in (6, 7, 8))
+    assert "at step 4; optimizer.learning_rate was 0.003, is 0.0001 (accepted); train.global_batch_size was 8" in notes
+    assert "--accept train.z_loss: nothing to accept" in notes
+    assert changed == {"optimizer.learning_rate": [0.003, 0.0001], "train.global_batch_size": [8, 16]}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "run" / "metrics.jsonl").read_text().splitlines()]
+    tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
+    assert (tokens[4], tokens[8]) == (4 * 8 * 32, 4 * 8 * 32 + 4 * 16 * 32)
+
+
+def test_a_run_that_is_further_says_how_to_go_on(stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stopped / "run", "runs/tiny")
+    (tmp_path / "runs" / "tiny-2").mkdir()
+    recipe = load_recipe(stopped / "recipe.yaml", ["train.steps=3"])
+    with pytest.raises(UserError, match=r"^command line: train\.steps = 3: runs/tiny is at step 4 already") as error:
+        RunDirectory("runs/tiny").check(recipe, "auto")
+    for way in ("train.steps=8", "train.steps=4", "name=tiny-3"):
+        assert way in str(error.value)
+        further = load_recipe(stopped / "recipe.yaml", ["train.steps=3", way])
+        RunDirectory(Path("runs") / further.name).check(further, "auto")
+    with pytest.raises(UserError, match=r"--run-dir runs/tiny-3 starts another run"):
+        RunDirectory("runs/tiny").check(load_recipe(stopped / "recipe.yaml", ["name=other", "train.steps=3"]), "auto")
+
+
+def test_what_a_run_started_from_may_move_but_not_change(stopped, tmp_path):
+    base = recipe_base(stopped / "run", stopped)
+    train_quietly(base, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(stopped / "run", tmp_path / "moved")
+    assert check_base(recipe_base(tmp_path / "moved", stopped), run, 1) == check_base(base, run, 1)
+    train_quietly(recipe_base(stopped / "run", stopped, "train.steps=2", "train.seed=5"), tmp_path / "other")
+    with pytest.raises(UserError, match=r"^command line: model\.from: .*other: .* started from other weights"):
+        check_base(recipe_base(tmp_path / "other", stopped), run, 1)
+    with pytest.raises(UserError, match="started from a seed, and goes on with its own weights"):
+        check_base(base, RunDirectory(stopped / "run"), 4)
+
+
+def recipe_base(path, stopped, *overrides):
+    return load_recipe(stopped / "recipe.yaml", [f"model.from={path}", "train.steps=1", *overrides])
+
+
 def test_a_finished_run_is_left_alone(straight, tmp_path):
     recipe, expected = straight
     train_quietly(recipe, tmp_path / "run")
@@ -113,7 +200,7 @@ def test_another_recipe_is_refused_by_key(straight, tmp_path):
         UserError, match=r"train\.seed: 0 there, 1 here: cannot change in a run: it is read at the start alone\nset"
     ):
         train_quietly(other, tmp_path / "run")
-    with pytest.raises(UserError, match="--run-dir .*run-2 starts another run"):
+    with pytest.raises(UserError, match=r"--run-dir .*run-2 starts another run"):
         train_quietly(recipe, tmp_path / "run", resume="never")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -50,7 +50,7 @@ Step = Annotated[
 class RecipeCommand(TyperCommand):
     """A command that takes keys of a recipe, and answers those given as options."""
 
-    def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -77,9 +77,8 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
     if not value and following and not following[0].startswith("--") and "=" not in following[0]:
         value = following[0]
     key, _, note = key.partition(" ")
-    said = (
-        f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
-    )  # a value of another kind may be no value here
+    # Beside a note, a value would be of another kind than ours.
+    said = f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
     return f"No such option: {option}; keys of a recipe take no dashes: {said}"
 
 

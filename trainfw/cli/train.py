@@ -41,13 +41,13 @@ def train(
     check_resume(resume)
     check_accept(accept or ())
     loaded = load_recipe(recipe, overrides or ())
-    check_inputs(loaded)
     if tiny:
         devices = devices or 8
         shrunk = tiny_overrides(loaded, devices)
         typer.echo(f"tiny: {' '.join(shrunk)}")
         loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
+    check_inputs(loaded)
     if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     _ignore_what_failed_saves_leave()

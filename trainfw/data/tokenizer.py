@@ -183,8 +183,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
     tokenizer = Tokenizer(backend, bos_id=0, eos_id=1)  # special tokens come first
     if tokenizer.vocab_size < vocab_size:
         raise UserError(
-            f"tokenizer.vocab_size = {vocab_size}: the training split of data.source (less data.validation_fraction) is too small; "
-            f"it gives {tokenizer.vocab_size} tokens at most"
+            f"tokenizer.vocab_size = {vocab_size}: the training split (data.source, less data.validation_fraction) is "
+            f"too small for that; it gives {tokenizer.vocab_size} tokens at most"
         )
     return tokenizer
 

@@ -42,9 +42,9 @@ def train(
 ) -> Result:
     """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
 
-    `run_dir` defaults to `runs/<name>`. `accept` names keys (`["optimizer.learning_rate"]`), or sections, of which other
-    values than the run has are meant to change its losses from here on; without, they are refused.
-    `approve` sees the program before anything else is done, and may raise.
+    `run_dir` defaults to `runs/<name>`. `approve` sees the program before anything else is done, and may raise.
+    `accept` names keys, such as `["optimizer.learning_rate"]`, or sections: other values of these than the run has had
+    may change its losses from here on, where otherwise they are refused.
     Of several processes, each calls this; the first writes the run's files, which all must see.
 
     Raises UserError for input that cannot work (before anything is written), RunError when the run fails, Interrupted
@@ -127,7 +127,7 @@ def _train(
         state = first_state(resumed_step)
         train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
         if resumed_step is not None:
-            changed = {one.key: (one.before, one.now) for one in run.changes(recipe)} | changed
+            changed = {**{one.key: (one.before, one.now) for one in run.changes(recipe)}, **changed}
         _say_start(run, resumed_step, changed, accept, reporter)
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
         if first:

@@ -113,11 +113,16 @@ def changes(before: Recipe, now: Recipe) -> list[Change]:
     found = before.differences(now)
     for section in EFFECTS:
         inside = [key for key in found if key.startswith(f"{section}.")]
-        pair = [functools.reduce(getattr, section.split("."), recipe) for recipe in (before, now)] if inside else []
+        pair: list[Any] = [_value(recipe, section) for recipe in (before, now)] if inside else []
         if None in pair:
             found = {key: value for key, value in found.items() if key not in inside}
-            found[section] = tuple(one and one.model_dump(exclude_defaults=True) for one in pair)
+            had, has = (None if one is None else one.model_dump(exclude_defaults=True) for one in pair)
+            found[section] = (had, has)
     return [Change(key, *values, now.written(key)) for key, values in found.items()]
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), recipe)
 
 
 def covers(accept: Sequence[str], key: str) -> bool:
