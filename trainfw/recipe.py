@@ -420,6 +420,9 @@ def _fields_of(source: str) -> dict[str, Any]:
 
 def _adapter_of(source: str) -> dict[str, Any]:
     """The fields of the adapter at a path: a run's, or one in PEFT's form."""
+    refuse_recipe(source)
+    if not resolve_path(source).exists():
+        raise UserError(f"{source}: no such directory; expected a run of an adapter, or one in PEFT's form")
     run = resolve_path(source) / "recipe.yaml"
     if not run.is_file():
         from trainfw.interop import peft_fields  # with NumPy and JAX, which other recipes do without

@@ -120,10 +120,11 @@ def test_what_changes_no_number_needs_no_accepting(tmp_path):
         "adapter.rank": "cannot change in a run: what its checkpoints hold would not fit",
         "data.shuffle": "cannot change in a run: the tokens or their order",
         "data.source": "may change as long as what it leads to is the same",
+        "data.tokenizer": "may change as long as what it leads to is the same",
     }.items(),
 )
 def test_what_is_no_key_to_accept(key, message):
-    check_accept(["optimizer", "optimizer.learning_rate", "train.remat"])
+    check_accept(["optimizer", "adapter", "optimizer.learning_rate", "train.remat", "watchdog"])
     with pytest.raises(UserError, match=re.escape(f"--accept {key}: {message}")):
         check_accept([key])
 

@@ -145,8 +145,9 @@ def check_accept(accept: Sequence[str]) -> None:
             raise UserError(f"--accept {key}: expected a key alone: --accept {name}, beside {key}")
         if key not in keys():
             raise UserError(f"--accept {key}: unknown key{nearest_key(key)}")
-        if (why := _WHY.get(EFFECTS.get(key, "same"))) is not None:
-            raise UserError(f"--accept {key}: {why}")
+        effects = [EFFECTS[other] for other in EFFECTS if covers([key], other)]
+        if all(effect in _WHY for effect in effects):
+            raise UserError(f"--accept {key}: {_WHY[effects[0]]}")
 
 
 def depends_on_cut(recipe: Recipe) -> str:
