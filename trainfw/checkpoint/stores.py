@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from etils import epath
 
 from trainfw.checkpoint.config import STORES, CheckpointConfig
-from trainfw.errors import UserError
+from trainfw.errors import UserError, pip_install
 
 Directory: TypeAlias = Path
 """Of checkpoints, or of one of them: in a store an epath.Path, which has a Path's methods but for those below."""
@@ -35,7 +35,7 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
         importlib.import_module(library)
     except ImportError:
         raise UserError(
-            f"checkpoint.directory = {config.directory}: needs the package {library}: pip install 'trainfw[{extra}]'"
+            f"checkpoint.directory = {config.directory}: needs the package {library}: {pip_install(extra)}"
         ) from None
     _see_what_others_write()
     if scheme == "s3":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.data.compressed import check_pointer
-from trainfw.errors import UserError
+from trainfw.errors import UserError, pip_install
 
 Choose = Callable[[list[str]], list[str]]
 """Of the columns that there are, those to read. Raises UserError where one is missing."""
@@ -71,7 +71,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f'{path}: reading {what} needs {error.name}; pip install "trainfw[datasets]"') from error
+        raise UserError(f"{path}: reading {what} needs {error.name}: {pip_install('datasets')}") from error
     except (UserError, OSError):
         raise
     except Exception as error:  # what the libraries make of a damaged file is not written down

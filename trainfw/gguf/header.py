@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.errors import UserError, one_of
+from trainfw.errors import UserError, one_of, pip_install
 from trainfw.paths import check_file
 
-INSTALL = 'pip install "trainfw[gguf]"'
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 """Version 1 counted in 32 bits, and was read by nobody for long."""
@@ -267,7 +266,7 @@ def gguf_library() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f"GGUF files need the gguf library: {INSTALL}") from error
+        raise UserError(f"GGUF files need the gguf library: {pip_install('gguf')}") from error
     return gguf
 
 
