@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainfw.data import DataConfig, PreparedData, prepare, sources
+from trainfw.data import DataConfig, PreparedData, cache, prepare, sources
 from trainfw.data.cache import is_held_out
 from trainfw.errors import UserError
 from trainfw.paths import cache_dir
@@ -30,7 +30,7 @@ def _forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [{"name": "bytes"}, {"name": "bpe", "vocab_size": 300}])
-def test_both_splits_hold_the_text(config: DataConfig, tokenizer: dict) -> None:
+def test_both_splits_hold_the_text(config: DataConfig, tokenizer: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(**config.model_dump() | {"tokenizer": tokenizer})
     prepared = prepare(config)
     texts = [document.text for document in sources.open_source(config).documents()]
@@ -39,6 +39,9 @@ def test_both_splits_hold_the_text(config: DataConfig, tokenizer: dict) -> None:
     assert _documents(prepared, "train") == [text for text in texts if text not in held_out]
     assert prepared.validation.num_bytes == sum(len(text.encode()) for text in held_out)
     assert prepared.train.num_bytes + prepared.validation.num_bytes == sum(len(text.encode()) for text in texts)
+    assert prepared.gzip_bits_per_byte is None  # of so little text it is mostly its own header
+    monkeypatch.setattr(cache, "GZIP_BYTES", 1)
+    prepared = prepare(config)
     compressed = gzip.compress("".join(held_out).encode(), 9)
     assert prepared.gzip_bits_per_byte == pytest.approx(8 * len(compressed) / prepared.validation.num_bytes)
 

@@ -86,7 +86,7 @@ def test_what_it_told(finished):
     assert "no MFU: no published dense peak of 'cpu'" in text
     assert text.count("compiled in") == 1
     assert text.index("compiled in") < text.index("validation at step 0")
-    assert f"{result.validation.bits_per_byte:.3f} now; gzip -9 reaches" in text
+    assert "gzip" not in text  # of so little text it is mostly its own header
     assert f"sample:\nword{result.sample}" in text
 
 

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import typer
-
 from trainfw.cli.options import Devices, Overrides, RunPath, Step
+from trainfw.cli.terminal import say
 
 
 def evaluate(run: RunPath, overrides: Overrides = None, devices: Devices = None, step: Step = None) -> None:
-    """Validate a run on its held-out documents, or on those of another source (data.source=...)."""
+    """Validate a run on its held-out documents. With data.source=..., on those of another source."""
     from trainfw import backends
 
     backends.prepare(devices)
@@ -19,5 +18,4 @@ def evaluate(run: RunPath, overrides: Overrides = None, devices: Devices = None,
         validation, data = training.evaluate(run, overrides or (), step=step, reporter=reporter)
     finally:
         reporter.close()
-    gzip = f"; gzip -9 reaches {data.gzip_bits_per_byte:.3f}" if validation.complete else ""
-    typer.echo(f"{run}: {validation}{gzip}")
+    say(f"{run}: {validation}{validation.beside_gzip(data)}")

@@ -33,6 +33,9 @@ BATCH_CHARACTERS = 1_000_000
 """Text tokenised at once: enough for every core, little enough for any memory."""
 BATCH_ROWS = 1000
 """Examples tokenised at once."""
+GZIP_BYTES = 2**15
+"""Held-out text that gzip is judged by, at least: the window it looks back in. Of it, the 18 bytes around gzip's stream
+and the code tables within are about a hundredth; of a few hundred bytes they are most."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class PreparedData:
     train: TokenStore
     validation: TokenStore
     tokenizer: Tokenizer
-    gzip_bits_per_byte: float
-    """What `gzip -9` makes of the held-out documents in one stream, in bits a byte: the least a model should beat."""
+    gzip_bits_per_byte: float | None
+    """What `gzip -9` makes of the held-out documents in one stream, in bits a byte: the least a model should beat.
+    None where they are fewer than `GZIP_BYTES`."""
     fingerprint: str
     """Changes with the inputs and with every option that shapes the tokens."""
     refused: tuple[Refused, ...] = ()
@@ -171,7 +175,8 @@ def _open(directory: Path, fingerprint: str, tokenizer: Tokenizer | None) -> Pre
             return None
         refused = tuple(Refused(**one) for one in meta.get("refused", ()))
         remarks = tuple(meta.get("remarks", ()))
-        return PreparedData(train, validation, tokenizer, meta["gzip_bits_per_byte"], fingerprint, refused, remarks)
+        gzip = meta["gzip_bits_per_byte"] if validation.num_bytes >= GZIP_BYTES else None
+        return PreparedData(train, validation, tokenizer, gzip, fingerprint, refused, remarks)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import statistics
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +13,13 @@ from trainfw.errors import RunError
 from trainfw.program import Metrics
 from trainfw.training.config import FaultsConfig
 from trainfw.training.run_directory import RunDirectory
+
+_STEPS = 10
+"""Steps of which the median loss is taken."""
+_TIMES = 10
+"""What growth of the loss is told."""
+_NATS = 0.1
+"""A loss below this is as good as none: ten times it is no growth."""
 
 Policy = Literal["stop", "skip", "rollback"]
 
@@ -41,6 +51,43 @@ def judge_step(step: int, row: int, metrics: Metrics, config: FaultsConfig) -> B
     if "spike" in metrics and metrics["spike"].value():
         return BadStep(step, row, "spike", values, config.spike)
     return None
+
+
+class Growth:
+    """Whether the training loss has grown, and stays so: most often the learning rate is too high.
+
+    Judged by the median of the last steps, which a spike that comes back does not move: ten times the lowest it has
+    been, and no less than where the run began. (A model that has learnt its data by heart is far from there.)
+
+    Args:
+        began: the first logged loss of the run, where it goes on.
+    """
+
+    def __init__(self, began: float | None = None):
+        self.began, self.lowest = began, began
+        self.now = math.nan
+        """The median."""
+        self._last: deque[float] = deque(maxlen=_STEPS)
+        self._told = False
+
+    def seen(self, loss: float, *, last: bool = False) -> bool:
+        """Whether that shows with the loss of this step. Once; the last step of a run is judged by what there is."""
+        if not math.isfinite(loss):
+            return False  # the policies' business
+        self._last.append(loss)
+        self.began = loss if self.began is None else self.began
+        self.lowest = loss if self.lowest is None else self.lowest
+        if len(self._last) < (_STEPS // 3 if last else _STEPS):
+            return False
+        self.now = statistics.median(self._last)
+        self.lowest = min(self.lowest, self.now)
+        grown = self.now >= self.began and self.now > _TIMES * max(self.lowest, _NATS)
+        told, self._told = self._told, self._told or grown
+        return grown and not told
+
+    def forget(self) -> None:
+        """The last steps are to be done again."""
+        self._last.clear()
 
 
 class FaultLog:
@@ -102,6 +149,14 @@ class FaultLog:
             except OSError as error:  # a rollback that is not written down would be lost with this session
                 raise RunError(f"{bad}; {self._file} cannot be written: {error.strerror}") from error
         return policy
+
+    def grown(self, step: int, row: int, growth: Growth) -> None:
+        """Write down that the loss has grown; where that cannot be, it was said, and the run goes on."""
+        written = {"step": step, "kind": "growth", "policy": "none", "row": row, "rows": self._batch_rows}
+        self._rows.append(written | {"loss": growth.now, "lowest_loss": growth.lowest})
+        if self._writes:
+            with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self._rows[-1]) + "\n")
 
     def _of(self, policy: Policy) -> Iterator[dict[str, Any]]:
         return (row for row in self._rows if row["policy"] == policy)

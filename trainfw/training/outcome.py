@@ -52,9 +52,8 @@ class Outcome:
     def compare(self, validation: Validation) -> None:
         first = next((row for row in self.run.metrics() if "validation_bits_per_byte" in row), validation.row(0))
         self.reporter.note(
-            f"held-out documents, bits per byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
-            f"{validation.bits_per_byte:.3f} now"
-            + (f"; gzip -9 reaches {self.data.gzip_bits_per_byte:.3f}" if validation.complete else "")
+            f"bits per held-out byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
+            f"{validation.bits_per_byte:.3f} now{validation.beside_gzip(self.data)}"
         )
 
     def evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:

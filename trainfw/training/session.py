@@ -18,7 +18,7 @@ from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.program import Metrics, Program, TrainState
 from trainfw.training.evaluation import Validation
-from trainfw.training.faults import BadStep, FaultLog, Policy, judge_step
+from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
 from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
@@ -100,6 +100,7 @@ class Session:
         self.last_completed = 0.0
         self.times: list[float] = []
         self.saved: int | None = None
+        self.growth = Growth(next((row["loss"] for row in self.run.metrics() if row.get("loss") is not None), None))
 
     def to_the_end(self, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
         """Train from `state` on, with `train_step` unless that is the last state. Raises Interrupted, RunError."""
@@ -200,6 +201,8 @@ class Session:
             self.faults.good()
         else:
             self._bad(bad)
+        if self.growth.seen(loss, last=done.step == self.recipe.train.steps):
+            self._grown(done)
         self.phases.step = done.step
         self.reporter.step(done.step, self.recipe.train.steps)
         if done.step % self.recipe.train.log_every == 0 or done.step == self.recipe.train.steps:
@@ -230,6 +233,14 @@ class Session:
             f"learning rate ({rate}) or without such steps ({others}){spoilt}"
         )
 
+    def _grown(self, done: _InFlight) -> None:
+        self.faults.grown(done.step, done.row, self.growth)
+        rate = done.metrics["learning_rate"].value()
+        self.reporter.note(
+            f"warning: step {done.step}: the training loss has grown to {self.growth.now:.4g}, from "
+            f"{self.growth.lowest:.4g} at its lowest; lower optimizer.learning_rate (here {rate:.3g})"
+        )
+
     def _roll_back(self) -> tuple[TrainState, int]:
         """The state of the last checkpoint, and its step; what came after it is forgotten."""
         self.saved = self._last_saved()
@@ -237,6 +248,7 @@ class Session:
         self.phases.lost += self.phases.so_far()["step"] * (done - first) / max(done - self.sessions.first, 1)
         self.in_flight.clear()
         self.times.clear()
+        self.growth.forget()
         with self.phases.during("start"):
             state = self.first_state(self.saved)
             self.batches.skip(self.faults.rows)
