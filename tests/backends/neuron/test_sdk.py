@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from trainfw import UserError
@@ -43,3 +46,8 @@ def test_versions_outside_a_releases_range_are_named():
         "jax 0.10.2 is outside 0.7.0 to 0.10.0, which Neuron SDK 2.32 supports",
         "python 3.14.0 is outside 3.11 to 3.13, which Neuron SDK 2.32 supports",
     ]
+
+
+def test_the_extra_takes_the_newest_jax_that_the_newest_release_supports():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["neuron"] == [f"jax=={load_sdk().jax[1]}"]

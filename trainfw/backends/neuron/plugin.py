@@ -33,8 +33,8 @@ class Plugin:
             wrong = f"; but PyPI's placeholder of {', '.join(self.placeholders)}" if self.placeholders else ""
             return real + wrong
         if self.state == "placeholder":
-            return f"{', '.join(self.placeholders)} from PyPI: placeholders without the plugin; install with: {INSTALL}"
-        return f"not installed; on a Neuron instance: {INSTALL}"
+            return f"{', '.join(self.placeholders)} from PyPI: placeholders without the plugin; install: `{INSTALL}`"
+        return f"not installed; on a Neuron instance: `{INSTALL}`"
 
 
 def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
