@@ -27,7 +27,7 @@ ROWS = [
     ["backends"],
     ["hardware"],
     ["config", "gguf"],
-    ["names", "paths", "utf8"],
+    ["names", "paths", "tables", "utf8"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

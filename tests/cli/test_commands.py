@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from tests.helpers import write_recipe
+from trainfw.backends import load_sdk
 
 
 def trainfw(*arguments: str, code: int = 0, cwd=None) -> str:
@@ -82,6 +84,9 @@ def test_doctor():
     output = trainfw("doctor", "--devices", "3")
     assert "devices            3 (cpu)" in output
     assert "has not run on Neuron hardware" in output
+    newest = load_sdk().jax[1]
+    assert (f"jax {jax.__version__} is outside" in output) == (jax.__version__ != newest)
+    assert ("; there `pip install " in output) == (jax.__version__ != newest)
 
 
 def test_tokenizer_train_writes_what_a_recipe_reads(tmp_path):

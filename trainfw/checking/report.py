@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfw.checking.rules import RULES, SEVERITIES, Severity
 from trainfw.hlo import Place
+from trainfw.tables import table
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,7 @@ def _table(rows: Iterable[CollectiveSum]) -> list[str]:
         )
         for row in rows
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    left = 3  # the others are numbers
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in cells
-    ]
+    return table(cells, "<<<>>>")
 
 
 def _memory(memory: Memory) -> list[str]:

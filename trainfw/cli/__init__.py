@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,7 @@ from trainfw.cli import (
     train,
 )
 from trainfw.cli.options import RecipeCommand
+from trainfw.cli.terminal import say
 from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
 
 app = typer.Typer(
@@ -79,6 +80,17 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 
+def _parser() -> Any:
+    """The commands, whose help names an argument without Python's type for it: KEY=VALUE is no `<list[str]>`."""
+    found = typer.main.get_command(app)
+    groups: list[Any] = [found]
+    for command in groups:
+        groups += getattr(command, "commands", {}).values()
+        for argument in (p for p in command.params if p.param_type_name == "argument"):
+            argument.display_type_rich = lambda ctx: None
+    return found
+
+
 # What the system says of a path that the user gave; anything else it says is a failure of the run.
 _PATH_ERRORS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -108,7 +120,7 @@ def main() -> None:
     # the signal over while there is something to save.
     before = signal.signal(signal.SIGINT, _interrupted)
     try:
-        app()
+        _parser()()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except PeerError as error:
@@ -135,7 +147,7 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    say(message, err=True)
     if _one_of_many():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import sys
-import time
 from typing import Annotated
 
 import typer
 
 from trainfw.cli.options import Overrides
+from trainfw.cli.terminal import Clock, say
 
 _Recipe = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.", show_default=False)
@@ -25,7 +24,7 @@ def check(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List every rule with its severity and source.")] = False,
 ) -> None:
-    """Read a recipe's steps for everything that Neuron is known to refuse, before renting it. No data is needed.
+    """Read a recipe's steps for what Neuron is known to refuse. Before renting it; no data is needed.
 
     Exits 0 when nothing is refused (there may be warnings), 1 when something is.
     """
@@ -59,24 +58,20 @@ def check(
             f"try --count {most * topology.count // topology.cores}",
         )
     sdk = backends.load_sdk(loaded.hardware.sdk)
-    started = time.monotonic()
+    with Clock() as progress:
+        backends.prepare(topology.cores, as_backend="neuron" if topology.rules == "neuron" else None)
+        progress(f"building {loaded.name} for {topology.cores} cores")
 
-    def progress(text: str) -> None:
-        print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
+        from trainfw.checking import check_program
+        from trainfw.program import build_program
 
-    backends.prepare(topology.cores, as_backend="neuron" if topology.rules == "neuron" else None)
-    progress(f"building {loaded.name} for {topology.cores} cores")
-
-    from trainfw.checking import check_program
-    from trainfw.program import build_program
-
-    report = check_program(build_program(loaded), topology=topology, sdk=sdk, progress=progress)
+        report = check_program(build_program(loaded), topology=topology, sdk=sdk, progress=progress)
     if json_:
         import json
 
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
-        typer.echo(str(report))
+        say(report)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -89,6 +84,5 @@ def _print_rules(as_json: bool) -> None:
 
         typer.echo(json.dumps([rule.model_dump(exclude={"hides"}) for rule in RULES.values()], indent=2))
         return
-    width = max(map(len, RULES))
     for rule in RULES.values():
-        typer.echo(f"{rule.id:{width}}  {rule.severity:7}  {rule.summary}\n{'':{width}}           {rule.source}")
+        say(f"{rule.severity:7}  {rule.id}\n{'':7}  {rule.summary}\n{'':7}  {rule.source}")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from trainfw.cli.terminal import for_terminal, in_colour
 from trainfw.training import Reporter
 
 
@@ -41,7 +42,12 @@ class TerminalReporter(Reporter):
         self._progress.start()
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        from rich.text import Text
+
+        console = self._progress.console
+        if "\n" not in text:  # several lines are a sample, and shown as they are
+            text = for_terminal(text, console.width, colour=in_colour(console.file))
+        console.print(Text.from_ansi(text), highlight=False, soft_wrap=True)
 
     def progress(self, description: str, completed: int, total: int | None) -> None:
         if description not in self._tasks:

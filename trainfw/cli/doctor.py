@@ -6,16 +6,16 @@ import os
 import platform
 import shutil
 
-import typer
-
 from trainfw.cli.options import Devices
+from trainfw.cli.terminal import say
+from trainfw.errors import pip_install
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
 _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
 
 
 def doctor(devices: Devices = None) -> None:
-    """Show versions, backend, devices and memory, and what is missing."""
+    """Show versions, devices and memory, and what is missing."""
     from trainfw import backends
     from trainfw.paths import cache_dir
 
@@ -24,7 +24,7 @@ def doctor(devices: Devices = None) -> None:
     import jax
 
     def line(label: str, text: object) -> None:
-        typer.echo(f"{label:18} {text}")
+        say(f"{label:17}  {text}")
 
     line("trainfw", importlib.metadata.version("trainfw"))
     line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -32,7 +32,7 @@ def doctor(devices: Devices = None) -> None:
         line(package, importlib.metadata.version(package))
     for package, extra in _OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
-        get = f'missing; Parquet and saved datasets need it: pip install "trainfw[{extra}]"'
+        get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
         line(package, importlib.metadata.version(package) if found else get)
     line("backend", backends.current())
     kinds = sorted({d.device_kind for d in jax.devices()})
@@ -46,14 +46,16 @@ def doctor(devices: Devices = None) -> None:
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
     if shutil.which("nvidia-smi") and backends.current().name == "cpu":
-        line("gpu", 'an NVIDIA driver is here but jax runs on the CPU: pip install "trainfw[gpu]"')
+        line("gpu", f"an NVIDIA driver is here but jax runs on the CPU: `{pip_install('gpu')}`")
     plugin = backends.detect_plugin()
     line("neuron plugin", plugin)
     release = backends.installed_sdk(plugin.versions)
-    if plugin.state == "installed":
-        known = f"{release.version} of {release.released}" if release else "these packages are of no one release"
-        line("neuron SDK", known)
     sdk = release or backends.load_sdk()
+    known = f"{sdk.version} of {sdk.released}"
+    if release is None:
+        here = "these packages are of no one release" if plugin.state == "installed" else "not here"
+        known = f"{here}; the newest known is {known}"
+    line("neuron SDK", known)
     for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
-        line("", problem)
+        line("", f"{problem}; there `{pip_install('neuron')}`" if problem.startswith("jax") else problem)
     line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")

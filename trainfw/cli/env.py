@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import textwrap
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw.cli.options import Overrides, RecipePath
+from trainfw.cli.terminal import say
 
 if TYPE_CHECKING:
     from trainfw.backends import Variable, Wiring
@@ -28,7 +30,7 @@ def env(
     head: Annotated[str | None, typer.Option(help="The host of process 0.", show_default=False)] = None,
     format: Annotated[str, typer.Option(metavar="sh|json", help="For a shell to read, or for a program.")] = "sh",
 ) -> None:
-    """Print the environment that a process on Neuron sets before it imports jax, with reasons and sources."""
+    """Print the environment of a process on Neuron, with reasons. It is what the process sets before it imports jax."""
     from trainfw import backends
     from trainfw.errors import UserError
     from trainfw.parallel import AXES
@@ -44,7 +46,7 @@ def env(
     variables: list[Variable] = []
     if topology.rules == "neuron":
         for warning in backends.environment_warnings(os.environ, backends.load_sdk(loaded.hardware.sdk), topology):
-            typer.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", err=True)
         layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}
         variables = backends.neuron_environment(
             loaded.hardware, wiring, layout=layout, scan_layers=loaded.train.scan_layers
@@ -53,7 +55,7 @@ def env(
         typer.echo(json.dumps([asdict(variable) for variable in variables], indent=2))
         return
     where = f"process {wiring.process_index} of {wiring.process_count} (from {wiring.launcher})"
-    typer.echo(f"# {loaded.name} on {topology.count} x {topology.name}: {where}")
+    typer.echo(_comment(f"{loaded.name} on {topology.count} x {topology.name}: {where}"))
     if not variables:
         typer.echo(f"# nothing to set: {topology.name} is not Neuron hardware")
     for variable in variables:
@@ -79,7 +81,15 @@ def _wiring(topology: Topology, nodes: int | None, node_rank: int | None, head: 
 
 def _as_shell(variable: Variable) -> str:
     marked = "experimental: " if variable.experimental else ""
-    comment = f"# {marked}{variable.reason} ({variable.source})"
+    comment = _comment(f"{marked}{variable.reason} ({variable.source})")
     if variable.value is None:
         return f"{comment}\n# {variable.name} is not known here"
     return f"{comment}\nexport {variable.name}={shlex.quote(variable.value)}"
+
+
+def _comment(text: str) -> str:
+    """`text` as comments of a shell that fit on any screen; a source's path is never broken."""
+    mark, below = "# ", "#   "
+    return textwrap.fill(
+        text, 80, initial_indent=mark, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+    )

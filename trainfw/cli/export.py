@@ -19,7 +19,7 @@ def export(
     ] = None,
     step: Step = None,
 ) -> None:
-    """Write a run's model or adapter, or any model, in a format of other libraries."""
+    """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
     from trainfw import backends
     from trainfw.errors import UserError
 

@@ -10,7 +10,7 @@ from trainfw.cli.options import AnyModel, Step
 
 def generate(
     model: AnyModel,
-    prompt: Annotated[list[str], typer.Option(help="The text to go on from; several are written at once.")],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="The text to go on from; several at once.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)] = None,
@@ -32,7 +32,7 @@ def generate(
         typer.Option(metavar="NAME=PATH", help="An adapter of the model; a prompt NAME=TEXT takes it."),
     ] = None,
 ) -> None:
-    """Write on from prompts: with a run, a model, or a model and several adapters."""
+    """Write on from prompts. With a run, a model, or a model and several adapters."""
     from trainfw import backends
     from trainfw.errors import UserError
 

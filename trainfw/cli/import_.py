@@ -9,7 +9,7 @@ from trainfw.cli.options import Dtype, ModelPath, OutPath
 
 
 def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
-    """Check a model and write it as a Hugging Face directory: safetensors, config and tokenizer."""
+    """Check a model and write it as a Hugging Face directory. It has safetensors, config and tokenizer."""
     from trainfw import backends
 
     backends.prepare()

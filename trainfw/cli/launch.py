@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainfw.cli.options import Accept, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume
+from trainfw.cli.terminal import say
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
@@ -22,7 +23,7 @@ def local(
     run_dir: RunDir = None,
     accept: Accept = None,
 ) -> None:
-    """Train in several processes of this machine, as on several instances."""
+    """Train in several processes of this machine. As on several instances."""
     from trainfw.launch import accepting, launch_local
     from trainfw.recipe import load_recipe
 
@@ -31,7 +32,7 @@ def local(
     directory = run_dir or os.path.join("runs", loaded.name)
     command = [sys.executable, "-m", "trainfw", "train", recipe, *(overrides or ())]
     command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
-    code = launch_local(command, processes, Path(directory) / "logs", lambda text: typer.echo(text, err=True))
+    code = launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True))
     if code:
         raise typer.Exit(code)
 
@@ -47,7 +48,8 @@ def slurm(
     grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and the time limit.", min=0)] = 120,
     restarts: Annotated[int, typer.Option(help="How often the job may requeue itself.", min=0)] = 100,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="A further option of sbatch, such as --sbatch=--exclude=trn-7.")
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Another of sbatch, such as --sbatch=--exclude=trn-7."),
     ] = None,
     tasks_per_node: Annotated[int, typer.Option(help="Processes a node, where several share one.", min=1)] = 1,
     devices: Annotated[
@@ -57,7 +59,7 @@ def slurm(
     accept: Accept = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
-    """Train under Slurm: one process a node, saved and requeued when it is stopped."""
+    """Train under Slurm, requeued when it is stopped. One process a node, saved first."""
     from trainfw.launch import slurm_job, submit
     from trainfw.recipe import load_recipe
 
@@ -83,7 +85,7 @@ def slurm(
         return
     number = submit(job)
     logs = job.run_dir / "logs"
-    typer.echo(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
+    say(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
 
 
 @app.command(cls=RecipeCommand)
@@ -119,7 +121,7 @@ def kubernetes(
     ] = None,
     accept: Accept = None,
 ) -> None:
-    """Print a JobSet that trains: one pod a node, started anew when it stops for no fault of its own.
+    """Print a JobSet that trains. It has one pod a node, started anew when it stops for no fault of its own.
 
     For kubectl: trainfw launch kubernetes RECIPE ... | kubectl apply -f -
     """

@@ -16,7 +16,7 @@ def merge(
     dtype: Dtype = None,
     step: Step = None,
 ) -> None:
-    """Write the model that an adapter makes of its base, as a Hugging Face directory."""
+    """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
     from trainfw import backends
 
     backends.prepare()

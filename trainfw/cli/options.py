@@ -12,7 +12,7 @@ from trainfw.errors import UserError, nearest
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe, such as train.steps=50."),
+    typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50."),
 ]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]

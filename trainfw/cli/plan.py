@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw.cli.options import Overrides, RecipePath
+from trainfw.cli.terminal import Clock, say
 
 if TYPE_CHECKING:
     from trainfw.recipe import Recipe
@@ -40,7 +39,7 @@ def plan(
         typer.Option(metavar="FILE", help="With --search: the recipe to write (default: NAME-planned.yaml)."),
     ] = None,
 ) -> None:
-    """Predict the memory, traffic and time of a recipe on its hardware, which need not be here. No data is needed."""
+    """Predict a recipe's memory, traffic and time on its hardware. That need not be here, and no data is needed."""
     from trainfw import planning
     from trainfw.errors import UserError
     from trainfw.recipe import load_recipe
@@ -61,25 +60,21 @@ def plan(
         _search(loaded, recipe, objective, out, json_)
         return
     cores = max(planning.simulated_cores(loaded), planning.scaling_cores(loaded, counts))
-    started = time.monotonic()
-
-    def progress(text: str) -> None:
-        print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
-
-    made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
-    scaled = planning.scale(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
+    with Clock() as progress:
+        made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
+        scaled = planning.scale(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
     if json_:
         import json
 
         typer.echo(json.dumps(made.to_json() | (scaled.to_json() if scaled else {}), indent=2))
     else:
-        typer.echo(str(made) if scaled is None else f"{made}\n\n{scaled}")
+        say(made if scaled is None else f"{made}\n\n{scaled}")
     if html is not None:
         from trainfw.report import plan_page, scaling_section
 
         further = "" if scaled is None else scaling_section(scaled)
         html.write_text(plan_page(made, planning.whatif(made), further), encoding="utf-8")
-        print(f"wrote {html}", file=sys.stderr)
+        say(f"wrote {html}", err=True)
 
 
 def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
@@ -87,22 +82,18 @@ def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_js
 
     file = out or planning.default_out(recipe)
     planning.check_out(file, source, named=out is not None)
-    started = time.monotonic()
-
-    def progress(text: str) -> None:
-        print(f"{time.monotonic() - started:5.1f} s  {text}", file=sys.stderr, flush=True)
-
-    found = planning.survey(recipe, objective)
-    progress(f"{len(found.candidates):,} candidates by formula")
-    best = planning.search(found, progress, simulate=found.simulated_cores)
+    with Clock() as progress:
+        found = planning.survey(recipe, objective)
+        progress(f"{len(found.candidates):,} candidates by formula; compiling the best of them takes minutes")
+        best = planning.search(found, progress, simulate=found.simulated_cores)
     if as_json:
         import json
 
         typer.echo(json.dumps(best.to_json(), indent=2))
     else:
-        typer.echo(str(best))
+        say(best)
     if best.winner is None:
         raise typer.Exit(1)
     written = planning.write_winner(best, source, file)
     kept = "the recipe as it is is the best found; nothing is written"
-    print(f"wrote {file}" if written else kept, file=sys.stderr)
+    say(f"wrote {file}" if written else kept, err=True)

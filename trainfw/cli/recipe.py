@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import itertools
+import re
+
 import typer
 
 from trainfw.cli.options import Overrides, RecipeCommand, RecipePath
+from trainfw.cli.terminal import say
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 
@@ -33,5 +37,10 @@ def list_() -> None:
     recipes = bundled_recipes()
     width = max((len(name) for name in recipes), default=0)
     for name, path in recipes.items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        typer.echo(f"{name:{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+        say(f"{name:{width}}  {_summary(path.read_text(encoding='utf-8'))}".rstrip())
+
+
+def _summary(recipe: str) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(line.lstrip("# ") for line in lines))[0]

@@ -14,12 +14,12 @@ def _group() -> None:
 
 @app.command()
 def train(
-    source: Annotated[str, typer.Argument(help="python-stdlib, text files or a glob, JSON, Parquet, a dataset.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="As data.source: files, a glob, a dataset.")],
     out: Annotated[str, typer.Option(help="The directory to write tokenizer.json to.")],
     vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 4096,
     text_field: Annotated[str, typer.Option(help="The column of text in JSONL, Parquet and datasets.")] = "text",
 ) -> None:
-    """Train a byte-level BPE; use it with data.tokenizer.name=file data.tokenizer.path=OUT (a directory)."""
+    """Train a byte-level BPE. Use it with data.tokenizer.name=file data.tokenizer.path=OUT (a directory)."""
     from trainfw.cli.console import make_reporter
     from trainfw.data import DataConfig, open_source, train_bpe
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainfw.cli.terminal import folded, say, width_of
 from trainfw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def topology(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Left out, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Left out, all are listed.")] = None,
     count: Annotated[int, typer.Option("--count", help="That many of it, joined by its network.")] = 1,
     lnc: Annotated[
         int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.", show_default=False)
@@ -29,7 +30,7 @@ def topology(
     ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also write a picture.")] = None,
 ) -> None:
-    """Draw a hardware topology, and where the axes of a layout lie on it."""
+    """Draw a hardware topology, and where a layout lies on it."""
     from trainfw import report
     from trainfw.hardware import load_topology
     from trainfw.parallel import place
@@ -43,17 +44,18 @@ def topology(
         return
     hardware = load_topology(name, count=count, lnc=lnc)
     placement = None if layout is None else place(hardware, parse_layout(layout, hardware))
-    _print(report.describe_topology(hardware))
-    typer.echo()
+    width = min(report.WIDTH, width_of(sys.stdout)) if sys.stdout.isatty() else report.WIDTH
+    _print(report.describe_topology(hardware, width=width))
+    say()
     if placement is not None:
         _print(report.describe_placement(placement))
-        typer.echo()
-    _print(report.draw_topology(hardware, placement))
-    typer.echo()
-    _print(report.doubtful_figures(hardware))
+        say()
+    _print(report.draw_topology(hardware, placement, width=width))
+    say()
+    _print(report.doubtful_figures(hardware, width=width))
     if svg is not None:
         svg.write_text(report.topology_svg(hardware, placement), encoding="utf-8")
-        typer.echo(f"\nwrote {svg}")
+        say(f"\nwrote {svg}")
 
 
 def parse_layout(text: str, topology: Topology) -> Layout:
@@ -96,14 +98,17 @@ def parse_layout(text: str, topology: Topology) -> Layout:
 
 
 def _print(lines: Iterable[Text]) -> None:
-    """In colour on a terminal, as plain text in a pipe."""
+    """In colour on a terminal, folded to its width; as plain text in a pipe."""
     from rich.console import Console
+    from rich.text import Text
 
     if not sys.stdout.isatty():
-        encoding = sys.stdout.encoding or "utf-8"
         for line in lines:
-            print(line.plain.rstrip().encode(encoding, "replace").decode(encoding))
+            say(line.plain.rstrip())
         return
     console = Console(highlight=False)
     for line in lines:
-        console.print(line, soft_wrap=True)
+        first, *more = folded(line.plain, width_of(sys.stdout))
+        console.print(line[: len(first)], soft_wrap=True)
+        for part in more:
+            console.print(Text(part, style=line.style), soft_wrap=True)

@@ -11,6 +11,7 @@ import typer
 
 from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume
 from trainfw.cli.signals import leaving_at_once
+from trainfw.cli.terminal import say
 from trainfw.errors import RunError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def train(
     if tiny:
         devices = devices or 8
         shrunk = tiny_overrides(loaded, devices)
-        typer.echo(f"tiny: {' '.join(shrunk)}")
+        say(f"tiny: {' '.join(shrunk)}")
         loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
     check_inputs(loaded)
@@ -105,7 +106,7 @@ def _run(
     except training.Interrupted as stop:
         reporter.close()
         what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"
-        typer.echo(f"stopped by {stop}, {what}", err=True)
+        say(f"stopped by {stop}, {what}", err=True)
         raise typer.Exit(128 + stop.signum) from None
     finally:
         reporter.close()
@@ -133,6 +134,6 @@ def _check(program: Program, reporter: Reporter) -> None:
     )
     if not report.ok:
         for finding in report.errors:
-            typer.echo(f"\n{finding}", err=True)
+            say(f"\n{finding}", err=True)
         raise RunError(f"Neuron would refuse this program: {report.verdict}")
     reporter.note(f"check: {report.verdict}")

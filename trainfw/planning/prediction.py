@@ -16,6 +16,7 @@ from trainfw.planning.memory import MemoryTable
 from trainfw.planning.streams import Timeline, timeline
 from trainfw.planning.time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.recipe import Recipe, expect_recipe
+from trainfw.tables import table
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     cores = f"{topology.cores:,} core{'s' * (topology.cores > 1)}"
     yield f"{plan.recipe.name} on {units}: {chips}, {cores}, {plan.layout}"
     yield plan.caveat
-    if not plan.fits:
-        assert plan.memory.headroom is not None
-        yield f"DOES NOT FIT: a core needs {-plan.memory.headroom / 2**30:,.2f} GiB more than it has."
+    if (headroom := plan.memory.headroom) is not None:
+        size = f"{abs(headroom) / 2**30:,.2f} GiB"
+        short = f"DOES NOT FIT: a core needs {size} more than it has."
+        yield f"fits: a core has {size} to spare." if plan.fits else short
     yield ""
     yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
@@ -236,13 +238,21 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "memory of a core"
     yield from (f"  {line}" for line in plan.memory.lines())
     yield ""
-    yield f"  {'collective':20} {'in':8} {'over':14} {'dtype':5} {'MB':>9} {'times':>7} {'a step':>9}  algorithm"
-    for transfer, taken in plan.transfers[:12]:
-        yield (
-            f"  {transfer.kind:20} {transfer.phase:8} {', '.join(transfer.axes):14} {transfer.dtype:5} "
-            f"{transfer.bytes / 1e6:9,.1f} {transfer.times:7,} {duration(taken.seconds * transfer.times):>9}  "
-            f"{taken.algorithm}"
+    rows = [("collective", "in", "over", "dtype", "MB", "times", "a step", "algorithm")]
+    rows += [
+        (
+            transfer.kind,
+            transfer.phase,
+            ", ".join(transfer.axes),
+            transfer.dtype,
+            f"{transfer.bytes / 1e6:,.1f}",
+            f"{transfer.times:,}",
+            duration(taken.seconds * transfer.times),
+            taken.algorithm,
         )
+        for transfer, taken in plan.transfers[:12]
+    ]
+    yield from (f"  {line}" for line in table(rows, "<<<<>>><"))
     if len(plan.transfers) > 12:
         yield f"  and {len(plan.transfers) - 12} more that take less"
     busy = link_utilisation(plan.analysis.transfers, plan.placement, time.seconds)

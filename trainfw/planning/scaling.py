@@ -21,6 +21,7 @@ from trainfw.planning.compilation import Compiled, compiled
 from trainfw.planning.goodput import Goodput, assumed, goodput_of
 from trainfw.planning.prediction import Plan, planned
 from trainfw.recipe import Recipe
+from trainfw.tables import table
 
 _GIB = 2**30
 
@@ -284,38 +285,21 @@ def _compiled_in_place_of(recipe: Recipe) -> Recipe:
 def _lines(found: Scaling) -> Iterator[str]:
     unit = found.recipe.hardware.topology
     yield f"scaling, in units of {unit}; efficiency is tokens/s a chip against the fewest units"
-    batch, price = found.recipe.train.global_batch_size, found.recipe.hardware.dollars_per_chip_hour
-    cost = "chip-hours" if price is None else "dollars"
+    batch = found.recipe.train.global_batch_size
+    cost = "chip-hours" if found.recipe.hardware.dollars_per_chip_hour is None else "dollars"
     for rows, text in (
         (found.weak, "weak: the global batch grows with the count"),
         (found.strong, f"strong: the global batch stays at {batch:,} sequences"),
     ):
         yield ""
         yield f"  {text}"
-        yield (
-            f"  {'units':>6} {'chips':>7} {'data':>5} {'batch':>10} {'step (range)':>21} {'tokens/s':>11} {'MFU':>5} "
-            f"{'effic.':>6} {'GiB':>5} {'waits':>5} {'goodput':>7} {'days':>8} {cost:>11}  bound by"
-        )
-        for row in rows:
-            plan, one = row.plan, row.goodput
-            if plan is None or one is None:
-                yield f"  {row.count:6,} {row.problem}"
-                continue
-            low, high = (in_seconds(seconds).partition(" ")[0] for seconds in (plan.time.low, plan.time.high))
-            step = f"{in_seconds(plan.time.seconds)} ({low}-{high})"
-            full = "" if (plan.memory.headroom or 0) >= 0 else "  DOES NOT FIT"
-            hours = found.chip_hours(row, failures=True)
-            days = _over(found.days(row), one.with_failures)
-            yield (
-                f"  {row.count:6,} {plan.topology.chips:7,} {plan.layout.data:5,} "
-                f"{plan.recipe.train.global_batch_size:10,} {step:>21} {plan.tokens_per_second:11,.0f} {plan.mfu:5.1%} "
-                f"{efficiency(row, rows):6.1%} {plan.memory.total / _GIB:5.1f} {row.data_share:5.1%} "
-                f"{one.with_failures:7.1%} {days:8,.2f} {hours * (price or 1):11,.0f}  {plan.time.bound_by}{full}"
-            )
-    yield (
-        f"  GiB: of a core; waits: of the step, for collectives over data; goodput, days and {cost}: of the run of\n"
-        f"  {found.tokens / 1e9:,.1f}G tokens with failures, with the suggested checkpoints and the best spares (below)"
-    )
+        yield from (f"  {line}" for line in _step_table(rows))
+        yield ""
+        yield from (f"  {line}" for line in _run_table(found, rows, cost))
+    yield ""
+    yield "  GiB: of a core; waits: of the step, for collectives over data"
+    run = f"of the run of {found.tokens / 1e9:,.1f}G tokens with failures"
+    yield f"  goodput, days and {cost}: {run}, with the best checkpoints and spares (below)"
     yield from _goodput_lines(found)
 
 
@@ -326,37 +310,92 @@ def _goodput_lines(found: Scaling) -> Iterator[str]:
             continue
         yield ""
         yield f"goodput with failures ({name} scaling; a checkpoint is {made[0].state_bytes / 1e9:,.1f} GB)"
-        yield (
-            f"  {'units':>6} {'fails every':>11} {'restart':>8} {'(read)':>8} {'stall':>7} {'best interval':>13} "
-            f"{'every':>6} {'goodput':>7}   {'suggested':>9} {'goodput':>7}"
-        )
-        for one in made:
-            every = f"{one.every:,}" if one.every else "end"
-            yield (
-                f"  {one.units:6,} {in_any_unit(one.mtbf):>11} {in_any_unit(one.restart):>8} "
-                f"{in_any_unit(one.read):>8} {in_seconds(one.copy):>7} {in_any_unit(one.daly):>13} {every:>6} "
-                f"{one.goodput_every:7.1%}   {one.suggested:9,} {one.goodput_suggested:7.1%}"
-            )
+        yield from (f"  {line}" for line in _checkpoint_table(made))
     made = [row.goodput for row in found.weak if row.goodput is not None]
     if not made:
         return
-    yield "  every, suggested: checkpoint.every, in steps, as the recipe has it and at the best interval"
+    yield "  MTBF: mean time between failures of the job; stall: of the steps, by a checkpoint"
+    yield "  interval: the best between checkpoints; every, best: checkpoint.every in steps, the recipe's and the best"
     yield ""
-    yield "spare units (with the goodput of weak scaling)"
-    yield (
-        f"  {'units':>6} {'down':>6} {'goodput with 0':>14} {'1':>6} {'2':>6} {'3':>6} {'a spare buys':>12} "
-        f"{'best':>5} {'goodput':>7} {'a rented chip':>13}"
-    )
-    for one in made:
-        shares = " ".join(f"{option.goodput:6.1%}" for option in one.spares[1:4])
-        yield (
-            f"  {one.units:6,} {one.down:6.2f} {one.spares[0].goodput:14.1%} {shares} {_gain(one.first_spare):>12} "
-            f"{one.best.spares:5,} {one.with_failures:7.1%} {one.best.per_unit:13.1%}"
-        )
+    yield "spare units: the goodput of weak scaling with 0 to 3 of them, and with the best number"
+    yield from (f"  {line}" for line in _spares_table(made))
     yield "  down: units out of service, on average; best: as many spares as give most work a rented chip"
+    yield "  a chip: that work, against a chip that never waits"
     yield ""
     yield "assumed of many units (replace figures with hardware.parameters)"
     yield from (f"  {text}" for text in found.assumptions)
+
+
+def _step_table(rows: Sequence[Row]) -> list[str]:
+    cells: list[Sequence[str] | str] = [
+        ("units", "chips", "data", "batch", "step", "tokens/s", "MFU", "effic.", "bound by")
+    ]
+    for row in rows:
+        if (plan := row.plan) is None:
+            cells.append(f"{row.count:5,}  {row.problem}")
+            continue
+        numbers = (row.count, plan.topology.chips, plan.layout.data, plan.recipe.train.global_batch_size)
+        speed = (in_seconds(plan.time.seconds), f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}")
+        cells.append((*(f"{n:,}" for n in numbers), *speed, f"{efficiency(row, rows):.1%}", plan.time.bound_by))
+    return table(cells, ">>>>>>>><")
+
+
+def _run_table(found: Scaling, rows: Sequence[Row], cost: str) -> list[str]:
+    cells = [("units", "step from", "to", "GiB", "waits", "goodput", "days", cost, "")]
+    for row in rows:
+        plan, one = row.plan, row.goodput
+        if plan is None or one is None:
+            continue
+        price = found.recipe.hardware.dollars_per_chip_hour or 1
+        cells.append(
+            (
+                f"{row.count:,}",
+                in_seconds(plan.time.low),
+                in_seconds(plan.time.high),
+                f"{plan.memory.total / _GIB:.1f}",
+                f"{row.data_share:.1%}",
+                f"{one.with_failures:.1%}",
+                f"{_over(found.days(row), one.with_failures):,.2f}",
+                f"{found.chip_hours(row, failures=True) * price:,.0f}",
+                "" if plan.fits else "DOES NOT FIT",
+            )
+        )
+    return table(cells, ">>>>>>>><")
+
+
+def _checkpoint_table(made: Sequence[Goodput]) -> list[str]:
+    heads = ("units", "MTBF", "restart", "stall", "interval", "every", "goodput", "best", "goodput")
+    cells = [
+        (
+            f"{one.units:,}",
+            *(in_any_unit(seconds) for seconds in (one.mtbf, one.restart)),
+            in_seconds(one.copy),
+            in_any_unit(one.daly),
+            f"{one.every:,}" if one.every else "end",
+            f"{one.goodput_every:.1%}",
+            f"{one.suggested:,}",
+            f"{one.goodput_suggested:.1%}",
+        )
+        for one in made
+    ]
+    return table([heads, *cells], ">" * 9)
+
+
+def _spares_table(made: Sequence[Goodput]) -> list[str]:
+    heads = ("units", "down", "0", "1", "2", "3", "one buys", "best", "goodput", "a chip")
+    cells = [
+        (
+            f"{one.units:,}",
+            f"{one.down:.2f}",
+            *(f"{option.goodput:.1%}" for option in one.spares[:4]),
+            _gain(one.first_spare),
+            f"{one.best.spares:,}",
+            f"{one.with_failures:.1%}",
+            f"{one.best.per_unit:.1%}",
+        )
+        for one in made
+    ]
+    return table([heads, *cells], ">" * 10)
 
 
 def _over(time: float, goodput: float) -> float:

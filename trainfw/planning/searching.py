@@ -39,6 +39,9 @@ _UNROLLED = 1 / 6
 """Seconds that an unrolled layer takes to compile per second of the scanned program (Llama 3.1 8B on 256 cores: 0.16;
 SmolLM2 135M on 8: 0.17), by which unrolled ones are tried only where there is time for them."""
 
+_MOST_UNROLLED = 3
+"""Programs that `_unrolled` asks for, at most."""
+
 ROOM = 0.95
 """Of a core's memory, what a winner may be planned to take: plans of memory are good to about 5%."""
 
@@ -129,10 +132,15 @@ def search(
     refused: Counter[str] = Counter()
     took: dict[bool, float] = {}
     skipped = late = 0
+    chosen = survey.chosen(most)
+    total = (survey.own is not None) + len(chosen) + _MOST_UNROLLED
 
-    def compiled(candidate: Candidate) -> Plan | None:
+    def compiled(candidate: Candidate, wait: float = 0.0) -> Plan | None:
         begun = time.monotonic()
-        progress(f"compiling {candidate} (about {candidate.estimate.seconds:.3g} s a step by formula)")
+        number = len(plans) + refused.total() + 1
+        takes = f"; takes some {wait:.0f} s" if wait >= 1 else ""
+        formula = f"about {candidate.estimate.seconds:.3g} s a step by formula"
+        progress(f"compiling {number} of about {max(total, number)}: {candidate} ({formula}{takes})")
         try:
             made = plan(candidate.recipe, simulate=simulate)
         except UserError as error:
@@ -156,7 +164,6 @@ def search(
         )
 
     own = compiled(survey.own) if survey.own is not None else None
-    chosen = survey.chosen(most)
     rest = [candidate for candidate in scanned(survey.candidates) if candidate not in chosen]
     for number, candidate in enumerate([*chosen, *rest]):
         if number >= len(chosen) and any(_fits(made, ROOM) for _, made in plans if made is not own):
@@ -169,7 +176,7 @@ def search(
         if hopeless(candidate):
             skipped += 1
             continue
-        compiled(candidate)
+        compiled(candidate, took.get(True, 0.0))
 
     for candidate in _unrolled(survey, plans):
         wait = took.get(False, took.get(True, 0.0) * survey.recipe.model.num_layers * _UNROLLED)
@@ -178,7 +185,7 @@ def search(
         elif time.monotonic() - started + wait > limit:
             late += 1
         else:
-            compiled(candidate)
+            compiled(candidate, wait)
     return Found(survey, own, tuple(_ranked(survey, plans)), refused, skipped, late)
 
 
@@ -242,7 +249,7 @@ def _lines(found: Found) -> Iterator[str]:
         yield "  parallel.rules is set: estimates take the default rules"
     yield "A prediction: nothing here was measured on this hardware. (est.: by formula, before compiling)"
     yield ""
-    yield f"    {'step':>9} {'est.':>9} {'GiB/core':>9} {'est.':>6}  what it changes"
+    yield f"    {'step':>8}  {'est.':>8}  {'GiB/core':>8}  {'est.':>6}  what it changes"
     front = found.pareto
     rows = [("pareto", pair) for pair in front] + [
         ("", pair) for pair in found.plans if all(pair[1] is not made for _, made in front)
@@ -251,11 +258,11 @@ def _lines(found: Found) -> Iterator[str]:
         yield "the Pareto set of step time and memory" if group else "compiled too"
         for _, (candidate, made) in pairs:
             mark = "*" if found.winner is not None and made is found.winner[1] else " "
-            size = f"{made.memory.total / 2**30:9.2f} {candidate.estimate.memory / 2**30:6.1f}"
+            size = f"{made.memory.total / 2**30:8.2f}  {candidate.estimate.memory / 2**30:6.1f}"
             unfit = _unfit(made)
             said = f"  ({unfit})" if unfit else ""
-            speed = f"{made.time.seconds:9.4g} {candidate.estimate.seconds:9.4g}"
-            yield f"  {mark} {speed} {size}  {_changes(survey, candidate)}{said}"
+            speed = f"{made.time.seconds:8.4g}  {candidate.estimate.seconds:8.4g}"
+            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{said}"
     yield ""
     if found.winner is None:
         yield f"nothing that was compiled fits in memory with {1 - ROOM:.0%} to spare: no winner"

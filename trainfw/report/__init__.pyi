@@ -2,6 +2,7 @@ from .drawing import draw_topology as draw_topology
 from .page import plan_page as plan_page
 from .scaling import scaling_section as scaling_section
 from .svg import topology_svg as topology_svg
+from .text import WIDTH as WIDTH
 from .text import amount as amount
 from .text import describe_placement as describe_placement
 from .text import describe_topology as describe_topology

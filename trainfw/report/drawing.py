@@ -17,7 +17,7 @@ Line = tuple[str, str]
 """Text and its style."""
 
 
-def draw_topology(topology: Topology, placement: Placement | None = None) -> Iterator[Text]:
+def draw_topology(topology: Topology, placement: Placement | None = None, *, width: int = WIDTH) -> Iterator[Text]:
     """Level by level from the outermost: units on their network, nodes or racks of a unit, chips of a node.
 
     Every level shows the inside of the first place of the one above. With a placement, a box also says which places
@@ -51,7 +51,7 @@ def draw_topology(topology: Topology, placement: Placement | None = None) -> Ite
         return COLOURS[axes[0]] if axes else ""
 
     if not levels:
-        yield from _Canvas().row([contents(0, 0)], None, None).lines()
+        yield from _Canvas(width).row([contents(0, 0)], None, None).lines()
     for level, held in enumerate(levels):
         stride = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
         title = " x ".join(f"{dim.name} ({kind_in_words(dim)}, {_rate(dim)})" for dim in held)
@@ -63,7 +63,7 @@ def draw_topology(topology: Topology, placement: Placement | None = None) -> Ite
         def between(dim: Dimension, stride: int = stride) -> Callable[[int, int], str]:
             return lambda a, b: style(dim, stride, a, b)
 
-        canvas = _Canvas()
+        canvas = _Canvas(width)
         if len(held) == 2:
             canvas.grid(chunks(boxes, held[1].size), held, between(held[0]), between(held[1]))
         else:
@@ -81,9 +81,10 @@ def _rate(dim: Dimension) -> str:
 
 
 class _Canvas:
-    """Characters with styles at (row, column)."""
+    """Characters with styles at (row, column), in `columns` columns where boxes allow it."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
         self.cells: dict[tuple[int, int], tuple[str, str]] = {}
 
     def put(self, y: int, x: int, text: str, style: str = "") -> None:
@@ -118,7 +119,7 @@ class _Canvas:
         pitch = width + 4 + (1 if switch else 3)
         ring = dim is not None and dim.kind == "ring" and dim.size > 2
         y = 0
-        lines = math.ceil(len(boxes) / max(1, (WIDTH - 8) // pitch))
+        lines = math.ceil(len(boxes) / max(1, (self.columns - 8) // pitch))
         for line in chunks(range(len(boxes)), math.ceil(len(boxes) / lines)):
             if switch:
                 assert style is not None

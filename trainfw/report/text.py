@@ -1,4 +1,4 @@
-"""A topology and a placement as lines of text, 100 columns wide."""
+"""A topology and a placement as lines of text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trainfw.parallel import Placement
 from trainfw.report.where import COLOURS, kind_in_words, part_in_words
 
 WIDTH = 100
+"""Columns, where it is not said how many there are."""
 
 
 def amount(value: float, unit: str) -> str:
@@ -43,7 +44,7 @@ def list_topologies() -> Iterator[Text]:
         yield Text(f"{'':{width}}  {topology.description}", style="dim")
 
 
-def describe_topology(topology: Topology) -> Iterator[Text]:
+def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Text]:
     """What it is made of, with rates and links."""
     of = "" if topology.count == 1 else f"{topology.count} x "
     yield Text.assemble((f"{of}{topology.name}", "bold"), f": {topology.description}")
@@ -76,14 +77,14 @@ def describe_topology(topology: Topology) -> Iterator[Text]:
         per = {"chip": "a core", "ring": "a link", "line": "a link"}.get(dim.kind, "a chip")
         rate = f"{amount(dim.bandwidth, 'B/s')} {per}"
         text = f"  {dim.name:8} {kind_in_words(dim):15} {rate:19} {dim.latency * 1e6:5g} us  "
-        for line in textwrap.wrap(dim.description, WIDTH - len(text), break_on_hyphens=False):
+        for line in textwrap.wrap(dim.description, max(width - len(text), 20), break_on_hyphens=False):
             yield Text(text + line)
             text = " " * len(text)
     if not topology.dims:
         yield Text("  none: one core")
 
 
-def doubtful_figures(topology: Topology) -> Iterator[Text]:
+def doubtful_figures(topology: Topology, *, width: int = WIDTH) -> Iterator[Text]:
     """Figures on which documents disagree, or that are derived or assumed; each once, with every value."""
     found: dict[tuple, list[str]] = {}
     used = ("chip.", "host_memory", *(f"{dim.link}." for dim in topology.dims))
@@ -95,11 +96,11 @@ def doubtful_figures(topology: Topology) -> Iterator[Text]:
     for keys in found.values():
         figure = topology.figures[keys[0]]
         yield Text(f"  {', '.join(keys)} = {figure.value}")
-        yield from _wrapped(figure.source)
+        yield from _wrapped(figure.source, width)
         for claim in figure.also:
-            yield from _wrapped(f"but {claim.value}: {claim.source}")
+            yield from _wrapped(f"but {claim.value}: {claim.source}", width)
         if figure.note:
-            yield from _wrapped(figure.note)
+            yield from _wrapped(figure.note, width)
     if found:
         yield Text("  (replace one with hardware.parameters in a recipe)")
 
@@ -133,6 +134,6 @@ def _row(label: str, text: str) -> Text:
     return Text.assemble((f"  {label:18} ", "dim"), text)
 
 
-def _wrapped(text: str) -> Iterator[Text]:
-    for line in textwrap.wrap(text, WIDTH - 6, break_on_hyphens=False):
+def _wrapped(text: str, width: int) -> Iterator[Text]:
+    for line in textwrap.wrap(text, width - 6, break_long_words=False, break_on_hyphens=False):
         yield Text(f"      {line}", style="dim")

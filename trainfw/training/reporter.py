@@ -37,7 +37,7 @@ class Reporter:
         self.note(
             f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  "
             f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.2f}  "
-            f"{row['step_time_seconds']:.3f} s/step  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+            f"{row['step_time_seconds']:.3f} s  {row['tokens_per_second']:,.0f} tok/s{mfu}"
         )
 
     def close(self) -> None:

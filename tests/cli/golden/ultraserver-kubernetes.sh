@@ -1,73 +1,99 @@
-# ultraserver-kubernetes on 1 x trn2-ultraserver: process 1 of 4 (from Kubernetes)
+# ultraserver-kubernetes on 1 x trn2-ultraserver: process 1 of 4 (from
+#   Kubernetes)
 
-# Neuron first; the host's CPU initialises parameters and samples text (aws-neuron-sdk 2.32.0 frameworks/jax/setup/jax-neuronx-known-issues.rst)
+# Neuron first; the host's CPU initialises parameters and samples text
+#   (aws-neuron-sdk 2.32.0 frameworks/jax/setup/jax-neuronx-known-issues.rst)
 export JAX_PLATFORMS=neuron,cpu
 
-# Threefry is not fully supported; the compiler takes RNG_DEFAULT only (aws-neuron-sdk 2.32.0 frameworks/jax/setup/jax-neuronx-known-issues.rst)
+# Threefry is not fully supported; the compiler takes RNG_DEFAULT only
+#   (aws-neuron-sdk 2.32.0 frameworks/jax/setup/jax-neuronx-known-issues.rst)
 export JAX_DEFAULT_PRNG_IMPL=rbg
 
-# programs without collectives are compiled for the CPU, in seconds; the training step has collectives (aws-neuron-sdk 2.32.0 frameworks/jax/api-reference-guide/neuron-envvars.rst)
+# programs without collectives are compiled for the CPU, in seconds; the
+#   training step has collectives (aws-neuron-sdk 2.32.0
+#   frameworks/jax/api-reference-guide/neuron-envvars.rst)
 export NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU=1
 
-# physical cores in a logical one, hence 64 devices an instance; as --lnc below (aws-neuron-sdk 2.32.0 about-neuron/arch/neuron-features/logical-neuroncore-config.rst)
+# physical cores in a logical one, hence 64 devices an instance; as --lnc below
+#   (aws-neuron-sdk 2.32.0
+#   about-neuron/arch/neuron-features/logical-neuroncore-config.rst)
 export NEURON_LOGICAL_NC_CONFIG=2
 
-# where the runtimes meet for collectives: process 0 (aws-neuron-sdk 2.32.0 neuron-runtime/guides/nrt-developer-guide.rst)
+# where the runtimes meet for collectives: process 0 (aws-neuron-sdk 2.32.0
+#   neuron-runtime/guides/nrt-developer-guide.rst)
 export NEURON_RT_ROOT_COMM_ID=llama-workers-0-2.llama:41000
 
-# devices of each process: one process an instance (aws-neuron-sdk 2.32.0 frameworks/jax/api-reference-guide/neuron-envvars.rst)
+# devices of each process: one process an instance (aws-neuron-sdk 2.32.0
+#   frameworks/jax/api-reference-guide/neuron-envvars.rst)
 export NEURON_PJRT_PROCESSES_NUM_DEVICES=64,64,64,64
 
-# this process, numbered by hosts sorted by (server_id, node_id) (aws-neuron-sdk 2.32.0 frameworks/jax/api-reference-guide/neuron-envvars.rst)
+# this process, numbered by hosts sorted by (server_id, node_id) (aws-neuron-sdk
+#   2.32.0 frameworks/jax/api-reference-guide/neuron-envvars.rst)
 export NEURON_PJRT_PROCESS_INDEX=1
 
-# already set, and kept (aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh)
+# already set, and kept (aws-neuron-sdk 2.32.0
+#   src/k8/k8s-ultraserver-init-script.sh)
 export NEURON_RT_ULTRASERVER_MODE=1
 
-# already set, and kept (aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh)
+# already set, and kept (aws-neuron-sdk 2.32.0
+#   src/k8/k8s-ultraserver-init-script.sh)
 export NEURON_RT_ULTRASERVER_SERVER_ID=3f00a1b2c3d4e5f6
 
-# already set, and kept (aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh)
+# already set, and kept (aws-neuron-sdk 2.32.0
+#   src/k8/k8s-ultraserver-init-script.sh)
 export NEURON_RT_ULTRASERVER_NODE_ID=1
 
-# libfabric's provider between instances (aws-neuron-sdk 2.32.0 frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
+# libfabric's provider between instances (aws-neuron-sdk 2.32.0
+#   frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
 export FI_PROVIDER=efa
 
-# RDMA to and from device memory (aws-neuron-sdk 2.32.0 frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
+# RDMA to and from device memory (aws-neuron-sdk 2.32.0
+#   frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
 export FI_EFA_USE_DEVICE_RDMA=1
 
-# CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them (aws-neuron-sdk 2.32.0 neuron-runtime/explore/runtime-performance-tips.rst)
+# CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge;
+#   keep other work off them (aws-neuron-sdk 2.32.0
+#   neuron-runtime/explore/runtime-performance-tips.rst)
 export NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY=40-47,88-95,136-143,184-191
 
-# options of neuronx-cc 2.27.5334.0; -O1 as AWS trains JAX models (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
+# options of neuronx-cc 2.27.5334.0; -O1 as AWS trains JAX models
+#   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn2 --lnc=2 --model-type=transformer -O1'
 
 # compile once for all runs (JAX 0.10, jax-ml/jax pull request 23741)
 export JAX_COMPILATION_CACHE_DIR=/home/user/.cache/trainfw/jax
 
-# the compiler's own cache; a shared path or s3:// serves all hosts (aws-neuron-sdk 2.32.0 frameworks/torch; AWS's scripts for JAX set it too)
+# the compiler's own cache; a shared path or s3:// serves all hosts
+#   (aws-neuron-sdk 2.32.0 frameworks/torch; AWS's scripts for JAX set it too)
 export NEURON_COMPILE_CACHE_URL=/home/user/.cache/trainfw/neuron
 
-# seconds a step may take; documents differ on the default (aws-neuron-sdk 2.32.0 neuron-runtime/guides/configuration-guide.rst)
+# seconds a step may take; documents differ on the default (aws-neuron-sdk
+#   2.32.0 neuron-runtime/guides/configuration-guide.rst)
 export NEURON_RT_EXEC_TIMEOUT=600
 
 # XLA's own warnings are not for users of recipes (trainfw, on every backend)
 export TF_CPP_MIN_LOG_LEVEL=2
 
-# experimental: order tensor's and FSDP's collectives to overlap compute (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: order tensor's and FSDP's collectives to overlap compute
+#   (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_FSDP=1
 
-# experimental: gather parameters this many layers ahead (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: gather parameters this many layers ahead (aws-neuron-sdk 2.32.0
+#   neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_FSDP_NUM_LAYER_EARLY_AG_SHIFT=1
 
-# experimental: scatter gradients this many layers later (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: scatter gradients this many layers later (aws-neuron-sdk 2.32.0
+#   neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_FSDP_NUM_LAYER_LATE_RS_SHIFT=2
 
-# experimental: tensor's collectives on stream 0, FSDP's on stream 1 (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: tensor's collectives on stream 0, FSDP's on stream 1
+#   (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_FSDP_CC_MULTISTREAM=1
 
-# experimental: bytes: compute's transfers before FSDP's (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: bytes: compute's transfers before FSDP's (aws-neuron-sdk 2.32.0
+#   neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_RT_DBG_DMA_PACKETIZATION_SIZE=65536
 
-# experimental: bytes by stream: tensor's before compute's before FSDP's (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
+# experimental: bytes by stream: tensor's before compute's before FSDP's
+#   (aws-neuron-sdk 2.32.0 neuron-runtime/explore/compute-comm-overlap.rst)
 export NEURON_RT_DBG_CC_DMA_PACKET_SIZE=65536,4096
