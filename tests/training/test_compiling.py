@@ -52,9 +52,10 @@ def test_data_is_read_meanwhile(tmp_path, monkeypatch):
 def test_a_mistake_in_the_data_shows_before_the_step_is_compiled(tmp_path, monkeypatch):
     seen = threading.Event()
     monkeypatch.setattr(Program, "compile_train_step", lambda _: seen.wait(60))
-    recipe = tiny_recipe(tmp_path, f"data.source={tmp_path}/nowhere")
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "text" / "0.txt").write_bytes(b"\xff")  # there, but no text
     try:
-        with pytest.raises(UserError, match="nowhere"):
+        with pytest.raises(UserError, match="expected UTF-8"):
             train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run")
         assert any(thread.name.startswith("compiling") for thread in threading.enumerate())
     finally:

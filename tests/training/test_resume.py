@@ -22,6 +22,7 @@ from tests.data.test_chat import SMOLLM2, make_tokenizer
 from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe, train
 from trainfw.checkpoint import Checkpoints
+from trainfw.data.cache import is_held_out
 from trainfw.training import Reporter, RunDirectory
 from trainfw.training.base import check_base
 
@@ -204,11 +205,15 @@ def test_another_recipe_is_refused_by_key(straight, tmp_path):
         train_quietly(recipe, tmp_path / "run", resume="never")
 
 
-def test_changed_data_is_refused(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path)
-    stop_after(recipe, tmp_path / "run", 6, monkeypatch)
-    (tmp_path / "text" / "0.txt").write_text("another document altogether\n" * 20)
-    with pytest.raises(UserError, match="data has changed"):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_changed_data_is_refused(held_out, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    texts = {path: path.read_text() for path in (tmp_path / "text").iterdir()}
+    path, text = next(one for one in texts.items() if is_held_out(one[1], 0.2) == held_out)
+    path.write_text(next(other for n in range(99) if is_held_out(other := f"{text}{n}\n", 0.2) == held_out))
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"data.source={tmp_path}/text/*.txt"])
+    problem = "the held-out documents are others" if held_out else "the data has changed since"
+    with pytest.raises(UserError, match=rf"^command line \(data\.source\): data: {problem}"):
         train_quietly(recipe, tmp_path / "run")
     assert losses(tmp_path / "run")[6]  # nothing saved is lost
 

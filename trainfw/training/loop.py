@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -74,9 +74,7 @@ def _train(
         phases.moved()
         reporter.progress(description, completed, total)
 
-    place = Path("runs") / recipe.name if run_dir is None else run_dir
-    with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
-        run = RunDirectory(place, recipe.checkpoint)
+    run = _run_directory(recipe, run_dir)
     if recipe.data.format != "text" and recipe.data.date is None:
         date = _first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
@@ -87,12 +85,8 @@ def _train(
     if backend.platform == "cpu":
         backends.keep_freed_memory()
     program = build_program(recipe, devices)
-    count, processes, first = program.mesh.size, jax.process_count(), jax.process_index() == 0
-    reporter.note(
-        f"{recipe.name}: {_parameters(program)} on {count} {backend.platform} "
-        f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
-        f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
-    )
+    _say_program(program, reporter)
+    first = jax.process_index() == 0
     changed: Changed = {}
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
@@ -109,21 +103,18 @@ def _train(
         resumed_step = _first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
         )
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(
-                    run.checkpoints,
-                    recipe.checkpoint,
-                    layer_order=program.layer_order,
-                    report=lambda text: reporter.note(f"warning: {text}"),
-                )
-            )
+        checkpoints = Checkpoints(
+            run.checkpoints,
+            recipe.checkpoint,
+            layer_order=program.layer_order,
+            report=lambda text: reporter.note(f"warning: {text}"),
         )
+        stack.enter_context(contextlib.closing(checkpoints))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
         if recipe.adapter is not None or backend.platform == "gpu":
             compiling.wait()
-        first_state = functools.partial(_state_at, program, checkpoints, batches, progress)
+        first_state = functools.partial(_state_at, program, checkpoints, batches, data.validation.digest, progress)
         state = first_state(resumed_step)
         train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
         if resumed_step is not None:
@@ -137,13 +128,8 @@ def _train(
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first)))
-        sessions = Sessions(
-            run.sessions_file,
-            resumed_step or 0,
-            sum(phases.so_far().values()),
-            changed=changed,
-            writes=first,
-        )
+        spent = sum(phases.so_far().values())
+        sessions = Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first)
         monitor = backends.NeuronMonitor()
         if backend.platform == "neuron":
             stack.enter_context(monitor)
@@ -163,20 +149,40 @@ def _train(
             base=base,
             first_state=first_state,
         )
-        end = "failed"
-        try:
-            result = session.to_the_end(train_step, state, resumed_step)
-            end = "done"
-        except Interrupted as stop:
-            end = str(stop)
-            raise
-        except jax.errors.JaxRuntimeError:
-            if processes > 1:  # of which one may have died
-                checkpoints.abandon()
-            raise
-        finally:
-            sessions.write(phases.step, phases.so_far(), end)
-        return result
+        return _to_the_end(session, train_step, state, resumed_step)
+
+
+def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
+    path = Path("runs") / recipe.name if path is None else path
+    with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
+        return RunDirectory(path, recipe.checkpoint)
+
+
+def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
+    """Run a session, and write down how it ended."""
+    end = "failed"
+    try:
+        result = session.to_the_end(train_step, state, resumed_step)
+        end = "done"
+    except Interrupted as stop:
+        end = str(stop)
+        raise
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() > 1:  # of which one may have died
+            session.checkpoints.abandon()
+        raise
+    finally:
+        session.sessions.write(session.phases.step, session.phases.so_far(), end)
+    return result
+
+
+def _say_program(program: Program, reporter: Reporter) -> None:
+    backend, count, processes = backends.current(), program.mesh.size, jax.process_count()
+    reporter.note(
+        f"{program.recipe.name}: {_parameters(program)} on {count} {backend.platform} "
+        f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
+        f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
+    )
 
 
 def _first_says(name: str, decide: Callable[[], T]) -> T:
@@ -235,10 +241,9 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
 
 
 def _cut_changes(run: RunDirectory, program: Program, accept: Sequence[str]) -> Changed:
+    before, now = run.saved_meta().get("cut", {}), cut_of(program.recipe, program.layout)
     try:
-        return cut_changes(
-            program.recipe, run.saved_meta().get("cut", {}), cut_of(program.recipe, program.layout), accept
-        )
+        return cut_changes(program.recipe, before, now, accept)
     except UserError as error:
         raise UserError(f"{run}: {error}") from None
 
@@ -271,9 +276,17 @@ def _batches(program: Program, data: PreparedData) -> TrainIterator:
 
 
 def _state_at(
-    program: Program, checkpoints: Checkpoints, batches: TrainIterator, progress: Progress, step: int | None
+    program: Program,
+    checkpoints: Checkpoints,
+    batches: TrainIterator,
+    held_out: str,
+    progress: Progress,
+    step: int | None,
 ) -> TrainState:
-    """A checkpoint's state, with `batches` moved to its place, or the initial one."""
+    """A checkpoint's state, with `batches` moved to its place, or the initial one.
+
+    Raises UserError where the data, or what is held out (`held_out` is its digest), is not what it was.
+    """
     if step is None:
         batches.restart()
         return program.init(progress=progress)
@@ -282,5 +295,10 @@ def _state_at(
     params, rest, meta = checkpoints.restore(step, abstract.params, rest)
     with program.recipe.blamed("data"):
         batches.set_state(meta["data"])
+        if meta.get("held_out", held_out) != held_out:
+            raise UserError(
+                "the held-out documents are others than they were, so its validation losses would not compare; "
+                "restore them, or start a new run"
+            )
     guard = program.restore_guard(meta.get("guard") or {})
     return TrainState(params=params, frozen=program.load_frozen(progress=progress), guard=guard, **rest)

@@ -291,6 +291,7 @@ class Session:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
         meta = {
             "data": self.batches.get_state(),
+            "held_out": self.outcome.data.validation.digest,
             "recipe": self.recipe.model_dump(),
             "base": self.base,
             "cut": cut_of(self.recipe, self.program.layout),
