@@ -75,6 +75,15 @@ def test_a_system_prompt_is_added_where_there_is_none(smollm2):
     ]
 
 
+def test_a_system_prompt_may_stand_beside_the_messages(tmp_path, smollm2):
+    rows = [chat(f"u:{i}", "a:x", system="Be kind.", id=i) for i in range(30)]
+    for path in (write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        tokens = prepared(path, smollm2).train.tokens[:80].tolist()
+        assert smollm2.decode(tokens).startswith("system\nBe kind.\nuser")
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_completion_are_turns_of_the_template(name, tmp_path):
     tokenizer = make_tokenizer(tmp_path / "t", TEMPLATES[name])
@@ -98,7 +107,17 @@ UNUSABLE = {
     "a message is not an object": {"messages": ["hi"]},
     "a message has no role": {"messages": [{"content": "hi"}]},
     "unknown role 'asistant'; did you mean 'assistant'?": {"messages": [{"role": "asistant", "content": "hi"}]},
-    "a message's content is not text": {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
+    "a message's content is not text": {"messages": [{"role": "assistant", "content": 3}]},
+    "a message's content is a list of parts: write their text as one": {
+        "messages": [{"role": "assistant", "content": [{"type": "text"}]}]
+    },
+    "a message has 'from' and 'value' (ShareGPT's form): write it with 'role' and 'content'": {
+        "messages": [{"from": "human", "value": "hi"}]
+    },
+    "'system' is not text": chat("u:hi", "a:x", system=["Be brief."]),
+    "'chat_template_kwargs' beside the messages is not read, and may change what the template writes": chat(
+        "u:hi", "a:x", chat_template_kwargs={"enable_thinking": False}
+    ),
     "no message of assistant to learn": chat("u:hi"),
     "a message to learn is empty": chat("u:hi", "a: "),
     "'tools' is not a list": chat("u:hi", "a:x", tools=3),
@@ -120,6 +139,10 @@ def test_pairs_that_cannot_be_used(smollm2):
     rows = {
         "no 'completion'": {"prompt": "x"},
         "'prompt' is not text": {"prompt": 1, "completion": "x"},
+        "'prompt' is a list: put both into one of messages, for format: chat": {
+            "prompt": [{"role": "user", "content": "x"}],
+            "completion": "y",
+        },
         "'completion' is empty": {"prompt": "x", "completion": " \n"},
         "'completion' has a lone surrogate": {"prompt": "x", "completion": "\udfff"},
     }
@@ -317,7 +340,7 @@ def test_parquet(tmp_path, smollm2):
 
 def test_nothing_to_use_is_an_error(tmp_path, smollm2):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}] * 3)
-    with pytest.raises(UserError, match=r"no row of the source can be used:\n  3 rows: no 'messages' \(the first: a"):
+    with pytest.raises(UserError, match=r"used:\n  3 rows: no 'messages' \(see mess.*\); keys found: 'text' \("):
         prepared(path, smollm2)
 
 

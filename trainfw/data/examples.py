@@ -10,7 +10,7 @@ from typing import Any, get_args
 from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem, stop_ids
 from trainfw.data.config import DataConfig, Role
 from trainfw.data.readers import Unreadable
-from trainfw.data.sources import Row
+from trainfw.data.sources import CONVERSATION, Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import write_learnt
 from trainfw.errors import UserError, did_you_mean
@@ -143,12 +143,10 @@ class Encoder:
     def _chat(self, row: Row) -> list[_Text]:
         config, value = self.config, _object(row.value)
         field = config.messages_field
-        if field not in value:
-            raise _Unusable(f"no {field!r}")
-        messages = value[field]
+        messages = value.get(field)
         if not isinstance(messages, list) or not messages:
-            raise _Unusable(f"{field!r} is not a list of messages")
-        messages = [_message(message) for message in messages]
+            raise _Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
+        messages = [*_system_beside(value), *(_message(message) for message in messages)]
         learnt = [_is_learnt(message, config.loss_on) for message in messages]
         tools = value.get("tools")
         if tools is not None and not isinstance(tools, list):
@@ -170,6 +168,8 @@ class Encoder:
         for field in (config.prompt_field, config.completion_field):
             if field not in value:
                 raise _Unusable(f"no {field!r}")
+            if isinstance(value[field], list):
+                raise _Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
             if not isinstance(value[field], str):
                 raise _Unusable(f"{field!r} is not text")
             texts.append(_unicode(value[field], repr(field)))
@@ -257,13 +257,30 @@ def _message(message: Any) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     roles = get_args(Role)
     role = message.get("role")
+    if role is None and {"from", "value"} <= set(message):
+        raise _Unusable("a message has 'from' and 'value' (ShareGPT's form): write it with 'role' and 'content'")
     if not isinstance(role, str):
         raise _Unusable("a message has no role")
     if role not in roles:
         raise _Unusable(f"unknown role {role[:40]!r}{did_you_mean(role, roles)}")
-    if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
-        raise _Unusable("a message's content is not text")
+    content = message.get("content", "" if "tool_calls" in message else None)
+    if not isinstance(content, str):
+        what = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
+        raise _Unusable(f"a message's content is {what}")
     return message
+
+
+def _system_beside(row: dict[str, Any]) -> list[Message]:
+    """A system message that stands beside the others, as Anthropic and Bedrock write it."""
+    for key in CONVERSATION[2:]:
+        if row.get(key):
+            raise _Unusable(f"{key!r} beside the messages is not read, and may change what the template writes")
+    system = row.get("system")
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str):
+        raise _Unusable("'system' is not text")
+    return [{"role": "system", "content": system}]
 
 
 _SWITCHES = ("weight", "train", "training", "loss")

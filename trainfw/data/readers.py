@@ -188,7 +188,14 @@ ROW_READERS: dict[str, Reader] = {
 
 
 def _kept(row: Any, fields: str) -> Any:
-    return {key: row[key] for key in fields.split(AND) if key in row} if isinstance(row, dict) else row
+    """Of an object, the keys that are read; one without the first of them is `Unreadable`."""
+    if not isinstance(row, dict):
+        return row
+    first, *others = fields.split(AND)
+    if first not in row:
+        found = ", ".join(repr(key) for key in sorted(row)[:6]) or "none"
+        return Unreadable(f"no {first!r} (see messages_field, prompt_field); keys found: {found}")
+    return {key: row[key] for key in (first, *others) if key in row}
 
 
 def _field_of(row: Any, field: str, where: str) -> str:

@@ -29,7 +29,8 @@ STDLIB_EXCLUDED = {
 STDLIB_BUILT_HERE = ("_sysconfigdata", "config-")
 """What these hold depends on how and where this Python was built."""
 
-_TOOLS = "tools"
+CONVERSATION = ("tools", "system", "functions", "documents", "chat_template_kwargs")
+"""Keys beside a chat's messages that change what a template writes; all others are taken for facts about the row."""
 
 
 class Document(NamedTuple):
@@ -119,7 +120,7 @@ def open_source(config: DataConfig) -> Source:
         field, readers = config.text_field, READERS
     else:
         chat = config.format == "chat"
-        fields = (config.messages_field, _TOOLS) if chat else (config.prompt_field, config.completion_field)
+        fields = (config.messages_field, *CONVERSATION) if chat else (config.prompt_field, config.completion_field)
         field, readers = AND.join(fields), ROW_READERS
     if names == [STDLIB]:
         if config.format != "text":

@@ -63,7 +63,7 @@ _KEYS: dict[Effect, str] = {
         optimizer.name
     """,
     "order": """
-        data.format data.loss_on data.chat_template data.system_prompt data.too_long data.max_characters
+        data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters
         data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
     """,
     "start": "model.init_std adapter.from train.seed",
