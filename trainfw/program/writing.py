@@ -23,11 +23,11 @@ from trainfw.interop import (
     is_peft,
     open_model,
     parameter_shapes,
+    read_json,
     save_gguf,
     save_model,
     save_peft,
 )
-from trainfw.interop.json_files import read_json
 from trainfw.paths import resolve_path
 from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter
 from trainfw.recipe import load_recipe
