@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import trainfw.cli
+import trainfw.errors
 from tests.helpers import write_recipe
 from trainfw.cli import main
 
@@ -247,3 +249,12 @@ assert "jax" not in sys.modules
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.startswith(f"error: command line: {re.split('[.=]', override)[0]}.")
+
+
+def test_a_warning_of_ours_is_said_in_words(capsys):
+    """Not as Python shows it, with the line of code."""
+    others: list[str] = []
+    show = trainfw.cli._warned(lambda message, *_: others.append(message))
+    show("this is odd", UserWarning, trainfw.errors.__file__, 1)
+    show("theirs", UserWarning, pytest.__file__, 1)
+    assert (capsys.readouterr().err, others) == ("warning: this is odd\n", ["theirs"])

@@ -266,15 +266,17 @@ def write(path: Path, rows: list) -> Path:
 def test_prepared_examples(tmp_path, smollm2):
     rows = [chat(f"u:question {i % 20}", f"a:answer {i}") for i in range(60)]
     path = write(tmp_path / "a.jsonl", [*rows, {"messages": 3}])
-    path.write_text(path.read_text() + "not json\n\n\n" + json.dumps(chat("u:q", "a:a")) + "\n")
+    twice = '{"messages": 1, "messages": []}'
+    path.write_text(path.read_text() + f"not json\n\n{twice}\n" + json.dumps(chat("u:q", "a:a")) + "\n")
     for _ in range(2):  # the second from the cache
         data = prepared(path, smollm2)
         assert data.train.num_documents + data.validation.num_documents == 61
         assert [str(one) for one in data.refused] == [
             "1 row: 'messages' is not a list of messages (the first: a.jsonl:61)",
             "1 row: not JSON (the first: a.jsonl:62)",
+            "1 row: key 'messages' is written twice (the first: a.jsonl:64)",
         ]
-        assert data.notes()[0].endswith("; 2 rows refused:")
+        assert data.notes()[0].endswith("; 3 rows refused:")
         sides = {"train": set(), "validation": set()}
         for split, questions in sides.items():
             store = getattr(data, split)

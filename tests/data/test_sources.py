@@ -87,6 +87,7 @@ def test_python_stdlib() -> None:
         ("a.jsonl", b'{"text": 5}', "line 1: expected 'text' to be text, found int '5'"),
         ("a.jsonl", b'\n{"text": "\xff"}', "a.jsonl, line 2: expected UTF-8, found byte 0xff"),
         ("a.jsonl", rb'{"text": "a\ud800"}', "'text' has a lone surrogate at character 1"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', r"line 1: not JSON \(key 'text' is written twice\)"),
         ("a.txt", b"one\ntwo\xe9\n", "a.txt, line 2: expected UTF-8, found byte 0xe9"),
         ("a.parquet", b"PAR0", "not a Parquet file that can be read"),
         ("a.csv", b"x", r"cannot read a \.csv file; one of: \.txt, \.md, \.py, \.jsonl, \.parquet"),

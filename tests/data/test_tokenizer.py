@@ -137,6 +137,9 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json that can be read"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS"):
+        load_tokenizer(tmp_path)
     panics = json.loads(BPE.backend.to_str())
     panics["model"]["continuing_subword_prefix"] = "##"
     (tmp_path / "tokenizer.json").write_text(json.dumps(panics))

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -119,6 +121,7 @@ def main() -> None:
     # Raising KeyboardInterrupt inside a compiler or a half-done import ends in crashes; the training loop takes
     # the signal over while there is something to save.
     before = signal.signal(signal.SIGINT, _interrupted)
+    warnings.showwarning, others = _warned(warnings.showwarning), warnings.showwarning
     try:
         _parser()()
     except UserError as error:
@@ -144,6 +147,20 @@ def main() -> None:
         _exit(f"failed: {text}", 1)
     finally:
         signal.signal(signal.SIGINT, before)
+        warnings.showwarning = others
+
+
+def _warned(others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning: one of ours in words, without the line of code that gave it."""
+    ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+        if filename.startswith(ours):
+            say(f"warning: {message}", err=True)
+        else:
+            others(message, category, filename, *rest, **named)
+
+    return show
 
 
 def _exit(message: str, code: int) -> None:

@@ -291,7 +291,10 @@ def _raise(message: str) -> None:
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens at which generation stops: the end of a document, of a turn as the chat template writes it, and what
     the tokenizer's files name."""
-    template = ChatTemplate.of(tokenizer)
+    try:
+        template = ChatTemplate.of(tokenizer)
+    except UserError:  # said where it is used
+        template = None
     ends = () if template is None else template.end_ids
     size = tokenizer.vocab_size
     return tuple(dict.fromkeys(id_ for id_ in (tokenizer.eos_id, *ends, *tokenizer.stop_ids) if id_ < size))

@@ -49,11 +49,24 @@ def not_json(error: Exception, where: str, text: str) -> UserError:
     return UserError(f"{where}: not JSON ({what}): {text[:60].rstrip()}")
 
 
+class WrittenTwice(ValueError):
+    """An object has a key twice, of which readers take either."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (`object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise WrittenTwice(f"key {twice[:40]!r} is written twice")
+    return found
+
+
 class _JsonText:
     """The text of a JSON file from some place on, of which no more is held than the value there and a block."""
 
     _SPACE = re.compile(r"[ \t\n\r]*")
-    _parse = json.JSONDecoder().raw_decode
+    _parse = json.JSONDecoder(object_pairs_hook=unique).raw_decode
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.line = 1

@@ -13,7 +13,7 @@ from typing import Any
 from trainfw.data.arrow import NotText, parquet_rows, saved_dataset_rows
 from trainfw.data.compressed import LIMIT, open_plain
 from trainfw.data.files import SAVED
-from trainfw.data.json_values import json_values, not_json
+from trainfw.data.json_values import WrittenTwice, json_values, not_json, unique
 from trainfw.errors import UserError, did_you_mean
 from trainfw.utf8 import decode_utf8, without_mark
 
@@ -72,9 +72,11 @@ def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
     for line, data in _lines(path):
         row: Any
         try:
-            row = _kept(json.loads(data.decode()), fields)
+            row = _kept(json.loads(data.decode(), object_pairs_hook=unique), fields)
         except UnicodeDecodeError:
             row = Unreadable("not UTF-8")
+        except WrittenTwice as error:
+            row = Unreadable(str(error))
         except (ValueError, RecursionError):
             row = Unreadable("not JSON")
         yield f":{line}", row
@@ -118,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _parsed(data: bytes, path: Path, line: int) -> Any:
     text = decode_utf8(data, path, line)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
         raise not_json(error, f"{path}, line {line}", text) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
 from trainfw.data.progress import Progress, reported
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
-from trainfw.paths import resolve_path
+from trainfw.paths import check_file, resolve_path
 from trainfw.utf8 import read_utf8
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -203,7 +204,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if (path / "recipe.yaml").is_file():
         path = path / "tokenizer"
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
+    if os.path.lexists(file):
+        check_file(file)
+    else:
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
     backend = _backend(lambda: tokenizers.Tokenizer.from_str(read_utf8(file)), f"{file}: not a tokenizer.json")
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -214,7 +214,7 @@ def evaluate(
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=reporter.progress)
     for note in data.notes():
-        reporter.note(f"data: {note}")
+        reporter.note(note if note.startswith("warning: ") else f"data: {note}")
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
     params, frozen = _restore(run, program, step), _frozen(run, program)

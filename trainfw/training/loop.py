@@ -227,7 +227,7 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     if length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
     for note in data.notes():
-        reporter.note(f"data: {note}")
+        reporter.note(note if note.startswith("warning: ") else f"data: {note}")
     if data.train.learnt is None:
         size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
     else:
