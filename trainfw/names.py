@@ -262,6 +262,19 @@ SECTIONS = {
 }
 """A section of theirs -> the one of ours that holds the like."""
 
+FIRST = {
+    "model": "preset",
+    "adapter": "kind",
+    "data": "source",
+    "tokenizer": "path",
+    "optimizer": "name",
+    "train": "steps",
+    "evaluation": "metric",
+    "checkpoint": "directory",
+    "hardware": "topology",
+}
+"""A section of ours -> the key in it that a word in the section's place stands for."""
+
 VALUES = {
     "adam": "adamw",
     "adamw_torch": "adamw",

@@ -23,7 +23,7 @@ from trainfw.errors import UserError, did_you_mean, nearest
 from trainfw.hardware import HardwareConfig
 from trainfw.interop import read_model_config
 from trainfw.models import ModelConfig
-from trainfw.names import KEYS, SECTIONS, VALUES
+from trainfw.names import FIRST, KEYS, SECTIONS, VALUES
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import path_text, resolve_path
@@ -441,7 +441,7 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
         path.append(error["ctx"]["field"])
     # A field that takes several types is followed by their names.
     if kind != "extra_forbidden":
-        path = [part for part in path if part not in ("str", "list[str]")]
+        path = [part for part in path if not re.fullmatch(r"str|bool|float|list\[str\]|literal\[.*\]", part)]
     elif "." not in path[-1]:
         while isinstance(value, dict) and len(value) == 1:  # of an unknown section, the key in it
             (name, value), *_ = value.items()
@@ -464,7 +464,9 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
                 choices.append("null")
             return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
         case "model_type" | "model_attributes_type":
-            return f"{where}{key} = {_show(value)}: expected a section, `{path[-1] if path else file}: {{key: value}}`"
+            section = path[-1] if path else file
+            inside = f"{FIRST[section]}: {value}" if isinstance(value, str) and section in FIRST else "key: value"
+            return f"{where}{key} = {_show(value)}: expected a section, `{section}: {{{inside}}}`"
         case _:
             expected = re.sub(r"^(Input should be|Value should|String should) ", "", error["msg"])
             hint = _meant(kind, value)
