@@ -132,7 +132,7 @@ def test_a_message_that_the_template_has_no_place_for(tmp_path, role):
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     with pytest.raises(TemplateProblem, match=f"the chat template writes nothing of a message of {role}"):
-        learnt(tmp_path, source, turns("s:Be brief.", "u:hi", "a:I look", "t:42", "a:It is so."))
+        learnt(tmp_path, source, turns("s:brief", "u:hi", "a:I look", "t:42", "a:hi in brief: 42."))
 
 
 def test_markers_within_a_turn_do_not_end_it(tmp_path):

@@ -212,18 +212,17 @@ class ChatTemplate:
                 spans[-1].append(len(text))
         return (text, [(start, end) for start, end in spans]) if text == plain else None
 
-    def check_context(self, messages: Sequence[Message], text: str, tools: list[Any] | None = None) -> None:
-        """Raise TemplateProblem where the template has no place for a message that is not the assistant's.
-
-        Args:
-            text: the messages as `render` writes them.
-        """
-        for i, message in enumerate(messages):
-            content = (message.get("content") or "").strip()
-            if message["role"] == "assistant" or content in text:
+    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
+        """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
+        said = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
+        every = [marked(message, i) if i in said else message for i, message in enumerate(messages)]
+        text = self.render(every, tools=tools)
+        for i in said:
+            if f"{SENTINEL}{i}q" in text:
                 continue
-            if SENTINEL not in self.render([*messages[:i], marked(message), *messages[i + 1 :]], tools=tools):
-                raise TemplateProblem(f"the chat template writes nothing of a message of {message['role']}")
+            alone = [*messages[:i], marked(messages[i], i), *messages[i + 1 :]]
+            if f"{SENTINEL}{i}q" not in self.render(alone, tools=tools):
+                raise TemplateProblem(f"the chat template writes nothing of a message of {messages[i]['role']}")
 
     @cached_property
     def markers(self) -> dict[str, int]:
@@ -270,11 +269,11 @@ class ChatTemplate:
         return [id_ for id_, (left, _) in zip(encoding.ids, encoding.offsets) if left >= start and id_ in added]
 
 
-def marked(message: Message) -> Message:
-    """The message with a mark after its last word: spaces at the ends may be stripped."""
+def marked(message: Message, number: int = 0) -> Message:
+    """The message with a numbered mark after its last word: spaces at the ends may be stripped."""
     content = message["content"]
     words = content.rstrip()
-    return {**message, "content": words + SENTINEL + content[len(words) :]}
+    return {**message, "content": f"{words}{SENTINEL}{number}q{content[len(words) :]}"}
 
 
 def _to_json(
@@ -312,7 +311,7 @@ def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = Non
     messages = [*system, {"role": "user", "content": text}]
     try:
         rendered = template.render(messages, add_generation_prompt=True)
-        template.check_context(messages, rendered)
+        template.check_context(messages)
     except TemplateProblem as problem:
         raise UserError(str(problem)) from None
     return list(template.encode([rendered])[0].ids)

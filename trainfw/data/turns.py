@@ -55,7 +55,7 @@ def write_learnt(
     told.
     """
     whole = template.render(messages, tools=tools)
-    template.check_context(messages, whole, tools)
+    template.check_context(messages, tools)
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
     if template.has_generation_tags and set(wanted) <= set(assistant):
@@ -162,13 +162,13 @@ def _place(
         return turn.span
     if not (messages[i].get("content") or "").strip():
         return None
-    message = marked(messages[i])
+    message, mark = marked(messages[i]), f"{SENTINEL}0q"
     last = template.render([*messages[:i], message], tools=tools)
     among = template.render([*messages[:i], message, *messages[i + 1 :]], tools=tools)
     # The mark has to change nothing else, or it says nothing of where the turn stands.
-    if among.count(SENTINEL) != 1 or among.replace(SENTINEL, "") != whole or last.count(SENTINEL) != 1:
+    if among.count(mark) != 1 or among.replace(mark, "") != whole or last.count(mark) != 1:
         return None
-    start = among.index(SENTINEL) - (last.index(SENTINEL) - turn.start)
+    start = among.index(mark) - (last.index(mark) - turn.start)
     end = start + len(turn.said)
     same = whole[start:end] == turn.said and whole[:start].endswith(_header(template, messages, i, tools))
     return (start, end) if same else None
