@@ -97,6 +97,8 @@ def test_another_base_is_refused_and_nothing_is_harmed(tmp_path, base):
 def test_an_adapter_goes_on_from_another(tmp_path, base):
     first = train(tmp_path, base, "first", "train.steps=4", adapter={"targets": ["layers.mlp.*"]}).run_dir
     export_model(str(first), str(tmp_path / "peft"), format="peft")
+    with pytest.raises(UserError, match=f"^{base}/tokenizer.json: a tokenizer without merges"):
+        export_model(str(base), str(tmp_path / "model.gguf"), format="gguf")
     for source in (first, tmp_path / "peft"):
         loaded = recipe(tmp_path, base, f"adapter={{from: {source}}}", "train.steps=1")
         assert loaded.adapter.rank == 4

@@ -156,7 +156,10 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
-        save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+        try:
+            save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+        except UserError as error:  # which is about the tokenizer's own files, not about these copies
+            raise UserError(str(error).replace(directory, source)) from error
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     return f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
