@@ -198,6 +198,8 @@ def test_a_file_is_not_blamed_for_what_the_command_line_says(tmp_path):
     assert str(recipe.error("model.vocab_size", "not of data.tokenizer")).startswith(
         "command line (data.tokenizer.name)"
     )
+    whole = load_recipe(path, ["model.preset=tiny"])
+    assert str(whole.error("model.vocab_size", "is too small")).startswith("command line: model.vocab_size = ")
     assert str(recipe.error("train.seed", "is wrong")).startswith(str(path))
 
 

@@ -133,7 +133,7 @@ def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Seq
         if f"{key}=" in _WHOLE_MODEL:
             tree = _without_tokenizer_of_model(tree)
             tree = tree | {"model": {}}
-            sources = _without_model(sources)
+            sources = _without_model(sources) | {"model": _COMMAND_LINE}  # what the preset says, too
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
     return _validate(tree, sources, str(path))
@@ -485,7 +485,7 @@ def _where(key: str, sources: Sources, problem: str = "") -> str:
         written = written.rpartition(".")[0]
     found = sources[written] if written else sources[inside[0]] if inside else ""
     if found != _COMMAND_LINE:
-        given = [name for name, source in sources.items() if source == _COMMAND_LINE]
+        given = [name for name, source in sources.items() if source == _COMMAND_LINE and name != "model"]
         named = next((name for name in given if name in inside or _names(problem, name, key)), None)
         found = found if named is None else f"{_COMMAND_LINE} ({named})"
     return f"{found}: " if found else ""
