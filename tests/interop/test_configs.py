@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, config_to_huggingface
 from trainfw.interop.configs import unread_keys
+from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME
 from trainfw.models import ModelConfig, preset_names
 
 # As on the Hub today, keys that do not matter here left out: the form of Transformers 4.
@@ -344,8 +345,63 @@ CLASSES = {
 @pytest.mark.parametrize("family", CLASSES)
 def test_what_transformers_reads_is_read_refused_or_computes_nothing(family):
     fields = {field.name for field in dataclasses.fields(getattr(transformers, f"{CLASSES[family]}Config"))}
-    unread = unread_keys(dict.fromkeys(fields, "set"))
+    unread = unread_keys({**dict.fromkeys(fields, "set"), "model_type": family})
     assert set(unread) <= {"attention_dropout", "router_jitter_noise"}
+
+
+OTHERS = {
+    "attention_bias": True,
+    "mlp_bias": True,
+    "use_bidirectional_attention": True,
+    "clip_qkv": 8.0,
+    "mlp_only_layers": [0],
+    "decoder_sparse_step": 2,
+    "norm_topk_prob": True,
+    "use_sliding_window": True,
+    "rope_local_base_freq": 77.0,
+    "query_pre_attn_scalar": 999,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 5.0,
+}
+# What is no field of Transformers' class, and yet read by it, or in the files of every such model.
+BESIDE_FIELDS = {"gemma3_text": {"sliding_window_pattern", "rope_local_base_freq"}, "qwen3_moe": {"max_window_layers"}}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_keys_of_other_families_are_as_absent_and_said(family):
+    theirs = getattr(transformers, f"{CLASSES[family]}Config")
+    fields = {field.name for field in dataclasses.fields(theirs)} | BESIDE_FIELDS.get(family, set())
+    fields |= {name for pair in theirs.attribute_map.items() for name in pair}
+    hub = {"model_type": family} | SHAPE
+    for key in OF_SOME:
+        assert (key in FAMILIES[family].reads) == (key in fields), key
+        if key not in fields:
+            odd = hub | {key: OTHERS.get(key, 3)}
+            assert config_from_huggingface(odd) == config_from_huggingface(hub), key
+            assert unread_keys(odd) == [key]
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_null_that_transformers_refuses_is_refused(family):
+    theirs = getattr(transformers, f"{CLASSES[family]}Config")
+    for key in {**DEFAULTS, **FAMILIES[family].defaults}:
+        config = {"model_type": family} | SHAPE | {key: None}
+        try:
+            theirs(**config)
+        except (StrictDataclassError, TypeError):
+            with pytest.raises(UserError, match=f"{key} = null: expected "):
+                config_from_huggingface(config)
+
+
+SHAPE = {
+    "vocab_size": 9,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 99,
+}
 
 
 WINDOWS = {
@@ -362,14 +418,7 @@ WINDOWS = {
 @given(data=st.data())
 def test_windows_are_those_of_transformers_or_refused(family, data):
     keys = data.draw(st.fixed_dictionaries({}, optional=WINDOWS))
-    shape = {
-        "vocab_size": 9,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
-    shape |= {"max_position_embeddings": 99, "hidden_act" if family != "gemma2" else "hidden_activation": "silu"}
+    shape = SHAPE | {"hidden_act" if family != "gemma2" else "hidden_activation": "silu"}
     try:
         config = config_from_huggingface({"model_type": family} | shape | keys)
         theirs = getattr(transformers, f"{CLASSES[family]}Config")(**shape, **keys)

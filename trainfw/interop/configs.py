@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainfw.errors import UserError, one_of
-from trainfw.interop.families import DEFAULTS, FAMILIES, Family
+from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME, Family
 from trainfw.models import ModelConfig
 
 _REQUIRED = (
@@ -103,7 +103,10 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     Raises UserError for a family or a feature that `Transformer` does not have, and for values that make no sense.
     """
     _check_types(config, "config.json")
-    hf = {**_family_defaults(config), **{key: value for key, value in config.items() if not _absent(key, value)}}
+    family = _family(config)
+    config = {key: value for key, value in config.items() if _counts(key, family)}
+    hf = {**DEFAULTS, **family.defaults, **config}
+    _check_nulls(hf, family)
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise UserError(f"config.json: no {', '.join(missing)}")
     if hf["num_hidden_layers"] > 10_000:
@@ -114,7 +117,6 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     if isinstance(quantised := hf.get("quantization_config"), dict):
         method = str(quantised.get("quant_method", "an unnamed method"))[:40]
         raise UserError(f"config.json: weights quantised by {method} are not supported; take the model in bfloat16")
-    family = FAMILIES[hf["model_type"]]
     own, other = sorted(("hidden_act", "hidden_activation"), key=lambda key: key not in family.defaults)
     activation = _agreed({own: hf[own], other: config.get(other)})
     if activation not in _ACTIVATIONS:
@@ -153,14 +155,23 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
-    """Keys of a config.json that set something, and say nothing to `config_from_huggingface`.
+    """Keys of a config.json that set something, and say nothing to `config_from_huggingface`: unknown ones, and those
+    of other families.
 
     Transformers' classes of our families compute no model by any of them (attention_dropout and router_jitter_noise
     count in training); a model's own code may.
     """
+    family = _family(config)
     return sorted(
-        key for key, value in config.items() if value and key not in _EXPECTED and key not in _COMPUTES_NOTHING
+        key
+        for key, value in config.items()
+        if value and ((key not in _EXPECTED and key not in _COMPUTES_NOTHING) or not _counts(key, family))
     )
+
+
+def _counts(key: str, family: Family) -> bool:
+    """Whether a family knows a key that not all have: a converted checkpoint may keep those of another."""
+    return key not in OF_SOME or key in family.reads
 
 
 def _agreed(said: Mapping[str, Any]) -> Any:
@@ -176,7 +187,7 @@ def _agreed(said: Mapping[str, Any]) -> Any:
     return next(iter(found.values()), None)
 
 
-def _family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+def _family(config: Mapping[str, Any]) -> Family:
     """Raises UserError for a family that is none of ours."""
     model_type = config.get("model_type") or ""
     if model_type == "gemma3":
@@ -187,11 +198,17 @@ def _family_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if model_type not in FAMILIES:
         raise UserError(f"config.json: model_type {model_type!r} is not supported{one_of(model_type, FAMILIES)}")
-    return {**DEFAULTS, **FAMILIES[model_type].defaults}
+    return FAMILIES[model_type]
 
 
-def _absent(key: str, value: Any) -> bool:
-    return value is None and key in DEFAULTS
+def _check_nulls(hf: Mapping[str, Any], family: Family) -> None:
+    """Raises UserError for a null in the place of a value: in few keys it says that there is none of something."""
+    none = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
+    if family.sliding != "every":
+        none.add("sliding_window")
+    for key, default in (DEFAULTS | dict(family.defaults)).items():
+        if hf[key] is None and key not in none:
+            raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
@@ -292,6 +309,8 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     if (said("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
     fields: dict[str, Any] = {"rope_theta": said("rope_theta", beside="rope_theta") or hf["rope_theta"]}
+    if fields["rope_theta"] is None:
+        raise UserError("config.json: rope_theta = null: expected a positive number")
     local_theta = said("rope_theta", sliding, "rope_local_base_freq") or hf.get("rope_local_base_freq")
     if local and local_theta is not None:
         fields["rope_local_theta"] = local_theta
@@ -458,9 +477,9 @@ def _sliding_written(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.sliding == "from":
         written["max_window_layers"] = first
     if family.sliding == "every":
-        # Transformers 4 knows no layer_types, and no layers without a window.
+        written["sliding_window"] = config.sliding_window or 4096  # Transformers has no layers without
+    if "sliding_window_pattern" in family.reads:  # Transformers 4 knows no layer_types
         written["sliding_window_pattern"] = kinds.index("global") + 1 if "global" in kinds else len(kinds) + 1
-        written["sliding_window"] = config.sliding_window or 4096
     return written
 
 

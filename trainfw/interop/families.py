@@ -88,6 +88,8 @@ class Family:
     but every nth; the last two unless `layer_types` says so layer by layer."""
     writes: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are written with these values, for readers that ask for them."""
+    reads: frozenset[str] = frozenset()
+    """Keys of config.json that some families have, and this one does; in another they say nothing."""
 
 
 _GEMMA = {"zero_centered_norm": True, "post_norms": True, "scale_embeddings": True}
@@ -102,13 +104,31 @@ _GEMMA_ROWS = _COMMON + _POST_NORMS + _MLP
 _MOE_ROWS = _COMMON + _PRE_NORMS + _EXPERTS
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _NO_BIAS = {"attention_bias": False}
+_BIAS_READS = frozenset({"attention_bias"})
+_WINDOW_READS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers"})
+_MOE_READS = frozenset({"num_experts", "num_local_experts", "num_experts_per_tok"})
+_OWN_MOE_READS = _BIAS_READS | _MOE_READS | {"norm_topk_prob"}
+_GEMMA_READS = _BIAS_READS | {
+    *("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    "use_bidirectional_attention",
+}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", writes={**_NO_BIAS, "mlp_bias": False}),
-    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096}, sliding="always"),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, _QWEN_WINDOW, sliding="from"),
+    "llama": Family("LlamaForCausalLM", writes={**_NO_BIAS, "mlp_bias": False}, reads=_BIAS_READS | {"mlp_bias"}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        defaults={"sliding_window": 4096},
+        sliding="always",
+        reads=frozenset({"sliding_window"}),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, _QWEN_WINDOW, sliding="from", reads=_WINDOW_READS),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {"qk_norm": True}, {**_QWEN_WINDOW, "head_dim": 128}, sliding="from", writes=_NO_BIAS
+        "Qwen3ForCausalLM",
+        {"qk_norm": True},
+        {**_QWEN_WINDOW, "head_dim": 128},
+        sliding="from",
+        writes=_NO_BIAS,
+        reads=_BIAS_READS | _WINDOW_READS,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -116,6 +136,7 @@ FAMILIES: dict[str, Family] = {
         {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         rows=_COMMON + _PRE_NORMS + _MIXTRAL_EXPERTS,
         sliding="always",
+        reads=_MOE_READS | {"sliding_window"},
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
@@ -130,6 +151,8 @@ FAMILIES: dict[str, Family] = {
         rows=_MOE_ROWS,
         sliding="always",
         writes={**_NO_BIAS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        # Its models have max_window_layers, by which no layer of theirs goes.
+        reads=_OWN_MOE_READS | _WINDOW_READS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"},
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -137,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         {"num_experts": 64, "num_experts_per_tok": 8, "rms_norm_eps": 1e-5},
         rows=_MOE_ROWS,
         writes={**_NO_BIAS, "clip_qkv": None},
+        reads=_OWN_MOE_READS | {"clip_qkv"},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -146,6 +170,7 @@ FAMILIES: dict[str, Family] = {
         rows=_GEMMA_ROWS,
         sliding="every",
         writes=_NO_BIAS,
+        reads=_GEMMA_READS,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -154,6 +179,7 @@ FAMILIES: dict[str, Family] = {
         rows=_GEMMA_ROWS,
         sliding="every",
         writes=_NO_BIAS,
+        reads=_GEMMA_READS | {"sliding_window_pattern", "rope_local_base_freq"},
     ),
 }
 DEFAULTS = {
@@ -164,3 +190,5 @@ DEFAULTS = {
     "tie_word_embeddings": False,
 }
 """Values of config.json where a key is absent, in every family that does not say otherwise."""
+OF_SOME = frozenset[str]().union(*(family.reads for family in FAMILIES.values()))
+"""Keys of config.json that some families have, and others do not."""
