@@ -232,14 +232,27 @@ def test_an_adapter_goes_on_at_its_own_scale(base, tmp_path):
         build_program(recipe(base, tmp_path, f"adapter={fields}"), jax.devices()[:1]).init()
 
 
-def test_a_table_saved_beside_an_adapter_is_that_of_the_base(base, tmp_path):
-    written(base, tmp_path / "peft", **ADAPTERS["embeddings and head"])
-    merge(str(tmp_path / "peft"), str(base))
-    file = tmp_path / "peft" / "adapter_model.safetensors"
+@pytest.mark.parametrize("layer", [".base_layer", ""])
+def test_a_table_saved_beside_an_adapter_is_that_of_the_base(base, tmp_path, layer):
+    fields = ADAPTERS["embeddings and head"] if layer else {"target_modules": ["q_proj"]}
+    written(base, tmp_path / "peft", **fields)
+    file, tables = tmp_path / "peft" / "adapter_model.safetensors", load_file(base / "model.safetensors")
     tensors = load_file(file)
-    tensors["base_model.model.lm_head.base_layer.weight"][77, 3] += 1
+    for module in ("model.embed_tokens", "lm_head"):  # as by save_pretrained(..., save_embedding_layers=True)
+        tensors[f"base_model.model.{module}{layer}.weight"] = tables[f"{module}.weight"].copy()
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"holds the head.kernel of its base, and it is not that of"):
+    merge(str(tmp_path / "peft"), str(base))
+    peft_fields(tmp_path / "peft")
+    for module, ours in (("model.embed_tokens", "embedding.table"), ("lm_head", "head.kernel")):
+        name = f"base_model.model.{module}{layer}.weight"
+        own = tensors[name].copy()
+        tensors[name][[77, 257], 3] += 1
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=rf"holds the {ours} of its base, which differs .* in 2 of 258 rows"):
+            merge(str(tmp_path / "peft"), str(base))
+        tensors[name] = own
+    save_file(tensors | {name: np.zeros((260, 32), np.float32)}, file)
+    with pytest.raises(UserError, match=r"the adapter is of a resized model\. .*resize_token_embeddings\(260\)"):
         merge(str(tmp_path / "peft"), str(base))
 
 

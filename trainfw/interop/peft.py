@@ -141,7 +141,12 @@ def _found(
         whole = name.removeprefix(_PREFIX)
         if whole in _COPIES:
             if model is not None and info.shape != (expected := (model.vocab_size, model.hidden_size)):
-                raise UserError(f"{directory / WEIGHTS}: tensor {name} has shape {info.shape}; the base has {expected}")
+                raise UserError(
+                    f"{directory / WEIGHTS}: tensor {name} has shape {info.shape}; the base has {expected}: the adapter "
+                    "is of a resized model. Give that one as the base: make it with Transformers' "
+                    f"model.resize_token_embeddings({info.shape[0] if info.shape else 0}) and this tensor's values, "
+                    "and model.save_pretrained"
+                )
             continue
         part = next((part for part in _PARTS if whole.endswith(f".{part}")), None)
         if part is None:
@@ -154,7 +159,8 @@ def _found(
 
 
 def peft_copies(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The base's own weights that PEFT saves beside adapters of the embedding and the head, by our names.
+    """The base's own weights that PEFT saves with an adapter, by our names: where the embedding or the head has one, and
+    where asked to (`save_embedding_layers`).
 
     PEFT takes them in place of the base's.
     """
@@ -167,7 +173,11 @@ def peft_copies(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     }
 
 
-_COPIES = {"model.embed_tokens.base_layer.weight": "embedding.table", "lm_head.base_layer.weight": "head.kernel"}
+_COPIES = {
+    f"{module}{layer}.weight": ours
+    for module, ours in {"model.embed_tokens": "embedding.table", "lm_head": "head.kernel"}.items()
+    for layer in (".base_layer", "")
+}
 
 
 def _no_place(directory: Path, tensor: str) -> UserError:

@@ -71,13 +71,14 @@ class Adapter:
     def check_base(self, base: Base, path: str) -> None:
         """Raises UserError where it was trained on other weights than these."""
         for name, copy in self.copies.items():
-            if name == "head.kernel" and base.config.tie_embeddings:
-                name, copy = "embedding.table", copy.T
-            own = np.asarray(base.read(name, jax.ShapeDtypeStruct(copy.shape, jnp.float32)))
-            if not np.array_equal(own.astype(copy.dtype), copy):
+            stored = "embedding.table" if base.config.tie_embeddings else name
+            wanted = copy.T if stored != name else copy
+            own = np.asarray(base.read(stored, jax.ShapeDtypeStruct(wanted.shape, jnp.float32))).astype(copy.dtype)
+            if differing := int((own != wanted).any(axis=1 if stored == "embedding.table" else 0).sum()):
                 raise UserError(
-                    f"{self.path}: holds the {name} of its base, and it is not that of {path}, but changed or trained; "
-                    "merge the adapter with PEFT where it was made"
+                    f"{self.path}: holds the {name} of its base, which differs from {path}'s in {differing:,} of "
+                    f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model that "
+                    "it was trained on as the base, or merge the adapter with PEFT where it was made"
                 )
         if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
             raise UserError(other_base(self.path, self.base, path, found))
