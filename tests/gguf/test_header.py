@@ -284,6 +284,17 @@ def test_keys_about_the_model_that_are_not_read_are_said(tmp_path):
         gguf_config(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [("attention.causal", True, False), ("rope.scaling.attn_factor", 1.0, 2.0), ("expert_shared_count", 0, 1)],
+)
+def test_keys_that_llama_cpp_may_compute_by_are_refused_where_they_are_set(tmp_path, key, off, on):
+    gguf_config(_rewritten(tmp_path, METADATA | {f"llama.{key}": off}))
+    file = _rewritten(tmp_path, METADATA | {f"llama.{key}": on})
+    with pytest.raises(UserError, match=f"llama.{key} = {on} is not supported"):
+        gguf_config(file)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_refused_or_read_and_nothing_else(good, tmp_path, data):

@@ -50,14 +50,35 @@ _OTHER_KEYS = (
     *("rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 )
 """Keys about the model that are read, or compute nothing, beside those of the tables."""
+_IGNORED = {
+    # llama.cpp reads these for other architectures: beside its logits, they changed nothing of a Llama.
+    *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.temperature_scale"),
+    *("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+    # How tensors are laid out in the file, and what is returned of embedding models.
+    *("tensor_data_layout", "pooling_type"),
+}
+_WITHOUT_EFFECT = {"attention.causal": (True,), "rope.scaling.attn_factor": (1.0,)}
+"""The values at which keys that are not read change nothing; of others 0, false or nothing at all."""
 
 
 def _unread_keys(header: Header) -> list[str]:
-    """The file's keys about its model that say nothing here."""
-    name = header.architecture
-    known = {f"{name}.{key}" for key in _OTHER_KEYS}
-    known |= {f"{name}.{key.gguf}" for key in (*KEYS, *architecture_of(header).keys)}
-    return sorted(key[:80] for key in header.metadata if key.startswith(f"{name}.") and key not in known)
+    """The file's keys about its model that say nothing here, nor to llama.cpp.
+
+    Raises UserError for others that are set: llama.cpp may compute another model by them.
+    """
+    name, architecture = header.architecture, architecture_of(header)
+    known = {*_OTHER_KEYS, *(key.gguf for key in (*KEYS, *architecture.keys))}
+    without_effect = _WITHOUT_EFFECT | {"attention.sliding_window_pattern": (0, architecture.window_pattern)}
+    unread = []
+    for key, value in header.metadata.items():
+        own = key.removeprefix(f"{name}.")
+        if own == key or own in known:
+            continue
+        if own in _IGNORED:
+            unread.append(key[:80])
+        elif not isinstance(value, int | float | str) or value not in without_effect.get(own, (0, "")):
+            raise UserError(f"{header.file}: {key[:80]} = {str(value)[:80]} is not supported")
+    return sorted(unread)
 
 
 def architecture_of(header: Header) -> Architecture:

@@ -142,8 +142,8 @@ def _found(
         if whole in _COPIES:
             if model is not None and info.shape != (expected := (model.vocab_size, model.hidden_size)):
                 raise UserError(
-                    f"{directory / WEIGHTS}: tensor {name} has shape {info.shape}; the base has {expected}: the adapter "
-                    "is of a resized model. Give that one as the base: make it with Transformers' "
+                    f"{directory / WEIGHTS}: tensor {name} has shape {info.shape}; the base has {expected}: the "
+                    "adapter is of a resized model. Give that one as the base: make it with Transformers' "
                     f"model.resize_token_embeddings({info.shape[0] if info.shape else 0}) and this tensor's values, "
                     "and model.save_pretrained"
                 )
@@ -159,8 +159,8 @@ def _found(
 
 
 def peft_copies(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The base's own weights that PEFT saves with an adapter, by our names: where the embedding or the head has one, and
-    where asked to (`save_embedding_layers`).
+    """The base's own weights that PEFT saves with an adapter, by our names: where the embedding or the head has one,
+    and where asked to (`save_embedding_layers`).
 
     PEFT takes them in place of the base's.
     """

@@ -77,8 +77,8 @@ class Adapter:
             if differing := int((own != wanted).any(axis=1 if stored == "embedding.table" else 0).sum()):
                 raise UserError(
                     f"{self.path}: holds the {name} of its base, which differs from {path}'s in {differing:,} of "
-                    f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model that "
-                    "it was trained on as the base, or merge the adapter with PEFT where it was made"
+                    f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model "
+                    "that it was trained on as the base, or merge the adapter with PEFT where it was made"
                 )
         if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
             raise UserError(other_base(self.path, self.base, path, found))
