@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_recipe
 from tests.interop.references import MODELS, SEQUENCE, logits_of, reference, save, tensors_in
@@ -200,6 +200,29 @@ def test_keys_that_are_not_read_are_said(tmp_path):
     with pytest.warns(UserWarning, match="config.json: not read: residual_multiplier ") as said:
         open_model(tmp_path)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: f"_orig_mod.{name}", "the same [0-9]+ are there under '_orig_mod.'"),
+        (lambda name: f"base_model.model.{name}", "the same [0-9]+ are there under 'base_model.model.'"),
+        (lambda name: name.removeprefix("model."), "the same are there without 'model.'"),
+        (lambda name: name.replace("lm_head", "score"), r"\['LlamaForSequenceClassification'\] is a classifier"),
+    ],
+)
+def test_names_under_a_prefix_or_of_another_head_are_called_so(rename, message, tmp_path):
+    save(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = False
+    if "classifier" in message:
+        config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+    save_file({rename(name): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        open_model(tmp_path)
 
 
 def test_a_config_of_too_many_tensors_is_refused_before_they_are_named(tmp_path):

@@ -40,7 +40,8 @@ class AdapterConfig(Config):
     alpha: PositiveFloat = 32.0
     """The update's scale, see `kind`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapters' inputs while training, the share that is dropped."""
+    """Of the adapters' inputs while training, the share that is dropped. Which, depends on the mesh: a run that goes
+    on with another draws others."""
     targets: str | list[str] = "all-linear"
     """What adapters are put on: `attention`, `mlp`, `all-linear` (both), `embeddings` (table and head), or patterns of
     names such as `layers.attention.query`; a list takes any of these."""

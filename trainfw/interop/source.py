@@ -89,8 +89,11 @@ class ModelSource:
             raise UserError(f"config.json needs {wanted:,} tensors, and the checkpoint has {len(infos):,}")
         shapes = {name: p.tensor_shape for p in self.parameters.values() for _, name in p.names()}
         if missing := set(shapes) - set(infos):
-            hint = ""
-            if missing == {_HEAD}:
+            hint = _prefixed(missing, infos)
+            classes = str(self.huggingface.get("architectures"))[:80]
+            if missing == {_HEAD} and "Classification" in classes:
+                raise UserError(f"checkpoint: no tensor {_HEAD}: {classes} is a classifier, and no language model")
+            if missing == {_HEAD} and not hint:
                 hint = "; or its head is the embedding table: tie_word_embeddings: true"
             elif any(name.endswith("experts.gate_up_proj") for name in infos):
                 hint = "; experts are stored in one tensor: save_pretrained(..., save_original_format=True) parts them"
@@ -226,6 +229,21 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(name[:200] for name in ordered[:limit]) + more
+
+
+def _prefixed(missing: Iterable[str], there: Iterable[str]) -> str:
+    """What to do, where every missing name is there under one prefix, or without `model.`; else nothing."""
+    missing, there = set(missing), set(there)
+    first = min(missing)
+    prefixes = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
+    if found := sorted(prefix for prefix in prefixes if {prefix + name for name in missing} <= there):
+        return (
+            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what the model was wrapped in when saved: "
+            "save the model within"
+        )
+    if {name.removeprefix("model.") for name in missing} <= there - missing:
+        return "; the same are there without 'model.': saved without the head's class; save the ...ForCausalLM"
+    return ""
 
 
 def _near(missing: Iterable[str], spare: Iterable[str]) -> str:
