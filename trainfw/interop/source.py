@@ -238,7 +238,7 @@ def _prefixed(missing: Iterable[str], there: Iterable[str]) -> str:
     prefixes = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
     if found := sorted(prefix for prefix in prefixes if {prefix + name for name in missing} <= there):
         return (
-            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what the model was wrapped in when saved: "
+            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what wrapped the model when it was saved: "
             "save the model within"
         )
     if {name.removeprefix("model.") for name in missing} <= there - missing:
