@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.interop.references import greedy, load, logits_of, save, tensors_in
 from tests.interop.test_source import FAMILIES
@@ -190,3 +191,13 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"needs 1000000000.0 GB"), new_directory(tmp_path / "big", 10**18):
         pass
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "full", "kept", "link", "new"]
+
+
+def test_values_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path):
+    save(tmp_path / "theirs", "llama")
+    tensors = tensors_in(tmp_path / "theirs")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor model.norm.weight has values that are not finite"):
+        copy_model(open_model(tmp_path / "theirs"), tmp_path / "copied")
+    assert not (tmp_path / "copied").exists()

@@ -144,6 +144,8 @@ def _write_tensors(
             stream.write(_header({name: infos[name] for name in names}))
             for name in names:
                 for part in chunks(tensors, name, cast_to):
+                    if not np.isfinite(part).all():
+                        raise UserError(f"tensor {name} has values that are not finite: nothing is written")
                     stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
                     done += part.nbytes
                 if progress is not None:

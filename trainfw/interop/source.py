@@ -238,11 +238,11 @@ def _prefixed(missing: Iterable[str], there: Iterable[str]) -> str:
     prefixes = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
     if found := sorted(prefix for prefix in prefixes if {prefix + name for name in missing} <= there):
         return (
-            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what wrapped the model when it was saved: "
+            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what wrapped the model when saved: "
             "save the model within"
         )
     if {name.removeprefix("model.") for name in missing} <= there - missing:
-        return "; the same are there without 'model.': saved without the head's class; save the ...ForCausalLM"
+        return "; the same are there without 'model.': saved without its head's class; save ...ForCausalLM"
     return ""
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from trainfw.adapters import AdapterConfig
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop import (
@@ -103,7 +104,19 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
     save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
-    return written + _stops_elsewhere(source, recipe.model.from_)
+    return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
+
+
+def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
+    """What to say where the base was quantised while the adapter was trained: PEFT's form does not."""
+    if adapter.base not in ("int8", "nf4"):
+        return ""
+    how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
+    return (
+        f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
+        f"BitsAndBytesConfig({how}), "
+        f"or let `trainfw merge {run} --out MODEL` make one model of both"
+    )
 
 
 def _stops_elsewhere(run: str, base: str | None) -> str:
