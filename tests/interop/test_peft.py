@@ -22,6 +22,7 @@ from trainfw.data import byte_tokenizer
 from trainfw.interop import peft_fields, read_model_config, read_peft, save_model, save_peft
 from trainfw.models import abstract_model, generate
 from trainfw.program import merge, read_adapter
+from trainfw.program.writing import _kept_elsewhere
 
 ROWS, LENGTH = 4, 24
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -254,6 +255,12 @@ def test_a_table_saved_beside_an_adapter_is_that_of_the_base(base, tmp_path, lay
     save_file(tensors | {name: np.zeros((260, 32), np.float32)}, file)
     with pytest.raises(UserError, match=r"the adapter is of a resized model\. .*resize_token_embeddings\(260\)"):
         merge(str(tmp_path / "peft"), str(base))
+
+
+@pytest.mark.parametrize(("kept", "said"), [("nf4", "load_in_4bit=True"), ("int8", "load_in_8bit"), ("float32", None)])
+def test_an_export_says_how_its_base_was_kept(base, tmp_path, kept, said):
+    note = _kept_elsewhere("runs/mine", recipe(base, tmp_path, f"adapter.base={kept}").adapter)
+    assert (f"trained on the base in {kept}" in note and said in note) if said else note == ""
 
 
 def test_files_are_for_whom_the_umask_says(base, tmp_path):
