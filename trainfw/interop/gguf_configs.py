@@ -54,6 +54,8 @@ _IGNORED = {
     # llama.cpp reads these for other architectures: beside its logits, they changed nothing of a Llama.
     *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.temperature_scale"),
     *("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+    # Routers are as the architecture has them, whatever is said of them.
+    *("expert_gating_func", "expert_weights_norm", "expert_weights_scale"),
     # How tensors are laid out in the file, and what is returned of embedding models.
     *("tensor_data_layout", "pooling_type"),
 }
