@@ -114,6 +114,11 @@ UNUSABLE = {
     "a message has 'from' and 'value' (ShareGPT's form): write it with 'role' and 'content'": {
         "messages": [{"from": "human", "value": "hi"}]
     },
+    "a message has 'function_call', which is now written as 'tool_calls'": {
+        "messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]
+    },
+    "the row says weight: 0": chat("u:hi", "a:x", weight=0),
+    "the row says train: false": chat("u:hi", "a:x", train=False),
     "'system' is not text": chat("u:hi", "a:x", system=["Be brief."]),
     "'chat_template_kwargs' beside the messages is not read, and may change what the template writes": chat(
         "u:hi", "a:x", chat_template_kwargs={"enable_thinking": False}
@@ -158,7 +163,7 @@ def test_what_is_too_long_may_be_cut(smollm2):
     assert refused == ["1 row: longer than sequence_length = 200 (the first: a.jsonl:2)"]
     said = remarks(rows, smollm2, too_long="truncate", sequence_length=200).splitlines()
     assert said[0].startswith("warning: no turn to learn ends in a token at which generation stops")
-    assert said[1] == "1 examples cut at sequence_length = 200, before the end of a turn"
+    assert said[1] == "1 example cut at sequence_length = 200, before the end of a turn"
 
 
 def test_a_template_that_refuses_a_row(tmp_path):
@@ -204,7 +209,7 @@ def test_a_message_may_say_that_it_is_not_learnt(smollm2, off):
     assert encode([row], smollm2)[1] == ["1 row: no message of assistant to learn (the first: a.jsonl:1)"]
     for change, problem in (
         ({"weight": 0.5}, "weight is 0.5: expected 0 or 1"),
-        ({"train": "no"}, "train is no: expec"),
+        ({"train": "no"}, "train is 'no': exp"),
     ):
         assert problem in encode([chat("a:x") | {"messages": [{**row["messages"][3], **change}]}], smollm2)[1][0]
     row["messages"][0]["train"] = True
@@ -234,12 +239,20 @@ def test_what_else_there_is_to_know_is_said(tmp_path, smollm2):
     assert said == f"warning: the chat template reads nothing of these keys of messages and rows: {keys}"
     thinking = make_tokenizer(tmp_path / "thinking", THINKING)
     assert remarks(rows, thinking).startswith(
-        "2 rows gave several examples, since the chat template writes a turn diff"
+        "several examples of 2 rows, since the chat template writes a turn differ"
     )
     asks = make_tokenizer(tmp_path / "asks", SMOLLM2.replace("assistant\n' }}", "assistant\n<think>' }}"))
     said = remarks([chat("u:a", "a:b", "u:c", "a:d")], asks)
-    assert said.startswith(r"warning: 2 turns to learn do not begin with '<|im_start|>assistant\n<think>', with which")
+    assert said.startswith(r"warning: 2 turns to learn without the beginning '<|im_start|>assistant\n<think>', with")
     assert not remarks([chat("u:a", "a:<think>b")], asks)
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+    merged = make_tokenizer(tmp_path / "m", source + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    assert remarks([chat("u:b", "a:a")], merged).startswith("warning: 1 turn to learn beginning within a token of")
+    last = "{% generation %}{{ m.content + '</s>' }}{% endgeneration %}"
+    last = "{% if loop.last %}" + last + "{% else %}{{ m.content }}{% endif %}"
+    tags = make_tokenizer(tmp_path / "tags", "{% for m in messages %}" + last + "{% endfor %}")
+    said = remarks([chat("u:a", "a:b", "u:c", "a:d")], tags)
+    assert said == "1 turn of the assistant outside the template's {% generation %} tags: not learnt"
     never = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     between = SMOLLM2.replace("+ '<|im_end|>' + '\n'}}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
     for name, source in (("never", never), ("between", between)):

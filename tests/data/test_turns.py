@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from trainfw.data import ChatTemplate
+from trainfw.data import ChatTemplate, stop_ids
 from trainfw.data.chat import TemplateProblem
 from trainfw.data.turns import write_learnt
 
@@ -91,9 +91,32 @@ def test_what_a_later_turn_rewrites_is_learnt_as_the_model_will_write_it(tmp_pat
         "{%- if m.role == 'assistant' %}{% generation %}{{- said + '<|im_end|>\n' }}{% endgeneration %}"
         "{%- else %}{{- said + '<|im_end|>\n' }}{% endif %}",
     )
-    assert learnt(tmp_path, tagged, chat) == [
-        (f"{whole}<think></think>bye<|im_end|>\n", ["hello<|im_end|>", "bye<|im_end|>"])
-    ]
+    # Tags that leave out what was thought are no help; else they count.
+    assert learnt(tmp_path, tagged, chat) == learnt(tmp_path, THINKING, chat)
+    [(text, said)] = learnt(tmp_path, tagged, turns("u:hi", "a:hello", "u:and?", "a:bye"))
+    assert (text, said) == (f"{whole}<think></think>bye<|im_end|>\n", ["hello<|im_end|>", "bye<|im_end|>"])
+
+
+def test_a_template_that_drops_what_was_thought(tmp_path):
+    """Of the last turn too: then nobody would learn to think. Other spaces and tags are another form of the same."""
+    said = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
+    source = "{% for m in messages %}{{ m.role + ':' }}" + said + "{{ '</s>' }}{% endfor %}"
+    with pytest.raises(TemplateProblem, match="leaves out something of a message to learn"):
+        learnt(tmp_path, source, turns("u:hi", "a:<think>hm</think>hello"))
+    other = source.replace("m.content.split('</think>')[-1]", "m.content | replace('think>', 'thought>\n')")
+    assert learnt(tmp_path, other, turns("u:hi", "a:<think>hm</think>hello"))
+
+
+def test_a_template_that_goes_on_with_the_next_turn(tmp_path):
+    """What follows the end of a turn is not learnt, whatever there is of it."""
+    source = SMOLLM2.replace(
+        "{% if add_generation_prompt %}", "{% if messages[-1].role == 'assistant' or add_generation_prompt %}"
+    )
+    source = source.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant<|start_header_id|>'")
+    [(_, said)] = learnt(tmp_path, source, turns("u:hi", "a:hello", "u:and?", "a:bye"))
+    assert said == ["hello<|im_end|>", "bye<|im_end|>"]
+    tokenizer = make_tokenizer(tmp_path / "t", source)
+    assert stop_ids(tokenizer)[1:] == (tokenizer.backend.token_to_id("<|im_end|>"),)
 
 
 def test_what_a_later_turn_moves_is_found(tmp_path):
@@ -111,7 +134,7 @@ def test_what_a_later_turn_moves_is_found(tmp_path):
     [
         (SMOLLM2, turns("u:hi", "a:", tool_calls=CALL), "writes nothing of a message to learn"),
         (SMOLLM2, turns("u:hi", "a:I call f", tool_calls=CALL), "writes nothing of tool_calls to learn"),
-        (CALLS, turns("u:hi", "a:I call f", tool_calls=CALL), "leaves out the content of a message to learn"),
+        (CALLS, turns("u:hi", "a:I call f", tool_calls=CALL), "leaves out something of a message to learn"),
         (REVERSED, turns("u:hi", "a:hello"), "writes a turn so that its beginning cannot be told"),
         (
             QWEN.replace("message.content + '<|im_end|>' }}{% end", "'<|im_end|>' }}{% end"),

@@ -39,7 +39,7 @@ class TokenizerFiles:
         Raises UserError where a token is described in a way that is not understood, or would get another id than the
         one that the files name, and so another row of the embedding.
         """
-        named = [_token(value, f"{self.where}: {key}") for key, value in self.roles().items() if _is_role(key, value)]
+        named = self._named()
         extra = self._extra()
         before = backend.get_added_tokens_decoder()
         by_id = self._by_id(before, {token.content for token in (*named, *extra)})
@@ -57,6 +57,12 @@ class TokenizerFiles:
         for id_, token in by_id.items():
             if (found := backend.token_to_id(token.content)) != id_:
                 raise UserError(f"{self.where}: {token.content!r} is to have the id {id_}, but its place is {found}")
+
+    def _named(self) -> list[AddedToken]:
+        """Tokens of roles: the usual ones in the order of `_ROLES`, then a model's own."""
+        roles = self.roles()
+        keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
+        return [_token(roles[key], f"{self.where}: {key}") for key in keys if _is_role(key, roles[key])]
 
     @property
     def _listed(self) -> Any:

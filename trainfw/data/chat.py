@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -233,8 +233,7 @@ class ChatTemplate:
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
         """Matches any of `markers`."""
-        longest_first = sorted(self.markers, key=lambda text: (-len(text), text))
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        return _any_of(self.markers)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -242,18 +241,31 @@ class ChatTemplate:
         return self._structure[1]
 
     @cached_property
+    def end_pattern(self) -> re.Pattern[str]:
+        """Matches a token that ends a turn, or at which generation stops by the tokenizer's files."""
+        return _any_of(self._contents({*self.end_ids, *self._stops}))
+
+    @property
+    def _stops(self) -> set[int]:
+        return {self.tokenizer.eos_id, *self.tokenizer.stop_ids}
+
+    def _contents(self, ids: Iterable[int]) -> dict[str, int]:
+        added = self.tokenizer.backend.get_added_tokens_decoder()
+        return {added[id_].content: id_ for id_ in ids if id_ in added}
+
+    @cached_property
     def _structure(self) -> tuple[dict[str, int], tuple[int, ...]]:
-        """Added tokens between turns, and those that end one of the assistant."""
+        """Added tokens between turns, and those that end one of the assistant: what follows its content may go on with
+        the next turn's header, so that the first one counts at which generation stops, or else the first."""
         words = [f"{SENTINEL}{i}q" for i in range(3)]
         turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": word} for i, word in enumerate(words)]
         between = self._added_after(turns, words[1])
+        after = self._added_after(turns[:2], words[1])
+        ends = [id_ for id_ in after if id_ in self._stops][:1] or after[:1]
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": words[1]}}}
-        ends: list[int] = []
-        for extra in ({}, {"content": "", "tool_calls": [call]}):
-            after = self._added_after([turns[0], {**turns[1], **extra}], words[1])
-            ends += after[-1:]
-        added = self.tokenizer.backend.get_added_tokens_decoder()
-        return {added[id_].content: id_ for id_ in (*between, *ends)}, tuple(dict.fromkeys(ends))
+        after = self._added_after([turns[0], {**turns[1], "content": "", "tool_calls": [call]}], words[1])
+        ends += [id_ for id_ in after if id_ in self._stops or id_ in ends][:1] or after[-1:]
+        return self._contents((*between, *ends)), tuple(dict.fromkeys(ends))
 
     def _added_after(self, messages: Sequence[Message], word: str) -> list[int]:
         """Added tokens that are written after `word`; none where the template does not write it."""
@@ -267,6 +279,12 @@ class ChatTemplate:
         added = self.tokenizer.backend.get_added_tokens_decoder()
         encoding = self.encode([text])[0]
         return [id_ for id_, (left, _) in zip(encoding.ids, encoding.offsets) if left >= start and id_ in added]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first; nothing where there is none."""
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def marked(message: Message, number: int = 0) -> Message:

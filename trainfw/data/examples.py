@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any, get_args
 from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem, stop_ids
 from trainfw.data.config import DataConfig, Role
 from trainfw.data.readers import Unreadable
-from trainfw.data.sources import CONVERSATION, Row
+from trainfw.data.sources import CONVERSATION, ROW_SWITCHES, Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import write_learnt
 from trainfw.errors import UserError, did_you_mean
@@ -81,7 +82,7 @@ class Encoder:
         self.refusals = Refusals()
         self._unread: Counter[str] = Counter()
         self._unmet: Counter[str] = Counter()
-        self._rows_apart = self._cut = 0
+        self._rows_apart = self._cut = self._untagged = self._straddling = 0
         self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
@@ -114,23 +115,35 @@ class Encoder:
         found = []
         if self._turns and not self._stopping:
             stops = ", ".join(repr(self.tokenizer.backend.id_to_token(id_)) for id_ in self._stops)
+            tagged = self._template is not None and self._template.has_generation_tags
+            advice = "write it within the {% generation %} tags, or " if tagged else ""
             found.append(
                 f"warning: no turn to learn ends in a token at which generation stops ({stops}): the model will not "
-                "learn to stop; end the assistant's turns with {{ eos_token }} in the chat template, or name what "
-                "ends them as eos_token_id in generation_config.json"
+                f"learn to stop; {advice}end the assistant's turns with {{{{ eos_token }}}} in the chat template, or "
+                "name what ends them as eos_token_id in generation_config.json"
             )
         for prompt, count in self._unmet.most_common(1):
             found.append(
-                f"warning: {count:,} turns to learn do not begin with {prompt!r}, with which the chat template asks "
-                "for one: the model will be asked for what it did not learn"
+                f"warning: {_counted(count, 'turn')} to learn without the beginning {prompt!r}, with which the chat "
+                "template asks for one: the model will be asked for what it did not learn"
             )
+        if self._straddling:
+            found.append(
+                f"warning: {_counted(self._straddling, 'turn')} to learn beginning within a token of the prompt's end: "
+                "the model will be asked with other tokens than it learnt from"
+            )
+        if self._untagged:
+            turns = _counted(self._untagged, "turn")
+            found.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
         if self._cut:
             length = self.config.sequence_length
-            found.append(f"{self._cut:,} examples cut at sequence_length = {length}, before the end of a turn")
+            found.append(
+                f"{_counted(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn"
+            )
         if self._rows_apart:
             found.append(
-                f"{self._rows_apart:,} rows gave several examples, since the chat template writes a turn differently "
-                "once others follow: each turn is learnt as the model will write it"
+                f"several examples of {_counted(self._rows_apart, 'row')}, since the chat template writes a turn "
+                "differently once others follow: each turn is learnt as the model will write it"
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
@@ -196,8 +209,10 @@ class Encoder:
                 raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
         written = write_learnt(template, messages, learnt, tools)
         self._rows_apart += len(written) > 1
+        self._untagged += sum(one.untagged for one in written)
         self._unmet.update(prompt for one in written for prompt in one.unmet)
-        keys = [key for message in messages for key in message] + ["tools"] * bool(tools)
+        keys = [key for message in messages for key, value in message.items() if value not in ([], {}, "")]
+        keys += ["tools"] * bool(tools)
         self._unread.update(key for key in keys if key not in template.source)
         return [_Text(id_, one.text, one.spans, key) for one in written]
 
@@ -218,6 +233,7 @@ class Encoder:
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
             for start, end in one.spans:
                 inside = [i for i, place in enumerate(encoding.offsets) if place[1] > start and place[0] < end]
+                self._straddling += bool(inside) and encoding.offsets[inside[0]][0] < start
                 for i in inside:
                     learnt[i] = True
             yield ids, learnt
@@ -242,11 +258,19 @@ class Encoder:
         return Example(ids[:end], learnt[:end], key)
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def _object(value: Any) -> dict[str, Any]:
     if isinstance(value, Unreadable):
         raise _Unusable(value.reason)
     if not isinstance(value, dict):
         raise _Unusable("not an object")
+    for key in ROW_SWITCHES:
+        weight = value.get(key)
+        if weight not in (None, 1):
+            raise _Unusable(f"the row says {key}: {json.dumps(weight)[:20]}")
     return value
 
 
@@ -263,6 +287,8 @@ def _message(message: Any) -> Message:
         raise _Unusable("a message has no role")
     if role not in roles:
         raise _Unusable(f"unknown role {role[:40]!r}{did_you_mean(role, roles)}")
+    if "function_call" in message:
+        raise _Unusable("a message has 'function_call', which is now written as 'tool_calls'")
     content = message.get("content", "" if "tool_calls" in message else None)
     if not isinstance(content, str):
         what = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
@@ -299,7 +325,7 @@ def _is_learnt(message: Message, roles: Sequence[str]) -> bool:
             continue
         value = message.pop(key)
         if value not in (0, 1):
-            raise _Unusable(f"a message's {key} is {str(value)[:20]}: expected 0 or 1, or false or true")
+            raise _Unusable(f"a message's {key} is {repr(value)[:20]}: expected 0 or 1, or false or true")
         if value is True and message["role"] not in roles:
             raise _Unusable(f"a message of {message['role']} says {key}: true, but loss_on is {', '.join(roles)}")
         learnt = learnt and bool(value)

@@ -32,6 +32,9 @@ STDLIB_BUILT_HERE = ("_sysconfigdata", "config-")
 CONVERSATION = ("tools", "system", "functions", "documents", "chat_template_kwargs")
 """Keys beside a chat's messages that change what a template writes; all others are taken for facts about the row."""
 
+ROW_SWITCHES = ("weight", "train")
+"""Keys by which a row says that it is not to be learnt, or not as much as others."""
+
 
 class Document(NamedTuple):
     """One text. `id` says where it was read: a file, with its line or row where a file holds many."""
@@ -121,7 +124,7 @@ def open_source(config: DataConfig) -> Source:
     else:
         chat = config.format == "chat"
         fields = (config.messages_field, *CONVERSATION) if chat else (config.prompt_field, config.completion_field)
-        field, readers = AND.join(fields), ROW_READERS
+        field, readers = AND.join(dict.fromkeys((*fields, *ROW_SWITCHES))), ROW_READERS
     if names == [STDLIB]:
         if config.format != "text":
             raise UserError(f"source: {STDLIB} is text; for {config.format}, name JSONL or Parquet files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ class Written:
     spans: list[Span]
     unmet: tuple[str, ...] = ()
     """Prompts for generation with which turns to learn do not begin, such as one that ends in `<think>`."""
+    untagged: int = 0
+    """Turns to learn that the template's `{% generation %}` tags do not hold."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,10 @@ def write_learnt(
 def _tagged(
     template: ChatTemplate, messages: Sequence[Message], wanted: list[int], assistant: list[int], tools: Any
 ) -> Written | None:
-    """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt."""
+    """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt.
+
+    None where they leave out something of a message, as of earlier turns what they thought.
+    """
     generated = template.generated(messages, tools)
     if generated is None:
         return None
@@ -87,10 +93,14 @@ def _tagged(
         spans = [span for span, i in zip(spans, assistant) if i in wanted]
         for span, i in zip(spans, wanted):
             through = template.render(messages[: i + 1], tools=tools)
-            _check_written(template, messages[: i + 1], through, text[slice(*span)], tools)
+            try:
+                _check_written(template, messages[: i + 1], through, text[slice(*span)], tools)
+            except TemplateProblem:
+                return None
     elif wanted != assistant:
         return None
-    return Written(text, [(start, start + len(_ended(template, text[start:end]))) for start, end in spans])
+    ended = [(start, start + len(_ended(template, text[start:end]))) for start, end in spans]
+    return Written(text, ended, untagged=max(len(assistant) - len(spans), 0) if wanted == assistant else 0)
 
 
 def _turn(template: ChatTemplate, messages: Sequence[Message], i: int, whole: str, tools: Any) -> _Turn:
@@ -129,6 +139,8 @@ def _content_start(template: ChatTemplate, messages: Sequence[Message], i: int, 
 
 def _ended(template: ChatTemplate, said: str) -> str:
     """Without what follows the token that ends the turn, which is not for the model to write."""
+    if end := template.end_pattern.search(said):
+        return said[: end.end()]
     ends = [match.end() for match in template.marker_pattern.finditer(said)]
     return said[: ends[-1]] if ends and not said[ends[-1] :].strip() else said
 
@@ -147,11 +159,20 @@ def _check_written(template: ChatTemplate, messages: Sequence[Message], through:
         bare = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
         if _try(template, [*before, bare], tools, prompt=False) == through:
             raise TemplateProblem("the chat template writes nothing of tool_calls to learn")
-    content = (message.get("content") or "").strip()
-    if content in said:
-        return
-    if SENTINEL not in template.render([*before, marked(message)], tools=tools):  # nor in another form
-        raise TemplateProblem("the chat template leaves out the content of a message to learn")
+    if not _holds(said, message.get("content") or ""):
+        raise TemplateProblem("the chat template leaves out something of a message to learn")
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether the words of `content` are in `text`, in their order: spaces may be others, and tags (`<think>`)."""
+    if content.strip() in text:
+        return True
+    at = 0
+    for word in re.sub(r"</?\w+>", " ", content).split():
+        if (found := text.find(word, at)) < 0:
+            return False
+        at = found + len(word)
+    return True
 
 
 def _place(
