@@ -252,7 +252,7 @@ def test_what_else_there_is_to_know_is_said(tmp_path, smollm2):
     last = "{% if loop.last %}" + last + "{% else %}{{ m.content }}{% endif %}"
     tags = make_tokenizer(tmp_path / "tags", "{% for m in messages %}" + last + "{% endfor %}")
     said = remarks([chat("u:a", "a:b", "u:c", "a:d")], tags)
-    assert said == "1 turn of the assistant outside the template's {% generation %} tags: not learnt"
+    assert said.startswith("1 turn of the assistant outside the template's {% generation %} tags: not learnt")
     never = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     between = SMOLLM2.replace("+ '<|im_end|>' + '\n'}}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
     for name, source in (("never", never), ("between", between)):
