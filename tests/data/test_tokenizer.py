@@ -194,6 +194,16 @@ DIRECTORIES: dict[str, dict[str, dict]] = {
         "tokenizer_config": {"extra_special_tokens": ["<a>"]},
         "special_tokens_map": {"extra_special_tokens": [{"content": "<b>", "rstrip": True}, "<a>"]},
     },
+    "two roles": {
+        "tokenizer_config": {
+            "extra_special_tokens": {"boi_token": "<boi>", "image_token": "<a>"},
+            "additional_special_tokens": ["<extra>"],
+            "image_token": "<image>",
+            "pad_token": {"__type": "AddedToken", **_flags("<boi>", lstrip=True)},
+        },
+        "special_tokens_map": {"additional_special_tokens": ["<b>"], "unk_token": _flags("<a>", rstrip=True)},
+        "added_tokens": {"<boi>": 402, "<a>": 403},
+    },
     "added": {
         "tokenizer_config": {"additional_special_tokens": ["<im_start>"]},
         "added_tokens": {"<im_end>": 403, "<im_start>": 402},

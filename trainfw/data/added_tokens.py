@@ -14,6 +14,8 @@ from tokenizers import AddedToken
 from trainfw.errors import UserError
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("extra_special_tokens", "additional_special_tokens")
+"""Keys of special tokens without a role: the newer, and the older."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -39,18 +41,16 @@ class TokenizerFiles:
         Raises UserError where a token is described in a way that is not understood, or would get another id than the
         one that the files name, and so another row of the embedding.
         """
-        named = self._named()
-        extra = self._extra()
+        own, extra = self._extra()
+        named = self._named({**self.roles(), **own})
         before = backend.get_added_tokens_decoder()
-        by_id = self._by_id(before, {token.content for token in (*named, *extra)})
+        by_id = self._by_id(before)
         same = {repr(token) for token in before.values()}
         added = [by_id[id_] for id_ in sorted(by_id) if repr(by_id[id_]) not in same]
         known = {token.content for token in (*before.values(), *added)}
-        for token in (*named, *extra):
-            if token.content not in known:
-                known.add(token.content)
-                added.append(token)
-        roles = {token.content for token in named}
+        # One that has two roles is added twice: the flags of the second count.
+        added += [token for token in (*(token for _, token in named), *extra) if token.content not in known]
+        roles = {token.content for _, token in named}
         for token in added:
             token.special = token.special or token.content in roles
         backend.add_tokens(added)
@@ -58,35 +58,58 @@ class TokenizerFiles:
             if (found := backend.token_to_id(token.content)) != id_:
                 raise UserError(f"{self.where}: {token.content!r} is to have the id {id_}, but its place is {found}")
 
-    def _named(self) -> list[AddedToken]:
-        """Tokens of roles: the usual ones in the order of `_ROLES`, then a model's own."""
-        roles = self.roles()
-        keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
-        return [_token(roles[key], f"{self.where}: {key}") for key in keys if _is_role(key, roles[key])]
-
     @property
     def _listed(self) -> Any:
         return self.config.get("added_tokens_decoder")
 
-    def _extra(self) -> list[AddedToken]:
-        """Special tokens without a role. The older key counts where the newer one has no list."""
-        newer, older = "extra_special_tokens", "additional_special_tokens"
-        files = [self.config, *([self.special_tokens_map] if self._listed is None else [])]
-        chosen = [(file, newer) for file in files]
-        if not any(isinstance(file.get(newer), list) and file[newer] for file in files):
-            chosen += [(file, older) for file in files if file.get(older)][:1]
-        found: dict[str, AddedToken] = {}
-        for file, key in chosen:
-            value = file.get(key) or []
-            tokens = list(value.values()) if isinstance(value, Mapping) else value
-            if not isinstance(tokens, list):
-                raise UserError(f"{self.where}: {key} = {str(value)[:40]!r}: expected a list of tokens")
-            for one in tokens:
-                token = _token(one, f"{self.where}: {key}")
-                found.setdefault(token.content, token)
-        return list(found.values())
+    def _named(self, roles: Mapping[str, Any]) -> list[tuple[str, AddedToken]]:
+        """Tokens with their roles: the usual ones in the order of `_ROLES`, then a model's own."""
+        keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
+        return [(key, _token(roles[key], f"{self.where}: {key}")) for key in keys if _is_role(key, roles[key])]
 
-    def _by_id(self, before: Mapping[int, AddedToken], special: set[str]) -> dict[int, AddedToken]:
+    def _extra(self) -> tuple[dict[str, Any], list[AddedToken]]:
+        """Roles of a model's own, and special tokens without one, under the newer key of the two or the older."""
+        newer, older = _LISTS
+        value, other = self.config.get(newer), self.config.get(older)
+        if other and not value:
+            value, other = other, None
+        own: dict[str, Any] = {}
+        if isinstance(value, Mapping):
+            own, value = dict(value), None
+        if self._listed is None:
+            other = self.special_tokens_map.get(older, other)
+            more = self.special_tokens_map.get(newer)
+            if isinstance(more, Mapping):
+                own, value = {**own, **more}, None
+            elif more is not None:
+                value = [*self._list(value, newer), *self._list(more, newer)]
+        tokens = self._list(other if value is None else value, newer if value else older)
+        return own, [_token(one, f"{self.where}: {newer if value else older}") for one in tokens]
+
+    def _list(self, value: Any, key: str) -> list[Any]:
+        if value is not None and not isinstance(value, list):
+            raise UserError(f"{self.where}: {key} = {str(value)[:40]!r}: expected a list of tokens")
+        return value or []
+
+    def settings(self) -> dict[str, Any]:
+        """tokenizer_config.json as it is to be written beside a tokenizer.json that has all tokens."""
+        own, _ = self._extra()
+        return {
+            key: value for key, value in {**self.roles(), **own}.items() if key not in (*_LISTS, "added_tokens_decoder")
+        }
+
+    def _special(self) -> set[str]:
+        """Tokens of added_tokens.json that are special: those named as plain text, or in special_tokens_map.json."""
+        roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
+        named = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
+        return {one for one in named if isinstance(one, str)} | {
+            one["content"]
+            for key, value in self.special_tokens_map.items()
+            for one in (value if key == _LISTS[0] else [value] if key in _ROLES else [])
+            if isinstance(one, Mapping) and "content" in one
+        }
+
+    def _by_id(self, before: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
         """Tokens that the files name with their ids."""
         if self._listed is not None:
             where = f"{self.where}: added_tokens_decoder"
@@ -96,6 +119,7 @@ class TokenizerFiles:
         for name, id_ in self.added_tokens.items():
             if not isinstance(id_, int) or id_ < 0:
                 raise UserError(f"{self.where}: added_tokens.json: {name!r} = {str(id_)[:40]!r}: expected its id")
+        special = self._special()
         return {
             id_: AddedToken(name, normalized=name not in special, special=name in special)
             for name, id_ in self.added_tokens.items()

@@ -213,6 +213,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
     files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
     files.add_to(backend)
+    settings = files.settings()
     template = file.parent / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = read_utf8(template)
