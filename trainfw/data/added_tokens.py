@@ -16,6 +16,8 @@ from trainfw.errors import UserError
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 """Keys of special tokens without a role: the newer, and the older."""
+_TOLD = {*_LISTS, "added_tokens_decoder"}
+"""What tokenizer.json says by itself, once it has all tokens; their flags too."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -94,9 +96,9 @@ class TokenizerFiles:
     def settings(self) -> dict[str, Any]:
         """tokenizer_config.json as it is to be written beside a tokenizer.json that has all tokens."""
         own, _ = self._extra()
-        return {
-            key: value for key, value in {**self.roles(), **own}.items() if key not in (*_LISTS, "added_tokens_decoder")
-        }
+        kept = {key: value for key, value in {**self.roles(), **own}.items() if key not in _TOLD}
+        roles = {key for key, value in kept.items() if _is_role(key, value) and isinstance(value, Mapping)}
+        return {key: value["content"] if key in roles else value for key, value in kept.items()}
 
     def _special(self) -> set[str]:
         """Tokens of added_tokens.json that are special: those named as plain text, or in special_tokens_map.json."""
