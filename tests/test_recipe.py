@@ -181,6 +181,12 @@ def test_the_usual_mistakes_are_answered_with_what_is_meant(override, tmp_path):
         load_recipe(write_recipe(tmp_path), [override])
 
 
+@pytest.mark.parametrize("override", ["data.split=train", "wandb.project=x", "model.attn_implementation=sdpa"])
+def test_what_is_like_nothing_here_is_answered_with_no_guess(override, tmp_path):
+    with pytest.raises(UserError, match="unknown key(?!.*did you mean)"):
+        load_recipe(write_recipe(tmp_path), [override])
+
+
 def test_a_file_is_not_blamed_for_what_the_command_line_says(tmp_path):
     path = write_recipe(tmp_path, optimizer={"schedule": "wsd", "decay_steps": 3})
     with pytest.raises(UserError, match=r"^command line \(optimizer\.schedule\): optimizer\.decay_steps: "):

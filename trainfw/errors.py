@@ -62,12 +62,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return ""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is most like `word`, whatever its case, hyphens and underscores; None where none is like it."""
+def nearest(word: str, choices: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The choice that is most like `word`, whatever its case, hyphens and underscores; None where none is so like it.
+
+    Args:
+        likeness: the share of letters that both have in order (difflib's ratio), at least.
+    """
     plain: dict[str, str] = {}
     for choice in choices:
         plain.setdefault(_plain(choice), choice)
-    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=likeness)
     return plain[close[0]] if close else None
 
 

@@ -565,7 +565,9 @@ def nearest_key(key: str) -> str:
         valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == _our_section(section)
     }
     anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(keys())} | KEYS
-    known = our_key(key) or siblings.get(nearest(last, siblings) or "") or anywhere.get(nearest(last, anywhere) or "")
+    # Of another section, a key has to be nearly the same.
+    near, far = nearest(last, siblings) or "", nearest(last, anywhere, likeness=0.75) or ""
+    known = our_key(key) or siblings.get(near) or anywhere.get(far)
     if known is None:
         return did_you_mean(last, siblings)
     found, _, note = known.partition(" ")
