@@ -183,7 +183,7 @@ def test_the_usual_mistakes_are_answered_with_what_is_meant(override, tmp_path):
 
 @pytest.mark.parametrize("override", ["data.split=train", "wandb.project=x", "model.attn_implementation=sdpa"])
 def test_what_is_like_nothing_here_is_answered_with_no_guess(override, tmp_path):
-    with pytest.raises(UserError, match="unknown key(?!.*did you mean)"):
+    with pytest.raises(UserError, match=r"unknown key(?!.*did you mean)"):
         load_recipe(write_recipe(tmp_path), [override])
 
 
