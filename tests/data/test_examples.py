@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -323,6 +324,16 @@ def test_remarks_come_from_the_cache_too(tmp_path, smollm2):
     notes = prepared(path, smollm2).notes()
     assert notes == prepared(path, smollm2).notes()
     assert notes[-1].endswith("rows: tools (30)")
+
+
+def test_conversations_with_tools_have_the_template_for_them(smollm2):
+    """As in Transformers, where a tokenizer has several."""
+    sources = {"default": SMOLLM2, "tool_use": "{{ tools | tojson }}" + SMOLLM2}
+    settings = {**smollm2.settings, "chat_template": [{"name": n, "template": s} for n, s in sources.items()]}
+    rows = [chat("u:a", "a:b", tools=[{"name": "f"}]), chat("u:a", "a:b")]
+    with_tools, without = encode(rows, replace(smollm2, settings=settings))[0]
+    assert shown(with_tools, smollm2)[0].startswith('[{"name": "f"}]<|im_start|>')
+    assert shown(without, smollm2)[0].startswith("<|im_start|>")
 
 
 def test_the_day_that_a_template_is_told(tmp_path, smollm2):

@@ -39,6 +39,8 @@ def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": "", "n": 1}\n{"body": "tw\\u00f6"}')
     assert _read(path, text_field="body") == [("rows.jsonl:1", "one"), ("rows.jsonl:4", "twö")]
+    also = path.rename(tmp_path / "rows.ndjson")
+    assert _read(also, text_field="body") == [("rows.ndjson:1", "one"), ("rows.ndjson:4", "twö")]
 
 
 def test_only_a_newline_ends_a_line_of_jsonl(tmp_path: Path) -> None:

@@ -88,12 +88,13 @@ class ChatTemplate:
     """The day (YYYY-MM-DD) that it is told, at midnight; None: what the clock says."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, date: str | None = None) -> ChatTemplate | None:
-        """That of the tokenizer (the one named `default` of several), or None where it has none."""
+    def of(cls, tokenizer: Tokenizer, date: str | None = None, *, tools: bool = False) -> ChatTemplate | None:
+        """That of the tokenizer, or None where it has none; of several, the one named `default`, or for conversations
+        with tools `tool_use`."""
         source = tokenizer.settings.get("chat_template")
         if isinstance(source, list):
             named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-            source = named.get("default")
+            source = (named.get("tool_use") if tools else None) or named.get("default")
         if not isinstance(source, str) or not source.strip():
             return None
         template = cls(tokenizer, source, date)

@@ -45,12 +45,12 @@ class DataConfig(Config):
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
-    each), .jsonl, .json (a list of objects, or objects one after another), .parquet (a document a row), or a directory
-    written by Hugging Face `save_to_disk` (of several splits, `train`). Text and JSON may be compressed: .gz, .bz2,
-    .xz, .zst. What a directory or a glob holds and is not read is said, but for hidden files; a file that is reached
-    twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's source ->
-    its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without punctuation
-    -> the sentence) are tasks made of Python's library, for `format: prompt_completion`."""
+    each), .jsonl or .ndjson, .json (a list of objects, or objects one after another), .parquet (a document a row), or a
+    directory written by Hugging Face `save_to_disk` (of several splits, `train`). Text and JSON may be compressed: .gz,
+    .bz2, .xz, .zst. What a directory or a glob holds and is not read is said, but for hidden files; a file that is
+    reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's
+    source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without
+    punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`."""
     format: Literal["text", "chat", "prompt_completion"] = "text"
     """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
     by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the

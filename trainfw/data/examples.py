@@ -86,8 +86,11 @@ class Encoder:
         self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
+        self._with_tools: ChatTemplate | None = None
         if config.format == "chat" or config.chat_template:
             self._template = ChatTemplate.of(tokenizer, config.date)
+            with_tools = ChatTemplate.of(tokenizer, config.date, tools=True)
+            self._with_tools = self._template if with_tools == self._template else with_tools
             if self._template is None:
                 other = "" if config.format == "chat" else "set chat_template: false, or "
                 raise UserError(
@@ -199,7 +202,7 @@ class Encoder:
     def _render(
         self, id_: str, messages: list[Message], learnt: list[bool], tools: list[Any] | None, key: str
     ) -> list[_Text]:
-        template = self._template
+        template = self._with_tools if tools else self._template
         assert template is not None
         for text in _strings([messages, tools]):
             _unicode(text, "a message")
@@ -313,8 +316,11 @@ _SWITCHES = ("weight", "train", "training", "loss")
 """Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
 
 
-_SAID = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
-"""Keys that hold part of a conversation, not facts about it."""
+_SAID = {
+    *("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"),
+    *("loss_weight", "loss_mask", "mask", "masked", "trainable", "train_detail", "training_detail"),
+}
+"""Keys that hold part of a conversation, or say what of it is to be learnt, and are no mere facts about it."""
 
 
 def _is_learnt(message: Message, roles: Sequence[str]) -> bool:

@@ -173,6 +173,7 @@ READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
     ".json": read_json,
+    ".ndjson": read_jsonl,
     SAVED: read_saved_dataset,
 }
 """How a file is read, by its suffix."""
@@ -181,6 +182,7 @@ ROW_READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl_rows,
     ".parquet": read_parquet_rows,
     ".json": read_json_rows,
+    ".ndjson": read_jsonl_rows,
     SAVED: read_saved_dataset_rows,
 }
 """How a file of examples is read."""
