@@ -280,6 +280,17 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}, "full_attention": {}}},
             "rope_local_base_freq = 10000, but rope_parameters.sliding_attention.rope_theta = 5.0",
         ),
+        (
+            "gemma3-1b",
+            {"rope_parameters": {"rope_theta": 777.0}},
+            "expected full_attention and sliding_attention",
+        ),
+        (
+            "llama3.2-1b",
+            {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}},
+            "expected one for all layers",
+        ),
+        ("gemma3-1b", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0 of a gemma3_text"),
         ("gemma3-1b", {"hidden_act": "silu"}, "hidden_activation = 'gelu_pytorch_tanh', but hidden_act = 'silu'"),
         ("olmoe-1b-7b", {"num_local_experts": 8}, "num_experts = 64, but num_local_experts = 8"),
         (

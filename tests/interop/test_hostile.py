@@ -20,6 +20,8 @@ from trainfw.cli import main
 from trainfw.data import byte_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import SafetensorsTensors, config_from_huggingface, read_huggingface
+from trainfw.models import ModelConfig
+from trainfw.program import check_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -293,6 +295,14 @@ def test_a_token_past_the_embedding_is_named(command, models, tmp_path, monkeypa
     message = "its tokenizer has ids to 257, but its embedding has 96 rows: none for '`' (96). Make them, with Transf"
     check(capsys, int(exit_.value.code or 0), [f"error: {tmp_path / 'model'}: {message}"])
     assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_past_the_embedding_are_no_texts():
+    """As Gemma 3's `<image_soft_token>` is; the two of this tokenizer are special."""
+    config = ModelConfig(vocab_size=256, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
+    check_tokenizer("here", config, byte_tokenizer())
+    with pytest.raises(UserError, match=r"here: its tokenizer has ids to 257, but its embedding has 255 rows"):
+        check_tokenizer("here", config.model_copy(update={"vocab_size": 255}), byte_tokenizer())
 
 
 def import_(monkeypatch, *arguments: object) -> int:

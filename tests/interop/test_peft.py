@@ -337,6 +337,13 @@ def test_damaged_adapters_are_refused(base, tmp_path, change, message):
         assert message in str(error.value)
 
 
+def test_dora_of_an_embedding_is_refused(base, tmp_path):
+    written(base, tmp_path / "peft", target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    for read in (lambda path: read_peft(path, read_model_config(base)), peft_fields):
+        with pytest.raises(UserError, match=r"use_dora = true is not supported for model.embed_tokens, an embedding"):
+            read(tmp_path / "peft")
+
+
 def test_keys_of_the_future_that_are_off_are_read_over(base, tmp_path):
     written(base, tmp_path / "peft", target_modules=["q_proj"])
     file = tmp_path / "peft" / "adapter_config.json"

@@ -6,7 +6,7 @@ from flax import nnx
 
 from tests.helpers import tiny_recipe
 from trainfw import RunError, UserError, build_program, evaluate, load_model, load_recipe, train
-from trainfw.data import TrainIterator, pipeline
+from trainfw.data import TrainIterator, byte_tokenizer, pipeline
 from trainfw.training import Reporter, RunDirectory
 
 
@@ -57,6 +57,18 @@ def test_metrics_have_the_promised_keys(finished):
     validations = [row for row in rows if "validation_loss" in row]
     assert [row["step"] for row in validations] == [0, 3, 6, 8]
     assert validations[-1]["validation_bits_per_byte"] == result.validation.bits_per_byte
+
+
+def test_a_special_token_past_the_embedding_is_refused_where_the_data_has_it(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend.add_special_tokens(["<image>"])
+    tokenizer.save(tmp_path / "t")
+    file = f"data.tokenizer={{name: file, path: {tmp_path / 't'}}}"
+    recipe = tiny_recipe(tmp_path, file, "train.steps=1")
+    assert train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run").step == 1
+    recipe = tiny_recipe(tmp_path, file, "train.steps=1", "model.vocab_size=257")  # which eos is not among
+    with pytest.raises(UserError, match=r"model.vocab_size = 257: is smaller than .*; expected 259 or more"):
+        train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "other")
 
 
 def test_rows_longer_than_the_model_was_made_for_are_said(finished):

@@ -60,6 +60,14 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def past(self, rows: int) -> list[tuple[int, str]]:
+        """Tokens that text may become, by their ids, for which an embedding of so many rows has none: special tokens,
+        which only a chat template writes, are left out."""
+        added = self.backend.get_added_tokens_decoder()
+        special = {id_ for id_, token in added.items() if token.special}
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in special)
+
     @property
     def prefix_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text that stands alone: often bos, often nothing."""

@@ -40,7 +40,11 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
     model = form.get("model") or {}
     if model.get("type") != "BPE":
         raise UserError(f"{file}: a {model.get('type')} tokenizer has no place in a GGUF file: expected BPE")
-    ids = {**model["vocab"], **{token["content"]: token["id"] for token in form.get("added_tokens") or ()}}
+    # Special tokens past the embedding are nobody's: llama.cpp's converter leaves them out too.
+    form["added_tokens"] = [
+        token for token in form.get("added_tokens") or () if token["id"] < vocab_size or not token.get("special")
+    ]
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in form["added_tokens"]}}
     if len(set(ids.values())) < len(ids) or (ids and max(ids.values()) >= vocab_size):
         raise UserError(
             f"{file}: {len(ids)} tokens with ids to {max(ids.values())}: the model's embedding has {vocab_size} rows"
@@ -51,7 +55,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
         tokens[id_], types[id_] = token, NORMAL
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{file}: two tokens of one name, counting [PAD<id>] for the rows that none has")
-    for added in form.get("added_tokens") or ():
+    for added in form["added_tokens"]:
         types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):

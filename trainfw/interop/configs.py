@@ -107,6 +107,8 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     config = {key: value for key, value in config.items() if _counts(key, family)}
     hf = {**DEFAULTS, **family.defaults, **config}
     _check_nulls(hf, family)
+    if hf["model_type"] == "gemma3_text" and hf.get("attn_logit_softcapping"):  # which Transformers computes nothing by
+        raise UserError(f"config.json: attn_logit_softcapping = {hf['attn_logit_softcapping']} of a gemma3_text")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise UserError(f"config.json: no {', '.join(missing)}")
     if hf["num_hidden_layers"] > 10_000:
@@ -338,7 +340,11 @@ def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None
 def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is said of the rotation of all layers, or of the global ones; and of the sliding ones: where -> what."""
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if not parameters.keys() & _LAYER_TYPES.keys():
+    parted, two = bool(parameters.keys() & _LAYER_TYPES.keys()), config.get("model_type") == "gemma3_text"
+    if parameters and parted != two:
+        expected = f"{' and '.join(_LAYER_TYPES)} within it" if two else "one for all layers"
+        raise UserError(f"config.json: rope_parameters: expected {expected}, as {config.get('model_type')} has them")
+    if not parted:
         return {"rope_parameters": parameters, "rope_scaling": scaling}, {}
     nested = {f"rope_parameters.{name}": parameters.get(name) or {} for name in _LAYER_TYPES}
     if extra := [key for key, value in parameters.items() if value and key not in _LAYER_TYPES]:

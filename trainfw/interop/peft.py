@@ -63,7 +63,8 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     arrays: dict[str, np.ndarray] = {}
     modules = {module for theirs in places.values() for module in theirs.values()}
     if extra := [name for (module, _), name in found.items() if module not in modules]:
-        raise _no_place(directory, min(extra))
+        tied = "; the base's head is its embedding table" if model.tie_embeddings and "lm_head" in min(extra) else ""
+        raise UserError(f"{_no_place(directory, min(extra))}{tied}")
     adapted = {module for module, _ in found}
     for ours, theirs in places.items():
         missing = [module for module in theirs.values() if module not in adapted]
@@ -154,6 +155,8 @@ def _found(
         module = whole.removesuffix(f".{part}")
         if not _targeted(config, module):
             raise UserError(f"{directory / WEIGHTS}: tensor {name} is of a module that {CONFIG} does not target")
+        if config.get("use_dora") and module.endswith("embed_tokens"):
+            raise UserError(f"{directory / CONFIG}: use_dora = true is not supported for {module}, an embedding")
         found[module, part] = name
     return found
 

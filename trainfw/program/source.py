@@ -148,16 +148,20 @@ class MergedBase:
 
 
 def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
-    """Raises UserError where a model's tokenizer, if it has one, gives ids that its embedding has no row for."""
+    """Raises UserError where a model's tokenizer, if it has one, makes ids of text that its embedding has no row for.
+
+    Special tokens past the embedding (Gemma 3's `<image_soft_token>` is one) are refused where a text has them.
+    """
     try:
-        vocabulary = (tokenizer or load_tokenizer(path)).backend.get_vocab(with_added_tokens=True)
+        tokenizer = tokenizer or load_tokenizer(path)
     except UserError:  # weights alone; whoever needs a tokenizer says so
         return
-    if past := sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= config.vocab_size):
+    if past := tokenizer.past(config.vocab_size):
         id_, token = past[0]
         raise UserError(
-            f"{path}: its tokenizer has ids to {past[-1][0]:,}, but its embedding has {config.vocab_size:,} rows: none "
-            f"for {token!r} ({id_:,}). Make them, with Transformers' model.resize_token_embeddings(len(tokenizer)), or "
+            f"{path}: its tokenizer has ids to {tokenizer.vocab_size - 1:,}, but its embedding has "
+            f"{config.vocab_size:,} rows: none for {token!r} ({id_:,}). Make them, with Transformers' "
+            "model.resize_token_embeddings(len(tokenizer)), or "
             "take those tokens out of tokenizer.json"
         )
 

@@ -29,6 +29,7 @@ from trainfw.interop import (
     save_model,
     save_peft,
 )
+from trainfw.models import ModelConfig
 from trainfw.paths import resolve_path
 from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter
 from trainfw.recipe import load_recipe
@@ -175,7 +176,16 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
             raise UserError(str(error).replace(directory, source)) from error
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
-    return f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
+    written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
+    return written + _without_window(base.config)
+
+
+def _without_window(config: ModelConfig) -> str:
+    """What to say of a model all of whose layers have a window, which llama.cpp has none for."""
+    window = config.sliding_window
+    if window is None or "global" in config.layer_kinds or window >= config.max_position:
+        return ""
+    return f"\nnote: llama.cpp attends to all tokens, and the model to the last {window}: the same up to there"
 
 
 def _origin(base: Base, source: str) -> ModelSource | None:

@@ -215,14 +215,24 @@ def _parameters(program: Program) -> str:
     )
 
 
-def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> PreparedData:
-    with recipe.blamed("data"):
-        data = prepare(recipe.data, progress=progress)
-    if data.tokenizer.vocab_size > recipe.model.vocab_size:
+def _check_ids(recipe: Recipe, data: PreparedData) -> None:
+    """Raise UserError where the data has tokens that the embedding has no row for, or other text might."""
+    rows = recipe.model.vocab_size
+    if data.tokenizer.vocab_size <= rows:
+        return
+    # Special tokens past the embedding harm nobody unless the template writes them.
+    largest = max(int(store.tokens.max()) for store in (data.train, data.validation))
+    if data.tokenizer.past(rows) or largest >= rows:
         raise recipe.error(
             "model.vocab_size",
             f"is smaller than the vocabulary of data.tokenizer; expected {data.tokenizer.vocab_size} or more",
         )
+
+
+def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> PreparedData:
+    with recipe.blamed("data"):
+        data = prepare(recipe.data, progress=progress)
+    _check_ids(recipe, data)
     length, most = recipe.data.sequence_length, recipe.model.max_position
     if length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
