@@ -9,6 +9,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -300,7 +301,11 @@ def test_a_token_past_the_embedding_is_named(command, models, tmp_path, monkeypa
 def test_special_tokens_past_the_embedding_are_no_texts():
     """As Gemma 3's `<image_soft_token>` is; the two of this tokenizer are special."""
     config = ModelConfig(vocab_size=256, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
-    check_tokenizer("here", config, byte_tokenizer())
+    with pytest.warns(UserWarning, match=r"special tokens to '<\|eos\|>' \(257\), past the 256 rows"):
+        check_tokenizer("here", config, byte_tokenizer())
+    template = {"chat_template": "{% for m in messages %}{{ m.content + '<|eos|>' }}{% endfor %}"}
+    with pytest.raises(UserError, match=r"none for '<\|eos\|>' \(257\)"):
+        check_tokenizer("here", config, replace(byte_tokenizer(), settings=template))
     with pytest.raises(UserError, match=r"here: its tokenizer has ids to 257, but its embedding has 255 rows"):
         check_tokenizer("here", config.model_copy(update={"vocab_size": 255}), byte_tokenizer())
 

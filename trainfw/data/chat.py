@@ -229,7 +229,12 @@ class ChatTemplate:
     def markers(self) -> dict[str, int]:
         """Tokens that no message may hold, by their text: the special ones, and those added as not special that the
         template writes around a message."""
-        return self.special_tokens | self._structure[0]
+        return self.special_tokens | self.around_turns
+
+    @property
+    def around_turns(self) -> dict[str, int]:
+        """Added tokens, special or not, that the template writes between turns or at their end."""
+        return self._structure[0]
 
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:

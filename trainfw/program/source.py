@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
-from trainfw.data import Tokenizer, load_tokenizer
+from trainfw.data import ChatTemplate, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
@@ -150,13 +151,16 @@ class MergedBase:
 def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
     """Raises UserError where a model's tokenizer, if it has one, makes ids of text that its embedding has no row for.
 
-    Special tokens past the embedding (Gemma 3's `<image_soft_token>` is one) are refused where a text has them.
+    Special tokens past the embedding that the chat template does not write around turns (Gemma 3's
+    `<image_soft_token>`) are warned of, and refused where a text has them.
     """
     try:
         tokenizer = tokenizer or load_tokenizer(path)
     except UserError:  # weights alone; whoever needs a tokenizer says so
         return
-    if past := tokenizer.past(config.vocab_size):
+    rows = config.vocab_size
+    past = sorted({*tokenizer.past(rows), *((id_, token) for token, id_ in _around_turns(tokenizer) if id_ >= rows)})
+    if past:
         id_, token = past[0]
         raise UserError(
             f"{path}: its tokenizer has ids to {tokenizer.vocab_size - 1:,}, but its embedding has "
@@ -164,6 +168,21 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
             "model.resize_token_embeddings(len(tokenizer)), or "
             "take those tokens out of tokenizer.json"
         )
+    if tokenizer.vocab_size > rows:
+        id_ = tokenizer.vocab_size - 1
+        warnings.warn(
+            f"{path}: its tokenizer has special tokens to {tokenizer.backend.id_to_token(id_)!r} ({id_:,}), past the "
+            f"{rows:,} rows of its embedding: a text with them is refused",
+            stacklevel=1,
+        )
+
+
+def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
+    try:
+        template = ChatTemplate.of(tokenizer)
+    except UserError:  # said where it is used
+        template = None
+    return () if template is None else template.around_turns.items()
 
 
 def is_run(path: str | Path) -> bool:
