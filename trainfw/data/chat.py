@@ -151,16 +151,6 @@ class ChatTemplate:
         return variables
 
     @cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
-        """Reads special tokens as such, as the tokenizer itself does not."""
-        state = json.loads(self.tokenizer.backend.to_str())
-        # What it adds is not asked for, and one of the byte-level ones would cut the spaces off the tokens' places.
-        state["post_processor"] = None
-        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-        backend.encode_special_tokens = bool(self.tokenizer.settings.get("split_special_tokens"))
-        return backend
-
-    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """The special tokens' ids by their text."""
         added = self.tokenizer.backend.get_added_tokens_decoder()
@@ -183,7 +173,7 @@ class ChatTemplate:
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
-        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return self.tokenizer.reading_markers.encode_batch(list(texts), add_special_tokens=False)
 
     @property
     def has_generation_tags(self) -> bool:
@@ -191,10 +181,9 @@ class ChatTemplate:
         self._compiled  # noqa: B018  the tags are found as it is compiled
         return self._generation.used
 
-    def generated(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, list[Span]] | None:
-        """The conversation as text, and where the template's `{% generation %}` tags stand in it; None where the text
-        is not the same with marks in it."""
-        plain = self.render(messages, tools=tools)
+    def generated(self, plain: str, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Span] | None:
+        """Where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand; None
+        where the text is not the same with marks in it."""
         self._generation.marks = _MARKS
         try:
             marked = self.render(messages, tools=tools)
@@ -211,7 +200,7 @@ class ChatTemplate:
                 spans.append([len(text)])
             else:
                 spans[-1].append(len(text))
-        return (text, [(start, end) for start, end in spans]) if text == plain else None
+        return [(start, end) for start, end in spans] if text == plain else None
 
     def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
         """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
+
+    @cached_property
+    def reading_markers(self) -> tokenizers.Tokenizer:
+        """Reads special tokens as such, as `encode` does not, and puts nothing around a text."""
+        state = json.loads(self.backend.to_str())
+        # One of the byte-level post-processors would cut the spaces off the tokens' places.
+        state["post_processor"] = None
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
+        return backend
 
     @property
     def vocab_size(self) -> int:

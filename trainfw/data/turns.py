@@ -62,7 +62,7 @@ def write_learnt(
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
     if template.has_generation_tags and set(wanted) <= set(assistant):
-        tagged = _tagged(template, messages, wanted, assistant, tools)
+        tagged = _tagged(template, messages, wanted, assistant, whole, tools)
         if tagged is not None:
             return [tagged]
     spans, unmet, apart = [], [], []
@@ -79,16 +79,20 @@ def write_learnt(
 
 
 def _tagged(
-    template: ChatTemplate, messages: Sequence[Message], wanted: list[int], assistant: list[int], tools: Any
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    wanted: list[int],
+    assistant: list[int],
+    text: str,
+    tools: Any,
 ) -> Written | None:
     """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt.
 
     None where they leave out something of a message, as of earlier turns what they thought.
     """
-    generated = template.generated(messages, tools)
-    if generated is None:
+    spans = template.generated(text, messages, tools)
+    if spans is None:
         return None
-    text, spans = generated
     if len(spans) == len(assistant):
         spans = [span for span, i in zip(spans, assistant) if i in wanted]
         for span, i in zip(spans, wanted):
