@@ -41,6 +41,12 @@ def one_of(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {same[0]!r}?" if same else f"; one of: {', '.join(choices)}"
 
 
+def short(value: object, limit: int = 80) -> str:
+    """The repr of a value that a file gives, cut where it is long: no control characters, and no pages of it."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
     """A UserError inside is about `field` of a section, unless it says of which itself (`Recipe.blamed` reads it)."""

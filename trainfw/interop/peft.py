@@ -7,37 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from trainfw.adapters import AdapterConfig, PatternConfig, config_targets
 from trainfw.errors import UserError
 from trainfw.interop.configs import config_to_huggingface
-from trainfw.interop.json_files import read_json
 from trainfw.interop.mapping import parameters
+from trainfw.interop.peft_config import CONFIG, PeftConfig, read_peft_config
 from trainfw.interop.safetensors_reader import SafetensorsTensors
 from trainfw.interop.saving import new_directory
 from trainfw.models import ModelConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_READ = (
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("target_modules", "exclude_modules", "init_lora_weights"),
-)
-_WITHOUT_EFFECT = (
-    # Where an adapter comes from, and how to train it from its start.
-    *("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode", "peft_version"),
-    *("runtime_config", "eva_config"),
-    # They count beside other keys alone, which are refused: megatron_config, use_qalora.
-    *("megatron_core", "qalora_group_size"),
-)
-_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights. The others (pissa, olora, corda, lora_ga, loftq) take A B at the start from the base."""
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
@@ -55,7 +41,7 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     that do not fit the model.
     """
     directory = Path(path)
-    config = _config(directory)
+    config = read_peft_config(directory / CONFIG)
     tensors = SafetensorsTensors(directory, WEIGHTS)
     found = _found(directory, tensors, config, model)
     places = _places(model)
@@ -68,7 +54,7 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     adapted = {module for module, _ in found}
     for ours, theirs in places.items():
         missing = [module for module in theirs.values() if module not in adapted]
-        if len(missing) == len(theirs) and not any(_targeted(config, module) for module in missing):
+        if len(missing) == len(theirs) and not any(config.targets(module) for module in missing):
             continue
         if missing:
             raise UserError(
@@ -113,12 +99,11 @@ def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises UserError for what `read_peft` refuses of any model's adapter, and for modules that are none of a decoder's.
     """
     directory = Path(path)
-    config = _config(directory)
+    config = read_peft_config(directory / CONFIG)
     tensors = SafetensorsTensors(directory, WEIGHTS)
     each: dict[str, list[tuple[int, float]]] = {}
     for (module, part), name in _found(directory, tensors, config).items():
-        if (ours := _MODULES.get(module.rpartition(".")[2])) is None:
-            raise _no_place(directory, name)
+        ours = _MODULES[module.rpartition(".")[2]]
         if _PARTS[part] == "lora_a":
             rank = tensors.infos[name].shape[0] if tensors.infos[name].shape else 0
             each.setdefault(ours, []).append(_size(config, module, rank, directory))
@@ -130,7 +115,7 @@ def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _found(
-    directory: Path, tensors: SafetensorsTensors, config: Mapping[str, Any], model: ModelConfig | None = None
+    directory: Path, tensors: SafetensorsTensors, config: PeftConfig, model: ModelConfig | None = None
 ) -> dict[tuple[str, str], str]:
     """The adapter's tensors: (module, part) -> name in the file.
 
@@ -153,9 +138,11 @@ def _found(
         if part is None:
             raise _no_place(directory, name)
         module = whole.removesuffix(f".{part}")
-        if not _targeted(config, module):
-            raise UserError(f"{directory / WEIGHTS}: tensor {name} is of a module that {CONFIG} does not target")
-        if config.get("use_dora") and module.endswith("embed_tokens"):
+        if module.rpartition(".")[2] not in _MODULES:
+            raise _no_place(directory, name)
+        if not config.targets(module):
+            raise UserError(f"{directory / WEIGHTS}: tensor {name[:200]} is of a module that {CONFIG} does not target")
+        if config.use_dora and module.endswith("embed_tokens"):
             raise UserError(f"{directory / CONFIG}: use_dora = true is not supported for {module}, an embedding")
         found[module, part] = name
     return found
@@ -185,19 +172,6 @@ _COPIES = {
 
 def _no_place(directory: Path, tensor: str) -> UserError:
     return UserError(f"{directory / WEIGHTS}: the model has no place for tensor {tensor[:200]}")
-
-
-def _targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT puts an adapter on a module of this name."""
-
-    def named(names: Any) -> bool:
-        if names == "all-linear":
-            return module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
-        if isinstance(names, str):
-            return re.fullmatch(names, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names or ())
-
-    return named(config["target_modules"]) and not named(config.get("exclude_modules"))
 
 
 def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
@@ -234,13 +208,13 @@ def _layer(
 def _stacked(
     directory: Path,
     ours: str,
-    config: Mapping[str, Any],
+    config: PeftConfig,
     layers: Mapping[tuple[int, ...], dict[str, np.ndarray]],
     each: list[tuple[int, float]],
     common: tuple[int, float],
 ) -> dict[str, np.ndarray]:
     """The layers' arrays as one each; `each` are their ranks and alphas, `common` those of the whole."""
-    scale = AdapterConfig(kind=_kind(config)).scale
+    scale = AdapterConfig(kind=config.kind).scale
     ordered = sorted(zip(layers, layers.values(), each), key=lambda layer: layer[0])
     parts: dict[str, list[np.ndarray]] = {}
     for _, arrays, (rank, alpha) in ordered:
@@ -258,100 +232,31 @@ def _stacked(
     return {part: np.stack(values) if () not in layers else values[0] for part, values in parts.items()}
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type = {config.get('peft_type')!r}: expected LORA")
-    for key, value in config.items():
-        # What is null, false or empty says that something is not used, whatever it is.
-        if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
-            raise UserError(f"{file}: {key} = {repr(value)[:80]} is not supported")
-    if str(initial := config.get("init_lora_weights")).lower() not in _KEEP_THE_BASE:
-        raise UserError(
-            f"{file}: init_lora_weights = {initial!r}: not one that leaves the base's weights as they are "
-            f"({', '.join(_KEEP_THE_BASE)}): A and B belong to a changed base, which the file does not hold; "
-            "PEFT's save_pretrained(DIR, path_initial_model_for_weight_conversion=START) makes them those of the base"
-        )
-    _check_number(file, "r", config.get("r"), int)
-    _check_number(file, "lora_alpha", config.get("lora_alpha"), (int, float))
-    dropout = config.get("lora_dropout") or 0.0
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise UserError(f"{file}: lora_dropout = {dropout!r}: expected a number from 0 to less than 1")
-    for key in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(key) or False, bool):
-            raise UserError(f"{file}: {key} = {config[key]!r}: expected true or false")
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise UserError(f"{file}: {key} = {patterns!r}: expected an object")
-        for pattern, value in patterns.items():
-            _check_number(file, f"{key}.{pattern}", value, kind)
-            _check_expression(file, key, pattern)
-    _check_modules(file, config)
-    return config
-
-
-def _check_modules(file: Path, config: Mapping[str, Any]) -> None:
-    for key in ("target_modules", "exclude_modules"):
-        names = config.get(key) or ([] if key == "exclude_modules" else None)
-        if isinstance(names, str) and names != "all-linear":
-            _check_expression(file, key, names)
-        elif not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{file}: {key} = {names!r}: expected a list of names")
-
-
-def _check_expression(file: Path, key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{file}: {key}: {pattern!r} is not a regular expression: {error}") from None
-
-
-def _check_number(file: Path, key: str, value: Any, kind: Any) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 1e9:
-        raise UserError(f"{file}: {key} = {value!r}: expected a {'whole ' * (kind is int)}number above 0")
-
-
-def _kind(config: Mapping[str, Any]) -> Literal["lora", "rslora", "dora"]:
-    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-
-
-def _size(config: Mapping[str, Any], module: str, found: int, directory: Path) -> tuple[int, float]:
+def _size(config: PeftConfig, module: str, found: int, directory: Path) -> tuple[int, float]:
     """Rank and alpha of the adapter of one module, whose tensors have the rank `found`."""
-    rank = _patterned(config.get("rank_pattern"), module, int(config["r"]))
+    rank, alpha = config.size(module)
     if found != rank:
         raise UserError(f"{directory}: {module} has rank {found}, but {CONFIG} says {rank}")
-    alpha = float(_patterned(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    # Our DoRA scales by alpha / r.
-    return rank, alpha * rank**0.5 if config.get("use_dora") and config.get("use_rslora") else alpha
+    return rank, alpha
 
 
-def _common(config: Mapping[str, Any], each: list[tuple[int, float]]) -> tuple[int, float]:
+def _common(config: PeftConfig, each: list[tuple[int, float]]) -> tuple[int, float]:
     """Rank and alpha of the stacked layers, of those of each."""
-    return each[0] if len(set(each)) == 1 else (max(rank for rank, _ in each), float(config["lora_alpha"]))
+    return each[0] if len(set(each)) == 1 else (max(rank for rank, _ in each), config.alpha)
 
 
-def _ours(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, float]]) -> AdapterConfig:
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+def _ours(config: PeftConfig, sizes: Mapping[str, tuple[int, float]]) -> AdapterConfig:
+    rank, alpha = config.rank, config.alpha
     return AdapterConfig(
-        kind=_kind(config),
+        kind=config.kind,
         rank=rank,
         alpha=alpha,
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=config.dropout,
         targets=list(sizes),
         patterns={
             ours: PatternConfig(rank=own[0], alpha=own[1]) for ours, own in sizes.items() if own != (rank, alpha)
         },
     )
-
-
-def _patterned(patterns: Any, module: str, default: Any) -> Any:
-    """As PEFT looks a module up: the first pattern that matches the end of its name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def peft_problem(config: AdapterConfig, model: ModelConfig) -> str | None:

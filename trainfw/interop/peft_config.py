@@ -1,0 +1,147 @@
+"""adapter_config.json, read and checked: what PEFT would do by it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfw.config import FLOAT32, INT32
+from trainfw.errors import UserError, short
+from trainfw.interop.expressions import MAX_TEXT, Expression, Steps, Text
+from trainfw.interop.json_files import read_json
+
+CONFIG = "adapter_config.json"
+_READ = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("target_modules", "exclude_modules", "init_lora_weights"),
+)
+_WITHOUT_EFFECT = (
+    # Where an adapter comes from, and how to train it from its start.
+    *("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode", "peft_version"),
+    *("runtime_config", "eva_config"),
+    # They count beside other keys alone, which are refused: megatron_config, use_qalora.
+    *("megatron_core", "qalora_group_size"),
+)
+_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights. The others (pissa, olora, corda, lora_ga, loftq) take A B at the start from the base."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """A LoRA adapter as PEFT describes it; with `use_dora` and `use_rslora` both, DoRA scaled as rsLoRA."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+    _steps: Steps
+    _targeted: Callable[[str], bool]
+    _excluded: Callable[[str], bool]
+    _ranks: list[tuple[Expression, int]]
+    _alphas: list[tuple[Expression, float]]
+
+    @property
+    def kind(self) -> Literal["lora", "rslora", "dora"]:
+        return "dora" if self.use_dora else "rslora" if self.use_rslora else "lora"
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT puts an adapter on a module of this name."""
+        return len(module) <= MAX_TEXT and self._targeted(module) and not self._excluded(module)
+
+    def size(self, module: str) -> tuple[int, float]:
+        """Rank and alpha of a module's adapter: as PEFT looks them up, by the first pattern that matches the end of
+        its name, whole or after a dot."""
+        text = Text(module, self._steps)
+        starts = sum(1 << place + 1 for place, letter in enumerate(module) if letter == ".") | 1
+        rank = next((rank for pattern, rank in self._ranks if pattern.matches(text, starts)), self.rank)
+        alpha = next((alpha for pattern, alpha in self._alphas if pattern.matches(text, starts)), self.alpha)
+        # Our DoRA scales by alpha / r.
+        return rank, alpha * rank**0.5 if self.use_dora and self.use_rslora else alpha
+
+
+def read_peft_config(file: Path) -> PeftConfig:
+    """Raises UserError for an adapter that is no LoRA, rsLoRA or DoRA, and for values that make no sense."""
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type = {short(config.get('peft_type'))}: expected LORA")
+    for key, value in config.items():
+        # What is null, false or empty says that something is not used, whatever it is.
+        if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
+            raise UserError(f"{file}: {key[:80]} = {short(value)} is not supported")
+    initial = config.get("init_lora_weights")
+    if not isinstance(initial, bool | str | None) or str(initial).lower() not in _KEEP_THE_BASE:
+        raise UserError(
+            f"{file}: init_lora_weights = {short(initial)}: not one that leaves the base's weights as they are "
+            f"({', '.join(_KEEP_THE_BASE)}): A and B belong to a changed base, which the file does not hold; "
+            "PEFT's save_pretrained(DIR, path_initial_model_for_weight_conversion=START) makes them those of the base"
+        )
+    steps = Steps(str(file))
+
+    def flag(key: str) -> bool:
+        if not isinstance(value := config.get(key), bool | None):
+            raise UserError(f"{file}: {key} = {short(value)}: expected true or false")
+        return bool(value)
+
+    def patterns(key: str, check: Callable[[str, Any], Any]) -> list[tuple[Expression, Any]]:
+        if not isinstance(found := config.get(key), dict | None):
+            raise UserError(f"{file}: {key} = {short(found)}: expected an object")
+        checked = {pattern: check(f"{file}: {key}.{pattern[:80]}", value) for pattern, value in (found or {}).items()}
+        return [(Expression(pattern, f"{file}: {key}", steps), value) for pattern, value in checked.items()]
+
+    return PeftConfig(
+        rank=_rank(f"{file}: r", config.get("r")),
+        alpha=_alpha(f"{file}: lora_alpha", config.get("lora_alpha")),
+        dropout=_dropout(f"{file}: lora_dropout", config.get("lora_dropout")),
+        use_rslora=flag("use_rslora"),
+        use_dora=flag("use_dora"),
+        _steps=steps,
+        _targeted=_named(file, "target_modules", config, steps),
+        _excluded=_named(file, "exclude_modules", {"exclude_modules": []} | config, steps),
+        _ranks=patterns("rank_pattern", _rank),
+        _alphas=patterns("alpha_pattern", _alpha),
+    )
+
+
+def _named(file: Path, key: str, config: Mapping[str, Any], steps: Steps) -> Callable[[str], bool]:
+    """Whether a module is among those that `key` names: by a list of ends of names, or by a regular expression."""
+    names = config.get(key)
+    if key == "exclude_modules" and not names:
+        names = []
+    if names == "all-linear":
+        return lambda module: module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
+    if isinstance(names, str):
+        expression = Expression(names, f"{file}: {key}", steps)
+        return lambda module: expression.matches(Text(module, steps))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: {key} = {short(names)}: expected a list of names")
+    ends = frozenset(names)
+    return lambda module: any(end in ends for end in _ends(module))
+
+
+def _ends(module: str) -> list[str]:
+    """The name and what of it comes after each dot."""
+    parts = module.split(".")
+    return [*itertools.accumulate(reversed(parts), lambda end, part: f"{part}.{end}")]
+
+
+def _rank(what: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= INT32:
+        raise UserError(f"{what} = {short(value)}: expected a whole number above 0, below 2**31")
+    return value
+
+
+def _alpha(what: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not FLOAT32[0] <= value < 1e9:
+        raise UserError(f"{what} = {short(value)}: expected a number above 0, below 1e9")
+    return float(value)
+
+
+def _dropout(what: str, value: Any) -> float:
+    value = 0.0 if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise UserError(f"{what} = {short(value)}: expected a number from 0 to less than 1")
+    return float(value)
