@@ -1,5 +1,7 @@
 import contextlib
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import transformers
 from tests.gguf_files import SPECIAL, UNICODE, byte_level, sentencepiece, smollm2_file, texts, write_gguf
 from trainfw.data import byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import UserError
-from trainfw.gguf import tokenizer_metadata
+from trainfw.gguf import Header, huggingface_tokenizer, tokenizer_metadata
 from trainfw.gguf.tokens import PRE_TOKENIZERS
 
 TEXTS = texts() + UNICODE
@@ -113,6 +115,31 @@ def test_merges_that_a_vocabulary_does_not_imply_are_refused(tmp_path):
     (directory / "tokenizer.json").write_text(json.dumps(form))
     with pytest.raises(UserError, match="not a SentencePiece tokenizer"):
         tokenizer_metadata(directory, 700)
+
+
+NUMBERED = [f"t{i}" for i in range(200_000)]
+RUNS = [letter * (i + 1) for letter in "abcdefgh" for i in range(500)]
+HUGE = {
+    "a token that comes again at the end": ("gpt2", [*NUMBERED, "t0"], "tokens has 't0' twice"),
+    "a token of megabytes": ("gpt2", ["a", "a" * 5_000_000], "..., of 5,000,000 letters: expected 1,000 at most"),
+    "a token of megabytes, merged by scores": ("llama", ["a", "a" * 5_000_000], "of 5,000,000 letters: expected 1,000"),
+    "many long tokens": ("gpt2", [f"{i:999}" for i in range(9_999)], "has 9,989,001 letters: expected 4,194,304"),
+    "too many tokens": ("gpt2", NUMBERED * 3, "has 600,000 tokens: expected 524,288 at most"),
+    "tokens that all begin others": ("llama", RUNS, "the tokens imply merges of more than 16,777,216 characters"),
+    "none of these": ("llama", NUMBERED, None),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_vocabulary_is_read_or_refused_in_seconds(name):
+    model, tokens, message = HUGE[name]
+    scores = {"tokenizer.ggml.scores": [0.0] * len(tokens)} if model == "llama" else {"tokenizer.ggml.merges": []}
+    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": model, "tokenizer.ggml.tokens": [*tokens]}
+    start = time.process_time()
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError) as error:
+        huggingface_tokenizer(Header(Path("some.gguf"), metadata | scores, {}))
+    assert message is None or message in str(error.value)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.slow

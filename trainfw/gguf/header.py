@@ -12,20 +12,21 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.errors import UserError, one_of, pip_install
+from trainfw.config import FLOAT32, INT32
+from trainfw.errors import UserError, one_of, pip_install, short
 from trainfw.paths import check_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 """Version 1 counted in 32 bits, and was read by nobody for long."""
-MAX_STRING = 1 << 24
-"""Bytes of a string, and elements of an array: no vocabulary is larger, and a header that lies allocates no more."""
-MAX_ELEMENTS = 1 << 22
+MAX_HEADER, MAX_STRING, MAX_ELEMENTS = 1 << 25, 1 << 20, 1 << 20
+"""Bytes of the header and of a string, and elements of an array: the largest vocabularies take a third of that, and a
+header that lies allocates no more."""
 MAX_DIMS = 4
 """ggml's own limit."""
 
@@ -68,21 +69,21 @@ class Header:
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The value of `key`; a float may be written as an int. Raises UserError where it is absent and there is no
-        default, or is of another kind."""
+        default, is of another kind, or is more than float32 holds."""
         value: Any = self.metadata.get(key, default)
         if value is None:
             raise UserError(f"{self.file}: no metadata key {key}")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{self.file}: {key} = {_short(value)}: expected {_KINDS[kind]}")
+        if type(value) is not kind or (isinstance(value, float) and not abs(value) <= FLOAT32[1]):
+            raise UserError(f"{self.file}: {key} = {short(value)}: expected {_KINDS[kind]}")
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
         value = self.get(key, int, default)
-        if value < 1:
-            raise UserError(f"{self.file}: {key} = {value}: expected 1 or more")
+        if not 1 <= value <= INT32:
+            raise UserError(f"{self.file}: {key} = {value}: expected 1 or more, below 2**31")
         return value
 
     def items(self, key: str, kind: type[T]) -> list[T]:
@@ -90,11 +91,17 @@ class Header:
         values: list[Any] = self.get(key, list)
         for value in values:
             if type(value) is not kind:
-                raise UserError(f"{self.file}: {key} holds {_short(value)}: expected {_KINDS[kind]} in every place")
+                raise UserError(f"{self.file}: {key} holds {short(value)}: expected {_KINDS[kind]} in every place")
         return values
 
 
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+_KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number that float32 holds",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+}
 
 
 def read_header(file: Path | str) -> Header:
@@ -135,7 +142,7 @@ def _joined(part: Header, count: int) -> Header:
                 f"{each.file}: split.no and split.count = {said}: expected {(number, count)}, as its name says"
             )
         if twice := tensors.keys() & each.tensors.keys():
-            raise UserError(f"{each.file}: tensor {_short(min(twice))} is in {tensors[min(twice)].file.name} too")
+            raise UserError(f"{each.file}: tensor {short(min(twice))} is in {tensors[min(twice)].file.name} too")
         tensors |= each.tensors
     if (expected := parts[0].get("split.tensors.count", int, len(tensors))) != len(tensors):
         raise UserError(f"{files[0]}: its {count} parts have {len(tensors)} tensors, and {expected} are expected")
@@ -151,6 +158,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.size = os.fstat(self.stream.fileno()).st_size
+        self.data = self.stream.read(MAX_HEADER)
         self.at = 0
 
     def fail(self, what: str) -> UserError:
@@ -159,7 +167,9 @@ class _Walk:
     def read(self, count: int) -> bytes:
         if count > self.size - self.at:
             raise self.fail(f"the header is cut short: {count} bytes were to follow")
-        data = self.stream.read(count)
+        if self.at + count > MAX_HEADER:
+            raise self.fail(f"the header goes on past {MAX_HEADER:,} bytes: no model has so many keys and tensors")
+        data = self.data[self.at : self.at + count]
         if len(data) != count:
             raise self.fail("the file became shorter while it was read")
         self.at += count
@@ -177,6 +187,22 @@ class _Walk:
         except UnicodeDecodeError as error:
             raise self.fail(f"text that is not UTF-8: {error.reason}") from error
 
+    def strings(self, count: int) -> Iterator[str]:
+        """That many, without a call for each: a vocabulary has hundreds of thousands."""
+        length_at, end = struct.Struct("<Q").unpack_from, len(self.data)
+        for _ in range(count):
+            start = self.at + 8
+            length = length_at(self.data, self.at)[0] if start <= end else end
+            if length > MAX_STRING or start + length > end:
+                yield self.string()  # which says what is wrong
+                continue
+            try:
+                text = self.data[start : start + length].decode()
+            except UnicodeDecodeError:
+                text = self.string()
+            self.at = start + length
+            yield text
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
@@ -190,7 +216,7 @@ class _Walk:
         if count > MAX_ELEMENTS:
             raise self.fail(f"a list of {count} elements: expected {MAX_ELEMENTS} at most")
         if kind == _STRING:
-            return [self.string() for _ in range(count)]
+            return [*self.strings(count)]
         code = _SCALARS[kind]
         return list(struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize(f"<{code}"))))
 
@@ -210,12 +236,12 @@ class _Walk:
         for _ in range(num_keys):
             key = self.string()
             if key in metadata:
-                raise self.fail(f"metadata key {_short(key)} comes twice")
+                raise self.fail(f"metadata key {short(key)} comes twice")
             metadata[key] = self.value(self.scalar("I"))
         infos = [self.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise UserError(f"{self.file}: general.alignment = {_short(alignment)}: expected a power of two")
+            raise UserError(f"{self.file}: general.alignment = {short(alignment)}: expected a power of two")
         start = -(-self.at // alignment) * alignment
         return Header(self.file, metadata, self.placed(infos, start, alignment))
 
@@ -223,7 +249,7 @@ class _Walk:
         """Name, shape, number of the type, and offset from the start of the data."""
         name, rank = self.string(), self.scalar("I")
         if not 1 <= rank <= MAX_DIMS:
-            raise self.fail(f"tensor {_short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
+            raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
         shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
         return name, shape, self.scalar("I"), self.scalar("Q")
 
@@ -235,23 +261,23 @@ class _Walk:
         tensors: dict[str, StoredTensor] = {}
         for name, shape, number, offset in infos:
             if number not in sizes:
-                raise UserError(f"{self.file}: tensor {_short(name)} has unknown type {number}")
+                raise UserError(f"{self.file}: tensor {short(name)} has unknown type {number}")
             kind, block, bytes_per_block = sizes[number]
             if min(shape) < 1 or shape[-1] % block:
-                raise UserError(f"{self.file}: tensor {_short(name)} of type {kind} has shape {shape}")
+                raise UserError(f"{self.file}: tensor {short(name)} of type {kind} has shape {shape}")
             nbytes = math.prod(shape) // block * bytes_per_block
             if offset % alignment or start + offset + nbytes > self.size:
                 raise UserError(
-                    f"{self.file}: tensor {_short(name)}: {nbytes} bytes at {start + offset} of a file of {self.size}: "
+                    f"{self.file}: tensor {short(name)}: {nbytes} bytes at {start + offset} of a file of {self.size}: "
                     "the file is cut short, or its header is wrong"
                 )
             if name in tensors:
-                raise UserError(f"{self.file}: tensor {_short(name)} comes twice")
+                raise UserError(f"{self.file}: tensor {short(name)} comes twice")
             tensors[name] = StoredTensor(name, shape, kind, start + offset, nbytes, self.file)
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
         for left, right in itertools.pairwise(ordered):
             if left.offset + left.nbytes > right.offset:
-                raise UserError(f"{self.file}: tensors {_short(left.name)} and {_short(right.name)} overlap")
+                raise UserError(f"{self.file}: tensors {short(left.name)} and {short(right.name)} overlap")
         return tensors
 
 
@@ -274,10 +300,5 @@ def known_or_refuse(header: Header, key: str, choices: Mapping[str, T]) -> T:
     """`choices` at the value of a text key. Raises UserError with the choices."""
     name = header.get(key, str)
     if name not in choices:
-        raise UserError(f"{header.file}: {key} = {_short(name)} is not supported{one_of(name, choices)}")
+        raise UserError(f"{header.file}: {key} = {short(name)} is not supported{one_of(name, choices)}")
     return choices[name]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

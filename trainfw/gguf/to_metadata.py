@@ -145,7 +145,8 @@ def _sentencepiece(
     plain = {token: id_ for token, id_ in ids.items() if types[id_] in (NORMAL, BYTE, USER_DEFINED)}
     needed = {token: 0.0 for token, id_ in plain.items() if types[id_] == NORMAL}
     order = [ranks[left + right] for left, right in merges]
-    least, most = set(implied_merges(plain, needed)), set(implied_merges(plain, dict.fromkeys(plain, 0.0)))
+    each = [implied_merges(plain, of, file) for of in (needed, dict.fromkeys(plain, 0.0))]
+    least, most = map(set, each)
     if not least <= set(merges) <= most or order != sorted(order):
         raise UserError(
             f"{file}: not a SentencePiece tokenizer: its merges are not those that its vocabulary implies, "
@@ -211,7 +212,7 @@ def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
         return absent
     try:
         value = json.loads(read_utf8(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, short
 from trainfw.gguf.header import Header, known_or_refuse
 from trainfw.gguf.tokens import (
     ALIASES,
@@ -19,6 +19,8 @@ from trainfw.gguf.tokens import (
 )
 
 _GGML = "tokenizer.ggml"
+MAX_TOKENS, MAX_TOKEN, MAX_LETTERS = 1 << 19, 1_000, 1 << 22
+"""Tokens, letters of one and of all: the largest vocabularies have about half of that."""
 NONE = 0xFFFFFFFF
 """The id of no token, in files that write one."""
 
@@ -36,9 +38,7 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any
     types = header.items(f"{_GGML}.token_type", int) if f"{_GGML}.token_type" in header.metadata else []
     if types and len(types) != len(tokens):
         raise UserError(f"{header.file}: {_GGML}.token_type has {len(types)} elements, tokens has {len(tokens)}")
-    if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise UserError(f"{header.file}: {_GGML}.tokens has {twice!r} twice")
+    _check_vocabulary(header, tokens)
     settings: dict[str, Any] = {}
     named = {}
     for key in (*ROLES.values(), *STOPS):
@@ -76,6 +76,25 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any
     return form, settings, stops
 
 
+def _check_vocabulary(header: Header, tokens: list[str]) -> None:
+    """Raise UserError for a token that is there twice, and for sizes that cost minutes to build a tokenizer of."""
+    if len(tokens) > MAX_TOKENS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
+    longest, letters = max(tokens, key=len), sum(map(len, tokens))
+    if len(longest) > MAX_TOKEN:
+        raise UserError(
+            f"{header.file}: {_GGML}.tokens has {short(longest)}, of {len(longest):,} letters: expected "
+            f"{MAX_TOKEN:,} at most"
+        )
+    if letters > MAX_LETTERS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {letters:,} letters: expected {MAX_LETTERS:,} at most")
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            raise UserError(f"{header.file}: {_GGML}.tokens has {short(token)} twice")
+        seen.add(token)
+
+
 def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:
     name = header.get(f"{_GGML}.pre", str, "default")
     names = {**PRE_TOKENIZERS, **{alias: PRE_TOKENIZERS[of] for alias, of in ALIASES.items()}}
@@ -84,7 +103,9 @@ def _byte_level(header: Header, tokens: list[str], types: list[int], settings: d
     known = set(tokens)
     for merge in merges:
         if len(merge) != 2 or not known.issuperset((*merge, "".join(merge))):
-            raise UserError(f"{header.file}: {_GGML}.merges has {' '.join(merge)!r}: expected two tokens that make one")
+            raise UserError(
+                f"{header.file}: {_GGML}.merges has {short(' '.join(merge))}: expected two tokens that make one"
+            )
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
@@ -133,7 +154,7 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(
             tokens,
-            [list(merge) for merge in implied_merges({t: i for t, i in ids.items() if i in plain}, ranks)],
+            [list(merge) for merge in implied_merges({t: i for t, i in ids.items() if i in plain}, ranks, header.file)],
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainfw.errors import UserError
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """`tokenizer.ggml.token_type`."""
 
@@ -89,12 +91,25 @@ def canonical(form: Mapping[str, Any] | None) -> tuple[Any, ...]:
     return (tuple(sorted((key, repr(value)) for key, value in form.items())),)
 
 
-def implied_merges(ids: Mapping[str, int], ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+MAX_IMPLIED, _MARKS = 1 << 24, 12
+"""Characters of tokenizer.json that the merges which a vocabulary implies may take, and those around each. Gemma's
+262,144 tokens imply about 600,000."""
+
+
+def implied_merges(
+    ids: Mapping[str, int], ranks: Mapping[str, float], what: object = "tokenizer"
+) -> list[tuple[str, str]]:
     """The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, those of the token
-    with the least rank first. Ties are in the order of Transformers' `generate_merges`, and of what is read first."""
-    found = []
+    with the least rank first. Ties are in the order of Transformers' `generate_merges`, and of what is read first.
+
+    Raises UserError, which begins with `what`, where they are so many that it would take minutes.
+    """
+    found, left_over = [], MAX_IMPLIED
     for token, rank in ranks.items():
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        left_over -= (len(token) + _MARKS) * len(cuts)
+        if left_over < 0:
+            raise UserError(f"{what}: the tokens imply merges of more than {MAX_IMPLIED:,} characters")
         cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
         found += [(rank, -len(left), -len(right), left, right) for left, right in cuts]
     found.sort(key=lambda merge: merge[:3])

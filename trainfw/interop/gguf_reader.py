@@ -17,6 +17,8 @@ from trainfw.interop.tensors import TensorInfo, fingerprint
 
 CHUNK_BYTES = 8 << 20
 """Dequantised at a time."""
+MAX_TENSORS = 1 << 18
+"""The largest mixtures of experts have a third of that, and a name costs as much whatever its tensor's size."""
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Of what is stored as it is; everything else is dequantised to float32."""
@@ -77,6 +79,8 @@ class GGUFTensors:
             raise UserError(
                 f"{self.header.file}: tensor {stored.name} has shape {stored.shape}: expected {heads} heads"
             )
+        if len(self._places) > MAX_TENSORS:
+            raise UserError(f"{self.header.file}: more than {MAX_TENSORS:,} tensors, each expert's by itself")
         for expert in range(stored.shape[0] if per_expert else 1):
             name = row.huggingface.format(layer=layer, expert=expert)
             self._places[name] = _Place(stored, row, expert * stored.shape[1] if per_expert else 0, heads)
