@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from trainfw.errors import UserError, one_of
+from trainfw.config import FLOAT32, INT32
+from trainfw.errors import UserError, one_of, short
 from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME, Family
 from trainfw.models import ModelConfig
 
@@ -30,8 +30,8 @@ def _integer(value: Any) -> bool:
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a whole number of 1 or more": (
-        lambda value: _integer(value) and 1 <= value < 2**31,
+    "a whole number of 1 or more, below 2**31": (
+        lambda value: _integer(value) and 1 <= value <= INT32,
         (
             *_REQUIRED,
             *("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "decoder_sparse_step"),
@@ -39,9 +39,12 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "original_max_position_embeddings",
         ),
     ),
-    "a whole number of 0 or more": (lambda value: _integer(value) and 0 <= value < 2**31, ("max_window_layers",)),
-    "a positive number": (
-        lambda value: (_integer(value) or isinstance(value, float)) and 0 < value < math.inf,
+    "a whole number of 0 or more, below 2**31": (
+        lambda value: _integer(value) and 0 <= value <= INT32,
+        ("max_window_layers",),
+    ),
+    "a positive number that float32 holds": (
+        lambda value: (_integer(value) or isinstance(value, float)) and FLOAT32[0] <= value <= FLOAT32[1],
         (
             *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range", "query_pre_attn_scalar"),
             *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "clip_qkv"),
@@ -115,14 +118,16 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json: num_hidden_layers = {hf['num_hidden_layers']}: expected 10,000 at most")
     for key in _UNSUPPORTED:
         if hf.get(key):
-            raise UserError(f"config.json: {key} = {hf[key]} is not supported")
+            raise UserError(f"config.json: {key} = {short(hf[key])} is not supported")
     if isinstance(quantised := hf.get("quantization_config"), dict):
-        method = str(quantised.get("quant_method", "an unnamed method"))[:40]
+        method = short(quantised["quant_method"]) if "quant_method" in quantised else "an unnamed method"
         raise UserError(f"config.json: weights quantised by {method} are not supported; take the model in bfloat16")
     own, other = sorted(("hidden_act", "hidden_activation"), key=lambda key: key not in family.defaults)
     activation = _agreed({own: hf[own], other: config.get(other)})
     if activation not in _ACTIVATIONS:
-        raise UserError(f"config.json: activation {activation!r} is not supported; one of: {', '.join(_ACTIVATIONS)}")
+        raise UserError(
+            f"config.json: activation {short(activation)} is not supported; one of: {', '.join(_ACTIVATIONS)}"
+        )
     pattern = _period(_layer_kinds(hf, family))
     fields = {
         "vocab_size": hf["vocab_size"],
@@ -164,11 +169,12 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     count in training); a model's own code may.
     """
     family = _family(config)
-    return sorted(
-        key
+    unread = sorted(
+        key[:80]
         for key, value in config.items()
         if value and ((key not in _EXPECTED and key not in _COMPUTES_NOTHING) or not _counts(key, family))
     )
+    return unread if len(unread) <= 20 else [*unread[:20], f"and {len(unread) - 20} more"]
 
 
 def _counts(key: str, family: Family) -> bool:
@@ -183,15 +189,16 @@ def _agreed(said: Mapping[str, Any]) -> Any:
         first = next(iter(found))
         if value != found[first]:
             raise UserError(
-                f"config.json: {first} = {found[first]!r}, but {key} = {value!r}: they say the same thing in two ways; "
-                "keep the one that is meant"
+                f"config.json: {first} = {short(found[first])}, but {key} = {short(value)}: they say the same thing in "
+                "two ways; keep the one that is meant"
             )
     return next(iter(found.values()), None)
 
 
 def _family(config: Mapping[str, Any]) -> Family:
     """Raises UserError for a family that is none of ours."""
-    model_type = config.get("model_type") or ""
+    if (model_type := config.get("model_type")) is None:
+        raise UserError(f"config.json: no model_type; one of: {', '.join(FAMILIES)}")
     if model_type == "gemma3":
         raise UserError(
             "config.json: model_type 'gemma3' sees images too, which is not supported; save its language model:\n"
@@ -199,7 +206,7 @@ def _family(config: Mapping[str, Any]) -> Family:
             "  model.save_pretrained(NEW_DIR)"
         )
     if model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type {model_type!r} is not supported{one_of(model_type, FAMILIES)}")
+        raise UserError(f"config.json: model_type {short(model_type)} is not supported{one_of(model_type, FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -219,7 +226,7 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
             continue
         expected, test = _EXPECTED[key]
         if not test(value):
-            raise UserError(f"{where}: {key} = {str(value)[:80]!r}: expected {expected}")
+            raise UserError(f"{where}: {key} = {short(value)}: expected {expected}")
         if isinstance(value, dict):
             _check_types(value, f"{where}: {key}")
 
@@ -270,8 +277,10 @@ def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
 def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
     if hf.get("layer_types") is None:
         return None
-    if unknown := {str(name) for name in hf["layer_types"]} - set(_LAYER_TYPES):
-        raise UserError(f"config.json: layer_types: {', '.join(sorted(unknown))} is not supported")
+    if unknown := [name for name in hf["layer_types"] if not isinstance(name, str) or name not in _LAYER_TYPES]:
+        raise UserError(
+            f"config.json: layer_types: {short(unknown[0])} is not supported; one of: {', '.join(_LAYER_TYPES)}"
+        )
     if len(hf["layer_types"]) != hf["num_hidden_layers"]:
         raise UserError(
             f"config.json: layer_types has {len(hf['layer_types'])} entries for {hf['num_hidden_layers']} layers"
@@ -281,8 +290,7 @@ def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
 
 def _period(kinds: Sequence[str]) -> list[str]:
     """The shortest list that, repeated, gives `kinds`."""
-    lengths = range(1, len(kinds) + 1)
-    length = next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    length = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
     return list(kinds[:length])
 
 
@@ -303,16 +311,16 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     )
     for each, known in ((kind, ("default", "linear", "llama3")), (local_kind, ("default",))):
         if each not in known:
-            raise UserError(f"config.json: rope_scaling of type {each!r} is not supported; one of: linear, llama3")
+            raise UserError(f"config.json: rope_scaling of type {short(each)} is not supported; one of: linear, llama3")
     _check_replaced(config, whole)
     for name, rope in (whole | sliding).items():
         if unknown := [key for key, value in rope.items() if value and key not in _EXPECTED]:
-            raise UserError(f"config.json: {name}.{unknown[0]} = {str(rope[unknown[0]])[:80]} is not supported")
+            raise UserError(f"config.json: {name}.{unknown[0][:80]} = {short(rope[unknown[0]])} is not supported")
     if (said("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
     fields: dict[str, Any] = {"rope_theta": said("rope_theta", beside="rope_theta") or hf["rope_theta"]}
     if fields["rope_theta"] is None:
-        raise UserError("config.json: rope_theta = null: expected a positive number")
+        raise UserError(f"config.json: rope_theta = null: expected {_EXPECTED['rope_theta'][0]}")
     local_theta = said("rope_theta", sliding, "rope_local_base_freq") or hf.get("rope_local_base_freq")
     if local and local_theta is not None:
         fields["rope_local_theta"] = local_theta

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trainfw.errors import UserError, one_of
+from trainfw.config import FLOAT32
+from trainfw.errors import UserError, one_of, short
 from trainfw.gguf import Header, StoredTensor, read_header
 from trainfw.interop.gguf_names import ARCHITECTURES, KEYS, MIXTRAL_KEYS, ROPE_FREQS, Architecture, Key, llama3_divisors
 
@@ -32,7 +33,7 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
     """
     header = read_header(file)
     if unread := _unread_keys(header):
-        warnings.warn(f"{header.file}: not read: {', '.join(unread)}", stacklevel=1)  # once, whoever reads it
+        warnings.warn(f"{header.file}: not read: {', '.join(unread)[:400]}", stacklevel=1)  # once, whoever reads it
     stored = header.tensors.get(ROPE_FREQS)
     return config_of(header, None if stored is None else _floats(header, stored))
 
@@ -79,7 +80,7 @@ def _unread_keys(header: Header) -> list[str]:
         if own in _IGNORED:
             unread.append(key[:80])
         elif not isinstance(value, int | float | str) or value not in without_effect.get(own, (0, "")):
-            raise UserError(f"{header.file}: {key[:80]} = {str(value)[:80]} is not supported")
+            raise UserError(f"{header.file}: {key[:80]} = {short(value)} is not supported")
     return sorted(unread)
 
 
@@ -87,7 +88,9 @@ def architecture_of(header: Header) -> Architecture:
     """The table of a file's architecture. Raises UserError with those that there are."""
     name = header.architecture
     if name not in ARCHITECTURES:
-        raise UserError(f"{header.file}: general.architecture = {name!r} is not supported{one_of(name, ARCHITECTURES)}")
+        raise UserError(
+            f"{header.file}: general.architecture = {short(name)} is not supported{one_of(name, ARCHITECTURES)}"
+        )
     return ARCHITECTURES[name]
 
 
@@ -152,10 +155,9 @@ def _family(header: Header, architecture: Architecture) -> str:
 def _value(header: Header, name: str, key: Key) -> Any:
     if key.kind is int:
         return header.size(name, key.default)
-    value = header.get(name, float, key.default)
-    if value <= 0:
-        raise UserError(f"{header.file}: {name} = {value}: expected more than 0")
-    return shortest(value)
+    if (value := shortest(header.get(name, float, key.default))) < FLOAT32[0]:
+        raise UserError(f"{header.file}: {name} = {value}: expected more than 0, as float32 holds it")
+    return value
 
 
 def shortest(value: float) -> float:
@@ -189,7 +191,9 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
         )
     factor = values[0] if values else 1.0
     if kind not in ("none", "linear"):
-        raise UserError(f"{header.file}: {name}.rope.scaling.type = {kind!r} is not supported; one of: none, linear")
+        raise UserError(
+            f"{header.file}: {name}.rope.scaling.type = {short(kind)} is not supported; one of: none, linear"
+        )
     if factor < 0:
         raise UserError(f"{header.file}: {name}.rope.scaling.factor = {factor}: expected 0 or more")
     # llama.cpp takes a factor without a type as linear, and 0 as none.

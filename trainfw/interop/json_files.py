@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ from trainfw.errors import UserError
 from trainfw.paths import check_file
 from trainfw.utf8 import without_mark
 
-LIMIT = 100_000_000
-"""Bytes of JSON that are read at most: the safetensors format's own limit for a header."""
+LIMIT = 1 << 24
+"""Bytes of JSON that are read at most. A tensor takes about 100 in a header: no file of our families has so many."""
+MAX_DEPTH = 64
+"""Objects and lists within one another: Python's own recursion limit is met later, by whoever prints or writes them."""
 
 
-def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file, which may begin with a byte-order mark."""
     check_file(file)
-    if file.stat().st_size > limit:
-        raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
+    if file.stat().st_size > LIMIT:
+        raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {LIMIT:,} at most")
     try:
         data = without_mark(file.read_bytes())
     except ValueError as error:
@@ -28,7 +31,9 @@ def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """An object; keys that are written twice, NaN and infinity are refused, since readers differ on what they mean."""
+    """An object. Keys that are written twice, NaN and infinity are refused, since readers differ on what they mean, and
+    so are halves of surrogate pairs, which no file and no terminal takes.
+    """
 
     def objects(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -50,10 +55,29 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=objects, parse_constant=constants, parse_float=floats
         )
+        _check_depth(value)
+        if _SURROGATE.search(data):  # a pair, or half of one
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise UserError(f"{what}: not valid JSON: nested too deeply") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{what}: not valid JSON: it holds half of a surrogate pair") from None
     except ValueError as error:  # what is not UTF-8 is one too
         raise UserError(f"{what}: not valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _check_depth(value: Any) -> None:
+    """Raise RecursionError for what is nested beyond `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise RecursionError
