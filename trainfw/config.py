@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 INT32 = 2**31 - 1
 """The largest integer that arrays index with: the upper bound of sizes and counts."""
 
-FLOAT32 = (2.0**-126, (2 - 2**-23) * 2.0**127)
-"""The least and the largest number that programs hold at full precision."""
-
 PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
-
-
-def _in_float32(value: float) -> float:
-    if not FLOAT32[0] <= value <= FLOAT32[1]:
-        raise PydanticCustomError("float32", "Input should be a number that float32 holds: 1.2e-38 to 3.4e+38")
-    return value
-
-
-PositiveFloat32 = Annotated[float, Field(gt=0), AfterValidator(_in_float32)]
 
 
 class Config(BaseModel):
@@ -43,3 +31,7 @@ def invalid(field: str, message: str) -> NoReturn:
     """Refuse a combination of values from inside a validator, blaming `field` (so its line is shown)."""
     # The message is passed as data because PydanticCustomError formats braces in its template.
     raise PydanticCustomError("combination", "{message}", {"field": field, "message": message})
+
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of floats other than zero in files of others: what arrays of float32 hold, and what is computed of them."""

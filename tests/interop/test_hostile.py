@@ -217,7 +217,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     ),
     "shape of less than nothing": ("one", entry(shape=[-80, -48]), [UP, "shape [-80, -48]: expected"]),
     "shape beyond all memory": ("one", entry(shape=[2**62, 2**62]), [UP, "takes 85,070,591,730,234,615,865,843"]),
-    "shape of words": ("one", entry(shape="80x48"), [UP, "shape 80x48: expected"]),
+    "shape of words": ("one", entry(shape="80x48"), [UP, "shape '80x48': expected"]),
     "shape of fractions": ("one", entry(shape=[80.0, 48]), [UP, "shape [80.0, 48]: expected"]),
     "offsets below nothing": ("one", entry(data_offsets=[-15360, 0]), [UP, "data_offsets [-15360, 0]: expected"]),
     "offsets beyond the file": ("one", entry(data_offsets=[10**15, 10**15 + 15360]), [UP, "1,000,000,000,000,000 to"]),

@@ -3,9 +3,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from trainfw.config import Config, PositiveFloat32, PositiveInt, invalid
+from trainfw.config import Config, PositiveInt, invalid
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": ("layers.attention.*",),
@@ -21,7 +21,7 @@ class PatternConfig(Config):
 
     rank: PositiveInt | None = None
     """r of these; left out, the adapter's."""
-    alpha: PositiveFloat32 | None = None
+    alpha: PositiveFloat | None = None
     """alpha of these; left out, the adapter's."""
 
 
@@ -37,7 +37,7 @@ class AdapterConfig(Config):
     LoRA of the direction of each column of W, whose length learns by itself (arXiv:2402.09353)."""
     rank: PositiveInt = 16
     """r: the width of the update."""
-    alpha: PositiveFloat32 = 32.0
+    alpha: PositiveFloat = 32.0
     """The update's scale, see `kind`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapters' inputs while training, the share that is dropped. Which, depends on the mesh: a run that goes

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.config import FLOAT32, INT32
+from trainfw.config import INT32, LARGEST
 from trainfw.errors import UserError, one_of, pip_install, short
 from trainfw.paths import check_file
 
@@ -69,13 +69,13 @@ class Header:
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The value of `key`; a float may be written as an int. Raises UserError where it is absent and there is no
-        default, is of another kind, or is more than float32 holds."""
+        default, is of another kind, or is beyond what can be computed with."""
         value: Any = self.metadata.get(key, default)
         if value is None:
             raise UserError(f"{self.file}: no metadata key {key}")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (isinstance(value, float) and not abs(value) <= FLOAT32[1]):
+        if type(value) is not kind or (isinstance(value, float) and not abs(value) <= LARGEST):
             raise UserError(f"{self.file}: {key} = {short(value)}: expected {_KINDS[kind]}")
         return value
 
@@ -97,7 +97,7 @@ class Header:
 
 _KINDS: dict[type, str] = {
     int: "a whole number",
-    float: "a number that float32 holds",
+    float: f"a number to {LARGEST:g}",
     bool: "true or false",
     str: "text",
     list: "a list",
@@ -235,6 +235,8 @@ class _Walk:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.string()
+            if not key.isprintable():
+                raise self.fail(f"metadata key {short(key)}: expected printable letters")
             if key in metadata:
                 raise self.fail(f"metadata key {short(key)} comes twice")
             metadata[key] = self.value(self.scalar("I"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainfw.config import FLOAT32, INT32
+from trainfw.config import INT32, LARGEST, SMALLEST
 from trainfw.errors import UserError, one_of, short
 from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME, Family
 from trainfw.models import ModelConfig
@@ -43,8 +43,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         lambda value: _integer(value) and 0 <= value <= INT32,
         ("max_window_layers",),
     ),
-    "a positive number that float32 holds": (
-        lambda value: (_integer(value) or isinstance(value, float)) and FLOAT32[0] <= value <= FLOAT32[1],
+    f"a number from {SMALLEST:g} to {LARGEST:g}": (
+        lambda value: (_integer(value) or isinstance(value, float)) and SMALLEST <= value <= LARGEST,
         (
             *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range", "query_pre_attn_scalar"),
             *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "clip_qkv"),
@@ -158,7 +158,8 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"config.json: {first['msg']}") from None
+        of = "" if first["type"] == "combination" else f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
+        raise UserError(f"config.json: {of}{first['msg']}") from None
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainfw.config import FLOAT32
+from trainfw.config import SMALLEST
 from trainfw.errors import UserError, one_of, short
 from trainfw.gguf import Header, StoredTensor, read_header
 from trainfw.interop.gguf_names import ARCHITECTURES, KEYS, MIXTRAL_KEYS, ROPE_FREQS, Architecture, Key, llama3_divisors
@@ -155,9 +155,10 @@ def _family(header: Header, architecture: Architecture) -> str:
 def _value(header: Header, name: str, key: Key) -> Any:
     if key.kind is int:
         return header.size(name, key.default)
-    if (value := shortest(header.get(name, float, key.default))) < FLOAT32[0]:
-        raise UserError(f"{header.file}: {name} = {value}: expected more than 0, as float32 holds it")
-    return value
+    value = header.get(name, float, key.default)
+    if value < SMALLEST:
+        raise UserError(f"{header.file}: {name} = {value}: expected more than 0")
+    return shortest(value)
 
 
 def shortest(value: float) -> float:

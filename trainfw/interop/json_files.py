@@ -18,11 +18,11 @@ MAX_DEPTH = 64
 """Objects and lists within one another: Python's own recursion limit is met later, by whoever prints or writes them."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
     """The object in a JSON file, which may begin with a byte-order mark."""
     check_file(file)
-    if file.stat().st_size > LIMIT:
-        raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {LIMIT:,} at most")
+    if file.stat().st_size > limit:
+        raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
     try:
         data = without_mark(file.read_bytes())
     except ValueError as error:
@@ -74,8 +74,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 def _check_depth(value: Any) -> None:
     """Raise RecursionError for what is nested beyond `MAX_DEPTH`."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
         inner = (each.values() if isinstance(each, dict) else each for each in level)
         level = [each for values in inner for each in values if isinstance(each, dict | list)]
         if not level:

@@ -48,7 +48,7 @@ def read_huggingface(path: Path) -> dict[str, Any]:
         from trainfw.interop.gguf_configs import gguf_config
 
         return gguf_config(path)
-    return read_json(path / CONFIG)
+    return read_json(path / CONFIG, limit=2**24)
 
 
 def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainfw.config import FLOAT32, INT32
+from trainfw.config import INT32, SMALLEST
 from trainfw.errors import UserError, short
 from trainfw.interop.expressions import MAX_TEXT, Expression, Steps, Text
 from trainfw.interop.json_files import read_json
@@ -135,7 +135,7 @@ def _rank(what: str, value: Any) -> int:
 
 
 def _alpha(what: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not FLOAT32[0] <= value < 1e9:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not SMALLEST <= value < 1e9:
         raise UserError(f"{what} = {short(value)}: expected a number above 0, below 1e9")
     return float(value)
 

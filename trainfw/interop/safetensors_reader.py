@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, short
 from trainfw.interop.json_files import LIMIT, parse_json, read_json
 from trainfw.interop.tensors import CHUNK, TensorInfo, fingerprint
 from trainfw.paths import check_file
@@ -102,17 +102,29 @@ class SafetensorsTensors:
         found = read_json(index).get("weight_map")
         if not isinstance(found, dict) or not found:
             raise UserError(f"{index}: expected weight_map, an object of tensor names and the files that hold them")
+        _check_names(index, found)
         for name, shard in found.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
                 raise UserError(
-                    f"{index}: tensor {name} is said to be in {shard!r}; expected the name of a .safetensors file in "
-                    f"this directory"
+                    f"{index}: tensor {name} is said to be in {short(shard)}; expected the name of a .safetensors file "
+                    "in this directory"
                 )
         return found
 
 
+MAX_NAME = 500
+"""Letters of a tensor's name."""
+
+
+def _check_names(file: Path, names: Iterable[str]) -> None:
+    """Raise UserError for a name that no message can show."""
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise UserError(f"{file}: tensor {short(name)}: expected a name of at most {MAX_NAME} printable letters")
+
+
 def _plain(name: str) -> bool:
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
+    return name.isprintable() and len(name) < 256 and not set(name) & {"/", "\\", ":"}
 
 
 def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -180,6 +192,7 @@ def read_header(file: Path) -> dict[str, _Place]:
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{file}: {_METADATA}: expected an object of strings")
+    _check_names(file, header)
     places = {name: _place(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_layout(file, places, 8 + length, size)
     return places
@@ -195,16 +208,16 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _place(file: Path, name: str, entry: Any, data: int, size: int) -> _Place:
     """One tensor of a header; `data` is the byte at which values begin, `size` the file's."""
-    what = f"{file}: tensor {name[:200]}"
+    what = f"{file}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{what}: expected dtype, shape and data_offsets, found {str(entry)[:120]}")
+        raise UserError(f"{what}: expected dtype, shape and data_offsets, found {short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{what}: dtype {str(dtype)[:40]!r} is not supported; one of: {', '.join(DTYPES)}")
+        raise UserError(f"{what}: dtype {short(dtype)} is not supported; one of: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_count(length) for length in shape) or len(shape) > 8:
-        raise UserError(f"{what}: shape {str(shape)[:80]}: expected up to 8 lengths of 0 or more")
+        raise UserError(f"{what}: shape {short(shape)}: expected up to 8 lengths of 0 or more")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_count(offset) for offset in offsets):
-        raise UserError(f"{what}: data_offsets {str(offsets)[:80]}: expected two places in the file")
+        raise UserError(f"{what}: data_offsets {short(offsets)}: expected two places in the file")
     begin, end = offsets
     if begin > end or data + end > size:
         raise UserError(

@@ -236,7 +236,8 @@ def _prefixed(missing: Iterable[str], there: Iterable[str]) -> str:
     missing, there = set(missing), set(there)
     first = min(missing)
     prefixes = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
-    if found := sorted(prefix for prefix in prefixes if {prefix + name for name in missing} <= there):
+    # `all` stops at the first that is not there: names of strangers may have as many prefixes as there are names.
+    if found := sorted(prefix for prefix in prefixes if all(prefix + name in there for name in missing)):
         return (
             f"; the same {len(missing)} are there under {found[0][:80]!r}, of what wrapped the model when saved: "
             "save the model within"

@@ -8,9 +8,9 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from trainfw.config import Config, PositiveFloat32, PositiveInt, invalid
+from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -23,11 +23,11 @@ class RopeScaling(Config):
 
     kind: Literal["llama3", "linear"]
     """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a smooth transition."""
-    factor: PositiveFloat32
+    factor: PositiveFloat
     """How many times longer the context becomes."""
-    low_freq_factor: PositiveFloat32 | None = None
+    low_freq_factor: PositiveFloat | None = None
     """llama3: frequencies that turn fewer times than this within the original length are divided by `factor`."""
-    high_freq_factor: PositiveFloat32 | None = None
+    high_freq_factor: PositiveFloat | None = None
     """llama3: frequencies that turn more times than this within the original length are kept."""
     original_max_position: PositiveInt | None = None
     """llama3: the original length, in tokens."""
@@ -65,7 +65,7 @@ class MoEConfig(Config):
     """`capacity`: an expert has a fixed number of slots, and what finds none is dropped (its token keeps what its other
     experts add); all-to-all over the expert axis. `dropless`: nothing is dropped; needs a backend with grouped
     products (not Neuron), and gathers the expert axis's tokens. Text is generated without drops in either case."""
-    capacity_factor: PositiveFloat32 = 1.25
+    capacity_factor: PositiveFloat = 1.25
     """capacity: slots of an expert, as a multiple of what it needs where all experts are chosen equally often."""
     balance_loss: NonNegativeFloat = 0.01
     """Coefficient of the load-balance loss, in every layer; the loss is 1 where all experts are chosen equally."""
@@ -109,11 +109,11 @@ class ModelConfig(Config):
     """Use the embedding table as the output head too."""
     activation: Activation = "silu"
     """The feed-forward gate: `silu` (Llama, Qwen, Mistral) or `gelu_tanh` (Gemma)."""
-    norm_eps: PositiveFloat32 = 1e-5
+    norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
-    rope_theta: PositiveFloat32 = 10000.0
+    rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    rope_local_theta: PositiveFloat32 | None = None
+    rope_local_theta: PositiveFloat | None = None
     """Base of the rotary frequencies in sliding layers, which are then not scaled (Gemma 3)."""
     rope_scaling: RopeScaling | None = None
     """Stretch the rotary frequencies for longer contexts."""
@@ -128,11 +128,11 @@ class ModelConfig(Config):
     # Not strict, so that YAML's list is taken as a tuple: a config is hashed as part of what is compiled.
     layer_pattern: Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)] = ("global",)
     """Kinds of attention, repeated over the layers from the first."""
-    attention_softcap: PositiveFloat32 | None = None
+    attention_softcap: PositiveFloat | None = None
     """Squash attention scores into (-cap, cap) with tanh (Gemma 2)."""
-    final_softcap: PositiveFloat32 | None = None
+    final_softcap: PositiveFloat | None = None
     """Squash logits into (-cap, cap) with tanh (Gemma 2)."""
-    query_scale: PositiveFloat32 | None = None
+    query_scale: PositiveFloat | None = None
     """Multiplies attention scores. Null is head_dim ** -0.5."""
     zero_centered_norm: bool = False
     """Store norm scales as their offset from 1 (Gemma)."""
@@ -140,7 +140,7 @@ class ModelConfig(Config):
     """Normalise the output of attention and feed-forward as well as their input (Gemma 2 and 3)."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(hidden_size) (Gemma)."""
-    init_std: PositiveFloat32 = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of freshly initialised weights."""
     moe: MoEConfig | None = None
     """A mixture of experts in place of every feed-forward layer."""
