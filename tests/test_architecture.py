@@ -26,7 +26,7 @@ ROWS = [
     ["parallel"],
     ["backends"],
     ["hardware"],
-    ["config", "gguf"],
+    ["config", "gguf", "yaml_text"],
     ["names", "paths", "tables", "utf8"],
     ["errors"],
 ]

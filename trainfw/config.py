@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,20 @@ INT32 = 2**31 - 1
 """The largest integer that arrays index with: the upper bound of sizes and counts."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
+
+_NOT_IN_NAMES = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Controls, line breaks of any kind, and halves of characters, as which Python shows bytes that are no UTF-8."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""Bytes: NAME_MAX and PATH_MAX of Linux."""
+
+
+def name_problem(text: str) -> str | None:
+    """Why `text` cannot be a name, a pattern or a path: characters or a length that no file system or script takes."""
+    if found := _NOT_IN_NAMES.search(text):
+        return f"holds the character U+{ord(found[0]):04X}, which no name or path may have"
+    if max(len(part.encode()) for part in text.split("/")) > _LONGEST_NAME or len(text.encode()) > _LONGEST_PATH:
+        return f"is longer than file systems take: {_LONGEST_NAME} bytes a name, {_LONGEST_PATH} a path"
+    return None
 
 
 class Config(BaseModel):

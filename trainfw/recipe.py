@@ -14,10 +14,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
+from trainfw import yaml_text
 from trainfw.adapters import AdapterConfig
 from trainfw.backends import load_sdk
 from trainfw.checkpoint import CheckpointConfig
-from trainfw.config import Config, invalid
+from trainfw.config import Config, invalid, name_problem
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean, nearest
 from trainfw.hardware import HardwareConfig
@@ -28,7 +29,6 @@ from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import path_text, resolve_path
 from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
-from trainfw.utf8 import read_utf8
 
 Sources = dict[str, str]
 """Where each dotted key was written: `file:line`, or `command line`."""
@@ -36,12 +36,17 @@ Sources = dict[str, str]
 _COMMAND_LINE = "command line"
 _WHOLE_MODEL = ("model.preset=", "model.from=")
 """Keys that say what all of the model is."""
+_FREE_TEXT = ("data.system_prompt", "train.sample_prompt")
+_MOST_EXTENDED = 32
+"""Recipes in a chain of `extends`."""
+_MOST_PROBLEMS = 20
+"""Told at once; to find the nearest key takes a while."""
 
 
 class Recipe(Config):
     """A whole training run. See `trainfw recipe schema` for every key."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Names the run, and its directory under runs/."""
     model: ModelConfig
     adapter: AdapterConfig | None = None
@@ -102,7 +107,7 @@ class Recipe(Config):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out; loads back to the same recipe."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        return yaml_text.dump(self.model_dump())
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> (value here, value in `other`), where they differ."""
@@ -129,13 +134,16 @@ def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Seq
         key, found, text = override.partition("=")
         if not found or not all(key.split(".")):
             raise UserError(f"{_COMMAND_LINE}: {override!r}: expected key=value, such as train.steps=50")
-        value = _parse(text, f"{_COMMAND_LINE}: {key}")
+        if len(key) > yaml_text.MOST_KEY or key.count(".") >= yaml_text.MOST_DEPTH:
+            raise UserError(f"{_COMMAND_LINE}: {_show(key)}: is too long for a key")
+        value = yaml_text.load(text, f"{_COMMAND_LINE}: {key}", lines=False)
         if f"{key}=" in _WHOLE_MODEL:
             tree = _without_tokenizer_of_model(tree)
             tree = tree | {"model": {}}
             sources = _without_model(sources) | {"model": _COMMAND_LINE}  # what the preset says, too
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: _COMMAND_LINE}
+        _check_sections(tree, sources)
     return _validate(tree, sources, str(path))
 
 
@@ -210,64 +218,19 @@ def refuse_recipe(path: str | os.PathLike[str]) -> None:
 # --- Reading -------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-4` is a number, and `no` and `on` are words."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as a string."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-_SCALARS = {
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "null": r"~|null|Null|NULL|",
-    "int": r"[-+]?[0-9][0-9_]*",
-    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-for _tag, _pattern in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
-_Loader.add_constructor(  # YAML 1.1 reads 010 as octal
-    "tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", ""))
-)
-
-
-# What PyYAML raises for text that is no YAML, and for tags whose values are not what they say.
-_MALFORMED = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except _MALFORMED as error:
-        raise UserError(f"{where}: {_problem(error)}") from None
-
-
-def _problem(error: Exception) -> str:
-    problem = getattr(error, "problem", None) or str(error) or type(error).__name__
-    return f"not valid YAML: {problem}"
-
-
 def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
     """A file's keys merged over those it extends, and where each was written."""
     chain = (*chain, file.resolve())
-    try:
-        text = read_utf8(file)
-        node = yaml.compose(text, _Loader)
-    except RecursionError:
-        raise UserError(f"{file}: is nested too deeply") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{file}{f':{mark.line + 1}' if mark else ''}: {_problem(error)}") from None
+    if len(chain) > _MOST_EXTENDED:
+        raise UserError(f"{file}: is extended by {len(chain) - 1} recipes, one by the other; {_MOST_EXTENDED} at most")
+    node = yaml_text.compose(yaml_text.read_text(file), file)
     if node is None:
         raise UserError(f"{file}: is empty; expected keys such as model: {{preset: tiny}}")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{file}:{node.start_mark.line + 1}: expected `key: value` lines at the top level")
     sources: Sources = {}
     tree = _construct(node, "", file, sources)
+    _check_sections(tree, sources)
     return _extended(tree, sources, file.parent, chain)
 
 
@@ -299,12 +262,14 @@ def _extended(
 def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, Any]:
     """A mapping's values, recording the line of every key and refusing a key written twice."""
     values: dict[str, Any] = {}
-    loader = _Loader("")
+    loader = yaml_text.Loader("")
     for key_node, value_node in node.value:
         line = f"{file}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{line}: expected a plain key")
         name = key_node.value
+        if len(name) > yaml_text.MOST_KEY:
+            raise UserError(f"{line}: a key of {len(name):,} characters; {yaml_text.MOST_KEY:,} at most")
         dotted = f"{prefix}{name}"
         if name in values:
             raise UserError(f"{line}: {dotted}: is written twice (first at {sources[dotted]})")
@@ -314,11 +279,29 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
                 values[name] = _construct(value_node, f"{dotted}.", file, sources)
             else:
                 values[name] = loader.construct_object(value_node, deep=True)
-        except RecursionError:
-            raise UserError(f"{line}: {dotted}: is nested too deeply, or contains itself") from None
-        except _MALFORMED as error:
-            raise UserError(f"{line}: {dotted}: {_problem(error)}") from None
+        except yaml_text.MALFORMED as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{line}: {dotted}: {yaml_text.problem_of(error)}") from None
     return values
+
+
+def _check_sections(tree: dict[str, Any], sources: Sources) -> None:
+    """Refuse a value in a section's place, which another file or override would replace without a word."""
+    for section in {key.rpartition(".")[0] for key in keys()} - {""}:
+        *outer, last = section.split(".")
+        parent: Any = tree
+        for part in outer:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        value = parent.get(last) if isinstance(parent, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{_where(section, sources)}{section} = {_show(value)}: {_section_of(last, value)}")
+
+
+def _section_of(section: str, value: Any) -> str:
+    """What is expected where `value` was given."""
+    inside = f"{FIRST[section]}: {value:.60}" if isinstance(value, str) and section in FIRST else "key: value"
+    return f"expected a section, `{section}: {{{inside}}}`"
 
 
 def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
@@ -362,8 +345,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
     for key, value in _leaves(tree):
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{_where(key, sources)}{key} = {_show(value)}: holds a NUL character")
+        for text in _texts(value):
+            if problem := _text_problem(key, text):
+                raise UserError(f"{_where(key, sources)}{_show(key)[1:-1]} = {_show(text)}: {problem}")
     tree = _from_adapter(_from_weights(tree, sources), sources)
     try:
         recipe = Recipe.model_validate(tree)
@@ -371,10 +355,33 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
         errors = error.errors(include_url=False)
         if any(e["loc"] == ("model", "preset") for e in errors):  # then what it should have filled in is not missing
             errors = [e for e in errors if not (e["loc"][0] == "model" and e["type"] == "missing")]
-        problems = [_describe(e, sources, file) for e in errors]
-        raise UserError("\n".join(dict.fromkeys(problems))) from None
+        problems = list(dict.fromkeys(_describe(e, sources, file) for e in errors[:_MOST_PROBLEMS]))
+        if len(errors) > _MOST_PROBLEMS:
+            problems.append(f"and {len(errors) - _MOST_PROBLEMS:,} more")
+        raise UserError("\n".join(problems)) from None
     recipe._sources.update(sources)
     return recipe
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value:
+            yield from _texts(each)
+        if isinstance(value, dict):
+            yield from _texts(list(value.values()))
+
+
+def _text_problem(key: str, text: str) -> str | None:
+    """Why the value of `key` cannot be what it says: all that is no free text is a name, a pattern or a path."""
+    if "\0" in text:
+        return "holds a NUL character"
+    if key not in _FREE_TEXT:
+        return name_problem(text) or name_problem(key)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "is not Unicode: it holds half a character"
+    return None
 
 
 def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
@@ -464,11 +471,9 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
                 choices.append("null")
             return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
         case "model_type" | "model_attributes_type":
-            section = path[-1] if path else file
-            inside = f"{FIRST[section]}: {value}" if isinstance(value, str) and section in FIRST else "key: value"
-            return f"{where}{key} = {_show(value)}: expected a section, `{section}: {{{inside}}}`"
+            return f"{where}{key} = {_show(value)}: {_section_of(path[-1] if path else file, value)}"
         case _:
-            expected = re.sub(r"^(Input should be|Value should|String should) ", "", error["msg"])
+            expected = re.sub(r"^(Input should be|Value should|String should( have)?) ", "", error["msg"])
             hint = _meant(kind, value)
             return f"{where}{key} = {_show(value)}: expected {expected[:1].lower()}{expected[1:]}{hint}"
 

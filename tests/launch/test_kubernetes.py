@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from trainfw import UserError, load_recipe
+from trainfw import UserError, load_recipe, yaml_text
 from trainfw.backends import read_wiring
 from trainfw.launch import kubernetes_job
 
 VERSION = "1.37"
+QUICKSTART = load_recipe("quickstart")
 
 # The fields of jobset.x-k8s.io/v1alpha2 that we write (kubernetes-sigs/jobset 0336a8fd hack/python-sdk/swagger.json and
 # api/jobset/v1alpha2/jobset_types.go); `template.spec` is a batch/v1 Job's.
@@ -234,6 +238,8 @@ def test_what_another_try_would_not_mend_fails_at_once():
         ("quickstart", {"run_dir": "runs/a"}, "--run-dir runs/a: expected an absolute path"),
         ("quickstart", {"namespace": "A"}, "--namespace A: expected"),
         ("quickstart", {"image": "a b"}, "--image 'a b': expected a container image"),
+        ("quickstart", {"volumes": ["c:/x\n"]}, r"--volume '/x\\n': holds the character U\+000A"),
+        ("quickstart", {"run_dir": "/a\x85"}, r"--run-dir '/a\\x85': holds the character U\+0085"),
         (
             "llama3.1-8b-trn2-ultraserver",
             {"nodes": 3},
@@ -244,6 +250,60 @@ def test_what_another_try_would_not_mend_fails_at_once():
 def test_what_cannot_be_is_refused(recipe, options, message):
     with pytest.raises(UserError, match=message):
         job(recipe, **options)
+
+
+PRINTABLE = [*"ab1 \"'\\$`#;&|<>(){}[]*?~!%^=,:-/.é", "$(JOB_INDEX)", "$$(", "no", "1e4"]
+CONTROLS = [*"\t\n\r\0\x7f\x85\u2028\ufeff"]
+HOSTILE = st.one_of(
+    *[st.lists(st.sampled_from(letters), max_size=9).map("".join) for letters in (PRINTABLE, PRINTABLE + CONTROLS)]
+)
+FIELDS = dict.fromkeys(("image", "namespace", "queue", "run_dir", "path", "claim", "resource", "prompt"), HOSTILE)
+
+
+def expand(text):
+    """What Kubernetes makes of a word of a container's command (its expansion/expand.go)."""
+    known = {"JOB_INDEX": "EXPANDED"}
+    pattern = re.compile(r"\$(\$|\(([^)]*)\))", re.DOTALL)
+    return pattern.sub(lambda found: "$" if found[1] == "$" else known.get(found[2], found[0]), text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(given=st.fixed_dictionaries({}, optional=FIELDS))
+@example({"namespace": "1e4", "queue": "y", "claim": "0x1f", "resource": "on"})
+@example({"run_dir": "$(JOB_INDEX)$$(JOB_INDEX)$", "prompt": "\x85\u2028\u2029 \t\n\ufeff"})
+def test_whatever_is_given_reaches_the_manifest_as_it_is_or_is_refused(given):
+    given = {"claim": "fsx", "path": "fsx", "run_dir": "r", "image": "i", "resource": "cpu", **given}
+    recipe = QUICKSTART.model_copy(
+        update={"train": QUICKSTART.train.model_copy(update={"sample_prompt": given.get("prompt")})}
+    )
+    try:
+        made = kubernetes_job(
+            recipe,
+            image=given["image"],
+            volumes=[f"{given['claim']}:/{given['path']}"],
+            run_dir=f"/{given['run_dir']}",
+            resources=[f"{given['resource']}=1"],
+            namespace=given.get("namespace"),
+            queue=given.get("queue"),
+        )
+    except UserError:
+        assert any(re.search(r"[^a-zA-Z0-9]|^[A-Z0-9]|^$", given[name]) for name in FIELDS if name in given)
+        return
+    manifest = made.manifest()
+    objects = json.loads(json.dumps(made.objects()))
+    for loader in (yaml.SafeLoader, yaml_text.Loader):  # YAML 1.1 and 1.2
+        assert list(yaml.load_all(manifest, loader)) == objects
+    assert not re.search(r"[^\n\x20-\x7e\xa0-\u2027\u202a-\uffff]", manifest)
+    scalars = [event for event in yaml.parse(manifest) if isinstance(event, yaml.ScalarEvent)]
+    plain = {event.value for event in scalars if event.style is None} - {"true"}
+    assert all(re.fullmatch(r"[0-9]+|[A-Za-z/][\w./-]+", value) for value in plain), plain
+    assert not {"yes", "no", "on", "off", "null"} & plain
+    container = pod(objects[1])["containers"][0]
+    assert [expand(word) for word in container["command"]] == [
+        *("python", "-P", "-m", "trainfw", "train", "/etc/trainfw/recipe.yaml", "--run-dir", f"/{given['run_dir']}")
+    ]
+    assert container["volumeMounts"][1]["mountPath"] == f"/{given['path']}".rstrip("/")
+    assert yaml_text.load(objects[0]["data"]["recipe.yaml"], "x")["train"]["sample_prompt"] == given.get("prompt")
 
 
 def test_nodes_of_which_no_document_tells():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainfw import UserError, load_recipe
 from trainfw.launch import slurm_job
@@ -82,14 +88,124 @@ def test_names_with_spaces_and_patterns():
     [
         ({"nodes": 0}, "--nodes 0: expected at least 1"),
         ({"time": "tomorrow"}, "--time tomorrow: expected what sbatch takes"),
-        ({"options": ["exclude=a"]}, "--sbatch exclude=a: expected an option"),
-        ({"partition": "a\nb"}, "line break"),
-        ({"partition": 'a"b'}, "quotation mark"),
+        ({"options": ["exclude=a"]}, "--sbatch 'exclude=a': expected an option"),
+        ({"options": ["--comment=a\nrm"]}, r"--sbatch '--comment=a\\nrm': holds the character U\+000A"),
+        ({"partition": "a\nb"}, r"--partition 'a\\nb': holds the character U\+000A"),
+        ({"account": "a\x85b"}, r"--account 'a\\x85b': holds the character U\+0085"),
+        ({"run": "runs/a\n#SBATCH --account=x"}, "--run-dir .*U\\+000A"),
+        ({"run": "runs/a\\b"}, "--run-dir .*no backslash"),
+        ({"overrides": ["train.sample_prompt=a\rb"]}, r"train.sample_prompt: holds U\+000D"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         job(**options)
+
+
+PRINTABLE = [*"ab1 \"'\\$`#;&|<>(){}[]*?~!%^=,:-é", "$(id)", "${HOME}", "%j", "../", "--"]
+CONTROLS = [*"\t\n\r\0\x7f\x85\u2028", "\udcff"]
+HOSTILE = st.one_of(
+    *[
+        st.lists(st.sampled_from(letters), max_size=9).map("".join)
+        for letters in [PRINTABLE] * 12 + [PRINTABLE + CONTROLS]
+    ]
+)
+QUICKSTART = load_recipe("quickstart")
+CONF = """ClusterName=t
+SlurmctldHost=localhost
+SlurmctldPort=1
+MessageTimeout=2
+AuthType=auth/none
+CredType=cred/none
+NodeName=localhost
+PartitionName=t Nodes=ALL
+"""
+
+
+def sbatch_words(line):
+    """As sbatch reads a line's words (schedmd/slurm src/sbatch/opt.c `_get_argument`)."""
+    words, word, quote, escaped = [], None, "", False
+    for letter in line:
+        if escaped:
+            word, escaped = (word or "") + letter, False
+        elif letter == "\\":
+            escaped = True
+        elif quote:
+            word, quote = (word, "") if letter == quote else (word + letter, quote)
+        elif letter in "\"'":
+            word, quote = word or "", letter
+        elif letter == "#":
+            break
+        elif letter.isspace():
+            words, word = words + ([] if word is None else [word]), None
+        else:
+            word = (word or "") + letter
+    assert not quote
+    return words + ([] if word is None else [word])
+
+
+@functools.cache
+def fakes(directory):
+    """Programs that stand for Slurm's and for Python; this one says its arguments."""
+    programs = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo head",
+        "squeue": "echo RUNNING",
+        "py thon": "printf '%s\\0' \"$@\" > said",
+    }
+    for name, text in programs.items():
+        (directory / name).write_text(f"#!/bin/bash\n{text}\n")
+        (directory / name).chmod(0o755)
+    return directory
+
+
+FIELDS = dict.fromkeys(("run", "partition", "account", "comment", "path", "override"), HOSTILE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(given=st.fixed_dictionaries(FIELDS), tasks=st.integers(1, 2))
+def test_whatever_is_given_reaches_the_script_as_it_is_or_is_refused(given, tasks, tmp_path_factory):
+    directory = fakes(tmp_path_factory.getbasetemp())
+    path, overrides, run = given["path"], [f"train.sample_prompt={given['override']}"], Path(f"/r{given['run']}")
+    options = {name: given[name] for name in ("partition", "account")} | {"options": [f"--comment={given['comment']}"]}
+    python = str(directory / "py thon")
+    try:
+        made = slurm_job(QUICKSTART, path, overrides, run, nodes=1, python=python, tasks_per_node=tasks, **options)
+    except UserError:
+        assert set("".join(given.values())) & {*CONTROLS, "\\"}
+        return
+    script = made.script()
+    lines = script.split("\n\n")[0].splitlines()[1:]
+    words = dict(word.partition("=")[::2] for line in lines for word in sbatch_words(line.removeprefix("#SBATCH")))
+    assert len(words) == len(lines)
+    expected = {"--partition": given["partition"], "--account": given["account"], "--comment": given["comment"].strip()}
+    assert {name: words[name] for name in expected} == expected
+    assert words["--output"].replace("%%", "%") == f"{run}/logs/slurm-%j.log"
+    environ = {"PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a"}
+    environ |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    done = subprocess.run(["bash"], input=script, text=True, cwd=directory, env=environ, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = (directory / "said").read_text().split("\0")[:-1]
+    assert said == ["-P", "-m", "trainfw", "train", path, *overrides, "--run-dir", str(run)]
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Debian's slurm-wlm")
+def test_sbatch_itself_reads_the_same(tmp_path):
+    """Which says what it has read before it finds no cluster."""
+    value = "a b\"#'$x\\y`z`"
+    (tmp_path / "slurm.conf").write_text(CONF)
+    (tmp_path / "script").write_text(
+        job(run="/r \"'#%j", partition=value, options=[f"--comment={value}", "-C gpu"]).script()
+    )
+    said = subprocess.run(
+        ["sbatch", "-vv", str(tmp_path / "script")],
+        env=os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")},
+        capture_output=True,
+        text=True,
+    ).stderr
+    read = dict(re.findall(r"^sbatch: ([a-z-]+) +: (.*)$", said, re.MULTILINE))
+    assert (read["partition"], read["comment"], read["constraint"]) == (value, value, "gpu")
+    assert read["output"] == "/r \"'#%%j/logs/slurm-%j.log"
 
 
 def test_an_instance_takes_one_process():

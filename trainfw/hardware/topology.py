@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from yaml import MarkedYAMLError, YAMLError
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, dimension, quantity, units
@@ -293,7 +292,7 @@ def _files(name: str) -> tuple[TopologyFile, ChipFile]:
         chip = file.chip
         if isinstance(chip, str):
             chip = ChipFile.model_validate(_read(_HERE / "chips" / f"{chip}.yaml"))
-    except (ValidationError, OSError, YAMLError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
+    except (ValidationError, OSError, TypeError, AttributeError, RecursionError) as error:
         if not own:
             raise  # a mistake of ours
         raise UserError(f"topology {name!r}: {_problem(error)}") from None
@@ -306,9 +305,6 @@ def _problem(error: Exception) -> str:
         return error.strerror or str(error)
     if isinstance(error, RecursionError):
         return "is nested too deeply, or extends itself"
-    if isinstance(error, MarkedYAMLError):
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        return f"{line}not valid YAML: {error.problem}"
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     # A chip is a name or a section, and what is wrong with either is reported.
@@ -321,9 +317,12 @@ def _problem(error: Exception) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
+    from trainfw import yaml_text  # imports yaml
 
-    return yaml.safe_load(path.read_text())
+    try:
+        return yaml_text.load(yaml_text.read_text(path), path.name)
+    except UserError as error:
+        raise UserError(f"topology {str(path)!r}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _read_topology(name: str) -> dict[str, Any]:

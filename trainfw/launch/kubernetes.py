@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from trainfw import yaml_text
 from trainfw.errors import UserError
-from trainfw.launch.nodes import accepting, count_nodes
+from trainfw.launch.nodes import accepting, check_name, count_nodes
 from trainfw.recipe import Recipe
 
 _API = "jobset.x-k8s.io/v1alpha2"
@@ -16,11 +17,14 @@ _LABELS = "jobset.sigs.k8s.io"
 """JobSet puts these on each pod (kubernetes-sigs/jobset api/jobset/v1alpha2/jobset_types.go)."""
 _JOB = "workers"
 _RECIPE = "/etc/trainfw"
+_PYTHON = ("python", "-P", "-m", "trainfw")
+"""-P: whatever lies in the directory where the pod starts is not imported."""
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 """RFC 1123."""
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 """RFC 1035, which JobSet asks for (kubernetes-sigs/jobset pkg/webhooks/jobset_webhook.go)."""
 _AMOUNT = re.compile(r"[a-z][-./a-zA-Z0-9]*=[0-9]+(\.[0-9]+)?[a-zA-Z]{0,2}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _OURS = ("/dev/shm", _RECIPE)
 _LONGEST = 63
 """Of a label: of a pod's host name too."""
@@ -116,7 +120,7 @@ class KubernetesJob:
         container = {
             "name": "trainfw",
             "image": self.image,
-            "command": ["python", "-m", "trainfw", "train", recipe, "--run-dir", self.run_dir, *self.accept],
+            "command": [*_PYTHON, "train", recipe, "--run-dir", _literal(self.run_dir), *map(_literal, self.accept)],
             "env": self._environment(),
             "volumeMounts": mounts,
             **({"resources": {"limits": resources, "requests": resources}} if resources else {}),
@@ -202,6 +206,8 @@ def kubernetes_job(
             raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
     if run_dir is not None and not run_dir.startswith("/"):
         raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
+    for option, path in [("--run-dir", run_dir), *(("--volume", path) for _, path in claims)]:
+        check_name(option, path)
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
         name = name if name[0].isalpha() else f"run-{name}"
@@ -214,7 +220,7 @@ def kubernetes_job(
     for option, label in (("--namespace", namespace), ("--queue", queue)):
         if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):
             raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
-    if not image or re.search(r"\s", image):
+    if not _IMAGE.fullmatch(image):
         raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
     return KubernetesJob(
         recipe=recipe,
@@ -244,15 +250,26 @@ def _volume(text: str) -> tuple[str, str]:
     return claim, path
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes several lines as they are, and everything in full."""
+def _literal(text: str) -> str:
+    """A word of a container's command, in which Kubernetes expands `$(NAME)`, and reads `$$` as `$`."""
+    return text.replace("$", "$$")
 
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+
+class _Dumper(yaml_text.Dumper):
+    """Quotes all that a YAML of any version might take for no string, and writes several lines as they are."""
+
+
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*[A-Za-z0-9]", re.ASCII)
+_WORDS = ("true", "false", "yes", "no", "on", "off", "null")
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style: str | None = '"'
+    if "\n" in text and not yaml_text.QUOTED.search(text):
+        style = "|"
+    elif _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        style = None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)

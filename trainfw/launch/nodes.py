@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainfw.config import name_problem
 from trainfw.errors import UserError
 from trainfw.recipe import Recipe
 from trainfw.training import check_accept
@@ -25,3 +26,9 @@ def accepting(keys: Sequence[str]) -> list[str]:
     """The options of `trainfw train` that accept other values of keys. Raises UserError for keys that cannot be."""
     check_accept(keys)
     return [word for key in keys for word in ("--accept", key)]
+
+
+def check_name(option: str, text: str | None) -> None:
+    """Refuse a name or a path that an option gives and that cannot be one. Raises UserError."""
+    if text is not None and (problem := name_problem(text)):
+        raise UserError(f"{option} {text!r:.80}: {problem}")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import TRY_AGAIN, RunError, UserError
-from trainfw.launch.nodes import accepting, count_nodes
+from trainfw.launch.nodes import accepting, check_name, count_nodes
 from trainfw.recipe import Recipe
 
 SCRIPT = "launch.sbatch"
 """In the run's logs/."""
 
-_TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})")
+_TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})", re.ASCII)
 """What sbatch(1) takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
 
@@ -55,28 +55,39 @@ class SlurmJob:
             "job-name": self.name,
             "nodes": self.nodes,
             "ntasks-per-node": self.tasks_per_node,
-            "exclusive": "" if self.tasks_per_node == 1 else None,
+            "exclusive": True if self.tasks_per_node == 1 else None,
             "time": self.time,
             "partition": self.partition,
             "account": self.account,
-            "requeue": "",
+            "requeue": True,
             "open-mode": "append",  # a requeued job goes on in the same files
-            "output": f"{_literal(logs)}/slurm-%j.log",
+            "output": f"{_pattern(logs)}/slurm-%j.log",
             "signal": f"TERM@{self.grace}",
         }
-        lines = [_directive(key, value) for key, value in sbatch.items() if value is not None]
-        command = [self.python, "-m", "trainfw", "train", self.recipe, *self.overrides, "--run-dir", str(self.run_dir)]
+        lines = [_directive(f"--{key}", value) for key, value in sbatch.items() if value is not None]
+        lines += [_option(text) for text in self.options]
+        command = [
+            self.python,
+            "-P",
+            "-m",
+            "trainfw",
+            "train",
+            self.recipe,
+            *self.overrides,
+            "--run-dir",
+            str(self.run_dir),
+        ]
         if self.devices is not None:
             command += ["--devices", str(self.devices)]
         command += accepting(self.accept)
-        directives = "\n".join(f"#SBATCH {line}" for line in [*lines, *self.options])
+        directives = "\n".join(f"#SBATCH {line}" for line in lines)
         return f"""#!/bin/bash
 {directives}
 
 # Written by `trainfw launch slurm`. One process on each node; each sets Neuron's, EFA's and JAX's environment itself
 # (`trainfw env` shows which), and those of UltraServers number themselves by their hosts' places in the torus.
 # SIGTERM (scancel, preemption, {self.grace} s before the time limit) goes to the processes, which save and exit with
-# 143. sbatch itself writes into {logs}: it must exist.
+# 143. sbatch itself writes into the run's logs/, which must exist.
 set -uo pipefail
 trap 'echo "$(date): SIGTERM; the processes save"; [[ -n ${{step:-}} ]] && kill -TERM "$step" 2>/dev/null' TERM
 echo "$(date): job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${{SLURM_RESTART_COUNT:-0}} + 1))"
@@ -84,7 +95,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
-srun --kill-on-bad-exit=1 --output={shlex.quote(_literal(logs))}/rank-%t.log --open-mode=append \\
+srun --kill-on-bad-exit=1 --output={shlex.quote(_pattern(logs))}/rank-%t.log --open-mode=append \\
   {self._numbered()}{shlex.join(command)} &
 step=$!
 wait "$step"; code=$?
@@ -119,13 +130,28 @@ exit $code
   """
 
 
-def _directive(key: str, value: object) -> str:
+def _directive(option: str, value: object) -> str:
+    """An option as sbatch reads it from a line: words end at white space, `#` begins a comment, a backslash escapes."""
+    if value is True:
+        return option
     text = str(value)
-    return f"--{key}" + (f'="{text}"' if re.search(r"\s", text) else f"={text}" if text else "")
+    if not re.fullmatch(r"[\w./:=,@%+-]+", text, re.ASCII):
+        text = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return f"{option}={text}" if option.startswith("--") else f"{option} {text}"
 
 
-def _literal(path: Path) -> str:
-    """For a file name pattern of Slurm's."""
+def _option(text: str) -> str:
+    """One of `options` as a directive. Raises UserError for what is none."""
+    found = re.fullmatch(r"(--[a-z][a-z0-9-]*)(?:[= ](.*))?|(-[A-Za-z])(.*)", text)
+    if found is None:
+        raise UserError(f"--sbatch {text!r:.80}: expected an option of sbatch, such as --exclude=trn-7")
+    long, of_long, short, of_short = found.groups()
+    value = of_long if long else of_short or None
+    return _directive(long or short, True if value is None else value.strip())
+
+
+def _pattern(path: Path) -> str:
+    """The path where Slurm expects a file name pattern."""
     return str(path).replace("%", "%%")
 
 
@@ -140,15 +166,18 @@ def slurm_job(
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
-    for option in job.options:
-        if not option.startswith("-"):
-            raise UserError(f"--sbatch {option}: expected an option of sbatch, such as --exclude=trn-7")
     if neuron and job.tasks_per_node > 1:
         raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
-    if any('"' in text for text in (str(job.run_dir), job.partition or "", job.account or "")):
-        raise UserError("a name in the script's directives has a quotation mark")
-    if any("\n" in text for text in (job.recipe, *job.overrides, *job.options, job.partition or "", job.account or "")):
-        raise UserError("an argument has a line break")
+    options_of = {"RECIPE": path, "--run-dir": str(run_dir), "--partition": job.partition, "--account": job.account}
+    for given, text in [*options_of.items(), *(("--sbatch", option) for option in job.options)]:
+        check_name(given, text)
+    if "\\" in str(run_dir):
+        raise UserError(f"--run-dir {str(run_dir)!r}: Slurm's file names take no backslash")
+    for text in job.overrides:
+        if found := re.search(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", text):
+            raise UserError(f"{text.partition('=')[0]}: holds U+{ord(found[0]):04X}, which a script may not have")
+    for text in job.options:
+        _option(text)
     return job
 
 
