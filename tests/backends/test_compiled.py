@@ -19,12 +19,12 @@ import json, sys
 import trainfw
 from trainfw import backends
 if "prepare" in sys.argv:
-    backends.prepare(1)
+    backends.prepare(int(sys.argv[4]))
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
-recipe = trainfw.load_recipe(sys.argv[1], ["train.steps=3"])
+recipe = trainfw.load_recipe(sys.argv[1], ["train.steps=3", *sys.argv[5:]])
 result = trainfw.train(recipe, run_dir=sys.argv[2])
 print(json.dumps({"hits": len(hits), "directory": jax.config.jax_compilation_cache_dir}))
 """
@@ -75,7 +75,7 @@ def test_what_was_compiled_computes_the_same_bits(runs):
     said, first = runs.run()  # by train() alone
     assert said == {"hits": 0, "directory": str(runs.cache)}
     assert stat.S_IMODE(runs.cache.stat().st_mode) == 0o700
-    said, second = runs.run("prepare")
+    said, second = runs.run("prepare", "1")
     assert said["hits"] == len(runs.entries()) >= 3
     assert without == first == second
 
@@ -87,6 +87,19 @@ def test_what_was_compiled_computes_the_same_bits(runs):
     assert after == first
     assert runs.entries() == list(whole)
     assert runs.run()[0]["hits"] == len(whole)  # written anew
+
+
+@pytest.mark.slow
+def test_so_does_a_step_of_several_devices(runs):
+    """Of any size: this one's buffers are larger than a block of glibc's."""
+    large = ("prepare", "2", "train.steps=1", "train.global_batch_size=128", "model.intermediate_size=4096")
+    said, first = runs.run(*large)
+    assert said["hits"] == 0
+    steps = [entry for entry in runs.entries() if "train_step" in entry.name]
+    assert len(steps) == 1
+    said, second = runs.run(*large)
+    assert said["hits"] == len(runs.entries())
+    assert first == second
 
 
 @pytest.mark.slow

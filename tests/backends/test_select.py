@@ -53,13 +53,8 @@ def test_neurons_contract_on_the_cpu():
 
 
 def test_xla_knows_the_options():
-    options = select.CPU.step_options(2) | select.CPU.init_options
+    options = select.CPU.compiler_options | select.CPU.init_options
     assert jax.jit(lambda: 3, compiler_options=options)() == 3
-
-
-@pytest.mark.usefixtures("as_neuron")
-def test_simulated_devices_compute_as_the_cpus():
-    assert backends.current().step_options(8) == select.CPU.step_options(8)
 
 
 def test_the_next_prepare_ends_a_simulation():

@@ -19,8 +19,6 @@ class Backend:
     """JAX's name of the platform that runs the programs: `name`, or `cpu` when the backend is simulated."""
     compiler_options: dict[str, str] = field(default_factory=dict)
     """XLA options with which the training step is compiled."""
-    many_options: dict[str, str] = field(default_factory=dict)
-    """And further ones, where it runs on several devices."""
     init_options: dict[str, str] = field(default_factory=dict)
     """Those with which the first state is computed: by the host, where `host_init` says so."""
     rules: Literal["neuron"] | None = None
@@ -38,10 +36,6 @@ class Backend:
     casts_once: bool = False
     """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
     held twice for less work. Measured to pay on a GPU."""
-
-    def step_options(self, num_devices: int) -> dict[str, str]:
-        """XLA options for a training step, or a part of one."""
-        return self.compiler_options | (self.many_options if num_devices > 1 else {})
 
     @property
     def simulated(self) -> bool:

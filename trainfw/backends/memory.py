@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 """Of mallopt(3), glibc's malloc.h."""
 
 
@@ -32,6 +32,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)  # nothing in a mapping of its own, however large: those go back at once
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
         mallopt(_M_TOP_PAD, 2**27)  # nor the heaps of other threads, which are of 64 MB, when they are empty
+
+
+def share_freed_memory() -> None:
+    """Have all threads take memory from one arena of glibc's. For before JAX starts several devices in this process.
+
+    These compute in threads of JAX's own, whose own arenas hold blocks of up to 64 MB, and a step's buffers are one
+    larger block: a tenth of a step's processor time went into memory that was cleared anew (benchmarks/scaling.py).
+    (XLA can lay them in blocks that fit, `xla_multiheap_size_constraint_per_heap`, but then no step can be kept on
+    disk: "Multiple temp buffer allocations found", jaxlib 0.10.2.)
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def release_freed_memory() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainfw.backends.base import Backend
 from trainfw.backends.distributed import Wiring, read_wiring
+from trainfw.backends.memory import share_freed_memory
 from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
 from trainfw.backends.neuron.place import read_place
@@ -25,9 +26,6 @@ CPU = Backend(
     # Else the CPU pipeline drops remat's optimization barriers before it schedules, and recomputes every unrolled
     # layer at once: all of the work and none of the memory saved.
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
-    # Several devices compute in threads of jax's own, whose freed memory glibc keeps in blocks of up to 64 MB: else a
-    # step on simulated devices spends an eighth of its time in memory that is cleared anew (benchmarks/scaling.py).
-    many_options={"xla_multiheap_size_constraint_per_heap": str(2**25)},
     # It runs once, as fast and to the same bits, and takes less time to compile.
     init_options={"xla_backend_optimization_level": "1"},
 )
@@ -43,9 +41,7 @@ NEURON = Backend(
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
 )
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
-SIMULATED = {
-    NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options, many_options=CPU.many_options)
-}
+SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
 
 GPU_MEMORY = "0.93"
@@ -120,6 +116,8 @@ def _simulate(devices: int | None) -> None:
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
     if devices is not None:
+        if devices > 1:
+            share_freed_memory()
         flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HOST_DEVICES)]
         os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_HOST_DEVICES}{devices}"])
     if "jax" not in sys.modules:

@@ -106,7 +106,7 @@ class Program:
         return self._compiled(self.eval_step.lower(state.params, state.frozen, self.abstract_batch))
 
     def _compiled(self, lowered: Any) -> Any:
-        compiled = lowered.compile(compiler_options=backends.current().step_options(self.mesh.size))
+        compiled = lowered.compile(compiler_options=backends.current().compiler_options)
         backends.release_freed_memory()
         return compiled
 
