@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 INT32 = 2**31 - 1
-"""The largest integer that arrays index with: the upper bound of sizes and counts."""
+"""The largest integer that arrays index with: the upper bound of counts."""
+LARGEST_DIM = 2**24
+"""The largest dim of an array that a recipe can mean: 60 of the largest vocabularies, 16 contexts of a million."""
+_LARGEST_INT = 2**32
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Of floats other than zero: what arrays of float32 hold."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
+Dim = Annotated[int, Field(gt=0, le=LARGEST_DIM)]
 
 _NOT_IN_NAMES = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Controls, line breaks of any kind, and halves of characters, as which Python shows bytes that are no UTF-8."""
@@ -40,6 +46,15 @@ class Config(BaseModel):
         allow_inf_nan=False,
         serialize_by_alias=True,  # `from`, which Python does not take as a name
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_meant(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > _LARGEST_INT:
+            invalid("", f"expected at most {_LARGEST_INT:,}, not a number of {len(str(abs(value)))} digits")
+        if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
+            invalid("", f"{value:g}: expected 0, or a number between {_SMALLEST:g} and {_LARGEST:g}")
+        return value
 
 
 def invalid(field: str, message: str) -> NoReturn:

@@ -108,6 +108,15 @@ OVERRIDES = {
     "nested too deeply": ("train.steps=" + "[" * 3000, "train.steps: is nested too deeply: more than 64 levels"),
     "seed beyond 32 bits": ("train.seed=18446744073709551616", "expected less than or equal to"),
     "head too large to index": ("model.head_dim=100000000000000", "expected less than or equal to"),
+    "vast": (
+        "train.log_every=1" + "0" * 30,
+        "train.log_every: expected at most 4,294,967,296, not a number of 31 digits",
+    ),
+    "cache in no directory": ("data.cache_dir=/proc/1", "data.cache_dir = '/proc/1': cannot be written: No such file"),
+    "more than the machine has": (
+        ["data.sequence_length=16777216", "train.global_batch_size=1048576"],
+        "train.global_batch_size = 1048576: rows of 16,777,216 tokens take at least",
+    ),
     "NUL": ('data.cache_dir="a\\0"', "holds a NUL character"),
     "empty part of a key": ("train..steps=5", "expected key=value"),
     "empty source": ("data.source=", "data.source = null: expected"),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from trainfw.config import Config, PositiveInt, invalid
+from trainfw.config import LARGEST_DIM, Config, Dim, PositiveInt, invalid
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -24,7 +24,7 @@ class TokenizerConfig(Config):
 
     name: Literal["bytes", "bpe", "file"] = "bytes"
     """`bytes`: one token a byte. `bpe`: byte-level BPE trained on the training split. `file`: a tokenizer.json."""
-    vocab_size: int | None = Field(default=None, ge=BYTE_VOCAB_SIZE)
+    vocab_size: int | None = Field(default=None, ge=BYTE_VOCAB_SIZE, le=LARGEST_DIM)
     """Tokens in the vocabulary, special tokens included; for `bpe` only."""
     path: str | None = None
     """A tokenizer.json, or a directory that holds one; for `file` only."""
@@ -82,7 +82,7 @@ class DataConfig(Config):
     """Of a built-in task: take only prompts of at most this many characters."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """The tokenizer that turns text into tokens."""
-    sequence_length: PositiveInt
+    sequence_length: Dim
     """Tokens in a row. Documents are concatenated and cut into rows of this length; examples of the other formats are
     packed into rows whole."""
     mask_documents: bool = True

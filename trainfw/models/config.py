@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from trainfw.config import Config, PositiveInt, invalid
+from trainfw.config import Config, Dim, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -50,14 +50,14 @@ class RopeScaling(Config):
 class MoEConfig(Config):
     """A mixture of experts in place of every feed-forward layer: each token goes to a few of many small ones."""
 
-    num_experts: PositiveInt
+    num_experts: Dim
     """E: routed experts in every layer."""
-    experts_per_token: PositiveInt
+    experts_per_token: Dim
     """k: experts that every token goes to."""
     normalize_weights: bool = True
     """Divide the weights of a token's k experts by their sum (Mixtral, Qwen3-MoE); otherwise they are the softmax's
     own (OLMoE)."""
-    shared_intermediate_size: PositiveInt | None = None
+    shared_intermediate_size: Dim | None = None
     """Width of the experts that every token goes to (DeepSeek-style), all of them together. Null is none."""
     # The one form that every backend takes, and whose cost does not depend on what the router does. What it drops is
     # in the metrics.
@@ -91,19 +91,19 @@ class ModelConfig(Config):
     """Start from these weights: a Hugging Face directory (config.json and safetensors), a GGUF file, a run directory,
     or `package:NAME` for the model inside an installed Python package. It also gives every field that is not written
     here, and the tokenizer."""
-    vocab_size: PositiveInt
+    vocab_size: Dim
     """Rows of the embedding table."""
-    hidden_size: PositiveInt
+    hidden_size: Dim
     """D: width of the residual stream."""
-    intermediate_size: PositiveInt
+    intermediate_size: Dim
     """F: width of the gated feed-forward layer; with `moe`, of one expert."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """L: decoder layers."""
-    num_heads: PositiveInt
+    num_heads: Dim
     """H: query heads."""
-    num_kv_heads: PositiveInt
+    num_kv_heads: Dim
     """K: key and value heads, each shared by H / K query heads."""
-    head_dim: PositiveInt
+    head_dim: Dim
     """h: size of a head. Left out, it is hidden_size / num_heads."""
     tie_embeddings: bool = False
     """Use the embedding table as the output head too."""

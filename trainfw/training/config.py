@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainfw.config import INT32, Config, PositiveInt, invalid
+from trainfw.config import INT32, Config, Dim, PositiveInt, invalid
 
 
 class EvaluationConfig(Config):
@@ -19,9 +19,9 @@ class EvaluationConfig(Config):
     Each from 0 to 1, averaged over the examples."""
     examples: PositiveInt = 64
     """How many held-out examples, spread over all of them."""
-    max_tokens: PositiveInt = 48
+    max_tokens: Dim = 48
     """Tokens the model may write; it takes the likeliest each time."""
-    batch_size: PositiveInt = 16
+    batch_size: Dim = 16
     """Prompts continued at once."""
     samples: int = Field(default=3, ge=0)
     """How many examples are shown when the run ends; evaluation.jsonl in the run directory holds all."""
@@ -32,7 +32,7 @@ class TrainConfig(Config):
 
     steps: int = Field(default=1000, ge=1, le=INT32)
     """Optimizer updates."""
-    global_batch_size: int = Field(default=8, ge=1, le=INT32)
+    global_batch_size: Dim = 8
     """Rows (of data.sequence_length tokens) in one update, over all devices."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Microbatches that one update is split into: less activation memory, the same update."""

@@ -17,7 +17,7 @@ from trainfw.recipe import Recipe, expect_recipe
 from trainfw.training.base import check_base
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
-from trainfw.training.inputs import check_inputs
+from trainfw.training.inputs import check_inputs, check_memory
 from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
@@ -85,6 +85,7 @@ def _train(
     if backend.platform == "cpu":
         backends.keep_freed_memory()
     program = build_program(recipe, devices)
+    check_memory(program)
     _say_program(program, reporter)
     first = jax.process_index() == 0
     changed: Changed = {}
