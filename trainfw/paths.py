@@ -53,11 +53,14 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     return found[0]
 
 
-def check_file(file: Path) -> None:
+def check_file(file: Path, *, named: bool = False) -> None:
     """Raises UserError, saying what is there, where it is no file to be read.
 
-    That is nothing, a link that leads nowhere, a pipe (which would be waited on forever), or what Git LFS keeps in a
-    file's place.
+    That is nothing, a link that leads nowhere or out of the model's directory, a pipe (which would be waited on
+    forever), or what Git LFS keeps in a file's place.
+
+    Args:
+        named: the user gave this very path, and so means what a link leads to.
     """
     if file.is_symlink() and not file.exists():
         raise UserError(
@@ -66,12 +69,27 @@ def check_file(file: Path) -> None:
         )
     if not file.exists():
         raise UserError(f"{file}: no such file")
+    if not named and (target := _leaves(file)) is not None:
+        raise UserError(
+            f"{file}: is a link to {target}, outside of the model's directory: whoever made the model may so have any "
+            "file of this machine read or copied; put the file itself there"
+        )
     if not file.is_file():
         raise UserError(f"{file}: is not a regular file")
     if file.stat().st_size <= _LFS_BYTES:
         with file.open("rb") as stream:
             if stream.read(len(_LFS)) == _LFS:
                 raise UserError(f"{file}: is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches")
+
+
+def _leaves(file: Path) -> Path | None:
+    """Where a file of a model's directory truly lies, if that is neither there nor in the store of its Hugging Face
+    cache (`snapshots/COMMIT/FILE` -> `blobs/HASH`)."""
+    if not file.is_symlink():
+        return None
+    directory, target = file.parent.resolve(), file.resolve()
+    stores = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
+    return None if any(target.is_relative_to(place) for place in (directory, *stores)) else target
 
 
 _LFS, _LFS_BYTES = b"version https://git-lfs.github.com/spec/", 1024

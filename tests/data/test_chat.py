@@ -9,8 +9,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
-from trainfw.data.chat import TemplateProblem
 from trainfw.data.tokenizer import _byte_names
+from trainfw.data.turns import TemplateProblem
 from trainfw.errors import UserError
 
 SMOLLM2 = (

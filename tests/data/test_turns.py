@@ -4,8 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trainfw.data import ChatTemplate, stop_ids
-from trainfw.data.chat import TemplateProblem
-from trainfw.data.turns import write_learnt
+from trainfw.data.turns import TemplateProblem, Written
 
 from .test_chat import CHAT, QWEN, SMOLLM2, TEMPLATES, make_tokenizer
 
@@ -45,7 +44,14 @@ def learnt(directory, source: str, messages: list[dict], role: str = "assistant"
     """Each text, and what of it is learnt."""
     template = ChatTemplate.of(make_tokenizer(directory / "t", source))
     wanted = [m["role"] == role if which is None else i in which for i, m in enumerate(messages)]
-    return [(one.text, [one.text[slice(*s)] for s in one.spans]) for one in write_learnt(template, messages, wanted)]
+    return [(one.text, [one.text[slice(*s)] for s in one.spans]) for one in written(template, messages, wanted)]
+
+
+def written(template: ChatTemplate, messages: list[dict], learnt: list[bool]) -> list[Written]:
+    [answer] = template.write_learnt([(messages, learnt, None)])
+    if isinstance(answer, TemplateProblem):
+        raise answer
+    return answer
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -125,7 +131,7 @@ def test_what_a_later_turn_moves_is_found(tmp_path):
     [(_, said)] = learnt(tmp_path, SYSTEM_LAST, chat)
     assert said == [" hello</s>", " hello</s>", " bye</s>"]
     template = ChatTemplate.of(make_tokenizer(tmp_path / "t", SYSTEM_LAST))
-    [one] = write_learnt(template, chat, [i == 4 for i in range(7)])
+    [one] = written(template, chat, [i == 4 for i in range(7)])
     assert one.text[: one.spans[0][0]].endswith("[INST] hello</s[/INST]")
 
 

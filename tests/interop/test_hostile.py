@@ -20,7 +20,8 @@ from tests.interop.references import save
 from trainfw.cli import main
 from trainfw.data import byte_tokenizer
 from trainfw.errors import UserError
-from trainfw.interop import SafetensorsTensors, config_from_huggingface, read_huggingface
+from trainfw.interop import SafetensorsTensors, config_from_huggingface, open_model, read_huggingface
+from trainfw.interop.source import COMPANIONS
 from trainfw.models import ModelConfig
 from trainfw.program import check_tokenizer
 
@@ -185,6 +186,17 @@ def link(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def link_out(name: str) -> Callable[[Path], None]:
+    """To a file of the machine that is not the model's."""
+
+    def damage(model: Path) -> None:
+        (model.parent / "secret").write_bytes((model / name).read_bytes() if (model / name).exists() else b"{}")
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to("../secret")
+
+    return damage
+
+
 # (which model, what is done to it, what the message must say)
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "cut short": ("one", cut, [WEIGHTS, "of the 17,872 that the file has: cut short?"]),
@@ -277,6 +289,23 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "a shard that is a link": ("sharded", lambda model: link(shard(model))(model), ["is a link to ../blobs/0a"]),
     "a config that is a link": ("one", link("config.json"), ["config.json: is a link to ../blobs/0a"]),
     "a tokenizer that is a link": ("one", link("tokenizer.json"), ["tokenizer.json: is a link to ../blobs/0a"]),
+    **{
+        f"{name} that is a link out of the model": (
+            "one",
+            link_out(name),
+            [f"{name}: is a link to ", "secret, outside"],
+        )
+        for name in (WEIGHTS, "config.json", *COMPANIONS)
+    },
+    "a shard that is a link out of the model": (
+        "sharded",
+        lambda model: link_out(shard(model))(model),
+        ["secret, outside of the model's directory"],
+    ),
+    "an index that is a link out of the model": ("sharded", link_out(INDEX), [f"{INDEX}: is a link to "]),
+    "a tokenizer that is none": ("one", text("tokenizer.json", "{}"), ["tokenizer.json: expected a tokenizer"]),
+    "merges that are no text": ("one", text("merges.txt", b"\xff\xfe\xfd"), ["merges.txt"]),
+    "a SentencePiece that is none": ("one", text("tokenizer.model", "root:x:0"), ["expected a model of SentencePiece"]),
     "an adapter": ("one", run("adapter_config.json"), ["is a PEFT adapter, not a model"]),
     "a run": ("one", run("recipe.yaml"), ["is a run; trainfw export"]),
 }
@@ -399,6 +428,22 @@ def test_a_model_that_is_whole(models, tmp_path, monkeypatch, capsys):
             "generation_config.json",
             "model.safetensors",
         ]
+
+
+def test_links_within_a_model_and_its_cache(models, tmp_path):
+    """The layout of Hugging Face's cache, and links that stay in a directory; not a store that is a link itself."""
+    for layout in ("snapshots/abc", "snapshots/abc/text", "plain"):
+        model, store = tmp_path / layout, tmp_path / "blobs" if layout != "plain" else tmp_path / "plain" / "blobs"
+        store.mkdir(parents=True, exist_ok=True)
+        model.mkdir(parents=True, exist_ok=True)
+        for file in (models / "one").iterdir():
+            shutil.copyfile(file, store / f"{len(layout)}-{file.name}")
+            (model / file.name).symlink_to(os.path.relpath(store / f"{len(layout)}-{file.name}", model))
+        assert open_model(model).config.vocab_size == 96
+    shutil.move(tmp_path / "blobs", tmp_path / "elsewhere")
+    (tmp_path / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"config.json: is a link to .*elsewhere"):
+        open_model(tmp_path / "snapshots" / "abc")
 
 
 def test_an_export_of_a_model_is_an_import(models, tmp_path, monkeypatch, capsys):

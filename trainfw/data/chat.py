@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 import tokenizers
 
+from trainfw.data.confined import Problem, helper
 from trainfw.data.tokenizer import Tokenizer
+from trainfw.data.turns import SENTINEL, Message, TemplateProblem, Written
 from trainfw.errors import UserError
-
-Message = dict[str, Any]
-Span = tuple[int, int]
-
-SENTINEL = "Xq7sentinel7qX"
-"""Stands for a message's content, to see what the template writes around it."""
-_MARKS = ("\ue0f1\ue0f2", "\ue0f3\ue0f2")
-"""Stand around what `{% generation %}` tags hold: characters for private use, which no text has."""
-
-
-class TemplateProblem(ValueError):
-    """A conversation that the template cannot write, or not so that its turns can be told apart; says why."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, which marks what the model writes: its body, between `marks`."""
-
-    tags = {"generation"}
-    used = False
-    """Whether the template has the tag."""
-    marks = ("", "")
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        self.used = True
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body, lineno=line)
-
-    def _marked(self, caller: Callable[[], str]) -> str:
-        before, after = self.marks
-        return f"{before}{caller()}{after}"
-
-
-class _Dict:
-    """`dict(...)`, without the class's other attributes."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` that takes no names which reach into Python."""
-
-    def __init__(*args: Any, **values: Any) -> None:
-        for name in values:
-            _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(*args, **values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._check(name)
-        super().__setitem__(name, value)
-
-    @staticmethod
-    def _check(name: str) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace takes no {name!r}")
 
 
 @dataclass(frozen=True)
@@ -98,43 +37,13 @@ class ChatTemplate:
         if not isinstance(source, str) or not source.strip():
             return None
         template = cls(tokenizer, source, date)
-        template._compiled  # noqa: B018  a template that is none is refused here
+        template.has_generation_tags  # noqa: B018  a template that is none is refused here
         return template
-
-    @cached_property
-    def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-        return jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-
-    @property
-    def _generation(self) -> _Generation:
-        return next(one for one in self._environment.extensions.values() if isinstance(one, _Generation))
-
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
-        environment = self._environment
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["dict"] = _Dict()
-        environment.globals["namespace"] = _Namespace
-        environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
-        # The same conversation is the same text.
-        del environment.filters["random"], environment.globals["lipsum"]
-        try:
-            return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the tokenizer's chat template cannot be read: {error}") from error
 
     @property
     def has_clock(self) -> bool:
         """Whether the template may ask what day it is."""
         return "strftime_now" in self.source
-
-    @property
-    def _now(self) -> datetime:
-        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
 
     @cached_property
     def _variables(self) -> dict[str, Any]:
@@ -156,63 +65,60 @@ class ChatTemplate:
         added = self.tokenizer.backend.get_added_tokens_decoder()
         return {token.content: id_ for id_, token in added.items() if token.special}
 
+    @cached_property
+    def has_generation_tags(self) -> bool:
+        """Whether the template says itself what the model writes. Raises UserError for a template that is none."""
+        return bool(self._ask("has_generation_tags"))
+
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:
-        """The conversation as text. Raises TemplateProblem where the template refuses it."""
+        """The conversation as text. Raises TemplateProblem where the template refuses it, UserError for a template that
+        reaches a limit of `confined`."""
+        return str(self._ask("render", list(messages), add_generation_prompt, tools))
+
+    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
+        """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
+        self._ask("check_context", list(messages), tools)
+
+    def write_learnt(self, conversations: Iterable[tuple[Any, ...]]) -> list[list[Written] | TemplateProblem]:
+        """`turns.write_learnt` of each, by its arguments after the template: asked for together, since each asks for
+        many renderings."""
+        with self._blamed():
+            answers = helper.call_each("templates:write", self._fields_of_turns, conversations)
+        return [
+            TemplateProblem(str(one)) if isinstance(one, Problem) else [Written.of(written) for written in one]
+            for one in answers
+        ]
+
+    @cached_property
+    def _fields(self) -> tuple[Any, ...]:
+        """Those of `templates.Template`, while it is not known what ends a turn."""
+        return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
+
+    @cached_property
+    def _fields_of_turns(self) -> tuple[Any, ...]:
+        return (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        with self._blamed():
+            return helper.call(f"templates:{function}", self._fields, *arguments)
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Name the template's file in what a UserError says."""
         try:
-            return self._compiled.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except Exception as error:  # a template is a program, and may fail in any way
-            raise TemplateProblem(f"the chat template refuses it: {str(error)[:120]}") from error
+            yield
+        except Problem as problem:
+            raise TemplateProblem(str(problem)) from None
+        except RecursionError:  # on its way to the helper
+            raise TemplateProblem("the conversation is nested too deeply") from None
+        except UserError as error:
+            raise UserError(f"{self.tokenizer.template_file or 'the tokenizer'}: the chat template {error}") from None
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
         return self.tokenizer.reading_markers.encode_batch(list(texts), add_special_tokens=False)
-
-    @property
-    def has_generation_tags(self) -> bool:
-        """Whether the template says itself what the model writes."""
-        self._compiled  # noqa: B018  the tags are found as it is compiled
-        return self._generation.used
-
-    def generated(self, plain: str, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Span] | None:
-        """Where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand; None
-        where the text is not the same with marks in it."""
-        self._generation.marks = _MARKS
-        try:
-            marked = self.render(messages, tools=tools)
-        finally:
-            self._generation.marks = ("", "")
-        text = ""
-        spans: list[list[int]] = []
-        for i, part in enumerate(re.split("(" + "|".join(_MARKS) + ")", marked)):
-            if i % 2 == 0:
-                text += part
-            elif part != _MARKS[len(spans) and len(spans[-1]) % 2]:
-                return None  # tags within tags, or cut by the template
-            elif part == _MARKS[0]:
-                spans.append([len(text)])
-            else:
-                spans[-1].append(len(text))
-        return [(start, end) for start, end in spans] if text == plain else None
-
-    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
-        """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
-        said = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
-        every = [marked(message, i) if i in said else message for i, message in enumerate(messages)]
-        text = self.render(every, tools=tools)
-        for i in said:
-            if f"{SENTINEL}{i}q" in text:
-                continue
-            alone = [*messages[:i], marked(messages[i], i), *messages[i + 1 :]]
-            if f"{SENTINEL}{i}q" not in self.render(alone, tools=tools):
-                raise TemplateProblem(f"the chat template writes nothing of a message of {messages[i]['role']}")
 
     @cached_property
     def markers(self) -> dict[str, int]:
@@ -280,24 +186,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of `texts`, the longest first; nothing where there is none."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def marked(message: Message, number: int = 0) -> Message:
-    """The message with a numbered mark after its last word: spaces at the ends may be stripped."""
-    content = message["content"]
-    words = content.rstrip()
-    return {**message, "content": f"{words}{SENTINEL}{number}q{content[len(words) :]}"}
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # Jinja's own escapes what HTML would not take.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from trainfw.data.chat import ChatTemplate, Message, Span, TemplateProblem, stop_ids
+from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig, Role
 from trainfw.data.readers import Unreadable
 from trainfw.data.sources import CONVERSATION, ROW_SWITCHES, Row
 from trainfw.data.tokenizer import Tokenizer
-from trainfw.data.turns import write_learnt
+from trainfw.data.turns import Message, Span, TemplateProblem, Written
 from trainfw.errors import UserError, did_you_mean
 
 
@@ -74,6 +74,17 @@ class _Text:
     key: str
 
 
+@dataclass(frozen=True)
+class _Conversation:
+    """A row that the template is to write."""
+
+    id: str
+    messages: list[Message]
+    learnt: list[bool]
+    tools: list[Any] | None
+    key: str
+
+
 class Encoder:
     """Rows to examples, as `config` says."""
 
@@ -100,12 +111,13 @@ class Encoder:
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """The examples of the rows that can be used; the others are counted in `refusals`."""
-        texts: list[_Text] = []
+        made: list[_Text | _Conversation] = []
         for row in rows:
             try:
-                texts += self._chat(row) if self.config.format == "chat" else self._pair(row)
-            except (_Unusable, TemplateProblem) as problem:
+                made.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
+            except _Unusable as problem:
                 self.refusals.add(str(problem), row.id)
+        texts = self._as_texts(made)
         encode = self._plain if self._template is None else self._written
         for one, (ids, learnt) in zip(texts, encode(texts), strict=True):
             try:
@@ -156,7 +168,7 @@ class Encoder:
 
     # --- A row as text ------------------------------------------------------------------------------------------------
 
-    def _chat(self, row: Row) -> list[_Text]:
+    def _chat(self, row: Row) -> _Conversation:
         config, value = self.config, _object(row.value)
         field = config.messages_field
         messages = value.get(field)
@@ -176,9 +188,9 @@ class Encoder:
         if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
         key = next((_content(m) for m in messages if m["role"] == "user"), _content(messages[0]))
-        return self._render(row.id, messages, learnt, tools, key)
+        return self._conversation(row.id, messages, learnt, tools, key)
 
-    def _pair(self, row: Row) -> list[_Text]:
+    def _pair(self, row: Row) -> _Text | _Conversation:
         config, value = self.config, _object(row.value)
         texts = []
         for field in (config.prompt_field, config.completion_field):
@@ -193,31 +205,61 @@ class Encoder:
         if not completion.strip():
             raise _Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
-            return [_Text(row.id, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)]
+            return _Text(row.id, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         if config.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": config.system_prompt})
-        return self._render(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
+        return self._conversation(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
 
-    def _render(
+    def _conversation(
         self, id_: str, messages: list[Message], learnt: list[bool], tools: list[Any] | None, key: str
-    ) -> list[_Text]:
+    ) -> _Conversation:
+        template = self._template_of(tools)
+        try:
+            for text in _strings([messages, tools]):
+                _unicode(text, "a message")
+                if marker := template.marker_pattern.search(text):
+                    is_special = marker[0] in template.special_tokens
+                    why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
+                    raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
+        except RecursionError:
+            raise _Unusable("a message is nested too deeply") from None
+        return _Conversation(id_, messages, learnt, tools, key)
+
+    def _template_of(self, tools: list[Any] | None) -> ChatTemplate:
         template = self._with_tools if tools else self._template
         assert template is not None
-        for text in _strings([messages, tools]):
-            _unicode(text, "a message")
-            if marker := template.marker_pattern.search(text):
-                is_special = marker[0] in template.special_tokens
-                why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
-                raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
-        written = write_learnt(template, messages, learnt, tools)
+        return template
+
+    def _as_texts(self, made: Sequence[_Text | _Conversation]) -> list[_Text]:
+        """What the templates write of conversations, each asked once for all that are its; in their order."""
+        conversations = [one for one in made if isinstance(one, _Conversation)]
+        written: dict[int, list[Written] | TemplateProblem] = {}
+        for with_tools in (False, True):
+            mine = [one for one in conversations if bool(one.tools) == with_tools]
+            if mine:
+                asked = [(one.messages, one.learnt, one.tools) for one in mine]
+                answers = self._template_of(mine[0].tools).write_learnt(asked)
+                written |= {id(one): answer for one, answer in zip(mine, answers, strict=True)}
+        texts: list[_Text] = []
+        for one in made:
+            if isinstance(one, _Text):
+                texts.append(one)
+            elif isinstance(answer := written[id(one)], TemplateProblem):
+                self.refusals.add(str(answer), one.id)
+            else:
+                texts += self._texts(one, answer)
+        return texts
+
+    def _texts(self, row: _Conversation, written: list[Written]) -> list[_Text]:
         self._rows_apart += len(written) > 1
         self._untagged += sum(one.untagged for one in written)
         self._unmet.update(prompt for one in written for prompt in one.unmet)
-        keys = [key for message in messages for key, value in message.items() if value not in ([], {}, "")]
-        keys += ["tools"] * bool(tools)
-        self._unread.update(key for key in keys if key not in template.source)
-        return [_Text(id_, one.text, one.spans, key) for one in written]
+        keys = [key for message in row.messages for key, value in message.items() if value not in ([], {}, "")]
+        keys += ["tools"] * bool(row.tools)
+        source = self._template_of(row.tools).source
+        self._unread.update(key for key in keys if key not in source)
+        return [_Text(row.id, one.text, one.spans, row.key) for one in written]
 
     # --- Text as tokens -----------------------------------------------------------------------------------------------
 

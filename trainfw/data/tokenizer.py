@@ -50,6 +50,8 @@ class Tokenizer:
     """The rest of its tokenizer_config.json (a chat template, say), kept for those who export it."""
     stop_ids: tuple[int, ...] = ()
     """Where generation stops besides `eos_id`, as the files say. See `data.stop_ids`, which asks the template too."""
+    template_file: Path | None = field(default=None, compare=False)
+    """Where its chat template is written, for errors."""
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True
@@ -236,16 +238,18 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     template = file.parent / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = read_utf8(template)
+    else:
+        template = file.parent / names[0]
     advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
     stops = _stop_ids(file.parent)
-    return Tokenizer(backend, *_document_ids(backend, files.roles(), file, advice), settings, stops)
+    return Tokenizer(backend, *_document_ids(backend, files.roles(), file, advice), settings, stops, template)
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     form, settings, stops = huggingface_tokenizer(read_header(file))
     backend = _backend(lambda: tokenizers.Tokenizer.from_str(json.dumps(form)), f"{file}: not a tokenizer")
     ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
-    return Tokenizer(backend, *ids, settings, stops)
+    return Tokenizer(backend, *ids, settings, stops, file)
 
 
 def _backend(load: Callable[[], tokenizers.Tokenizer], what: str) -> tokenizers.Tokenizer:

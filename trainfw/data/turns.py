@@ -5,9 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainfw.data.chat import SENTINEL, ChatTemplate, Message, Span, TemplateProblem, marked
+from trainfw.data.confined import Problem
+
+if TYPE_CHECKING:
+    from trainfw.data.templates import Template
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+SENTINEL = "Xq7sentinel7qX"
+"""Stands for a message's content, to see what the template writes around it."""
+
+
+class TemplateProblem(Problem):
+    """A conversation that the template cannot write, or not so that its turns can be told apart; says why."""
+
+
+def marked(message: Message, number: int = 0) -> Message:
+    """The message with a numbered mark after its last word: spaces at the ends may be stripped."""
+    content = message["content"]
+    words = content.rstrip()
+    return {**message, "content": f"{words}{SENTINEL}{number}q{content[len(words) :]}"}
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,12 @@ class Written:
     """Prompts for generation with which turns to learn do not begin, such as one that ends in `<think>`."""
     untagged: int = 0
     """Turns to learn that the template's `{% generation %}` tags do not hold."""
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Written:
+        """From its fields as JSON brings them."""
+        spans = [(start, end) for start, end in value["spans"]]
+        return cls(**{**value, "spans": spans, "unmet": tuple(value["unmet"])})
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,7 @@ class _Turn:
 
 
 def write_learnt(
-    template: ChatTemplate, messages: Sequence[Message], learnt: Sequence[bool], tools: list[Any] | None = None
+    template: Template, messages: Sequence[Message], learnt: Sequence[bool], tools: list[Any] | None = None
 ) -> list[Written]:
     """The conversation as text, with the places of its learnt messages: what the template writes of each after its
     header, up to and with the token that ends the turn.
@@ -79,7 +105,7 @@ def write_learnt(
 
 
 def _tagged(
-    template: ChatTemplate,
+    template: Template,
     messages: Sequence[Message],
     wanted: list[int],
     assistant: list[int],
@@ -107,7 +133,7 @@ def _tagged(
     return Written(text, ended, untagged=max(len(assistant) - len(spans), 0) if wanted == assistant else 0)
 
 
-def _turn(template: ChatTemplate, messages: Sequence[Message], i: int, whole: str, tools: Any) -> _Turn:
+def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, tools: Any) -> _Turn:
     through = whole if i + 1 == len(messages) else template.render(messages[: i + 1], tools=tools)
     prompt = ""
     if messages[i]["role"] == "assistant":
@@ -123,7 +149,7 @@ def _turn(template: ChatTemplate, messages: Sequence[Message], i: int, whole: st
     return _Turn(through[:start] + said, start, unmet)
 
 
-def _try(template: ChatTemplate, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+def _try(template: Template, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
     """Some templates refuse a conversation without a message, or one that ends so."""
     try:
         return template.render(messages, tools=tools, add_generation_prompt=prompt)
@@ -131,7 +157,7 @@ def _try(template: ChatTemplate, messages: Sequence[Message], tools: Any, *, pro
         return ""
 
 
-def _content_start(template: ChatTemplate, messages: Sequence[Message], i: int, through: str, tools: Any) -> int:
+def _content_start(template: Template, messages: Sequence[Message], i: int, through: str, tools: Any) -> int:
     shown = {**messages[i], "content": SENTINEL}
     header, found, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
     every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(messages[: i + 1])]
@@ -141,7 +167,7 @@ def _content_start(template: ChatTemplate, messages: Sequence[Message], i: int, 
     return len(header)
 
 
-def _ended(template: ChatTemplate, said: str) -> str:
+def _ended(template: Template, said: str) -> str:
     """Without what follows the token that ends the turn, which is not for the model to write."""
     if end := template.end_pattern.search(said):
         return said[: end.end()]
@@ -149,7 +175,7 @@ def _ended(template: ChatTemplate, said: str) -> str:
     return said[: ends[-1]] if ends and not said[ends[-1] :].strip() else said
 
 
-def _check_written(template: ChatTemplate, messages: Sequence[Message], through: str, said: str, tools: Any) -> None:
+def _check_written(template: Template, messages: Sequence[Message], through: str, said: str, tools: Any) -> None:
     """Raise TemplateProblem where the last message, which is to be learnt, is not in what is written of it.
 
     Args:
@@ -179,9 +205,7 @@ def _holds(text: str, content: str) -> bool:
     return True
 
 
-def _place(
-    template: ChatTemplate, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: Any
-) -> Span | None:
+def _place(template: Template, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: Any) -> Span | None:
     """Where the turn stands in the whole conversation; None where it is not written there as it is when it is last."""
     if whole.startswith(turn.text):
         return turn.span
@@ -199,7 +223,7 @@ def _place(
     return (start, end) if same else None
 
 
-def _header(template: ChatTemplate, messages: Sequence[Message], i: int, tools: Any) -> str:
+def _header(template: Template, messages: Sequence[Message], i: int, tools: Any) -> str:
     """What the template puts before a turn of the assistant; empty where it has no such prompt."""
     if messages[i]["role"] != "assistant":
         return ""

@@ -110,13 +110,13 @@ def read_header(file: Path | str) -> Header:
     Raises UserError for a file that is truncated, of another format, version or byte order, or whose counts, lengths
     or offsets do not fit it, for parts that are missing, and where the `gguf` library is not installed.
     """
-    header = _read_part(Path(os.path.expanduser(file)))
+    header = _read_part(Path(os.path.expanduser(file)), named=True)
     count = header.get("split.count", int, 0)
     return _joined(header, count) if count > 1 else header
 
 
-def _read_part(file: Path) -> Header:
-    check_file(file)
+def _read_part(file: Path, *, named: bool = False) -> Header:
+    check_file(file, named=named)
     with file.open("rb") as stream:
         return _Walk(file, stream).header()
 
@@ -134,7 +134,7 @@ def _joined(part: Header, count: int) -> Header:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{part.file}: is one of {count} parts; not beside it: {', '.join(missing[:3])}{more}")
     tensors: dict[str, StoredTensor] = {}
-    parts = [_read_part(file) for file in files]
+    parts = [_read_part(file, named=file == part.file) for file in files]
     for number, each in enumerate(parts):
         said = each.get("split.no", int, -1), each.get("split.count", int, -1)
         if said != (number, count):

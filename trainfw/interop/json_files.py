@@ -19,12 +19,22 @@ MAX_DEPTH = 64
 
 
 def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
-    """The object in a JSON file, which may begin with a byte-order mark."""
+    """The object in a JSON file of a model, which may begin with a byte-order mark."""
+    return json_object(read_member(file, limit), file)
+
+
+def read_member(file: Path, limit: int = LIMIT) -> bytes:
+    """A file of a model's directory. Raises UserError for one that is none (`check_file`), or larger than `limit`."""
     check_file(file)
     if file.stat().st_size > limit:
         raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
+    return file.read_bytes()
+
+
+def json_object(data: bytes, file: Path) -> dict[str, Any]:
+    """The object that is in a file, whose bytes are given."""
     try:
-        data = without_mark(file.read_bytes())
+        data = without_mark(data)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
     return parse_json(data, str(file))

@@ -34,7 +34,7 @@ def model_kind(path: Path) -> ModelKind:
         raise UserError(f"{path}: is one file of a model; give its directory, {path.parent}")
     if path.suffix in PICKLES:
         raise pickle_error(path)
-    check_file(path)
+    check_file(path, named=True)
     if path.suffix != ".gguf":
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +16,14 @@ import numpy as np
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop.configs import config_from_huggingface, unread_keys
+from trainfw.interop.json_files import json_object, read_member
 from trainfw.interop.mapping import Parameter, PartOf, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
 from trainfw.interop.tensors import Tensors, row_blocks
 from trainfw.models import ModelConfig
-from trainfw.paths import check_file, resolve_path
+from trainfw.paths import resolve_path
+from trainfw.utf8 import decode_utf8
 
 Progress = Callable[[str, int, int | None], None]
 """(description, completed, total), in megabytes."""
@@ -156,12 +157,29 @@ class ModelSource:
         return jax.make_array_from_single_device_arrays(parameter.shape, sharding, parts)
 
     def copy_companions(self, directory: Path) -> None:
-        """Write the tokenizer, the chat template and the generation config that came with it into a directory."""
+        """Write the tokenizer, the chat template and the generation config that came with it into a directory.
+
+        What is written was read as what it is called. Raises UserError for what is not that, or is a link elsewhere.
+        """
         if self.path.is_dir():
             for name in COMPANIONS:
-                if os.path.lexists(self.path / name):
-                    check_file(self.path / name)
-                    shutil.copyfile(self.path / name, directory / name)
+                if os.path.lexists(file := self.path / name):
+                    (directory / name).write_bytes(_companion(file))
+
+
+def _companion(file: Path) -> bytes:
+    """The bytes of a companion, which are of its kind."""
+    data = read_member(file)
+    if file.suffix == ".json":
+        value = json_object(data, file)
+        if file.name == "tokenizer.json" and not isinstance(value.get("model"), dict):
+            raise UserError(f"{file}: expected a tokenizer, with a model")
+    elif file.suffix == ".model":  # SentencePiece's protobuf: its first field is a list, of pieces
+        if not data.startswith(b"\n"):
+            raise UserError(f"{file}: expected a model of SentencePiece")
+    else:
+        decode_utf8(data, file)
+    return data
 
 
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"

@@ -1,0 +1,255 @@
+"""A process of its own for what foreign files ask for: chat templates are programs, tokenizers' expressions nearly so.
+
+Neither Jinja nor the `tokenizers` library bounds what they cost, and the latter ends the process that it is in. So a
+helper does that work within limits of time and memory that the kernel holds it to, and whatever happens to it, the
+command that asked says so in a line.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any, BinaryIO, cast
+
+from trainfw.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+BURST_SECONDS = 5
+"""Processor time that a piece of work may take."""
+PIECE_SECONDS, BYTE_SECONDS = 0.05, 1e-6
+"""Processor time that each of many pieces, and each byte of what they are made of, may take."""
+MEMORY = 2**30
+"""Bytes of address space."""
+OUTPUT, OUTPUT_PER_BYTE = 2**20, 8
+"""Characters that a piece may write at most, and for each byte of what it is made of."""
+BATCH = 2**22
+"""Bytes of requests that are sent at once: waiting for each answer takes longer than a template does."""
+WALL_SECONDS = 300.0
+"""Until a helper that uses no time and does not answer (one that was stopped) is given up."""
+
+_COMMAND = [sys.executable, "-P", "-c", "from trainfw.data.confined import main; main()"]
+_LENGTH = struct.Struct("<Q")
+
+
+class Problem(ValueError):
+    """Says why a piece of work cannot be done with what it was given; the next one may be."""
+
+
+class LimitError(UserError):
+    """Says which limit was reached: what asked for it is not to be used at all."""
+
+
+# --- In the helper ----------------------------------------------------------------------------------------------------
+
+
+class _Work:
+    """The request that is being answered, and how long it may still take."""
+
+    def __init__(self) -> None:
+        self._size, self._end = 0, 0.0
+
+    def begin(self, size: int) -> None:
+        """Take up a request of `size` bytes."""
+        self._size = size
+        self.begin_piece()
+
+    def begin_piece(self) -> None:
+        """Begin one of the pieces that a request consists of: the kernel ends the helper when its time is used up."""
+        used, more = time.process_time(), PIECE_SECONDS + BYTE_SECONDS * self._size
+        self._end = min(self._end or used + BURST_SECONDS, used + BURST_SECONDS) + more
+        if resource is not None and self._size:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(self._end) + 1, resource.RLIM_INFINITY))
+
+    def check_written(self, text: str) -> str:
+        """The text that a piece wrote. Raises LimitError for one that is too long."""
+        most = OUTPUT + OUTPUT_PER_BYTE * self._size
+        if self._size and len(text) > most:
+            raise LimitError(f"writes {len(text):,} characters, and {most:,} are allowed for what it was given")
+        return text
+
+
+work = _Work()
+"""Has no limits outside the helper."""
+
+
+def main() -> None:
+    """Answer batches until the other end is closed: `(function, key, shared or None, requests)`, pickled; each request
+    is its arguments, pickled.
+
+    Answers are JSON, since they are made by what is not to be trusted.
+    """
+    for name, value in json.loads(sys.argv[1]).items():
+        globals()[name] = value
+    if resource is not None:
+        with contextlib.suppress(ValueError, OSError):  # macOS knows no limit of the address space
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    stream = cast(BinaryIO, socket.socket(fileno=0).makefile("rwb"))
+    known: dict[int, Any] = {}
+    while head := stream.read(_LENGTH.size):
+        answers = _answers(stream.read(_LENGTH.unpack(head)[0]), known)
+        stream.write(_LENGTH.pack(len(answers)) + answers)
+        stream.flush()
+
+
+def _answers(batch: bytes, known: dict[int, Any]) -> bytes:
+    """(what became of it, value or words) of each request, up to the first that is to end it all."""
+    answers: list[tuple[str, Any]] = []
+    try:
+        name, key, shared, requests = pickle.loads(batch)
+        known.setdefault(key, shared)
+        module, _, function = name.partition(":")
+        for request in requests:
+            work.begin(len(request))
+            do = getattr(importlib.import_module(f"trainfw.data.{module}"), function)
+            try:
+                answers.append(("done", do(known[key], *pickle.loads(request))))
+            except Problem as error:
+                answers.append(("problem", str(error)))
+        return json.dumps(answers).encode()
+    except MemoryError:
+        answers = [("limit", f"needs more than {MEMORY >> 20:,} MB of memory")]
+    except LimitError as error:
+        answers = [("limit", str(error))]
+    except UserError as error:
+        answers = [("refused", str(error))]
+    except Exception:
+        answers = [("failed", traceback.format_exc())]
+    return json.dumps(answers).encode()
+
+
+# --- In the process that asks -----------------------------------------------------------------------------------------
+
+
+class Helper:
+    """The helper of this process, which starts with the first request, and again after a limit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._keys: dict[Any, int] = {}
+
+    def call(self, function: str, shared: Any, *arguments: Any) -> Any:
+        """What `trainfw.data.MODULE.FUNCTION(shared, *arguments)` returns there, as JSON brings it.
+
+        Args:
+            function: "MODULE:FUNCTION".
+            shared: something hashable that many requests have, and that is sent once.
+
+        Raises Problem and UserError as the function does, and LimitError where it reaches a limit or ends the helper.
+        """
+        [answer] = self.call_each(function, shared, [arguments])
+        if isinstance(answer, Problem):
+            raise answer
+        return answer
+
+    def call_each(self, function: str, shared: Any, requests: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """The same for several requests at once: what was returned, or the Problem that was raised, for each."""
+        answers: list[Any] = []
+        batch: list[bytes] = []
+        size = 0
+        for arguments in requests:
+            batch.append(pickle.dumps(arguments))
+            size += len(batch[-1])
+            if size >= BATCH:
+                answers += self._batch(function, shared, batch)
+                batch, size = [], 0
+        return answers + (self._batch(function, shared, batch) if batch else [])
+
+    def _batch(self, function: str, shared: Any, requests: list[bytes]) -> list[Any]:
+        with self._lock:
+            if self._process is None or self._owner != os.getpid():
+                self._start()
+            key, known = self._keys.get(shared, len(self._keys)), shared in self._keys
+            try:
+                answers = self._exchange(pickle.dumps((function, key, None if known else shared, requests)))
+            except BaseException:  # an interrupt too: what answers this must not be taken for the next one's answer
+                self.close()
+                raise
+            self._keys[shared] = key
+        kind, value = answers[0]
+        if kind == "limit":
+            self.close()  # it may hold what it took
+            raise LimitError(value)
+        if kind == "refused":
+            raise UserError(value)
+        if kind == "failed":
+            raise RuntimeError(value)
+        return [value if kind == "done" else Problem(value) for kind, value in answers]
+
+    def close(self) -> None:
+        """End the helper."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            self._socket.close()
+            process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        limits = ("BURST_SECONDS", "PIECE_SECONDS", "BYTE_SECONDS", "MEMORY", "OUTPUT", "OUTPUT_PER_BYTE")
+        self._process = subprocess.Popen(
+            [*_COMMAND, json.dumps({name: globals()[name] for name in limits})],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # a panic's backtrace
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.isabs(path))},
+            start_new_session=True,  # Ctrl-C is for the command, which ends its helper
+        )
+        theirs.close()
+        self._socket, self._owner, self._keys = ours, os.getpid(), {}
+
+    def _exchange(self, request: bytes) -> list[tuple[str, Any]]:
+        deadline = time.monotonic() + WALL_SECONDS
+        try:
+            self._socket.settimeout(WALL_SECONDS)
+            self._socket.sendall(_LENGTH.pack(len(request)) + request)
+            size = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))[0]
+            return list(json.loads(self._receive(size, deadline)))
+        except TimeoutError:
+            raise LimitError(f"gave no answer within {WALL_SECONDS:g} seconds") from None
+        except OSError:
+            raise LimitError(self._how_it_ended()) from None
+
+    def _receive(self, size: int, deadline: float) -> bytearray:
+        data = bytearray()
+        while len(data) < size:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            if not (part := self._socket.recv(min(size - len(data), 2**20))):
+                raise ConnectionResetError
+            data += part
+        return data
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "stopped answering"
+        if code == -signal.SIGXCPU:
+            return f"takes more than {BURST_SECONDS} seconds"
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"ended the process that it was tried in ({how})"
+
+
+helper = Helper()
+atexit.register(helper.close)

@@ -1,0 +1,222 @@
+"""Chat templates as Jinja runs them. Imported by the helper process alone (`confined.py`): they are programs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+from trainfw.data.confined import work
+from trainfw.data.turns import SENTINEL, Message, Span, TemplateProblem, marked, write_learnt
+from trainfw.errors import UserError
+
+_MARKS = ("\ue0f1\ue0f2", "\ue0f3\ue0f2")
+"""Stand around what `{% generation %}` tags hold: characters for private use, which no text has."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` ... `{% endgeneration %}`, which marks what the model writes: its body, between `marks`."""
+
+    tags = {"generation"}
+    used = False
+    """Whether the template has the tag."""
+    marks = ("", "")
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        self.used = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body, lineno=line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        before, after = self.marks
+        return f"{before}{caller()}{after}"
+
+
+class _Dict:
+    """`dict(...)`, without the class's other attributes."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` that takes no names which reach into Python."""
+
+    def __init__(*args: Any, **values: Any) -> None:
+        for name in values:
+            _Namespace._check(name)
+        jinja2.utils.Namespace.__init__(*args, **values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _Namespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: str) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace takes no {name!r}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template that is compiled, with what it is told besides messages."""
+
+    source: str
+    variables: tuple[tuple[str, Any], ...]
+    """bos_token, eos_token and the like."""
+    date: str | None
+    """The day (YYYY-MM-DD) that it is told, at midnight; None: what the clock says."""
+    markers: str
+    ends: str
+    """Expressions that match what no message may hold, and what ends a turn."""
+
+    @cached_property
+    def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+        return jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+
+    @property
+    def _generation(self) -> _Generation:
+        return next(one for one in self._environment.extensions.values() if isinstance(one, _Generation))
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
+        environment = self._environment
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["dict"] = _Dict()
+        environment.globals["namespace"] = _Namespace
+        environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
+        # The same conversation is the same text.
+        del environment.filters["random"], environment.globals["lipsum"]
+        try:
+            return environment.from_string(self.source)
+        except MemoryError:
+            raise
+        except Exception as error:  # Python's compiler reads what Jinja writes, and has limits of its own
+            raise UserError(f"cannot be read: {_line(error)}") from error
+
+    @property
+    def _now(self) -> datetime:
+        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
+
+    @cached_property
+    def marker_pattern(self) -> re.Pattern[str]:
+        return re.compile(self.markers)
+
+    @cached_property
+    def end_pattern(self) -> re.Pattern[str]:
+        return re.compile(self.ends)
+
+    @property
+    def has_generation_tags(self) -> bool:
+        """Whether the template says itself what the model writes."""
+        self._compiled  # noqa: B018  the tags are found as it is compiled
+        return self._generation.used
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """The conversation as text. Raises TemplateProblem where the template refuses it."""
+        compiled = self._compiled
+        work.begin_piece()
+        try:
+            text = compiled.render(
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **dict(self.variables),
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise TemplateProblem(f"the chat template refuses it: {_line(error)}") from error
+        return work.check_written(text)
+
+    def generated(self, plain: str, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Span] | None:
+        """Where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand; None
+        where the text is not the same with marks in it."""
+        self._generation.marks = _MARKS
+        try:
+            marked = self.render(messages, tools=tools)
+        finally:
+            self._generation.marks = ("", "")
+        text = ""
+        spans: list[list[int]] = []
+        for i, part in enumerate(re.split("(" + "|".join(_MARKS) + ")", marked)):
+            if i % 2 == 0:
+                text += part
+            elif part != _MARKS[len(spans) and len(spans[-1]) % 2]:
+                return None  # tags within tags, or cut by the template
+            elif part == _MARKS[0]:
+                spans.append([len(text)])
+            else:
+                spans[-1].append(len(text))
+        return [(start, end) for start, end in spans] if text == plain else None
+
+    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
+        """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
+        said = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
+        every = [marked(message, i) if i in said else message for i, message in enumerate(messages)]
+        text = self.render(every, tools=tools)
+        for i in said:
+            if f"{SENTINEL}{i}q" in text:
+                continue
+            alone = [*messages[:i], marked(messages[i], i), *messages[i + 1 :]]
+            if f"{SENTINEL}{i}q" not in self.render(alone, tools=tools):
+                raise TemplateProblem(f"the chat template writes nothing of a message of {messages[i]['role']}")
+
+
+def _line(error: Exception) -> str:
+    text = "it is nested, or calls itself, too deeply" if isinstance(error, RecursionError) else str(error)
+    return " ".join(text[:400].split())[:120]
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own escapes what HTML would not take.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+# --- What the helper is asked for: the first argument is the fields of a `Template` -----------------------------------
+
+_template = functools.lru_cache(maxsize=8)(Template)
+
+
+def has_generation_tags(fields: tuple[Any, ...]) -> bool:
+    """Compile the template. Raises UserError for one that is none."""
+    return _template(*fields).has_generation_tags
+
+
+def render(fields: tuple[Any, ...], messages: list[Message], add_generation_prompt: bool, tools: Any) -> str:
+    return _template(*fields).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+
+def check_context(fields: tuple[Any, ...], messages: list[Message], tools: Any) -> None:
+    _template(*fields).check_context(messages, tools)
+
+
+def write(fields: tuple[Any, ...], messages: list[Message], learnt: list[bool], tools: Any) -> list[dict[str, Any]]:
+    """`turns.write_learnt`, as JSON takes it."""
+    return [asdict(one) for one in write_learnt(_template(*fields), messages, learnt, tools)]
