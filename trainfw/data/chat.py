@@ -12,7 +12,8 @@ from typing import Any
 import tokenizers
 
 from trainfw.data.confined import Problem, helper
-from trainfw.data.tokenizer import Tokenizer
+from trainfw.data.tokenizer import FAILS, Tokenizer
+from trainfw.data.trials import guarded
 from trainfw.data.turns import SENTINEL, Message, TemplateProblem, Written
 from trainfw.errors import UserError
 
@@ -114,11 +115,13 @@ class ChatTemplate:
         except RecursionError:  # on its way to the helper
             raise TemplateProblem("the conversation is nested too deeply") from None
         except UserError as error:
-            raise UserError(f"{self.tokenizer.template_file or 'the tokenizer'}: the chat template {error}") from None
+            where = self.tokenizer.template_file or "the tokenizer"
+            raise type(error)(f"{where}: the chat template {error}") from None
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
-        return self.tokenizer.reading_markers.encode_batch(list(texts), add_special_tokens=False)
+        with guarded(FAILS):
+            return self.tokenizer.reading_markers.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def markers(self) -> dict[str, int]:

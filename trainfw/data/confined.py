@@ -35,7 +35,7 @@ BURST_SECONDS = 5
 """Processor time that a piece of work may take."""
 PIECE_SECONDS, BYTE_SECONDS = 0.05, 1e-6
 """Processor time that each of many pieces, and each byte of what they are made of, may take."""
-MEMORY = 2**30
+MEMORY = 2**31
 """Bytes of address space."""
 OUTPUT, OUTPUT_PER_BYTE = 2**20, 8
 """Characters that a piece may write at most, and for each byte of what it is made of."""
@@ -45,6 +45,7 @@ WALL_SECONDS = 300.0
 """Until a helper that uses no time and does not answer (one that was stopped) is given up."""
 
 _COMMAND = [sys.executable, "-P", "-c", "from trainfw.data.confined import main; main()"]
+_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
 
 
@@ -212,7 +213,7 @@ class Helper:
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # a panic's backtrace
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if os.path.isabs(path))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))} | _ONE_THREAD,
             start_new_session=True,  # Ctrl-C is for the command, which ends its helper
         )
         theirs.close()
@@ -247,8 +248,10 @@ class Helper:
             return "stopped answering"
         if code == -signal.SIGXCPU:
             return f"takes more than {BURST_SECONDS} seconds"
+        if code == -signal.SIGABRT:  # as Rust ends for want of memory
+            return f"fails, or needs more than {MEMORY >> 20:,} MB of memory, so that its process aborts"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"ended the process that it was tried in ({how})"
+        return f"ends the process that it is tried in ({how})"
 
 
 helper = Helper()

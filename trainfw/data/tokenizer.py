@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,18 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
+from trainfw.data.confined import LimitError, helper
 from trainfw.data.progress import Progress, reported
+from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
 from trainfw.paths import check_file, resolve_path
 from trainfw.utf8 import read_utf8
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+
+LIMIT = 2**28
+"""Bytes of a tokenizer's file: the largest there is has an eighth of that."""
 
 GENERATION = "generation_config.json"
 
@@ -32,6 +37,11 @@ BPE_SAMPLE_BYTES = 64_000_000
 
 # GPT-4's split, with numbers cut into two digits (not three), as a small vocabulary has no room for a thousand numbers.
 _SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_tried: set[bytes] = set()
+"""Digests of tokenizers that did no harm."""
+
+FAILS = "the tokenizer fails"
 
 _KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<｜begin▁of▁sentence｜>")
 _KNOWN_EOS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -100,11 +110,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with guarded(FAILS):
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode(ids, skip_special_tokens=True)
+        with guarded(FAILS):
+            return self.backend.decode(ids, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
         """Two tokenizers with one fingerprint encode alike: what they put around a text is not asked for here."""
@@ -225,19 +237,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if (path / "recipe.yaml").is_file():
         path = path / "tokenizer"
     file = path / "tokenizer.json" if path.is_dir() else path
-    if os.path.lexists(file):
-        check_file(file)
-    else:
+    if not os.path.lexists(file):
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
-    backend = _backend(lambda: tokenizers.Tokenizer.from_str(read_utf8(file)), f"{file}: not a tokenizer.json")
+    text = _read(file, named=file == path)
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
     files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
-    files.add_to(backend)
+    backend = _backend(text, files, file)
     settings = files.settings()
     template = file.parent / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = read_utf8(template)
+    if os.path.lexists(template):
+        settings["chat_template"] = _read(template)
     else:
         template = file.parent / names[0]
     advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
@@ -247,18 +257,39 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 def _from_gguf(file: Path) -> Tokenizer:
     form, settings, stops = huggingface_tokenizer(read_header(file))
-    backend = _backend(lambda: tokenizers.Tokenizer.from_str(json.dumps(form)), f"{file}: not a tokenizer")
+    backend = _backend(json.dumps(form), None, file)
     ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
     return Tokenizer(backend, *ids, settings, stops, file)
 
 
-def _backend(load: Callable[[], tokenizers.Tokenizer], what: str) -> tokenizers.Tokenizer:
+def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in the text of a tokenizer.json with the tokens of the files beside it; tried by the helper first,
+    once in a process.
+
+    Raises UserError where it is none, or does something that no tokenizer needs.
+    """
+    digest = hashlib.blake2b(f"{text}\0{files}".encode(errors="surrogatepass")).digest()
     try:
-        return load()
-    except (KeyboardInterrupt, SystemExit, MemoryError, UserError):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and panics, which are none
-        raise UserError(f"{what} that can be read: {error}") from error
+        if digest not in _tried:
+            helper.call("trials:try_tokenizer", None, text, files)
+            _tried.add(digest)
+        backend = opened(text)
+    except LimitError as error:
+        raise LimitError(f"{file}: the tokenizer {error}") from None
+    except UserError as error:
+        told = files is not None and str(error).startswith(files.where)
+        raise UserError(str(error) if told else f"{file}: {error}") from error
+    if files is not None:
+        files.add_to(backend)
+    return backend
+
+
+def _read(file: Path, *, named: bool = False) -> str:
+    """The text of a file of a model's directory, or of one that was named."""
+    check_file(file, named=named)
+    if (size := file.stat().st_size) > LIMIT:
+        raise UserError(f"{file}: is {size:,} bytes; expected {LIMIT:,} at most")
+    return read_utf8(file)
 
 
 def _stop_ids(directory: Path) -> tuple[int, ...]:
@@ -294,10 +325,14 @@ def _special_id(backend: tokenizers.Tokenizer, named: Any, known: Iterable[str])
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(read_utf8(path))
+        value = json.loads(_read(path))
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{path}: not JSON: nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

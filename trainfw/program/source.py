@@ -16,7 +16,7 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
-from trainfw.data import ChatTemplate, Tokenizer, load_tokenizer
+from trainfw.data import ChatTemplate, LimitError, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
@@ -156,6 +156,8 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
     """
     try:
         tokenizer = tokenizer or load_tokenizer(path)
+    except LimitError:
+        raise
     except UserError:  # weights alone; whoever needs a tokenizer says so
         return
     rows = config.vocab_size
@@ -180,6 +182,8 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
 def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
     try:
         template = ChatTemplate.of(tokenizer)
+    except LimitError:
+        raise
     except UserError:  # said where it is used
         template = None
     return () if template is None else template.around_turns.items()

@@ -1,0 +1,90 @@
+"""Tokenizers of others, tried in the helper process (`confined.py`) before this one opens them.
+
+The library reads them with expressions, replacements and tables that the file holds, each of which may take forever,
+fill the memory, or end the process that it is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import tokenizers
+
+from trainfw.data.added_tokens import TokenizerFiles
+from trainfw.errors import UserError
+
+MOST_IDS = 2**24
+"""Ids that a vocabulary may have: the largest there is has a sixteenth of that."""
+_LENGTH = 400
+"""Characters of a text that is tried."""
+_GROWTH = 64
+"""Tokens that a character may become: 18 is what Unicode's own normal forms make of one, of four bytes at most."""
+_SEEDS = (*"abA1 '!é好🎉\n\t\0\u0301", "ab", "12", "  a", " \n", "'s", "a ", "a1", "a-")
+
+
+def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
+    """Open the text of a tokenizer.json, add what stands beside it, and encode and decode with it.
+
+    Raises UserError for what fails at any of these.
+    """
+    backend = opened(text)
+    if files is not None:
+        files.add_to(backend)
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= MOST_IDS:
+        raise UserError(f"the tokenizer has the id {largest:,}; expected less than {MOST_IDS:,}")
+    backend.no_truncation()
+    backend.no_padding()
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder)
+    for probe in _probes([json.loads(part.__getstate__()) for part in parts if part is not None]):
+        for special in (True, False):
+            backend.encode_special_tokens = special
+            with guarded(f"the tokenizer fails at {probe[:20]!r} and so on"):
+                try:
+                    ids = backend.encode(probe).ids
+                    backend.decode(ids)
+                except Exception:  # a word that it has no token for, which is said where a text holds it
+                    continue
+            if len(ids) > _GROWTH * (len(probe) + 16):
+                raise UserError(f"the tokenizer makes {len(ids):,} tokens of {len(probe):,} characters")
+    with guarded("the tokenizer fails to decode its tokens"):
+        backend.decode(list(range(min(largest + 1, 1000))))
+
+
+def opened(text: str) -> tokenizers.Tokenizer:
+    """The tokenizer in the text of a tokenizer.json."""
+    with guarded("not a tokenizer.json that can be read"):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Raise UserError, which begins with `what`, where the library fails or panics inside."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which are none
+        raise UserError(f"{what}: {' '.join(str(error)[:200].split())}") from error
+
+
+def _probes(parts: list[Any]) -> Iterator[str]:
+    """Texts of one thing many times, and the same with an end that is another: where expressions go wrong."""
+    told = sorted({piece for text in _strings(parts) for piece in (text[:20], *re.findall(r"\w", text))})
+    # An expression is tried only where a text has all characters that it asks for.
+    end = "!" + "".join(piece for piece in told if len(piece) == 1)[:100] + "1a \n"
+    for seed in filter(None, (*_SEEDS, *told[:200])):
+        many = (seed * _LENGTH)[:_LENGTH]
+        yield from (many, many + "!", many + end)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
