@@ -1,4 +1,5 @@
-"""UTF-8 text in files of others: the byte-order mark that some editors put before it is not part of it."""
+"""UTF-8 text of others: the byte-order mark that some editors put before it is not part of it, and control characters
+are not for a terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +14,18 @@ _OTHERS = {  # the longer first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+
+
+# C0 without tab and line feed, DEL, C1, and what turns the direction of text around.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROLS |= {
+    code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, written as `\\x1b`; tabs and line feeds stay."""
+    return text.translate(_CONTROLS)
 
 
 def without_mark(data: bytes) -> bytes:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainfw.cli import _parser, main, terminal
-from trainfw.cli.terminal import Clock, folded, for_terminal, say
+from trainfw.cli.console import make_reporter
+from trainfw.cli.terminal import Clock, folded, for_terminal, say, show
 
 
 @given(
@@ -106,6 +107,22 @@ def test_what_the_encoding_lacks_does_not_end_a_command(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     say("naïve")
     assert stream.buffer.getvalue() == b"na?ve\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_file_of_others_does_not_rule_the_terminal(terminal, monkeypatch, capsys):
+    """What is said of it is escaped, in a log too; what a model writes is its own in a pipe."""
+    hostile = "b\x1b]0;title\x07\x1b[2J\x9b31m\r\x7f\u202ec"
+    harmless = "b\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\x0d\\x7f\\u202ec"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    say(hostile)
+    make_reporter().note(hostile)
+    make_reporter().note(f"sample:\n{hostile}")
+    said = capsys.readouterr().out
+    assert said.count(harmless) == 3
+    assert not [part for part in ("\x1b]0", "\x1b[2J", "\x9b", "\x07", "\u202e") if part in said]
+    show(hostile + "\n")
+    assert capsys.readouterr().out == (harmless if terminal else hostile) + "\n"
 
 
 @pytest.mark.parametrize("live", [True, False])

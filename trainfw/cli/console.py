@@ -8,6 +8,7 @@ from typing import Any
 
 from trainfw.cli.terminal import for_terminal, in_colour
 from trainfw.training import Reporter
+from trainfw.utf8 import printable
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ class TerminalReporter(Reporter):
     def note(self, text: str) -> None:
         from rich.text import Text
 
-        console = self._progress.console
+        console, text = self._progress.console, printable(text)
         if "\n" not in text:  # several lines are a sample, and shown as they are
             text = for_terminal(text, console.width, colour=in_colour(console.file))
         console.print(Text.from_ansi(text), highlight=False, soft_wrap=True)

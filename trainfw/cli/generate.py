@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from trainfw.cli.options import AnyModel, Step
+from trainfw.cli.terminal import show
 
 
 def generate(
@@ -61,10 +62,10 @@ def generate(
         )
     if len(prompt) == 1 and not adapters:
         stream = TextStream(tokenizer)
-        typer.echo(form[None].echo(prompt[0], chat), nl=False)
+        show(form[None].echo(prompt[0], chat))
         for token in models.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
-            typer.echo(stream.push(token), nl=False)
-        typer.echo(stream.flush())
+            show(stream.push(token))
+        show(stream.flush() + "\n")
         return
     written = models.generate_batch(
         loaded,
@@ -74,8 +75,8 @@ def generate(
         **options,  # type: ignore[arg-type]
     )
     for (name, text), ids in zip(chosen, written, strict=True):
-        typer.echo(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}")
-        typer.echo(tokenizer.decode(ids))
+        show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
+        show(tokenizer.decode(ids) + "\n")
 
 
 def _named(adapters: list[str]) -> dict[str, str]:

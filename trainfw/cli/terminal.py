@@ -10,7 +10,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TextIO
+
+from trainfw.utf8 import printable
 
 _RED, _YELLOW, _GREEN = "31;1", "33;1", "32;1"
 _COLOURS = {
@@ -30,13 +32,25 @@ _SHORT = 32
 
 
 def say(text: object = "", *, err: bool = False) -> None:
-    """Print lines: into a pipe as they are, on a terminal folded at words (`folded`) and with verdicts in colour."""
+    """Print lines: into a pipe as they are, on a terminal folded at words (`folded`) and with verdicts in colour.
+
+    Control characters, which may come from a file of others, are escaped in both (`printable`).
+    """
     stream = sys.stderr if err else sys.stdout
-    shown = str(text)
+    shown = printable(str(text))
     if stream.isatty():
         shown = for_terminal(shown, width_of(stream), colour=in_colour(stream))
+    _print(shown + "\n", stream)
+
+
+def show(text: str) -> None:
+    """Print what a model wrote, with no line feed after it: into a pipe as it is, on a terminal `printable`."""
+    _print(printable(text) if sys.stdout.isatty() else text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
-    print(shown.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, end="", flush=True)
 
 
 def for_terminal(text: str, width: int, *, colour: bool) -> str:

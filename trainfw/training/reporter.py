@@ -5,6 +5,8 @@ import sys
 import time
 from typing import Any
 
+from trainfw.utf8 import printable
+
 
 class Reporter:
     """How a run speaks to people: plain lines. The CLI has one with a progress bar for terminals."""
@@ -14,7 +16,7 @@ class Reporter:
 
     def note(self, text: str) -> None:
         try:
-            print(text, flush=True)
+            print(printable(text), flush=True)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  whoever listened has gone; the run goes on
 
