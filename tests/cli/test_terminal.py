@@ -116,8 +116,10 @@ def test_a_file_of_others_does_not_rule_the_terminal(terminal, monkeypatch, caps
     harmless = "b\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\x0d\\x7f\\u202ec"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     say(hostile)
-    make_reporter().note(hostile)
-    make_reporter().note(f"sample:\n{hostile}")
+    reporter = make_reporter()
+    reporter.note(hostile)
+    reporter.note(f"sample:\n{hostile}")
+    reporter.close()
     said = capsys.readouterr().out
     assert said.count(harmless) == 3
     assert not [part for part in ("\x1b]0", "\x1b[2J", "\x9b", "\x07", "\u202e") if part in said]
