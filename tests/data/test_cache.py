@@ -53,7 +53,7 @@ def test_second_time_reads_nothing(config: DataConfig, monkeypatch: pytest.Monke
     second = prepare(DataConfig(**config.model_dump() | {"sequence_length": 7, "seed": 1, "prefetch": 0}))
     assert second.fingerprint == first.fingerprint
     assert second.tokenizer.fingerprint() == first.tokenizer.fingerprint()
-    assert second.train.tokens.tolist() == first.train.tokens.tolist()
+    assert second.train.tokens[:].tolist() == first.train.tokens[:].tolist()
     assert (second.gzip_bits_per_byte, second.train.digest) == (first.gzip_bits_per_byte, first.train.digest)
 
 
@@ -89,7 +89,7 @@ def test_same_text_elsewhere_has_the_same_digest(config: DataConfig, corpus: Pat
 @pytest.mark.parametrize("damage", ["cut", "odd", "empty", "gone", "meta", "tokenizer"])
 def test_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
     first = prepare(config)
-    tokens = first.train.tokens.tolist()
+    tokens = first.train.tokens[:].tolist()
     assert config.cache_dir
     directory = Path(config.cache_dir) / first.fingerprint
     file = directory / "train.tokens"
@@ -106,7 +106,7 @@ def test_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
             (directory / "meta.json").write_text('{"train": {')
         case "tokenizer":
             (directory / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert prepare(config).train.tokens.tolist() == tokens
+    assert prepare(config).train.tokens[:].tolist() == tokens
 
 
 def test_interrupted_build_leaves_nothing_in_the_way(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +115,27 @@ def test_interrupted_build_leaves_nothing_in_the_way(config: DataConfig, monkeyp
         with pytest.raises(ZeroDivisionError):
             prepare(config)
     assert prepare(config).train.num_documents > 100
+
+
+def test_what_counts_as_whole_is_on_the_disk(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def move(path: Path, target: Path) -> Path:
+        files = [path, *path.rglob("*")]
+        assert len(files) > 5
+        assert {file.stat().st_ino for file in files} <= {*synced}
+        synced.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", move)
+    prepare(config)
+    assert synced == [Path(config.cache_dir or "").stat().st_ino]
 
 
 def test_copies_stay_on_one_side(tmp_path: Path) -> None:
@@ -209,6 +230,6 @@ def test_directories_alike_but_for_their_text_do_not_share_a_cache(tmp_path):
             cache_dir=str(tmp_path / "cache"),
         )
         data = prepare(config)
-        texts.append(data.tokenizer.decode(data.train.tokens.tolist()))
+        texts.append(data.tokenizer.decode(data.train.tokens[:].tolist()))
     assert texts[0].startswith("a is")
     assert texts[1].startswith("b is")

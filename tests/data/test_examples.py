@@ -294,7 +294,7 @@ def test_prepared_examples(tmp_path, smollm2):
         sides = {"train": set(), "validation": set()}
         for split, questions in sides.items():
             store = getattr(data, split)
-            assert store.learnt.dtype == bool
+            assert store.learnt[:].dtype == bool
             for start, end in zip(store.offsets[:-1], store.offsets[1:]):
                 text = smollm2.decode(store.tokens[start:end].tolist())
                 questions.add(text.split("user\n")[1].split("\nassistant")[0])

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
+import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from filelock import FileLock
+from typing import Any
 
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
+from trainfw.data.locking import held
 from trainfw.data.progress import Progress, reported
 from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from trainfw.errors import UserError, about
+from trainfw.errors import RunError, UserError, about
 from trainfw.paths import cache_dir, resolve_path
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
 """Of what is made of examples; to be raised with any change to it."""
 BATCH_CHARACTERS = 1_000_000
@@ -56,10 +59,13 @@ class PreparedData:
     """What else there is to know of the examples."""
     skipped: str = ""
     """What was found in the source and not read, by kind; empty where there is nothing."""
+    damage: str = ""
+    """What was wrong with the cache, which was therefore made again; empty where nothing was."""
 
     def notes(self) -> list[str]:
         """What whoever trains on it should know: what was not read; of examples, how many, and which were refused."""
-        return [self.skipped, *self._counts()] if self.skipped else self._counts()
+        damage = f"warning: the token cache was damaged, and was made again: {self.damage}" if self.damage else ""
+        return [note for note in (damage, self.skipped) if note] + self._counts()
 
     def _counts(self) -> list[str]:
         if self.train.learnt is None:
@@ -85,36 +91,128 @@ def prepare(
         source = open_source(config)
     with about("tokenizer.path"):
         tokenizer = tokenizer or _ready_tokenizer(config)
-    return replace(_prepared(_dated(config, tokenizer), source, tokenizer, progress), skipped=source.skipped)
+    cache = _Cache(_dated(config, tokenizer), source, tokenizer, progress)
+    return replace(cache.prepared(source), skipped=source.skipped)
 
 
-def _prepared(
-    config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
-) -> PreparedData:
-    fingerprint = _fingerprint(config, source, tokenizer)
-    root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
-    directory = root / fingerprint
+class _Cache:
+    """The directory of what one source is tokenised to, which is made, and made again where it is damaged."""
+
+    def __init__(
+        self, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
+    ) -> None:
+        self._config, self._tokenizer, self._progress = config, tokenizer, progress
+        self._fingerprint = _fingerprint(config, source, tokenizer)
+        self._root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
+        self._directory = self._root / self._fingerprint
+        self._mending = threading.RLock()
+        self._digests: list[str] = []
+        """Of what was handed out."""
+
+    def prepared(self, source: Source) -> PreparedData:
+        """What is there, or is made now. Raises UserError where it cannot be."""
+        try:
+            found, damage = self._open()
+            if found is None:
+                self._root.mkdir(parents=True, exist_ok=True)
+                with self._lock():
+                    found, damage = self._open()
+                    if found is None:  # else it was made while this process waited
+                        self._make(source, self._tokenizer)
+                        found, again = self._open()
+                        if found is None:
+                            raise OSError(f"it was just written, and is damaged: {again}")
+        except OSError as error:  # of the cache only: a source raises UserError
+            raise UserError(
+                f"cannot write the token cache in {self._root}: {error.strerror or error}; name another in "
+                "data.cache_dir"
+            ) from error
+        self._tokenizer = found.tokenizer
+        self._digests = [found.train.digest, found.validation.digest]
+        return replace(found, damage=damage)
+
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return held(self._root / f"{self._fingerprint}.lock", "the token cache", self._progress)
+
+    def _make(self, source: Source, tokenizer: Tokenizer | None, digests: Sequence[str] = ()) -> None:
+        """Write all of it anew; what was there stays until this is on the disk. Raises UserError where it is to have
+        `digests` and has others."""
+        partial = self._root / f"{self._fingerprint}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with about("source"):
+            made = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
+        if digests and made != digests:
+            raise UserError(f"what its source gives now is other data (digests {made}, not {digests})")
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        shutil.rmtree(self._directory, ignore_errors=True)
+        partial.rename(self._directory)
+        _sync(self._root)
+
+    def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
+        """Of a cache that is in use: make it again, unless another thread or process has. Raises RunError where that
+        cannot be, or would not give the same tokens."""
+        log = logging.getLogger("trainfw")
+        try:
+            with self._mending, self._lock():
+                if not is_whole():
+                    log.warning("%s; making the cache again from its source", problem)
+                    self._make(open_source(self._config), self._tokenizer, self._digests)
+                    log.warning("%s is whole again", self._directory)
+        except (UserError, OSError) as error:
+            raise RunError(f"{problem}, and cannot be made again: {error}") from error
+
+    def _open(self) -> tuple[PreparedData | None, str]:
+        """What the cache holds, or None where it holds nothing whole, and then what is damaged of what it holds.
+
+        Where the tokenizer is known, it is as it is now: what does not shape tokens (a template, for text) may be
+        another than when they were cached.
+        """
+        directory = self._directory
+        if not directory.exists():
+            return None, ""
+        try:
+            meta = _read_meta(directory / "meta.json")
+            train, validation = (
+                StoreInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
+                for split in ("train", "validation")
+            )
+            tokenizer = self._tokenizer or load_tokenizer(directory / "tokenizer")
+            if tokenizer.fingerprint() != meta["tokenizer"]:
+                raise ValueError(f"{directory / 'tokenizer'} is not the one that tokenised it")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None, str(error)
+        refused = tuple(Refused(**one) for one in meta["refused"])
+        gzip = meta["gzip_bits_per_byte"] if validation.num_bytes >= GZIP_BYTES else None
+        remarks = tuple(meta["remarks"])
+        return PreparedData(train, validation, tokenizer, gzip, self._fingerprint, refused, remarks), ""
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError or KeyError where it is not what `_write_meta` wrote."""
+    meta = json.loads(file.read_text())
+    if not isinstance(meta, dict) or meta.pop("digest", None) != _digest(meta):
+        raise ValueError(f"{file} is not what was written")
+    return meta
+
+
+def _write_meta(file: Path, meta: dict[str, Any]) -> None:
+    meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
+    file.write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _sync(file: Path) -> None:
+    """Have a file, or the names in a directory, on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
     try:
-        if (found := _open(directory, fingerprint, tokenizer)) is not None:
-            return found
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{fingerprint}.lock"):
-            if (found := _open(directory, fingerprint, tokenizer)) is not None:  # built while this process waited
-                return found
-            partial = root / f"{fingerprint}.partial"
-            for leftover in (partial, directory):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir()
-            with about("source"):
-                _build(partial, config, source, tokenizer, progress)
-            partial.rename(directory)
-    except OSError as error:  # of the cache only: a source raises UserError
-        raise UserError(
-            f"cannot write the token cache in {root}: {error.strerror or error}; name another in data.cache_dir"
-        ) from error
-    found = _open(directory, fingerprint, tokenizer)
-    assert found is not None, f"{directory} was just built, yet is not whole"
-    return found
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_source(config: DataConfig) -> None:
@@ -164,26 +262,15 @@ def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
 
-def _open(directory: Path, fingerprint: str, tokenizer: Tokenizer | None) -> PreparedData | None:
-    """What the cache holds, or None where it holds nothing whole. Where `tokenizer` is known, it is as it is now: what
-    does not shape tokens (a template, for text) may be another than when they were cached."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-        train, validation = (StoreInfo(**meta[split]).open(directory, split) for split in ("train", "validation"))
-        tokenizer = tokenizer or load_tokenizer(directory / "tokenizer")
-        if tokenizer.fingerprint() != meta["tokenizer"]:
-            return None
-        refused = tuple(Refused(**one) for one in meta.get("refused", ()))
-        remarks = tuple(meta.get("remarks", ()))
-        gzip = meta["gzip_bits_per_byte"] if validation.num_bytes >= GZIP_BYTES else None
-        return PreparedData(train, validation, tokenizer, gzip, fingerprint, refused, remarks)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _build(
-    directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
-) -> None:
+    directory: Path,
+    fingerprint: str,
+    config: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    progress: Progress | None,
+) -> list[str]:
+    """Write what the source gives; returns the digests of both splits."""
     examples = config.format != "text"
     if tokenizer is None:
         assert not examples
@@ -203,7 +290,7 @@ def _build(
     )
     with ExitStack() as stack:
         train, validation = (
-            stack.enter_context(StoreWriter(directory, split, tokenizer.vocab_size, examples=examples))
+            stack.enter_context(StoreWriter(directory, split, tokenizer.vocab_size, fingerprint, examples=examples))
             for split in ("train", "validation")
         )
         for key, ids, text, learnt in tokenised:
@@ -232,7 +319,8 @@ def _build(
         "refused": [one.as_dict() for one in refused],
         "remarks": () if encoder is None else encoder.remarks(),
     }
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2))
+    _write_meta(directory / "meta.json", meta)
+    return [info.digest for info in infos.values()]
 
 
 _Tokenised = tuple[str, list[int], str, list[bool] | None]

@@ -57,12 +57,15 @@ class Rows:
         start = index * self.sequence_length
         stream = self.store.tokens[start : start + self.sequence_length + 1]
         place = np.arange(start, start + len(stream))
-        document = np.searchsorted(self.store.offsets, place, side="right") - 1
-        part_start = np.maximum(self.store.offsets[document], start)
+        first = self.store.offsets.searchsorted(start, side="right") - 1
+        last = self.store.offsets.searchsorted(start + len(stream) - 1, side="right")
+        bounds = self.store.offsets[first:last]  # where the documents of this row begin
+        document = bounds.searchsorted(place, side="right") - 1
+        part_start = np.maximum(bounds[document], start)
         row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
         part = slice(len(stream) - 1)
         row["tokens"][part], row["targets"][part] = stream[:-1], stream[1:]
-        row["segment_ids"][part] = (document - document[0] + 1)[:-1]
+        row["segment_ids"][part] = document[:-1] + 1
         row["positions"][part] = (place - part_start)[:-1]
         row["loss_mask"][part] = document[1:] == document[:-1]
         return row
@@ -88,7 +91,7 @@ class ExampleRows:
         assert store.learnt is not None
         self.store = store
         self.sequence_length = sequence_length
-        self._lengths = np.diff(store.offsets) - 1
+        self._lengths = np.diff(store.offsets[:]) - 1
         if len(self._lengths) and (longest := int(self._lengths.max())) > sequence_length:
             raise UserError(f"an example of {longest + 1} tokens does not fit into rows of {sequence_length}")
         rows = pack(self._lengths, sequence_length)

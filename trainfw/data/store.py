@@ -1,6 +1,13 @@
+"""Tokens on disk: files of blocks, each with a checksum that is looked at whenever the block is read."""
+
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -8,20 +15,135 @@ from typing import Any
 
 import numpy as np
 
+from trainfw.errors import RunError
+
+BLOCK = 4096
+"""Bytes of a block: little to read for one row, and a checksum of it takes a microsecond."""
+_CHECKSUM = 8
+_PAYLOAD = BLOCK - _CHECKSUM
+_BLOCKS_KEPT = 512
+_PIECE = 2**20
+"""Numbers read at once where all of a file are."""
+
+Mend = Callable[[str, Callable[[], bool]], None]
+"""Called with what is wrong with a file, in words, and with a look at whether it is still: makes the files anew, or
+raises RunError."""
+
+
+class StoredArray:
+    """The numbers of one file, read block by block as they are asked for.
+
+    A block that is not what was written, be it flipped, torn, gone or another's, is mended and read again; numbers that
+    were never written are not returned. Nothing is mapped: a file that is cut short is damage, and no SIGBUS.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype, length: int, identity: str, mend: Mend) -> None:
+        """Open `length` numbers, written under the same `identity`. Raises OSError or ValueError where the file is
+        not there, or has another size."""
+        self._file, self._dtype, self._length, self._mend = file, dtype, length, mend
+        self._key = _key(file.name, identity)
+        self._per_block = _PAYLOAD // dtype.itemsize
+        self._num_blocks = -(-length // self._per_block)
+        self._open()
+        self._block = functools.lru_cache(_BLOCKS_KEPT)(self._mended)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """The numbers of a slice without a step. Raises RunError where they are damaged and cannot be mended."""
+        start, stop, _ = part.indices(self._length)
+        if start >= stop:
+            return np.empty(0, self._dtype)
+        first = start // self._per_block
+        blocks = [self._block(index) for index in range(first, (stop - 1) // self._per_block + 1)]
+        skipped = first * self._per_block
+        whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return whole[start - skipped : stop - skipped]
+
+    def searchsorted(self, value: int, side: str = "right") -> int:
+        """Where `value` would go into the ascending numbers, after those equal to it (as of NumPy's arrays)."""
+        assert side == "right"
+        after = bisect.bisect_right(range(self._num_blocks), value, key=lambda index: self._block(index)[0])
+        if after == 0:
+            return 0
+        within = self._block(after - 1).searchsorted(value, side="right")
+        return (after - 1) * self._per_block + int(within)
+
+    def _open(self) -> None:
+        descriptor = _Descriptor(self._file)
+        expected = self._length * self._dtype.itemsize + self._num_blocks * _CHECKSUM
+        if (size := os.fstat(descriptor.number).st_size) != expected:
+            raise ValueError(f"{self._file} has {size} bytes, not {expected}")
+        self._descriptor = descriptor
+
+    def _mended(self, index: int) -> np.ndarray:
+        numbers = self._read(index)
+        if numbers is None:
+            problem = f"{self._file}: block {index} of {self._num_blocks} is damaged"
+            self._mend(problem, lambda: self._read_anew(index) is not None)
+            numbers = self._read_anew(index)
+            if numbers is None:
+                raise RunError(f"{problem}, and was again once it had been written anew; look at the disk")
+        return numbers
+
+    def _read_anew(self, index: int) -> np.ndarray | None:
+        try:
+            self._open()
+        except (OSError, ValueError):
+            return None
+        return self._read(index)
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """A block's numbers, (at most `_per_block`,); None where they are not what was written."""
+        descriptor = self._descriptor  # held open, whoever opens it anew meanwhile
+        try:
+            data = os.pread(descriptor.number, BLOCK, index * BLOCK)
+        except OSError:
+            return None
+        count = min(self._per_block, self._length - index * self._per_block)
+        payload, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
+        if len(payload) != count * self._dtype.itemsize or checksum != _checksum(payload, index, self._key):
+            return None
+        return np.frombuffer(payload, self._dtype)
+
+
+class _Descriptor:
+    """A file open for reading, as long as anybody holds it."""
+
+    def __init__(self, file: Path) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _key(name: str, identity: str) -> int:
+    return zlib.crc32(f"{identity}/{name}".encode())
+
+
+def _checksum(payload: bytes, index: int, key: int) -> bytes:
+    """Of a block in its place in its file: one that belongs elsewhere has another."""
+    return zlib.crc32(payload, zlib.crc32(index.to_bytes(8, "little"), key)).to_bytes(_CHECKSUM, "little")
+
+
+Numbers = np.ndarray | StoredArray
+
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The documents of one split as one stream of tokens, memory-mapped."""
+    """The documents of one split as one stream of tokens, read from its files as they are asked for."""
 
-    tokens: np.ndarray
+    tokens: Numbers
     """(num_tokens,) uint16 or uint32: each document is bos, its tokens, eos."""
-    offsets: np.ndarray
+    offsets: Numbers
     """(num_documents + 1,) int64: document i is `tokens[offsets[i]:offsets[i + 1]]`."""
     num_bytes: int
     """UTF-8 bytes of the documents' text; of examples, of what is learnt."""
     digest: str
     """A hash of the tokens, where documents end and what is learnt: the same data has the same digest anywhere."""
-    learnt: np.ndarray | None = None
+    learnt: Numbers | None = None
     """(num_tokens,) bool: which tokens of examples are to be predicted. None for text, which is learnt whole."""
 
     @property
@@ -35,7 +157,18 @@ class TokenStore:
     @property
     def num_targets(self) -> int:
         """Tokens to predict: of text every token but a document's first, the begin marker."""
-        return self.num_tokens - self.num_documents if self.learnt is None else int(np.count_nonzero(self.learnt))
+        if self.learnt is None:
+            return self.num_tokens - self.num_documents
+        return sum(int(np.count_nonzero(piece)) for piece in _pieces(self.learnt))
+
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens, which are read for it."""
+        return max(int(piece.max()) for piece in _pieces(self.tokens))
+
+
+def _pieces(numbers: Numbers) -> Iterator[np.ndarray]:
+    return (numbers[start : start + _PIECE] for start in range(0, len(numbers), _PIECE))
 
 
 @dataclass(frozen=True)
@@ -49,29 +182,60 @@ class StoreInfo:
     digest: str
     examples: bool = False
 
-    def open(self, directory: Path, split: str) -> TokenStore:
-        """Map the store that `StoreWriter` wrote. Raises OSError or ValueError where its files are not whole."""
-        tokens = np.memmap(directory / f"{split}.tokens", self.dtype, "r")
-        offsets = np.memmap(directory / f"{split}.offsets", np.int64, "r")
-        if len(tokens) != self.num_tokens or len(offsets) != self.num_documents + 1 or offsets[-1] != self.num_tokens:
-            raise ValueError(f"{directory}: {split} is not whole")
-        learnt = np.memmap(directory / f"{split}.learnt", np.bool_, "r") if self.examples else None
-        if learnt is not None and len(learnt) != self.num_tokens:
-            raise ValueError(f"{directory}: {split} is not whole")
-        return TokenStore(tokens, offsets, self.num_bytes, self.digest, learnt)
+    def open(self, directory: Path, split: str, identity: str, mend: Mend) -> TokenStore:
+        """The store that `StoreWriter` wrote under the same `identity`; blocks found damaged later go to `mend`.
+
+        Raises OSError or ValueError where a file is not there, or has another size.
+        """
+        tokens, offsets = np.dtype(self.dtype), np.dtype(np.int64)
+        sizes = {"tokens": (tokens, self.num_tokens), "offsets": (offsets, self.num_documents + 1)}
+        if self.examples:
+            sizes["learnt"] = (np.dtype(np.bool_), self.num_tokens)
+        arrays = {
+            kind: StoredArray(directory / f"{split}.{kind}", dtype, length, identity, mend)
+            for kind, (dtype, length) in sizes.items()
+        }
+        return TokenStore(num_bytes=self.num_bytes, digest=self.digest, **arrays)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+class _BlockWriter:
+    """Appends bytes to a file of blocks, which ends with `close`."""
+
+    def __init__(self, file: Path, identity: str) -> None:
+        self._key = _key(file.name, identity)
+        self._file = file.open("wb")
+        self._rest = bytearray()
+        self._index = 0
+
+    def write(self, data: bytes) -> None:
+        self._rest += data
+        whole = len(self._rest) // _PAYLOAD * _PAYLOAD
+        for start in range(0, whole, _PAYLOAD):
+            self._put(bytes(self._rest[start : start + _PAYLOAD]))
+        del self._rest[:whole]
+
+    def close(self) -> None:
+        if self._rest:
+            self._put(bytes(self._rest))
+        self._file.close()
+
+    def _put(self, payload: bytes) -> None:
+        self._file.write(payload + _checksum(payload, self._index, self._key))
+        self._index += 1
+
+
 class StoreWriter:
     """Appends documents, or `examples`, to a store's files, which are whole once the `with` block has ended."""
 
-    def __init__(self, directory: Path, split: str, vocab_size: int, *, examples: bool = False) -> None:
+    def __init__(self, directory: Path, split: str, vocab_size: int, identity: str, *, examples: bool = False) -> None:
+        """`identity`: of the data; a block of another's is damage."""
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self._tokens = (directory / f"{split}.tokens").open("wb")
-        self._offsets = (directory / f"{split}.offsets").open("wb")
-        self._learnt = (directory / f"{split}.learnt").open("wb") if examples else None
+        self._tokens = _BlockWriter(directory / f"{split}.tokens", identity)
+        self._offsets = _BlockWriter(directory / f"{split}.offsets", identity)
+        self._learnt = _BlockWriter(directory / f"{split}.learnt", identity) if examples else None
         self._hash = hashlib.blake2b(digest_size=16)
         self._num_tokens = self._num_documents = self._num_bytes = 0
         self._offsets.write(np.int64(0).tobytes())

@@ -222,7 +222,7 @@ def _check_ids(recipe: Recipe, data: PreparedData) -> None:
     if data.tokenizer.vocab_size <= rows:
         return
     # Special tokens past the embedding harm nobody unless the template writes them.
-    largest = max(int(store.tokens.max()) for store in (data.train, data.validation))
+    largest = max(store.largest_id for store in (data.train, data.validation))
     if data.tokenizer.past(rows) or largest >= rows:
         raise recipe.error(
             "model.vocab_size",

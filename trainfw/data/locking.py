@@ -1,0 +1,113 @@
+"""A lock between processes that says whom it waits for, and does not wait for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainfw.data.progress import Progress
+from trainfw.errors import PeerError, UserError
+
+POLL_SECONDS = 0.2
+SAY_SECONDS = 3.0
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 300.0
+"""How long whoever holds a lock may do nothing before the others stop waiting for it."""
+_BUSY_SECONDS = 0.01
+"""Of processor time in a beat, at least, by a process that does something."""
+
+
+@contextlib.contextmanager
+def held(file: Path, what: str, progress: Progress | None = None) -> Iterator[None]:
+    """Holds the lock of `file` (for `what`, in words), once whoever else holds it is done.
+
+    A process that has gone holds no lock. One that is stopped or hangs does: raises PeerError, which names it, once it
+    has done nothing for `SILENT_SECONDS`. Raises UserError where the file system has no locks.
+    """
+    lock, holder = FileLock(file), file.with_suffix(".holder")
+    _acquire(lock, holder, what, progress)
+    try:
+        with _beating(holder):
+            yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, holder: Path, what: str, progress: Progress | None) -> None:
+    waited = silent = 0.0
+    said, last, looked = False, "", time.monotonic()
+    while not _taken(lock):
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        gap, looked = min(now - looked, 2 * POLL_SECONDS), now  # this process may have been stopped itself
+        beat = _beat(holder)
+        waited, silent = waited + gap, silent + gap if beat == last else 0.0
+        if beat != last and progress is not None:
+            progress(f"Waiting for {what}: seconds", int(waited), None)
+        last = beat
+        who = beat.partition("\n")[0] or "another process"
+        if waited > SAY_SECONDS and not said:
+            said = True
+            logging.getLogger("trainfw").warning("%s: waiting for %s, which holds %s", what, who, lock.lock_file)
+        if silent > SILENT_SECONDS:
+            raise PeerError(
+                f"{what}: {who} holds {lock.lock_file} and has done nothing for {SILENT_SECONDS:g} s: it is "
+                "stopped, or hangs; let it go on, or end it"
+            )
+
+
+def _taken(lock: FileLock) -> bool:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    except NotImplementedError as error:
+        raise UserError(f"{lock.lock_file}: this file system has no locks") from error
+    return True
+
+
+def _beat(holder: Path) -> str:
+    """Who holds a lock, and a number that changes as long as it does something; empty where nobody says."""
+    try:
+        return holder.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _beating(holder: Path) -> Iterator[None]:
+    """Writes down, every now and then, that this process does something."""
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    ended = threading.Event()
+
+    def write(seconds: float) -> None:
+        with contextlib.suppress(OSError):  # the work itself will tell of a disk that is full
+            temporary = holder.with_suffix(".beat")
+            temporary.write_text(f"{who}\n{seconds:.2f}", encoding="utf-8")
+            temporary.replace(holder)
+
+    def beat() -> None:
+        before = time.process_time()
+        while not ended.wait(BEAT_SECONDS):
+            if (now := time.process_time()) - before > _BUSY_SECONDS:
+                write(now)
+                before = time.process_time()
+
+    write(time.process_time())
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            holder.unlink()
