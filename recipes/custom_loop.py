@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import trainfw
 from trainfw import models
 from trainfw.data import prepare, train_iterator
+from trainfw.training import agree
 
 
 def main(path: str = "quickstart", *overrides: str) -> None:
@@ -32,6 +33,8 @@ def main(path: str = "quickstart", *overrides: str) -> None:
 
     # The program is everything jitted: how to make the state, one step, one evaluation, and all shardings.
     program = trainfw.build_program(recipe)
+    # Of several processes: that all of them train the same program on the same data, which no loss would tell.
+    agree(program, data)
     train_step = program.compile_train_step()  # with the backend's options, which `program.train_step` is without
     state = program.init()
 

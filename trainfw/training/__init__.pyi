@@ -1,3 +1,4 @@
+from .agreement import agree as agree
 from .config import EvaluationConfig as EvaluationConfig
 from .config import FaultsConfig as FaultsConfig
 from .config import TrainConfig as TrainConfig

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -14,6 +14,7 @@ from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, pre
 from trainfw.errors import UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
 from trainfw.recipe import Recipe, expect_recipe
+from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
 from trainfw.training.base import check_base
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
@@ -27,7 +28,8 @@ from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
 
-T = TypeVar("T")
+_FOR_EVER = 7 * 86400.0
+"""Seconds that a process waits for the others to read data and compile, where no watchdog says how long."""
 
 
 def train(
@@ -53,7 +55,6 @@ def train(
     expect_recipe(recipe)
     accept = [accept] if isinstance(accept, str) else list(accept)
     check_accept(accept)
-    check_inputs(recipe)
     reporter = reporter or Reporter()
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
@@ -74,34 +75,42 @@ def _train(
         phases.moved()
         reporter.progress(description, completed, total)
 
-    run = _run_directory(recipe, run_dir)
+    patience = max(recipe.watchdog.start_seconds, recipe.watchdog.compile_seconds) or _FOR_EVER
+    with agreeing("recipe") as facts:
+        check_inputs(recipe)
+        run = _run_directory(recipe, run_dir)
+        facts |= recipe_facts(recipe) | {"command": {"run directory": str(run.path.absolute()), "--resume": resume}}
     if recipe.data.format != "text" and recipe.data.date is None:
-        date = _first_says("date", run.date)
+        date = first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
-    resumed_step = _first_says("check", lambda: run.check(recipe, resume, accept))
-    base = check_base(recipe, run, resumed_step)
+    resumed_step = first_says("check", lambda: run.check(recipe, resume, accept))
     backend = backends.current()
     if backend.platform == "cpu":
         backends.keep_freed_memory()
-    program = build_program(recipe, devices)
-    check_memory(program)
-    _say_program(program, reporter)
+    with agreeing("program", patience) as facts:
+        base = check_base(recipe, run, resumed_step)
+        program = build_program(recipe, devices)
+        check_memory(program)
+        facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
+        if resumed_step is None:
+            check_sources(recipe, program.abstract_state)
+        _say_program(program, reporter)
+        if approve is not None:
+            approve(program)
     first = jax.process_index() == 0
     changed: Changed = {}
-    if resumed_step is None:
-        check_sources(recipe, program.abstract_state)
-    else:
-        changed = _first_says("cut", lambda: _cut_changes(run, program, accept))
-    if approve is not None:
-        approve(program)
+    if resumed_step is not None:
+        changed = first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
         trains = (resumed_step or 0) < recipe.train.steps
         compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
-        data = _prepare_data(recipe, reporter, progress)
-        batches = stack.enter_context(contextlib.closing(_batches(program, data)))
+        with agreeing("data", patience) as facts:
+            data = _prepare_data(recipe, reporter, progress)
+            batches = stack.enter_context(contextlib.closing(_batches(program, data)))
+            facts |= data_facts(data)
         # Again, now that no other process can change the answer.
-        resumed_step = _first_says(
+        resumed_step = first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
         )
         checkpoints = Checkpoints(
@@ -116,16 +125,15 @@ def _train(
         if recipe.adapter is not None or backend.platform == "gpu":
             compiling.wait()
         first_state = functools.partial(_state_at, program, checkpoints, batches, data.validation.digest, progress)
-        state = first_state(resumed_step)
-        train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
+        with agreeing("state", patience) as facts:
+            facts |= {"start": {"step to go on from": resumed_step}}
+            state = first_state(resumed_step)
+            train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
         if resumed_step is not None:
             changed = {**{one.key: (one.before, one.now) for one in run.changes(recipe)}, **changed}
         _say_start(run, resumed_step, changed, accept, reporter)
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
-        if first:
-            run.open(recipe, resumed_step)
-            data.tokenizer.save(run.tokenizer)
-        backends.exchange("opened", None)
+        first_says("opened", lambda: _open(run, recipe, data, resumed_step))
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first)))
@@ -159,6 +167,11 @@ def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
         return RunDirectory(path, recipe.checkpoint)
 
 
+def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None) -> None:
+    run.open(recipe, resumed_step)
+    data.tokenizer.save(run.tokenizer)
+
+
 def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
     """Run a session, and write down how it ended."""
     end = "failed"
@@ -184,26 +197,6 @@ def _say_program(program: Program, reporter: Reporter) -> None:
         f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
         f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
     )
-
-
-def _first_says(name: str, decide: Callable[[], T]) -> T:
-    """What the first process decides, in all of them: they see the same files, but not at the same moment.
-
-    Raises the first one's UserError in all of them.
-    """
-    answer: list[T] = []
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            answer.append(decide())
-        except UserError as error:
-            problem = error
-    said = backends.exchange(name, [str(problem) if problem else None, answer[0] if answer else None])[0]
-    if problem is not None:
-        raise problem
-    if said[0] is not None:
-        raise UserError(said[0])
-    return said[1]
 
 
 def _parameters(program: Program) -> str:
