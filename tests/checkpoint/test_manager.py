@@ -25,7 +25,7 @@ def saved(tmp_path):
     params = {"a": {"kernel": jax.device_put(jnp.arange(64.0).reshape(8, 8), sharded(8, PartitionSpec("fsdp")))}}
     rest = {"step": jnp.int32(3), "rng": jnp.arange(2, dtype=jnp.uint32)}
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(3, params, rest, {"data": {"next_row": 24}})
+    checkpoints.save(3, params, rest, {"data": {"next_row": 24, "order": "a"}})
     checkpoints.close()
     return tmp_path, params, rest
 
@@ -37,7 +37,7 @@ def test_restores_onto_another_mesh(saved):
     restored, _, meta = checkpoints.restore(3, abstract(params, two), abstract(rest, sharded(2, PartitionSpec())))
     assert restored["a"]["kernel"].sharding == two
     np.testing.assert_array_equal(restored["a"]["kernel"], params["a"]["kernel"])
-    assert meta == {"data": {"next_row": 24}}
+    assert meta == {"data": {"next_row": 24, "order": "a"}}
     assert checkpoints.latest == 3
 
 
@@ -82,7 +82,7 @@ def saved_in(directory, order, optimizer="adamw"):
     )
     held = reorder_layers((state.params, state.opt_state), range(4), order or range(4))
     checkpoints = Checkpoints(directory / "run", CheckpointConfig(), layer_order=order)
-    checkpoints.save(1, held[0], {"opt_state": held[1]}, {"data": 7})
+    checkpoints.save(1, held[0], {"opt_state": held[1]}, {"held_out": "a"})
     checkpoints.close()
     return abstract, (state.params, state.opt_state)
 
@@ -96,7 +96,7 @@ def test_layers_saved_in_one_order_are_restored_in_another(optimizer, tmp_path):
         wanted = reorder_layers(expected, range(4), order or range(4))
         jax.tree.map(np.testing.assert_array_equal, (params, rest["opt_state"]), wanted)
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(1, abstract.params), wanted[0])
-        assert meta == {"data": 7}
+        assert meta == {"held_out": "a"}
     kernels = [leaf for leaf in jax.tree.leaves(wanted[1]) if leaf.shape[:1] == (4,) and leaf.any()]
     assert kernels  # state of layers was moved, too
 

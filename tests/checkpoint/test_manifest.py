@@ -11,11 +11,12 @@ from trainfw.checkpoint.manifest import MANIFEST, find_damage, write_manifest
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    (tmp_path / "params").mkdir()
+    directory = tmp_path / "3"
+    (directory / "params").mkdir(parents=True)
     for name, size in {"params/a": 5000, "params/b": 1, "meta": 40, "empty": 0}.items():
-        (tmp_path / name).write_bytes(random.Random(name).randbytes(size))
-    write_manifest(tmp_path)
-    return tmp_path
+        (directory / name).write_bytes(random.Random(name).randbytes(size))
+    write_manifest(directory, 3, None, {})
+    return directory
 
 
 def test_what_was_written_is_whole(checkpoint):

@@ -21,7 +21,7 @@ import pytest
 from tests.data.test_chat import SMOLLM2, make_tokenizer
 from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe, train
-from trainfw.checkpoint import Checkpoints
+from trainfw.checkpoint import Checkpoints, read_identity
 from trainfw.data.cache import is_held_out
 from trainfw.training import Reporter, RunDirectory
 from trainfw.training.base import check_base
@@ -88,7 +88,8 @@ def test_resumed_from_stages_that_held_other_layers(straight, tmp_path, monkeypa
     directory, other = tmp_path / "run" / "checkpoints", tmp_path / "other"
     with contextlib.closing(Checkpoints(directory, recipe.checkpoint, layer_order=(1, 0), read_only=True)) as source:
         held = source.restore(4, state.params, rest)
-    with contextlib.closing(Checkpoints(other, recipe.checkpoint, layer_order=(1, 0))) as target:
+    identity = read_identity(tmp_path / "run")
+    with contextlib.closing(Checkpoints(other, recipe.checkpoint, identity=identity, layer_order=(1, 0))) as target:
         target.save(4, *held)
     shutil.rmtree(directory)
     other.rename(directory)

@@ -11,6 +11,10 @@ STORES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 """The library that lists each, and our extra that brings it. TensorStore reads and writes the arrays itself."""
 
 
+MANIFEST = "manifest.json"
+"""Of a checkpoint: which it is, and its files."""
+
+
 class CheckpointConfig(Config):
     """When to save, and what to keep. The last step is always saved."""
 

@@ -2,17 +2,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from trainfw.backends import exchange
 from trainfw.checkpoint.config import CheckpointConfig
-from trainfw.checkpoint.manifest import find_damage, write_manifest
-from trainfw.checkpoint.stores import Directory, commit_by_file, damaged_beside, delete_leftovers, in_store, move
+from trainfw.checkpoint.holding import check_there, hold
+from trainfw.checkpoint.identity import Identity
+from trainfw.checkpoint.manifest import find_damage, read_meta, write_manifest
+from trainfw.checkpoint.memory import spare_memory
+from trainfw.checkpoint.stores import (
+    Directory,
+    commit_by_file,
+    damaged_beside,
+    delete_leftovers,
+    delete_steps,
+    in_store,
+    move,
+    steps_in,
+    strangers_in,
+)
+from trainfw.checkpoint.structure import Shapes, find_absent, shapes_of
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 
@@ -33,10 +49,11 @@ _BARRIER_SECONDS = 600
 class Checkpoints:
     """The checkpoints of one run: each `params`, `rest` (of the state), `meta` (JSON), and a manifest of the files.
 
-    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed. A save that fails is only
-    reported, up to `config.max_failures` in a row.
+    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed, nor one whose arrays are not
+    found in what was written. A save that fails is only reported, up to `config.max_failures` in a row.
 
     Args:
+        identity: of the run: saved checkpoints carry it, and those of other runs are as good as damaged.
         layer_order: the layer at each place of the stacked parameters that are saved and wanted back; by default their
             true order. What was saved in another order is reordered when it is restored.
         report: told, in a sentence, of a save that failed.
@@ -47,20 +64,26 @@ class Checkpoints:
         directory: Directory,
         config: CheckpointConfig,
         *,
+        identity: Identity | None = None,
         layer_order: Sequence[int] | None = None,
         read_only: bool = False,
         report: Callable[[str], None] = lambda text: None,
     ):
         self.directory = directory if in_store(directory) else directory.absolute()
-        self._config, self._read_only, self._report = config, read_only, report
+        self._config, self._identity, self._report = config, identity, report
         self._layer_order = None if layer_order is None else list(layer_order)
         self._saving: int | None = None
         self._failures = 0
         self._has_failed = False
+        self._meta: dict[str, Any] = {}
+        self._expected: dict[str, Shapes] = {}
+        self._deleting: threading.Thread | None = None
+        self._not_deleted = ""
         # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self._opened: ocp.CheckpointManager | None = self._open()
+        spare_memory()
+        self._opened: ocp.CheckpointManager | None = None if read_only else self._open()
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -69,37 +92,42 @@ class Checkpoints:
         return self._opened
 
     def _open(self) -> ocp.CheckpointManager:
-        config, writes = self._config, not self._read_only
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last if writes else None,
-                keep_period=config.keep_every,
-                create=writes,
-                cleanup_tmp_directories=writes,
-                read_only=self._read_only,
-                temporary_path_class=commit_by_file(self.directory),
-                # Called when all files are written, before the rename that makes them a checkpoint.
-                async_options=ocp.AsyncOptions(
-                    timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._describe
+        with self._failing_as("cannot be opened"):
+            return ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None,  # we delete them ourselves
+                    create=True,
+                    cleanup_tmp_directories=True,
+                    temporary_path_class=commit_by_file(self.directory),
+                    # Called when all files are written, before the rename that makes them a checkpoint.
+                    async_options=ocp.AsyncOptions(
+                        timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._finish
+                    ),
                 ),
-            ),
-        )
+            )
 
-    def _describe(self) -> None:
-        if jax.process_index() == 0:
-            if in_store(self.directory):
-                write_manifest(self.directory / str(self._saving))
-            else:
-                for directory in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-                    write_manifest(directory)
+    def _finish(self) -> None:
+        if jax.process_index() != 0 or self._saving is None:
+            return
+        step = self._saving
+        written = (
+            [self.directory / str(step)]
+            if in_store(self.directory)
+            else list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        )
+        for directory in written:
+            for item, expected in self._expected.items():
+                if problem := find_absent(directory / item, expected):
+                    raise ValueError(f"{item}: {problem}")
+            write_manifest(directory, step, self._identity, self._meta)
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return steps_in(self.directory)
 
     @property
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> bool:
         """Start saving; returns once the arrays are copied off the devices, and the save before is on disk.
@@ -110,7 +138,8 @@ class Checkpoints:
             meta = {**meta, LAYER_ORDER: self._layer_order}
         self._settle(self._config.max_failures)
         with self._forgiving(step, self._config.max_failures):
-            self._saving = step
+            self._saving, self._meta = step, meta
+            self._expected = {"params": shapes_of(params), "rest": shapes_of(rest)}
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -138,8 +167,36 @@ class Checkpoints:
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
             self._saving, self._failures = None, 0
-            if self._has_failed and jax.process_index() == 0:
-                delete_leftovers(self.directory)
+            if jax.process_index() == 0:
+                if self._has_failed:
+                    delete_leftovers(self.directory)
+                self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Start to delete those that need not be kept, now that a newer one is on disk."""
+        self._wait_for_deletion()
+        config = self._config
+        old = [
+            step
+            for step in self.steps()[: -config.keep_last]
+            if not (config.keep_every and step % config.keep_every == 0)
+        ]
+        self._deleting = threading.Thread(target=self._delete, args=(old,), name="delete checkpoints", daemon=True)
+        self._deleting.start()
+
+    def _delete(self, steps: list[int]) -> None:
+        try:
+            delete_steps(self.directory, steps)
+        except Exception as error:  # of many kinds, in a store; there is a next time
+            self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
+
+    def _wait_for_deletion(self) -> None:
+        if self._deleting is not None:
+            self._deleting.join(_MOVE_SECONDS)
+            self._deleting = None
+        if self._not_deleted:
+            self._report(self._not_deleted)
+            self._not_deleted = ""
 
     def clear(self, seconds: float = 30.0) -> None:
         """Make room for another try at a step: until the writers of a save that failed, which outlive it, are done."""
@@ -157,7 +214,7 @@ class Checkpoints:
             self._saving = None
             self._failures += 1
             self._has_failed = True
-            what = f"{self.directory}: step {step} cannot be saved: {_first_line(error)}"
+            what = f"{self.directory}: step {step} cannot be saved: {first_line(error)}"
             with contextlib.suppress(Exception):
                 self._manager.close()
             # Another next time: this one raises its failure again and again, and what was half written takes room.
@@ -176,67 +233,87 @@ class Checkpoints:
         """
         steps = self.steps()
         index, count = jax.process_index(), jax.process_count()
-        problem = ""
+        problem, whole = "", None
         for i, step in enumerate(reversed(steps)):
-            here = find_damage(self.directory / str(step), index, count)
+            here = find_damage(self.directory / str(step), index, count, identity=self._identity)
             problem = next((text for text in exchange(f"damage/{step}", here) if text is not None), "")
             if not problem:
+                whole = step
                 break
             older = f"; going back to step {steps[-i - 2]}" if i + 1 < len(steps) else ""
             report(f"warning: the checkpoint of step {step} is damaged: {problem}{older}")
-        else:
-            if steps:
-                raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
-            return None
-        damaged = [later for later in steps if later > step]
-        for later in damaged if index == 0 else ():
-            target = damaged_beside(self.directory) / str(later)
+        if steps and whole is None:
+            raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
+        last = -1 if whole is None else whole
+        aside = [later for later in (*steps, *strangers_in(self.directory)) if later > last]
+        if exchange("aside", bool(aside)) != [False] * count:
+            self._move_aside(aside, report)
+        return whole
+
+    def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:
+        """Have these out of the way of those that are to be saved."""
+        strangers = strangers_in(self.directory)
+        for step in steps if jax.process_index() == 0 else ():
+            target = damaged_beside(self.directory) / str(step)
             while target.exists():
                 target = target.with_name(target.name + "-again")
-            move(self.directory / str(later), target)
-        if damaged:
-            exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
-            self._manager.reload()
-        return step
+            if step in strangers:
+                report(f"warning: {self.directory / str(step)} is no checkpoint; moved to {target}")
+            move(self.directory / str(step), target)
+        exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
+        if self._opened is not None:
+            self._opened.reload()
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(params, rest, meta) of a step, laid out as the given abstract arrays say."""
-        restored = self._restore(
-            step,
-            params=ocp.args.StandardRestore(params),
-            rest=ocp.args.StandardRestore(rest),
-            meta=ocp.args.JsonRestore(),
-        )
-        meta = dict(restored.meta)
-        params, rest = self._in_order((restored.params, restored.rest), meta.pop(LAYER_ORDER, None))
+        restored, meta = self._restore(step, params=params, rest=rest)
+        params, rest = self._in_order((restored["params"], restored["rest"]), meta.pop(LAYER_ORDER, None))
         return params, rest, meta
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """The parameters alone. Raises RunError also where the checkpoint's files are not what was saved."""
-        if problem := find_damage(self.directory / str(step)):
-            whole = next(
-                (s for s in reversed(self.steps()) if s < step and not find_damage(self.directory / str(s))), None
-            )
-            hint = "" if whole is None else f"; step {whole} is whole"
-            raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
-        restored = self._restore(step, params=ocp.args.StandardRestore(params), meta=ocp.args.JsonRestore())
-        return self._in_order(restored.params, restored.meta.get(LAYER_ORDER))
+        """The parameters alone, while the run may go on. Raises RunError also where the checkpoint is not whole.
+
+        Raises Vanished where it is gone, or was deleted meanwhile.
+        """
+        directory = self.directory / str(step)
+        with hold(directory):
+            if problem := find_damage(directory, identity=self._identity):
+                check_there(directory)
+                raise RunError(
+                    f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{self._whole_before(step)}"
+                )
+            restored, meta = self._restore(step, params=params)
+        return self._in_order(restored["params"], meta.get(LAYER_ORDER))
+
+    def _whole_before(self, step: int) -> str:
+        older = (other for other in reversed(self.steps()) if other < step)
+        whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
+        return next((f"; step {s} is whole" for s in whole), "")
 
     def _in_order(self, tree: Any, saved: list[int] | None) -> Any:
         wanted = self._layer_order or sorted(saved or ())
         return reorder_layers(tree, saved or sorted(wanted), wanted, donate=True)
 
-    def _restore(self, step: int, **items: Any) -> Any:
+    def _restore(self, step: int, **items: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Trees of arrays by item, and `meta`."""
+        directory = epath.Path(self.directory / str(step))
         others = [other for other in self.steps() if other < step]
         hint = f" (to fall back to step {others[-1]}, move {step} away)" if others else ""
-        with self._failing_as(f"step {step} cannot be restored{hint}"):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        reader = ocp.StandardCheckpointHandler()
+        with contextlib.closing(reader), self._failing_as(f"step {step} cannot be restored{hint}", directory):
+            meta = read_meta(directory)
+            restored = {
+                item: reader.restore(directory / item, args=ocp.args.StandardRestore(tree))
+                for item, tree in items.items()
+            }
+        return restored, meta
 
     def close(self) -> None:
         """Wait, then let go. Raises RunError where what was saved last is not to be on disk."""
         if self._opened is None:
             return
         self._settle(0)
+        self._wait_for_deletion()
         with contextlib.suppress(Exception):  # everything that matters was waited for
             self._manager.close()
 
@@ -246,12 +323,14 @@ class Checkpoints:
         self._opened = None
 
     @contextlib.contextmanager
-    def _failing_as(self, problem: str) -> Iterator[None]:
+    def _failing_as(self, problem: str, read: Directory | None = None) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise RunError(f"{self.directory}: {problem}: {_first_line(error)}") from error
+            if read is not None:
+                check_there(read)
+            raise RunError(f"{self.directory}: {problem}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,33 +1,89 @@
-"""What a checkpoint's files are: one that a disk, a copy or a crash changed is seen.
+"""What a checkpoint is: whose, of which step, and its files. One that a disk, a copy or a crash changed is seen.
 
-By size and SHA-256; in an object store, which does not return other bytes than it was given, by size and the store's
-own tag, for which nothing is read.
+Files are told by size and SHA-256; in an object store, which does not return other bytes than it was given, by size
+and the store's own tag, for which nothing is read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
-from trainfw.checkpoint.stores import COMMITTED, Directory, in_store, list_store
+from trainfw.checkpoint.config import MANIFEST
+from trainfw.checkpoint.identity import Identity, refuse_newer, stamp
+from trainfw.checkpoint.meta import META_FILE, Damage, digest_recipe, parse_meta
+from trainfw.checkpoint.stores import COMMITTED, ORBAX_METADATA, Directory, in_store, list_store
 
-MANIFEST = "manifest.json"
-
-_LATER = {MANIFEST, "_CHECKPOINT_METADATA", COMMITTED}
+_LATER = {MANIFEST, ORBAX_METADATA, COMMITTED}
 """Files not in the manifest: itself, and Orbax's notes of when the checkpoint was committed."""
 
 _THREADS = 4
 """hashlib lets go of the interpreter's lock: one thread reads while another computes."""
 
+_MOST_JSON = 2**28
+"""Bytes of a manifest, or of `meta`: more is none of ours."""
 
-def write_manifest(directory: Directory) -> None:
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was saved, of which run and step. Those of format 1 say neither."""
+
+    files: dict[str, tuple[int, str]]
+    """(bytes, SHA-256 or the store's tag) by name."""
+    tags: bool
+    place: str | None = None
+    step: int | None = None
+    run: str | None = None
+    recipe: str | None = None
+    digest: str = ""
+    """SHA-256 of the file."""
+
+
+def write_manifest(directory: Directory, step: int, identity: Identity | None, meta: dict[str, Any]) -> None:
     """Describe the files under `directory`, which are all there, in one file beside them."""
     files = inventory(directory)
-    manifest = {"place": str(directory), "tag": files} if in_store(directory) else {"sha256": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=0), encoding="utf-8")
+    whose = {"step": step, "run": identity and identity.run, "recipe": digest_recipe(meta)}
+    listed = {"place": str(directory), "tag": files} if in_store(directory) else {"sha256": files}
+    (directory / MANIFEST).write_text(json.dumps(stamp() | whose | listed, indent=0), encoding="utf-8")
+
+
+def read_manifest(directory: Directory) -> Manifest:
+    """Raises Damage for what is none; UserError for one of a newer trainfw."""
+    try:
+        content = read_regular(directory / MANIFEST, _MOST_JSON)
+    except FileNotFoundError:
+        raise Damage(f"it has no {MANIFEST}") from None
+    except OSError as error:
+        raise Damage(f"{MANIFEST} {error.strerror}") from None
+    try:
+        held = json.loads(content)
+        tags = "sha256" not in held
+        listed = held["tag" if tags else "sha256"].items()
+        files = {name: (size, digest) for name, (size, digest) in listed}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damage(f"{MANIFEST} cannot be read") from None
+    refuse_newer(held, directory)
+    if not files:
+        raise Damage(f"{MANIFEST} lists no files")
+    for name, (size, digest) in files.items():
+        if not (_is_inside(name) and type(size) is int and size >= 0 and isinstance(digest, str)):
+            raise Damage(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
+    place, step, run, recipe = (held.get(key) for key in ("place", "step", "run", "recipe"))
+    texts = all(value is None or isinstance(value, str) for value in (place, run, recipe))
+    if not texts or not (step is None or type(step) is int) or ("format" in held and step is None):
+        raise Damage(f"{MANIFEST} does not say which step of which run it is")
+    return Manifest(files, tags, place, step, run, recipe, hashlib.sha256(content).hexdigest())
 
 
 def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
@@ -37,32 +93,95 @@ def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
     return {name: _describe(directory / name) for name in _names(directory)}
 
 
-def find_damage(directory: Directory, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words, or None where every file is what it was when it was saved.
+def find_mismatch(directory: Directory, identity: Identity | None = None) -> str | None:
+    """Why a checkpoint is not believed by what it says of itself, in words; None where all of it agrees.
 
-    Of one that was copied from or to a store, which has other tags, sizes alone are compared.
+    Its place is to be that of its step, its run that of `identity` (None: any), its recipe the one in `meta`. Reads
+    the manifest and `meta` alone. Raises UserError for one of a newer trainfw.
+    """
+    try:
+        _check_mismatch(directory, read_manifest(directory), identity)
+    except Damage as error:
+        return str(error)
+    return None
+
+
+def _check_mismatch(directory: Directory, manifest: Manifest, identity: Identity | None) -> None:
+    if manifest.step is not None and str(manifest.step) != directory.name:
+        raise Damage(f"it is step {manifest.step}, not {directory.name}")
+    if identity is not None and manifest.run != identity.run:
+        if manifest.run is not None:
+            raise Damage(f"it is of another run ({manifest.run[:32]}; this is {identity.run})")
+        if identity.older.get(directory.name) != manifest.digest:
+            raise Damage("it does not say of which run it is, and was not here when this run was given its id")
+    if META_FILE not in manifest.files and identity is None:
+        return
+    content = _meta_bytes(directory)
+    size, digest = manifest.files.get(META_FILE, (0, ""))
+    if len(content) != size:
+        raise Damage(f"{META_FILE} has {len(content):,} bytes, not {size:,}")
+    if not manifest.tags and hashlib.sha256(content).hexdigest() != digest:
+        raise Damage(f"{META_FILE} is not what was saved (its SHA-256 differs)")
+    meta = parse_meta(content, of_run=identity is not None)
+    if manifest.recipe is not None and digest_recipe(meta) != manifest.recipe:
+        raise Damage(f"the recipe in {META_FILE} is not the one that {MANIFEST} names")
+
+
+def read_meta(directory: Directory) -> dict[str, Any]:
+    """What was saved beside the arrays. Raises Damage where it cannot be read."""
+    return parse_meta(_meta_bytes(directory))
+
+
+def _meta_bytes(directory: Directory) -> bytes:
+    try:
+        return read_regular(directory / META_FILE, _MOST_JSON)
+    except OSError as error:
+        raise Damage(f"{META_FILE} {_why(error)}") from None
+
+
+def find_damage(
+    directory: Directory, share: int = 0, shares: int = 1, *, identity: Identity | None = None
+) -> str | None:
+    """What is wrong with a checkpoint, in words, or None where it is what it was when it was saved.
+
+    Of one that was copied from or to a store, which has other tags, sizes alone are compared. Raises UserError for one
+    of a newer trainfw.
 
     Args:
         share: look at the files of this share alone, of `shares` equal ones.
+        identity: the run that it is to be of, if one is known.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        key = "sha256" if "sha256" in manifest else "tag"
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in manifest[key].items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    if not files:
-        return f"{MANIFEST} lists no files"
-    if in_store(directory):
-        copied = manifest.get("place") != str(directory)
-        return next(_differences(inventory(directory), files, copied), None)
-    mine = dict(sorted(files.items())[share::shares])
-    if key == "tag":
+        manifest = read_manifest(directory)
+        _check_mismatch(directory, manifest, identity)
+        if in_store(directory):
+            copied = manifest.place != str(directory)
+            return next(_differences(inventory(directory), manifest.files, copied), None)
+        _check_kinds(directory)
+    except Damage as error:
+        return str(error)
+    except OSError as error:
+        return f"it {_why(error)}"
+    mine = dict(sorted(manifest.files.items())[share::shares])
+    if manifest.tags:
         there = {name: ((directory / name).stat().st_size, "") for name in mine if (directory / name).is_file()}
         return next(_differences(there, mine, True), None)
     return next(_damages(directory, mine), None)
+
+
+def _check_kinds(directory: Directory) -> None:
+    """Nothing but files and directories: a link leads elsewhere, and a FIFO or a device never ends."""
+    for where, directories, files in os.walk(directory, onerror=_raise):
+        for name in (*directories, *files):
+            path = os.path.join(where, name)
+            with contextlib.suppress(FileNotFoundError):
+                kind = os.lstat(path).st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                    raise Damage(f"{os.path.relpath(path, directory)} {_kind(kind)}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _differences(
@@ -88,19 +207,65 @@ def _damages(directory: Directory, files: Mapping[str, tuple[int, str]]) -> Iter
 
 def _found(path: Directory, size: int) -> tuple[int, str] | str:
     try:
-        actual = path.stat().st_size
+        actual = os.lstat(path).st_size
         if actual != size:  # without reading it
             return f"has {actual:,} bytes, not {size:,}"
         return _describe(path)
-    except FileNotFoundError:
-        return "is missing"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return _why(error)
 
 
 def _describe(path: Directory) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    with _open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest, left = hashlib.sha256(), size
+        while left and (block := file.read(min(left, _BLOCK))):  # no more, whatever is appended meanwhile
+            digest.update(block)
+            left -= len(block)
+        return size, digest.hexdigest()
+
+
+def read_regular(path: Directory, most: int) -> bytes:
+    """The bytes of a file, at most `most`. Raises OSError also for what is none: a link, a FIFO, a device."""
+    if in_store(path):
+        content: bytes = path.read_bytes()
+        return content
+    with _open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has more than {most:,} bytes")
+    return content
+
+
+def _open_regular(path: Directory) -> Any:
+    kind = os.lstat(path).st_mode
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EINVAL, _kind(kind))
+    # Should it be another by now: no link is followed, and no FIFO waits for a writer.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a directory", stat.S_IFSOCK: "a socket"}
+    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file"
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return str(error.strerror) if error.errno in (errno.EINVAL, errno.EFBIG) else f"cannot be read: {error.strerror}"
+
+
+def _is_inside(name: str) -> bool:
+    """Whether it names a file below the checkpoint, and in the one way that we write."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == name
+        and "\0" not in name
+    )
 
 
 def _names(directory: Directory) -> list[str]:

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from trainfw.checkpoint.manager import LAYER_ORDER
-from trainfw.checkpoint.manifest import find_damage, inventory
+from trainfw.checkpoint.holding import Hold, check_there
+from trainfw.checkpoint.identity import Identity
+from trainfw.checkpoint.manager import LAYER_ORDER, first_line
+from trainfw.checkpoint.manifest import find_damage, inventory, read_meta
 from trainfw.checkpoint.stores import Directory, in_store
 from trainfw.errors import RunError, UserError, did_you_mean
 from trainfw.parallel import reorder_layers
@@ -19,30 +22,36 @@ from trainfw.parallel import reorder_layers
 class SavedParameters:
     """The parameters of one finished checkpoint, read array by array, onto any mesh and in any dtype.
 
+    While it lives, the run that saved it does not delete it (`Hold`).
+
     Args:
         directory: of a step.
-        verify: look at its files first.
+        identity: the run that it is to be of, if one is known.
 
-    Raises RunError where its files are not what was saved.
+    Raises RunError where it is not what was saved, Vanished where it is gone.
     """
 
-    def __init__(self, directory: Directory, *, verify: bool = True):
+    def __init__(self, directory: Directory, identity: Identity | None = None):
         self.directory = directory if in_store(directory) else directory.absolute()
-        if verify and (problem := find_damage(self.directory)):
+        self._hold = Hold(self.directory)
+        if problem := find_damage(self.directory, identity=identity):
+            check_there(self.directory)
             raise RunError(f"{self.directory}: is damaged: {problem}")
         self._reader = ocp.PyTreeCheckpointHandler()
 
     @cached_property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """(shape, dtype) of each, by dotted name."""
-        tree = self._reader.metadata(self.directory / "params").tree
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "dtype"))
-        return {".".join(str(key.key) for key in path): (tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
+        with self._failing_as("its arrays cannot be listed"):
+            tree = self._reader.metadata(self.directory / "params").tree
+            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "dtype"))
+            return {".".join(str(key.key) for key in path): (tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
 
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What was saved beside them."""
-        return dict(json.loads((self.directory / "meta" / "metadata").read_text(encoding="utf-8")))
+        with self._failing_as("what it says of itself cannot be read"):
+            return read_meta(self.directory)
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
         """One of them as `like` says, its layers in `layer_order` (by default, their true order).
@@ -60,10 +69,8 @@ class SavedParameters:
         restore = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        try:
+        with self._failing_as(f"{name} cannot be read"):
             value = self._reader.restore(self.directory / "params", args=restore)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise RunError(f"{self.directory}: {name} cannot be read: {str(error).splitlines()[0]}") from error
         saved = self.meta.get(LAYER_ORDER)
         true = sorted(saved or layer_order or ())
         value = reorder_layers(value, saved or true, list(layer_order or true), donate=True)
@@ -84,3 +91,11 @@ class SavedParameters:
                 file.seek(max(size - 2**16, 0))
                 digest.update(file.read())
         return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _failing_as(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            check_there(self.directory)
+            raise RunError(f"{self.directory}: {problem}: {first_line(error)}") from error

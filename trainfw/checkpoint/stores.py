@@ -6,14 +6,17 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from etils import epath
 
-from trainfw.checkpoint.config import STORES, CheckpointConfig
+from trainfw.checkpoint.config import MANIFEST, STORES, CheckpointConfig
+from trainfw.checkpoint.holding import Held, Vanished, hold
 from trainfw.errors import UserError, pip_install
 
 Directory: TypeAlias = Path
@@ -21,6 +24,15 @@ Directory: TypeAlias = Path
 
 COMMITTED = "commit_success.txt"
 """In a store: Orbax writes it into a checkpoint once all else is there."""
+
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+
+_DELETED = ".orbax-checkpoint-tmp-deleted"
+"""Ends the name of one that is being deleted, by which Orbax knows what a crash left."""
+
+_PATTERN = re.compile(r"[*?\[\\\x00-\x1f\x7f]")
+"""Orbax finds the parts of several processes by a pattern, of which the directory's own name becomes a part: it finds
+nothing, or what another run in the same directory writes."""
 
 
 def locate(run: Path, config: CheckpointConfig) -> Directory:
@@ -47,6 +59,20 @@ def in_store(directory: Directory) -> bool:
     return "://" in str(directory)
 
 
+def check_name(directory: Directory) -> None:
+    """Raise UserError for a place whose name checkpoints cannot be written under."""
+    path = str(directory) if in_store(directory) else os.path.abspath(directory)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path!r}: is not UTF-8; checkpoints need another directory") from None
+    if found := _PATTERN.search(path):
+        raise UserError(
+            f"{path!r}: checkpoints cannot be kept under a name with {found.group()!r} in it (to the library that "
+            "writes them it is a pattern); choose another --run-dir, working directory or checkpoint.directory"
+        )
+
+
 def damaged_beside(directory: Directory) -> Directory:
     """Where damaged checkpoints go: RUN/damaged for RUN/checkpoints, else DIRECTORY-damaged."""
     return directory.with_name("damaged" if directory.name == "checkpoints" else f"{directory.name}-damaged")
@@ -57,23 +83,52 @@ def steps_in(directory: Directory) -> list[int]:
 
     Raises UserError for a file, and where a store does not answer, or has no such bucket.
     """
+    if in_store(directory):
+        store = _filesystem(directory)
+        return [step for step in _numbers_in(directory) if store.exists(f"{directory}/{step}/{COMMITTED}")]
+    # Twice, where there is none: one may have taken the place of another while they were listed.
+    return _finished(directory) or _finished(directory)
+
+
+def _finished(directory: Directory) -> list[int]:
+    # Orbax renames a checkpoint to its step when it is whole. A directory of that name alone is none.
+    marks = (MANIFEST, COMMITTED, ORBAX_METADATA)
+    return [
+        step for step in _numbers_in(directory) if any(os.path.lexists(directory / str(step) / mark) for mark in marks)
+    ]
+
+
+def strangers_in(directory: Directory) -> list[int]:
+    """Numbers of directories that are called as a checkpoint's, and are none."""
+    return [] if in_store(directory) else sorted(set(_numbers_in(directory)) - set(_finished(directory)))
+
+
+def _numbers_in(directory: Directory) -> list[int]:
     if not in_store(directory):
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: is a file; checkpoints need a directory")
         if not directory.is_dir():
             return []
-        # Orbax renames a checkpoint to its step when it is whole.
-        return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-    store = _filesystem(directory)
+        try:
+            names = [path.name for path in directory.iterdir() if _is_number(path.name) and path.is_dir()]
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be listed: {error.strerror}") from None
+        return sorted(map(int, names))
     try:
-        names = [path.rstrip("/").rpartition("/")[2] for path in store.ls(str(directory), detail=False)]
+        listed = _filesystem(directory).ls(str(directory), detail=False)
+        names = [path.rstrip("/").rpartition("/")[2] for path in listed]
     except FileNotFoundError as error:
         if "bucket does not exist" in str(error):
             raise UserError(f"{directory}: {error}") from None
         return []
     except Exception as error:  # each library raises its own kinds
         raise UserError(f"{directory}: cannot be listed: {error}") from error
-    return sorted(int(name) for name in names if name.isdecimal() and store.exists(f"{directory}/{name}/{COMMITTED}"))
+    return sorted(int(name) for name in names if _is_number(name))
+
+
+def _is_number(name: str) -> bool:
+    """Whether it is a step as we write it: no 08, no other script's digits."""
+    return name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
 
 
 def list_store(directory: Directory) -> dict[str, tuple[int, str]]:
@@ -108,6 +163,22 @@ def delete_leftovers(directory: Directory) -> bool:
     return bool(leftovers)
 
 
+def delete_steps(directory: Directory, steps: Sequence[int]) -> None:
+    """Delete checkpoints, but those that a process on this machine holds; and what an earlier try has left."""
+    for left in [] if in_store(directory) else directory.glob(f"*{_DELETED}"):
+        shutil.rmtree(left, ignore_errors=True)
+    for step in steps:
+        doomed = directory / str(step)
+        if in_store(directory):
+            store = _filesystem(directory)
+            store.rm(f"{doomed}/{COMMITTED}")  # from here on it is none
+            store.rm(str(doomed), recursive=True)
+            continue
+        with contextlib.suppress(Vanished, Held), hold(doomed, alone=True):
+            # In one move: whoever lists them finds a whole one, or none.
+            shutil.rmtree(doomed.rename(directory / f"{step}{_DELETED}"))
+
+
 def move(source: Directory, target: Directory) -> None:
     """A checkpoint to another place, which does not exist; in a store, by copies."""
     if in_store(source):
@@ -129,6 +200,19 @@ def commit_by_file(directory: Directory) -> Any:
     from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
 
     return CommitFileTemporaryPath
+
+
+def array_store(directory: Directory) -> dict[str, Any]:
+    """TensorStore's spec of the arrays in a directory of a checkpoint."""
+    path = str(directory)
+    if not in_store(directory):
+        base: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
+    elif _is_s3(path):
+        base = _s3_spec(path)
+    else:
+        bucket, _, prefix = path.split("://", 1)[1].partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
+    return {"driver": "ocdbt", "base": base}
 
 
 def _filesystem(directory: Directory) -> Any:

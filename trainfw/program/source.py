@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
-from trainfw.checkpoint import Directory, SavedParameters, locate, steps_in
+from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
 from trainfw.data import ChatTemplate, LimitError, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, peft_copies, read_peft
@@ -195,17 +195,23 @@ def is_run(path: str | Path) -> bool:
     return not str(path).startswith("package:") and (resolve_path(path) / "recipe.yaml").is_file()
 
 
+def run_recipe(path: str | Path) -> Recipe:
+    """The recipe of a run directory. Raises UserError also where a newer trainfw wrote it."""
+    read_identity(resolve_path(path))
+    return load_recipe(resolve_path(path) / "recipe.yaml")
+
+
 def open_base(path: str, step: int | None = None) -> Base:
     """Raises UserError for a path that holds no model, and for a run of an adapter, which has none of its own."""
     if not is_run(path):
         return open_model(path)
-    recipe = load_recipe(resolve_path(path) / "recipe.yaml")
+    recipe = run_recipe(path)
     if recipe.adapter is not None:
         raise UserError(
             f"{path}: is a run of an adapter on {recipe.model.from_ or 'a drawn model'}; "
             f"`trainfw merge {path} --out MODEL` makes a model of both"
         )
-    return RunBase(recipe.model, SavedParameters(latest_checkpoint(path, step)))
+    return RunBase(recipe.model, open_checkpoint(path, step))
 
 
 def merge(adapter_path: str, base_path: str | None = None, step: int | None = None) -> MergedBase:
@@ -213,7 +219,7 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
 
     Raises UserError where the base is not given and not known, or is another than the adapter was trained on.
     """
-    recipe = load_recipe(resolve_path(adapter_path) / "recipe.yaml") if is_run(adapter_path) else None
+    recipe = run_recipe(adapter_path) if is_run(adapter_path) else None
     if recipe is not None and recipe.adapter is None:
         raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
     base_path = base_path or (recipe.model.from_ if recipe is not None else None)
@@ -235,19 +241,22 @@ def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adap
         return adapter
     if not is_run(path):
         raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
-    recipe = load_recipe(resolve_path(path) / "recipe.yaml")
+    recipe = run_recipe(path)
     if recipe.adapter is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
-    saved = SavedParameters(latest_checkpoint(path, step))
-    shapes = saved.arrays
+    arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
+    adapter = Adapter(recipe.adapter, arrays, base, path)
+    _check_shapes(adapter, model)
+    return adapter
+
+
+def _read_arrays(saved: SavedParameters) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = {
         name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
-        for name, (shape, dtype) in shapes.items()
+        for name, (shape, dtype) in saved.arrays.items()
     }
-    adapter = Adapter(recipe.adapter, arrays, saved.meta.get("base"), path)
-    _check_shapes(adapter, model)
-    return adapter
+    return arrays, saved.meta.get("base")
 
 
 def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
@@ -265,12 +274,17 @@ def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
                 raise UserError(f"{adapter.path}: {name}.adapter.{part} is {found}; this base takes {its}")
 
 
-def latest_checkpoint(run: str | Path, step: int | None = None) -> Directory:
-    """The directory of a run's checkpoint: of `step`, or the latest. Raises UserError where there is none."""
-    directory = locate(resolve_path(run), load_recipe(resolve_path(run) / "recipe.yaml").checkpoint)
-    steps = steps_in(directory)
-    if not steps:
-        raise UserError(f"{run}: holds no checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return directory / str(steps[-1] if step is None else step)
+def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:
+    """A run's checkpoint, of `step` or the latest. Raises UserError where there is none, RunError for a damaged one."""
+    identity = read_identity(resolve_path(path))
+    directory = locate(resolve_path(path), run_recipe(path).checkpoint)
+
+    def opened() -> SavedParameters:
+        steps = steps_in(directory)
+        if not steps:
+            raise UserError(f"{path}: holds no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"{path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return SavedParameters(directory / str(steps[-1] if step is None else step), identity)
+
+    return taking_the_next(opened, step)

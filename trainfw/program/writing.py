@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from trainfw.adapters import AdapterConfig
+from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop import (
@@ -30,9 +31,7 @@ from trainfw.interop import (
     save_peft,
 )
 from trainfw.models import ModelConfig
-from trainfw.paths import resolve_path
-from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter
-from trainfw.recipe import load_recipe
+from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
 
 Format = Literal["hf", "gguf", "peft"]
 _QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
@@ -61,6 +60,12 @@ def export_model(
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
         return _export_adapter(source, out, step)
+    return taking_the_next(lambda: _export_model(source, out, format, dtype, step, progress), step)
+
+
+def _export_model(
+    source: str, out: str, format: Format, dtype: str | None, step: int | None, progress: Progress | None
+) -> str:
     base = open_base(source, step)
     check_tokenizer(source, base.config)
     if format == "gguf":
@@ -100,7 +105,7 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
-    recipe = load_recipe(resolve_path(source) / "recipe.yaml")
+    recipe = run_recipe(source)
     adapter = read_adapter(source, recipe.model, step)
     save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
@@ -195,7 +200,7 @@ def _origin(base: Base, source: str) -> ModelSource | None:
     if isinstance(base, ModelSource):
         return base
     try:
-        start = load_recipe(resolve_path(source) / "recipe.yaml").model.from_
+        start = run_recipe(source).model.from_
         return None if start is None or is_run(start) else open_model(start)
     except UserError:  # it was read when the run began, and may be gone
         return None
@@ -232,7 +237,7 @@ def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """A run's tokenizer so that others start a text as its documents did: with bos, unless they were chats."""
     if not is_run(source):
         return tokenizer
-    data = load_recipe(resolve_path(source) / "recipe.yaml").data
+    data = run_recipe(source).data
     chats = data.format == "chat" or (data.format == "prompt_completion" and data.chat_template)
     if chats or tokenizer.prefix_ids == [tokenizer.bos_id]:
         return tokenizer

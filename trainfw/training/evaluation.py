@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import jax
 from flax import nnx
 
 from trainfw.adapters import attach_bank
-from trainfw.checkpoint import Checkpoints
+from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
@@ -224,11 +223,18 @@ def evaluate(
 
 
 def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
-    steps = run.steps()
-    if step is not None and step not in steps:
-        raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     checkpoints = Checkpoints(
-        run.checkpoints, program.recipe.checkpoint, layer_order=program.layer_order, read_only=True
+        run.checkpoints,
+        program.recipe.checkpoint,
+        identity=read_identity(run.path),
+        layer_order=program.layer_order,
+        read_only=True,
     )
-    with contextlib.closing(checkpoints):
-        return checkpoints.restore_params(step or steps[-1], program.abstract_state.params)
+
+    def read() -> Any:
+        steps = run.steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return checkpoints.restore_params(steps[-1] if step is None else step, program.abstract_state.params)
+
+    return taking_the_next(read, step)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from trainfw import backends
-from trainfw.checkpoint import Checkpoints
+from trainfw.checkpoint import Checkpoints, Identity
 from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, prepare, train_iterator
 from trainfw.errors import UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
@@ -113,9 +114,11 @@ def _train(
         resumed_step = first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
         )
+        identity = Identity(**first_says("identity", lambda: dataclasses.asdict(run.identity(reporter.note))))
         checkpoints = Checkpoints(
             run.checkpoints,
             recipe.checkpoint,
+            identity=identity,
             layer_order=program.layer_order,
             report=lambda text: reporter.note(f"warning: {text}"),
         )
@@ -133,7 +136,7 @@ def _train(
             changed = {**{one.key: (one.before, one.now) for one in run.changes(recipe)}, **changed}
         _say_start(run, resumed_step, changed, accept, reporter)
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
-        first_says("opened", lambda: _open(run, recipe, data, resumed_step))
+        first_says("opened", lambda: _open(run, recipe, data, resumed_step, identity))
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
         log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first)))
@@ -167,8 +170,10 @@ def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
         return RunDirectory(path, recipe.checkpoint)
 
 
-def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None) -> None:
-    run.open(recipe, resumed_step)
+def _open(
+    run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity
+) -> None:
+    run.open(recipe, resumed_step, identity)
     data.tokenizer.save(run.tokenizer)
 
 

@@ -5,21 +5,40 @@ import datetime
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
+from pydantic import ValidationError
+
+from trainfw.checkpoint import (
+    RUN_FILE,
+    CheckpointConfig,
+    Damage,
+    Identity,
+    check_name,
+    find_mismatch,
+    locate,
+    new_identity,
+    read_identity,
+    read_manifest,
+    read_meta,
+    steps_in,
+    write_identity,
+)
 from trainfw.errors import RunError, UserError
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.training.resuming import Change, changes
 
 Resume = Literal["auto", "never", "must"]
 
+_TRIES = 3
+
 
 class RunDirectory:
-    """The files of one run: recipe.yaml, metrics.jsonl, sessions.jsonl, evaluation.jsonl and faults.jsonl where there
-    are any, tensorboard/, tokenizer/, checkpoints/ (unless `config` has them elsewhere)."""
+    """The files of one run: run.json (its id and format), recipe.yaml, metrics.jsonl, sessions.jsonl, evaluation.jsonl
+    and faults.jsonl where there are any, tensorboard/, tokenizer/, checkpoints/ (unless `config` has them
+    elsewhere)."""
 
     def __init__(self, path: str | os.PathLike[str], config: CheckpointConfig | None = None):
         if not str(path):
@@ -44,6 +63,7 @@ class RunDirectory:
         run = cls(path)
         if not run.recipe_file.is_file():
             raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
+        read_identity(run.path)  # as in `check`
         run = cls(path, load_recipe(run.recipe_file).checkpoint)
         if not run.steps():
             raise UserError(f"{path}: holds no checkpoint yet")
@@ -52,6 +72,26 @@ class RunDirectory:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints."""
         return steps_in(self.checkpoints)
+
+    def identity(self, report: Callable[[str], None] = lambda text: None) -> Identity:
+        """The run's id: that in run.json or, where there is none, of its newest checkpoint, or a new one. Reads only.
+
+        Raises UserError where a newer trainfw wrote the directory, or a checkpoint.
+        """
+        try:
+            known = read_identity(self.path)
+        except RunError as error:
+            report(f"warning: {error}; taking the id of the run's newest checkpoint")
+            known = None
+        if known is not None:
+            return known
+        manifests = {}
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damage):
+                manifests[str(step)] = read_manifest(self.checkpoints / str(step))
+        named = next((manifest.run for manifest in manifests.values() if manifest.run is not None), None)
+        older = {step: manifest.digest for step, manifest in manifests.items() if manifest.run is None}
+        return new_identity(older) if named is None else Identity(named, older)
 
     def check(self, recipe: Recipe, resume: Resume, accept: Sequence[str] = ()) -> int | None:
         """The step to resume from, or None to start. Reads only.
@@ -62,9 +102,12 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
+            with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
+                read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
+            check_name(self.checkpoints)
             steps = self.steps()
         if self.path.is_dir() and not steps and not self._is_ours():
-            others = {p.name for p in self.path.iterdir()} - {".lock", "logs"}
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
         self._check_same_place(steps)
@@ -78,9 +121,12 @@ class RunDirectory:
                 f"{self.another(recipe)} starts another run"
             )
         self._check_same(recipe, accept)
-        if steps[-1] > recipe.train.steps:
-            raise UserError(self._is_further(recipe, steps[-1]))
-        return steps[-1]
+        identity = self.identity()
+        believed = (s for s in reversed(steps) if find_mismatch(self.checkpoints / str(s), identity) is None)
+        step = next(believed, steps[-1])
+        if step > recipe.train.steps:
+            raise UserError(self._is_further(recipe, step))
+        return step
 
     def date(self) -> str:
         """The day that chat templates are told in this run: its own, or today where it has none yet."""
@@ -138,21 +184,31 @@ class RunDirectory:
         """Of the last session; of the last checkpoint, where this directory has none."""
         if self.recipe_file.is_file():
             return load_recipe(self.recipe_file)
-        return Recipe.model_validate(self.saved_meta()["recipe"])
+        try:
+            return Recipe.model_validate(self.saved_meta()["recipe"])
+        except ValidationError as error:
+            raise UserError(f"{self.checkpoints}: the recipe in the last checkpoint is none: {error}") from None
 
     def saved_meta(self) -> dict[str, Any]:
-        """What was saved beside the arrays of the newest checkpoint in which it can be read.
+        """What was saved beside the arrays of the newest checkpoint of this run in which it can be read.
 
-        Raises UserError where there is none.
+        Raises RunError where there is none.
         """
-        for step in reversed(self.steps()):
-            with contextlib.suppress(OSError, ValueError, RunError):
-                return SavedParameters(self.checkpoints / str(step), verify=False).meta
-        raise UserError(f"{self.checkpoints}: no checkpoint can be read")
+        identity, problem = self.identity(), "there is none"
+        for _ in range(_TRIES):  # a run that goes on may delete what was just listed
+            for step in reversed(self.steps()):
+                checkpoint = self.checkpoints / str(step)
+                found = find_mismatch(checkpoint, identity)
+                if found is None:
+                    with contextlib.suppress(Damage):
+                        return read_meta(checkpoint)
+                problem = f"step {step}: {found}"
+        raise RunError(f"{self.checkpoints}: no checkpoint is whole ({problem})")
 
-    def open(self, recipe: Recipe, resumed_step: int | None) -> None:
-        """Store the recipe, and drop metrics newer than the step resumed from."""
+    def open(self, recipe: Recipe, resumed_step: int | None, identity: Identity) -> None:
+        """Store id and recipe, and drop metrics newer than the step resumed from."""
         try:
+            write_identity(self.path, identity)
             temporary = self.recipe_file.with_suffix(".tmp")
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
             temporary.replace(self.recipe_file)

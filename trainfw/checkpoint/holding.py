@@ -1,0 +1,103 @@
+"""Checkpoints that are read while the run which saved them goes on, and deletes old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from trainfw.checkpoint.config import MANIFEST
+from trainfw.errors import RunError
+
+T = TypeVar("T")
+
+_TRIES = 10
+
+
+class Vanished(RunError):
+    """A checkpoint that was there, and was deleted before it was read to the end."""
+
+
+class Held(Exception):
+    """Somebody reads it."""
+
+
+class Hold:
+    """Keeps a checkpoint from being deleted by the run that saved it, while this lives.
+
+    By a lock on its manifest, which needs no right to write. In an object store, and on file systems without such
+    locks, there is none: what is deleted meanwhile raises Vanished.
+
+    Raises Vanished where it is gone or being deleted. With `alone`, Held where it is read.
+    """
+
+    def __init__(self, directory: Path, *, alone: bool = False):
+        self._file: int | None = None
+        path = directory / MANIFEST
+        if "://" in str(directory) or not path.is_file():
+            if not alone:
+                check_there(directory)
+            return
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.flock(self._file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            gone = not os.path.samestat(os.fstat(self._file), os.stat(path))
+        except BlockingIOError:
+            self.release()
+            raise (Held(str(directory)) if alone else _vanished(directory)) from None
+        except FileNotFoundError:
+            gone = True
+        except OSError:  # no locks here, or no right to read, which is said by whoever reads
+            return
+        if gone:
+            self.release()
+            raise _vanished(directory)
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
+@contextlib.contextmanager
+def hold(directory: Path, *, alone: bool = False) -> Iterator[None]:
+    held = Hold(directory, alone=alone)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def check_there(directory: Path) -> None:
+    """Raise Vanished where a checkpoint is no longer there, which explains whatever went wrong with it."""
+    if not directory.exists():
+        raise _vanished(directory)
+
+
+def _vanished(directory: Path) -> Vanished:
+    return Vanished(
+        f"{directory}: was deleted while it was read (its run goes on, and keeps the newest alone: "
+        "checkpoint.keep_last)"
+    )
+
+
+def taking_the_next(read: Callable[[], T], step: int | None = None) -> T:
+    """What `read` makes of the newest checkpoint, of the next one where that vanishes meanwhile; each is warned of.
+
+    `step` is the one that is asked for, in whose place no other is read. Raises Vanished after ten tries.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return read()
+        except Vanished as error:
+            if step is not None or not left:
+                raise
+            warnings.warn(f"{error}; reading the next one", stacklevel=2)
+    raise AssertionError("unreachable")

@@ -1,0 +1,83 @@
+"""Which run a checkpoint belongs to: a run directory has an id, and so has every checkpoint of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainfw.errors import RunError, UserError
+
+FORMAT = 2
+"""Of run directories and their checkpoints. Those of format 1 say neither their format nor an id, and open as well."""
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The run that a directory's checkpoints belong to."""
+
+    run: str
+    """Drawn when the run begins; a copy of the whole directory has the same."""
+    older: Mapping[str, str] = field(default_factory=dict)
+    """By step, the SHA-256 of the manifests of its checkpoints from before there were ids."""
+
+
+def new_identity(older: Mapping[str, str] | None = None) -> Identity:
+    return Identity(uuid.uuid4().hex, older or {})
+
+
+def read_identity(run: Path) -> Identity | None:
+    """That of a run directory; None where it has none yet.
+
+    Raises UserError where a newer trainfw wrote the directory, RunError where the file says nothing.
+    """
+    file = run / RUN_FILE
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        held = None
+    held = held if isinstance(held, dict) else {}
+    refuse_newer(held, run)
+    name, older = held.get("run"), held.get("older", {})
+    if not (isinstance(name, str) and name and _is_texts(older)):
+        raise RunError(f"{file}: cannot be read; remove it, and the run takes the id of its newest checkpoint")
+    return Identity(name, older)
+
+
+def write_identity(run: Path, identity: Identity) -> None:
+    """Keep it in a run directory: a crash leaves the whole file, or none."""
+    file = run / RUN_FILE
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        out.write(json.dumps(stamp() | asdict(identity), indent=1) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+
+
+def stamp() -> dict[str, Any]:
+    """The format, and the version that wrote it."""
+    return {"format": FORMAT, "trainfw": importlib.metadata.version("trainfw")}
+
+
+def refuse_newer(held: Mapping[str, Any], where: Any) -> None:
+    """Raise UserError where `held`, which `stamp` began, is of a format that this version does not know."""
+    found, version = held.get("format"), held.get("trainfw")
+    if isinstance(found, int) and found > FORMAT and isinstance(version, str):
+        raise UserError(
+            f"{where}: was written by trainfw {version[:40]!s} (format {found}); this is trainfw "
+            f"{stamp()['trainfw']}, which knows formats up to {FORMAT}: upgrade it, with pip install --upgrade trainfw"
+        )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

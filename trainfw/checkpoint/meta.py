@@ -1,0 +1,72 @@
+"""What a checkpoint says beside its arrays, in JSON, read with its types checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+META_FILE = "meta/metadata"
+
+
+class Damage(Exception):
+    """Why a checkpoint is not believed, in words."""
+
+
+class _Checked(BaseModel):
+    # Keys of other versions pass: `Identity`'s format says what a reader must know.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Place(_Checked):
+    next_row: int = Field(ge=0)
+    order: str
+
+
+class _Weights(_Checked):
+    path: str
+    hash: str
+
+
+class _Meta(_Checked):
+    """`data` is the place in the rows, `base` the weights that the run began with, `cut` how a batch is cut."""
+
+    data: _Place | None = None
+    held_out: str | None = None
+    recipe: dict[str, Any] | None = None
+    base: _Weights | None = None
+    cut: dict[str, int | None] = Field(default_factory=dict)
+    guard: dict[str, float | list[float]] = Field(default_factory=dict)
+    layer_order: list[int] | None = None
+
+
+def parse_meta(content: bytes, *, of_run: bool = False) -> dict[str, Any]:
+    """The JSON of a checkpoint. Raises Damage for what does not have its types.
+
+    Args:
+        of_run: ask for what a run goes on with: its recipe, and its place in the data.
+    """
+    try:
+        held = json.loads(content)
+        _Meta.model_validate(held)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise Damage(f"{META_FILE}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    except (ValueError, RecursionError):
+        raise Damage(f"{META_FILE} is no JSON") from None
+    order = held.get("layer_order")
+    if order is not None and sorted(order) != list(range(len(order))):
+        raise Damage(f"{META_FILE}: layer_order: expected each layer once")
+    for key in ("recipe", "data") if of_run else ():
+        if held.get(key) is None:
+            raise Damage(f"{META_FILE} has no {key}")
+    return dict(held)
+
+
+def digest_recipe(meta: dict[str, Any]) -> str | None:
+    """Of the recipe in it, however its keys are ordered; None where there is none."""
+    recipe = json.loads(json.dumps(meta.get("recipe")))
+    return None if recipe is None else hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
