@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import RunError, build_program, load_model, train
 from trainfw.checkpoint import Checkpoints
+from trainfw.program import open_base
 from trainfw.training import RunDirectory
 
 
@@ -116,6 +120,108 @@ def test_no_whole_checkpoint_is_a_clear_error(finished, tmp_path):
     with pytest.raises(RunError, match="no checkpoint is whole"):
         train(recipe, devices=jax.devices()[:1], run_dir=run, reporter=Heard())
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def consistent(checkpoint: Path, change) -> None:
+    """Change `meta`, and the manifest with it, as nobody does by accident."""
+    file, manifest = checkpoint / "meta" / "metadata", checkpoint / "manifest.json"
+    held = json.loads(file.read_text())
+    change(held)
+    file.write_text(json.dumps(held))
+    listed = json.loads(manifest.read_text())
+    listed["sha256"]["meta/metadata"] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    manifest.write_text(json.dumps(listed))
+
+
+def set_lr(meta):
+    meta["recipe"]["optimizer"]["learning_rate"] = 1.0
+
+
+NOT_THIS_RUNS = {
+    "another step's": (
+        lambda at, other: (shutil.rmtree(at / "8"), shutil.copytree(at / "4", at / "8")),
+        "it is step 4, not 8",
+    ),
+    "a step that is to come": (lambda at, other: (at / "8").rename(at / "9"), "it is step 8, not 9"),
+    "another run's": (
+        lambda at, other: (shutil.rmtree(at / "8"), shutil.copytree(other / "8", at / "8")),
+        "it is of another run (",
+    ),
+    "another recipe's": (
+        lambda at, other: consistent(at / "8", set_lr),
+        "the recipe in meta/metadata is not the one that manifest.json names",
+    ),
+    "null steps": (
+        lambda at, other: consistent(at / "8", lambda meta: meta["data"].update(next_row=None)),
+        "meta/metadata: data.next_row: input should be a valid integer",
+    ),
+    "missing keys": (
+        lambda at, other: consistent(at / "8", lambda meta: meta.pop("data")),
+        "meta/metadata has no data",
+    ),
+    "of no run": (
+        lambda at, other: (at / "8" / "manifest.json").write_text(
+            json.dumps({"sha256": json.loads((at / "8" / "manifest.json").read_text())["sha256"]})
+        ),
+        "it does not say of which run it is",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def another(finished, tmp_path_factory):
+    """The checkpoints of a run of the same shape."""
+    recipe, _ = finished
+    directory = tmp_path_factory.mktemp("another")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 1})})
+    train(recipe, devices=jax.devices()[:1], run_dir=directory / "run", reporter=Heard())
+    return directory / "run" / "checkpoints"
+
+
+@pytest.mark.parametrize("kind", NOT_THIS_RUNS)
+def test_what_is_not_this_runs_is_not_taken(finished, another, tmp_path, kind):
+    recipe, run = finished
+    run = copied(run, tmp_path / "run")
+    put, said = NOT_THIS_RUNS[kind]
+    put(run / "checkpoints", another)
+    last = RunDirectory(run).steps()[-1]
+    with pytest.raises(
+        RunError, match=rf"the checkpoint of step {last} is damaged: {re.escape(said)}.*; step 4 is whole"
+    ):
+        load_model(run)
+    with pytest.raises(RunError, match=re.escape(said)):
+        open_base(str(run))
+    heard: list[str] = []
+    identity = RunDirectory(run).identity()
+    with contextlib.closing(Checkpoints(run / "checkpoints", recipe.checkpoint, identity=identity)) as checkpoints:
+        assert checkpoints.newest_whole(heard.append) == 4
+    assert f"warning: the checkpoint of step {last} is damaged: {said}" in heard[0]
+    assert heard[0].endswith("going back to step 4")
+
+
+def test_goes_on_beside_another_runs_and_an_empty_directory(finished, another, tmp_path):
+    recipe, run = finished
+    expected, run = losses(run), copied(run, tmp_path / "run")  # a copy is the run itself
+    NOT_THIS_RUNS["another run's"][0](run / "checkpoints", another)
+    (run / "checkpoints" / "20").mkdir()
+    heard = Heard()
+    train(recipe, devices=jax.devices()[:1], run_dir=run, reporter=heard)
+    assert losses(run) == expected
+    assert RunDirectory(run).steps() == [4, 8]
+    assert any("checkpoints/20 is no checkpoint; moved to" in note for note in heard.notes)
+
+
+def test_an_id_that_is_lost_is_found_in_the_checkpoints(finished, tmp_path):
+    run = copied(finished[1], tmp_path / "run")
+    identity = RunDirectory(run).identity()
+    for content in (None, "", "{", "[]", '{"format": 2, "run": null}'):
+        (run / "run.json").unlink() if content is None else (run / "run.json").write_text(content)
+        said: list[str] = []
+        assert RunDirectory(run).identity(said.append) == identity
+        assert bool(said) == (content is not None)
+        if content is not None:
+            with pytest.raises(RunError, match=r"run\.json: cannot be read; remove it"):
+                load_model(run)
 
 
 needs_tmpfs = pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -39,10 +40,60 @@ def test_truncated_and_missing_files_are_seen(checkpoint):
     assert find_damage(checkpoint) == "params/a is missing"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sha256": {}}', b'{"sha256": {"a": 3}}', b"\xff\xfe"])
+BAD = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"[" * 100_000,
+    b"\xff\xfe",
+    b'{"sha256": {}}',
+    b'{"sha256": {"a": 3}}',
+    b'{"sha256": {"a": [null, "b"]}}',
+    b'{"sha256": {"a": [true, "b"]}}',
+    b'{"sha256": {"a": [-1, "b"]}}',
+    b'{"sha256": {"/dev/zero": [1, "b"]}}',
+    b'{"sha256": {"../3/meta": [40, "b"]}}',
+    b'{"sha256": {"params/./a": [5000, "b"]}}',
+    b'{"sha256": {"": [5000, "b"]}}',
+    b'{"sha256": {"params": [4096, "b"]}}',
+    b'{"sha256": {"empty": [0, 3]}}',
+    b'{"format": 2, "sha256": {"empty": [0, ""]}}',
+    b'{"format": 2, "step": "3", "sha256": {"empty": [0, ""]}}',
+    b'{"step": 3, "run": 7, "sha256": {"empty": [0, ""]}}',
+    b'{"step": 4, "sha256": {"empty": [0, ""]}}',
+]
+
+
+@pytest.mark.parametrize("content", BAD, ids=lambda content: content[:60].decode(errors="replace"))
 def test_a_manifest_that_is_none_is_damage(checkpoint, content):
     (checkpoint / MANIFEST).write_bytes(content)
     assert find_damage(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["params/a", "manifest.json", "meta", "params/not listed"])
+@pytest.mark.parametrize("kind", ["FIFO", "link", "directory", "device"])
+def test_only_files_are_read(checkpoint, name, kind):
+    """None of them hangs, and none is followed."""
+    path = checkpoint / name
+    content = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "FIFO":
+            os.mkfifo(path)
+        case "link":
+            (checkpoint.parent / "elsewhere").write_bytes(content)
+            path.symlink_to(checkpoint.parent / "elsewhere")
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+    found = find_damage(checkpoint)
+    if kind == "directory" and name == "params/not listed":
+        assert found is None
+    else:
+        assert found.startswith(f"{name} ")
+        assert {"device": "a link"}.get(kind, kind) in found or "has" in found
 
 
 def test_each_share_sees_its_own_files(checkpoint):

@@ -13,7 +13,8 @@ from trainfw.checkpoint import FORMAT
 
 RECIPE = """
 name: golden
-model: {preset: tiny, vocab_size: 258, hidden_size: 8, intermediate_size: 16, num_heads: 2, num_kv_heads: 1, head_dim: 4}
+model: {preset: tiny, vocab_size: 258, hidden_size: 8, intermediate_size: 16, num_heads: 2, num_kv_heads: 1,
+        head_dim: 4}
 data: {source: ["text/*.txt"], sequence_length: 32, validation_fraction: 0.34}
 train: {steps: 8, global_batch_size: 4, log_every: 1, validation_batches: 2}
 optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
