@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from tests.helpers import Heard, losses
-from trainfw import UserError, evaluate, load_recipe, train
+from trainfw import RunError, UserError, evaluate, load_recipe, train
 from trainfw.checkpoint import FORMAT, read_identity, write_identity
 from trainfw.training import RunDirectory
 
@@ -41,6 +41,13 @@ def test_goes_on_and_comes_to_the_same_losses(unpacked):
     assert manifests[8]["run"] == identity.run
     assert ("4" in identity.older) == ("run" not in manifests[4])
     assert RunDirectory(unpacked).identity() == identity
+
+
+@pytest.mark.parametrize("unpacked", GOLDEN, indirect=True, ids=lambda path: path.name.partition(".")[0])
+def test_under_another_steps_name_it_is_refused(unpacked):
+    (unpacked / "checkpoints/4").rename(unpacked / "checkpoints/6")
+    with pytest.raises(RunError, match=r"step 6\b.* is step 4, not 6"):
+        train(load_recipe(unpacked / "recipe.yaml"), devices=jax.devices()[:1], run_dir=unpacked, reporter=Heard())
 
 
 def test_every_format_is_kept():

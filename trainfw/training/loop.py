@@ -12,7 +12,7 @@ import jax
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
 from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, prepare, train_iterator
-from trainfw.errors import UserError
+from trainfw.errors import RunError, UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
 from trainfw.recipe import Recipe, expect_recipe
 from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
@@ -302,6 +302,10 @@ def _state_at(
     abstract = program.abstract_state
     rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
     params, rest, meta = checkpoints.restore(step, abstract.params, rest)
+    if int(rest["step"]) != step:  # in format 1 the manifest does not say
+        raise RunError(
+            f"{checkpoints.directory}: the checkpoint of step {step} is step {int(rest['step'])}, not {step}"
+        )
     with program.recipe.blamed("data"):
         batches.set_state(meta["data"])
         if meta.get("held_out", held_out) != held_out:
