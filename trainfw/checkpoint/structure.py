@@ -28,7 +28,7 @@ def find_absent(directory: Directory, expected: Shapes) -> str | None:
     """What is not there of the arrays in a directory of a checkpoint, in words; None where all are.
 
     Each is found by its name, with its shape, its dtype and the number of its chunks. That reads the index and a few
-    hundred bytes an array, and no chunk: 10 ms for the quickstart, 0.1 s for a thousand arrays on a local disk.
+    hundred bytes an array, and no chunk: 2 ms for 30 arrays, 25 to 45 ms for a thousand, on a local disk.
     """
     import tensorstore as ts
 
