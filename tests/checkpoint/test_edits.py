@@ -58,7 +58,7 @@ def edited(tree, path, value):
     return tree
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(FILES), consistent=st.booleans(), value=ODD | st.just(...))
 def test_any_edit_is_seen_or_harmless(saved, tmp_path, data, name, consistent, value):
     directory = tmp_path / "checkpoints"
