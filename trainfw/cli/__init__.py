@@ -6,6 +6,7 @@ same command goes on), 128 + n stopped by signal n (after saving).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -38,6 +39,8 @@ from trainfw.cli import (
 from trainfw.cli.options import RecipeCommand
 from trainfw.cli.terminal import say
 from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
+from trainfw.streams import flush_standard, open_standard
+from trainfw.unfinished import remove_unfinished
 
 app = typer.Typer(
     name="trainfw",
@@ -105,16 +108,22 @@ def command() -> None:
     # Imports and tracing make millions of objects that stay: a start is shorter if Python looks among them for cycles
     # less often than after every 700.
     gc.set_threshold(50_000, 20, 20)
+    open_standard()
     try:
         main()
     except SystemExit as end:
+        problem = flush_standard()
+        if problem is not None and not end.code:
+            end.code = 1
+            if problem.errno != errno.EPIPE:  # nobody reads any more, by intention
+                say(f"failed: stdout: {problem.strerror}", err=True)
         # The thread of `trainfw.training.compiling`, which need not be loaded.
         compiles = any(thread.name.startswith("compiling") for thread in threading.enumerate())
         if isinstance(end.code, int) and end.code and compiles:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(end.code)
         raise
+    finally:
+        flush_standard()
 
 
 def main() -> None:
@@ -166,8 +175,7 @@ def _warned(others: Callable[..., None]) -> Callable[..., None]:
 def _exit(message: str, code: int) -> None:
     say(message, err=True)
     if _one_of_many():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_standard()
         os._exit(code)  # else jax waits for the other processes, which wait for this one
     raise SystemExit(code)
 
@@ -179,5 +187,7 @@ def _one_of_many() -> bool:
 
 def _interrupted(_signum: int, _frame: object) -> None:
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    remove_unfinished()
     os._exit(130)

@@ -1,27 +1,23 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.terminal import for_terminal, in_colour
+from trainfw.streams import go_on_without_output
 from trainfw.training import Reporter
 from trainfw.utf8 import printable
 
 
 @contextlib.contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Ctrl-C ends what is written here by its own cleaning up, and then the command."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    """Signals end the command at once, and what it writes goes; its result is a file, and stdout may be lost."""
+    go_on_without_output()
+    with leaving_at_once("nothing is written"):
         yield
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def make_reporter() -> Reporter:

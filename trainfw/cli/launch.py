@@ -9,6 +9,7 @@ import typer
 
 from trainfw.cli.options import Accept, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume
 from trainfw.cli.terminal import say
+from trainfw.streams import go_on_without_output
 
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
@@ -27,6 +28,7 @@ def local(
     from trainfw.launch import accepting, launch_local
     from trainfw.recipe import load_recipe
 
+    go_on_without_output()
     check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     directory = run_dir or os.path.join("runs", loaded.name)

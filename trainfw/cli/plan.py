@@ -8,6 +8,7 @@ import typer
 
 from trainfw.cli.options import Overrides, RecipePath
 from trainfw.cli.terminal import Clock, say
+from trainfw.unfinished import write_text
 
 if TYPE_CHECKING:
     from trainfw.recipe import Recipe
@@ -73,7 +74,7 @@ def plan(
         from trainfw.report import plan_page, scaling_section
 
         further = "" if scaled is None else scaling_section(scaled)
-        html.write_text(plan_page(made, planning.whatif(made), further), encoding="utf-8")
+        write_text(html, plan_page(made, planning.whatif(made), further))
         say(f"wrote {html}", err=True)
 
 

@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from trainfw.unfinished import remove_unfinished
+
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once(then: str = "nothing saved is lost: the same command goes on") -> Iterator[None]:
     """SIGINT and SIGTERM end the process at once, with exit code 128 + n, while there is nothing to save.
 
     Also while a compiler, or half an import, holds the main thread, where no Python handler would be heard. The
@@ -26,9 +28,10 @@ def leaving_at_once() -> Iterator[None]:
             if byte[0] in before:
                 show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
                 name = signal.Signals(byte[0]).name
-                text = f"{show_cursor}\nstopped by {name}; nothing saved is lost: the same command goes on\n"
+                text = f"{show_cursor}\nstopped by {name}; {then}\n"
                 with contextlib.suppress(OSError):
                     os.write(2, text.encode())
+                remove_unfinished()
                 os._exit(128 + byte[0])
 
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2)  # `kill -USR1`: where are we?

@@ -10,6 +10,7 @@ import typer
 
 from trainfw.cli.terminal import folded, say, width_of
 from trainfw.errors import UserError, did_you_mean
+from trainfw.unfinished import write_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -54,7 +55,7 @@ def topology(
     say()
     _print(report.doubtful_figures(hardware, width=width))
     if svg is not None:
-        svg.write_text(report.topology_svg(hardware, placement), encoding="utf-8")
+        write_text(svg, report.topology_svg(hardware, placement))
         say(f"\nwrote {svg}")
 
 

@@ -13,6 +13,7 @@ from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, 
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.terminal import say
 from trainfw.errors import RunError
+from trainfw.streams import go_on_without_output
 
 if TYPE_CHECKING:
     from trainfw.program import Program
@@ -39,6 +40,7 @@ def train(
     from trainfw.recipe import load_recipe
     from trainfw.training import check_accept, check_inputs, tiny_overrides
 
+    go_on_without_output()
     check_resume(resume)
     check_accept(accept or ())
     loaded = load_recipe(recipe, overrides or ())

@@ -23,6 +23,7 @@ from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
 from trainfw.paths import check_file, resolve_path
+from trainfw.unfinished import write_text
 from trainfw.utf8 import read_utf8
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -138,12 +139,12 @@ class Tokenizer:
         settings["eos_token"] = self.backend.id_to_token(self.eos_id)
         if self.bos_id != self.eos_id:
             settings["bos_token"] = self.backend.id_to_token(self.bos_id)
-        self.backend.save(str(directory / "tokenizer.json"))
+        write_text(directory / "tokenizer.json", self.backend.to_str(pretty=True))
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_text(directory / "tokenizer_config.json", text + "\n")
         if set(self.stop_ids) - {self.eos_id}:
             stops = {"eos_token_id": list(dict.fromkeys([self.eos_id, *self.stop_ids]))}
-            (directory / GENERATION).write_text(json.dumps(stops, indent=2) + "\n", encoding="utf-8")
+            write_text(directory / GENERATION, json.dumps(stops, indent=2) + "\n")
 
 
 class TextStream:

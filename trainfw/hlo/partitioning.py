@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from trainfw.hlo.buffers import Assignment, parse_assignment
 from trainfw.hlo.module import Module
 from trainfw.hlo.parse import parse_module
+from trainfw.unfinished import scratch_directory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
     device is never partitioned; its module is the one whose calls have been inlined, as partitioned ones are: names of
     operations are whole paths, and what is fused may cross what were functions.
     """
-    with tempfile.TemporaryDirectory(prefix="trainfw-hlo-") as directory, _without_compilation_cache():
+    with scratch_directory() as directory, _without_compilation_cache():
         options = {
             "xla_dump_to": directory,
             "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",

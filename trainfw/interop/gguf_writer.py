@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from trainfw.interop.gguf_names import (
 )
 from trainfw.interop.tensors import Tensors
 from trainfw.models import ModelConfig
+from trainfw.unfinished import writing
 
 Quantization = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -66,7 +66,7 @@ def save_gguf(
 
     The file has its name only when it is complete; after an error nothing is left. Raises UserError for a model or a
     tokenizer that llama.cpp would not run as it is, for tensors that are missing or of another shape, and for values
-    that F16 cannot hold.
+    that F16 cannot hold; OSError, with the path, where the disk is full.
     """
     file, tokenizer_dir = Path(file), Path(tokenizer_dir)
     if quantization not in get_args(Quantization):
@@ -91,10 +91,7 @@ def save_gguf(
         if type(id_) is int:
             metadata.setdefault(f"tokenizer.ggml.{theirs}_token_id", id_)
     _refuse_what_is_lost(file, name, metadata, writes, divisors, config)
-
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with writing(file) as partial:
         writer = gguf.GGUFWriter(partial, name)
         for key, value in metadata.items():
             _add(writer, key, value)
@@ -119,14 +116,6 @@ def save_gguf(
                     for values in _values(write, tensors):
                         out.write(_encode(values, write.stored))
                 _pad(out, alignment)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _architecture(huggingface: Mapping[str, Any]) -> tuple[str, Architecture]:

@@ -20,6 +20,7 @@ from trainfw.interop.safetensors_reader import DTYPES, INDEX, SINGLE
 from trainfw.interop.source import ModelSource, Progress
 from trainfw.interop.tensors import FLOATS, TensorInfo, Tensors, chunks
 from trainfw.models import ModelConfig
+from trainfw.unfinished import writing
 
 MAX_SHARD_SIZE = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -150,8 +151,6 @@ def _write_tensors(
                     done += part.nbytes
                 if progress is not None:
                     progress("writing, MB", done // 2**20, total // 2**20)
-            stream.flush()
-            os.fsync(stream.fileno())
     if len(files) > 1:
         placed = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
@@ -190,7 +189,7 @@ def _header(infos: Mapping[str, TensorInfo]) -> bytes:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
-    """A temporary directory beside `path`, which is renamed to it at the end; after an error nothing is left.
+    """A temporary directory beside `path`, which is renamed to it at the end; see `writing`.
 
     Raises UserError where there is something at `path` already (an empty directory is nothing), where it cannot be
     written, and where the disk has no room for `nbytes`.
@@ -203,35 +202,8 @@ def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
             raise UserError(f"{target}: exists and is no directory; choose another path")
         if any(target.iterdir()):
             raise UserError(f"{target}: exists and is not empty; nothing is overwritten, choose another path")
-    made = _make_parents(target.absolute().parent)
-    temporary = target.absolute().parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        try:
-            free = shutil.disk_usage(target.absolute().parent).free
-            if free < nbytes:
-                raise UserError(f"{target}: needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
-            temporary.mkdir()
-        except OSError as error:
-            raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    with writing(target, directory=True) as temporary:
+        free = shutil.disk_usage(temporary).free
+        if free < nbytes:
+            raise UserError(f"{target}: needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
         yield temporary
-        os.rename(temporary, target.absolute())
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _make_parents(directory: Path) -> list[Path]:
-    """Those that had to be made, innermost first."""
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    try:
-        for parent in reversed(missing):
-            parent.mkdir()
-    except OSError as error:
-        raise UserError(f"{missing[0]}: cannot be made: {error.strerror}") from None
-    return missing

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from trainfw import backends
+from trainfw.errors import UserError
 from trainfw.paths import cache_dir
 from trainfw.planning.analysis import (
     Analysis,
@@ -35,6 +35,7 @@ from trainfw.planning.analysis import (
 )
 from trainfw.planning.memory import MemoryTable, memory_table, state_arrays
 from trainfw.recipe import Recipe
+from trainfw.unfinished import writing
 
 ENTRIES = 500
 """That the cache keeps, those used last."""
@@ -156,12 +157,9 @@ def _load(file: Path, key: str) -> Compiled | None:
 def _save(file: Path, entry: _Entry) -> str:
     """Why it could not be; empty where it was."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as directory:
-            partial = Path(directory, file.name)
+        with writing(file) as partial:
             partial.write_bytes(_adapter().dump_json(entry))
-            partial.replace(file)
-    except OSError as error:
+    except (OSError, UserError) as error:
         return str(error)
     with contextlib.suppress(OSError):  # another process may tidy up too
         entries = sorted(file.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from trainfw.interop import (
 )
 from trainfw.models import ModelConfig
 from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
+from trainfw.unfinished import scratch_directory
 
 Format = Literal["hf", "gguf", "peft"]
 _QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
@@ -172,7 +172,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         if isinstance(base, ModelSource)
         else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     )
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         try:

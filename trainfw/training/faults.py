@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from trainfw.errors import RunError
 from trainfw.program import Metrics
 from trainfw.training.config import FaultsConfig
+from trainfw.training.records import append_rows, rewrite_rows
 from trainfw.training.run_directory import RunDirectory
 
 _STEPS = 10
@@ -100,10 +100,12 @@ class FaultLog:
 
     def __init__(self, run: RunDirectory, config: FaultsConfig, batch_rows: int, resumed_step: int, writes: bool):
         self._file, self._config, self._batch_rows, self._writes = run.faults_file, config, batch_rows, writes
-        self._run, self._in_a_row = run, 0
+        self._in_a_row = 0
         self.limit = ""
         """Why a step that the recipe has another policy for ends the run, if it does."""
-        self._rows = list(run.faults())
+        self._rows = run.faults()
+        self._behind = False
+        """The file does not hold all rows: the disk took none."""
         self.rewind(resumed_step)
 
     @property
@@ -117,9 +119,16 @@ class FaultLog:
     def rewind(self, step: int) -> None:
         """Steps after `step` are to be done again: forget what was skipped of them."""
         kept = [row for row in self._rows if row["policy"] == "rollback" or row["step"] <= step]
-        if self._writes and len(kept) < len(self._rows):
-            self._run.rewrite(self._file, kept)
+        self._behind |= len(kept) < len(self._rows)
         self._rows = kept
+        with contextlib.suppress(OSError):
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what the disk did not take before. Raises OSError where it takes none now."""
+        if self._writes and self._behind:
+            rewrite_rows(self._file, self._rows)
+        self._behind = False
 
     def good(self) -> None:
         """A step was good."""
@@ -141,22 +150,30 @@ class FaultLog:
             "rows": self._batch_rows,
             **{name: value if math.isfinite(value) else str(value) for name, value in bad.values.items()},
         }
-        self._rows.append(row)
-        if self._writes:
-            try:
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:  # a rollback that is not written down would be lost with this session
+        try:
+            self._add(row)
+        except OSError as error:
+            if policy == "rollback":  # one that is not written down would be lost with this session
                 raise RunError(f"{bad}; {self._file} cannot be written: {error.strerror}") from error
         return policy
 
     def grown(self, step: int, row: int, growth: Growth) -> None:
         """Write down that the loss has grown; where that cannot be, it was said, and the run goes on."""
         written = {"step": step, "kind": "growth", "policy": "none", "row": row, "rows": self._batch_rows}
-        self._rows.append(written | {"loss": growth.now, "lowest_loss": growth.lowest})
-        if self._writes:
-            with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self._rows[-1]) + "\n")
+        with contextlib.suppress(OSError):
+            self._add(written | {"loss": growth.now, "lowest_loss": growth.lowest})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Raises OSError where it is not on disk: it will be with the next."""
+        self._rows.append(row)
+        if not self._writes:
+            return
+        behind, self._behind = self._behind, True
+        if behind:
+            rewrite_rows(self._file, self._rows)
+        else:
+            append_rows(self._file, [row], durable=True)
+        self._behind = False
 
     def _of(self, policy: Policy) -> Iterator[dict[str, Any]]:
         return (row for row in self._rows if row["policy"] == policy)

@@ -1,80 +1,139 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 
+_MOST_PENDING = 100_000
+"""Rows kept while the disk takes none: some tens of megabytes."""
+
 
 class MetricsLog:
-    """Writes each row to metrics.jsonl and to TensorBoard, and flushes it. A disk that takes none does not end the run.
+    """Writes each row to metrics.jsonl and to TensorBoard. What a full disk does not take is written with a later row.
 
     Args:
         writes: whether this process is the one that writes.
     """
 
     def __init__(self, run: RunDirectory, resumed_step: int | None, reporter: Reporter, *, writes: bool = True):
-        self._run, self._reporter, self._writes, self._failed = run, reporter, writes, False
-        self._open(resumed_step)
-
-    def _open(self, step: int | None) -> None:
-        if self._writes:
-            with _without_torch():
-                from tensorboardX.event_file_writer import EventsWriter
-                from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-            self._file = self._run.metrics_file.open("a", encoding="utf-8")
-            self._run.tensorboard.mkdir(exist_ok=True)
-            # Not SummaryWriter, whose thread dies of a full disk, and whose full queue would then hold us for ever.
-            self._events = EventsWriter(str(self._run.tensorboard / "events"))
-            if step is not None:  # hides what an interrupted session logged beyond its last checkpoint
-                start = SessionLog(status=SessionLog.START)
-                self._events.write_event(Event(step=step + 1, wall_time=time.time(), session_log=start))
+        self._run, self._reporter, self._writes = run, reporter, writes
+        self._pending: deque[dict[str, Any]] = deque(maxlen=_MOST_PENDING)
+        """Rows that metrics.jsonl has not taken yet."""
+        self._unshown = self._pending.copy()
+        """Likewise, TensorBoard's files."""
+        self._drop_after: int | None = None
+        """The last step whose rows stay in metrics.jsonl, which it has not been rid of yet."""
+        self._failed = False
+        self._events: Any = None
+        self._files = 0
+        self._hide_after = resumed_step
 
     def write(self, row: dict[str, Any]) -> None:
+        if self._writes:
+            self._pending.append(row)
+            self._unshown.append(row)
+            self.catch_up()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl, with what is to come there."""
+        last = math.inf if self._drop_after is None else self._drop_after
+        return [*(row for row in self._run.metrics() if row["step"] <= last), *self._pending]
+
+    def rewind(self, step: int) -> None:
+        """Steps after `step` are to be done again: drop their rows."""
         if not self._writes:
             return
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        for rows in (self._pending, self._unshown):
+            kept = [row for row in rows if row["step"] <= step]
+            rows.clear()
+            rows.extend(kept)
+        self._drop_after = self._hide_after = step
+        self._close_events()
+        self.catch_up()
 
+    def catch_up(self, *, durable: bool = False) -> None:
+        """Write what the disk did not take before. Warns, once, where it takes none now.
+
+        Args:
+            durable: all rows are then on disk, or it was said.
+        """
+        if not self._writes:
+            return
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            summary = Summary(
-                value=[
+            if self._drop_after is not None:
+                self._run.drop_after(self._drop_after)
+                self._drop_after = None
+            append_rows(self._run.metrics_file, self._pending, durable=durable)
+            self._pending.clear()
+            self._show()
+        except OSError as error:
+            if not self._failed:
+                self._reporter.note(
+                    f"warning: {self._run}: metrics cannot be written: {error.strerror}; they are kept for later"
+                )
+            self._failed = True
+            return
+        if self._failed:
+            self._reporter.note(f"{self._run}: metrics are written again")
+        self._failed = False
+
+    def _show(self) -> None:
+        """What is to come, in TensorBoard. After an error in a file of its own: a record cut short ends one."""
+        try:
+            events = self._open_events()
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            for row in self._unshown:
+                values = [
                     Summary.Value(tag=name, simple_value=value)
                     for name, value in row.items()
                     if name != "step" and value is not None
                 ]
-            )
-            self._events.write_event(Event(step=row["step"], wall_time=time.time(), summary=summary))
-            self._events.flush()
-            self._failed = False
-        except OSError as error:
-            if not self._failed:
-                self._reporter.note(f"warning: {self._run}: metrics cannot be written: {error.strerror}")
-            self._failed = True
+                events.write_event(Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values)))
+            events.flush()
+            self._unshown.clear()
+        except OSError:
+            self._close_events()
+            raise
 
-    def rewind(self, step: int) -> None:
-        """Steps after `step` are to be done again: drop their rows."""
-        self.close()
-        if self._writes:
-            self._run.drop_after(step)
-        self._open(step)
+    def _open_events(self) -> Any:
+        if self._events is None:
+            with _without_torch():
+                from tensorboardX.event_file_writer import EventsWriter
+                from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+            self._run.tensorboard.mkdir(exist_ok=True)
+            # Not SummaryWriter, whose thread dies of a full disk, and whose full queue would then hold us for ever.
+            self._events = EventsWriter(str(self._run.tensorboard / "events"), f".{self._files}" if self._files else "")
+            self._files += 1
+            if self._hide_after is not None:  # what an interrupted session logged beyond its last checkpoint
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=self._hide_after + 1, wall_time=time.time(), session_log=start))
+                self._hide_after = None
+        return self._events
+
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with contextlib.suppress(OSError):
+                events.close()
 
     def close(self) -> None:
-        if not self._writes:
-            return
-        # Each row was flushed as it was written; a full disk here must not hide why the run ended.
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._events.close()
+        """Try a last time; a full disk here must not hide why the run ended."""
+        if self._pending or self._drop_after is not None:
+            self.catch_up()
+        if self._pending:
+            self._reporter.note(f"warning: {self._run}: {len(self._pending)} rows of metrics are lost")
+        self._close_events()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from trainfw.models import Transformer, generate
 from trainfw.program import Program, TrainState
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
+from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
@@ -44,13 +44,14 @@ class Outcome:
         )
         if validation is None:
             return None
-        if not any(row["step"] == step and "validation_loss" in row for row in self.run.metrics()):
+        if not any(row["step"] == step and "validation_loss" in row for row in self.log.rows()):
             self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
 
     def compare(self, validation: Validation) -> None:
-        first = next((row for row in self.run.metrics() if "validation_bits_per_byte" in row), validation.row(0))
+        rows = (row for row in self.log.rows() if row.get("validation_bits_per_byte") is not None)
+        first = next(rows, validation.row(0))
         self.reporter.note(
             f"bits per held-out byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
             f"{validation.bits_per_byte:.3f} now{validation.beside_gzip(self.data)}"
@@ -66,8 +67,10 @@ class Outcome:
             return done
         written = evaluate_task(self._model(state), self.data.tokenizer, tasks, config, self.progress)
         rows = [{"step": step, **row} for row in written]
-        with self.run.evaluation_file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        try:
+            append_rows(self.run.evaluation_file, rows)
+        except OSError as error:
+            self.reporter.note(f"warning: {self.run.evaluation_file} cannot be written: {error.strerror}")
         score = mean_score(rows, config.metric)
         self.log.write({"step": step, f"evaluation_{config.metric}": score, "evaluation_examples": len(rows)})
         self.reporter.note(f"evaluation at step {step}: {config.metric} {score:.3f} on {len(rows)} held-out examples")

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import os
-import sys
 import time
 from typing import Any
 
+from trainfw.streams import print_line
 from trainfw.utf8 import printable
 
 
@@ -15,10 +14,7 @@ class Reporter:
         self._progress_of, self._last_progress = "", 0.0
 
     def note(self, text: str) -> None:
-        try:
-            print(printable(text), flush=True)
-        except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  whoever listened has gone; the run goes on
+        print_line(printable(text))  # whoever listened may have gone; the run goes on
 
     def progress(self, description: str, completed: int, total: int | None) -> None:
         """Long work outside the step loop: `completed` of `total`, in the description's units."""

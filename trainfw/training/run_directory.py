@@ -3,9 +3,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,9 @@ from trainfw.checkpoint import (
 )
 from trainfw.errors import RunError, UserError
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
+from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, read_rows, rewrite_rows
 from trainfw.training.resuming import Change, changes
+from trainfw.unfinished import write_text
 
 Resume = Literal["auto", "never", "must"]
 
@@ -121,6 +122,7 @@ class RunDirectory:
                 f"{self.another(recipe)} starts another run"
             )
         self._check_same(recipe, accept)
+        self.faults()
         identity = self.identity()
         believed = (s for s in reversed(steps) if find_mismatch(self.checkpoints / str(s), identity) is None)
         step = next(believed, steps[-1])
@@ -209,9 +211,7 @@ class RunDirectory:
         """Store id and recipe, and drop metrics newer than the step resumed from."""
         try:
             write_identity(self.path, identity)
-            temporary = self.recipe_file.with_suffix(".tmp")
-            temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-            temporary.replace(self.recipe_file)
+            write_text(self.recipe_file, recipe.to_yaml())
             self.metrics_file.touch()
             self.drop_after(-1 if resumed_step is None else resumed_step)
         except OSError as error:
@@ -219,26 +219,21 @@ class RunDirectory:
 
     def drop_after(self, step: int) -> None:
         """Drop the metrics of later steps."""
-        for file in (self.metrics_file, self.evaluation_file):
+        for rows, file in ((self.metrics, self.metrics_file), (self.evaluations, self.evaluation_file)):
             if file.is_file():
-                self.rewrite(file, [row for row in _rows(file) if row["step"] <= step])
+                rewrite_rows(file, [row for row in rows() if row["step"] <= step])
 
-    def rewrite(self, file: Path, rows: Iterable[dict[str, Any]]) -> None:
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(file)
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl that can be used (`read_rows`)."""
+        return read_rows(self.metrics_file, MetricsRow)
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a line that is none, as a crash may leave, is left out."""
-        return _rows(self.metrics_file)
-
-    def evaluations(self) -> Iterator[dict[str, Any]]:
+    def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
-        return _rows(self.evaluation_file)
+        return read_rows(self.evaluation_file, EvaluationRow)
 
-    def faults(self) -> Iterator[dict[str, Any]]:
-        """The rows of faults.jsonl, likewise."""
-        return _rows(self.faults_file)
+    def faults(self) -> list[dict[str, Any]]:
+        """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
+        return read_rows(self.faults_file, FaultRow, all_count=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -257,13 +252,3 @@ class RunDirectory:
             yield
         finally:
             lock.release()
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                yield row

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -297,6 +298,9 @@ class Session:
             "cut": cut_of(self.recipe, self.program.layout),
             "guard": {name: jax.device_get(value).tolist() for name, value in state.guard.items()},
         }
+        self.log.catch_up(durable=True)  # what a checkpoint has behind it is not lost with the machine's power
+        with contextlib.suppress(OSError):
+            self.faults.catch_up()
         with self.phases.during("save"):
             if self.checkpoints.save(step, state.params, rest, meta):
                 self.saved = step  # or will be

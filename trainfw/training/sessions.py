@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.training.phases import PHASES
+from trainfw.training.records import SessionRow, append_rows, read_rows
 from trainfw.training.resuming import Changed
+
+_LONGEST_RESTART = 30 * 24 * 3600.0
+"""Between sessions that no clock but that of the calendar has in common; what is longer says that it was set."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Goodput:
     seconds: Mapping[str, float]
     """By phase; `lost`: of steps that a later session did again; `restart`: from a session's last word to the next."""
     sessions: int
+    unknown: int = 0
+    """Restarts of which the clocks do not tell how long they took; they are not counted."""
 
     @property
     def fraction(self) -> float:
@@ -29,7 +35,11 @@ class Goodput:
     def __str__(self) -> str:
         parts = [f"{name} {_duration(value)}" for name, value in self.seconds.items() if value >= 0.5]
         many = f" in {self.sessions} sessions" if self.sessions > 1 else ""
-        return f"goodput {self.fraction:.1%} of {_duration(sum(self.seconds.values()))}{many}: {', '.join(parts)}"
+        left_out = f"; not counted: {self.unknown} restart{'s' * (self.unknown > 1)}, for the clock was set meanwhile"
+        return (
+            f"goodput {self.fraction:.1%} of {_duration(sum(self.seconds.values()))}{many}: {', '.join(parts)}"
+            f"{left_out if self.unknown else ''}"
+        )
 
 
 class Sessions:
@@ -49,7 +59,9 @@ class Sessions:
         self._file, self.first = file, resumed_step
         self._earlier = _last_words(file)
         self._number = len(self._earlier)
+        self._began = time.monotonic() - spent  # what times are told by: the calendar's clock may be set meanwhile
         self._started = time.time() - spent
+        self._boot = _BOOT.read_text().strip() if _BOOT.is_file() else None
 
     def write(self, step: int, seconds: Mapping[str, float], end: str | None = None) -> None:
         """`end`: why the session ends, in a word or two."""
@@ -58,27 +70,31 @@ class Sessions:
         row = self._row(step, seconds) | ({"end": end} if end else {})
         if self._changed:
             row["changed"], self._changed = self._changed, None  # said once
-        with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:  # no reason to end a run
-            file.write(json.dumps(row) + "\n")
+        with contextlib.suppress(OSError):  # no reason to end a run
+            append_rows(self._file, [row])
 
     def goodput(self, step: int, seconds: Mapping[str, float]) -> Goodput:
         return goodput([*self._earlier, self._row(step, seconds)])
 
     def _row(self, step: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+        now = time.monotonic()
         return {
             "session": self._number,
             "from": self.first,
             "step": step,
             "started": self._started,
-            "time": time.time(),
-            **{f"{name}_seconds": round(value, 3) for name, value in seconds.items()},
+            "time": self._started + now - self._began,
+            "boot": self._boot,
+            "uptime": now,
+            **{f"{name}_seconds": round(max(value, 0.0), 3) for name, value in seconds.items()},
         }
 
 
 def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
     """Of the last row of each session, in order."""
     seconds = {name: sum(row.get(f"{name}_seconds", 0.0) for row in rows) for name in (*PHASES, "lost")}
-    restart, kept = 0.0, float("inf")
+    restarts: list[float | None] = []
+    kept = float("inf")
     for i in range(len(rows) - 1, -1, -1):
         row = rows[i]
         done, again = row["step"] - row["from"], row["step"] - max(kept, row["from"])
@@ -88,17 +104,23 @@ def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
             seconds["lost"] += lost
         kept = min(kept, row["from"])  # what a later session started from is all that is left of this one
         if i:
-            restart += max(row["started"] - rows[i - 1]["time"], 0.0)
-    return Goodput({**seconds, "restart": restart}, len(rows))
+            restarts.append(_between(rows[i - 1], row))
+    known = [between for between in restarts if between is not None]
+    return Goodput({**seconds, "restart": sum(known)}, len(rows), len(restarts) - len(known))
+
+
+def _between(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
+    """Seconds from a session's last word to the start of the next; None where nobody knows."""
+    seconds = after["started"] - before["time"]
+    uptimes = before.get("uptime"), after.get("uptime")
+    if before.get("boot") == after.get("boot") is not None and None not in uptimes:
+        # One machine, which was not started anew: it has counted seconds, whatever its calendar says.
+        return max(uptimes[1] - (after["time"] - after["started"]) - uptimes[0], 0.0)
+    return seconds if 0 <= seconds <= _LONGEST_RESTART else None
 
 
 def _last_words(file: Path) -> list[dict[str, Any]]:
-    last: dict[int, dict[str, Any]] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                last[int(row["session"])] = row | {key: float(row[key]) for key in ("from", "step", "started", "time")}
+    last = {row["session"]: row for row in read_rows(file, SessionRow)}
     return [last[number] for number in sorted(last)]
 
 

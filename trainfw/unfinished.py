@@ -1,0 +1,182 @@
+"""Files and directories that appear whole or not at all, and of which an end at any moment leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trainfw.errors import UserError
+
+_SUFFIX = ".partial"
+_REMOVERS: list[Callable[[], None]] = []
+_FINISHING = threading.Lock()
+"""Held while something gets its name, and for ever by who removes what has none."""
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
+    """A temporary file, or directory, beside `target`, which gets its name when it is on disk.
+
+    After an error nothing is left, nor after a signal where `remove_unfinished` is called before the end; what a
+    process left that could not, is removed when the same target is written again. It is known by a lock that only
+    a living writer holds. Raises UserError where nothing can be made there, OSError, with a path, where the disk
+    is full.
+    """
+    target = target.absolute()
+    made = _make_parents(target.parent)
+
+    def remove() -> None:
+        _remove(temporary)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    try:
+        _remove_leftovers(target)
+        temporary, lock = _make(target, directory)
+    except OSError as error:
+        for parent in made:
+            parent.rmdir()
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    try:
+        with removed_by_signal(remove):
+            yield temporary
+            _have_on_disk(temporary)
+            with _FINISHING:
+                os.rename(temporary, target)
+                made.clear()
+        _sync(target.parent)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        remove()  # nothing, where it has its name
+        os.close(lock)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all, in UTF-8. A pipe or a device is written to as it is."""
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    with writing(Path(os.path.realpath(file))) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[str]:
+    """A temporary directory of the system's, which goes at the end."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="trainfw-"))
+        stack.enter_context(removed_by_signal(lambda: shutil.rmtree(directory, ignore_errors=True)))
+        yield directory
+
+
+@contextlib.contextmanager
+def removed_by_signal(remove: Callable[[], None]) -> Iterator[None]:
+    """`remove` is called where a signal ends the process inside."""
+    _REMOVERS.append(remove)
+    try:
+        yield
+    finally:
+        _REMOVERS.remove(remove)
+
+
+def remove_unfinished() -> None:
+    """Remove what is being written, in whatever thread. For a process that ends at once afterwards: nothing is
+    finished any more."""
+    _FINISHING.acquire(timeout=1.0)
+    for remove in reversed(_REMOVERS):
+        with contextlib.suppress(Exception):
+            remove()
+
+
+def _make(target: Path, directory: bool) -> tuple[Path, int]:
+    """A temporary path, and the lock on it, which goes with the process."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
+        if directory:
+            temporary.mkdir()
+        else:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        with contextlib.suppress(FileNotFoundError):  # another writer took it for a leftover
+            lock = os.open(temporary, os.O_RDONLY)
+            if _locked(lock) is not False and os.path.exists(temporary):
+                return temporary, lock
+            os.close(lock)
+
+
+def _locked(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
+    for name in filter(ours.fullmatch, os.listdir(target.parent)):
+        with contextlib.suppress(OSError):
+            lock = os.open(target.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _locked(lock):
+                    _remove(target.parent / name)
+            finally:
+                os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    for _ in range(3):  # a thread may be writing into it still
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+
+
+def _have_on_disk(path: Path) -> None:
+    for directory, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(directory, name))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if os.path.isdir(path):
+            with contextlib.suppress(OSError):  # some file systems have no such thing for a directory
+                os.fsync(descriptor)
+        else:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Those that had to be made, innermost first."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+    except OSError as error:
+        raise UserError(f"{missing[0]}: cannot be made: {error.strerror}") from None
+    return missing
