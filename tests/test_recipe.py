@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -279,3 +280,26 @@ def test_show_schema_and_list_print(tmp_path):
     assert yaml.safe_load(output("show", "quickstart", "train.steps=7"))["train"]["steps"] == 7
     assert "properties" in json.loads(output("schema"))
     assert "quickstart" in output("list")
+
+
+@pytest.mark.parametrize("left", [b"", bytes(4096), b"\n"])
+def test_a_run_whose_recipe_a_power_loss_emptied_has_that_of_its_newest_checkpoint(tmp_path, left):
+    recipe = load_recipe(write_recipe(tmp_path))
+    run = tmp_path / "run"
+    for step, meta in {
+        "4": {"recipe": {}},
+        "8": {"recipe": recipe.model_dump()},
+        "12": {"recipe": [3]},
+        "16": 3,
+    }.items():
+        (run / "checkpoints" / step / "meta").mkdir(parents=True)
+        (run / "checkpoints" / step / "meta" / "metadata").write_text(json.dumps(meta))
+    (run / "recipe.yaml").write_bytes(left)
+    (run / "metrics.jsonl").touch()
+    with pytest.warns(UserWarning, match=r"run/recipe\.yaml: is empty; the recipe that checkpoint 8 holds serves"):
+        assert load_recipe(run) == recipe
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(
+        UserError, match=r"recipe\.yaml: is empty, and no checkpoint beside it holds the recipe: delete"
+    ):
+        load_recipe(run)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -74,10 +75,15 @@ class Executables(CacheInterface):
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Kept, unless the disk is full: then the run does without."""
-        with contextlib.suppress(OSError):
+        """Kept, unless the disk is full: then the run does without, and says so."""
+        try:
             self._write(key, _digest(value) + value)
             self._trim()
+        except OSError as error:
+            warnings.warn(
+                f"what was compiled is not kept in {self._path}: {error.strerror}; XDG_CACHE_HOME names another place",
+                stacklevel=1,  # said once
+            )
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}.executable"

@@ -13,14 +13,16 @@ from trainfw.unfinished import remove_unfinished
 
 @contextlib.contextmanager
 def leaving_at_once(then: str = "nothing saved is lost: the same command goes on") -> Iterator[None]:
-    """SIGINT and SIGTERM end the process at once, with exit code 128 + n, while there is nothing to save.
+    """SIGINT, SIGTERM and SIGHUP end the process at once, with exit code 128 + n, while there is nothing to save.
 
     Also while a compiler, or half an import, holds the main thread, where no Python handler would be heard. The
     training loop takes the signals over while it has something to save, and hands them back at the first.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signals.append(signal.SIGHUP)
     before = {signum: signal.getsignal(signum) for signum in signals}
 
     def read() -> None:

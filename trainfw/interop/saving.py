@@ -205,5 +205,5 @@ def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
     with writing(target, directory=True) as temporary:
         free = shutil.disk_usage(temporary).free
         if free < nbytes:
-            raise UserError(f"{target}: needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+            raise UserError(f"{target}: needs {nbytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there")
         yield temporary

@@ -24,6 +24,8 @@ _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a process that was stopped, as all of them then are, each when it has saved."""
 _LEAVING_SECONDS = 60.0
 """How long they are waited for."""
+_TAIL_BYTES = 2**16
+"""Of a log, where the lines are that are shown."""
 
 
 def launch_local(
@@ -148,12 +150,15 @@ def _echo(log: Path, start: int, over: threading.Event) -> None:
         while not last:
             last = over.wait(_POLL_SECONDS)
             with suppress(OSError):  # nobody reads any more; the run goes on
-                sys.stdout.buffer.write(file.read())
+                sys.stdout.buffer.write(file.read(max(os.fstat(file.fileno()).st_size - file.tell(), 0)))  # no device's
                 sys.stdout.buffer.flush()
 
 
 def _tail(path: Path, lines: int = 15) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
+        text = file.read(_TAIL_BYTES) if path.is_file() else b""
+    return "\n".join(text.decode("utf-8", "replace").splitlines()[-lines:])
 
 
 def _free_port() -> int:

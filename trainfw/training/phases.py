@@ -90,14 +90,14 @@ class Phases:
 
     def _leave(self, limit: float) -> None:
         out = sys.__stderr__
-        if out is not None:
+        with contextlib.suppress(OSError, ValueError):  # it leaves, also where nothing can be said
             print(
                 f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) "
                 f"after step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
                 file=out,
                 flush=True,
             )
-            faulthandler.dump_traceback(file=out, all_threads=True)
+            faulthandler.dump_traceback(file=out or 2, all_threads=True)
         os._exit(TRY_AGAIN)
 
 
