@@ -73,3 +73,12 @@ def test_a_full_disk_is_named_and_the_file_stays_as_it_was(tmp_path):
     write_text(tmp_path / "link", "3")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "3"
+
+
+def test_where_nothing_can_be_made_nothing_is(tmp_path):
+    (tmp_path / "file").write_text("1")
+    for target in (tmp_path / "file" / "below", tmp_path / "new" / ("long" * 100)):
+        with pytest.raises(OSError, match=r"Not a directory|File name too long") as error, writing(target):
+            pass
+        assert str(tmp_path) in error.value.filename
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainfw.errors import UserError
-
 _SUFFIX = ".partial"
 _REMOVERS: list[Callable[[], None]] = []
 _FINISHING = threading.Lock()
@@ -27,26 +25,24 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
 
     After an error nothing is left, nor after a signal where `remove_unfinished` is called before the end; what a
     process left that could not, is removed when the same target is written again. It is known by a lock that only
-    a living writer holds. Raises UserError where nothing can be made there, OSError, with a path, where the disk
-    is full.
+    a living writer holds. Raises OSError, with a path.
     """
     target = target.absolute()
-    made = _make_parents(target.parent)
+    temporary: Path | None = None
+    lock: int | None = None
+    made: list[Path] = []
 
     def remove() -> None:
-        _remove(temporary)
-        for parent in made:
+        if temporary is not None:
+            _remove(temporary)
+        for parent in reversed(made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
     try:
+        _make_parents(target.parent, made)
         _remove_leftovers(target)
         temporary, lock = _make(target, directory)
-    except OSError as error:
-        for parent in made:
-            parent.rmdir()
-        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
-    try:
         with removed_by_signal(remove):
             yield temporary
             _have_on_disk(temporary)
@@ -55,12 +51,13 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
                 made.clear()
         _sync(target.parent)
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         remove()  # nothing, where it has its name
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -168,15 +165,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_parents(directory: Path) -> list[Path]:
-    """Those that had to be made, innermost first."""
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    try:
-        for parent in reversed(missing):
-            parent.mkdir()
-    except OSError as error:
-        raise UserError(f"{missing[0]}: cannot be made: {error.strerror}") from None
-    return missing
+def _make_parents(directory: Path, made: list[Path]) -> None:
+    """Adds to `made` those that were not there."""
+    if not directory.exists():
+        _make_parents(directory.parent, made)
+        directory.mkdir()
+        made.append(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import RunError, UserError, about
 from trainfw.paths import cache_dir, resolve_path
+from trainfw.unfinished import removed_by_signal
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
@@ -138,9 +140,10 @@ class _Cache:
         """Write all of it anew; what was there stays until this is on the disk. Raises UserError where it is to have
         `digests` and has others."""
         partial = self._root / f"{self._fingerprint}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
+        remove()
         partial.mkdir()
-        with about("source"):
+        with about("source"), removed_by_signal(remove):
             made = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
         if digests and made != digests:
             raise UserError(f"what its source gives now is other data (digests {made}, not {digests})")

@@ -202,7 +202,11 @@ def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
             raise UserError(f"{target}: exists and is no directory; choose another path")
         if any(target.iterdir()):
             raise UserError(f"{target}: exists and is not empty; nothing is overwritten, choose another path")
-    with writing(target, directory=True) as temporary:
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(writing(target, directory=True))
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror}") from None
         free = shutil.disk_usage(temporary).free
         if free < nbytes:
             raise UserError(f"{target}: needs {nbytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there")

@@ -22,7 +22,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from trainfw import backends
-from trainfw.errors import UserError
 from trainfw.paths import cache_dir
 from trainfw.planning.analysis import (
     Analysis,
@@ -159,7 +158,7 @@ def _save(file: Path, entry: _Entry) -> str:
     try:
         with writing(file) as partial:
             partial.write_bytes(_adapter().dump_json(entry))
-    except (OSError, UserError) as error:
+    except OSError as error:
         return str(error)
     with contextlib.suppress(OSError):  # another process may tidy up too
         entries = sorted(file.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)

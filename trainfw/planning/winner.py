@@ -12,6 +12,7 @@ from trainfw.errors import UserError
 from trainfw.planning.candidates import settings
 from trainfw.planning.searching import Found
 from trainfw.recipe import Recipe, find_recipe, load_recipe
+from trainfw.unfinished import write_text
 
 
 def default_out(recipe: Recipe) -> Path:
@@ -68,7 +69,7 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bo
         f"{made.memory.total / 2**30:.2f} GiB a core. Nothing was measured on this hardware.\n"
     )
     try:
-        file.write_text(head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(file, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror}") from None
     try:
@@ -76,7 +77,7 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bo
     except UserError:
         same = False
     if not same:
-        file.write_text(head + recipe.to_yaml(), encoding="utf-8")
+        write_text(file, head + recipe.to_yaml())
     return True
 
 
