@@ -92,7 +92,7 @@ def remove_unfinished() -> None:
     """Remove what is being written, in whatever thread. For a process that ends at once afterwards: nothing is
     finished any more."""
     _FINISHING.acquire(timeout=1.0)
-    for remove in reversed(_REMOVERS):
+    for remove in reversed(list(_REMOVERS)):
         with contextlib.suppress(Exception):
             remove()
 

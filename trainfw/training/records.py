@@ -47,7 +47,7 @@ class FaultRow(RowModel):
     kind: Literal["non_finite", "spike", "growth"]
     policy: Literal["stop", "skip", "rollback", "none"]
     row: Whole
-    rows: Annotated[int, Field(ge=1, le=2**20)]
+    rows: Annotated[int, Field(ge=1, le=2**22)]
 
 
 class SessionRow(RowModel):
@@ -129,10 +129,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def _problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    key, what = ".".join(map(str, first["loc"])), first["msg"][:1].lower() + first["msg"][1:]
+    key, what = ".".join(map(str, first["loc"])), first["msg"].replace("Input should be", "expected")
     if not key:
         return f"expected a row, {{...}}, not {first['input']!r:.60}"
-    return f"{key}: {what}" if first["type"] == "missing" else f"{key} = {json.dumps(first['input'])[:60]}: {what}"
+    return f"{key} is missing" if first["type"] == "missing" else f"{key} = {json.dumps(first['input'])[:60]}: {what}"
 
 
 def _is_torn(line: str) -> bool:
