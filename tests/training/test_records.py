@@ -150,12 +150,17 @@ def test_faults_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
     growth = Growth(1.0)
     growth.now = 20.0
     log = FaultLog(run, FaultsConfig(), 8, 0, writes=True)
+
+    def steps():
+        return [row["step"] for row in run.faults()]
+
     log.grown(3, 16, growth)
-    with monkeypatch.context() as full:
-        full.setattr("trainfw.training.faults.append_rows", no_space)
-        full.setattr("trainfw.training.faults.rewrite_rows", no_space)
-        log.grown(4, 24, growth)
-        log.rewind(2)
-    assert len(run.faults()) == 1
-    log.catch_up()
-    assert run.faults() == []
+    for step, happens, then in ((2, log.rewind, []), (4, lambda step: log.grown(step, 24, growth), [4])):
+        before = steps()
+        with monkeypatch.context() as full:
+            full.setattr("trainfw.training.faults.append_rows", no_space)
+            full.setattr("trainfw.training.faults.rewrite_rows", no_space)
+            happens(step)
+        assert steps() == before
+        log.catch_up()
+        assert steps() == then
