@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import keyword
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -19,7 +17,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 from trainfw import yaml_text
 from trainfw.adapters import AdapterConfig
 from trainfw.backends import load_sdk
-from trainfw.checkpoint import CheckpointConfig
+from trainfw.checkpoint import CheckpointConfig, saved_recipe
 from trainfw.config import Config, invalid, name_problem
 from trainfw.data import DataConfig
 from trainfw.errors import UserError, did_you_mean, nearest
@@ -29,7 +27,7 @@ from trainfw.models import ModelConfig
 from trainfw.names import FIRST, KEYS, SECTIONS, VALUES
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
-from trainfw.paths import check_file, path_text, resolve_path
+from trainfw.paths import path_text, resolve_path
 from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 
 Sources = dict[str, str]
@@ -129,7 +127,8 @@ def load_recipe(path: str | os.PathLike[str] | Mapping[str, Any], overrides: Seq
         tree, sources = _extended(given, {key: path for key, _ in _leaves(given)}, Path(), ())
     elif isinstance(path, str | os.PathLike):
         file = find_recipe(path)
-        tree, sources = _saved_recipe(file) or _read(file, ())
+        saved = saved_recipe(file)
+        tree, sources = _read(file, ()) if saved is None else (saved, {})
     else:
         raise UserError(f"recipe = {_show(path)}: expected the path of a file, a bundled recipe's name, or a dict")
     # The preset or the weights first: they replace the inherited model, which other overrides then refine.
@@ -235,31 +234,6 @@ def _read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]
     tree = _construct(node, "", file, sources)
     _check_sections(tree, sources)
     return _extended(tree, sources, file.parent, chain)
-
-
-def _saved_recipe(file: Path) -> tuple[dict[str, Any], Sources] | None:
-    """Of the recipe.yaml of a run that is empty, as a loss of power leaves a file: the newest checkpoint's own copy."""
-    of_run = file.name == "recipe.yaml" and (file.parent / "metrics.jsonl").is_file()
-    if not of_run or _starts(file).strip(b"\0 \r\n"):
-        return None
-    copies = (file.parent / "checkpoints").glob("[0-9]*/meta/metadata")
-    steps = {int(name): copy for copy in copies if (name := copy.parents[1].name).isdecimal()}
-    for step, copy in sorted(steps.items(), reverse=True):
-        with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            check_file(copy)
-            tree = json.loads(copy.read_text(encoding="utf-8"))["recipe"]
-            _validate(tree, {}, str(copy))
-            warnings.warn(f"{file}: is empty; the recipe that checkpoint {step} holds serves", stacklevel=1)
-            return tree, {key: str(copy) for key, _ in _leaves(tree)}
-    raise UserError(
-        f"{file}: is empty, and no checkpoint beside it holds the recipe: delete it, and go on with the recipe "
-        "that the run was begun with"
-    )
-
-
-def _starts(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(2**16)
 
 
 def _extended(

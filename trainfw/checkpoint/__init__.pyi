@@ -1,4 +1,5 @@
 from .config import CheckpointConfig as CheckpointConfig
+from .copies import saved_recipe as saved_recipe
 from .holding import Vanished as Vanished
 from .holding import taking_the_next as taking_the_next
 from .identity import FORMAT as FORMAT
