@@ -1,20 +1,26 @@
 """Stop runs at random moments, start them again, and compare them with the run that was never stopped.
 
     python benchmarks/chaos.py --runs 100 --terms 30 --seed 0
+    python benchmarks/chaos.py --runs 40 --terms 60 --processes 2 --load 2 --seed 3
 
-`--runs` are killed with SIGKILL: every third has two processes, of which one or both are killed. `--terms` get SIGTERM,
-and must leave within `--grace` seconds, with exit code 143, a checkpoint of the last step that was logged, if any was.
-Each is then started again. A run is lost when it does not go on, when a loss differs in one bit from the uninterrupted
-run's, or when a step is missing. Exits 1 on any loss. The recipe is tiny and saves every third step, so that many of
-the moments lie in a save.
+`--runs` are killed with SIGKILL, `--terms` get SIGTERM, and must leave within `--grace` seconds, with exit code 143, a
+checkpoint of the last step that was logged, if any was. Of two processes one or both are stopped, or, by SIGTERM, the
+launcher; every third run has two, or each has `--processes`. Each is then started again. A run is lost when it does not
+go on, when a loss differs in one bit from the uninterrupted run's, or when a step is missing. Exits 1 on any loss. The
+recipe is tiny and saves every third step.
+
+The moments are spread evenly over the phases of a run (`PHASES`), as long as these were in the uninterrupted one; that,
+like all others, runs beside `--load` processes that are busy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +28,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +38,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.reporting import positive
 
 STEPS = 48
+PHASES = ("starting", "connecting", "compiling", "stepping", "saving", "ending")
+"""Before process 0 listens, before the first line of output, before the first step, ... and after the last one.
+
+A moment of `saving` is one of `stepping`, put off until a save is being written.
+"""
+POLL_SECONDS = 0.02
 RECIPE = """
 name: chaos
 model: {preset: tiny, vocab_size: 258}
@@ -47,26 +61,50 @@ class Chaos:
     grace: float
     straight: dict[int, dict[int, float]] = field(default_factory=dict)
     """Losses of the uninterrupted run, by number of processes."""
-    seconds: dict[int, float] = field(default_factory=dict)
-    """How long it took."""
+    phases: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    """When its phases began and ended, in seconds."""
     lost: int = 0
 
     def run_straight(self, processes: int) -> None:
         run = self.directory / f"straight-{processes}"
         for _ in range(2):  # the first fills the caches
             shutil.rmtree(run, ignore_errors=True)
-            start = time.monotonic()
-            if code := self.train(run, processes):
-                sys.exit(f"the uninterrupted run ended with exit code {code}:\n{self.log.read_text()}")
-            self.seconds[processes] = time.monotonic() - start
+            self.phases[processes] = self.watch(run, processes)
         self.straight[processes] = losses(run)
-        print(f"uninterrupted, {name(processes)}: {len(losses(run))} steps in {self.seconds[processes]:.1f} s")
+        spent = ", ".join(f"{phase} {end - begin:.1f} s" for phase, (begin, end) in self.phases[processes].items())
+        print(f"uninterrupted, {name(processes)}: {len(losses(run))} steps; {spent}", flush=True)
+
+    def watch(self, run: Path, processes: int) -> dict[str, tuple[float, float]]:
+        """Run to the end, and note when the phases began and ended."""
+        began, seen = time.monotonic(), {"starting": 0.0}
+        with self.log.open("w") as log:
+            launched = subprocess.Popen(self.command(run, processes), stdout=log, stderr=log)
+        output = run / "logs" / "rank-0.log" if processes > 1 else self.log
+        while launched.poll() is None:
+            done = len(losses(run))
+            signs = {
+                "connecting": processes > 1 and listening(children(launched.pid)[:1]),
+                "compiling": output.exists() and b"\n" in output.read_bytes(),
+                "stepping": done > 0,
+                "ending": done == STEPS,
+            }
+            for phase in (phase for phase, sign in signs.items() if sign):
+                seen.setdefault(phase, time.monotonic() - began)
+            time.sleep(POLL_SECONDS)
+        if launched.returncode:
+            sys.exit(f"the uninterrupted run ended with exit code {launched.returncode}:\n{self.log.read_text()}")
+        begins = [*(seen[phase] for phase in PHASES if phase in seen), time.monotonic() - began]
+        found = dict(zip((phase for phase in PHASES if phase in seen), itertools.pairwise(begins)))
+        found["saving"] = found["stepping"]
+        return found
 
     def stop_and_go_on(self, number: int, processes: int, signum: signal.Signals) -> str:
         """Where the run was when it was stopped."""
         run = self.directory / f"{signum.name}-{number}"
-        moment = self.rng.uniform(0, self.seconds[processes] * 1.05)
-        where, problem = self.stop(run, processes, moment, signum)
+        phases = list(self.phases[processes])
+        phase = phases[number % len(phases)]
+        moment = self.rng.uniform(*self.phases[processes][phase])
+        where, problem = self.stop(run, processes, moment, signum, phase == "saving")
         if not problem:
             code = self.train(run, processes)
             found, expected = losses(run), self.straight[processes]
@@ -81,7 +119,7 @@ class Chaos:
             shutil.rmtree(run)
         return where
 
-    def stop(self, run: Path, processes: int, moment: float, signum: signal.Signals) -> tuple[str, str]:
+    def stop(self, run: Path, processes: int, moment: float, signum: signal.Signals, in_save: bool) -> tuple[str, str]:
         """(where it was, what was wrong with how it left)"""
         with self.log.open("w") as log:
             launched = subprocess.Popen(self.command(run, processes), stdout=log, stderr=log, start_new_session=True)
@@ -90,13 +128,16 @@ class Chaos:
             return "at the end", f"exit code {launched.returncode}" if launched.returncode else ""
         except subprocess.TimeoutExpired:
             pass
-        where = "while saving" if any("-tmp" in path.name for path in (run / "checkpoints").glob("*")) else ""
+        late = time.monotonic() + 5.0
+        while in_save and not saving(run) and launched.poll() is None and time.monotonic() < late:
+            time.sleep(POLL_SECONDS / 10)
+        where = "while saving" if saving(run) else ""
         where = where or ("between saves" if losses(run) else "before the first step")
-        victims = [launched.pid] if processes == 1 else children(launched.pid)
-        if processes == 2 and victims and self.rng.random() < 0.5:
-            victims = [self.rng.choice(victims)]
+        ranks = children(launched.pid) if processes > 1 else []
+        choices = [ranks, ranks[:1], ranks[1:], [launched.pid] * (processes == 1 or signum == signal.SIGTERM)]
+        victims = self.rng.choice([choice for choice in choices if choice] or [[launched.pid]])
         start = time.monotonic()
-        for victim in victims or [launched.pid]:
+        for victim in victims:
             try:
                 os.kill(victim, signum)
             except ProcessLookupError:
@@ -116,7 +157,7 @@ class Chaos:
             return subprocess.run(self.command(run, processes), stdout=log, stderr=log).returncode
 
     def command(self, run: Path, processes: int) -> list[str]:
-        trainfw, recipe = [sys.executable, "-m", "trainfw"], str(self.directory / "recipe.yaml")
+        trainfw, recipe = [sys.executable, "-P", "-m", "trainfw"], str(self.directory / "recipe.yaml")
         if processes == 1:
             return [*trainfw, "train", recipe, "--devices", "1", "--run-dir", str(run)]
         return [*trainfw, "launch", "local", recipe, "--processes", "2", "parallel.data=2", "--run-dir", str(run)]
@@ -130,6 +171,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=positive, default=100, help="killed")
     parser.add_argument("--terms", type=positive, default=30, help="terminated")
+    parser.add_argument("--processes", type=int, choices=(1, 2), help="of each run (default: 1, 1, 2, 1, ...)")
+    parser.add_argument("--load", type=int, default=0, metavar="N", help="busy neighbours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grace", type=float, default=30.0, help="seconds")
     arguments = parser.parse_args()
@@ -142,14 +185,44 @@ def main() -> int:
     chaos = Chaos(directory, random.Random(arguments.seed), arguments.grace)
     todo = [(number, signal.SIGKILL) for number in range(arguments.runs)]
     todo += [(number, signal.SIGTERM) for number in range(arguments.terms)]
-    for processes in {2 if number % 3 == 2 else 1 for number, _ in todo}:
-        chaos.run_straight(processes)
-    where = Counter(chaos.stop_and_go_on(number, 2 if number % 3 == 2 else 1, signum) for number, signum in todo)
+    count = [arguments.processes or (2 if number % 3 == 2 else 1) for number, _ in todo]
+    with busy(arguments.load):
+        for processes in sorted(set(count)):
+            chaos.run_straight(processes)
+        where = Counter(chaos.stop_and_go_on(n, processes, signum) for (n, signum), processes in zip(todo, count))
     print(f"stopped {', '.join(f'{place}: {count}' for place, count in sorted(where.items()))}")
     print(f"{len(todo) - chaos.lost} of {len(todo)} runs went on bit for bit")
     if not chaos.lost:
         shutil.rmtree(directory)
     return 1 if chaos.lost else 0
+
+
+@contextmanager
+def busy(neighbours: int) -> Iterator[None]:
+    """Beside so many processes that compute; they end with us, however we end."""
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(neighbours)]
+    try:
+        yield
+    finally:
+        for neighbour in started:
+            neighbour.kill()
+            neighbour.wait()
+
+
+def saving(run: Path) -> bool:
+    return any("-tmp" in path.name for path in (run / "checkpoints").glob("*"))
+
+
+def listening(ranks: list[int]) -> bool:
+    """Whether process 0 waits for the others where it was told to."""
+    try:
+        environment = Path(f"/proc/{ranks[0]}/environ").read_text() if ranks else ""
+        at = re.search(r"TRAINFW_COORDINATOR=[^\0]*:(\d+)", environment)
+        table = Path("/proc/net/tcp6").read_text() + Path("/proc/net/tcp").read_text()
+    except OSError:
+        return False
+    return at is not None and re.search(rf":{int(at[1]):04X} [0-9A-F]+:0000 0A ", table) is not None
 
 
 def left_well(run: Path, code: int) -> str:

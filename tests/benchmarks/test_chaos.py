@@ -1,6 +1,6 @@
 """A few of the stops of `benchmarks/chaos.py`, of which the whole takes most of an hour.
 
-Of one process; tests/launch/test_local.py stops one of two.
+Of one process; tests/launch/ stops one of two.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
     command = [sys.executable, str(CHAOS), "--runs", "2", "--terms", "1", "--seed", "11", "--grace", "60"]
+    command += ["--processes", "1", "--load", "1"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.endswith("3 of 3 runs went on bit for bit\n")
