@@ -118,3 +118,24 @@ def test_on_ultraservers_places_number_the_processes(environ, asked, monkeypatch
     assert applied == [wiring]
     assert met == ([2] if asked else [])
     assert wiring.process_index == (3 if asked else 1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "meant"),
+    [("JAX_PLATFORMS", "cudo", "; did you mean 'cuda'?"), ("JAX_PLATFORM_NAME", "abacus", "")],
+)
+def test_a_platform_that_is_not_there_is_said_with_those_that_are(variable, value, meant, monkeypatch):
+    code = (
+        "from trainfw import UserError, backends\n"
+        "try: backends.prepare()\n"
+        "except UserError as error: print(error)\n"
+        "import jax; jax.config.update('jax_platforms', ''); jax.config.update('jax_platform_name', '')\n"
+        "print(jax.device_count())"
+    )
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv(variable, value)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"{variable} = {value!r}: jax has no such platform here{meant}; it has cpu; without the variable it takes"
+    first, second = ran.stdout.splitlines()
+    assert first.startswith(said)
+    assert second == "8"  # as XLA_FLAGS has it here

@@ -269,3 +269,16 @@ def test_a_warning_of_ours_is_said_in_words(capsys):
     show("this is odd", UserWarning, trainfw.errors.__file__, 1)
     show("theirs", UserWarning, pytest.__file__, 1)
     assert (capsys.readouterr().err, others) == ("warning: this is odd\n", ["theirs"])
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("train", "quickstart")], ids=lambda command: command[0])
+def test_a_platform_that_jax_does_not_have(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpux")
+    ran = subprocess.run([sys.executable, "-m", "trainfw", *command], capture_output=True, text=True, cwd=tmp_path)
+    said = "JAX_PLATFORMS = 'cpux': jax has no such platform here; did you mean 'cpu'?; it has cpu; without"
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: {said}")
+    assert ran.stderr.count("\n") == 1
+    if command == ("doctor",):
+        assert f"backend            none: {said}" in ran.stdout
+        assert "neuron plugin" in ran.stdout

@@ -12,7 +12,7 @@ from trainfw.backends.memory import share_freed_memory
 from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
 from trainfw.backends.neuron.place import read_place
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, did_you_mean, nearest
 from trainfw.hardware import HardwareConfig
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ GPU_MEMORY = "0.93"
 MAX_SIMULATED = 2048
 """The most devices that one process is known to simulate."""
 
+_PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+_PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
+"""What they may name."""
+
 _as_backend: str | None = None
 
 
@@ -77,7 +81,7 @@ def prepare(
         scan_layers: whether the program loops over its layers, as above.
 
     Raises UserError when jax has already been started with another number of devices, since it reads the number only
-    once, and where the environment contradicts itself or the hardware.
+    once, where the environment contradicts itself or the hardware, and where JAX_PLATFORMS asks for what is not there.
     """
     global _as_backend
     if as_backend is not None and as_backend not in SIMULATED:
@@ -100,7 +104,34 @@ def prepare(
     if devices is not None or as_backend is not None:
         _simulate(devices)
     _as_backend = as_backend
+    if wiring.process_count == 1:  # others are to meet first (`connect`)
+        check_platforms()
     return wiring
+
+
+def check_platforms() -> None:
+    """Raise UserError where the environment asks jax for what is not there. Starts jax, unless it asks for the CPU."""
+    asked = {name: os.environ[name] for name in _PLATFORM_VARIABLES if os.environ.get(name) not in (None, "", "cpu")}
+    if not asked:
+        return
+    import jax
+    from jax.extend.backend import clear_backends
+
+    try:
+        jax.devices()
+    except Exception as error:  # of several kinds, some without words
+        for name in _PLATFORM_VARIABLES:
+            jax.config.update(name.lower(), "")
+        found = sorted({"cpu", jax.default_backend()})
+        clear_backends()
+        for name in _PLATFORM_VARIABLES:
+            jax.config.update(name.lower(), asked.get(name, ""))
+        variable, value = next(iter(asked.items()))
+        meant = did_you_mean(value, _PLATFORMS) if nearest(value, _PLATFORMS) not in (None, value) else ""
+        raise UserError(
+            f"{variable} = {value!r}: jax has no such platform here{meant}; it has {', '.join(found)}; without the "
+            "variable it takes the best"
+        ) from error
 
 
 def _tell_jax() -> None:

@@ -5,10 +5,11 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 
 from trainfw.cli.options import Devices
 from trainfw.cli.terminal import say
-from trainfw.errors import pip_install
+from trainfw.errors import UserError, pip_install
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
 _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
@@ -19,7 +20,11 @@ def doctor(devices: Devices = None) -> None:
     from trainfw import backends
     from trainfw.paths import cache_dir
 
-    backends.prepare(devices)
+    no_jax = None
+    try:
+        backends.prepare(devices)
+    except UserError as error:
+        no_jax = error
 
     import jax
 
@@ -34,19 +39,17 @@ def doctor(devices: Devices = None) -> None:
         found = importlib.util.find_spec(package) is not None
         get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
         line(package, importlib.metadata.version(package) if found else get)
-    line("backend", backends.current())
-    kinds = sorted({d.device_kind for d in jax.devices()})
-    line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")
+    if no_jax is None:
+        _devices(line)
+    else:
+        line("backend", f"none: {no_jax}")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
     cache = cache_dir()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
-    if shutil.which("nvidia-smi") and backends.current().name == "cpu":
-        line("gpu", f"an NVIDIA driver is here but jax runs on the CPU: `{pip_install('gpu')}`")
+    if shutil.which("nvidia-smi") and (no_jax or backends.current().name == "cpu"):
+        line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
     plugin = backends.detect_plugin()
     line("neuron plugin", plugin)
     release = backends.installed_sdk(plugin.versions)
@@ -59,3 +62,18 @@ def doctor(devices: Devices = None) -> None:
     for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
         line("", f"{problem}; there `{pip_install('neuron')}`" if problem.startswith("jax") else problem)
     line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")
+    if no_jax is not None:
+        raise no_jax
+
+
+def _devices(line: Callable[[str, object], None]) -> None:
+    import jax
+
+    from trainfw import backends
+
+    line("backend", backends.current())
+    kinds = sorted({d.device_kind for d in jax.devices()})
+    line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")
