@@ -86,8 +86,8 @@ def child(arguments: list[str]) -> None:
 
     connect = backends.connect
 
-    def connected(wiring: Any) -> None:
-        connect(wiring)
+    def connected(*given: Any) -> None:
+        connect(*given)
         import jax
 
         from trainfw.training import loop

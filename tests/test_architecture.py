@@ -27,7 +27,7 @@ ROWS = [
     ["backends"],
     ["hardware"],
     ["config", "gguf", "yaml_text"],
-    ["names", "paths", "streams", "tables", "unfinished", "utf8"],
+    ["names", "paths", "signals", "streams", "tables", "unfinished", "utf8"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

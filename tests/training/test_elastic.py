@@ -27,8 +27,8 @@ from trainfw.cli import main
 
 connect = backends.connect
 
-def connect_and_watch(wiring):
-    connect(wiring)  # before anything touches a device
+def connect_and_watch(*arguments):
+    connect(*arguments)  # before anything touches a device
     from trainfw.data import TrainIterator
 
     take = TrainIterator._take

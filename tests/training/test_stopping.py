@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from trainfw import backends
 from trainfw.errors import PeerError
+from trainfw.signals import STOPS
 from trainfw.training import stopping
 from trainfw.training.stopping import Stop
 
@@ -79,16 +82,49 @@ def test_all_stop_at_one_turn(data, count, ahead):
         assert {stop.signum for stop in stops} == {15}
 
 
-def test_one_process_stops_at_its_next_turn():
+@pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
+def test_one_process_stops_at_its_next_turn(signum):
     with stopping.stopping(1) as stop:
         assert not stop.turn()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         for _ in range(2000):
             if stop.turn():
                 break
             threading.Event().wait(0.001)
         assert stop.turn()
-        assert stop.signum == signal.SIGTERM
+        assert stop.signum == signum
+
+
+MANY = """
+import os, signal
+from trainfw.cli.signals import leaving_at_once
+from trainfw.training import stopping
+set_wakeup_fd, set_handler = signal.set_wakeup_fd, signal.signal
+def again(function):
+    def called(*arguments, **named):
+        found = function(*arguments, **named)
+        if more:
+            more.pop()
+            os.kill(os.getpid(), signal.SIGTERM)  # in between any two moves
+        return found
+    return called
+more = []
+with leaving_at_once():
+    with stopping.stopping(1) as stop:
+        signal.set_wakeup_fd, signal.signal = again(set_wakeup_fd), again(set_handler)
+        more += range(20)
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.turn():
+            pass
+        more.clear()
+        print("saved", flush=True)
+"""
+
+
+def test_five_sigterms_save():
+    ran = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "saved\n"), ran.stderr
 
 
 def test_handlers_are_as_before_after_the_first_signal():

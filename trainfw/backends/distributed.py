@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from trainfw.backends.neuron.place import Place, read_place, sort_hosts
-from trainfw.errors import PeerError, UserError
+from trainfw.errors import TRY_AGAIN, PeerError, UserError
 from trainfw.hardware import Topology
 
 ROOT_PORT = 41000
 """Of process 0, where Neuron's collectives meet. (The ports of AWS's Slurm scripts for JAX.)"""
 COORDINATOR_PORT = 41001
 """Of process 0, where JAX's processes meet."""
+
+_MEETING_SECONDS = 300.0
+"""How long processes wait for each other to start, at most."""
+_LOOK_SECONDS = 0.25
+"""How often a process that waits for another looks whether that one has left."""
 
 Order = Literal["chosen", "launcher's", "places"]
 
@@ -135,6 +144,8 @@ def _wired(
         head, _, given = environ["TRAINFW_COORDINATOR"].partition(":")
         if given:
             port = _number("TRAINFW_COORDINATOR", given, environ["TRAINFW_COORDINATOR"])
+            if not 0 < port < 2**16:
+                raise UserError(f"TRAINFW_COORDINATOR = {environ['TRAINFW_COORDINATOR']!r}: expected a port to 65535")
     if count > 1 and not head:
         missing = "NEURON_GLOBAL_TOPOID0_HOST" if order == "places" else "TRAINFW_COORDINATOR"
         raise UserError(f"{missing}: is missing; it names the host of process 0 to the {count} processes of {launcher}")
@@ -144,33 +155,88 @@ def _wired(
     return Wiring(index, count, head, launcher, port, order)
 
 
-def connect(wiring: Wiring) -> None:
+def connect(wiring: Wiring, start_seconds: float = 0) -> None:
     """Join the other processes. Before anything touches a device; nothing to do for a single process.
 
-    Raises UserError, in every process, where hosts of UltraServers are not numbered by their places.
+    Where they do not meet within `start_seconds` (0, or more than 300: 300), the process says who is missing and exits
+    with `TRY_AGAIN`.
+
+    Raises UserError where another program has the port of process 0, where JAX_PLATFORMS asks for what is not there
+    and, in every process, where hosts of UltraServers are not numbered by their places.
     """
     import jax
 
     if wiring.process_count == 1 or jax.distributed.is_initialized():
         return
+    which = f"process {wiring.process_index} of {wiring.process_count} ({wiring.launcher})"
     coordinator = f"{wiring.head}:{wiring.coordinator_port}"
-    which = f"process {wiring.process_index} of {wiring.process_count}"
-    # jax ends a process that nobody answers within 5 minutes, without an exception to say this in.
-    logging.getLogger("trainfw").info("%s (%s): meeting the others at %s", which, wiring.launcher, coordinator)
+    seconds = min(start_seconds or _MEETING_SECONDS, _MEETING_SECONDS)
+    logging.getLogger("trainfw").info("%s: meeting the others at %s", which, coordinator)
+    if wiring.process_index == 0:
+        check_port(wiring, wiring.coordinator_port)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM from our own handler, which says when to stop to all processes (training/stopping.py).
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator_address=coordinator,
-        num_processes=wiring.process_count,
-        process_id=wiring.process_index,
-        cluster_detection_method="deactivate",  # under Slurm it would leave a process one GPU of its instance
-        shutdown_timeout_seconds=60,
-    )
+    with _leaving_after(seconds, lambda: f"{which}: {_missing(wiring)} within {seconds:g} s"):
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=wiring.process_count,
+            process_id=wiring.process_index,
+            cluster_detection_method="deactivate",  # under Slurm it would leave a process one GPU of its instance
+            initialization_timeout=int(seconds) + 60,  # it aborts the process, without an exception to say this in
+            shutdown_timeout_seconds=60,
+        )
+    from trainfw.backends.select import check_platforms  # which imports this module
+
+    check_platforms()
     place = read_place()
     places = exchange("place", place and asdict(replace(place, fqdn=socket.getfqdn())))
     if problem := order_problem([None if found is None else Place(**found) for found in places]):
-        raise UserError(f"{which} ({wiring.launcher}): {problem}")
+        raise UserError(f"{which}: {problem}")
+
+
+def check_port(wiring: Wiring, port: int) -> None:
+    """Raise UserError where this machine, process 0's, has something else at the port: JAX crashes there."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        why = "is taken on this machine, by another run or program" if error.errno == errno.EADDRINUSE else "is refused"
+        raise UserError(
+            f"{wiring.head}:{port}, where the {wiring.process_count} processes meet ({wiring.launcher}): the port "
+            f"{why}; name another in all of them, TRAINFW_COORDINATOR={wiring.head}:PORT"
+        ) from None
+
+
+@contextlib.contextmanager
+def _leaving_after(seconds: float, why: Callable[[], str]) -> Iterator[None]:
+    """Exits with `TRY_AGAIN` where the block takes longer: what waits in it hears no exception."""
+
+    def leave() -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"failed: {why()}\n".encode())
+        os._exit(TRY_AGAIN)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _missing(wiring: Wiring) -> str:
+    """Who has not come."""
+    if wiring.process_index:
+        try:
+            socket.create_connection((wiring.head or "", wiring.coordinator_port), timeout=2.0).close()
+        except OSError as error:
+            at = f"{wiring.head}:{wiring.coordinator_port}"
+            return f"nobody answered at {at}, where process 0 is to be ({error.strerror or error}),"
+    return f"not all others came to {wiring.head}:{wiring.coordinator_port}"
 
 
 def expand_hosts(names: str, variable: str = "hosts") -> list[str]:
@@ -240,7 +306,7 @@ _rounds: Counter[str] = Counter()
 def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
     """Every process's `value` (JSON), by index, once all have called with this `name`, as often as this one has.
 
-    Raises PeerError where one has not within `timeout` seconds.
+    Raises PeerError where one has not within `timeout` seconds, or has left (`announce_leaving`).
     """
     client, index, count = _coordination()
     if client is None:
@@ -251,15 +317,29 @@ def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
     deadline = time.monotonic() + timeout
     found = []
     for other in range(count):
-        left = max(int(1000 * (deadline - time.monotonic())), 1)
         try:
-            found.append(json.loads(client.blocking_key_value_get(f"{key}/{other}", left)))
-        except Exception as error:  # jaxlib raises its own kind
+            found.append(json.loads(_told(client, f"{key}/{other}", deadline)))
+        except TimeoutError as error:
             raise PeerError(
                 f"process {other} of {count} said nothing of {name!r} within {timeout:g} s: it died or hangs; its "
                 "own log may say why"
             ) from error
     return found
+
+
+def _told(client: Any, key: str, deadline: float) -> str:
+    """The value of a key, once it is told. Raises TimeoutError, and PeerError where a process has left."""
+    while True:
+        asked = time.monotonic()
+        seconds = min(deadline - asked, _LOOK_SECONDS)
+        try:
+            return client.blocking_key_value_get(key, max(int(1000 * seconds), 1))
+        except Exception as error:  # jaxlib raises its own kind
+            if (signum := left_by()) is not None:
+                raise PeerError(f"another process was stopped by {signal.Signals(signum).name}") from error
+            if time.monotonic() >= deadline:
+                raise TimeoutError from error
+            time.sleep(max(asked + 0.1 - time.monotonic(), 0))  # a coordinator that has gone fails at once
 
 
 def announce(name: str, value: Any) -> None:
@@ -270,14 +350,33 @@ def announce(name: str, value: Any) -> None:
             client.key_value_set(f"trainfw/{name}", json.dumps(value))
 
 
+_LEFT = "left"
+
+
+def announce_leaving(signum: int) -> None:
+    """Say to all processes that this one leaves at once, at a signal: nobody needs to wait for it."""
+    announce(_LEFT, signum)
+
+
+def left_by() -> int | None:
+    """The signal at which a process has left at once; None where none has."""
+    client, _, _ = _coordination()
+    try:
+        return None if client is None else json.loads(client.key_value_try_get(f"trainfw/{_LEFT}"))
+    except Exception:  # nobody has, or the coordinator is gone
+        return None
+
+
 def heard(name: str, timeout: float) -> Any:
     """What any process announced by this `name`; None where nobody did within `timeout` seconds."""
     client, _, _ = _coordination()
     if client is None:
         return None
+    deadline = time.monotonic() + timeout
     try:
         return json.loads(client.blocking_key_value_get(f"trainfw/{name}", int(1000 * timeout)))
     except Exception:  # nobody spoke, or the coordinator has gone: the watchdog and the collectives will tell
+        time.sleep(max(deadline - time.monotonic(), 0))
         return None
 
 

@@ -39,8 +39,8 @@ from trainfw.cli import (
 from trainfw.cli.options import RecipeCommand
 from trainfw.cli.terminal import say
 from trainfw.errors import TRY_AGAIN, PeerError, RunError, UserError
+from trainfw.signals import end_without_traceback
 from trainfw.streams import flush_standard, open_standard
-from trainfw.unfinished import remove_unfinished
 
 app = typer.Typer(
     name="trainfw",
@@ -127,9 +127,8 @@ def command() -> None:
 
 
 def main() -> None:
-    # Raising KeyboardInterrupt inside a compiler or a half-done import ends in crashes; the training loop takes
-    # the signal over while there is something to save.
-    before = signal.signal(signal.SIGINT, _interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    end_without_traceback()  # the training loop takes the signal over while there is something to save
     warnings.showwarning, others = _warned(warnings.showwarning), warnings.showwarning
     try:
         _parser()()
@@ -183,11 +182,3 @@ def _exit(message: str, code: int) -> None:
 def _one_of_many() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _interrupted(_signum: int, _frame: object) -> None:
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{show_cursor}\ninterrupted\n".encode())
-    remove_unfinished()
-    os._exit(130)

@@ -20,6 +20,7 @@ def local(
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(help="How many.")] = 2,
     devices: Annotated[int, typer.Option(help="CPU devices that each of them simulates.")] = 1,
+    grace: Annotated[int, typer.Option(help="Seconds to save and leave in, once told to stop.", min=1)] = 120,
     resume: Resume = "auto",
     run_dir: RunDir = None,
     accept: Accept = None,
@@ -32,9 +33,10 @@ def local(
     check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     directory = run_dir or os.path.join("runs", loaded.name)
-    command = [sys.executable, "-m", "trainfw", "train", recipe, *(overrides or ())]
+    # -P: no module of the working directory stands in the place of Python's or of a package's.
+    command = [sys.executable, "-P", "-m", "trainfw", "train", recipe, *(overrides or ())]
     command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
-    code = launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True))
+    code = launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True), grace)
     if code:
         raise typer.Exit(code)
 

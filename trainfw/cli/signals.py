@@ -6,49 +6,94 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
+from trainfw.signals import heeded
 from trainfw.unfinished import remove_unfinished
+
+_TELL_SECONDS = 1.0
+_LISTEN_SECONDS = 0.25
+
+
+class Leaving:
+    """How a process leaves at a signal; of several that have met (`meet`), where one does the others do."""
+
+    def __init__(self, then: str) -> None:
+        self._then = then
+        self._met = False
+        self._ended = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="leaving of others", daemon=True)
+
+    def meet(self) -> None:
+        """The processes of the run are connected: from now on each hears when another leaves."""
+        self._met = True
+        self._listener.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        if self._met:
+            self._listener.join()
+
+    def leave(self, signum: int) -> None:
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        name = signal.Signals(signum).name
+        text = f"{show_cursor}\nstopped by {name}; {self._then}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        if self._met:
+            from trainfw import backends
+
+            # In a thread: a coordinator that has gone, or hangs, does not answer.
+            teller = threading.Thread(target=backends.announce_leaving, args=(signum,), daemon=True)
+            teller.start()
+            teller.join(_TELL_SECONDS)
+            time.sleep(2 * _LISTEN_SECONDS)  # JAX aborts those whose coordinator ends before they have heard
+        remove_unfinished()
+        os._exit(128 + signum)
+
+    def _listen(self) -> None:
+        from trainfw import backends
+
+        while not self._ended.wait(_LISTEN_SECONDS):
+            signum = backends.left_by()
+            if signum is not None:
+                os.kill(os.getpid(), signum)  # whoever handles it here knows what there is to save
+                return
 
 
 @contextlib.contextmanager
-def leaving_at_once(then: str = "nothing saved is lost: the same command goes on") -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the process at once, with exit code 128 + n, while there is nothing to save.
+def leaving_at_once(then: str = "nothing saved is lost: the same command goes on") -> Iterator[Leaving]:
+    """The signals that stop a run end the process at once, with exit code 128 + n, while there is nothing to save.
 
+    `then`, what it means to who reads it, is said.
     Also while a compiler, or half an import, holds the main thread, where no Python handler would be heard. The
-    training loop takes the signals over while it has something to save, and hands them back at the first.
+    training loop takes the signals over while it has something to save, and hands them back when that is done.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        signals.append(signal.SIGHUP)
-    before = {signum: signal.getsignal(signum) for signum in signals}
+    before = {signum: signal.getsignal(signum) for signum in heeded()}
+    leaving = Leaving(then)
 
     def read() -> None:
         while byte := os.read(reading, 1):
             if byte[0] in before:
-                show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-                name = signal.Signals(byte[0]).name
-                text = f"{show_cursor}\nstopped by {name}; {then}\n"
-                with contextlib.suppress(OSError):
-                    os.write(2, text.encode())
-                remove_unfinished()
-                os._exit(128 + byte[0])
+                leaving.leave(byte[0])
 
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2)  # `kill -USR1`: where are we?
     faulthandler.enable(file=sys.__stderr__ or 2)
-    for signum in signals:
-        signal.signal(signum, lambda *_: None)  # a handler, or nothing is written to the pipe
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for signum in before:
+        signal.signal(signum, lambda *_: None)  # a handler, or nothing is written to the pipe
     thread = threading.Thread(target=read, name="leaving", daemon=True)
     thread.start()
     try:
-        yield
+        yield leaving
     finally:
-        signal.set_wakeup_fd(previous)
+        leaving.end()
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(previous)
         os.close(writing)
         thread.join()
         os.close(reading)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume
-from trainfw.cli.signals import leaving_at_once
+from trainfw.cli.signals import Leaving, leaving_at_once
 from trainfw.cli.terminal import say
 from trainfw.errors import RunError
 from trainfw.streams import go_on_without_output
@@ -54,8 +54,8 @@ def train(
     if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     _ignore_what_failed_saves_leave()
-    with leaving_at_once():
-        _run(loaded, devices, resume, run_dir, accept or (), as_backend)
+    with leaving_at_once() as leaving:
+        _run(loaded, devices, resume, run_dir, accept or (), as_backend, leaving)
 
 
 def _ignore_what_failed_saves_leave() -> None:
@@ -77,6 +77,7 @@ def _run(
     run_dir: str | None,
     accept: Sequence[str],
     as_backend: str | None,
+    leaving: Leaving,
 ) -> None:
     from trainfw import backends
     from trainfw.parallel import AXES
@@ -85,7 +86,9 @@ def _run(
     wiring = backends.prepare(
         devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=loaded.train.scan_layers
     )
-    backends.connect(wiring)
+    backends.connect(wiring, loaded.watchdog.start_seconds)
+    if wiring.process_count > 1:
+        leaving.meet()
 
     from trainfw import training
     from trainfw.cli.console import make_reporter

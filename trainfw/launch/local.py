@@ -15,53 +15,70 @@ from pathlib import Path
 from typing import IO
 
 from trainfw.errors import UserError
+from trainfw.signals import heeded, stop_code
 
 _STACKS = signal.SIGUSR1
 """Asks a process for the stacks of its threads (`trainfw.cli.signals`)."""
 _STACK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a process that was stopped, as all of them then are, each when it has saved."""
-_LEAVING_SECONDS = 60.0
-"""How long they are waited for."""
+GRACE_SECONDS = 120
+"""How long the processes may take to save and leave, once one of them, or we, were told to stop."""
 _TAIL_BYTES = 2**16
 """Of a log, where the lines are that are shown."""
 
+Children = list[subprocess.Popen[bytes]]
+
 
 def launch_local(
-    command: Sequence[str], processes: int, logs: Path, say: Callable[[str], None] = lambda text: None
+    command: Sequence[str],
+    processes: int,
+    logs: Path,
+    say: Callable[[str], None] = lambda text: None,
+    grace: float = GRACE_SECONDS,
 ) -> int:
     """Run `command` in `processes` processes of this machine, which find each other; their exit code.
 
     Each adds to `logs/rank-K.log`; what the first writes is shown as well. The first that fails ends the rest, whose
-    stacks go to their logs, and is the one reported. SIGINT and SIGTERM go to all of them; a second SIGINT ends them.
+    stacks go to their logs, and is the one reported. The signals that stop a run go to all of them, and where one of
+    them left on such a signal, the others are told to; a second SIGINT ends them at once, and so do `grace` seconds
+    that they have not left in, also those that were stopped (SIGSTOP).
+
     Raises UserError for a number of processes that cannot be.
     """
     if processes < 1:
         raise UserError(f"--processes {processes}: expected at least 1")
     logs.mkdir(parents=True, exist_ok=True)
+    children: Children = []
     with ExitStack() as stack:
         port = _free_port()
         paths = [logs / f"rank-{rank}.log" for rank in range(processes)]
         files = [stack.enter_context(path.open("ab", buffering=0)) for path in paths]
         say(f"{processes} processes; their logs: {logs}/rank-*.log")
         shown = paths[0].stat().st_size
-        children = [_start(command, rank, processes, port, file) for rank, file in enumerate(files)]
         stack.callback(_end, children)
+        received = stack.enter_context(_forwarding(children))
+        for file in files:
+            if not received:
+                children.append(_start(command, len(children), processes, port, file))
+        for signum in received:  # while the last was being started
+            _pass_on(children, signum)
         over = threading.Event()
         echo = threading.Thread(target=_echo, args=(paths[0], shown, over), daemon=True)
         echo.start()
-        with _forwarding(children) as forwarded:
-            rank = _first_to_fail(children, forwarded)
+        rank = _first_to_fail(children, received, grace)
         over.set()
         echo.join()  # before the others are ended, whose stacks are for their logs
+        late = [str(k) for k, child in enumerate(children) if child.poll() is None]
+        stopped = bool(received) or (rank is not None and stop_code(children[rank].returncode) is not None)
+        _end(children)
+        if stopped and late and received.count(signal.SIGINT) < 2:
+            which = f"process{'es' * (len(late) > 1)} {', '.join(late)} of {processes}"
+            say(f"{which} did not leave within {grace:g} s of the signal and {'were' * (len(late) > 1) or 'was'} ended")
         if rank is None:
-            return 0
+            return 128 + received[0] if received and (late or len(children) < processes) else 0
         code = children[rank].returncode
         code = 128 - code if code < 0 else code
-        late = any(child.poll() is None for child in children)
-        if not forwarded and (late or code not in _STOPPED):
-            _end(children)
+        if not stopped:
             say(f"process {rank} of {processes} ended first, with exit code {code}; the others were ended")
             if rank:  # what the first one wrote was shown
                 say(f"{paths[rank]} ends:\n{_tail(paths[rank])}")
@@ -91,35 +108,44 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: whoever kills us leaves none of them behind
 
 
-def _first_to_fail(children: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) -> int | None:
-    """The rank of the first process that fails; None where all end well. After a signal, waits for all of them."""
+def _first_to_fail(children: Children, received: Sequence[int], grace: float) -> int | None:
+    """The rank of the first process that fails; None where all end well, or none that was told to leave has.
+
+    Where a signal stopped it, or came to us, the others have `grace` seconds to leave too.
+    """
     failed: int | None = None
     deadline = math.inf
     while True:
         codes = [child.poll() for child in children]
         if failed is None:
+            # Others may end, otherwise, because one was stopped.
+            failed = next((rank for rank, code in enumerate(codes) if code and stop_code(code)), None)
+        if failed is None:
             failed = next((rank for rank, code in enumerate(codes) if code), None)
-            if failed is not None and codes[failed] in _STOPPED:
-                deadline = time.monotonic() + _LEAVING_SECONDS
         if None not in codes:
             return failed
-        if failed is not None and not forwarded and (codes[failed] not in _STOPPED or time.monotonic() > deadline):
+        stopped = failed is not None and stop_code(codes[failed] or 0) is not None
+        if failed is not None and not stopped and not received:
+            return failed
+        if (stopped or received) and deadline == math.inf:
+            deadline = time.monotonic() + grace
+            if not received:  # one that has heard of it already takes no notice
+                _pass_on(children, signal.SIGTERM)
+        if time.monotonic() > deadline or received.count(signal.SIGINT) > 1:
             return failed
         time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
-def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Signals that came, each passed on; a second SIGINT kills."""
+def _forwarding(children: Children) -> Iterator[list[int]]:
+    """Signals that came, each passed on."""
     received: list[int] = []
 
     def handle(signum: int, _frame: object) -> None:
         received.append(signum)
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signum if len(received) == 1 or signum != signal.SIGINT else signal.SIGKILL)
+        _pass_on(children, signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, handle) for signum in heeded()}
     try:
         yield received
     finally:
@@ -127,19 +153,26 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
             signal.signal(signum, handler)
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """At once, but for the moment it takes them to say where they were."""
+def _pass_on(children: Children, signum: int) -> None:
+    """To all that are left; to those that were stopped (SIGSTOP), so that they hear it."""
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(signum)
+            child.send_signal(signal.SIGCONT)
+
+
+def _end(children: Children) -> None:
+    """All of them and what they started; at once, but for the moment it takes them to say where they were."""
     left = [child for child in children if child.poll() is None]
-    for child in left:
-        for signum in (_STACKS, signal.SIGCONT):
-            with suppress(ProcessLookupError):
-                child.send_signal(signum)
+    _pass_on(left, _STACKS)
     deadline = time.monotonic() + _STACK_SECONDS
     while time.monotonic() < deadline and any(child.poll() is None for child in left):
         time.sleep(_POLL_SECONDS)
-    for child in left:
-        child.kill()
-        child.wait()
+    for child in children:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # one that a file system holds
+            child.wait(_STACK_SECONDS)
 
 
 def _echo(log: Path, start: int, over: threading.Event) -> None:

@@ -39,7 +39,7 @@ _IN_FLIGHT = 2
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM: the run is saved at `step`, or has nothing to save where that is 0."""
+    """A signal: the run is saved at `step`, or has nothing to save where that is 0."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"{signal.Signals(signum).name} at step {step}")
@@ -175,6 +175,7 @@ class Session:
                     self._save(step, state)
                 self.last_completed = time.monotonic()  # none of them is part of a step's time
         self._save_last(steps, state)  # while a signal still cannot cut it short
+        self._all_saved(stop)
         return state
 
     def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
@@ -183,7 +184,12 @@ class Session:
         self._drain()
         if step:
             self._save_last(step, state)
+        self._all_saved(stop)
         raise Interrupted(stop.signum, step)
+
+    def _all_saved(self, stop: Stop) -> None:
+        with self.phases.during("save"):
+            stop.meet("end")
 
     def _drain(self) -> None:
         while self.in_flight:

@@ -11,14 +11,15 @@ from typing import Any
 
 from trainfw import backends
 from trainfw.errors import PeerError
+from trainfw.signals import heeded
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGREE_SECONDS = 60.0
+_SAVE_SECONDS = 3600.0
 _SESSIONS = itertools.count()
 
 
 class Stop:
-    """When to stop after the first SIGINT or SIGTERM to any process: at the same turn in all of them.
+    """When to stop after the first signal to any process: at the same turn in all of them.
 
     A turn is a program that all processes run together. The process that a signal reached announces it; each then
     says how many turns it has taken and takes no more, until all have said so; all stop at the largest of these
@@ -33,13 +34,23 @@ class Stop:
         self._key = f"stop/{next(_SESSIONS)}"
         self._held: int | None = None
         self._stop_at: int | None = None
+        self._disagreed: PeerError | None = None
+
+    def meet(self, what: str, timeout: float = _SAVE_SECONDS) -> None:
+        """Wait for all processes to have come to `what`: one that leaves otherwise has left none in a collective.
+
+        Raises PeerError where one has not within `timeout` seconds, or was stopped.
+        """
+        backends.exchange(f"{self._key}/{what}", None, timeout)
 
     def turn(self) -> bool:
         """Whether to stop now; else this process goes on to its next turn."""
         with self._lock:
             holds = self._held is not None and self._stop_at is None and self._turns >= self._held
-            if holds and not self._lock.wait_for(lambda: self._stop_at is not None, _AGREE_SECONDS):
-                raise PeerError("the processes did not agree on when to stop: one of them died or hangs")
+            if holds:
+                self._lock.wait_for(lambda: self._stop_at is not None or self._disagreed, _AGREE_SECONDS + 1)
+                if self._stop_at is None:
+                    raise PeerError("the processes did not agree on when to stop") from self._disagreed
             if self._stop_at is not None and self._turns >= self._stop_at:
                 return True
             self._turns += 1
@@ -58,10 +69,10 @@ class Stop:
         backends.announce(self._key, signum)
         try:
             turns = backends.exchange(f"{self._key}/turns", self._held, _AGREE_SECONDS)
-        except PeerError:
-            return  # `turn` says it
+        except PeerError as error:
+            turns, self._disagreed = [], error  # `turn` says it
         with self._lock:
-            self._stop_at = max(turns)
+            self._stop_at = max(turns, default=None)
             self._lock.notify_all()
 
     def _listen(self, ended: threading.Event) -> None:
@@ -76,14 +87,18 @@ class Stop:
 def stopping(processes: int) -> Iterator[Stop]:
     """A `Stop` that hears signals, also while a compiler or the device holds the main thread.
 
-    A second SIGINT acts as if nobody caught it; a second SIGTERM, of which schedulers send several, changes nothing.
+    After the first, SIGINT acts as if nobody caught it; the others, of which schedulers send several, change nothing
+    until the block ends. All processes enter the block together: one that a signal stops before has left nobody in it.
     Where this is not the main thread, only other processes are heard.
+
+    Raises PeerError where another process does not come.
     """
     stop, ended = Stop(processes), threading.Event()
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_signals_to(stop.request))
         if processes > 1:
+            stop.meet("begin")
             listener = threading.Thread(target=stop._listen, args=(ended,), name="stop", daemon=True)
             listener.start()
             stack.callback(listener.join)
@@ -96,37 +111,35 @@ def _signals_to(receive: Callable[[int], None]) -> Iterator[None]:
     """Calls `receive`, in a thread, with the first signal; from then on who handled SIGINT before does again."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in heeded()}
     handlers_before_us = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def restore() -> None:
-        signal.set_wakeup_fd(handlers_before_us)
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
     def handle(_signum: int, _frame: FrameType | None) -> None:
-        restore()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # One after the other, and never by way of who handled them before: another may come in between.
+        for signum, handler in previous.items():
+            signal.signal(signum, handler if signum == signal.SIGINT else signal.SIG_IGN)
 
     def read() -> None:
         received = False
         while byte := os.read(reading, 1):
-            if byte[0] not in _SIGNALS:
+            if byte[0] not in previous:
                 continue
             if not received:
                 received = True
                 threading.Thread(target=receive, args=(byte[0],), name="stopping", daemon=True).start()
             elif byte[0] == signal.SIGINT and handlers_before_us >= 0:
-                os.write(handlers_before_us, byte)  # the main thread is busy, and has not restored them yet
+                os.write(handlers_before_us, byte)  # whose it is now
 
-    for signum in _SIGNALS:
+    for signum in previous:
         signal.signal(signum, handle)
     thread = threading.Thread(target=read, name="signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        restore()
+        signal.set_wakeup_fd(handlers_before_us)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
         os.close(writing)
         thread.join()
         os.close(reading)

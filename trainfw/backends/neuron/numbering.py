@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from trainfw.backends.distributed import Wiring
+from trainfw.backends.distributed import Wiring, check_port
 from trainfw.backends.neuron.place import Place
 from trainfw.errors import PeerError
 
@@ -23,10 +23,12 @@ def number_by_place(wiring: Wiring, place: Place | None, timeout: float = 600.0)
     Neighbours in the mesh are then neighbours in the torus. All processes call, before jax is imported, which needs
     the answer: they meet at the launcher's process 0, at the port after the coordinator's.
 
-    Raises PeerError where they have not met within `timeout` seconds.
+    Raises PeerError where they have not met within `timeout` seconds, UserError where something else has the port.
     """
     deadline = time.monotonic() + timeout
     index, count = wiring.process_index, wiring.process_count
+    if index == 0:
+        check_port(wiring, wiring.coordinator_port + 1)
     mine = {"of": [wiring.head, count], "index": index, "place": place and [place.server_id, place.node_id]}
     try:
         order = _gather(wiring, mine, deadline) if index == 0 else _ask(wiring, mine, deadline)
