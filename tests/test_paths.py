@@ -44,7 +44,7 @@ def test_links_of_a_model(name, tmp_path):
     if allowed:
         check_file(file)
     else:
-        with pytest.raises(UserError, match="is a link to .*, outside of the model's directory"):
+        with pytest.raises(UserError, match=r"is a link to .*, outside of the model's directory"):
             check_file(file)
     linked = tmp_path / "linked"
     linked.symlink_to(file.parent)  # a directory that is named may be a link

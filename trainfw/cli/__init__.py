@@ -6,7 +6,6 @@ same command goes on), 128 + n stopped by signal n (after saving).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import os

@@ -170,9 +170,7 @@ def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
         return RunDirectory(path, recipe.checkpoint)
 
 
-def _open(
-    run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity
-) -> None:
+def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity) -> None:
     run.open(recipe, resumed_step, identity)
     data.tokenizer.save(run.tokenizer)
 
