@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.config import INT32, LARGEST
 from trainfw.errors import UserError, one_of, pip_install, short
 from trainfw.paths import check_file
 
@@ -27,6 +26,8 @@ VERSIONS = (2, 3)
 MAX_HEADER, MAX_STRING, MAX_ELEMENTS = 1 << 25, 1 << 20, 1 << 20
 """Bytes of the header and of a string, and elements of an array: the largest vocabularies take a third of that, and a
 header that lies allocates no more."""
+LARGEST_INT, LARGEST = 2**31 - 1, 1e30
+"""Of sizes, and of other numbers: what can be computed with."""
 MAX_DIMS = 4
 """ggml's own limit."""
 
@@ -82,7 +83,7 @@ class Header:
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
         value = self.get(key, int, default)
-        if not 1 <= value <= INT32:
+        if not 1 <= value <= LARGEST_INT:
             raise UserError(f"{self.file}: {key} = {value}: expected 1 or more, below 2**31")
         return value
 

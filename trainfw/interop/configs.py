@@ -171,7 +171,7 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """
     family = _family(config)
     unread = sorted(
-        key[:80]
+        short(key)[1:-1]
         for key, value in config.items()
         if value and ((key not in _EXPECTED and key not in _COMPUTES_NOTHING) or not _counts(key, family))
     )
@@ -316,7 +316,9 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     _check_replaced(config, whole)
     for name, rope in (whole | sliding).items():
         if unknown := [key for key, value in rope.items() if value and key not in _EXPECTED]:
-            raise UserError(f"config.json: {name}.{unknown[0][:80]} = {short(rope[unknown[0]])} is not supported")
+            raise UserError(
+                f"config.json: {name}.{short(unknown[0])[1:-1]} = {short(rope[unknown[0]])} is not supported"
+            )
     if (said("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
     fields: dict[str, Any] = {"rope_theta": said("rope_theta", beside="rope_theta") or hf["rope_theta"]}

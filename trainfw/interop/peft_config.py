@@ -71,7 +71,7 @@ def read_peft_config(file: Path) -> PeftConfig:
     for key, value in config.items():
         # What is null, false or empty says that something is not used, whatever it is.
         if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
-            raise UserError(f"{file}: {key[:80]} = {short(value)} is not supported")
+            raise UserError(f"{file}: {short(key)[1:-1]} = {short(value)} is not supported")
     initial = config.get("init_lora_weights")
     if not isinstance(initial, bool | str | None) or str(initial).lower() not in _KEEP_THE_BASE:
         raise UserError(
@@ -89,7 +89,9 @@ def read_peft_config(file: Path) -> PeftConfig:
     def patterns(key: str, check: Callable[[str, Any], Any]) -> list[tuple[Expression, Any]]:
         if not isinstance(found := config.get(key), dict | None):
             raise UserError(f"{file}: {key} = {short(found)}: expected an object")
-        checked = {pattern: check(f"{file}: {key}.{pattern[:80]}", value) for pattern, value in (found or {}).items()}
+        checked = {
+            pattern: check(f"{file}: {key}.{short(pattern)[1:-1]}", value) for pattern, value in (found or {}).items()
+        }
         return [(Expression(pattern, f"{file}: {key}", steps), value) for pattern, value in checked.items()]
 
     return PeftConfig(
