@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import write_recipe
@@ -126,6 +126,7 @@ def test_a_chain_of_many_recipes_ends(tmp_path):
         load_recipe(tmp_path / "0.yaml")
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.text(max_size=8), st.text(max_size=20) | st.integers() | st.floats(allow_nan=False), max_size=4)
 )

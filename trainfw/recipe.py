@@ -27,7 +27,7 @@ from trainfw.models import ModelConfig
 from trainfw.names import FIRST, KEYS, SECTIONS, VALUES
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
-from trainfw.paths import path_text, resolve_path
+from trainfw.paths import check_file, path_text, resolve_path
 from trainfw.training import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 
 Sources = dict[str, str]
@@ -197,6 +197,8 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
         return bundled[str(path)]
     if file.is_dir():
         raise UserError(f"{path}: is a directory without a recipe.yaml")
+    if file.exists():
+        check_file(file)  # says what it is
     beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
     raise UserError(f"{path}: no such recipe{did_you_mean(str(path), [*beside, *bundled])}")
 
