@@ -188,7 +188,7 @@ def test_nothing_is_overwritten(tmp_path):
             pass
     with new_directory(tmp_path / "empty") as directory:
         (directory / "new").touch()
-    with pytest.raises(UserError, match=r"needs 1000000000.0 GB"), new_directory(tmp_path / "big", 10**18):
+    with pytest.raises(UserError, match=r"needs 1,000,000,000,000 MB"), new_directory(tmp_path / "big", 10**18):
         pass
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "full", "kept", "link", "new"]
 
