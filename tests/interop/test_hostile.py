@@ -303,7 +303,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         ["secret, outside of the model's directory"],
     ),
     "an index that is a link out of the model": ("sharded", link_out(INDEX), [f"{INDEX}: is a link to "]),
-    "a tokenizer that is none": ("one", text("tokenizer.json", "{}"), ["tokenizer.json: expected a tokenizer"]),
+    "a tokenizer that is none": (
+        "one",
+        text("tokenizer.json", "{}"),
+        ["not a tokenizer.json that can be read: Model"],
+    ),
     "merges that are no text": ("one", text("merges.txt", b"\xff\xfe\xfd"), ["merges.txt"]),
     "a SentencePiece that is none": ("one", text("tokenizer.model", "root:x:0"), ["expected a model of SentencePiece"]),
     "an adapter": ("one", run("adapter_config.json"), ["is a PEFT adapter, not a model"]),

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from trainfw.data.confined import Problem, helper
+from trainfw.data.confined import Problem, UnusableError, helper
 from trainfw.data.tokenizer import FAILS, Tokenizer
 from trainfw.data.trials import guarded
 from trainfw.data.turns import SENTINEL, Message, TemplateProblem, Written
@@ -116,7 +116,8 @@ class ChatTemplate:
             raise TemplateProblem("the conversation is nested too deeply") from None
         except UserError as error:
             where = self.tokenizer.template_file or "the tokenizer"
-            raise type(error)(f"{where}: the chat template {error}") from None
+            kind = UnusableError if isinstance(error, UnusableError) else UserError
+            raise kind(f"{where}: the chat template {error}") from None
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
@@ -196,6 +197,8 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     the tokenizer's files name."""
     try:
         template = ChatTemplate.of(tokenizer)
+    except UnusableError:
+        raise
     except UserError:  # said where it is used
         template = None
     ends = () if template is None else template.end_ids

@@ -53,8 +53,12 @@ class Problem(ValueError):
     """Says why a piece of work cannot be done with what it was given; the next one may be."""
 
 
-class LimitError(UserError):
-    """Says which limit was reached: what asked for it is not to be used at all."""
+class UnusableError(UserError):
+    """Says why what a file holds is not to be used at all."""
+
+
+class LimitError(UnusableError):
+    """Says which limit it reached, or how it ended the helper; its name is to be put before that."""
 
 
 # --- In the helper ----------------------------------------------------------------------------------------------------
@@ -130,6 +134,8 @@ def _answers(batch: bytes, known: dict[int, Any]) -> bytes:
         answers = [("limit", f"needs more than {MEMORY >> 20:,} MB of memory")]
     except LimitError as error:
         answers = [("limit", str(error))]
+    except UnusableError as error:
+        answers = [("unusable", str(error))]
     except UserError as error:
         answers = [("refused", str(error))]
     except Exception:
@@ -138,6 +144,9 @@ def _answers(batch: bytes, known: dict[int, Any]) -> bytes:
 
 
 # --- In the process that asks -----------------------------------------------------------------------------------------
+
+
+_ERRORS = {"limit": LimitError, "unusable": UnusableError, "refused": UserError}
 
 
 class Helper:
@@ -190,9 +199,8 @@ class Helper:
         kind, value = answers[0]
         if kind == "limit":
             self.close()  # it may hold what it took
-            raise LimitError(value)
-        if kind == "refused":
-            raise UserError(value)
+        if kind in _ERRORS:
+            raise _ERRORS[kind](value)
         if kind == "failed":
             raise RuntimeError(value)
         return [value if kind == "done" else Problem(value) for kind, value in answers]

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -219,4 +219,4 @@ def check_context(fields: tuple[Any, ...], messages: list[Message], tools: Any) 
 
 def write(fields: tuple[Any, ...], messages: list[Message], learnt: list[bool], tools: Any) -> list[dict[str, Any]]:
     """`turns.write_learnt`, as JSON takes it."""
-    return [asdict(one) for one in write_learnt(_template(*fields), messages, learnt, tools)]
+    return [vars(one) for one in write_learnt(_template(*fields), messages, learnt, tools)]

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
-from trainfw.data.confined import LimitError, helper
+from trainfw.data.confined import LimitError, UnusableError, helper
 from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
@@ -276,10 +276,9 @@ def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.
             _tried.add(digest)
         backend = opened(text)
     except LimitError as error:
-        raise LimitError(f"{file}: the tokenizer {error}") from None
-    except UserError as error:
-        told = files is not None and str(error).startswith(files.where)
-        raise UserError(str(error) if told else f"{file}: {error}") from error
+        raise UnusableError(f"{file}: the tokenizer {error}") from None
+    except UnusableError as error:
+        raise UnusableError(f"{file}: {error}") from error
     if files is not None:
         files.add_to(backend)
     return backend

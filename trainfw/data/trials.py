@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from trainfw.data.added_tokens import TokenizerFiles
+from trainfw.data.confined import UnusableError
 from trainfw.errors import UserError
 
 MOST_IDS = 2**24
@@ -29,14 +30,14 @@ _SEEDS = (*"abA1 '!é好🎉\n\t\0\u0301", "ab", "12", "  a", " \n", "'s", "a ",
 def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
     """Open the text of a tokenizer.json, add what stands beside it, and encode and decode with it.
 
-    Raises UserError for what fails at any of these.
+    Raises UnusableError where the library fails at any of these, UserError for tokens that are described amiss.
     """
     backend = opened(text)
     if files is not None:
         files.add_to(backend)
     largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= MOST_IDS:
-        raise UserError(f"the tokenizer has the id {largest:,}; expected less than {MOST_IDS:,}")
+        raise UnusableError(f"the tokenizer has the id {largest:,}; expected less than {MOST_IDS:,}")
     backend.no_truncation()
     backend.no_padding()
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder)
@@ -50,7 +51,7 @@ def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
                 except Exception:  # a word that it has no token for, which is said where a text holds it
                     continue
             if len(ids) > _GROWTH * (len(probe) + 16):
-                raise UserError(f"the tokenizer makes {len(ids):,} tokens of {len(probe):,} characters")
+                raise UnusableError(f"the tokenizer makes {len(ids):,} tokens of {len(probe):,} characters")
     with guarded("the tokenizer fails to decode its tokens"):
         backend.decode(list(range(min(largest + 1, 1000))))
 
@@ -63,13 +64,13 @@ def opened(text: str) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Raise UserError, which begins with `what`, where the library fails or panics inside."""
+    """Raise UnusableError, which begins with `what`, where the library fails or panics inside."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics, which are none
-        raise UserError(f"{what}: {' '.join(str(error)[:200].split())}") from error
+        raise UnusableError(f"{what}: {' '.join(str(error)[:200].split())}") from error
 
 
 def _probes(parts: list[Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
-from trainfw.data import ChatTemplate, LimitError, Tokenizer, load_tokenizer
+from trainfw.data import ChatTemplate, Tokenizer, UnusableError, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import is_peft, open_model, peft_copies, read_peft
 from trainfw.models import ModelConfig, abstract_model, dense
@@ -156,7 +156,7 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
     """
     try:
         tokenizer = tokenizer or load_tokenizer(path)
-    except LimitError:
+    except UnusableError:
         raise
     except UserError:  # weights alone; whoever needs a tokenizer says so
         return
@@ -182,7 +182,7 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
 def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
     try:
         template = ChatTemplate.of(tokenizer)
-    except LimitError:
+    except UnusableError:
         raise
     except UserError:  # said where it is used
         template = None
