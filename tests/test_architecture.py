@@ -27,6 +27,7 @@ ROWS = [
     ["backends"],
     ["hardware"],
     ["config", "gguf", "yaml_text"],
+    ["json_text"],
     ["names", "paths", "signals", "streams", "tables", "unfinished", "utf8"],
     ["errors"],
 ]

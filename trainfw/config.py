@@ -13,8 +13,8 @@ INT32 = 2**31 - 1
 LARGEST_DIM = 2**24
 """The largest dim of an array that a recipe can mean: 60 of the largest vocabularies, 16 contexts of a million."""
 _LARGEST_INT = 2**32
-_SMALLEST, _LARGEST = 1e-30, 1e30
-"""Of floats other than zero: what arrays of float32 hold."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of floats other than zero: what arrays of float32 hold, and what is computed of them."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
 Dim = Annotated[int, Field(gt=0, le=LARGEST_DIM)]
@@ -52,8 +52,8 @@ class Config(BaseModel):
     def _can_be_meant(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > _LARGEST_INT:
             invalid("", f"expected at most {_LARGEST_INT:,}, not a number of {len(str(abs(value)))} digits")
-        if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
-            invalid("", f"{value:g}: expected 0, or a number between {_SMALLEST:g} and {_LARGEST:g}")
+        if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+            invalid("", f"{value:g}: expected 0, or a number between {SMALLEST:g} and {LARGEST:g}")
         return value
 
 
@@ -61,7 +61,3 @@ def invalid(field: str, message: str) -> NoReturn:
     """Refuse a combination of values from inside a validator, blaming `field` (so its line is shown)."""
     # The message is passed as data because PydanticCustomError formats braces in its template.
     raise PydanticCustomError("combination", "{message}", {"field": field, "message": message})
-
-
-SMALLEST, LARGEST = 1e-30, 1e30
-"""Of floats other than zero in files of others: what arrays of float32 hold, and what is computed of them."""

@@ -45,11 +45,11 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
         temporary, lock = _make(target, directory)
         with removed_by_signal(remove):
             yield temporary
-            _have_on_disk(temporary)
+            sync_tree(temporary)
             with _FINISHING:
                 os.rename(temporary, target)
                 made.clear()
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
@@ -146,14 +146,19 @@ def _remove(path: Path) -> None:
             return
 
 
-def _have_on_disk(path: Path) -> None:
+def sync_tree(path: Path) -> None:
+    """Have a file, or a directory and all below it, on disk: a rename that outlives a loss of power must not outlive
+    what it names."""
     for directory, _, files in os.walk(path):
         for name in files:
-            _sync(Path(directory, name))
-    _sync(path)
+            sync(Path(directory, name))
+        sync(Path(directory))
+    if path.is_file():
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if os.path.isdir(path):

@@ -15,10 +15,11 @@ from tests.gguf.test_header import METADATA, SHAPES
 from tests.gguf_files import string
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
-from trainfw.interop import config_from_huggingface, config_to_huggingface, gguf_config, peft_fields, read_json
+from trainfw.interop import config_from_huggingface, config_to_huggingface, gguf_config, peft_fields
 from trainfw.interop.configs import _EXPECTED, unread_keys
 from trainfw.interop.families import FAMILIES
 from trainfw.interop.peft_config import _READ
+from trainfw.json_text import read_json
 
 VALUES = [
     *("null", "true", "false", "0", "-0", "-0.0", "-1", "2147483648", "1" + "0" * 400, "1" + "0" * 5000),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import RunError, UserError
+from trainfw.unfinished import write_text
 
 FORMAT = 2
 """Of run directories and their checkpoints. Those of format 1 say neither their format nor an id, and open as well."""
@@ -55,13 +55,7 @@ def read_identity(run: Path) -> Identity | None:
 
 def write_identity(run: Path, identity: Identity) -> None:
     """Keep it in a run directory: a crash leaves the whole file, or none."""
-    file = run / RUN_FILE
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(stamp() | asdict(identity), indent=1) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
+    write_text(run / RUN_FILE, json.dumps(stamp() | asdict(identity), indent=1) + "\n")
 
 
 def stamp() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from trainfw.checkpoint.stores import (
 from trainfw.checkpoint.structure import Shapes, find_absent, shapes_of
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
+from trainfw.unfinished import sync, sync_tree
 
 LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
@@ -41,6 +42,9 @@ _QUIET = 4
 
 _MOVE_SECONDS = 3600
 """How long they wait for damaged ones to be moved, which a store does by copying."""
+
+_LINE = 300
+"""Letters of an error of Orbax's, which may hold a whole tree."""
 
 _BARRIER_SECONDS = 600
 """How long a process waits for the others to have written their parts."""
@@ -121,6 +125,8 @@ class Checkpoints:
                 if problem := find_absent(directory / item, expected):
                     raise ValueError(f"{item}: {problem}")
             write_manifest(directory, step, self._identity, self._meta)
+            if not in_store(directory):  # TensorStore does so with its own files, and Orbax with none
+                sync_tree(directory)
 
     def steps(self) -> list[int]:
         return steps_in(self.directory)
@@ -166,6 +172,8 @@ class Checkpoints:
             return
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
+            if jax.process_index() == 0 and not in_store(self.directory):
+                sync(self.directory)  # its new name, before older ones are deleted
             self._saving, self._failures = None, 0
             if jax.process_index() == 0:
                 if self._has_failed:
@@ -333,4 +341,5 @@ class Checkpoints:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LINE else f"{line[:_LINE]}..."

@@ -102,8 +102,11 @@ _PATH_ERRORS = {
 }
 
 
+_END_SECONDS = 60.0
+
+
 def command() -> None:
-    """`main` as a process, which, failing, does not wait for a program that is being compiled and nothing will run."""
+    """`main` as a process."""
     # Imports and tracing make millions of objects that stay: a start is shorter if Python looks among them for cycles
     # less often than after every 700.
     gc.set_threshold(50_000, 20, 20)
@@ -116,13 +119,22 @@ def command() -> None:
             end.code = 1
             if problem.errno != errno.EPIPE:  # nobody reads any more, by intention
                 say(f"failed: stdout: {problem.strerror}", err=True)
-        # The thread of `trainfw.training.compiling`, which need not be loaded.
-        compiles = any(thread.name.startswith("compiling") for thread in threading.enumerate())
-        if isinstance(end.code, int) and end.code and compiles:
-            os._exit(end.code)
+        _leave_behind(end.code if isinstance(end.code, int) else bool(end.code))
         raise
     finally:
         flush_standard()
+
+
+def _leave_behind(code: int) -> None:
+    """Do not wait for what other threads are still at: compiling what nobody will run, or, after a save that failed,
+    waiting for others of Orbax's threads, which takes them ten minutes. After a success they have `_END_SECONDS`.
+    """
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if code and not all(thread.daemon for thread in others):
+        os._exit(code)
+    timer = threading.Timer(_END_SECONDS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import RunError, UserError, about
 from trainfw.paths import cache_dir, resolve_path
-from trainfw.unfinished import removed_by_signal
+from trainfw.unfinished import removed_by_signal, sync, sync_tree
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
@@ -147,11 +147,10 @@ class _Cache:
             made = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
         if digests and made != digests:
             raise UserError(f"what its source gives now is other data (digests {made}, not {digests})")
-        for file in [*partial.rglob("*"), partial]:
-            _sync(file)
+        sync_tree(partial)
         shutil.rmtree(self._directory, ignore_errors=True)
         partial.rename(self._directory)
-        _sync(self._root)
+        sync(self._root)
 
     def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
         """Of a cache that is in use: make it again, unless another thread or process has. Raises RunError where that
@@ -207,15 +206,6 @@ def _write_meta(file: Path, meta: dict[str, Any]) -> None:
 
 def _digest(meta: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _sync(file: Path) -> None:
-    """Have a file, or the names in a directory, on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_source(config: DataConfig) -> None:

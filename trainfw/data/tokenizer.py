@@ -22,6 +22,7 @@ from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
+from trainfw.json_text import read_json
 from trainfw.paths import check_file, resolve_path
 from trainfw.unfinished import write_text
 from trainfw.utf8 import read_utf8
@@ -325,19 +326,7 @@ def _special_id(backend: tokenizers.Tokenizer, named: Any, known: Iterable[str])
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except UserError:
-        raise
-    except RecursionError:
-        raise UserError(f"{path}: not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from trainfw.gguf.tokens import (
     canonical,
     implied_merges,
 )
+from trainfw.json_text import read_json
 from trainfw.utf8 import read_utf8
 
 _GGML = "tokenizer.ggml"
+_TOKENIZER_BYTES = 2**28
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
@@ -208,12 +209,4 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
-    if absent is not None and not file.is_file():
-        return absent
-    try:
-        value = json.loads(read_utf8(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return absent if absent is not None and not file.is_file() else read_json(file, _TOKENIZER_BYTES)

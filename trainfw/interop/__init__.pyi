@@ -3,7 +3,6 @@ from .configs import config_to_huggingface as config_to_huggingface
 from .gguf_configs import gguf_config as gguf_config
 from .gguf_reader import GGUFTensors as GGUFTensors
 from .gguf_writer import save_gguf as save_gguf
-from .json_files import read_json as read_json
 from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
 from .mapping import parameter_shapes as parameter_shapes

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trainfw.errors import UserError
 from trainfw.interop.configs import config_from_huggingface
-from trainfw.interop.json_files import read_json
+from trainfw.json_text import read_json
 from trainfw.models import ModelConfig
 from trainfw.paths import check_file, resolve_path
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from trainfw.config import INT32, SMALLEST
 from trainfw.errors import UserError, short
 from trainfw.interop.expressions import MAX_TEXT, Expression, Steps, Text
-from trainfw.interop.json_files import read_json
+from trainfw.json_text import read_json
 
 CONFIG = "adapter_config.json"
 _READ = (

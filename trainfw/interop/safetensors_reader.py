@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from trainfw.errors import UserError, short
-from trainfw.interop.json_files import LIMIT, parse_json, read_json
 from trainfw.interop.tensors import CHUNK, TensorInfo, fingerprint
+from trainfw.json_text import LIMIT, parse_json, read_json
 from trainfw.paths import check_file
 
 DTYPES = {

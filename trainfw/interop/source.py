@@ -16,11 +16,11 @@ import numpy as np
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.interop.configs import config_from_huggingface, unread_keys
-from trainfw.interop.json_files import json_object, read_member
 from trainfw.interop.mapping import Parameter, PartOf, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
 from trainfw.interop.tensors import Tensors, row_blocks
+from trainfw.json_text import json_object, read_member
 from trainfw.models import ModelConfig
 from trainfw.paths import resolve_path
 from trainfw.utf8 import decode_utf8

@@ -24,11 +24,11 @@ from trainfw.interop import (
     is_peft,
     open_model,
     parameter_shapes,
-    read_json,
     save_gguf,
     save_model,
     save_peft,
 )
+from trainfw.json_text import read_json
 from trainfw.models import ModelConfig
 from trainfw.program.source import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
 from trainfw.unfinished import scratch_directory

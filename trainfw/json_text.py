@@ -84,7 +84,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 def _check_depth(value: Any) -> None:
     """Raise RecursionError for what is nested beyond `MAX_DEPTH`."""
-    level: list[Any] = [[value]]
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):
         inner = (each.values() if isinstance(each, dict) else each for each in level)
         level = [each for values in inner for each in values if isinstance(each, dict | list)]
