@@ -81,9 +81,7 @@ def _train(
         check_inputs(recipe)
         run = _run_directory(recipe, run_dir)
         facts |= recipe_facts(recipe) | {"command": {"run directory": str(run.path.absolute()), "--resume": resume}}
-    if recipe.data.format != "text" and recipe.data.date is None:
-        date = first_says("date", run.date)
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
+    recipe = _dated(recipe, run)
     # Early, since what follows takes a while.
     resumed_step = first_says("check", lambda: run.check(recipe, resume, accept))
     backend = backends.current()
@@ -91,14 +89,8 @@ def _train(
         backends.keep_freed_memory()
     with agreeing("program", patience) as facts:
         base = check_base(recipe, run, resumed_step)
-        program = build_program(recipe, devices)
-        check_memory(program)
+        program = _program(recipe, devices, resumed_step, reporter, approve)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
-        if resumed_step is None:
-            check_sources(recipe, program.abstract_state)
-        _say_program(program, reporter)
-        if approve is not None:
-            approve(program)
     first = jax.process_index() == 0
     changed: Changed = {}
     if resumed_step is not None:
@@ -115,14 +107,7 @@ def _train(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
         )
         identity = Identity(**first_says("identity", lambda: dataclasses.asdict(run.identity(reporter.note))))
-        checkpoints = Checkpoints(
-            run.checkpoints,
-            recipe.checkpoint,
-            identity=identity,
-            layer_order=program.layer_order,
-            report=lambda text: reporter.note(f"warning: {text}"),
-        )
-        stack.enter_context(contextlib.closing(checkpoints))
+        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(run, program, identity, reporter)))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
         if recipe.adapter is not None or backend.platform == "gpu":
@@ -164,10 +149,46 @@ def _train(
         return _to_the_end(session, train_step, state, resumed_step)
 
 
+def _program(
+    recipe: Recipe,
+    devices: Sequence[jax.Device] | None,
+    resumed_step: int | None,
+    reporter: Reporter,
+    approve: Callable[[Program], None] | None,
+) -> Program:
+    """The program, which has been looked at."""
+    program = build_program(recipe, devices)
+    check_memory(program)
+    if resumed_step is None:
+        check_sources(recipe, program.abstract_state)
+    _say_program(program, reporter)
+    if approve is not None:
+        approve(program)
+    return program
+
+
+def _checkpoints(run: RunDirectory, program: Program, identity: Identity, reporter: Reporter) -> Checkpoints:
+    return Checkpoints(
+        run.checkpoints,
+        program.recipe.checkpoint,
+        identity=identity,
+        layer_order=program.layer_order,
+        report=lambda text: reporter.note(f"warning: {text}"),
+    )
+
+
 def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
     path = Path("runs") / recipe.name if path is None else path
     with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
         return RunDirectory(path, recipe.checkpoint)
+
+
+def _dated(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """With the day that the run's chat templates are told."""
+    if recipe.data.format == "text" or recipe.data.date is not None:
+        return recipe
+    date = first_says("date", run.date)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
 
 
 def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity) -> None:
