@@ -157,7 +157,7 @@ class Lost:
         self.seen["starts anew" if not step else f"step called saved {'or newer' * (step > saved)}"] += 1
         if step < saved:
             return f"step {saved} was called saved, and the newest that is whole is {step}"
-        run.open(recipe, step or None, **identity_of(run))
+        run.open(recipe, step or None, identity=run.identity())
         return self._metrics_problem(run, step)
 
     def _restored(self, run: Any, recipe: Any) -> int:
@@ -165,7 +165,7 @@ class Lost:
         from trainfw.checkpoint import Checkpoints
 
         state, (params, rest) = {}, self._abstract
-        opened = Checkpoints(run.checkpoints, recipe.checkpoint, **identity_of(run))
+        opened = Checkpoints(run.checkpoints, recipe.checkpoint, identity=run.identity())
         with contextlib.closing(opened) as checkpoints:
             step = checkpoints.newest_whole(lambda text: None)
             if step is None:
@@ -254,11 +254,6 @@ class Lost:
         if not problem:
             shutil.rmtree(directory, ignore_errors=True)  # Orbax may still delete in it
         return problem
-
-
-def identity_of(run: Any) -> dict[str, Any]:
-    """The argument `identity` of what opens a run, where there is one."""
-    return {"identity": run.identity()} if hasattr(run, "identity") else {}
 
 
 def losses(run: Path) -> dict[int, Any]:

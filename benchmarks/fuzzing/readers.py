@@ -203,11 +203,6 @@ def read_recipe(directory: Path, _: Path) -> None:
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 
-def identity_of(run: RunDirectory) -> dict[str, Any]:
-    """The argument `identity` of what opens a run, where there is one."""
-    return {"identity": run.identity()} if hasattr(run, "identity") else {}
-
-
 @functools.cache
 def _undamaged(run: Path) -> tuple[Any, Any, dict[int, list[bytes]]]:
     """(recipe, program, the bytes of every array by step) of a run before anything was changed."""
@@ -215,8 +210,8 @@ def _undamaged(run: Path) -> tuple[Any, Any, dict[int, list[bytes]]]:
 
     recipe = load_recipe(run / "recipe.yaml")
     program = build_program(recipe, jax.devices()[:1])
-    identity = identity_of(RunDirectory(run, recipe.checkpoint))
-    checkpoints = Checkpoints(run / "checkpoints", recipe.checkpoint, read_only=True, **identity)
+    identity = RunDirectory(run, recipe.checkpoint).identity()
+    checkpoints = Checkpoints(run / "checkpoints", recipe.checkpoint, read_only=True, identity=identity)
     data = prepare(recipe.data)
     states = {step: _arrays(_restored(recipe, program, checkpoints, data, step)) for step in checkpoints.steps()}
     checkpoints.close()
@@ -243,7 +238,7 @@ def read_checkpoint(directory: Path, original: Path) -> None:
     run = RunDirectory(directory, recipe.checkpoint)
     if run.check(recipe, "auto") is None:
         return
-    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, **identity_of(run))
+    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, identity=run.identity())
     try:
         step = checkpoints.newest_whole(lambda text: None)
         if step is None:
@@ -255,7 +250,7 @@ def read_checkpoint(directory: Path, original: Path) -> None:
             raise Wrong(f"step {step} is restored with other values")
     finally:
         checkpoints.close()
-    run.open(recipe, step, **identity_of(run))
+    run.open(recipe, step, identity=run.identity())
     faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, step, writes=True)
     if any(not isinstance(row, int) or row < 0 for row in faults.rows):
         raise Wrong("rows that are none are left out")

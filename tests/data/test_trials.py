@@ -86,9 +86,10 @@ def test_a_tokenizer_that_does_harm(name, helper, tmp_path, capfd):
         ("tokenizer_config.json", "[" * 10**5, "nested too deeply"),
         ("special_tokens_map.json", '{"a": ' * 10**5, "nested too deeply"),
         ("tokenizer.json", "[" * 10**5, "not a tokenizer.json that can be read"),
+        ("tokenizer_config.json", json.dumps({"bos_token": "é" * 10**6}), "a token has 1000 letters at most"),
     ],
 )
-def test_files_that_are_nested_too_deeply(name, content, words, helper, tmp_path):
+def test_files_that_are_nested_too_deeply_or_have_huge_tokens(name, content, words, helper, tmp_path):
     byte_tokenizer().save(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words):

@@ -18,6 +18,8 @@ _LISTS = ("extra_special_tokens", "additional_special_tokens")
 """Keys of special tokens without a role: the newer, and the older."""
 _TOLD = {*_LISTS, "added_tokens_decoder"}
 """What tokenizer.json says by itself, once it has all tokens; their flags too."""
+_LONGEST = 1000
+"""Letters of a token that is added, as in a GGUF file: a template writes it again and again."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -55,6 +57,12 @@ class TokenizerFiles:
         roles = {token.content for _, token in named}
         for token in added:
             token.special = token.special or token.content in roles
+        for token in (*before.values(), *added):
+            if len(token.content) > _LONGEST:
+                text = f"{token.content[:20]!r} and so on"
+                raise UserError(
+                    f"{self.where}: {text}: a token has {_LONGEST} letters at most, not {len(token.content):,}"
+                )
         backend.add_tokens(added)
         for id_, token in by_id.items():
             if (found := backend.token_to_id(token.content)) != id_:
