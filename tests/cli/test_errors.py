@@ -188,6 +188,10 @@ ARGUMENTS = {
     "no devices": (["train", "quickstart", "--devices", "0"], "expected a positive number"),
     "devices after jax": (["train", "quickstart", "--devices", "3"], "jax is already running with 8"),
     "resume must, nothing there": (["train", "quickstart", "--resume", "must"], "no checkpoint to resume from"),
+    "run in a store": (
+        ["train", "quickstart", "--run-dir", "s3://a/b"],
+        "s3:/a/b: 's3:' names a store, and a run is a",
+    ),
     "eval of no run": (["eval", "nowhere"], "is not a run directory"),
     "eval of a recipe": (["eval", "quickstart"], "has not been trained here: trainfw train quickstart"),
     "export of a recipe": (

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +144,15 @@ def test_metrics_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
         f"warning: {where} cannot be written: No space left on device; they are kept for later",
         f"{where} are written again",
     ]
+
+
+def test_a_directory_called_like_a_store_is_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("s3:x").mkdir()
+    log = MetricsLog(RunDirectory("s3:x"), None, Heard())
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert list(Path("s3:x/tensorboard").iterdir())
 
 
 def test_faults_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -113,7 +114,9 @@ class MetricsLog:
 
             self._run.tensorboard.mkdir(exist_ok=True)
             # Not SummaryWriter, whose thread dies of a full disk, and whose full queue would then hold us for ever.
-            self._events = EventsWriter(str(self._run.tensorboard / "events"), f".{self._files}" if self._files else "")
+            self._events = EventsWriter(
+                os.path.abspath(self._run.tensorboard / "events"), f".{self._files}" if self._files else ""
+            )
             self._files += 1
             if self._hide_after is not None:  # what an interrupted session logged beyond its last checkpoint
                 start = SessionLog(status=SessionLog.START)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from trainfw.unfinished import write_text
 Resume = Literal["auto", "never", "must"]
 
 _TRIES = 3
+_URL = re.compile(r"([A-Za-z][\w+-]*:)/")
 
 
 class RunDirectory:
@@ -102,6 +104,11 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
+        if found := _URL.match(str(self)):
+            raise UserError(
+                f"{self}: {found[1]!r} names a store, and a run is a directory of this machine; checkpoints alone may "
+                "be kept in a store: checkpoint.directory=s3://BUCKET/PLACE"
+            )
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
             with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
                 read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
