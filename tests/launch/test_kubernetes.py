@@ -238,6 +238,8 @@ def test_what_another_try_would_not_mend_fails_at_once():
         ("quickstart", {"run_dir": "runs/a"}, "--run-dir runs/a: expected an absolute path"),
         ("quickstart", {"namespace": "A"}, "--namespace A: expected"),
         ("quickstart", {"image": "a b"}, "--image 'a b': expected a container image"),
+        ("quickstart", {"resources": ["memory=1Gi\nx"]}, r"--resource 'memory=1Gi\\nx': holds the character U\+000A"),
+        ("quickstart", {"name": "a\nb"}, r"--name 'a\\nb': holds the character U\+000A"),
         ("quickstart", {"volumes": ["c:/x\n"]}, r"--volume '/x\\n': holds the character U\+000A"),
         ("quickstart", {"run_dir": "/a\x85"}, r"--run-dir '/a\\x85': holds the character U\+0085"),
         (

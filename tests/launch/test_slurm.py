@@ -88,6 +88,7 @@ def test_names_with_spaces_and_patterns():
     [
         ({"nodes": 0}, "--nodes 0: expected at least 1"),
         ({"time": "tomorrow"}, "--time tomorrow: expected what sbatch takes"),
+        ({"time": "1\n#x"}, r"--time '1\\n#x': holds the character U\+000A"),
         ({"options": ["exclude=a"]}, "--sbatch 'exclude=a': expected an option"),
         ({"options": ["--comment=a\nrm"]}, r"--sbatch '--comment=a\\nrm': holds the character U\+000A"),
         ({"partition": "a\nb"}, r"--partition 'a\\nb': holds the character U\+000A"),

@@ -198,6 +198,10 @@ def kubernetes_job(
             jobs, unit_label = topology.count, known.unit_label
     pods = count // jobs
     claims = [_volume(text) for text in volumes]
+    given = [("--run-dir", run_dir), ("--name", name), ("--namespace", namespace), ("--queue", queue)]
+    given += [("--volume", path) for _, path in claims] + [("--resource", text) for text in resources]
+    for option, text in given:
+        check_name(option, text)
     places = [*_OURS, *(path for _, path in claims)]
     if twice := next((path for path in places if places.count(path) > 1), None):
         raise UserError(f"--volume: {twice} is there already")
@@ -206,8 +210,6 @@ def kubernetes_job(
             raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
     if run_dir is not None and not run_dir.startswith("/"):
         raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
-    for option, path in [("--run-dir", run_dir), *(("--volume", path) for _, path in claims)]:
-        check_name(option, path)
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
         name = name if name[0].isalpha() else f"run-{name}"

@@ -164,13 +164,13 @@ def slurm_job(
     topology = recipe.hardware.load()
     neuron = topology is not None and topology.rules == "neuron"
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
+    texts = [("RECIPE", path), ("--run-dir", str(run_dir)), ("--partition", job.partition), ("--account", job.account)]
+    for given, text in [*texts, ("--time", job.time), *(("--sbatch", option) for option in job.options)]:
+        check_name(given, text)
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
     if neuron and job.tasks_per_node > 1:
         raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
-    options_of = {"RECIPE": path, "--run-dir": str(run_dir), "--partition": job.partition, "--account": job.account}
-    for given, text in [*options_of.items(), *(("--sbatch", option) for option in job.options)]:
-        check_name(given, text)
     if "\\" in str(run_dir):
         raise UserError(f"--run-dir {str(run_dir)!r}: Slurm's file names take no backslash")
     for text in job.overrides:
