@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +179,7 @@ def test_after_an_error_nothing_has_changed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
     (tmp_path / "empty").mkdir()
@@ -189,6 +191,9 @@ def test_nothing_is_overwritten(tmp_path):
     with new_directory(tmp_path / "empty") as directory:
         (directory / "new").touch()
     with pytest.raises(UserError, match=r"needs 1,000,000,000,000 MB"), new_directory(tmp_path / "big", 10**18):
+        pass
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    with pytest.raises(UserError, match=r"needs 1 MB, and 0 MB are"), new_directory(tmp_path / "small", 300_000):
         pass
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file", "full", "kept", "link", "new"]
 

@@ -209,5 +209,5 @@ def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
             raise UserError(f"{target}: cannot be written: {error.strerror}") from None
         free = shutil.disk_usage(temporary).free
         if free < nbytes:
-            raise UserError(f"{target}: needs {nbytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free there")
+            raise UserError(f"{target}: needs {-(-nbytes // 10**6):,} MB, and {free // 10**6:,} MB are free there")
         yield temporary
