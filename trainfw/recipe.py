@@ -252,6 +252,8 @@ def _extended(
     if not base_file.is_file():
         base_file = bundled.get(base.removesuffix(".yaml"), base_file)
     if not base_file.is_file():
+        if base_file.exists():
+            raise UserError(f"{where}: extends = {base!r}: is not a regular file")
         beside = [p.name for p in directory.glob("*.yaml")]
         raise UserError(f"{where}: extends = {base!r}: no such file{did_you_mean(base, [*beside, *bundled])}")
     if base_file.resolve() in chain:

@@ -127,7 +127,8 @@ def check_platforms() -> None:
         for name in _PLATFORM_VARIABLES:
             jax.config.update(name.lower(), asked.get(name, ""))
         variable, value = next(iter(asked.items()))
-        meant = did_you_mean(value, _PLATFORMS) if nearest(value, _PLATFORMS) not in (None, value) else ""
+        known = "," in value or nearest(value, _PLATFORMS) in (None, value)
+        meant = "" if known else did_you_mean(value, _PLATFORMS)
         raise UserError(
             f"{variable} = {value!r}: jax has no such platform here{meant}; it has {', '.join(found)}; without the "
             "variable it takes the best"

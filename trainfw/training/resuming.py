@@ -140,6 +140,8 @@ def effect_of(key: str) -> Effect:
 def check_accept(accept: Sequence[str]) -> None:
     """Raise UserError for what `--accept` does not take: no key, or one that cannot change."""
     for key in accept:
+        if not key.isprintable():
+            raise UserError(f"--accept {key!r:.60}: expected a key of the recipe")
         if "=" in key:
             name = key.partition("=")[0]
             raise UserError(f"--accept {key}: expected a key alone: --accept {name}, beside {key}")
