@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import trainfw
 from tests.helpers import write_recipe
 from trainfw import UserError, load_recipe
+from trainfw.checkpoint.manifest import write_manifest
 from trainfw.errors import about
 from trainfw.models import preset_names
 from trainfw.recipe import bundled_recipes, json_schema
@@ -289,11 +290,17 @@ def test_a_run_whose_recipe_a_power_loss_emptied_has_that_of_its_newest_checkpoi
     for step, meta in {
         "4": {"recipe": {}},
         "8": {"recipe": recipe.model_dump()},
+        "10": {"recipe": recipe.model_dump()},
         "12": {"recipe": [3]},
         "16": 3,
     }.items():
-        (run / "checkpoints" / step / "meta").mkdir(parents=True)
-        (run / "checkpoints" / step / "meta" / "metadata").write_text(json.dumps(meta))
+        directory = run / "checkpoints" / step
+        (directory / "meta").mkdir(parents=True)
+        (directory / "meta" / "metadata").write_text(json.dumps(meta))
+        write_manifest(directory, int(step), None, meta if isinstance(meta, dict) else {})
+    shutil.copytree(directory.parent / "8", directory.parent / "20")  # of another step
+    another = recipe.model_copy(update={"name": "another"}).model_dump()
+    (directory.parent / "10" / "meta" / "metadata").write_text(json.dumps({"recipe": another}))  # not what was saved
     (run / "recipe.yaml").write_bytes(left)
     (run / "metrics.jsonl").touch()
     with pytest.warns(UserWarning, match=r"run/recipe\.yaml: is empty; the recipe that checkpoint 8 holds serves"):
