@@ -61,9 +61,15 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all, in UTF-8. A pipe or a device is written to as it is."""
+    """Write a file whole or not at all, in UTF-8. A pipe or a device is written to as it is.
+
+    Raises OSError, also for a pipe that nobody reads.
+    """
     if file.exists() and not file.is_file():
-        file.write_text(text, encoding="utf-8")
+        descriptor = os.open(file, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(descriptor, True)  # it has a reader, who may be slow
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
         return
     with writing(Path(os.path.realpath(file))) as temporary:
         temporary.write_text(text, encoding="utf-8")

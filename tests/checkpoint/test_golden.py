@@ -6,6 +6,7 @@ To add one: see CONTRIBUTING.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -80,3 +81,9 @@ def test_an_identity_is_kept(tmp_path):
     identity = run.identity()
     write_identity(tmp_path, identity)
     assert read_identity(tmp_path) == run.identity() == identity
+
+
+def test_a_pipe_in_the_place_of_run_json_is_not_waited_on(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(RunError, match="cannot be read; remove it"):
+        read_identity(tmp_path)

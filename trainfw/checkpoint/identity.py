@@ -40,7 +40,8 @@ def read_identity(run: Path) -> Identity | None:
     """
     file = run / RUN_FILE
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        piped = file.exists() and not file.is_file()  # would be waited on for ever
+        held = None if piped else json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
