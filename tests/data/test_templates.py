@@ -61,6 +61,13 @@ def test_a_template_that_costs_too_much(name, helper, tmp_path):
     assert plain.render(CHAT) == "4"
 
 
+def test_a_template_that_cannot_be_read_says_so_each_time(helper, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t", HOSTILE["blocks"][0])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the chat template cannot be read: "):
+            ChatTemplate.of(tokenizer).render(CHAT)
+
+
 def test_many_renderings_share_the_time(helper, monkeypatch, tmp_path):
     """Each is well within a second, and together they are not."""
     monkeypatch.setattr(confined, "PIECE_SECONDS", 0.001)
