@@ -45,12 +45,12 @@ def test_files_that_cannot_be_meant(name, kind, tmp_path):
     file.write_text(text)
     if kind == "base":
         (tmp_path / "mine.yaml").write_text("extends: bad.yaml\n")
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(UserError, match=f"bad.yaml'?{problem}") as error:
         load_topology(str(file)) if kind == "topology" else load_recipe(
             tmp_path / ("mine.yaml" if kind == "base" else "bad.yaml")
         )
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     assert len(str(error.value)) < 500
 
 
@@ -58,12 +58,12 @@ def test_files_that_cannot_be_meant(name, kind, tmp_path):
 def test_overrides_that_cannot_be_meant(name):
     """A line's number says nothing there."""
     text, problem = FILES[name]
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(
         UserError, match=f"^command line: data.source{re.sub(':[^:]+: ', ': (a: )?', problem, count=1)}"
     ):
         load_recipe("quickstart", [f"data.source={text}"])
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize("path", ["fifo.yaml", "/dev/zero", "directory.yaml"])
@@ -113,10 +113,10 @@ def test_a_base_with_a_value_for_a_section_is_not_passed_over(tmp_path):
 def test_thousands_of_problems_are_counted(tmp_path):
     file = tmp_path / "many.yaml"
     file.write_text("extends: quickstart\ntrain:\n" + "".join(f"  steps{i}: 1\n" for i in range(4000)))
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(UserError, match=r"(?s)many.yaml:3: train.steps0 = 1: unknown key.*\nand 3,980 more$"):
         load_recipe(file)
-    assert time.process_time() - start < 3
+    assert time.thread_time() - start < 3
 
 
 def test_a_chain_of_many_recipes_ends(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -71,6 +72,8 @@ def write_text(file: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
         return
+    if not file.parent.is_dir():  # a slip of the pen, rather than a directory to be made
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     with writing(Path(os.path.realpath(file))) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

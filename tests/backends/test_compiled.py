@@ -97,8 +97,9 @@ def test_so_does_a_step_of_several_devices(runs):
     assert said["hits"] == 0
     steps = [entry for entry in runs.entries() if "train_step" in entry.name]
     assert len(steps) == 1
+    kept = len(runs.entries())  # on a busy machine the next run may keep one that compiled too quickly in this
     said, second = runs.run(*large)
-    assert said["hits"] == len(runs.entries())
+    assert said["hits"] == kept
     assert first == second
 
 

@@ -83,7 +83,7 @@ def test_muon_and_remat_on_a_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_a_recipe_that_does_not_fit(tmp_path):
-    recipe = write_recipe(tmp_path, model=MODEL | {"num_layers": 1, "intermediate_size": 60_000_000})
+    recipe = write_recipe(tmp_path, model=MODEL | {"num_layers": 4, "intermediate_size": 2**24})
     result = trainfw("check", str(recipe), "hardware.topology=trn2.3xlarge", "--json", code=1)
     errors = [f["rule"] for f in json.loads(result.stdout)["findings"] if f["severity"] == "error"]
     assert "memory-arguments" in errors

@@ -135,11 +135,11 @@ def test_a_vocabulary_is_read_or_refused_in_seconds(name):
     model, tokens, message = HUGE[name]
     scores = {"tokenizer.ggml.scores": [0.0] * len(tokens)} if model == "llama" else {"tokenizer.ggml.merges": []}
     metadata = {"general.architecture": "llama", "tokenizer.ggml.model": model, "tokenizer.ggml.tokens": [*tokens]}
-    start = time.process_time()
+    start = time.thread_time()
     with contextlib.nullcontext() if message is None else pytest.raises(UserError) as error:
         huggingface_tokenizer(Header(Path("some.gguf"), metadata | scores, {}))
     assert message is None or message in str(error.value)
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.slow

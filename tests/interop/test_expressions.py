@@ -81,7 +81,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_what_takes_python_for_ever_takes_a_moment(pattern):
-    start, steps = time.process_time(), Steps("here")
+    start, steps = time.thread_time(), Steps("here")
     try:
         for _ in range(20):
             assert not Expression(pattern, "here", steps).matches(Text(NAME, steps))
@@ -90,4 +90,4 @@ def test_what_takes_python_for_ever_takes_a_moment(pattern):
         said = str(error)
     assert REFUSED[pattern] in said
     assert bool(said) is bool(REFUSED[pattern])
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5

@@ -65,10 +65,11 @@ def test_blocks_cut_an_array_in_order(shape, limit):
 def test_a_link_out_of_the_directory_is_followed(tmp_path):
     """Hugging Face's cache has nothing else."""
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots" / "5c07"
+    snapshot.mkdir(parents=True)
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "blobs" / "0f3e")
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0f3e")
-    np.testing.assert_array_equal(SafetensorsTensors(tmp_path / "snapshot").read("a"), np.ones(3))
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0f3e")
+    np.testing.assert_array_equal(SafetensorsTensors(snapshot).read("a"), np.ones(3))
 
 
 def test_the_fingerprint_is_of_values_and_not_of_files(tmp_path):

@@ -146,7 +146,8 @@ def test_a_fresh_model_of_ours_leaves(tmp_path):
 
 def test_what_belongs_to_a_model_comes_along(tmp_path):
     save(tmp_path / "model", "llama")
-    files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "merges.txt": "a b", "README.md": "no"}
+    large = json.dumps({"model": {}}) + " " * 2**24  # as Gemma 3 has
+    files = {"tokenizer.json": large, "chat_template.jinja": "{{ messages }}", "merges.txt": "a b", "README.md": "no"}
     for name, text in files.items():
         (tmp_path / "model" / name).write_text(text)
     copy_model(open_model(tmp_path / "model"), tmp_path / "out")

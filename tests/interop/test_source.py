@@ -228,9 +228,9 @@ def test_names_under_a_prefix_or_of_another_head_are_called_so(rename, message, 
 def test_a_config_of_too_many_tensors_is_refused_before_they_are_named(tmp_path):
     save(tmp_path, "qwen3_moe")
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"num_hidden_layers": 9999, "num_local_experts": 2**30}
+    config |= {"num_hidden_layers": 9999, "num_local_experts": 2**24}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"needs 32,209,033,584,522 tensors, and the checkpoint has 63"):
+    with pytest.raises(UserError, match=r"needs 503,266,238,346 tensors, and the checkpoint has 63"):
         open_model(tmp_path)
 
 

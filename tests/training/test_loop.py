@@ -154,7 +154,7 @@ def test_training_learns(finished):
 
 
 def test_a_loss_that_is_not_finite_fails_and_saves_nothing_bad(tmp_path):
-    recipe = tiny_recipe(tmp_path, "optimizer.learning_rate=1e38", "checkpoint={every: 1, keep_last: 1}")
+    recipe = tiny_recipe(tmp_path, "optimizer.learning_rate=1e30", "checkpoint={every: 1, keep_last: 1}")
     with pytest.raises(RunError, match=r"step \d: .* is (nan|inf)") as error:
         train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Notes())
     saved = RunDirectory(tmp_path / "run").steps()

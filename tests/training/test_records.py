@@ -103,7 +103,7 @@ def test_a_row_that_is_none_is_named(tmp_path):
     file.open("a").write('{"step": 7, "ki')  # a crash
     assert read_rows(file, FaultRow, all_count=True) == [ROWS[FaultRow]]
     append_rows(file, [ROWS[FaultRow], ROWS[FaultRow] | {"row": None}])
-    with pytest.raises(UserError, match=r"faults\.jsonl, line 4: row = null: expected a valid integer; put it right r"):
+    with pytest.raises(UserError, match=r"faults\.jsonl, line 4: row = null: expected a valid integer; put it right"):
         read_rows(file, FaultRow, all_count=True)
     with pytest.warns(UserWarning, match=r"faults\.jsonl: left out: line 4: row = null: expected"):
         assert len(read_rows(file, FaultRow)) == 2

@@ -22,15 +22,12 @@ from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
 from trainfw.gguf import huggingface_tokenizer, read_header
-from trainfw.json_text import read_json
+from trainfw.json_text import TOKENIZER_LIMIT, read_json
 from trainfw.paths import check_file, resolve_path
 from trainfw.unfinished import write_text
 from trainfw.utf8 import read_utf8
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-
-LIMIT = 2**28
-"""Bytes of a tokenizer's file: the largest there is has an eighth of that."""
 
 GENERATION = "generation_config.json"
 
@@ -288,8 +285,8 @@ def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.
 def _read(file: Path, *, named: bool = False) -> str:
     """The text of a file of a model's directory, or of one that was named."""
     check_file(file, named=named)
-    if (size := file.stat().st_size) > LIMIT:
-        raise UserError(f"{file}: is {size:,} bytes; expected {LIMIT:,} at most")
+    if (size := file.stat().st_size) > TOKENIZER_LIMIT:
+        raise UserError(f"{file}: is {size:,} bytes; expected {TOKENIZER_LIMIT:,} at most")
     return read_utf8(file)
 
 

@@ -20,11 +20,10 @@ from trainfw.gguf.tokens import (
     canonical,
     implied_merges,
 )
-from trainfw.json_text import read_json
+from trainfw.json_text import TOKENIZER_LIMIT, read_json
 from trainfw.utf8 import read_utf8
 
 _GGML = "tokenizer.ggml"
-_TOKENIZER_BYTES = 2**28
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
@@ -209,4 +208,4 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
-    return absent if absent is not None and not file.is_file() else read_json(file, _TOKENIZER_BYTES)
+    return absent if absent is not None and not file.is_file() else read_json(file, TOKENIZER_LIMIT)

@@ -144,6 +144,6 @@ def _alpha(what: str, value: Any) -> float:
 
 def _dropout(what: str, value: Any) -> float:
     value = 0.0 if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (value == 0 or SMALLEST <= value < 1):
         raise UserError(f"{what} = {short(value)}: expected a number from 0 to less than 1")
     return float(value)

@@ -20,7 +20,7 @@ from trainfw.interop.mapping import Parameter, PartOf, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
 from trainfw.interop.tensors import Tensors, row_blocks
-from trainfw.json_text import json_object, read_member
+from trainfw.json_text import TOKENIZER_LIMIT, json_object, read_member
 from trainfw.models import ModelConfig
 from trainfw.paths import resolve_path
 from trainfw.utf8 import decode_utf8
@@ -169,7 +169,7 @@ class ModelSource:
 
 def _companion(file: Path) -> bytes:
     """The bytes of a companion, which are of its kind."""
-    data = read_member(file)
+    data = read_member(file, TOKENIZER_LIMIT)
     if file.suffix == ".json":
         value = json_object(data, file)
         if file.name == "tokenizer.json" and not isinstance(value.get("model"), dict):
