@@ -7,7 +7,7 @@ trainfw's commands do, in a watched process.
 
 A case is right where there is a result (which is checked where that is cheap: shapes, values that were saved, what is
 written and read again), or a refusal in words of fewer than 2,000 characters, none of them a control character.
-Anything else is a finding: another exception, a process that dies, 5 seconds of the processor, 30 seconds of waiting,
+Anything else is a finding: another exception, a process that dies, 10 seconds of the processor, 30 seconds of waiting,
 2 GiB of memory. Findings of one kind at one line of trainfw are one; the first of each is kept with its seed.
 
     --kind KIND ...  of these kinds alone      --case N  one case again, kept in --out

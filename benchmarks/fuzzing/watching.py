@@ -29,7 +29,7 @@ from trainfw.cli.terminal import say
 from trainfw.data.chat import TemplateProblem
 from trainfw.errors import RunError, UserError
 
-SECONDS, IDLE_SECONDS, MOST_SECONDS = 5.0, 30.0, 300.0
+SECONDS, IDLE_SECONDS, MOST_SECONDS = 10.0, 30.0, 300.0
 """Of a case: of processor time; in all, where it uses hardly any (a busy machine is slow, and no finding); in all."""
 BYTES = 2 * 2**30
 """Of memory beyond what the process had before its first case; address space may grow by twice as much."""
@@ -108,7 +108,7 @@ class Watched:
             struct.pack_into("q", self._shared, 24, resident + BYTES)
             with open(into, "w", encoding="utf-8") as out:
                 while number < last and time.monotonic() < deadline:
-                    struct.pack_into("qdd", self._shared, 0, number, time.monotonic(), time.process_time())
+                    struct.pack_into("q", self._shared, 0, number)
                     found = self._case(number)
                     struct.pack_into("d", self._shared, 8, 0.0)
                     out.write(json.dumps(found) + "\n")
@@ -127,7 +127,7 @@ class Watched:
         """[number] where it is right, and [number, "refused"]; else [number, place, change, detail]."""
         change = cases.make(self._corpus, self._kind, self._seed, number, self._work / "case")
         struct.pack_into("q", self._shared, 32, 1)
-        struct.pack_into("dd", self._shared, 8, time.monotonic(), time.process_time())  # to make it took time too
+        struct.pack_into("dd", self._shared, 8, time.monotonic(), time.process_time())
         place, detail = judge(self._kind, self._work / "case", self._corpus / self._kind)
         return [number, place, change, detail] if detail else [number, place] if place else [number]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import Heard
+from tests.helpers import Heard, tiny_recipe
 from trainfw import UserError
 from trainfw.training import FaultsConfig, RunDirectory
 from trainfw.training import log as log_module
@@ -174,3 +174,13 @@ def test_faults_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
         assert steps() == before
         log.catch_up()
         assert steps() == then
+
+
+@pytest.mark.parametrize("name", ["metrics", "evaluation", "faults", "sessions"])
+def test_what_is_no_file_is_said_before_anything_is_written(name, tmp_path):
+    file = tmp_path / "run" / f"{name}.jsonl"
+    file.parent.mkdir()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=rf"{name}\.jsonl: is not a regular file"):
+        RunDirectory(file.parent).check(tiny_recipe(tmp_path), "auto", [])
+    assert os.listdir(file.parent) == [file.name]

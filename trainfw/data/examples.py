@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -276,9 +277,15 @@ class Encoder:
         assert self._template is not None
         for one, encoding in zip(texts, self._template.encode([one.text for one in texts])):
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
+            starts, ends = ([place[side] for place in encoding.offsets] for side in (0, 1))
+            ordered = starts == sorted(starts) and ends == sorted(ends)
             for start, end in one.spans:
-                inside = [i for i, place in enumerate(encoding.offsets) if place[1] > start and place[0] < end]
-                self._straddling += bool(inside) and encoding.offsets[inside[0]][0] < start
+                inside: Sequence[int]
+                if ordered:  # of a template that writes very many turns, all places are too many to look at for each
+                    inside = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
+                else:
+                    inside = [i for i in range(len(starts)) if ends[i] > start and starts[i] < end]
+                self._straddling += bool(inside) and starts[inside[0]] < start
                 for i in inside:
                     learnt[i] = True
             yield ids, learnt

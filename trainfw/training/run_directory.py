@@ -27,6 +27,7 @@ from trainfw.checkpoint import (
     write_identity,
 )
 from trainfw.errors import RunError, UserError
+from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, read_rows, rewrite_rows
 from trainfw.training.resuming import Change, changes
@@ -114,6 +115,9 @@ class RunDirectory:
                 read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
             check_name(self.checkpoints)
             steps = self.steps()
+        for file in (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file):
+            if os.path.lexists(file):
+                check_file(file, named=True)
         if self.path.is_dir() and not steps and not self._is_ours():
             others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
             if others:
