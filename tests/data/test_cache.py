@@ -86,7 +86,7 @@ def test_same_text_elsewhere_has_the_same_digest(config: DataConfig, corpus: Pat
     assert second.train.digest == first.train.digest
 
 
-@pytest.mark.parametrize("damage", ["cut", "odd", "empty", "gone", "meta", "tokenizer"])
+@pytest.mark.parametrize("damage", ["cut", "odd", "empty", "gone", "meta", "tokenizer", "pipes"])
 def test_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
     first = prepare(config)
     tokens = first.train.tokens[:].tolist()
@@ -106,6 +106,11 @@ def test_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
             (directory / "meta.json").write_text('{"train": {')
         case "tokenizer":
             (directory / "tokenizer" / "tokenizer.json").write_text("{}")
+        case "pipes":  # which nobody writes to
+            for name in ("train.tokens", "meta.json"):
+                (directory / name).unlink()
+                os.mkfifo(directory / name)
+                assert prepare(config).damage
     assert prepare(config).train.tokens[:].tolist() == tokens
 
 

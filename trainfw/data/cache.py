@@ -28,6 +28,7 @@ from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import RunError, UserError, about
+from trainfw.json_text import read_json
 from trainfw.paths import cache_dir, resolve_path
 from trainfw.unfinished import removed_by_signal, sync, sync_tree
 
@@ -192,9 +193,9 @@ class _Cache:
 
 
 def _read_meta(file: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError or KeyError where it is not what `_write_meta` wrote."""
-    meta = json.loads(file.read_text())
-    if not isinstance(meta, dict) or meta.pop("digest", None) != _digest(meta):
+    """Raises OSError or ValueError where it is not what `_write_meta` wrote."""
+    meta = read_json(file)
+    if meta.pop("digest", None) != _digest(meta):
         raise ValueError(f"{file} is not what was written")
     return meta
 

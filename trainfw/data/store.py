@@ -112,7 +112,7 @@ class _Descriptor:
     """A file open for reading, as long as anybody holds it."""
 
     def __init__(self, file: Path) -> None:
-        self.number = os.open(file, os.O_RDONLY)
+        self.number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO is not waited for
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
