@@ -87,9 +87,14 @@ def test_a_tokenizer_that_does_harm(name, helper, tmp_path, capfd):
         ("special_tokens_map.json", '{"a": ' * 10**5, "nested too deeply"),
         ("tokenizer.json", "[" * 10**5, "not a tokenizer.json that can be read"),
         ("tokenizer_config.json", json.dumps({"bos_token": "é" * 10**6}), "a token has 1000 letters at most"),
+        (
+            "tokenizer_config.json",
+            json.dumps({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}),
+            "expected an object of tokens by their ids",
+        ),
     ],
 )
-def test_files_that_are_nested_too_deeply_or_have_huge_tokens(name, content, words, helper, tmp_path):
+def test_files_that_are_nested_too_deeply_or_have_huge_tokens_and_ids(name, content, words, helper, tmp_path):
     byte_tokenizer().save(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=words):
@@ -103,3 +108,15 @@ def test_a_text_that_makes_it_fail_is_a_users_error(helper, tmp_path):
     for fails in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
         with pytest.raises(UserError, match="the tokenizer fails: Onig"):
             fails("λμ" * 40 + "!ν")
+
+
+def test_what_stands_around_a_text_takes_its_place(helper, tmp_path):
+    around = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "a", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FORM | {"post_processor": around}))
+    with pytest.raises(UserError, match="takes the text's place"):
+        _ = load_tokenizer(tmp_path).prefix_ids

@@ -4,6 +4,7 @@ added_tokens.json, each as Transformers 5 reads it (`PreTrainedTokenizerFast`, t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ _TOLD = {*_LISTS, "added_tokens_decoder"}
 """What tokenizer.json says by itself, once it has all tokens; their flags too."""
 _LONGEST = 1000
 """Letters of a token that is added, as in a GGUF file: a template writes it again and again."""
+_ID = re.compile(r"[0-9]{1,20}", re.ASCII).fullmatch
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -123,7 +125,7 @@ class TokenizerFiles:
         """Tokens that the files name with their ids."""
         if self._listed is not None:
             where = f"{self.where}: added_tokens_decoder"
-            if not isinstance(self._listed, Mapping) or not all(str(id_).isdecimal() for id_ in self._listed):
+            if not isinstance(self._listed, Mapping) or not all(map(_ID, self._listed)):
                 raise UserError(f"{where}: expected an object of tokens by their ids")
             return {int(id_): _token(token, where, special=False) for id_, token in self._listed.items()}
         for name, id_ in self.added_tokens.items():

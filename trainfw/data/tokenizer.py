@@ -93,7 +93,10 @@ class Tokenizer:
     @property
     def prefix_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text that stands alone: often bos, often nothing."""
-        encoding = self.backend.encode("a")
+        with guarded(FAILS):
+            encoding = self.backend.encode("a")
+        if 0 not in encoding.special_tokens_mask:
+            raise UserError(f"{FAILS}: what it puts around a text takes the text's place")
         return encoding.ids[: encoding.special_tokens_mask.index(0)]
 
     def starting_texts(self) -> Tokenizer:
