@@ -158,7 +158,9 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
         tokenizer = tokenizer or load_tokenizer(path)
     except UnusableError:
         raise
-    except UserError:  # weights alone; whoever needs a tokenizer says so
+    except UserError as error:  # weights alone; whoever needs a tokenizer says so
+        if (resolve_path(path) / "tokenizer.json").is_file():
+            warnings.warn(f"{error}; the weights come without a tokenizer that can be used", stacklevel=1)
         return
     rows = config.vocab_size
     past = sorted({*tokenizer.past(rows), *((id_, token) for token, id_ in _around_turns(tokenizer) if id_ >= rows)})
