@@ -75,3 +75,27 @@ def test_other_names_are_taken(tmp_path, name):
     save(tmp_path / name)
     with contextlib.closing(Checkpoints(tmp_path / name, NONE_FORGIVEN, read_only=True)) as checkpoints:
         assert (checkpoints.restore(3, PARAMS, REST)[0]["a"]["kernel"] == PARAMS["a"]["kernel"]).all()
+
+
+def test_a_pipe_that_orbax_would_wait_on_is_moved_away(tmp_path):
+    """Whatever step it is of: Orbax reads this file of all."""
+
+    def opened():
+        return contextlib.closing(Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep_last=3)))
+
+    def save(checkpoints, step):
+        checkpoints.save(step, {"a": jnp.arange(8.0)}, {"step": jnp.int32(step)}, {})
+        checkpoints.wait()
+
+    with opened() as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step)
+    file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    os.mkfifo(file)
+    said = []
+    with opened() as checkpoints:
+        assert checkpoints.newest_whole(said.append) == 2
+        save(checkpoints, 3)
+        assert checkpoints.steps() == [2, 3]
+    assert "checkpoints/1 is no checkpoint; moved to" in said[0]

@@ -87,7 +87,8 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         spare_memory()
-        self._opened: ocp.CheckpointManager | None = None if read_only else self._open()
+        self._read_only = read_only
+        self._opened: ocp.CheckpointManager | None = None
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -253,9 +254,11 @@ class Checkpoints:
         if steps and whole is None:
             raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
         last = -1 if whole is None else whole
-        aside = [later for later in (*steps, *strangers_in(self.directory)) if later > last]
+        aside = [later for later in steps if later > last] + strangers_in(self.directory)
         if exchange("aside", bool(aside)) != [False] * count:
             self._move_aside(aside, report)
+        if not self._read_only:
+            self._opened = self._manager  # now that it reads nothing but checkpoints
         return whole
 
     def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:

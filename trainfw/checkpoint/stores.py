@@ -94,8 +94,16 @@ def _finished(directory: Directory) -> list[int]:
     # Orbax renames a checkpoint to its step when it is whole. A directory of that name alone is none.
     marks = (MANIFEST, COMMITTED, ORBAX_METADATA)
     return [
-        step for step in _numbers_in(directory) if any(os.path.lexists(directory / str(step) / mark) for mark in marks)
+        step
+        for step in _numbers_in(directory)
+        if any(os.path.lexists(directory / str(step) / mark) for mark in marks)
+        and not _stops_orbax(directory / str(step) / ORBAX_METADATA)
     ]
+
+
+def _stops_orbax(file: Path) -> bool:
+    """Whether it is a pipe, a device or a link, which Orbax, that reads this of every step, would read for ever."""
+    return os.path.lexists(file) and (file.is_symlink() or not file.is_file())
 
 
 def strangers_in(directory: Directory) -> list[int]:
