@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import yaml
 
 from trainfw import Recipe, load_recipe
 from trainfw.checking.jaxpr import sub_jaxprs
+from trainfw.launch.local import _free_port
 from trainfw.training import Reporter
 
 TINY = """
@@ -95,3 +99,24 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for inner in sub_jaxprs(equation):
             yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def in_two_processes(code: str, *arguments: object, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run Python code in two processes of one run, which find each other; both end here."""
+    known = {**os.environ, "TRAINFW_PROCESS_COUNT": "2", "TRAINFW_COORDINATOR": f"127.0.0.1:{_free_port()}"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**known, **environment, "TRAINFW_PROCESS_INDEX": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [subprocess.CompletedProcess(process.args, process.returncode, *texts) for process, texts in zip(both, said)]

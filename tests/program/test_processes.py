@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import random_batches
+from tests.helpers import in_two_processes, random_batches
 from trainfw import build_program, load_recipe
 
 RECIPE = """
@@ -28,7 +24,7 @@ from trainfw import backends, load_recipe
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 backends.connect(backends.prepare(4, hardware=recipe.hardware))
 import jax
-from tests.helpers import random_batches
+from tests.helpers import in_two_processes, random_batches
 from trainfw import build_program
 program = build_program(recipe)
 share, shares = program.batch_share
@@ -65,32 +61,10 @@ def test_two_processes_train_as_one(name, tmp_path):
         state, metrics = program.train_step(state, program.shard_batch(batch))
         expected.append(metrics["loss"].value())
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(path), *overrides],
-            env={
-                **os.environ,
-                "TRAINFW_PROCESS_INDEX": str(index),
-                "TRAINFW_PROCESS_COUNT": "2",
-                "TRAINFW_COORDINATOR": address,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    both = in_two_processes(WORKER, path, *overrides)
+    for process in both:
+        assert process.returncode == 0, process.stderr
+    found = [json.loads(process.stdout.splitlines()[-1]) for process in both]
     assert [result["share"] for result in found] == shares
     for result in found:
         np.testing.assert_allclose(result["losses"], expected, rtol=3e-6)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import tiny_recipe, write_recipe
-from trainfw.launch.local import _free_port
+from tests.helpers import in_two_processes, tiny_recipe, write_recipe
 from trainfw.training import agreement
 from trainfw.training.agreement import difference, recipe_facts
 
@@ -93,30 +90,15 @@ def test_two_processes(tmp_path):
     run = tmp_path / "run"
     others = ["optimizer.learning_rate=2.0e-3", str(tmp_path / "elsewhere"), f"data.source={tmp_path}/none/*.txt"]
     others.append(f"data.source={tmp_path}/other/*.txt")
-    environment = {"TRAINFW_PROCESS_COUNT": "2", "TRAINFW_COORDINATOR": f"127.0.0.1:{_free_port()}"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(recipe), str(run), *others],
-            env={**os.environ, **environment, "TRAINFW_PROCESS_INDEX": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        ended = [process.communicate(timeout=240) for process in both]
-    finally:
-        for process in both:
-            process.kill()
+    both = in_two_processes(WORKER, recipe, run, *others, XDG_CACHE_HOME=str(tmp_path / "cache"))
     expected = [
         f"process 1 of 2 has optimizer.learning_rate = 0.002, process 0 has 0.003: {SAME_RECIPE}",
         f"process 1 of 2 has run directory = '{tmp_path / 'elsewhere'}', process 0 has '{run}': all processes",
         "none/*.txt",
         "process 1 of 2 has digest of the training data = ",
     ]
-    for process, (output, errors) in zip(both, ended, strict=True):
+    for process in both:
+        output, errors = process.stdout, process.stderr
         said = [line for line in output.splitlines() if "process 1 of 2" in line or "none/*" in line]
         assert [part for part in expected if not any(part in line for line in said)] == [], (output, errors)
         assert process.returncode == 2, errors

@@ -102,7 +102,8 @@ _PATH_ERRORS = {
 }
 
 
-_END_SECONDS = 60.0
+_END_SECONDS = 90.0
+"""How long a command that succeeded may take to end: the processes of a run wait a minute for each other."""
 
 
 def command() -> None:

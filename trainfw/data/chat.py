@@ -41,6 +41,19 @@ class ChatTemplate:
         template.has_generation_tags  # noqa: B018  a template that is none is refused here
         return template
 
+    @classmethod
+    def usable(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The tokenizer's, or None where it has none or one that is refused, which is said where it is used.
+
+        Raises UnusableError where it costs too much.
+        """
+        try:
+            return cls.of(tokenizer)
+        except UnusableError:
+            raise
+        except UserError:
+            return None
+
     @property
     def has_clock(self) -> bool:
         """Whether the template may ask what day it is."""
@@ -195,12 +208,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens at which generation stops: the end of a document, of a turn as the chat template writes it, and what
     the tokenizer's files name."""
-    try:
-        template = ChatTemplate.of(tokenizer)
-    except UnusableError:
-        raise
-    except UserError:  # said where it is used
-        template = None
+    template = ChatTemplate.usable(tokenizer)
     ends = () if template is None else template.end_ids
     size = tokenizer.vocab_size
     return tuple(dict.fromkeys(id_ for id_ in (tokenizer.eos_id, *ends, *tokenizer.stop_ids) if id_ < size))

@@ -182,12 +182,7 @@ def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer 
 
 
 def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
-    try:
-        template = ChatTemplate.of(tokenizer)
-    except UnusableError:
-        raise
-    except UserError:  # said where it is used
-        template = None
+    template = ChatTemplate.usable(tokenizer)
     return () if template is None else template.around_turns.items()
 
 

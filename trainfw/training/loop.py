@@ -84,17 +84,12 @@ def _train(
     recipe = _dated(recipe, run)
     # Early, since what follows takes a while.
     resumed_step = first_says("check", lambda: run.check(recipe, resume, accept))
-    backend = backends.current()
-    if backend.platform == "cpu":
-        backends.keep_freed_memory()
     with agreeing("program", patience) as facts:
         base = check_base(recipe, run, resumed_step)
         program = _program(recipe, devices, resumed_step, reporter, approve)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
-    first = jax.process_index() == 0
-    changed: Changed = {}
-    if resumed_step is not None:
-        changed = first_says("cut", lambda: _cut_changes(run, program, accept))
+    first, platform = jax.process_index() == 0, backends.current().platform
+    changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
         trains = (resumed_step or 0) < recipe.train.steps
         compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
@@ -110,7 +105,7 @@ def _train(
         checkpoints = stack.enter_context(contextlib.closing(_checkpoints(run, program, identity, reporter)))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
-        if recipe.adapter is not None or backend.platform == "gpu":
+        if recipe.adapter is not None or platform == "gpu":
             compiling.wait()
         first_state = functools.partial(_state_at, program, checkpoints, batches, data.validation.digest, progress)
         with agreeing("state", patience) as facts:
@@ -128,7 +123,7 @@ def _train(
         spent = sum(phases.so_far().values())
         sessions = Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first)
         monitor = backends.NeuronMonitor()
-        if backend.platform == "neuron":
+        if platform == "neuron":
             stack.enter_context(monitor)
         outcome = Outcome(program, compiling.eval_step, data, run, log, reporter, progress)
         session = Session(
@@ -156,7 +151,9 @@ def _program(
     reporter: Reporter,
     approve: Callable[[Program], None] | None,
 ) -> Program:
-    """The program, which has been looked at."""
+    """Build the program, and look at it."""
+    if backends.current().platform == "cpu":
+        backends.keep_freed_memory()
     program = build_program(recipe, devices)
     check_memory(program)
     if resumed_step is None:
