@@ -62,7 +62,7 @@ class Chaos:
     straight: dict[int, dict[int, float]] = field(default_factory=dict)
     """Losses of the uninterrupted run, by number of processes."""
     phases: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    """When its phases began and ended, in seconds."""
+    """Beginnings and ends of that run's phases, in seconds."""
     lost: int = 0
 
     def run_straight(self, processes: int) -> None:
@@ -215,7 +215,7 @@ def saving(run: Path) -> bool:
 
 
 def listening(ranks: list[int]) -> bool:
-    """Whether process 0 waits for the others where it was told to."""
+    """Tell whether process 0 waits for the others where it was told to."""
     try:
         environment = Path(f"/proc/{ranks[0]}/environ").read_text() if ranks else ""
         at = re.search(r"TRAINFW_COORDINATOR=[^\0]*:(\d+)", environment)

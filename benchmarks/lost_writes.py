@@ -40,7 +40,7 @@ from benchmarks.lost.session import digests
 from benchmarks.reporting import positive, say
 
 STEPS = (12, 24)
-"""Of both sessions, the second of which makes the run longer."""
+"""Steps of the two sessions; the second makes the run longer."""
 RECIPE: dict[str, Any] = {
     "name": "lost",
     "model": {"preset": "tiny", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1},
@@ -50,7 +50,7 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"every": 3},
 }
 SECONDS = 240
-"""That a process may take."""
+"""Seconds that a process may take."""
 
 
 @dataclass

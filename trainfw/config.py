@@ -14,7 +14,7 @@ LARGEST_DIM = 2**24
 """The largest dim of an array that a recipe can mean: 60 of the largest vocabularies, 16 contexts of a million."""
 _LARGEST_INT = 2**32
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Of floats other than zero: what arrays of float32 hold, and what is computed of them."""
+"""Limits of floats other than zero: what arrays of float32 hold, and what is computed of them."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=INT32)]
 Dim = Annotated[int, Field(gt=0, le=LARGEST_DIM)]
@@ -26,7 +26,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4096
 
 
 def name_problem(text: str) -> str | None:
-    """Why `text` cannot be a name, a pattern or a path: characters or a length that no file system or script takes."""
+    """Say why `text` can be no name, pattern or path: no file system or script takes its characters or length."""
     if found := _NOT_IN_NAMES.search(text):
         return f"holds the character U+{ord(found[0]):04X}, which no name or path may have"
     if max(len(part.encode()) for part in text.split("/")) > _LONGEST_NAME or len(text.encode()) > _LONGEST_PATH:

@@ -15,7 +15,7 @@ from trainfw.utf8 import without_mark
 LIMIT = 1 << 24
 """Bytes of JSON that are read at most. A tensor takes about 100 in a header: no file of our families has so many."""
 TOKENIZER_LIMIT = 1 << 28
-"""The same of a tokenizer, of which that of Gemma 3 has 33 MB."""
+"""Bytes of a tokenizer that are read at most. That of Gemma 3 has 33 MB."""
 MAX_DEPTH = 64
 """Objects and lists within one another: Python's own recursion limit is met later, by whoever prints or writes them."""
 

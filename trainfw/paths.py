@@ -83,8 +83,8 @@ def check_file(file: Path, *, named: bool = False) -> None:
 
 
 def _leaves(file: Path) -> Path | None:
-    """Where a file of a model's directory truly lies, if that is neither there nor in the store of its Hugging Face
-    cache (`snapshots/COMMIT/FILE` -> `blobs/HASH`)."""
+    """Return where a file of a model's directory truly lies; None if in that directory, or in the store of its Hugging
+    Face cache (`snapshots/COMMIT/FILE` -> `blobs/HASH`)."""
     if not file.is_symlink():
         return None
     directory, target = file.parent.resolve(), file.resolve()

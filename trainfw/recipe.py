@@ -305,7 +305,7 @@ def _check_sections(tree: dict[str, Any], sources: Sources) -> None:
 
 
 def _section_of(section: str, value: Any) -> str:
-    """What is expected where `value` was given."""
+    """Say what is expected where `value` was given."""
     inside = f"{FIRST[section]}: {value:.60}" if isinstance(value, str) and section in FIRST else "key: value"
     return f"expected a section, `{section}: {{{inside}}}`"
 
@@ -380,7 +380,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _text_problem(key: str, text: str) -> str | None:
-    """Why the value of `key` cannot be what it says: all that is no free text is a name, a pattern or a path."""
+    """Say why a text of `key` cannot be meant; None where it can. All but free text is a name, a pattern or a path."""
     if "\0" in text:
         return "holds a NUL character"
     if key not in _FREE_TEXT:

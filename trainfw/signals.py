@@ -24,13 +24,13 @@ def stop_code(returncode: int) -> int | None:
 
 
 def is_command() -> bool:
-    """Whether this process is the `trainfw` command, or `python -m trainfw`."""
+    """Tell whether this process is the `trainfw` command, or `python -m trainfw`."""
     name = next((word for word in sys.orig_argv[1:] if not word.startswith("-")), "")
     return os.path.basename(name) == "trainfw"
 
 
 def end_without_traceback() -> None:
-    """From now on SIGINT ends the process at once.
+    """Let SIGINT end the process at once from now on.
 
     Raising KeyboardInterrupt inside a compiler or a half-done import ends in crashes.
     """

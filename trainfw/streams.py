@@ -34,7 +34,7 @@ _RAW: dict[int, _Standard] = {}
 
 
 def open_standard() -> None:
-    """Of a process that starts: give it all three streams, and errors of writing them a name.
+    """Give the starting process all three streams, and give errors of writing to them a name.
 
     A descriptor that is closed would be that of the next file opened, and what is printed would go into it. Python
     ends with exit code 120 where it cannot flush them; `flush_standard` comes before that.
@@ -62,7 +62,7 @@ def _wrapped(stream: Any, descriptor: int) -> io.TextIOWrapper:
 
 
 def go_on_without_output() -> None:
-    """What this command is for is not on stdout: what cannot be written there is dropped."""
+    """Drop what cannot be written to stdout from now on: this command's purpose is not there."""
     if raw := _RAW.get(_OUT):
         raw.optional = True
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]

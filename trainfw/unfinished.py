@@ -122,7 +122,7 @@ def _make(target: Path, directory: bool) -> tuple[Path, int]:
 
 
 def _locked(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where the file system has no locks."""
+    """Try to take the lock, and tell whether it is ours now; None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

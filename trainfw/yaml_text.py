@@ -17,7 +17,7 @@ from trainfw.paths import check_file
 from trainfw.utf8 import decode_utf8
 
 MOST_BYTES = 2**19
-"""Of a file, or of a value on the command line. The longest bundled recipe, resolved, has 5 KiB."""
+"""Limit, in bytes, of a file, or of a value on the command line. The longest bundled recipe, resolved, has 5 KiB."""
 MOST_NODES = 10_000
 """Keys and values, those that aliases repeat included: a quarter of a second to read."""
 MOST_SCALAR = 2**16
@@ -118,7 +118,7 @@ MALFORMED = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, T
 
 
 def problem_of(error: Exception) -> str:
-    """What is wrong with the text, for an error of `MALFORMED`."""
+    """Say what is wrong with the text, for an error of `MALFORMED`."""
     if isinstance(error, _Refused):
         return str(error.problem)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error) or type(error).__name__

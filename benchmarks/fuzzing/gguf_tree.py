@@ -129,7 +129,7 @@ def read(data: bytes) -> tuple[list[Any], list[list[Any]], list[list[Any]], byte
 
 
 def write(head: list[Any], values: list[list[Any]], tensors: list[list[Any]], rest: bytes) -> bytes:
-    """What cannot be written as its type says is written as text."""
+    """Return the file's bytes. What a value's type cannot hold is written as text, or its length as the number."""
     count, pairs = (len(items) if said is None else said for items, said in zip((tensors, values), head[1:]))
     out = bytearray(b"GGUF" + _packed("I", head[0]) + _packed("Q", count) + _packed("Q", pairs))
     for key, kind, value in values:

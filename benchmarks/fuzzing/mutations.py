@@ -176,7 +176,7 @@ def of_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def of_lines(data: bytes, rng: random.Random) -> bytes:
-    """Of JSON lines: one changed, torn, repeated, swapped or gone."""
+    """Return the JSON lines with one of them changed, torn, repeated or gone."""
     if rng.random() < 0.15:
         return of_bytes(data, rng)
     lines = data.splitlines()
@@ -209,7 +209,7 @@ _NORMALIZERS = (
 
 
 def of_tokenizer(data: bytes, rng: random.Random) -> bytes:
-    """Of tokenizer.json: its patterns and rules in particular."""
+    """Change a tokenizer.json, its patterns and rules in particular."""
     if rng.random() < 0.7:
         return of_json(data, rng)
     form = dict(parse(data))
@@ -227,7 +227,7 @@ _EXPRESSIONS = (
 
 
 def of_adapter(data: bytes, rng: random.Random) -> bytes:
-    """Of adapter_config.json: its expressions in particular."""
+    """Change an adapter_config.json, its expressions in particular."""
     if rng.random() < 0.6:
         return of_json(data, rng)
     config = dict(parse(data))

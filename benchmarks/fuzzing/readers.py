@@ -56,10 +56,10 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What is read, and which of its files are changed, each in which form (of `mutations.FORMS`)."""
+    """Reader of a kind of directory, and which of its files are changed, each in which form (of `mutations.FORMS`)."""
 
     read: Callable[[Path, Path], None]
-    """Of a directory, and of the undamaged one that it was."""
+    """Function that reads a directory; its second argument is the undamaged original."""
     files: Mapping[str, str]
     """Patterns of names -> form."""
 

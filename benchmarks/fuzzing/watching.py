@@ -30,9 +30,10 @@ from trainfw.data.chat import TemplateProblem
 from trainfw.errors import RunError, UserError
 
 SECONDS, IDLE_SECONDS, MOST_SECONDS = 10.0, 30.0, 300.0
-"""Of a case: of processor time; in all, where it uses hardly any (a busy machine is slow, and no finding); in all."""
+"""Seconds that a case may take: of processor time; in all, where it uses hardly any (a busy machine is slow, and no
+finding); in all."""
 BYTES = 2 * 2**30
-"""Of memory beyond what the process had before its first case; address space may grow by twice as much."""
+"""Bytes of memory that a case may add to what there was before the first; of address space, twice as many."""
 LONGEST = 2000
 """Characters of a message."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -43,7 +44,7 @@ _EVERY = 0.02
 class Finding:
     number: int
     place: str
-    """By which alike ones are one: what happened, and trainfw's innermost line."""
+    """Label that alike findings share: what happened, and trainfw's innermost line."""
     change: str
     detail: str
 
@@ -174,7 +175,7 @@ class Watched:
 
 
 def _read(descriptor: int) -> bytes:
-    """What is there now."""
+    """Read what is there now."""
     parts = []
     with contextlib.suppress(BlockingIOError):
         while part := os.read(descriptor, 2**16):
@@ -242,7 +243,7 @@ def judge(kind: str, directory: Path, original: Path) -> tuple[str, str]:
 
 
 def wording(printed: str, message: str) -> str:
-    """What is wrong with what the terminal is given."""
+    """Say what is wrong with what the terminal is given; empty where nothing is."""
     if not message.strip():
         return "an empty message"
     if found := _CONTROL.search(printed):
@@ -273,7 +274,7 @@ def _frame(error: BaseException) -> str:
 
 
 def _innermost(stack: str) -> str:
-    """The same, of what faulthandler wrote."""
+    """Return the same as `_frame`, from what faulthandler wrote."""
     frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', stack.rpartition("Current thread")[2])
     ours = [one for one in frames if "/trainfw/" in one[0]] or frames
     return f"{'/'.join(Path(ours[0][0]).parts[-2:])}:{ours[0][1]} {ours[0][2]}" if ours else "an unknown place"

@@ -1,4 +1,4 @@
-"""What a disk may hold after a power loss, by the journal of what was done to it (`journal.c`).
+"""Contents that a disk may have after a power loss, by the journal of what was done to it (`journal.c`).
 
 As ext4 and XFS have it: changes of names (files made, renamed, deleted, emptied) reach the disk in order, and an fsync
 of anything takes all earlier ones along; of a file's own bytes only its own fsync is a promise. Of what was written
@@ -45,7 +45,7 @@ class File:
     synced: int = -1
 
     def content(self, names_until: int, rng: random.Random | None) -> bytes:
-        """What the disk may hold of it; without a `rng`, all that was written."""
+        """Return what the disk may hold of it; without a `rng`, all that was written."""
         fate = rng.choice(["all", "nothing", "part", "zeros"]) if rng else "all"
         later = sum(1 for number, change in self.log if number > self.synced and change.kind == "w")
         allowed = rng.randrange(later) if rng and fate == "part" and later else later
@@ -156,6 +156,6 @@ def _copied(names: Tree) -> Tree:
 
 
 def marks_before(changes: Sequence[Change], moment: int) -> list[str]:
-    """What the program had said of itself."""
+    """Return what the program had said of itself before that moment."""
     marks = [number for number, change in enumerate(changes) if change.kind == "!"]
     return [changes[number].path for number in marks[: bisect.bisect_left(marks, moment)]]

@@ -28,9 +28,9 @@ COORDINATOR_PORT = 41001
 """Of process 0, where JAX's processes meet."""
 
 _MEETING_SECONDS = 300.0
-"""How long processes wait for each other to start, at most."""
+"""Seconds that processes wait for each other to start, at most."""
 _LOOK_SECONDS = 0.25
-"""How often a process that waits for another looks whether that one has left."""
+"""Seconds between the looks of a waiting process at whether the other has left."""
 
 Order = Literal["chosen", "launcher's", "places"]
 
@@ -229,7 +229,7 @@ def _leaving_after(seconds: float, why: Callable[[], str]) -> Iterator[None]:
 
 
 def _missing(wiring: Wiring) -> str:
-    """Who has not come."""
+    """Say who has not come."""
     if wiring.process_index:
         try:
             socket.create_connection((wiring.head or "", wiring.coordinator_port), timeout=2.0).close()

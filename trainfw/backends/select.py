@@ -51,7 +51,7 @@ MAX_SIMULATED = 2048
 
 _PLATFORM_VARIABLES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 _PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
-"""What they may name."""
+"""Platforms that these variables may name."""
 
 _as_backend: str | None = None
 

@@ -12,7 +12,7 @@ STORES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 
 
 MANIFEST = "manifest.json"
-"""Of a checkpoint: which it is, and its files."""
+"""File of a checkpoint that says which it is, and lists its files."""
 
 
 class CheckpointConfig(Config):

@@ -1,4 +1,4 @@
-"""What checkpoints hold of a run beside its arrays, where the run's own file is lost. Imports nothing heavy."""
+"""The recipe that checkpoints hold beside a run's arrays, for when its own file is lost. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from trainfw.errors import UserError
 
 
 def saved_recipe(file: Path) -> dict[str, Any] | None:
-    """Of a run's recipe.yaml that is empty, as a loss of power leaves a file, the newest whole checkpoint's copy.
+    """Return the newest whole checkpoint's copy of a run's recipe.yaml that is empty, as a power loss leaves a file.
 
-    It is warned of. None for a file that is of no run, or not empty. Raises UserError where there is no copy.
+    Warns of it. Returns None for a file that is of no run, or not empty. Raises UserError where there is no copy.
     """
     if file.name != "recipe.yaml" or not (file.parent / "metrics.jsonl").is_file():
         return None

@@ -89,7 +89,7 @@ def _vanished(directory: Path) -> Vanished:
 
 
 def taking_the_next(read: Callable[[], T], step: int | None = None) -> T:
-    """What `read` makes of the newest checkpoint, of the next one where that vanishes meanwhile; each is warned of.
+    """Return what `read` makes of the newest checkpoint; where that vanishes meanwhile, warn and read the next one.
 
     `step` is the one that is asked for, in whose place no other is read. Raises Vanished after ten tries.
     """

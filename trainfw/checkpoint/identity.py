@@ -14,7 +14,7 @@ from trainfw.errors import RunError, UserError
 from trainfw.unfinished import write_text
 
 FORMAT = 2
-"""Of run directories and their checkpoints. Those of format 1 say neither their format nor an id, and open as well."""
+"""Format of run directories and their checkpoints. Those of format 1 name neither format nor id, and open as well."""
 
 RUN_FILE = "run.json"
 
@@ -26,7 +26,7 @@ class Identity:
     run: str
     """Drawn when the run begins; a copy of the whole directory has the same."""
     older: Mapping[str, str] = field(default_factory=dict)
-    """By step, the SHA-256 of the manifests of its checkpoints from before there were ids."""
+    """SHA-256 of the manifest of each checkpoint from before there were ids, by step."""
 
 
 def new_identity(older: Mapping[str, str] | None = None) -> Identity:
@@ -34,7 +34,7 @@ def new_identity(older: Mapping[str, str] | None = None) -> Identity:
 
 
 def read_identity(run: Path) -> Identity | None:
-    """That of a run directory; None where it has none yet.
+    """Return the identity of a run directory; None where it has none yet.
 
     Raises UserError where a newer trainfw wrote the directory, RunError where the file says nothing.
     """

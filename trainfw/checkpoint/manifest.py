@@ -1,4 +1,4 @@
-"""What a checkpoint is: whose, of which step, and its files. One that a disk, a copy or a crash changed is seen.
+"""A checkpoint's manifest: its run, its step and its files. Changes by a disk, a copy or a crash are noticed.
 
 Files are told by size and SHA-256; in an object store, which does not return other bytes than it was given, by size
 and the store's own tag, for which nothing is read.
@@ -37,7 +37,7 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was saved, of which run and step. Those of format 1 say neither."""
+    """Files that were saved, of which run and step. Manifests of format 1 say neither."""
 
     files: dict[str, tuple[int, str]]
     """(bytes, SHA-256 or the store's tag) by name."""
@@ -94,7 +94,7 @@ def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
 
 
 def find_mismatch(directory: Directory, identity: Identity | None = None) -> str | None:
-    """Why a checkpoint is not believed by what it says of itself, in words; None where all of it agrees.
+    """Say why a checkpoint is not believed by what it says of itself; None where all of it agrees.
 
     Its place is to be that of its step, its run that of `identity` (None: any), its recipe the one in `meta`. Reads
     the manifest and `meta` alone. Raises UserError for one of a newer trainfw.
@@ -128,7 +128,7 @@ def _check_mismatch(directory: Directory, manifest: Manifest, identity: Identity
 
 
 def read_meta(directory: Directory) -> dict[str, Any]:
-    """What was saved beside the arrays. Raises Damage where it cannot be read."""
+    """Return what was saved beside the arrays. Raises Damage where it cannot be read."""
     return parse_meta(_meta_bytes(directory))
 
 
@@ -142,10 +142,10 @@ def _meta_bytes(directory: Directory) -> bytes:
 def find_damage(
     directory: Directory, share: int = 0, shares: int = 1, *, identity: Identity | None = None
 ) -> str | None:
-    """What is wrong with a checkpoint, in words, or None where it is what it was when it was saved.
+    """Say what is wrong with a checkpoint; None where it is what it was when it was saved.
 
-    Of one that was copied from or to a store, which has other tags, sizes alone are compared. Raises UserError for one
-    of a newer trainfw.
+    Compares sizes alone where it was copied from or to a store, which has other tags. Raises UserError for one of a
+    newer trainfw.
 
     Args:
         share: look at the files of this share alone, of `shares` equal ones.
@@ -257,7 +257,7 @@ def _why(error: OSError) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether it names a file below the checkpoint, and in the one way that we write."""
+    """Tell whether `name` leads to a file below the checkpoint, and is written in the one way that we write it."""
     path = PurePosixPath(name)
     return (
         bool(path.parts)

@@ -1,4 +1,4 @@
-"""What Orbax leaves in memory at every save, taken out of its way."""
+"""Remedy for the memory that Orbax takes at every save and does not free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its arrays, in JSON, read with its types checked."""
+"""Contents of a checkpoint beside its arrays: JSON, read with its types checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ META_FILE = "meta/metadata"
 
 
 class Damage(Exception):
-    """Why a checkpoint is not believed, in words."""
+    """Reason, in words, why a checkpoint is not believed."""
 
 
 class _Checked(BaseModel):
@@ -67,6 +67,6 @@ def parse_meta(content: bytes, *, of_run: bool = False) -> dict[str, Any]:
 
 
 def digest_recipe(meta: dict[str, Any]) -> str | None:
-    """Of the recipe in it, however its keys are ordered; None where there is none."""
+    """Return the SHA-256 of the recipe in `meta`, however its keys are ordered; None where there is none."""
     recipe = json.loads(json.dumps(meta.get("recipe")))
     return None if recipe is None else hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

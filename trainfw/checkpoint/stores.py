@@ -102,7 +102,7 @@ def _finished(directory: Directory) -> list[int]:
 
 
 def _stops_orbax(file: Path) -> bool:
-    """Whether it is a pipe, a device or a link, which Orbax, that reads this of every step, would read for ever."""
+    """Tell whether it is a pipe, a device or a link: Orbax reads this file of every step, and would never finish."""
     return os.path.lexists(file) and (file.is_symlink() or not file.is_file())
 
 
@@ -135,7 +135,7 @@ def _numbers_in(directory: Directory) -> list[int]:
 
 
 def _is_number(name: str) -> bool:
-    """Whether it is a step as we write it: no 08, no other script's digits."""
+    """Tell whether it is a step as we write it: no 08, no other script's digits."""
     return name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
 
 

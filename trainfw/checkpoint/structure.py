@@ -25,7 +25,7 @@ def shapes_of(tree: Any) -> Shapes:
 
 
 def find_absent(directory: Directory, expected: Shapes) -> str | None:
-    """What is not there of the arrays in a directory of a checkpoint, in words; None where all are.
+    """Say which array is missing, or not whole, in a checkpoint's directory; None where all are there.
 
     Each is found by its name, with its shape, its dtype and the number of its chunks. That reads the index and a few
     hundred bytes an array, and no chunk: 2 ms for 30 arrays, 25 to 45 ms for a thousand, on a local disk.

@@ -17,7 +17,7 @@ _LISTEN_SECONDS = 0.25
 
 
 class Leaving:
-    """How a process leaves at a signal; of several that have met (`meet`), where one does the others do."""
+    """A process's exit at a signal. Of processes that have met (`meet`), the others leave where one does."""
 
     def __init__(self, then: str) -> None:
         self._then = then

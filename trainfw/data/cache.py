@@ -63,7 +63,7 @@ class PreparedData:
     skipped: str = ""
     """What was found in the source and not read, by kind; empty where there is nothing."""
     damage: str = ""
-    """What was wrong with the cache, which was therefore made again; empty where nothing was."""
+    """Damage that was found in the cache, which was therefore made again; empty where there was none."""
 
     def notes(self) -> list[str]:
         """What whoever trains on it should know: what was not read; of examples, how many, and which were refused."""
@@ -110,10 +110,10 @@ class _Cache:
         self._directory = self._root / self._fingerprint
         self._mending = threading.RLock()
         self._digests: list[str] = []
-        """Of what was handed out."""
+        """Digests of the splits that were handed out."""
 
     def prepared(self, source: Source) -> PreparedData:
-        """What is there, or is made now. Raises UserError where it cannot be."""
+        """Return what is there, or make it now. Raises UserError where it cannot be made."""
         try:
             found, damage = self._open()
             if found is None:
@@ -154,8 +154,8 @@ class _Cache:
         sync(self._root)
 
     def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
-        """Of a cache that is in use: make it again, unless another thread or process has. Raises RunError where that
-        cannot be, or would not give the same tokens."""
+        """Make the cache again while it is in use, unless another thread or process has. Raises RunError where that
+        fails, or would not give the same tokens."""
         log = logging.getLogger("trainfw")
         try:
             with self._mending, self._lock():
@@ -167,7 +167,7 @@ class _Cache:
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
 
     def _open(self) -> tuple[PreparedData | None, str]:
-        """What the cache holds, or None where it holds nothing whole, and then what is damaged of what it holds.
+        """Return what the cache holds, None where it holds nothing whole; and what is damaged, empty where nothing is.
 
         Where the tokenizer is known, it is as it is now: what does not shape tokens (a template, for text) may be
         another than when they were cached.

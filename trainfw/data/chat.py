@@ -81,7 +81,7 @@ class ChatTemplate:
 
     @cached_property
     def has_generation_tags(self) -> bool:
-        """Whether the template says itself what the model writes. Raises UserError for a template that is none."""
+        """Flag: the template itself says what the model writes. Raises UserError for a template that is none."""
         return bool(self._ask("has_generation_tags"))
 
     def render(
@@ -107,7 +107,7 @@ class ChatTemplate:
 
     @cached_property
     def _fields(self) -> tuple[Any, ...]:
-        """Those of `templates.Template`, while it is not known what ends a turn."""
+        """Fields of `templates.Template`, while it is not known what ends a turn."""
         return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
 
     @cached_property

@@ -159,7 +159,7 @@ class Helper:
         self._keys: dict[Any, int] = {}
 
     def call(self, function: str, shared: Any, *arguments: Any) -> Any:
-        """What `trainfw.data.MODULE.FUNCTION(shared, *arguments)` returns there, as JSON brings it.
+        """Return what `trainfw.data.MODULE.FUNCTION(shared, *arguments)` returns in the helper, as JSON brings it.
 
         Args:
             function: "MODULE:FUNCTION".
@@ -173,7 +173,7 @@ class Helper:
         return answer
 
     def call_each(self, function: str, shared: Any, requests: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """The same for several requests at once: what was returned, or the Problem that was raised, for each."""
+        """Do as `call` for several requests at once; return what each returned, or the Problem that it raised."""
         answers: list[Any] = []
         batch: list[bytes] = []
         size = 0

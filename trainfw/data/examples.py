@@ -233,7 +233,7 @@ class Encoder:
         return template
 
     def _as_texts(self, made: Sequence[_Text | _Conversation]) -> list[_Text]:
-        """What the templates write of conversations, each asked once for all that are its; in their order."""
+        """Return all as texts, in order; each template is asked once for all of its conversations."""
         conversations = [one for one in made if isinstance(one, _Conversation)]
         written: dict[int, list[Written] | TemplateProblem] = {}
         for with_tools in (False, True):

@@ -20,9 +20,9 @@ POLL_SECONDS = 0.2
 SAY_SECONDS = 3.0
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 300.0
-"""How long whoever holds a lock may do nothing before the others stop waiting for it."""
+"""Seconds that the holder of a lock may do nothing before the others stop waiting for it."""
 _BUSY_SECONDS = 0.01
-"""Of processor time in a beat, at least, by a process that does something."""
+"""Seconds of processor time that a process which does something uses in a beat, at least."""
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def _taken(lock: FileLock) -> bool:
 
 
 def _beat(holder: Path) -> str:
-    """Who holds a lock, and a number that changes as long as it does something; empty where nobody says."""
+    """Return who holds a lock, and a number that changes while the holder does something; empty where nobody says."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")
     except OSError:

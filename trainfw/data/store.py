@@ -26,8 +26,8 @@ _PIECE = 2**20
 """Numbers read at once where all of a file are."""
 
 Mend = Callable[[str, Callable[[], bool]], None]
-"""Called with what is wrong with a file, in words, and with a look at whether it is still: makes the files anew, or
-raises RunError."""
+"""Function that makes files anew, or raises RunError. It is given what is wrong with one, in words, and a function
+that tells whether it is whole by now."""
 
 
 class StoredArray:
@@ -62,7 +62,7 @@ class StoredArray:
         return whole[start - skipped : stop - skipped]
 
     def searchsorted(self, value: int, side: str = "right") -> int:
-        """Where `value` would go into the ascending numbers, after those equal to it (as of NumPy's arrays)."""
+        """Return where `value` would go into the ascending numbers, after those equal to it (as NumPy's arrays do)."""
         assert side == "right"
         after = bisect.bisect_right(range(self._num_blocks), value, key=lambda index: self._block(index)[0])
         if after == 0:
@@ -124,7 +124,7 @@ def _key(name: str, identity: str) -> int:
 
 
 def _checksum(payload: bytes, index: int, key: int) -> bytes:
-    """Of a block in its place in its file: one that belongs elsewhere has another."""
+    """Return the checksum of a block in its place in its file: one that belongs elsewhere has another."""
     return zlib.crc32(payload, zlib.crc32(index.to_bytes(8, "little"), key)).to_bytes(_CHECKSUM, "little")
 
 
@@ -163,7 +163,7 @@ class TokenStore:
 
     @property
     def largest_id(self) -> int:
-        """Of all tokens, which are read for it."""
+        """The largest id of all tokens; reads all of them."""
         return max(int(piece.max()) for piece in _pieces(self.tokens))
 
 

@@ -31,7 +31,7 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}
     used = False
-    """Whether the template has the tag."""
+    """Flag: the template has the tag."""
     marks = ("", "")
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
@@ -126,7 +126,7 @@ class Template:
 
     @property
     def has_generation_tags(self) -> bool:
-        """Whether the template says itself what the model writes."""
+        """Flag: the template itself says what the model writes."""
         self._compiled  # noqa: B018  the tags are found as it is compiled
         return self._generation.used
 
@@ -151,8 +151,8 @@ class Template:
         return work.check_written(text)
 
     def generated(self, plain: str, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Span] | None:
-        """Where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand; None
-        where the text is not the same with marks in it."""
+        """Return where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand;
+        None where the text is not the same with marks in it."""
         self._generation.marks = _MARKS
         try:
             marked = self.render(messages, tools=tools)

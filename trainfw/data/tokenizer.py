@@ -60,7 +60,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...] = ()
     """Where generation stops besides `eos_id`, as the files say. See `data.stop_ids`, which asks the template too."""
     template_file: Path | None = field(default=None, compare=False)
-    """Where its chat template is written, for errors."""
+    """File that holds its chat template, for errors."""
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True

@@ -43,7 +43,7 @@ class Written:
 
     @classmethod
     def of(cls, value: dict[str, Any]) -> Written:
-        """From its fields as JSON brings them."""
+        """Make one from its fields as JSON brings them."""
         spans = [(start, end) for start, end in value["spans"]]
         return cls(**{**value, "spans": spans, "unmet": tuple(value["unmet"])})
 

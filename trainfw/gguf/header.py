@@ -27,7 +27,7 @@ MAX_HEADER, MAX_STRING, MAX_ELEMENTS = 1 << 25, 1 << 20, 1 << 20
 """Bytes of the header and of a string, and elements of an array: the largest vocabularies take a third of that, and a
 header that lies allocates no more."""
 LARGEST_INT, LARGEST = 2**31 - 1, 1e30
-"""Of sizes, and of other numbers: what can be computed with."""
+"""Limits of sizes, and of other numbers, that can be computed with."""
 MAX_DIMS = 4
 """ggml's own limit."""
 
@@ -189,7 +189,7 @@ class _Walk:
             raise self.fail(f"text that is not UTF-8: {error.reason}") from error
 
     def strings(self, count: int) -> Iterator[str]:
-        """That many, without a call for each: a vocabulary has hundreds of thousands."""
+        """Read `count` strings, without a call for each: a vocabulary has hundreds of thousands."""
         length_at, end = struct.Struct("<Q").unpack_from, len(self.data)
         for _ in range(count):
             start = self.at + 8

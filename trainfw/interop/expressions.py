@@ -23,7 +23,7 @@ MAX_STEPS = 1_000_000
 
 
 class Steps:
-    """How much the expressions of one file may still match; `what` is the file."""
+    """Steps that the expressions of one file, `what`, may still take to match."""
 
     def __init__(self, what: str, left: int = MAX_STEPS):
         self._what, self._left = what, left
@@ -63,7 +63,7 @@ class Text:
 
 
 _Match = Callable[[Text, int], int]
-"""From the places where a part begins to those where it may end."""
+"""Function from the places where a part begins to those where it may end."""
 
 
 class Expression:
@@ -97,7 +97,7 @@ class Expression:
             raise self._invalid("nested too deeply") from None
 
     def matches(self, text: Text, starts: int = 1) -> bool:
-        """Whether it matches a text from one of these places (by default the first) to the end, as `re.fullmatch`.
+        """Tell whether it matches a text from one of these places (by default the first) to the end, as `re.fullmatch`.
 
         Raises UserError where the expressions of a file take too long.
         """
@@ -158,7 +158,7 @@ class Expression:
             letters = _letters(*parsed[0])
 
             def rest(text: Text, places: int) -> int:
-                """In one step: the sum carries from each place to the end of its run of letters."""
+                """Match in one step: the sum carries from each place to the end of its run of letters."""
                 run = text.before(letters)
                 return ((places & run) + run) ^ run | places
         else:
@@ -181,7 +181,7 @@ class Expression:
         return match
 
     def _around(self, direction: int, parsed: Any, *, wanted: bool) -> _Match:
-        """What comes next or before; asked for each place by itself."""
+        """Return a match for what comes next or before; it asks for each place by itself."""
         inner, (width, most) = self._sequence(parsed), parsed.getwidth()
         if direction < 0 and width != most:
             raise self._invalid("look-behind requires fixed-width pattern")

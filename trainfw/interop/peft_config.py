@@ -49,7 +49,7 @@ class PeftConfig:
         return "dora" if self.use_dora else "rslora" if self.use_rslora else "lora"
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT puts an adapter on a module of this name."""
+        """Tell whether PEFT puts an adapter on a module of this name."""
         return len(module) <= MAX_TEXT and self._targeted(module) and not self._excluded(module)
 
     def size(self, module: str) -> tuple[int, float]:
@@ -109,7 +109,7 @@ def read_peft_config(file: Path) -> PeftConfig:
 
 
 def _named(file: Path, key: str, config: Mapping[str, Any], steps: Steps) -> Callable[[str], bool]:
-    """Whether a module is among those that `key` names: by a list of ends of names, or by a regular expression."""
+    """Return a test whether `key` names a module: by a list of ends of names, or by a regular expression."""
     names = config.get(key)
     if key == "exclude_modules" and not names:
         names = []

@@ -22,9 +22,9 @@ _STACKS = signal.SIGUSR1
 _STACK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
 GRACE_SECONDS = 120
-"""How long the processes may take to save and leave, once one of them, or we, were told to stop."""
+"""Seconds that the processes have to save and leave, once one of them, or we, were told to stop."""
 _TAIL_BYTES = 2**16
-"""Of a log, where the lines are that are shown."""
+"""Bytes at the end of a log, from which the lines that are shown are taken."""
 
 Children = list[subprocess.Popen[bytes]]
 

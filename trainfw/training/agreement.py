@@ -1,4 +1,4 @@
-"""What the processes of one run must have in common: compared before the first step, or the run ends with what differs.
+"""Comparison of what a run's processes must have in common, before the first step; the run ends with what differs.
 
 Nothing in a step would tell: processes that read other data, or learn at another rate, train on together.
 """
@@ -36,7 +36,7 @@ _WHY = {
     "data": "all processes of a run read the same data",
     "start": "all processes of a run begin at the same step",
 }
-"""By section of what is compared."""
+"""Reasons why it must be the same, by section of what is compared."""
 
 _OF_ITS_OWN = ("data.cache_dir", "data.prefetch")
 """Keys of which each host may have a value of its own."""
@@ -61,9 +61,9 @@ _OPTIONS = (
 _KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError, PeerError, RunError)}
 """Errors that are of the same kind in the processes that hear of them; of others a process dies."""
 _ALONE_SECONDS = 300.0
-"""How long the first process may be alone in deciding something."""
+"""Seconds that the first process may be alone in deciding something."""
 _HEARD_SECONDS = 10.0
-"""How long the first process, which keeps what all have said, stays for the others to hear why the run ends."""
+"""Seconds that the first process, which keeps what all have said, stays for the others to hear why the run ends."""
 
 
 def agree(program: Program, data: PreparedData | None = None, *, timeout: float = 3600.0) -> None:
@@ -96,7 +96,7 @@ def agreeing(name: str, timeout: float = _ALONE_SECONDS) -> Iterator[dict[str, A
 
 
 def first_says(name: str, decide: Callable[[], T]) -> T:
-    """What the first process decides, in all of them: they see the same files, but not at the same moment.
+    """Return what the first process decides, in all of them: they see the same files, but not at the same moment.
 
     Raises in all of them where it fails.
     """
@@ -162,7 +162,7 @@ def _code() -> dict[str, Any]:
 
 @functools.cache
 def _source_digest() -> str:
-    """Of trainfw's own files, wherever they lie."""
+    """Return a digest of trainfw's own files, wherever they lie."""
     root = Path(__file__).parents[1]
     whole = hashlib.blake2b(digest_size=8)
     for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml")):

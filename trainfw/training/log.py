@@ -29,7 +29,7 @@ class MetricsLog:
         self._pending: deque[dict[str, Any]] = deque(maxlen=_MOST_PENDING)
         """Rows that metrics.jsonl has not taken yet."""
         self._unshown = self._pending.copy()
-        """Likewise, TensorBoard's files."""
+        """Rows that TensorBoard's files have not taken yet."""
         self._drop_after: int | None = None
         """The last step whose rows stay in metrics.jsonl, which it has not been rid of yet."""
         self._failed = False
@@ -44,7 +44,7 @@ class MetricsLog:
             self.catch_up()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Those of metrics.jsonl, with what is to come there."""
+        """Return the rows of metrics.jsonl, with what is to come there."""
         last = math.inf if self._drop_after is None else self._drop_after
         return [*(row for row in self._run.metrics() if row["step"] <= last), *self._pending]
 
@@ -87,7 +87,7 @@ class MetricsLog:
         self._failed = False
 
     def _show(self) -> None:
-        """What is to come, in TensorBoard. After an error in a file of its own: a record cut short ends one."""
+        """Show in TensorBoard what is to come; after an error in a file of its own: a record cut short ends one."""
         try:
             events = self._open_events()
             from tensorboardX.proto.event_pb2 import Event

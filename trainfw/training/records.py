@@ -23,7 +23,7 @@ _LINE_BYTES = 2**24
 
 
 class RowModel(BaseModel):
-    """What a row must hold to be used."""
+    """Fields that a row must have to be used."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     step: Whole

@@ -203,7 +203,7 @@ class RunDirectory:
             raise UserError(f"{self.checkpoints}: the recipe in the last checkpoint is none: {error}") from None
 
     def saved_meta(self) -> dict[str, Any]:
-        """What was saved beside the arrays of the newest checkpoint of this run in which it can be read.
+        """Return what was saved beside the arrays of the newest checkpoint of this run in which it can be read.
 
         Raises RunError where there is none.
         """

@@ -19,7 +19,7 @@ _SESSIONS = itertools.count()
 
 
 class Stop:
-    """When to stop after the first signal to any process: at the same turn in all of them.
+    """Agreement on when to stop after the first signal to any process: at the same turn in all of them.
 
     A turn is a program that all processes run together. The process that a signal reached announces it; each then
     says how many turns it has taken and takes no more, until all have said so; all stop at the largest of these
