@@ -336,6 +336,7 @@ def _told(client: Any, key: str, deadline: float) -> str:
             return client.blocking_key_value_get(key, max(int(1000 * seconds), 1))
         except Exception as error:  # jaxlib raises its own kind
             if (signum := left_by()) is not None:
+                _part(client)
                 raise PeerError(f"another process was stopped by {signal.Signals(signum).name}") from error
             if time.monotonic() >= deadline:
                 raise TimeoutError from error
@@ -353,9 +354,27 @@ def announce(name: str, value: Any) -> None:
 _LEFT = "left"
 
 
-def announce_leaving(signum: int) -> None:
-    """Say to all processes that this one leaves at once, at a signal: nobody needs to wait for it."""
+def announce_leaving(signum: int, timeout: float) -> None:
+    """Say to all processes that this one leaves at once, at a signal: nobody needs to wait for it.
+
+    In process 0 this returns once all others leave too, or after `timeout` seconds: it keeps what they are told, and
+    JAX aborts a process whose coordinator has gone.
+    """
     announce(_LEFT, signum)
+    client, index, count = _coordination()
+    if client is None:
+        return
+    _part(client)
+    deadline = time.monotonic() + timeout
+    for other in range(1, count) if index == 0 else ():
+        with contextlib.suppress(Exception):  # it hangs, or died
+            client.blocking_key_value_get(f"trainfw/{_LEFT}/{other}", max(int(1000 * (deadline - time.monotonic())), 1))
+
+
+def _part(client: Any) -> None:
+    """This process leaves: the first one need not stay for it."""
+    with contextlib.suppress(Exception):  # it has said so, or nobody is left to hear
+        client.key_value_set(f"trainfw/{_LEFT}/{_coordination()[1]}", "")
 
 
 def left_by() -> int | None:

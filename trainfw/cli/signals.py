@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 from trainfw.signals import heeded
 from trainfw.unfinished import remove_unfinished
 
-_TELL_SECONDS = 1.0
 _LISTEN_SECONDS = 0.25
+_TELL_SECONDS = 10.0
+"""Seconds for the others to hear that this process leaves; each looks four times a second, but on a busy machine."""
 
 
 class Leaving:
@@ -22,6 +22,7 @@ class Leaving:
     def __init__(self, then: str) -> None:
         self._then = then
         self._met = False
+        self._leaves = False
         self._ended = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="leaving of others", daemon=True)
 
@@ -31,25 +32,27 @@ class Leaving:
         self._listener.start()
 
     def end(self) -> None:
+        if self._leaves:  # whatever this thread failed at meanwhile: the one that leaves says why
+            threading.Event().wait(2 * _TELL_SECONDS)
         self._ended.set()
         if self._met:
             self._listener.join()
 
     def leave(self, signum: int) -> None:
+        self._leaves = True
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         name = signal.Signals(signum).name
         text = f"{show_cursor}\nstopped by {name}; {self._then}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
+        remove_unfinished()
         if self._met:
             from trainfw import backends
 
             # In a thread: a coordinator that has gone, or hangs, does not answer.
-            teller = threading.Thread(target=backends.announce_leaving, args=(signum,), daemon=True)
+            teller = threading.Thread(target=backends.announce_leaving, args=(signum, _TELL_SECONDS), daemon=True)
             teller.start()
             teller.join(_TELL_SECONDS)
-            time.sleep(2 * _LISTEN_SECONDS)  # JAX aborts those whose coordinator ends before they have heard
-        remove_unfinished()
         os._exit(128 + signum)
 
     def _listen(self) -> None:
