@@ -104,6 +104,14 @@ def test_texts_that_start_with_bos(tokenizer: Tokenizer, tmp_path: Path) -> None
     assert PromptForm().encode(tokenizer, "") == [tokenizer.bos_id], "a model cannot go on from nothing"
 
 
+@pytest.mark.parametrize("name", ["a:b", "$A", "$0", "<s>:1", "naïve 日本"])
+def test_a_bos_of_any_name_starts_texts(name: str, tmp_path: Path) -> None:
+    _write(tmp_path, [name, "</s>"], tokenizer_config={"bos_token": name, "eos_token": "</s>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.starting_texts().prefix_ids == [BPE.bos_id]
+    assert tokenizer.starting_texts().encode("a b") == BPE.encode("a b")
+
+
 def _write(directory: Path, special: list[str], **siblings: dict) -> Path:
     backend = json.loads(BPE.backend.to_str())
     for old, new in zip(("<|bos|>", "<|eos|>"), special):

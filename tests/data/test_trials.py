@@ -120,3 +120,12 @@ def test_what_stands_around_a_text_takes_its_place(helper, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(FORM | {"post_processor": around}))
     with pytest.raises(UserError, match="takes the text's place"):
         _ = load_tokenizer(tmp_path).prefix_ids
+
+
+def test_two_tokens_of_one_id(helper, tmp_path):
+    """The library takes them, and writes one."""
+    form = json.loads(byte_tokenizer().backend.to_str())
+    form["model"]["vocab"] |= {"another": 65}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
+    with pytest.raises(UserError, match=r"the tokens '(A|another)' and '(A|another)' have one id, 65"):
+        load_tokenizer(tmp_path)

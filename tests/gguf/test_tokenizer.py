@@ -92,6 +92,23 @@ def test_rows_without_a_token_are_unused_and_too_few_rows_are_refused(tmp_path):
         tokenizer_metadata(directory, 599)
 
 
+@pytest.mark.parametrize(
+    ("setting", "template"),
+    [
+        ([1, {"name": ["x"]}, {"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "tool_use", "template": "t"}], None),
+        ([{"name": "default", "template": 5}], None),
+        ({"default": "d"}, None),
+        ("d", "d"),
+    ],
+)
+def test_the_default_of_chat_templates(setting, template, tmp_path):
+    directory = byte_level(tmp_path)
+    settings = json.loads((directory / "tokenizer_config.json").read_text()) | {"chat_template": setting}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokenizer_metadata(directory, 600).get("tokenizer.chat_template") == template
+
+
 def test_tokenizers_that_llama_cpp_would_cut_otherwise_are_refused(tmp_path):
     train_bpe(texts(), 400).save(tmp_path / "ours")
     with pytest.raises(UserError, match="no name for how this tokenizer cuts text"):

@@ -33,7 +33,7 @@ class ChatTemplate:
         with tools `tool_use`."""
         source = tokenizer.settings.get("chat_template")
         if isinstance(source, list):
-            named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+            named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
             source = (named.get("tool_use") if tools else None) or named.get("default")
         if not isinstance(source, str) or not source.strip():
             return None

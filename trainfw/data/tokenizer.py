@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
@@ -70,12 +70,14 @@ class Tokenizer:
     @cached_property
     def reading_markers(self) -> tokenizers.Tokenizer:
         """Reads special tokens as such, as `encode` does not, and puts nothing around a text."""
-        state = json.loads(self.backend.to_str())
         # One of the byte-level post-processors would cut the spaces off the tokens' places.
-        state["post_processor"] = None
-        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        backend = self._with_post_processor(None)
         backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         return backend
+
+    def _with_post_processor(self, form: dict[str, Any] | None) -> tokenizers.Tokenizer:
+        state = json.loads(self.backend.to_str()) | {"post_processor": form}
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     @property
     def vocab_size(self) -> int:
@@ -102,9 +104,15 @@ class Tokenizer:
     def starting_texts(self) -> Tokenizer:
         """The same, but that a text which stands alone starts with bos, as documents do in training."""
         bos = self.backend.id_to_token(self.bos_id)
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, self.bos_id)])
-        return replace(self, backend=backend)
+        first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        # The library's own constructor would read a token's name as a pattern.
+        post = {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
+        }
+        return replace(self, backend=self._with_post_processor(post))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with neither bos nor eos."""

@@ -203,8 +203,9 @@ def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
         return read_utf8(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
-    return template
+        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    return template if isinstance(template, str) else None
 
 
 def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
