@@ -183,6 +183,12 @@ def test_the_usual_mistakes_are_answered_with_what_is_meant(override, tmp_path):
         load_recipe(write_recipe(tmp_path), [override])
 
 
+@pytest.mark.parametrize(("override", "words"), [("name=a[1]", "letters, digits"), ("data.date=26-1-1", "YYYY-MM-DD")])
+def test_a_pattern_is_told_in_words(override, words, tmp_path):
+    with pytest.raises(UserError, match=f"expected .*{words}"):
+        load_recipe(write_recipe(tmp_path), [override])
+
+
 @pytest.mark.parametrize("override", ["data.split=train", "wandb.project=x", "model.attn_implementation=sdpa"])
 def test_what_is_like_nothing_here_is_answered_with_no_guess(override, tmp_path):
     with pytest.raises(UserError, match=r"unknown key(?!.*did you mean)"):

@@ -476,12 +476,21 @@ def _describe(error: Any, sources: Sources, file: str) -> str:
             if type(None) in get_args(keys().get(key)):
                 choices.append("null")
             return f"{where}{key} = {_show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
+        case "string_pattern_mismatch" if key in _IN_WORDS:
+            return f"{where}{key} = {_show(value)}: expected {_IN_WORDS[key]}"
         case "model_type" | "model_attributes_type":
             return f"{where}{key} = {_show(value)}: {_section_of(path[-1] if path else file, value)}"
         case _:
             expected = re.sub(r"^(Input should be|Value should|String should( have)?) ", "", error["msg"])
             hint = _meant(kind, value)
             return f"{where}{key} = {_show(value)}: expected {expected[:1].lower()}{expected[1:]}{hint}"
+
+
+_IN_WORDS = {
+    "name": "letters, digits, '.', '_' and '-', with a letter or a digit first",
+    "data.date": "a day, YYYY-MM-DD",
+}
+"""What the patterns of keys ask for."""
 
 
 def _where(key: str, sources: Sources, problem: str = "") -> str:

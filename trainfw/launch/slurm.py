@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,9 +14,13 @@ from typing import Any
 from trainfw.errors import TRY_AGAIN, RunError, UserError
 from trainfw.launch.nodes import accepting, check_name, count_nodes
 from trainfw.recipe import Recipe
+from trainfw.signals import STOPS
 
 SCRIPT = "launch.sbatch"
 """In the run's logs/."""
+
+_AGAIN = sorted({TRY_AGAIN, 134, 137, 139, *(128 + signum for signum in STOPS if signum != signal.SIGINT)})
+"""Exit codes of processes that are to be started again."""
 
 _TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})", re.ASCII)
 """What sbatch(1) takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
@@ -103,10 +108,10 @@ while kill -0 "$step" 2>/dev/null; do  # the trap ended that wait, not the step
   wait "$step"; code=$?
 done
 
-# 143: stopped by SIGTERM, and saved. {TRY_AGAIN}: another process died, or nothing moved. 134, 137, 139: aborted,
-# killed, crashed.
+# {TRY_AGAIN}: another process died, or nothing moved. 134, 137, 139: aborted, killed, crashed. The others: stopped by
+# SIGTERM or another signal, but for SIGINT, and saved.
 case $code in
-  {TRY_AGAIN} | 134 | 137 | 139 | 143)
+  {" | ".join(map(str, _AGAIN))})
     if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
       echo "$(date): exit code $code; cancelled"
     elif ((${{SLURM_RESTART_COUNT:-0}} < {self.restarts})); then

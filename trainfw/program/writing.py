@@ -178,7 +178,8 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         try:
             save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
         except UserError as error:  # which is about the tokenizer's own files, not about these copies
-            raise UserError(str(error).replace(directory, source)) from error
+            own = Path(source) / "tokenizer" if is_run(source) else source
+            raise UserError(str(error).replace(directory, str(own))) from error
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
