@@ -10,16 +10,16 @@ from trainfw.backends import installed_sdk, load_sdk, sdk_problems, sdk_versions
 
 
 def test_versions_are_ordered_as_numbers_and_the_newest_is_the_default():
-    assert sdk_versions() == ["2.29", "2.30", "2.31", "2.32"]
-    assert load_sdk().version == "2.32"
+    assert sdk_versions() == ["2.29", "2.30", "2.31", "2.32", "2.33"]
+    assert load_sdk().version == "2.33"
 
 
 def test_communicators_as_the_release_notes_have_them():
-    assert [load_sdk(version).communicators for version in sdk_versions()] == [12, 12, 12, 16]
+    assert [load_sdk(version).communicators for version in sdk_versions()] == [12, 12, 12, 16, 16]
 
 
 def test_an_unknown_release_is_refused():
-    with pytest.raises(UserError, match=r"sdk = '2.23': .*one of: 2.29, 2.30, 2.31, 2.32"):
+    with pytest.raises(UserError, match=r"sdk = '2.23': .*one of: 2.29, 2.30, 2.31, 2.32, 2.33"):
         load_sdk("2.23")
 
 

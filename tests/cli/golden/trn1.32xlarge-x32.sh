@@ -33,7 +33,7 @@ export FI_PROVIDER=efa
 #   frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
 export FI_EFA_USE_DEVICE_RDMA=1
 
-# options of neuronx-cc 2.27.5334.0; -O1 as AWS trains JAX models
+# options of neuronx-cc 2.28.7631.0; -O1 as AWS trains JAX models
 #   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn1 --model-type=transformer -O1'
 

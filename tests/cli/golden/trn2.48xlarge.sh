@@ -19,7 +19,7 @@ export NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU=1
 #   about-neuron/arch/neuron-features/logical-neuroncore-config.rst)
 export NEURON_LOGICAL_NC_CONFIG=2
 
-# options of neuronx-cc 2.27.5334.0; -O1 as AWS trains JAX models
+# options of neuronx-cc 2.28.7631.0; -O1 as AWS trains JAX models
 #   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn2 --lnc=2 --model-type=transformer -O1'
 

@@ -55,7 +55,7 @@ export FI_EFA_USE_DEVICE_RDMA=1
 #   neuron-runtime/explore/runtime-performance-tips.rst)
 export NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY=40-47,88-95,136-143,184-191
 
-# options of neuronx-cc 2.27.5334.0; -O1 as AWS trains JAX models
+# options of neuronx-cc 2.28.7631.0; -O1 as AWS trains JAX models
 #   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn2 --lnc=2 --model-type=transformer -O1'
 
