@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw.backends import simulated
 from trainfw.checking import check
-from trainfw.models import ModelConfig, MoE, Transformer, dispatch_problem
+from trainfw.models import ModelConfig, MoE, Transformer, dispatch_problem, moe, routing_problem
 from trainfw.models.moe import assign_slots, capacity
+from trainfw.models.selection import iterative_top_k
 from trainfw.parallel import Layout, Rules, all_reduce, axis_size, make_mesh, use_rules
 
 D, F, E, K = 8, 12, 8, 3
@@ -277,6 +278,32 @@ def test_static_capacity_is_what_neuron_takes():
     made = functools.partial(jax.value_and_grad(objective, argnums=(2, 3), has_aux=True), graphdef, config)
     report = check(lambda *args: made(*args), params, tokens(2, 6), tokens(2, 6))
     assert [str(finding) for finding in report.findings if finding.severity != "note"] == []
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_routing_without_topk_is_the_same_routing_to_the_bit(dispatch, monkeypatch):
+    config = model_config(dispatch=dispatch)
+    _, params = split_layer(config)
+    graphdef, x_BSD = split_layer(config)[0], tokens(2, 5)
+    x_BSD = jnp.concatenate([x_BSD, jnp.zeros_like(x_BSD)], axis=1)  # whose experts are all equally likely
+
+    def outputs():
+        def function(params):
+            (_, outputs), grads = differentiated.__wrapped__(graphdef, config, params, x_BSD, x_BSD)
+            return outputs, grads
+
+        return jax.jit(function)(params)
+
+    native = outputs()
+    monkeypatch.setattr(moe, "choose_top_k", iterative_top_k)
+    jax.tree.map(np.testing.assert_array_equal, outputs(), native)
+
+
+def test_more_experts_than_rounds_are_for_backends_with_topk():
+    many = model_config(num_experts=80, experts_per_token=65)
+    assert "expected 64 at most" in (routing_problem(many, simulated("neuron")) or "")
+    assert routing_problem(many, simulated()) is None
+    assert routing_problem(model_config(), simulated("neuron")) is None
 
 
 def test_dropless_is_for_backends_with_grouped_products():

@@ -39,3 +39,4 @@ from .select import current as current
 from .select import host_device as host_device
 from .select import prepare as prepare
 from .select import simulated as simulated
+from .select import standing_for as standing_for

@@ -30,7 +30,9 @@ class Backend:
     grouped_matmul: bool = True
     """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
     Neuron names such an operator."""
-
+    top_k: Literal["native", "iterative"] = "native"
+    """How the largest of many are chosen: by `jax.lax.top_k`, or by maxima alone, where a chip refuses that or nothing
+    says that it takes it."""
     fp8_dtypes: tuple[str, str] = ("float8_e4m3fn", "float8_e5m2")
     """Of operands in products of 8 bits: in the forward pass, and of gradients."""
     casts_once: bool = False

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,11 +40,16 @@ NEURON = Backend(
     init_options=CPU.init_options,
     host_generate=True,
     grouped_matmul=False,
+    top_k="iterative",  # inf2: neuronx-cc 2.23 and 2.26 refuse topk (NCC_EVRF001, measured); others: see _NATIVE_TOP_K
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
 )
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
+
+_NATIVE_TOP_K = {"NC_v3", "NC_v3d"}
+"""Kinds of Neuron devices that take `topk`: Trainium2's, where the compiler recommends it in place of a sort (what it
+says with NCC_EVRF029). For Trainium3 nothing that was read says so, and Trainium1 has the cores of Inferentia2."""
 
 GPU_MEMORY = "0.93"
 """Share of a GPU's memory that jax takes: what is left of 80 GB is enough for CUDA's own."""
@@ -54,6 +61,18 @@ _PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
 """Platforms that these variables may name."""
 
 _as_backend: str | None = None
+_device_kind: ContextVar[str | None] = ContextVar("device_kind", default=None)
+"""Of the devices that simulated ones stand for."""
+
+
+@contextlib.contextmanager
+def standing_for(device_kind: str | None) -> Iterator[None]:
+    """Let simulated devices stand for ones of a kind (as JAX names it), by which `current` then knows the chip."""
+    token = _device_kind.set(device_kind)
+    try:
+        yield
+    finally:
+        _device_kind.reset(token)
 
 
 def simulated(as_backend: str | None = None) -> Backend:
@@ -185,10 +204,16 @@ def current() -> Backend:
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")
-        return simulated(_as_backend)
+        return _of_chip(simulated(_as_backend), _device_kind.get())
     if platform not in BACKENDS:
         raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")
-    return BACKENDS[platform]
+    return _of_chip(BACKENDS[platform], jax.devices()[0].device_kind)
+
+
+def _of_chip(backend: Backend, device_kind: str | None) -> Backend:
+    """What else the chip takes, of the backend's devices."""
+    known = backend.name == NEURON.name and device_kind in _NATIVE_TOP_K
+    return replace(backend, top_k="native") if known else backend
 
 
 def _on_its_own() -> bool:

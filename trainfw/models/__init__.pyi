@@ -20,6 +20,7 @@ from .moe import ExpertLinear as ExpertLinear
 from .moe import MoE as MoE
 from .moe import MoEStats as MoEStats
 from .moe import dispatch_problem as dispatch_problem
+from .moe import routing_problem as routing_problem
 from .products import over_rows as over_rows
 from .stack import restack as restack
 from .stack import unstack as unstack

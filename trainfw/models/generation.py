@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.models.decoding import (
     LayerCaches,
@@ -22,14 +23,21 @@ from trainfw.models.decoding import (
     decoding_weights,
 )
 from trainfw.models.inputs import AdapterInputs
+from trainfw.models.selection import MOST_ROUNDS, iterative_top_k, likeliest
 from trainfw.models.transformer import KVCache, Transformer
 
 _LONGEST = 2**20
-_SAMPLING = ("temperature", "top_k", "top_p")
+_SAMPLING = ("temperature", "top_k", "top_p", "chosen_by")
 
 
 def sample(
-    logits_V: jax.Array, key: jax.Array, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits_V: jax.Array,
+    key: jax.Array,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    *,
+    chosen_by: Literal["native", "iterative"] | None = None,
 ) -> jax.Array:
     """A token, i32[], drawn from softmax(logits / temperature).
 
@@ -38,13 +46,20 @@ def sample(
         top_k: draw from the k likeliest tokens only.
         top_p: of those, only from the fewest likeliest that hold this much of the probability. Holtzman et al.,
             arXiv:1904.09751.
+        chosen_by: how the likeliest are found; None: the backend's `top_k`. Where it is `iterative`, a top_k of
+            `MOST_ROUNDS` or less draws the same token, and any other is drawn among the same tokens by other random
+            numbers.
     """
     if temperature == 0:
         return jnp.argmax(logits_V)
     if top_k is None and top_p is None:
         return jax.random.categorical(key, logits_V / temperature)
+    chosen_by = chosen_by or backends.current().top_k
+    scaled_V, k = logits_V / temperature, min(top_k or logits_V.size, logits_V.size)
+    if chosen_by == "iterative" and k > MOST_ROUNDS:
+        return jax.random.categorical(key, jnp.where(likeliest(scaled_V, k, top_p), scaled_V, -jnp.inf))
     # Likeliest first, so that top-k is a prefix and top-p another.
-    sorted_V, tokens_V = jax.lax.top_k(logits_V / temperature, min(top_k or logits_V.size, logits_V.size))
+    sorted_V, tokens_V = (iterative_top_k if chosen_by == "iterative" else jax.lax.top_k)(scaled_V, k)
     if top_p is not None:
         weights_V = jax.nn.softmax(sorted_V)
         before_V = jnp.cumsum(weights_V) - weights_V
@@ -173,6 +188,7 @@ def _drawn(
     sampling: dict[str, Any],
 ) -> Iterator[list[int]]:
     """The tokens that follow the rows, one of each at a time. `room`: for tokens, beside the padded rows."""
+    sampling = sampling | {"chosen_by": backends.current().top_k}
     graphdef, params = nnx.split(model)
     by_layers = max_tokens > 1 and decodes_by_layer(model)
     key = jax.random.key(seed)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from trainfw.backends import Backend
 from trainfw.models.config import ModelConfig, MoEConfig
 from trainfw.models.layers import MLP, PRODUCT, Linear, adapted_product, gate_with, normal
+from trainfw.models.selection import choose_top_k, top_k_problem
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -74,6 +75,11 @@ def dispatch_problem(config: ModelConfig, backend: Backend) -> str | None:
     if config.moe is None or config.moe.dispatch == "capacity" or backend.grouped_matmul:
         return None
     return f"{backend} has no grouped matrix products, every expert would multiply every token; expected capacity"
+
+
+def routing_problem(config: ModelConfig, backend: Backend) -> str | None:
+    """Say why `model.moe.experts_per_token` does not do on this backend, or None."""
+    return None if config.moe is None else top_k_problem(config.moe.experts_per_token, backend)
 
 
 class ExpertLinear(nnx.Module):
@@ -149,7 +155,7 @@ class MoE(nnx.Module):
         logits_TE = jnp.matmul(x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
         logits_TE = checkpoint_name(logits_TE, PRODUCT)
         probabilities_TE = jax.nn.softmax(logits_TE, axis=-1)
-        _, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(probabilities_TE), self.config.experts_per_token)
+        _, experts_TK = choose_top_k(jax.lax.stop_gradient(probabilities_TE), self.config.experts_per_token)
         # A masked sum rather than what top_k returns, whose gradient would be a scatter.
         weights_TK = jnp.sum(jnp.where(self._chosen(experts_TK), probabilities_TE[:, None], 0.0), axis=-1)
         if self.config.normalize_weights:

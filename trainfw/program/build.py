@@ -17,7 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw import backends
 from trainfw.adapters import attach
-from trainfw.models import AdapterInputs, Frozen, Transformer, dispatch_problem, flops_per_token, restack, unstack
+from trainfw.models import (
+    AdapterInputs,
+    Frozen,
+    Transformer,
+    dispatch_problem,
+    flops_per_token,
+    restack,
+    routing_problem,
+    unstack,
+)
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.parallel import (
     Layout,
@@ -221,7 +230,7 @@ def build_program(
     backend = backends.current()
     if stands_in is None:
         stands_in = backend.simulated or (topology is not None and not topology.is_cpu)
-    kernels = backend.platform != "cpu" or not stands_in
+    kernels, device_kind = backend.platform != "cpu" or not stands_in, _device_kind(recipe)
 
     def make_model(key: jax.Array) -> Transformer:
         rngs = nnx.Rngs(key)
@@ -323,7 +332,7 @@ def build_program(
                 params = named(lambda n, p, w: Replica(p, w) if any(map(rules.gathered, n)) else p, params, wholes)
             return local_loss(params, frozen, part, z_loss, key)
 
-        with use_rules(rules), backends.own_kernels(kernels):
+        with use_rules(rules), backends.own_kernels(kernels), backends.standing_for(device_kind):
             if key is not None:
                 batch = batch | {"ids": _row_ids(batch["tokens"].shape[0])}
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
@@ -345,7 +354,7 @@ def build_program(
 
     def local_metrics(params: Any, frozen: Any, batch: Batch) -> Metrics:
         # In the same parts as in training, which is how much of the batch the devices have room for.
-        with use_rules(rules), backends.own_kernels(kernels):
+        with use_rules(rules), backends.own_kernels(kernels), backends.standing_for(device_kind):
             return metrics_of(_accumulate(lambda part: local_loss(params, frozen, part, 0.0)[1], batch, accumulation))
 
     specs, update_specs, grad_specs, frozen_specs = (
@@ -500,6 +509,12 @@ def _shardings(variables: Any, rules: Rules, of: Sharded) -> Any:
     return nnx.to_pure_dict(nnx.from_flat_state(flat))
 
 
+def _device_kind(recipe: Recipe) -> str | None:
+    """What the topology's devices are called; None of devices as they are found."""
+    topology = recipe.hardware.load()
+    return None if topology is None else topology.device_kinds[0]
+
+
 def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
     """The layout on this many devices, once everything that must fit has been seen to fit."""
     hardware, model, rows = recipe.hardware, recipe.model, recipe.train.global_batch_size
@@ -524,6 +539,9 @@ def _checked_layout(recipe: Recipe, num_devices: int) -> Layout:
         )
     if problem := dispatch_problem(model, backends.current()):
         raise recipe.error("model.moe.dispatch", problem)
+    with backends.standing_for(_device_kind(recipe)):
+        if problem := routing_problem(model, backends.current()):
+            raise recipe.error("model.moe.experts_per_token", problem)
     tensor = layout.tensor
     if model.num_heads % tensor:
         raise recipe.error(
