@@ -202,6 +202,10 @@ KEYS = {
     "run_dir": "name (a run is kept in runs/NAME, or where --run-dir says)",
     "run_name": "name",
     "wandb_run_name": "name",
+    # Backend
+    "donate_argnums": "backend.donate",
+    "donate_state": "backend.donate",
+    "buffer_donation": "backend.donate",
     # Parallelism: torchtitan, MaxText, Megatron, NxD
     "tp": "parallel.tensor",
     "tp_size": "parallel.tensor",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from trainfw import yaml_text
 from trainfw.adapters import AdapterConfig
-from trainfw.backends import load_sdk
+from trainfw.backends import BackendConfig, load_sdk
 from trainfw.checkpoint import CheckpointConfig, saved_recipe
 from trainfw.config import Config, invalid, name_problem
 from trainfw.data import DataConfig
@@ -61,6 +61,7 @@ class Recipe(Config):
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    backend: BackendConfig = Field(default_factory=BackendConfig)
 
     _sources: Sources = PrivateAttr(default_factory=dict)
 

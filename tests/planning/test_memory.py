@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import pytest
@@ -55,6 +56,33 @@ def check_sums(table):
     json = table.to_json()
     assert json.pop("total") == sum(json.values()) == table.total
     assert table.total == table.arguments + table.temporaries + table.categories["runtime"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [LAYOUTS["fsdp-tensor"], ("adapter={rank: 4, base: float32}", "parallel.fsdp=4", "parallel.data=2")]
+)
+def test_without_donation_the_state_is_held_twice(tmp_path, overrides):
+    overrides = (*SHAPE, "train.global_batch_size=16", *overrides)
+    tables = []
+    for donate in ("true", "false"):
+        program, partitioned = compiled_step(tmp_path, *overrides, f"backend.donate={donate}")
+        table = memory_table(program, partitioned)
+        check_sums(table)
+        assert table.total == needed(partitioned.compiled)
+        tables.append(table)
+    donated, kept = tables
+    state = sum(array.bytes_on(program.layout) for array in kept.state)
+    assert "state_out" not in donated.categories
+    assert "state written anew" not in str(donated)
+    # What the compiler writes: the state, the metrics and a table of pointers to them.
+    written = partitioned.compiled.memory_analysis().output_size_in_bytes
+    assert kept.categories["state_out"] == state <= written <= state + 4096
+    assert "state written anew" in str(kept)
+    assert kept.arguments == donated.arguments
+    longer = replace(program.layout, fsdp=2 * program.layout.fsdp)
+    lengthened = kept.lengthened(program.layout, longer)
+    check_sums(lengthened)
+    assert lengthened.categories["state_out"] == sum(array.bytes_on(longer) for array in kept.state)
 
 
 @pytest.mark.slow

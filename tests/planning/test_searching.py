@@ -241,6 +241,16 @@ def test_memory_by_formula_grows_with_what_is_saved(tmp_path):
     assert len(set(totals)) == 3
 
 
+def test_memory_by_formula_has_the_state_twice_without_donation(tmp_path):
+    topology, layout = load_topology("trn2.3xlarge"), Layout(fsdp=4)
+    donated, kept = (
+        closed_memory(tiny_recipe(tmp_path, *SMALL, f"backend.donate={donate}"), layout, topology)
+        for donate in ("true", "false")
+    )
+    assert kept.pop("state_out") == sum(state_bytes(tiny_recipe(tmp_path, *SMALL), layout).values()) > 0
+    assert kept == donated
+
+
 def test_a_pareto_set_is_one():
     points = [(3, 1), (1, 3), (2, 2), (2, 3), (3, 3), (1, 4), (2, 2)]
     assert pareto(points, lambda p: p) == [(1, 3), (2, 2), (3, 1)]

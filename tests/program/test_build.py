@@ -75,6 +75,23 @@ def test_the_state_is_donated(tmp_path):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.parametrize("layout", [(), ("parallel.fsdp=4", "train.accumulation_steps=2")])
+def test_without_donation_the_state_is_left_and_the_numbers_are_the_same(layout, tmp_path):
+    after = []
+    for donate in ("true", "false"):
+        program = build_program(tiny_recipe(tmp_path, f"backend.donate={donate}", *layout), jax.devices()[:4])
+        step, state = program.compile_train_step(), program.init()
+        batches = [program.shard_batch(batch) for batch in random_batches(program.recipe, 2)]
+        for batch in batches:
+            before = state
+            state, metrics = step(before, batch)
+            assert {leaf.is_deleted() for leaf in jax.tree.leaves(before)} == {donate == "true"}
+        if donate == "false":
+            assert program.compile_train_step().memory_analysis().alias_size_in_bytes == 0
+        after.append(jax.device_get((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *after)
+
+
 def test_the_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets(tmp_path):
     recipe = tiny_recipe(tmp_path)
     program = build_program(recipe, jax.devices()[:1])

@@ -4,10 +4,11 @@ import jax
 import pytest
 from flax import nnx
 
-from tests.helpers import tiny_recipe
+from tests.helpers import losses, tiny_recipe
 from trainfw import RunError, UserError, build_program, evaluate, load_model, load_recipe, train
 from trainfw.data import TrainIterator, byte_tokenizer, pipeline
 from trainfw.training import Reporter, RunDirectory
+from trainfw.training.session import Session
 
 
 class Notes(Reporter):
@@ -198,3 +199,22 @@ def test_mfu_is_model_flops_over_the_peak(tmp_path, monkeypatch):
     for row in RunDirectory(result.run_dir).metrics():
         assert row["mfu"] == pytest.approx(program.flops_per_step / row["step_time_seconds"] / 2e12)
     assert sum("MFU is model FLOPs" in note for note in reporter.notes) == 1
+
+
+@pytest.mark.slow
+def test_a_run_without_donation_has_the_same_losses_and_one_state_at_a_time(tmp_path, monkeypatch):
+    states = []
+    step = Session._step
+
+    def seen(self, train_step, state, batch):
+        states.append(state.params)
+        return step(self, train_step, state, batch)
+
+    monkeypatch.setattr(Session, "_step", seen)
+    found = []
+    for donate in ("true", "false"):
+        recipe = tiny_recipe(tmp_path, "train.steps=3", f"backend.donate={donate}")
+        train(recipe, devices=jax.devices()[:2], run_dir=tmp_path / donate)
+        found.append(losses(tmp_path / donate))
+        assert all(leaf.is_deleted() for params in states for leaf in jax.tree.leaves(params))
+    assert found[0] == found[1]

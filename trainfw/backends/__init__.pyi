@@ -4,6 +4,7 @@ from .base import AttentionRequest as AttentionRequest
 from .base import Backend as Backend
 from .base import DecodingRequest as DecodingRequest
 from .base import MatmulRequest as MatmulRequest
+from .config import BackendConfig as BackendConfig
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import announce_leaving as announce_leaving

@@ -266,6 +266,7 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
         gathered += 2 * narrow * sum(_used(w, layout) for w in weights(model) if w[0] in _MATRICES)
     return {
         **state,
+        **({} if recipe.backend.donate else {"state_out": sum(state.values())}),
         "gradients": round(_HELD_STATE * share + _HELD_WHOLE[shards] * state["parameters"]),
         "activations": round(_kept(recipe, layout) * layers + max(layer, logits)),
         "collective_buffers": round(gathered),

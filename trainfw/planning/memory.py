@@ -29,6 +29,7 @@ CATEGORIES = {
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer_state": "optimizer state",
+    "state_out": "state written anew",
     "activations": "activations",
     "logits_and_loss": "logits and loss",
     "collective_buffers": "collective buffers",
@@ -41,7 +42,8 @@ CATEGORIES = {
 `gradients` are those of parameters. `activations` are what the backward pass keeps or recomputes of the forward pass,
 its gradients, and masks. `collective_buffers` are whole weights, gathered or not yet scattered, and what else a
 collective takes or returns. `other` are copies, the optimizer's temporaries, what packing wastes, and state that is
-neither parameters nor the optimizer's.
+neither parameters nor the optimizer's. `state_out` is the state that a step writes, where `backend.donate` is false and
+it does not take the place of the one it reads: only then is the key there.
 """
 
 _GIB = 2**30
@@ -100,7 +102,7 @@ class MemoryTable:
     """Bytes on one core."""
 
     categories: Mapping[str, int]
-    """Every key of `CATEGORIES`, corrected."""
+    """The keys of `CATEGORIES`, corrected."""
     capacity: int | None
     """Of the core; None where the topology does not say, or none is known yet."""
     arguments: int
@@ -156,9 +158,13 @@ class MemoryTable:
         for array in self.state:
             sizes[array.category] += array.bytes_on(layout) - array.bytes_on(simulated)
         arguments = self.arguments + sum(sizes.values()) - sum(self.categories.values())
+        compiled = self.compiled_temporaries
+        if "state_out" in sizes:
+            sizes["state_out"] = sum(array.bytes_on(layout) for array in self.state)
+            compiled += sizes["state_out"] - self.categories["state_out"]
         times = layout.fsdp // simulated.fsdp
         if times == 1:
-            return replace(self, categories=sizes, arguments=arguments)
+            return replace(self, categories=sizes, arguments=arguments, compiled_temporaries=compiled)
         largest = []
         saved = 0
         for value in self.largest:
@@ -170,7 +176,7 @@ class MemoryTable:
             self,
             categories=sizes,
             arguments=arguments,
-            compiled_temporaries=self.compiled_temporaries - saved,
+            compiled_temporaries=compiled - saved,
             largest=tuple(sorted(largest, key=lambda value: -value.bytes)),
             note=f"Compiled for fsdp({simulated.fsdp}), {times} times shorter: state is exact, and shards of weights "
             f"among the temporaries count 1/{times} ({saved / _GIB:.2f} GiB less).",
@@ -207,8 +213,8 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     """The table of `program`'s training step, which `partitioned` is the compilation of; see `MemoryTable.on`."""
     import jax
 
-    sizes = dict.fromkeys(CATEGORIES, 0)
-    state = state_arrays(program)
+    state, donates = state_arrays(program), program.recipe.backend.donate
+    sizes = {name: 0 for name in CATEGORIES if name != "state_out" or not donates}
     for array in state:
         sizes[array.category] += array.bytes_on(program.layout)
     for leaf in jax.tree.leaves(program.abstract_batch):
@@ -227,6 +233,10 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
         sizes[value.category] += value.bytes
     packing = compiled - _occupied(assignment) if assignment is not None else compiled
     sizes["other"] += packing + outputs
+    if not donates:
+        sizes["state_out"] = sum(array.bytes_on(program.layout) for array in state)
+        sizes["other"] -= min(sizes["state_out"], outputs)
+        outputs = max(sizes["state_out"], outputs)
     return MemoryTable(
         categories=sizes,
         capacity=None,

@@ -83,7 +83,8 @@ class Program:
     load_frozen: Callable[..., Any]
     """The part of it that is in no checkpoint. Both take `progress`, and read no more than an array at a time."""
     train_step: Any
-    """Jitted (state, batch) -> (state, metrics); the state is donated. `compile_train_step` is what trains."""
+    """Jitted (state, batch) -> (state, metrics); the state is donated, unless the recipe says otherwise.
+    `compile_train_step` is what trains."""
     gradients: Any
     """Jitted (params, frozen, batch) -> (gradients, metrics): what `train_step` hands to the optimizer, of the mean
     loss."""
@@ -434,7 +435,7 @@ def build_program(
             train_step,
             in_shardings=(shardings, batch_sharding),
             out_shardings=(shardings, rules.replicated),
-            donate_argnums=0,
+            donate_argnums=(0,) if recipe.backend.donate else (),
         ),
         gradients=jax.jit(
             lambda params, frozen, batch: gradients(params, frozen, batch),

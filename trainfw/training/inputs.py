@@ -59,6 +59,7 @@ def check_memory(program: Program, total: int | None = None) -> None:
 
     recipe = program.recipe
     state, batch = held(program.abstract_state), held(program.abstract_batch)
+    state *= 1 if recipe.backend.donate else 2  # what a step reads, and what it writes
     passes = recipe.train.accumulation_steps
     if program.layout.pipeline > 1:
         passes *= recipe.parallel.pipeline_microbatches or recipe.train.global_batch_size

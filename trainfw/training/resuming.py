@@ -34,6 +34,7 @@ _KEYS: dict[Effect, str] = {
         parallel.tensor parallel.rules parallel.traffic
         hardware.topology hardware.count hardware.lnc hardware.parameters hardware.dollars_per_chip_hour hardware.sdk
         hardware.fsdp_overlap hardware.fused_attention
+        backend.donate
     """,
     "compared": """
         model.from

@@ -99,7 +99,8 @@ class Session:
         self.in_flight: deque[_InFlight] = deque()
         # One CPU device is done with a step when it returns (`backends.compute_inline`).
         inline = self.program.mesh.size == 1 and backends.current().platform == "cpu"
-        self.most_in_flight = 0 if inline else _IN_FLIGHT
+        # And without donation another step would take memory for a third state.
+        self.most_in_flight = 0 if inline or not self.recipe.backend.donate else _IN_FLIGHT
         self.last_completed = 0.0
         self.last_tidied = time.monotonic()
         self.times: list[float] = []
@@ -157,7 +158,7 @@ class Session:
                 self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
-                state, metrics = train_step(state, batch)
+                state, metrics = self._step(train_step, state, batch)
             step += 1
             self.in_flight.append(_InFlight(step, row, metrics))
             if len(self.in_flight) > self.most_in_flight:
@@ -180,6 +181,14 @@ class Session:
         self._save_last(steps, state)  # while a signal still cannot cut it short
         self._all_saved(stop)
         return state
+
+    def _step(self, train_step: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """The next state, in which `state` is used up, donated or not."""
+        after, metrics = train_step(state, batch)
+        if not self.recipe.backend.donate:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()  # others, up the stack, hold it too
+        return after, metrics
 
     def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
         """Save, unless that was done, and stop."""
