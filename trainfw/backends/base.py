@@ -30,6 +30,8 @@ class Backend:
     grouped_matmul: bool = True
     """jax.lax.ragged_dot is for the devices: native on GPUs; on CPUs, which are for tests, by masks. No document of
     Neuron names such an operator."""
+    checks_donation: bool = False
+    """The first step of a session is looked at, where its state was donated: runs disagree on whether that is right."""
     top_k: Literal["native", "iterative"] = "native"
     """How the largest of many are chosen: by `jax.lax.top_k`, or by maxima alone, where a chip refuses that or nothing
     says that it takes it."""

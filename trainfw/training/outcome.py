@@ -49,6 +49,11 @@ class Outcome:
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
 
+    def batch_loss(self, state: TrainState, batch: Any) -> float | None:
+        """The evaluation step's loss of a training batch; None where the run compiles no such step."""
+        eval_step = self._eval_step()
+        return None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
+
     def compare(self, validation: Validation) -> None:
         rows = (row for row in self.log.rows() if row.get("validation_bits_per_byte") is not None)
         first = next(rows, validation.row(0))

@@ -20,6 +20,7 @@ from trainfw.hardware import peak_flops
 from trainfw.program import Metrics, Program, TrainState
 from trainfw.training.evaluation import Validation
 from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
+from trainfw.training.first_step import FirstStep, check_first_step
 from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
@@ -101,6 +102,7 @@ class Session:
         inline = self.program.mesh.size == 1 and backends.current().platform == "cpu"
         # And without donation another step would take memory for a third state.
         self.most_in_flight = 0 if inline or not self.recipe.backend.donate else _IN_FLIGHT
+        self.to_check = self.recipe.backend.donate and backends.current().checks_donation
         self.last_completed = 0.0
         self.last_tidied = time.monotonic()
         self.times: list[float] = []
@@ -157,8 +159,11 @@ class Session:
             if stop.turn():
                 self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
+            first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
                 state, metrics = self._step(train_step, state, batch)
+            if first is not None:
+                check_first_step(first, state, metrics, f"first step/{step}")
             step += 1
             self.in_flight.append(_InFlight(step, row, metrics))
             if len(self.in_flight) > self.most_in_flight:
@@ -181,6 +186,13 @@ class Session:
         self._save_last(steps, state)  # while a signal still cannot cut it short
         self._all_saved(stop)
         return state
+
+    def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
+        self.to_check = False
+        drops = self.recipe.adapter is not None and self.recipe.adapter.dropout > 0  # in training alone
+        first = FirstStep(self.recipe, state, None if drops else self.outcome.batch_loss(state, batch))
+        self.last_completed = time.monotonic()  # this is no part of the step's time
+        return first
 
     def _step(self, train_step: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """The next state, in which `state` is used up, donated or not."""
