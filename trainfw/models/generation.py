@@ -50,21 +50,27 @@ def sample(
             `MOST_ROUNDS` or less draws the same token, and any other is drawn among the same tokens by other random
             numbers.
     """
-    if temperature == 0:
-        return jnp.argmax(logits_V)
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits_V / temperature)
     chosen_by = chosen_by or backends.current().top_k
+    draw = _draw_by_maximum if chosen_by == "iterative" else jax.random.categorical
+    if temperature == 0:
+        return iterative_top_k(logits_V, 1)[1][0] if chosen_by == "iterative" else jnp.argmax(logits_V)
+    if top_k is None and top_p is None:
+        return draw(key, logits_V / temperature)
     scaled_V, k = logits_V / temperature, min(top_k or logits_V.size, logits_V.size)
     if chosen_by == "iterative" and k > MOST_ROUNDS:
-        return jax.random.categorical(key, jnp.where(likeliest(scaled_V, k, top_p), scaled_V, -jnp.inf))
+        return draw(key, jnp.where(likeliest(scaled_V, k, top_p), scaled_V, -jnp.inf))
     # Likeliest first, so that top-k is a prefix and top-p another.
     sorted_V, tokens_V = (iterative_top_k if chosen_by == "iterative" else jax.lax.top_k)(scaled_V, k)
     if top_p is not None:
         weights_V = jax.nn.softmax(sorted_V)
         before_V = jnp.cumsum(weights_V) - weights_V
-        sorted_V = jnp.where((before_V < top_p).at[0].set(True), sorted_V, -jnp.inf)
-    return tokens_V[jax.random.categorical(key, sorted_V)]
+        sorted_V = jnp.where((before_V < top_p) | (jnp.arange(k) == 0), sorted_V, -jnp.inf)
+    return tokens_V[draw(key, sorted_V)]
+
+
+def _draw_by_maximum(key: jax.Array, logits_V: jax.Array) -> jax.Array:
+    """The index that `jax.random.categorical` draws, i32[], without argmax: a reduction of pairs."""
+    return iterative_top_k(jax.random.gumbel(key, logits_V.shape, logits_V.dtype) + logits_V, 1)[1][0]
 
 
 def generate(
