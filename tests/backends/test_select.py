@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from trainfw import UserError, backends
-from trainfw.backends import select
+from trainfw.backends import compiled, select
 from trainfw.hardware import HardwareConfig
 
 
@@ -76,8 +76,11 @@ def test_only_known_backends_are_simulated():
 
 
 def test_a_real_neuron_platform_is_taken_and_an_unknown_one_refused_by_name(monkeypatch):
+    dropped = []
+    monkeypatch.setattr(compiled, "keep_nothing", lambda: dropped.append("jax's cache"))
     monkeypatch.setattr(jax, "default_backend", lambda: "neuron")
     assert backends.current() is select.NEURON
+    assert dropped
     assert not backends.current().simulated
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(UserError, match="platform 'tpu': trainfw has no backend for it; it has cpu, gpu, neuron"):

@@ -34,6 +34,9 @@ FOREIGN = (
     "XLA",
     "TF_CPP",
     "XDG",
+    "OFI_",
+    "CCOM_",
+    "LD_",
 )
 
 ULTRASERVER = {"hardware": {"topology": "trn2-ultraserver"}, "parallel": {"fsdp": -1, "tensor": 4}}
@@ -80,6 +83,7 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/user")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-1021-aws")
     monkeypatch.setattr(place, "SYSFS", tmp_path / "neuron_device")
+    monkeypatch.setenv("TRAINFW_SYSROOT", str(tmp_path / "root"))
 
 
 def env(monkeypatch, capsys, *arguments: str) -> str:
@@ -100,7 +104,15 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
 
 def exports(text: str) -> dict[str, str]:
     lines = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("export ")]
-    return dict(line.split("=", 1) for line in lines)
+    return dict(re.sub(r"\$\{.*\}$", "", line).split("=", 1) for line in lines)
+
+
+def put(root: Path, *files: str) -> None:
+    """Executable files below a directory that stands for `/`."""
+    for file in files:
+        path = root / file.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o755)
 
 
 @pytest.mark.usefixtures("host")
@@ -119,7 +131,7 @@ def test_golden(monkeypatch, capsys, tmp_path, name):
     assert text == golden.read_text()
     for paragraph in text.split("\n\n")[1:]:
         *comments, last = paragraph.splitlines()
-        assert re.fullmatch(r"export \w+=.*|# \w+ is not known here", last)
+        assert re.fullmatch(r"export \w+=.*|unset \w+|# \w+ is not known here", last)
         assert re.fullmatch(r"# .+ \(.+\)", " ".join(line.replace("#   ", "") for line in comments))
         assert all(len(line) <= 80 or len(line.split()) == 2 for line in comments)  # a source's path stays whole
 
@@ -136,7 +148,7 @@ def test_json_says_the_same(monkeypatch, capsys, tmp_path):
     assert values["NEURON_RT_ROOT_COMM_ID"] == "trn001:41000"
     assert values["NEURON_PJRT_PROCESS_INDEX"] == "3"
     assert values["NEURON_RT_ULTRASERVER_SERVER_ID"] is None  # only that host knows
-    overlap = {v["name"] for v in found if v["experimental"]}
+    overlap = {v["name"] for v in found if v["experimental"] and v["name"].startswith("NEURON_")}
     assert overlap == {"NEURON_FSDP_REPEATED"}  # the layers are scanned
 
 
@@ -176,6 +188,58 @@ def test_warnings(monkeypatch, capsys, tmp_path):
     output = capsys.readouterr()
     assert "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS = 3: was removed in Neuron SDK 2.31" in output.err
     assert "INFLIGHT" not in output.out
+
+
+@pytest.mark.usefixtures("host")
+def test_jaxs_own_cache_is_off_and_a_directory_for_it_is_unset(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/shared/jax")
+    recipe = str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge"}))
+    monkeypatch.setattr(sys, "argv", ["trainfw", "env", recipe])
+    with pytest.raises(SystemExit):
+        main()
+    output = capsys.readouterr()
+    assert "\nunset JAX_COMPILATION_CACHE_DIR\n" in output.out
+    assert exports(output.out)["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert "warning: JAX_COMPILATION_CACHE_DIR = /shared/jax: is unset" in output.err
+
+
+@pytest.mark.usefixtures("host")
+def test_the_environments_compiler_comes_first_on_the_path(monkeypatch, capsys, tmp_path):
+    own = os.path.dirname(sys.executable)
+    recipe = str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge"}))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert "PATH" not in exports(env(monkeypatch, capsys, recipe))  # it is nowhere
+    put(tmp_path / "root", f"{own}/neuronx-cc", "/usr/bin/neuronx-cc")
+    text = env(monkeypatch, capsys, recipe)
+    assert f'export PATH={own}"${{PATH:+:$PATH}}"' in text
+    shell = subprocess.run(["/bin/sh"], input=f"{text}\necho $PATH", capture_output=True, text=True, check=True)
+    assert shell.stdout == f"{own}:/usr/bin\n"
+    monkeypatch.setenv("PATH", f"{own}:/usr/bin")
+    assert "PATH" not in exports(env(monkeypatch, capsys, recipe))
+
+
+@pytest.mark.usefixtures("host")
+def test_several_nodes_have_efas_lines_and_kubernetes_one_more(monkeypatch, capsys, tmp_path):
+    put(tmp_path / "root", "/usr/lib64/libtcmalloc.so.4")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libown.so")
+    recipe = str(write_recipe(tmp_path, **ULTRASERVER))
+    found = exports(env(monkeypatch, capsys, recipe))
+    assert found["OFI_NCCL_PROTOCOL"] == "RDMA"
+    assert found["OFI_NCCL_MR_CACHE_DISABLE"] == "1"
+    assert found["LD_LIBRARY_PATH"] == "/opt/amazon/efa/lib"
+    assert found["LD_PRELOAD"] == "/usr/lib64/libtcmalloc.so.4"
+    assert "CCOM_SOCKET_IFNAME" not in found
+    assert (
+        not {"OFI_NCCL_PROTOCOL", "LD_PRELOAD"}
+        & exports(env(monkeypatch, capsys, str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge"})))).keys()
+    )
+    for name, value in CASES["ultraserver-kubernetes"][1].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/amazon/efa/lib/:/own")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so.4")
+    found = exports(env(monkeypatch, capsys, str(write_recipe(tmp_path, **ULTRASERVER))))
+    assert found["CCOM_SOCKET_IFNAME"] == "eth0"
+    assert not {"LD_LIBRARY_PATH", "LD_PRELOAD"} & found.keys()
 
 
 @pytest.mark.parametrize(
@@ -257,14 +321,16 @@ before = dict(os.environ)
 layout = {axis: getattr(recipe.parallel, axis) for axis in AXES}
 backends.prepare(hardware=recipe.hardware, layout=layout, scan_layers=recipe.train.scan_layers)
 assert "jax" not in sys.modules
-print(json.dumps({k: v for k, v in os.environ.items() if before.get(k) != v}))
+print(json.dumps({k: os.environ.get(k) for k in before | dict(os.environ) if before.get(k) != os.environ.get(k)}))
 """
 
 
 def test_a_process_sets_exactly_what_is_printed(tmp_path):
     recipe = str(write_recipe(tmp_path, **ULTRASERVER, **UNROLLED))
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    environ |= CASES["ultraserver-slurm"][1] | {"NEURON_RT_EXEC_TIMEOUT": "1800"}
+    environ |= CASES["ultraserver-slurm"][1] | {"NEURON_RT_EXEC_TIMEOUT": "1800", "JAX_COMPILATION_CACHE_DIR": "/jax"}
+    environ |= {"TRAINFW_SYSROOT": str(tmp_path / "root"), "PATH": "/usr/bin", "LD_LIBRARY_PATH": "/own/lib"}
+    put(tmp_path / "root", f"{os.path.dirname(sys.executable)}/neuronx-cc")
     environ |= {"NEURON_GLOBAL_TOPOID": "2", "NEURON_GLOBAL_TOPOID0_HOST": "trn2u-003"}  # or they would meet first
 
     def run(*command: str) -> str:
@@ -274,7 +340,12 @@ def test_a_process_sets_exactly_what_is_printed(tmp_path):
 
     printed = json.loads(run("-m", "trainfw", "env", recipe, "--format", "json"))
     set_by_process = json.loads(run("-c", PREPARE, recipe))
-    expected = {v["name"]: v["value"] for v in printed if v["value"] is not None and not v["already_set"]}
+    known = [v for v in printed if not v["already_set"] and (v["removed"] or v["value"] is not None)]
+    expected = {v["name"]: v["value"] for v in known}
+    for name in (v["name"] for v in known if v["prepended"]):
+        expected[name] = f"{expected[name]}:{environ[name]}"
     assert set_by_process == expected
+    assert expected["JAX_COMPILATION_CACHE_DIR"] is None
+    assert {"PATH", "LD_LIBRARY_PATH"} <= expected.keys()
     assert [v["name"] for v in printed if v["already_set"]] == ["NEURON_RT_EXEC_TIMEOUT"]
     assert set_by_process["JAX_PLATFORMS"] == "neuron,cpu"

@@ -53,6 +53,25 @@ def keep_compiled() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)
 
 
+def keep_nothing() -> None:
+    """Turn jax's cache of compiled programs off, whatever asked for it: for Neuron, where it ends programs.
+
+    (jax 0.9.2 with libneuronxla 3.0.3854 dies with "No program shape found", measured by others on inf2.) A directory
+    that was asked for is named in a warning.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        directory = jax.config.values["jax_compilation_cache_dir"]
+        jax.config.update("jax_compilation_cache_dir", None)
+        warnings.warn(
+            f"jax_compilation_cache_dir = {directory}: is not used, for JAX's cache of compiled programs ends them on "
+            "Neuron; NEURON_COMPILE_CACHE_URL names the compiler's own",
+            stacklevel=2,
+        )
+    if jax.config.values["jax_enable_compilation_cache"]:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or it goes by the answer of the first time it asked
+
+
 class Executables(CacheInterface):
     """Entries by key, each a file with a checksum, written whole or not at all; any number of processes share them."""
 

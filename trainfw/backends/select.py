@@ -160,7 +160,7 @@ def _tell_jax() -> None:
     if "jax" in sys.modules:
         import jax
 
-        for name in ("jax_platforms", "jax_default_prng_impl", "jax_compilation_cache_dir"):
+        for name in ("jax_platforms", "jax_default_prng_impl"):
             jax.config.update(name, os.environ[name.upper()])
 
 
@@ -189,15 +189,20 @@ def _simulate(devices: int | None) -> None:
 def current() -> Backend:
     """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
 
-    Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`).
+    Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`),
+    except on Neuron, whose compiler has a cache of its own and must be found (`environment.find_compiler`).
     Raises UserError for a platform trainfw has no backend for.
     """
     import jax
 
-    from trainfw.backends.compiled import keep_compiled  # imports jax, for which `prepare` is too early
+    from trainfw.backends.compiled import keep_compiled, keep_nothing  # import jax, for which `prepare` is too early
 
-    keep_compiled()
     platform = jax.default_backend()
+    if platform == NEURON.name:
+        keep_nothing()
+        environment.find_compiler()
+    else:
+        keep_compiled()
     if platform == "cpu":
         from trainfw.backends.cpu.lowering import leave_saved  # likewise
 

@@ -82,8 +82,13 @@ def _wiring(topology: Topology, nodes: int | None, node_rank: int | None, head: 
 def _as_shell(variable: Variable) -> str:
     marked = "experimental: " if variable.experimental else ""
     comment = _comment(f"{marked}{variable.reason} ({variable.source})")
+    if variable.removed:
+        return f"{comment}\nunset {variable.name}"
     if variable.value is None:
         return f"{comment}\n# {variable.name} is not known here"
+    if variable.prepended:
+        name = variable.name
+        return f'{comment}\nexport {name}={shlex.quote(variable.value)}"${{{name}:+:${name}}}"'
     return f"{comment}\nexport {variable.name}={shlex.quote(variable.value)}"
 
 

@@ -23,10 +23,12 @@ export NEURON_LOGICAL_NC_CONFIG=2
 #   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn2 --lnc=2 --model-type=transformer -O1'
 
-# compile once for all runs (JAX 0.10, jax-ml/jax pull request 23741)
-export JAX_COMPILATION_CACHE_DIR=/home/user/.cache/trainfw/jax
+# the compiler's own cache below is the only one: JAX's ends programs (measured
+#   by others on inf2, jax 0.9.2 with libneuronxla 3.0.3854: 'No program shape
+#   found' at start)
+export JAX_ENABLE_COMPILATION_CACHE=false
 
-# the compiler's own cache; a shared path or s3:// serves all hosts
+# compile once for all runs; a shared path or s3:// serves all hosts
 #   (aws-neuron-sdk 2.32.0 frameworks/torch; AWS's scripts for JAX set it too)
 export NEURON_COMPILE_CACHE_URL=/home/user/.cache/trainfw/neuron
 

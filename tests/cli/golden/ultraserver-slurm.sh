@@ -50,19 +50,40 @@ export FI_PROVIDER=efa
 #   frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst)
 export FI_EFA_USE_DEVICE_RDMA=1
 
+# experimental: the EFA plugin's protocol (AWS's scripts for AXLearn,
+#   rahul003/axlearn 05907108; AWS does not document it)
+export OFI_NCCL_PROTOCOL=RDMA
+
+# experimental: the EFA plugin keeps no cache of memory registrations (AWS's
+#   scripts for AXLearn, rahul003/axlearn 05907108; AWS does not document it)
+export OFI_NCCL_MR_CACHE_DISABLE=1
+
 # CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge;
 #   keep other work off them (aws-neuron-sdk 2.32.0
 #   neuron-runtime/explore/runtime-performance-tips.rst)
 export NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY=40-47,88-95,136-143,184-191
 
+# experimental: where EFA's installer puts libfabric, which pods may not know
+#   of; counts where it is set before Python starts (AWS's scripts for AXLearn,
+#   rahul003/axlearn 05907108; AWS does not document it)
+export LD_LIBRARY_PATH=/opt/amazon/efa/lib"${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+
+# experimental: tcmalloc for the host's memory (libgoogle-perftools4 of Ubuntu,
+#   gperftools-libs of Amazon Linux); counts where it is set before Python
+#   starts (AWS's scripts for AXLearn, rahul003/axlearn 05907108; AWS does not
+#   document it; AWS's tutorial for AXLearn requires it)
+# LD_PRELOAD is not known here
+
 # options of neuronx-cc 2.28.7631.0; -O1 as AWS trains JAX models
 #   (aws-neuron-sdk 2.32.0 compiler/neuronx-cc/api-reference-guide/index.rst)
 export NEURON_CC_FLAGS='--target=trn2 --lnc=2 --model-type=transformer -O1'
 
-# compile once for all runs (JAX 0.10, jax-ml/jax pull request 23741)
-export JAX_COMPILATION_CACHE_DIR=/home/user/.cache/trainfw/jax
+# the compiler's own cache below is the only one: JAX's ends programs (measured
+#   by others on inf2, jax 0.9.2 with libneuronxla 3.0.3854: 'No program shape
+#   found' at start)
+export JAX_ENABLE_COMPILATION_CACHE=false
 
-# the compiler's own cache; a shared path or s3:// serves all hosts
+# compile once for all runs; a shared path or s3:// serves all hosts
 #   (aws-neuron-sdk 2.32.0 frameworks/torch; AWS's scripts for JAX set it too)
 export NEURON_COMPILE_CACHE_URL=/home/user/.cache/trainfw/neuron
 

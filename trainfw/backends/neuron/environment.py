@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from trainfw.backends.distributed import ROOT_PORT, Wiring
 from trainfw.backends.neuron.place import read_place
 from trainfw.backends.neuron.sdk import Sdk, load_sdk
+from trainfw.backends.neuron.sysroot import compiler_path, find_tcmalloc, sysroot
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig, Topology
 from trainfw.paths import cache_dir
@@ -29,6 +30,11 @@ _TIPS = f"{_SDK} neuron-runtime/explore/runtime-performance-tips.rst"
 _MULTI_NODE = f"{_SDK} frameworks/torch/torch-neuronx/setup-trn1-multi-node-execution.rst"
 _ULTRASERVER = f"{_SDK} src/k8/k8s-ultraserver-init-script.sh"
 _RELEASES = f"{_SDK} release-notes/components/runtime.rst"
+_AXLEARN = "AWS's scripts for AXLearn, rahul003/axlearn 05907108; AWS does not document it"
+_CACHE_FAILS = "measured by others on inf2, jax 0.9.2 with libneuronxla 3.0.3854: 'No program shape found' at start"
+_ON_THE_HOST = "measured by others on inf2: 65 to 2,700 times slower, in silence"
+
+_OFF = ("", "0", "false", "no", "off", "n", "f")
 
 _TARGETS = ("inf2", "trn1n", "trn1", "trn2")
 """What neuronx-cc documents for --target, longer names first."""
@@ -47,6 +53,12 @@ class Variable:
     """AWS calls it experimental, or does not document it."""
     already_set: bool = False
     """The user set it, to `value`: it stays."""
+    removed: bool = False
+    """The user set it, and it must not be: it is unset."""
+    prepended: bool = False
+    """`value` goes before what is set already, with a colon between."""
+    early: bool = False
+    """It is read when a program starts: it counts where it is set before Python, and for child processes."""
 
 
 def neuron_environment(
@@ -78,12 +90,14 @@ def neuron_environment(
         )
     _same_cores(environ, hardware, topology)
     wanted = [
-        *_platform(topology),
+        *_search_path(environ),
+        *_platform(topology, environ),
         *_processes(topology, wiring),
         *_ultraserver(topology, wiring, environ),
         *_network(topology, wiring),
+        *_host_libraries(topology, wiring, environ),
         *_compiler(topology, hardware, load_sdk(hardware.sdk)),
-        *_caches(),
+        *_caches(environ),
         *_execution(),
         *_overlap(topology, hardware, layout, scan_layers),
     ]
@@ -91,12 +105,26 @@ def neuron_environment(
 
 
 def apply(hardware: HardwareConfig, wiring: Wiring, *, layout: Mapping[str, int], scan_layers: bool) -> None:
-    """Set them, where the user has not."""
+    """Set them, where the user has not, and unset what must not be set."""
     for warning in environment_warnings(os.environ, load_sdk(hardware.sdk), hardware.load()):
         logging.getLogger("trainfw").warning(warning)
     for variable in neuron_environment(hardware, wiring, layout=layout, scan_layers=scan_layers):
-        if variable.value is not None:
-            os.environ[variable.name] = variable.value
+        if variable.removed:
+            del os.environ[variable.name]
+        elif variable.value is not None:
+            os.environ[variable.name] = new_value(variable, os.environ)
+
+
+def new_value(variable: Variable, environ: Mapping[str, str]) -> str:
+    """The value of a variable once it is set, what is to stay of the old one included."""
+    before = environ.get(variable.name, "") if variable.prepended and not variable.already_set else ""
+    return f"{variable.value}{os.pathsep}{before}" if before else str(variable.value)
+
+
+def find_compiler() -> None:
+    """Put this environment's neuronx-cc where child processes of this one find it, if it is not there already."""
+    for variable in _search_path(os.environ):
+        os.environ[variable.name] = new_value(variable, os.environ)
 
 
 def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topology | None) -> list[str]:
@@ -105,6 +133,17 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
     removed = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"
     if removed in environ and _release(sdk) >= (2, 31):
         warnings.append(f"{removed} = {environ[removed]}: was removed in Neuron SDK 2.31; unset it ({_RELEASES})")
+    if directory := environ.get("JAX_COMPILATION_CACHE_DIR"):
+        warnings.append(
+            f"JAX_COMPILATION_CACHE_DIR = {directory}: is unset, for JAX's cache ends programs on Neuron "
+            f"({_CACHE_FAILS}); NEURON_COMPILE_CACHE_URL names the compiler's own"
+        )
+    if _trivial_on_host(environ) and _cores(environ, topology) == 1:
+        name = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
+        warnings.append(
+            f"{name} = {environ[name]}: is unset, for on one core nothing has collectives, and the training step "
+            f"itself would run on the host ({_ON_THE_HOST})"
+        )
     platforms = environ.get("JAX_PLATFORMS", "neuron,cpu").split(",")
     if "cpu" not in platforms:
         warnings.append(f"JAX_PLATFORMS = {environ['JAX_PLATFORMS']}: parameters are initialised on the CPU; add cpu")
@@ -127,10 +166,7 @@ def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: 
                 f"{name}: says LNC {lnc}, but the recipe has {topology.name} at LNC {topology.lnc}; unset it, or set "
                 f"hardware.lnc ({_LNC})"
             )
-    counts = {"NEURON_RT_NUM_CORES": environ.get("NEURON_RT_NUM_CORES", "")}
-    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", environ.get("NEURON_RT_VISIBLE_CORES", "")):
-        counts["NEURON_RT_VISIBLE_CORES"] = str(int(found[2] or found[1]) - int(found[1]) + 1)
-    for name, cores in counts.items():
+    for name, cores in _core_counts(environ).items():
         if cores not in ("", "0", str(topology.cores_per_instance)):
             raise UserError(
                 f"{name} = {environ[name]}: leaves a process {cores} cores, but an instance of {topology.name} has "
@@ -138,8 +174,29 @@ def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: 
             )
 
 
+def _core_counts(environ: Mapping[str, str]) -> dict[str, str]:
+    """How many cores each variable of the runtime leaves a process, as written; "" or "0": all."""
+    counts = {"NEURON_RT_NUM_CORES": environ.get("NEURON_RT_NUM_CORES", "")}
+    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", environ.get("NEURON_RT_VISIBLE_CORES", "")):
+        counts["NEURON_RT_VISIBLE_CORES"] = str(int(found[2] or found[1]) - int(found[1]) + 1)
+    return counts
+
+
+def _cores(environ: Mapping[str, str], topology: Topology | None) -> int | None:
+    """The cores that programs run on; None where only the instance knows, of which the smallest has two."""
+    if topology is not None:
+        return topology.cores
+    counts = _core_counts(environ)  # NEURON_RT_VISIBLE_CORES wins over NEURON_RT_NUM_CORES
+    text = counts.get("NEURON_RT_VISIBLE_CORES") or counts["NEURON_RT_NUM_CORES"]
+    return int(text) if text.isdecimal() and int(text) else None
+
+
+def _trivial_on_host(environ: Mapping[str, str]) -> bool:
+    return environ.get("NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU", "").strip().lower() not in _OFF
+
+
 def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
-    if variable.name not in environ:
+    if variable.name not in environ or variable.removed or variable.prepended:
         return variable
     value = environ[variable.name]
     instead = "" if variable.value in (None, value) else f"; trainfw would set {variable.value}"
@@ -148,7 +205,19 @@ def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
     )
 
 
-def _platform(topology: Topology | None) -> Iterator[Variable]:
+def _search_path(environ: Mapping[str, str]) -> Iterator[Variable]:
+    _, directory = compiler_path(environ)
+    if directory is not None:
+        yield Variable(
+            "PATH",
+            directory,
+            "libneuronxla calls neuronx-cc by bare name, and srun, systemd and Kubernetes may leave this out",
+            "measured by others; libneuronxla's own log lines `Call compiler with cmd: neuronx-cc compile`",
+            prepended=True,
+        )
+
+
+def _platform(topology: Topology | None, environ: Mapping[str, str]) -> Iterator[Variable]:
     yield Variable(
         "JAX_PLATFORMS",
         "neuron,cpu",
@@ -161,10 +230,14 @@ def _platform(topology: Topology | None) -> Iterator[Variable]:
         "Threefry is not fully supported; the compiler takes RNG_DEFAULT only",
         _JAX_ISSUES,
     )
-    if topology is None or topology.cores > 1:
-        # On a single core the training step itself has no collectives, and would run on the CPU.
+    name = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
+    if _cores(environ, topology) == 1:
+        if _trivial_on_host(environ):
+            reason = "on one core the training step itself has no collectives, and would run on the host"
+            yield Variable(name, None, reason, _ON_THE_HOST, removed=True)
+    else:
         yield Variable(
-            "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU",
+            name,
             "1",
             "programs without collectives are compiled for the CPU, in seconds; the training step has collectives",
             _ENVVARS,
@@ -240,6 +313,23 @@ def _network(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
         return
     yield Variable("FI_PROVIDER", "efa", "libfabric's provider between instances", _MULTI_NODE)
     yield Variable("FI_EFA_USE_DEVICE_RDMA", "1", "RDMA to and from device memory", _MULTI_NODE)
+    yield Variable("OFI_NCCL_PROTOCOL", "RDMA", "the EFA plugin's protocol", _AXLEARN, experimental=True)
+    yield Variable(
+        "OFI_NCCL_MR_CACHE_DISABLE",
+        "1",
+        "the EFA plugin keeps no cache of memory registrations",
+        _AXLEARN,
+        experimental=True,
+    )
+    if wiring.launcher == "Kubernetes":
+        yield Variable(
+            "CCOM_SOCKET_IFNAME",
+            "eth0",
+            "the pod's interface by which collectives find each other, often required on EKS; another name where "
+            "pods have another",
+            _AXLEARN,
+            experimental=True,
+        )
     if _kernel() < (5, 15):
         yield Variable(
             "FI_EFA_FORK_SAFE", "1", f"kernels before 5.15 need it to fork; this is {platform.release()}", _MULTI_NODE
@@ -250,6 +340,29 @@ def _network(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
             "40-47,88-95,136-143,184-191",
             "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them",
             _TIPS,
+        )
+
+
+def _host_libraries(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
+    if topology is None or wiring.process_count == 1:
+        return
+    set_before = "; counts where it is set before Python starts"
+    directory = "/opt/amazon/efa/lib"
+    name = "LD_LIBRARY_PATH"
+    if directory not in (part.rstrip("/") for part in environ.get(name, "").split(os.pathsep)):
+        reason = f"where EFA's installer puts libfabric, which pods may not know of{set_before}"
+        yield Variable(name, directory, reason, _AXLEARN, experimental=True, prepended=True, early=True)
+    name = "LD_PRELOAD"
+    if "tcmalloc" not in environ.get(name, ""):
+        yield Variable(
+            name,
+            find_tcmalloc(sysroot(environ)),
+            f"tcmalloc for the host's memory (libgoogle-perftools4 of Ubuntu, gperftools-libs of Amazon Linux)"
+            f"{set_before}",
+            f"{_AXLEARN}; AWS's tutorial for AXLearn requires it",
+            experimental=True,
+            prepended=True,
+            early=True,
         )
 
 
@@ -269,18 +382,21 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
     )
 
 
-def _caches() -> Iterator[Variable]:
-    cache = cache_dir()
+def _caches(environ: Mapping[str, str]) -> Iterator[Variable]:
+    if "JAX_COMPILATION_CACHE_DIR" in environ:
+        reason = "JAX's cache of compiled programs ends them on Neuron"
+        yield Variable("JAX_COMPILATION_CACHE_DIR", None, reason, _CACHE_FAILS, removed=True)
     yield Variable(
-        "JAX_COMPILATION_CACHE_DIR",
-        str(cache / "jax"),
-        "compile once for all runs",
-        "JAX 0.10, jax-ml/jax pull request 23741",
+        "JAX_ENABLE_COMPILATION_CACHE",
+        "false",
+        "the compiler's own cache below is the only one: JAX's ends programs",
+        _CACHE_FAILS,
     )
+    cache = cache_dir()
     yield Variable(
         "NEURON_COMPILE_CACHE_URL",
         str(cache / "neuron"),
-        "the compiler's own cache; a shared path or s3:// serves all hosts",
+        "compile once for all runs; a shared path or s3:// serves all hosts",
         f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too",
     )
 
