@@ -24,6 +24,8 @@ from .memory import release_freed_memory as release_freed_memory
 from .neuron.environment import Variable as Variable
 from .neuron.environment import environment_warnings as environment_warnings
 from .neuron.environment import neuron_environment as neuron_environment
+from .neuron.host import Host as Host
+from .neuron.host import read_host as read_host
 from .neuron.monitor import NeuronMonitor as NeuronMonitor
 from .neuron.place import Place as Place
 from .neuron.place import read_place as read_place
@@ -35,6 +37,10 @@ from .neuron.sdk import installed_sdk as installed_sdk
 from .neuron.sdk import load_sdk as load_sdk
 from .neuron.sdk import sdk_problems as sdk_problems
 from .neuron.sdk import sdk_versions as sdk_versions
+from .neuron.verdict import HostFinding as HostFinding
+from .neuron.verdict import host_findings as host_findings
+from .neuron.verdict import ranges as ranges
+from .neuron.verdict import sdk_of as sdk_of
 from .select import MAX_SIMULATED as MAX_SIMULATED
 from .select import current as current
 from .select import host_device as host_device

@@ -6,64 +6,123 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
 
 from trainfw.cli.options import Devices
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError, pip_install
+
+if TYPE_CHECKING:
+    from trainfw.backends import Host, HostFinding
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
 _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
 
 
 def doctor(devices: Devices = None) -> None:
-    """Show versions, devices and memory, and what is missing."""
+    """Show versions, devices and memory, and what is missing. On a Neuron host, exit with 1 where a run would fail."""
     from trainfw import backends
-    from trainfw.paths import cache_dir
 
+    host = backends.read_host()
+    findings = backends.host_findings(host) if host.neuron else []
+    start = not any(finding.fails for finding in findings) and str(host.root) == "/"
+    if host.neuron and not start:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the cores are another's, or it would fail
     no_jax = None
     try:
         backends.prepare(devices)
     except UserError as error:
         no_jax = error
 
-    import jax
+    _versions()
+    if no_jax is not None:
+        _line("backend", f"none: {no_jax}")
+    elif not host.neuron or not start:
+        _devices(_line)
+        if host.neuron:
+            _line("", "Neuron's devices were left alone")
+    else:
+        findings += _started()
+    _machine(no_jax is not None)
+    _neuron(host)
+    for finding in findings:
+        say(str(finding))
+    if no_jax is not None:
+        raise no_jax
+    if any(finding.fails for finding in findings):
+        raise typer.Exit(1)
 
-    def line(label: str, text: object) -> None:
-        say(f"{label:17}  {text}")
 
-    line("trainfw", importlib.metadata.version("trainfw"))
-    line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+def _line(label: str, text: object) -> None:
+    say(f"{label:17}  {text}")
+
+
+def _versions() -> None:
+    _line("trainfw", importlib.metadata.version("trainfw"))
+    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in _PACKAGES:
-        line(package, importlib.metadata.version(package))
+        _line(package, importlib.metadata.version(package))
     for package, extra in _OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
         get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
-        line(package, importlib.metadata.version(package) if found else get)
-    if no_jax is None:
-        _devices(line)
-    else:
-        line("backend", f"none: {no_jax}")
+        _line(package, importlib.metadata.version(package) if found else get)
+
+
+def _machine(no_jax: bool) -> None:
+    from trainfw import backends
+    from trainfw.paths import cache_dir
+
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
+    _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
     cache = cache_dir()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
-    line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
+    _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
     if shutil.which("nvidia-smi") and (no_jax or backends.current().name == "cpu"):
-        line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
-    plugin = backends.detect_plugin()
-    line("neuron plugin", plugin)
-    release = backends.installed_sdk(plugin.versions)
+        _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
+
+
+def _neuron(host: Host) -> None:
+    """Print what is here of Neuron; what is wrong with it on a host of its own is for findings to say."""
+    from trainfw import backends
+
+    if host.neuron:
+        _line("neuron devices", f"{len(host.devices)}: {backends.ranges(host.devices)}" if host.devices else "none")
+        _line("neuron driver", host.driver or "not loaded")
+        packages = host.packages or {}
+        _line("neuron packages", ", ".join(f"{n} {v}" for n, v in sorted(packages.items())) or "none known")
+        own = host.compiler_directory and os.path.join(host.compiler_directory, "neuronx-cc")
+        _line("neuronx-cc", own or host.compiler or "not found")
+        held = "; ".join(f"process {h.pid}: {backends.ranges(h.devices)}" for h in host.holders)
+        hidden = f"; the open files of {host.unseen} processes are for root to see" if host.unseen else ""
+        _line("held cores", (held or "none seen") + hidden)
+    plugin = host.plugin
+    _line("neuron plugin", plugin)
+    release = backends.sdk_of(host) if host.neuron else backends.installed_sdk(plugin.versions)
     sdk = release or backends.load_sdk()
     known = f"{sdk.version} of {sdk.released}"
     if release is None:
         here = "these packages are of no one release" if plugin.state == "installed" else "not here"
         known = f"{here}; the newest known is {known}"
-    line("neuron SDK", known)
-    for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
-        line("", f"{problem}; there `{pip_install('neuron')}`" if problem.startswith("jax") else problem)
-    line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")
-    if no_jax is not None:
-        raise no_jax
+    _line("neuron SDK", known)
+    if not host.neuron:
+        import jax
+
+        for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
+            _line("", f"{problem}; there `{pip_install('neuron')}`" if problem.startswith("jax") else problem)
+    _line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")
+
+
+def _started() -> list[HostFinding]:
+    """Start Neuron's devices and show them; what keeps them from starting, if something does."""
+    from trainfw import backends
+
+    try:
+        _devices(_line)
+    except Exception as error:  # of several kinds
+        return [backends.HostFinding(f"jax does not start on Neuron: {error}", "the runtime's log above may say more")]
+    return []
 
 
 def _devices(line: Callable[[str, object], None]) -> None:

@@ -14,7 +14,7 @@ from trainfw.errors import UserError
 INSTALL = 'pip install "jax-neuronx[stable]" --extra-index-url=https://pip.repos.neuron.amazonaws.com'
 """aws-neuron-sdk 2.32.0 frameworks/jax/setup/jax-setup.rst"""
 
-DISTRIBUTIONS = ("jax-neuronx", "libneuronxla", "neuronx-cc")
+DISTRIBUTIONS = ("jax-neuronx", "libneuronxla", "neuronx-cc", "nki", "nki-lib")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
             placeholders.append(f"{name} {found.version}")
         else:
             versions[name] = found.version
-    # The plugin is libneuronxla; the other two compile for it.
+    # The plugin is libneuronxla; the others compile for it.
     state = "installed" if "libneuronxla" in versions else "placeholder" if placeholders else "missing"
     return Plugin(state, versions, tuple(placeholders))  # type: ignore[arg-type]
 

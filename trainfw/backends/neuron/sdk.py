@@ -18,6 +18,8 @@ class Sdk(Config):
     released: str
     packages: dict[str, str]
     """Distribution -> version."""
+    system: dict[str, str] = {}
+    """Package of the host (deb or rpm) -> version, as much of it as is known; those that are not known are left out."""
     jax: list[str]
     """The oldest and the newest JAX it supports."""
     python: list[str]
@@ -69,13 +71,17 @@ def sdk_problems(sdk: Sdk, jax: str, python: str) -> list[str]:
     return [
         f"{name} {found} is outside {first} to {last}, which Neuron SDK {sdk.version} supports"
         for name, found, (first, last) in (("jax", jax, sdk.jax), ("python", python, sdk.python))
-        if not (_parts(first) <= _parts(found) and _parts(found)[: len(_parts(last))] <= _parts(last))
+        if not (
+            version_parts(first) <= version_parts(found)
+            and version_parts(found)[: len(version_parts(last))] <= version_parts(last)
+        )
     ]
 
 
 def _begins(version: str, prefix: str) -> bool:
-    return _parts(version)[: len(_parts(prefix))] == _parts(prefix)
+    return version_parts(version)[: len(version_parts(prefix))] == version_parts(prefix)
 
 
-def _parts(version: str) -> list[int]:
+def version_parts(version: str) -> list[int]:
+    """The numbers of a version, up to a build's name."""
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]

@@ -1,0 +1,192 @@
+"""What will fail on a Neuron host, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trainfw.backends.neuron.environment import environment_warnings
+from trainfw.backends.neuron.host import DRIVER, RUNTIME, Host
+from trainfw.backends.neuron.plugin import INSTALL
+from trainfw.backends.neuron.sdk import Sdk, installed_sdk, load_sdk, sdk_problems, sdk_versions, version_parts
+
+COLLECTIVES, TOOLS = "aws-neuronx-collectives", "aws-neuronx-tools"
+COMPILING_BYTES = 14 * 10**9
+"""Host memory of cold compilations of 20 to 36 minutes, as others measured them."""
+
+
+@dataclass(frozen=True)
+class HostFinding:
+    """One thing about a host."""
+
+    what: str
+    do: str
+    fails: bool = True
+    """A run fails by it; else it is good to know."""
+
+    def __str__(self) -> str:
+        return f"{'will fail' if self.fails else 'note'}: {self.what}{': ' * bool(self.do)}{self.do}"
+
+
+def sdk_of(host: Host) -> Sdk | None:
+    """The release whose packages are installed; of a mixture the one of libneuronxla; None where none is known."""
+    versions = host.plugin.versions
+    return installed_sdk(versions) or installed_sdk({n: v for n, v in versions.items() if n == "libneuronxla"})
+
+
+def host_findings(host: Host) -> list[HostFinding]:
+    """All that is known against a run on this host, what fails first."""
+    sdk = sdk_of(host)
+    found = [
+        *_devices(host),
+        *_driver(host, sdk),
+        *_runtime(host, sdk),
+        *_plugin(host, sdk),
+        *_compiler(host),
+        *_held(host),
+        *_rest(host, sdk),
+    ]
+    return sorted(found, key=lambda finding: not finding.fails)
+
+
+def _devices(host: Host) -> Iterator[HostFinding]:
+    if host.devices:
+        return
+    if host.driver:
+        do = "take an instance that has them; a container is given them (aws.amazon.com/neuron in a pod's resources)"
+        yield HostFinding("the driver is loaded, and there is no /dev/neuron*", do)
+    elif DRIVER in (host.packages or {}):
+        do = "`sudo modprobe neuron`; where that fails, the module was not built for this kernel: see `dkms status`"
+        yield HostFinding(f"no /dev/neuron*: {DRIVER} is installed, and its kernel module is not loaded", do)
+    else:
+        yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
+
+
+def _driver(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+    if host.driver is None or not host.devices or not version_parts(host.driver):
+        return
+    installed = (host.packages or {}).get(DRIVER)
+    stale = installed is not None and _minor(installed) != _minor(host.driver)
+    reload = "; the module is loaded anew by a reboot, or by `sudo rmmod neuron && sudo modprobe neuron`"
+    expected = sdk.system.get(DRIVER) if sdk is not None else None
+    if sdk is not None and expected is not None and _minor(host.driver) < _minor(expected):
+        newer = stale and _minor(str(installed)) >= _minor(expected)
+        do = f"install {DRIVER} {expected}{reload}" if not newer else f"{DRIVER} {installed} is installed{reload}"
+        yield HostFinding(f"driver {host.driver} is older than that of Neuron SDK {sdk.version}, {expected}", do)
+    elif stale:
+        yield HostFinding(f"driver {host.driver} is loaded, and {DRIVER} {installed} installed", reload[2:], False)
+
+
+def _runtime(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+    """Libraries of the host: those of an older release fail, newer ones are only said."""
+    if host.packages is None:
+        if not host.runtime_file:
+            yield HostFinding("no libnrt.so in /opt/aws/neuron/lib", f"install {RUNTIME} and {COLLECTIVES}")
+        else:
+            do = "no database of dpkg or rpm; compare them with the SDK's release notes"
+            yield HostFinding("the versions of runtime and collectives cannot be read", do, False)
+        return
+    for name in (RUNTIME, COLLECTIVES, TOOLS):
+        needed = name != TOOLS
+        found, expected = host.packages.get(name), sdk.system.get(name) if sdk is not None else None
+        version = f" {expected}" if expected else ""
+        if found is None:
+            if name == RUNTIME and host.runtime_file:
+                yield HostFinding(f"{name} is no package, though libnrt.so is there", "its version is not known", False)
+                continue
+            why = "is not installed" if needed else "is not installed: no neuron-ls, neuron-top and neuron-monitor"
+            yield HostFinding(f"{name} {why}", f"install {name}{version}", needed)
+        elif sdk is not None and expected is not None and _differs(found, expected):
+            old = _minor(found) < _minor(expected)
+            is_what = "is older than" if old else "is newer than"
+            do = f"install {name}{version}" if old else "packages are tested as releases; other pairs are not known"
+            what = f"{name} {found} {is_what} that of Neuron SDK {sdk.version}, {expected}"
+            yield HostFinding(what, do, old and needed)
+
+
+def _plugin(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+    plugin = host.plugin
+    if plugin.placeholders:
+        names = ", ".join(plugin.placeholders)
+        yield HostFinding(f"{names} from PyPI: placeholders without code", f"`{INSTALL}`")
+    elif "libneuronxla" not in plugin.versions:
+        yield HostFinding("jax's Neuron plugin, libneuronxla, is not installed", f"`{INSTALL}`")
+    if mixture := _mixture(plugin.versions):
+        yield HostFinding(f"packages of different releases: {mixture}", f"take all of one: `{INSTALL}`")
+    elif sdk is None and plugin.versions:
+        names = ", ".join(f"{name} {version}" for name, version in plugin.versions.items())
+        known = sdk_versions()
+        what = f"{names}: of no release that trainfw knows ({known[0]} to {known[-1]})"
+        yield HostFinding(what, "nothing of the host was compared with it", False)
+    if host.jax is None:
+        yield HostFinding("jax is not installed", f"`{INSTALL}`")
+    elif sdk is not None:
+        for problem in sdk_problems(sdk, host.jax, host.python):
+            low, high = sdk.jax if problem.startswith("jax") else sdk.python
+            do = f"`pip install jax=={high} jaxlib=={high}`" if problem.startswith("jax") else f"take {low} to {high}"
+            yield HostFinding(problem, do)
+
+
+def _mixture(versions: dict[str, str]) -> str | None:
+    """Packages by their releases where no release has them all; None where one may have."""
+    profiles = [load_sdk(version) for version in sdk_versions()]
+    of = {
+        name: [sdk.version for sdk in profiles if _of_release(name, version, sdk)] for name, version in versions.items()
+    }
+    known = {name: releases for name, releases in of.items() if releases}
+    if not known or set.intersection(*(set(releases) for releases in known.values())):
+        return None
+    return ", ".join(f"{name} {versions[name]} of {' and '.join(releases)}" for name, releases in known.items())
+
+
+def _of_release(name: str, version: str, sdk: Sdk) -> bool:
+    return name in sdk.packages and not _differs(version, sdk.packages[name], exact=True)
+
+
+def _compiler(host: Host) -> Iterator[HostFinding]:
+    if host.compiler is None and host.compiler_directory is None:
+        do = "it comes with the plugin, into the bin directory of its environment, which must be on PATH"
+        yield HostFinding("neuronx-cc is not found, as libneuronxla calls it", do)
+    elif host.compiler_directory is not None:
+        other = "is not on PATH" if host.compiler is None else f"comes after {host.compiler} on PATH"
+        do = f"trainfw puts {host.compiler_directory} first for its own processes; others need it on PATH"
+        yield HostFinding(f"this environment's neuronx-cc {other}", do, False)
+
+
+def _held(host: Host) -> Iterator[HostFinding]:
+    for holder in host.holders:
+        do = "cores belong to one process, so wait for it, or end it; this is no fault of the hardware"
+        what = f"process {holder.pid} holds {ranges(holder.devices)} ({holder.command[:60]})"
+        yield HostFinding(f"a run that starts now, for {what}", do)
+
+
+def _rest(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+    for warning in environment_warnings(host.environ, sdk or load_sdk(), None):
+        yield HostFinding(warning, "", False)
+    if "nki-lib" not in host.plugin.versions and host.plugin.state == "installed":
+        yield HostFinding("nki-lib is not installed", "attention takes XLA's form, whose scores are in memory", False)
+    if host.memory_bytes is not None and host.memory_bytes < COMPILING_BYTES:
+        what = f"{host.memory_bytes / 1e9:.0f} GB of host memory"
+        do = f"others measured {COMPILING_BYTES / 1e9:.0f} GB for compilations of 20 to 36 minutes"
+        yield HostFinding(what, do, False)
+
+
+def ranges(devices: Sequence[str]) -> str:
+    """`neuron0 to neuron3, neuron8` of devices in order."""
+    runs: list[list[int]] = []
+    for number in (int(device.removeprefix("neuron")) for device in devices):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"neuron{run[0]}" + (f" to neuron{run[-1]}" if len(run) > 1 else "") for run in runs)
+
+
+def _minor(version: str) -> list[int]:
+    """Major and minor, which tell releases apart: what follows is a build."""
+    return version_parts(version)[:2]
+
+
+def _differs(found: str, expected: str, exact: bool = False) -> bool:
+    count = len(version_parts(expected)) if exact else 2
+    return version_parts(found)[:count] != version_parts(expected)[:count]
