@@ -72,6 +72,8 @@ class AttentionRequest:
     """Devices over which the sequence is split."""
     lnc: int | None = None
     """Physical cores in a logical one. Left out, what the devices say."""
+    batch: int = 1
+    """Rows."""
 
 
 @dataclass(frozen=True)

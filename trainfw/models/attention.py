@@ -184,6 +184,7 @@ class Attention(nnx.Module):
             window=window,
             softcap=self.config.attention_softcap,
             cached=cached,
+            batch=q_BSHh.shape[0],
         )
         return backends.resolve("attention", request, backends.current()).call or attend
 
