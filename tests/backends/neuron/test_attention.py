@@ -6,6 +6,7 @@ The kernels themselves run on Neuron only.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from dataclasses import replace
@@ -30,22 +31,40 @@ REQUEST = AttentionRequest(
 
 
 class Launched:
-    """A kernel that takes a grid, `kernel[grid](...)`, and checks it."""
+    """A kernel that is launched as `kernel[grid](...)`, and checks the grid."""
 
-    def __init__(self, function, grid=None):
-        self.function, self.grid = function, grid
+    def __init__(self, function, expected=2, grid=None):
+        self.func, self.expected, self.grid = function, expected, grid
 
     def __getitem__(self, grid):
-        return Launched(self.function, grid)
+        return Launched(self.func, self.expected, grid)
 
     def __call__(self, *arrays, **options):
-        return self.function(self.grid, *arrays, **options)
+        assert self.grid == self.expected
+        return self.func(*arrays, **options)
 
 
-def weights(q_BHhS, k_BHhT, scale):
-    """Unnormalised scores with the causal mask, in f32."""
+def without_bounds(function):
+    """The kernel of a library that has no arguments for segments."""
+    signature = inspect.signature(function)
+    kept = [p for p in signature.parameters.values() if not p.name.startswith("bound_")]
+
+    def older(*arrays, **options):
+        assert not {name for name in options if name.startswith("bound_")}
+        return function(*arrays, **options)
+
+    older.__signature__ = signature.replace(parameters=kept)
+    return older
+
+
+def weights(q_BHhS, k_BHhT, scale, bounds_BS=None):
+    """Unnormalised scores with the causal mask and within the bounds, in f32."""
     scores = jnp.einsum("bhds,bhdt->bhst", q_BHhS * scale, k_BHhT)
-    return jnp.where(jnp.tril(jnp.ones(scores.shape[2:], bool)), scores, -9984.0)
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    if bounds_BS is not None:
+        low, high = (bound[:, None, :, None] for bound in bounds_BS)
+        seen = seen & (low <= jnp.arange(scores.shape[3])) & (jnp.arange(scores.shape[3]) < high)
+    return jnp.where(seen, scores, -9984.0)
 
 
 def by_partition(x_BHS):
@@ -56,8 +75,7 @@ def from_partition(x_BHPn):
     return x_BHPn.swapaxes(2, 3).reshape(*x_BHPn.shape[:2], -1)
 
 
-def attention_cte(grid, q, k, v, scale, causal_mask, tp_q, tp_k, cache_softmax):
-    assert grid == 2
+def attention_cte(q, k, v, scale, causal_mask, tp_q, tp_k, cache_softmax, bound_min=None, bound_max=None):
     assert causal_mask
     assert tp_q
     assert tp_k
@@ -65,22 +83,33 @@ def attention_cte(grid, q, k, v, scale, causal_mask, tp_q, tp_k, cache_softmax):
     assert q.shape[1:] == k.shape[1:] == v.shape[1:] == (S, h)
     assert (k.shape[0], v.shape[0]) == (q.shape[0] * K // H,) * 2
     k, v = jnp.repeat(k, H // K, axis=0), jnp.repeat(v, H // K, axis=0)
-    scores = weights(q.swapaxes(1, 2)[None], k.swapaxes(1, 2)[None], scale)[0]
+    bounds = None
+    if bound_min is not None:  # the same for all rows of a call
+        assert bound_min.shape == bound_max.shape == (S, 1)
+        assert q.shape[0] == H
+        bounds = bound_min.T, bound_max.T
+    scores = weights(q.swapaxes(1, 2)[None], k.swapaxes(1, 2)[None], scale, bounds)[0]
     top = scores.max(-1)
     total = jnp.exp(scores - top[..., None]).sum(-1)
     out = jnp.exp(scores - top[..., None]) @ v / total[..., None]
     return out, by_partition(-top[None])[0], by_partition(1 / total[None])[0]
 
 
-def attention_bwd(grid, q, k, v, o, dy, lse, *, use_causal_mask, mixed_precision, softmax_scale):
-    assert grid == 2
+def attention_bwd(
+    q, k, v, o, dy, lse, *, use_causal_mask, mixed_precision, softmax_scale, bound_min=None, bound_max=None
+):
     assert use_causal_mask
     assert mixed_precision
     assert q.shape == o.shape == dy.shape == (B, H, h, S)
     assert k.shape == v.shape == (B, K, h, S)
     assert lse.shape == (B, H, 128, S // 128)
     k, v = (jnp.repeat(x, H // K, axis=1) for x in (k, v))
-    p = jnp.exp(weights(q, k, softmax_scale) - from_partition(lse)[..., None])
+    bounds = None
+    if bound_min is not None:
+        assert bound_min.shape == bound_max.shape == (B, S)
+        assert bound_min.dtype == bound_max.dtype == jnp.float32
+        bounds = bound_min, bound_max
+    p = jnp.exp(weights(q, k, softmax_scale, bounds) - from_partition(lse)[..., None])
     dp = jnp.einsum("bhds,bhdt->bhst", dy, v)
     ds = p * (dp - jnp.sum(dy * o, 2)[..., None])
     dq = jnp.einsum("bhst,bhdt->bhds", ds, k) * softmax_scale
@@ -98,10 +127,18 @@ def module(monkeypatch, name: str, **contents):
         setattr(sys.modules[name], key, value)
 
 
+def install(monkeypatch, *, bounds: bool = True, nki: tuple[int, ...] = (0, 6, 0)) -> None:
+    """A stand-in of nki-library, with arguments for segments or without, for a version of NKI."""
+    for function in (attention_cte, attention_bwd):
+        kernel = Launched(function if bounds else without_bounds(function), 2 if nki < (0, 7) else None)
+        module(monkeypatch, f"nkilib.core.attention.{function.__name__}", **{function.__name__: kernel})
+    monkeypatch.setattr(attention, "_nki_version", lambda: nki)
+
+
 @pytest.fixture
 def nkilib(monkeypatch):
-    module(monkeypatch, "nkilib.core.attention.attention_cte", attention_cte=Launched(attention_cte))
-    module(monkeypatch, "nkilib.core.attention.attention_bwd", attention_bwd=Launched(attention_bwd))
+    install(monkeypatch)
+    monkeypatch.delenv("NEURON_LOGICAL_NC_CONFIG", raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +186,7 @@ def test_it_compiles_inside_jit_and_shard_map():
     ("changes", "name"),
     [
         ({}, "nkilib flash attention"),
-        ({"segments": True}, "XLA"),
+        ({"segments": True}, "nkilib flash attention"),
         ({"window": 1024}, "XLA"),
         ({"window": 8192}, "nkilib flash attention"),
         ({"softcap": 50.0}, "XLA"),
@@ -159,6 +196,12 @@ def test_it_compiles_inside_jit_and_shard_map():
         ({"query_length": 1}, "XLA"),
         ({"query_length": 1000, "key_length": 1000}, "XLA"),
         ({"ring": 4}, "XLA"),
+        ({"batch": 16}, "nkilib flash attention"),  # x 32 heads: 512
+        ({"batch": 17}, "XLA"),
+        ({"batch": 17, "segments": True}, "nkilib flash attention"),  # a call for each row
+        ({"num_heads": 520, "segments": True}, "XLA"),
+        ({"query_length": 131072, "key_length": 131072}, "nkilib flash attention"),
+        ({"query_length": 131584, "key_length": 131584}, "XLA"),
     ],
 )
 def test_the_best_kernel_that_can_do_what_is_asked(changes, name):
@@ -166,6 +209,78 @@ def test_the_best_kernel_that_can_do_what_is_asked(changes, name):
     assert kernel.name == name
     assert (kernel.call is None) == (name == "XLA")
     assert "nkilib ring attention: " in str(kernel)
+
+
+def packed(*lengths: int) -> np.ndarray:
+    """Segment ids of rows, whose documents have these lengths; the rest is padding."""
+    ids = np.zeros(S, np.int32)
+    ids[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return ids
+
+
+@pytest.mark.usefixtures("nkilib")
+def test_packed_documents_are_the_xla_form_with_its_mask():
+    kernel = attention.load_nkilib(AttentionRequest(S, S, H, K, h, "float32", lnc=2, segments=True, batch=B))
+    context = Context(turns={}, segment_ids_BS=jnp.array([packed(1, 100, 155), packed(130, 7, 3)]))
+    mask = attention_mask(context, S, S, None)
+    q, k, v, do = random_case(1)
+    out, pull = jax.jit(lambda *qkv: jax.vjp(lambda *qkv: kernel(*qkv, mask, scale=SCALE), *qkv))(q, k, v)
+    expected, expected_pull = jax.vjp(lambda *qkv: attend(*qkv, mask, scale=SCALE), q, k, v)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for grad, expected_grad, of in zip(pull(do), expected_pull(do), "qkv", strict=True):
+        np.testing.assert_allclose(grad, expected_grad, atol=2e-5, err_msg=of)
+
+
+def test_bounds_are_those_of_the_kernels_example():
+    """As attention_bwd documents them: sequences of 2, 3 and 2 in a row of 7."""
+    ids = jnp.array([[1, 1, 2, 2, 2, 3, 3]])
+    low, high = attention.key_bounds(attention_mask(Context(turns={}, segment_ids_BS=ids), 7, 7, None), 1)
+    assert low.tolist() == [[0, 0, 2, 2, 2, 5, 5]]
+    assert high.tolist() == [[2, 2, 5, 5, 5, 7, 7]]
+
+
+def test_padding_before_a_row_sees_itself():
+    context = Context(turns={}, first_B=jnp.array([2, 0]))
+    low, high = attention.key_bounds(attention_mask(context, 4, 4, None), 2)
+    assert low.tolist() == [[0, 1, 2, 2], [0, 0, 0, 0]]
+    assert high.tolist() == [[1, 2, 4, 4], [4, 4, 4, 4]]
+
+
+def test_a_library_without_bounds_takes_no_segments(monkeypatch):
+    install(monkeypatch, bounds=False)
+    kernel = resolve("attention", replace(REQUEST, segments=True, lnc=2), NEURON)
+    assert kernel.name == "XLA"
+    assert "no arguments for segments (bound_min, bound_max)" in str(kernel)
+    assert resolve("attention", replace(REQUEST, lnc=2), NEURON).name == "nkilib flash attention"
+    out = attention.load_nkilib(AttentionRequest(S, S, H, K, h, "float32", lnc=2))(
+        *random_case()[:3], MASK, scale=SCALE
+    )
+    assert out.shape == (B, S, H, h)
+
+
+@pytest.mark.parametrize(
+    ("nki", "told", "lnc", "refused"),
+    [
+        ((0, 6, 0), None, 2, None),
+        ((0, 6, 0), "1", 2, None),  # in brackets
+        ((0, 7, 0), "2", 2, None),
+        ((0, 7, 0), None, 1, None),
+        ((0, 7, 0), None, 2, "which is unset, which it takes for 1; the devices have LNC 2"),
+        ((0, 8, 1), "1", 2, "which is 1; the devices have LNC 2"),
+        ((0, 7, 0), "2", 1, "which is 2; the devices have LNC 1"),
+    ],
+)
+def test_lnc_is_in_brackets_or_in_the_environment(nki, told, lnc, refused, monkeypatch):
+    install(monkeypatch, nki=nki)
+    monkeypatch.delenv("NEURON_LOGICAL_NC_CONFIG", raising=False)
+    if told is not None:
+        monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", told)
+    kernel = resolve("attention", replace(REQUEST, lnc=lnc), NEURON)
+    assert (kernel.name == "XLA") == (refused is not None)
+    assert refused is None or refused in str(kernel)
+    if refused is None and lnc == 2:  # and the stand-in insists on how it is launched
+        launched = attention.load_nkilib(AttentionRequest(S, S, H, K, h, "float32", lnc=lnc))
+        assert launched(*random_case()[:3], MASK, scale=SCALE).shape == (B, S, H, h)
 
 
 def test_without_the_kernels_the_xla_form_and_the_reason(caplog):

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 from trainfw.backends.base import AttentionRequest
+from trainfw.backends.neuron.sdk import version_parts
 
 Attend = Callable[..., Any]
 
 _PARTITIONS = 128
+_MOST_ROWS_AND_HEADS, _LONGEST = 512, 131_072
+"""Of one call of `attention_cte`, which asserts both (`_MAX_BS`, `_MAX_SEQLEN`)."""
+_WITHOUT_BRACKETS = (0, 7)
+"""From this NKI on a kernel's LNC is the compiler's (NCC_EVRF066), and `kernel[lnc]` is deprecated (aws-neuron-sdk
+2.33 release notes)."""
+_BOUNDS = {"bound_min", "bound_max"}
+"""Arguments of both kernels for packed sequences: from nki-library d2ad3a57 (2026-04-13) on."""
 
 
 def ring_refuses(request: AttentionRequest) -> str | None:
@@ -32,17 +43,70 @@ def load_ring(request: AttentionRequest) -> Attend:
 def nkilib_refuses(request: AttentionRequest) -> str | None:
     """What nkilib's `attention_cte` and `attention_bwd` cannot do.
 
-    aws-neuron/nki-library 0759719d src/nkilib_src/nkilib/core/attention.
+    aws-neuron/nki-library 0759719d and d2ad3a57 src/nkilib_src/nkilib/core/attention.
     """
     if problem := _common_problem(request):
         return problem
-    if request.segments:
-        return "it has no argument for segments"
     if request.window is not None and request.window < request.key_length:
         return "forward and backward document windows that differ by one"
     if request.key_length % 512 or request.query_length % _PARTITIONS:
         return f"sequence length {request.key_length} is not a multiple of 512"
-    return None
+    if request.key_length > _LONGEST:
+        return f"sequence length {request.key_length:,} is more than {_LONGEST:,}"
+    # Rows with documents of their own are a call each.
+    rows = 1 if request.segments else request.batch
+    if rows * request.num_heads > _MOST_ROWS_AND_HEADS:
+        return f"{rows} rows x {request.num_heads} heads are more than {_MOST_ROWS_AND_HEADS}"
+    try:
+        kernels = _kernels()
+    except ImportError:
+        return None  # for `load_nkilib` to say
+    if request.segments and not all(_arguments(kernel) >= _BOUNDS for kernel in kernels):
+        return "this nki-library has no arguments for segments (bound_min, bound_max)"
+    return _lnc_problem(_lnc(request))
+
+
+def _kernels() -> tuple[Any, Any]:
+    """(forward, backward). Raises ImportError where nki-library is not installed."""
+    return (
+        importlib.import_module("nkilib.core.attention.attention_cte").attention_cte,
+        importlib.import_module("nkilib.core.attention.attention_bwd").attention_bwd,
+    )
+
+
+def _arguments(kernel: Any) -> set[str]:
+    """Names of a kernel's arguments: of the function that `@nki.jit` wraps, wherever it keeps it."""
+    names: set[str] = set()
+    for function in (kernel, *(getattr(kernel, name, None) for name in ("func", "fn", "function", "__wrapped__"))):
+        try:
+            names |= set(inspect.signature(function).parameters)
+        except (TypeError, ValueError):  # nothing there, or nothing to call
+            continue
+    return names
+
+
+def _nki_version() -> tuple[int, ...] | None:
+    """None where nki is not installed as a distribution."""
+    try:
+        return tuple(version_parts(importlib.metadata.version("nki")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _takes_lnc_from_environment() -> bool:
+    version = _nki_version()
+    return version is not None and version[:2] >= _WITHOUT_BRACKETS
+
+
+def _lnc_problem(lnc: int) -> str | None:
+    if not _takes_lnc_from_environment():
+        return None
+    name = "NEURON_LOGICAL_NC_CONFIG"
+    told = os.environ.get(name) or "1"
+    if told == str(lnc):
+        return None
+    said = f"is {told}" if os.environ.get(name) else "is unset, which it takes for 1"
+    return f"NKI from 0.7 on takes a kernel's LNC from {name}, which {said}; the devices have LNC {lnc}: set it to that"
 
 
 def _common_problem(request: AttentionRequest) -> str | None:
@@ -72,38 +136,55 @@ def _lnc(request: AttentionRequest) -> int:
 def load_nkilib(request: AttentionRequest) -> Attend:
     """nkilib's flash attention: `attention_cte` forward, `attention_bwd` backward, kv heads as they are.
 
-    How kernels of `@nki.jit` are launched: aws-neuron-sdk 2.32.0 release-notes (`kernel[2]` for LNC 2).
+    Launched as `kernel[lnc]` before NKI 0.7 and by its name from then on (`_lnc_problem`). Documents packed into rows
+    are bounds of what each query sees; `attention_cte` has them for all rows of a call, hence one call a row.
     """
-    attention_cte = importlib.import_module("nkilib.core.attention.attention_cte").attention_cte
-    attention_bwd = importlib.import_module("nkilib.core.attention.attention_bwd").attention_bwd
-    if (lnc := _lnc(request)) > 1:
+    attention_cte, attention_bwd = _kernels()
+    lnc = _lnc(request)
+    if lnc > 1 and not _takes_lnc_from_environment():
         attention_cte, attention_bwd = attention_cte[lnc], attention_bwd[lnc]
 
     import jax
     import jax.numpy as jnp
 
-    def forward(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float) -> tuple[Any, Any]:
+    def forward_rows(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float, **bounds: Any) -> tuple[Any, Any]:
+        """(o_BSHh, the logarithms of the softmax's sums as `attention_bwd` reads them)"""
         B, S, H, h = q_BSHh.shape
         K = k_BTKh.shape[2]
         q_NSh = q_BSHh.transpose(0, 2, 1, 3).reshape(B * H, S, h)
         k_NTh, v_NTh = (x.transpose(0, 2, 1, 3).reshape(B * K, -1, h) for x in (k_BTKh, v_BTKh))
         o_NSh, negative_max, reciprocal = attention_cte(
-            q_NSh, k_NTh, v_NTh, scale=scale, causal_mask=True, tp_q=True, tp_k=True, cache_softmax=True
+            q_NSh, k_NTh, v_NTh, scale=scale, causal_mask=True, tp_q=True, tp_k=True, cache_softmax=True, **bounds
         )
         # (B * H, 128, S / 128) each: query s is at [s % 128, s // 128], as attention_bwd reads them.
         lse = -(negative_max + jnp.log(reciprocal)).reshape(B, H, _PARTITIONS, S // _PARTITIONS)
-        o_BSHh = o_NSh.reshape(B, H, S, h).transpose(0, 2, 1, 3)
-        return o_BSHh, (q_BSHh, k_BTKh, v_BTKh, o_BSHh, lse)
+        return o_NSh.reshape(B, H, S, h).transpose(0, 2, 1, 3), lse
+
+    def forward(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, bounds_BS: Any, scale: float) -> tuple[Any, Any]:
+        arrays = (q_BSHh, k_BTKh, v_BTKh)
+        if bounds_BS is None:
+            o_BSHh, lse = forward_rows(*arrays, scale)
+        else:
+            rows = []
+            for row in range(q_BSHh.shape[0]):
+                low_S1, high_S1 = (bound_BS[row, :, None] for bound_BS in bounds_BS)
+                q, k, v = (x[row : row + 1] for x in arrays)
+                rows.append(forward_rows(q, k, v, scale, bound_min=low_S1, bound_max=high_S1))
+            o_BSHh, lse = (jnp.concatenate(parts) for parts in zip(*rows, strict=True))
+        return o_BSHh, (*arrays, o_BSHh, lse, bounds_BS)
 
     def backward(scale: float, saved: Any, do_BSHh: Any) -> tuple[Any, ...]:
-        *arrays, lse = saved
+        *arrays, lse, bounds_BS = saved
         q, k, v, o, do = (x.transpose(0, 2, 3, 1) for x in (*arrays, do_BSHh))
-        grads = attention_bwd(q, k, v, o, do, lse, use_causal_mask=True, mixed_precision=True, softmax_scale=scale)
-        return tuple(grad.transpose(0, 3, 1, 2) for grad in grads)
+        packed = {} if bounds_BS is None else {"bound_min": bounds_BS[0], "bound_max": bounds_BS[1]}
+        grads = attention_bwd(
+            q, k, v, o, do, lse, use_causal_mask=True, mixed_precision=True, softmax_scale=scale, **packed
+        )
+        return *(grad.transpose(0, 3, 1, 2) for grad in grads), None if bounds_BS is None else (None, None)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-    def flash(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float) -> Any:
-        return forward(q_BSHh, k_BTKh, v_BTKh, scale)[0]
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def flash(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, bounds_BS: Any, scale: float) -> Any:
+        return forward(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)[0]
 
     flash.defvjp(forward, backward)
 
@@ -111,6 +192,22 @@ def load_nkilib(request: AttentionRequest) -> Attend:
         q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, mask_BST: Any, *, scale: float, softcap: float | None = None
     ) -> Any:
         assert softcap is None
-        return flash(q_BSHh, k_BTKh, v_BTKh, scale)
+        bounds_BS = key_bounds(mask_BST, q_BSHh.shape[0]) if request.segments else None
+        return flash(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)
 
     return attend
+
+
+def key_bounds(mask_BST: Any, rows: int) -> tuple[Any, Any]:
+    """The first key of each query's document, and the one after its last, f32[rows, S] each.
+
+    Documents are runs of neighbours, as batches have them: of a causal mask over them, a row's sum is how far a query
+    stands in its document, and a column's how much of the document follows. A query that sees nothing, which is
+    padding, sees itself.
+    """
+    import jax.numpy as jnp
+
+    indices_S = jnp.arange(mask_BST.shape[1])
+    seen_BS, seeing_BS = (jnp.maximum(jnp.sum(mask_BST, axis=axis, dtype=jnp.int32), 1) for axis in (2, 1))
+    bounds_BS = indices_S + 1 - seen_BS, indices_S + seeing_BS
+    return tuple(jnp.broadcast_to(bound.astype(jnp.float32), (rows, indices_S.size)) for bound in bounds_BS)  # type: ignore[return-value]
