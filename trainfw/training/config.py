@@ -104,7 +104,7 @@ class WatchdogConfig(Config):
     start_seconds: float = Field(default=3600, ge=0)
     """Reading data, weights and checkpoints; each piece read is progress."""
     compile_seconds: float = Field(default=10800, ge=0)
-    """Compiling the training step: hours, for a large model on Neuron."""
+    """Compiling the training step: hours, for a large model on Neuron (others measured 20 to 36 minutes)."""
     step_seconds: float = Field(default=1800, ge=0)
     """A step, a batch of validation, or an example of an evaluation."""
     save_seconds: float = Field(default=3600, ge=0)

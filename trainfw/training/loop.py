@@ -112,6 +112,8 @@ def _train(
             facts |= {"start": {"step to go on from": resumed_step}}
             state = first_state(resumed_step)
             train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
+            if jax.process_count() > 1:  # or one with a warm cache would wait in a step for one that compiles
+                compiling.wait()
         if resumed_step is not None:
             changed = {**{one.key: (one.before, one.now) for one in run.changes(recipe)}, **changed}
         _say_start(run, resumed_step, changed, accept, reporter)
