@@ -11,7 +11,9 @@ from .module import Module as Module
 from .module import Shape as Shape
 from .module import count_trips as count_trips
 from .parse import parse_module as parse_module
+from .partitioning import Exported as Exported
 from .partitioning import Partitioned as Partitioned
+from .partitioning import export as export
 from .partitioning import partition as partition
 from .places import Place as Place
 from .places import is_library as is_library

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainfw.hlo.buffers import Assignment, parse_assignment
 from trainfw.hlo.module import Module
 from trainfw.hlo.parse import parse_module
+from trainfw.hlo.renumbering import module_of, renumbered
 from trainfw.unfinished import scratch_directory
 
 
@@ -29,6 +30,17 @@ class Partitioned:
     """What `compiled` keeps where; None where its compiler did not say."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A program as one device of many runs it, for a compiler that reads HLO."""
+
+    module: Module
+    text: str = field(repr=False)
+    """As XLA prints it; large constants are left out."""
+    proto: bytes = field(repr=False)
+    """The serialized HloModuleProto, whole."""
+
+
 def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Partitioned:
     """Compile a jax.stages.Lowered for its devices and read the module that the partitioner left.
 
@@ -36,26 +48,48 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
     device is never partitioned; its module is the one whose calls have been inlined, as partitioned ones are: names of
     operations are whole paths, and what is fused may cross what were functions.
     """
-    with scratch_directory() as directory, _without_compilation_cache():
-        options = {
-            "xla_dump_to": directory,
-            "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
-            "xla_dump_hlo_as_text": True,
-            # Machine code is written but never run: no time is spent on making it fast.
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        }
-        compiled, failure = None, None
+    with scratch_directory() as directory:
+        compiled, text = _compile(lowered, Path(directory), compiler_options)
+        return Partitioned(parse_module(text.read_text()), compiled, _assignment(Path(directory)))
+
+
+def export(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Exported:
+    """Compile as `partition` does, and take the module that the partitioner left as text and as bytes.
+
+    Its instructions are numbered anew where the numbers do not fit 32 bits: see `trainfw.hlo.renumbering`.
+    """
+    with scratch_directory() as directory:
+        _, text = _compile(lowered, Path(directory), compiler_options, as_proto=True)
+        proto = text.with_name(text.name.removesuffix(".txt") + ".hlo.pb")
+        written = text.read_text()
+        return Exported(parse_module(written), written, renumbered(module_of(proto.read_bytes())))
+
+
+def _compile(
+    lowered: Any, directory: Path, compiler_options: Mapping[str, Any] | None, *, as_proto: bool = False
+) -> tuple[Any | None, Path]:
+    """The jax.stages.Compiled, or None where the compiler gave up after partitioning, and the partitioned text."""
+    options = {
+        "xla_dump_to": str(directory),
+        "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
+        "xla_dump_hlo_as_text": True,
+        # Machine code is written but never run: no time is spent on making it fast.
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        **({"xla_dump_hlo_as_proto": True} if as_proto else {}),
+    }
+    compiled, failure = None, None
+    with _without_compilation_cache():
         try:
             compiled = lowered.compile(compiler_options={**options, **(compiler_options or {})})
         except Exception as error:  # after partitioning, what the CPU lacks (a kernel of another device) is no matter
             failure = error
-        texts = sorted(Path(directory).glob("*.after_spmd-partitioning.*.txt"))
-        texts = texts or sorted(Path(directory).glob("*.after_call-inliner.*.txt"))[:1]
-        texts = texts or sorted(Path(directory).glob("*.before_optimizations.txt"))
-        if not texts and failure is not None:
-            raise failure
-        return Partitioned(parse_module(texts[-1].read_text()), compiled, _assignment(Path(directory)))
+    texts = sorted(directory.glob("*.after_spmd-partitioning.*.txt"))
+    texts = texts or sorted(directory.glob("*.after_call-inliner.*.txt"))[:1]
+    texts = texts or sorted(directory.glob("*.before_optimizations.txt"))
+    if not texts and failure is not None:
+        raise failure
+    return compiled, texts[-1]
 
 
 def _assignment(directory: Path) -> Assignment | None:
