@@ -93,14 +93,16 @@ def check_program(
     Args:
         progress: told what is being done.
     """
-    steps = {
-        "train_step": (program.train_step, (program.abstract_state, program.abstract_batch)),
-        "eval_step": (
-            program.eval_step,
-            (program.abstract_state.params, program.abstract_state.frozen, program.abstract_batch),
-        ),
+    return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
+
+
+def steps_of(program: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Name the jitted steps of a `trainfw.Program`, each with its abstract arguments."""
+    state, batch = program.abstract_state, program.abstract_batch
+    return {
+        "train_step": (program.train_step, (state, batch)),
+        "eval_step": (program.eval_step, (state.params, state.frozen, batch)),
     }
-    return _check(steps, program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
 def _check(

@@ -25,6 +25,8 @@ class Finding:
     """Which of the compiled functions: `train_step`, `eval_step`."""
     count: int = 1
     """How many operations at that place, in the function that has most."""
+    programs: tuple[str, ...] = ()
+    """All of the compiled functions that have it, of a report's finding."""
     origin: str = ""
     """What the line calls that this is part of, such as `jit(solve)`: only there do rules hide others."""
 
@@ -175,7 +177,10 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
         key = (finding.rule, finding.place or (finding.op_name, finding.message))
         first.setdefault(key, finding)
         counts[key][finding.program] += finding.count
-    kept = [replace(finding, count=max(counts[key].values())) for key, finding in first.items()]
+    kept = [
+        replace(finding, count=max(counts[key].values()), programs=tuple(filter(None, counts[key])))
+        for key, finding in first.items()
+    ]
     return tuple(sorted(kept, key=lambda f: (SEVERITIES.index(f.severity), f.place is None, f.place or Place("", 0))))
 
 
