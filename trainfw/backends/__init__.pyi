@@ -22,6 +22,7 @@ from .memory import compute_inline as compute_inline
 from .memory import keep_freed_memory as keep_freed_memory
 from .memory import release_freed_memory as release_freed_memory
 from .neuron.environment import Variable as Variable
+from .neuron.environment import compiler_flags as compiler_flags
 from .neuron.environment import environment_warnings as environment_warnings
 from .neuron.environment import neuron_environment as neuron_environment
 from .neuron.host import Host as Host

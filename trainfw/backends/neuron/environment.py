@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -125,6 +126,17 @@ def find_compiler() -> None:
     """Put this environment's neuronx-cc where child processes of this one find it, if it is not there already."""
     for variable in _search_path(os.environ):
         os.environ[variable.name] = new_value(variable, os.environ)
+
+
+def compiler_flags(hardware: HardwareConfig, environ: Mapping[str, str] | None = None) -> list[str]:
+    """Give neuronx-cc's options for a recipe's hardware: NEURON_CC_FLAGS as `neuron_environment` has it.
+
+    Raises UserError where the user's own contradict the hardware.
+    """
+    environ, topology = os.environ if environ is None else environ, hardware.load()
+    _same_cores(environ, hardware, topology)
+    wanted = _compiler(topology, hardware, load_sdk(hardware.sdk))
+    return shlex.split(" ".join(_kept(variable, environ).value or "" for variable in wanted))
 
 
 def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topology | None) -> list[str]:
