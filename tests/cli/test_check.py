@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.checking import stand_in
 from tests.helpers import write_recipe
 from trainfw.checking import RULES
 from trainfw.cli import main
@@ -44,6 +46,11 @@ BAD_INPUT = {
     "too many cores": (["RECIPE", "--hardware", "trn2-ultraserver", "--count", "9"], "try --count 8"),
     "count without hardware": (["RECIPE", "--count", "2"], "needs hardware.topology"),
     "count of nothing": (["RECIPE", "--hardware", "trn2.48xlarge", "--count", "0"], "hardware.count = 0"),
+    "no compiler": (["RECIPE", "--hardware", "trn2.3xlarge", "--compiler"], "no neuronx-cc on PATH; it runs on any"),
+    "no Neuron hardware": (["RECIPE", "--hardware", "h100-8", "--compiler"], "compiles for Neuron hardware only"),
+    "difference without compiler": (["RECIPE", "--report-difference", "x"], "give it with --compiler"),
+    "limit of nothing": (["RECIPE", "--compiler", "--compiler-timeout", "0"], "--compiler-timeout 0: expected seconds"),
+    "no directory": (["RECIPE", "--compiler", "--report-difference", "no/x"], "a directory that exists"),
     "unknown key": (["RECIPE", "parallel.tensr=4"], "did you mean 'parallel.tensor'?"),
 }
 
@@ -93,3 +100,48 @@ def test_hardware_without_neurons_rules(tmp_path):
     recipe = write_recipe(tmp_path)
     result = trainfw("check", str(recipe), "--hardware", "h100-8")
     assert "Neuron's rules do not apply to this hardware" in result.stdout
+
+
+def checked_with(tmp_path, answer: str, code: int, *more: str) -> subprocess.CompletedProcess[str]:
+    """`trainfw check --compiler`, with a stand-in for neuronx-cc that answers so."""
+    environment = os.environ | stand_in.install(tmp_path / "bin", answer)
+    command = ["check", str(write_recipe(tmp_path)), "--hardware", "trn2.3xlarge", "--compiler", *more]
+    result = subprocess.run(
+        [sys.executable, "-m", "trainfw", *command], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == code, result.stderr + result.stdout
+    return result
+
+
+@pytest.mark.slow
+def test_a_compiler_that_agrees(tmp_path):
+    file = tmp_path / "differences.json"
+    result = checked_with(tmp_path, "passed", 0, "--report-difference", str(file))
+    assert "a compile may take 14), 3,600 s each at most" in result.stderr
+    assert f"neuronx-cc {stand_in.VERSION}\n    train_step  passed after " in result.stdout
+    assert result.stdout.splitlines()[-1] == "clean: neuronx-cc, which agrees with check"
+    written = json.loads(file.read_text())
+    assert written["differences"] == []
+    assert {name: f["compiler"]["verdict"] for name, f in written["functions"].items()} == {
+        "train_step": "passed",
+        "eval_step": "passed",
+    }
+    assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.slow
+def test_a_compiler_that_refuses(tmp_path):
+    result = checked_with(tmp_path, "train_step=refused,eval_step=out_of_memory", 1)
+    assert "error: dtype-f8e4m3fn: " in result.stdout
+    assert "train_step: NCC_EVRF051: the compiler refused it, and check has nothing of dtype-f8e4m3fn" in result.stdout
+    assert "error: compiler-memory: eval_step as a whole" in result.stdout
+    assert result.stdout.splitlines()[-1] == "refused: neuronx-cc, 3 differences from what check says"
+
+
+@pytest.mark.slow
+def test_a_compiler_that_hangs(tmp_path):
+    result = checked_with(tmp_path, "train_step=passed,eval_step=hangs", 1, "--compiler-timeout", "3", "--json")
+    found = json.loads(result.stdout)["compiler"]
+    assert found["verdicts"] == {"train_step": "passed", "eval_step": "timed out"}
+    assert [finding["rule"] for finding in found["findings"]] == ["compiler-timeout"]
+    assert found["differences"] == []

@@ -1,3 +1,8 @@
+from .comparison import Comparison as Comparison
+from .comparison import compare_with_compiler as compare_with_compiler
+from .compiler import command_of as command_of
+from .compiler import export_steps as export_steps
+from .compiler import find_compiler as find_compiler
 from .programs import check as check
 from .programs import check_program as check_program
 from .report import Finding as Finding

@@ -25,6 +25,7 @@ from trainfw.cli import (
     env,
     evaluate,
     export,
+    export_hlo,
     generate,
     import_,
     launch,
@@ -75,6 +76,7 @@ app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)
 app.command("check", cls=RecipeCommand)(check.check)
+app.command("export-hlo", cls=RecipeCommand)(export_hlo.export_hlo)
 app.command("plan", cls=RecipeCommand)(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("env", cls=RecipeCommand)(env.env)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw.cli.options import Overrides
+from trainfw.cli.signals import leaving_at_once
+from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
+from trainfw.unfinished import write_text
+
+if TYPE_CHECKING:
+    from trainfw.checking import Comparison
 
 _Recipe = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.", show_default=False)
@@ -23,56 +32,73 @@ def check(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List every rule with its severity and source.")] = False,
+    compiler: Annotated[
+        bool,
+        typer.Option(
+            "--compiler",
+            help="Also compile each step with the neuronx-cc on PATH: no Neuron hardware is needed. Not tried with the "
+            "real compiler yet.",
+        ),
+    ] = False,
+    compiler_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --compiler: the limit of one compile.")
+    ] = 3600.0,
+    report_difference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --compiler: write where check and the compiler differ, to be sent back: no paths, no data.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Read a recipe's steps for what Neuron is known to refuse. Before renting it; no data is needed.
 
-    Exits 0 when nothing is refused (there may be warnings), 1 when something is.
+    Exits 0 when nothing is refused (there may be warnings), 1 when something is, or the compiler fails.
     """
     if rules:
         _print_rules(json_)
         return
     from trainfw import backends
     from trainfw.errors import UserError
-    from trainfw.hardware import topology_names
-    from trainfw.recipe import load_recipe
 
     if recipe is None:
         raise UserError("check: expected a RECIPE (or --rules)")
-    chosen = list(overrides or ())
-    if hardware is not None:
-        chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
-    elif count is not None:
-        chosen.append(f"hardware.count={count}")
-    loaded = load_recipe(recipe, chosen)
-    topology = loaded.hardware.load()
-    if topology is None:
-        raise loaded.error(
-            "hardware.topology",
-            f"nothing to check for; name it with --hardware: {', '.join(topology_names())}",
+    if not compiler and report_difference is not None:
+        raise UserError("--report-difference compares with the compiler: give it with --compiler")
+    if not 0 < compiler_timeout < float("inf"):
+        raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
+    if report_difference is not None and (
+        report_difference.is_dir() or not os.access(report_difference.absolute().parent, os.W_OK)
+    ):
+        raise UserError(
+            f"--report-difference {report_difference}: expected a file in a directory that exists and can be written to"
         )
-    if topology.cores > backends.MAX_SIMULATED:
-        most = backends.MAX_SIMULATED
-        raise loaded.error(
-            "hardware.count",
-            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
-            f"try --count {most * topology.count // topology.cores}",
-        )
+    loaded, topology = load_for(recipe, overrides or (), hardware, count)
+    flags = compiler_options(loaded, topology) if compiler else []
+    if compiler:
+        from trainfw.checking import find_compiler
+
+        find_compiler()  # before half a minute of work
     sdk = backends.load_sdk(loaded.hardware.sdk)
+    found: Comparison | None = None
     with Clock() as progress:
-        backends.prepare(topology.cores, as_backend="neuron" if topology.rules == "neuron" else None)
-        progress(f"building {loaded.name} for {topology.cores} cores")
+        program = build_for(loaded, topology, progress)
 
-        from trainfw.checking import check_program
-        from trainfw.program import build_program
+        from trainfw.checking import check_program, compare_with_compiler
 
-        report = check_program(build_program(loaded), topology=topology, sdk=sdk, progress=progress)
+        report = check_program(program, topology=topology, sdk=sdk, progress=progress)
+        if compiler:
+            with leaving_at_once("the compiler is ended, and nothing is written"):
+                found = compare_with_compiler(program, flags, compiler_timeout, report, progress)
     if json_:
-        import json
-
-        typer.echo(json.dumps(report.to_json(), indent=2))
+        typer.echo(json.dumps(report.to_json() | (found.to_json() if found else {}), indent=2))
     else:
-        say(report)
-    if not report.ok:
+        say(report if found is None else f"{report}\n\n{found.text(sdk.packages['neuronx-cc'])}")
+    if found is not None and report_difference is not None:
+        write_text(report_difference, json.dumps(found.difference_report(loaded), indent=2) + "\n")
+        say(f"wrote {report_difference}", err=True)
+    if not report.ok or (found is not None and not found.passed):
         raise typer.Exit(1)
 
 
@@ -80,8 +106,6 @@ def _print_rules(as_json: bool) -> None:
     from trainfw.checking import RULES
 
     if as_json:
-        import json
-
         typer.echo(json.dumps([rule.model_dump(exclude={"hides"}) for rule in RULES.values()], indent=2))
         return
     for rule in RULES.values():

@@ -1,0 +1,246 @@
+"""neuronx-cc as a check: each function's HLO is compiled by it, wherever it is on PATH. It needs no Neuron hardware.
+
+None of this has been tried with the real compiler: its command line is that of AWS's reference, and what it prints is
+read as AWS's documents and public logs quote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainfw import backends
+from trainfw.checking.programs import steps_of
+from trainfw.errors import UserError
+from trainfw.hlo import Exported, export
+from trainfw.unfinished import removed_by_signal, scratch_directory
+
+COMPILER = "neuronx-cc"
+INSTALL = "python -m pip install neuronx-cc==2.* --extra-index-url=https://pip.repos.neuron.amazonaws.com"
+GIB_EACH = 14
+"""GiB of host memory that a compile may take, as third parties measured; larger ones have taken more."""
+MEMORY = "[F137]"
+"""What neuronx-cc prints where one of its own processes was killed, and exits 70."""
+_POLL_SECONDS = 0.05
+_VERSION_SECONDS = 60.0
+_MOST_OUTPUT = 2**20
+"""Bytes of output that are read, from the end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the compiler: how it ended, and what it printed."""
+
+    code: int | None
+    """Exit code, negative for a signal; None where the time limit ended it."""
+    seconds: float
+    neff: bool
+    """Whether it wrote a NEFF that is not empty."""
+    output: str
+    """On stdout and stderr; the last of it, where it is long."""
+    log: str = ""
+    """Its log-neuron-cc.txt, likewise."""
+
+
+@dataclass
+class _Job:
+    name: str
+    process: subprocess.Popen[bytes]
+    directory: Path
+    started: float = field(default_factory=time.monotonic)
+
+
+def find_compiler() -> str:
+    """Find neuronx-cc on PATH. Raises UserError, with how to get it."""
+    found = shutil.which(COMPILER)
+    if found is None:
+        raise UserError(
+            f"no {COMPILER} on PATH; it runs on any x86-64 Linux machine, without Neuron hardware: {INSTALL}"
+        )
+    return found
+
+
+def compiler_version(compiler: str) -> str:
+    """Ask the compiler for its version; `unknown` where it does not say."""
+    with scratch_directory() as directory, _Jobs() as jobs:
+        job = jobs.start("version", [compiler, "--version"], Path(directory))
+        run = jobs.finish(job, _VERSION_SECONDS, Path(directory))
+    found = re.search(r"[Vv]ersion:?\s+(\d+(?:\.\d+)+[\w.+]*)", run.output)
+    return found[1] if found and run.code == 0 else "unknown"
+
+
+def command_of(name: str, flags: Sequence[str], compiler: str = COMPILER) -> list[str]:
+    """Give the command that compiles `name`.pb, in the directory where it is, to `name`.neff."""
+    framework = [] if any(flag.startswith("--framework") for flag in flags) else ["--framework=XLA"]
+    return [compiler, "compile", *framework, f"{name}.pb", f"--output={name}.neff", *flags]
+
+
+def export_steps(program: Any, progress: Callable[[str], None] = lambda _: None) -> dict[str, Exported | str]:
+    """Export each step of a `trainfw.Program` as the plugin would hand it over, or say why there is no module.
+
+    Lowered for Neuron and partitioned by this machine's XLA: the plugin's own may differ. Kernels of Neuron's are not
+    in it, where the devices are simulated.
+    """
+    import jax
+
+    modules: dict[str, Exported | str] = {}
+    for name, (function, arguments) in steps_of(program).items():
+        progress(f"exporting {name}")
+        try:
+            lowered = function.trace(*arguments).lower(lowering_platforms=("neuron",))
+            modules[name] = export(lowered, backends.current().compiler_options)
+        except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+            modules[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    return modules
+
+
+def compiles_at_once(count: int, free: int | None = None) -> int:
+    """How many of `count` compiles run at once: as many as free host memory has room for, and one at least."""
+    free = free_memory() if free is None else free
+    return max(1, min(count, free // (GIB_EACH * 2**30)))
+
+
+def free_memory() -> int:
+    """Bytes that may still be taken, by this machine or by the container that this is; 0 where nothing says."""
+    found = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = min(found, max(limit - taken, 0))
+    return found
+
+
+def run_compiler(
+    compiler: str,
+    modules: Mapping[str, bytes],
+    flags: Sequence[str],
+    *,
+    timeout: float,
+    at_once: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Run]:
+    """Compile serialized modules, `at_once` at a time, each for `timeout` seconds at most.
+
+    When this returns, raises or ends at a signal (see `trainfw.unfinished`), no process of a compiler's group is left.
+    """
+    runs: dict[str, Run] = {}
+    waiting, running = list(modules), list[_Job]()
+    with scratch_directory() as scratch, _Jobs() as jobs:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = waiting.pop(0)
+                directory = Path(scratch, name)
+                directory.mkdir()
+                (directory / f"{name}.pb").write_bytes(modules[name])
+                progress(f"neuronx-cc: {name} ({len(modules[name]) / 2**20:.1f} MiB of HLO)")
+                running.append(jobs.start(name, command_of(name, flags, compiler), directory))
+            for job in list(running):
+                left = job.started + timeout - time.monotonic()
+                if jobs.ended(job) or left <= 0:
+                    runs[job.name] = jobs.finish(job, 0.0 if left <= 0 else math.inf, job.directory)
+                    running.remove(job)
+                    shutil.rmtree(job.directory, ignore_errors=True)  # of gigabytes, where it keeps its work
+            time.sleep(_POLL_SECONDS)
+    return {name: runs[name] for name in modules}
+
+
+class _Jobs:
+    """Processes, each in a group of its own, which is killed whole when its process has ended, or this has."""
+
+    def __init__(self) -> None:
+        self._lock, self._closed, self._left = threading.Lock(), False, list[_Job]()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Jobs:
+        self._stack.enter_context(removed_by_signal(self.end))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self._stack.close()
+
+    def start(self, name: str, command: Sequence[str], directory: Path) -> _Job:
+        """Raises UserError for a file that is no program."""
+        with self._lock, (directory / "output.txt").open("wb") as output:
+            if self._closed:  # by a signal, in another thread
+                raise UserError("stopped")
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=directory,  # it leaves its log and its work where it runs
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UserError(f"{command[0]}: cannot be run: {error.strerror}") from error
+            job = _Job(name, process, directory)
+            self._left.append(job)
+        return job
+
+    def ended(self, job: _Job) -> bool:
+        # Not reaped yet: its number, which is the group's, stays taken until the group has been killed.
+        return os.waitid(os.P_PID, job.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def finish(self, job: _Job, timeout: float, directory: Path) -> Run:
+        """Wait for its end, kill the rest of its group, and read what it left."""
+        deadline = time.monotonic() + timeout
+        while not (ended := self.ended(job)) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        with self._lock:
+            _kill(job)
+            self._left.remove(job)
+        neff = directory / f"{job.name}.neff"
+        return Run(
+            job.process.returncode if ended else None,
+            time.monotonic() - job.started,
+            neff.is_file() and neff.stat().st_size > 0,
+            _tail(directory / "output.txt"),
+            _tail(directory / "log-neuron-cc.txt"),
+        )
+
+    def end(self) -> None:
+        with self._lock:
+            self._closed = True
+            for job in self._left:
+                _kill(job)
+            self._left.clear()
+
+
+def _kill(job: _Job) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.process.pid, signal.SIGKILL)  # a compile takes no notice of SIGTERM for minutes
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that a file system holds
+        job.process.wait(10.0)
+
+
+def _tail(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - _MOST_OUTPUT))
+            return stream.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def last_lines(run: Run, most: int = 5) -> list[str]:
+    """The last lines printed that say something; of the log, where nothing was printed."""
+    for text in (run.output, run.log):
+        if lines := [line.rstrip() for line in text.splitlines() if line.strip(" .\t")]:
+            return lines[-most:]
+    return []

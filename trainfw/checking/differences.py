@@ -1,0 +1,224 @@
+"""Where `check` and neuronx-cc differ on one recipe, as one small file without paths, host names or data."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainfw.checking.compiler import last_lines
+from trainfw.checking.compiler_output import CompilerFinding, Outcome
+from trainfw.checking.report import Finding, Report
+from trainfw.checking.rules import RULES, SEVERITIES
+from trainfw.hlo import Exported
+
+FORMAT = 1
+_SECTIONS = ("model", "adapter", "optimizer", "train", "parallel", "hardware", "backend")
+_OF_DATA = ("sequence_length", "mask_documents")
+_NOT_SENT = ("from", "path", "directory", "sample_prompt", "rules", "parameters")
+_PLAIN = re.compile(r"[\w.+\-=,*]{1,64}")
+_PATH = re.compile(r"(?<![\w.<)])~?(?:/[\w.+@\-]+)+/?")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_MOST_LINES, _MOST_LETTERS = 3, 400
+"""Of an excerpt of HLO."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A rule or code on which one says that the compiler refuses the function, and the other does not."""
+
+    function: str
+    rule: str
+    code: str | None
+    check: str
+    """What `check` says of it: `error`, `warning`, `note`, `nothing`."""
+    compiler: str
+    """Which the compiler did: `refused it`, `passed it`, `failed` without a known code."""
+    message: str
+    hlo: tuple[str, ...]
+    """The instructions that are blamed, without their metadata."""
+
+    def __str__(self) -> str:
+        subject = f"{self.function}: {self.code}" if self.code else self.function
+        said = {"nothing": "nothing", "error": "an error"}.get(self.check, f"a {self.check}")
+        known = f"check has {said} of {self.rule}" if self.rule in RULES else "no rule of check knows of it"
+        lines = "".join(f"\n    {line}" for line in self.hlo)
+        return f"{subject}: the compiler {self.compiler}, and {known}{lines}"
+
+
+def find_differences(
+    report: Report, outcomes: Mapping[str, Outcome], modules: Mapping[str, Exported | str]
+) -> list[Difference]:
+    """Compare a check's report with the compiler's outcomes, function by function.
+
+    An error of `check` is contradicted by a compile that passed only where its rule names a code of the compiler's:
+    others are about the runtime, or about results. A compile that ran out of memory or time says nothing; one that
+    failed with no known code does, where `check` found no error.
+    """
+    return [
+        difference
+        for name, outcome in outcomes.items()
+        for difference in _in_function(name, outcome, _own(report, name), modules[name])
+    ]
+
+
+def _in_function(name: str, outcome: Outcome, own: list[Finding], module: Exported | str) -> Iterator[Difference]:
+    errors = [finding for finding in own if finding.severity == "error"]
+    if outcome.verdict == "refused":
+        for said in outcome.findings:
+            severity = min((f.severity for f in own if f.rule == said.rule), key=SEVERITIES.index, default="nothing")
+            if severity != "error":
+                hlo = _excerpt(module, [said.instruction])
+                yield Difference(name, said.rule, said.code, severity, "refused it", scrubbed(said.message), hlo)
+    elif outcome.verdict == "failed" and not errors:
+        (said,) = outcome.findings
+        yield Difference(name, said.rule, None, "nothing", "failed", scrubbed(said.message), ())
+    elif outcome.verdict == "passed":
+        for finding in errors:
+            if code := _names_code(finding.rule):
+                hlo = _excerpt(module, _instructions(module, finding))
+                yield Difference(name, finding.rule, code, "error", "passed it", scrubbed(finding.message), hlo)
+
+
+def _own(report: Report, name: str) -> list[Finding]:
+    return [finding for finding in report.findings if name in finding.programs]
+
+
+def difference_report(
+    recipe: Any,
+    report: Report,
+    outcomes: Mapping[str, Outcome],
+    modules: Mapping[str, Exported | str],
+    *,
+    version: str,
+    flags: list[str],
+) -> dict[str, Any]:
+    """What `--report-difference` writes, as plain data.
+
+    Args:
+        recipe: the trainfw.Recipe, of which keys that shape the program are kept.
+        version: of the compiler.
+    """
+    return {
+        "format": FORMAT,
+        "versions": {**{name: _version(name) for name in ("trainfw", "jax", "jaxlib")}, "neuronx-cc": version},
+        "sdk": report.sdk,
+        "hardware": report.hardware,
+        "cores": report.cores,
+        "flags": [scrubbed(flag) for flag in flags],
+        "recipe": dict(_keys(recipe)),
+        "functions": {name: _function(report, name, outcome) for name, outcome in outcomes.items()},
+        "differences": [asdict(d) for d in find_differences(report, outcomes, modules)],
+    }
+
+
+def scrubbed(text: str) -> str:
+    """A text without paths, but for the names of files, and without the names of this host and user."""
+    text = _PATH.sub(lambda path: f"<path>/{path[0].rstrip('/').rpartition('/')[2]}", text)
+    for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
+        if len(name) > 2:
+            text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
+    return text
+
+
+def _function(report: Report, name: str, outcome: Outcome) -> dict[str, Any]:
+    own = _own(report, name)
+    refused = any(finding.severity == "error" for finding in own)
+    return {
+        "check": {
+            "verdict": "refused" if refused else "clean",
+            "findings": [_finding(finding, finding.severity) for finding in own],
+        },
+        "compiler": {
+            "verdict": outcome.verdict,
+            "exit_code": outcome.run.code if outcome.run else None,
+            "seconds": round(outcome.run.seconds, 1) if outcome.run else None,
+            "findings": [_finding(finding, "error") | {"code": finding.code or None} for finding in outcome.findings],
+            "messages": [
+                {"code": m.code, "severity": "error" if m.error else "warning", "text": scrubbed(m.text)}
+                for m in outcome.messages
+            ],
+            "last_lines": [scrubbed(line) for line in last_lines(outcome.run)] if outcome.run else [],
+        },
+    }
+
+
+def _finding(finding: Finding | CompilerFinding, severity: str) -> dict[str, Any]:
+    place = f"{Path(finding.place.file).name}:{finding.place.line}" if finding.place else None
+    return {
+        "rule": finding.rule,
+        "severity": severity,
+        "message": scrubbed(finding.message),
+        "place": place,
+        "op_name": finding.op_name or None,
+    }
+
+
+def _names_code(rule: str) -> str | None:
+    found = re.search(r"NCC_[A-Z]+\d+", RULES[rule].source)
+    return found[0] if found else None
+
+
+def _instructions(module: Exported | str, finding: Finding) -> list[str]:
+    """Of a finding of `check`: those at its place and of its name."""
+    if isinstance(module, str) or not (finding.op_name or finding.place):
+        return []
+    everything = (i for computation in module.module.computations.values() for i in computation.instructions.values())
+    return [
+        i.name
+        for i in everything
+        if (not finding.op_name or i.op_name == finding.op_name) and (not finding.place or i.place == finding.place)
+    ]
+
+
+def _excerpt(module: Exported | str, names: list[str]) -> tuple[str, ...]:
+    if isinstance(module, str) or not any(names):
+        return ()
+    wanted = set(names)
+    lines = (line for line in module.text.splitlines() if (match := _LINE.match(line)) and match[1] in wanted)
+    short = []
+    for line in lines:
+        bare = re.sub(r", (?:metadata|backend_config|frontend_attributes|sharding)=\{.*", "", line.strip())
+        short.append(scrubbed(bare if len(bare) <= _MOST_LETTERS else f"{bare[: _MOST_LETTERS - 3]}..."))
+        if len(short) == _MOST_LINES:
+            break
+    return tuple(short)
+
+
+def _keys(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Keys of the sections that shape the program, where the value is a number, a switch or a plain word."""
+    tree = recipe.model_dump(mode="json")
+    tree["data"] = {key: tree["data"].get(key) for key in _OF_DATA}
+
+    def plain(value: Any) -> bool:
+        return isinstance(value, bool | int | float) or (isinstance(value, str) and bool(_PLAIN.fullmatch(value)))
+
+    def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name not in _NOT_SENT:
+                    yield from walk(f"{key}.{name}", inner)
+        elif value != [] and all(map(plain, value if isinstance(value, list) else [value])):
+            yield key, value
+
+    for section in (*_SECTIONS, "data"):
+        yield from walk(section, tree.get(section) or {})
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a clone, put on the path
+        return "unknown"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # no such user in a container
+        return ""

@@ -1,0 +1,70 @@
+"""A recipe's program, built on the CPU for hardware that is not there: what `check` and `export-hlo` read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainfw.hardware import Topology
+    from trainfw.program import Program
+    from trainfw.recipe import Recipe
+
+
+def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None) -> tuple[Recipe, Topology]:
+    """Load a recipe for its own hardware, or for what the command line names.
+
+    Raises UserError where neither names a topology, and for one of more cores than can be simulated.
+    """
+    from trainfw import backends
+    from trainfw.hardware import topology_names
+    from trainfw.recipe import load_recipe
+
+    chosen = list(overrides)
+    if hardware is not None:
+        chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
+    elif count is not None:
+        chosen.append(f"hardware.count={count}")
+    loaded = load_recipe(recipe, chosen)
+    topology = loaded.hardware.load()
+    if topology is None:
+        raise loaded.error(
+            "hardware.topology",
+            f"nothing to check for; name it with --hardware: {', '.join(topology_names())}",
+        )
+    if topology.cores > backends.MAX_SIMULATED:
+        most = backends.MAX_SIMULATED
+        raise loaded.error(
+            "hardware.count",
+            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
+            f"try --count {most * topology.count // topology.cores}",
+        )
+    return loaded, topology
+
+
+def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
+    """neuronx-cc's options for the recipe's hardware. Raises UserError for hardware that it does not compile for."""
+    from trainfw import backends
+    from trainfw.errors import UserError
+
+    if topology.rules != "neuron":
+        raise recipe.error("hardware.topology", "neuronx-cc compiles for Neuron hardware only")
+    flags = backends.compiler_flags(recipe.hardware)
+    if not any(flag.startswith("--target") for flag in flags):
+        raise UserError(
+            f"hardware.topology = {topology.name!r}: no --target of neuronx-cc is known for it; give the one that "
+            "`neuronx-cc compile --help` lists: hardware.compiler_flags=[--target=...]"
+        )
+    return flags
+
+
+def build_for(recipe: Recipe, topology: Topology, progress: Callable[[str], None]) -> Program:
+    """Build the recipe's program on as many simulated devices as the topology has cores. Starts jax."""
+    from trainfw import backends
+
+    backends.prepare(topology.cores, as_backend="neuron" if topology.rules == "neuron" else None)
+    progress(f"building {recipe.name} for {topology.cores} cores")
+
+    from trainfw.program import build_program
+
+    return build_program(recipe)
