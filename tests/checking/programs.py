@@ -638,7 +638,8 @@ def integer_psum_scatter(x):
 
 @breaks("collective-group", X, mesh=PAIRS, **ON_CHIP)
 def groups_of_a_size_that_is_not_listed(x):
-    return sharded(lambda x: x + lax.psum(x, "quad"), PAIRS)(x)  # here
+    groups = [[0, 1, 2], [3]]
+    return sharded(lambda x: x + lax.psum(x, "half", axis_index_groups=groups).sum(), PAIRS)(x)  # here
 
 
 @breaks("collective-group", X, mesh=SHIFTED, **ON_CHIP)

@@ -73,13 +73,15 @@ def test_every_figure_parses_and_names_its_source(name, lnc):
 @pytest.mark.parametrize(("name", "lnc"), EACH)
 def test_groups_that_documents_list_cover_the_instance_once(name, lnc):
     topology = load_topology(name, lnc=lnc)
-    for split_of, split in topology.splits.items():
-        assert sorted(itertools.chain(*split.order)) == list(range(topology.dim(split_of).size))
+    for split_of, splits in topology.splits.items():
+        for split in splits:
+            assert sorted(itertools.chain(*split.order)) == list(range(topology.dim(split_of).size))
+        assert len({part for split in splits for part in split.parts}) == 2 * len(splits)
     for group in topology.groups or ():
         covered: dict[str, int] = collections.defaultdict(lambda: 1)
         for part in itertools.chain(*group.cover):
             dim, _, piece = part.partition(".")
-            split = topology.splits[dim] if piece else None
+            split = topology.split(dim, piece) if piece else None
             outer = split is not None and piece == split.parts[0]
             covered[dim] *= (
                 topology.dim(dim).size if split is None else len(split.order) if outer else len(split.order[0])
@@ -211,8 +213,8 @@ def test_logical_cores():
     assert (two.device_kinds, one.device_kinds) == (("NC_v3d",), ("NC_v3",))
     # The cores of a chip share what moves between them.
     assert two.dim("core").bandwidth * 4 == one.dim("core").bandwidth * 8 == 2.9e12
-    assert "core" in one.splits
-    assert "core" not in two.splits
+    assert [split.parts for split in one.splits["core"]] == [("half", "quad"), ("fourth", "pair")]
+    assert [split.parts for split in two.splits["core"]] == [("half", "pair")]
     assert load_topology("trn3-gen2-ultraserver").device_kinds == ("NC_v4d",)
 
 

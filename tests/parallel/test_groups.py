@@ -6,11 +6,13 @@ from trainfw.hardware import load_topology
 from trainfw.parallel import group_problem, permute_problem
 
 TRN2 = load_topology("trn2.48xlarge")
+TRN1 = load_topology("trn1.32xlarge")
 TWO = load_topology("trn2.48xlarge", count=2)
 ULTRASERVER = load_topology("trn2-ultraserver")
 
 LEGAL = {
     "one core": [5],
+    "half a chip": [6, 7],
     "a chip": [4, 5, 6, 7],
     "two chips": range(8, 16),
     "a row": range(16, 32),
@@ -24,7 +26,9 @@ LEGAL = {
     "across row pairs": [5, 21],
 }
 ILLEGAL = {
-    "half a chip": ([0, 1], "2 cores"),
+    "half a chip, not aligned": ([1, 2], "not aligned"),
+    "two cores of a chip that are no half": ([0, 3], "not contiguous"),
+    "three cores": ([0, 1, 2], "3 cores"),
     "a chip and a half": (range(6), "6 cores"),
     "not aligned": (range(2, 6), "not aligned"),
     "a row, not aligned": (range(8, 24), "not aligned"),
@@ -54,10 +58,25 @@ def test_instances_must_take_part_alike():
 
 def test_lnc_1_has_its_own_shapes():
     lnc1 = load_topology("trn2.48xlarge", lnc=1)
-    for size in (4, 8, 32, 128):
+    for size in (2, 4, 8, 16, 32, 128):
         assert group_problem(lnc1, list(range(size))) is None
-    assert group_problem(lnc1, list(range(16))) is not None
+        assert group_problem(lnc1, list(range(size, 2 * size))) is None or size > 16
+    for size in (2, 4, 8, 16):
+        assert "not aligned" in (group_problem(lnc1, list(range(size // 2, size + size // 2))) or "")
+    assert "cores 0-31, 96-127" in (group_problem(lnc1, list(range(64))) or "")
     assert group_problem(lnc1, [*range(32), *range(96, 128)]) is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 32])
+def test_sizes_that_the_runtime_takes_on_trainium1(size):
+    for start in range(0, 32, size):
+        assert group_problem(TRN1, list(range(start, start + size))) is None
+    assert group_problem(load_topology("trn1.32xlarge", count=2), list(range(64))) is None
+
+
+@pytest.mark.parametrize("cores", [range(3), range(6), range(8, 24), range(24), range(1, 3)])
+def test_others_on_trainium1(cores):
+    assert group_problem(TRN1, list(cores)) is not None
 
 
 def test_elsewhere_anything_goes():

@@ -81,6 +81,8 @@ class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 
     description: str
+    neuron_family: Literal["inf2", "trn1", "trn2", "trn3"] | None = None
+    """By which Neuron's rules tell chips apart. Left out, rules count as on the chip that takes least."""
     cores: PositiveInt
     """Physical cores of a chip."""
     device_kinds: dict[int, list[str]]
@@ -193,8 +195,8 @@ class TopologyFile(Config):
     links: dict[str, LinkFile]
     network: LinkFile | None = None
     """Between units; the bandwidth is one chip's. Left out, units cannot be joined."""
-    splits: dict[str, SplitFile] = {}
-    """By dim."""
+    splits: dict[str, list[SplitFile]] = {}
+    """By dim: ways to cut it, of which those count that are of its size (cores of a chip are as many as LNC makes)."""
     groups: dict[int, list[GroupsFile]] | None = None
     """By LNC. Null: no document restricts or lists them."""
     rules: Literal["neuron"] | None = None

@@ -70,7 +70,8 @@ class Topology:
     chip: ChipFile
     dims: tuple[Dimension, ...]
     """Outermost first: the network (when count > 1), the grid of chips, the cores of a chip (when more than one)."""
-    splits: Mapping[str, SplitFile]
+    splits: Mapping[str, tuple[SplitFile, ...]]
+    """Ways to cut a dim in two; no two of them have a part of the same name."""
     groups: tuple[GroupsFile, ...] | None
     """Group shapes inside an instance that documents list. None: no document restricts or lists them."""
     rules: str | None
@@ -147,6 +148,10 @@ class Topology:
     def chip_dims(self) -> tuple[Dimension, ...]:
         """The dimensions of chips: all but the cores of a chip."""
         return tuple(dim for dim in self.dims if dim.kind != "chip")
+
+    def split(self, dim: str, part: str) -> SplitFile:
+        """Give the way to cut a dim that has this part."""
+        return next(split for split in self.splits[dim] if part in split.parts)
 
     def coordinates(self, core: int) -> dict[str, int]:
         """Where a core stands, by dimension."""
@@ -257,7 +262,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         chip=chip,
         dims=tuple(dims),
         # A split of the cores of a chip is written for one LNC.
-        splits={dim.name: split for dim in dims if (split := file.splits.get(dim.name)) and split.size == dim.size},
+        splits={dim.name: tuple(s for s in file.splits.get(dim.name, ()) if s.size == dim.size) for dim in dims},
         groups=None if file.groups is None else tuple(file.groups[lnc]),
         rules=file.rules,
         core_links=tuple((a, b) for a, b in file.core_links if lnc == next(iter(chip.device_kinds))),

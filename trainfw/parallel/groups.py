@@ -106,10 +106,11 @@ def _places(topology: Topology, dim: str, size: int, parts: list[str]) -> list[l
         return [[place] for place in range(size)]
     if parts == [dim]:
         return [list(range(size))]
-    split = topology.splits[dim]
     if len(parts) == 2:
         return [list(range(size))]
-    inner = parts[0].partition(".")[2] == split.parts[1]
+    part = parts[0].partition(".")[2]
+    split = topology.split(dim, part)
+    inner = part == split.parts[1]
     return split.order if inner else [list(column) for column in zip(*split.order, strict=True)]
 
 

@@ -294,11 +294,12 @@ def _divisions(size: int, left: tuple[tuple[str, int], ...]) -> list[dict[str, i
 
 def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Iterator[dict[str, Piece]]:
     """The parts of `dim` that a division makes, in every arrangement that its table of parts allows."""
-    split = topology.splits.get(dim.name)
+    sizes = list(division.values())
+    splits = [split for split in topology.splits[dim.name] if [len(split.order), len(split.order[0])] == sizes]
     if len(division) == 1:
         yield {axis: _part(topology, dim.name) for axis in division}
-    elif split is not None and list(division.values()) == [len(split.order), len(split.order[0])]:
-        for axes in itertools.permutations(division):
+    elif splits:
+        for split, axes in itertools.product(splits, itertools.permutations(division)):
             yield {axis: _part(topology, f"{dim.name}.{part}") for axis, part in zip(axes, split.parts, strict=True)}
     else:  # Mixed radix, the axes with the most communication innermost.
         stride, pieces = 1, {}
@@ -315,7 +316,7 @@ def _part(topology: Topology, name: str) -> Piece:
     if not part:
         links = 2 if dim.kind == "ring" and dim.size > 2 else 1
         return Piece(name, dim_name, dim.size, 1, _rate(topology, dim, links, 1), dim.latency)
-    split = topology.splits[dim_name]
+    split = topology.split(dim_name, part)
     inner = part == split.parts[1]
     places = split.order[0] if inner else [row[0] for row in split.order]
     hops = max(1, dim.distance(places[0], places[1]))
@@ -364,11 +365,10 @@ def _order(
     strides = {(p.dim, p.name): p.stride for pieces in assignment.values() for p in pieces}
     for dim in topology.dims:
         mine = {name: digit for (owner, name), digit in digits.items() if owner == dim.name}
-        split = topology.splits.get(dim.name)
-        names = None if split is None else [f"{dim.name}.{part}" for part in split.parts]
-        if names is not None and set(mine) == set(names):
-            assert split is not None
-            place = np.asarray(split.order)[mine[names[0]], mine[names[1]]]
+        cut = {tuple(f"{dim.name}.{part}" for part in split.parts): split for split in topology.splits[dim.name]}
+        names = next((names for names in cut if set(mine) == set(names)), None)
+        if names is not None:
+            place = np.asarray(cut[names].order)[mine[names[0]], mine[names[1]]]
         else:
             place = sum((digit * strides[dim.name, name] for name, digit in mine.items()), np.zeros_like(core))
         core = core * dim.size + place
