@@ -16,3 +16,14 @@ import jax
 # Started here, whichever test comes first: commands run in this process may ask for another number.
 assert jax.device_count() == 8
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as commands set it; this process has read the other
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many programs the checks were tried on, where their tests ran."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    if any(report.nodeid.startswith("tests/checking/test_cases.py") for report in reports):
+        from tests.checking.cases import counted
+
+        terminalreporter.section("rows of tests/checking/cases")
+        for line in counted():
+            terminalreporter.write_line(line)

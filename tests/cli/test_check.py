@@ -33,10 +33,13 @@ def in_process(monkeypatch, *arguments: str) -> int:
 def test_rules(monkeypatch, capsys):
     assert in_process(monkeypatch, "check", "--rules") == 0
     text = capsys.readouterr().out
-    assert all(rule in text and RULES[rule].source in text for rule in RULES)
+    assert all(rule.id in text and rule.source in " ".join(text.split()) for rule in RULES.values())
+    assert "keyed on chip, SDK\n" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert in_process(monkeypatch, "check", "--rules", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     assert {rule["id"]: rule["severity"] for rule in listed} == {r.id: r.severity for r in RULES.values()}
+    assert next(rule["keyed_on"] for rule in listed if rule["id"] == "sort") == ["chip"]
 
 
 BAD_INPUT = {

@@ -8,16 +8,15 @@ from typing import Any
 from trainfw.checking.report import Finding
 from trainfw.hlo import Place, user_place
 
-_LISTED = {"bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8", "float8_e5m2", "float8_e4m3"}
+_LISTED = {
+    *("bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8"),
+    *("float8_e5m2", "float8_e4m3", "float8_e3m4"),
+}
 _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 
-def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
-    """Findings in a jax.core.ClosedJaxpr.
-
-    Args:
-        has_e4m3fn: the hardware knows float8_e4m3fn.
-    """
+def read_jaxpr(closed: Any) -> list[Finding]:
+    """Findings in a jax.core.ClosedJaxpr, of rules that count on any target."""
     from jax.interpreters import partial_eval
 
     findings: list[Finding] = []
@@ -36,14 +35,12 @@ def read_jaxpr(closed: Any, *, has_e4m3fn: bool) -> list[Finding]:
             place, origin = (own, _origin(eqn)) if own else (caller, calling)
             name = str(eqn.source_info.name_stack)
             op_name = f"{name}/{eqn.primitive.name}" if name else eqn.primitive.name
-            findings.extend(
-                Finding(rule, message, place, op_name, origin=origin) for rule, message in _read(eqn, has_e4m3fn)
-            )
+            findings.extend(Finding(rule, message, place, op_name, origin=origin) for rule, message in _read(eqn))
             for inner in sub_jaxprs(eqn):
                 visit(inner, place, origin)
 
     visit(live(closed.jaxpr), None, "")  # the outer one first, so that it is known what of the inner ones is used
-    findings.extend(_arguments(closed.jaxpr, {f.rule for f in findings}, has_e4m3fn))
+    findings.extend(_arguments(closed.jaxpr, {f.rule for f in findings}))
     return findings
 
 
@@ -114,7 +111,7 @@ def sub_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield inner
 
 
-def _read(eqn: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
+def _read(eqn: Any) -> Iterator[tuple[str, str]]:
     name = eqn.primitive.name
     if name.endswith("callback") or name == "debug_print":
         yield "control-callback", f"calls back to the host ({name})"
@@ -135,10 +132,10 @@ def _read(eqn: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
     elif _is_randint(eqn):
         yield "rng-randint", f"draws {_shape(eqn.outvars[0])} with jax.random.randint"
     for variable in eqn.outvars:
-        yield from _dtype(variable, has_e4m3fn)
+        yield from _dtype(variable)
 
 
-def _dtype(variable: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
+def _dtype(variable: Any) -> Iterator[tuple[str, str]]:
     dtype = str(getattr(variable.aval, "dtype", "bool"))
     rule = None
     if dtype == "float64":
@@ -150,17 +147,19 @@ def _dtype(variable: Any, has_e4m3fn: bool) -> Iterator[tuple[str, str]]:
     elif dtype.endswith("fnuz"):
         rule = "dtype-f8fnuz"
     elif dtype == "float8_e4m3fn":
-        rule = None if has_e4m3fn else "dtype-f8e4m3fn"
+        rule = "dtype-f8e4m3fn"
+    elif dtype == "float4_e2m1fn":
+        rule = "dtype-f4"
     elif dtype not in _LISTED and "<" not in dtype and dtype != "float0":  # `key<rbg>` is a type of JAX alone
         rule = "dtype-unlisted"
     if rule is not None:
         yield rule, f"makes {_shape(variable)}"
 
 
-def _arguments(jaxpr: Any, found: set[str], has_e4m3fn: bool) -> Iterator[Finding]:
+def _arguments(jaxpr: Any, found: set[str]) -> Iterator[Finding]:
     """Arguments of a dtype that no operation's result has shown already, where they are first used."""
     for number, variable in enumerate(jaxpr.invars):
-        for rule, _ in _dtype(variable, has_e4m3fn):
+        for rule, _ in _dtype(variable):
             if rule not in found:
                 message = f"argument {number} is {_shape(variable)}"
                 yield Finding(rule, message, _first_use(jaxpr, variable), f"argument {number}")

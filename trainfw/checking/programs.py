@@ -4,14 +4,15 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainfw import backends
 from trainfw.backends import Sdk, load_sdk
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic
 from trainfw.checking.partitioned import is_partitioned, memory_of, read_memory, read_partitioned, sum_collectives
-from trainfw.checking.report import CollectiveSum, Finding, Memory, Report, merged
+from trainfw.checking.report import Finding, Report, merged, on_target
+from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, load_topology
@@ -85,6 +86,22 @@ def check(
     return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """All that is read of one function, from which it can be judged for any hardware and SDK."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    """Of the program, of rules that count on some target."""
+    arguments: tuple[Any, ...] | None
+    """The arrays among them, in the order in which the compiled function takes them; None for one without shapes."""
+    partitioned: Partitioned | None = None
+    devices: tuple[Any, ...] = ()
+    """Of each partition."""
+    mesh: Any | None = None
+    """A mesh of these, after whose axes groups can be named."""
+
+
 def check_program(
     program: Any, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
@@ -113,39 +130,55 @@ def _check(
     progress: Progress,
 ) -> Report:
     """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
-    neuron = topology.rules == "neuron"
-    findings: list[Finding] = list(_versions(sdk)) if neuron else []
-    sums: list[tuple[CollectiveSum, ...]] = []
-    memories: list[Memory] = []
     if mesh is not None:
         _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
-    for name, (function, arguments) in functions.items():
-        found, memory, collectives = _check_function(name, function, arguments, mesh, topology, sdk, progress)
-        findings += [replace(finding, program=name) for finding in found]
-        memories += [memory] if memory is not None else []
-        sums += [collectives] if collectives is not None else []
+    neuron = topology.rules == "neuron"
+    readings = [read(name, fn, arguments, mesh, progress, neuron=neuron) for name, (fn, arguments) in functions.items()]
+    return judge(readings, topology, sdk)
+
+
+def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
+    """Say what of these functions counts on this hardware, with this SDK."""
+    neuron = topology.rules == "neuron"
+    findings: list[Finding] = list(_versions(sdk)) if neuron else []
+    sums, memories = [], []
+    for reading in readings:
+        found = list(reading.findings)
+        if reading.partitioned is not None:
+            physical = _physical_cores(reading.devices, topology)
+            if neuron:
+                found += read_partitioned(reading.partitioned.module, physical, reading.mesh, topology, sdk)
+            sums.append(sum_collectives(reading.partitioned.module, reading.mesh))
+        if reading.arguments is not None:
+            memory = memory_of(reading.arguments, reading.partitioned, topology)
+            found += read_memory(memory)
+            memories.append(memory)
+        findings += [replace(finding, program=reading.name) for finding in found]
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     return Report(
         hardware=units,
         cores=topology.cores,
         sdk=sdk.version if neuron else None,
-        findings=merged(findings),
+        findings=merged(on_target(findings, Target.of(topology, sdk))),
         collectives=next(iter(sums), ()),
         memory=max(memories, key=lambda memory: memory.arguments + (memory.temporaries or 0), default=None),
     )
 
 
-def _check_function(
+def read(
     name: str,
     function: Any,
     arguments: tuple[Any, ...],
     mesh: Any | None,
-    topology: Topology,
-    sdk: Sdk,
-    progress: Progress,
-) -> tuple[list[Finding], Memory | None, tuple[CollectiveSum, ...] | None]:
-    """What is found in one function, its memory and its collectives, as far as it could be read."""
-    neuron = topology.rules == "neuron"
+    progress: Progress = lambda _: None,
+    *,
+    neuron: bool = True,
+) -> Reading:
+    """Read a jitted function, as far as it can be read.
+
+    Args:
+        neuron: read for Neuron's rules, and not for memory and collectives alone.
+    """
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
@@ -153,29 +186,23 @@ def _check_function(
             traced = _trace(name, function, arguments, mesh, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
-                return [Finding("shape-dynamic", _first_line(error), _raised_at(error))], None, None
+                return Reading(name, (Finding("shape-dynamic", _first_line(error), _raised_at(error)),), None)
             raise
         if neuron and (symbolic := read_symbolic(traced.jaxpr)):
-            return symbolic, None, None
+            return Reading(name, tuple(symbolic), None)
         if neuron:
-            found += read_jaxpr(traced.jaxpr, has_e4m3fn=_has_e4m3fn(topology))
+            found += read_jaxpr(traced.jaxpr)
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
         cores = f" for {mesh.size} core{'s' * (mesh.size > 1)}" if mesh is not None else ""
         progress(f"partitioning {name}{cores}")
         partitioned, why = _partition(traced, name)
-    collectives = None
+    leaves = tuple(_leaves(traced, arguments))
     if partitioned is None:
-        found.append(Finding("not-partitioned", why))
-    else:
-        devices = _devices(partitioned, traced, mesh)
-        named = _mesh_of(devices, partitioned, traced, mesh)
-        physical = _physical_cores(devices, topology)
-        if neuron:
-            found += read_partitioned(partitioned.module, physical, named, topology, sdk)
-        collectives = sum_collectives(partitioned.module, named)
-    memory = memory_of(_leaves(traced, arguments), partitioned, topology)
-    found += read_memory(memory)
-    return found, memory, collectives
+        return Reading(name, (*found, Finding("not-partitioned", why)), leaves)
+    devices = _devices(partitioned, traced, mesh)
+    return Reading(
+        name, tuple(found), leaves, partitioned, tuple(devices), _mesh_of(devices, partitioned, traced, mesh)
+    )
 
 
 # --- Tracing, lowering, partitioning --------------------------------------------------------------
@@ -292,6 +319,8 @@ def _devices(partitioned: Partitioned, traced: Any, mesh: Any | None) -> list[An
     for candidate in (mesh, *meshes_in(traced.jaxpr)):
         if isinstance(candidate, jax.sharding.Mesh) and candidate.size == count:
             return list(candidate.devices.flat)
+    if count == 1:
+        return jax.devices()[:1]
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
 
 
@@ -335,11 +364,6 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
     python = "{}.{}".format(*sys.version_info)
     if not number(low) <= number(python) <= number(high):
         yield Finding("sdk-version", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
-
-
-def _has_e4m3fn(topology: Topology) -> bool:
-    """Trainium3 only."""
-    return any(kind.startswith("NC_v4") for kinds in topology.chip.device_kinds.values() for kind in kinds)
 
 
 def _abstract(leaf: Any, mesh: Any | None) -> Any:

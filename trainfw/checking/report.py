@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainfw.checking.rules import RULES, SEVERITIES, Severity
+from trainfw.checking.rules import RULES, SEVERITIES, Ruling, Severity, Target
 from trainfw.hlo import Place
 from trainfw.tables import table
 
@@ -29,10 +29,12 @@ class Finding:
     """All of the compiled functions that have it, of a report's finding."""
     origin: str = ""
     """What the line calls that this is part of, such as `jit(solve)`: only there do rules hide others."""
+    ruling: Ruling | None = None
+    """What the rule is on the target; None before that is known, when it is the most that it can be."""
 
     @property
     def severity(self) -> Severity:
-        return RULES[self.rule].severity
+        return (self.ruling or RULES[self.rule]).severity
 
     @property
     def source(self) -> str:
@@ -40,7 +42,12 @@ class Finding:
 
     @property
     def instead(self) -> str:
-        return RULES[self.rule].instead
+        return (self.ruling or RULES[self.rule]).instead
+
+    @property
+    def note(self) -> str:
+        """Where documents and measurements disagree, or what is not confirmed; empty for neither."""
+        return (self.ruling or RULES[self.rule]).note
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,15 +61,18 @@ class Finding:
             "count": self.count,
             "source": self.source,
             "instead": self.instead,
+            "note": self.note or None,
+            "keyed_on": RULES[self.rule].keyed_on,
         }
 
     def __str__(self) -> str:
         where = str(self.place) if self.place else self.op_name or f"{self.program or 'the program'} as a whole"
         times = f" ({self.count} operations)" if self.count > 1 else ""
         named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
+        note = f"\n    note     {self.note}" if self.note else ""
         return (
             f"{self.severity}: {self.rule}: {where}\n    {self.message}{times}{named}\n"
-            f"    rule     {RULES[self.rule].summary}\n    instead  {self.instead}\n    source   {self.source}"
+            f"    rule     {RULES[self.rule].summary}{note}\n    instead  {self.instead}\n    source   {self.source}"
         )
 
 
@@ -157,6 +167,12 @@ class Report:
 
     def _of(self, severity: Severity) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == severity]
+
+
+def on_target(findings: Iterable[Finding], target: Target) -> list[Finding]:
+    """Those whose rules count on a target, as they count there."""
+    ruled = [(finding, RULES[finding.rule].on(target)) for finding in findings]
+    return [replace(finding, ruling=ruling) for finding, ruling in ruled if ruling is not None]
 
 
 def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:

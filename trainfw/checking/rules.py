@@ -1,16 +1,116 @@
 from __future__ import annotations
 
 import functools
+import operator
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
 import yaml
+from pydantic import field_validator, model_validator
 
-from trainfw.config import Config
+from trainfw.backends import Sdk
+from trainfw.config import Config, invalid
+from trainfw.hardware import Topology
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_SDK = "aws-neuron-sdk 2.32.0"
+Chip = Literal["inf2", "trn1", "trn2", "trn3"]
+CHIPS: tuple[Chip, ...] = ("inf2", "trn1", "trn2", "trn3")
+Key = Literal["chip", "LNC", "SDK", "libneuronxla"]
+KEYS: tuple[Key, ...] = ("chip", "LNC", "SDK", "libneuronxla")
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+}
+_BOUND = re.compile(r"(<=|>=|==|<|>) (\d+(?:\.\d+)*)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that a program is for, as far as rules are keyed on it."""
+
+    chip: str | None
+    """None: hardware of one's own that does not say which of Neuron's chips it has; no exception counts there."""
+    lnc: int
+    sdk: str
+    libneuronxla: str
+    """The plugin that this SDK has for the newest JAX."""
+
+    @classmethod
+    def of(cls, topology: Topology, sdk: Sdk) -> Target:
+        return cls(topology.chip.neuron_family, topology.lnc, sdk.version, sdk.packages.get("libneuronxla", "0"))
+
+
+class When(Config):
+    """Conditions that hold together; what is left out holds everywhere."""
+
+    chips: list[Chip] = []
+    lnc: int | None = None
+    sdk: str | None = None
+    """Such as `>= 2.33`."""
+    libneuronxla: str | None = None
+
+    @field_validator("sdk", "libneuronxla")
+    @classmethod
+    def _is_a_bound(cls, value: str | None) -> str | None:
+        if value is not None and not _BOUND.fullmatch(value):
+            invalid("", f"{value!r}: expected a comparison and a version, such as '>= 2.33'")
+        return value
+
+    def holds(self, target: Target) -> bool:
+        return (
+            (not self.chips or target.chip in self.chips)
+            and self.lnc in (None, target.lnc)
+            and within(target.sdk, self.sdk)
+            and within(target.libneuronxla, self.libneuronxla)
+        )
+
+    @property
+    def keys(self) -> set[Key]:
+        asked: dict[Key, object] = {
+            "chip": self.chips,
+            "LNC": self.lnc,
+            "SDK": self.sdk,
+            "libneuronxla": self.libneuronxla,
+        }
+        return {key for key, value in asked.items() if value}
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [
+                *([" ".join(self.chips)] if self.chips else []),
+                *([f"LNC {self.lnc}"] if self.lnc else []),
+                *([f"SDK {self.sdk}"] if self.sdk else []),
+                *([f"libneuronxla {self.libneuronxla}"] if self.libneuronxla else []),
+            ]
+        )
+
+
+class Case(Config):
+    """An exception to a rule: where it holds, and what of the rule is otherwise there."""
+
+    when: When
+    severity: Severity | Literal["none"] | None = None
+    """`none`: the rule does not count there. Left out: as elsewhere."""
+    instead: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A rule as it counts on one target."""
+
+    severity: Severity
+    instead: str
+    note: str
 
 
 class Rule(Config):
@@ -19,27 +119,87 @@ class Rule(Config):
     id: str
     summary: str
     severity: Severity
+    """Where no case holds: the most that it is anywhere."""
     source: str
     instead: str
     """What to do about it."""
+    note: str = ""
+    """Where documents, or documents and measurements, disagree; what is not confirmed."""
+    cases: list[Case] = []
+    """The first that holds counts."""
+    keys: list[Key] = []
+    """What else decides it: whether it is broken at all, which code or another profile knows."""
     hides: list[str] = []
     """Rules that do not count where this one is broken: they would speak of how JAX builds the same operation."""
+
+    @model_validator(mode="after")
+    def _cases_differ(self) -> Rule:
+        for number, case in enumerate(self.cases):
+            if not case.when.keys:
+                invalid(f"cases.{number}.when", "expected chips, lnc, sdk or libneuronxla")
+        return self
+
+    def on(self, target: Target) -> Ruling | None:
+        """What it is for a target; None where it does not count."""
+        case = next((case for case in self.cases if case.when.holds(target)), None)
+        if case is None:
+            return Ruling(self.severity, self.instead, self.note)
+        severity = case.severity or self.severity
+        if severity == "none":
+            return None
+        return Ruling(severity, case.instead or self.instead, self.note if case.note is None else case.note)
+
+    @property
+    def keyed_on(self) -> list[Key]:
+        """What decides it, in the order of `KEYS`: none for what is the same everywhere."""
+        asked = {key for case in self.cases for key in case.when.keys} | set(self.keys)
+        return [key for key in KEYS if key in asked]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"hides", "keys"}) | {"keyed_on": self.keyed_on}
+
+    def describe(self, width: int = 80) -> str:
+        """Lines of at most `width` columns, longer words aside."""
+        lines = [f"{self.severity:7}  {self.id}"]
+        lines += _indented(self.summary, width)
+        if self.keyed_on:
+            lines += _indented(f"keyed on {', '.join(self.keyed_on)}", width)
+        for case in self.cases:
+            note = f" ({case.note})" if case.note else ""
+            said = "does not count" if case.severity == "none" else case.severity or self.severity
+            lines += _indented(f"{said} on {case.when}{note}", width, deeper="  ")
+        if self.note:
+            lines += _indented(f"note: {self.note}", width)
+        return "\n".join([*lines, *_indented(f"source: {self.source}", width)])
+
+
+def _indented(text: str, width: int, deeper: str = "") -> list[str]:
+    first = " " * 9 + deeper
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=first, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def within(version: str, bound: str | None) -> bool:
+    """Whether a version (`2.33`, `3.0.5356.0`) keeps a bound (`>= 2.33`), by as many numbers as the bound has."""
+    found = _BOUND.fullmatch(bound or "")
+    if found is None:
+        return True
+    wanted = [int(part) for part in found[2].split(".")]
+    have = [int(part) for part in re.findall(r"\d+", version)][: len(wanted)]
+    return _COMPARISONS[found[1]](have, wanted)
 
 
 def _load(name: str) -> Any:
     return yaml.safe_load(resources.files(__package__).joinpath(name).read_text())
 
 
-def _source(source: str) -> str:
-    if source.startswith("jax "):
-        return source
-    return f"aws-neuron-sdk {source}" if source.startswith("release notes") else f"{_SDK} {source}"
+def _rules() -> Iterator[Rule]:
+    for name, fields in _load("rules.yaml").items():
+        yield Rule.model_validate({"id": name, **fields})
 
 
-RULES: dict[str, Rule] = {
-    name: Rule.model_validate({"id": name, **fields, "source": _source(fields["source"])})
-    for name, fields in _load("rules.yaml").items()
-}
+RULES: dict[str, Rule] = {rule.id: rule for rule in _rules()}
 
 
 @functools.cache
@@ -50,5 +210,6 @@ def known_operators() -> frozenset[str]:
 
 
 @functools.cache
-def known_custom_calls() -> frozenset[str]:
-    return frozenset(name for names in _load("operators.yaml")["custom_calls"].values() for name in names)
+def custom_calls(group: str) -> frozenset[str]:
+    """Targets of custom calls in a group of operators.yaml: `recognised`, `microscaling`, `partitioning`."""
+    return frozenset(_load("operators.yaml")["custom_calls"][group])

@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from trainfw.checking.report import Finding
-from trainfw.checking.rules import known_custom_calls, known_operators
+from trainfw.checking.rules import custom_calls, known_operators
+from trainfw.checking.values import (
+    Arguments,
+    argument_of,
+    arguments_of,
+    forget,
+    integer_of,
+    owner_of,
+    range_of,
+    terminator,
+)
 from trainfw.hlo import Place, count_trips, user_place
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
-_FOLDED: dict[str, Callable[..., int]] = {
-    "stablehlo.add": operator.add,
-    "stablehlo.subtract": operator.sub,
-    "stablehlo.multiply": operator.mul,
-    "stablehlo.and": operator.and_,
-    "stablehlo.or": operator.or_,
-    "stablehlo.minimum": min,
-    "stablehlo.maximum": max,
-    "stablehlo.clamp": lambda low, value, high: min(max(low, value), high),
-}
-"""Arithmetic of integer scalars; bounds of loops do not come near an overflow."""
-Arguments = tuple[int | None, ...]
-"""What a function is called with, where that is an integer known when compiling."""
+_COMBINING = ("add", "multiply", "maximum", "minimum", "and", "or", "xor")
+"""What a scatter may do with what is there; it may also write over it."""
 
 
 def read_stablehlo(module: Any) -> list[Finding]:
-    """Findings in a module as `lowered.compiler_ir("stablehlo")` gives it."""
+    """Findings in a module as `lowered.compiler_ir("stablehlo")` gives it, of rules that count on any target."""
     functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in _functions(module)}
     findings: list[Finding] = []
     seen: set[Any] = set()
+    partitions = module.operation.attributes
+    several = "mhlo.num_partitions" in partitions and int(partitions["mhlo.num_partitions"].value) > 1
 
-    def visit(name: str, caller: Place | None, calling: str, arguments: Arguments) -> None:
-        if (name, caller, calling, arguments) in seen or name not in functions:
+    def visit(name: str, caller: Place | None, calling: str, arguments: Arguments, split: bool) -> None:
+        if (name, caller, calling, arguments, split) in seen or name not in functions:
             return
-        seen.add((name, caller, calling, arguments))
-        walk(functions[name], caller, calling, arguments)
+        seen.add((name, caller, calling, arguments, split))
+        walk(functions[name], caller, calling, arguments, split)
 
-    def walk(parent: Any, caller: Place | None, calling: str, arguments: Arguments) -> None:
+    def walk(parent: Any, caller: Place | None, calling: str, arguments: Arguments, split: bool) -> None:
         for op in _inside(parent):
             frames, op_name = _location(op.location)
             # JAX's own jitted functions are compiled apart, without lines: theirs is the caller's.
             own = user_place(frames)
             place, origin = (own, op_name.rpartition("/")[2].rstrip(":")) if own else (caller, calling)
             if op.name == "func.call":
-                known = tuple(_integer(operand, arguments) for operand in op.operands)
-                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, origin, known)
+                known = arguments_of(op.operands, arguments)
+                visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, origin, known, split)
                 continue
-            findings.extend(
-                Finding(rule, message, place, op_name, origin=origin) for rule, message in _read(op, arguments)
-            )
-            walk(op, place, origin, arguments)
+            found = [*_read(op, arguments), *(_read_split(op) if split else ())]
+            findings.extend(Finding(rule, message, place, op_name, origin=origin) for rule, message in found)
+            walk(op, place, origin, arguments, split and op.name != "sdy.manual_computation")
 
-    visit("main", None, "", ())
-    _integer.cache_clear()  # which keeps the module
+    visit("main", None, "", Arguments(), several)
+    forget()  # what keeps the module
     return findings
 
 
@@ -94,27 +92,40 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
     if not all(_is_static(value.type) for value in (*op.operands, *op.results)):
         yield "shape-dynamic", f"{name} of a dynamic shape"
     if dialect == "chlo":  # decomposed into stablehlo, all but these
-        if name == "top_k" and _is_integer(op.operands[0]):
-            yield "topk-integer", f"top_k of {_type(op.operands[0])}"
+        if name == "top_k":
+            yield "topk", f"top_k of {_type(op.operands[0])}"
+            if _is_integer(op.operands[0]):
+                yield "topk-integer", f"top_k of {_type(op.operands[0])}"
         elif name == "ragged_dot":
             yield "op-unlisted", f"{op.name} of {_type(op.operands[0])}"
     if dialect != "stablehlo":
         return
     match name:
-        case "case" | "if" if len(op.regions) > 1 and _integer(op.operands[0], arguments) is None:
+        case "case" | "if" if len(op.regions) > 1 and integer_of(op.operands[0], arguments) is None:
             yield "control-cond", f"a conditional of {len(op.regions)} branches"
         case "while" if _trip_count(op, arguments) is None:
             yield "control-while", "a while loop whose trip count is not known when compiling"
         case "rng_bit_generator" if "DEFAULT" not in str(op.attributes["rng_algorithm"]):
             yield "rng-algorithm", f"rng_bit_generator with {op.attributes['rng_algorithm']}"
-        case "sort" if not _sorts_simply(op):
-            yield "sort-comparator", f"a sort of {_type(op.operands[0])} whose comparator is not one comparison"
+        case "sort":
+            yield "sort", f"sorts {_type(op.operands[0])}"
+            if not _sorts_simply(op):
+                yield "sort-comparator", f"a sort of {_type(op.operands[0])} whose comparator is not one comparison"
         case "reduce" | "reduce_window" if len(op.operands) > 2:
-            yield "reduce-variadic", f"reduces {len(op.operands) // 2} arrays at once ({_type(op.operands[0])}, ...)"
+            rule = "reduce-variadic" if name == "reduce" else "reduce-window-variadic"
+            yield rule, f"reduces {len(op.operands) // 2} arrays at once ({_type(op.operands[0])}, ...)"
         case "dot_general" | "dot" if _is_integer(op.operands[0]) or _is_integer(op.operands[1]):
-            yield "dot-integer", f"multiplies {_type(op.operands[0])} and {_type(op.operands[1])}"
-        case "scatter" if _is_integer(op.operands[0]) and _adds(op):
-            yield "scatter-integer", f"adds into {_type(op.operands[0])}"
+            rule = "dot-int64" if 64 in (_bits(op.operands[0]), _bits(op.operands[1])) else "dot-integer"
+            yield rule, f"multiplies {_type(op.operands[0])} and {_type(op.operands[1])}"
+        case "scatter":
+            yield from _read_scatter(op, arguments)
+        case "gather":
+            mapped = _dims(op, "start_index_map")
+            window = [int(size) for size in op.attributes["slice_sizes"]]
+            if past := _past_the_end(op, mapped, window, arguments):
+                yield "gather-iota", f"gathers from {_type(op.operands[0])} at {past}"
+        case "shift_right_arithmetic" if _bits(op.operands[0]) < 32:
+            yield "shift-narrow", f"shifts {_type(op.operands[0])}"
         case "convolution":
             stride, dilation, kernel = (_large(op, key) for key in ("window_strides", "lhs_dilation", "rhs_dilation"))
             if dilation and kernel:
@@ -129,14 +140,82 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         case "power" if not _is_known_power(op):
             yield "op-pow", f"raises {_type(op.operands[0])} to a power that is no constant integer"
         case "custom_call":
-            target = str(op.attributes["call_target_name"]).strip('"')
-            if target not in known_custom_calls() and not target.startswith("xla.sdy."):
-                yield "custom-call", f"calls {target}"
+            yield from _read_custom_call(op)
     if name == "reduce_window" and (dilation := _large(op, "base_dilations") or _large(op, "window_dilations")):
         yield "reduce-window-dilation", f"reduce_window with dilation {dilation}"
     is_complex = any("complex" in _type(value) for value in (*op.operands, *op.results))
     if name not in known_operators() and not is_complex:  # which is refused as such
         yield "op-unlisted", f"{op.name} of {_type(op.operands[0]) if len(op.operands) else 'nothing'}"
+
+
+def _read_split(op: Any) -> Iterator[tuple[str, str]]:
+    """What counts for operations that a partitioner has to split over several cores."""
+    if op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):
+        yield "gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"
+
+
+def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
+    update = owner_of(terminator(op.regions[0]).operands[0])
+    combining = update.name.partition(".")[2] if update is not None else ""
+    if combining in _COMBINING:
+        into = f"{combining} into {_type(op.operands[0])}"
+        if _is_integer(op.operands[0]):
+            yield "scatter-integer", into
+        elif _bits(op.operands[0]) == 1:
+            yield "scatter-boolean", into
+    # Windows are of size 1 along the dims that are inserted; along others, updates are as long.
+    shape, updates = list(op.operands[0].type.shape), list(op.operands[-1].type.shape)
+    left_out = {*_dims(op, "inserted_window_dims"), *_dims(op, "input_batching_dims")}
+    sizes = iter([updates[dim] for dim in _dims(op, "update_window_dims")])
+    window = [1 if dim in left_out else next(sizes) for dim in range(len(shape))]
+    if past := _past_the_end(op, _dims(op, "scattered_dims_to_operand_dims"), window, arguments):
+        yield "scatter-iota", f"{combining or 'writes'} into {_type(op.operands[0])} at {past}"
+
+
+def _past_the_end(op: Any, mapped: list[int], window: list[int], arguments: Arguments) -> str:
+    """Where a gather's or scatter's places count up past the end of the operand; empty where they are not known to.
+
+    Args:
+        mapped: the operand's dim that each component of an index is for.
+        window: sizes of what is read or written at each place.
+    """
+    shape, indices = op.operands[0].type.shape, op.operands[len(op.operands) // 2 if len(op.operands) > 2 else 1]
+    made = owner_of(indices)
+    parts = [indices]
+    if len(mapped) != 1:
+        if made is None or made.name != "stablehlo.concatenate" or len(made.operands) != len(mapped):
+            return ""
+        parts = list(made.operands)
+    for dim, part in zip(mapped, parts, strict=True):
+        found = range_of(part, arguments)
+        if found is not None and found.counted and found.high > shape[dim] - window[dim]:
+            return f"{found.low} to {found.high} of dim {dim}, which has {shape[dim]}"
+    return ""
+
+
+def _read_custom_call(op: Any) -> Iterator[tuple[str, str]]:
+    target = str(op.attributes["call_target_name"]).strip('"')
+    if target in custom_calls("microscaling"):
+        yield "custom-call-mx", f"calls {target}"
+        if problem := _form_problem(target, op):
+            yield "custom-call-mx-form", f"calls {target} {problem}"
+        return
+    known = target in custom_calls("recognised") or target in custom_calls("partitioning")
+    if not known and not target.startswith("xla.sdy."):
+        yield "custom-call", f"calls {target}"
+
+
+def _form_problem(target: str, op: Any) -> str:
+    """What of a microscaling call's form neuronx-cc refuses; empty for none."""
+    count = 1 if target == "QuantizeMX" else 4
+    if len(op.operands) != count:
+        return f"with {len(op.operands)} arrays; expected {count}"
+    if target == "QuantizeMX":
+        return "" if len(op.results) == 2 else f"with {len(op.results)} results; expected 2"
+    if any(operand.type.rank < 2 for operand in op.operands[:2]):
+        return f"of {_type(op.operands[0])} and {_type(op.operands[1])}; expected two dims or more"
+    result = str(_element(op.results[0]))
+    return "" if result in ("f32", "bf16") else f"with a result in {result}; expected f32 or bf16"
 
 
 # --- Operations ----------------------------------------------------------------------------------
@@ -149,23 +228,13 @@ def _reduces(op: Any) -> bool:
     return kept != whole.get(_type(op.operands[0]).rpartition("x")[2])
 
 
-def _terminator(region: Any) -> Any:
-    *_, last = region.blocks[0].operations
-    return last.operation
-
-
 def _sorts_simply(op: Any) -> bool:
-    decision = _owner(_terminator(op.regions[0]).operands[0])
+    decision = owner_of(terminator(op.regions[0]).operands[0])
     return (
         decision is not None
         and decision.name == "stablehlo.compare"
         and any(f" {direction}" in str(decision.attributes["comparison_direction"]) for direction in _COMPARISONS)
     )
-
-
-def _adds(op: Any) -> bool:
-    update = _owner(_terminator(op.regions[0]).operands[0])
-    return update is not None and update.name == "stablehlo.add"
 
 
 def _is_known_power(op: Any) -> bool:
@@ -185,27 +254,27 @@ def _large(op: Any, attribute: str) -> list[int]:
 def _trip_count(op: Any, arguments: Arguments) -> int | None:
     """Trips of a `stablehlo.while`, where they are known when compiling."""
     condition, body = op.regions
-    test, update = _owner(_terminator(condition).operands[0]), _terminator(body)
+    test, update = owner_of(terminator(condition).operands[0]), terminator(body)
     if test is None or test.name != "stablehlo.compare":
         return None
     direction = str(test.attributes["comparison_direction"]).split()[-1].rstrip(">")
     counter, bound = test.operands
-    index = _argument(counter, condition)
+    index = argument_of(counter, condition)
     if index is None:
         counter, bound = bound, counter
-        index = _argument(counter, condition)
+        index = argument_of(counter, condition)
         direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
     if index is None:
         return None
-    limit, start, step = _integer(bound, arguments), _integer(op.operands[index], arguments), None
-    made = _owner(update.operands[index])
+    limit, start, step = integer_of(bound, arguments), integer_of(op.operands[index], arguments), None
+    made = owner_of(update.operands[index])
     if made is not None and made.name in ("stablehlo.add", "stablehlo.subtract"):
-        own = [_argument(operand, body) == index for operand in made.operands]
+        own = [argument_of(operand, body) == index for operand in made.operands]
         if own == [True, False]:
-            step = _integer(made.operands[1], arguments)
+            step = integer_of(made.operands[1], arguments)
             step = -step if step is not None and made.name == "stablehlo.subtract" else step
         elif own == [False, True] and made.name == "stablehlo.add":
-            step = _integer(made.operands[0], arguments)
+            step = integer_of(made.operands[0], arguments)
     if limit is None or start is None or step is None:
         return None
     return count_trips(start, limit, step, direction)
@@ -214,78 +283,14 @@ def _trip_count(op: Any, arguments: Arguments) -> int | None:
 # --- Values --------------------------------------------------------------------------------------
 
 
-def _owner(value: Any) -> Any | None:
-    """The operation that makes a value; None for an argument of a block."""
-    owner = value.owner
-    return owner.operation if hasattr(owner, "operation") else None
-
-
-def _callee(call: Any) -> Any:
-    from jaxlib.mlir import ir
-
-    module = call
-    while module.parent is not None:
-        module = module.parent.operation
-    return ir.SymbolTable(module)[str(call.attributes["callee"]).lstrip("@").strip('"')].operation
-
-
-def _argument(value: Any, region: Any) -> int | None:
-    """Which argument of a region's block a value is."""
-    for number, argument in enumerate(region.blocks[0].arguments):
-        if argument == value:
-            return number
-    return None
-
-
-@functools.cache  # a value may be reached in many ways
-def _integer(value: Any, arguments: Arguments) -> int | None:
-    """The value of an integer scalar that is known when compiling.
-
-    Args:
-        arguments: those of the function that it is in.
-    """
-    from jaxlib.mlir import ir
-
-    if getattr(value.type, "rank", 0):
-        return None
-    op = _owner(value)
-    if op is None:
-        owner, number = value.owner.owner.operation, value.arg_number
-        if owner.name == "func.func":
-            return arguments[number] if number < len(arguments) else None
-        if owner.name == "stablehlo.while" and number == _argument(
-            _terminator(owner.regions[1]).operands[number], owner.regions[1]
-        ):
-            return _integer(owner.operands[number], arguments)  # carried unchanged
-        return None
-    if op.name == "stablehlo.constant":
-        try:
-            return int(ir.DenseIntElementsAttr(op.attributes["value"])[0])
-        except ValueError:
-            return None
-    if op.name in ("stablehlo.convert", "stablehlo.reshape", "stablehlo.optimization_barrier"):
-        return _integer(op.operands[list(op.results).index(value)], arguments)
-    if op.name in _FOLDED:
-        values = [_integer(operand, arguments) for operand in op.operands]
-        return None if None in values else _FOLDED[op.name](*values)
-    if op.name == "func.call":  # jnp.clip, say, is a function of its own
-        known = tuple(_integer(operand, arguments) for operand in op.operands)
-        return _integer(_terminator(_callee(op).regions[0]).operands[list(op.results).index(value)], known)
-    if op.name == "stablehlo.case" and (index := _integer(op.operands[0], arguments)) is not None:
-        # How lax.platform_dependent says which platform it is compiled for.
-        branch = op.regions[min(max(index, 0), len(op.regions) - 1)]
-        return _integer(_terminator(branch).operands[0], arguments)
-    return None
-
-
 def _constant(value: Any) -> float | None:
     """The one number that a constant array holds."""
     from jaxlib.mlir import ir
 
-    op = _owner(value)
+    op = owner_of(value)
     while op is not None and op.name in ("stablehlo.broadcast_in_dim", "stablehlo.convert", "stablehlo.reshape"):
         value = op.operands[0]
-        op = _owner(value)
+        op = owner_of(value)
     if op is None or op.name != "stablehlo.constant":
         return None
     elements = op.attributes["value"]
@@ -304,6 +309,23 @@ def _is_integer(value: Any) -> bool:
 
     element = _element(value)
     return isinstance(element, ir.IntegerType) and element.width > 1
+
+
+def _bits(value: Any) -> int:
+    """Of an integer or boolean; 32 for what is neither."""
+    from jaxlib.mlir import ir
+
+    element = _element(value)
+    return element.width if isinstance(element, ir.IntegerType) else 32
+
+
+def _dims(op: Any, name: str) -> list[int]:
+    """A list of dims in a gather's or scatter's numbers."""
+    from jaxlib.mlir.dialects import stablehlo
+
+    if op.name == "stablehlo.gather":
+        return list(getattr(stablehlo.GatherDimensionNumbers(op.attributes["dimension_numbers"]), name))
+    return list(getattr(stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"]), name))
 
 
 def _is_static(type_: Any) -> bool:

@@ -106,7 +106,7 @@ def _print_rules(as_json: bool) -> None:
     from trainfw.checking import RULES
 
     if as_json:
-        typer.echo(json.dumps([rule.model_dump(exclude={"hides"}) for rule in RULES.values()], indent=2))
+        typer.echo(json.dumps([rule.to_json() for rule in RULES.values()], indent=2))
         return
     for rule in RULES.values():
-        say(f"{rule.severity:7}  {rule.id}\n{'':7}  {rule.summary}\n{'':7}  {rule.source}")
+        say(rule.describe())
