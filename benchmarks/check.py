@@ -1,16 +1,18 @@
-"""How long `trainfw check` takes and how much memory: python benchmarks/check.py [RECIPE ...]
+"""How long `trainfw check` takes and how much memory: python benchmarks/check.py [--sdk 2.32 ...] [RECIPE ...]
 
-Default: every bundled recipe for Neuron. One process each, so that peaks are of one check.
+Default: every bundled recipe for Neuron, with the newest SDK. One process each, so that peaks are of one check.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import time
 
+from trainfw.backends import sdk_versions
 from trainfw.errors import UserError
 from trainfw.recipe import bundled_recipes, load_recipe
 
@@ -18,7 +20,9 @@ from trainfw.recipe import bundled_recipes, load_recipe
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
-    named = parser.parse_args().recipes
+    parser.add_argument("--sdk", action="append", choices=sdk_versions(), help="may be given more than once")
+    given = parser.parse_args()
+    named = given.recipes
     try:
         recipes = {name: load_recipe(name) for name in named or bundled_recipes()}
     except UserError as error:
@@ -26,11 +30,11 @@ def main() -> int:
     names = named or [name for name, recipe in recipes.items() if recipe.hardware.topology]
     print(f"{os.cpu_count()} CPUs\n{'recipe':29} {'cores':>6} {'seconds':>8} {'peak GB':>8}  verdict")
     failed = 0
-    for name in names:
+    for name, sdk in itertools.product(names, given.sdk or [None]):
         topology = recipes[name].hardware.load()
         start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainfw", "check", name],
+            [sys.executable, "-m", "trainfw", "check", name, *([f"hardware.sdk={sdk}"] if sdk else [])],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
