@@ -88,20 +88,16 @@ def errors(name: str) -> dict[tuple[str, str], list[str]]:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_advice_is_not_refused_where_it_is_given(rule):
+    found = names_in(rule.instead)
+    assert found <= set(ADVISED), f"{rule.id}: no program tries {', '.join(found - set(ADVISED))}"
     for target in TARGETS:
-        ruling = rule.on(target)
-        if ruling is None:
-            continue
-        found = names_in(ruling.instead)
-        assert found <= set(ADVISED), f"{rule.id}: no program tries {', '.join(found - set(ADVISED))}"
-        for name in found:
+        for name in found if rule.on(target) else ():
             assert not errors(name).get((target.chip or "", target.sdk)), f"{rule.id}: {name} on {target.chip}"
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_advice_names_no_operation_that_has_a_rule_of_its_own(rule):
-    advice = [rule.instead, *(case.instead for case in rule.cases if case.instead)]
-    assert not [text for text in advice if _OPERATIONS.search(text)]
+    assert not _OPERATIONS.search(rule.instead)
 
 
 def test_a_refused_operation_would_be_noticed():

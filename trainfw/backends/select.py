@@ -190,7 +190,7 @@ def current() -> Backend:
     """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
 
     Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`),
-    except on Neuron, whose compiler has a cache of its own and must be found (`environment.find_compiler`).
+    except on Neuron, whose compiler has a cache of its own and must be found (`environment.put_compiler_on_path`).
     Raises UserError for a platform trainfw has no backend for.
     """
     import jax
@@ -200,7 +200,7 @@ def current() -> Backend:
     platform = jax.default_backend()
     if platform == NEURON.name:
         keep_nothing()
-        environment.find_compiler()
+        environment.put_compiler_on_path()
     else:
         keep_compiled()
     if platform == "cpu":

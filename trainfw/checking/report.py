@@ -42,7 +42,7 @@ class Finding:
 
     @property
     def instead(self) -> str:
-        return (self.ruling or RULES[self.rule]).instead
+        return RULES[self.rule].instead
 
     @property
     def note(self) -> str:

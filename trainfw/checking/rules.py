@@ -100,7 +100,6 @@ class Case(Config):
     when: When
     severity: Severity | Literal["none"] | None = None
     """`none`: the rule does not count there. Left out: as elsewhere."""
-    instead: str | None = None
     note: str | None = None
 
 
@@ -109,7 +108,6 @@ class Ruling:
     """A rule as it counts on one target."""
 
     severity: Severity
-    instead: str
     note: str
 
 
@@ -143,11 +141,11 @@ class Rule(Config):
         """What it is for a target; None where it does not count."""
         case = next((case for case in self.cases if case.when.holds(target)), None)
         if case is None:
-            return Ruling(self.severity, self.instead, self.note)
+            return Ruling(self.severity, self.note)
         severity = case.severity or self.severity
         if severity == "none":
             return None
-        return Ruling(severity, case.instead or self.instead, self.note if case.note is None else case.note)
+        return Ruling(severity, self.note if case.note is None else case.note)
 
     @property
     def keyed_on(self) -> list[Key]:

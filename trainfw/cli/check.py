@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainfw.cli.options import Overrides
+from trainfw.cli.options import Count, Hardware, Overrides
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
@@ -24,12 +24,8 @@ _Recipe = Annotated[
 def check(
     recipe: _Recipe = None,
     overrides: Overrides = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="The topology to check for (default: the recipe's).", show_default=False)
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="How many of it (default: the recipe's; 1 with --hardware).", show_default=False)
-    ] = None,
+    hardware: Hardware = None,
+    count: Count = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List every rule with its severity and source.")] = False,
     compiler: Annotated[

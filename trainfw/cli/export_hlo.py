@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from trainfw.cli.options import OutPath, Overrides, RecipePath
+from trainfw.cli.options import Count, Hardware, OutPath, Overrides, RecipePath
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
@@ -20,12 +18,8 @@ def export_hlo(
     recipe: RecipePath,
     out: OutPath,
     overrides: Overrides = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="The topology to compile for (default: the recipe's).", show_default=False)
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(help="How many of it (default: the recipe's; 1 with --hardware).", show_default=False)
-    ] = None,
+    hardware: Hardware = None,
+    count: Count = None,
 ) -> None:
     """Write each step's HLO as neuronx-cc is handed it, with the command that compiles it. Needs no compiler."""
     from trainfw.errors import RunError, UserError

@@ -32,6 +32,13 @@ Dtype = Annotated[
 Devices = Annotated[
     int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
 ]
+Hardware = Annotated[
+    str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).", show_default=False)
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).", show_default=False),
+]
 Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
 RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
 Accept = Annotated[

@@ -37,8 +37,8 @@ _ON_THE_HOST = "measured by others on inf2: 65 to 2,700 times slower, in silence
 
 _OFF = ("", "0", "false", "no", "off", "n", "f")
 
-_TARGETS = ("inf2", "trn1n", "trn1", "trn2")
-"""What neuronx-cc documents for --target, longer names first."""
+_TARGETS = ("inf2", "trn1", "trn2")
+"""Chips that neuronx-cc documents for --target; trn1n is trn1 with more of the network."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def new_value(variable: Variable, environ: Mapping[str, str]) -> str:
     return f"{variable.value}{os.pathsep}{before}" if before else str(variable.value)
 
 
-def find_compiler() -> None:
+def put_compiler_on_path() -> None:
     """Put this environment's neuronx-cc where child processes of this one find it, if it is not there already."""
     for variable in _search_path(os.environ):
         os.environ[variable.name] = new_value(variable, os.environ)
@@ -381,8 +381,9 @@ def _host_libraries(topology: Topology | None, wiring: Wiring, environ: Mapping[
 def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> Iterator[Variable]:
     flags = []
     if topology is not None:
-        target = next((t for t in _TARGETS if topology.name.startswith(t)), None)
-        flags += [f"--target={target}"] if target else []
+        chip = topology.chip.neuron_family
+        target = "trn1n" if topology.name.startswith("trn1n") else chip
+        flags += [f"--target={target}"] if chip in _TARGETS else []
         flags += [f"--lnc={topology.lnc}"] if len(topology.chip.device_kinds) > 1 else []
     flags += ["--model-type=transformer", "-O1"]
     own = "; then hardware.compiler_flags" if hardware.compiler_flags else ""

@@ -30,8 +30,6 @@ class Sdk(Config):
     """Collectives that run at once."""
     max_tensor_bytes: int
     """A single buffer must be smaller."""
-    core_bytes: PositiveInt | None = None
-    """Device memory that the runtime takes on a physical core, where it is other than the chip's `core_overhead`."""
     sources: list[str]
     notes: list[str] = []
 
