@@ -1,7 +1,10 @@
 """Eight simulated CPU devices, before anything imports jax; caches under a temporary directory."""
 
 import os
+import signal
 import tempfile
+
+import pytest
 
 from trainfw import backends
 
@@ -16,6 +19,14 @@ import jax
 # Started here, whichever test comes first: commands run in this process may ask for another number.
 assert jax.device_count() == 8
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as commands set it; this process has read the other
+
+
+@pytest.fixture
+def sighup_is_heard():
+    """Also where these tests run under `nohup`, which trainfw's commands heed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def pytest_terminal_summary(terminalreporter):

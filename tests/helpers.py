@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def write_recipe(directory: Path, **replacements: Any) -> Path:
 
 def tiny_recipe(directory: Path, *overrides: str) -> Recipe:
     return load_recipe(write_recipe(directory), overrides)
+
+
+def chip_of_halves(directory: Path) -> Path:
+    """A Trainium2 chip at LNC 1 that has no groups of two cores side by side: pairs lie half a chip apart."""
+    topology = yaml.safe_load(resources.files("trainfw.hardware").joinpath("topologies/trn2.3xlarge.yaml").read_text())
+    topology["splits"]["core"] = [s for s in topology["splits"]["core"] if s["parts"] == ["half", "quad"]]
+    topology["groups"] = {1: [g for g in topology["groups"][1] if "core.pair" not in g["cover"][0]], 2: []}
+    path = directory / "chip.yaml"
+    path.write_text(yaml.safe_dump(topology))
+    return path
 
 
 def losses(run: Path) -> dict[int, float | None]:

@@ -33,6 +33,7 @@ def busy(out):
     return process, process.stdout.readline().strip()
 
 
+@pytest.mark.usefixtures("sighup_is_heard")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_half_written(tmp_path, signum):
     process, scratch = busy(tmp_path)

@@ -22,6 +22,7 @@ with leaving_at_once():
 """
 
 
+@pytest.mark.usefixtures("sighup_is_heard")
 @pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
 def test_it_leaves_from_within_a_compiler(signum):
     process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

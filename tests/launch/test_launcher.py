@@ -45,6 +45,7 @@ wait()
 """
 
 
+@pytest.mark.usefixtures("sighup_is_heard")
 @pytest.mark.parametrize(
     ("code", "ends"),
     [
@@ -77,6 +78,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("sighup_is_heard")
 def test_nohup_stays():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import random_batches, tiny_recipe
+from tests.helpers import chip_of_halves, random_batches, tiny_recipe
 from trainfw import UserError, backends, build_program
 from trainfw.hlo import collectives_of, partition
 from trainfw.program import Mean
@@ -215,24 +215,23 @@ def test_flops_per_step_count_the_matrices_six_times(tmp_path):
     assert program.flops_per_step / program.tokens_per_step == pytest.approx(expected, abs=attention)
 
 
-_ON_A_CHIP = ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]
-
-
 def test_devices_are_placed_on_the_topology(tmp_path):
-    program = build_program(tiny_recipe(tmp_path, *_ON_A_CHIP), jax.devices()[::-1])  # however they are handed over
+    on_a_chip = ["hardware={topology: %s, lnc: 1}" % chip_of_halves(tmp_path), "parallel.tensor=2"]  # noqa: UP031
+    program = build_program(tiny_recipe(tmp_path, *on_a_chip), jax.devices()[::-1])  # however they are handed over
     assert program.placement is not None
     assert [device.id for device in program.mesh.devices.flat] == [0, 4, 1, 5, 2, 6, 3, 7]
     assert program.placement.order.ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     traffic = "parallel.traffic={fsdp: 1.0e+12, tensor: 1.0}"
-    assert build_program(tiny_recipe(tmp_path, *_ON_A_CHIP, traffic)).placement.seconds > program.placement.seconds
+    assert build_program(tiny_recipe(tmp_path, *on_a_chip, traffic)).placement.seconds > program.placement.seconds
 
 
 def test_a_layout_that_the_topology_cannot_take_is_refused_with_the_nearest(tmp_path):
-    recipe = tiny_recipe(tmp_path, "hardware={topology: trn2.3xlarge}", "parallel.tensor=2")
+    on_a_chip = ("hardware={topology: trn2.3xlarge, lnc: 1}", "parallel={fsdp: 2, context: 2, tensor: 2}")
+    recipe = tiny_recipe(tmp_path, *on_a_chip)
     with pytest.raises(
         UserError, match=r"parallel: .*tensor = 2 cannot be legal.*Nearest: parallel.fsdp=1 parallel.ten"
     ):
-        build_program(recipe, jax.devices()[:4])
+        build_program(recipe, jax.devices())
 
 
 def test_weights_are_gathered_in_the_compute_dtype(tmp_path):

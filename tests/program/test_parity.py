@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import parity
-from tests.helpers import random_batches
+from tests.helpers import chip_of_halves, random_batches
 from trainfw import build_program, load_recipe
 
 HERE = 8
@@ -131,7 +131,7 @@ def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path)
 @pytest.mark.slow
 def test_a_placed_mesh_trains_alike(one_device, tmp_path):
     # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
-    overrides = ["hardware={topology: trn2.3xlarge, lnc: 1}", "parallel.tensor=2"]
+    overrides = ["hardware={topology: %s, lnc: 1}" % chip_of_halves(tmp_path), "parallel.tensor=2"]  # noqa: UP031
     program = program_of(tmp_path, jax.devices(), overrides)
     assert [device.id for device in program.mesh.devices.flat] != list(range(8))
     np.testing.assert_allclose(train(program, program.init())[0], one_device["random"][0], rtol=3e-6)

@@ -82,6 +82,7 @@ def test_all_stop_at_one_turn(data, count, ahead):
         assert {stop.signum for stop in stops} == {15}
 
 
+@pytest.mark.usefixtures("sighup_is_heard")
 @pytest.mark.parametrize("signum", STOPS, ids=lambda signum: signum.name)
 def test_one_process_stops_at_its_next_turn(signum):
     with stopping.stopping(1) as stop:

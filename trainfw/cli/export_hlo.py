@@ -21,7 +21,10 @@ def export_hlo(
     hardware: Hardware = None,
     count: Count = None,
 ) -> None:
-    """Write each step's HLO as neuronx-cc is handed it, with the command that compiles it. Needs no compiler."""
+    """Write each step's HLO for neuronx-cc, and how to compile it.
+
+    No compiler is needed to write it.
+    """
     from trainfw.errors import RunError, UserError
 
     target = Path(out)
