@@ -37,8 +37,6 @@ _ROUTER = ("balance_loss", "router_z_loss", "dropped", "expert_load")
 
 # Steps dispatched ahead of the one waited for: the device never idles, and the host never runs far ahead.
 _IN_FLIGHT = 2
-_TIDY_SECONDS = 60.0
-"""At least, between hand-backs of memory: the step after one takes its buffers from the system again."""
 
 
 class Interrupted(Exception):
@@ -104,7 +102,6 @@ class Session:
         self.most_in_flight = 0 if inline or not self.recipe.backend.donate else _IN_FLIGHT
         self.to_check = self.recipe.backend.donate and backends.current().checks_donation
         self.last_completed = 0.0
-        self.last_tidied = time.monotonic()
         self.times: list[float] = []
         self.saved: int | None = None
         self.growth = Growth(next((row["loss"] for row in self.run.metrics() if row.get("loss") is not None), None))
@@ -334,14 +331,6 @@ class Session:
         with self.phases.during("save"):
             if self.checkpoints.save(step, state.params, rest, meta):
                 self.saved = step  # or will be
-            self._tidy()
-
-    def _tidy(self) -> None:
-        """Hand back memory at times: each save leaves a little more of it free between blocks that are in use."""
-        now = time.monotonic()
-        if backends.current().platform == "cpu" and now - self.last_tidied > _TIDY_SECONDS:
-            self.last_tidied = now
-            backends.release_freed_memory()
 
     def _save_last(self, step: int, state: TrainState) -> None:
         """Have `step` on disk, unless it is. Tried twice: nothing comes after it. Raises RunError where it fails."""
