@@ -17,6 +17,8 @@ _WRITTEN_OUT = {
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "rng-bit-generator"),
 }
 """Opcodes whose results no compiler fuses away."""
+_MANY_ARGUMENTS = 128
+"""The most that were measured to be cheap (rule `arguments-many`)."""
 
 
 def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topology: Topology, sdk: Sdk) -> list[Finding]:
@@ -82,6 +84,14 @@ def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topolog
     if analysis is not None:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(size, round(topology.core_overhead), temporaries, topology.hbm_size)
+
+
+def read_arguments(arguments: Sequence[Any]) -> Iterator[Finding]:
+    if len(arguments) > _MANY_ARGUMENTS:
+        yield Finding(
+            "arguments-many",
+            f"{len(arguments)} arrays; {_MANY_ARGUMENTS} were measured to take 8 ms a call, 512 418 ms",
+        )
 
 
 def read_memory(memory: Memory) -> Iterator[Finding]:

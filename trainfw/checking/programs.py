@@ -10,7 +10,14 @@ from typing import Any
 from trainfw import backends
 from trainfw.backends import Sdk, load_sdk
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic
-from trainfw.checking.partitioned import is_partitioned, memory_of, read_memory, read_partitioned, sum_collectives
+from trainfw.checking.partitioned import (
+    is_partitioned,
+    memory_of,
+    read_arguments,
+    read_memory,
+    read_partitioned,
+    sum_collectives,
+)
 from trainfw.checking.report import Finding, Report, merged, on_target
 from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
@@ -152,6 +159,8 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
         if reading.arguments is not None:
             memory = memory_of(reading.arguments, reading.partitioned, topology)
             found += read_memory(memory)
+            if neuron:
+                found += read_arguments(reading.arguments)
             memories.append(memory)
         findings += [replace(finding, program=reading.name) for finding in found]
     units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
