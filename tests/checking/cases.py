@@ -25,6 +25,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw.backends import load_sdk, sdk_versions
 from trainfw.checking import Report
-from trainfw.checking.programs import Reading, judge, read
+from trainfw.checking.programs import Reading, begin, judge
 from trainfw.checking.rules import CHIPS, RULES, SEVERITIES, within
 from trainfw.hardware import load_topology
 
@@ -176,7 +177,8 @@ def reading(case: Case) -> Reading:
     """What is read of a program, once for all chips and SDKs."""
     with jax.enable_x64(True) if case.fields.get("x64") else contextlib.nullcontext():
         names, values = _arguments(case)
-        return read("program", jax.jit(_function(case, names)), values, case.mesh)
+        with ThreadPoolExecutor(1) as pool:
+            return begin(pool, "program", jax.jit(_function(case, names)), values, case.mesh)()
 
 
 def counted() -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,8 +141,12 @@ def _check(
     if mesh is not None:
         _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
     neuron = topology.rules == "neuron"
-    readings = [read(name, fn, arguments, mesh, progress, neuron=neuron) for name, (fn, arguments) in functions.items()]
-    return judge(readings, topology, sdk)
+    with ThreadPoolExecutor() as pool:  # XLA compiles one while the next is traced, and beside it
+        begun = [
+            begin(pool, name, fn, arguments, mesh, progress, neuron=neuron)
+            for name, (fn, arguments) in functions.items()
+        ]
+        return judge([finish() for finish in begun], topology, sdk)
 
 
 def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
@@ -174,7 +179,8 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
     )
 
 
-def read(
+def begin(
+    pool: Executor,
     name: str,
     function: Any,
     arguments: tuple[Any, ...],
@@ -182,8 +188,8 @@ def read(
     progress: Progress = lambda _: None,
     *,
     neuron: bool = True,
-) -> Reading:
-    """Read a jitted function, as far as it can be read.
+) -> Callable[[], Reading]:
+    """Read a jitted function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
 
     Args:
         neuron: read for Neuron's rules, and not for memory and collectives alone.
@@ -195,23 +201,30 @@ def read(
             traced = _trace(name, function, arguments, mesh, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
-                return Reading(name, (Finding("shape-dynamic", _first_line(error), _raised_at(error)),), None)
+                finding = Finding("shape-dynamic", _first_line(error), _raised_at(error))
+                return lambda: Reading(name, (finding,), None)
             raise
         if neuron and (symbolic := read_symbolic(traced.jaxpr)):
-            return Reading(name, tuple(symbolic), None)
+            return lambda: Reading(name, tuple(symbolic), None)
+        cores = f" for {mesh.size} core{'s' * (mesh.size > 1)}" if mesh is not None else ""
+        progress(f"partitioning {name}{cores}")
+        lowered, why = _lower(traced, name)
+        begun = pool.submit(_partition, lowered) if lowered is not None else None
         if neuron:
             found += read_jaxpr(traced.jaxpr)
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
-        cores = f" for {mesh.size} core{'s' * (mesh.size > 1)}" if mesh is not None else ""
-        progress(f"partitioning {name}{cores}")
-        partitioned, why = _partition(traced, name)
-    leaves = tuple(_leaves(traced, arguments))
-    if partitioned is None:
-        return Reading(name, (*found, Finding("not-partitioned", why)), leaves)
-    devices = _devices(partitioned, traced, mesh)
-    return Reading(
-        name, tuple(found), leaves, partitioned, tuple(devices), _mesh_of(devices, partitioned, traced, mesh)
-    )
+
+    def finish() -> Reading:
+        leaves = tuple(_leaves(traced, arguments))
+        partitioned, problem = begun.result() if begun is not None else (None, why)
+        if partitioned is None:
+            return Reading(name, (*found, Finding("not-partitioned", problem)), leaves)
+        devices = _devices(partitioned, traced, mesh)
+        return Reading(
+            name, tuple(found), leaves, partitioned, tuple(devices), _mesh_of(devices, partitioned, traced, mesh)
+        )
+
+    return finish
 
 
 # --- Tracing, lowering, partitioning --------------------------------------------------------------
@@ -286,18 +299,22 @@ def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
     return [*failure, *read_stablehlo(lowered.compiler_ir("stablehlo"))]
 
 
-def _partition(traced: Any, name: str) -> tuple[Partitioned | None, str]:
-    """The partitioned program, or why there is none: what neither JAX nor XLA can build for a CPU."""
-    import jax
-
+def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
+    """The program for a CPU, or why JAX cannot lower it for one."""
     try:
-        lowered = traced.lower()
+        return traced.lower(), ""
     except (NotImplementedError, ValueError) as error:
         try:
             traced.lower(lowering_platforms=("neuron",))
         except (NotImplementedError, ValueError) as other:
             _raise_what_is_wrong_anywhere(name, error, other)
         return None, _first_line(error)
+
+
+def _partition(lowered: Any) -> tuple[Partitioned | None, str]:
+    """The partitioned program, or why XLA cannot build it for a CPU."""
+    import jax
+
     try:
         partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:

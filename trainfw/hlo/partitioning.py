@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,17 +101,32 @@ def _assignment(directory: Path) -> Assignment | None:
     return parse_assignment(*(paths[-1].read_text() for paths in found))
 
 
+_COMPILING = threading.Lock()
+_compiling = 0
+"""Compiles under way, side by side, of which the last one switches the cache on again."""
+_enabled = True
+
+
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     """What comes out of JAX's persistent cache was not compiled, hence dumps nothing."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    enabled = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or it goes by the answer of the first time it asked
+    def switch(on: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()  # or it goes by the answer of the first time it asked
+
+    global _compiling, _enabled
+    with _COMPILING:
+        if not _compiling:
+            _enabled = jax.config.values["jax_enable_compilation_cache"]
+            switch(False)
+        _compiling += 1
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        with _COMPILING:
+            _compiling -= 1
+            if not _compiling:
+                switch(_enabled)
