@@ -2,9 +2,18 @@
 
 Prints prediction, published figure and error of every run in RUNS. A chip has one free parameter, the share of its
 peak that matrix products reach (`matmul_efficiency` in trainfw/hardware/chips/). `--fit` finds it anew on the runs
-that say `fit`; all others are held out. Where trainfw cannot express a run, the nearest that it can is planned, and
+that are `fit`; all others are held out. Where trainfw cannot express a run, the nearest that it can is planned, and
 `nearest` says what differs; what remat computes again is set as the run's source has it (`as_published`), and of the
 hardware what the source says (`parameters`). Nothing else is adjusted by run.
+
+Which runs are `fit` follows from a rule that names no error, and that was written down before any row that came with
+it was predicted: of every table and family of models, the runs of the smallest model on the fewest chips. All others,
+so all pipelines, all larger models and all longer clusters, are held out. A table of cards whose peak is not known
+(torchtitan's) is held out whole. Where several releases or logs publish a run, it is one row, and its error counts
+against the geometric middle of the lowest and the highest figure; the error against the nearer end is printed too.
+
+A run is `unseen` if nobody had predicted it before it was written here: what the parameters of then said of it is in
+results/plan_accuracy.md ("First look"). Once printed it is seen, and a change made later may have had it in view.
 """
 
 from __future__ import annotations
