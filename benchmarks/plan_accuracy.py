@@ -25,30 +25,34 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import yaml
 
 from trainfw import Recipe, backends, load_recipe
-from trainfw.hardware import Topology, load_topology
+from trainfw.hardware import Topology
 from trainfw.models import flops_per_token
-from trainfw.parallel import Layout, place
-from trainfw.planning import Analysis, Assumptions, StepTime, analyse, simulated_recipe, step_time
+from trainfw.parallel import place
+from trainfw.planning.analysis import Analysis, compile_step, lengthened, read, simulated_program, simulation
+from trainfw.planning.time import Assumptions, StepTime, step_time
 
-DEVICES = 64
-"""Simulated by this process."""
+DEVICES = 512
+"""Simulated by this process: as many as 8 stages of 32 cores take, with 2 of what shares out the batch."""
 MOST = 16
 """To which `data` and `fsdp` are shortened: what a core does stays as it is (tests/planning/test_time.py)."""
 
 AXLEARN = "AXLearn (arXiv:2507.05411), wizwand.com/paper/68fa79ed1e209131cea80024"
 FUJI = "layout: apple/axlearn axlearn/experiments/text/gpt/fuji.py"
 NEURON = (
-    "aws-neuron-sdk about-neuron/benchmarks/trn1/training_data_decoder.csv (SDK 2.24); settings: neuronx-distributed "
-    "examples/training/llama/tp_zero1_llama_hf_pretrain/tp_zero1_llama3_8B_hf_pretrain.sh"
+    "aws-neuron-sdk general/benchmarks/trn1/training_data_decoder.csv (1351ee12 is SDK 2.16, 82ffe529 2.17, 907af9f8 "
+    "2.20, 752349fd 2.21), the page of May 2025 (2.21, 2.22), about-neuron/benchmarks/trn1 at 7c165a3e (2.24)"
 )
+SCRIPTS = "neuronx-distributed examples/training/llama at 0598cd8b"
 TORCHTITAN = "pytorch/torchtitan 31a17bfd benchmarks/llama3_h100_202412_torchtitan.md"
 MAXTEXT = "AI-Hypercomputer/maxtext (2024) README, MaxText/configs/a3/llama_2_7b (README.md, 1vm.sh to 16vm.sh)"
+DGXC = "NVIDIA/dgxc-benchmarking maxtext/README_70b.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,27 +61,36 @@ class Run:
     chip: str
     settings: dict[str, object]
     """Of a recipe."""
-    published: float
+    published: tuple[float, ...]
+    """Every figure of this run, by release or log."""
     unit: str
     """`s/step`, `seq/s`, `tok/s/chip` or `TFLOP/s/chip` (as MaxText counted then: attention in full)."""
     source: str
     nearest: str = ""
     """What the published run does otherwise."""
     fit: bool = False
+    unseen: bool = False
+    """Nobody had predicted it before it was written here."""
+    attention: Literal["fused", "xla"] = "fused"
     parameters: dict[str, str] = field(default_factory=dict)
     """Of its hardware, where its source says that they differ."""
     keeps_attention: bool = False
     """Remat saves what attention returns, too."""
     computes_again: tuple[tuple[int, int], ...] = ()
-    """Products of a layer that remat does not save: (k, n) of each on one core."""
+    """Products of a layer that remat does not save, though `dots` would: (k, n) of each on one core."""
     wide_gradients: bool = False
     """Gradients are reduced in float32."""
+
+    @property
+    def middle(self) -> float:
+        """The figure that a prediction is held against: the geometric middle of the lowest and the highest."""
+        return math.sqrt(min(self.published) * max(self.published))
 
     def recipe(self, efficiency: float | None = None) -> Recipe:
         """The run as a recipe, perhaps with another efficiency of matrix products than the chip's."""
         tree: dict[str, dict[str, object]] = {
             "data": {"source": "corpus.jsonl"},
-            "train": {"compute_dtype": "bfloat16", "scan_layers": False},
+            "train": {"compute_dtype": "bfloat16"},
             "hardware": {"parameters": dict(self.parameters)},
         }
         if efficiency is not None:
@@ -112,7 +125,7 @@ def _maxtext(nodes: int, published: float) -> Run:
             parallel__data=nodes,
             parallel__fsdp=8,
         ),
-        published=published,
+        published=(published,),
         unit="TFLOP/s/chip",
         source=MAXTEXT,
         fit=nodes == 1,
@@ -125,30 +138,103 @@ def _maxtext(nodes: int, published: float) -> Run:
     )
 
 
-def _torchtitan(nodes: int, published: float) -> Run:
+def _dgxc(
+    gpus: int, *published: float, fsdp: int, model: str = "llama2-70b", fit: bool = False, unseen: bool = False
+) -> Run:
+    """MaxText on DGX H100, as NVIDIA publishes it; FSDP over all GPUs or, of many, replicas of 128."""
+    third = model == "llama3.1-70b"
+    # configure.sh of the same repository. Llama 2, bf16 (35a9aecc): saved are queries, keys, values, out_proj and
+    # mlpwo; Llama 3 (0b71cfda): queries, keys and values. Neither saves what attention returns.
+    wide = (8192, 28672)
     return Run(
-        name=f"torchtitan Llama 3.1 8B, {nodes * 8} GPUs",
+        name=f"MaxText {'Llama 3' if third else 'Llama 2'} 70B, {gpus:,} GPUs",
+        chip="h100",
+        settings=_settings(
+            "h100-8",
+            gpus // 8,
+            model,
+            data__sequence_length=8192 if third else 4096,
+            train__global_batch_size=2 * gpus,
+            train__remat="dots",
+            parallel__data=gpus // fsdp,
+            parallel__fsdp=fsdp,
+        ),
+        published=published,
+        unit="s/step",
+        source=f"{DGXC} {'(Llama 3, 25.04)' if third else '35a9aecc (25.01)'}, configure.sh",
+        nearest="with the RoPE of Llama 3.1, of the same cost" if third else "",
+        computes_again=((8192, 8192), wide, wide) if third else (wide, wide),
+        fit=fit,
+        unseen=unseen,
+    )
+
+
+def _torchtitan(nodes: int, published: float, *, model: str = "8B") -> Run:
+    largest = model == "405B"
+    return Run(
+        name=f"torchtitan Llama 3.1 {model}, {nodes * 8} GPUs",
         chip="h100",
         settings=_settings(
             "h100-8",
             nodes,
-            "llama3.1-8b",
+            f"llama3.1-{model.lower()}",
             data__sequence_length=8192,
-            train__global_batch_size=16 * nodes,
-            train__remat="dots",
-            parallel__fsdp=8 * nodes,
+            train__global_batch_size=2 * nodes if largest else 16 * nodes,
+            train__remat="full" if largest else "dots",
+            parallel__fsdp=nodes if largest else 8 * nodes,
+            parallel__tensor=8 if largest else 1,
         ),
-        published=published,
+        published=(published,),
         unit="tok/s/chip",
-        source=TORCHTITAN,
+        source="pytorch/torchtitan docs/performance.md (pull request #554, August 2024)" if largest else TORCHTITAN,
         nearest='its cards are limited to 500 W, their peak not known: "between SXM and NVL", here the middle of both',
-        keeps_attention=True,
+        unseen=largest,
+        keeps_attention=not largest,
         # Every second product of a layer (torchtitan/parallelisms/parallelize_llama.py, selective_ac_option op): of
         # queries, keys, values, output, gate, up and down those of keys, output and up.
-        computes_again=((4096, 1024), (4096, 4096), (4096, 14336)),
+        computes_again=() if largest else ((4096, 1024), (4096, 4096), (4096, 14336)),
         wide_gradients=True,  # torchtitan/config_manager.py: mixed_precision_reduce is float32
         # torchtitan/utils.py get_peak_flops: 989 TFLOP/s (SXM) and 835 (NVL).
         parameters={"chip.hbm_bandwidth": "2.4 TB/s", "chip.peak_flops.bfloat16": "912 TFLOP/s"},
+    )
+
+
+def _neuron(name: str, instances: int, model: str, layout: str, *published: float, **flags: object) -> Run:
+    """A row of AWS's table: `layout` is `tensor x stages x data`; batch 1,024."""
+    tensor, stages, data = map(int, layout.split("x"))
+    sharded = flags.pop("zero1", True)
+    third = model.startswith("llama3")
+    settings = _settings(
+        "trn1.32xlarge",
+        instances,
+        model,
+        data__sequence_length=8192 if third else 4096,
+        train__global_batch_size=1024,
+        train__remat="dots",
+        parallel__tensor=tensor,
+        parallel__pipeline=stages,
+        parallel__data=1 if sharded else data,
+        parallel__fsdp=data if sharded else 1,
+    )
+    if sharded:
+        settings["parallel.fsdp_shards"] = "optimizer"
+    nearest = []
+    if tensor == 32:  # kv_replicator 4
+        settings["model.num_kv_heads"] = 32
+        nearest.append("kv heads repeated to 32, as there")
+    if stages == 1:
+        nearest.append("one microbatch, which would not fit, so that a step has as few sums as there")
+    if not third:
+        nearest.append("its script names no attention kernel, here planned as one")
+    return Run(
+        name=f"NxD {name}",
+        chip="trainium1",
+        settings=settings,
+        published=published,
+        unit="seq/s",
+        source=f"{NEURON}; {SCRIPTS}",
+        nearest="; ".join(nearest),
+        **flags,  # type: ignore[arg-type]
     )
 
 
@@ -166,7 +252,7 @@ RUNS = [
             parallel__fsdp=1024,
             parallel__tensor=4,
         ),
-        published=1.2,
+        published=(1.2,),
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
         nearest="batch (1,024 x 4,096 tokens) and remat are not published with it: those of its 70B configuration",
@@ -186,40 +272,32 @@ RUNS = [
             parallel__fsdp=1024,
             parallel__tensor=4,
         ),
-        published=11.2,
+        published=(11.2,),
         unit="s/step",
         source=f"{AXLEARN}; {FUJI}",
         nearest="batch not published with it",
         computes_again=((2048, 8192),),
     ),
-    Run(
-        name="NxDT Llama 3.1 8B, 512 Trainium1",
-        chip="trainium1",
-        settings=_settings(
-            "trn1.32xlarge",
-            32,
-            "llama3.1-8b",
-            model__num_kv_heads=32,
-            data__sequence_length=8192,
-            train__global_batch_size=1024,
-            train__remat="dots",
-            parallel__data=32,
-            parallel__fsdp=1,
-            parallel__tensor=32,
-        ),
-        published=47.95,
-        unit="seq/s",
-        source=NEURON,
-        nearest="kv heads repeated to 32, as there; no ZeRO-1: the whole update on every replica; one microbatch, "
-        "which would not fit, so that a step has as few gathers and sums as there",
-        fit=True,
-    ),
+    # Of Llama 2 7B 92.9, and of 13B 87.4, are of releases between these, as the project was told of them.
+    _neuron("Llama 2 7B, TP8 DP64", 16, "llama2-7b", "8x1x64", 92.9, 93.3, 94.7, 101.3, 95.14, fit=True),
+    _neuron("Llama 3.1 8B, TP32 DP32", 32, "llama3.1-8b", "32x1x32", 49.47, 53.51, fit=True, zero1=False),
+    _neuron("Llama 3.1 8B, TP32 DP32 ZeRO-1", 32, "llama3.1-8b", "32x1x32", 41.99, 47.95, fit=True),
+    _neuron("Llama 2 13B, TP8 PP4 DP32", 32, "llama2-13b", "8x4x32", 85.65, 81.8, 87.4),
+    _neuron("Llama 2 13B, TP8 PP8 DP16", 32, "llama2-13b", "8x8x16", 84.0, 80.33, unseen=True),
+    _neuron("Llama 2 70B, TP32 PP4 DP8", 32, "llama2-70b", "32x4x8", 15.34, 15.6, unseen=True),
+    _neuron("Llama 2 70B, TP32 PP8 DP4", 32, "llama2-70b", "32x8x4", 14.2, 14.44, unseen=True),
+    _neuron("Llama 3.1 70B, TP32 PP8 DP4", 32, "llama3.1-70b", "32x8x4", 7.59, 7.97, 7.51, 7.94, unseen=True),
     *(_maxtext(nodes, published) for nodes, published in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))),
+    _dgxc(64, 6.999, 7.908, fsdp=64, fit=True),
+    _dgxc(128, 7.072, fsdp=128, unseen=True),
+    _dgxc(512, 7.091, fsdp=128, unseen=True),
+    _dgxc(2048, 7.066, fsdp=128, unseen=True),
+    _dgxc(128, 15.563, 15.570, fsdp=128, model="llama3.1-70b", fit=True),
+    _dgxc(512, 15.519, fsdp=128, model="llama3.1-70b", unseen=True),
+    _dgxc(2048, 15.898, fsdp=128, model="llama3.1-70b", unseen=True),
     *(_torchtitan(nodes, published) for nodes, published in ((1, 6667), (16, 6514))),
+    _torchtitan(16, 109, model="405B"),
 ]
-
-ASSUMED = Assumptions(attention="fused", mixed="narrow")
-"""Of all runs: each has an attention kernel, and products in bfloat16 throughout."""
 
 
 def in_unit(run: Run, recipe: Recipe, topology: Topology, seconds: float) -> float:
@@ -243,16 +321,20 @@ def in_unit(run: Run, recipe: Recipe, topology: Topology, seconds: float) -> flo
 def as_published(run: Run, analysis: Analysis) -> Analysis:
     """With the products that the run's remat computes again, where `dots` saves others, and its gradients' width."""
     layers = run.recipe().model.num_layers
-    forward = {(matmul.k, matmul.n) for matmul in analysis.matmuls if not matmul.backward and not matmul.attention}
-    assert forward.issuperset(run.computes_again), run.name
+    again = list(run.computes_again)
     matmuls = []
     for matmul in analysis.matmuls:
         times = matmul.times
-        if matmul.attention and not matmul.backward and run.keeps_attention:
-            times //= 2  # of which one is in the backward pass
-        elif not matmul.attention and not matmul.backward:
-            times += layers * run.computes_again.count((matmul.k, matmul.n))
-        matmuls.append(replace(matmul, times=times))
+        if matmul.attention and not matmul.backward:
+            # The whole kernel once, and again where remat does not keep its result; a fused backward pass makes the
+            # scores by itself.
+            times = 0 if matmul.phase == "backward" else times * (1 if run.keeps_attention else 2)
+        elif matmul.phase == "forward" and not matmul.backward:
+            times += layers * again.count((matmul.k, matmul.n))
+            again = [product for product in again if product != (matmul.k, matmul.n)]
+        if times:
+            matmuls.append(replace(matmul, times=times))
+    assert not again, (run.name, again)
     transfers = [
         replace(transfer, dtype="f32", bytes=2 * transfer.bytes)
         if run.wide_gradients and (transfer.kind, transfer.dtype) == ("reduce-scatter", "bf16")
@@ -267,9 +349,14 @@ def predict(run: Run, analysis: Analysis, efficiency: float | None = None) -> tu
     recipe = run.recipe(efficiency)
     topology = recipe.hardware.load()
     assert topology is not None
-    step = step_time(analysis, place(topology, analysis.layout), recipe, ASSUMED)
-    predicted = in_unit(run, recipe, topology, step.seconds)
-    return step, predicted / run.published if run.unit == "s/step" else run.published / predicted
+    assumed = Assumptions(attention=run.attention, mixed="narrow")  # products of all runs are in bfloat16 throughout
+    step = step_time(analysis, place(topology, analysis.layout), recipe, assumed)
+    return step, _ratio(run, in_unit(run, recipe, topology, step.seconds), run.middle)
+
+
+def _ratio(run: Run, predicted: float, published: float) -> float:
+    """Of the predicted time to the published one."""
+    return predicted / published if run.unit == "s/step" else published / predicted
 
 
 def fitted(runs: dict[Run, Analysis]) -> float:
@@ -282,47 +369,96 @@ def fitted(runs: dict[Run, Analysis]) -> float:
     return (low + high) / 2
 
 
-def _efficiency(topology: str) -> float:
-    return load_topology(topology).figures["chip.matmul_efficiency"].number
-
-
 def analysed(runs: list[Run]) -> dict[Run, Analysis]:
-    """What each run's program is, compiled once for those that differ in the length of `data` alone."""
+    """What each run's program is, compiled once for those that differ in the length of `data` and `fsdp` alone."""
     known: dict[str, Analysis] = {}
     found = {}
     for run in runs:
-        recipe = run.recipe()
-        topology = recipe.hardware.load()
-        assert topology is not None
-        layout = Layout.resolve(recipe.parallel, topology.cores)
-        key = f"{simulated_recipe(recipe, layout, MOST)[0].to_yaml()} fsdp {layout.fsdp}"
+        simulated = simulation(run.recipe(), MOST)
+        key = simulated.recipe.to_yaml()
         if key not in known:
             started = time.monotonic()
-            known[key] = analyse(recipe, most=MOST)[0]
+            program = simulated_program(simulated)
+            known[key] = read(compile_step(program).module, program.mesh, simulated.simulated)
             print(f"{time.monotonic() - started:5.1f} s to compile {run.name}", file=sys.stderr, flush=True)
-        found[run] = as_published(run, replace(known[key], layout=layout))
+        found[run] = as_published(run, lengthened(known[key], simulated.simulated, simulated.layout))
     return found
 
 
-def show(run: Run, analysis: Analysis, efficiency: float | None) -> float:
-    """Print a run; the error of its predicted time."""
+def kind(run: Run) -> str:
+    """`fitted`, `held out` or `held out, unseen`."""
+    return "fitted" if run.fit else "held out, unseen" if run.unseen else "held out"
+
+
+def nearer(run: Run, predicted: float) -> float:
+    """The error against the nearer end of what was published; nothing between them."""
+    ratios = sorted(_ratio(run, predicted, end) - 1 for end in (min(run.published), max(run.published)))
+    return 0.0 if ratios[0] <= 0 <= ratios[1] else min(ratios, key=abs)
+
+
+def show(run: Run, analysis: Analysis, efficiency: float | None) -> Row:
+    """Print a run, and return its row of the table."""
     step, ratio = predict(run, analysis, efficiency)
     recipe = run.recipe()
     topology = recipe.hardware.load()
     assert topology is not None
     middle, *ends = (in_unit(run, recipe, topology, s) for s in (step.seconds, step.low, step.high))
-    print(f"\n{run.name} ({'fitted' if run.fit else 'held out'})")
+    figures = ", ".join(f"{figure:,.2f}" for figure in run.published)
+    print(f"\n{run.name} ({kind(run)})")
     print(f"  source     {run.source}")
-    print(f"  published  {run.published:10,.2f} {run.unit}")
-    print(f"  predicted  {middle:10,.2f} {run.unit}   ({min(ends):,.2f} to {max(ends):,.2f})")
-    print(f"  step time  {step.seconds:10.3f} s, {ratio - 1:+.1%} of the published")
-    print(f"  MFU        {step.mfu:10.1%}, bound by {step.bound_by}")
+    print(f"  published  {figures} {run.unit}")
+    print(f"  predicted  {middle:,.2f} {run.unit} ({min(ends):,.2f} to {max(ends):,.2f})")
+    print(f"  step time  {step.seconds:.3f} s, {ratio - 1:+.1%} of the published")
+    print(f"  MFU        {step.mfu:.1%}, bound by {step.bound_by}")
     parts = [f"{name} {seconds:.3f}" for name, seconds in step.parts.items() if seconds >= 0.0005]
     hidden = [f"{name} {seconds:.3f}" for name, seconds in step.hidden.items() if seconds >= 0.0005]
     print(f"  seconds    {', '.join(parts)}{'; hidden: ' + ', '.join(hidden) if hidden else ''}")
     if run.nearest:
         print(f"  differs    {run.nearest}")
-    return ratio - 1
+    inside = min(ends) <= max(run.published) and min(run.published) <= max(ends)
+    return Row(run, middle, ratio - 1, nearer(run, middle), inside)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run's row of the table."""
+
+    run: Run
+    predicted: float
+    error: float
+    """Of the time, against the middle of what was published; below zero, predicted too fast."""
+    nearer: float
+    """Against the nearer end."""
+    inside: bool
+    """Whether the printed range holds a published figure."""
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print every row, and the mean and worst error of those that were not fitted."""
+    print("\n| run | | published | predicted | error | nearer end | in range |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = min(row.run.published), max(row.run.published)
+        published = f"{low:,g} to {high:,g}" if low < high else f"{low:,g}"
+        print(
+            f"| {row.run.name} | {kind(row.run)} | {published} {row.run.unit} | {row.predicted:,.4g} "
+            f"| {row.error:+.1%} | {row.nearer:+.1%} | {'yes' if row.inside else '**no**'} |"
+        )
+    held_out = [row for row in rows if not row.run.fit]
+    print()
+    for what, group in (
+        ("fitted", [row for row in rows if row.run.fit]),
+        *((f"held out, {chip}", [r for r in held_out if r.run.chip == chip]) for chip in {r.run.chip: 0 for r in rows}),
+        ("held out", held_out),
+        ("held out, unseen", [row for row in held_out if row.run.unseen]),
+    ):
+        if group:
+            errors = [abs(row.error) for row in group]
+            close, inside = sum(error <= 0.10 for error in errors), sum(row.inside for row in group)
+            mean = sum(errors) / len(errors)
+            runs = f"{len(group)} run{'s' * (len(group) > 1)}"
+            print(
+                f"{what}: {runs}, {close} within 10%, mean error {mean:.1%}, worst {max(errors):.1%}, {inside} in range"
+            )
 
 
 def main() -> int:
@@ -335,26 +471,18 @@ def main() -> int:
             parser.error(f"{name}: no run's name contains this; the runs are {'; '.join(run.name for run in RUNS)}")
     chosen = [run for run in RUNS if not arguments.names or any(name in run.name for name in arguments.names)]
     backends.prepare(DEVICES)
+    started = time.monotonic()
     analyses = analysed(chosen)
-    chips = dict.fromkeys(run.chip for run in chosen)
     efficiency = {}
-    for chip in chips:
+    for chip in dict.fromkeys(run.chip for run in chosen):
         mine = {run: analysis for run, analysis in analyses.items() if run.chip == chip and run.fit}
         if arguments.fit and mine:
             efficiency[chip] = fitted(mine)
+            each = [fitted({run: analysis}) for run, analysis in mine.items()]
             print(f"{chip}: matmul_efficiency {efficiency[chip]:.3f}, fitted on {', '.join(r.name for r in mine)}")
-    errors = {run: show(run, analysis, efficiency.get(run.chip)) for run, analysis in analyses.items()}
-    held_out = [abs(error) for run, error in errors.items() if not run.fit]
-    if held_out:
-        within = sum(error <= 0.10 for error in held_out)
-        mean = sum(held_out) / len(held_out)
-        runs = f"{len(held_out)} run{'s' * (len(held_out) > 1)}"
-        print(f"\nheld out: {runs}, {within} within 10%, mean error {mean:.1%}, worst {max(held_out):.1%}")
-    borrowed = efficiency.get("trainium2") or _efficiency("trn2.48xlarge")
-    for run, analysis in analyses.items():
-        if run.chip == "trainium1":
-            error = predict(run, analysis, borrowed)[1] - 1
-            print(f"{run.name}, the only run of its chip, with Trainium2's efficiency: {error:+.1%}")
+            print(f"  alone, these would take {', '.join(f'{value:.3f}' for value in each)}")
+    print_table([show(run, analysis, efficiency.get(run.chip)) for run, analysis in analyses.items()])
+    print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)
     return 0
 
 
