@@ -369,6 +369,12 @@ def fitted(runs: dict[Run, Analysis]) -> float:
     return (low + high) / 2
 
 
+def ends(run: Run, analysis: Analysis) -> list[float]:
+    """The efficiencies at which this run by itself is right, at the lowest and the highest figure published of it."""
+    figures = sorted({min(run.published), max(run.published)})
+    return sorted(fitted({replace(run, published=(figure,)): analysis}) for figure in figures)
+
+
 def analysed(runs: list[Run]) -> dict[Run, Analysis]:
     """What each run's program is, compiled once for those that differ in the length of `data` and `fsdp` alone."""
     known: dict[str, Analysis] = {}
@@ -478,9 +484,12 @@ def main() -> int:
         mine = {run: analysis for run, analysis in analyses.items() if run.chip == chip and run.fit}
         if arguments.fit and mine:
             efficiency[chip] = fitted(mine)
-            each = [fitted({run: analysis}) for run, analysis in mine.items()]
             print(f"{chip}: matmul_efficiency {efficiency[chip]:.3f}, fitted on {', '.join(r.name for r in mine)}")
-            print(f"  alone, these would take {', '.join(f'{value:.3f}' for value in each)}")
+            alone = {run: ends(run, analysis) for run, analysis in analyses.items() if run.chip == chip}
+            for run, found in alone.items():
+                print(f"  {' to '.join(f'{value:.3f}' for value in found):15}  {run.name} by itself ({kind(run)})")
+            every = [value for found in alone.values() for value in found]
+            print(f"  matmul_efficiency_range {min(every):.3f} to {max(every):.3f}")
     print_table([show(run, analysis, efficiency.get(run.chip)) for run, analysis in analyses.items()])
     print(f"\n{time.monotonic() - started:.0f} s in all", file=sys.stderr)
     return 0

@@ -332,6 +332,11 @@ CHIP = "chip: {description: mine, cores: 1, device_kinds: {1: [cpu]}, peak_flops
             "chip.matmul_efficiency.value: 1.5: expected a share, more than 0 and at most 1",
         ),
         (
+            f"description: mine\nextends: cpu\n{CHIP}, matmul_efficiency: {{value: 0.5, source: me}}, "
+            "matmul_efficiency_range: {low: 0.6, high: 0.7, source: me}}\n",
+            "chip.matmul_efficiency_range: 0.6 to 0.7: expected a range around chip.matmul_efficiency = 0.5",
+        ),
+        (
             "description: mine\nextends: h100-8\ndims: [{name: gpu, size: 8, kind: switch, link: nvlnk}]\n",
             "dims.0.link: 'nvlnk': not among links; did you mean 'nvlink'?",
         ),

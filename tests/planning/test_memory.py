@@ -9,10 +9,13 @@ import jax
 import pytest
 
 from tests.helpers import tiny_recipe
-from trainfw import backends
+from trainfw import backends, load_recipe
+from trainfw.backends import load_sdk
 from trainfw.hardware import load_topology
 from trainfw.hlo import Partitioned, partition
+from trainfw.parallel import Layout
 from trainfw.planning import memory_table
+from trainfw.planning.estimate import closed_memory
 from trainfw.program import build_program
 
 MODELS = {
@@ -213,17 +216,39 @@ def small(tmp_path_factory):
     return compiled_step(tmp_path_factory.mktemp("small"), *LAYOUTS["fsdp"])
 
 
-def test_capacity_and_runtime_are_the_hardwares(small):
+@pytest.mark.parametrize(
+    ("name", "sdk", "parameters", "runtime", "label"),
+    [
+        ("trn2.48xlarge", "2.32", {}, 2 * 96e6, "runtime, SDK 2.32"),
+        ("trn2.48xlarge", "2.33", {}, 2 * 160e6, "runtime, SDK 2.33"),  # two physical cores a logical one
+        ("trn1.32xlarge", "2.33", {}, 160e6, "runtime, SDK 2.33"),
+        ("trn2.48xlarge", "2.33", {"chip.core_overhead": "96 MB"}, 2 * 96e6, "runtime, SDK 2.33"),
+        ("h100-8", "2.33", {}, 0, "runtime "),
+    ],
+)
+def test_capacity_and_runtime_are_the_hardwares(small, name, sdk, parameters, runtime, label):
     program, partitioned = small
-    topology = load_topology("trn2.48xlarge")
-    table = memory_table(program, partitioned).on(topology)
+    topology = load_topology(name, parameters=parameters)
+    table = memory_table(program, partitioned).on(topology, load_sdk(sdk))
     check_sums(table)
-    assert table.categories["runtime"] == topology.core_overhead > 0
+    assert table.categories["runtime"] == runtime
     assert table.capacity == topology.hbm_size
     assert table.headroom == topology.hbm_size - table.total
-    assert table.total == needed(partitioned.compiled) + topology.core_overhead
+    assert table.total == needed(partitioned.compiled) + runtime
     rows = str(table).splitlines()
     assert [row.split("  ")[0] for row in rows[-3:-1]] == ["total", "headroom"]
+    assert any(row.startswith(label) for row in rows)
+
+
+def test_a_recipe_chooses_the_sdk_whose_runtime_counts():
+    def runtime(*overrides: str) -> int:
+        recipe = load_recipe("llama3.1-8b-trn2-ultraserver", overrides)
+        topology = recipe.hardware.load()
+        assert topology is not None
+        return closed_memory(recipe, Layout.resolve(recipe.parallel, topology.cores), topology)["runtime"]
+
+    assert runtime("hardware.sdk=2.32") == 192e6
+    assert runtime("hardware.sdk=2.33") == runtime() == 320e6
 
 
 def test_without_an_assignment_temporaries_are_other(small):

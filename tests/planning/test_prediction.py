@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from tests.helpers import tiny_recipe, write_recipe
 from trainfw import UserError
 from trainfw.models import flops_per_token
+from trainfw.models.stack import Remat
 from trainfw.planning import plan, simulated_cores
 
 ON_A_CHIP = ["hardware={topology: trn2.3xlarge, dollars_per_chip_hour: 2.0}", "train.compute_dtype=bfloat16"]
@@ -34,7 +37,7 @@ def test_a_plan_is_of_the_whole_recipe(made):
 def test_json_has_the_promised_keys_and_adds_up(made):
     found = json.loads(json.dumps(made.to_json()))
     promised = {
-        *("step_time_seconds", "step_time_range_seconds", "tokens_per_second", "mfu", "bound_by"),
+        *("step_time_seconds", "step_time_range_seconds", "tokens_per_second", "mfu", "bound_by", "remat"),
         *("memory_bytes_per_core", "collectives", "layout", "hardware", "assumptions"),
     }
     assert promised <= found.keys()
@@ -52,6 +55,14 @@ def test_the_text_says_what_it_is(made):
     for part in ("where a step goes", "memory of a core", "links busy: core", "assumed"):
         assert part in text
     assert "microbatches twice as large (train.accumulation_steps=1)" in text
+    assert "\nremat       none: " in text
+    assert "\n  runtime, SDK 2.33 " in text
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_the_text_says_which_remat_it_prices(made, remat):
+    recipe = made.recipe.model_copy(update={"train": made.recipe.train.model_copy(update={"remat": remat})})
+    assert f"\nremat       {remat}: the backward pass computes " in str(replace(made, recipe=recipe))
 
 
 def test_a_pipelines_bubble_is_reported(tmp_path):

@@ -17,6 +17,7 @@ from trainfw.hardware import Topology, load_topology
 from trainfw.models import flops_per_token
 from trainfw.parallel import Layout, place
 from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, analyse, shape_efficiency, step_time
+from trainfw.planning.time import EFFICIENCY_SPREAD, efficiency_range
 
 TRN2, H100 = "trn2.48xlarge", "h100-8"
 EFFICIENCY = load_topology(TRN2).figures["chip.matmul_efficiency"].number
@@ -61,6 +62,27 @@ def test_parts_add_up(case):
     assert time.bound_by == "hbm"
     assert any(f"{EFFICIENCY:.0%}" in text and "fitted" in text for text in time.assumptions)
     assert any("NeuronLink" in text or "column" in text for text in time.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("trn1.32xlarge", {}), (H100, {}), ("trn1.32xlarge", {"chip.matmul_efficiency": "0.2"})]
+)
+def test_the_range_is_as_wide_as_published_runs_lie_apart(tmp_path, name, parameters):
+    topology = load_topology(name, parameters=parameters)
+    layout = Layout(fsdp=topology.cores)
+    around = topology.chip.matmul_efficiency_range
+    assert around is not None
+    value = topology.chip.matmul_efficiency.number
+    assert around.low < value * (1 - EFFICIENCY_SPREAD) < value * (1 + EFFICIENCY_SPREAD) < around.high
+    products = Analysis(layout, (Matmul(1, 2**14, 2**14, 2**14, "bf16", 10),), (), ())
+    time = step_time(products, place(topology, layout), recipe_for(tmp_path, name, "train.global_batch_size=32"))
+    assert time.seconds / time.low == pytest.approx(around.high / value)
+    assert time.seconds / time.high == pytest.approx(around.low / value)
+
+
+def test_the_range_of_a_chip_whose_runs_agree_is_the_least(case):
+    assert efficiency_range(load_topology(TRN2)) == (1 - EFFICIENCY_SPREAD, 1 + EFFICIENCY_SPREAD)
+    assert efficiency_range(load_topology("cpu")) == (1, 1)
 
 
 def test_what_links_reach_is_said(tmp_path, case):

@@ -61,7 +61,7 @@ def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ..
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
-def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topology: Topology) -> Memory:
+def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topology: Topology, sdk: Sdk) -> Memory:
     """Memory of one core for a function of these arguments (ShapeDtypeStructs).
 
     Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
@@ -83,7 +83,7 @@ def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topolog
     analysis = compiled.memory_analysis() if compiled is not None else None
     if analysis is not None:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Memory(size, round(topology.core_overhead), temporaries, topology.hbm_size)
+    return Memory(size, sdk.core_overhead(topology), temporaries, topology.hbm_size)
 
 
 def read_arguments(arguments: Sequence[Any]) -> Iterator[Finding]:

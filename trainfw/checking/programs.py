@@ -162,7 +162,7 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
                 found += read_partitioned(reading.partitioned.module, physical, reading.mesh, topology, sdk)
             sums.append(sum_collectives(reading.partitioned.module, reading.mesh))
         if reading.arguments is not None:
-            memory = memory_of(reading.arguments, reading.partitioned, topology)
+            memory = memory_of(reading.arguments, reading.partitioned, topology, sdk)
             found += read_memory(memory)
             if neuron:
                 found += read_arguments(reading.arguments)

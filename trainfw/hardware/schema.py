@@ -25,6 +25,14 @@ class LinkFile(Config):
     """Share of the bandwidth that large collectives reach. Left out, all of it."""
 
 
+class EfficiencyRangeFile(Config):
+    """Between which efficiencies of matrix products the published runs of a chip lie."""
+
+    low: PositiveFloat
+    high: PositiveFloat
+    source: str
+
+
 class TensorEngineFile(Config):
     """A systolic array of one physical core: what it multiplies, it cuts into tiles, and pads."""
 
@@ -94,6 +102,9 @@ class ChipFile(Config):
     """Dense peak of the chip by dtype."""
     matmul_efficiency: Share | None = None
     """Share of the peak that matrix products of large, even shapes reach in training. Left out, all of it."""
+    matmul_efficiency_range: EfficiencyRangeFile | None = None
+    """How far from `matmul_efficiency` it may be, for the range of a plan's time. Left out, as far as a plan allows
+    where only one run is known."""
     tensor_engine: TensorEngineFile | None = None
     """Left out, odd shapes cost nothing extra."""
     matmul_rates: MatmulRatesFile | None = None

@@ -19,6 +19,8 @@ MAX_COUNT = 2**20
 """Units of a topology: far more than anyone can rent, and still quick to plan for."""
 
 _HERE = Path(__file__).parent
+_REPLACED = "the recipe"
+"""The source of a figure that `hardware.parameters` gave."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,13 @@ class Topology:
 
     @property
     def core_overhead(self) -> float:
-        """Bytes of device memory that the runtime takes on one logical core."""
+        """Bytes of device memory that the runtime takes on one logical core, whatever its release."""
         figure = self.figures.get("chip.core_overhead")
         return 0.0 if figure is None else figure.number * self.lnc
+
+    def is_replaced(self, figure: str) -> bool:
+        """Whether a recipe's `hardware.parameters` gave this figure."""
+        return figure in self.figures and self.figures[figure].source == _REPLACED
 
     # Geometry ---------------------------------------------------------------------------------------------------
     def dim(self, name: str) -> Dimension:
@@ -239,7 +245,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         if key not in figures:
             raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
         _check_replacement(key, value, figures[key])
-        figures[key] = figures[key].model_copy(update={"value": value, "source": "the recipe"})
+        figures[key] = figures[key].model_copy(update={"value": value, "source": _REPLACED})
 
     def placed(name: str, size: int, kind: str, inside: bool, link: str, about: LinkFile) -> Dimension:
         bandwidth, latency = figures[f"{link}.bandwidth"].number, figures[f"{link}.latency"].number
@@ -250,6 +256,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     if count > 1:
         assert file.network is not None
         dims.insert(0, placed("network", count, "network", False, "network", file.network))
+    _check_range(name, chip)
     if chip.cores > lnc:
         if chip.on_chip is None:
             raise UserError(f"topology {name!r}: chip.on_chip: is required, between the {chip.cores} cores of a chip")
@@ -270,6 +277,18 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         totals=file.totals,
         sources=tuple(file.sources),
         kubernetes=file.kubernetes,
+    )
+
+
+def _check_range(name: str, chip: ChipFile) -> None:
+    """Raise UserError where a chip's efficiency is not in its own range."""
+    value, around = chip.matmul_efficiency, chip.matmul_efficiency_range
+    if around is None or (value is not None and around.low <= value.number <= around.high):
+        return
+    given = None if value is None else value.value
+    raise UserError(
+        f"topology {name!r}: chip.matmul_efficiency_range: {around.low} to {around.high}: expected a range around "
+        f"chip.matmul_efficiency = {given}"
     )
 
 

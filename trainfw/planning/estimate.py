@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from trainfw.backends import load_sdk
 from trainfw.hardware import Topology
 from trainfw.models import ModelConfig
 from trainfw.parallel import Layout, Placement, Sharded, bubble
@@ -271,7 +272,7 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
         "activations": round(_kept(recipe, layout) * layers + max(layer, logits)),
         "collective_buffers": round(gathered),
         "data": 5 * 4 * mine * length,
-        "runtime": round(topology.core_overhead),
+        "runtime": load_sdk(recipe.hardware.sdk).core_overhead(topology),
     }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trainfw.backends import Sdk
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
@@ -118,6 +119,8 @@ class MemoryTable:
     split: bool = True
     """Whether the compiler said what lies where; else all temporaries are `other`, and nothing is corrected."""
     state: tuple[StateArray, ...] = ()
+    runtime: str = CATEGORIES["runtime"]
+    """Whose runtime takes what is under that key."""
     note: str = ""
     """What else to know of it, for the terminal."""
 
@@ -139,11 +142,13 @@ class MemoryTable:
         """Of the capacity; less than zero where the step does not fit."""
         return None if self.capacity is None else self.capacity - self.total
 
-    def on(self, topology: Topology) -> MemoryTable:
-        """The same step on a core of `topology`: with what its runtime takes, and its capacity."""
+    def on(self, topology: Topology, sdk: Sdk) -> MemoryTable:
+        """The same step on a core of `topology`: with what its runtime takes (on Neuron, that of `sdk`), and its
+        capacity."""
         return replace(
             self,
-            categories={**self.categories, "runtime": round(topology.core_overhead)},
+            categories={**self.categories, "runtime": sdk.core_overhead(topology)},
+            runtime=f"runtime, SDK {sdk.version}" if topology.rules == "neuron" else CATEGORIES["runtime"],
             capacity=None if topology.hbm_size is None else int(topology.hbm_size),
         )
 
@@ -190,7 +195,8 @@ class MemoryTable:
         """For the terminal: a row a category, the total, what was corrected."""
         whole = self.capacity or self.total
         for key, size in (*self.categories.items(), ("total", self.total)):
-            yield f"{CATEGORIES.get(key, key):20}{size / _GIB:9.2f} GiB{100 * size / whole:8.1f}%"
+            label = self.runtime if key == "runtime" else CATEGORIES.get(key, key)
+            yield f"{label:20}{size / _GIB:9.2f} GiB{100 * size / whole:8.1f}%"
         if self.capacity is not None and self.headroom is not None:
             yield f"{'headroom':20}{self.headroom / _GIB:9.2f} GiB{100 * self.headroom / self.capacity:8.1f}%"
         if not self.split:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trainfw.backends import load_sdk
 from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.analysis import Analysis, Transfer
@@ -17,6 +18,14 @@ from trainfw.planning.streams import Timeline, timeline
 from trainfw.planning.time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.recipe import Recipe, expect_recipe
 from trainfw.tables import table
+
+_REMAT = {
+    "none": "none: the backward pass computes nothing again but gathers",
+    "dots": "dots: the backward pass computes again what is neither a projection's result nor attention's",
+    "full": "full: the backward pass computes every layer again",
+    "stage": "stage: the backward pass computes every stage again",
+}
+"""What the plan counts, by `train.remat`."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "bound_by": self.time.bound_by,
+            "remat": self.recipe.train.remat,
             "memory_bytes_per_core": self.memory.to_json(),
             "memory_capacity_bytes_per_core": self.topology.hbm_size,
             "fits": self.fits,
@@ -160,7 +170,7 @@ def planned(recipe: Recipe, step: Compiled) -> Plan:
         layout=step.analysis.layout,
         placement=placement,
         analysis=step.analysis,
-        memory=step.memory.on(topology),
+        memory=step.memory.on(topology, load_sdk(recipe.hardware.sdk)),
         time=step_time(step.analysis, placement, recipe),
     )
 
@@ -216,6 +226,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
     yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
+    yield f"remat       {_REMAT[plan.recipe.train.remat]}"
     if plan.layout.pipeline > 1:
         yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
     tokens = plan.tokens_per_step * plan.recipe.train.steps

@@ -29,9 +29,9 @@ OVERLAPPED = "weights, gradients, stages and rings"
 """Whose collectives need not all be waited for (see `_beside`)."""
 
 EFFICIENCY_SPREAD = 0.15
-"""How far from the chip's figure, as a share of it, the efficiency of matrix products may be.
+"""How far from the chip's figure, as a share of it, the efficiency of matrix products may be at least.
 
-The range of a prediction is made with it. Chosen by the errors that benchmarks/plan_accuracy.py prints."""
+The range of a prediction is made with it, or with the chip's `matmul_efficiency_range` where that is wider."""
 
 _DTYPES: dict[str, tuple[str, ...]] = {
     "bf16": ("bfloat16",),
@@ -71,7 +71,7 @@ class StepTime:
 
     seconds: float
     low: float
-    """With all collectives hidden that can be, and products at the upper end of their efficiency."""
+    """With all collectives hidden that can be, and products at the upper end of their `efficiency_range`."""
     high: float
     """With none hidden, doubtful links at half their rate, and products at the lower end."""
     parts: Mapping[str, float]
@@ -121,11 +121,10 @@ def step_time(
     assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
     middle = _Step(analysis, placement, recipe, assumed)
-    known = topology.chip.matmul_efficiency is not None or topology.chip.matmul_rates is not None
-    spread = EFFICIENCY_SPREAD if known else 0.0
+    slower, faster = efficiency_range(topology)
     slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
-    low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), 1 + spread)
-    high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), 1 - spread, slow)
+    low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), faster)
+    high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), slower, slow)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -143,6 +142,22 @@ def step_time(
         streamed=middle.streamed,
         assumptions=tuple(_words(topology, assumed, slow, analysis)),
     )
+
+
+def efficiency_range(topology: Topology) -> tuple[float, float]:
+    """Between which multiples of the middle the rates of matrix products may be, for the range of a step's time.
+
+    As far as the published runs of the chip lie apart (`matmul_efficiency_range` over `matmul_efficiency`, of its file:
+    a recipe that replaces the efficiency moves the range with it), and at least by `EFFICIENCY_SPREAD`; not at all for
+    hardware that has no efficiency.
+    """
+    value, around = topology.chip.matmul_efficiency, topology.chip.matmul_efficiency_range
+    if value is None and topology.chip.matmul_rates is None:
+        return 1.0, 1.0
+    slower, faster = 1 - EFFICIENCY_SPREAD, 1 + EFFICIENCY_SPREAD
+    if value is not None and around is not None and topology.chip.matmul_rates is None:
+        slower, faster = min(slower, around.low / value.number), max(faster, around.high / value.number)
+    return slower, faster
 
 
 class _Step:
@@ -338,13 +353,15 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
     shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
     less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
     measured = topology.chip.matmul_rates
+    share, (slower, faster) = 1.0 if figure is None else figure.number, efficiency_range(topology)
     products = (
-        f"matrix products of even shapes reach {1.0 if figure is None else figure.number:.0%} of the peak"
+        f"matrix products of even shapes reach {share:.0%} of the peak"
         + (f" ({figure.note or figure.source})" if figure is not None else "")
+        + (f", in the range {share * slower:.0%} to {share * faster:.0%}" if figure is not None else "")
         if measured is None
         else f"matrix products run at the rates of their shapes ({measured.source})"
     )
-    slower = topology.chip.elementwise_rates
+    elementwise = topology.chip.elementwise_rates
     words = [
         products,
         "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
@@ -352,7 +369,11 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         else "attention is the XLA form: its scores, S x S, go through memory",
         f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
         "elementwise operations are fused into what uses them, and run at "
-        + ("the full bandwidth of memory" if slower is None else f"the rates of their sizes ({slower.source})"),
+        + (
+            "the full bandwidth of memory"
+            if elementwise is None
+            else f"the rates of their sizes ({elementwise.source})"
+        ),
         "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
     ]
     if any(matmul.mixed for matmul in analysis.matmuls):

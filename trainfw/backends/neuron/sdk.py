@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainfw.config import Config, PositiveInt
 from trainfw.errors import UserError
+from trainfw.hardware import Topology
 
 _DIRECTORY = Path(__file__).parent / "sdk"
 
@@ -30,8 +31,19 @@ class Sdk(Config):
     """Collectives that run at once."""
     max_tensor_bytes: int
     """A single buffer must be smaller."""
+    profile_bytes: int = 0
+    """Device memory that its runtime reserves for profiles of transfers on every physical core, by default."""
     sources: list[str]
     notes: list[str] = []
+
+    def core_overhead(self, topology: Topology) -> int:
+        """Bytes of device memory that the runtime takes on one logical core of `topology`.
+
+        On Neuron that is what the chip's figure says and this release's `profile_bytes`; a recipe that replaces the
+        figure has said all of it. Elsewhere it is the figure, if there is one.
+        """
+        more = topology.rules == "neuron" and not topology.is_replaced("chip.core_overhead")
+        return round(topology.core_overhead) + (self.profile_bytes * topology.lnc if more else 0)
 
 
 def sdk_versions() -> list[str]:
