@@ -72,6 +72,8 @@ class Run:
     unseen: bool = False
     """Nobody had predicted it before it was written here."""
     attention: Literal["fused", "xla"] = "fused"
+    kernel_guessed: bool = False
+    """Its source names no attention kernel; what the plan would say without one is printed too."""
     parameters: dict[str, str] = field(default_factory=dict)
     """Of its hardware, where its source says that they differ."""
     keeps_attention: bool = False
@@ -224,8 +226,6 @@ def _neuron(name: str, instances: int, model: str, layout: str, *published: floa
         nearest.append("kv heads repeated to 32, as there")
     if stages == 1:
         nearest.append("one microbatch, which would not fit, so that a step has as few sums as there")
-    if not third:
-        nearest.append("its script names no attention kernel, here planned as one")
     return Run(
         name=f"NxD {name}",
         chip="trainium1",
@@ -234,6 +234,7 @@ def _neuron(name: str, instances: int, model: str, layout: str, *published: floa
         unit="seq/s",
         source=f"{NEURON}; {SCRIPTS}",
         nearest="; ".join(nearest),
+        kernel_guessed=not third,  # use_flash_attention is in the scripts of Llama 3 alone
         **flags,  # type: ignore[arg-type]
     )
 
@@ -421,6 +422,12 @@ def show(run: Run, analysis: Analysis, efficiency: float | None) -> Row:
     print(f"  seconds    {', '.join(parts)}{'; hidden: ' + ', '.join(hidden) if hidden else ''}")
     if run.nearest:
         print(f"  differs    {run.nearest}")
+    if run.kernel_guessed:
+        other, away = predict(replace(run, attention="xla"), analysis, efficiency)
+        seconds = in_unit(run, recipe, topology, other.seconds)
+        print(
+            f"  guessed    a fused attention kernel; its scores through memory: {seconds:,.2f} {run.unit}, {away - 1:+.1%}"
+        )
     inside = min(ends) <= max(run.published) and min(run.published) <= max(ends)
     return Row(run, middle, ratio - 1, nearer(run, middle), inside)
 
