@@ -424,10 +424,8 @@ def show(run: Run, analysis: Analysis, efficiency: float | None) -> Row:
         print(f"  differs    {run.nearest}")
     if run.kernel_guessed:
         other, away = predict(replace(run, attention="xla"), analysis, efficiency)
-        seconds = in_unit(run, recipe, topology, other.seconds)
-        print(
-            f"  guessed    a fused attention kernel; its scores through memory: {seconds:,.2f} {run.unit}, {away - 1:+.1%}"
-        )
+        plain = f"{in_unit(run, recipe, topology, other.seconds):,.2f} {run.unit}, {away - 1:+.1%}"
+        print(f"  guessed    a fused attention kernel; its scores through memory: {plain}")
     inside = min(ends) <= max(run.published) and min(run.published) <= max(ends)
     return Row(run, middle, ratio - 1, nearer(run, middle), inside)
 
