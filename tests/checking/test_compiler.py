@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ import pytest
 from tests.checking import stand_in
 from trainfw import load_recipe
 from trainfw.checking import RULES, Finding, Report, find_compiler
-from trainfw.checking.compiler import GIB_EACH, command_of, compiler_version, compiles_at_once, run_compiler
+from trainfw.checking.compiler import (
+    GIB_EACH,
+    Run,
+    _ends,
+    command_of,
+    compiler_version,
+    compiles_at_once,
+    last_lines,
+    run_compiler,
+)
 from trainfw.checking.compiler_output import Message, Outcome, read_messages, read_run, rule_of
 from trainfw.checking.differences import difference_report, find_differences, scrubbed
 from trainfw.errors import UserError
@@ -52,11 +62,36 @@ def alive(pid: str) -> bool:
         return False
 
 
+def ended(pids: list[str]) -> bool:
+    """Whether all end within seconds: what was killed has to be given the processor once more."""
+    late = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < late:
+        pass
+    return not any(map(alive, pids))
+
+
 def test_what_passes(tmp_path, monkeypatch, exported):
     outcome = compiled(tmp_path, monkeypatch, exported, "passed")
     assert (outcome.verdict, outcome.findings) == ("passed", ())
     assert [(m.code, m.error) for m in outcome.messages] == [("NCC_WXYZ001", False)]
     assert compiler_version(find_compiler()) == stand_in.VERSION
+
+
+def test_errors_that_a_pass_printed_are_shown(exported):
+    text = "[ERROR] [NCC_EVRF029] Operation sort is not supported on trn2"
+    outcome = read_run("step", Run(0, 1.0, True, text, ""), exported.module, version="2.28", timeout=10.0)
+    assert outcome.verdict == "passed"
+    assert str(outcome).endswith("though it printed NCC_EVRF029: Operation sort is not supported on trn2")
+
+
+def test_long_output_is_cut_and_its_beginning_read(tmp_path):
+    printed = tmp_path / "printed"
+    printed.write_bytes(b"[ERROR] [NCC_EVRF001] Operator x is not supported\n" + 3 * 2**20 * b"x" + b"\nthe end\n")
+    output = _ends(printed)
+    assert [message.code for message in read_messages(output)] == ["NCC_EVRF001"]
+    shown = last_lines(Run(70, 1.0, False, output, ""))
+    assert shown[-1] == "the end"
+    assert max(map(len, shown)) < 500
 
 
 def test_three_codes(tmp_path, monkeypatch, exported):
@@ -98,7 +133,7 @@ def test_a_hang_ends_at_the_limit_with_all_its_processes(tmp_path, monkeypatch, 
     assert outcome.verdict == "timed out"
     assert "still compiling after 3 s, the limit" in outcome.findings[0].message
     *pids, directory = (tmp_path / "bin" / "pids").read_text().split(" ", 2)
-    assert not any(map(alive, pids))
+    assert ended(pids)
     assert not Path(directory).exists()
 
 
@@ -122,7 +157,7 @@ def test_a_signal_leaves_nothing(signum, tmp_path):
     assert "the compiler is ended" in process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signum
     *started, directory = pids.read_text().split(" ", 2)
-    assert not any(map(alive, started))
+    assert ended(started)
     assert not Path(directory).exists()
 
 
@@ -242,6 +277,7 @@ def test_the_report_of_differences(tmp_path, monkeypatch, exported):
     ("text", "left"),
     [
         ("at /home/me/a.py:3", "at <path>/a.py:3"),
+        ("on ip-10-0-0-1.ec2.internal, SDK 2.33", "on <host>, SDK 2.33"),
         ("--dump=/tmp/x/", "--dump=<path>/x"),
         ("~/secret/b.txt", "<path>/b.txt"),
         ("jit(f)/while/body", "jit(f)/while/body"),

@@ -16,6 +16,7 @@ import yaml
 from trainfw import backends
 from trainfw.backends import ranges, read_host
 from trainfw.cli import main
+from trainfw.errors import UserError
 
 HOSTS = yaml.safe_load((Path(__file__).parents[1] / "backends/neuron/hosts.yaml").read_text())
 BASE = HOSTS[0]
@@ -34,7 +35,7 @@ def complete(host: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(root: Path, path: str, text: str, mode: int = 0o644) -> None:
-    file = root / path.replace("{bin}", BIN).lstrip("/")
+    file = root / path.replace("{bin}", BIN).replace("{site}", SITE).lstrip("/")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     file.chmod(mode)
@@ -138,3 +139,8 @@ def test_ranges():
     assert ranges([]) == ""
     assert ranges(["neuron3"]) == "neuron3"
     assert ranges([f"neuron{n}" for n in (0, 1, 2, 5, 7, 8)]) == "neuron0 to neuron2, neuron5, neuron7 to neuron8"
+
+
+def test_a_root_that_is_not_there_is_not_an_empty_machine(tmp_path):
+    with pytest.raises(UserError, match=r"TRAINFW_SYSROOT = .*/nowhere: expected a directory"):
+        read_host({"TRAINFW_SYSROOT": str(tmp_path / "nowhere")})

@@ -84,6 +84,7 @@ def host(monkeypatch, tmp_path):
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-1021-aws")
     monkeypatch.setattr(place, "SYSFS", tmp_path / "neuron_device")
     monkeypatch.setenv("TRAINFW_SYSROOT", str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
 
 
 def env(monkeypatch, capsys, *arguments: str) -> str:
@@ -200,7 +201,7 @@ def test_jaxs_own_cache_is_off_and_a_directory_for_it_is_unset(monkeypatch, caps
     output = capsys.readouterr()
     assert "\nunset JAX_COMPILATION_CACHE_DIR\n" in output.out
     assert exports(output.out)["JAX_ENABLE_COMPILATION_CACHE"] == "false"
-    assert "warning: JAX_COMPILATION_CACHE_DIR = /shared/jax: is unset" in output.err
+    assert "warning: JAX_COMPILATION_CACHE_DIR = /shared/jax: trainfw unsets it" in output.err
 
 
 @pytest.mark.usefixtures("host")

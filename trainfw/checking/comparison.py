@@ -72,12 +72,11 @@ class Comparison:
         return "\n\n".join(parts)
 
     def _agreement(self) -> str:
+        silent = sorted(n for n, outcome in self._outcomes.items() if outcome.verdict not in ("passed", "refused"))
+        said = [f"no verdict on {', '.join(silent)}"] if silent else []
         if self._differences:
-            return f"{len(self._differences)} difference{'s' * (len(self._differences) > 1)} from what check says"
-        said = [name for name, outcome in self._outcomes.items() if outcome.verdict in ("passed", "refused")]
-        if len(said) == len(self._outcomes):
-            return "which agrees with check"
-        return f"no verdict on {', '.join(sorted(set(self._outcomes) - set(said)))}"
+            said.append(f"{len(self._differences)} difference{'s' * (len(self._differences) > 1)} from what check says")
+        return ", ".join(said) or "which agrees with check"
 
 
 def _indented(text: object) -> str:

@@ -27,15 +27,17 @@ from trainfw.hlo import Exported, export
 from trainfw.unfinished import removed_by_signal, scratch_directory
 
 COMPILER = "neuronx-cc"
-INSTALL = "python -m pip install neuronx-cc==2.* --extra-index-url=https://pip.repos.neuron.amazonaws.com"
+INSTALL = "python -m pip install 'neuronx-cc==2.*' --extra-index-url=https://pip.repos.neuron.amazonaws.com"
 GIB_EACH = 14
 """GiB of host memory that a compile may take, as third parties measured; larger ones have taken more."""
 MEMORY = "[F137]"
 """What neuronx-cc prints where one of its own processes was killed, and exits 70."""
 _POLL_SECONDS = 0.05
 _VERSION_SECONDS = 60.0
-_MOST_OUTPUT = 2**20
-"""Bytes of output that are read, from the end."""
+_MOST_OUTPUT, _HEAD = 2**20, 2**16
+"""Bytes of output that are read, from the end, and of longer ones from the beginning."""
+_MOST_LETTERS = 400
+"""Of a line that is shown."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Run:
     neff: bool
     """Whether it wrote a NEFF that is not empty."""
     output: str
-    """On stdout and stderr; the last of it, where it is long."""
+    """On stdout and stderr; where it is long, its beginning and its end."""
     log: str = ""
     """Its log-neuron-cc.txt, likewise."""
 
@@ -210,8 +212,8 @@ class _Jobs:
             job.process.returncode if ended else None,
             time.monotonic() - job.started,
             neff.is_file() and neff.stat().st_size > 0,
-            _tail(directory / "output.txt"),
-            _tail(directory / "log-neuron-cc.txt"),
+            _ends(directory / "output.txt"),
+            _ends(directory / "log-neuron-cc.txt"),
         )
 
     def end(self) -> None:
@@ -229,11 +231,14 @@ def _kill(job: _Job) -> None:
         job.process.wait(10.0)
 
 
-def _tail(file: Path) -> str:
+def _ends(file: Path) -> str:
     try:
         with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - _MOST_OUTPUT))
-            return stream.read().decode("utf-8", "replace")
+            head, left_out = b"", file.stat().st_size - _MOST_OUTPUT
+            if left_out > 0:
+                head = stream.read(_HEAD) + b"\n"
+                stream.seek(max(_HEAD, left_out))
+            return (head + stream.read()).decode("utf-8", "replace")
     except OSError:
         return ""
 
@@ -242,5 +247,5 @@ def last_lines(run: Run, most: int = 5) -> list[str]:
     """The last lines printed that say something; of the log, where nothing was printed."""
     for text in (run.output, run.log):
         if lines := [line.rstrip() for line in text.splitlines() if line.strip(" .\t")]:
-            return lines[-most:]
+            return [line[:_MOST_LETTERS] + "..." * (len(line) > _MOST_LETTERS) for line in lines[-most:]]
     return []

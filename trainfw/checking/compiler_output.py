@@ -105,14 +105,16 @@ class Outcome:
     verdict: Verdict
     findings: tuple[CompilerFinding, ...]
     messages: tuple[Message, ...] = ()
-    """All coded ones; of a function that passed, they are warnings."""
+    """All coded ones."""
     run: Run | None = None
     """None where there was no module to compile."""
 
     def __str__(self) -> str:
         codes = ", ".join(dict.fromkeys(finding.code for finding in self.findings if finding.code))
         after = f" after {self.run.seconds:,.0f} s" if self.run else ""
-        return f"{self.verdict}{after}{f': {codes}' if codes else ''}"
+        refused = [m for m in self.messages if m.error and self.verdict == "passed"]
+        printed = [f"    though it printed {m.code}: {m.text.partition(chr(10))[0]:.200}" for m in refused]
+        return "\n".join([f"{self.verdict}{after}{f': {codes}' if codes else ''}", *printed])
 
 
 def read_run(

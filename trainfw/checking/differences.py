@@ -23,6 +23,8 @@ _OF_DATA = ("sequence_length", "mask_documents")
 _NOT_SENT = ("from", "path", "directory", "sample_prompt", "rules", "parameters")
 _PLAIN = re.compile(r"[\w.+\-=,*]{1,64}")
 _PATH = re.compile(r"(?<![\w.<)])~?(?:/[\w.+@\-]+)+/?")
+_INSTANCE = re.compile(r"\bip-\d+-\d+-\d+-\d+[\w.\-]*")
+"""What EC2 calls a host."""
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _MOST_LINES, _MOST_LETTERS = 3, 400
 """Of an excerpt of HLO."""
@@ -118,8 +120,9 @@ def difference_report(
 
 
 def scrubbed(text: str) -> str:
-    """A text without paths, but for the names of files, and without the names of this host and user."""
+    """A text without paths, but for the names of files, and without the names of this user, this host and EC2's."""
     text = _PATH.sub(lambda path: f"<path>/{path[0].rstrip('/').rpartition('/')[2]}", text)
+    text = _INSTANCE.sub("<host>", text)
     for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)

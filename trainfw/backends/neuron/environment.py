@@ -147,13 +147,13 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
         warnings.append(f"{removed} = {environ[removed]}: was removed in Neuron SDK 2.31; unset it ({_RELEASES})")
     if directory := environ.get("JAX_COMPILATION_CACHE_DIR"):
         warnings.append(
-            f"JAX_COMPILATION_CACHE_DIR = {directory}: is unset, for JAX's cache ends programs on Neuron "
+            f"JAX_COMPILATION_CACHE_DIR = {directory}: trainfw unsets it, for JAX's cache ends programs on Neuron "
             f"({_CACHE_FAILS}); NEURON_COMPILE_CACHE_URL names the compiler's own"
         )
     if _trivial_on_host(environ) and _cores(environ, topology) == 1:
         name = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
         warnings.append(
-            f"{name} = {environ[name]}: is unset, for on one core nothing has collectives, and the training step "
+            f"{name} = {environ[name]}: trainfw unsets it, for on one core nothing has collectives, and the step "
             f"itself would run on the host ({_ON_THE_HOST})"
         )
     platforms = environ.get("JAX_PLATFORMS", "neuron,cpu").split(",")

@@ -18,8 +18,8 @@ from trainfw.backends.neuron.sysroot import below, compiler_path, find_command, 
 
 DRIVER, RUNTIME = "aws-neuronx-dkms", "aws-neuronx-runtime-lib"
 _PACKAGES = "aws-neuronx-"
-_WATCHERS = re.compile(r"(?:k8s-)?neuron-")
-"""Names of programs that open devices to look at them (neuron-monitor, neuron-top, the Kubernetes device plugin)."""
+_WATCHERS = re.compile(r"k8s-neuron-|neuron-(?:monitor|top|ls|device-)")
+"""Names of programs that open devices to look at them, and run nothing: the kernel tells 15 letters of a name."""
 _RPM_SECONDS = 30
 
 
@@ -141,7 +141,7 @@ def _holders(root: Path) -> tuple[tuple[Holder, ...], int]:
         try:
             for link in os.scandir(process / "fd"):
                 with contextlib.suppress(OSError):  # closed meanwhile
-                    if match := re.fullmatch(r"/dev/(neuron\d+)", os.readlink(link.path)):
+                    if match := re.fullmatch(r"/dev/(neuron\d+)(?: \(deleted\))?", os.readlink(link.path)):
                         devices.add(match[1])
         except PermissionError:
             unseen += 1

@@ -26,6 +26,8 @@ class Plugin:
     """Of the real distributions among `DISTRIBUTIONS`."""
     placeholders: tuple[str, ...]
     """Those that are PyPI's stand-ins, as `name version`."""
+    broken: tuple[str, ...] = ()
+    """Those without metadata: an installation that was cut short."""
 
     def __str__(self) -> str:
         if self.state == "installed":
@@ -41,18 +43,21 @@ def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
     """Look at the metadata of installed distributions, in `path` (default: sys.path). Imports none of them."""
     versions: dict[str, str] = {}
     placeholders: list[str] = []
+    broken: list[str] = []
     for name in DISTRIBUTIONS:
         found = next(iter(importlib.metadata.distributions(name=name, path=list(path or sys.path))), None)
         if found is None:
             continue
         # PyPI's jax-neuronx 0.0.0, libneuronxla 1.0 and neuronx-cc 1.0 have this for a description, and no code.
-        if "WRONG PACKAGE" in (found.read_text("METADATA") or ""):
+        if not found.read_text("METADATA"):
+            broken.append(name)
+        elif "WRONG PACKAGE" in str(found.read_text("METADATA")):
             placeholders.append(f"{name} {found.version}")
         else:
             versions[name] = found.version
     # The plugin is libneuronxla; the others compile for it.
     state = "installed" if "libneuronxla" in versions else "placeholder" if placeholders else "missing"
-    return Plugin(state, versions, tuple(placeholders))  # type: ignore[arg-type]
+    return Plugin(state, versions, tuple(placeholders), tuple(broken))  # type: ignore[arg-type]
 
 
 def on_neuron(environ: Mapping[str, str], *, path: Sequence[str] | None = None, dev: Path = Path("/dev")) -> bool:

@@ -64,7 +64,9 @@ def load_sdk(version: str | float | None = None) -> Sdk:
         version = next((text for text in known if float(text) == version), str(version))
     version = version or known[-1]
     if version not in known:
-        raise UserError(f"sdk = {version!r}: no profile of this Neuron SDK; one of: {', '.join(known)}")
+        release = ".".join(version.split(".")[:2])
+        hint = f"; {release} is the profile of all its patch releases" if release in known else ""
+        raise UserError(f"sdk = {version!r}: no profile of this Neuron SDK; one of: {', '.join(known)}{hint}")
     return Sdk.model_validate(yaml.safe_load((_DIRECTORY / f"{version}.yaml").read_text()))
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from trainfw.errors import UserError
+
 VARIABLE = "TRAINFW_SYSROOT"
 COMPILER = "neuronx-cc"
 
@@ -15,9 +17,12 @@ _ALLOCATORS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib
 
 
 def sysroot(environ: Mapping[str, str] | None = None) -> Path:
-    """`$TRAINFW_SYSROOT`, or `/`."""
+    """`$TRAINFW_SYSROOT`, or `/`. Raises UserError where that is no directory."""
     environ = os.environ if environ is None else environ
-    return Path(environ.get(VARIABLE) or "/")
+    root = Path(environ.get(VARIABLE) or "/")
+    if not root.is_dir():
+        raise UserError(f"{VARIABLE} = {root}: expected a directory that stands for /")
+    return root
 
 
 def below(root: Path, path: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,11 @@ def _devices(host: Host) -> Iterator[HostFinding]:
 
 
 def _driver(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
-    if host.driver is None or not host.devices or not version_parts(host.driver):
+    if not host.devices:
+        return
+    if host.driver is None or not re.match(r"\d+\.\d+", host.driver):
+        seen = "no kernel module of it is seen" if host.driver is None else f"its version reads {host.driver!r:.40}"
+        yield HostFinding(f"the driver was not compared: {seen}", "`modinfo neuron` tells its version", False)
         return
     installed = (host.packages or {}).get(DRIVER)
     stale = installed is not None and _minor(installed) != _minor(host.driver)
@@ -73,6 +78,9 @@ def _driver(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
         newer = stale and _minor(str(installed)) >= _minor(expected)
         do = f"install {DRIVER} {expected}{reload}" if not newer else f"{DRIVER} {installed} is installed{reload}"
         yield HostFinding(f"driver {host.driver} is older than that of Neuron SDK {sdk.version}, {expected}", do)
+    elif sdk is not None and expected is None:
+        what = f"driver {host.driver} was not compared: which one Neuron SDK {sdk.version} has is not known here"
+        yield HostFinding(what, "see the release notes of that SDK", False)
     elif stale:
         yield HostFinding(f"driver {host.driver} is loaded, and {DRIVER} {installed} installed", reload[2:], False)
 
@@ -109,7 +117,9 @@ def _plugin(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
     if plugin.placeholders:
         names = ", ".join(plugin.placeholders)
         yield HostFinding(f"{names} from PyPI: placeholders without code", f"`{INSTALL}`")
-    elif "libneuronxla" not in plugin.versions:
+    for name in plugin.broken:
+        yield HostFinding(f"{name} is half installed: it has no metadata", f"`pip uninstall {name}`, then `{INSTALL}`")
+    if not plugin.placeholders and "libneuronxla" not in (*plugin.versions, *plugin.broken):
         yield HostFinding("jax's Neuron plugin, libneuronxla, is not installed", f"`{INSTALL}`")
     if mixture := _mixture(plugin.versions):
         yield HostFinding(f"packages of different releases: {mixture}", f"take all of one: `{INSTALL}`")
