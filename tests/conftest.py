@@ -5,6 +5,7 @@ import signal
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from trainfw import backends
 
@@ -18,6 +19,10 @@ import jax
 
 # Started here, whichever test comes first: commands run in this process may ask for another number.
 assert jax.device_count() == 8
+# A busy machine is no fault of a test.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as commands set it; this process has read the other
 
 

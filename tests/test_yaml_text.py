@@ -51,7 +51,7 @@ def test_files_that_cannot_be_meant(name, kind, tmp_path):
         load_topology(str(file)) if kind == "topology" else load_recipe(
             tmp_path / ("mine.yaml" if kind == "base" else "bad.yaml")
         )
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 5  # a moment; unbounded, there was no end in 25
     assert len(str(error.value)) < 500
 
 
@@ -64,7 +64,7 @@ def test_overrides_that_cannot_be_meant(name):
         UserError, match=f"^command line: data.source{re.sub(':[^:]+: ', ': (a: )?', problem, count=1)}"
     ):
         load_recipe("quickstart", [f"data.source={text}"])
-    assert time.thread_time() - start < 1
+    assert time.thread_time() - start < 5  # a moment; unbounded, there was no end in 25
 
 
 @pytest.mark.parametrize("path", ["fifo.yaml", "/dev/zero", "directory.yaml"])

@@ -152,7 +152,8 @@ def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
     losses, state = train(program, program.init())
     np.testing.assert_allclose(losses, one_device["random"][0], rtol=3e-6)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(one_device["random"][1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+        # Adam divides by the size of gradients: near zero their rounding, which is the CPU's, shows in full.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.slow
