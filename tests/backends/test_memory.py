@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
-import weakref
 
 import pytest
-
-from trainfw import backends
 
 COMPUTE = """
 import sys
@@ -89,22 +85,3 @@ def test_what_is_freed_is_kept_until_it_is_to_go(size):
 def test_so_are_the_blocks_of_other_threads():
     (cleared,) = measured(USE + IN_A_THREAD)
     assert cleared < 1000  # pages, of 51,000
-
-
-class _Cycle:
-    def __init__(self):
-        self.itself = self
-
-
-def test_cycles_made_in_a_run_are_freed_soon_however_large_its_start():
-    before = gc.get_threshold()
-    try:
-        gc.set_threshold(10**6, 20, 20)  # a command's start
-        with backends.young_cycles_freed():
-            assert gc.get_freeze_count() > 10_000
-            made = [weakref.ref(_Cycle()) for _ in range(5000)]
-            assert sum(one() is not None for one in made) < 2000
-        assert gc.get_threshold() == (10**6, 20, 20)
-        assert gc.get_freeze_count() == 0
-    finally:
-        gc.set_threshold(*before)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
-from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 """Of mallopt(3), glibc's malloc.h."""
@@ -25,11 +23,10 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory that a step frees for the next one, rather than hand it back to the system.
 
     The CPU's computations take their buffers from malloc, which asks the system for large ones each time, and has it
-    clear every page of them for every step. The peak is no higher, and less is given back after it. Threads share one
-    arena: what is kept in one is no use to those of another. Other C libraries are left as they are.
+    clear every page of them for every step. The peak is no higher, and less is given back after it. Other C libraries
+    are left as they are.
     """
     compute_inline()
-    share_freed_memory()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)  # nothing in a mapping of its own, however large: those go back at once
@@ -57,21 +54,3 @@ def release_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def young_cycles_freed() -> Iterator[None]:
-    """Have Python look for cycles often, and only among what is made from now on.
-
-    A run's start makes a million objects that stay, and a full look is put off until a quarter as many have been added:
-    until then saves leave tens of megabytes of cycles behind. Without the start's objects a look takes a moment.
-    """
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.collect()  # from here on "a quarter" is of what is not frozen
-    gc.set_threshold(700, 10, 10)  # Python's own
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        gc.set_threshold(*before)

@@ -118,7 +118,7 @@ class Session:
                 with self.phases.during("validation"):
                     self.outcome.validate(state, step)
                     self.outcome.evaluate(state, step)
-            with stopping(jax.process_count()) as stop, self.phases.during("step"), backends.young_cycles_freed():
+            with stopping(jax.process_count()) as stop, self.phases.during("step"):
                 state = self._steps(train_step, state, step, stop)
         with self.phases.during("validation"):
             validation = self.outcome.validate(state, steps)
