@@ -1,11 +1,9 @@
 """Train for a while with a save every few steps: python benchmarks/soak.py --minutes 20
 
-Prints each minute how many saves were made, the process's memory (without pages of files) and its open files. The run
-is one that was stopped and goes on, with its compiled step from the cache: a compiler leaves free memory of which the
-run takes more and more, to its end, and that would look as if it grew. After a warm-up (a quarter of the time) memory
-may grow by less than 5 MB per 1,000 saves, by a straight line through its lowest values, and at rest no more than two
-more files may be open. In the end the run is stopped by SIGTERM, and has to leave as one that was. Exits 1 where it
-grows.
+Prints each minute how many saves were made, the process's memory (without pages of files) and its open files. After a
+warm-up (a quarter of the time, in which memory that glibc keeps is touched for the first time) memory may grow by less
+than 5 MB per 1,000 saves, by a straight line through its lowest values, and at rest no more than two more files may be
+open. In the end the run is stopped by SIGTERM, and has to leave as one that was. Exits 1 where it grows.
 """
 
 from __future__ import annotations
@@ -54,13 +52,13 @@ class Sample:
 
 
 def watch(process: subprocess.Popen[bytes], run: Path, seconds: float) -> Iterator[Sample]:
-    """Samples of a run from its next save on."""
-    started, before = None, newest(run)
+    """Samples of a run from its first save on."""
+    started = None
     while started is None or time.monotonic() - started < seconds:
         if process.poll() is not None:
             return
         saves = newest(run) // EVERY
-        if started is None and newest(run) > before:
+        if saves and started is None:
             started = time.monotonic()
         if started is not None:
             yield Sample(time.monotonic() - started, saves, resident_mb(process.pid), open_files(process.pid))
@@ -97,30 +95,20 @@ def growth(samples: Sequence[Sample]) -> tuple[float, int]:
     return line.slope, int(statistics.median_high(rest[-5:]) - statistics.median_low(rest[:5]))
 
 
-def write_recipe(directory: Path) -> None:
+def start(directory: Path) -> subprocess.Popen[bytes]:
     (directory / "text").mkdir()
     for number in range(30):
         words = " ".join(f"word{number * i % 7} = {i};" for i in range(20))
         (directory / "text" / f"{number}.txt").write_text(f"document {number}: {words}\n")
     data = RECIPE["data"] | {"source": [str(directory / "text" / "*.txt")]}
     (directory / "recipe.yaml").write_text(json.dumps(RECIPE | {"data": data}))
-
-
-def start(directory: Path) -> subprocess.Popen[bytes]:
     environ = os.environ | {
         "XDG_CACHE_HOME": str(directory / "cache"),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     words = ["trainfw", "train", str(directory / "recipe.yaml"), "--devices", "1", "--run-dir", str(directory / "run")]
-    with (directory / "log").open("ab") as log:
+    with (directory / "log").open("wb") as log:
         return subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, env=environ, cwd=directory)
-
-
-def stop(process: subprocess.Popen[bytes], directory: Path) -> None:
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(60)
-    if code != 128 + signal.SIGTERM:
-        sys.exit(f"the run left with exit code {code}; its log is in {directory / 'log'}")
 
 
 def main() -> int:
@@ -129,24 +117,22 @@ def main() -> int:
     add_arguments(parser)
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
-    write_recipe(directory)
     process = start(directory)
     samples: list[Sample] = []
     rows: list[tuple[int, int, float, int]] = []
     try:
-        for _ in watch(process, directory / "run", 0):  # to its first save
-            pass
-        stop(process, directory)
-        process = start(directory)
         for sample in watch(process, directory / "run", 60 * arguments.minutes):
             samples.append(sample)
             if sample.seconds >= 60 * (len(rows) + 1):
                 minute = len(rows) + 1
                 rows.append((minute, sample.saves, sample.megabytes, sample.files))
                 say(f"minute {minute}: {sample.saves:,} saves, {sample.megabytes:.0f} MB, {sample.files} open files")
-        stop(process, directory)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
     finally:
         process.kill()
+    if code != 128 + signal.SIGTERM:
+        sys.exit(f"the run left with exit code {code}; its log is in {directory / 'log'}")
     warm_up = 15 * arguments.minutes
     megabytes, files = growth([sample for sample in samples if sample.seconds >= warm_up])
     checks = [
