@@ -112,8 +112,8 @@ class Outcome:
     def __str__(self) -> str:
         codes = ", ".join(dict.fromkeys(finding.code for finding in self.findings if finding.code))
         after = f" after {self.run.seconds:,.0f} s" if self.run else ""
-        refused = [m for m in self.messages if m.error and self.verdict == "passed"]
-        printed = [f"    though it printed {m.code}: {m.text.partition(chr(10))[0]:.200}" for m in refused]
+        errors = [m for m in self.messages if m.error and self.verdict == "passed"]
+        printed = [f"    though it printed {m.code}: {m.text.partition(chr(10))[0]:.200}" for m in errors]
         return "\n".join([f"{self.verdict}{after}{f': {codes}' if codes else ''}", *printed])
 
 

@@ -24,7 +24,7 @@ from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, load_topology
-from trainfw.hlo import Partitioned, Place, partition, user_place
+from trainfw.hlo import Partitioned, Place, partition, user_place, without_compilation_cache
 
 Progress = Callable[[str], None]
 _SIMULATE = "Devices can be simulated: trainfw.backends.prepare(devices=64), before jax starts"
@@ -141,7 +141,8 @@ def _check(
     if mesh is not None:
         _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
     neuron = topology.rules == "neuron"
-    with ThreadPoolExecutor() as pool:  # XLA compiles one while the next is traced, and beside it
+    # XLA compiles one function while the next is traced, and beside it.
+    with without_compilation_cache(), ThreadPoolExecutor() as pool:
         begun = [
             begin(pool, name, fn, arguments, mesh, progress, neuron=neuron)
             for name, (fn, arguments) in functions.items()

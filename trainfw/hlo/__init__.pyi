@@ -15,6 +15,7 @@ from .partitioning import Exported as Exported
 from .partitioning import Partitioned as Partitioned
 from .partitioning import export as export
 from .partitioning import partition as partition
+from .partitioning import without_compilation_cache as without_compilation_cache
 from .places import Place as Place
 from .places import is_library as is_library
 from .places import user_place as user_place

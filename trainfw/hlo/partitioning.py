@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +79,7 @@ def _compile(
         **({"xla_dump_hlo_as_proto": True} if as_proto else {}),
     }
     compiled, failure = None, None
-    with _without_compilation_cache():
+    with without_compilation_cache():
         try:
             compiled = lowered.compile(compiler_options={**options, **(compiler_options or {})})
         except Exception as error:  # after partitioning, what the CPU lacks (a kernel of another device) is no matter
@@ -101,32 +100,20 @@ def _assignment(directory: Path) -> Assignment | None:
     return parse_assignment(*(paths[-1].read_text() for paths in found))
 
 
-_COMPILING = threading.Lock()
-_compiling = 0
-"""Compiles under way, side by side, of which the last one switches the cache on again."""
-_enabled = True
-
-
 @contextlib.contextmanager
-def _without_compilation_cache() -> Iterator[None]:
-    """What comes out of JAX's persistent cache was not compiled, hence dumps nothing."""
+def without_compilation_cache() -> Iterator[None]:
+    """Keep JAX's persistent cache out of compiles, since what comes out of it was not compiled, hence dumps nothing.
+
+    Compiles in several threads end this one after the other, so that there the caller keeps it off for all of them.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    def switch(on: bool) -> None:
-        jax.config.update("jax_enable_compilation_cache", on)
-        compilation_cache.reset_cache()  # or it goes by the answer of the first time it asked
-
-    global _compiling, _enabled
-    with _COMPILING:
-        if not _compiling:
-            _enabled = jax.config.values["jax_enable_compilation_cache"]
-            switch(False)
-        _compiling += 1
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or it goes by the answer of the first time it asked
     try:
         yield
     finally:
-        with _COMPILING:
-            _compiling -= 1
-            if not _compiling:
-                switch(_enabled)
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
