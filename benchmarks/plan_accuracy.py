@@ -41,7 +41,7 @@ from trainfw.planning.time import Assumptions, StepTime, step_time
 DEVICES = 512
 """Simulated by this process: as many as 8 stages of 32 cores take, with 2 of what shares out the batch."""
 MOST = 16
-"""To which `data` and `fsdp` are shortened: what a core does stays as it is (tests/planning/test_time.py)."""
+"""The size to which `data` and `fsdp` are shortened: what a core does stays as it is (tests/planning/test_time.py)."""
 
 AXLEARN = "AXLearn (arXiv:2507.05411), wizwand.com/paper/68fa79ed1e209131cea80024"
 FUJI = "layout: apple/axlearn axlearn/experiments/text/gpt/fuji.py"
@@ -60,14 +60,14 @@ class Run:
     name: str
     chip: str
     settings: dict[str, object]
-    """Of a recipe."""
+    """A recipe's settings, by dotted key."""
     published: tuple[float, ...]
     """Every figure of this run, by release or log."""
     unit: str
     """`s/step`, `seq/s`, `tok/s/chip` or `TFLOP/s/chip` (as MaxText counted then: attention in full)."""
     source: str
     nearest: str = ""
-    """What the published run does otherwise."""
+    """Differences of the published run."""
     fit: bool = False
     unseen: bool = False
     """Nobody had predicted it before it was written here."""
@@ -75,7 +75,7 @@ class Run:
     kernel_guessed: bool = False
     """Its source names no attention kernel; what the plan would say without one is printed too."""
     parameters: dict[str, str] = field(default_factory=dict)
-    """Of its hardware, where its source says that they differ."""
+    """Figures of its hardware, where its source says that they differ."""
     keeps_attention: bool = False
     """Remat saves what attention returns, too."""
     computes_again: tuple[tuple[int, int], ...] = ()
@@ -320,7 +320,7 @@ def in_unit(run: Run, recipe: Recipe, topology: Topology, seconds: float) -> flo
 
 
 def as_published(run: Run, analysis: Analysis) -> Analysis:
-    """With the products that the run's remat computes again, where `dots` saves others, and its gradients' width."""
+    """Add the products that the run's remat computes again, where `dots` saves others, and its gradients' width."""
     layers = run.recipe().model.num_layers
     again = list(run.computes_again)
     matmuls = []
@@ -356,7 +356,7 @@ def predict(run: Run, analysis: Analysis, efficiency: float | None = None) -> tu
 
 
 def _ratio(run: Run, predicted: float, published: float) -> float:
-    """Of the predicted time to the published one."""
+    """Divide the predicted time by the published one."""
     return predicted / published if run.unit == "s/step" else published / predicted
 
 
@@ -377,7 +377,7 @@ def ends(run: Run, analysis: Analysis) -> list[float]:
 
 
 def analysed(runs: list[Run]) -> dict[Run, Analysis]:
-    """What each run's program is, compiled once for those that differ in the length of `data` and `fsdp` alone."""
+    """Analyse each run's program, compiled once for those that differ in the length of `data` and `fsdp` alone."""
     known: dict[str, Analysis] = {}
     found = {}
     for run in runs:
@@ -437,11 +437,11 @@ class Row:
     run: Run
     predicted: float
     error: float
-    """Of the time, against the middle of what was published; below zero, predicted too fast."""
+    """Error of the time, against the middle of what was published; below zero, predicted too fast."""
     nearer: float
-    """Against the nearer end."""
+    """Error against the nearer end."""
     inside: bool
-    """Whether the printed range holds a published figure."""
+    """True where the printed range holds a published figure."""
 
 
 def print_table(rows: list[Row]) -> None:

@@ -21,7 +21,7 @@ from trainfw.hlo import Exported
 
 
 class Comparison:
-    """What neuronx-cc made of a recipe's steps, beside what `check` made of them."""
+    """Verdicts of neuronx-cc on a recipe's steps, beside those of `check`."""
 
     def __init__(
         self,

@@ -31,13 +31,13 @@ INSTALL = "python -m pip install 'neuronx-cc==2.*' --extra-index-url=https://pip
 GIB_EACH = 14
 """GiB of host memory that a compile may take, as third parties measured; larger ones have taken more."""
 MEMORY = "[F137]"
-"""What neuronx-cc prints where one of its own processes was killed, and exits 70."""
+"""Code that neuronx-cc prints where one of its own processes was killed, and exits 70."""
 _POLL_SECONDS = 0.05
 _VERSION_SECONDS = 60.0
 _MOST_OUTPUT, _HEAD = 2**20, 2**16
 """Bytes of output that are read, from the end, and of longer ones from the beginning."""
 _MOST_LETTERS = 400
-"""Of a line that is shown."""
+"""Letters of a line that are shown."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Run:
     """Exit code, negative for a signal; None where the time limit ended it."""
     seconds: float
     neff: bool
-    """Whether it wrote a NEFF that is not empty."""
+    """True where it wrote a NEFF that is not empty."""
     output: str
-    """On stdout and stderr; where it is long, its beginning and its end."""
+    """Text of stdout and stderr; where it is long, its beginning and its end."""
     log: str = ""
     """Its log-neuron-cc.txt, likewise."""
 
@@ -108,7 +108,7 @@ def export_steps(program: Any, progress: Callable[[str], None] = lambda _: None)
 
 
 def compiles_at_once(count: int, free: int | None = None) -> int:
-    """How many of `count` compiles run at once: as many as free host memory has room for, and one at least."""
+    """Count how many of `count` compiles run at once: as many as free host memory has room for, and one at least."""
     free = free_memory() if free is None else free
     return max(1, min(count, free // (GIB_EACH * 2**30)))
 

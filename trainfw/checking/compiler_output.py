@@ -1,4 +1,4 @@
-"""What neuronx-cc printed, as findings and a verdict.
+"""Reading of what neuronx-cc printed, as findings and a verdict.
 
 Forms that are read, each quoted by AWS's pages or by public logs: `[NCC_EVRF029] text`, with `[ERROR]`, `ERROR:`,
 `[INTERNAL_ERROR]` or `error:` before it, the blamed instruction (`%sort.7 = ...`) in the next lines; `[F137] neuronx-cc
@@ -32,7 +32,7 @@ _NO_MEMORY = (
     "insufficient system memory",
 )
 _MOST_LINES = 6
-"""Of one message."""
+"""Lines of one message, at most."""
 _ADVICE: Mapping[str, str] = {
     "compiler": "see AWS's page of the code (compiler/error-codes), or send the difference: --report-difference FILE",
     "compiler-failed": "run the command of `trainfw export-hlo` by hand, and read its log-neuron-cc.txt",
@@ -66,7 +66,7 @@ class CompilerFinding:
     instruction: str = ""
     """The module's instruction that the message names."""
     version: str = ""
-    """Of the compiler."""
+    """The compiler's version."""
 
     @property
     def instead(self) -> str:
@@ -100,7 +100,7 @@ class CompilerFinding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of one function."""
+    """Verdict of the compiler on one function."""
 
     verdict: Verdict
     findings: tuple[CompilerFinding, ...]

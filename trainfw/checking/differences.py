@@ -1,4 +1,4 @@
-"""Where `check` and neuronx-cc differ on one recipe, as one small file without paths, host names or data."""
+"""Differences of `check` and neuronx-cc on one recipe, as one small file without paths, host names or data."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NOT_SENT = ("from", "path", "directory", "sample_prompt", "rules", "parameters"
 _PLAIN = re.compile(r"[\w.+\-=,*]{1,64}")
 _PATH = re.compile(r"(?<![\w.<)])~?(?:/[\w.+@\-]+)+/?")
 _INSTANCE = re.compile(r"\bip-\d+-\d+-\d+-\d+[\w.\-]*")
-"""What EC2 calls a host."""
+"""Names that EC2 gives to hosts."""
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _MOST_LINES, _MOST_LETTERS = 3, 400
-"""Of an excerpt of HLO."""
+"""Bounds of an excerpt of HLO."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Difference:
     rule: str
     code: str | None
     check: str
-    """What `check` says of it: `error`, `warning`, `note`, `nothing`."""
+    """The verdict of `check`: `error`, `warning`, `note`, `nothing`."""
     compiler: str
-    """Which the compiler did: `refused it`, `passed it`, `failed` without a known code."""
+    """The compiler's: `refused it`, `passed it`, `failed` without a known code."""
     message: str
     hlo: tuple[str, ...]
     """The instructions that are blamed, without their metadata."""
@@ -100,7 +100,7 @@ def difference_report(
     version: str,
     flags: list[str],
 ) -> dict[str, Any]:
-    """What `--report-difference` writes, as plain data.
+    """Make what `--report-difference` writes, as plain data.
 
     Args:
         recipe: the trainfw.Recipe, of which keys that shape the program are kept.
@@ -168,7 +168,7 @@ def _names_code(rule: str) -> str | None:
 
 
 def _instructions(module: Exported | str, finding: Finding) -> list[str]:
-    """Of a finding of `check`: those at its place and of its name."""
+    """Find the instructions of a finding of `check`: those at its place and of its name."""
     if isinstance(module, str) or not (finding.op_name or finding.place):
         return []
     everything = (i for computation in module.module.computations.values() for i in computation.instructions.values())

@@ -38,7 +38,7 @@ def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topolog
 
 
 def is_partitioned(module: Module) -> bool:
-    """Whether XLA came as far as partitioning: before, shapes are of whole arrays and few collectives are there."""
+    """Tell whether XLA came as far as partitioning: before, shapes are of whole arrays and collectives few."""
     return not any(
         instruction.attributes.get("custom_call_target", "").strip('"').startswith(("xla.sdy.", "Sharding", "SPMD"))
         or "xla.sdy." in instruction.attributes.get("frontend_attributes", "")
@@ -192,7 +192,7 @@ def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
 
 
 def _key(collective: Collective) -> Any:
-    """What tells one communicator from another: who talks to whom."""
+    """Tell one communicator from another: by who talks to whom."""
     return collective.pairs or frozenset(map(frozenset, collective.groups))
 
 

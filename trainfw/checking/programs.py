@@ -29,7 +29,7 @@ from trainfw.hlo import Partitioned, Place, partition, user_place, without_compi
 Progress = Callable[[str], None]
 _SIMULATE = "Devices can be simulated: trainfw.backends.prepare(devices=64), before jax starts"
 _CONVERSIONS = ("The problem arose with the `", "occurred in the item() method", "occurred in the tolist() method")
-"""What JAX says of Python numbers made of arrays; else it names the function whose result would have the shape."""
+"""Words of JAX's about Python numbers made of arrays; else it names the function whose result would have the shape."""
 _SHAPES = (
     "Shapes must be 1D sequences of concrete values",
     "Slice entries must be static integers",
@@ -100,12 +100,12 @@ class Reading:
 
     name: str
     findings: tuple[Finding, ...]
-    """Of the program, of rules that count on some target."""
+    """Findings in the program, of rules that count on some target."""
     arguments: tuple[Any, ...] | None
     """The arrays among them, in the order in which the compiled function takes them; None for one without shapes."""
     partitioned: Partitioned | None = None
     devices: tuple[Any, ...] = ()
-    """Of each partition."""
+    """The device of each partition."""
     mesh: Any | None = None
     """A mesh of these, after whose axes groups can be named."""
 
@@ -272,7 +272,7 @@ def _lacks_devices(traced: Any) -> bool:
 
 
 def _is_about_shapes(error: Exception) -> bool:
-    """Whether a program failed to trace because a shape depends on values, rather than on other use of one."""
+    """Tell whether a program failed to trace because a shape depends on values, rather than on other use of one."""
     import jax
 
     if isinstance(error, jax.errors.NonConcreteBooleanIndexError):

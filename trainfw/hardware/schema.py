@@ -1,4 +1,4 @@
-"""What a chip file and a topology file hold."""
+"""Schemas of chip files and topology files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class LinkFile(Config):
 
     description: str
     bandwidth: Rate
-    """Of one link, or of one chip's port into a switch or network; one direction."""
+    """Bandwidth of one link, or of one chip's port into a switch or network; one direction."""
     latency: Seconds
-    """Of one hop."""
+    """Latency of one hop."""
     efficiency: Share | None = None
     """Share of the bandwidth that large collectives reach. Left out, all of it."""
 
 
 class EfficiencyRangeFile(Config):
-    """Between which efficiencies of matrix products the published runs of a chip lie."""
+    """Range of the efficiencies of matrix products that published runs of a chip reach."""
 
     low: PositiveFloat
     high: PositiveFloat
@@ -51,9 +51,9 @@ class MatmulRatesFile(Config):
     """Measured rates of products (m, k) x (k, n), for a chip for which no formula says how they depend on the shape."""
 
     sizes: list[PositiveInt]
-    """To which each of m, n and k was measured, the least first."""
+    """Sizes of each of m, n and k that were measured, the least first."""
     rates: dict[str, list[list[list[PositiveFloat]]]]
-    """Of the whole chip in FLOP/s, by dtype: [size of m][size of n][size of k]."""
+    """Rates of the whole chip in FLOP/s, by dtype: [size of m][size of n][size of k]."""
     source: str
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class ElementwiseRatesFile(Config):
     """Measured rates of elementwise operations and reductions, where they do not reach the bandwidth of memory."""
 
     sizes: list[PositiveInt]
-    """Of the largest array that a kernel reads or writes, in bytes, the least first."""
+    """Sizes of the largest array that a kernel reads or writes, in bytes, the least first."""
     rates: list[PositiveFloat]
     """Bytes/s that the whole chip moves, as plans count them, one for each of sizes."""
     source: str
@@ -90,11 +90,11 @@ class ChipFile(Config):
 
     description: str
     neuron_family: Literal["inf2", "trn1", "trn2", "trn3"] | None = None
-    """By which Neuron's rules tell chips apart. Left out, rules count as on the chip that takes least."""
+    """Name by which Neuron's rules tell chips apart. Left out, rules count as on the chip that takes least."""
     cores: PositiveInt
     """Physical cores of a chip."""
     device_kinds: dict[int, list[str]]
-    """By LNC (physical cores that make one logical core, hence one JAX device): the `device_kind` JAX reports.
+    """The `device_kind` that JAX reports, by LNC (physical cores that make one logical core, hence one JAX device).
 
     The first LNC is the default.
     """
@@ -103,12 +103,12 @@ class ChipFile(Config):
     matmul_efficiency: Share | None = None
     """Share of the peak that matrix products of large, even shapes reach in training. Left out, all of it."""
     matmul_efficiency_range: EfficiencyRangeFile | None = None
-    """How far from `matmul_efficiency` it may be, for the range of a plan's time. Left out, as far as a plan allows
+    """Range of `matmul_efficiency`, for that of a plan's time. Left out, as far as a plan allows
     where only one run is known."""
     tensor_engine: TensorEngineFile | None = None
     """Left out, odd shapes cost nothing extra."""
     matmul_rates: MatmulRatesFile | None = None
-    """In place of `matmul_efficiency` and `tensor_engine`."""
+    """Measured rates, in place of `matmul_efficiency` and `tensor_engine`."""
     hbm_size: Size | None = None
     hbm_bandwidth: Rate | None = None
     elementwise_rates: ElementwiseRatesFile | None = None
@@ -120,7 +120,7 @@ class ChipFile(Config):
     core_overhead: Size | None = None
     """Device memory that the runtime takes for itself on every physical core."""
     on_chip: LinkFile | None = None
-    """Between the cores of the chip, which share the bandwidth. Left out, the chip is one core."""
+    """Link between the cores of the chip, which share the bandwidth. Left out, the chip is one core."""
 
 
 class DimensionFile(Config):
@@ -130,12 +130,12 @@ class DimensionFile(Config):
     size: PositiveInt
     kind: DimensionKind
     link: str
-    """Which of `links` joins neighbours along it."""
+    """The one of `links` that joins neighbours along it."""
     inside_instance: bool = True
 
 
 class SplitFile(Config):
-    """How a dimension is cut in two parts, the outer first."""
+    """Cut of a dimension in two parts, the outer first."""
 
     parts: tuple[str, str] = Field(strict=False)
     order: list[list[int]]
@@ -143,12 +143,12 @@ class SplitFile(Config):
 
     @property
     def size(self) -> int:
-        """Of the dimension it cuts."""
+        """Sum up the size of the dimension that it cuts."""
         return sum(map(len, self.order))
 
 
 class GroupsFile(Config):
-    """Which sets of cores of one instance may form collective groups, as far as documents say."""
+    """Sets of cores of one instance that may form collective groups, as far as documents say."""
 
     cover: list[list[str]]
     """Dims (or parts of dims) that each mesh axis covers, innermost axis first; together the whole instance."""
@@ -156,31 +156,31 @@ class GroupsFile(Config):
 
 
 class ReliabilityFile(Config):
-    """How often instances fail, and what a failure costs."""
+    """Rate at which instances fail, and the cost of a failure."""
 
     instance_mtbf: Seconds
     """Mean time between failures of one instance that stop the job."""
     detection: Seconds
-    """Until the job knows."""
+    """Time until the job knows."""
     restart: Seconds
-    """From then to the first step, without reading the checkpoint."""
+    """Time from then to the first step, without reading the checkpoint."""
     repair: Seconds
-    """Until an instance that failed, or another in its place, can be used again."""
+    """Time until an instance that failed, or another in its place, can be used again."""
 
 
 class StorageFile(Config):
-    """Where checkpoints go."""
+    """Storage for checkpoints."""
 
     bandwidth: Rate
-    """Of one instance."""
+    """Bandwidth of one instance."""
     total: Rate
-    """Of the file system, however many instances use it."""
+    """Bandwidth of the file system, however many instances use it."""
     host_copy: Rate
-    """From the memory of one chip to that of its host."""
+    """Bandwidth from the memory of one chip to that of its host."""
 
 
 class KubernetesFile(Config):
-    """What nodes of this kind are called and offer in Kubernetes."""
+    """Names and resources of nodes of this kind in Kubernetes."""
 
     instance_type: str | None = None
     """The nodes' label `node.kubernetes.io/instance-type`."""
@@ -202,27 +202,27 @@ class TopologyFile(Config):
     extends: str | None = None
     """Take what this file leaves out from that topology."""
     dims: list[DimensionFile]
-    """Of the grid of chips, outermost first: chips are numbered with the last fastest."""
+    """Dimensions of the grid of chips, outermost first: chips are numbered with the last fastest."""
     links: dict[str, LinkFile]
     network: LinkFile | None = None
-    """Between units; the bandwidth is one chip's. Left out, units cannot be joined."""
+    """Link between units; the bandwidth is one chip's. Left out, units cannot be joined."""
     splits: dict[str, list[SplitFile]] = {}
-    """By dim: ways to cut it, of which those count that are of its size (cores of a chip are as many as LNC makes)."""
+    """Ways to cut each dim, of which those count that are of its size (cores of a chip are as many as LNC makes)."""
     groups: dict[int, list[GroupsFile]] | None = None
-    """By LNC. Null: no document restricts or lists them."""
+    """Groups by LNC. Null: no document restricts or lists them."""
     rules: Literal["neuron"] | None = None
     """Whose rules on collective groups hold here."""
     core_links: list[list[int]] = []
-    """Which cores of an instance the links join, at the default LNC, where a document shows it."""
+    """Cores of an instance that the links join, at the default LNC, where a document shows it."""
     host_memory: Size | None = None
-    """Of one unit."""
+    """Host memory of one unit."""
     reliability: ReliabilityFile
     """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
     storage: StorageFile
     kubernetes: KubernetesFile | None = None
     """Left out where no document says."""
     totals: dict[str, Figure] = {}
-    """What the source says of the whole unit (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to it."""
+    """Figures of the whole unit by the source (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to them."""
     sources: list[str]
 
     @model_validator(mode="after")

@@ -82,7 +82,7 @@ class Topology:
     figures: Mapping[str, Figure]
     """Every figure by its dotted name, such as `links.neuronlink.bandwidth`: what `hardware.parameters` overrides."""
     totals: Mapping[str, Figure]
-    """What the sources say of one unit."""
+    """Figures of one unit, as the sources have them."""
     sources: tuple[str, ...]
     kubernetes: KubernetesFile | None = None
     """None: no document says."""
@@ -115,7 +115,7 @@ class Topology:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether a machine of CPU alone is this hardware, rather than simulates it."""
+        """Tell whether a machine of CPU alone is this hardware, rather than simulates it."""
         return self.device_kinds == ("cpu",)
 
     # Rates ------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Topology:
         return 0.0 if figure is None else figure.number * self.lnc
 
     def is_replaced(self, figure: str) -> bool:
-        """Whether a recipe's `hardware.parameters` gave this figure."""
+        """Tell whether a recipe's `hardware.parameters` gave this figure."""
         return figure in self.figures and self.figures[figure].source == _REPLACED
 
     # Geometry ---------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Topology:
         return next(split for split in self.splits[dim] if part in split.parts)
 
     def coordinates(self, core: int) -> dict[str, int]:
-        """Where a core stands, by dimension."""
+        """Locate a core: its coordinate by dimension."""
         place: dict[str, int] = {}
         for dim in reversed(self.dims):
             core, place[dim.name] = divmod(core, dim.size)
@@ -324,7 +324,7 @@ def _files(name: str) -> tuple[TopologyFile, ChipFile]:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+    """Say what is wrong with a file, in one line."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if isinstance(error, RecursionError):

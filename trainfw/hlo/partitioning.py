@@ -1,4 +1,4 @@
-"""From a lowered program to the module right after XLA's partitioner, on devices that may be simulated."""
+"""Partitioning of a lowered program: the module right after XLA's partitioner, on devices that may be simulated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Partitioned:
     None where that compiler gave up after partitioning.
     """
     assignment: Assignment | None = None
-    """What `compiled` keeps where; None where its compiler did not say."""
+    """Buffers of `compiled` and their places; None where its compiler did not say."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Exported:
 
     module: Module
     text: str = field(repr=False)
-    """As XLA prints it; large constants are left out."""
+    """The module as XLA prints it; large constants are left out."""
     proto: bytes = field(repr=False)
     """The serialized HloModuleProto, whole."""
 

@@ -54,10 +54,10 @@ tensor too, 1 over tensor alone, 0. Layers are split over pipeline."""
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the analytic pass says of a candidate."""
+    """Estimate of a candidate by the analytic pass."""
 
     seconds: float
-    """Of a step."""
+    """Time of a step."""
     memory: int
     """Bytes of a core."""
 
@@ -69,7 +69,7 @@ def estimate(recipe: Recipe, placement: Placement) -> Estimate:
 
 
 def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
-    """What one core computes and moves in a step, in closed form: `analyse` without a compiler."""
+    """Count what one core computes and moves in a step, in closed form: `analyse` without a compiler."""
     model, train = recipe.model, recipe.train
     tensor, parts = layout.tensor, train.accumulation_steps
     length = recipe.data.sequence_length // layout.context
@@ -211,7 +211,7 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
 
 
 def _loaded(recipe: Recipe, layout: Layout) -> float:
-    """How often a row of a core's own passes a layer of the model on that core: once without a pipeline.
+    """Count how often a row of a core's own passes a layer of the model on that core: once without a pipeline.
 
     In one of P stages, it has 1/P of the layers, P times the rows, and computes on nothing while it idles.
     """
@@ -219,7 +219,7 @@ def _loaded(recipe: Recipe, layout: Layout) -> float:
 
 
 def _passes(recipe: Recipe, layout: Layout) -> float:
-    """How often remat runs a layer forward: again for its gradient, and of whole stages for the layers after it."""
+    """Count how often remat runs a layer forward: again for its gradient, of whole stages for the layers after it."""
     match recipe.train.remat:
         case "stage" if layout.pipeline > 1:
             return 3.0 - 1 / _chunk(recipe, layout)
@@ -234,7 +234,7 @@ def _chunk(recipe: Recipe, layout: Layout) -> float:
 
 
 def _microbatches(recipe: Recipe, layout: Layout) -> int:
-    """Those that pass through a pipeline's stages in an accumulation step; 1 of one stage."""
+    """Count the microbatches that pass through a pipeline's stages in an accumulation step; 1 of one stage."""
     if layout.pipeline == 1:
         return 1
     rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)

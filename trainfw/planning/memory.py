@@ -1,4 +1,4 @@
-"""What a training step holds in the memory of one core, by what it is for.
+"""Memory of one core in a training step, by what it is for.
 
 State and batch follow from their shardings. The rest is what XLA's CPU compiler takes for temporaries, read at the
 moment when they are most, each value named by the operation that made it. Where that compiler computes in f32 what the
@@ -58,13 +58,13 @@ class StateArray:
     """A parameter's dotted name, or where it is in the state, such as `opt_state.1.0.mu.final_norm.scale`."""
     category: str
     dims: tuple[int, ...]
-    """Of the whole array."""
+    """Shape of the whole array."""
     itemsize: int
     axes: tuple[tuple[str, ...], ...]
     """Mesh axes that shard each dim."""
 
     def bytes_on(self, layout: Layout) -> int:
-        """What one core holds of it. Raises UserError where a dim does not divide."""
+        """Count the bytes that one core holds of it. Raises UserError where a dim does not divide."""
         size = self.itemsize
         for number, (dim, axes) in enumerate(zip(self.dims, self.axes, strict=True)):
             parts = math.prod(layout.sizes[axis] for axis in axes)
@@ -84,9 +84,9 @@ class Held:
 
     category: str
     bytes: int
-    """As the program asked for it."""
+    """Bytes as the program asked for them."""
     compiled_bytes: int
-    """As the CPU's compiler has it."""
+    """Bytes as the CPU's compiler has them."""
     dims: tuple[int, ...]
     op_name: str
     """JAX's path to the operation that made it."""
@@ -105,24 +105,24 @@ class MemoryTable:
     categories: Mapping[str, int]
     """The keys of `CATEGORIES`, corrected."""
     capacity: int | None
-    """Of the core; None where the topology does not say, or none is known yet."""
+    """Capacity of the core; None where the topology does not say, or none is known yet."""
     arguments: int
     """State and batch, with what of the batch the step never reads; a compiled step's own figure leaves that out."""
     compiled_temporaries: int
-    """What the CPU's compiler takes beside them."""
+    """Bytes that the CPU's compiler takes beside them."""
     corrected_bytes: int
-    """By how much that is more than the temporaries of the table."""
+    """Excess of that over the temporaries of the table."""
     corrected_values: int
-    """How many of its values are wider than the program asked for, or copies made to widen."""
+    """Number of its values that are wider than the program asked for, or copies made to widen."""
     largest: tuple[Held, ...]
     """Temporaries at the peak, the largest first."""
     split: bool = True
-    """Whether the compiler said what lies where; else all temporaries are `other`, and nothing is corrected."""
+    """True where the compiler said what lies where; else all temporaries are `other`, and nothing is corrected."""
     state: tuple[StateArray, ...] = ()
     runtime: str = CATEGORIES["runtime"]
     """Whose runtime takes what is under that key."""
     note: str = ""
-    """What else to know of it, for the terminal."""
+    """Note on it, for the terminal."""
 
     @property
     def total(self) -> int:
@@ -134,12 +134,12 @@ class MemoryTable:
 
     @property
     def saved_activations(self) -> int:
-        """Of the activations, what the forward pass leaves for the backward pass."""
+        """Sum of the activations that the forward pass leaves for the backward pass."""
         return sum(value.bytes for value in self.largest if value.saved and value.category == "activations")
 
     @property
     def headroom(self) -> int | None:
-        """Of the capacity; less than zero where the step does not fit."""
+        """Subtract the total from the capacity; less than zero where the step does not fit."""
         return None if self.capacity is None else self.capacity - self.total
 
     def on(self, topology: Topology, sdk: Sdk) -> MemoryTable:
@@ -153,7 +153,7 @@ class MemoryTable:
         )
 
     def lengthened(self, simulated: Layout, layout: Layout) -> MemoryTable:
-        """On a core of `layout`, from the table of a program that was compiled for `simulated`, of shorter axes.
+        """Compute the table of a core of `layout` from that of a program compiled for `simulated`, of shorter axes.
 
         State is exact. Of the temporaries, shards shrink as `fsdp` grows; whole weights and activations stay, and so
         does the moment that counts as the peak (at another one temporaries may be more, by less than shards shrink).
@@ -192,7 +192,7 @@ class MemoryTable:
         return {**self.categories, "total": self.total}
 
     def lines(self) -> Iterator[str]:
-        """For the terminal: a row a category, the total, what was corrected."""
+        """Write lines for the terminal: a row a category, the total, what was corrected."""
         whole = self.capacity or self.total
         for key, size in (*self.categories.items(), ("total", self.total)):
             label = self.runtime if key == "runtime" else CATEGORIES.get(key, key)
@@ -278,7 +278,7 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
 
 
 def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
-    """Of a PartitionSpec, the mesh axes of each dim."""
+    """List the mesh axes of each dim of a PartitionSpec."""
     return tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec)
 
 
@@ -367,7 +367,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
 
 
 def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: bool) -> str:
-    """What a temporary is for.
+    """Name what a temporary is for.
 
     Args:
         op_name: of the operation whose result it is.
@@ -409,17 +409,17 @@ class _Known:
     """Shapes on one core by which a value is recognised."""
 
     shards: frozenset[tuple[int, ...]]
-    """Of parameters' gradients as they are kept, all layers or one, dims sorted."""
+    """Shapes of parameters' gradients as they are kept, all layers or one, dims sorted."""
     stacks: frozenset[tuple[int, ...]]
-    """Those of more than one layer."""
+    """Shapes of `shards` that have more than one layer."""
     fsdp_shards: frozenset[tuple[int, ...]]
-    """Of `shards`, those that `fsdp` alone can have made."""
+    """Shapes of `shards` that `fsdp` alone can have made."""
     whole: frozenset[tuple[int, ...]]
-    """Those of parameters gathered for use."""
+    """Shapes of parameters gathered for use."""
     tokens: frozenset[int]
     """Sizes of dims that are places in a sequence, or tokens of a microbatch or of a chunk of the loss."""
     logits: tuple[int, ...]
-    """Of a chunk of the loss, dims sorted."""
+    """Shape of the logits of a chunk of the loss, dims sorted."""
 
     @classmethod
     def of(cls, program: Program) -> _Known:
@@ -433,7 +433,7 @@ class _Known:
         several = {(layers,), (layers // period, period), (layers // period,)}
 
         def forms(path: Any, shape: tuple[int, ...]) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
-            """As it is used, and stacked."""
+            """List the forms of a shape: as it is used, and stacked."""
             if getattr(path[0], "key", None) != "layers":
                 return {_key(shape)}, set()
             return {_key(shape[1:])}, {_key((*stack, *shape[1:])) for stack in several}
@@ -478,7 +478,7 @@ class _Known:
 
 
 def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
-    """Of the dims of every parameter, in the order of the state's leaves."""
+    """Name the dims of every parameter, in the order of the state's leaves."""
     import jax
     from flax import nnx
 

@@ -25,7 +25,7 @@ _REMAT = {
     "full": "full: the backward pass computes every layer again",
     "stage": "stage: the backward pass computes every stage again",
 }
-"""What the plan counts, by `train.remat`."""
+"""Words for what the plan counts, by `train.remat`."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Plan:
         return timeline(self.analysis, self.time, self.recipe.train.accumulation_steps)
 
     def part_label(self, part: str) -> str:
-        """What a part of the step (a key of `time.parts`) is called."""
+        """Name a part of the step (a key of `time.parts`) for people."""
         return part_label(part)
 
     @property
     def caveat(self) -> str:
-        """What a reader must know of every figure."""
+        """Say what a reader must know of every figure."""
         measured = self.topology.chip.matmul_rates
         if measured is None:
             return "A prediction: nothing here was measured on this hardware."
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a core has the memory, as far as its topology says."""
+        """Tell whether a core has the memory, as far as its topology says."""
         return self.memory.headroom is None or self.memory.headroom >= 0
 
     @property
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def chip_hours(self) -> float:
-        """Of the whole run, steps alone."""
+        """Count the chip-hours of the whole run, steps alone."""
         return self.topology.chips * self.time.seconds * self.recipe.train.steps / 3600
 
     @property

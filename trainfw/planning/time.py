@@ -29,7 +29,7 @@ OVERLAPPED = "weights, gradients, stages and rings"
 """Whose collectives need not all be waited for (see `_beside`)."""
 
 EFFICIENCY_SPREAD = 0.15
-"""How far from the chip's figure, as a share of it, the efficiency of matrix products may be at least.
+"""Least distance from the chip's figure, as a share of it, that the efficiency of matrix products may have.
 
 The range of a prediction is made with it, or with the chip's `matmul_efficiency_range` where that is wider."""
 
@@ -48,18 +48,18 @@ _FUSED_BACKWARD = 5 / 4
 
 Dao, FlashAttention-2, arXiv:2307.08691, section 3.1: 5 products where the plain backward pass has 4."""
 _CAUSAL = 1 / 2
-"""Of the scores that a fused kernel computes: of causal attention, the half that counts (section 3.1 as well)."""
+"""Share of the scores that a fused kernel computes: of causal attention, the half that counts (section 3.1 as well)."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a program does not say about how it will run."""
+    """Assumptions on how a program will run, which it does not say."""
 
     attention: Literal["xla", "fused"] = "xla"
     """`fused`: attention is a kernel that keeps the scores on chip and skips those above the diagonal."""
     mixed: Literal["wide", "narrow"] = "wide"
-    """At whose rate products of two dtypes run: compilers widen the narrow operand, unless a program is written with
-    both narrow (as others' programs are: for comparing with their published times)."""
+    """Rate of products of two dtypes, that of either operand: compilers widen the narrow operand, unless a program is
+    written with both narrow (as others' programs are: for comparing with their published times)."""
     overlap: float = 0.5
     """Share of the time of `OVERLAPPED` collectives that passes beside matrix products (placements are chosen by the
     same figure)."""
@@ -71,9 +71,9 @@ class StepTime:
 
     seconds: float
     low: float
-    """With all collectives hidden that can be, and products at the upper end of their `efficiency_range`."""
+    """Seconds with all collectives hidden that can be, and products at the upper end of their `efficiency_range`."""
     high: float
-    """With none hidden, doubtful links at half their rate, and products at the lower end."""
+    """Seconds with none hidden, doubtful links at half their rate, and products at the lower end."""
     parts: Mapping[str, float]
     """Seconds, which add up: `matmul`, `attention`, `memory` (elementwise operations and reductions), `optimizer`, and
     by mesh axes (`tensor`, `data+fsdp`) the collectives that are waited for."""
@@ -91,11 +91,11 @@ class StepTime:
     streamed: tuple[float, ...]
     """Seconds in a step of all that passes through memory, as the analysis has it."""
     assumptions: tuple[str, ...]
-    """In words, for people."""
+    """Words for people."""
 
 
 def part_label(part: str) -> str:
-    """What a part of a step (see `StepTime.parts`) is called."""
+    """Name a part of a step (see `StepTime.parts`) for people."""
     return _LABELS.get(part, f"collectives over {part.replace('+', ', ')}")
 
 
@@ -145,7 +145,7 @@ def step_time(
 
 
 def efficiency_range(topology: Topology) -> tuple[float, float]:
-    """Between which multiples of the middle the rates of matrix products may be, for the range of a step's time.
+    """Bound the rates of matrix products, as multiples of the middle, for the range of a step's time.
 
     As far as the published runs of the chip lie apart (`matmul_efficiency_range` over `matmul_efficiency`, of its file:
     a recipe that replaces the efficiency moves the range with it), and at least by `EFFICIENCY_SPREAD`; not at all for
@@ -223,7 +223,7 @@ class _Step:
 
 
 def _beside(transfer: Transfer) -> bool:
-    """Whether products run meanwhile that do not need it.
+    """Tell whether products run meanwhile that do not need it.
 
     So do those of a layer while the next one's weights come and the last one's gradients go, along whatever axes share
     them; those of a ring's turn, while it passes keys and values on; and those of a stage, while one of its two rings
@@ -236,7 +236,7 @@ def _beside(transfer: Transfer) -> bool:
 
 
 def _of_fused(recipe: Recipe, layout: Layout) -> tuple[float, float]:
-    """What a fused kernel computes of a product with scores in the program, forward and backward.
+    """Count what a fused kernel computes of a product with scores in the program, forward and backward.
 
     Where the sequence is split over `n` devices, the program leaves out most of what is masked itself: a ring computes
     (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values

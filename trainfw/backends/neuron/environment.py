@@ -70,7 +70,7 @@ def neuron_environment(
     scan_layers: bool,
     environ: Mapping[str, str] | None = None,
 ) -> list[Variable]:
-    """What a process on `hardware` sets, in order.
+    """List what a process on `hardware` sets, in order.
 
     Args:
         hardware: names a Neuron topology, or none, which suits a single process only.
@@ -140,7 +140,7 @@ def compiler_flags(hardware: HardwareConfig, environ: Mapping[str, str] | None =
 
 
 def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topology | None) -> list[str]:
-    """What is wrong with variables that the user has set."""
+    """Say what is wrong with variables that the user has set."""
     warnings = []
     removed = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"
     if removed in environ and _release(sdk) >= (2, 31):
@@ -187,7 +187,7 @@ def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: 
 
 
 def _core_counts(environ: Mapping[str, str]) -> dict[str, str]:
-    """How many cores each variable of the runtime leaves a process, as written; "" or "0": all."""
+    """Read how many cores each variable of the runtime leaves a process, as written; "" or "0": all."""
     counts = {"NEURON_RT_NUM_CORES": environ.get("NEURON_RT_NUM_CORES", "")}
     if found := re.fullmatch(r"(\d+)(?:-(\d+))?", environ.get("NEURON_RT_VISIBLE_CORES", "")):
         counts["NEURON_RT_VISIBLE_CORES"] = str(int(found[2] or found[1]) - int(found[1]) + 1)
@@ -457,7 +457,7 @@ def _overlap(
 
 
 def _filled(layout: Mapping[str, int], cores: int) -> dict[str, int]:
-    """With the axis that is -1 at the size that is left."""
+    """Set the axis that is -1 to the size that is left."""
     fixed = math.prod(size for size in layout.values() if size != -1)
     return {axis: cores // fixed if size == -1 else size for axis, size in layout.items()}
 

@@ -35,10 +35,10 @@ class Holder:
 
 @dataclass(frozen=True)
 class Host:
-    """What a machine has of Neuron, and who uses it."""
+    """A machine: what it has of Neuron, and who uses it."""
 
     root: Path
-    """What stands for `/`."""
+    """The directory that stands for `/`."""
     environ: Mapping[str, str]
     python: str
     jax: str | None
@@ -54,7 +54,7 @@ class Host:
     compiler: str | None
     """neuronx-cc as a child process finds it."""
     compiler_directory: str | None
-    """Where this environment's neuronx-cc lies, if that is another: trainfw puts it first on PATH."""
+    """The directory of this environment's neuronx-cc, if that is another: trainfw puts it first on PATH."""
     holders: tuple[Holder, ...]
     unseen: int
     """Processes whose open files this user may not see."""
@@ -112,7 +112,7 @@ def _driver(root: Path) -> str | None:
 
 
 def _packages(root: Path, environ: Mapping[str, str]) -> dict[str, str] | None:
-    """Those of dpkg's database, or else what rpm says."""
+    """Read dpkg's database, or else ask rpm."""
     status = below(root, "/var/lib/dpkg/status")
     if status.is_file():
         return dict(_dpkg(_text(status)))

@@ -19,15 +19,15 @@ DISTRIBUTIONS = ("jax-neuronx", "libneuronxla", "neuronx-cc", "nki", "nki-lib")
 
 @dataclass(frozen=True)
 class Plugin:
-    """What is installed of it."""
+    """State of the plugin's installation."""
 
     state: Literal["installed", "placeholder", "missing"]
     versions: dict[str, str]
-    """Of the real distributions among `DISTRIBUTIONS`."""
+    """Versions of the real distributions among `DISTRIBUTIONS`."""
     placeholders: tuple[str, ...]
-    """Those that are PyPI's stand-ins, as `name version`."""
+    """Distributions that are PyPI's stand-ins, as `name version`."""
     broken: tuple[str, ...] = ()
-    """Those without metadata: an installation that was cut short."""
+    """Distributions without metadata: their installation was cut short."""
 
     def __str__(self) -> str:
         if self.state == "installed":
@@ -61,7 +61,7 @@ def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
 
 
 def on_neuron(environ: Mapping[str, str], *, path: Sequence[str] | None = None, dev: Path = Path("/dev")) -> bool:
-    """Whether jax, once imported, will run on Neuron: the plugin is installed and there are devices for it.
+    """Tell whether jax, once imported, will run on Neuron: the plugin is installed and there are devices for it.
 
     Raises UserError when JAX_PLATFORMS asks for Neuron first and the plugin is not there.
     """

@@ -81,7 +81,7 @@ def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
 
 
 def sdk_problems(sdk: Sdk, jax: str, python: str) -> list[str]:
-    """Where these versions of JAX and Python are outside what a release supports."""
+    """List where these versions of JAX and Python are outside what a release supports."""
     return [
         f"{name} {found} is outside {first} to {last}, which Neuron SDK {sdk.version} supports"
         for name, found, (first, last) in (("jax", jax, sdk.jax), ("python", python, sdk.python))

@@ -13,7 +13,7 @@ VARIABLE = "TRAINFW_SYSROOT"
 COMPILER = "neuronx-cc"
 
 _ALLOCATORS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib64", "usr/lib")
-"""Where Ubuntu's libgoogle-perftools4 and Amazon Linux's gperftools-libs put libtcmalloc."""
+"""Directories in which Ubuntu's libgoogle-perftools4 and Amazon Linux's gperftools-libs put libtcmalloc."""
 
 
 def sysroot(environ: Mapping[str, str] | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""What will fail on a Neuron host, and what to do about it."""
+"""Verdict on a Neuron host: what will fail, and what to do about it."""
 
 from __future__ import annotations
 
