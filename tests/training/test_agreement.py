@@ -65,7 +65,7 @@ def test_what_may_differ_from_host_to_host(tmp_path, monkeypatch):
 
 # Two processes, of which the second is told something else each time; at last as a command.
 WORKER = """
-import os, sys
+import os, sys, time
 from trainfw import backends, load_recipe
 recipe, run, index = sys.argv[1], sys.argv[2], int(os.environ["TRAINFW_PROCESS_INDEX"])
 backends.connect(backends.prepare(1, hardware=load_recipe(recipe).hardware))
@@ -76,6 +76,10 @@ for other in sys.argv[3:]:
         train(load_recipe(recipe, overrides), run_dir=other if index and "=" not in other else run)
     except UserError as error:
         print(error, flush=True)
+from trainfw.cli.signals import Leaving
+if index:
+    end = Leaving.end
+    Leaving.end = lambda self: (time.sleep(1), end(self))  # it is long in leaving: the first one waits
 sys.argv[1:] = ["train", recipe, "--run-dir", run, *(["train.steps=3"] if index else [])]
 cli.main()
 """

@@ -9,9 +9,11 @@ from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import announce_leaving as announce_leaving
 from .distributed import connect as connect
+from .distributed import end_together as end_together
 from .distributed import exchange as exchange
 from .distributed import expand_hosts as expand_hosts
 from .distributed import heard as heard
+from .distributed import leave_in_order as leave_in_order
 from .distributed import left_by as left_by
 from .distributed import order_problem as order_problem
 from .distributed import read_wiring as read_wiring

@@ -357,18 +357,44 @@ _LEFT = "left"
 def announce_leaving(signum: int, timeout: float) -> None:
     """Say to all processes that this one leaves at once, at a signal: nobody needs to wait for it.
 
-    In process 0 this returns once all others leave too, or after `timeout` seconds: it keeps what they are told, and
-    JAX aborts a process whose coordinator has gone.
+    In process 0 this returns once all others leave too, or after `timeout` seconds.
     """
     announce(_LEFT, signum)
+    _part_last(timeout)
+
+
+_all_end = False
+
+
+def end_together() -> None:
+    """All processes know why the run ends now: process 0 is to be the last to exit (`leave_in_order`)."""
+    global _all_end
+    _all_end = True
+
+
+def leave_in_order(timeout: float) -> None:
+    """Say that this process exits now; process 0, where all end, returns once all others do, or after `timeout` s."""
+    if _all_end:
+        _part_last(timeout)
+
+
+_EXIT_SECONDS = 0.25
+"""Seconds from saying that one exits to having exited."""
+
+
+def _part_last(timeout: float) -> None:
+    """Process 0 keeps what the others are told, and JAX aborts a process whose coordinator has gone."""
     client, index, count = _coordination()
     if client is None:
         return
     _part(client)
+    if index:
+        return
     deadline = time.monotonic() + timeout
-    for other in range(1, count) if index == 0 else ():
+    for other in range(1, count):
         with contextlib.suppress(Exception):  # it hangs, or died
             client.blocking_key_value_get(f"trainfw/{_LEFT}/{other}", max(int(1000 * (deadline - time.monotonic())), 1))
+    time.sleep(_EXIT_SECONDS)
 
 
 def _part(client: Any) -> None:

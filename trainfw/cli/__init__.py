@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -133,8 +133,8 @@ def _leave_behind(code: int) -> None:
     waiting for others of Orbax's threads, which takes them ten minutes. After a success they have `_END_SECONDS`.
     """
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if code and not all(thread.daemon for thread in others):
-        os._exit(code)
+    if code and (_one_of_many() or not all(thread.daemon for thread in others)):
+        _exit_now(code)
     timer = threading.Timer(_END_SECONDS, os._exit, (code,))
     timer.daemon = True
     timer.start()
@@ -185,12 +185,24 @@ def _warned(others: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+_PART_SECONDS = 10.0
+"""Seconds that process 0 stays for the others to exit, where all know that the run ends."""
+
+
 def _exit(message: str, code: int) -> None:
     say(message, err=True)
     if _one_of_many():
-        flush_standard()
-        os._exit(code)  # else jax waits for the other processes, which wait for this one
+        _exit_now(code)  # else jax waits for the other processes, which wait for this one
     raise SystemExit(code)
+
+
+def _exit_now(code: int) -> NoReturn:
+    flush_standard()
+    if _one_of_many():
+        from trainfw import backends
+
+        backends.leave_in_order(_PART_SECONDS)
+    os._exit(code)
 
 
 def _one_of_many() -> bool:

@@ -109,6 +109,7 @@ def _run(
             approve=approve,
         )
     except training.Interrupted as stop:
+        backends.end_together()
         reporter.close()
         what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"
         say(f"stopped by {stop}, {what}", err=True)

@@ -233,6 +233,7 @@ def _leave(name: str) -> None:
     """Before a process ends that knows why: the first one's end would take from the others what they have not read."""
     with contextlib.suppress(PeerError):
         backends.exchange(f"agree/{name}/heard", None, _to_be_heard())
+    backends.end_together()
 
 
 def _to_be_heard() -> float:
