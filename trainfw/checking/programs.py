@@ -312,17 +312,12 @@ def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
         return None, _first_line(error)
 
 
-_QUICKLY = {"xla_cpu_use_fusion_emitters": False}
-"""Options for code that is never run: XLA's newer emitters make a module, and two files of a dump, of each fusion. What
-is read of the program stays as it is; its temporaries differed by 0.01% (8 layers of llama3.1-8b on 256 cores)."""
-
-
 def _partition(lowered: Any) -> tuple[Partitioned | None, str]:
     """The partitioned program, or why XLA cannot build it for a CPU."""
     import jax
 
     try:
-        partitioned = partition(lowered, {**backends.current().compiler_options, **_QUICKLY})
+        partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return None, _first_line(error)
     if partitioned.compiled is None and not is_partitioned(partitioned.module):
