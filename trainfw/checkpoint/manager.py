@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,11 +117,10 @@ class Checkpoints:
         if jax.process_index() != 0 or self._saving is None:
             return
         step = self._saving
-        written = (
-            [self.directory / str(step)]
-            if in_store(self.directory)
-            else list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
-        )
+        names = [str(step)]
+        if not in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
+            names = [name for name in os.listdir(self.directory) if name.startswith(f"{step}.orbax-checkpoint-tmp")]
+        written = [self.directory / name for name in names]
         for directory in written:
             for item, expected in self._expected.items():
                 if problem := find_absent(directory / item, expected):
