@@ -1,4 +1,4 @@
-"""Where a process stands among the others, read from its environment; one process an instance."""
+"""Places of processes among each other, read from their environments; one process an instance."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from trainfw.errors import TRY_AGAIN, PeerError, UserError
 from trainfw.hardware import Topology
 
 ROOT_PORT = 41000
-"""Of process 0, where Neuron's collectives meet. (The ports of AWS's Slurm scripts for JAX.)"""
+"""Port of process 0 where Neuron's collectives meet. (The ports of AWS's Slurm scripts for JAX.)"""
 COORDINATOR_PORT = 41001
-"""Of process 0, where JAX's processes meet."""
+"""Port of process 0 where JAX's processes meet."""
 
 _MEETING_SECONDS = 300.0
 """Seconds that processes wait for each other to start, at most."""
@@ -47,7 +47,7 @@ class Wiring:
     """Who started the processes, in words."""
     coordinator_port: int = COORDINATOR_PORT
     order: Order = "chosen"
-    """What the index follows: the user's choice, the launcher's own order, which knows nothing of UltraServers, or
+    """Order of indices: the user's choice, the launcher's own order, which knows nothing of UltraServers, or
     hosts sorted by (server_id, node_id), as AWS's UltraServer script sorts them."""
 
 
@@ -281,7 +281,7 @@ def _number(name: str, text: str, value: str) -> int:
 
 
 def order_problem(places: Sequence[Place | None], nodes: int = 4) -> str | None:
-    """Why these places of processes, in order of index, are not those of UltraServers one after the other.
+    """Say why these places of processes, in order of index, are not those of UltraServers one after the other.
 
     None where they are, or where some host does not know its place.
     """
@@ -300,7 +300,7 @@ def order_problem(places: Sequence[Place | None], nodes: int = 4) -> str | None:
 
 
 _rounds: Counter[str] = Counter()
-"""How often each name was exchanged: the store keeps what it was told."""
+"""Counts of exchanges by name: the store keeps what it was told."""
 
 
 def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
@@ -367,23 +367,24 @@ _all_end = False
 
 
 def end_together() -> None:
-    """All processes know why the run ends now: process 0 is to be the last to exit (`leave_in_order`)."""
+    """Take note that all processes know why the run ends now: process 0 is to exit last (`leave_in_order`)."""
     global _all_end
     _all_end = True
 
 
-def leave_in_order(timeout: float) -> None:
-    """Say that this process exits now; process 0, where all end, returns once all others do, or after `timeout` s."""
+def leave_in_order() -> None:
+    """Say, where all end, that this process exits now; process 0 returns once all others do, or after 10 s."""
     if _all_end:
-        _part_last(timeout)
+        _part_last(_ORDER_SECONDS)
 
 
+_ORDER_SECONDS = 10.0
 _EXIT_SECONDS = 0.25
 """Seconds from saying that one exits to having exited."""
 
 
 def _part_last(timeout: float) -> None:
-    """Process 0 keeps what the others are told, and JAX aborts a process whose coordinator has gone."""
+    """Part, process 0 after all others: it keeps what they are told, and JAX aborts one whose coordinator has gone."""
     client, index, count = _coordination()
     if client is None:
         return
@@ -413,7 +414,7 @@ def left_by() -> int | None:
 
 
 def heard(name: str, timeout: float) -> Any:
-    """What any process announced by this `name`; None where nobody did within `timeout` seconds."""
+    """Return what any process announced by this `name`; None where nobody did within `timeout` seconds."""
     client, _, _ = _coordination()
     if client is None:
         return None

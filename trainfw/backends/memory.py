@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-"""Of mallopt(3), glibc's malloc.h."""
+"""Parameters of mallopt(3), from glibc's malloc.h."""
 
 
 def compute_inline() -> None:

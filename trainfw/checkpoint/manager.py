@@ -42,13 +42,13 @@ _QUIET = 4
 """So often nothing may be left, one after the other."""
 
 _MOVE_SECONDS = 3600
-"""How long they wait for damaged ones to be moved, which a store does by copying."""
+"""Seconds that they wait for damaged ones to be moved, which a store does by copying."""
 
 _LINE = 300
 """Letters of an error of Orbax's, which may hold a whole tree."""
 
 _BARRIER_SECONDS = 600
-"""How long a process waits for the others to have written their parts."""
+"""Seconds that a process waits for the others to have written their parts."""
 
 
 class Checkpoints:

@@ -105,7 +105,7 @@ _PATH_ERRORS = {
 
 
 _END_SECONDS = 90.0
-"""How long a command that succeeded may take to end: the processes of a run wait a minute for each other."""
+"""Seconds that a command that succeeded may take to end: the processes of a run wait a minute for each other."""
 
 
 def command() -> None:
@@ -173,7 +173,7 @@ def main() -> None:
 
 
 def _warned(others: Callable[..., None]) -> Callable[..., None]:
-    """What shows a warning: one of ours in words, without the line of code that gave it."""
+    """Return what shows a warning: one of ours in words, without the line of code that gave it."""
     ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
@@ -183,10 +183,6 @@ def _warned(others: Callable[..., None]) -> Callable[..., None]:
             others(message, category, filename, *rest, **named)
 
     return show
-
-
-_PART_SECONDS = 10.0
-"""Seconds that process 0 stays for the others to exit, where all know that the run ends."""
 
 
 def _exit(message: str, code: int) -> None:
@@ -201,7 +197,7 @@ def _exit_now(code: int) -> NoReturn:
     if _one_of_many():
         from trainfw import backends
 
-        backends.leave_in_order(_PART_SECONDS)
+        backends.leave_in_order()
     os._exit(code)
 
 

@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run came to."""
+    """Outcome of a finished run."""
 
     run_dir: Path
     step: int
@@ -64,7 +64,7 @@ class _InFlight:
 
     step: int
     row: int
-    """Of the endless order of rows, the first that the step reads."""
+    """First row that the step reads, in the endless order of rows."""
     metrics: Metrics
 
 
@@ -250,7 +250,7 @@ class Session:
         self.reporter.note(f"warning: {bad}; skipped")
 
     def _advice(self, bad: BadStep, last: int | None) -> str:
-        """What may help, as it is to be added to the command."""
+        """Return what may help, as it is to be added to the command."""
         rate = f"optimizer.learning_rate={self.recipe.optimizer.learning_rate / 10:.3g}"
         if last:
             rate += " --accept optimizer.learning_rate"
