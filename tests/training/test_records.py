@@ -146,6 +146,22 @@ def test_metrics_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
     ]
 
 
+def test_validations_are_read_from_the_file_once(tmp_path, monkeypatch):
+    def bits(step: int) -> dict[str, float]:
+        return {"step": step, "validation_bits_per_byte": 8.0 - step}
+
+    run = RunDirectory(tmp_path)
+    append_rows(run.metrics_file, [{"step": 0, "loss": 1.0}, bits(0), bits(2), {"step": 3, "loss": 1.0}])
+    log = MetricsLog(run, 3, Heard())
+    assert log.validations() == [bits(0), bits(2)]
+    with monkeypatch.context() as unread:
+        unread.setattr(RunDirectory, "metrics", None)
+        log.write(bits(4))
+        assert log.validations() == [bits(0), bits(4)]
+    log.rewind(2)
+    assert log.validations() == [bits(0), bits(2)]
+
+
 def test_a_directory_called_like_a_store_is_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("s3:x").mkdir()

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from trainfw.training.records import append_rows
+from trainfw.training.records import Row, append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 
@@ -36,17 +36,35 @@ class MetricsLog:
         self._events: Any = None
         self._files = 0
         self._hide_after = resumed_step
+        self._validations: list[dict[str, Any]] | None = None
+        """The first row of a validation and the last, or none; None where metrics.jsonl is to be read for them."""
 
     def write(self, row: dict[str, Any]) -> None:
         if self._writes:
             self._pending.append(row)
             self._unshown.append(row)
+            if _validates(row):
+                self._validations = [*self.validations()[:1], row]
             self.catch_up()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl, with what is to come there."""
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of metrics.jsonl, and then those that are to come there."""
         last = math.inf if self._drop_after is None else self._drop_after
-        return [*(row for row in self._run.metrics() if row["step"] <= last), *self._pending]
+        yield from (row for row in self._run.metrics() if row["step"] <= last)
+        yield from tuple(self._pending)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the first row of a validation and the last one (the same where there is but one); or none.
+
+        The file is read for them once, and not at every validation of a long run.
+        """
+        if self._validations is None:
+            first = last = None
+            for row in self.rows():
+                if _validates(row):
+                    first, last = first or row, row
+            self._validations = [row for row in (first, last) if row is not None]
+        return self._validations
 
     def rewind(self, step: int) -> None:
         """Steps after `step` are to be done again: drop their rows."""
@@ -57,6 +75,7 @@ class MetricsLog:
             rows.clear()
             rows.extend(kept)
         self._drop_after = self._hide_after = step
+        self._validations = None
         self._close_events()
         self.catch_up()
 
@@ -137,6 +156,10 @@ class MetricsLog:
         if self._pending:
             self._reporter.note(f"warning: {self._run}: {len(self._pending)} rows of metrics are lost")
         self._close_events()
+
+
+def _validates(row: Row) -> bool:
+    return row.get("validation_bits_per_byte") is not None
 
 
 @contextlib.contextmanager

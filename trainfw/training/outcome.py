@@ -44,7 +44,7 @@ class Outcome:
         )
         if validation is None:
             return None
-        if not any(row["step"] == step and "validation_loss" in row for row in self.log.rows()):
+        if all(row["step"] != step for row in self.log.validations()[-1:]):  # not by a session before this one
             self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
@@ -55,8 +55,7 @@ class Outcome:
         return None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
 
     def compare(self, validation: Validation) -> None:
-        rows = (row for row in self.log.rows() if row.get("validation_bits_per_byte") is not None)
-        first = next(rows, validation.row(0))
+        first = next(iter(self.log.validations()), validation.row(0))
         self.reporter.note(
             f"bits per held-out byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
             f"{validation.bits_per_byte:.3f} now{validation.beside_gzip(self.data)}"

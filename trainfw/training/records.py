@@ -63,12 +63,17 @@ class SessionRow(RowModel):
 
 
 def read_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file, which need not be there, in order.
+    """Return the rows of a file, as `stream_rows` gives them."""
+    return list(stream_rows(file, kind, all_count=all_count))
+
+
+def stream_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) -> Iterator[dict[str, Any]]:
+    """Give the rows of a file, which need not be there, in order, holding one at a time.
 
     A line that a crash cut short is left out: what it was to say, the session that goes on says again. So is, with a
     warning, any other that is no such row; where `all_count`, UserError is raised, which says what is wrong with it.
     """
-    rows, problems = [], []
+    problems = []
     for number, line in _lines(file):
         try:
             row = json.loads(line, parse_constant=_refuse)
@@ -79,13 +84,12 @@ def read_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) -> l
             if not _is_torn(line):
                 problems.append(f"line {number}: is no JSON ({str(error)[:60]})")
         else:
-            rows.append(row)
+            yield row
     if problems and all_count:
         raise UserError(f"{file}, {problems[0]}; put it right, or delete the line to go on without what it says")
     if problems:
         more = f" (and {len(problems) - 1:,} more)" if problems[1:] else ""
         warnings.warn(f"{file}: left out: {problems[0]}{more}", stacklevel=1)  # said once, whoever reads it
-    return rows
 
 
 def append_rows(file: Path, rows: Iterable[Row], *, durable: bool = False) -> None:

@@ -29,7 +29,7 @@ from trainfw.checkpoint import (
 from trainfw.errors import RunError, UserError
 from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
-from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, read_rows, rewrite_rows
+from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, read_rows, rewrite_rows, stream_rows
 from trainfw.training.resuming import Change, changes
 from trainfw.unfinished import write_text
 
@@ -234,9 +234,9 @@ class RunDirectory:
             if file.is_file():
                 rewrite_rows(file, [row for row in rows() if row["step"] <= step])
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl that can be used (`read_rows`)."""
-        return read_rows(self.metrics_file, MetricsRow)
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of metrics.jsonl that can be used (`stream_rows`): a long run's are not held at once."""
+        return stream_rows(self.metrics_file, MetricsRow)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
