@@ -124,6 +124,10 @@ class Layer:
     ) -> tuple[jax.Array, Any]:
         return self.apply(x, self.gather(*params), shared, own, kind)
 
+    def traced_once(self) -> Layer:
+        """Return the same layer, traced once for all layers of a kind; XLA sees each of them."""
+        return Layer(jax.jit(self.gather), jax.jit(self.apply, static_argnums=4))
+
 
 def run_stack(
     layer: Layer,
@@ -154,7 +158,7 @@ def run_stack(
     rules = active_rules()
     sharded = rules is not None and rules.mesh.size > 1
 
-    traced_once = jax.jit(layer.__call__, static_argnums=4)  # for all layers of a kind; XLA sees each of them
+    traced_once = jax.jit(layer.__call__, static_argnums=4)  # as in `Layer.traced_once`
 
     def one_of(x: jax.Array, params: Any, shared: Any, own: Any, place: tuple[int, Any]) -> tuple[jax.Array, Any]:
         (learning, fixed), (i, kind) = params, place
@@ -209,6 +213,7 @@ def _prefetched_forward(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
 ) -> tuple[Any, Any]:
     num_layers = len(kinds)
+    layer = layer.traced_once()
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
         x, weights, xs, outs = carry
@@ -233,24 +238,31 @@ def _prefetched_backward(
     xs, params, fixed, shared = kept
     dx, of_outs = cotangents
     num_layers = len(kinds)
+    gather = jax.jit(layer.gather)
 
-    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
+    @functools.partial(jax.jit, static_argnums=6)
+    def back_one(
+        dx: Any, x: jax.Array, weights: Any, of_out: Any, params: Any, fixed: Any, kind: Any
+    ) -> tuple[Any, Any]:
         learning, others = weights
         _, transpose = jax.vjp(lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning)
-        dx, of_weights = transpose((dx, _at(of_outs, i)))
-        _, scatter = jax.vjp(lambda params: layer.gather(params, _at(fixed, i))[0], _at(params, i))
+        dx, of_weights = transpose((dx, of_out))
+        _, scatter = jax.vjp(lambda params: layer.gather(params, fixed)[0], params)
         return dx, scatter(of_weights)[0]
+
+    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
+        return back_one(dx, x, weights, _at(of_outs, i), _at(params, i), _at(fixed, i), kind)
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
         dx, weights, of_params = carry
         # The barrier also keeps what is computed again apart from what was computed before.
         dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at((params, fixed), i - 1)))
-        preceding = layer.gather(*ahead)
+        preceding = gather(*ahead)
         dx, own = back(dx, x, weights, i, kind)
         return dx, preceding, _put(of_params, i, own)
 
     dx, last = jax.lax.optimization_barrier((dx, _at((params, fixed), num_layers - 1)))
-    carry = (dx, layer.gather(*last), jax.tree.map(jnp.zeros_like, params))
+    carry = (dx, gather(*last), jax.tree.map(jnp.zeros_like, params))
     dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
     dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
     dx, own = back(dx, x, weights, 0, kinds[0])
