@@ -23,6 +23,7 @@ from .kernels import resolve as resolve
 from .memory import compute_inline as compute_inline
 from .memory import keep_freed_memory as keep_freed_memory
 from .memory import release_freed_memory as release_freed_memory
+from .memory import start_is_kept as start_is_kept
 from .neuron.environment import Variable as Variable
 from .neuron.environment import compiler_flags as compiler_flags
 from .neuron.environment import environment_warnings as environment_warnings

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from trainfw.backends import exchange
+from trainfw.backends import exchange, release_freed_memory
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.checkpoint.holding import check_there, hold
 from trainfw.checkpoint.identity import Identity
@@ -173,6 +173,7 @@ class Checkpoints:
             return
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
+            release_freed_memory()  # of a save, which several threads free in pieces
             if jax.process_index() == 0 and not in_store(self.directory):
                 sync(self.directory)  # its new name, before older ones are deleted
             self._saving, self._failures = None, 0

@@ -41,7 +41,11 @@ class _KvStore:
                 self.held = held
 
             def to_json(self) -> dict[str, Any]:
-                return dict(resolved(json.dumps(self.held)))
+                held = self.held
+                # A file's path is in the answer as it is in the question, and each step has paths of its own.
+                asked = held | {"path": "/"} if held.get("driver") == "file" else held
+                answer = dict(resolved(json.dumps(asked)))
+                return answer | {"path": held["path"]} if answer.get("path") == "/" else answer
 
         self.Spec = Spec
 

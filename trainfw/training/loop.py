@@ -199,7 +199,8 @@ def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_st
     """Run a session, and write down how it ended."""
     end = "failed"
     try:
-        result = session.to_the_end(train_step, state, resumed_step)
+        with backends.start_is_kept():
+            result = session.to_the_end(train_step, state, resumed_step)
         end = "done"
     except Interrupted as stop:
         end = str(stop)
