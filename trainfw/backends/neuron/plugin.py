@@ -27,7 +27,7 @@ class Plugin:
     placeholders: tuple[str, ...]
     """Distributions that are PyPI's stand-ins, as `name version`."""
     broken: tuple[str, ...] = ()
-    """Distributions without metadata: their installation was cut short."""
+    """Distributions without metadata, or without a version in it: their installation was cut short."""
 
     def __str__(self) -> str:
         if self.state == "installed":
@@ -49,7 +49,7 @@ def detect_plugin(path: Sequence[str] | None = None) -> Plugin:
         if found is None:
             continue
         # PyPI's jax-neuronx 0.0.0, libneuronxla 1.0 and neuronx-cc 1.0 have this for a description, and no code.
-        if not found.read_text("METADATA"):
+        if "Version" not in found.metadata:
             broken.append(name)
         elif "WRONG PACKAGE" in str(found.read_text("METADATA")):
             placeholders.append(f"{name} {found.version}")

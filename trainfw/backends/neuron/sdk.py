@@ -80,6 +80,12 @@ def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
     return None
 
 
+def releases_of(package: str, version: str) -> list[str]:
+    """The releases that have this version of a package, oldest first."""
+    of = {sdk: load_sdk(sdk).packages.get(package) for sdk in sdk_versions()}
+    return [sdk for sdk, expected in of.items() if expected is not None and _begins(version, expected)]
+
+
 def sdk_problems(sdk: Sdk, jax: str, python: str) -> list[str]:
     """List where these versions of JAX and Python are outside what a release supports."""
     return [

@@ -9,11 +9,21 @@ from dataclasses import dataclass
 from trainfw.backends.neuron.environment import environment_warnings
 from trainfw.backends.neuron.host import DRIVER, RUNTIME, Host
 from trainfw.backends.neuron.plugin import INSTALL
-from trainfw.backends.neuron.sdk import Sdk, installed_sdk, load_sdk, sdk_problems, sdk_versions, version_parts
+from trainfw.backends.neuron.sdk import (
+    Sdk,
+    installed_sdk,
+    load_sdk,
+    releases_of,
+    sdk_problems,
+    sdk_versions,
+    version_parts,
+)
 
 COLLECTIVES, TOOLS = "aws-neuronx-collectives", "aws-neuronx-tools"
 COMPILING_BYTES = 14 * 10**9
 """Host memory of cold compilations of 20 to 36 minutes, as others measured them."""
+_OF_JAX = ("jax-neuronx", "libneuronxla")
+"""Packages of which a release has others for JAX 0.7, which the profiles do not have."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,26 @@ class HostFinding:
 
 
 def sdk_of(host: Host) -> Sdk | None:
-    """The release whose packages are installed; of a mixture the one of libneuronxla; None where none is known."""
-    versions = host.plugin.versions
-    return installed_sdk(versions) or installed_sdk({n: v for n, v in versions.items() if n == "libneuronxla"})
+    """The release of the packages that are known; of a mixture the one of libneuronxla; None where none is known."""
+    known = {name: version for name, version in host.plugin.versions.items() if releases_of(name, version)}
+    plugin = {name: version for name, version in known.items() if name == "libneuronxla"}
+    return installed_sdk(known) or installed_sdk(plugin or dict(list(known.items())[:1]))
+
+
+def _compared_with(host: Host) -> Sdk:
+    """The release that a host is held to: its own, or the newest no newer than its plugin, or the newest."""
+    if (sdk := sdk_of(host)) is not None:
+        return sdk
+    profiles = [load_sdk(version) for version in sdk_versions()]
+    if not _readable(plugin := host.plugin.versions.get("libneuronxla", "")):
+        return profiles[-1]
+    older = [sdk for sdk in profiles if version_parts(sdk.packages["libneuronxla"]) <= version_parts(plugin)]
+    return [profiles[0], *older][-1]
 
 
 def host_findings(host: Host) -> list[HostFinding]:
     """All that is known against a run on this host, what fails first."""
-    sdk = sdk_of(host)
+    sdk = _compared_with(host)
     found = [
         *_devices(host),
         *_driver(host, sdk),
@@ -63,29 +85,30 @@ def _devices(host: Host) -> Iterator[HostFinding]:
         yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
 
 
-def _driver(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+def _driver(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     if not host.devices:
         return
-    if host.driver is None or not re.match(r"\d+\.\d+", host.driver):
+    if host.driver is None or not _readable(host.driver):
         seen = "no kernel module of it is seen" if host.driver is None else f"its version reads {host.driver!r:.40}"
         yield HostFinding(f"the driver was not compared: {seen}", "`modinfo neuron` tells its version", False)
         return
     installed = (host.packages or {}).get(DRIVER)
+    installed = installed if _readable(installed or "") else None
     stale = installed is not None and _minor(installed) != _minor(host.driver)
     reload = "; the module is loaded anew by a reboot, or by `sudo rmmod neuron && sudo modprobe neuron`"
-    expected = sdk.system.get(DRIVER) if sdk is not None else None
-    if sdk is not None and expected is not None and _minor(host.driver) < _minor(expected):
+    expected = sdk.system.get(DRIVER)
+    if expected is not None and _minor(host.driver) < _minor(expected):
         newer = stale and _minor(str(installed)) >= _minor(expected)
         do = f"install {DRIVER} {expected}{reload}" if not newer else f"{DRIVER} {installed} is installed{reload}"
         yield HostFinding(f"driver {host.driver} is older than that of Neuron SDK {sdk.version}, {expected}", do)
-    elif sdk is not None and expected is None:
+    elif expected is None:
         what = f"driver {host.driver} was not compared: which one Neuron SDK {sdk.version} has is not known here"
         yield HostFinding(what, "see the release notes of that SDK", False)
     elif stale:
         yield HostFinding(f"driver {host.driver} is loaded, and {DRIVER} {installed} installed", reload[2:], False)
 
 
-def _runtime(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+def _runtime(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     """Libraries of the host: those of an older release fail, newer ones are only said."""
     if host.packages is None:
         if not host.runtime_file:
@@ -96,7 +119,7 @@ def _runtime(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
         return
     for name in (RUNTIME, COLLECTIVES, TOOLS):
         needed = name != TOOLS
-        found, expected = host.packages.get(name), sdk.system.get(name) if sdk is not None else None
+        found, expected = host.packages.get(name), sdk.system.get(name)
         version = f" {expected}" if expected else ""
         if found is None:
             if name == RUNTIME and host.runtime_file:
@@ -104,7 +127,9 @@ def _runtime(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
                 continue
             why = "is not installed" if needed else "is not installed: no neuron-ls, neuron-top and neuron-monitor"
             yield HostFinding(f"{name} {why}", f"install {name}{version}", needed)
-        elif sdk is not None and expected is not None and _differs(found, expected):
+        elif not _readable(found):
+            yield HostFinding(f"{name} was not compared: its version reads {found!r:.40}", "", False)
+        elif expected is not None and _minor(found) != _minor(expected):
             old = _minor(found) < _minor(expected)
             is_what = "is older than" if old else "is newer than"
             do = f"install {name}{version}" if old else "packages are tested as releases; other pairs are not known"
@@ -112,7 +137,7 @@ def _runtime(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
             yield HostFinding(what, do, old and needed)
 
 
-def _plugin(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
+def _plugin(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     plugin = host.plugin
     if plugin.placeholders:
         names = ", ".join(plugin.placeholders)
@@ -121,36 +146,39 @@ def _plugin(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
         yield HostFinding(f"{name} is half installed: it has no metadata", f"`pip uninstall {name}`, then `{INSTALL}`")
     if not plugin.placeholders and "libneuronxla" not in (*plugin.versions, *plugin.broken):
         yield HostFinding("jax's Neuron plugin, libneuronxla, is not installed", f"`{INSTALL}`")
-    if mixture := _mixture(plugin.versions):
-        yield HostFinding(f"packages of different releases: {mixture}", f"take all of one: `{INSTALL}`")
-    elif sdk is None and plugin.versions:
-        names = ", ".join(f"{name} {version}" for name, version in plugin.versions.items())
-        known = sdk_versions()
-        what = f"{names}: of no release that trainfw knows ({known[0]} to {known[-1]})"
-        yield HostFinding(what, "nothing of the host was compared with it", False)
+    if "jax-neuronx" not in (*plugin.versions, *plugin.broken) and plugin.state == "installed":
+        yield HostFinding("jax-neuronx is not installed", f"libneuronxla alone is no release: `{INSTALL}`", False)
+    yield from _packages(host, sdk)
     if host.jax is None:
         yield HostFinding("jax is not installed", f"`{INSTALL}`")
-    elif sdk is not None:
+    elif plugin.versions and not any(_is_newer(name, plugin.versions, sdk) for name in _OF_JAX):
         for problem in sdk_problems(sdk, host.jax, host.python):
             low, high = sdk.jax if problem.startswith("jax") else sdk.python
             do = f"`pip install jax=={high} jaxlib=={high}`" if problem.startswith("jax") else f"take {low} to {high}"
             yield HostFinding(problem, do)
 
 
-def _mixture(versions: dict[str, str]) -> str | None:
-    """Packages by their releases where no release has them all; None where one may have."""
-    profiles = [load_sdk(version) for version in sdk_versions()]
-    of = {
-        name: [sdk.version for sdk in profiles if _of_release(name, version, sdk)] for name, version in versions.items()
-    }
-    known = {name: releases for name, releases in of.items() if releases}
-    if not known or set.intersection(*(set(releases) for releases in known.values())):
-        return None
-    return ", ".join(f"{name} {versions[name]} of {' and '.join(releases)}" for name, releases in known.items())
+def _packages(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
+    """Python's packages: those of different releases, and those of none that is known."""
+    versions = host.plugin.versions
+    releases = {name: found for name, version in versions.items() if (found := releases_of(name, version))}
+    if releases and not set.intersection(*map(set, releases.values())):
+        mixture = ", ".join(f"{name} {versions[name]} of {' and '.join(found)}" for name, found in releases.items())
+        yield HostFinding(f"packages of different releases: {mixture}", f"take all of one: `{INSTALL}`")
+    known = sdk_versions()
+    for name in (name for name in versions if name not in releases):
+        expected, found = sdk.packages.get(name), f"{name} {versions[name]}"
+        of_old_jax = name in _OF_JAX and host.jax is not None and _minor(host.jax) <= [0, 7]
+        if expected is None or not _readable(versions[name]) or _is_newer(name, versions, sdk) or of_old_jax:
+            what = f"{found} was not compared: it is of no release that trainfw knows ({known[0]} to {known[-1]})"
+            yield HostFinding(what, "", False)
+        else:
+            what = f"{found} is older than that of Neuron SDK {sdk.version}, {expected}"
+            yield HostFinding(what, f"take all of one release: `{INSTALL}`")
 
 
-def _of_release(name: str, version: str, sdk: Sdk) -> bool:
-    return name in sdk.packages and not _differs(version, sdk.packages[name], exact=True)
+def _is_newer(name: str, versions: dict[str, str], sdk: Sdk) -> bool:
+    return version_parts(versions.get(name, "")) > version_parts(sdk.packages.get(name, ""))
 
 
 def _compiler(host: Host) -> Iterator[HostFinding]:
@@ -170,8 +198,8 @@ def _held(host: Host) -> Iterator[HostFinding]:
         yield HostFinding(f"a run that starts now, for {what}", do)
 
 
-def _rest(host: Host, sdk: Sdk | None) -> Iterator[HostFinding]:
-    for warning in environment_warnings(host.environ, sdk or load_sdk(), None):
+def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
+    for warning in environment_warnings(host.environ, sdk, None):
         yield HostFinding(warning, "", False)
     if "nki-lib" not in host.plugin.versions and host.plugin.state == "installed":
         yield HostFinding("nki-lib is not installed", "attention takes XLA's form, whose scores are in memory", False)
@@ -197,6 +225,5 @@ def _minor(version: str) -> list[int]:
     return version_parts(version)[:2]
 
 
-def _differs(found: str, expected: str, exact: bool = False) -> bool:
-    count = len(version_parts(expected)) if exact else 2
-    return version_parts(found)[:count] != version_parts(expected)[:count]
+def _readable(version: str) -> bool:
+    return bool(re.match(r"\d+\.\d+", version))
