@@ -161,9 +161,9 @@ def _plugin(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
 def _packages(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     """Python's packages: those of different releases, and those of none that is known."""
     versions = host.plugin.versions
-    releases = {name: found for name, version in versions.items() if (found := releases_of(name, version))}
+    releases = {name: of for name, version in versions.items() if (of := releases_of(name, version))}
     if releases and not set.intersection(*map(set, releases.values())):
-        mixture = ", ".join(f"{name} {versions[name]} of {' and '.join(found)}" for name, found in releases.items())
+        mixture = ", ".join(f"{name} {versions[name]} of {' and '.join(of)}" for name, of in releases.items())
         yield HostFinding(f"packages of different releases: {mixture}", f"take all of one: `{INSTALL}`")
     known = sdk_versions()
     for name in (name for name in versions if name not in releases):
