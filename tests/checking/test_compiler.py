@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,30 @@ def test_of_several_rules_the_one_that_check_found():
         found = rule_of(message, [rule])
         assert found is not None
         assert found.id == rule
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "rule"),
+    [
+        ("NCC_EVRF024", "The output tensor size limit of 4GB was exceeded.", "buffer-size"),
+        ("NCC_EVRF036", "QuantizeMX custom call has invalid backend_config JSON.", "custom-call-mx-form"),
+        ("NCC_EVRF043", "ScaledMatmul custom call must have exactly 4 operands.", "custom-call-mx-form"),
+        ("NCC_EVRF045", "ScaledMatmul custom call output type is unsupported.", "custom-call-mx-form"),
+        ("NCC_EVRF046", "ScaledMatmul custom call LHS tensor must have rank >= 2.", "custom-call-mx-form"),
+        ("NCC_EVRF047", "ScaledMatmul custom call RHS tensor must have rank >= 2.", "custom-call-mx-form"),
+        ("NCC_EVRF057", "QuantizeMX custom call must return a tuple with exactly 2 outputs.", "custom-call-mx-form"),
+        ("NCC_EVRF058", "QuantizeMX custom call input dimension must be divisible by 4.", "custom-call-mx-form"),
+    ],
+)
+def test_the_rule_of_a_code(code, text, rule):
+    found = rule_of(Message(code, text, True))
+    assert found is not None
+    assert found.id == rule
+
+
+def test_rules_write_every_code_out():
+    for rule in RULES.values():
+        assert not re.search(r"NCC_\w+(?: to|, \d)", f"{rule.source} {rule.summary}"), rule.id
 
 
 # --- Differences ----------------------------------------------------------------------------------

@@ -148,6 +148,14 @@ def test_what_is_not_confirmed_for_an_sdk_says_so():
     assert any("not confirmed" in note for note in load_sdk("2.33").notes)
 
 
+def test_documents_that_disagree_on_large_outputs_are_both_named():
+    for chip in CHIPS:
+        ruling = RULES["buffer-size"].on(Target(chip, 2, "2.33", "3.0"))
+        assert ruling is not None
+        assert "SDK 2.28" in ruling.note
+        assert "NCC_EVRF024" in ruling.note
+
+
 def test_keys_are_those_that_decide():
     assert RULES["sort"].keyed_on == ["chip"]
     assert RULES["dtype-int64"].keyed_on == ["chip", "SDK"]

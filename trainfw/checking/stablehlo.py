@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +24,9 @@ from trainfw.hlo import Place, count_trips, user_place
 _COMPARISONS = ("LT", "LE", "GT", "GE")
 _COMBINING = ("add", "multiply", "maximum", "minimum", "and", "or", "xor")
 """What a scatter may do with what is there; it may also write over it."""
+
+_MX_TYPES = ("f8E5M2", "f8E4M3FN")
+"""Of what microscaling products multiply."""
 
 
 def read_stablehlo(module: Any) -> list[Finding]:
@@ -211,11 +216,39 @@ def _form_problem(target: str, op: Any) -> str:
     if len(op.operands) != count:
         return f"with {len(op.operands)} arrays; expected {count}"
     if target == "QuantizeMX":
-        return "" if len(op.results) == 2 else f"with {len(op.results)} results; expected 2"
+        return _quantize_problem(op)
     if any(operand.type.rank < 2 for operand in op.operands[:2]):
         return f"of {_type(op.operands[0])} and {_type(op.operands[1])}; expected two dims or more"
+    if str(_element(op.operands[0])) not in _MX_TYPES:
+        return f"of {_type(op.operands[0])} on the left; expected float8_e5m2 or float8_e4m3fn"
     result = str(_element(op.results[0]))
     return "" if result in ("f32", "bf16") else f"with a result in {result}; expected f32 or bf16"
+
+
+def _quantize_problem(op: Any) -> str:
+    """What is refused of a QuantizeMX that has one operand."""
+    if len(op.results) != 2:
+        return f"with {len(op.results)} results; expected 2"
+    source, quantized = op.operands[0], op.results[0]
+    if str(_element(source)) not in ("bf16", "f16"):
+        return f"of {_type(source)}; expected bf16 or f16"
+    shape = list(source.type.shape)
+    if list(quantized.type.shape) != shape or str(_element(quantized)) not in _MX_TYPES:
+        return f"of {_type(source)} with {_type(quantized)}; expected its shape, in float8_e5m2 or float8_e4m3fn"
+    named = _quantized_dim(op)
+    dim = named - len(shape) if named >= 0 else named
+    if dim not in (-1, -2) or -dim > len(shape):
+        return f"of {_type(source)} along dim {named}; expected the last or the last but one"
+    return "" if shape[dim] % 4 == 0 else f"of {_type(source)} along dim {named}; expected a size divisible by 4"
+
+
+def _quantized_dim(op: Any) -> int:
+    """The dim that a QuantizeMX names in its backend_config; the last where that cannot be read."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        if "mhlo.backend_config" in op.attributes:
+            return int(op.attributes["mhlo.backend_config"]["dim"].value)
+        return int(json.loads(op.attributes["backend_config"].value)["dim"])
+    return -1
 
 
 # --- Operations ----------------------------------------------------------------------------------
