@@ -129,8 +129,8 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
             window = [int(size) for size in op.attributes["slice_sizes"]]
             if past := _past_the_end(op, mapped, window, arguments):
                 yield "gather-iota", f"gathers from {_type(op.operands[0])} at {past}"
-        case "shift_right_arithmetic" if _bits(op.operands[0]) < 32:
-            yield "shift-narrow", f"shifts {_type(op.operands[0])}"
+        case "shift_right_arithmetic" if _bits(op.operands[0]) != 32:
+            yield "shift-width", f"shifts {_type(op.operands[0])}"
         case "convolution":
             stride, dilation, kernel = (_large(op, key) for key in ("window_strides", "lhs_dilation", "rhs_dilation"))
             if dilation and kernel:
@@ -161,13 +161,15 @@ def _read_split(op: Any) -> Iterator[tuple[str, str]]:
 
 def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
     update = owner_of(terminator(op.regions[0]).operands[0])
-    combining = update.name.partition(".")[2] if update is not None else ""
+    combining = update.name.rpartition(".")[2] if update is not None else ""
     if combining in _COMBINING:
         into = f"{combining} into {_type(op.operands[0])}"
         if _is_integer(op.operands[0]):
             yield "scatter-integer", into
         elif _bits(op.operands[0]) == 1:
             yield "scatter-boolean", into
+    elif combining not in ("", "constant") and (_is_integer(op.operands[0]) or _bits(op.operands[0]) == 1):
+        yield "scatter-computing", f"computes ({combining}) in {_type(op.operands[0])}"
     # Windows are of size 1 along the dims that are inserted; along others, updates are as long.
     shape, updates = list(op.operands[0].type.shape), list(op.operands[-1].type.shape)
     left_out = {*_dims(op, "inserted_window_dims"), *_dims(op, "input_batching_dims")}
