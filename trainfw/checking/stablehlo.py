@@ -125,9 +125,7 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         case "scatter":
             yield from _read_scatter(op, arguments)
         case "gather":
-            mapped = _dims(op, "start_index_map")
-            window = [int(size) for size in op.attributes["slice_sizes"]]
-            if past := _past_the_end(op, mapped, window, arguments):
+            if past := _past_the_end(op, _dims(op, "start_index_map"), arguments):
                 yield "gather-iota", f"gathers from {_type(op.operands[0])} at {past}"
         case "shift_right_arithmetic" if _bits(op.operands[0]) != 32:
             yield "shift-width", f"shifts {_type(op.operands[0])}"
@@ -170,21 +168,17 @@ def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
             yield "scatter-boolean", into
     elif combining not in ("", "constant") and (_is_integer(op.operands[0]) or _bits(op.operands[0]) == 1):
         yield "scatter-computing", f"computes ({combining}) in {_type(op.operands[0])}"
-    # Windows are of size 1 along the dims that are inserted; along others, updates are as long.
-    shape, updates = list(op.operands[0].type.shape), list(op.operands[-1].type.shape)
-    left_out = {*_dims(op, "inserted_window_dims"), *_dims(op, "input_batching_dims")}
-    sizes = iter([updates[dim] for dim in _dims(op, "update_window_dims")])
-    window = [1 if dim in left_out else next(sizes) for dim in range(len(shape))]
-    if past := _past_the_end(op, _dims(op, "scattered_dims_to_operand_dims"), window, arguments):
+    if past := _past_the_end(op, _dims(op, "scattered_dims_to_operand_dims"), arguments):
         yield "scatter-iota", f"{combining or 'writes'} into {_type(op.operands[0])} at {past}"
 
 
-def _past_the_end(op: Any, mapped: list[int], window: list[int], arguments: Arguments) -> str:
+def _past_the_end(op: Any, mapped: list[int], arguments: Arguments) -> str:
     """Where a gather's or scatter's places count up past the end of the operand; empty where they are not known to.
+
+    The compiler compares places with the dim, whatever the size of the window that is read at each.
 
     Args:
         mapped: the operand's dim that each component of an index is for.
-        window: sizes of what is read or written at each place.
     """
     shape, indices = op.operands[0].type.shape, op.operands[len(op.operands) // 2 if len(op.operands) > 2 else 1]
     made = owner_of(indices)
@@ -195,7 +189,7 @@ def _past_the_end(op: Any, mapped: list[int], window: list[int], arguments: Argu
         parts = list(made.operands)
     for dim, part in zip(mapped, parts, strict=True):
         found = range_of(part, arguments)
-        if found is not None and found.counted and found.high > shape[dim] - window[dim]:
+        if found is not None and found.counted and found.high >= shape[dim]:
             return f"{found.low} to {found.high} of dim {dim}, which has {shape[dim]}"
     return ""
 
