@@ -205,6 +205,11 @@ def test_another_jax_than_the_sdk_has_is_a_note():
         ({"hardware": "trn2.48xl"}, "did you mean 'trn2.48xlarge'"),
         ({"lnc": 4}, "LNC"),
         ({"sdk": "1.0"}, "no profile of this Neuron SDK"),
+        ({"sdk": 2}, "sdk = '2': no profile of this Neuron SDK"),
+        ({"hardware": None}, "hardware = None: expected a topology, or the name of one"),
+        ({"count": 1.5}, r"count = 1\.5: expected a whole number"),
+        ({"count": True}, "count = True: expected a whole number"),
+        ({"lnc": "2"}, "lnc = '2': expected a whole number"),
     ],
 )
 def test_bad_input(options, message):

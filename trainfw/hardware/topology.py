@@ -224,6 +224,13 @@ def load_topology(
 
     Raises UserError for a name, LNC or parameter that does not exist, and a file that is not a topology.
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"hardware = {name!r:.60}: expected a topology, or the name of one: {', '.join(topology_names())}"
+        )
+    for key, value in {"count": count, "lnc": lnc}.items():
+        if type(value) is not int and (key, value) != ("lnc", None):
+            raise UserError(f"{key} = {value!r:.60}: expected a whole number")
     return _load(name, count, lnc, tuple(sorted((k, str(v)) for k, v in (parameters or {}).items())))
 
 

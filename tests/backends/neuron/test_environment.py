@@ -6,9 +6,10 @@ import os
 import jax
 import pytest
 
-from trainfw.backends import Wiring, environment_warnings, load_sdk, neuron_environment
+from trainfw.backends import Wiring, compiler_flags, environment_warnings, load_sdk, neuron_environment
 from trainfw.backends.compiled import keep_nothing
 from trainfw.backends.neuron import environment
+from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
 
 TRIVIAL = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
@@ -63,3 +64,31 @@ def test_a_cache_of_jaxs_that_a_program_asked_for_is_dropped_with_a_word():
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(
+    ("own", "flags"),
+    [
+        (None, ["--target=trn2", "--lnc=2", "--model-type=transformer", "-O1", "-O2"]),
+        ("", ["--target=trn2", "--lnc=2"]),
+        ("--model-type=transformer", ["--target=trn2", "--lnc=2", "--model-type=transformer"]),
+        ("--target trn2 --lnc 2", ["--target", "trn2", "--lnc", "2"]),
+        ("--target=trn3 --logical-nc-config=2", ["--target=trn3", "--logical-nc-config=2"]),
+    ],
+)
+def test_a_compiler_is_told_the_machine_that_the_users_flags_do_not_name(own, flags):
+    environ = {} if own is None else {"NEURON_CC_FLAGS": own}
+    hardware = HardwareConfig(topology="trn2.3xlarge", compiler_flags=["-O2"])
+    assert compiler_flags(hardware, environ) == flags
+
+
+@pytest.mark.parametrize("topology", [None, "trn2.3xlarge"])
+def test_flags_that_no_shell_reads_are_named(topology):
+    hardware = HardwareConfig(topology=topology)
+    with pytest.raises(UserError, match=r"NEURON_CC_FLAGS = --target 'trn2: No closing quotation; expected options"):
+        compiler_flags(hardware, {"NEURON_CC_FLAGS": "--target 'trn2"})
+    with pytest.raises(UserError, match="NEURON_CC_FLAGS = --target 'trn2: No closing quotation"):
+        variables(topology, {"NEURON_CC_FLAGS": "--target 'trn2"})
+    hardware = HardwareConfig(topology=topology, compiler_flags=["--target='trn2"])
+    with pytest.raises(UserError, match=r"hardware\.compiler_flags = --target='trn2: No closing quotation"):
+        compiler_flags(hardware, {})

@@ -129,14 +129,21 @@ def put_compiler_on_path() -> None:
 
 
 def compiler_flags(hardware: HardwareConfig, environ: Mapping[str, str] | None = None) -> list[str]:
-    """Give neuronx-cc's options for a recipe's hardware: NEURON_CC_FLAGS as `neuron_environment` has it.
+    """Give neuronx-cc's options for a recipe's hardware: NEURON_CC_FLAGS as `neuron_environment` has it, and the
+    machine where the user's own does not name it.
 
-    Raises UserError where the user's own contradict the hardware.
+    Raises UserError where the user's own contradict the hardware, or cannot be read.
     """
     environ, topology = os.environ if environ is None else environ, hardware.load()
     _same_cores(environ, hardware, topology)
-    wanted = _compiler(topology, hardware, load_sdk(hardware.sdk))
-    return shlex.split(" ".join(_kept(variable, environ).value or "" for variable in wanted))
+    wanted = shlex.split(" ".join(str(v.value) for v in _compiler(topology, hardware, load_sdk(hardware.sdk))))
+    if "NEURON_CC_FLAGS" not in environ:
+        return wanted
+    own = shlex.split(environ["NEURON_CC_FLAGS"])
+    for name, option in {"--lnc": "--(?:lnc|logical-nc-config)", "--target": "--target"}.items():
+        if not any(re.match(rf"{option}(?:=|$)", flag) for flag in own):
+            own = [*(flag for flag in wanted if flag.startswith(f"{name}=")), *own]
+    return own
 
 
 def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topology | None) -> list[str]:
@@ -163,12 +170,19 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
 
 
 def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: Topology | None) -> None:
-    """Raises UserError where what the user has set makes other cores than the recipe says."""
+    """Raises UserError where what the user has set makes other cores than the recipe says, or cannot be read."""
+    flags = {"NEURON_CC_FLAGS": environ.get("NEURON_CC_FLAGS", "")}
+    flags["hardware.compiler_flags"] = " ".join(hardware.compiler_flags)
+    for name, text in flags.items():
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise UserError(
+                f"{name} = {text}: {error}; expected options of neuronx-cc as a shell reads them"
+            ) from error
     if topology is None:
         return
     told = {name: environ.get(name, "") for name in ("NEURON_LOGICAL_NC_CONFIG", "NEURON_RT_VIRTUAL_CORE_SIZE")}
-    flags = {"NEURON_CC_FLAGS": environ.get("NEURON_CC_FLAGS", "")}
-    flags["hardware.compiler_flags"] = " ".join(hardware.compiler_flags)
     for name, text in flags.items():
         if found := re.search(r"--(?:lnc|logical-nc-config)[= ](\d+)", text):
             told[name] = found[1]

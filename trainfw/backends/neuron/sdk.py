@@ -60,7 +60,7 @@ def load_sdk(version: str | float | None = None) -> Sdk:
     import yaml
 
     known = sdk_versions()
-    if isinstance(version, float):
+    if isinstance(version, int | float):
         version = next((text for text in known if float(text) == version), str(version))
     version = version or known[-1]
     if version not in known:
