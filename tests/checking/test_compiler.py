@@ -129,6 +129,21 @@ def test_no_verdict_is_never_a_pass(answer, tmp_path, monkeypatch, exported):
     assert str(finding).startswith(f"error: {rule}: step as a whole\n")
 
 
+@pytest.mark.parametrize("words", ["[F137] neuronx-cc was forcibly killed", "std::bad_alloc"])
+def test_memory_that_only_the_log_speaks_of(words, exported):
+    run = Run(70, 1.0, False, "Compiler status ERROR", words)
+    outcome = read_run("step", run, exported.module, version="2.28", timeout=10.0)
+    assert (outcome.verdict, outcome.findings[0].rule) == ("out of memory", "compiler-memory")
+
+
+def test_a_compiler_on_a_relative_entry_of_path(tmp_path, monkeypatch):
+    stand_in.install(tmp_path / "bin", "passed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"bin{os.pathsep}{os.environ['PATH']}")
+    assert find_compiler() == str(tmp_path / "bin" / "neuronx-cc")
+    assert compiler_version(find_compiler()) == stand_in.VERSION
+
+
 def test_a_hang_ends_at_the_limit_with_all_its_processes(tmp_path, monkeypatch, exported):
     outcome = compiled(tmp_path, monkeypatch, exported, "hangs", timeout=3.0)
     assert outcome.verdict == "timed out"

@@ -70,7 +70,7 @@ def find_compiler() -> str:
         raise UserError(
             f"no {COMPILER} on PATH; it runs on any x86-64 Linux machine, without Neuron hardware: {INSTALL}"
         )
-    return found
+    return os.path.abspath(found)  # a relative entry of PATH counts from here, and it runs elsewhere
 
 
 def compiler_version(compiler: str) -> str:

@@ -126,13 +126,14 @@ def read_run(
         timeout: seconds, the limit that it ran under.
         found: rules that `check` itself found broken in it: of several that name a code, those are meant first.
     """
-    messages = tuple(read_messages(f"{run.output}\n{run.log}"))
+    said = f"{run.output}\n{run.log}"
+    messages = tuple(read_messages(said))
     if run.code == 0 and run.neff:
         return Outcome("passed", (), messages, run)
 
     def ended(verdict: Verdict, rule: str, text: str) -> Outcome:
-        said = "".join(f"\n| {line}" for line in last_lines(run))
-        return Outcome(verdict, (CompilerFinding(rule, text + said, name, version=version),), messages, run)
+        lines = "".join(f"\n| {line}" for line in last_lines(run))
+        return Outcome(verdict, (CompilerFinding(rule, text + lines, name, version=version),), messages, run)
 
     if run.code is None:
         text = f"was still compiling after {timeout:,.0f} s, the limit, and was ended: no verdict on the program"
@@ -141,7 +142,7 @@ def read_run(
     how = f"ended by signal {-run.code}" if run.code < 0 else f"ended with exit code {run.code}"
     # The driver reports what befell its own processes, as [F134], [F137] and [F139].
     errors = [message for message in messages if message.error and not message.code.startswith("F")]
-    if killed or MEMORY in run.output or (not errors and any(words in run.output for words in _NO_MEMORY)):
+    if killed or MEMORY in said or (not errors and any(words in said for words in _NO_MEMORY)):
         text = f"{how}, for want of host memory most likely: no verdict on the program"
         return ended("out of memory", "compiler-memory", text)
     if run.code == 0:
