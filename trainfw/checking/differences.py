@@ -22,7 +22,9 @@ _SECTIONS = ("model", "adapter", "optimizer", "train", "parallel", "hardware", "
 _OF_DATA = ("sequence_length", "mask_documents")
 _NOT_SENT = ("from", "path", "directory", "sample_prompt", "rules", "parameters")
 _PLAIN = re.compile(r"[\w.+\-=,*]{1,64}")
-_PATH = re.compile(r"(?<![\w.<)])~?(?:/[\w.+@\-]+)+/?")
+_SLASHED = re.compile(r"[^\s\"'`,;=]*/[^\s\"'`,;=]*")
+_NO_PATH = re.compile(r"\(*p?jit\(.*|\(*\w+/\w+[).:]*|/+|/\*\w+|\d+\*/[^/]*")
+"""Words with a slash that stay: JAX's names of operations, a pair (`MiB/s`, `TRN1/TRN2`), a comment of HLO's."""
 _INSTANCE = re.compile(r"\bip-\d+-\d+-\d+-\d+[\w.\-]*")
 """Names that EC2 gives to hosts."""
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -121,12 +123,16 @@ def difference_report(
 
 def scrubbed(text: str) -> str:
     """A text without paths, but for the names of files, and without the names of this user, this host and EC2's."""
-    text = _PATH.sub(lambda path: f"<path>/{path[0].rstrip('/').rpartition('/')[2]}", text)
+    text = _SLASHED.sub(_without_directories, text)
     text = _INSTANCE.sub("<host>", text)
     for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
     return text
+
+
+def _without_directories(word: re.Match[str]) -> str:
+    return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
 
 def _function(report: Report, name: str, outcome: Outcome) -> dict[str, Any]:
