@@ -65,6 +65,16 @@ def meshes_in(closed: Any) -> list[Any]:
     return [mesh for mesh in meshes if not mesh.empty]
 
 
+def targets_in(closed: Any) -> set[str]:
+    """The targets of the custom calls (jax.ffi.ffi_call) in a jax.core.ClosedJaxpr."""
+    found, left = set(), [closed.jaxpr]
+    while left:
+        for eqn in left.pop().eqns:
+            found.add(str(eqn.params.get("target_name", "")))
+            left += sub_jaxprs(eqn)
+    return found
+
+
 def eqn_place(eqn: Any) -> Place | None:
     """The user's line that made an equation; None inside JAX's own jitted functions."""
     from jax._src import source_info_util

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainfw import backends
 from trainfw.backends import Sdk, load_sdk
-from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic
+from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic, targets_in
 from trainfw.checking.partitioned import (
     is_partitioned,
     memory_of,
@@ -35,6 +35,9 @@ _SHAPES = (
     "Slice entries must be static integers",
     "Array slice indices must have static start/stop/step",
 )
+
+_FATAL = {"TopK", "SliceToDynamic"}
+"""Custom calls that XLA takes for its own, of operands and results of its own, and dies of others (jaxlib 0.10.2)."""
 
 
 def check(
@@ -302,6 +305,8 @@ def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
 
 def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
     """The program for a CPU, or why JAX cannot lower it for one."""
+    if fatal := _FATAL & targets_in(traced.jaxpr):
+        return None, f"XLA ends the process at a custom call of this name: {', '.join(sorted(fatal))}"
     try:
         return traced.lower(), ""
     except (NotImplementedError, ValueError) as error:
