@@ -44,6 +44,7 @@ from trainfw.checking import Report
 from trainfw.checking.programs import Reading, begin, judge
 from trainfw.checking.rules import CHIPS, RULES, SEVERITIES, within
 from trainfw.hardware import load_topology
+from trainfw.yaml_text import load
 
 DIRECTORY = Path(__file__).parent / "cases"
 HARDWARE = {
@@ -199,7 +200,7 @@ def _load(path: Path) -> Iterator[Case]:
     root = yaml.compose(path.read_text())
     assert isinstance(root, yaml.SequenceNode), f"{path.name}: expected a list of programs"
     source = ""
-    for node, fields in zip(root.value, yaml.safe_load(path.read_text()), strict=True):
+    for node, fields in zip(root.value, load(path.read_text(), path), strict=True):
         (mark,) = [value.start_mark for key, value in node.value if key.value == "program"]
         text = str(fields["program"])
         line = mark.line + (2 if "\n" in text else 1)

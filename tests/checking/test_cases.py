@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.checking.cases import Row, cases, rows
+from tests.checking.cases import Row, _load, cases, rows
 from trainfw.backends import load_sdk, sdk_versions
 from trainfw.checking.rules import CHIPS, RULES, Target
+from trainfw.errors import UserError
 
 _ASIDE = {"sdk-version", "memory-temporaries"}
 """Of the JAX that runs here, and of the CPU's compiler."""
@@ -37,6 +38,13 @@ def test_no_target_is_expected_of_twice(case):
         for sdk in row.sdks:
             assert (row.chip, row.lnc, sdk) not in seen, f"{case.name}: {row.key}: SDK {sdk} on {row.chip} again"
             seen.add((row.chip, row.lnc, sdk))
+
+
+def test_a_key_that_is_written_twice_is_refused(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("- program: x\n  source: a\n  expect: {all: clean}\n  expect: {all: error sort}\n")
+    with pytest.raises(UserError, match=r"twice\.yaml:4: the key 'expect' is written twice"):
+        list(_load(file))
 
 
 def test_both_sides_of_every_border():
