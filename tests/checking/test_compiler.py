@@ -85,6 +85,17 @@ def test_errors_that_a_pass_printed_are_shown(exported):
     assert str(outcome).endswith("though it printed NCC_EVRF029: Operation sort is not supported on trn2")
 
 
+def test_codes_without_a_neff_are_a_refusal(exported):
+    text = "[ERROR] [NCC_EVRF001] Operator topk is not supported"
+    outcome = read_run("step", Run(0, 1.0, False, text, ""), exported.module, version="2.28", timeout=10.0)
+    assert (outcome.verdict, [finding.rule for finding in outcome.findings]) == ("refused", ["topk"])
+
+
+def test_a_signal_without_a_word(exported):
+    outcome = read_run("step", Run(-11, 1.0, False, "", ""), exported.module, version="2.28", timeout=10.0)
+    assert outcome.findings[0].message == "ended by signal 11, and said nothing that is known"
+
+
 def test_long_output_is_cut_and_its_beginning_read(tmp_path):
     printed = tmp_path / "printed"
     printed.write_bytes(b"[ERROR] [NCC_EVRF001] Operator x is not supported\n" + 3 * 2**20 * b"x" + b"\nthe end\n")
@@ -212,6 +223,12 @@ MESSAGES = {
         Message("TEN404", "Internal tensorizer error", True)
     ],
     "ERROR: [NCC_EOOM001] too large\nERROR: [NCC_EOOM001] too large": [Message("NCC_EOOM001", "too large", True)],
+    "/home/warn/x WARNING.py: [ERROR] [NCC_EVRF001] no": [Message("NCC_EVRF001", "no", True)],
+    "x.py:3: warning: [NCC_EVRF001] no": [Message("NCC_EVRF001", "no", False)],
+    "ERROR: NCC_EVRF029: Operation sort": [Message("NCC_EVRF029", "Operation sort", True)],
+    "WARNING: NCC_EVRF029: Operation sort": [Message("NCC_EVRF029", "Operation sort", False)],
+    "NCC_EVRF029: Operation sort": [Message("NCC_EVRF029", "Operation sort", True)],
+    "see also NCC_EVRF029: it is like this": [],
     "nothing [here] with [ERROR] a code": [],
 }
 

@@ -145,6 +145,7 @@ def test_a_compiler_that_refuses(tmp_path):
 @pytest.mark.slow
 def test_a_compiler_that_hangs(tmp_path):
     result = checked_with(tmp_path, "train_step=passed,eval_step=hangs", 1, "--compiler-timeout", "3", "--json")
+    assert json.loads(result.stdout)["ok"] is False
     found = json.loads(result.stdout)["compiler"]
     assert found["verdicts"] == {"train_step": "passed", "eval_step": "timed out"}
     assert [finding["rule"] for finding in found["findings"]] == ["compiler-timeout"]

@@ -43,8 +43,9 @@ class Comparison:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain data, which `trainfw check --compiler --json` adds to the report's."""
+        """Give plain data, which `trainfw check --compiler --json` adds to the report's, whose `ok` it replaces."""
         return {
+            "ok": self._report.ok and self.passed,
             "compiler": {
                 "version": self._version,
                 "flags": self._flags,
@@ -52,7 +53,7 @@ class Comparison:
                 "verdicts": {name: outcome.verdict for name, outcome in self._outcomes.items()},
                 "findings": [f.to_json() for outcome in self._outcomes.values() for f in outcome.findings],
                 "differences": [asdict(difference) for difference in self._differences],
-            }
+            },
         }
 
     def text(self, expected: str) -> str:

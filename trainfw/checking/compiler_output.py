@@ -2,7 +2,8 @@
 
 Forms that are read, each quoted by AWS's pages or by public logs: `[NCC_EVRF029] text`, with `[ERROR]`, `ERROR:`,
 `[INTERNAL_ERROR]` or `error:` before it, the blamed instruction (`%sort.7 = ...`) in the next lines; `[F137] neuronx-cc
-was forcibly killed`; older codes without `NCC_` (`[TEN404]`). Exit codes: 0, 70 for errors.
+was forcibly killed`; older codes without `NCC_` (`[TEN404]`); and `ERROR: NCC_EVRF029: text`. Exit codes: 0, 70 for
+errors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from trainfw.hlo import Instruction, Module, Place
 
 Verdict = Literal["passed", "refused", "failed", "out of memory", "timed out", "not compiled"]
 
-_CODE = re.compile(r"\[(NCC_[A-Z]+\d+|F1\d\d|[A-Z]{3}\d{3})\]\s*")
+_CODE = re.compile(
+    r"\[(?P<code>NCC_[A-Z]+\d+|F1\d\d|[A-Z]{3}\d{3})\]\s*"
+    r"|(?:^|\b(?:ERROR|WARNING|error|warning)\]?:?\s+)(?P<bare>NCC_[A-Z]+\d+):\s*"
+)
+_WARNING = re.compile(r"\[WARN(?:ING)?\]|(?<![\w/.\-])(?:WARN(?:ING)?|[Ww]arning)(?:[:\s]|$)")
+"""A level before a code, rather than a name in a path."""
 _NEW = re.compile(
     r"\s*(?:\d{4}-\d\d-\d\d|\[?(?:ERROR|WARNING|INFO|INTERNAL_ERROR)\b|Traceback|Compiler status)"  # of another message
 )
@@ -145,10 +151,9 @@ def read_run(
     if killed or MEMORY in said or (not errors and any(words in said for words in _NO_MEMORY)):
         text = f"{how}, for want of host memory most likely: no verdict on the program"
         return ended("out of memory", "compiler-memory", text)
-    if run.code == 0:
-        return ended("failed", "compiler-failed", "ended with exit code 0, but wrote no NEFF")
     if not errors:
-        return ended("failed", "compiler-failed", f"{how}, and said nothing that is known; its last lines:")
+        how = f"{how}, but wrote no NEFF" if run.code == 0 else f"{how}, and said nothing that is known"
+        return ended("failed", "compiler-failed", f"{how}; its last lines:" if last_lines(run) else how)
     instructions = {i.name: i for c in module.computations.values() for i in c.instructions.values()}
     findings = [_finding(name, message, instructions, set(found), version) for message in errors]
     return Outcome("refused", tuple(findings), messages, run)
@@ -172,7 +177,8 @@ def read_messages(output: str) -> Iterator[Message]:
             if not following.strip() or _CODE.search(following) or _NEW.match(following):
                 break
             text.append(following.strip())
-        message = Message(match[1], "\n".join(filter(None, text)), "WARN" not in line[: match.start()].upper())
+        before = line[: match.start("code" if match["code"] else "bare")]
+        message = Message(match["code"] or match["bare"], "\n".join(filter(None, text)), not _WARNING.search(before))
         if not any(message.code == other.code and other.text.startswith(message.text) for other in seen):
             seen.append(message)
             yield message
