@@ -9,7 +9,7 @@ from trainfw.backends import load_sdk, sdk_versions
 from trainfw.checking.rules import CHIPS, RULES, Target
 from trainfw.errors import UserError
 
-_ASIDE = {"sdk-version", "memory-temporaries"}
+_ASIDE = {"sdk-version", "sdk-python", "memory-temporaries"}
 """Of the JAX that runs here, and of the CPU's compiler."""
 _WHOLE = {"arguments-many", "memory-arguments", "not-partitioned"}
 """Rules on a program as a whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import flax.linen as nn
@@ -197,6 +198,15 @@ def test_another_jax_than_the_sdk_has_is_a_note():
     assert report.sdk == "2.29"
     assert any("SDK 2.29 supports 0.7.0 to 0.7.0" in f.message for f in report.notes)
     assert report.ok
+
+
+def test_what_is_not_confirmed_of_python_is_not_said_of_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.11.0")
+    monkeypatch.setattr(sys, "version_info", (3, 15, 0, "final", 0))
+    notes = {f.rule: f for f in check(jnp.sin, X, sdk="2.33").notes}
+    assert notes["sdk-version"].note == ""
+    assert "not confirmed" in notes["sdk-python"].note
+    assert "checked with Python 3.15; SDK 2.33 supports 3.11 to 3.13" in notes["sdk-python"].message
 
 
 @pytest.mark.parametrize(

@@ -395,7 +395,7 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
     low, high = sdk.python
     python = "{}.{}".format(*sys.version_info)
     if not number(low) <= number(python) <= number(high):
-        yield Finding("sdk-version", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
+        yield Finding("sdk-python", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
 
 
 def _abstract(leaf: Any, mesh: Any | None) -> Any:
