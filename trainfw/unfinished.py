@@ -52,7 +52,8 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
                 made.clear()
         sync(target.parent)
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
+        ours = error.filename is None or _partial(target).fullmatch(os.path.basename(str(error.filename)))
+        if error.errno is None or not ours:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
@@ -132,9 +133,13 @@ def _locked(descriptor: int) -> bool | None:
     return True
 
 
+def _partial(target: Path) -> re.Pattern[str]:
+    """The names that `_make` gives."""
+    return re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
+
+
 def _remove_leftovers(target: Path) -> None:
-    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
-    for name in filter(ours.fullmatch, os.listdir(target.parent)):
+    for name in filter(_partial(target).fullmatch, os.listdir(target.parent)):
         with contextlib.suppress(OSError):
             lock = os.open(target.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:

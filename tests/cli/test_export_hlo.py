@@ -42,9 +42,11 @@ def test_bad_input(tmp_path):
     for arguments, problem in (
         (["--out", str(tmp_path), "--hardware", "trn2.3xlarge"], "exists; nothing is overwritten"),
         (["--out", str(tmp_path / "x"), "--hardware", "h100-8"], "neuronx-cc compiles for Neuron hardware only"),
+        (["--out", "/proc/x", "--hardware", "trn2.3xlarge"], "/proc/x: "),
         (["--out", str(tmp_path / "x")], "name it with --hardware"),
     ):
         result = export_hlo(recipe, *arguments)
         assert result.returncode == 2
         assert problem in result.stderr
+        assert "partial" not in result.stderr
         assert "Traceback" not in result.stderr

@@ -32,7 +32,11 @@ def export_hlo(
         raise UserError(f"--out {out}: exists; nothing is overwritten")
     loaded, topology = load_for(recipe, overrides or (), hardware, count)
     flags = compiler_options(loaded, topology)
-    with Clock() as progress, leaving_at_once("nothing is written"):
+    with (
+        Clock() as progress,
+        leaving_at_once("nothing is written"),
+        writing(target, directory=True) as directory,  # where that cannot be, it is said before all the work
+    ):
         program = build_for(loaded, topology, progress)
 
         from trainfw.checking import export_steps
@@ -41,13 +45,10 @@ def export_hlo(
         for name, module in modules.items():
             if isinstance(module, str):
                 raise RunError(f"{name} cannot be exported: {module}")
-        with writing(target, directory=True) as directory:
-            for name, module in modules.items():
-                assert not isinstance(module, str)
-                (directory / f"{name}.pb").write_bytes(module.proto)
-                (directory / f"{name}.txt").write_text(module.text, encoding="utf-8")
-            units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
-            (directory / "README.md").write_text(_readme(loaded, units, list(modules), flags), encoding="utf-8")
+            (directory / f"{name}.pb").write_bytes(module.proto)
+            (directory / f"{name}.txt").write_text(module.text, encoding="utf-8")
+        units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
+        (directory / "README.md").write_text(_readme(loaded, units, list(modules), flags), encoding="utf-8")
     say(out)
 
 
