@@ -343,7 +343,7 @@ def test_a_module_that_xla_did_not_partition_is_not_read(monkeypatch):
     assert whole.compiled is None
     assert not is_partitioned(whole.module)
     assert is_partitioned(partition(step(MESH).lower(X)).module)
-    monkeypatch.setattr("trainfw.checking.programs.partition", lambda *_: whole)
+    monkeypatch.setattr("trainfw.checking.programs.partition", lambda *_, **__: whole)
     report = check(step(MESH), X)
     assert [f.rule for f in report.warnings] == ["not-partitioned"]
     assert not report.collectives
@@ -351,7 +351,9 @@ def test_a_module_that_xla_did_not_partition_is_not_read(monkeypatch):
 
 def test_devices_that_nothing_names(monkeypatch):
     """As when XLA's CPU compiler gives up after it has partitioned."""
-    monkeypatch.setattr("trainfw.checking.programs.partition", lambda *a: replace(partition(*a), compiled=None))
+    monkeypatch.setattr(
+        "trainfw.checking.programs.partition", lambda *a, **k: replace(partition(*a, **k), compiled=None)
+    )
     step = jax.jit(lambda x: x.sum(), in_shardings=NamedSharding(MESH, BOTH))
     with pytest.raises(UserError, match="for 8 devices, and nothing says which: pass mesh="):
         check(step, X)
