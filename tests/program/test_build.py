@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trainfw.program.loss import next_token_loss
 
 from tests.helpers import chip_of_halves, random_batches, tiny_recipe
 from trainfw import UserError, backends, build_program
 from trainfw.hlo import collectives_of, partition
-from trainfw.program import Mean
-from trainfw.program.loss import next_token_loss
+from trainfw.objectives import Mean
 
 
 def one_step(recipe, devices=1):

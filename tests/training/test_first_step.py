@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import losses, random_batches, tiny_recipe
 from trainfw import RunError, backends, build_program, train
+from trainfw.objectives import Mean
 from trainfw.optim import OptimizerConfig, make_optimizer
-from trainfw.program import Mean
 from trainfw.training.first_step import FirstStep, _samples, largest_update
 from trainfw.training.session import Session
 

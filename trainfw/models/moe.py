@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -49,19 +49,20 @@ class MoEStats:
     """Choices of each expert, those dropped included."""
     choices: jax.Array
     """Choices made: tokens * experts_per_token."""
+    config: MoEConfig = field(metadata={"static": True})
 
-    def loss(self, config: MoEConfig) -> jax.Array:
-        """Both losses with their coefficients, summed over tokens."""
-        return config.balance_loss * self.balance + config.z_loss * self.z
+    def loss(self) -> jax.Array:
+        """Return both losses with their coefficients, summed over tokens."""
+        return self.config.balance_loss * self.balance + self.config.z_loss * self.z
 
-    def metrics(self, config: MoEConfig) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def metrics(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         """(total, count) of each metric, of the sums over all devices, of one layer or of layers stacked.
 
         Means over tokens and layers of the losses, the share of choices dropped, and `expert_load`, the share of a
         layer's choices that its busiest expert has, times E: 1 where all have the same, E where one has all.
         """
         choices, tokens = jnp.sum(self.choices), jnp.sum(self.tokens)
-        busiest = jnp.sum(jnp.max(self.load_E, axis=-1)) * config.num_experts
+        busiest = jnp.sum(jnp.max(self.load_E, axis=-1)) * self.config.num_experts
         return {
             "balance_loss": (jnp.sum(self.balance), tokens),
             "router_z_loss": (jnp.sum(self.z), tokens),
@@ -191,6 +192,7 @@ class MoE(nnx.Module):
             dropped=dropped / copies,
             load_E=jnp.sum(load_BE, axis=0) / copies,
             choices=jnp.float32(tokens * k / copies),
+            config=self.config,
         )
 
     def _capacity(self, x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -426,7 +426,7 @@ class _Known:
         import jax
         from jax.sharding import NamedSharding
 
-        from trainfw.program import loss_chunks
+        from trainfw.objectives import loss_chunks
 
         recipe, rules, layout = program.recipe, program.rules, program.layout
         layers, period = recipe.model.num_layers // layout.pipeline, len(recipe.model.layer_pattern)

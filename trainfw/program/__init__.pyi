@@ -1,9 +1,7 @@
-from .build import Metrics as Metrics
-from .build import Program as Program
 from .build import build_program as build_program
+from .functions import Function as Function
 from .initial import check_sources as check_sources
-from .loss import loss_chunks as loss_chunks
-from .metrics import Mean as Mean
+from .program import Program as Program
 from .source import Base as Base
 from .source import MergedBase as MergedBase
 from .source import check_tokenizer as check_tokenizer

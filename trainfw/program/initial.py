@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,36 +9,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from trainfw import backends
-from trainfw.adapters import config_targets, with_magnitudes
+from trainfw.adapters import config_targets
 from trainfw.data import Progress
 from trainfw.errors import UserError
 from trainfw.parallel import Quantized
 from trainfw.program.host import init_on_host
 from trainfw.program.kept import Tree, kept_weight, named
+from trainfw.program.models import ModelSet
 from trainfw.program.source import open_base, read_adapter
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 
 
 def initial_state(
-    recipe: Recipe,
+    models: ModelSet,
     abstract: TrainState,
     draw: Callable[[], tuple[Tree, Tree]],
     start: Callable[[Tree, Tree], TrainState],
-    layer_order: Sequence[int],
-    graphdef: Any,
     progress: Progress | None = None,
 ) -> TrainState:
     """The first state. What `draw` returns serves where `model.from` and `adapter.from` have nothing.
 
     Raises UserError where a model or an adapter cannot be read, or is of another shape.
     """
+    recipe, layer_order = models.recipe, models.fit.layer_order
     if recipe.model.from_ is None and (recipe.adapter is None or recipe.adapter.from_ is None):
         return _computed(lambda: start(*draw()), abstract)
-    frozen = initial_frozen(recipe, abstract, draw, layer_order, progress)
+    frozen = initial_frozen(models, abstract, draw, progress)
     if recipe.adapter is None:
         params = _read(recipe, abstract.params, layer_order, progress)
     elif recipe.adapter.from_ is not None:
@@ -47,31 +45,21 @@ def initial_state(
     else:
         params = _computed(lambda: draw()[0], abstract.params)
         if recipe.adapter.kind == "dora":
-            measure = functools.partial(measured, graphdef)
-            params = jax.jit(measure, out_shardings=_shardings(abstract.params))(params, frozen)
+            params = jax.jit(models.measured, out_shardings=_shardings(abstract.params))(params, frozen)
     return jax.jit(start, out_shardings=_shardings(abstract), donate_argnums=(0, 1))(params, frozen)
 
 
-def measured(graphdef: Any, params: Tree, frozen: Tree) -> Tree:
-    """An adapter's parameters, with DoRA's magnitudes those of the base as it is kept."""
-    model = nnx.merge(graphdef, nnx.State(params), nnx.State(frozen))
-    with_magnitudes(model)
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
 def initial_frozen(
-    recipe: Recipe,
+    models: ModelSet,
     abstract: TrainState,
     draw: Callable[[], tuple[Tree, Tree]],
-    layer_order: Sequence[int],
     progress: Progress | None = None,
-) -> Tree:
-    """What does not learn, as it is kept: an empty dict but with an adapter."""
-    if recipe.adapter is None:
-        return {}
-    if recipe.model.from_ is None:
-        return _computed(lambda: draw()[1], abstract.frozen)
-    return _read(recipe, abstract.frozen, layer_order, progress)
+) -> dict[str, Tree]:
+    """Return what does not learn, as it is kept, by role."""
+    recipe = models.recipe
+    if not abstract.frozen or recipe.model.from_ is None:
+        return _computed(lambda: draw()[1], abstract.frozen) if abstract.frozen else {}
+    return {role: _read(recipe, tree, models.fit.layer_order, progress) for role, tree in abstract.frozen.items()}
 
 
 def _computed(compute: Callable[[], Any], abstract: Any) -> Any:

@@ -19,13 +19,13 @@ Tree = Any
 
 
 def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
-    """Frozen weights, f32, in the form in which they are kept: `adapter.base`. Raises UserError for a bad `exclude`."""
-    adapter = recipe.adapter
-    if adapter is None:
-        return {}
+    """Return frozen weights, f32, as they are kept: in `adapter.base`, or else in `train.compute_dtype`.
+
+    Raises UserError for a bad `exclude`.
+    """
     weights = named(frozen)
     matrices = [name for name, _ in weights if _is_matrix(name)]
-    for pattern in adapter.exclude:
+    for pattern in () if recipe.adapter is None else recipe.adapter.exclude:
         if not any(_matches(name, pattern) for name in matrices):
             raise UserError(f"exclude: {pattern!r} matches none of the matrices{did_you_mean(pattern, matrices)}")
     return jax.tree.unflatten(
@@ -34,9 +34,10 @@ def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
 
 
 def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> Any:
-    """One frozen weight, as `adapter.base` says. Raises UserError where a block does not divide it."""
+    """Return one frozen weight as it is kept. Raises UserError where a block does not divide it."""
     adapter = recipe.adapter
-    assert adapter is not None
+    if adapter is None:
+        return weight.astype(recipe.train.compute_dtype)
     if adapter.base not in ("int8", "nf4"):
         return weight.astype(adapter.base or recipe.train.compute_dtype)
     if not _is_matrix(name) or any(_matches(name, pattern) for pattern in adapter.exclude):

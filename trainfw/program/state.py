@@ -23,6 +23,7 @@ class TrainState:
     rng: Any
     """Key data for what a step draws (the step folds its number in)."""
     frozen: Any = field(default_factory=dict)
-    """Nested dict of what does not learn: the base of an adapter, arrays or `Quantized`. Not in checkpoints."""
+    """Nested dicts of what does not learn, by role (`base` of an adapter, `reference`): arrays or `Quantized`. Not in
+    checkpoints."""
     guard: Any = field(default_factory=dict)
     """What `faults.spike_sigma` remembers of good steps (`guard.Guard`); else empty."""

@@ -16,8 +16,9 @@ from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
+from trainfw.objectives import Mean
 from trainfw.paths import path_text
-from trainfw.program import Base, Mean, Program, build_program, check_tokenizer, is_run, open_base, read_adapter
+from trainfw.program import Base, Program, build_program, check_tokenizer, is_run, open_base, read_adapter
 from trainfw.recipe import load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainfw.errors import RunError
-from trainfw.program import Metrics
+from trainfw.objectives import Metrics
 from trainfw.training.config import FaultsConfig
 from trainfw.training.records import append_rows, rewrite_rows
 from trainfw.training.run_directory import RunDirectory

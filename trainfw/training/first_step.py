@@ -11,8 +11,9 @@ import numpy as np
 
 from trainfw import backends
 from trainfw.errors import RunError
+from trainfw.objectives import Metrics
 from trainfw.optim import OptimizerConfig
-from trainfw.program import Metrics, TrainState
+from trainfw.program import TrainState
 from trainfw.recipe import Recipe
 
 _MOST = 4096

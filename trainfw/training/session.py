@@ -17,7 +17,8 @@ from trainfw.checkpoint import Checkpoints
 from trainfw.data import TrainIterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
-from trainfw.program import Metrics, Program, TrainState
+from trainfw.objectives import Metrics
+from trainfw.program import Program, TrainState
 from trainfw.training.evaluation import Validation
 from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step

@@ -1,72 +1,19 @@
+"""The output head's losses, without ever holding whole logits."""
+
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import AdapterInputs, HeadDims, Transformer, over_rows
-from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
-from trainfw.program.metrics import Mean
-
-Sums: TypeAlias = dict[str, Any]
-"""`loss` (a Mean) and, of a mixture of experts, `router` (MoEStats): to be added over microbatches and devices."""
-Batch = dict[str, Any]
-"""`tokens`, `targets`, `segment_ids`, `positions` (int32) and `loss_mask` (float32), each (B, S)."""
-
-
-def next_token_loss(
-    model: Transformer,
-    batch: Batch,
-    z_loss: float,
-    *,
-    chunk: int = 2048,
-    mask_documents: bool = True,
-    adapters: AdapterInputs | None = None,
-) -> tuple[jax.Array, Sums]:
-    """Cross-entropy of the next token, summed (not averaged) over the unmasked tokens of this device.
-
-    Args:
-        chunk: tokens whose logits exist at a time.
-        mask_documents: a token attends to its own segment only.
-        adapters: what they read; where they drop anything.
-
-    Returns the objective (nats, with z_loss * log(Z)^2 and the routers' losses added) and sums: the metric `loss`
-    (nats, without these), and the routers' `MoEStats`. Devices along `tensor`, which compute the same tokens' loss,
-    each return their share of it.
-    """
-    segment_ids_BS = batch["segment_ids"] if mask_documents else None
-    x_BSD, stats = model.forward(
-        batch["tokens"],
-        segment_ids_BS=segment_ids_BS,
-        positions_BS=batch["positions"],
-        mask_BS=batch["loss_mask"],
-        adapters=adapters,
-    )
-    x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
-    mask_N = batch["loss_mask"].reshape(-1)
-    weight, dims = model.head_weight()
-    objective, nats = _cross_entropy(
-        x_ND,
-        weight,
-        batch["targets"].reshape(-1),
-        mask_N,
-        chunk,
-        z_loss,
-        model.config.final_softcap,
-        model.head_learns,
-        dims,
-    )
-    share = 1.0 / axis_size("tensor")
-    objective, sums = objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
-    if stats is None or model.config.moe is None:
-        return objective, sums
-    return objective + jnp.sum(stats.loss(model.config.moe)), sums | {"router": stats}
+from trainfw.models import HeadDims, over_rows
+from trainfw.parallel import all_max, all_reduce, axis_index, axis_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _cross_entropy(
+def cross_entropy(
     x_ND: jax.Array,
     w: jax.Array,
     targets_N: jax.Array,
@@ -177,4 +124,4 @@ def _backward(
     return (*(None if g is None else (g * of_all).astype(g.dtype) for g in grads), None, None)
 
 
-_cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward)

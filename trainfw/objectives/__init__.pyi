@@ -1,0 +1,13 @@
+from .head import loss_chunks as loss_chunks
+from .metrics import Mean as Mean
+from .metrics import Metrics as Metrics
+from .metrics import Sums as Sums
+from .metrics import metrics_of as metrics_of
+from .next_token import NextToken as NextToken
+from .objective import Batch as Batch
+from .objective import Draw as Draw
+from .objective import Objective as Objective
+from .registry import make_objective as make_objective
+from .schema import Field as Field
+from .schema import Schema as Schema
+from .schema import token_rows as token_rows

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import jax
+
+from trainfw.models import AdapterInputs, Transformer
+from trainfw.objectives.metrics import Sums
+from trainfw.objectives.schema import Schema
+
+Batch: TypeAlias = dict[str, Any]
+"""The arrays of a batch by name, as the objective's schema has them: all of a global batch, or a device's part."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draw:
+    """What a loss may draw from, and whether it is that of training."""
+
+    training: bool = field(metadata={"static": True})
+    """False in validation, which leaves out what is there for training alone."""
+    key: jax.Array | None = None
+    """State of the `rbg` generator for dropout, u32[4]; None where nothing is dropped."""
+    ids_B: jax.Array | None = None
+    """Numbers of this device's rows (of the dim `batch`) that no two microbatches or devices share, i32."""
+
+    @property
+    def adapters(self) -> AdapterInputs | None:
+        """What adapters read, where they drop anything."""
+        return None if self.key is None else AdapterInputs(key=self.key, ids_B=self.ids_B)
+
+
+class Objective(Protocol):
+    """A loss over a batch, with the frozen models that it needs.
+
+    It is called on every device, on that device's part of everything; collectives over the mesh's axes are those of
+    `trainfw.parallel`, which do nothing outside of it.
+    """
+
+    unit: ClassVar[str]
+    """What `loss` counts, such as `token`."""
+    roles: ClassVar[tuple[str, ...]]
+    """Frozen models beside the learner, such as `reference`; none for pretraining."""
+
+    def schema(self, batch: int, sequence: int) -> Schema:
+        """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens."""
+        ...
+
+    def loss(self, models: Mapping[str, Transformer], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+        """Return this device's part of the summed loss, which is differentiated, and what is logged.
+
+        `models` has `learner` and each of `roles`. The sums hold `loss`, a Mean whose count over all devices divides
+        the gradients. Devices along `tensor`, which compute the same tokens, each return their share of both.
+        """
+        ...

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class Field:
+    """An array of a batch: the names of its dims, the first of which is `batch`, and its dtype."""
+
+    dims: tuple[str, ...]
+    dtype: DTypeLike
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The arrays of a global batch by name, and the sizes of their dims.
+
+    `batch` counts what stays together on one device and in one microbatch: a row, or a group of rows (`group`), such as
+    a pair. `batch` and `sequence` are split over the mesh, and all other dims are whole on every device.
+    """
+
+    fields: Mapping[str, Field]
+    sizes: Mapping[str, int]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array of the global batch."""
+        return tuple(self.sizes[dim] for dim in self.fields[name].dims)
+
+    @property
+    def tokens(self) -> int:
+        """Places for a token in a batch: the rows of all groups, each of `sequence` tokens."""
+        return math.prod(self.sizes.get(dim, 1) for dim in ("batch", "group", "sequence"))
+
+
+def token_rows(batch: int, sequence: int, *, group: int | None = None) -> Schema:
+    """Return the schema of packed rows of tokens, or of groups of such rows.
+
+    `tokens` and `targets` (the token after each), `segment_ids` (1, 2, ... by document within the row; 0 is padding),
+    `positions` (within the document) are int32 and `loss_mask` (1 where the target is to be learnt) is float32, each of
+    (batch, sequence) or (batch, group, sequence).
+    """
+    dims = ("batch", "sequence") if group is None else ("batch", "group", "sequence")
+    whole = Field(dims, np.int32)
+    fields = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), whole)
+    sizes = {"batch": batch, "sequence": sequence} | ({} if group is None else {"group": group})
+    return Schema(fields | {"loss_mask": Field(dims, np.float32)}, sizes)
