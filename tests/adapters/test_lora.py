@@ -47,7 +47,7 @@ def test_training_starts_from_the_base_itself(tmp_path):
     )
     found = program.eval_step(state.params, state.frozen, program.shard_batch(batch))["loss"].value()
     # Of the base alone, and with any B but zero not so.
-    base = {**state.frozen}
+    base = {**state.frozen["base"]}
     expected = plain.eval_step(base, {}, plain.shard_batch(batch))["loss"].value()
     assert found == expected
     moved = program.eval_step(disturbed(state.params), state.frozen, program.shard_batch(batch))["loss"].value()
@@ -62,7 +62,7 @@ def test_only_the_adapter_learns(tmp_path):
     state = program.init()
     before, start = jax.tree.map(np.asarray, (state.frozen, state.params))
     assert {name.rpartition(".")[2] for name in names(state.params)} == {"lora_a", "lora_b", "magnitude"}
-    assert names(state.frozen) >= {"embedding.table", "layers.mlp.up.kernel", "final_norm.scale"}
+    assert names(state.frozen["base"]) >= {"embedding.table", "layers.mlp.up.kernel", "final_norm.scale"}
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.size > 1)
     assert moments == 2 * program.num_parameters
     for batch in random_batches(program.recipe, 2):
@@ -261,7 +261,7 @@ def test_ranks_by_pattern(tmp_path):
 
 def test_quantised_weights_are_nodes_of_the_state(tmp_path):
     program = program_of(tmp_path, {"base": "nf4", "block": 32, "exclude": ["embedding", "layers.mlp.*"]})
-    frozen = program.abstract_state.frozen
+    frozen = program.abstract_state.frozen["base"]
     assert isinstance(frozen["layers"]["attention"]["query"]["kernel"], Quantized)
     assert frozen["embedding"]["table"].dtype == jnp.bfloat16
     assert frozen["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16

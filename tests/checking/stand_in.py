@@ -1,6 +1,6 @@
 """A stand-in for neuronx-cc, which answers as AWS's documents and public logs quote it. It compiles nothing.
 
-`install` puts it on PATH; STAND_IN says how it answers: to all functions, or as `train_step=refused,eval_step=passed`.
+`install` puts it on PATH; STAND_IN says how it answers: to all functions, or as `train=refused,evaluate=passed`.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ def test_no_compiler(monkeypatch, tmp_path):
 
 
 def test_the_command():
-    assert command_of("train_step", FLAGS) == [
-        *("neuronx-cc", "compile", "--framework=XLA", "train_step.pb", "--output=train_step.neff"),
+    assert command_of("train", FLAGS) == [
+        *("neuronx-cc", "compile", "--framework=XLA", "train.pb", "--output=train.neff"),
         *FLAGS,
     ]
     assert command_of("f", ["--framework=XLA"]).count("--framework=XLA") == 1

@@ -55,10 +55,10 @@ def test_a_refused_operation_hides_what_jax_builds_it_from():
 
 
 def test_counts_are_of_one_function():
-    train = [Finding("scatter-drop", "x", HERE, program="train_step")] * 3
-    both = merged([*train, Finding("scatter-drop", "x", HERE, program="eval_step")])
+    train = [Finding("scatter-drop", "x", HERE, program="train")] * 3
+    both = merged([*train, Finding("scatter-drop", "x", HERE, program="evaluate")])
     assert [f.count for f in both] == [3]
-    whole = [Finding("memory-arguments", "too much", program=program) for program in ("train_step", "eval_step")]
+    whole = [Finding("memory-arguments", "too much", program=program) for program in ("train", "evaluate")]
     assert [f.count for f in merged(whole)] == [1]
     assert "operations" not in str(merged(whole)[0])
 

@@ -75,7 +75,7 @@ def test_a_recipe_for_64_cores(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL, data={"source": ["nowhere/*.txt"]}, train={"global_batch_size": 16})
     arguments = [str(recipe), "parallel.tensor=4", "--hardware", "trn2.48xlarge"]
     result = trainfw("check", *arguments)
-    assert "partitioning train_step for 64 cores" in result.stderr
+    assert "partitioning train for 64 cores" in result.stderr
     assert result.stdout.splitlines()[-1].startswith("clean: 0 errors, 0 warnings")
     report = json.loads(trainfw("check", *arguments, "--json").stdout)
     assert report["ok"]
@@ -121,32 +121,32 @@ def test_a_compiler_that_agrees(tmp_path):
     file = tmp_path / "differences.json"
     result = checked_with(tmp_path, "passed", 0, "--report-difference", str(file))
     assert "a compile may take 14), 3,600 s each at most" in result.stderr
-    assert f"neuronx-cc {stand_in.VERSION}\n    train_step  passed after " in result.stdout
+    assert f"neuronx-cc {stand_in.VERSION}\n    train  passed after " in result.stdout
     assert result.stdout.splitlines()[-1] == "clean: neuronx-cc, which agrees with check"
     written = json.loads(file.read_text())
     assert written["differences"] == []
     assert {name: f["compiler"]["verdict"] for name, f in written["functions"].items()} == {
-        "train_step": "passed",
-        "eval_step": "passed",
+        "train": "passed",
+        "evaluate": "passed",
     }
     assert str(tmp_path) not in file.read_text()
 
 
 @pytest.mark.slow
 def test_a_compiler_that_refuses(tmp_path):
-    result = checked_with(tmp_path, "train_step=refused,eval_step=out_of_memory", 1)
+    result = checked_with(tmp_path, "train=refused,evaluate=out_of_memory", 1)
     assert "error: dtype-f8e4m3fn: " in result.stdout
-    assert "train_step: NCC_EVRF051: the compiler refused it, and check has nothing of dtype-f8e4m3fn" in result.stdout
-    assert "error: compiler-memory: eval_step as a whole" in result.stdout
-    last = "refused: neuronx-cc, no verdict on eval_step, 3 differences from what check says"
+    assert "train: NCC_EVRF051: the compiler refused it, and check has nothing of dtype-f8e4m3fn" in result.stdout
+    assert "error: compiler-memory: evaluate as a whole" in result.stdout
+    last = "refused: neuronx-cc, no verdict on evaluate, 3 differences from what check says"
     assert result.stdout.splitlines()[-1] == last
 
 
 @pytest.mark.slow
 def test_a_compiler_that_hangs(tmp_path):
-    result = checked_with(tmp_path, "train_step=passed,eval_step=hangs", 1, "--compiler-timeout", "3", "--json")
+    result = checked_with(tmp_path, "train=passed,evaluate=hangs", 1, "--compiler-timeout", "3", "--json")
     assert json.loads(result.stdout)["ok"] is False
     found = json.loads(result.stdout)["compiler"]
-    assert found["verdicts"] == {"train_step": "passed", "eval_step": "timed out"}
+    assert found["verdicts"] == {"train": "passed", "evaluate": "timed out"}
     assert [finding["rule"] for finding in found["findings"]] == ["compiler-timeout"]
     assert found["differences"] == []

@@ -23,9 +23,9 @@ def test_modules_and_their_commands(tmp_path):
     result = export_hlo(str(write_recipe(tmp_path)), "--hardware", "trn2.3xlarge", "--out", str(out))
     assert (result.returncode, result.stdout) == (0, f"{out}\n"), result.stderr
     assert sorted(path.name for path in out.iterdir()) == [
-        *("README.md", "eval_step.pb", "eval_step.txt", "train_step.pb", "train_step.txt")
+        *("README.md", "evaluate.pb", "evaluate.txt", "train.pb", "train.txt")
     ]
-    for name in ("train_step", "eval_step"):
+    for name in ("train", "evaluate"):
         module = parse_module((out / f"{name}.txt").read_text())
         assert module.num_partitions == 4
         assert any(i.opcode == "all-gather" for i, _ in module.instructions())

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trainfw.program.loss import next_token_loss
 
 from tests.helpers import chip_of_halves, random_batches, tiny_recipe
 from trainfw import UserError, backends, build_program
 from trainfw.hlo import collectives_of, partition
-from trainfw.objectives import Mean
+from trainfw.objectives import Draw, Mean, NextToken
 
 
 def one_step(recipe, devices=1):
@@ -110,8 +109,9 @@ def test_the_loss_is_the_mean_negative_log_likelihood_of_unmasked_targets(tmp_pa
 def test_z_loss_is_in_the_objective_and_not_in_the_metric(tmp_path):
     program = build_program(tiny_recipe(tmp_path), jax.devices()[:1])
     model, batch = program.model(program.init().params), random_batches(program.recipe, 1)[0]
-    plain, metrics = next_token_loss(model, batch, 0.0)
-    with_z, metrics_z = next_token_loss(model, batch, 0.5)
+    (plain, metrics), (with_z, metrics_z) = (
+        NextToken(z_loss=z_loss).loss({"learner": model}, batch, Draw(training=True)) for z_loss in (0.0, 0.5)
+    )
     log_z = jax.nn.logsumexp(
         model(batch["tokens"], segment_ids_BS=batch["segment_ids"], positions_BS=batch["positions"]), axis=-1
     )
@@ -184,7 +184,7 @@ def test_the_first_state_is_the_same_model_in_any_order_of_layers(tmp_path, monk
     expected = program.init().params
     assert program.layer_order == (0, 1, 2, 3)
     assert program.in_true_order(expected) is expected
-    monkeypatch.setattr("trainfw.program.build.stage_order", lambda *_: order)
+    monkeypatch.setattr("trainfw.program.fit.stage_order", lambda *_: order)
     program = build_program(recipe, jax.devices()[:2])
     params = program.init().params
     jax.tree.map(np.testing.assert_array_equal, program.in_true_order(params), expected)

@@ -116,7 +116,7 @@ class Reading:
 def check_program(
     program: Any, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
-    """Check the training and evaluation steps of a `trainfw.Program` built for devices that stand for `topology`.
+    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`.
 
     Args:
         progress: told what is being done.
@@ -125,12 +125,8 @@ def check_program(
 
 
 def steps_of(program: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Name the jitted steps of a `trainfw.Program`, each with its abstract arguments."""
-    state, batch = program.abstract_state, program.abstract_batch
-    return {
-        "train_step": (program.train_step, (state, batch)),
-        "eval_step": (program.eval_step, (state.params, state.frozen, batch)),
-    }
+    """Name the jitted functions of a `trainfw.Program`, each with its abstract arguments."""
+    return {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
 
 
 def _check(

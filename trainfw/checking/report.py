@@ -22,7 +22,7 @@ class Finding:
     op_name: str = ""
     """JAX's name of the operation, or of the argument."""
     program: str = ""
-    """Which of the compiled functions: `train_step`, `eval_step`."""
+    """Which of the compiled functions: `train`, `evaluate`."""
     count: int = 1
     """How many operations at that place, in the function that has most."""
     programs: tuple[str, ...] = ()

@@ -280,7 +280,7 @@ def simulated_program(found: Simulation) -> Program:
 
 def compile_step(program: Program, progress: Callable[[str], None] = lambda _: None) -> Partitioned:
     progress(f"compiling the step for {program.mesh.size} cores")
-    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    lowered = program.functions["train"].lower()
     return partition(lowered, backends.current().compiler_options)
 
 

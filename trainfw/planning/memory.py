@@ -482,13 +482,8 @@ def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
     import jax
     from flax import nnx
 
-    variables = nnx.state(_model(program), nnx.Param)
-    leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    leaves = jax.tree.leaves(program.models.variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return [weight.axes for weight in leaves]
-
-
-def _model(program: Program) -> Any:
-    return program.model(program.abstract_state.params, program.abstract_state.frozen)
 
 
 def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tuple[str | None, ...]]]:
@@ -496,14 +491,13 @@ def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tup
     import jax
     from flax import nnx
 
-    from trainfw.models import Frozen
     from trainfw.parallel import Quantized
 
-    variables = nnx.state(_model(program), Frozen)
-    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    for path, weight in leaves:
-        value = weight.get_value()
-        yield path, jax.ShapeDtypeStruct(value.shape, "float32"), weight.axes
-        if isinstance(value, Quantized):
-            names = value.dims(weight.axes)
-            yield from ((path, getattr(value, f), getattr(names, f)) for f in ("codes", "scales"))
+    for role, variables in program.models.frozen.items():
+        leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        kept = jax.tree.leaves(program.abstract_state.frozen[role], is_leaf=lambda leaf: isinstance(leaf, Quantized))
+        for (path, weight), value in zip(leaves, kept, strict=True):
+            yield path, jax.ShapeDtypeStruct(value.shape, "float32"), weight.axes
+            if isinstance(value, Quantized):
+                names = value.dims(weight.axes)
+                yield from ((path, getattr(value, f), getattr(names, f)) for f in ("codes", "scales"))

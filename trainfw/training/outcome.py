@@ -106,8 +106,8 @@ class Outcome:
     def _model(self, state: TrainState) -> Transformer:
         """The model on one device, to generate with."""
         device = backends.host_device() if backends.current().host_generate else jax.devices()[0]
-        parts = (self.program.in_true_order(jax.device_put(part, device)) for part in (state.params, state.frozen))
-        return self.program.model(*parts)
+        params, frozen = (jax.device_put(part, device) for part in (state.params, state.frozen))
+        return self.program.model(self.program.in_true_order(params), self.program.frozen_in_true_order(frozen))
 
     def sample(self, state: TrainState) -> str | None:
         prompt = self.recipe.train.sample_prompt
