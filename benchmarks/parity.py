@@ -29,10 +29,12 @@ from trainfw import Recipe, UserError, backends, build_program, load_recipe
 from trainfw.errors import did_you_mean
 from trainfw.hlo import collectives_of, parse_module
 from trainfw.models import ModelConfig
+from trainfw.objectives import PREFERENCES
 from trainfw.parallel import AXES, ParallelConfig
 from trainfw.training import TrainConfig
 
 LIMIT = 1e-5
+PAIRS = {"pairs_per_row": 3}
 DEVICES = 16
 """The most that a row takes."""
 
@@ -105,8 +107,20 @@ TABLE: dict[str, list[str]] = {
         "pipeline=2 interleave=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
         "pipeline=2 data=2 fsdp=2 fsdp_shards=gradients scan_layers=false pipeline_microbatches=4",
         "pipeline=2 fsdp=2 context=2 tensor=2 interleave=2 remat=full",
+        "dpo fsdp=8 remat=full",
+        "dpo tensor=2 data=4",
+        "dpo context=4 fsdp=2",
+        "dpo pipeline=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
+        "dpo lora fsdp=4 tensor=2 remat=full",
+        "dpo lora context=2 fsdp=4 accumulation_steps=2",
+        "dpo fsdp=4 data=2 fsdp_shards=gradients accumulation_steps=2",
+        "dpo fsdp=2 context=2 tensor=2 loss_chunk=8",
+        "ipo fsdp=2 context=2 tensor=2",
+        "simpo fsdp=4 tensor=2 accumulation_steps=2",
+        "orpo context=2 tensor=2 data=2",
     ],
     "gemma": [
+        "dpo fsdp=4 tensor=2 scan_layers=false",
         "fsdp=8 remat=full",
         "tensor=8 remat=dots",
         "fsdp=4 tensor=2 remat=full scan_layers=false",
@@ -118,6 +132,8 @@ TABLE: dict[str, list[str]] = {
         "pipeline=2 context=2 tensor=2 context_attention=gathered accumulation_steps=2",
     ],
     "mixtral": [
+        "dpo fsdp=2 expert=4 remat=full",
+        "dpo lora expert=2 tensor=2 context=2",
         "expert=8",
         "fsdp=2 expert=4 remat=full",
         "expert=2 tensor=4 scan_layers=false",
@@ -150,7 +166,7 @@ class Combination:
 
     @property
     def devices(self) -> int:
-        sizes = (setting.split("=") for setting in self.settings.split())
+        sizes = (setting.split("=") for setting in self.settings.split() if "=" in setting)
         return math.prod(int(size) for key, size in sizes if key in AXES)
 
     def recipe(self) -> Recipe:
@@ -202,6 +218,12 @@ def make_recipe(model: str, settings: Sequence[str]) -> Recipe:
         "train": {"global_batch_size": 16},
         "parallel": {"fsdp": 1},
     }
+    for setting in [*settings]:
+        if setting in PREFERENCES:
+            tree |= {"objective": {"name": setting}, "data": {**tree["data"], "format": "preferences", **PAIRS}}
+        elif setting == "lora":
+            tree |= {"adapter": {"rank": 4}}
+    settings = [setting for setting in settings if "=" in setting]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree))
@@ -209,14 +231,16 @@ def make_recipe(model: str, settings: Sequence[str]) -> Recipe:
 
 
 def section(setting: str) -> str:
-    """Which part of a recipe a `key=value` is of."""
+    """Which part of a recipe a `key=value` is of; a word alone is an objective of pairs, or an adapter."""
+    if "=" not in setting:
+        return "model"
     sections = {"parallel": ParallelConfig, "model": ModelConfig, "train": TrainConfig}
     return next(name for name, config in sections.items() if setting.split("=")[0] in config.model_fields)
 
 
 @functools.cache
 def one_device(model: str, settings: tuple[str, ...], seed: int) -> tuple[Any, Any, dict[str, float], Any]:
-    """(parameters, batch, metrics, gradients by name): layers scanned, nothing recomputed, all rows at once."""
+    """((parameters, what is frozen), batch, metrics, gradients by name), of layers scanned and all rows at once."""
     import jax
 
     recipe = make_recipe(model, settings)
@@ -226,12 +250,14 @@ def one_device(model: str, settings: tuple[str, ...], seed: int) -> tuple[Any, A
     def disturbed(x: Any) -> np.ndarray:  # so that biases are not 0, nor scales 1
         return np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(np.float32)
 
-    params = jax.tree.map(disturbed, program.init().params)
+    state = program.init()
+    params = jax.tree.map(disturbed, state.params)
+    frozen = jax.tree.map(np.asarray, state.frozen)
     batch = random_batches(recipe, 1, seed)[0]
-    grads, metrics = program.gradients(params, {}, program.shard_batch(batch))
+    grads, metrics = program.gradients(params, frozen, program.shard_batch(batch))
     means = {name: mean.value() for name, mean in metrics.items()}
     assert means.get("dropped", 0.0) == 0.0
-    return params, batch, means, by_name(grads)
+    return (params, frozen), batch, means, by_name(grads)
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
@@ -246,13 +272,17 @@ def compare(combination: Combination, seed: int = 0) -> Agreement:
 
     recipe = combination.recipe()
     same = tuple(s for s in combination.settings.split() if section(s) == "model" or s.startswith("z_loss="))
-    params, batch, means, gradients = one_device(combination.model, same, seed)
+    (params, frozen), batch, means, gradients = one_device(combination.model, same, seed)
     program = build_program(recipe, jax.devices()[: combination.devices])
-    compiled = program.gradients.lower(program.abstract_state.params, {}, program.abstract_batch).compile()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+    state = program.abstract_state
+    compiled = program.gradients.lower(state.params, state.frozen, program.abstract_batch).compile()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.frozen))
     held = np.array(program.layer_order)
-    params = params | {"layers": jax.tree.map(lambda x: x[held], params["layers"])}
-    grads, metrics = compiled(jax.device_put(params, shardings), {}, program.shard_batch(batch))
+    params, *trees = (
+        tree | {"layers": jax.tree.map(lambda x: x[held], tree["layers"])} for tree in (params, *frozen.values())
+    )
+    placed = jax.device_put((params, dict(zip(frozen, trees))), shardings)
+    grads, metrics = compiled(*placed, program.shard_batch(batch))
     found = by_name(grads)
     found |= {name: grad[np.argsort(held)] for name, grad in found.items() if name.startswith("layers.")}
     assert found.keys() == gradients.keys()
@@ -262,7 +292,11 @@ def compare(combination: Combination, seed: int = 0) -> Agreement:
     }
     return Agreement(
         collectives=", ".join(f"{kind} {'*'.join(axes)}" for kind, axes in sorted(along)),
-        loss=max(relative(mean.value(), means[name]) for name, mean in metrics.items()),
+        loss=max(
+            # Differences of log-likelihoods, such as margins, may be about zero, and are as exact as what is subtracted.
+            abs(mean.value() - means[name]) / max(abs(means[name]), abs(means["loss"]))
+            for name, mean in metrics.items()
+        ),
         gradients={name: relative(found[name], gradients[name]) for name in found},
     )
 

@@ -80,9 +80,12 @@ class Heard(Reporter):
 
 
 def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Batches of random tokens in two documents a row, the second of random length, some padded."""
+    """Batches of random tokens in two documents a row, the second of random length, some padded.
+
+    Of pairs, two pairs of rows in each, of which about half of the tokens are learnt.
+    """
     rng = np.random.default_rng(seed)
-    shape = (recipe.train.global_batch_size, recipe.data.sequence_length)
+    shape = (recipe.train.global_batch_size * recipe.group, recipe.data.sequence_length)
     batches = []
     for _ in range(steps):
         # Some tokens are likelier than others: something to learn.
@@ -92,15 +95,19 @@ def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, 
         start = rng.integers(1, shape[1], (shape[0], 1))
         padded = index >= rng.integers(shape[1] // 2, shape[1] + 1, (shape[0], 1))
         segment_ids = np.where(padded, 0, 1 + (index >= start)).astype(np.int32)
-        batches.append(
-            {
-                "tokens": tokens[:, :-1],
-                "targets": tokens[:, 1:],
-                "segment_ids": segment_ids,
-                "positions": np.where(index >= start, index - start, index).astype(np.int32),
-                "loss_mask": (segment_ids > 0).astype(np.float32),
-            }
-        )
+        learnt = segment_ids > 0
+        if recipe.group > 1:
+            learnt &= rng.random(shape) < 0.5
+        batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": segment_ids,
+            "positions": np.where(index >= start, index - start, index).astype(np.int32),
+            "loss_mask": learnt.astype(np.float32),
+        }
+        if recipe.group > 1:
+            batch = {name: x.reshape(-1, recipe.group, shape[1]) for name, x in batch.items()}
+        batches.append(batch)
     return batches
 
 

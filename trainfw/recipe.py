@@ -25,6 +25,7 @@ from trainfw.hardware import HardwareConfig
 from trainfw.interop import read_model_config
 from trainfw.models import ModelConfig
 from trainfw.names import FIRST, KEYS, SECTIONS, VALUES
+from trainfw.objectives import ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.paths import check_file, path_text, resolve_path
@@ -52,6 +53,7 @@ class Recipe(Config):
     adapter: AdapterConfig | None = None
     """Train an adapter of the model, whose own weights are frozen. Null trains all of them."""
     data: DataConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig | None = None
@@ -72,6 +74,25 @@ class Recipe(Config):
         except UserError as error:
             invalid("hardware.sdk", str(error).removeprefix("sdk = "))
         return self
+
+    @model_validator(mode="after")
+    def _objective_reads_the_data(self) -> Recipe:
+        name, pairs = self.objective.name, self.data.format == "preferences"
+        if self.objective.reads_pairs and not pairs:
+            invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
+        if pairs and name == "next_token":
+            invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
+        return self
+
+    @property
+    def group(self) -> int:
+        """Rows of tokens in each of train.global_batch_size: two of a pair."""
+        return 2 if self.data.format == "preferences" else 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Places for a token in a global batch."""
+        return self.train.global_batch_size * self.group * self.data.sequence_length
 
     def __eq__(self, other: object) -> bool:
         # Where a key was written is not part of what it says.

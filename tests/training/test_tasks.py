@@ -109,7 +109,7 @@ def test_a_run_evaluates_before_and_after(evaluated):
     assert scores[1]["evaluation_chrf"] == pytest.approx(result.evaluation.score)
     assert result.evaluation.score > result.evaluation.score_before + 0.3
     # Of the completions alone, a letter and the end each.
-    assert result.validation.tokens == 2 * len(held_out(directory))
+    assert result.validation.count == 2 * len(held_out(directory))
 
 
 def held_out(directory: Path) -> list[str]:

@@ -1,3 +1,6 @@
+from .config import OBJECTIVES as OBJECTIVES
+from .config import PREFERENCES as PREFERENCES
+from .config import ObjectiveConfig as ObjectiveConfig
 from .head import loss_chunks as loss_chunks
 from .metrics import Mean as Mean
 from .metrics import Metrics as Metrics
@@ -7,6 +10,7 @@ from .next_token import NextToken as NextToken
 from .objective import Batch as Batch
 from .objective import Draw as Draw
 from .objective import Objective as Objective
+from .preference import Preference as Preference
 from .registry import make_objective as make_objective
 from .schema import Field as Field
 from .schema import Schema as Schema

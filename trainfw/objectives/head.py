@@ -101,6 +101,60 @@ def _by_chunk(
     return (objective, nats), (dx.reshape(x_ND.shape), None if dw is None else dw.astype(w.dtype))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def token_nats(
+    x_ND: jax.Array,
+    w: jax.Array,
+    targets_N: jax.Array,
+    chunk: int,
+    softcap: float | None,
+    head_learns: bool,
+    dims: HeadDims,
+) -> jax.Array:
+    """Return -log p of each target, f32[N], the same on all devices along `tensor`.
+
+    A loss of them is ordinary JAX: its gradient by them weighs the tokens, and what is differentiated is then the fused
+    sum of `cross_entropy` with these weights. The logits of `chunk` tokens exist at a time, and are computed twice.
+    """
+    rows = w.shape[dims.index("v")]
+    row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
+
+    def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x_nD, targets_n = part
+        logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            logits_nV = softcap * jnp.tanh(logits_nV / softcap)
+        top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
+        z_n = jnp.sum(jnp.exp(logits_nV - top_n[:, None]), axis=-1)
+        target_n = jnp.sum(jnp.where(row_V == targets_n[:, None], logits_nV, 0.0), axis=-1)
+        z_n, target_n = all_reduce(jnp.stack([z_n, target_n]), "tensor")
+        return None, top_n + jnp.log(z_n) - target_n
+
+    chunks = loss_chunks(x_ND.shape[0], chunk)
+    parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N))
+    return jax.lax.scan(step, None, parts)[1].reshape(-1)
+
+
+def _nats_forward(
+    x_ND: jax.Array, w: jax.Array, targets_N: jax.Array, *static: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return token_nats(x_ND, w, targets_N, *static), (x_ND, w, targets_N)
+
+
+def _nats_backward(
+    chunk: int, softcap: float | None, head_learns: bool, dims: HeadDims, kept: Any, cotangent_N: jax.Array
+) -> tuple[Any, ...]:
+    # Devices along tensor each have their share of the loss, and so of its gradient by the same tokens.
+    weight_N = cotangent_N * axis_size("tensor")
+    x_ND, w, targets_N = kept
+    _, grads = _by_chunk(x_ND, w, targets_N, weight_N, chunk, 0.0, softcap, head_learns, dims, differentiate=True)
+    assert grads is not None
+    return (*grads, None)
+
+
+token_nats.defvjp(_nats_forward, _nats_backward)
+
+
 def loss_chunks(tokens: int, chunk: int) -> int:
     """Into how many equal parts a device's tokens go for their loss, of `chunk` tokens at most."""
     return next(n for n in range(-(-tokens // chunk), tokens + 1) if tokens % n == 0)

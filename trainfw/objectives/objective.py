@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from trainfw.models import AdapterInputs, Transformer
 from trainfw.objectives.metrics import Sums
@@ -26,6 +27,13 @@ class Draw:
     ids_B: jax.Array | None = None
     """Numbers of this device's rows (of the dim `batch`) that no two microbatches or devices share, i32."""
 
+    def of_groups(self, size: int) -> Draw:
+        """Return that of the `size` rows of each group, one after the other."""
+        if self.ids_B is None:
+            return self
+        ids = self.ids_B[:, None] * size + jnp.arange(size, dtype=jnp.int32)
+        return replace(self, ids_B=ids.reshape(-1))
+
     @property
     def adapters(self) -> AdapterInputs | None:
         """What adapters read, where they drop anything."""
@@ -41,8 +49,11 @@ class Objective(Protocol):
 
     unit: ClassVar[str]
     """What `loss` counts, such as `token`."""
-    roles: ClassVar[tuple[str, ...]]
-    """Frozen models beside the learner, such as `reference`; none for pretraining."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Frozen models beside the learner, such as `reference`; none for pretraining."""
+        ...
 
     def schema(self, batch: int, sequence: int) -> Schema:
         """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens."""

@@ -108,6 +108,8 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a search needs hardware to be for; see trainfw topology")
+    if recipe.objective.name != "next_token":
+        raise recipe.error("objective.name", "a search knows what next_token takes alone; plan the recipe without one")
     check_rates(recipe, topology)
     started = time.monotonic()
     dropped: Counter[str] = Counter()

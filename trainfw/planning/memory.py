@@ -456,7 +456,7 @@ class _Known:
             used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(part.shape)))
         shards |= stacks
-        rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps
+        rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps * recipe.group
         length = recipe.data.sequence_length // layout.context
         tokens = rows * length
         chunk = tokens // loss_chunks(tokens, recipe.train.loss_chunk)

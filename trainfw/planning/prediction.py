@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+        return self.recipe.tokens_per_step
 
     @property
     def tokens_per_second(self) -> float:

@@ -74,7 +74,7 @@ class Scaling:
     @property
     def tokens(self) -> int:
         """Of the recipe's run, and of every row's."""
-        return self.recipe.train.steps * self.recipe.train.global_batch_size * self.recipe.data.sequence_length
+        return self.recipe.train.steps * self.recipe.tokens_per_step
 
     @property
     def assumptions(self) -> list[str]:

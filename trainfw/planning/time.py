@@ -125,7 +125,7 @@ def step_time(
     slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
     low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), faster)
     high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), slower, slow)
-    tokens = recipe.train.global_batch_size * recipe.data.sequence_length
+    tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
     return StepTime(

@@ -28,17 +28,24 @@ from trainfw.training.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Validation:
-    """How well the model predicts the held-out documents."""
+    """The objective's loss, and what else it measures, over held-out data."""
 
     loss: float
-    """Nats per token."""
-    perplexity: float
-    bits_per_byte: float
-    """Of the documents' UTF-8 text: comparable across tokenizers, and with a compressor."""
-    tokens: int
-    """Tokens predicted."""
+    """Nats per token; of other objectives, their loss per unit."""
+    unit: str
+    """What is counted, such as `token` or `pair`."""
+    count: int
+    metrics: Mapping[str, float]
+    """What else the objective measures, by name."""
+    bits_per_byte: float | None
+    """Of the documents' UTF-8 text: comparable across tokenizers, and with a compressor. None where the loss is of
+    something else than tokens."""
     complete: bool
-    """Whether these are all held-out tokens. If not, bits_per_byte takes the whole split's bytes per token."""
+    """All held-out data was counted. If not, bits_per_byte takes the whole split's bytes per token."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
 
     def beside_gzip(self, data: PreparedData) -> str:
         """`; gzip -9 reaches 2.019`, where that is a comparison: of the same documents, and of enough of them."""
@@ -46,18 +53,28 @@ class Validation:
         return "" if gzip is None else f"; gzip -9 reaches {gzip:.3f}"
 
     def row(self, step: int) -> dict[str, Any]:
+        of_text = {}
+        if self.bits_per_byte is not None:
+            of_text = {"validation_perplexity": self.perplexity, "validation_bits_per_byte": self.bits_per_byte}
         return {
             "step": step,
             "validation_loss": self.loss,
-            "validation_perplexity": self.perplexity,
-            "validation_bits_per_byte": self.bits_per_byte,
-            "validation_tokens": self.tokens,
+            **of_text,
+            f"validation_{self.unit}s": self.count,
+            **{f"validation_{name}": value for name, value in self.metrics.items()},
         }
 
     def __str__(self) -> str:
-        part = "" if self.complete else f" (of the first {self.tokens:,} held-out tokens)"
+        part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
+        if self.bits_per_byte is None:
+            return ", ".join([f"loss {self.loss:.4f}", *map(self._shown, self.metrics)]) + part
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.3g}"
         return f"loss {self.loss:.4f}, perplexity {perplexity}, {self.bits_per_byte:.3f} bits per byte{part}"
+
+    def _shown(self, name: str) -> str:
+        value = self.metrics[name]
+        error = f" ± {math.sqrt(value * (1 - value) / self.count):.3f}" if name == "preference_accuracy" else ""
+        return f"{name.replace('_', ' ')} {value:.3f}{error}"
 
 
 def validate(
@@ -85,26 +102,30 @@ def validate(
         max_batches=limit,
     )
     everything = -(-len(open_rows(data.validation, recipe.data.sequence_length)) // rows)
-    total = Mean(0.0, 0.0)
+    totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
         if stop():
             return None
         metrics = eval_step(params, frozen, program.shard_batch(batch))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
-        total += Mean(float(metrics["loss"].total), float(metrics["loss"].count))
+        for name, mean in metrics.items():
+            totals[name] = totals.get(name, Mean(0.0, 0.0)) + Mean(float(mean.total), float(mean.count))
         progress("validating, batches", number, everything if limit is None else min(everything, limit))
+    unit, total = program.objective.unit, totals.pop("loss", Mean(0.0, 0.0))
     if not total.count:
-        raise recipe.error("train.validation_batches", "leaves no held-out token to predict")
-    loss = total.value()
+        raise recipe.error("train.validation_batches", f"leaves no held-out {unit} to learn from")
+    loss, count = total.value(), int(total.count)
     if not math.isfinite(loss):
         raise RunError(f"validation: the loss is {loss}: the parameters are no longer finite, or overflow in the model")
-    predicted = data.validation.num_targets
+    of_text, held_out = unit == "token", data.validation
+    bits = loss * held_out.num_targets / max(held_out.num_bytes, 1) / math.log(2)
     return Validation(
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=loss * predicted / max(data.validation.num_bytes, 1) / math.log(2),
-        tokens=int(total.count),
-        complete=int(total.count) == predicted,
+        unit=unit,
+        count=count,
+        metrics={name: mean.value() for name, mean in totals.items()},
+        bits_per_byte=bits if of_text else None,
+        complete=count == held_out.num_targets if of_text else limit is None or everything <= limit,
     )
 
 

@@ -159,7 +159,7 @@ class MetricsLog:
 
 
 def _validates(row: Row) -> bool:
-    return row.get("validation_bits_per_byte") is not None
+    return row.get("validation_loss") is not None
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ _KEYS: dict[Effect, str] = {
     "compared": """
         model.from
         data.source data.text_field data.messages_field data.prompt_field data.completion_field
+        data.chosen_field data.rejected_field
         data.tokenizer.name data.tokenizer.path data.tokenizer.vocab_size
     """,
     "longer": "train.steps",
@@ -50,6 +51,7 @@ _KEYS: dict[Effect, str] = {
         model.moe.dispatch model.moe.capacity_factor model.moe.balance_loss model.moe.z_loss
         adapter.alpha adapter.dropout adapter.base adapter.block adapter.exclude
         data.mask_documents
+        objective objective.name objective.beta objective.margin objective.options
         optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
         optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
         optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm
@@ -65,7 +67,7 @@ _KEYS: dict[Effect, str] = {
     """,
     "order": """
         data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters
-        data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
+        data.pairs_per_row data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
     """,
     "start": "model.init_std adapter.from train.seed",
 }

@@ -33,8 +33,8 @@ from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Stop, stopping
 from trainfw.training.tasks import Comparison
 
-_ROUTER = ("balance_loss", "router_z_loss", "dropped", "expert_load")
-"""Metrics of a mixture of experts (`MoEStats.metrics`)."""
+_SAID = ("loss", "grad_norm", "learning_rate")
+"""Metrics of every step, which have a place of their own in a row."""
 
 # Steps dispatched ahead of the one waited for: the device never idles, and the host never runs far ahead.
 _IN_FLIGHT = 2
@@ -305,8 +305,8 @@ class Session:
             "mfu": None if self.peak_flops is None else self.program.flops_per_step / seconds / self.peak_flops,
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
-            **{name: metrics[name].value() for name in _ROUTER if name in metrics},
-            "tokens": rows * self.recipe.data.sequence_length,
+            **{name: mean.value() for name, mean in metrics.items() if name not in _SAID},
+            "tokens": rows * self.recipe.group * self.recipe.data.sequence_length,
             "goodput": self.sessions.goodput(step, so_far).fraction,
             **self.faults.counts(),
             **self.monitor.latest(),

@@ -21,6 +21,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
     if devices % (least := 2 ** len(used)):
         raise UserError(f"--devices {devices}: {' * '.join(used)} of two devices each take a multiple of {least}")
     sizes["fsdp" if "fsdp" in used else "data"] *= devices // least
+    pairs = recipe.data.format == "preferences"
     shares_heads = 0 < model.num_kv_heads < parallel.tensor
     interleave = min(parallel.interleave, 2)
     rows = sizes["pipeline"] * sizes["data"] * sizes["fsdp"] * sizes["expert"]
@@ -40,15 +41,15 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "model.num_heads": 4,
         "model.num_kv_heads": 1 if shares_heads else 2,
         "model.head_dim": 16,
-        "data.source": "python-stdlib",
-        "data.format": "text",
+        "data.source": "python-stdlib-preferences" if pairs else "python-stdlib",
+        "data.format": "preferences" if pairs else "text",
         "data.loss_on": ["assistant"],
-        "data.chat_template": True,
+        "data.chat_template": not pairs,
         "data.system_prompt": None,
         "data.too_long": "refuse",
-        "data.max_characters": None,
+        "data.max_characters": 150 if pairs else None,
         "data.tokenizer": {"name": "bytes"},
-        "data.sequence_length": 64,
+        "data.sequence_length": 256 if pairs else 64,
         "train.steps": 5,
         "train.log_every": 1,
         "train.validate_every": 0,

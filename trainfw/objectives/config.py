@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from trainfw.config import Config, invalid
+from trainfw.errors import did_you_mean
+
+PREFERENCES = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
+"""Losses of pairs, each with its default beta: the papers' or TRL's."""
+OBJECTIVES = ("next_token", *PREFERENCES)
+_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class ObjectiveConfig(Config):
+    """What is learnt: the loss, and what it is compared with."""
+
+    name: str = "next_token"
+    """`next_token`: every token of the text, or those of examples that are to be learnt. Of pairs (`data.format:
+    preferences`): `dpo` and `ipo`, which compare the model with the one it starts from (with an adapter, that is the
+    model without it, at no memory more); `simpo` and `orpo`, which need no other model. Or your own,
+    `package.module:Name`: see `trainfw.objectives.Objective`."""
+    beta: PositiveFloat | None = None
+    """Of pairs. `dpo`: how close to stay to the reference (default 0.1); `ipo`: likewise, 1 / (2 beta) is the margin
+    that is aimed at (0.1); `simpo`: scale of the rewards (2.0); `orpo`: weight of the odds ratio (0.1)."""
+    margin: float = Field(default=0.0, ge=0)
+    """Of `simpo`: by how much the reward of the chosen completion is to exceed the other's."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of your own objective: what it is called with."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_name(self) -> ObjectiveConfig:
+        own = _OWN.fullmatch(self.name) is not None
+        if not own and self.name not in OBJECTIVES:
+            meant = did_you_mean(self.name, OBJECTIVES)
+            invalid("name", f"unknown objective; one of {', '.join(OBJECTIVES)}, or package.module:Name{meant}")
+        if self.beta is not None and self.name not in PREFERENCES:
+            invalid("beta", f"beta is for {', '.join(PREFERENCES)}, but name is {self.name!r}: remove one of them")
+        if self.margin and self.name != "simpo":
+            invalid("margin", f"margin is for simpo, but name is {self.name!r}: remove one of them")
+        if self.options and not own:
+            invalid("options", f"options are for an objective of your own, but name is {self.name!r}")
+        return self
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether it is a loss of pairs."""
+        return self.name in PREFERENCES
+
+    @property
+    def beta_or_default(self) -> float:
+        return PREFERENCES[self.name] if self.beta is None else self.beta
