@@ -293,7 +293,7 @@ def compare(combination: Combination, seed: int = 0) -> Agreement:
     return Agreement(
         collectives=", ".join(f"{kind} {'*'.join(axes)}" for kind, axes in sorted(along)),
         loss=max(
-            # Differences of log-likelihoods, such as margins, may be about zero, and are as exact as what is subtracted.
+            # Differences of log-likelihoods, such as margins, may be about zero, and are as exact as those.
             abs(mean.value() - means[name]) / max(abs(means[name]), abs(means["loss"]))
             for name, mean in metrics.items()
         ),
