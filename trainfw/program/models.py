@@ -40,11 +40,14 @@ class ModelSet:
     """Abstract, by role, of what does not learn."""
     roles: tuple[str, ...]
 
+    def learner(self, params: Tree, frozen: Mapping[str, Tree]) -> Transformer:
+        """Put the model together that learns."""
+        return nnx.merge(self.graphdef, nnx.State(params), nnx.State(frozen.get("base", {})))
+
     def models(self, params: Tree, frozen: Mapping[str, Tree]) -> dict[str, Transformer]:
-        """Put the models together, by role; the one that learns is `learner`."""
-        learner = nnx.merge(self.graphdef, nnx.State(params), nnx.State(frozen.get("base", {})))
+        """Put all models together, by role; the one that learns is `learner`."""
         weights = {role: frozen["base" if "base" in frozen else role] for role in self.roles}
-        return {"learner": learner} | {
+        return {"learner": self.learner(params, frozen)} | {
             role: nnx.merge(self.frozen_graphdef, nnx.State({}), nnx.State(tree)) for role, tree in weights.items()
         }
 

@@ -104,7 +104,7 @@ class Program:
 
         Their layers are to be in true order.
         """
-        return self.models.models(params, frozen or {})["learner"]
+        return self.models.learner(params, frozen or {})
 
     def restore_guard(self, saved: Mapping[str, Any]) -> Any:
         """Return the state's guard from a checkpoint's meta (nested lists), or a new one where that has none."""

@@ -87,7 +87,7 @@ class Adapter:
 
 def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) -> str:
     return (
-        f"{path}: is not the base that the adapter in {adapter} was trained on: its weights' hash is {found}, and "
+        f"{path}: is not the base that what is in {adapter} was trained on: its weights' hash is {found}, and "
         f"{trained_on['hash']} is expected, as of {trained_on['path']} then (of a run, its latest checkpoint counts: "
         "`trainfw export` keeps a model as it is)"
     )

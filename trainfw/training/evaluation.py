@@ -171,7 +171,8 @@ def load_model(
                 "the adapters"
             )
         program = build_program(recipe, jax.devices()[:1])
-        model, tokenizer = program.model(_restore(run, program, step), _frozen(run, program)), load_tokenizer(path)
+        frozen = {} if recipe.adapter is None else _frozen(run, program)
+        model, tokenizer = program.model(_restore(run, program, step), frozen), load_tokenizer(path)
     if adapters:
         base = base or open_base(path, step)
         read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
@@ -188,7 +189,7 @@ def load_model(
 
 
 def _frozen(run: RunDirectory, program: Program) -> Any:
-    """The base of an adapter's run. Raises UserError where it is no longer what it was trained on."""
+    """Return what is frozen in a run. Raises UserError where it is no longer what it was trained on."""
     check_base(program.recipe, run, run.steps()[-1])
     return program.load_frozen()
 

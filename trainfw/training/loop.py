@@ -225,7 +225,8 @@ def _say_program(program: Program, reporter: Reporter) -> None:
 
 def _parameters(program: Program) -> str:
     if program.recipe.adapter is None:
-        return f"{program.num_parameters:,} parameters"
+        beside = f" beside {program.num_frozen:,} frozen ones of the reference" if program.num_frozen else ""
+        return f"{program.num_parameters:,} parameters{beside}"
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state.frozen))
     return (
         f"{program.num_parameters:,} parameters of an adapter on {program.num_frozen:,} frozen ones "
