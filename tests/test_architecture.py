@@ -20,7 +20,7 @@ ROWS = [
     ["program"],
     ["recipe"],
     ["data", "optim", "checkpoint", "interop"],
-    ["adapters"],
+    ["adapters", "objectives"],
     ["models"],
     ["hlo"],
     ["parallel"],

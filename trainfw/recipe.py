@@ -603,12 +603,12 @@ def our_key(key: str) -> str | None:
 def nearest_key(key: str) -> str:
     """`"; did you mean 'x'?"` for a key that is none: the one that says it here, or the nearest by its letters."""
     section, _, last = key.rpartition(".")
-    siblings = {
-        valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == _our_section(section)
-    }
+    ours = _our_section(section)
+    siblings = {valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == ours}
     anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(keys())} | KEYS
     # Of another section, a key has to be nearly the same.
-    near, far = nearest(last, siblings) or "", nearest(last, anywhere, likeness=0.75) or ""
+    near = nearest(last, siblings, likeness=0.75 if section and not ours else 0.6) or ""
+    far = nearest(last, anywhere, likeness=0.75) or ""
     known = our_key(key) or siblings.get(near) or anywhere.get(far)
     if known is None:
         return did_you_mean(last, siblings)

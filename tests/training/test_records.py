@@ -148,7 +148,7 @@ def test_metrics_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
 
 def test_validations_are_read_from_the_file_once(tmp_path, monkeypatch):
     def bits(step: int) -> dict[str, float]:
-        return {"step": step, "validation_bits_per_byte": 8.0 - step}
+        return {"step": step, "validation_loss": 8.0 - step}
 
     run = RunDirectory(tmp_path)
     append_rows(run.metrics_file, [{"step": 0, "loss": 1.0}, bits(0), bits(2), {"step": 3, "loss": 1.0}])

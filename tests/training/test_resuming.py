@@ -46,6 +46,11 @@ ACCEPTED = {
         """model.rope_scaling.factor=3 model.rope_scaling.low_freq_factor=2 model.rope_scaling.high_freq_factor=5
         model.rope_scaling.original_max_position=9""",
     ),
+    "pairs": (
+        ["data.format=preferences", "objective.name=dpo"],
+        "objective.name=simpo objective.beta=1 objective.margin=1",
+    ),
+    "own": (["objective.name=trainfw.objectives:NextToken"], "objective.options={chunk: 8}"),
     "linear": (["model.rope_scaling={kind: linear, factor: 2}"], "model.rope_scaling=null"),
     "lora": (
         [LORA],

@@ -51,7 +51,7 @@ class DataConfig(Config):
     reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's
     source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without
     punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`."""
-    format: Literal["text", "chat", "prompt_completion", "preferences"] = "text"
+    format: Literal["text", "chat", "prompt_completion"] = "text"
     """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
     by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the
     completion is learnt. Both are read from JSON, Parquet or a saved dataset, packed whole into rows, and never
@@ -64,12 +64,6 @@ class DataConfig(Config):
     """The key or column of a prompt."""
     completion_field: str = "completion"
     """The key or column of a completion."""
-    chosen_field: str = "chosen"
-    """The key or column of the completion that is preferred."""
-    rejected_field: str = "rejected"
-    """The key or column of the other one."""
-    pairs_per_row: Dim = 8
-    """Of preferences, pairs at most in one row."""
     loss_on: list[Role] = Field(default=["assistant"], min_length=1)
     """Of a chat, the roles whose messages are learnt: what the template writes after the header, up to and with the
     token that ends the turn."""

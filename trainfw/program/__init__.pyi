@@ -1,4 +1,5 @@
 from .build import build_program as build_program
+from .build import objective_of as objective_of
 from .functions import Function as Function
 from .initial import check_sources as check_sources
 from .program import Program as Program

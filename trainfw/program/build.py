@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from trainfw.objectives import Batch, Metrics, Schema, make_objective
+from trainfw.objectives import Batch, Metrics, Objective, Schema, TokenOptions, make_objective
 from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.program.fit import Fit, fit
 from trainfw.program.functions import Function, Functions
@@ -39,7 +39,7 @@ def build_program(
         raise recipe.error(
             "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
         )
-    objective = make_objective(recipe)
+    objective = objective_of(recipe)
     schema = objective.schema(recipe.train.global_batch_size, recipe.data.sequence_length)
     models = model_set(recipe, place, objective.roles)
     with recipe.blamed("optimizer"):
@@ -89,6 +89,18 @@ def build_program(
     with recipe.blamed("parallel"):
         program.functions["train"].trace()  # a rule that cannot apply shows here
     return program
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """Return what a recipe's model learns. Raises UserError where somebody's own objective cannot be made."""
+    options = TokenOptions(
+        chunk=recipe.train.loss_chunk,
+        mask_documents=recipe.data.mask_documents,
+        z_loss=recipe.train.z_loss,
+        pairs_per_row=recipe.data.pairs_per_row,
+    )
+    with recipe.blamed("objective"):
+        return make_objective(recipe.objective, options)
 
 
 def _state(

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 from trainfw.errors import UserError
-from trainfw.objectives import make_objective
-from trainfw.program import open_base, other_base
+from trainfw.program import objective_of, open_base, other_base
 from trainfw.recipe import Recipe
 from trainfw.training.run_directory import RunDirectory
 
@@ -14,7 +13,7 @@ def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> d
     """
     path = recipe.model.from_
     before = None if resumed_step is None else run.saved_meta().get("base")
-    roles = make_objective(recipe).roles
+    roles = objective_of(recipe).roles
     if recipe.adapter is None and not roles and resumed_step is not None:
         return _check_start(recipe, run, before)
     part = "adapter" if recipe.adapter is not None else "model"
