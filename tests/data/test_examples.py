@@ -371,7 +371,12 @@ def test_nothing_to_use_is_an_error(tmp_path, smollm2):
 
 
 @pytest.mark.parametrize(
-    ("row", "format"), [(chat("u:x", "a:y"), "chat"), ({"prompt": "x", "completion": "y"}, "prompt_completion")]
+    ("row", "format"),
+    [
+        (chat("u:x", "a:y"), "chat"),
+        ({"prompt": "x", "completion": "y"}, "prompt_completion"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "preferences"),
+    ],
 )
 def test_text_that_looks_like_examples(tmp_path, smollm2, row, format):
     path = write(tmp_path / "a.jsonl", [row])
@@ -390,8 +395,29 @@ def test_files_of_text_are_no_examples(tmp_path, smollm2):
     [
         ({"loss_on": ["user"]}, "loss_on is for `format: chat`"),
         ({"system_prompt": "x"}, "system_prompt is written by a chat template"),
-        ({"chat_template": False}, "is for `format: prompt_completion`"),
-        ({"too_long": "truncate"}, "text is cut into rows"),
+        ({"chat_template": False}, "is for `format: prompt_completion` and `preferences`, but format is 'text'"),
+        ({"too_long": "truncate"}, "`format: chat`, `prompt_completion` and `preferences`: text is cut into rows"),
+        ({"chosen_field": "a"}, "chosen_field is for `format: preferences`, but format is 'text'"),
+        (
+            {"rejected_field": "a", "format": "chat"},
+            "rejected_field is for `format: preferences`, but format is 'chat'",
+        ),
+        ({"pairs_per_row": 2, "format": "prompt_completion"}, "pairs_per_row is for `format: preferences`, but for"),
+        ({"pairs_per_row": 0, "format": "preferences"}, "pairs_per_row\n.*greater than 0"),
+        ({"format": "preferences", "chosen_field": "rejected"}, "'rejected' is chosen_field too: expected another"),
+        ({"format": "preferences", "prompt_field": "chosen"}, "'chosen' is of an answer too: expected another key"),
+        ({"format": "preferences", "loss_on": ["user"]}, "loss_on is for `format: chat`, but format is 'preferences'"),
+        ({"format": "preferences", "tokenizer": {"name": "bpe", "vocab_size": 300}}, "`name: bpe` trains on text"),
+        (
+            {"format": "preferences", "chat_template": False, "system_prompt": "x"},
+            "system_prompt is written by a chat template; this recipe uses none",
+        ),
+        ({"source": "python-stdlib-preferences"}, "is of preferences: set `format: preferences`"),
+        ({"source": "python-stdlib-rewrites", "format": "preferences"}, "completions: set `format: prompt_completion`"),
+        (
+            {"source": "python-stdlib-preferences", "format": "preferences", "chosen_field": "a"},
+            "chosen_field does not change source: python-stdlib-preferences",
+        ),
         ({"max_characters": 3}, "max_characters is for a built-in task"),
         ({"source": "python-stdlib-rewrites"}, "set `format: prompt_completion`"),
         ({"source": ["python-stdlib-rewrites", "x"]}, "cannot be mixed"),

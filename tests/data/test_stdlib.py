@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from trainfw.data import DataConfig, open_source
-from trainfw.data.stdlib import read_task, rewrites, summaries
+from trainfw.data.stdlib import preferences, read_task, rewrites, summaries
 
 SOURCE = '''
 """The module. It, too, has sentences."""
@@ -54,6 +54,39 @@ def test_summaries():
     assert '"""' not in source
     assert "Inner work" not in source
     assert source.startswith("class Stack(list):\n    @property")
+
+
+def test_preferences():
+    """Each prompt with its own docstring rather than the next one's; none where these are the same."""
+    define = 'def {0}():\n    """{1}"""\n    return {0}\n\n'
+    told = [("a", "It is the first."), ("b", "It is the second."), ("c", "It is the second."), ("d", "It is the last.")]
+    text = "".join(define.format(*one) for one in told)
+    assert [(prompt.split("(")[0], *sides) for _, prompt, *sides in preferences(text)] == [
+        ("def a", "It is the first.", "It is the second."),
+        ("def c", "It is the second.", "It is the last."),
+        ("def d", "It is the last.", "It is the first."),
+    ]
+    assert not list(preferences(define.format(*told[0])))
+    assert list(summaries(SOURCE)) and not list(preferences(SOURCE)), "one alone"  # noqa: PT018
+
+
+def test_preferences_of_the_library_are_honest():
+    config = DataConfig(source="python-stdlib-preferences", format="preferences", sequence_length=8, max_characters=300)
+    own = DataConfig(source="python-stdlib-summaries", format="prompt_completion", sequence_length=8)
+    completions: dict[str, set[str]] = {}
+    files: dict[str, set[str]] = {}
+    for input_ in itertools.islice(open_source(own).inputs, 80):
+        for _, row in input_.read(input_.path, ""):
+            completions.setdefault(row["prompt"], set()).add(row["completion"])
+            files.setdefault(input_.name, set()).add(row["completion"])
+    rows = list(itertools.islice(open_source(config).rows(), 100))
+    assert len({row.value["prompt"] for row in rows}) == 100
+    for row in rows:
+        assert len(row.value["prompt"]) <= 300
+        file = row.id.rpartition(":")[0]
+        assert row.value["chosen"] in completions[row.value["prompt"]]
+        assert row.value["rejected"] in files[file] - {row.value["chosen"]}
+        assert row.value["chosen"] not in row.value["prompt"]
 
 
 def test_rewrites():

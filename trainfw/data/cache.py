@@ -23,6 +23,7 @@ from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
 from trainfw.data.locking import held
+from trainfw.data.preferences import PairEncoder
 from trainfw.data.progress import Progress, reported
 from trainfw.data.sources import Document, Source, open_source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
@@ -74,7 +75,9 @@ class PreparedData:
         if self.train.learnt is None:
             return []
         refused = sum(one.count for one in self.refused)
-        counts = f"{self.train.num_documents:,} examples to train on, {self.validation.num_documents:,} held out"
+        train, validation = (store.num_documents // store.group for store in (self.train, self.validation))
+        things = "pairs" if self.train.group == 2 else "examples"
+        counts = f"{train:,} {things} to train on, {validation:,} held out"
         lines = [counts]
         if refused:
             lines = [f"{counts}; {refused:,} row{'s' * (refused > 1)} refused:", *(f"  {one}" for one in self.refused)]
@@ -276,15 +279,17 @@ def _build(
 
     gzip = zlib.compressobj(level=9, wbits=31)
     gzip_bytes = 0
-    encoder = Encoder(config, tokenizer) if examples else None
+    pairs = config.format == "preferences"
+    encoder = (PairEncoder if pairs else Encoder)(config, tokenizer) if examples else None
     tokenised = (
         _tokenised(config, source, tokenizer, progress)
         if encoder is None
         else _encoded(config, source, encoder, progress)
     )
+    new_store = functools.partial(StoreWriter, examples=examples, group=2 if pairs else 1)
     with ExitStack() as stack:
         train, validation = (
-            stack.enter_context(StoreWriter(directory, split, tokenizer.vocab_size, fingerprint, examples=examples))
+            stack.enter_context(new_store(directory, split, tokenizer.vocab_size, fingerprint))
             for split in ("train", "validation")
         )
         for key, ids, text, learnt in tokenised:
@@ -297,15 +302,16 @@ def _build(
 
     infos = {"train": train.info(), "validation": validation.info()}
     refused = () if encoder is None else encoder.refusals.summary()
-    total = sum(info.num_documents for info in infos.values())
+    total = sum(info.num_documents // info.group for info in infos.values())
     if not total and refused:
         raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
+    thing = "pair" if pairs else "example" if examples else "document"
     for split, info in infos.items():
         if info.num_documents == 0:
             raise UserError(
                 f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
-                f"{'example' if examples else 'document'}(s); change the fraction, or give more "
-                f"{'examples' if examples else 'documents (of JSONL and Parquet, each row is one)'}"
+                f"{thing}(s); change the fraction, or give more "
+                f"{thing}s{'' if examples else ' (of JSONL and Parquet, each row is one)'}"
             )
     meta = {split: info.as_dict() for split, info in infos.items()} | {
         "tokenizer": tokenizer.fingerprint(),

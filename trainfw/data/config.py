@@ -12,8 +12,14 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 STDLIB = "python-stdlib"
 """The built-in source of text."""
 
-TASK_SOURCES = ("python-stdlib-summaries", "python-stdlib-rewrites")
-"""Built-in sources of prompts and completions."""
+TASK_SOURCES = {
+    "python-stdlib-summaries": "prompt_completion",
+    "python-stdlib-rewrites": "prompt_completion",
+    "python-stdlib-preferences": "preferences",
+}
+"""The format of each built-in task."""
+
+_OF_PREFERENCES = ("chosen_field", "rejected_field", "pairs_per_row")
 
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
@@ -50,12 +56,17 @@ class DataConfig(Config):
     .bz2, .xz, .zst. What a directory or a glob holds and is not read is said, but for hidden files; a file that is
     reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's
     source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without
-    punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`."""
-    format: Literal["text", "chat", "prompt_completion"] = "text"
+    punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`.
+    `python-stdlib-preferences` is one for `format: preferences`: a function's source -> its docstring's first line,
+    rather than that of the next function in the file."""
+    format: Literal["text", "chat", "prompt_completion", "preferences"] = "text"
     """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
     by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the
-    completion is learnt. Both are read from JSON, Parquet or a saved dataset, packed whole into rows, and never
-    split; rows that cannot be used are counted, and the reasons said."""
+    completion is learnt. `preferences`: rows {"prompt": "...", "chosen": "...", "rejected": "..."}, pairs of answers
+    to one prompt. Prompts may be lists of messages, followed by the messages of `chosen` and `rejected`; without a
+    prompt these are whole conversations, which is what they have in common. All but text are read from JSON, Parquet
+    or a saved dataset, packed whole into rows, and never split; rows that cannot be used are counted, and the reasons
+    said."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
     messages_field: str = "messages"
@@ -64,20 +75,27 @@ class DataConfig(Config):
     """The key or column of a prompt."""
     completion_field: str = "completion"
     """The key or column of a completion."""
+    chosen_field: str = "chosen"
+    """Of preferences, the key or column of the answer that is preferred."""
+    rejected_field: str = "rejected"
+    """Of preferences, the key or column of the other answer."""
+    pairs_per_row: Dim = 8
+    """Of preferences, pairs at most in one row."""
     loss_on: list[Role] = Field(default=["assistant"], min_length=1)
     """Of a chat, the roles whose messages are learnt: what the template writes after the header, up to and with the
     token that ends the turn."""
     chat_template: bool = True
-    """Of prompts and completions: as turns of user and assistant, written by the tokenizer's chat template, which is
-    what instruct models expect. False: the begin marker, prompt and completion as they are, and the end marker; put
-    what is to stand between them into the prompt or the completion."""
+    """Of prompts and completions, and of preferences: as turns of user and assistant, written by the tokenizer's chat
+    template, which is what instruct models expect. False: the begin marker, prompt and completion as they are, and the
+    end marker; put what is to stand between them into the prompt or the completion."""
     system_prompt: str | None = Field(default=None, min_length=1)
     """The system message of every example that has none of its own; null leaves it to the template."""
     date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     """The day (YYYY-MM-DD) that a chat template with a clock is told, at midnight. Null: the day on which a run starts,
     which it keeps."""
     too_long: Literal["refuse", "truncate"] = "refuse"
-    """Examples that do not fit into a row: left out and counted, or cut at its end where something learnt remains."""
+    """Examples that do not fit into a row: left out and counted, or cut at its end where something learnt remains. Of
+    preferences, a pair is left out where one of its sides is, and each side is cut by itself."""
     max_characters: PositiveInt | None = None
     """Of a built-in task: take only prompts of at most this many characters."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -115,18 +133,22 @@ class DataConfig(Config):
         tasks = [name for name in TASK_SOURCES if name in self._sources]
         if tasks and len(self._sources) > 1:
             invalid("source", f"source: {tasks[0]} cannot be mixed with other sources")
-        if tasks and self.format != "prompt_completion":
-            invalid("format", f"source: {tasks[0]} is of prompts and completions: set `format: prompt_completion`")
-        if tasks and (self.prompt_field, self.completion_field) != ("prompt", "completion"):
-            invalid("prompt_field", f"prompt_field and completion_field do not change source: {tasks[0]}")
+        if tasks and self.format != TASK_SOURCES[tasks[0]]:
+            what = "preferences" if TASK_SOURCES[tasks[0]] == "preferences" else "prompts and completions"
+            invalid("format", f"source: {tasks[0]} is of {what}: set `format: {TASK_SOURCES[tasks[0]]}`")
+        for name in ("prompt", "completion", "chosen", "rejected") if tasks else ():
+            if getattr(self, f"{name}_field") != name:
+                invalid(f"{name}_field", f"{name}_field does not change source: {tasks[0]}")
         if self.max_characters is not None and not tasks:
             invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
         if self.format != "text" and self.tokenizer.name == "bpe":
             invalid("tokenizer", "`name: bpe` trains on text; make a file of it with `trainfw tokenizer train`")
         if self.format != "chat" and self.loss_on != ["assistant"]:
             invalid("loss_on", f"loss_on is for `format: chat`, but format is {self.format!r}")
-        if self.format != "prompt_completion" and not self.chat_template:
-            invalid("chat_template", f"`false` is for `format: prompt_completion`, but format is {self.format!r}")
+        if self.format not in ("prompt_completion", "preferences") and not self.chat_template:
+            formats = "`format: prompt_completion` and `preferences`"
+            invalid("chat_template", f"`false` is for {formats}, but format is {self.format!r}")
+        self._check_preferences()
         if self.system_prompt is not None and (self.format == "text" or not self.chat_template):
             invalid("system_prompt", "system_prompt is written by a chat template; this recipe uses none")
         if self.date is not None:
@@ -135,8 +157,25 @@ class DataConfig(Config):
             except ValueError as error:
                 invalid("date", f"{self.date!r} is no day: {error}")
         if self.format == "text" and self.too_long != "refuse":
-            invalid("too_long", "too_long is for `format: chat` and `prompt_completion`: text is cut into rows")
+            formats = "`format: chat`, `prompt_completion` and `preferences`"
+            invalid("too_long", f"too_long is for {formats}: text is cut into rows")
         return self
+
+    def _check_preferences(self) -> None:
+        if self.format != "preferences":
+            for name in _OF_PREFERENCES:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    invalid(name, f"{name} is for `format: preferences`, but format is {self.format!r}")
+            return
+        if self.chosen_field == self.rejected_field:
+            invalid("rejected_field", f"{self.rejected_field!r} is chosen_field too: expected another key")
+        if self.prompt_field in (self.chosen_field, self.rejected_field):
+            invalid("prompt_field", f"{self.prompt_field!r} is of an answer too: expected another key")
+
+    @property
+    def writes_turns(self) -> bool:
+        """Whether a chat template writes its examples."""
+        return self.format != "text" and self.chat_template
 
     @property
     def _sources(self) -> list[str]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 from trainfw.data.chat import ChatTemplate, stop_ids
-from trainfw.data.config import DataConfig, Role
-from trainfw.data.readers import Unreadable
-from trainfw.data.sources import CONVERSATION, ROW_SWITCHES, Row
+from trainfw.data.config import DataConfig
+from trainfw.data.messages import (
+    SAID,
+    Unusable,
+    checked_message,
+    checked_row,
+    checked_text,
+    content_of,
+    is_learnt,
+    strings_in,
+    system_beside,
+    tools_beside,
+)
+from trainfw.data.sources import Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import Message, Span, TemplateProblem, Written
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Example:
     learnt: list[bool]
     key: str
     """Decides its side: the prompt, or a chat's first user message."""
+    cut: bool = False
+    """Whether it ends at the row's end rather than at that of a turn."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,8 @@ class Refusals:
         return tuple(sorted(found, key=lambda refused: -refused.count))
 
 
-class _Unusable(Exception):
-    """Why a row is refused."""
-
-
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A row as text: `spans` of it are learnt."""
 
     id: str
@@ -76,7 +84,7 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Conversation:
+class Conversation:
     """A row that the template is to write."""
 
     id: str
@@ -99,7 +107,7 @@ class Encoder:
         self._stops = stop_ids(tokenizer)
         self._template: ChatTemplate | None = None
         self._with_tools: ChatTemplate | None = None
-        if config.format == "chat" or config.chat_template:
+        if config.writes_turns:
             self._template = ChatTemplate.of(tokenizer, config.date)
             with_tools = ChatTemplate.of(tokenizer, config.date, tools=True)
             self._with_tools = self._template if with_tools == self._template else with_tools
@@ -112,19 +120,24 @@ class Encoder:
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """The examples of the rows that can be used; the others are counted in `refusals`."""
-        made: list[_Text | _Conversation] = []
+        made: list[Text | Conversation] = []
         for row in rows:
             try:
                 made.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
-            except _Unusable as problem:
+            except Unusable as problem:
                 self.refusals.add(str(problem), row.id)
-        texts = self._as_texts(made)
-        encode = self._plain if self._template is None else self._written
-        for one, (ids, learnt) in zip(texts, encode(texts), strict=True):
+        texts: list[Text] = []
+        for one, written in zip(made, self._as_texts(made), strict=True):
+            if isinstance(written, TemplateProblem):
+                self.refusals.add(str(written), one.id)
+            else:
+                self._rows_apart += len(written) > 1
+                texts += written
+        for text, (ids, learnt) in zip(texts, self._as_tokens(texts), strict=True):
             try:
-                yield self._fitted(ids, learnt, one.key)
-            except _Unusable as problem:
-                self.refusals.add(str(problem), one.id)
+                yield self._counted(self._fitted(ids, learnt, text.key))
+            except Unusable as problem:
+                self.refusals.add(str(problem), text.id)
 
     def remarks(self) -> tuple[str, ...]:
         """What whoever trains on the examples encoded so far should know of them."""
@@ -140,101 +153,102 @@ class Encoder:
             )
         for prompt, count in self._unmet.most_common(1):
             found.append(
-                f"warning: {_counted(count, 'turn')} to learn without the beginning {prompt!r}, with which the chat "
+                f"warning: {_plural(count, 'turn')} to learn without the beginning {prompt!r}, with which the chat "
                 "template asks for one: the model will be asked for what it did not learn"
             )
         if self._straddling:
             found.append(
-                f"warning: {_counted(self._straddling, 'turn')} to learn beginning within a token of the prompt's end: "
+                f"warning: {_plural(self._straddling, 'turn')} to learn beginning within a token of the prompt's end: "
                 "the model will be asked with other tokens than it learnt from"
             )
         if self._untagged:
-            turns = _counted(self._untagged, "turn")
+            turns = _plural(self._untagged, "turn")
             found.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
         if self._cut:
             length = self.config.sequence_length
-            found.append(
-                f"{_counted(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn"
-            )
+            found.append(f"{_plural(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn")
         if self._rows_apart:
             found.append(
-                f"several examples of {_counted(self._rows_apart, 'row')}, since the chat template writes a turn "
+                f"several examples of {_plural(self._rows_apart, 'row')}, since the chat template writes a turn "
                 "differently once others follow: each turn is learnt as the model will write it"
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
-            lead = "warning: " if _SAID & set(self._unread) else ""
+            lead = "warning: " if SAID & set(self._unread) else ""
             found.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
         return tuple(found)
 
     # --- A row as text ------------------------------------------------------------------------------------------------
 
-    def _chat(self, row: Row) -> _Conversation:
-        config, value = self.config, _object(row.value)
+    def _chat(self, row: Row) -> Conversation:
+        config, value = self.config, checked_row(row.value)
         field = config.messages_field
         messages = value.get(field)
         if not isinstance(messages, list) or not messages:
-            raise _Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
-        messages = [*_system_beside(value), *(_message(message) for message in messages)]
-        learnt = [_is_learnt(message, config.loss_on) for message in messages]
-        tools = value.get("tools")
-        if tools is not None and not isinstance(tools, list):
-            raise _Unusable("'tools' is not a list")
+            raise Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
+        messages = [*system_beside(value), *(checked_message(message) for message in messages)]
+        learnt = [is_learnt(message, config.loss_on) for message in messages]
+        tools = tools_beside(value)
         if not any(learnt):
-            raise _Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
+            raise Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
         if any(
-            is_learnt and not _content(m).strip() and not m.get("tool_calls") for m, is_learnt in zip(messages, learnt)
+            is_said and not content_of(m).strip() and not m.get("tool_calls") for m, is_said in zip(messages, learnt)
         ):
-            raise _Unusable("a message to learn is empty")
+            raise Unusable("a message to learn is empty")
         if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
-        key = next((_content(m) for m in messages if m["role"] == "user"), _content(messages[0]))
+        key = next((content_of(m) for m in messages if m["role"] == "user"), content_of(messages[0]))
         return self._conversation(row.id, messages, learnt, tools, key)
 
-    def _pair(self, row: Row) -> _Text | _Conversation:
-        config, value = self.config, _object(row.value)
+    def _pair(self, row: Row) -> Text | Conversation:
+        config, value = self.config, checked_row(row.value)
         texts = []
         for field in (config.prompt_field, config.completion_field):
             if field not in value:
-                raise _Unusable(f"no {field!r}")
+                raise Unusable(f"no {field!r}")
             if isinstance(value[field], list):
-                raise _Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
+                raise Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
             if not isinstance(value[field], str):
-                raise _Unusable(f"{field!r} is not text")
-            texts.append(_unicode(value[field], repr(field)))
+                raise Unusable(f"{field!r} is not text")
+            texts.append(checked_text(value[field], repr(field)))
         prompt, completion = texts
         if not completion.strip():
-            raise _Unusable(f"{config.completion_field!r} is empty")
+            raise Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
-            return _Text(row.id, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+            return self._joined(row.id, prompt, completion)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         if config.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": config.system_prompt})
         return self._conversation(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
 
+    @staticmethod
+    def _joined(id_: str, prompt: str, completion: str) -> Text:
+        return Text(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+
     def _conversation(
         self, id_: str, messages: list[Message], learnt: list[bool], tools: list[Any] | None, key: str
-    ) -> _Conversation:
+    ) -> Conversation:
         template = self._template_of(tools)
         try:
-            for text in _strings([messages, tools]):
-                _unicode(text, "a message")
+            for text in strings_in([messages, tools]):
+                checked_text(text, "a message")
                 if marker := template.marker_pattern.search(text):
                     is_special = marker[0] in template.special_tokens
                     why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
-                    raise _Unusable(f"a message holds {marker[0]!r}, which {why}")
+                    raise Unusable(f"a message holds {marker[0]!r}, which {why}")
         except RecursionError:
-            raise _Unusable("a message is nested too deeply") from None
-        return _Conversation(id_, messages, learnt, tools, key)
+            raise Unusable("a message is nested too deeply") from None
+        return Conversation(id_, messages, learnt, tools, key)
 
     def _template_of(self, tools: list[Any] | None) -> ChatTemplate:
         template = self._with_tools if tools else self._template
         assert template is not None
         return template
 
-    def _as_texts(self, made: Sequence[_Text | _Conversation]) -> list[_Text]:
-        """Return all as texts, in order; each template is asked once for all of its conversations."""
-        conversations = [one for one in made if isinstance(one, _Conversation)]
+    def _as_texts(self, made: Sequence[Text | Conversation]) -> list[list[Text] | TemplateProblem]:
+        """Return each as texts, or why the template does not write it; each template is asked once for all of its
+        conversations."""
+        conversations = [one for one in made if isinstance(one, Conversation)]
         written: dict[int, list[Written] | TemplateProblem] = {}
         for with_tools in (False, True):
             mine = [one for one in conversations if bool(one.tools) == with_tools]
@@ -242,29 +256,30 @@ class Encoder:
                 asked = [(one.messages, one.learnt, one.tools) for one in mine]
                 answers = self._template_of(mine[0].tools).write_learnt(asked)
                 written |= {id(one): answer for one, answer in zip(mine, answers, strict=True)}
-        texts: list[_Text] = []
+        texts: list[list[Text] | TemplateProblem] = []
         for one in made:
-            if isinstance(one, _Text):
-                texts.append(one)
-            elif isinstance(answer := written[id(one)], TemplateProblem):
-                self.refusals.add(str(answer), one.id)
+            if isinstance(one, Text):
+                texts.append([one])
             else:
-                texts += self._texts(one, answer)
+                answer = written[id(one)]
+                texts.append(answer if isinstance(answer, TemplateProblem) else self._texts(one, answer))
         return texts
 
-    def _texts(self, row: _Conversation, written: list[Written]) -> list[_Text]:
-        self._rows_apart += len(written) > 1
+    def _texts(self, row: Conversation, written: list[Written]) -> list[Text]:
         self._untagged += sum(one.untagged for one in written)
         self._unmet.update(prompt for one in written for prompt in one.unmet)
         keys = [key for message in row.messages for key, value in message.items() if value not in ([], {}, "")]
         keys += ["tools"] * bool(row.tools)
         source = self._template_of(row.tools).source
         self._unread.update(key for key in keys if key not in source)
-        return [_Text(row.id, one.text, one.spans, row.key) for one in written]
+        return [Text(row.id, one.text, one.spans, row.key) for one in written]
 
     # --- Text as tokens -----------------------------------------------------------------------------------------------
 
-    def _plain(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[bool]]]:
+    def _as_tokens(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
+        return (self._plain if self._template is None else self._written)(texts)
+
+    def _plain(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
         """bos, prompt, completion and eos: encoded apart, so that the prompt's tokens are those of generation."""
         cut = [one.spans[0][0] for one in texts]
         prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
@@ -273,7 +288,7 @@ class Encoder:
             ids = [self.tokenizer.bos_id, *prompt, *completion, self.tokenizer.eos_id]
             yield ids, [i > len(prompt) for i in range(len(ids))]
 
-    def _written(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[bool]]]:
+    def _written(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
         assert self._template is not None
         for one, encoding in zip(texts, self._template.encode([one.text for one in texts])):
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
@@ -295,117 +310,25 @@ class Encoder:
         if learnt:
             learnt[0] = False  # nothing comes before it
         if True not in learnt:
-            raise _Unusable("nothing to learn")
+            raise Unusable("nothing to learn")
         end = len(learnt) - learnt[::-1].index(True)
         # The last token is predicted, and never an input.
         room = self.config.sequence_length + 1
         if end > room and (self.config.too_long == "refuse" or True not in learnt[:room]):
-            raise _Unusable(f"longer than sequence_length = {self.config.sequence_length}")
-        self._cut += end > room
+            raise Unusable(f"longer than sequence_length = {self.config.sequence_length}")
+        cut = end > room
         end = min(end, room)
         end -= learnt[:end][::-1].index(True)
-        turns_end = [i for i in range(end) if learnt[i] and not (i + 1 < end and learnt[i + 1])]
+        return Example(ids[:end], learnt[:end], key, cut)
+
+    def _counted(self, one: Example) -> Example:
+        """Count what `remarks` says of the example, which is used."""
+        self._cut += one.cut
+        turns_end = [i for i, learnt in enumerate(one.learnt) if learnt and not any(one.learnt[i + 1 : i + 2])]
         self._turns += len(turns_end)
-        self._stopping += sum(ids[i] in self._stops for i in turns_end)
-        return Example(ids[:end], learnt[:end], key)
+        self._stopping += sum(one.ids[i] in self._stops for i in turns_end)
+        return one
 
 
-def _counted(count: int, thing: str) -> str:
+def _plural(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if isinstance(value, Unreadable):
-        raise _Unusable(value.reason)
-    if not isinstance(value, dict):
-        raise _Unusable("not an object")
-    for key in ROW_SWITCHES:
-        weight = value.get(key)
-        if weight not in (None, 1):
-            raise _Unusable(f"the row says {key}: {json.dumps(weight)[:20]}")
-    return value
-
-
-def _message(message: Any) -> Message:
-    """The message without its nulls, which Parquet fills absent keys with and templates would print."""
-    if not isinstance(message, dict):
-        raise _Unusable("a message is not an object")
-    message = {key: value for key, value in message.items() if value is not None}
-    roles = get_args(Role)
-    role = message.get("role")
-    if role is None and {"from", "value"} <= set(message):
-        raise _Unusable("a message has 'from' and 'value' (ShareGPT's form): write it with 'role' and 'content'")
-    if not isinstance(role, str):
-        raise _Unusable("a message has no role")
-    if role not in roles:
-        raise _Unusable(f"unknown role {role[:40]!r}{did_you_mean(role, roles)}")
-    if "function_call" in message:
-        raise _Unusable("a message has 'function_call', which is now written as 'tool_calls'")
-    content = message.get("content", "" if "tool_calls" in message else None)
-    if not isinstance(content, str):
-        what = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
-        raise _Unusable(f"a message's content is {what}")
-    return message
-
-
-def _system_beside(row: dict[str, Any]) -> list[Message]:
-    """A system message that stands beside the others, as Anthropic and Bedrock write it."""
-    for key in CONVERSATION[2:]:
-        if row.get(key):
-            raise _Unusable(f"{key!r} beside the messages is not read, and may change what the template writes")
-    system = row.get("system")
-    if system is None or system == "":
-        return []
-    if not isinstance(system, str):
-        raise _Unusable("'system' is not text")
-    return [{"role": "system", "content": system}]
-
-
-_SWITCHES = ("weight", "train", "training", "loss")
-"""Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
-
-
-_SAID = {
-    *("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"),
-    *("loss_weight", "loss_mask", "mask", "masked", "trainable", "train_detail", "training_detail"),
-}
-"""Keys that hold part of a conversation, or say what of it is to be learnt, and are no mere facts about it."""
-
-
-def _is_learnt(message: Message, roles: Sequence[str]) -> bool:
-    """Whether a message is to be learnt; takes what says so out of it, which is not for the template to see."""
-    learnt = message["role"] in roles
-    for key in _SWITCHES:
-        if key not in message:
-            continue
-        value = message.pop(key)
-        if value not in (0, 1):
-            raise _Unusable(f"a message's {key} is {repr(value)[:20]}: expected 0 or 1, or false or true")
-        if value is True and message["role"] not in roles:
-            raise _Unusable(f"a message of {message['role']} says {key}: true, but loss_on is {', '.join(roles)}")
-        learnt = learnt and bool(value)
-    return learnt
-
-
-def _content(message: Message) -> str:
-    return message.get("content", "")
-
-
-def _unicode(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _Unusable(f"{what} has a lone surrogate") from None
-    return text
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)

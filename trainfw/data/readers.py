@@ -24,6 +24,13 @@ keys, joined by `AND`, and (place within the file, row) is yielded."""
 AND = "\0"
 """Between the names of several keys."""
 
+_FIELD_KEYS = "messages_field, prompt_field, chosen_field"
+_KEYS_OF_FORMATS = {
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "preferences": ("chosen", "rejected"),
+}
+
 
 @dataclass(frozen=True)
 class Unreadable:
@@ -160,7 +167,7 @@ def _texts(rows: Callable[..., Iterator[dict[str, Any]]], path: Path, field: str
 def _examples(rows: Callable[..., Iterator[dict[str, Any]]], path: Path, fields: str) -> Iterator[tuple[str, Any]]:
     def choose(found: list[str]) -> list[str]:
         first, *others = fields.split(AND)  # what others lack is said of each row
-        _check_field(first, found, str(path), "column", "messages_field, prompt_field")
+        _check_field(first, found, str(path), "column", _FIELD_KEYS)
         return [first, *(column for column in others if column in found)]
 
     return ((f"#{number}", row) for number, row in enumerate(rows(path, choose)))
@@ -198,7 +205,7 @@ def _kept(row: Any, fields: str) -> Any:
     first, *others = fields.split(AND)
     if first not in row:
         found = ", ".join(repr(key) for key in sorted(row)[:6]) or "none"
-        return Unreadable(f"no {first!r} (see messages_field, prompt_field); keys found: {found}")
+        return Unreadable(f"no {first!r} (see {_FIELD_KEYS}); keys found: {found}")
     return {key: row[key] for key in (first, *others) if key in row}
 
 
@@ -213,9 +220,9 @@ def _check_field(field: str, found: Iterable[str], where: str, word: str, option
     found = list(found)
     if field not in found:
         if option == "text_field":
-            for format_, keys in {"chat": {"messages"}, "prompt_completion": {"prompt", "completion"}}.items():
-                if keys <= set(found):
-                    listed = " and ".join(repr(key) for key in sorted(keys, reverse=True))
+            for format_, keys in _KEYS_OF_FORMATS.items():
+                if {*keys} <= {*found}:
+                    listed = " and ".join(map(repr, keys))
                     raise UserError(f"{where}: no {word} {field!r}, but {listed}: did you mean data.format: {format_}?")
         listed = ", ".join(repr(name) for name in found[:12]) or "none"
         hint = did_you_mean(field, found) if len(found) > 1 else ""

@@ -122,8 +122,11 @@ def open_source(config: DataConfig) -> Source:
     if config.format == "text":
         field, readers = config.text_field, READERS
     else:
-        chat = config.format == "chat"
-        fields = (config.messages_field, *CONVERSATION) if chat else (config.prompt_field, config.completion_field)
+        fields = {
+            "chat": (config.messages_field, *CONVERSATION),
+            "prompt_completion": (config.prompt_field, config.completion_field),
+            "preferences": (config.chosen_field, config.rejected_field, config.prompt_field, *CONVERSATION),
+        }[config.format]
         field, readers = AND.join(dict.fromkeys((*fields, *ROW_SWITCHES))), ROW_READERS
     if names == [STDLIB]:
         if config.format != "text":

@@ -1,4 +1,4 @@
-"""Tasks made of Python's own library: pairs of prompt and completion that are on every machine."""
+"""Tasks made of Python's own library: prompts and what follows them, which are on every machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 Pair = tuple[int, str, str]
 """(line, prompt, completion)"""
@@ -52,20 +53,31 @@ def rewrites(text: str) -> Iterator[Pair]:
                     yield getattr(node, "lineno", 1), " ".join(bare.split()), sentence
 
 
-TASKS: dict[str, Callable[[str], Iterator[Pair]]] = {
-    "python-stdlib-summaries": summaries,
-    "python-stdlib-rewrites": rewrites,
+def preferences(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Yield each pair of `summaries` with the completion of the next in the file (of the last, the first) as the one
+    that is rejected; none where both are the same, as in a file with one alone."""
+    pairs = list(summaries(text))
+    for (line, prompt, chosen), (_, _, rejected) in zip(pairs, [*pairs[1:], *pairs[:1]]):
+        if chosen != rejected:
+            yield line, prompt, chosen, rejected
+
+
+TASKS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], tuple[str, ...]]] = {
+    "python-stdlib-summaries": (summaries, ("prompt", "completion")),
+    "python-stdlib-rewrites": (rewrites, ("prompt", "completion")),
+    "python-stdlib-preferences": (preferences, ("prompt", "chosen", "rejected")),
 }
-"""The pairs of a file's text, by the name of their source in a recipe."""
+"""What makes rows of a file's text, each after its line, and their keys, by the name of their source in a recipe."""
 
 
 def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The pairs of a Python file, as rows; none of one that does not decode or parse."""
+    """Yield the rows made of a Python file; none of one that does not decode or parse."""
+    rows, keys = TASKS[task]
     try:
         with tokenize.open(path) as file:
             text = file.read()
-        for line, prompt, completion in TASKS[task](text):
-            yield f":{line}", {"prompt": prompt, "completion": completion}
+        for line, *texts in rows(text):
+            yield f":{line}", dict(zip(keys, texts, strict=True))
     except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
         return
 

@@ -145,6 +145,8 @@ class TokenStore:
     """A hash of the tokens, where documents end and what is learnt: the same data has the same digest anywhere."""
     learnt: Numbers | None = None
     """(num_tokens,) bool: which tokens of examples are to be predicted. None for text, which is learnt whole."""
+    group: int = 1
+    """Examples that belong together, one after another: 2 of a pair, the chosen one and the rejected."""
 
     @property
     def num_tokens(self) -> int:
@@ -181,6 +183,7 @@ class StoreInfo:
     num_bytes: int
     digest: str
     examples: bool = False
+    group: int = 1
 
     def open(self, directory: Path, split: str, identity: str, mend: Mend) -> TokenStore:
         """The store that `StoreWriter` wrote under the same `identity`; blocks found damaged later go to `mend`.
@@ -195,7 +198,7 @@ class StoreInfo:
             kind: StoredArray(directory / f"{split}.{kind}", dtype, length, identity, mend)
             for kind, (dtype, length) in sizes.items()
         }
-        return TokenStore(num_bytes=self.num_bytes, digest=self.digest, **arrays)
+        return TokenStore(num_bytes=self.num_bytes, digest=self.digest, group=self.group, **arrays)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -230,8 +233,18 @@ class _BlockWriter:
 class StoreWriter:
     """Appends documents, or `examples`, to a store's files, which are whole once the `with` block has ended."""
 
-    def __init__(self, directory: Path, split: str, vocab_size: int, identity: str, *, examples: bool = False) -> None:
-        """`identity`: of the data; a block of another's is damage."""
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        vocab_size: int,
+        identity: str,
+        *,
+        examples: bool = False,
+        group: int = 1,
+    ) -> None:
+        """`identity`: of the data; a block of another's is damage. `group`: examples that belong together."""
+        self._group = group
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._tokens = _BlockWriter(directory / f"{split}.tokens", identity)
         self._offsets = _BlockWriter(directory / f"{split}.offsets", identity)
@@ -267,6 +280,7 @@ class StoreWriter:
             self._num_bytes,
             self._hash.hexdigest(),
             self._learnt is not None,
+            self._group,
         )
 
     def __enter__(self) -> StoreWriter:

@@ -1,0 +1,126 @@
+"""Messages of rows: what they are checked for, and why they are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from trainfw.data.config import Role
+from trainfw.data.readers import Unreadable
+from trainfw.data.sources import CONVERSATION, ROW_SWITCHES
+from trainfw.data.turns import Message
+from trainfw.errors import did_you_mean
+
+
+class Unusable(Exception):
+    """Why a row is refused."""
+
+
+def checked_row(value: Any) -> dict[str, Any]:
+    """Return the row, an object that is to be learnt as much as others. Raises Unusable for any other."""
+    if isinstance(value, Unreadable):
+        raise Unusable(value.reason)
+    if not isinstance(value, dict):
+        raise Unusable("not an object")
+    for key in ROW_SWITCHES:
+        weight = value.get(key)
+        if weight not in (None, 1):
+            raise Unusable(f"the row says {key}: {json.dumps(weight)[:20]}")
+    return value
+
+
+def checked_message(message: Any) -> Message:
+    """Return the message without its nulls, which Parquet fills absent keys with and templates would print."""
+    if not isinstance(message, dict):
+        raise Unusable("a message is not an object")
+    message = {key: value for key, value in message.items() if value is not None}
+    roles = get_args(Role)
+    role = message.get("role")
+    if role is None and {"from", "value"} <= set(message):
+        raise Unusable("a message has 'from' and 'value' (ShareGPT's form): write it with 'role' and 'content'")
+    if not isinstance(role, str):
+        raise Unusable("a message has no role")
+    if role not in roles:
+        raise Unusable(f"unknown role {role[:40]!r}{did_you_mean(role, roles)}")
+    if "function_call" in message:
+        raise Unusable("a message has 'function_call', which is now written as 'tool_calls'")
+    content = message.get("content", "" if "tool_calls" in message else None)
+    if not isinstance(content, str):
+        what = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
+        raise Unusable(f"a message's content is {what}")
+    return message
+
+
+def system_beside(row: dict[str, Any]) -> list[Message]:
+    """Return a system message that stands beside the others, as Anthropic and Bedrock write it."""
+    for key in CONVERSATION[2:]:
+        if row.get(key):
+            raise Unusable(f"{key!r} beside the messages is not read, and may change what the template writes")
+    system = row.get("system")
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str):
+        raise Unusable("'system' is not text")
+    return [{"role": "system", "content": system}]
+
+
+def tools_beside(row: dict[str, Any]) -> list[Any] | None:
+    """Return the tools that stand beside the messages, None where there are none."""
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise Unusable("'tools' is not a list")
+    return tools
+
+
+_SWITCHES = ("weight", "train", "training", "loss")
+"""Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
+
+
+SAID = {
+    *("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"),
+    *("loss_weight", "loss_mask", "mask", "masked", "trainable", "train_detail", "training_detail"),
+}
+"""Keys that hold part of a conversation, or say what of it is to be learnt, and are no mere facts about it."""
+
+
+def is_learnt(message: Message, roles: Sequence[str]) -> bool:
+    """Tell whether a message is to be learnt; take what says so out of it, which is not for the template to see."""
+    learnt = message["role"] in roles
+    for key in _SWITCHES:
+        if key not in message:
+            continue
+        value = message.pop(key)
+        if value not in (0, 1):
+            raise Unusable(f"a message's {key} is {repr(value)[:20]}: expected 0 or 1, or false or true")
+        if value is True and message["role"] not in roles:
+            raise Unusable(f"a message of {message['role']} says {key}: true, but loss_on is {', '.join(roles)}")
+        learnt = learnt and bool(value)
+    return learnt
+
+
+def content_of(message: Message) -> str:
+    """Return what the message says, empty where it only calls tools."""
+    return message.get("content", "")
+
+
+def checked_text(text: str, what: str) -> str:
+    """Return the text. Raises Unusable where UTF-8 cannot write it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable(f"{what} has a lone surrogate") from None
+    return text
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield every text in a value of JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings_in(key)
+            yield from strings_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings_in(inner)
