@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfw.data import ExampleRows, Rows, TokenStore
+from trainfw.data import DataConfig, ExampleRows, PairRows, Rows, TokenStore, open_rows
 from trainfw.data.rows import pack
 from trainfw.errors import UserError
 
@@ -115,3 +117,53 @@ def test_examples_that_do_not_fit() -> None:
         ExampleRows(example_store([[False] * 6]), 4)
     with pytest.raises(UserError, match="2 training examples make 1 rows of 8, fewer than the 2 of one batch"):
         ExampleRows(example_store([[False] * 3] * 2), 8).require(2)
+
+
+learnt = st.lists(st.booleans(), min_size=1, max_size=19).map(lambda rest: [False, *rest])
+
+
+@given(st.lists(st.tuples(learnt, learnt), min_size=1, max_size=30), st.integers(19, 60), st.integers(1, 9))
+@settings(deadline=None)
+def test_pairs_are_packed_whole_and_once(pairs: list[tuple[list[bool], list[bool]]], S: int, most: int) -> None:
+    examples = [side for pair in pairs for side in pair]
+    store = replace(example_store(examples), group=2)
+    rows = open_rows(store, DataConfig(sequence_length=S, format="preferences", pairs_per_row=most))
+    assert isinstance(rows, PairRows)
+    seen, firsts, filled = [], [], 0
+    for index, row in enumerate(map(rows.__getitem__, range(len(rows)))):
+        assert {name: (values.shape, values.dtype.name) for name, values in row.items()} == {
+            **dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ((2, S), "int32")),
+            "loss_mask": ((2, S), "float32"),
+        }
+        count = int(row["segment_ids"].max())
+        assert 1 <= count <= most
+        assert len(rows.pairs(index)) == count
+        for side in (0, 1):
+            own_side = {name: values[side] for name, values in row.items()}
+            real = own_side["segment_ids"] > 0
+            filled += real.sum()
+            assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
+            assert all((values[~real] == 0).all() for values in own_side.values())
+            for segment, pair in zip(range(1, count + 1), rows.pairs(index), strict=True):
+                own = own_side["segment_ids"] == segment
+                tokens = [*own_side["tokens"][own].tolist(), int(own_side["targets"][own][-1])]
+                assert own_side["targets"][own].tolist() == tokens[1:]
+                example = 2 * int(pair) + side
+                assert tokens == store.tokens[slice(*store.offsets[example : example + 2])].tolist()
+                assert own_side["positions"][own].tolist() == list(range(len(tokens) - 1))
+                assert own_side["loss_mask"][own].tolist() == examples[example][1:]
+        seen += rows.pairs(index).tolist()
+        firsts.append(int(rows.pairs(index)[0]))
+    assert sorted(seen) == list(range(len(pairs)))
+    assert firsts == sorted(firsts), "in the order of their first pair"
+    assert rows.filled == filled / (2 * S * len(rows))
+
+
+def test_pairs_that_do_not_make_a_batch() -> None:
+    rows = PairRows(replace(example_store([[False] * 3] * 4), group=2), 8, 8)
+    with pytest.raises(UserError, match="2 training pairs make 1 rows of 8, fewer than the 2 of one batch"):
+        rows.require(2)
+    with pytest.raises(IndexError):
+        rows[1]
+    with pytest.raises(UserError, match="an example of 6 tokens does not fit into rows of 4"):
+        PairRows(replace(example_store([[False] * 3, [False] * 6]), group=2), 4, 8)

@@ -60,7 +60,8 @@ def renewed(whole) -> tuple[DataConfig, Path, list[bytes]]:
 
 
 def rows_of(data: PreparedData) -> list[bytes]:
-    parts = [open_rows(store, 1000) for store in (data.train, data.validation)]
+    config = DataConfig(sequence_length=1000)
+    parts = [open_rows(store, config) for store in (data.train, data.validation)]
     return [b"".join(row.tobytes() for row in rows[i].values()) for rows in parts for i in range(len(rows))]
 
 

@@ -14,6 +14,7 @@ from .pipeline import train_iterator as train_iterator
 from .pipeline import validation_batches as validation_batches
 from .progress import Progress as Progress
 from .rows import ExampleRows as ExampleRows
+from .rows import PairRows as PairRows
 from .rows import Rows as Rows
 from .rows import open_rows as open_rows
 from .sources import Document as Document

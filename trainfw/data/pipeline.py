@@ -10,12 +10,13 @@ import grain
 import numpy as np
 
 from trainfw.data.config import DataConfig
-from trainfw.data.rows import FIELDS, AnyRows, open_rows
+from trainfw.data.rows import FIELDS, AnyRows, PairRows, open_rows
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""The arrays named in `rows.FIELDS`, each (B, S): B is this process's share of the global batch."""
+"""The arrays named in `rows.FIELDS`, each (B, S), or (B, 2, S) of pairs: B is this process's share of the global
+batch."""
 
 READ_THREADS = 2
 """Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
@@ -100,13 +101,13 @@ class TrainIterator(Iterator[Batch]):
 def train_iterator(
     store: TokenStore, config: DataConfig, *, global_batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> TrainIterator:
-    """This process's share of endless batches, (global_batch_size / process_count, S) each, reshuffled every epoch.
+    """This process's share of endless batches of global_batch_size / process_count rows, reshuffled every epoch.
 
     Global batch k is rows [k*B, k*B + B) of one endless order that the number of processes does not change; the
     shares in order of process make it up. Raises UserError where the batch does not divide, or has too few rows.
     """
     _check_share(global_batch_size, process_count)
-    rows = open_rows(store, config.sequence_length)
+    rows = open_rows(store, config)
     rows.require(global_batch_size)
     return TrainIterator(rows, config, global_batch_size, process_index, process_count)
 
@@ -125,13 +126,13 @@ def validation_batches(
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
     share = _check_share(global_batch_size, process_count)
-    rows = open_rows(store, config.sequence_length)
+    rows = open_rows(store, config)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
     return (_batch(rows, start, share) for start in starts[:max_batches])
 
 
 def _batch(rows: AnyRows, start: int, size: int) -> Batch:
-    batch = {name: np.zeros((size, rows.sequence_length), dtype) for name, dtype in FIELDS.items()}
+    batch = {name: np.zeros((size, *rows.shape), dtype) for name, dtype in FIELDS.items()}
     for i, index in enumerate(range(start, min(start + size, len(rows)))):
         for name, values in rows[index].items():
             batch[name][i] = values
@@ -147,4 +148,6 @@ def _check_share(global_batch_size: int, process_count: int) -> int:
 
 def _order(rows: AnyRows, config: DataConfig) -> str:
     state = f"{rows.store.digest} {rows.sequence_length} {config.shuffle} {config.seed if config.shuffle else None}"
+    if isinstance(rows, PairRows):
+        state += f" {rows.pairs_per_row}"  # which shapes rows of pairs alone
     return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trainfw.data.config import DataConfig
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
@@ -15,14 +16,20 @@ FIELDS = {
     "positions": np.int32,  # within the document's part of this row, from 0
     "loss_mask": np.float32,  # 1 where the target continues the input's document, else 0
 }
-"""The arrays of a row, each (S,), and their types."""
+"""The arrays of a row, each (S,), or (2, S) of pairs, and their types."""
 
 
 class AnyRows(Protocol):
-    """Rows of either kind."""
+    """Rows of any kind."""
 
     store: TokenStore
     sequence_length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def filled(self) -> float: ...
 
     def __len__(self) -> int: ...
 
@@ -31,9 +38,11 @@ class AnyRows(Protocol):
     def require(self, count: int) -> None: ...
 
 
-def open_rows(store: TokenStore, sequence_length: int) -> AnyRows:
-    """The rows of a store: of text as one stream, of examples packed whole."""
-    return (Rows if store.learnt is None else ExampleRows)(store, sequence_length)
+def open_rows(store: TokenStore, config: DataConfig) -> AnyRows:
+    """Return the rows of a store: of text as one stream, of examples and of pairs of them packed whole."""
+    if store.group == 2:
+        return PairRows(store, config.sequence_length, config.pairs_per_row)
+    return (Rows if store.learnt is None else ExampleRows)(store, config.sequence_length)
 
 
 class Rows:
@@ -46,6 +55,15 @@ class Rows:
     def __init__(self, store: TokenStore, sequence_length: int) -> None:
         self.store = store
         self.sequence_length = sequence_length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.sequence_length,)
+
+    @property
+    def filled(self) -> float:
+        """The share of the rows' places that hold tokens: all but the last row's padding."""
+        return (self.store.num_tokens - 1) / max(len(self) * self.sequence_length, 1)
 
     def __len__(self) -> int:
         return -(-(self.store.num_tokens - 1) // self.sequence_length)
@@ -79,24 +97,30 @@ class Rows:
             )
 
 
-class ExampleRows:
-    """Examples packed whole into rows of S tokens, each a segment of its own; padding comes last.
+class _PackedRows:
+    """Examples of a store packed whole into rows of S tokens, `group` of them at once.
 
-    An example of n tokens takes n - 1 places: its last token is predicted, and never an input. Which examples share a
-    row depends on their lengths alone (`pack`). Rows are ordered by the first example in them, and examples in a row as
-    in the store.
+    An example of n tokens takes n - 1 places: its last token is predicted, and never an input. Which share a row
+    depends on their lengths alone (`pack`). Rows are ordered by the first example in them, and examples in a row as in
+    the store.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+    group: int
+    noun: str
+
+    def __init__(self, store: TokenStore, sequence_length: int, least: int = 1) -> None:
+        """`least`: places that a group takes at least, whatever its length."""
         assert store.learnt is not None
+        assert store.group == self.group
         self.store = store
         self.sequence_length = sequence_length
-        self._lengths = np.diff(store.offsets[:]) - 1
-        if len(self._lengths) and (longest := int(self._lengths.max())) > sequence_length:
+        lengths = np.diff(store.offsets[:]) - 1
+        self._places = int(lengths.sum())
+        if len(lengths) and (longest := int(lengths.max())) > sequence_length:
             raise UserError(f"an example of {longest + 1} tokens does not fit into rows of {sequence_length}")
-        rows = pack(self._lengths, sequence_length)
-        self._examples = np.argsort(rows, kind="stable")
-        self._starts = np.searchsorted(rows[self._examples], np.arange(int(rows.max(initial=-1)) + 2))
+        rows = pack(np.maximum(lengths.reshape(-1, self.group).max(axis=1), least), sequence_length)
+        self._items = np.argsort(rows, kind="stable")
+        self._starts = np.searchsorted(rows[self._items], np.arange(int(rows.max(initial=-1)) + 2))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -104,20 +128,20 @@ class ExampleRows:
     @property
     def filled(self) -> float:
         """The share of the rows' places that hold tokens, the rest being padding."""
-        return float(self._lengths.sum()) / max(len(self) * self.sequence_length, 1)
+        return self._places / max(len(self) * self.group * self.sequence_length, 1)
 
-    def examples(self, index: int) -> np.ndarray:
-        """Which examples row `index` holds."""
-        return self._examples[self._starts[index] : self._starts[index + 1]]
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays named in `FIELDS`, each (S,). Raises IndexError outside [0, len)."""
+    def _held(self, index: int) -> np.ndarray:
+        """Return which groups row `index` holds. Raises IndexError outside [0, len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        return self._items[self._starts[index] : self._starts[index + 1]]
+
+    def _row(self, examples: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays named in `FIELDS`, each (S,), of these examples."""
         assert self.store.learnt is not None
         row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
         place = 0
-        for segment, example in enumerate(self.examples(index), start=1):
+        for segment, example in enumerate(examples, start=1):
             start, end = self.store.offsets[example : example + 2]
             tokens, part = self.store.tokens[start:end], slice(place, place + int(end - start) - 1)
             row["tokens"][part], row["targets"][part] = tokens[:-1], tokens[1:]
@@ -131,9 +155,56 @@ class ExampleRows:
         """Raise UserError unless there are `count` rows at least."""
         if len(self) < count:
             raise UserError(
-                f"{self.store.num_documents} training examples make {len(self)} rows of {self.sequence_length}, "
+                f"{len(self._items)} training {self.noun} make {len(self)} rows of {self.sequence_length}, "
                 f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
             )
+
+
+class ExampleRows(_PackedRows):
+    """Examples packed whole into rows of S tokens, each a segment of its own; padding comes last."""
+
+    group = 1
+    noun = "examples"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.sequence_length,)
+
+    def examples(self, index: int) -> np.ndarray:
+        """Return which examples row `index` holds."""
+        return self._held(index)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays named in `FIELDS`, each (S,). Raises IndexError outside [0, len)."""
+        return self._row(self._held(index))
+
+
+class PairRows(_PackedRows):
+    """Pairs packed whole into rows of (2, S) tokens: the chosen examples, and the rejected below them.
+
+    The k-th pair of a row is segment k on both sides. A side takes as many places as it has, and padding comes last;
+    a pair counts for its longer side, and for the share of a row that keeps to `pairs_per_row`.
+    """
+
+    group = 2
+    noun = "pairs"
+
+    def __init__(self, store: TokenStore, sequence_length: int, pairs_per_row: int) -> None:
+        super().__init__(store, sequence_length, least=-(-sequence_length // pairs_per_row))
+        self.pairs_per_row = pairs_per_row
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2, self.sequence_length)
+
+    def pairs(self, index: int) -> np.ndarray:
+        """Return which pairs row `index` holds: of pair i, the examples 2 i and 2 i + 1."""
+        return self._held(index)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays named in `FIELDS`, each (2, S). Raises IndexError outside [0, len)."""
+        chosen, rejected = (self._row(2 * self._held(index) + side) for side in (0, 1))
+        return {name: np.stack([chosen[name], rejected[name]]) for name in FIELDS}
 
 
 def pack(lengths: np.ndarray, size: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from trainfw.config import INT32, Config, Dim, PositiveInt, invalid
 class EvaluationConfig(Config):
     """What the model makes of held-out prompts, before the first step and after the last.
 
-    Needs `data.format: chat` (the last turn that is learnt is the reference) or `prompt_completion`.
+    Needs `data.format: chat` (the last turn that is learnt is the reference), `prompt_completion`, or `preferences`
+    (what was chosen is the reference).
     """
 
     metric: Literal["rouge_l", "chrf", "exact_match"] = "rouge_l"

@@ -101,7 +101,7 @@ def validate(
         process_count=shares,
         max_batches=limit,
     )
-    everything = -(-len(open_rows(data.validation, recipe.data.sequence_length)) // rows)
+    everything = -(-len(open_rows(data.validation, recipe.data)) // rows)
     totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
         if stop():

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def check_inputs(recipe: Recipe) -> None:
     """Raise UserError, with the key and where it was written, where the data or the tokenizer is not there."""
     if recipe.evaluation is not None and recipe.data.format == "text":
-        raise recipe.error("evaluation.metric", "needs prompts and references: data.format chat or prompt_completion")
+        raise recipe.error(
+            "evaluation.metric", "needs prompts and references: data.format chat, prompt_completion or preferences"
+        )
     with recipe.blamed("data"):
         check_source(recipe.data)
     if recipe.data.cache_dir is not None:

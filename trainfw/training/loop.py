@@ -11,7 +11,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import ExampleRows, PreparedData, Progress, TrainIterator, prepare, train_iterator
+from trainfw.data import PreparedData, Progress, TrainIterator, open_rows, prepare, train_iterator
 from trainfw.errors import RunError, UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
 from trainfw.recipe import Recipe, expect_recipe
@@ -260,7 +260,7 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     if data.train.learnt is None:
         size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
     else:
-        filled = ExampleRows(data.train, recipe.data.sequence_length).filled
+        filled = open_rows(data.train, recipe.data).filled
         learnt = data.train.num_targets / data.train.num_tokens
         size = f"{learnt:.0%} of them learnt; rows of {recipe.data.sequence_length} are {filled:.1%} full"
     reporter.note(

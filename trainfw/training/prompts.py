@@ -42,8 +42,7 @@ def prompt_form(path: str) -> PromptForm:
     if not is_run(path):
         return PromptForm()
     data = load_recipe(resolve_path(path) / "recipe.yaml").data
-    chat = data.format == "chat" or (data.format == "prompt_completion" and data.chat_template)
-    return PromptForm(chat, data.system_prompt, starts=True)
+    return PromptForm(data.writes_turns, data.system_prompt, starts=True)
 
 
 def end_tokens(tokenizer: Tokenizer) -> set[int]:

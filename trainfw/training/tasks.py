@@ -73,12 +73,13 @@ class TaskExample:
 
 
 def held_out_tasks(store: TokenStore, count: int) -> list[TaskExample]:
-    """Up to `count` examples of the store, spread evenly over it; of each, its last run of learnt tokens."""
+    """Up to `count` examples of the store (of pairs, the chosen), spread evenly over it; of each, its last run of
+    learnt tokens."""
     assert store.learnt is not None
-    total = store.num_documents
+    total = store.num_documents // store.group
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
     tasks = []
-    for i in chosen:
+    for i in chosen * store.group:
         start, end = store.offsets[i : i + 2]
         ids, learnt = store.tokens[start:end].tolist(), np.asarray(store.learnt[start:end])
         last = int(np.flatnonzero(learnt)[-1])
