@@ -22,14 +22,14 @@ from trainfw.errors import RunError, UserError
 KINDS = ("flip", "zero", "noise", "cut", "longer", "swap", "another's", "gone")
 
 
-@pytest.fixture(scope="module", params=["text", "prompt_completion"])
+@pytest.fixture(scope="module", params=["text", "prompt_completion", "preferences"])
 def whole(request, tmp_path_factory) -> tuple[DataConfig, Path, list[bytes]]:
     """A config, a copy of its cache, and the rows in it."""
     directory = tmp_path_factory.mktemp("whole")
     words = random.Random(0)
     rows = [
         {key: " ".join(str(words.random()) for _ in range(words.randint(1, 20))) for key in keys}
-        for keys in [("text", "prompt", "completion")] * 200
+        for keys in [("text", "prompt", "completion", "chosen", "rejected")] * 200
     ]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(
@@ -71,7 +71,7 @@ def damage(file: Path, kind: str, at: float) -> None:
     place = int(at * (len(data) - 1))
     length = min(300, len(data) - place)
     match kind:
-        case "flip":
+        case "flip" if data:  # not cut to nothing before
             data[place] ^= 1 << (place % 8)
         case "zero":
             data[place : place + length] = bytes(length)
