@@ -611,7 +611,7 @@ def nearest_key(key: str) -> str:
     far = nearest(last, anywhere, likeness=0.75) or ""
     known = our_key(key) or siblings.get(near) or anywhere.get(far)
     if known is None:
-        return did_you_mean(last, siblings)
+        return did_you_mean(last, siblings) if ours or not section else ""
     found, _, note = known.partition(" ")
     return f"; did you mean {found!r}?{f' {note}' if note else ''}"
 

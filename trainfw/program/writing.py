@@ -238,9 +238,7 @@ def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """A run's tokenizer so that others start a text as its documents did: with bos, unless they were chats."""
     if not is_run(source):
         return tokenizer
-    data = run_recipe(source).data
-    chats = data.format == "chat" or (data.format == "prompt_completion" and data.chat_template)
-    if chats or tokenizer.prefix_ids == [tokenizer.bos_id]:
+    if run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]:
         return tokenizer
     return tokenizer.starting_texts()
 
