@@ -183,6 +183,7 @@ def test_at_the_start_nothing_is_preferred(models):
     metrics = program.eval_step(state.params, state.frozen, program.shard_batch(packed(random_pairs())))
     assert metrics["loss"].value() == pytest.approx(np.log(2), rel=1e-6)
     assert metrics["reward_margin"].value() == metrics["kl"].value() == 0
+    assert metrics["preference_accuracy"].value() == 0.5
 
 
 def test_what_does_not_fit_is_said(models):

@@ -61,9 +61,9 @@ class Preference:
         """Return the loss with the routers' losses added, and sums.
 
         These are `loss`, `reward_margin` (beta times what is to be above zero: mean log-likelihoods' difference for
-        simpo and orpo, else that of L - R), `preference_accuracy` (the share of pairs in which it is above zero), and
-        with a reference `kl`: the mean of L - R over all completions, an estimate of the divergence on texts that are
-        not the model's own.
+        simpo and orpo, else that of L - R), `preference_accuracy` (the share of pairs in which it is above zero; one
+        in which it is zero, as at the start, counts half), and with a reference `kl`: the mean of L - R over all
+        completions, an estimate of the divergence on texts that are not the model's own.
         """
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
         member_RSK = self._members(rows)
@@ -85,7 +85,7 @@ class Preference:
         preferred_B2K = likelihood_B2K if "reference" in models else mean_B2K
         margin_BK = preferred_B2K[:, 0] - preferred_B2K[:, 1]
         means |= {"loss": loss_BK, "reward_margin": self.beta * margin_BK}
-        means["preference_accuracy"] = (margin_BK > 0).astype(jnp.float32)
+        means["preference_accuracy"] = (jnp.sign(margin_BK) + 1) / 2
         # Devices along these compute the same pairs.
         share = 1.0 / (axis_size("tensor") * axis_size("context"))
         count = jnp.sum(present_BK) * share
