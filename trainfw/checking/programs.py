@@ -318,7 +318,7 @@ def _partition(lowered: Any) -> tuple[Partitioned | None, str]:
     import jax
 
     try:
-        partitioned = partition(lowered, backends.current().compiler_options, plain_emitters=True)
+        partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return None, _first_line(error)
     if partitioned.compiled is None and not is_partitioned(partitioned.module):

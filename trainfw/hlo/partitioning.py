@@ -41,26 +41,15 @@ class Exported:
     """The serialized HloModuleProto, whole."""
 
 
-_PLAIN_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
-"""XLA's newer emitters make a module, and two files of a dump, of every fusion: 40% of a compile's processor time. JAX
-0.12 has no other ones."""
-
-
-def partition(
-    lowered: Any, compiler_options: Mapping[str, Any] | None = None, *, plain_emitters: bool = False
-) -> Partitioned:
+def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Partitioned:
     """Compile a jax.stages.Lowered for its devices and read the module that the partitioner left.
-
-    Args:
-        plain_emitters: compile faster, where this JAX can. The module is the same, and temporaries differ by 0.01%
-            (8 layers of llama3.1-8b on 256 cores).
 
     The final module would not do: by then the CPU's compiler has widened bf16 collectives to f32. A program for one
     device is never partitioned; its module is the one whose calls have been inlined, as partitioned ones are: names of
     operations are whole paths, and what is fused may cross what were functions.
     """
     with scratch_directory() as directory:
-        compiled, text = _compile(lowered, Path(directory), compiler_options, plain_emitters=plain_emitters)
+        compiled, text = _compile(lowered, Path(directory), compiler_options)
         return Partitioned(parse_module(text.read_text()), compiled, _assignment(Path(directory)))
 
 
@@ -77,12 +66,7 @@ def export(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> E
 
 
 def _compile(
-    lowered: Any,
-    directory: Path,
-    compiler_options: Mapping[str, Any] | None,
-    *,
-    as_proto: bool = False,
-    plain_emitters: bool = False,
+    lowered: Any, directory: Path, compiler_options: Mapping[str, Any] | None, *, as_proto: bool = False
 ) -> tuple[Any | None, Path]:
     """The jax.stages.Compiled, or None where the compiler gave up after partitioning, and the partitioned text."""
     options = {
@@ -93,17 +77,13 @@ def _compile(
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         **({"xla_dump_hlo_as_proto": True} if as_proto else {}),
-        **(compiler_options or {}),
     }
     compiled, failure = None, None
     with without_compilation_cache():
-        for more in [_PLAIN_EMITTERS, {}] if plain_emitters else [{}]:
-            try:
-                compiled = lowered.compile(compiler_options={**options, **more})
-            except Exception as error:  # what the CPU lacks (a kernel of another device) is no matter afterwards
-                failure = error
-            if "No such compile option" not in str(failure):  # said before anything is compiled
-                break
+        try:
+            compiled = lowered.compile(compiler_options={**options, **(compiler_options or {})})
+        except Exception as error:  # after partitioning, what the CPU lacks (a kernel of another device) is no matter
+            failure = error
     texts = sorted(directory.glob("*.after_spmd-partitioning.*.txt"))
     texts = texts or sorted(directory.glob("*.after_call-inliner.*.txt"))[:1]
     texts = texts or sorted(directory.glob("*.before_optimizations.txt"))
