@@ -19,6 +19,8 @@ QUICK = {
     "llama fsdp=8 remat=full",
     "llama fsdp=2 context=2 tensor=2 remat=full accumulation_steps=4",
     "gemma pipeline=2 context=2 tensor=2 context_attention=gathered accumulation_steps=2",
+    "llama dpo pipeline=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
+    "llama dpo lora context=2 fsdp=4 accumulation_steps=2",
 }
 
 
