@@ -121,7 +121,7 @@ def test_a_compiler_that_agrees(tmp_path):
     file = tmp_path / "differences.json"
     result = checked_with(tmp_path, "passed", 0, "--report-difference", str(file))
     assert "a compile may take 14), 3,600 s each at most" in result.stderr
-    assert f"neuronx-cc {stand_in.VERSION}\n    train  passed after " in result.stdout
+    assert f"neuronx-cc {stand_in.VERSION}\n    train     passed after " in result.stdout
     assert result.stdout.splitlines()[-1] == "clean: neuronx-cc, which agrees with check"
     written = json.loads(file.read_text())
     assert written["differences"] == []

@@ -87,7 +87,7 @@ def test_another_base_is_refused_and_nothing_is_harmed(tmp_path, base):
         lambda: merge_adapter(str(run), str(tmp_path / "merged"), base=str(other)),
         lambda: trainfw.load_model(other, adapters={"a": run}),
     ):
-        with pytest.raises(UserError, match="not the base that the adapter"):
+        with pytest.raises(UserError, match="is not the base that what is in"):
             act()
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert not (tmp_path / "merged").exists()

@@ -124,7 +124,7 @@ def test_bits_per_byte_of_the_byte_tokenizer_are_bits_per_token(finished):
     """One token a byte, and one to end each document."""
     _, result, _ = finished
     validation, data = evaluate(result.run_dir, [], reporter=Notes())
-    assert validation.tokens == data.validation.num_bytes + data.validation.num_documents
+    assert validation.count == data.validation.num_bytes + data.validation.num_documents
     bits = validation.loss * validation.count / 0.6931471805599453
     assert validation.bits_per_byte == pytest.approx(bits / data.validation.num_bytes)
 
