@@ -200,3 +200,23 @@ def test_what_is_no_file_is_said_before_anything_is_written(name, tmp_path):
     with pytest.raises(UserError, match=rf"{name}\.jsonl: is not a regular file"):
         RunDirectory(file.parent).check(tiny_recipe(tmp_path), "auto", [])
     assert os.listdir(file.parent) == [file.name]
+
+
+FILES = ["run.json", "recipe.yaml", "metrics.jsonl", "evaluation.jsonl", "faults.jsonl", "sessions.jsonl"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer/tokenizer.json"])
+def test_a_link_out_of_the_run_directory_is_refused(name, tmp_path):
+    (precious := tmp_path / "precious").write_text("")
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.symlink_to(precious)
+    with pytest.raises(UserError, match=rf"{name}: leads to .*precious, outside of the run directory"):
+        RunDirectory(tmp_path / "run").check(tiny_recipe(tmp_path), "auto", [])
+    assert precious.read_text() == ""
+
+
+def test_a_run_directory_may_be_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    assert RunDirectory(tmp_path / "run").check(tiny_recipe(tmp_path), "auto", []) is None

@@ -110,6 +110,7 @@ class RunDirectory:
                 f"{self}: {found[1]!r} names a store, and a run is a directory of this machine; checkpoints alone may "
                 "be kept in a store: checkpoint.directory=s3://BUCKET/PLACE"
             )
+        self._refuse_links()
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
             with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
                 read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
@@ -140,6 +141,20 @@ class RunDirectory:
         if step > recipe.train.steps:
             raise UserError(self._is_further(recipe, step))
         return step
+
+    def _refuse_links(self) -> None:
+        """Raise UserError where what a session writes would be written outside of the run: a copied run may hold links
+        to files of another's. The run directory itself may be a link."""
+        home = os.path.realpath(self.path)
+        files = [self.path / RUN_FILE, self.recipe_file, self.metrics_file, self.evaluation_file, self.sessions_file]
+        files += [self.faults_file, self.tensorboard, self.tokenizer]
+        files += sorted(self.tokenizer.iterdir()) if self.tokenizer.is_dir() else []
+        for file in files:
+            if not Path(target := os.path.realpath(file)).is_relative_to(home):
+                raise UserError(
+                    f"{file}: leads to {target}, outside of the run directory, where a run would write; put the file "
+                    "itself there, or remove the link"
+                )
 
     def date(self) -> str:
         """The day that chat templates are told in this run: its own, or today where it has none yet."""
