@@ -120,6 +120,7 @@ class Expression:
         parts = [self._part(*each) for each in parsed]
 
         def match(text: Text, places: int) -> int:
+            text.steps.spend()  # for the empty ones too: a branch may have thousands
             for part in parts:
                 if not places:
                     break
