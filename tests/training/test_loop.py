@@ -188,6 +188,17 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path):
         train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run", reporter=Notes())
 
 
+def test_two_processes_do_not_keep_checkpoints_in_one_directory(tmp_path):
+    recipe = tiny_recipe(tmp_path, f"checkpoint.directory={tmp_path / 'ck'}")
+    with (
+        RunDirectory(tmp_path / "a", recipe.checkpoint).lock(),
+        pytest.raises(UserError, match=r"ck: another process that trains keeps its checkpoints here; choose another"),
+    ):
+        train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "b", reporter=Notes())
+    with RunDirectory(tmp_path / "b", recipe.checkpoint).lock():
+        pass
+
+
 def test_mfu_is_model_flops_over_the_peak(tmp_path, monkeypatch):
     from trainfw.training import session
 

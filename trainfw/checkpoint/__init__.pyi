@@ -16,5 +16,6 @@ from .meta import Damage as Damage
 from .saved import SavedParameters as SavedParameters
 from .stores import Directory as Directory
 from .stores import check_name as check_name
+from .stores import in_store as in_store
 from .stores import locate as locate
 from .stores import steps_in as steps_in

@@ -18,6 +18,7 @@ from trainfw.checkpoint import (
     Identity,
     check_name,
     find_mismatch,
+    in_store,
     locate,
     new_identity,
     read_identity,
@@ -263,18 +264,29 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process trains here at a time. The lock goes with the process, however it ends."""
-        from filelock import FileLock, Timeout
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{self}: another process is training here; choose another --run-dir") from None
-        except OSError as error:
-            raise UserError(f"{self}: cannot be written: {error.strerror}") from None
-        try:
+        """Only one process trains here at a time, or keeps its checkpoints in the same place: those of others would be
+        deleted by their number. The locks go with the process, however it ends."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.path, "another process is training here; choose another --run-dir"))
+            if not in_store(self.checkpoints):
+                said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
+                stack.enter_context(_locked(self.checkpoints, said))
             yield
-        finally:
-            lock.release()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, said: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{directory}: {said}") from None
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
