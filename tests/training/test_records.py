@@ -88,7 +88,7 @@ def use(kind, row, file):
         run = RunDirectory(file.parent)
         run.faults_file = file
         try:
-            assert len(FaultLog(run, FaultsConfig(), 8, 0, writes=False).rows) <= 2**24
+            assert len(FaultLog(run, FaultsConfig(), 8, 0, writes=False).rows) <= 2**22
         except UserError as error:
             assert "put it right, or delete the line" in str(error)  # noqa: PT017
     elif kind is SessionRow:
@@ -107,6 +107,15 @@ def test_a_row_that_is_none_is_named(tmp_path):
         read_rows(file, FaultRow, all_count=True)
     with pytest.warns(UserWarning, match=r"faults\.jsonl: left out: line 4: row = null: expected"):
         assert len(read_rows(file, FaultRow)) == 2
+
+
+def test_rows_that_are_left_out_are_bounded_together(tmp_path):
+    run, row = RunDirectory(tmp_path), ROWS[FaultRow] | {"rows": 2**20}
+    append_rows(run.faults_file, [row | {"row": 10**9 + i * 2**20} for i in range(4)])
+    assert len(run.faults()) == 4
+    append_rows(run.faults_file, [row])
+    with pytest.raises(UserError, match=r"rollbacks leave out 5,242,880 rows of data; expected 4,194,304 at most"):
+        run.faults()
 
 
 def no_space(*_args, **_kwargs):

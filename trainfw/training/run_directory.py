@@ -37,6 +37,7 @@ from trainfw.unfinished import write_text
 Resume = Literal["auto", "never", "must"]
 
 _TRIES = 3
+_MOST_LEFT_OUT = 2**22
 _URL = re.compile(r"([A-Za-z][\w+-]*:)/")
 
 
@@ -260,7 +261,14 @@ class RunDirectory:
 
     def faults(self) -> list[dict[str, Any]]:
         """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
-        return read_rows(self.faults_file, FaultRow, all_count=True)
+        rows = read_rows(self.faults_file, FaultRow, all_count=True)
+        left_out = sum(row["rows"] for row in rows if row["policy"] == "rollback")
+        if left_out > _MOST_LEFT_OUT:  # they are held in memory
+            raise UserError(
+                f"{self.faults_file}: its rollbacks leave out {left_out:,} rows of data; expected {_MOST_LEFT_OUT:,} "
+                "at most: put it right, or delete the line that is wrong to go on without what it says"
+            )
+        return rows
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
