@@ -87,3 +87,10 @@ def test_a_pipe_in_the_place_of_run_json_is_not_waited_on(tmp_path):
     os.mkfifo(tmp_path / "run.json")
     with pytest.raises(RunError, match="cannot be read; remove it"):
         read_identity(tmp_path)
+
+
+def test_a_run_json_without_end_is_not_read(tmp_path):
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RunError, match=r"run\.json: cannot be read \(it has more than 16,777,216 bytes\); remove it"):
+        read_identity(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import stat
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,9 @@ FORMAT = 2
 """Format of run directories and their checkpoints. Those of format 1 name neither format nor id, and open as well."""
 
 RUN_FILE = "run.json"
+
+_MOST_BYTES = 2**24
+"""Of run.json: more is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ def read_identity(run: Path) -> Identity | None:
 
     Raises UserError where a newer trainfw wrote the directory, RunError where the file says nothing.
     """
-    file = run / RUN_FILE
+    file, too_large = run / RUN_FILE, False
     try:
-        piped = file.exists() and not file.is_file()  # would be waited on for ever
-        held = None if piped else json.loads(file.read_text(encoding="utf-8"))
+        about = file.stat()  # a pipe would be waited on for ever
+        too_large = about.st_size > _MOST_BYTES
+        readable = stat.S_ISREG(about.st_mode) and not too_large
+        held = json.loads(file.read_text(encoding="utf-8")) if readable else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
@@ -50,7 +56,8 @@ def read_identity(run: Path) -> Identity | None:
     refuse_newer(held, run)
     name, older = held.get("run"), held.get("older", {})
     if not (isinstance(name, str) and name and _is_texts(older)):
-        raise RunError(f"{file}: cannot be read; remove it, and the run takes the id of its newest checkpoint")
+        large = f" (it has more than {_MOST_BYTES:,} bytes)" if too_large else ""
+        raise RunError(f"{file}: cannot be read{large}; remove it, and the run takes the id of its newest checkpoint")
     return Identity(name, older)
 
 
