@@ -248,6 +248,22 @@ def test_retention(tmp_path):
     assert RunDirectory(tmp_path / "run").steps() == [3, 6, 7, 8]
 
 
+def test_checkpoints_that_are_gone_are_missed(stopped, tmp_path):
+    gone_on(stopped, tmp_path)
+    recipe, run = load_recipe(stopped / "recipe.yaml"), RunDirectory(tmp_path / "run")
+    run.checkpoints.rename(away := tmp_path / "away")
+    before = run.metrics_file.read_text()
+    with pytest.raises(UserError, match=r"checkpoints: holds no checkpoint, and .* reached step 8: .* --resume never"):
+        train_quietly(recipe, run.path)
+    assert run.metrics_file.read_text() == before
+    away.rename(run.checkpoints)
+    train_quietly(recipe, run.path)
+    shutil.rmtree(run.checkpoints)
+    heard = Heard()
+    train(recipe, devices=jax.devices()[:1], run_dir=run.path, reporter=heard, resume="never")
+    assert "had reached step 8; it starts anew, from step 0" in str(heard.notes)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     # A recipe.yaml of one's own must not be overwritten with the resolved one.

@@ -286,6 +286,11 @@ def _say_start(
             for key, (before, now) in changed.items()
         )
         reporter.note(f"resumed {run} at step {resumed_step}{''.join(said)}")
+    elif (last := run.last_session()) and last["step"]:
+        reporter.note(
+            f"warning: {run.checkpoints} holds no checkpoint, and the run had reached step {last['step']}; it starts "
+            "anew, from step 0"
+        )
     for key in accept:
         if not any(covers([key], other) for other in changed):
             why = "the run starts" if resumed_step is None else "nothing of it differs from the run's"

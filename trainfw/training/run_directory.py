@@ -5,6 +5,7 @@ import datetime
 import itertools
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,15 @@ from trainfw.checkpoint import (
 from trainfw.errors import RunError, UserError
 from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
-from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, read_rows, rewrite_rows, stream_rows
+from trainfw.training.records import (
+    EvaluationRow,
+    FaultRow,
+    MetricsRow,
+    SessionRow,
+    read_rows,
+    rewrite_rows,
+    stream_rows,
+)
 from trainfw.training.resuming import Change, changes
 from trainfw.unfinished import write_text
 
@@ -129,6 +138,12 @@ class RunDirectory:
         if not steps:
             if resume == "must":
                 raise UserError(f"{self}: holds no checkpoint to resume from (--resume must)")
+            last = self.last_session()
+            if resume == "auto" and last and last["step"] and (last["from"] or last.get("end") == "done"):
+                raise UserError(
+                    f"{self.checkpoints}: holds no checkpoint, and {self} had saved some, and reached step "
+                    f"{last['step']}: mount or move them there again; --resume never starts the run anew, from step 0"
+                )
             return None
         if resume == "never":
             raise UserError(
@@ -258,6 +273,10 @@ class RunDirectory:
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
         return read_rows(self.evaluation_file, EvaluationRow)
+
+    def last_session(self) -> dict[str, Any] | None:
+        """The last row of sessions.jsonl; None where there is none."""
+        return next(iter(deque(stream_rows(self.sessions_file, SessionRow), maxlen=1)), None)
 
     def faults(self) -> list[dict[str, Any]]:
         """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
