@@ -88,6 +88,29 @@ def test_nohup_stays():
     assert signal.SIGHUP in heeded()
 
 
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """What would be started by `launch local`, and where its logs would be."""
+    found: list[tuple[list[str], Path]] = []
+    monkeypatch.setattr("trainfw.launch.launch_local", lambda command, _, logs, *rest: found.append((command, logs)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_a_run_directory_is_where_train_finds_it(launched, tmp_path, capsys):
+    from trainfw.cli import launch
+
+    launch.local("quickstart", run_dir="~/x")
+    assert (launched[0][0][launched[0][0].index("--run-dir") + 1], launched[0][1]) == (
+        str(tmp_path / "x"),
+        tmp_path / "x" / "logs",
+    )
+    launch.slurm("quickstart", run_dir="~/x", dry_run=True)
+    assert f"--run-dir {tmp_path}/x" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_modules_name_in_the_working_directory_is_nothing_to_the_processes(tmp_path, monkeypatch):
     from trainfw.cli import launch
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,15 @@ from trainfw.cli.options import Accept, Overrides, RecipeCommand, RecipePath, Re
 from trainfw.cli.terminal import say
 from trainfw.streams import go_on_without_output
 
+if TYPE_CHECKING:
+    from trainfw.recipe import Recipe
+
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
+
+
+def _directory(run_dir: str | None, recipe: Recipe) -> str:
+    """The run directory as `train` finds it."""
+    return os.path.expanduser(run_dir or os.path.join("runs", recipe.name))
 
 
 @app.command(cls=RecipeCommand)
@@ -32,7 +40,7 @@ def local(
     go_on_without_output()
     check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
-    directory = run_dir or os.path.join("runs", loaded.name)
+    directory = _directory(run_dir, loaded)
     # -P: no module of the working directory stands in the place of Python's or of a package's.
     command = [sys.executable, "-P", "-m", "trainfw", "train", recipe, *(overrides or ())]
     command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
@@ -72,7 +80,7 @@ def slurm(
         loaded,
         recipe,
         overrides or (),
-        Path(run_dir or os.path.join("runs", loaded.name)),
+        Path(_directory(run_dir, loaded)),
         nodes=nodes,
         time=time,
         partition=partition,
