@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trainfw import UserError
 from trainfw.launch import launch_local
 from trainfw.signals import STOPS, heeded
 
@@ -108,6 +109,8 @@ def test_a_run_directory_is_where_train_finds_it(launched, tmp_path, capsys):
     )
     launch.slurm("quickstart", run_dir="~/x", dry_run=True)
     assert f"--run-dir {tmp_path}/x" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"checkpoints cannot be kept under a name with '\['"):
+        launch.local("quickstart", run_dir="a[1]")
     assert not list(tmp_path.iterdir())
 
 

@@ -95,6 +95,9 @@ def test_names_with_spaces_and_patterns():
         ({"account": "a\x85b"}, r"--account 'a\\x85b': holds the character U\+0085"),
         ({"run": "runs/a\n#SBATCH --account=x"}, "--run-dir .*U\\+000A"),
         ({"run": "runs/a\\b"}, "--run-dir .*no backslash"),
+        ({"run": "runs/a[1]"}, r"runs/a\[1\].*: checkpoints cannot be kept under a name with '\['"),
+        ({"run": "s3://b/a"}, "'s3:' names a store, and a run is a directory"),
+        ({"overrides": ["checkpoint.directory=/a*"]}, r"checkpoint.directory.*checkpoints cannot be kept .* '\*'"),
         ({"overrides": ["train.sample_prompt=a\rb"]}, r"train.sample_prompt: holds U\+000D"),
     ],
 )
@@ -173,7 +176,7 @@ def test_whatever_is_given_reaches_the_script_as_it_is_or_is_refused(given, task
     try:
         made = slurm_job(QUICKSTART, path, overrides, run, nodes=1, python=python, tasks_per_node=tasks, **options)
     except UserError:
-        assert set("".join(given.values())) & {*CONTROLS, "\\"}
+        assert set("".join(given.values())) & {*CONTROLS, "\\"} or set(given["run"]) & set("*?[")
         return
     script = made.script()
     lines = script.split("\n\n")[0].splitlines()[1:]

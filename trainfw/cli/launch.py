@@ -36,11 +36,13 @@ def local(
     """Train in several processes of this machine. As on several instances."""
     from trainfw.launch import accepting, launch_local
     from trainfw.recipe import load_recipe
+    from trainfw.training import check_place
 
     go_on_without_output()
     check_resume(resume)
     loaded = load_recipe(recipe, overrides or ())
     directory = _directory(run_dir, loaded)
+    check_place(directory, loaded)
     # -P: no module of the working directory stands in the place of Python's or of a package's.
     command = [sys.executable, "-P", "-m", "trainfw", "train", recipe, *(overrides or ())]
     command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]

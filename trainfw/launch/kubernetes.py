@@ -11,6 +11,7 @@ from trainfw import yaml_text
 from trainfw.errors import UserError
 from trainfw.launch.nodes import accepting, check_name, count_nodes
 from trainfw.recipe import Recipe
+from trainfw.training import check_place
 
 _API = "jobset.x-k8s.io/v1alpha2"
 _LABELS = "jobset.sigs.k8s.io"
@@ -224,12 +225,14 @@ def kubernetes_job(
             raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
     if not _IMAGE.fullmatch(image):
         raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
+    run_dir = run_dir or f"{claims[0][1]}/runs/{name}"
+    check_place(run_dir, recipe)
     return KubernetesJob(
         recipe=recipe,
         name=name,
         image=image,
         volumes=claims,
-        run_dir=run_dir or f"{claims[0][1]}/runs/{name}",
+        run_dir=run_dir,
         jobs=jobs,
         pods=pods,
         devices=devices,

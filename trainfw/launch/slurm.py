@@ -15,6 +15,7 @@ from trainfw.errors import TRY_AGAIN, RunError, UserError
 from trainfw.launch.nodes import accepting, check_name, count_nodes
 from trainfw.recipe import Recipe
 from trainfw.signals import STOPS
+from trainfw.training import check_place
 
 SCRIPT = "launch.sbatch"
 """In the run's logs/."""
@@ -178,6 +179,7 @@ def slurm_job(
         raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
     if "\\" in str(run_dir):
         raise UserError(f"--run-dir {str(run_dir)!r}: Slurm's file names take no backslash")
+    check_place(run_dir, recipe)  # each process would refuse it, perhaps hours later
     for text in job.overrides:
         if found := re.search(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", text):
             raise UserError(f"{text.partition('=')[0]}: holds U+{ord(found[0]):04X}, which a script may not have")

@@ -16,6 +16,7 @@ from .prompts import prompt_form as prompt_form
 from .reporter import Reporter as Reporter
 from .resuming import check_accept as check_accept
 from .run_directory import RunDirectory as RunDirectory
+from .run_directory import check_place as check_place
 from .tasks import METRICS as METRICS
 from .tasks import Comparison as Comparison
 from .tasks import TaskExample as TaskExample

@@ -116,11 +116,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self}: is a file; a run needs a directory of its own")
-        if found := _URL.match(str(self)):
-            raise UserError(
-                f"{self}: {found[1]!r} names a store, and a run is a directory of this machine; checkpoints alone may "
-                "be kept in a store: checkpoint.directory=s3://BUCKET/PLACE"
-            )
+        check_place(self.path, recipe)
         self._refuse_links()
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
             with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
@@ -317,3 +313,18 @@ def _locked(directory: Path, said: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_place(run_dir: str | os.PathLike[str], recipe: Recipe) -> None:
+    """Raise UserError for a run directory, or a place for checkpoints, that cannot be one by its name."""
+    if found := _URL.match(str(run_dir)):
+        raise UserError(
+            f"{run_dir}: {found[1]!r} names a store, and a run is a directory of this machine; checkpoints alone may "
+            "be kept in a store: checkpoint.directory=s3://BUCKET/PLACE"
+        )
+    directory = recipe.checkpoint.directory
+    if directory is None:
+        check_name(Path(run_dir) / "checkpoints")
+    elif "://" not in directory:  # of a store, the library that knows it may be with the job alone
+        with recipe.blamed("checkpoint.directory"):
+            check_name(Path(os.path.expanduser(directory)))
