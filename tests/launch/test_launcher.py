@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import write_recipe
 from trainfw import UserError
 from trainfw.launch import launch_local
 from trainfw.signals import STOPS, heeded
@@ -112,6 +113,15 @@ def test_a_run_directory_is_where_train_finds_it(launched, tmp_path, capsys):
     with pytest.raises(UserError, match=r"checkpoints cannot be kept under a name with '\['"):
         launch.local("quickstart", run_dir="a[1]")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_begins_with_a_dash_is_no_option(launched, tmp_path):
+    from trainfw.cli import launch
+
+    write_recipe(tmp_path).rename(tmp_path / "-r.yaml")
+    launch.local("-r.yaml")
+    assert "./-r.yaml" in launched[0][0]
+    assert "-r.yaml" not in launched[0][0]
 
 
 def test_a_modules_name_in_the_working_directory_is_nothing_to_the_processes(tmp_path, monkeypatch):

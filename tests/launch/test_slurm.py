@@ -190,6 +190,7 @@ def test_whatever_is_given_reaches_the_script_as_it_is_or_is_refused(given, task
     done = subprocess.run(["bash"], input=script, text=True, cwd=directory, env=environ, capture_output=True)
     assert (done.returncode, done.stderr) == (0, "")
     said = (directory / "said").read_text().split("\0")[:-1]
+    path = f"./{path}" if path.startswith("-") else path
     assert said == ["-P", "-m", "trainfw", "train", path, *overrides, "--run-dir", str(run)]
 
 

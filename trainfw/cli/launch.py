@@ -34,7 +34,7 @@ def local(
     accept: Accept = None,
 ) -> None:
     """Train in several processes of this machine. As on several instances."""
-    from trainfw.launch import accepting, launch_local
+    from trainfw.launch import accepting, as_argument, launch_local
     from trainfw.recipe import load_recipe
     from trainfw.training import check_place
 
@@ -44,7 +44,7 @@ def local(
     directory = _directory(run_dir, loaded)
     check_place(directory, loaded)
     # -P: no module of the working directory stands in the place of Python's or of a package's.
-    command = [sys.executable, "-P", "-m", "trainfw", "train", recipe, *(overrides or ())]
+    command = [sys.executable, "-P", "-m", "trainfw", "train", as_argument(recipe), *(overrides or ())]
     command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
     code = launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True), grace)
     if code:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from trainfw.config import name_problem
@@ -32,3 +33,8 @@ def check_name(option: str, text: str | None) -> None:
     """Refuse a name or a path that an option gives and that cannot be one. Raises UserError."""
     if text is not None and (problem := name_problem(text)):
         raise UserError(f"{option} {text!r:.80}: {problem}")
+
+
+def as_argument(path: str) -> str:
+    """A path as a command takes it, which would read one that begins with a dash as an option."""
+    return os.path.join(os.curdir, path) if path.startswith("-") else path

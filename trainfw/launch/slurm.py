@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import TRY_AGAIN, RunError, UserError
-from trainfw.launch.nodes import accepting, check_name, count_nodes
+from trainfw.launch.nodes import accepting, as_argument, check_name, count_nodes
 from trainfw.recipe import Recipe
 from trainfw.signals import STOPS
 from trainfw.training import check_place
@@ -78,7 +78,7 @@ class SlurmJob:
             "-m",
             "trainfw",
             "train",
-            self.recipe,
+            as_argument(self.recipe),
             *self.overrides,
             "--run-dir",
             str(self.run_dir),
