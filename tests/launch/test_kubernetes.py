@@ -237,6 +237,7 @@ def test_what_another_try_would_not_mend_fails_at_once():
         ("quickstart", {"resources": ["memory"]}, "--resource memory: expected NAME=AMOUNT"),
         ("quickstart", {"run_dir": "runs/a"}, "--run-dir runs/a: expected an absolute path"),
         ("quickstart", {"run_dir": "/fsx/a[1]"}, r"/fsx/a\[1\].*: checkpoints cannot be kept under a name with '\['"),
+        ("quickstart", {"volumes": []}, "--volume: expected at least one"),
         ("quickstart", {"namespace": "A"}, "--namespace A: expected"),
         ("quickstart", {"image": "a b"}, "--image 'a b': expected a container image"),
         ("quickstart", {"resources": ["memory=1Gi\nx"]}, r"--resource 'memory=1Gi\\nx': holds the character U\+000A"),

@@ -198,6 +198,8 @@ def kubernetes_job(
         if topology.instances > topology.count:
             jobs, unit_label = topology.count, known.unit_label
     pods = count // jobs
+    if not volumes:
+        raise UserError("--volume: expected at least one, CLAIM or CLAIM:/PATH, that all pods write")
     claims = [_volume(text) for text in volumes]
     given = [("--run-dir", run_dir), ("--name", name), ("--namespace", namespace), ("--queue", queue)]
     given += [("--volume", path) for _, path in claims] + [("--resource", text) for text in resources]
