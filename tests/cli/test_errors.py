@@ -236,6 +236,14 @@ def test_bad_arguments(name, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_working_directory_that_is_gone_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    code = "import os, sys; os.rmdir(os.getcwd()); from trainfw.cli import command; command()"
+    gone.mkdir()
+    ran = subprocess.run([sys.executable, "-c", code, "train", "quickstart"], cwd=gone, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (2, "error: the working directory is gone; change to one that is there\n")
+
+
 def test_a_run_is_found_by_its_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "recipe.yaml").touch()

@@ -154,6 +154,8 @@ def main() -> None:
         _exit(f"failed: {error}", 1)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        if error.errno == errno.ENOENT and not error.filename and not _stands_somewhere():
+            what = "the working directory is gone; change to one that is there"
         if error.errno in _PATH_ERRORS:
             _exit(f"error: {what}", 2)
         _exit(f"failed: {what}", 1)
@@ -170,6 +172,15 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
         warnings.showwarning = others
+
+
+def _stands_somewhere() -> bool:
+    """Tell whether the working directory is there still."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _warned(others: Callable[..., None]) -> Callable[..., None]:
