@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from tests.helpers import Heard, losses, tiny_recipe, write_recipe
-from trainfw import RunError, build_program, load_model, train
+from trainfw import RunError, UserError, build_program, load_model, train
 from trainfw.checkpoint import Checkpoints
 from trainfw.program import open_base
 from trainfw.training import RunDirectory
@@ -210,6 +210,16 @@ def test_goes_on_beside_another_runs_and_an_empty_directory(finished, another, t
     assert losses(run) == expected
     assert RunDirectory(run).steps() == [4, 8]
     assert any("checkpoints/20 is no checkpoint; moved to" in note for note in heard.notes)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_stranger(finished, tmp_path, monkeypatch):
+    recipe, run = finished
+    run = copied(run, tmp_path / "run")
+    access = os.access  # root may read all
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(run / "checkpoints/8") and access(path, mode))
+    with pytest.raises(UserError, match=r"checkpoints/8: cannot be read: Permission denied"):
+        train(recipe, devices=jax.devices()[:1], run_dir=run, reporter=Heard())
+    assert (run / "checkpoints/8/manifest.json").is_file()
 
 
 def test_an_id_that_is_lost_is_found_in_the_checkpoints(finished, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -81,7 +82,8 @@ def damaged_beside(directory: Directory) -> Directory:
 def steps_in(directory: Directory) -> list[int]:
     """Steps of the finished checkpoints in a directory, which need not exist.
 
-    Raises UserError for a file, and where a store does not answer, or has no such bucket.
+    Raises UserError for a file, for a checkpoint that may not be looked into, and where a store does not answer, or
+    has no such bucket.
     """
     if in_store(directory):
         store = _filesystem(directory)
@@ -93,9 +95,13 @@ def steps_in(directory: Directory) -> list[int]:
 def _finished(directory: Directory) -> list[int]:
     # Orbax renames a checkpoint to its step when it is whole. A directory of that name alone is none.
     marks = (MANIFEST, COMMITTED, ORBAX_METADATA)
+    numbers = _numbers_in(directory)
+    for path in (directory / str(step) for step in numbers):
+        if not os.access(path, os.R_OK | os.X_OK) and os.path.lexists(path):  # it would seem to hold nothing
+            raise UserError(f"{path}: cannot be read: {os.strerror(errno.EACCES)}")
     return [
         step
-        for step in _numbers_in(directory)
+        for step in numbers
         if any(os.path.lexists(directory / str(step) / mark) for mark in marks)
         and not _stops_orbax(directory / str(step) / ORBAX_METADATA)
     ]
