@@ -264,6 +264,24 @@ def test_checkpoints_that_are_gone_are_missed(stopped, tmp_path):
     assert "had reached step 8; it starts anew, from step 0" in str(heard.notes)
 
 
+def test_a_checkpoint_of_a_copy_with_another_recipe_is_said(stopped, tmp_path):
+    copies = [tmp_path / name for name in "ab"]
+    notes = []
+    for copy, overrides in zip(copies, ([], ["optimizer.learning_rate=1e-5"])):
+        _, said, _ = gone_on(stopped, copy, *overrides, accept=["optimizer.learning_rate"])
+        notes.append(said)
+    assert "was saved with" not in "".join(notes), "what was accepted is known"
+    a, b = (RunDirectory(copy / "run") for copy in copies)
+    shutil.rmtree(a.checkpoints / "8")
+    shutil.copytree(b.checkpoints / "8", a.checkpoints / "8")
+    heard = Heard()
+    train(load_recipe(a.recipe_file), devices=jax.devices()[:1], run_dir=a.path, reporter=heard)
+    assert "checkpoint of step 8 was saved with optimizer.learning_rate = 1e-05, and " in str(heard.notes)
+    heard = Heard()
+    train(load_recipe(b.recipe_file), devices=jax.devices()[:1], run_dir=b.path, reporter=heard)
+    assert "was saved with" not in str(heard.notes)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     # A recipe.yaml of one's own must not be overwritten with the resolved one.

@@ -286,6 +286,11 @@ def _say_start(
             for key, (before, now) in changed.items()
         )
         reporter.note(f"resumed {run} at step {resumed_step}{''.join(said)}")
+        for other in run.saved_otherwise(resumed_step):
+            reporter.note(
+                f"warning: the checkpoint of step {resumed_step} was saved with {other.key} = {other.before!r:.60}, "
+                f"and {run.recipe_file} has {other.now!r:.60}: it may come from another copy of the run"
+            )
     elif (last := run.last_session()) and last["step"]:
         reporter.note(
             f"warning: {run.checkpoints} holds no checkpoint, and the run had reached step {last['step']}; it starts "

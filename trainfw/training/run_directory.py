@@ -221,6 +221,17 @@ class RunDirectory:
         """What `recipe` has otherwise than the last session."""
         return changes(self.stored_recipe(), recipe)
 
+    def saved_otherwise(self, step: int) -> list[Change]:
+        """What changes losses, and was another value when a checkpoint was saved, with no session that changed it."""
+        try:
+            saved = Recipe.model_validate(read_meta(self.checkpoints / str(step))["recipe"])
+        except (Damage, ValidationError):  # of an older version, whose keys were others
+            return []
+        sessions = stream_rows(self.sessions_file, SessionRow)
+        known = {key for row in sessions if isinstance(row.get("changed"), dict) for key in row["changed"]}
+        found = changes(saved, self.stored_recipe())
+        return [change for change in found if change.key not in known and change.refusal([])]
+
     def stored_recipe(self) -> Recipe:
         """Of the last session; of the last checkpoint, where this directory has none."""
         if self.recipe_file.is_file():
