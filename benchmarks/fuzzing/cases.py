@@ -52,7 +52,7 @@ def _other_thing(path: Path, rng: random.Random) -> str:
 
 def _moved(checkpoints: Path, rng: random.Random) -> str:
     """Accidents of whole checkpoints."""
-    first, last = sorted(checkpoints.iterdir(), key=lambda path: int(path.name))
+    first, last = sorted(checkpoints.glob("[0-9]*"), key=lambda path: int(path.name))
     what = rng.choice(["renamed", "copied", "swapped", "an empty one", "a file", "a strange name", "a pipe in it"])
     match what:
         case "renamed":
