@@ -35,7 +35,7 @@ class ModelSet:
     variables: nnx.State
     """Abstract, of what learns, with the names of its dims."""
     frozen_graphdef: nnx.GraphDef[Transformer]
-    """Of a model that is frozen as a whole."""
+    """Of a model that is frozen as a whole, where there are roles for one."""
     frozen: Mapping[str, nnx.State]
     """Abstract, by role, of what does not learn."""
     roles: tuple[str, ...]
@@ -90,10 +90,13 @@ def model_set(recipe: Recipe, fit: Fit, roles: Sequence[str]) -> ModelSet:
     graphdef, variables, base = nnx.split(  # type: ignore[misc]
         nnx.eval_shape(lambda: _make(recipe, fit, key)), nnx.Param, Frozen
     )
+    own = {} if recipe.adapter is None else {"base": base}
+    if not roles:  # nothing more is traced
+        return ModelSet(recipe, fit, graphdef, variables, graphdef, own, ())
     frozen_graphdef, _, whole = nnx.split(  # type: ignore[misc]
         nnx.eval_shape(lambda: _frozen(recipe, fit, key)), nnx.Param, Frozen
     )
-    frozen = dict.fromkeys(roles, whole) if recipe.adapter is None else {"base": base}
+    frozen = own or dict.fromkeys(roles, whole)
     return ModelSet(recipe, fit, graphdef, variables, frozen_graphdef, frozen, tuple(roles))
 
 
