@@ -49,18 +49,17 @@ def test_strangers_are_not_counted():
         port = before[0].coordinator_port + 1
         other_job = json.dumps({"of": ["elsewhere", 2], "index": 1, "place": ["B", 0]}).encode() + b"\n"
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"", b"[1]\n", b'{"index": null}\n', other_job):
-            stranger = connect(port)
-            stranger.sendall(said)
-            stranger.close()
+            say(port, said)
         second = pool.submit(number_by_place, before[1], Place("A", 0), 30.0)
         assert (first.result().process_index, second.result().process_index) == (1, 0)
 
 
-def connect(port):
+def say(port, said):
     while True:
         try:
-            return socket.create_connection(("localhost", port))
-        except ConnectionRefusedError:
+            with socket.create_connection(("localhost", port)) as stranger:
+                return stranger.sendall(said)
+        except ConnectionError:  # nobody listens yet, or process 0 has only looked whether the port is free
             continue
 
 
