@@ -36,7 +36,7 @@ from benchmarks.reporting import Table, add_arguments, finish, table, writable
 from benchmarks.reporting import say as say_beside
 from trainfw.hlo import partition
 from trainfw.parallel import Layout
-from trainfw.planning.analysis import read
+from trainfw.planning.read_step.analysis import read
 
 DTYPES = ("float32", "bfloat16")
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096]

@@ -31,7 +31,7 @@ from trainfw.hlo import collectives_of, parse_module
 from trainfw.models import ModelConfig
 from trainfw.objectives import PREFERENCES
 from trainfw.parallel import AXES, ParallelConfig
-from trainfw.training import TrainConfig
+from trainfw.recipe import TrainConfig
 
 LIMIT = 1e-5
 PAIRS = {"pairs_per_row": 3}

@@ -35,8 +35,8 @@ from trainfw import Recipe, backends, load_recipe
 from trainfw.hardware import Topology
 from trainfw.models import flops_per_token
 from trainfw.parallel import place
-from trainfw.planning.analysis import Analysis, compile_step, lengthened, read, simulated_program, simulation
-from trainfw.planning.time import Assumptions, StepTime, step_time
+from trainfw.planning.predict.step_time import Assumptions, StepTime, step_time
+from trainfw.planning.read_step.analysis import Analysis, compile_step, lengthened, read, simulated_program, simulation
 
 DEVICES = 512
 """Simulated by this process: as many as 8 stages of 32 cores take, with 2 of what shares out the batch."""

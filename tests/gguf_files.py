@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from trainfw.gguf.tokens import PRE_TOKENIZERS, SPACE, implied_merges
+from trainfw.formats.gguf.token_types import PRE_TOKENIZERS, SPACE, implied_merges
 
 STDLIB = Path(json.__file__).parents[1]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

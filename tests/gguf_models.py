@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from trainfw.interop import TensorInfo
+from trainfw.formats import TensorInfo
 
 SHAPE = {
     "vocab_size": 320,

@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from trainfw.data import ChatTemplate, DataConfig, load_tokenizer, open_source
 from trainfw.errors import UserError
-from trainfw.gguf import tokenizer_metadata
+from trainfw.formats import tokenizer_metadata
 from trainfw.interop import read_model_config
 from trainfw.recipe import load_recipe
 

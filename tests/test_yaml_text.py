@@ -60,9 +60,7 @@ def test_overrides_that_cannot_be_meant(name):
     """A line's number says nothing there."""
     text, problem = FILES[name]
     start = time.thread_time()
-    with pytest.raises(
-        UserError, match=f"^command line: data.source{re.sub(':[^:]+: ', ': (a: )?', problem, count=1)}"
-    ):
+    with pytest.raises(UserError, match=f"^overrides: data.source{re.sub(':[^:]+: ', ': (a: )?', problem, count=1)}"):
         load_recipe("quickstart", [f"data.source={text}"])
     assert time.thread_time() - start < 5  # a moment; unbounded, there was no end in 25
 
@@ -82,7 +80,7 @@ def test_what_is_no_file_is_not_waited_for(path, tmp_path):
 
 
 REFUSED = {
-    "a scalar that a key replaces": (["train=5", "train.steps=7"], "command line: train = 5: expected a section"),
+    "a scalar that a key replaces": (["train=5", "train.steps=7"], "overrides: train = 5: expected a section"),
     "a list for a section": (["data.tokenizer=[1]"], r"data.tokenizer = \[1\]: expected a section, `tokenizer: {key"),
     "a deep key": ["a" + ".a" * 30_000 + "=1", "is too long for a key"],
     "many levels": (["a" + ".a" * 100 + "=1"], "is too long for a key"),

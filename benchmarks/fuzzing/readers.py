@@ -31,11 +31,9 @@ from trainfw.data import (
 )
 from trainfw.data.examples import Encoder
 from trainfw.data.sources import Row
-from trainfw.gguf import tokenizer_metadata
+from trainfw.formats import SafetensorsTensors, Tensors, tokenizer_metadata
 from trainfw.interop import (
     GGUFTensors,
-    SafetensorsTensors,
-    Tensors,
     config_from_huggingface,
     open_model,
     peft_copies,

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import equations, random_batches, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe
 from trainfw.models import AdapterInputs
-from trainfw.parallel import Quantized
+from trainfw.quantization import Quantized
 
 ADAPTER = {"rank": 4, "alpha": 8.0}
 # Sizes that no two dims share.

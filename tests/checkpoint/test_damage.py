@@ -19,8 +19,8 @@ import pytest
 from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import RunError, UserError, build_program, load_model, train
 from trainfw.checkpoint import Checkpoints
-from trainfw.program import open_base
 from trainfw.training import RunDirectory
+from trainfw.weights import open_base
 
 
 @pytest.fixture(scope="module")

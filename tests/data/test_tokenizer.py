@@ -18,7 +18,7 @@ from trainfw.data import (
     vocab_size,
 )
 from trainfw.errors import UserError
-from trainfw.training import PromptForm
+from trainfw.weights import PromptForm
 
 TEXTS = [f"def f{i}(x):\n    return x + {i * i * 37} {i * 'ab'[i % 2]}  # naïve café, 东京, 🚀\n" for i in range(300)]
 BYTES, BPE = byte_tokenizer(), train_bpe(TEXTS, 400)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.gguf.test_header import METADATA, SHAPES
+from tests.formats.gguf.test_header import METADATA, SHAPES
 from tests.gguf_files import string
 from trainfw.errors import UserError
-from trainfw.gguf import huggingface_tokenizer, read_header
+from trainfw.formats import huggingface_tokenizer, read_header
 from trainfw.interop import config_from_huggingface, config_to_huggingface, gguf_config, peft_fields
 from trainfw.interop.configs import _EXPECTED, unread_keys
 from trainfw.interop.families import FAMILIES

@@ -17,7 +17,7 @@ from tests.gguf_files import byte_level, write_gguf
 from tests.gguf_models import MODELS, Arrays, reference, tensors_of
 from trainfw.errors import UserError
 from trainfw.interop import GGUFTensors, config_from_huggingface, gguf_config, save_gguf
-from trainfw.interop.gguf_names import to_halves, to_pairs
+from trainfw.interop.gguf.tensor_names import to_halves, to_pairs
 
 # Its reader knows no others, and of qwen3moe not the width of an expert.
 TRANSFORMERS_READS = [
@@ -161,7 +161,7 @@ def quantised(tmp_path_factory):
 @given(data=st.data(), kind=st.sampled_from(TYPES))
 def test_a_part_is_that_part_of_the_whole(quantised, kind, data, monkeypatch):
     tensors, whole = quantised[kind]
-    monkeypatch.setattr("trainfw.interop.gguf_reader.CHUNK_BYTES", data.draw(st.sampled_from([1, 50_000, 1 << 23])))
+    monkeypatch.setattr("trainfw.interop.gguf.reader.CHUNK_BYTES", data.draw(st.sampled_from([1, 50_000, 1 << 23])))
     name = data.draw(st.sampled_from(sorted(whole)))
     ranges = [sorted(data.draw(st.tuples(*[st.integers(0, length)] * 2))) for length in whole[name].shape]
     index = tuple(slice(*ends) for ends in ranges)[: data.draw(st.integers(0, 2))]

@@ -20,10 +20,11 @@ from tests.interop.references import save
 from trainfw.cli import main
 from trainfw.data import byte_tokenizer
 from trainfw.errors import UserError
-from trainfw.interop import SafetensorsTensors, config_from_huggingface, open_model, read_huggingface
+from trainfw.formats import SafetensorsTensors
+from trainfw.interop import config_from_huggingface, open_model, read_huggingface
 from trainfw.interop.source import COMPANIONS
 from trainfw.models import ModelConfig
-from trainfw.program import check_tokenizer
+from trainfw.weights import check_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -13,7 +13,7 @@ from tests.gguf_models import MODELS, Arrays, reference, tensors_of
 from trainfw.data import load_tokenizer
 from trainfw.interop import GGUFTensors, gguf_config, save_gguf
 from trainfw.models import ModelConfig
-from trainfw.program.writing import _without_window
+from trainfw.weights.export import _without_window
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 TOKENS = [5, 300, 17, 42, 99, 4, 250, 251, 8, 8, 130, 77, 64, 31, 200, 12, 6, 90]

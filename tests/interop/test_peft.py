@@ -20,9 +20,10 @@ from trainfw import UserError, build_program, load_recipe
 from trainfw.adapters import AdapterConfig
 from trainfw.data import byte_tokenizer
 from trainfw.interop import peft_fields, read_model_config, read_peft, save_model, save_peft
-from trainfw.models import abstract_model, generate
-from trainfw.program import merge, read_adapter
-from trainfw.program.writing import _kept_elsewhere
+from trainfw.models import abstract_model
+from trainfw.sampling import generate
+from trainfw.weights import merge, read_adapter
+from trainfw.weights.export import _kept_elsewhere
 
 ROWS, LENGTH = 4, 24
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 import trainfw
 from tests.gguf_files import smollm2_file
 from trainfw.interop import copy_model, open_model, save_peft
-from trainfw.models import generate
-from trainfw.program import export_model, merge_adapter, read_adapter
+from trainfw.sampling import generate
+from trainfw.weights import export_model, merge_adapter, read_adapter
 
 pytestmark = pytest.mark.slow
 TEXT = "The capital of France is Paris. The capital of Italy is"

@@ -18,7 +18,7 @@ from tests.helpers import equations
 from trainfw import backends
 from trainfw.hardware import load_topology
 from trainfw.hlo import collectives_of, partition
-from trainfw.models.attention import attend
+from trainfw.models.common.attention import attend
 from trainfw.parallel import (
     Layout,
     Rules,

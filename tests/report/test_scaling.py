@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from tests.helpers import tiny_recipe
-from trainfw.planning import plan, scale
+from trainfw.planning import plan, scale_out
 from trainfw.report import plan_page, scaling_section
 
 pytestmark = pytest.mark.long
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
     file.write_text(f"description: two\nextends: h100-8\nchip: h100\ndims: {dims}\nsources: [me]\n")
     overrides = [f"hardware={{topology: {file}, dollars_per_chip_hour: 2.0}}", "train.global_batch_size=4"]
     overrides.append("train.compute_dtype=bfloat16")
-    return scale(tiny_recipe(directory, *overrides), (1, 2, 4))
+    return scale_out(tiny_recipe(directory, *overrides), (1, 2, 4))
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from tests.helpers import write_recipe
 from trainfw import UserError, load_recipe
 from trainfw.checkpoint import SavedParameters
 from trainfw.data import byte_tokenizer, load_tokenizer, stop_ids
-from trainfw.gguf import read_header
+from trainfw.formats import read_header
 from trainfw.interop import parameter_shapes, save_model
-from trainfw.models import AdapterInputs, ModelConfig, generate_batch
-from trainfw.program import export_model, merge_adapter, read_adapter
+from trainfw.models import AdapterInputs, ModelConfig
+from trainfw.sampling import generate_batch
+from trainfw.weights import export_model, merge_adapter, read_adapter
 
 pytestmark = pytest.mark.slow
 

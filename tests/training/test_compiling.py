@@ -13,9 +13,9 @@ import pytest
 from tests.helpers import losses, tiny_recipe
 from trainfw import UserError, build_program, train
 from trainfw.program import Program
+from trainfw.recipe.run_config import WatchdogConfig
 from trainfw.training import loop
 from trainfw.training.compiling import Compiling
-from trainfw.training.config import WatchdogConfig
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 

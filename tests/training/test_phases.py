@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainfw.training import WatchdogConfig
+from trainfw.recipe import WatchdogConfig
 from trainfw.training.phases import Phases
 
 HANGS = """

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import Heard, tiny_recipe
 from trainfw import UserError
-from trainfw.training import FaultsConfig, RunDirectory
+from trainfw.recipe import FaultsConfig
+from trainfw.training import RunDirectory
 from trainfw.training import log as log_module
 from trainfw.training.faults import FaultLog, Growth
 from trainfw.training.log import MetricsLog

@@ -136,7 +136,7 @@ def test_other_losses_are_accepted_by_key_and_written_down(straight, stopped, tm
     _, expected = straight
     change = ["optimizer.learning_rate=1e-4", "train.global_batch_size=16"]
     with pytest.raises(
-        UserError, match=r"(?s)0\.003 there, 0\.0001 here \(command line\).*--accept optimizer\.learning_rate"
+        UserError, match=r"(?s)0\.003 there, 0\.0001 here \(overrides\).*--accept optimizer\.learning_rate"
     ):
         gone_on(stopped, tmp_path / "refused", *change, accept=["train"])
     accept = ["optimizer", "train.global_batch_size", "train.z_loss"]
@@ -156,7 +156,7 @@ def test_a_run_that_is_further_says_how_to_go_on(stopped, tmp_path, monkeypatch)
     shutil.copytree(stopped / "run", "runs/tiny")
     (tmp_path / "runs" / "tiny-2").mkdir()
     recipe = load_recipe(stopped / "recipe.yaml", ["train.steps=3"])
-    with pytest.raises(UserError, match=r"^command line: train\.steps = 3: runs/tiny is at step 4 already") as error:
+    with pytest.raises(UserError, match=r"^overrides: train\.steps = 3: runs/tiny is at step 4 already") as error:
         RunDirectory("runs/tiny").check(recipe, "auto")
     for way in ("train.steps=8", "train.steps=4", "name=tiny-3"):
         assert way in str(error.value)
@@ -173,7 +173,7 @@ def test_what_a_run_started_from_may_move_but_not_change(stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "moved")
     assert check_base(recipe_base(tmp_path / "moved", stopped), run, 1) == check_base(base, run, 1)
     train_quietly(recipe_base(stopped / "run", stopped, "train.steps=2", "train.seed=5"), tmp_path / "other")
-    with pytest.raises(UserError, match=r"^command line: model\.from: .*other: .* started from other weights"):
+    with pytest.raises(UserError, match=r"^overrides: model\.from: .*other: .* started from other weights"):
         check_base(recipe_base(tmp_path / "other", stopped), run, 1)
     with pytest.raises(UserError, match="started from a seed, and goes on with its own weights"):
         check_base(base, RunDirectory(stopped / "run"), 4)
@@ -214,7 +214,7 @@ def test_changed_data_is_refused(held_out, stopped, tmp_path):
     path.write_text(next(other for n in range(99) if is_held_out(other := f"{text}{n}\n", 0.2) == held_out))
     recipe = load_recipe(tmp_path / "recipe.yaml", [f"data.source={tmp_path}/text/*.txt"])
     problem = "the held-out documents are others" if held_out else "the data has changed since"
-    with pytest.raises(UserError, match=rf"^command line \(data\.source\): data: {problem}"):
+    with pytest.raises(UserError, match=rf"^overrides \(data\.source\): data: {problem}"):
         train_quietly(recipe, tmp_path / "run")
     assert losses(tmp_path / "run")[6]  # nothing saved is lost
 

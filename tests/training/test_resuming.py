@@ -81,10 +81,10 @@ def test_what_can_be_accepted_fits_what_was_saved(tmp_path):
 REFUSED = {
     "shapes": (
         ["model.hidden_size=32", "model.head_dim=16"],
-        "model.hidden_size: 64 there, 32 here (command line): cannot",
+        "model.hidden_size: 64 there, 32 here (overrides): cannot",
     ),
-    "an adapter": ([LORA], "adapter: None there, {'rank': 4} here (command line): cannot change in a run"),
-    "order": (["data.seed=7"], "data.seed: 0 there, 7 here (command line): cannot change in a run: the tokens or"),
+    "an adapter": ([LORA], "adapter: None there, {'rank': 4} here (overrides): cannot change in a run"),
+    "order": (["data.seed=7"], "data.seed: 0 there, 7 here (overrides): cannot change in a run: the tokens or"),
     "start": (["train.seed=7"], "it is read at the start alone"),
     "no clipping": (["optimizer.clip_norm=null"], "what its checkpoints hold would not fit"),
     "numbers": (["optimizer.b1=0.5"], "changes the losses; --accept optimizer.b1 goes on with it"),

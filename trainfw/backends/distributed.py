@@ -186,7 +186,7 @@ def connect(wiring: Wiring, start_seconds: float = 0) -> None:
             initialization_timeout=int(seconds) + 60,  # it aborts the process, without an exception to say this in
             shutdown_timeout_seconds=60,
         )
-    from trainfw.backends.select import check_platforms  # which imports this module
+    from trainfw.backends.select import check_platforms
 
     check_platforms()
     place = read_place()

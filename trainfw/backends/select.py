@@ -195,7 +195,7 @@ def current() -> Backend:
     """
     import jax
 
-    from trainfw.backends.compiled import keep_compiled, keep_nothing  # import jax, for which `prepare` is too early
+    from trainfw.backends.compiled import keep_compiled, keep_nothing
 
     platform = jax.default_backend()
     if platform == NEURON.name:
@@ -204,7 +204,7 @@ def current() -> Backend:
     else:
         keep_compiled()
     if platform == "cpu":
-        from trainfw.backends.cpu.lowering import leave_saved  # likewise
+        from trainfw.backends.cpu.lowering import leave_saved
 
         leave_saved(_on_its_own)
     if _as_backend is not None:

@@ -19,7 +19,7 @@ def saved_recipe(file: Path) -> dict[str, Any] | None:
     with file.open("rb") as stream:
         if stream.read(2**16).strip(b"\0 \r\n"):
             return None
-    from trainfw.checkpoint.manifest import find_mismatch, read_meta  # seldom needed, and slow to import
+    from trainfw.checkpoint.manifest import find_mismatch, read_meta
 
     directories = (file.parent / "checkpoints").glob("[0-9]*")
     steps = {int(directory.name): directory for directory in directories if directory.name.isdecimal()}

@@ -34,11 +34,11 @@ def env(
     from trainfw import backends
     from trainfw.errors import UserError
     from trainfw.parallel import AXES
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
     if format not in ("sh", "json"):
         raise UserError(f"--format {format}: expected sh or json")
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
     topology = loaded.hardware.load()
     if topology is None:
         raise UserError(f"{recipe}: hardware.topology must say what the environment is for, such as trn2.48xlarge")

@@ -26,7 +26,7 @@ def export(
     backends.prepare()
 
     from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.program import Format, export_model
+    from trainfw.weights import Format, export_model
 
     if format not in get_args(Format):
         raise UserError(f"--format {format}: expected one of {', '.join(get_args(Format))}")

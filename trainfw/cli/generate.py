@@ -46,15 +46,15 @@ def generate(
 
     backends.prepare()
 
-    from trainfw import models, training
+    from trainfw import sampling, training, weights
     from trainfw.data import TextStream
 
     loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
     chosen = [_chosen(text, adapters) for text in prompt]
-    form = {name: training.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
+    form = {name: weights.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
     tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    ends = training.end_tokens(tokenizer)
+    ends = weights.end_tokens(tokenizer)
     longest, most = max(map(len, tokens)) + max_tokens, loaded.config.max_position
     if longest > most:
         typer.echo(
@@ -63,11 +63,11 @@ def generate(
     if len(prompt) == 1 and not adapters:
         stream = TextStream(tokenizer)
         show(form[None].echo(prompt[0], chat))
-        for token in models.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
+        for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
             show(stream.push(token))
         show(stream.flush() + "\n")
         return
-    written = models.generate_batch(
+    written = sampling.generate_batch(
         loaded,
         tokens,
         eos_ids=ends,

@@ -18,7 +18,7 @@ def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
     from trainfw.errors import UserError
     from trainfw.interop import copy_model, model_kind, open_model
     from trainfw.paths import resolve_path
-    from trainfw.program import check_tokenizer
+    from trainfw.weights import check_tokenizer
 
     path = resolve_path(source)
     if model_kind(path) == "run":

@@ -35,12 +35,12 @@ def local(
 ) -> None:
     """Train in several processes of this machine. As on several instances."""
     from trainfw.launch import accepting, as_argument, launch_local
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
     from trainfw.training import check_place
 
     go_on_without_output()
     check_resume(resume)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
     directory = _directory(run_dir, loaded)
     check_place(directory, loaded)
     # -P: no module of the working directory stands in the place of Python's or of a package's.
@@ -75,9 +75,9 @@ def slurm(
 ) -> None:
     """Train under Slurm, requeued when it is stopped. One process a node, saved first."""
     from trainfw.launch import slurm_job, submit
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
     job = slurm_job(
         loaded,
         recipe,
@@ -140,10 +140,10 @@ def kubernetes(
     For kubectl: trainfw launch kubernetes RECIPE ... | kubectl apply -f -
     """
     from trainfw.launch import kubernetes_job
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
     job = kubernetes_job(
-        load_recipe(recipe, overrides or ()),
+        load_recipe(recipe, overrides or (), written=COMMAND_LINE),
         image=image,
         volumes=volume,
         name=name,

@@ -22,7 +22,7 @@ def merge(
     backends.prepare()
 
     from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.program import merge_adapter
+    from trainfw.weights import merge_adapter
 
     reporter = make_reporter()
     try:

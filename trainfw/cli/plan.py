@@ -43,7 +43,7 @@ def plan(
     """Predict a recipe's memory, traffic and time on its hardware. That need not be here, and no data is needed."""
     from trainfw import planning
     from trainfw.errors import UserError
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
     if html is not None and (html.is_dir() or not os.access(html.parent, os.W_OK)):
         raise UserError(f"--html {html}: expected a file in a directory that exists and can be written to")
@@ -56,14 +56,14 @@ def plan(
     if search and scale is not None:
         raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
     counts = () if scale is None else planning.parse_counts(scale)
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
     if search:
         _search(loaded, recipe, objective, out, json_)
         return
     cores = max(planning.simulated_cores(loaded), planning.scaling_cores(loaded, counts))
     with Clock() as progress:
         made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
-        scaled = planning.scale(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
+        scaled = planning.scale_out(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
     if json_:
         import json
 
@@ -86,7 +86,7 @@ def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_js
     with Clock() as progress:
         found = planning.survey(recipe, objective)
         progress(f"{len(found.candidates):,} candidates by formula; compiling the best of them takes minutes")
-        best = planning.search(found, progress, simulate=found.simulated_cores)
+        best = planning.search_layouts(found, progress, simulate=found.simulated_cores)
     if as_json:
         import json
 

@@ -14,9 +14,9 @@ app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 @app.command(cls=RecipeCommand)
 def show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print the resolved recipe as YAML, every key written out."""
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
-    typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)
+    typer.echo(load_recipe(recipe, overrides or (), written=COMMAND_LINE).to_yaml(), nl=False)
 
 
 @app.command()

@@ -18,14 +18,14 @@ def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count:
     """
     from trainfw import backends
     from trainfw.hardware import topology_names
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
 
     chosen = list(overrides)
     if hardware is not None:
         chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
     elif count is not None:
         chosen.append(f"hardware.count={count}")
-    loaded = load_recipe(recipe, chosen)
+    loaded = load_recipe(recipe, chosen, written=COMMAND_LINE)
     topology = loaded.hardware.load()
     if topology is None:
         raise loaded.error(

@@ -37,18 +37,18 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
-    from trainfw.recipe import load_recipe
+    from trainfw.recipe import COMMAND_LINE, load_recipe
     from trainfw.training import check_accept, check_inputs, tiny_overrides
 
     go_on_without_output()
     check_resume(resume)
     check_accept(accept or ())
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
     if tiny:
         devices = devices or 8
         shrunk = tiny_overrides(loaded, devices)
         say(f"tiny: {' '.join(shrunk)}")
-        loaded = load_recipe(recipe, [*shrunk, *(overrides or ())])
+        loaded = load_recipe(recipe, [*shrunk, *(overrides or ())], written=COMMAND_LINE)
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
     check_inputs(loaded)
     if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():

@@ -21,7 +21,7 @@ from trainfw.data.confined import LimitError, UnusableError, helper
 from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
-from trainfw.gguf import huggingface_tokenizer, read_header
+from trainfw.formats import huggingface_tokenizer, read_header
 from trainfw.json_text import TOKENIZER_LIMIT, read_json
 from trainfw.paths import check_file, resolve_path
 from trainfw.unfinished import write_text

@@ -348,7 +348,7 @@ def _problem(error: Exception) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from trainfw import yaml_text  # imports yaml
+    from trainfw import yaml_text
 
     try:
         return yaml_text.load(yaml_text.read_text(path), path.name)

@@ -1,8 +1,8 @@
 from .configs import config_from_huggingface as config_from_huggingface
 from .configs import config_to_huggingface as config_to_huggingface
-from .gguf_configs import gguf_config as gguf_config
-from .gguf_reader import GGUFTensors as GGUFTensors
-from .gguf_writer import save_gguf as save_gguf
+from .gguf.config import gguf_config as gguf_config
+from .gguf.reader import GGUFTensors as GGUFTensors
+from .gguf.writer import save_gguf as save_gguf
 from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
 from .mapping import parameter_shapes as parameter_shapes
@@ -15,7 +15,6 @@ from .peft import peft_fields as peft_fields
 from .peft import peft_problem as peft_problem
 from .peft import read_peft as read_peft
 from .peft import save_peft as save_peft
-from .safetensors_reader import SafetensorsTensors as SafetensorsTensors
 from .saving import Saved as Saved
 from .saving import copy_model as copy_model
 from .saving import new_directory as new_directory
@@ -23,6 +22,3 @@ from .saving import save_model as save_model
 from .source import ModelSource as ModelSource
 from .source import load_params as load_params
 from .source import open_model as open_model
-from .tensors import FLOATS as FLOATS
-from .tensors import TensorInfo as TensorInfo
-from .tensors import Tensors as Tensors

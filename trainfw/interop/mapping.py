@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from trainfw.formats import TensorInfo, Tensors, bounds_of, cast, fingerprint, row_blocks
 from trainfw.interop.families import FAMILIES, Row
-from trainfw.interop.safetensors_reader import bounds_of
-from trainfw.interop.tensors import TensorInfo, Tensors, cast, fingerprint, row_blocks
 from trainfw.models import ModelConfig, abstract_model
 
 _TILE = 64 * 1024

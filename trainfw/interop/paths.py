@@ -45,7 +45,7 @@ def model_kind(path: Path) -> ModelKind:
 def read_huggingface(path: Path) -> dict[str, Any]:
     """The config.json of a model: a Hugging Face directory's, or what a GGUF file's would be."""
     if model_kind(path) == "gguf":
-        from trainfw.interop.gguf_configs import gguf_config
+        from trainfw.interop.gguf.config import gguf_config
 
         return gguf_config(path)
     return read_json(path / CONFIG, limit=2**24)

@@ -15,10 +15,10 @@ import numpy as np
 
 from trainfw.adapters import AdapterConfig, PatternConfig, config_targets
 from trainfw.errors import UserError
+from trainfw.formats import SafetensorsTensors
 from trainfw.interop.configs import config_to_huggingface
 from trainfw.interop.mapping import parameters
 from trainfw.interop.peft_config import CONFIG, PeftConfig, read_peft_config
-from trainfw.interop.safetensors_reader import SafetensorsTensors
 from trainfw.interop.saving import new_directory
 from trainfw.models import ModelConfig
 

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from trainfw.errors import UserError
+from trainfw.formats import DTYPES, FLOATS, INDEX, SINGLE, TensorInfo, Tensors, chunks
 from trainfw.interop.configs import config_to_huggingface
 from trainfw.interop.mapping import ParameterTensors
-from trainfw.interop.safetensors_reader import DTYPES, INDEX, SINGLE
 from trainfw.interop.source import ModelSource, Progress
-from trainfw.interop.tensors import FLOATS, TensorInfo, Tensors, chunks
 from trainfw.models import ModelConfig
 from trainfw.unfinished import writing
 

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 
 from trainfw.errors import UserError, did_you_mean
+from trainfw.formats import INDEX, SINGLE, SafetensorsTensors, Tensors, row_blocks
 from trainfw.interop.configs import config_from_huggingface, unread_keys
 from trainfw.interop.mapping import Parameter, PartOf, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
-from trainfw.interop.safetensors_reader import INDEX, SINGLE, SafetensorsTensors
-from trainfw.interop.tensors import Tensors, row_blocks
 from trainfw.json_text import TOKENIZER_LIMIT, json_object, read_member
 from trainfw.models import ModelConfig
 from trainfw.paths import resolve_path
@@ -211,7 +210,7 @@ def open_model(path: str | Path) -> ModelSource:
 
 def _open_tensors(path: Path, kind: str) -> Tensors:
     if kind == "gguf":
-        from trainfw.interop.gguf_reader import GGUFTensors
+        from trainfw.interop.gguf.reader import GGUFTensors
 
         return GGUFTensors(path)
     if not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):

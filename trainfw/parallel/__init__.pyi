@@ -27,16 +27,12 @@ from .placement import Piece as Piece
 from .placement import Placement as Placement
 from .placement import default_traffic as default_traffic
 from .placement import place as place
-from .quantized import Precision as Precision
-from .quantized import Quantized as Quantized
-from .quantized import block_problem as block_problem
-from .quantized import dequantize as dequantize
-from .quantized import quantize as quantize
 from .ring import causal_mask as causal_mask
 from .ring import gathered_attention as gathered_attention
 from .ring import local_indices as local_indices
 from .ring import ring_attention as ring_attention
 from .ring import zigzag_order as zigzag_order
+from .rules import SPLIT_RULES as SPLIT_RULES
 from .rules import Rules as Rules
 from .rules import active_rules as active_rules
 from .rules import by_layer as by_layer

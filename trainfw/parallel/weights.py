@@ -16,8 +16,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.parallel.collectives import all_gather, all_reduce, axis_index, axis_size, reduce_scatter
-from trainfw.parallel.quantized import Quantized
-from trainfw.parallel.rules import Rules, active_rules
+from trainfw.parallel.rules import SPLIT_RULES, Rules, active_rules
+from trainfw.quantization import Quantized
 
 GATHERED = "gathered weight"
 """Name of gathered weights, for policies of `jax.checkpoint`: they are gathered again rather than kept."""
@@ -49,7 +49,9 @@ def gather_weight(
     """
     if isinstance(weight, Quantized):
         return jax.tree.map(
-            lambda part, names: gather_weight(part, names, num_kv_heads=num_kv_heads), weight, weight.dims(names)
+            lambda part, names: gather_weight(part, names, num_kv_heads=num_kv_heads),
+            weight,
+            weight.dims(names, SPLIT_RULES),
         )
     rules = active_rules()
     if rules is None or rules.mesh.size == 1:

@@ -13,10 +13,10 @@ from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
 from trainfw.program.fit import Fit, fit
 from trainfw.program.functions import Function, Functions
 from trainfw.program.gradients import LocalComputation, on_every_device
-from trainfw.program.guard import start_guard
-from trainfw.program.initial import initial_frozen, initial_state
+from trainfw.program.init_state import initial_frozen, initial_state
 from trainfw.program.models import ModelSet, model_set
 from trainfw.program.program import Program
+from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
 from trainfw.program.update import Update
 from trainfw.recipe import Recipe, expect_recipe

@@ -14,8 +14,8 @@ from trainfw.adapters import attach, with_magnitudes
 from trainfw.models import Frozen, Transformer, freeze
 from trainfw.parallel import Rules, Sharded
 from trainfw.program.fit import Fit
-from trainfw.program.kept import as_kept, kept_shardings
 from trainfw.recipe import Recipe
+from trainfw.weights import as_kept, kept_shardings
 
 Tree = Any
 """A nested dict of arrays, or of what describes them."""

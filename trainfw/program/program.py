@@ -15,11 +15,11 @@ from trainfw.objectives import Batch, Objective, Schema
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
 from trainfw.program.functions import Functions
-from trainfw.program.guard import start_guard
-from trainfw.program.kept import count_weights
 from trainfw.program.models import ModelSet
+from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
+from trainfw.weights import count_weights
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,7 +12,7 @@ import optax
 
 from trainfw.objectives import Batch, Mean, Metrics
 from trainfw.parallel import Rules, use_rules
-from trainfw.program.guard import judge, keep_where
+from trainfw.program.skip_bad_steps import judge, keep_where
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 

@@ -1,8 +1,4 @@
 from .agreement import agree as agree
-from .config import EvaluationConfig as EvaluationConfig
-from .config import FaultsConfig as FaultsConfig
-from .config import TrainConfig as TrainConfig
-from .config import WatchdogConfig as WatchdogConfig
 from .evaluation import Validation as Validation
 from .evaluation import evaluate as evaluate
 from .evaluation import load_model as load_model
@@ -10,9 +6,6 @@ from .inputs import check_inputs as check_inputs
 from .loop import Interrupted as Interrupted
 from .loop import Result as Result
 from .loop import train as train
-from .prompts import PromptForm as PromptForm
-from .prompts import end_tokens as end_tokens
-from .prompts import prompt_form as prompt_form
 from .reporter import Reporter as Reporter
 from .resuming import check_accept as check_accept
 from .run_directory import RunDirectory as RunDirectory

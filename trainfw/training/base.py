@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from trainfw.errors import UserError
-from trainfw.program import objective_of, open_base, other_base
+from trainfw.program import objective_of
 from trainfw.recipe import Recipe
 from trainfw.training.run_directory import RunDirectory
+from trainfw.weights import open_base, other_base
 
 
 def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> dict[str, str] | None:

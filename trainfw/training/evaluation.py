@@ -18,12 +18,13 @@ from trainfw.errors import RunError, UserError
 from trainfw.models import Transformer, abstract_model
 from trainfw.objectives import Mean
 from trainfw.paths import path_text
-from trainfw.program import Base, Program, build_program, check_tokenizer, is_run, open_base, read_adapter
+from trainfw.program import Program, build_program
 from trainfw.recipe import load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
+from trainfw.weights import Base, check_tokenizer, is_run, open_base, read_adapter
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,7 @@ def evaluate(
     keys = [override.partition("=")[0] for override in overrides]
     for key in keys:
         if not key.startswith(_EVALUATION_KEYS):
-            raise UserError(
-                f"command line: {key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}"
-            )
+            raise UserError(f"{key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}")
     # The batch changes no number here: as many rows as in training, rounded up to fit the devices.
     rows, devices = load_recipe(run.recipe_file).train.global_batch_size, jax.device_count()
     settings = [*_ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}", *overrides]

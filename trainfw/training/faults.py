@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trainfw.errors import RunError
 from trainfw.objectives import Metrics
-from trainfw.training.config import FaultsConfig
+from trainfw.recipe import FaultsConfig
 from trainfw.training.records import append_rows, rewrite_rows
 from trainfw.training.run_directory import RunDirectory
 

@@ -7,8 +7,9 @@ import jax
 
 from trainfw import backends
 from trainfw.data import PreparedData, Progress, stop_ids
-from trainfw.models import Transformer, generate
+from trainfw.models import Transformer
 from trainfw.program import Program, TrainState
+from trainfw.sampling import generate
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.log import MetricsLog
 from trainfw.training.records import append_rows

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 from trainfw.errors import TRY_AGAIN
-from trainfw.training.config import WatchdogConfig
+from trainfw.recipe import WatchdogConfig
 
 Phase = Literal["start", "compile", "step", "validation", "save"]
 """What a session of a run does: reads data and weights, compiles, trains, validates (and writes samples), or waits

@@ -179,9 +179,10 @@ class RunDirectory:
         asked = recipe.train.steps
         where = recipe.written("train.steps")
         goal = max(self.stored_recipe().train.steps, step + asked)
+        place = f"{where}: " if where in ("command line", "overrides") else ""
         return (
-            f"{'command line: ' if where == 'command line' else ''}train.steps = {asked}: {self} is at step {step} "
-            f"already. train.steps={goal} trains it on, train.steps={step} leaves it as it is, and "
+            f"{place}train.steps = {asked}: {self} is at step {step} already. "
+            f"train.steps={goal} trains it on, train.steps={step} leaves it as it is, and "
             f"{self.another(recipe)} starts another run"
         )
 

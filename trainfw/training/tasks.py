@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from trainfw.data import Progress, Tokenizer, TokenStore, stop_ids
-from trainfw.models import Transformer, generate_batch
-from trainfw.training.config import EvaluationConfig
+from trainfw.models import Transformer
+from trainfw.recipe import EvaluationConfig
+from trainfw.sampling import generate_batch
 
 
 def rouge_l(output: str, reference: str) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trainfw.backends.cpu.blocks import blocked_attend, blocks_of
 from trainfw.backends.select import CPU
-from trainfw.models.attention import attend
+from trainfw.models.common.attention import attend
 from trainfw.parallel import causal_mask
 
 

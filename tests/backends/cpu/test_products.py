@@ -7,7 +7,7 @@ from trainfw import backends
 from trainfw.backends import own_kernels, resolve
 from trainfw.backends.base import MatmulRequest
 from trainfw.backends.cpu import products
-from trainfw.models.products import matmul, over_rows
+from trainfw.models.common.matmul import matmul, over_rows
 
 X, W = (jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n, shape in enumerate([(2, 24, 16), (16, 40)]))
 

@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from trainfw.backends import AttentionRequest
 from trainfw.backends.gpu import cudnn
 from trainfw.backends.gpu.kernels import attention_refuses
-from trainfw.models.stack import REMAT_POLICIES
+from trainfw.models.layer_stack import REMAT_POLICIES
 
 REQUEST = AttentionRequest(query_length=256, key_length=256, num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 

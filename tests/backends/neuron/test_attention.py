@@ -21,7 +21,7 @@ from trainfw import UserError
 from trainfw.backends import AttentionRequest, kernels, resolve
 from trainfw.backends.neuron import attention
 from trainfw.backends.select import CPU, NEURON, SIMULATED
-from trainfw.models.attention import Context, attend, attention_mask
+from trainfw.models.common.attention import Context, attend, attention_mask
 
 B, S, H, K, h = 2, 256, 4, 2, 16
 SCALE = 0.3

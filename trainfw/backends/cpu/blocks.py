@@ -141,5 +141,5 @@ def blocked_attend(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`trainfw.models.attention.attend` of as many queries as keys, where no query sees a later key."""
+    """`trainfw.models.common.attention.attend` of as many queries as keys, where no query sees a later key."""
     return _attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale, softcap)

@@ -16,7 +16,7 @@ def attention_refuses(request: AttentionRequest) -> str | None:
 
 
 def load_attention(request: AttentionRequest) -> Callable[..., Any]:
-    from trainfw.backends.cpu.blocks import blocked_attend  # imports jax
+    from trainfw.backends.cpu.blocks import blocked_attend
 
     return blocked_attend
 

@@ -28,6 +28,6 @@ def attention_refuses(request: AttentionRequest) -> str | None:
 
 def load_attention(request: AttentionRequest) -> Callable[..., Any]:
     """Raises ImportError where jax's GPU platform is not CUDA's."""
-    from trainfw.backends.gpu.cudnn import load  # imports jax
+    from trainfw.backends.gpu.cudnn import load
 
     return load(request)

@@ -1,0 +1,195 @@
+"""A GGUF file's tokenizer in the Hugging Face form: tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainfw.errors import UserError, short
+from trainfw.formats.gguf.header import Header, known_or_refuse
+from trainfw.formats.gguf.token_types import (
+    ALIASES,
+    CONTROL,
+    PRE_TOKENIZERS,
+    ROLES,
+    SPACE,
+    STOPS,
+    UNKNOWN,
+    USER_DEFINED,
+    implied_merges,
+)
+
+_GGML = "tokenizer.ggml"
+MAX_TOKENS, MAX_TOKEN, MAX_LETTERS = 1 << 19, 1_000, 1 << 22
+"""Tokens, letters of one and of all: the largest vocabularies have about half of that."""
+NONE = 0xFFFFFFFF
+"""The id of no token, in files that write one."""
+
+
+def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]:
+    """The tokenizer.json and the tokenizer_config.json of a GGUF file, and where generation stops besides at eos.
+
+    Byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`). Raises UserError for other models, for a pre-tokenizer
+    that is not known, and for lists that do not belong together.
+    """
+    build = known_or_refuse(header, f"{_GGML}.model", {"gpt2": _byte_level, "llama": _sentencepiece})
+    tokens = header.items(f"{_GGML}.tokens", str)
+    if not tokens:
+        raise UserError(f"{header.file}: {_GGML}.tokens is empty")
+    types = header.items(f"{_GGML}.token_type", int) if f"{_GGML}.token_type" in header.metadata else []
+    if types and len(types) != len(tokens):
+        raise UserError(f"{header.file}: {_GGML}.token_type has {len(types)} elements, tokens has {len(tokens)}")
+    _check_vocabulary(header, tokens)
+    settings: dict[str, Any] = {}
+    named = {}
+    for key in (*ROLES.values(), *STOPS):
+        if (id_ := header.get(f"{_GGML}.{key}", int, NONE)) != NONE:
+            if not 0 <= id_ < len(tokens):
+                raise UserError(f"{header.file}: {_GGML}.{key} = {id_}: the vocabulary has {len(tokens)} tokens")
+            named[key] = id_
+    settings |= {role: tokens[named[key]] for role, key in ROLES.items() if key in named}
+    stops = tuple(named[key] for key in STOPS if key in named)
+    form = build(header, tokens, types, settings)
+    kinds = dict(zip(tokens, types))
+    form["added_tokens"] = [
+        {
+            "id": id_,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kinds.get(token) != USER_DEFINED,
+        }
+        for id_, token in enumerate(tokens)
+        if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values() or id_ in stops
+    ]
+    # llama.cpp's own defaults: SentencePiece models start with bos where the file does not say.
+    add_bos = header.get(f"{_GGML}.add_bos_token", bool, build is _sentencepiece) and "bos_token" in settings
+    add_eos = header.get(f"{_GGML}.add_eos_token", bool, False) and "eos_token" in settings
+    ids = {token: id_ for id_, token in enumerate(tokens)}
+    ends = [settings["bos_token"]] if add_bos else [], [settings["eos_token"]] if add_eos else []
+    if add_bos or add_eos:
+        form["post_processor"] = _template(*ends, ids)
+    settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    if "tokenizer.chat_template" in header.metadata:
+        settings["chat_template"] = header.get("tokenizer.chat_template", str)
+    return form, settings, stops
+
+
+def _check_vocabulary(header: Header, tokens: list[str]) -> None:
+    """Raise UserError for a token that is there twice, and for sizes that cost minutes to build a tokenizer of."""
+    if len(tokens) > MAX_TOKENS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
+    longest, letters = max(tokens, key=len), sum(map(len, tokens))
+    if len(longest) > MAX_TOKEN:
+        raise UserError(
+            f"{header.file}: {_GGML}.tokens has {short(longest)}, of {len(longest):,} letters: expected "
+            f"{MAX_TOKEN:,} at most"
+        )
+    if letters > MAX_LETTERS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {letters:,} letters: expected {MAX_LETTERS:,} at most")
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            raise UserError(f"{header.file}: {_GGML}.tokens has {short(token)} twice")
+        seen.add(token)
+
+
+def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+    name = header.get(f"{_GGML}.pre", str, "default")
+    names = {**PRE_TOKENIZERS, **{alias: PRE_TOKENIZERS[of] for alias, of in ALIASES.items()}}
+    pre = known_or_refuse(header, f"{_GGML}.pre", names) if name != "default" else PRE_TOKENIZERS[name]
+    merges = [merge.split(" ") for merge in header.items(f"{_GGML}.merges", str)]
+    known = set(tokens)
+    for merge in merges:
+        if len(merge) != 2 or not known.issuperset((*merge, "".join(merge))):
+            raise UserError(
+                f"{header.file}: {_GGML}.merges has {short(' '.join(merge))}: expected two tokens that make one"
+            )
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
+        "pre_tokenizer": dict(pre.form),
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": _bpe(tokens, merges, ignore_merges=pre.ignore_merges),
+    }
+
+
+def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+    gemma = header.architecture.startswith("gemma")
+    # llama.cpp's converter writes runs of spaces that are tokens by themselves as spaces.
+    tokens[:] = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
+    scores = header.items(f"{_GGML}.scores", float)
+    if len(scores) != len(tokens):
+        raise UserError(f"{header.file}: {_GGML}.scores has {len(scores)} elements, tokens has {len(tokens)}")
+    ids = {token: id_ for id_, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        raise UserError(f"{header.file}: {_GGML}.tokens has a run of spaces twice")
+    plain = {id_ for id_, kind in enumerate(types) if kind not in (CONTROL, UNKNOWN)} if types else set(ids.values())
+    # Gemma's merges follow the order of its tokens, and not their scores.
+    ranks = {token: float(id_) if gemma else -scores[id_] for token, id_ in ids.items() if id_ in plain}
+    unknown = settings.get("unk_token") or next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
+    to_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    from_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if header.get(f"{_GGML}.add_space_prefix", bool, not gemma):
+        prepend = {"type": "Prepend", "prepend": SPACE}
+        normalizer: dict[str, Any] = {"type": "Sequence", "normalizers": [prepend, from_space]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    else:
+        normalizer = from_space
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(
+            tokens,
+            [list(merge) for merge in implied_merges({t: i for t, i in ids.items() if i in plain}, ranks, header.file)],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
+    }
+
+
+def _bpe(tokens: list[str], merges: list[list[str]], **changes: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **changes,
+        "vocab": {token: id_ for id_, token in enumerate(tokens)},
+        "merges": merges,
+    }
+
+
+def _template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[str, Any]:
+    """The post-processor that puts special tokens around a text."""
+
+    def special(tokens: list[str]) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+
+    def text(name: str) -> list[dict[str, Any]]:
+        return [*special(before), {"Sequence": {"id": name, "type_id": 0}}, *special(after)]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A"),
+        "pair": [*text("A"), *text("B")],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (*before, *after)},
+    }

@@ -1,0 +1,212 @@
+"""A Hugging Face tokenizer as a GGUF file's metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainfw.errors import UserError
+from trainfw.formats.gguf.token_types import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    ROLES,
+    SPACE,
+    STOPS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    canonical,
+    implied_merges,
+)
+from trainfw.json_text import TOKENIZER_LIMIT, read_json
+from trainfw.utf8 import read_utf8
+
+_GGML = "tokenizer.ggml"
+
+
+def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in `directory`, and for where its
+    generation_config.json stops: besides at eos, a GGUF file has a place for two.
+
+    `vocab_size`: rows of the embedding table; those that no token has are listed as unused, as llama.cpp expects.
+    Raises UserError for a tokenizer that llama.cpp has no name for, and says what it is.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"no {file}: a GGUF file holds the model's tokenizer")
+    form, settings = _json(file), _json(directory / "tokenizer_config.json", absent={})
+    model = form.get("model") or {}
+    if model.get("type") != "BPE":
+        raise UserError(f"{file}: a {model.get('type')} tokenizer has no place in a GGUF file: expected BPE")
+    # Special tokens past the embedding are nobody's: llama.cpp's converter leaves them out too.
+    form["added_tokens"] = [
+        token for token in form.get("added_tokens") or () if token["id"] < vocab_size or not token.get("special")
+    ]
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in form["added_tokens"]}}
+    if len(set(ids.values())) < len(ids) or (ids and max(ids.values()) >= vocab_size):
+        raise UserError(
+            f"{file}: {len(ids)} tokens with ids to {max(ids.values())}: the model's embedding has {vocab_size} rows"
+        )
+    tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, id_ in ids.items():
+        tokens[id_], types[id_] = token, NORMAL
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"{file}: two tokens of one name, counting [PAD<id>] for the rows that none has")
+    for added in form["added_tokens"]:
+        types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        metadata = _sentencepiece(file, form, tokens, types, merges, ids)
+    else:
+        metadata = _byte_level(file, form, tokens, types, merges)
+    metadata |= {f"{_GGML}.tokens": tokens, f"{_GGML}.token_type": types}
+    roles = _json(directory / "special_tokens_map.json", absent={}) | settings
+    names = {}
+    for role, key in ROLES.items():
+        name = roles.get(role)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in ids:
+            names[role] = name
+            metadata[f"{_GGML}.{key}"] = ids[name]
+    eos = metadata.get(f"{_GGML}.eos_token_id")
+    stops = _json(directory / "generation_config.json", absent={}).get("eos_token_id")
+    others = [id_ for id_ in (stops if isinstance(stops, list) else [stops]) if id_ not in (None, eos)]
+    if len(others) > len(STOPS):
+        listed = ", ".join(map(str, others))
+        raise UserError(
+            f"{directory}: generation stops at the tokens {listed} besides eos, and a GGUF file has a place for "
+            f"{len(STOPS)}: take some out of generation_config.json's eos_token_id"
+        )
+    metadata |= {f"{_GGML}.{key}": id_ for key, id_ in zip(STOPS, others)}
+    before, after = _around(form.get("post_processor"))
+    for flag, role, there in (("add_bos_token", "bos_token", before), ("add_eos_token", "eos_token", after)):
+        given = settings.get(flag)
+        metadata[f"{_GGML}.{flag}"] = bool(names.get(role) in there if given is None else given)
+    if template := _chat_template(directory, settings):
+        metadata["tokenizer.chat_template"] = template
+    return metadata
+
+
+def _byte_level(
+    file: Path, form: dict[str, Any], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
+) -> dict[str, Any]:
+    if not merges:
+        raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
+    return {
+        f"{_GGML}.model": "gpt2",
+        f"{_GGML}.pre": _pre_tokenizer(file, form),
+        f"{_GGML}.merges": [" ".join(merge) for merge in merges],
+        f"{_GGML}.add_space_prefix": False,
+    }
+
+
+def _pre_tokenizer(file: Path, form: dict[str, Any]) -> str:
+    """llama.cpp's name of how text is cut. Raises UserError where it has none."""
+    normalizer = (form.get("normalizer") or {}).get("type")
+    steps = canonical(form.get("pre_tokenizer"))
+    whole = form["model"].get("ignore_merges", False)
+    alike = [
+        name
+        for name, pre in PRE_TOKENIZERS.items()
+        if canonical(pre.form) == steps and normalizer in (None, pre.normalizer)
+    ]
+    for name in sorted(alike, key=lambda name: PRE_TOKENIZERS[name].normalizer != normalizer):
+        if PRE_TOKENIZERS[name].ignore_merges or not whole:
+            return name
+    raise UserError(
+        f"{file}: llama.cpp has no name for how this tokenizer cuts text, and would cut it otherwise; "
+        f"one of: {', '.join(PRE_TOKENIZERS)}. Start from a tokenizer of these kinds to run the model there"
+    )
+
+
+def _sentencepiece(
+    file: Path,
+    form: dict[str, Any],
+    tokens: list[str],
+    types: list[int],
+    merges: list[tuple[str, ...]],
+    ids: dict[str, int],
+) -> dict[str, Any]:
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    if missing := [name for name in bytes_ if name not in ids]:
+        raise UserError(f"{file}: byte_fallback without {len(missing)} of the 256 byte tokens <0x00> to <0xFF>")
+    for name in bytes_:
+        types[ids[name]] = BYTE
+    if (unknown := form["model"].get("unk_token")) in ids:
+        types[ids[unknown]] = UNKNOWN
+    # The rank of a token is where it first comes in the merges; llama.cpp merges the best score first.
+    ranks: dict[str, int] = {}
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    # llama.cpp merges whatever makes a token; tokens that are found whole before that may or may not be among them.
+    plain = {token: id_ for token, id_ in ids.items() if types[id_] in (NORMAL, BYTE, USER_DEFINED)}
+    needed = {token: 0.0 for token, id_ in plain.items() if types[id_] == NORMAL}
+    order = [ranks[left + right] for left, right in merges]
+    each = [implied_merges(plain, of, file) for of in (needed, dict.fromkeys(plain, 0.0))]
+    least, most = map(set, each)
+    if not least <= set(merges) <= most or order != sorted(order):
+        raise UserError(
+            f"{file}: not a SentencePiece tokenizer: its merges are not those that its vocabulary implies, "
+            "which is all that a GGUF file can say"
+        )
+    scores = [0.0] * len(tokens)
+    for token, rank in ranks.items():
+        scores[ids[token]] = -float(rank)
+    for token, id_ in plain.items():
+        if token not in ranks and types[id_] == NORMAL:
+            scores[id_] = -float(len(ranks))
+    return {
+        f"{_GGML}.model": "llama",
+        f"{_GGML}.pre": "default",
+        f"{_GGML}.scores": scores,
+        f"{_GGML}.add_space_prefix": _space_prefix(file, form),
+    }
+
+
+def _space_prefix(file: Path, form: dict[str, Any]) -> bool:
+    """Whether a text starts as if with a space. Raises UserError where spaces are not SentencePiece's."""
+    match form.get("normalizer"), form.get("pre_tokenizer"):
+        case {"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "Replace", "content": "▁"}]}, None:
+            return True
+        case {"type": "Replace", "content": "▁"}, None:
+            return False
+        case {"type": "Replace", "content": "▁"}, {"type": "Split", "pattern": {"String": " "}}:
+            return False  # Gemma: by then there are no spaces left to split at
+        case None, {"type": "Metaspace", "replacement": "▁"}:
+            # Differs from llama.cpp in texts that start with a space, as files of llama.cpp's own converter do.
+            return form["pre_tokenizer"].get("prepend_scheme", "always") != "never"
+    raise UserError(
+        f"{file}: byte_fallback without SentencePiece's spaces ({SPACE}): llama.cpp would cut text otherwise"
+    )
+
+
+def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
+    """The special tokens that a post-processor puts before and after a text."""
+    before: set[str] = set()
+    after: set[str] = set()
+    for step in (post or {}).get("processors") or [post or {}]:
+        if step.get("type") == "TemplateProcessing":
+            seen = before
+            for piece in step.get("single") or ():
+                if "Sequence" in piece:
+                    seen = after
+                else:
+                    seen.add(piece["SpecialToken"]["id"])
+    return before, after
+
+
+def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    if (file := directory / "chat_template.jinja").is_file():
+        return read_utf8(file)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    return template if isinstance(template, str) else None
+
+
+def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
+    return absent if absent is not None and not file.is_file() else read_json(file, TOKENIZER_LIMIT)

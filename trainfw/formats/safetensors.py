@@ -1,0 +1,246 @@
+"""Directories of safetensors files, read in parts and trusted in nothing.
+
+Format: https://github.com/huggingface/safetensors#format. Eight bytes say how long the header is, the header (JSON)
+where in the rest of the file every tensor lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from trainfw.errors import UserError, short
+from trainfw.formats.tensors import CHUNK, TensorInfo, fingerprint
+from trainfw.json_text import LIMIT, parse_json, read_json
+from trainfw.paths import check_file
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SEPARATE = 32 * 1024
+"""Bytes from which a run of values is worth a read of its own; shorter ones come with what lies between them."""
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    info: TensorInfo
+    start: int
+    """Byte of the file at which its values begin."""
+
+
+class SafetensorsTensors:
+    """The tensors of `single`, or of the shards that `model.safetensors.index.json` names.
+
+    Everything that headers and index claim is checked when it is opened, against the files' real sizes, before a value
+    is read. A shard's name is that of a file in the directory itself: no path. The file may be a symbolic link to
+    elsewhere, as in Hugging Face's cache: links are made by whoever made the directory here, not by what files say.
+
+    Values are read with `pread` and never mapped, so that the host's memory holds what was asked for and no more.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], single: str = SINGLE):
+        self.directory = Path(directory)
+        self._places = self._open(single)
+        self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """That part of a tensor, freshly allocated; steps other than 1 are refused."""
+        place = self._places[name]
+        shape, dtype = place.info.shape, place.info.dtype
+        bounds = bounds_of(index, shape)
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        if out.size:
+            descriptor = os.open(place.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                _fill(out.view(np.uint8) if out.ndim else out, descriptor, place, place.start, shape, bounds)
+            finally:
+                os.close(descriptor)
+        return out
+
+    def fingerprint(self) -> str:
+        return fingerprint(self)
+
+    def _open(self, single: str) -> dict[str, _Place]:
+        index = self.directory / INDEX
+        if single != SINGLE or os.path.lexists(self.directory / single):
+            return read_header(self.directory / single)
+        named = self._index(index)
+        places: dict[str, _Place] = {}
+        for shard in sorted(set(named.values())):
+            file = self.directory / shard
+            if not os.path.lexists(file):
+                raise UserError(f"{index}: names shard {shard!r}, which is not there: the download is not complete")
+            for name, place in read_header(file).items():
+                if name in places:
+                    raise UserError(f"{file}: tensor {name} is in {places[name].file.name} too")
+                if name not in named:
+                    raise UserError(f"{file}: holds tensor {name}, which {INDEX} does not name")
+                places[name] = place
+        for name, shard in named.items():
+            if name not in places:
+                raise UserError(f"{index}: tensor {name} is not in {shard}, where it should be")
+            if places[name].file.name != shard:
+                raise UserError(f"{index}: tensor {name} is in {places[name].file.name}, not in {shard}")
+        return places
+
+    def _index(self, index: Path) -> dict[str, str]:
+        """The shard of every tensor."""
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not found:
+            raise UserError(f"{index}: expected weight_map, an object of tensor names and the files that hold them")
+        _check_names(index, found)
+        for name, shard in found.items():
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
+                raise UserError(
+                    f"{index}: tensor {name} is said to be in {short(shard)}; expected the name of a .safetensors file "
+                    "in this directory"
+                )
+        return found
+
+
+MAX_NAME = 500
+"""Letters of a tensor's name."""
+
+
+def _check_names(file: Path, names: Iterable[str]) -> None:
+    """Raise UserError for a name that no message can show."""
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise UserError(f"{file}: tensor {short(name)}: expected a name of at most {MAX_NAME} printable letters")
+
+
+def _plain(name: str) -> bool:
+    return name.isprintable() and len(name) < 256 and not set(name) & {"/", "\\", ":"}
+
+
+def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, stop) in every dim; dims beyond the index are whole."""
+    if len(index) > len(shape):
+        raise IndexError(f"{len(index)} slices of an array of {len(shape)} dims")
+    bounds = []
+    for part, length in zip([*index, *[slice(None)] * (len(shape) - len(index))], shape):
+        start, stop, step = part.indices(length)
+        if step != 1:
+            raise IndexError(f"only steps of 1 are read, not {step}")
+        bounds.append((start, max(start, stop)))
+    return bounds
+
+
+def _fill(
+    out: np.ndarray, descriptor: int, place: _Place, start: int, shape: Sequence[int], bounds: list[tuple[int, int]]
+) -> None:
+    """Fill `out` (contiguous, bytes in its last dim) with a part of the array (shape) that begins at byte `start`."""
+    itemsize = place.info.dtype.itemsize
+    whole = all((0, length) == bound for length, bound in zip(shape[1:], bounds[1:]))
+    if not shape or whole:
+        row = math.prod(shape[1:]) * itemsize
+        _read_exactly(out, descriptor, place, start + (bounds[0][0] * row if bounds else 0))
+        return
+    (first, last), row = bounds[0], math.prod(shape[1:]) * itemsize
+    needed = math.prod(stop - begin for begin, stop in bounds[1:]) * itemsize
+    if needed >= _SEPARATE or row > CHUNK:
+        for i in range(first, last):
+            _fill(out[i - first], descriptor, place, start + i * row, shape[1:], bounds[1:])
+        return
+    # Many short runs: read whole rows and keep what is wanted.
+    rest = tuple(slice(*bound) for bound in bounds[1:-1])
+    rest += (slice(bounds[-1][0] * itemsize, bounds[-1][1] * itemsize),)
+    step = max(CHUNK // row, 1)
+    buffer = np.empty((min(step, last - first), *shape[1:-1], shape[-1] * itemsize), np.uint8)
+    for i in range(first, last, step):
+        rows = buffer[: min(step, last - i)]
+        _read_exactly(rows, descriptor, place, start + i * row)
+        out[i - first : i - first + len(rows)] = rows[(slice(None), *rest)]
+
+
+def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) -> None:
+    view, done = out.reshape(-1).view(np.uint8).data, 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + 2**30]], offset + done)
+        if count == 0:
+            raise UserError(f"{place.file}: ends before byte {offset + len(view):,}: it was cut short while being read")
+        done += count
+
+
+def read_header(file: Path) -> dict[str, _Place]:
+    """Where every tensor of a safetensors file lies. Raises UserError for a header that does not fit the file."""
+    check_file(file)
+    with _readable(file), open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size < 8:
+            raise UserError(f"{file}: is {size} bytes: not a safetensors file, or cut short")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > LIMIT:
+            raise UserError(f"{file}: says that its header has {length:,} bytes; expected {LIMIT:,} at most")
+        if length > size - 8:
+            raise UserError(f"{file}: says that its header has {length:,} bytes, but the file has {size:,}: cut short?")
+        header = parse_json(stream.read(length), f"{file}: header")
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{file}: {_METADATA}: expected an object of strings")
+    _check_names(file, header)
+    places = {name: _place(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_layout(file, places, 8 + length, size)
+    return places
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _place(file: Path, name: str, entry: Any, data: int, size: int) -> _Place:
+    """One tensor of a header; `data` is the byte at which values begin, `size` the file's."""
+    what = f"{file}: tensor {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{what}: expected dtype, shape and data_offsets, found {short(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{what}: dtype {short(dtype)} is not supported; one of: {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(_count(length) for length in shape) or len(shape) > 8:
+        raise UserError(f"{what}: shape {short(shape)}: expected up to 8 lengths of 0 or more")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_count(offset) for offset in offsets):
+        raise UserError(f"{what}: data_offsets {short(offsets)}: expected two places in the file")
+    begin, end = offsets
+    if begin > end or data + end > size:
+        raise UserError(
+            f"{what}: lies at bytes {begin:,} to {end:,} of the {size - data:,} that the file has: cut short?"
+        )
+    info = TensorInfo(tuple(shape), DTYPES[dtype])
+    if end - begin != info.nbytes:
+        raise UserError(f"{what}: has {end - begin:,} bytes, but {dtype} of shape {info.shape} takes {info.nbytes:,}")
+    return _Place(file, info, data + begin)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _check_layout(file: Path, places: Mapping[str, _Place], data: int, size: int) -> None:
+    """Tensors fill the file, each byte once: what lies between or behind could be anything."""
+    end, previous = data, ""
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].info.nbytes)):
+        if place.start < end:
+            raise UserError(f"{file}: tensors {previous} and {name} overlap")
+        if place.start > end:
+            raise UserError(f"{file}: {place.start - end:,} bytes before tensor {name} belong to no tensor")
+        end, previous = place.start + place.info.nbytes, name
+    if end != size:
+        raise UserError(f"{file}: {size - end:,} bytes at the end belong to no tensor")

@@ -1,0 +1,239 @@
+"""The metadata of a GGUF file as a config.json. Needs neither jax nor the tensors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainfw.config import SMALLEST
+from trainfw.errors import UserError, one_of, short
+from trainfw.formats import Header, StoredTensor, read_header
+from trainfw.interop.gguf.tensor_names import (
+    ARCHITECTURES,
+    KEYS,
+    MIXTRAL_KEYS,
+    ROPE_FREQS,
+    Architecture,
+    Key,
+    llama3_divisors,
+)
+
+MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of Llama 3.1, 3.2 and 3.3. GGUF files hold what comes of them, and not the values."""
+LLAMA3_FACTORS = (8.0, 32.0)
+"""Of 3.1 and 3.3, and of 3.2."""
+
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+def gguf_config(file: Path | str) -> dict[str, Any]:
+    """The config.json of a GGUF file's model, as Transformers would write it.
+
+    Raises UserError for an architecture or a feature that the file names and trainfw does not have, and for metadata
+    that is missing or makes no sense.
+    """
+    header = read_header(file)
+    if unread := _unread_keys(header):
+        warnings.warn(f"{header.file}: not read: {', '.join(unread)[:400]}", stacklevel=1)  # once, whoever reads it
+    stored = header.tensors.get(ROPE_FREQS)
+    return config_of(header, None if stored is None else _floats(header, stored))
+
+
+_OTHER_KEYS = (
+    *(
+        "vocab_size",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ),
+    *("attention.sliding_window", "expert_count", "expert_used_count", "rope.scaling.type", "rope.scaling.factor"),
+    # Of models that were trained with yarn, which is refused.
+    *("rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+)
+"""Keys about the model that are read, or compute nothing, beside those of the tables."""
+_IGNORED = {
+    # llama.cpp reads these for other architectures: beside its logits, they changed nothing of a Llama.
+    *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.temperature_scale"),
+    *("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+    # Routers are as the architecture has them, whatever is said of them.
+    *("expert_gating_func", "expert_weights_norm", "expert_weights_scale"),
+    # How tensors are laid out in the file, and what is returned of embedding models.
+    *("tensor_data_layout", "pooling_type"),
+}
+_WITHOUT_EFFECT = {"attention.causal": (True,), "rope.scaling.attn_factor": (1.0,)}
+"""The values at which keys that are not read change nothing; of others 0, false or nothing at all."""
+
+
+def _unread_keys(header: Header) -> list[str]:
+    """The file's keys about its model that say nothing here, nor to llama.cpp.
+
+    Raises UserError for others that are set: llama.cpp may compute another model by them.
+    """
+    name, architecture = header.architecture, architecture_of(header)
+    known = {*_OTHER_KEYS, *(key.gguf for key in (*KEYS, *architecture.keys))}
+    without_effect = _WITHOUT_EFFECT | {"attention.sliding_window_pattern": (0, architecture.window_pattern)}
+    unread = []
+    for key, value in header.metadata.items():
+        own = key.removeprefix(f"{name}.")
+        if own == key or own in known:
+            continue
+        if own in _IGNORED:
+            unread.append(key[:80])
+        elif not isinstance(value, int | float | str) or value not in without_effect.get(own, (0, "")):
+            raise UserError(f"{header.file}: {key[:80]} = {short(value)} is not supported")
+    return sorted(unread)
+
+
+def architecture_of(header: Header) -> Architecture:
+    """The table of a file's architecture. Raises UserError with those that there are."""
+    name = header.architecture
+    if name not in ARCHITECTURES:
+        raise UserError(
+            f"{header.file}: general.architecture = {short(name)} is not supported{one_of(name, ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
+    """As `gguf_config`, of a header; `rope_freqs` is that tensor where there is one."""
+    name, architecture = header.architecture, architecture_of(header)
+    family = _family(header, architecture)
+    keys = (*KEYS, *architecture.keys, *(MIXTRAL_KEYS if family == "mixtral" else ()))
+    config: dict[str, Any] = {
+        "architectures": [architecture.families[family]],
+        "model_type": family,
+        **architecture.constants,
+    }
+    for key in keys:
+        if key.gguf == "feed_forward_length" and "expert_feed_forward_length" in {other.gguf for other in keys}:
+            # Of layers that are no mixture, of which there is none: some files leave it out.
+            config[key.huggingface] = header.size(f"{name}.{key.gguf}", header.size(f"{name}.embedding_length"))
+            continue
+        config[key.huggingface] = _value(header, f"{name}.{key.gguf}", key)
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    experts = config.get("num_experts", config.get("num_local_experts", 0))
+    for count, value, limit in (("block_count", layers, MAX_LAYERS), ("expert_count", experts, MAX_EXPERTS)):
+        if value > limit:
+            raise UserError(f"{header.file}: {name}.{count} = {value}: expected {limit} at most")
+    config["num_key_value_heads"] = header.size(f"{name}.attention.head_count_kv", heads)
+    config["head_dim"] = _head_dim(header, config["hidden_size"], heads)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError(f"{header.file}: no tensor token_embd.weight")
+    config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    config["initializer_range"] = 0.02
+    config["rope_scaling"] = _rope_scaling(header, rope_freqs, config)
+    if architecture.window_pattern is not None:
+        config["layer_types"] = [
+            "sliding_attention" if (i + 1) % architecture.window_pattern else "full_attention" for i in range(layers)
+        ]
+        wide = layers == architecture.wide_scale_layers
+        scalar = config["hidden_size"] / heads if wide else config["head_dim"]
+        config["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+    elif name == "llama":
+        window = header.get(f"{name}.attention.sliding_window", int, 0)
+        if window or family != "llama":
+            config["sliding_window"] = window or None
+    for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        id_ = header.get(f"tokenizer.ggml.{theirs}_token_id", int, config["vocab_size"])
+        config[f"{role}_token_id"] = id_ if 0 <= id_ < config["vocab_size"] else None
+    config["torch_dtype"] = _dtype(header)
+    return config
+
+
+def _family(header: Header, architecture: Architecture) -> str:
+    """Transformers' model_type."""
+    if header.architecture != "llama":
+        return next(iter(architecture.families))
+    if header.get("llama.expert_count", int, 0):
+        return "mixtral"
+    mistral = "mistral" in header.get("general.name", str, "").lower()
+    return "mistral" if mistral or header.get("llama.attention.sliding_window", int, 0) else "llama"
+
+
+def _value(header: Header, name: str, key: Key) -> Any:
+    if key.kind is int:
+        return header.size(name, key.default)
+    value = header.get(name, float, key.default)
+    if value < SMALLEST:
+        raise UserError(f"{header.file}: {name} = {value}: expected more than 0")
+    return shortest(value)
+
+
+def shortest(value: float) -> float:
+    """The number of the fewest digits that is `value` in 32 bits: 1e-05, and not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _head_dim(header: Header, hidden: int, heads: int) -> int:
+    name = header.architecture
+    if f"{name}.attention.key_length" not in header.metadata and hidden % heads:
+        raise UserError(f"{header.file}: {name}.embedding_length = {hidden} does not divide by {heads} heads")
+    head_dim = header.size(f"{name}.attention.key_length", hidden // heads or 1)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if header.size(f"{name}.{key}", head_dim) != head_dim:
+            raise UserError(
+                f"{header.file}: {name}.{key} = {header.size(f'{name}.{key}')} is not supported: heads of {head_dim}"
+            )
+    if head_dim % 2:
+        raise UserError(f"{header.file}: heads of {head_dim}: rotary embeddings turn pairs")
+    return head_dim
+
+
+def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[str, Any]) -> dict[str, Any] | None:
+    name = header.architecture
+    kind = header.get(f"{name}.rope.scaling.type", str, "none")
+    factors = [f"{name}.rope.{key}" for key in ("scaling.factor", "scale_linear")]
+    values = [header.get(key, float) for key in factors if key in header.metadata]
+    if len(set(values)) > 1:
+        raise UserError(
+            f"{header.file}: {factors[0]} = {values[0]:g}, but {factors[1]} = {values[1]:g}: one of them only"
+        )
+    factor = values[0] if values else 1.0
+    if kind not in ("none", "linear"):
+        raise UserError(
+            f"{header.file}: {name}.rope.scaling.type = {short(kind)} is not supported; one of: none, linear"
+        )
+    if factor < 0:
+        raise UserError(f"{header.file}: {name}.rope.scaling.factor = {factor}: expected 0 or more")
+    # llama.cpp takes a factor without a type as linear, and 0 as none.
+    scaled = f"{name}.rope.scaling.type" not in header.metadata or kind == "linear"
+    linear = {"rope_type": "linear", "factor": shortest(factor)} if scaled and factor not in (0.0, 1.0) else None
+    if rope_freqs is None:
+        return linear
+    head_dim, theta = config["head_dim"], config["rope_theta"]
+    if rope_freqs.shape == (head_dim // 2,) and linear is None:
+        if (rope_freqs == 1).all():
+            return None
+        for candidate in LLAMA3_FACTORS:
+            expected = llama3_divisors(head_dim, theta, candidate, *LLAMA3.values())
+            if np.allclose(rope_freqs, expected, rtol=1e-4, atol=0):
+                return {"rope_type": "llama3", "factor": candidate, **LLAMA3}
+    raise UserError(
+        f"{header.file}: {ROPE_FREQS} is not what llama3's rotary scaling gives for heads of {head_dim} and "
+        f"rope.freq_base = {theta:g} with a factor of {' or '.join(f'{f:g}' for f in LLAMA3_FACTORS)}, "
+        "the only scaling by frequency that is supported"
+    )
+
+
+def _dtype(header: Header) -> str:
+    """Of most elements as `GGUFTensors` gives them."""
+    sizes: Counter[str] = Counter()
+    for stored in header.tensors.values():
+        sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _floats(header: Header, stored: StoredTensor) -> np.ndarray:
+    if stored.type != "F32" or len(stored.shape) != 1 or stored.nbytes > 1 << 20:
+        raise UserError(f"{header.file}: tensor {stored.name} is {stored.type} of shape {stored.shape}: expected F32")
+    return np.fromfile(stored.file, "<f4", stored.shape[0], offset=stored.offset)

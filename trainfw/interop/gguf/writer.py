@@ -1,0 +1,303 @@
+"""GGUF files for llama.cpp, from a Hugging Face config, tensors and tokenizer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+
+from trainfw.errors import UserError, did_you_mean, one_of
+from trainfw.formats import Header, StoredTensor, Tensors, gguf_library, tokenizer_metadata
+from trainfw.interop.gguf.config import config_of
+from trainfw.interop.gguf.tensor_names import (
+    ARCHITECTURES,
+    KEYS,
+    MIXTRAL_KEYS,
+    ROPE_FREQS,
+    Architecture,
+    Row,
+    llama3_divisors,
+    to_pairs,
+)
+from trainfw.models import ModelConfig
+from trainfw.unfinished import writing
+
+Quantization = Literal["F32", "F16", "BF16", "Q8_0"]
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
+"""`general.file_type`, which only names the file's kind."""
+_NOT_SAID = ("preset", "max_position", "init_std")
+"""Fields of ModelConfig that change nothing of what a model computes."""
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class _Write:
+    """One tensor of the file, and those of the checkpoint that it is made of."""
+
+    stored: StoredTensor
+    row: Row
+    sources: tuple[str, ...]
+    """Names in the checkpoint: several experts, or one tensor."""
+    heads: int | None = None
+
+
+def save_gguf(
+    file: Path | str,
+    huggingface: Mapping[str, Any],
+    tensors: Tensors,
+    tokenizer_dir: Path | str,
+    *,
+    quantization: Quantization = "F16",
+) -> None:
+    """Write a GGUF file that llama.cpp runs.
+
+    Args:
+        huggingface: the model's config.json.
+        tensors: its tensors; each is read once, a few MB at a time, those of one kind layer after layer.
+        tokenizer_dir: where its tokenizer.json and tokenizer_config.json are.
+        quantization: of the matrices. Vectors and routers are F32, and with Q8_0 a matrix whose rows are no multiple of
+            32 is F16.
+
+    The file has its name only when it is complete; after an error nothing is left. Raises UserError for a model or a
+    tokenizer that llama.cpp would not run as it is, for tensors that are missing or of another shape, and for values
+    that F16 cannot hold; OSError, with the path, where the disk is full.
+    """
+    file, tokenizer_dir = Path(file), Path(tokenizer_dir)
+    if quantization not in get_args(Quantization):
+        raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
+    gguf = gguf_library()
+    name, architecture = _architecture(huggingface)
+    config = _model_config(huggingface)
+    if config.num_kv_heads != config.num_heads and not architecture.grouped_heads:
+        raise UserError(
+            f"llama.cpp cannot run this model: in architecture {name}, {config.num_heads} query heads need as many key "
+            f"heads, not {config.num_kv_heads}"
+        )
+    divisors = _divisors(config)
+    writes = _writes(architecture, config, tensors, quantization, str(huggingface["model_type"]))
+    if divisors is not None:
+        writes.append(_Write(_stored(ROPE_FREQS, divisors.shape, "F32"), Row(ROPE_FREQS, ""), ()))
+    metadata = _metadata(name, architecture, huggingface, config)
+    metadata |= {"general.name": _title(huggingface, file), "general.file_type": _FILE_TYPES[quantization]}
+    metadata |= tokenizer_metadata(tokenizer_dir, config.vocab_size)
+    for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        id_ = huggingface.get(f"{role}_token_id")
+        if type(id_) is int:
+            metadata.setdefault(f"tokenizer.ggml.{theirs}_token_id", id_)
+    _refuse_what_is_lost(file, name, metadata, writes, divisors, config)
+    with writing(file) as partial:
+        writer = gguf.GGUFWriter(partial, name)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for write in writes:
+            kind = gguf.GGMLQuantizationType[write.stored.type]
+            writer.add_tensor_info(
+                write.stored.name, write.stored.shape, np.dtype(np.float32), write.stored.nbytes, raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        alignment = writer.data_alignment
+        writer.close()
+        with partial.open("ab") as out:
+            out.seek(0, os.SEEK_END)
+            _pad(out, alignment)
+            for write in writes:
+                if write.stored.name == ROPE_FREQS:
+                    assert divisors is not None
+                    out.write(divisors.astype("<f4").tobytes())
+                else:
+                    for values in _values(write, tensors):
+                        out.write(_encode(values, write.stored))
+                _pad(out, alignment)
+
+
+def _architecture(huggingface: Mapping[str, Any]) -> tuple[str, Architecture]:
+    families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
+    family = huggingface.get("model_type", "")
+    if family not in families:
+        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
+    return families[family], ARCHITECTURES[families[family]]
+
+
+def _model_config(huggingface: Mapping[str, Any]) -> ModelConfig:
+    from trainfw.interop import config_from_huggingface
+
+    return config_from_huggingface(huggingface)
+
+
+def _metadata(
+    name: str, architecture: Architecture, huggingface: Mapping[str, Any], config: ModelConfig
+) -> dict[str, Any]:
+    keys = (*architecture.keys, *(MIXTRAL_KEYS if huggingface["model_type"] == "mixtral" else ()))
+    values: dict[str, Any] = {}
+    for key in (*KEYS, *keys):
+        value: Any = config
+        for part in key.field.split("."):
+            value = getattr(value, part)
+        if value is not None:
+            values[key.gguf] = key.kind(value)
+    if name == "llama" and config.sliding_window is not None:
+        # llama.cpp attends to all in this architecture: the same, within the window.
+        values["attention.sliding_window"] = config.sliding_window
+        values["context_length"] = min(config.max_position, config.sliding_window)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_scaling.factor)}
+    values |= {
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    return {
+        "general.type": "model",
+        **{f"{name}.{key}": value for key, value in values.items()},
+        "general.quantization_version": 2,
+    }
+
+
+def _divisors(config: ModelConfig) -> np.ndarray | None:
+    """The rope_freqs tensor of llama3's scaling."""
+    rope = config.rope_scaling
+    if rope is None or rope.kind != "llama3":
+        return None
+    low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
+    assert low is not None
+    assert high is not None
+    assert original is not None
+    return llama3_divisors(config.head_dim, config.rope_theta, rope.factor, low, high, original)
+
+
+def _writes(
+    architecture: Architecture, config: ModelConfig, tensors: Tensors, quantization: str, family: str
+) -> list[_Write]:
+    """What the file will hold, in order. Raises UserError where the checkpoint's names or shapes are other."""
+    heads: dict[str | None, int | None] = {"query": config.num_heads, "key": config.num_kv_heads, None: None}
+    num_experts = 0 if config.moe is None else config.moe.num_experts
+    found: set[str] = set()
+    writes = []
+    for row in architecture.rows:
+        if "block_sparse_moe" in row.huggingface and family != "mixtral":
+            continue
+        if ".mlp." in row.huggingface and family == "mixtral":
+            continue
+        if row.huggingface == "lm_head.weight" and config.tie_embeddings:
+            found.add(row.huggingface)  # a second copy of the table, in some checkpoints
+            continue
+        for layer in range(config.num_layers if "{layer}" in row.gguf else 1):
+            experts = range(num_experts if "{expert}" in row.huggingface else 1)
+            sources = tuple(row.huggingface.format(layer=layer, expert=expert) for expert in experts)
+            if missing := [source for source in sources if source not in tensors.infos]:
+                raise UserError(f"checkpoint: no tensor {missing[0]}")
+            shapes = {tensors.infos[source].shape for source in sources}
+            shape = next(iter(shapes))
+            num_heads = heads[row.heads]
+            if len(shapes) > 1 or (num_heads is not None and shape[0] != num_heads * config.head_dim):
+                raise UserError(f"checkpoint: tensor {sources[0]} has shape {shape}, which the config does not say")
+            whole = (len(sources), *shape) if "{expert}" in row.huggingface else shape
+            vector = len(whole) == 1 or "ffn_gate_inp" in row.gguf
+            kind = "F32" if vector else "F16" if quantization == "Q8_0" and whole[-1] % 32 else quantization
+            stored = _stored(row.gguf.format(layer=layer), whole, kind)
+            writes.append(_Write(stored, row, sources, num_heads))
+            found.update(sources)
+    if extra := {name for name in set(tensors.infos) - found if not name.endswith("rotary_emb.inv_freq")}:
+        raise UserError(f"checkpoint: a GGUF file has no place for tensor {sorted(extra)[0]}")
+    return writes
+
+
+def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
+
+
+def _refuse_what_is_lost(
+    file: Path,
+    name: str,
+    metadata: Mapping[str, Any],
+    writes: list[_Write],
+    divisors: np.ndarray | None,
+    config: ModelConfig,
+) -> None:
+    """Raise UserError where what is read back is another model: llama.cpp would run that one."""
+    header = Header(
+        file, {**metadata, "general.architecture": name}, {write.stored.name: write.stored for write in writes}
+    )
+    back = _model_config(config_of(header, divisors)).model_dump()
+    for key, value in config.model_dump().items():
+        if key not in _NOT_SAID and back[key] != value and not _close(back[key], value):
+            raise UserError(
+                f"llama.cpp cannot run this model: in architecture {name}, {key} is {back[key]}, not {value}"
+            )
+
+
+def _close(left: Any, right: Any) -> bool:
+    numbers = isinstance(left, float | int) and isinstance(right, float | int)
+    return numbers and math.isclose(left, right, rel_tol=1e-6)
+
+
+def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
+    """The values of one tensor of the file in order, as f32 rows, a chunk at a time."""
+    for source in write.sources:
+        info = tensors.infos[source]
+        if len(info.shape) == 1:
+            values = tensors.read(source).astype(np.float32)
+            yield values + np.float32(1) if write.row.plus_one else values
+            continue
+        group = 1 if write.heads is None else info.shape[0] // write.heads
+        step = max(CHUNK_BYTES // (4 * info.shape[1] * group), 1) * group
+        for start in range(0, info.shape[0], step):
+            stop = min(start + step, info.shape[0])
+            values = tensors.read(source, (slice(start, stop),)).astype(np.float32)
+            yield values if write.heads is None else to_pairs(values, (stop - start) // group)
+
+
+def _encode(values: np.ndarray, stored: StoredTensor) -> bytes:
+    from gguf import GGMLQuantizationType, quants
+
+    if not np.isfinite(values).all():
+        raise UserError(f"tensor {stored.name} has values that are not finite")
+    if stored.type in ("F16", "Q8_0"):
+        # Q8_0's scales are F16, and 127 times smaller.
+        limit = 65504.0 * (127 if stored.type == "Q8_0" else 1)
+        if (worst := float(np.abs(values).max(initial=0))) > limit:
+            raise UserError(f"tensor {stored.name} has a value of {worst:g}, beyond {stored.type}: use BF16 or F32")
+    match stored.type:
+        case "F32":
+            return values.astype("<f4").tobytes()
+        case "F16":
+            return values.astype("<f2").tobytes()
+    return quants.quantize(values, GGMLQuantizationType[stored.type]).tobytes()
+
+
+def _pad(out: BinaryIO, alignment: int) -> None:
+    out.write(bytes(-out.tell() % alignment))
+
+
+def _title(huggingface: Mapping[str, Any], file: Path) -> str:
+    title = str(huggingface.get("_name_or_path") or file.stem)
+    # The one thing by which Mistral is told from Llama, whose architecture it has.
+    return f"mistral {title}" if huggingface["model_type"] == "mistral" and "mistral" not in title.lower() else title
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+        case _:
+            raise TypeError(f"{key}: {type(value).__name__}")

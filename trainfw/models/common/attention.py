@@ -1,0 +1,202 @@
+"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from trainfw import backends
+from trainfw.models.common.adapter_inputs import AdapterInputs
+from trainfw.models.common.layers import Linear, RMSNorm
+from trainfw.models.common.matmul import softcap as capped
+from trainfw.models.common.matmul import wide_einsum
+from trainfw.models.common.rope import apply_rope
+from trainfw.models.decoder.config import LayerKind, ModelConfig
+from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
+
+LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
+"""One layer's keys and values so far, BTKh each."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadCache:
+    """One layer's keys and values so far, each head's together: for one query at a time.
+
+    Keys lie along their index, values along the head: XLA's CPU backend reads either as they lie, where products of
+    `attend` with BTKh would transpose all of them for every token.
+    """
+
+    keys_BKhT: jax.Array
+    values_BKTh: jax.Array
+
+    def extended(self, k_B1Kh: jax.Array, v_B1Kh: jax.Array, at: jax.Array | int) -> HeadCache:
+        return HeadCache(
+            jax.lax.dynamic_update_slice_in_dim(self.keys_BKhT, k_B1Kh.transpose(0, 2, 3, 1), at, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(self.values_BKTh, v_B1Kh.transpose(0, 2, 1, 3), at, axis=2),
+        )
+
+    def attend(self, q_B1Hh: jax.Array, mask_B1T: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
+        """What `attend` computes, o_B1Hh."""
+        B, K, h, _ = self.keys_BKhT.shape
+        q_BKGh1 = q_B1Hh.reshape(B, K, -1, h)[..., None].astype(jnp.float32)
+        # Sums of products rather than products of matrices, which are slow where they are this narrow.
+        scores_BKGT = capped(jnp.sum(q_BKGh1 * self.keys_BKhT[:, :, None], axis=3) * scale, softcap)
+        scores_BKGT = jnp.where(mask_B1T[:, :, None], scores_BKGT, -1e30)
+        weights_BKGT = jax.nn.softmax(scores_BKGT, axis=-1)
+        o_BKGh = jnp.sum(weights_BKGT[..., None] * self.values_BKTh[:, :, None], axis=3)
+        return o_BKGh.reshape(q_B1Hh.shape).astype(q_B1Hh.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What attention in every layer shares: where each query stands and which keys it may see."""
+
+    turns: dict[LayerKind, tuple[jax.Array, jax.Array]]
+    """Rotary cosines and sines by kind of layer, from `rope_turns`."""
+    start: jax.Array | int = 0
+    """Index of the first query among the keys: 0, or the length of the cache."""
+    segment_ids_BS: jax.Array | None = None
+    """Tokens see only tokens of their own segment. (Not with a cache.)"""
+    first_B: jax.Array | None = None
+    """Index of each row's first key, i32[B]: those before it are padding, which nothing sees."""
+    mask_BS: jax.Array | None = None
+    """Weights of tokens in the losses of routers."""
+    adapters: AdapterInputs | None = None
+    """What adapters read."""
+    ring: bool = field(default=True, metadata={"static": True})
+    """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
+
+
+def attention_mask(context: Context, num_queries: int, num_keys: int, window: int | None) -> jax.Array:
+    """Which query sees which key, bool[B or 1, S, T].
+
+    By index: positions restart with every document, indices do not. A window counts the query itself.
+    """
+    queries_S, segments_BS = context.start + jnp.arange(num_queries), context.segment_ids_BS
+    keys_T = jnp.arange(num_keys)
+    seen_BST = causal_mask(queries_S, keys_T, segments_BS, segments_BS, window)
+    return seen_BST if context.first_B is None else seen_BST & (keys_T >= context.first_B[:, None])[:, None]
+
+
+def attend(
+    q_BSHh: jax.Array,
+    k_BTKh: jax.Array,
+    v_BTKh: jax.Array,
+    mask_BST: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32."""
+    B, S, H, h = q_BSHh.shape
+    q_BSKGh = q_BSHh.reshape(B, S, k_BTKh.shape[2], -1, h)
+    scores_BKGST = capped(wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh) * scale, softcap)
+    # Finite, so that a row which sees nothing is a plain average rather than NaN.
+    scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, -1e30)
+    weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKh.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKh).reshape(B, S, H, h)
+
+
+class Attention(nnx.Module):
+    """Projections, rotary embeddings and `attend`.
+
+    Heads are split over `tensor`: each device returns a part of the sum over heads.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, width, kv_width = (
+            config.hidden_size,
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
+        std, bias = config.init_std, config.qkv_bias
+        self.query = Linear((D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
+        self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.value = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
+        self.output = Linear((width, D), ("heads", "embed"), std=std, rngs=rngs)
+        self.query_norm = self._norm("heads", width)
+        self.key_norm = self._norm("kv_heads", kv_width)
+
+    def __call__(
+        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | HeadCache | None = None
+    ) -> tuple[jax.Array, LayerCache | HeadCache | None]:
+        """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
+        config = self.config
+        B, S, _ = x_BSD.shape
+        q_BSHh = self._heads(self.query(x_BSD), self.query_norm)
+        k_BTKh = self._heads(self.key(x_BSD), self.key_norm)
+        v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
+        q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
+        q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
+        window = config.sliding_window if kind == "sliding" else None
+        scale = config.query_scale or config.head_dim**-0.5
+        if isinstance(cache, HeadCache):
+            cache = cache.extended(k_BTKh, v_BTKh, context.start)
+            mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)
+            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            return self.output(o_BSHh.reshape(B, S, -1)), cache
+        if cache is not None:
+            k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
+            v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
+            cache = (k_BTKh, v_BTKh)
+        if axis_size("context") > 1:
+            over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
+            o_BSHh = over_context(
+                q_BSHh,
+                k_BTKh,
+                v_BTKh,
+                axis="context",
+                indices_S=local_indices(S),
+                segment_ids_BS=context.segment_ids_BS,
+                window=window,
+                scale=scale,
+                softcap=config.attention_softcap,
+            )
+            return self.output(o_BSHh.reshape(B, S, -1)), cache
+        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
+        run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
+        o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
+        return self.output(o_BSHh.reshape(B, S, -1)), cache
+
+    def _kernel(
+        self, q_BSHh: jax.Array, k_BTKh: jax.Array, context: Context, window: int | None, *, cached: bool
+    ) -> Callable[..., jax.Array]:
+        """`attend`, or what the backend has in its place."""
+        request = backends.AttentionRequest(
+            query_length=q_BSHh.shape[1],
+            key_length=k_BTKh.shape[1],
+            num_heads=q_BSHh.shape[2],
+            num_kv_heads=k_BTKh.shape[2],
+            head_dim=self.config.head_dim,
+            dtype=q_BSHh.dtype.name,
+            # Padding is more to the mask than causality, as documents are.
+            segments=context.segment_ids_BS is not None or context.first_B is not None,
+            window=window,
+            softcap=self.config.attention_softcap,
+            cached=cached,
+            batch=q_BSHh.shape[0],
+        )
+        return backends.resolve("attention", request, backends.current()).call or attend
+
+    def _norm(self, axis: str, width: int) -> RMSNorm | None:
+        if self.config.qk_norm == "all_heads":
+            return RMSNorm(width, self.config, axis)
+        return RMSNorm(self.config.head_dim, self.config) if self.config.qk_norm else None
+
+    def _heads(self, x_BSW: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """x_BSHh, each head or all of them together normalised."""
+        together = self.config.qk_norm == "all_heads"
+        if norm is not None and together:
+            x_BSW = norm(x_BSW)
+        x_BSHh = x_BSW.reshape(*x_BSW.shape[:2], -1, self.config.head_dim)
+        return x_BSHh if norm is None or together else norm(x_BSHh)

@@ -1,0 +1,204 @@
+"""Parameters and the layers that own them: linear maps, the embedding, norms and the gated feed-forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from trainfw.models.common.frozen import Frozen, dense, frozen_product
+from trainfw.models.common.matmul import matmul
+from trainfw.models.decoder.config import Activation, ModelConfig
+from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
+
+M = TypeVar("M", bound=nnx.Module)
+
+PRODUCT = "what a linear map returns"
+"""Name for policies of `jax.checkpoint`: in the compute dtype and with the adapter's part added, where the products
+inside may have wider results, and two."""
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...], **metadata: bool) -> nnx.Param:
+    """A parameter drawn from N(0, std²), in f32, whose dims carry the logical names `axes`.
+
+    `wide=True` among the metadata: it is used in f32 as well.
+    """
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, **metadata)
+
+
+def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> nnx.State:
+    """The weights of a module as it uses them: in `dtype` but for wide ones, whole but for what stays split.
+
+    Frozen ones are widened no sooner than in their product. Those of a stack may be one layer's, without the layers
+    dim.
+    """
+
+    def gathered(weight: nnx.Variable) -> nnx.Variable:
+        value, axes, wide = weight.get_value(), weight.axes, weight.get_metadata().get("wide", False)
+        first = jax.tree.leaves(value)[0]
+        kept = wide or (isinstance(weight, Frozen) and first.dtype.itemsize <= jnp.dtype(dtype).itemsize)
+        return weight.replace(
+            gather_weight(value, axes[-first.ndim :], None if kept else dtype, num_kv_heads=config.num_kv_heads)
+        )
+
+    return nnx.from_flat_state([(path, gathered(weight)) for path, weight in nnx.to_flat_state(params)])
+
+
+def gathered(module: M, dtype: Any, config: ModelConfig) -> M:
+    """The module with its weights as `gather_weights` makes them."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, gather_weights(state, jnp.dtype(dtype), config))
+
+
+class Adapter(Protocol):
+    """What a linear map's `adapter` is: see `trainfw.adapters`."""
+
+    def __call__(
+        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+    ) -> jax.Array:
+        """What becomes of `y = product(x, kernel, *others)`."""
+        ...
+
+
+_matmul_fp8 = functools.partial(matmul, fp8=True)
+
+
+def adapted_product(
+    linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any, fp8: bool = False
+) -> jax.Array:
+    """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter.
+
+    `fp8`: the product with the kernel, but not those of the adapter, is of 8 bits.
+    """
+    kernel, own = linear.kernel.get_value(), _matmul_fp8 if fp8 else product
+    if isinstance(linear.kernel, Frozen):
+        y = frozen_product(own, x, kernel, *others)
+    else:
+        y = own(x, kernel.astype(x.dtype), *others)
+    return y if linear.adapter is None else linear.adapter(product, x, y, kernel, *others)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias). The kernel is a matrix (in, out), cast to the dtype of x where it is used."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        std: float,
+        bias: bool = False,
+        wide: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = normal(rngs, shape, std, axes, wide=wide)
+        self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
+        self.adapter: Any = nnx.data(None)
+        self.fp8 = False
+        """Whether the product is of 8 bits."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = adapted_product(self, matmul, x, fp8=self.fp8)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PRODUCT)
+
+
+class Embedding(nnx.Module):
+    """The token table, f32[V, D]; with tied embeddings the output head too."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.table = normal(rngs, (config.vocab_size, config.hidden_size), config.init_std, ("vocab", "embed"))
+        self.adapter: Any = nnx.data(None)
+
+    def __call__(self, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """x_BSD, its sequence split over `tensor`.
+
+        A token outside the vocabulary reads the nearest row: check data where it is made.
+        """
+        x_BSD = lookup(self.table, tokens_BS)
+        if self.adapter is not None:
+            x_BSD = self.adapter(tokens_BS, x_BSD)
+        return reduce_scatter(x_BSD.astype(dtype), "tensor", 1)
+
+
+def lookup(table: nnx.Variable, tokens_BS: jax.Array) -> jax.Array:
+    """Rows of a table (V, n) whose rows are split over `tensor`: f32, zeros for those that are another device's."""
+    # Looked up in f32, so that the gradients of a frequent token add up in f32.
+    table_Vn = gather_weight(table.get_value(), table.axes)
+    count = table_Vn.shape[0]
+    # Every device looks up the tokens that are among its rows of the table.
+    rows_BS = tokens_BS - axis_index("tensor") * count
+    # Of each array, where the table is kept as several.
+    taken = jax.tree.map(lambda part: jnp.take(part, rows_BS, axis=0, mode="clip"), table_Vn)
+    x_BSn = dense(taken, jnp.float32)
+    if axis_size("tensor") == 1:
+        return x_BSn
+    return jnp.where(((rows_BS >= 0) & (rows_BS < count))[..., None], x_BSn, 0.0)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dim, in f32, back to the dtype of x. Zhang & Sennrich, arXiv:1910.07467.
+
+    `axis` names the last dim where it is split over `tensor`: the mean is then that of all its parts.
+    """
+
+    def __init__(self, size: int, config: ModelConfig, axis: str = "norm"):
+        self.eps, self.zero_centered, self.split = config.norm_eps, config.zero_centered_norm, axis != "norm"
+        scale = jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32)
+        self.scale = nnx.Param(scale, axes=(axis,), wide=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        if self.split:
+            square = all_reduce(square, "tensor") / axis_size("tensor")
+        wide = wide * jax.lax.rsqrt(square + self.eps)
+        return (wide * (self.scale[...] + float(self.zero_centered))).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gate_with(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """activation(gate) * up, in f32, back to their dtype; the backward pass keeps the two, in that dtype.
+
+    Rounded after every operation, bfloat16 would cost a CPU a pass for every rounding.
+    """
+    wide = gate.astype(jnp.float32)
+    wide = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
+    return (wide * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _gate_forward(
+    activation: Activation, gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return gate_with(activation, gate, up), (gate, up)
+
+
+def _gate_backward(
+    activation: Activation, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, transpose = jax.vjp(functools.partial(gate_with.fun, activation), *kept)
+    return transpose(cotangent)
+
+
+gate_with.defvjp(_gate_forward, _gate_backward)
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)). Shazeer, arXiv:2002.05202.
+
+    Its width is split over `tensor`: each device returns a part of the sum.
+    """
+
+    def __init__(self, config: ModelConfig, *, width: int | None = None, rngs: nnx.Rngs):
+        size, std = (config.hidden_size, width or config.intermediate_size), config.init_std
+        self.activation = config.activation
+        self.gate = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
+        self.up = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
+        self.down = Linear(size[::-1], ("mlp", "embed"), std=std, rngs=rngs)
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        return self.down(gate_with(self.activation, self.gate(x_BSD), self.up(x_BSD)))

@@ -1,0 +1,308 @@
+"""A stack of like layers whose parameters are stored as one array each, with a leading layers dim.
+
+Scanned or unrolled is a choice of program, never of storage: the same checkpoint serves both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core.primitives import all_gather_p
+
+from trainfw.backends import ATTENDED, ROTATED
+from trainfw.errors import UserError, did_you_mean
+from trainfw.models.common.layers import PRODUCT
+from trainfw.parallel import GATHERED, active_rules
+
+Remat = Literal["none", "dots", "full", "stage"]
+M = TypeVar("M", bound=nnx.Module)
+
+REDUCED = "reduced over tensor"
+"""Name of what attention and feed-forward add to the residual stream."""
+INPUT = "a layer's input"
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: everything is kept but gathered weights."""
+    if primitive is all_gather_p:
+        return params["axis_name"] == ("tensor",)  # of activations
+    return params.get("name") != GATHERED
+
+
+def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: what an attention kernel of jax's own returns, which has no names inside."""
+    return bool(primitive.name.startswith("dot_product_attention_fwd"))
+
+
+_policies = jax.checkpoint_policies
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": _all_but_gathered,
+    "full": None,  # saves a layer's input only
+    "stage": None,  # and where layers are in stages, a stage's only
+    # And what its projections return, so that no product with weights is done again, nor an attention kernel run.
+    "dots": _policies.save_from_both_policies(
+        _policies.save_only_these_names(PRODUCT, REDUCED, ROTATED, ATTENDED), _kernel_results
+    ),
+}
+
+
+class Unstacked(NamedTuple):
+    """In the place of a stacked array, each layer's part by itself: gradients of it need not be stacked."""
+
+    parts: tuple[jax.Array, ...]
+
+
+def unstack(stacked: Any) -> Any:
+    """`Unstacked` for every array of a stack's, for layers that are not scanned."""
+
+    def of(x: jax.Array) -> Unstacked:
+        # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
+        return Unstacked(tuple(part.reshape(part.shape[1:]) for part in jax.lax.split(x, (1,) * x.shape[0])))
+
+    return jax.tree.map(of, stacked)
+
+
+def restack(unstacked: Any) -> Any:
+    """The opposite of `unstack`."""
+    return jax.tree.map(lambda x: jnp.stack(x.parts), unstacked, is_leaf=_is_unstacked)
+
+
+def stack_size(stacked: Any) -> int:
+    """Layers in a stack whose leaves are arrays or `Unstacked`."""
+    first = jax.tree.leaves(stacked, is_leaf=_is_unstacked)[0]
+    return len(first.parts) if isinstance(first, Unstacked) else int(first.shape[0])
+
+
+def _is_unstacked(x: Any) -> bool:
+    return isinstance(x, Unstacked)
+
+
+def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
+    """`num_layers` layers made with keys of their own, as one module whose parameters are stacked."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), num_layers)
+    stacked = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(keys)
+    for _, param in nnx.to_flat_state(stacked):
+        param.set_metadata(axes=("layers", *param.axes))
+    return nnx.merge(graphdef, stacked)
+
+
+def check_remat(remat: str) -> None:
+    """Raises UserError for a policy that does not exist."""
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, REMAT_POLICIES)}")
+
+
+def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
+    """`step`, recomputed in the backward pass as `remat` says; weights are gathered again whatever it says."""
+    rules = active_rules()
+    if remat == "none" and (rules is None or rules.mesh.size == 1):
+        return step
+    # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
+    run = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scanned, static_argnums=(4,))
+    return lambda x, *inputs: run(checkpoint_name(x, INPUT), *inputs)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a stack is made of: how one layer's weights are put together, and what it does with them."""
+
+    gather: Callable[[Any, Any], Any]
+    """(parameters of one layer, as they are kept; what of it does not learn) -> its weights, as such a pair."""
+    apply: Callable[[jax.Array, Any, Any, Any, Any], tuple[jax.Array, Any]]
+    """(x, weights, what all layers share, this layer's own input, kind) -> (x, out), the weights as such a pair."""
+
+    def __call__(
+        self, x: jax.Array, params: tuple[Any, Any], shared: Any, own: Any, kind: Any
+    ) -> tuple[jax.Array, Any]:
+        return self.apply(x, self.gather(*params), shared, own, kind)
+
+    def traced_once(self) -> Layer:
+        """Return the same layer, traced once for all layers of a kind; XLA sees each of them."""
+        return Layer(jax.jit(self.gather), jax.jit(self.apply, static_argnums=4))
+
+
+def run_stack(
+    layer: Layer,
+    x: jax.Array,
+    params: Any,
+    fixed: Any,
+    shared: Any,
+    own: Any,
+    kinds: tuple[Any, ...],
+    period: int,
+    *,
+    scan: bool,
+    remat: Remat,
+    prefetch: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Every layer in order; returns the last x and the stacked outs.
+
+    Args:
+        params, fixed, own: pytrees of arrays with a leading layers dim; of a layer's own, only params learn, which may
+            be `Unstacked` where nothing is scanned.
+        shared: a pytree of arrays that are not differentiated.
+        kinds: static, one for each layer, repeating with `period`.
+        scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
+        prefetch: with remat "full" or "stage", gather the next layer's weights before this layer's products.
+    """
+    if prefetch and remat in ("full", "stage") and own is None and len(kinds) > 1 and (period == 1 or not scan):
+        return _prefetched(layer, kinds, scan, x, params, fixed, shared)
+    rules = active_rules()
+    sharded = rules is not None and rules.mesh.size > 1
+
+    traced_once = jax.jit(layer.__call__, static_argnums=4)  # as in `Layer.traced_once`
+
+    def one_of(x: jax.Array, params: Any, shared: Any, own: Any, place: tuple[int, Any]) -> tuple[jax.Array, Any]:
+        (learning, fixed), (i, kind) = params, place
+        return traced_once(x, (learning, _at(fixed, i)), shared, own, kind)
+
+    def unrolled(x: jax.Array, stacked: Any, kinds: tuple[Any, ...], *, scanned: bool = False) -> tuple[jax.Array, Any]:
+        (params, fixed), own = stacked
+        # What is fixed goes into the checkpoint whole: the backward pass would else keep a copy of every layer's.
+        step = checkpointed(one_of, remat, scanned=scanned)
+        outs = []
+        for i, (kind, (params_i, own_i)) in enumerate(zip(kinds, _unstack((params, own), len(kinds)), strict=True)):
+            if sharded:  # or all layers' weights are gathered at the start
+                x, (params_i, fixed) = jax.lax.optimization_barrier((x, (params_i, fixed)))
+            x, out = step(x, (params_i, fixed), shared, own_i, (i, kind))
+            outs.append(out)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+    stacked = ((params, fixed), own)
+    groups = len(kinds) // period if scan else 0
+    if groups < 2:
+        return unrolled(x, stacked, kinds)
+    if period == 1:
+        # Slices of the stack go straight into the checkpoint: the backward pass then reads the stack itself, where it
+        # would keep a copy of what is made of them.
+        step = checkpointed(layer, remat, scanned=True)
+        return jax.lax.scan(lambda x, slice_: step(x, slice_[0], shared, slice_[1], kinds[0]), x, stacked)
+    looped, rest = _cut(stacked, groups * period)
+    looped = jax.tree.map(lambda a: a.reshape(groups, period, *a.shape[1:]), looped)
+    x, outs = jax.lax.scan(lambda x, group: unrolled(x, group, kinds[:period], scanned=True), x, looped)
+    outs = jax.tree.map(lambda a: a.reshape(groups * period, *a.shape[2:]), outs)
+    if groups * period < len(kinds):
+        x, rest_outs = unrolled(x, rest, kinds[groups * period :])
+        outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
+    return x, outs
+
+
+# --- Weights gathered a layer ahead --------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _prefetched(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
+) -> tuple[jax.Array, Any]:
+    """`run_stack` with remat "full", the next layer's weights in flight while a layer computes, both ways.
+
+    Written out, since the loops that JAX derives would keep the gathered weights for the backward pass.
+    """
+    return _prefetched_forward(layer, kinds, scan, x, params, fixed, shared)[0]
+
+
+def _prefetched_forward(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
+) -> tuple[Any, Any]:
+    num_layers = len(kinds)
+    layer = layer.traced_once()
+
+    def body(carry: Any, i: Any, kind: Any) -> Any:
+        x, weights, xs, outs = carry
+        # Gathered no sooner than this layer starts, so that two layers' weights are there at a time.
+        x, ahead = jax.lax.optimization_barrier((x, _at((params, fixed), i + 1)))
+        following = layer.gather(*ahead)
+        y, out = layer.apply(x, weights, shared, None, kind)
+        return y, following, _put(xs, i, x), _put(outs, i, out)
+
+    weights = layer.gather(*_at((params, fixed), 0))
+    _, out = jax.eval_shape(lambda x, weights: layer.apply(x, weights, shared, None, kinds[0]), x, weights)
+    carry = (x, weights, _room(num_layers, x), _room(num_layers, out))
+    x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
+    y, out = layer.apply(x, weights, shared, None, kinds[-1])
+    xs = checkpoint_name(_put(xs, num_layers - 1, x), INPUT)
+    return (y, _put(outs, num_layers - 1, out)), (xs, params, fixed, shared)
+
+
+def _prefetched_backward(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, kept: Any, cotangents: Any
+) -> tuple[Any, Any, None, None]:
+    xs, params, fixed, shared = kept
+    dx, of_outs = cotangents
+    num_layers = len(kinds)
+    gather = jax.jit(layer.gather)
+
+    @functools.partial(jax.jit, static_argnums=6)
+    def back_one(
+        dx: Any, x: jax.Array, weights: Any, of_out: Any, params: Any, fixed: Any, kind: Any
+    ) -> tuple[Any, Any]:
+        learning, others = weights
+        _, transpose = jax.vjp(lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning)
+        dx, of_weights = transpose((dx, of_out))
+        _, scatter = jax.vjp(lambda params: layer.gather(params, fixed)[0], params)
+        return dx, scatter(of_weights)[0]
+
+    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
+        return back_one(dx, x, weights, _at(of_outs, i), _at(params, i), _at(fixed, i), kind)
+
+    def body(carry: Any, i: Any, kind: Any) -> Any:
+        dx, weights, of_params = carry
+        # The barrier also keeps what is computed again apart from what was computed before.
+        dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at((params, fixed), i - 1)))
+        preceding = gather(*ahead)
+        dx, own = back(dx, x, weights, i, kind)
+        return dx, preceding, _put(of_params, i, own)
+
+    dx, last = jax.lax.optimization_barrier((dx, _at((params, fixed), num_layers - 1)))
+    carry = (dx, gather(*last), jax.tree.map(jnp.zeros_like, params))
+    dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
+    dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
+    dx, own = back(dx, x, weights, 0, kinds[0])
+    return dx, _put(of_params, 0, own), None, None
+
+
+_prefetched.defvjp(_prefetched_forward, _prefetched_backward)
+
+
+def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds: tuple[Any, ...], *, scan: bool) -> Any:
+    """`carry = body(carry, i, kinds[i])` for every i; scanned, all layers are of one kind."""
+    if scan:
+        return jax.lax.scan(lambda carry, i: (body(carry, i, kinds[0]), None), carry, jnp.array(order, jnp.int32))[0]
+    for i in order:
+        carry = body(carry, i, kinds[i])
+    return carry
+
+
+def _at(stacked: Any, i: Any) -> Any:
+    index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
+    return jax.tree.map(lambda a: index(a, i, keepdims=False), stacked)
+
+
+def _put(stacked: Any, i: Any, one: Any) -> Any:
+    return jax.tree.map(lambda a, part: jax.lax.dynamic_update_index_in_dim(a, part, i, 0), stacked, one)
+
+
+def _room(num_layers: int, one: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros((num_layers, *a.shape), a.dtype), one)
+
+
+def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
+    """The first `at` layers and the others."""
+    # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
+    leaves, tree = jax.tree.flatten(stacked)
+    cut = [jax.lax.split(leaf, (at, leaf.shape[0] - at)) for leaf in leaves]
+    return jax.tree.unflatten(tree, [head for head, _ in cut]), jax.tree.unflatten(tree, [tail for _, tail in cut])
+
+
+def _unstack(stacked: Any, num_layers: int) -> list[Any]:
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=_is_unstacked)
+    parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
+    return [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(num_layers)]

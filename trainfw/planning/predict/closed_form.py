@@ -1,0 +1,394 @@
+"""Time and memory of a step in closed form: what a search prunes by, compiling nothing and importing no JAX.
+
+It writes down the matrix products and collectives of the step, as the program's shardings imply them, and times them
+as a plan is timed. State is exact. Activations follow from the remat policy. What else passes through memory, and what
+else is held, are multiples of those arrays that were read from compiled plans of Llama 3.1 70B on 1,024 cores (data 1
+and 4, tensor 1 to 8, each remat policy), scanned, and of SmolLM2 135M on 8 GPUs, unrolled (four unrolled layers
+of the former agree within 6%). It only says which candidates are worth compiling: what is ranked in the end, and
+reported, are plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from trainfw.backends import load_sdk
+from trainfw.hardware import Topology
+from trainfw.models import ModelConfig
+from trainfw.parallel import Layout, Placement, Sharded, bubble
+from trainfw.planning.predict.step_time import step_time
+from trainfw.planning.read_step.analysis import Analysis, Matmul, Streamed, Transfer
+from trainfw.recipe import Recipe
+
+_MOVED = {"none": (26.0, 16.0), "dots": (51.0, 26.0), "full": (52.0, 24.0)}
+"""Times that elementwise operations of a layer move an activation as wide as the model, and one as wide as its
+feed-forward layer and heads, where nothing is stacked."""
+_STACKED = 4.0
+"""Times that a scan moves what layers keep for the backward pass: written by the layer and into the stack, read from
+the stack and by the layer. Unrolled layers leave it where it is."""
+_MOVED_SCORES = {"none": (16.0, 7.0), "dots": (14.3, 10.5), "full": (14.3, 10.5)}
+"""Times that the scores pass through memory, in f32: scanned, and unrolled (by SmolLM2 135M on 8 GPUs)."""
+_MOVED_WEIGHTS = 75.0
+"""Times that a microbatch moves a core's share of the parameters, in f32."""
+_MOVED_WHOLE = {"parameters": 0.0, "gradients": 2.7, "optimizer": 6.1}
+"""Times that a microbatch moves parameters beside that, where they are whole along fsdp, by what fsdp shards. (This and
+`_HELD_WHOLE` by compiled plans of Llama 3.1 8B on 64 cores.)"""
+_HELD_SCORES = 3.0
+"""Scores, f32, that one layer's backward pass holds at once."""
+_HELD_LOGITS = 3.0
+"""Logits of a chunk of the loss, f32, held at once."""
+_HELD_STATE = 3.6
+"""Gradients, their sums and the update's temporaries, in multiples of a core's share of the parameters."""
+_HELD_WHOLE = {"parameters": 0.0, "gradients": 0.5, "optimizer": 1.5}
+"""The same beside that, of parameters that are whole along fsdp."""
+_HELD_TABLES = 2.9
+"""Embedding tables, whole along fsdp, f32."""
+
+Weight: TypeAlias = tuple[str, tuple[int, ...], int]
+"""Kind, shape with layers first where there are any, and how it is split: 3 over fsdp (and expert, and context), 2 over
+tensor too, 1 over tensor alone, 0. Layers are split over pipeline."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimate of a candidate by the analytic pass."""
+
+    seconds: float
+    """Time of a step."""
+    memory: int
+    """Bytes of a core."""
+
+
+def estimate(recipe: Recipe, placement: Placement) -> Estimate:
+    """Time and memory of a step of `recipe` in the layout of `placement`, without compiling it."""
+    seconds = step_time(closed_analysis(recipe, placement.layout), placement, recipe).seconds
+    return Estimate(seconds, sum(closed_memory(recipe, placement.layout, placement.topology).values()))
+
+
+def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
+    """Count what one core computes and moves in a step, in closed form: `analyse` without a compiler."""
+    model, train = recipe.model, recipe.train
+    tensor, parts = layout.tensor, train.accumulation_steps
+    length = recipe.data.sequence_length // layout.context
+    rows = train.global_batch_size // layout.batch_shards // parts
+    # A stage runs every row of the pipeline through its layers, and rows of no consequence while it idles.
+    loaded = _loaded(recipe, layout)
+    tokens, runs, again = rows * length, round(model.num_layers * parts * loaded), train.remat != "none"
+    dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
+    width, vocabulary = model.hidden_size, model.vocab_size // tensor
+    heads, kv_heads = model.num_heads // tensor, max(model.num_kv_heads // tensor, 1)  # some share one
+    passes = _passes(recipe, layout)
+    attention_widths = [heads * model.head_dim, *2 * [kv_heads * model.head_dim]]
+
+    def product(m: int, n: int, k: int, times: int, *, out: int = narrow, batch: int = 1) -> None:
+        size = batch * (narrow * (m * k + k * n) + out * m * n)
+        matmuls.append(Matmul(batch, m, n, k, dtype, times, bytes=size))
+
+    matmuls: list[Matmul] = []
+    # (matrices, rows of each, width in, width out, whether what it returns is never needed again)
+    maps = [(1, tokens, width, out, False) for out in attention_widths]
+    maps += [(1, tokens, heads * model.head_dim, width, False)]
+    for matrices, m, inner in _feed_forwards(recipe, layout, tokens):
+        maps += [*2 * [(matrices, m, width, inner, False)], (matrices, m, inner, width, True)]
+    for matrices, m, into, out, last in maps:
+        product(m, out, into, round(runs * (passes - (last and passes > 1))), batch=matrices)
+        product(m, into, out, runs, batch=matrices)
+        product(into, out, m, runs, batch=matrices)
+    product(tokens, vocabulary, width, parts, out=4)
+    product(tokens, width, vocabulary, parts)
+    product(vocabulary, width, tokens, parts)
+    # Of the keys, a device whose sequence is split leaves out most of those that are masked (see `_of_fused`).
+    ring = layout.context > 1
+    keys = length * (2 * layout.context + 1) // 4 if ring else length
+    every, head, scores = heads // kv_heads * length, model.head_dim, heads * rows * length * keys
+    ends = rows * (heads + kv_heads) * length * head
+    for m, n, k, times, score_size, end_size, backward in (
+        (keys, every, head, round(runs * max(passes, 1 + again)), 4, narrow, False),
+        (head, every, keys, round(runs * max(passes, 1 + again)), narrow, narrow, False),
+        (head, keys, every, runs, narrow, narrow, True),
+        (every, keys, head, runs * (1 + ring), narrow, narrow, True),
+        (keys, head, every, runs, narrow, narrow, True),
+        (every, head, keys, runs, narrow, narrow, True),
+    ):
+        size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
+        batch = rows * kv_heads
+        matmuls.append(Matmul(batch, m, n, k, name, times, bytes=size, attention=True, backward=backward))
+    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
+    once, beside = _MOVED[train.remat]
+    stream = width // tensor  # of a sequence that is split over tensor
+    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens))
+    moved = narrow * (tokens * (once * stream + beside * sum(attention_widths[:2])) + beside * forward)
+    if train.scan_layers:
+        moved += _STACKED * _kept(recipe, layout)
+    attention = _MOVED_SCORES[train.remat][0 if train.scan_layers else 1] * scores * 4.0 * runs
+    update = share * (10.5 + 4.4 * parts)
+    whole = _MOVED_WHOLE[_shards(recipe, layout)] * state_bytes(recipe, layout)["parameters"]
+    of_weights = parts * (_MOVED_WEIGHTS * share + whole)
+    return Analysis(
+        layout=layout,
+        matmuls=tuple(matmuls),
+        transfers=tuple(_transfers(recipe, layout, tokens, narrow, dtype)),
+        streamed=(
+            Streamed("model", moved * runs + of_weights),
+            Streamed("attention", attention),
+            Streamed("update", update, "update"),
+        ),
+    )
+
+
+def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: str) -> Iterator[Transfer]:
+    """The collectives of a step.
+
+    Over the axes that share weights: these gathered in every microbatch, forward and backward, or once a step where
+    they are whole; their gradients scattered in every microbatch, or once. Over data, the sums of a core's own share of
+    the gradients, once. Over tensor, activations gathered and scattered. Over context, keys and values passed around,
+    and over pipeline, what a stage hands to the next.
+    """
+    model, train, shards = recipe.model, recipe.train, _shards(recipe, layout)
+    parts, width, tensor = train.accumulation_steps, model.hidden_size, layout.tensor
+    runs = round(model.num_layers * parts * _loaded(recipe, layout))
+    passes = _passes(recipe, layout)
+    # Weights are used for a microbatch at a time; a pipeline's has more rows than a core's own, or fewer.
+    uses = round(runs * _microbatches(recipe, layout) / layout.pipeline)
+    among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
+    copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
+    layers = [w for w in weights(model) if w[0] in _MATRICES]
+    if among:
+        tables = [(4, parts), (narrow, parts)]  # the embedding is looked up in f32, and the head multiplied
+        for weight in layers:
+            # Experts stay where they are; the rest of the axes shares each.
+            axes = tuple(axis for axis in among if axis != "expert") if weight[0] == "layers.experts" else among
+            size = narrow * _used(weight, layout)
+            if axes and shards == "parameters":
+                yield Transfer("all-gather", axes, dtype, size, round(max(passes, 2) * uses))
+            if axes and shards != "optimizer":
+                yield Transfer("reduce-scatter", axes, dtype, size, uses)
+        table = model.vocab_size * width // tensor
+        for size, times in tables:
+            name = "f32" if size == 4 else dtype
+            if shards == "parameters":
+                yield Transfer("all-gather", among, name, size * table, times)
+            if shards != "optimizer":
+                yield Transfer("reduce-scatter", among, name, size * table, times)
+        for weight in weights(model):
+            if weight[2] == 2 and shards != "parameters":  # updated in shares, and put together again
+                stacked = model.num_layers // layout.pipeline if weight[0] in _MATRICES else 1
+                whole = 4 * _used(weight, layout) * stacked
+                yield Transfer("all-gather", among, "f32", whole, 1)
+                if shards == "optimizer":
+                    yield Transfer("reduce-scatter", among, "f32", whole, 1, "update")
+    for weight in weights(model):
+        axes = tuple(axis for axis in copies if axis == "data" or weight[0] not in _MATRICES)
+        if axes and weight[2] == 2:
+            kept = 4 * _elements(weight) // _parts(weight, layout)
+            yield Transfer("all-reduce", axes, "f32", kept, 1, "update")
+    if model.moe is not None and layout.expert > 1:  # to the experts and back, forward and backward
+        slots, again = model.moe.num_experts * _slots(recipe, tokens), train.remat in ("full", "stage")
+        yield Transfer("all-to-all", ("expert",), dtype, narrow * slots * width, runs * (4 + 2 * again))
+    if layout.context > 1:  # around the ring, and backward again with their gradients
+        each = tokens * max(model.num_kv_heads // tensor, 1) * model.head_dim
+        turns = runs * (layout.context - 1)
+        again = train.remat != "none"
+        yield Transfer("collective-permute", ("context",), dtype, narrow * each, 2 * turns * (2 + again))
+        yield Transfer("collective-permute", ("context",), "f32", 4 * each, 2 * runs * layout.context)
+    if layout.pipeline > 1:  # two rings, forward and backward
+        microbatches = _microbatches(recipe, layout)
+        turns = parts * (microbatches * recipe.parallel.interleave + layout.pipeline - 1)
+        each = tokens * layout.pipeline // microbatches
+        yield Transfer("collective-permute", ("pipeline",), dtype, narrow * each * width // tensor, 4 * turns)
+        yield Transfer("collective-permute", ("pipeline",), "s32", 2 * 4 * each, 2 * turns)  # positions and segments
+    if tensor == 1:
+        return
+    # Of attention and feed-forward, their inputs and their outputs' gradients; of embedding and head.
+    whole = narrow * tokens * width
+    gathered = round(runs * (6 if train.remat == "dots" else 2 + 2 * passes)) + 2 * parts
+    scattered = round(runs * (4 if passes == 1 else 1 + 2 * passes)) + 2 * parts
+    yield Transfer("all-gather", ("tensor",), dtype, whole, gathered)
+    yield Transfer("reduce-scatter", ("tensor",), dtype, whole, scattered)
+
+
+def _loaded(recipe: Recipe, layout: Layout) -> float:
+    """Count how often a row of a core's own passes a layer of the model on that core: once without a pipeline.
+
+    In one of P stages, it has 1/P of the layers, P times the rows, and computes on nothing while it idles.
+    """
+    return 1.0 / (1.0 - bubble_of(recipe, layout))
+
+
+def _passes(recipe: Recipe, layout: Layout) -> float:
+    """Count how often remat runs a layer forward: again for its gradient, of whole stages for the layers after it."""
+    match recipe.train.remat:
+        case "stage" if layout.pipeline > 1:
+            return 3.0 - 1 / _chunk(recipe, layout)
+        case "full" | "stage":
+            return 2.0
+    return 1.0
+
+
+def _chunk(recipe: Recipe, layout: Layout) -> float:
+    """Layers in one of a stage's chunks."""
+    return recipe.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
+
+
+def _microbatches(recipe: Recipe, layout: Layout) -> int:
+    """Count the microbatches that pass through a pipeline's stages in an accumulation step; 1 of one stage."""
+    if layout.pipeline == 1:
+        return 1
+    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
+    return recipe.parallel.pipeline_microbatches or layout.pipeline * rows
+
+
+def bubble_of(recipe: Recipe, layout: Layout) -> float:
+    """Share of a pipeline's iterations in which a stage has nothing to do; 0 of one stage."""
+    return bubble(layout.pipeline, _microbatches(recipe, layout), recipe.parallel.interleave)
+
+
+def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
+    """Bytes on one core in closed form: state exactly, the rest by formula."""
+    model, train = recipe.model, recipe.train
+    length, tensor = recipe.data.sequence_length // layout.context, layout.tensor
+    mine = train.global_batch_size // layout.batch_shards
+    rows, narrow = mine // train.accumulation_steps, 2 if train.compute_dtype == "bfloat16" else 4
+    tokens, width = rows * length, model.hidden_size
+    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens)) / tokens
+    scores = rows * (model.num_heads // tensor) * length * length
+    # Of a pipeline, what a stage keeps of the rows of all stages, in its share of the layers: as much as of its own.
+    layers = model.num_layers * _loaded(recipe, layout)
+    state, shards = state_bytes(recipe, layout), _shards(recipe, layout)
+    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
+    layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
+    logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (model.vocab_size // tensor)
+    gathers = _among(layout) > 1 and shards == "parameters"
+    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * model.vocab_size * width / tensor
+    if gathers:  # two layers at a time, where they are gathered ahead
+        gathered += 2 * narrow * sum(_used(w, layout) for w in weights(model) if w[0] in _MATRICES)
+    return {
+        **state,
+        **({} if recipe.backend.donate else {"state_out": sum(state.values())}),
+        "gradients": round(_HELD_STATE * share + _HELD_WHOLE[shards] * state["parameters"]),
+        "activations": round(_kept(recipe, layout) * layers + max(layer, logits)),
+        "collective_buffers": round(gathered),
+        "data": 5 * 4 * mine * length,
+        "runtime": load_sdk(recipe.hardware.sdk).core_overhead(topology),
+    }
+
+
+def _kept(recipe: Recipe, layout: Layout) -> float:
+    """Bytes that a layer keeps of a microbatch for the backward pass."""
+    model, train, tensor = recipe.model, recipe.train, layout.tensor
+    length = recipe.data.sequence_length // layout.context
+    rows = train.global_batch_size // layout.batch_shards // train.accumulation_steps
+    narrow = 2 if train.compute_dtype == "bfloat16" else 4
+    each = rows * length * narrow
+    stream = model.hidden_size // tensor
+    both = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
+    slots = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, rows * length))
+    forward = slots / (rows * length)
+    match train.remat:
+        case "none":
+            scores = rows * length * length * model.num_heads // tensor
+            return each * (10 * stream + 5 * forward + 4 * both) + scores * (4 + narrow)
+        case "dots":
+            return each * (2 * stream + 2 * forward + both)
+        case "stage" if layout.pipeline > 1:
+            return each * stream / _chunk(recipe, layout)
+        case _:
+            return each * stream
+
+
+def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes of parameters and optimizer state on one core, counters left out, by the default rules of sharding."""
+    parameters, optimizer = 0, 0
+    kept = layout if _shards(recipe, layout) == "parameters" else replace(layout, fsdp=1, expert=1, context=1)
+    for weight in weights(recipe.model):
+        elements, parts = _elements(weight), _parts(weight, layout)
+        parameters += 4 * elements // _parts(weight, kept)
+        match recipe.optimizer.name:
+            case "lion":
+                optimizer += 4 * elements // parts
+            case "muon" if weight[0] == "layers.kernel":
+                optimizer += 4 * elements // parts
+            case "adafactor":
+                *_, second, first = sorted((1, *weight[1]))
+                if len(weight[1]) > 1 and second >= 128:  # a row and a column, on every core
+                    optimizer += 4 * (elements // first + elements // second + 1)
+                else:
+                    optimizer += 4 * (elements // parts + 2)
+            case _:
+                optimizer += 8 * elements // parts
+    return {"parameters": parameters, "optimizer_state": optimizer}
+
+
+def weights(model: ModelConfig) -> list[Weight]:
+    """Every parameter of `model`, as the default rules shard it."""
+    width, layers = model.hidden_size, model.num_layers
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    found: list[Weight] = [("table", (model.vocab_size, width), 2)]
+    if not model.tie_embeddings:
+        found.append(("table", (width, model.vocab_size), 2))
+    found += [("layers.kernel", (layers, width, out), 2) for out in (heads, kv_heads, kv_heads)]
+    found += [("layers.kernel", (layers, heads, width), 2)]
+    dense: int | None = model.intermediate_size
+    if model.moe is not None:
+        experts, inner = model.moe.num_experts, model.intermediate_size
+        found += [("layers.router", (layers, width, experts), 3)]
+        found += [("layers.experts", (layers, experts, width, inner), 2)] * 2
+        found += [("layers.experts", (layers, experts, inner, width), 2)]
+        dense = model.moe.shared_intermediate_size
+    if dense is not None:
+        found += [("layers.kernel", (layers, width, dense), 2)] * 2 + [("layers.kernel", (layers, dense, width), 2)]
+    if model.qkv_bias:
+        found += [("layers.bias", (layers, out), 1) for out in (heads, kv_heads, kv_heads)]
+    found += [("layers.scale", (layers, width), 0)] * (4 if model.post_norms else 2)
+    if model.qk_norm:
+        found += [("layers.scale", (layers, model.head_dim), 0)] * 2
+    return [*found, ("scale", (width,), 0)]
+
+
+def _shards(recipe: Recipe, layout: Layout) -> Sharded:
+    return recipe.parallel.fsdp_shards if _among(layout) > 1 else "parameters"  # all of one part
+
+
+def _elements(weight: Weight) -> int:
+    return math.prod(weight[1])
+
+
+def _among(layout: Layout) -> int:
+    """Cores that share what the default rules split of a weight's `embed` dim."""
+    return layout.fsdp * layout.expert * layout.context
+
+
+def _parts(weight: Weight, layout: Layout) -> int:
+    stages = layout.pipeline if weight[0].startswith("layers") else 1
+    return stages * (1, layout.tensor, _among(layout) * layout.tensor, _among(layout))[weight[2]]
+
+
+_MATRICES = ("layers.kernel", "layers.experts")
+
+
+def _used(weight: Weight, layout: Layout) -> int:
+    """Elements of a core's part of a matrix where it is used, of one layer if it is stacked."""
+    layers = weight[1][0] if weight[0] in _MATRICES else 1
+    experts = layout.expert if weight[0] == "layers.experts" else 1
+    return _elements(weight) // layers // experts // layout.tensor
+
+
+def _feed_forwards(recipe: Recipe, layout: Layout, tokens: int) -> list[tuple[int, int, int]]:
+    """(matrices, rows of each, width) of the feed-forward layers that run side by side on one core."""
+    moe, inner = recipe.model.moe, recipe.model.intermediate_size // layout.tensor
+    if moe is None:
+        return [(1, tokens, inner)]
+    routed = (moe.num_experts // layout.expert, _slots(recipe, tokens) * layout.expert, inner)
+    shared = moe.shared_intermediate_size
+    return [routed] if shared is None else [routed, (1, tokens, shared // layout.tensor)]
+
+
+def _slots(recipe: Recipe, tokens: int) -> int:
+    """Rows that an expert takes from a core's tokens: `capacity` of the model."""
+    moe = recipe.model.moe
+    assert moe is not None
+    factor = moe.capacity_factor if moe.dispatch == "capacity" else 1.0
+    return min(max(math.ceil(tokens * moe.experts_per_token / moe.num_experts * factor), 1), tokens)

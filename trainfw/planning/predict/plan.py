@@ -1,0 +1,286 @@
+"""A plan: what a recipe will take on its hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainfw.backends import load_sdk
+from trainfw.hardware import Topology, duration
+from trainfw.parallel import Layout, Placement, place
+from trainfw.planning.predict.closed_form import bubble_of
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation
+from trainfw.planning.predict.step_time import Assumptions, StepTime, assumptions_of, part_label, step_time
+from trainfw.planning.predict.timeline import Timeline, timeline
+from trainfw.planning.read_step.analysis import Analysis, Transfer
+from trainfw.planning.read_step.compile_cache import Compiled, compiled
+from trainfw.planning.read_step.memory import MemoryTable
+from trainfw.recipe import Recipe, expect_recipe
+from trainfw.tables import table
+
+_REMAT = {
+    "none": "none: the backward pass computes nothing again but gathers",
+    "dots": "dots: the backward pass computes again what is neither a projection's result nor attention's",
+    "full": "full: the backward pass computes every layer again",
+    "stage": "stage: the backward pass computes every stage again",
+}
+"""Words for what the plan counts, by `train.remat`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one recipe on one topology."""
+
+    recipe: Recipe
+    topology: Topology
+    layout: Layout
+    placement: Placement
+    analysis: Analysis
+    memory: MemoryTable
+    time: StepTime
+
+    @property
+    def transfers(self) -> list[tuple[Transfer, TransferTime]]:
+        """Every collective with the time of one run, the longest in a step first."""
+        return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a pipeline's iterations in which a stage computes on nothing; it is in the step's time already."""
+        return bubble_of(self.recipe, self.layout)
+
+    @property
+    def timeline(self) -> Timeline:
+        """The step in order."""
+        return timeline(self.analysis, self.time, self.recipe.train.accumulation_steps)
+
+    def part_label(self, part: str) -> str:
+        """Name a part of the step (a key of `time.parts`) for people."""
+        return part_label(part)
+
+    @property
+    def caveat(self) -> str:
+        """Say what a reader must know of every figure."""
+        measured = self.topology.chip.matmul_rates
+        if measured is None:
+            return "A prediction: nothing here was measured on this hardware."
+        return f"A prediction, from rates of this hardware: {measured.source}."
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether a core has the memory, as far as its topology says."""
+        return self.memory.headroom is None or self.memory.headroom >= 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.time.tokens_per_second
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the cores could do at the compute dtype's dense peak."""
+        return self.time.mfu
+
+    @property
+    def chip_hours(self) -> float:
+        """Count the chip-hours of the whole run, steps alone."""
+        return self.topology.chips * self.time.seconds * self.recipe.train.steps / 3600
+
+    @property
+    def dollars(self) -> float | None:
+        price = self.recipe.hardware.dollars_per_chip_hour
+        return None if price is None else price * self.chip_hours
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with stable keys; seconds, bytes, and per core where it says so."""
+        return {
+            "recipe": self.recipe.name,
+            "hardware": {
+                "topology": self.topology.name,
+                "count": self.topology.count,
+                "lnc": self.topology.lnc,
+                "chips": self.topology.chips,
+                "cores": self.topology.cores,
+            },
+            "layout": self.layout.sizes,
+            "placement": {axis.axis: list(axis.parts) for axis in self.placement.axes},
+            "step_time_seconds": self.time.seconds,
+            "step_time_range_seconds": [self.time.low, self.time.high],
+            "step_time_parts_seconds": dict(self.time.parts),
+            "step_time_phases_seconds": {s.phase: s.seconds * s.times for s in self.timeline.phases},
+            "pipeline_bubble": self.bubble,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "bound_by": self.time.bound_by,
+            "remat": self.recipe.train.remat,
+            "memory_bytes_per_core": self.memory.to_json(),
+            "memory_capacity_bytes_per_core": self.topology.hbm_size,
+            "fits": self.fits,
+            "collectives": [
+                {
+                    "phase": transfer.phase,
+                    "kind": transfer.kind,
+                    "axes": list(transfer.axes),
+                    "dtype": transfer.dtype,
+                    "bytes": transfer.bytes,
+                    "times": transfer.times,
+                    "seconds": taken.seconds,
+                }
+                for transfer, taken in self.transfers
+            ],
+            "chip_hours": self.chip_hours,
+            "dollars": self.dollars,
+            "assumptions": list(self.time.assumptions),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def plan(
+    recipe: Recipe,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    simulate: int | None = None,
+    fresh: bool = False,
+) -> Plan:
+    """Plan `recipe` on its topology, from the cache of compiled steps or on simulated devices (see `simulated_cores`).
+
+    Args are those of `compiled`. Raises UserError where the recipe names no topology, its layout does not fit it, or
+    it is too large to simulate.
+    """
+    expect_recipe(recipe)
+    return planned(recipe, compiled(recipe, progress, simulate=simulate, fresh=fresh))
+
+
+def planned(recipe: Recipe, step: Compiled) -> Plan:
+    """The plan of `recipe`, whose step `step` is, at the layout of its analysis."""
+    topology = recipe.hardware.load()
+    assert topology is not None  # or it would not have been compiled
+    with recipe.blamed("parallel"):
+        placement = place(topology, step.analysis.layout, recipe.parallel.traffic)
+    return Plan(
+        recipe=recipe,
+        topology=topology,
+        layout=step.analysis.layout,
+        placement=placement,
+        analysis=step.analysis,
+        memory=step.memory.on(topology, load_sdk(recipe.hardware.sdk)),
+        time=step_time(step.analysis, placement, recipe),
+    )
+
+
+def whatif(plan: Plan) -> list[tuple[str, float]]:
+    """Changes and by how many seconds each, alone, would shorten the predicted step; the best first.
+
+    Told by the same model of time, not compiled: what a change does to memory is for another plan to say.
+    """
+    recipe, analysis = plan.recipe, plan.analysis
+
+    def saved(analysis: Analysis, assumptions: Assumptions) -> float:
+        return plan.time.seconds - step_time(analysis, plan.placement, recipe, assumptions).seconds
+
+    unmask = " and data.mask_documents=false" if recipe.data.mask_documents else ""
+    base = assumptions_of(recipe)
+    kernel = f"attention by a fused kernel{unmask} (plan it: hardware.fused_attention=true; on Neuron it is nkilib's)"
+    hidden = f"all collectives of FSDP and data beside matrix products, where {base.overlap:.0%} is assumed"
+    changes = [
+        (kernel, analysis, replace(base, attention="fused")),
+        (hidden, analysis, replace(base, overlap=1.0)),
+    ]
+    if recipe.train.accumulation_steps > 1:
+        parts = recipe.train.accumulation_steps
+        gathered = [
+            replace(transfer, times=max(1, transfer.times // 2))
+            if "fsdp" in transfer.axes and transfer.phase != "update"
+            else transfer
+            for transfer in analysis.transfers
+        ]
+        larger = replace(analysis, transfers=tuple(gathered))
+        text = (
+            f"microbatches twice as large (train.accumulation_steps={parts // 2}), which gather weights half as often"
+        )
+        changes.append((text, larger, base))
+    found = [(text, saved(changed, assumed)) for text, changed, assumed in changes]
+    return sorted((pair for pair in found if pair[1] > 0.005 * plan.time.seconds), key=lambda pair: -pair[1])
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    topology, time = plan.topology, plan.time
+    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
+    chips = f"{topology.chips:,} chip{'s' * (topology.chips > 1)}"
+    cores = f"{topology.cores:,} core{'s' * (topology.cores > 1)}"
+    yield f"{plan.recipe.name} on {units}: {chips}, {cores}, {plan.layout}"
+    yield plan.caveat
+    if (headroom := plan.memory.headroom) is not None:
+        size = f"{abs(headroom) / 2**30:,.2f} GiB"
+        short = f"DOES NOT FIT: a core needs {size} more than it has."
+        yield f"fits: a core has {size} to spare." if plan.fits else short
+    yield ""
+    yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
+    yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
+    yield f"MFU         {plan.mfu:.1%}"
+    yield f"bound by    {time.bound_by}"
+    yield f"remat       {_REMAT[plan.recipe.train.remat]}"
+    if plan.layout.pipeline > 1:
+        yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
+    tokens = plan.tokens_per_step * plan.recipe.train.steps
+    cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
+    steps = plan.recipe.train.steps
+    hours = f"{plan.chip_hours:,.0f}" if plan.chip_hours >= 100 else f"{plan.chip_hours:.3g}"
+    yield f"the run     {steps:,} steps, {_count(tokens)} tokens: {hours} chip-hours{cost}"
+    yield ""
+    yield "where a step goes"
+    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds > 0.0005 * time.seconds:
+            hidden = time.hidden.get(part, 0.0)
+            beside = f"  (and {duration(hidden)} beside matrix products)" if hidden else ""
+            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+    forward, backward, update = (duration(phase.seconds) for phase in plan.timeline.phases)
+    each = plan.timeline.microbatches
+    passes = f"forward {forward}, backward {backward}"
+    yield f"  in order: {passes if each == 1 else f'{each} x ({passes})'}, then the update {update}"
+    yield ""
+    yield "memory of a core"
+    yield from (f"  {line}" for line in plan.memory.lines())
+    yield ""
+    rows = [("collective", "in", "over", "dtype", "MB", "times", "a step", "algorithm")]
+    rows += [
+        (
+            transfer.kind,
+            transfer.phase,
+            ", ".join(transfer.axes),
+            transfer.dtype,
+            f"{transfer.bytes / 1e6:,.1f}",
+            f"{transfer.times:,}",
+            duration(taken.seconds * transfer.times),
+            taken.algorithm,
+        )
+        for transfer, taken in plan.transfers[:12]
+    ]
+    yield from (f"  {line}" for line in table(rows, "<<<<>>><"))
+    if len(plan.transfers) > 12:
+        yield f"  and {len(plan.transfers) - 12} more that take less"
+    busy = link_utilisation(plan.analysis.transfers, plan.placement, time.seconds)
+    if busy:
+        yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
+    changes = whatif(plan)
+    if changes:
+        yield ""
+        yield "what would help most (predicted, each alone)"
+        yield from (f"  -{seconds / time.seconds:.0%}  {text}" for text, seconds in changes[:3])
+    yield ""
+    yield "assumed"
+    yield from (f"  {text}" for text in time.assumptions)
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:,.1f}{unit}"
+    return f"{number:,}"

@@ -1,0 +1,386 @@
+"""The time of a training step, from what a core computes and moves.
+
+One after the other on a core: matrix products, at a share of the peak of their dtype or at the rate at which memory
+delivers them; everything else, at the rate of memory; and what of the collectives does not run beside the products.
+Not in it: the input pipeline (read ahead), checkpoints, what a host takes to launch a step, stragglers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainfw.errors import UserError
+from trainfw.models import flops_per_token
+from trainfw.planning.predict.link_time import TransferTime, transfer_seconds
+from trainfw.planning.read_step.analysis import Analysis, Matmul, Transfer
+
+if TYPE_CHECKING:
+    from trainfw.hardware import Topology
+    from trainfw.parallel import Layout, Placement
+    from trainfw.recipe import Recipe
+
+OVERLAPPED = "weights, gradients, stages and rings"
+"""Whose collectives need not all be waited for (see `_beside`)."""
+
+EFFICIENCY_SPREAD = 0.15
+"""Least distance from the chip's figure, as a share of it, that the efficiency of matrix products may have.
+
+The range of a prediction is made with it, or with the chip's `matmul_efficiency_range` where that is wider."""
+
+_DTYPES: dict[str, tuple[str, ...]] = {
+    "bf16": ("bfloat16",),
+    "f16": ("float16",),
+    "f32": ("tensorfloat32", "float32"),
+    "f8e4m3": ("float8_e4m3", "float8_e4m3fn"),
+    "f8e4m3fn": ("float8_e4m3fn", "float8_e4m3"),
+    "f8e5m2": ("float8_e5m2",),
+}
+"""HLO's name of a dtype -> whose peak holds, the first that the chip has."""
+
+_FUSED_BACKWARD = 5 / 4
+"""Products of a fused attention kernel's backward pass per product of the plain one: it makes the scores again.
+
+Dao, FlashAttention-2, arXiv:2307.08691, section 3.1: 5 products where the plain backward pass has 4."""
+_CAUSAL = 1 / 2
+"""Share of the scores that a fused kernel computes: of causal attention, the half that counts (section 3.1 as well)."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Assumptions on how a program will run, which it does not say."""
+
+    attention: Literal["xla", "fused"] = "xla"
+    """`fused`: attention is a kernel that keeps the scores on chip and skips those above the diagonal."""
+    mixed: Literal["wide", "narrow"] = "wide"
+    """Rate of products of two dtypes, that of either operand: compilers widen the narrow operand, unless a program is
+    written with both narrow (as others' programs are: for comparing with their published times)."""
+    overlap: float = 0.5
+    """Share of the time of `OVERLAPPED` collectives that passes beside matrix products (placements are chosen by the
+    same figure)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One training step, predicted."""
+
+    seconds: float
+    low: float
+    """Seconds with all collectives hidden that can be, and products at the upper end of their `efficiency_range`."""
+    high: float
+    """Seconds with none hidden, doubtful links at half their rate, and products at the lower end."""
+    parts: Mapping[str, float]
+    """Seconds, which add up: `matmul`, `attention`, `memory` (elementwise operations and reductions), `optimizer`, and
+    by mesh axes (`tensor`, `data+fsdp`) the collectives that are waited for."""
+    hidden: Mapping[str, float]
+    """Seconds of collectives that are not waited for, by mesh axes."""
+    bound_by: str
+    """`compute`, `hbm`, or the physical dim whose links take longest: `links.row`."""
+    mfu: float
+    """Model FLOPs (forward and backward, causal attention, nothing recomputed) over peak, of the compute dtype."""
+    tokens_per_second: float
+    transfers: tuple[tuple[Transfer, TransferTime], ...]
+    """Every collective with the time of one run."""
+    products: tuple[float, ...]
+    """Seconds in a step of each of the analysis's matrix products."""
+    streamed: tuple[float, ...]
+    """Seconds in a step of all that passes through memory, as the analysis has it."""
+    assumptions: tuple[str, ...]
+    """Words for people."""
+
+
+def part_label(part: str) -> str:
+    """Name a part of a step (see `StepTime.parts`) for people."""
+    return _LABELS.get(part, f"collectives over {part.replace('+', ', ')}")
+
+
+_LABELS = {
+    "matmul": "matrix products",
+    "attention": "attention scores",
+    "memory": "elementwise and reductions",
+    "optimizer": "optimizer and sums of gradients",
+}
+
+
+def assumptions_of(recipe: Recipe) -> Assumptions:
+    return Assumptions(attention="fused" if recipe.hardware.fused_attention else "xla")
+
+
+def step_time(
+    analysis: Analysis, placement: Placement, recipe: Recipe, assumptions: Assumptions | None = None
+) -> StepTime:
+    """The time of one step of `recipe` (at full size), which was read as `analysis`, on the hardware of `placement`.
+
+    Raises UserError where the hardware has no figure for a rate that this takes.
+    """
+    assumed = assumptions or assumptions_of(recipe)
+    topology = placement.topology
+    middle = _Step(analysis, placement, recipe, assumed)
+    slower, faster = efficiency_range(topology)
+    slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
+    low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), faster)
+    high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), slower, slow)
+    tokens = recipe.tokens_per_step
+    peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
+    flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
+    return StepTime(
+        seconds=middle.seconds,
+        low=min(low.seconds, middle.seconds),  # sums in another order
+        high=max(high.seconds, middle.seconds),
+        parts=middle.parts,
+        hidden=middle.hidden,
+        bound_by=middle.bound_by,
+        mfu=flops / middle.seconds / peak,
+        tokens_per_second=tokens / middle.seconds,
+        transfers=middle.transfers,
+        products=middle.products,
+        streamed=middle.streamed,
+        assumptions=tuple(_words(topology, assumed, slow, analysis)),
+    )
+
+
+def efficiency_range(topology: Topology) -> tuple[float, float]:
+    """Bound the rates of matrix products, as multiples of the middle, for the range of a step's time.
+
+    As far as the published runs of the chip lie apart (`matmul_efficiency_range` over `matmul_efficiency`, of its file:
+    a recipe that replaces the efficiency moves the range with it), and at least by `EFFICIENCY_SPREAD`; not at all for
+    hardware that has no efficiency.
+    """
+    value, around = topology.chip.matmul_efficiency, topology.chip.matmul_efficiency_range
+    if value is None and topology.chip.matmul_rates is None:
+        return 1.0, 1.0
+    slower, faster = 1 - EFFICIENCY_SPREAD, 1 + EFFICIENCY_SPREAD
+    if value is not None and around is not None and topology.chip.matmul_rates is None:
+        slower, faster = min(slower, around.low / value.number), max(faster, around.high / value.number)
+    return slower, faster
+
+
+class _Step:
+    """One set of figures, added up."""
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        placement: Placement,
+        recipe: Recipe,
+        assumed: Assumptions,
+        efficiency: float = 1.0,
+        speed: Mapping[str, float] | None = None,
+    ):
+        topology = placement.topology
+        fused = assumed.attention == "fused"
+        of_fused = _of_fused(recipe, analysis.layout)
+        products: defaultdict[str, float] = defaultdict(float)
+        each = []
+        on_memory = 0.0
+        for matmul in analysis.matmuls:
+            compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency, of_fused)
+            each.append(max(compute, streaming))
+            products["attention" if matmul.attention else "matmul"] += each[-1]
+            on_memory += streaming if streaming > compute else 0.0
+        self.products = tuple(each)
+        self.streamed = tuple(
+            0.0 if fused and s.kind == "attention" else s.bytes / _elementwise_rate(topology, s.array)
+            for s in analysis.streamed
+        )
+        streamed: defaultdict[str, float] = defaultdict(float)
+        for piece, seconds in zip(analysis.streamed, self.streamed, strict=True):
+            streamed[piece.kind] += seconds
+        collectives: defaultdict[str, float] = defaultdict(float)
+        by_dim: defaultdict[str, float] = defaultdict(float)
+        self.transfers = tuple((t, transfer_seconds(t, placement, speed)) for t in analysis.transfers)
+        for transfer, time in self.transfers:
+            collectives["+".join(transfer.axes)] += time.seconds * transfer.times
+            for level in time.levels:
+                by_dim[level.dim] += level.seconds * transfer.times
+        beside: defaultdict[str, float] = defaultdict(float)
+        for transfer, time in self.transfers:
+            if _beside(transfer):
+                beside["+".join(transfer.axes)] += time.seconds * transfer.times
+        # No more can be hidden than there are products to hide it behind.
+        wanted = assumed.overlap * sum(beside.values())
+        share = assumed.overlap * min(1.0, sum(products.values()) / wanted) if wanted else 0.0
+        self.hidden = {axes: seconds * share for axes, seconds in beside.items()}
+        self.parts = {
+            "matmul": products["matmul"],
+            "attention": products["attention"] + streamed["attention"],
+            "memory": streamed["model"],
+            "optimizer": streamed["update"],
+            **{axes: seconds - self.hidden.get(axes, 0.0) for axes, seconds in collectives.items()},
+        }
+        self.seconds = sum(self.parts.values())
+        busy = {
+            "compute": sum(products.values()) - on_memory,
+            "hbm": on_memory + sum(self.streamed),
+            **{f"links.{dim}": seconds for dim, seconds in by_dim.items()},
+        }
+        self.bound_by = max(busy, key=lambda what: busy[what])
+
+
+def _beside(transfer: Transfer) -> bool:
+    """Tell whether products run meanwhile that do not need it.
+
+    So do those of a layer while the next one's weights come and the last one's gradients go, along whatever axes share
+    them; those of a ring's turn, while it passes keys and values on; and those of a stage, while one of its two rings
+    turns. What a block works on is waited for: activations over tensor, tokens to experts and back, and keys and values
+    that are gathered. (Weights kept in shares over context alone look like these, and are waited for too.)
+    """
+    if "tensor" in transfer.axes or "all-to-all" in transfer.kind:
+        return False
+    return transfer.kind == "collective-permute" or transfer.axes not in (("context",), ("expert",))
+
+
+def _of_fused(recipe: Recipe, layout: Layout) -> tuple[float, float]:
+    """Count what a fused kernel computes of a product with scores in the program, forward and backward.
+
+    Where the sequence is split over `n` devices, the program leaves out most of what is masked itself: a ring computes
+    (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
+    gathered, three quarters (see `trainfw.parallel.ring_attention`).
+    """
+    size = layout.context
+    if size == 1:
+        return _CAUSAL, _CAUSAL * _FUSED_BACKWARD
+    if recipe.parallel.context_attention == "ring":
+        return _CAUSAL / ((2 * size + 1) / (4 * size)), _CAUSAL / ((2 * size + 1) / (4 * size))
+    return _CAUSAL / 0.75, _CAUSAL / 0.75 * _FUSED_BACKWARD
+
+
+def _matmul_seconds(
+    matmul: Matmul, topology: Topology, assumed: Assumptions, efficiency: float, of_fused: tuple[float, float]
+) -> tuple[float, float]:
+    """Seconds in a step on the tensor engine, and of its operands and result through memory."""
+    fused = matmul.attention and assumed.attention == "fused"
+    dtype = matmul.dtype
+    if matmul.mixed and (fused or assumed.mixed == "narrow"):
+        dtype = "bf16"
+    figure = topology.figures.get("chip.matmul_efficiency")
+    share = 1.0 if figure is None or topology.chip.matmul_rates is not None else figure.number
+    rate = _hlo_peak(topology, dtype) * share * efficiency
+    flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k, dtype)
+    if not fused:
+        return flops / rate, matmul.bytes * matmul.times / _memory_rate(topology)
+    return flops * of_fused[matmul.backward] / rate, 0.0
+
+
+def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "bf16") -> float:
+    """Share of a tensor engine's cycles that a product (m, k) x (k, n) of `dtype` makes use of, for its shape.
+
+    Where the chip has measured rates, the share of the peak of its dtype between those of the nearest sizes.
+
+    The contracted dim fills the rows of the array, the free dim of one operand its columns, both padded to whole
+    tiles; the other operand's free dim passes through in parts, of which a short one takes the cycles of a longer.
+    Either operand may be the one that stays. Loading it takes a quarter of the cycles and runs in the background.
+    Source: the cost model in the chip's `tensor_engine.source`. 1 where the chip names no engine.
+    """
+    measured = _measured(topology, dtype)
+    if measured is not None:
+        sizes, cube = measured
+        return _interpolated(sizes, cube, (m, n, k)) / topology.cores_per_chip / _hlo_peak(topology, dtype)
+    engine = topology.chip.tensor_engine
+    if engine is None:
+        return 1.0
+
+    def padded(size: int, tile: int) -> float:
+        return size / (math.ceil(size / tile) * tile)
+
+    def passing(size: int) -> float:
+        whole, rest = divmod(size, engine.moving)
+        return size / (whole * engine.moving + (max(rest, engine.moving_cycles) if rest else 0))
+
+    free = max(padded(m, engine.columns) * passing(n), padded(n, engine.columns) * passing(m))
+    return padded(k, engine.rows) * free
+
+
+def _measured(topology: Topology, dtype: str) -> tuple[list[int], list[list[list[float]]]] | None:
+    """Sizes, and the chip's rates at them."""
+    measured = topology.chip.matmul_rates
+    found = [] if measured is None else [measured.rates[n] for n in _DTYPES.get(dtype, ()) if n in measured.rates]
+    return (measured.sizes, found[0]) if measured is not None and found else None
+
+
+def _interpolated(sizes: Sequence[int], cube: Sequence[Any], at: Sequence[int]) -> float:
+    """The rate at `at`, linear in the logarithms of sizes and rates."""
+    corners = itertools.product(*(_between(sizes, size) for size in at))
+    return math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))
+
+
+def _between(sizes: Sequence[int], size: int) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The places of the sizes below and above, and the share of each; outside of all, the nearest has all."""
+    high = min(max(bisect.bisect_left(sizes, size), 1), len(sizes) - 1)
+    share = math.log(max(size, 1) / sizes[high - 1]) / math.log(sizes[high] / sizes[high - 1])
+    share = min(max(share, 0.0), 1.0)
+    return (high - 1, 1 - share), (high, share)
+
+
+def _hlo_peak(topology: Topology, dtype: str) -> float:
+    for name in _DTYPES.get(dtype, ()):
+        peak = topology.peak_flops(name)
+        if peak is not None:
+            return peak
+    return _peak(topology, _DTYPES.get(dtype, (dtype,))[-1])
+
+
+def _peak(topology: Topology, dtype: str) -> float:
+    peak = topology.peak_flops(dtype)
+    if peak is None:
+        raise UserError(f"{topology.name}: no source gives its peak in {dtype}; expected chip.peak_flops.{dtype}")
+    return peak
+
+
+def _memory_rate(topology: Topology) -> float:
+    rate = topology.hbm_bandwidth
+    if rate is None:
+        raise UserError(f"{topology.name}: no source gives the bandwidth of its memory; expected chip.hbm_bandwidth")
+    return rate
+
+
+def _elementwise_rate(topology: Topology, array: int) -> float:
+    """Bytes/s of one core for kernels whose largest array has `array` bytes, or any number where that is 0."""
+    measured = topology.chip.elementwise_rates
+    if measured is None:
+        return _memory_rate(topology)
+    corners = _between(measured.sizes, array or measured.sizes[-1])
+    return math.exp(sum(share * math.log(measured.rates[i]) for i, share in corners)) / topology.cores_per_chip
+
+
+def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
+    figure = topology.figures.get("chip.matmul_efficiency")
+    shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
+    less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
+    measured = topology.chip.matmul_rates
+    share, (slower, faster) = 1.0 if figure is None else figure.number, efficiency_range(topology)
+    products = (
+        f"matrix products of even shapes reach {share:.0%} of the peak"
+        + (f" ({figure.note or figure.source})" if figure is not None else "")
+        + (f", in the range {share * slower:.0%} to {share * faster:.0%}" if figure is not None else "")
+        if measured is None
+        else f"matrix products run at the rates of their shapes ({measured.source})"
+    )
+    elementwise = topology.chip.elementwise_rates
+    words = [
+        products,
+        "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
+        if assumed.attention == "fused"
+        else "attention is the XLA form: its scores, S x S, go through memory",
+        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
+        "elementwise operations are fused into what uses them, and run at "
+        + (
+            "the full bandwidth of memory"
+            if elementwise is None
+            else f"the rates of their sizes ({elementwise.source})"
+        ),
+        "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
+    ]
+    if any(matmul.mixed for matmul in analysis.matmuls):
+        at = "the wider's" if assumed.mixed == "wide" else "bfloat16's"
+        words.append(f"products of a float32 and a bfloat16 operand run at {at} rate")
+    if slow:
+        words.append(
+            f"at the slow end, links along {', '.join(slow)} have half the bandwidth (their sources leave it open)"
+        )
+    return words

@@ -1,0 +1,554 @@
+"""What one core computes, moves and holds in a step, read from the compiled program.
+
+The program is built on simulated devices. Where the data axis is longer than two, it is compiled with two replicas
+(of the batch, too): a replica's matrix products, memory and collectives are those of every other, and only the groups
+along `data` are longer. Where that is still too many devices, `fsdp` is shortened as well (see `lengthened`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from trainfw import backends
+from trainfw.errors import UserError
+from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.parallel import Layout
+from trainfw.planning.read_step.op_names import is_backward, is_recomputed
+from trainfw.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trainfw.hardware import Topology
+    from trainfw.program import Program
+
+REPLICAS = 2
+"""Replicas that are compiled, of however many."""
+
+_SCORES = ("bkgst", "bktn,bknh->bkth")
+"""The attention scores, as the einsums of `trainfw.models` and of the CPU's blocks of queries name their dims."""
+_LOSS_GRADIENTS = ("nv,vd->nd", "nv,dv->nd", "nd,nv->dv")
+"""Products of the loss's gradient, which the forward pass computes beside the loss (`trainfw.program`)."""
+_LOSS = ("nd,vd->nv", "nd,dv->nv", *_LOSS_GRADIENTS)
+
+Phase: TypeAlias = Literal["forward", "backward", "update"]
+"""Of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every
+microbatch, one after the other, then the `update`: sums of gradients over replicas, the norms and the optimizer."""
+StreamedKind: TypeAlias = Literal["model", "attention", "update"]
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A matrix product (batch, m, k) x (batch, k, n) on one core."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+    """Of the operands, as HLO names it; the wider where they differ."""
+    times: int
+    """In a step."""
+    mixed: bool = False
+    """One operand is of a narrower dtype than the other."""
+    bytes: int = 0
+    """Of both operands and the result, each time."""
+    attention: bool = False
+    """A product with the scores, S x S, which a fused kernel never writes to memory."""
+    backward: bool = False
+    """Computes a gradient, in whichever phase. (What remat computes again does not.)"""
+    phase: Phase = "backward"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.m * self.n * self.k * self.times
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective of a step."""
+
+    kind: str
+    """`all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all`, `collective-permute`. An all-reduce of which each
+    core keeps its own part is called the reduce-scatter that accelerators' compilers make of it."""
+    axes: tuple[str, ...]
+    """Mesh axes that it runs along."""
+    dtype: str
+    bytes: int
+    """Of the whole buffer, each time: what an all-gather returns, what a reduce-scatter takes."""
+    times: int
+    phase: Phase = "backward"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Device memory read and written in a step by other than matrix products and collectives, elementwise operations
+    fused into what uses them."""
+
+    kind: StreamedKind
+    """`attention`: scores. `update`: what `jax.grad` does not differentiate: the optimizer, and sums of gradients."""
+    bytes: float
+    phase: Phase = "backward"
+    array: int = 0
+    """Bytes of the largest array that a kernel reads or writes, to the next power of two; 0 where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation in one turn of a loop: a part of what the analysis has added up."""
+
+    of: Literal["matmuls", "transfers", "streamed"]
+    index: int
+    """Which of the analysis's."""
+    share: float
+    """Of its time in a step."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One turn of a loop over layers."""
+
+    phase: Phase
+    times: int
+    """In a step."""
+    operations: tuple[Operation, ...]
+    """As the program lists them, each after what it needs; a compiler may choose another such order."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One core's step."""
+
+    layout: Layout
+    matmuls: tuple[Matmul, ...]
+    transfers: tuple[Transfer, ...]
+    streamed: tuple[Streamed, ...]
+    loops: tuple[Loop, ...] = ()
+    """The forward and the backward one over layers; none where these are unrolled."""
+
+    @property
+    def flops(self) -> float:
+        return sum(matmul.flops for matmul in self.matmuls)
+
+    @property
+    def streamed_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed)
+
+    @property
+    def attention_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "attention")
+
+    @property
+    def update_bytes(self) -> float:
+        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "update")
+
+
+def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SIMULATED) -> tuple[Recipe, Layout]:
+    """The recipe and layout that are compiled in place of a larger one.
+
+    At most `REPLICAS` along `data`, and where that is still more than `most` devices, a shorter `fsdp` too. Both
+    axes share out the batch, so a core's rows, and with them its products and activations, stay as they are.
+    """
+    data = math.gcd(layout.data, REPLICAS) if layout.data > 1 else 1
+    data = data if data > 1 else layout.data
+    fsdp = layout.fsdp
+    while fsdp % 2 == 0 and fsdp > 2 and math.prod((layout.sizes | {"data": data, "fsdp": fsdp}).values()) > most:
+        fsdp //= 2
+    rows = recipe.train.global_batch_size * data * fsdp // (layout.data * layout.fsdp)
+    sizes = layout.sizes | {"data": data, "fsdp": fsdp}
+    parallel = recipe.parallel.model_copy(update=sizes)
+    train = recipe.train.model_copy(update={"global_batch_size": rows})
+    hardware = type(recipe.hardware)()
+    return recipe.model_copy(update={"parallel": parallel, "train": train, "hardware": hardware}), Layout(**sizes)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is compiled to plan a recipe."""
+
+    layout: Layout
+    """Of the recipe, on all of its cores."""
+    recipe: Recipe
+    """The one that is compiled, perhaps of a shorter layout."""
+    simulated: Layout
+    """That layout."""
+    rules: str | None
+    """Whose restrictions hold on the hardware (see `Topology.rules`)."""
+    stands_in: bool
+    """Whether this machine's CPU stands for other hardware, and so the program has no kernels of the CPU's own."""
+
+    @property
+    def cores(self) -> int:
+        """Devices that a process must simulate."""
+        return math.prod(self.simulated.sizes.values())
+
+
+def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation:
+    """What is to be compiled to plan `recipe` on its topology, for `most` devices at most.
+
+    Raises UserError where the recipe names no topology, where its layout does not fit that, and where a program for
+    fewer devices would not tell of it.
+    """
+    topology = recipe.hardware.load()
+    if topology is None:
+        raise recipe.error("hardware.topology", "a plan needs hardware to be for; see trainfw topology")
+    check_rates(recipe, topology)
+    with recipe.blamed("parallel"):
+        layout = Layout.resolve(recipe.parallel, topology.cores)
+    small, simulated = simulated_recipe(recipe, layout, most)
+    found = Simulation(layout, small, simulated, topology.rules, not topology.is_cpu)
+    if simulated != layout:
+        _check_shortened(recipe, layout, simulated)
+    if found.cores > backends.MAX_SIMULATED:
+        raise recipe.error(
+            "parallel",
+            f"{layout} is compiled for {found.cores:,} cores, of {backends.MAX_SIMULATED:,} that can be simulated; "
+            f"let data or fsdp be longer (fsdp by a power of two) and the other axes shorter",
+        )
+    return found
+
+
+def simulated_cores(recipe: Recipe) -> int:
+    """Devices that a process must simulate to plan `recipe`. Raises UserError as `simulation` does."""
+    return simulation(recipe).cores
+
+
+def check_rates(recipe: Recipe, topology: Topology) -> None:
+    """Raise UserError where `topology` lacks a rate without which no step of `recipe` has a time."""
+    dtype = recipe.train.compute_dtype
+    known = {
+        f"chip.peak_flops.{dtype}": topology.peak_flops(dtype),
+        "chip.hbm_bandwidth": topology.hbm_bandwidth,
+    }
+    if missing := [key for key, rate in known.items() if rate is None]:
+        how = (
+            "; measure this machine's with `python benchmarks/machine.py --hardware mine.yaml` and plan for "
+            "hardware.topology=mine.yaml"
+        )
+        raise recipe.error(
+            "hardware.topology",
+            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if topology.is_cpu else ''}",
+        )
+
+
+def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
+    """Raise UserError where a program for `simulated` would not tell of `layout`."""
+    if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
+        raise recipe.error("train.global_batch_size", problem)
+    if simulated.fsdp < layout.fsdp and recipe.optimizer.name == "muon":
+        raise recipe.error(
+            "optimizer.name",
+            f"{layout} is compiled for fsdp({simulated.fsdp}), and muon deals whole layers out among all cores, so its "
+            f"update does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
+        )
+
+
+def analyse(
+    recipe: Recipe, progress: Callable[[str], None] = lambda _: None, *, most: int = backends.MAX_SIMULATED
+) -> tuple[Analysis, Program, Partitioned]:
+    """Compile the training step of `recipe` for its topology on simulated devices, which this process must have.
+
+    Args:
+        progress: told what is being done.
+        most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
+
+    Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError as
+    `simulation` does.
+    """
+    found = simulation(recipe, most)
+    program = simulated_program(found)
+    partitioned = compile_step(program, progress)
+    analysis = read(partitioned.module, program.mesh, found.simulated)
+    return lengthened(analysis, found.simulated, found.layout), program, partitioned
+
+
+def simulated_program(found: Simulation) -> Program:
+    """The program to compile, on devices of this process. Raises UserError where it has too few."""
+    import jax
+
+    from trainfw.program import build_program
+
+    if found.cores > jax.device_count():
+        raise UserError(
+            f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}: "
+            f"trainfw.plan(recipe, simulate={found.cores}), before jax starts, simulates them"
+        )
+    return build_program(found.recipe, jax.devices()[: found.cores], stands_in=found.stands_in)
+
+
+def compile_step(program: Program, progress: Callable[[str], None] = lambda _: None) -> Partitioned:
+    progress(f"compiling the step for {program.mesh.size} cores")
+    lowered = program.functions["train"].lower()
+    return partition(lowered, backends.current().compiler_options)
+
+
+def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysis:
+    """The analysis of a program compiled for `simulated`, at the full length of `layout`.
+
+    Along `data` nothing changes but the groups. Along `fsdp` whole weights are gathered and whole gradients scattered,
+    however many devices share them. What each does with its own share shrinks: the update, and the sums of gradients
+    over replicas, which are of that share. (So does the cast of weights before they are gathered, of little weight,
+    which is left as it is.)
+    """
+    share = simulated.fsdp / layout.fsdp
+    analysis = replace(analysis, layout=layout)
+    if share == 1:
+        return analysis
+
+    def of_share(transfer: Transfer) -> bool:
+        # What is not shared, such as scales of norms, is summed over fsdp as well; scalars are the norms of gradients.
+        return transfer.phase == "update" and transfer.bytes > 8 and set(transfer.axes) <= {"pipeline", "data"}
+
+    transfers = tuple(replace(t, bytes=round(t.bytes * share)) if of_share(t) else t for t in analysis.transfers)
+    streamed = tuple(replace(s, bytes=s.bytes * share) if s.kind == "update" else s for s in analysis.streamed)
+    return replace(analysis, transfers=transfers, streamed=streamed)
+
+
+def read(module: Module, mesh: object, layout: Layout) -> Analysis:
+    """The analysis of a partitioned module on `mesh`."""
+    scores = _scores(module)
+    collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
+    work: dict[str, list[tuple[_Work, int]]] = {}
+    totals: Counter[_Work] = Counter()
+    for name, times in module.times.items():
+        computation = module.computations[name]
+        phases = _phases(computation, repeated=times > 1)
+        work[name] = []
+        for instruction in computation.instructions.values():
+            phase = phases[instruction.name]
+            if instruction.opcode == "dot":
+                work[name].append((_matmul(computation, instruction, phase), 1))
+            elif instruction.name in collectives:
+                work[name].append((_transfer(collectives[instruction.name], mesh, phase), 1))
+            else:
+                sizes, largest = _streamed(computation, instruction, scores)
+                array = 1 << (largest - 1).bit_length() if largest else 0
+                work[name] += [(Streamed(kind, 0, phase, array), size) for kind, size in sizes.items()]
+        for piece, amount in work[name]:
+            totals[piece] += amount * times
+    matmuls = {piece: n for piece, n in totals.items() if isinstance(piece, Matmul)}
+    transfers = {piece: n for piece, n in totals.items() if isinstance(piece, Transfer)}
+    streamed = {piece: size for piece, size in totals.items() if isinstance(piece, Streamed)}
+    index = {piece: i for kind in (matmuls, transfers, streamed) for i, piece in enumerate(kind)}
+    loops = (
+        Loop(
+            phase,
+            module.times[name],
+            tuple(Operation(_OF[type(piece)], index[piece], amount / totals[piece]) for piece, amount in work[name]),
+        )
+        for phase, name in _loops(module, work).items()
+    )
+    return Analysis(
+        layout=layout,
+        matmuls=tuple(replace(matmul, times=times) for matmul, times in matmuls.items()),
+        transfers=tuple(replace(transfer, times=times) for transfer, times in transfers.items()),
+        streamed=tuple(replace(piece, bytes=float(size)) for piece, size in streamed.items()),
+        loops=tuple(loops),
+    )
+
+
+_Work: TypeAlias = Matmul | Transfer | Streamed
+_OF: dict[type, Literal["matmuls", "transfers", "streamed"]] = {
+    Matmul: "matmuls",
+    Transfer: "transfers",
+    Streamed: "streamed",
+}
+
+
+def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
+    """The phase of every instruction of a computation, which runs more than once in a step or not."""
+
+    def named(instruction: Instruction) -> Phase | None:
+        if is_backward(instruction.op_name) or is_recomputed(instruction.op_name):
+            return "backward"
+        return "forward" if "jvp(" in instruction.op_name else None
+
+    found = {instruction.name: named(instruction) for instruction in computation.instructions.values()}
+    present = set(found.values()) - {None}
+    # What has no such name: in a loop over microbatches sums of gradients, in one over layers what the partitioner
+    # added, else the update; but for the zeros and masks that forward and backward start from.
+    rest: Phase = "update" if not repeated or not present else "backward" if "backward" in present else "forward"
+    zeros: Phase = "forward" if "forward" in present else rest
+    return {
+        name: phase or (zeros if computation.instructions[name].opcode == "broadcast" else rest)
+        for name, phase in found.items()
+    }
+
+
+def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> dict[Phase, str]:
+    """For forward and backward, the computation that is the loop over layers.
+
+    That is the one with the most products among those that run more than once, in one phase alone, and call no other.
+    """
+    most: dict[Phase, tuple[float, str]] = {}
+    for name, pieces in work.items():
+        phases = {piece.phase for piece, _ in pieces}
+        flops = module.times[name] * sum(piece.flops for piece, _ in pieces if isinstance(piece, Matmul))
+        opcodes = {instruction.opcode for instruction in module.computations[name].instructions.values()}
+        if module.times[name] == 1 or len(phases) != 1 or not flops or opcodes & {"while", "call", "conditional"}:
+            continue
+        if any(_names(_LOSS, instruction) for instruction in module.computations[name].instructions.values()):
+            continue  # over chunks of the loss
+        phase = phases.pop()
+        if phase != "update" and flops > most.get(phase, (0.0, ""))[0]:
+            most[phase] = flops, name
+    return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
+
+
+def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
+    """A collective, once."""
+    kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
+    # Some groups are parts of an axis, such as of cores that share a head of keys and values.
+    axes = collective.axes(mesh) or collective.spanned(mesh)
+    return Transfer(kind, axes, collective.dtype, collective.bytes, 1, phase)
+
+
+def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
+    """A dot, once."""
+    left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
+
+    def size(shape: tuple[int, ...], key: str) -> int:
+        dims = dot.attributes.get(key, "{}").strip("{}")
+        return math.prod(shape[int(dim)] for dim in dims.split(",") if dim)
+
+    batch, k = size(left.dims, "lhs_batch_dims"), size(left.dims, "lhs_contracting_dims")
+    elements = [math.prod(shape.dims) for shape in (left, right)]
+    wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
+    return Matmul(
+        batch=batch,
+        m=elements[0] // (batch * k),
+        n=elements[1] // (batch * k),
+        k=k,
+        dtype=wider.dtype,
+        times=1,
+        mixed=left.dtype != right.dtype,
+        bytes=left.bytes + right.bytes + dot.bytes,
+        attention=_names(_SCORES, dot),
+        backward=_names(_LOSS_GRADIENTS, dot) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
+        phase=phase,
+    )
+
+
+def _names(specs: Iterable[str], instruction: Instruction) -> bool:
+    """Whether it comes of an einsum with one of these in its spec."""
+    return any(spec in instruction.op_name for spec in specs)
+
+
+def _scores(module: Module) -> set[int]:
+    """How many elements the attention scores have, on one device."""
+    sizes = set()
+    for name in module.times:
+        computation = module.computations[name]
+        for dot in computation.instructions.values():
+            if dot.opcode == "dot" and _names(_SCORES, dot):
+                arrays = [dot, *(computation.instructions[operand] for operand in dot.operands)]
+                sizes.add(max(math.prod(array.shapes[0].dims) for array in arrays))
+    return sizes
+
+
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "after-all"),
+    *("opt-barrier", "partition-id"),
+}
+_FUSED = {
+    *("abs", "add", "and", "broadcast", "ceil", "clamp", "compare", "convert", "copy", "cosine", "divide", "erf"),
+    *("exponential", "exponential-minus-one", "floor", "iota", "is-finite", "log", "log-plus-one", "logistic"),
+    *("maximum", "minimum", "multiply", "negate", "not", "or", "power", "reduce-precision", "remainder", "reshape"),
+    *("round-nearest-afz", "round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-logical", "sign"),
+    *("sine", "slice", "sqrt", "subtract", "tan", "tanh", "transpose", "xor", "dynamic-slice", "pad", "concatenate"),
+}
+"""Operations that compilers fuse into what uses their results."""
+_SAME = {"copy", "reshape"}
+"""Of these, those that leave memory as it is."""
+_ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+"""Counted as matrix products and transfers."""
+
+
+def _streamed(
+    computation: Computation, instruction: Instruction, scores: set[int]
+) -> tuple[Counter[StreamedKind], int]:
+    """Bytes that the kernel which ends with an instruction reads and writes, once, by kind, and those of its largest
+    array; none where none does.
+
+    A kernel is an operation that is not fused, or a fused one whose result something not fused takes (reductions take
+    elementwise results as they come). It writes its result, and reads what it reaches through fused operations.
+
+    Args:
+        scores: arrays of so many elements are attention scores.
+    """
+    found: Counter[StreamedKind] = Counter()
+    if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
+        return found, 0
+    # Forward and backward are under jax.grad, but for the zeros that they start from.
+    whole: StreamedKind = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
+    if instruction.opcode == "dynamic-update-slice":  # in place
+        part = _shape_bytes(computation, instruction.operands[1])
+        found[whole] = 2 * part
+        return found, part
+    arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
+    for array in arrays:
+        if array is not None:
+            of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
+            found["attention" if of_scores and whole == "model" else whole] += array.bytes
+    return found, max((array.bytes for array in arrays if array is not None), default=0)
+
+
+def _written(computation: Computation, instruction: Instruction) -> bool:
+    if instruction.opcode not in _FUSED:
+        return True
+    if instruction.opcode in _SAME and not instruction.is_root:
+        source = computation.instructions.get(instruction.operands[0].partition("#")[0])
+        if source is None or _written(computation, source):
+            return False  # nothing is left to do
+    users = computation.users.get(instruction.name, ())
+    # The optimizer is one kernel for each array, whatever uses its parts.
+    if len(users) > 1 and "jvp(" in instruction.op_name and _joins(computation, instruction):
+        return True
+    return instruction.is_root or any(user.opcode not in _FUSED and user.opcode != "reduce" for user in users)
+
+
+def _joins(computation: Computation, instruction: Instruction) -> bool:
+    """Whether it combines arrays of its own size, such as the residual stream with what a block adds to it.
+
+    Recomputing that in every kernel that reads it would reach back through all layers.
+    """
+    while True:
+        names = [name.partition("#")[0] for name in instruction.operands]
+        operands = [computation.instructions[name] for name in names if name in computation.instructions]
+        arrays = [operand for operand in operands if operand.opcode not in ("broadcast", "constant", "iota")]
+        if len(arrays) != 1:
+            return len(arrays) > 1
+        if arrays[0].opcode not in _FUSED or len(computation.users.get(arrays[0].name, ())) > 1:
+            return False
+        instruction = arrays[0]
+
+
+def _reads(computation: Computation, instruction: Instruction) -> set[str]:
+    """Names of the written values (and inputs) that a kernel reads; of a slice, the slice."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    pending = list(instruction.operands)
+    while pending:
+        name = pending.pop().partition("#")[0]
+        operand = computation.instructions.get(name)
+        if operand is None or name in seen:
+            continue
+        seen.add(name)
+        if operand.opcode in ("constant", "iota"):
+            continue
+        if (
+            operand.opcode in ("slice", "dynamic-slice")
+            or operand.opcode not in _FUSED
+            or _written(computation, operand)
+        ):
+            found.add(name)
+        else:
+            pending.extend(operand.operands)
+    return found
+
+
+def _shape_bytes(computation: Computation, name: str) -> int:
+    operand = computation.instructions.get(name.partition("#")[0])
+    return 0 if operand is None else operand.bytes

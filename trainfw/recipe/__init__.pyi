@@ -1,0 +1,15 @@
+from .files import bundled_recipes as bundled_recipes
+from .files import find_recipe as find_recipe
+from .load import load_recipe as load_recipe
+from .load import refuse_recipe as refuse_recipe
+from .problems import nearest_key as nearest_key
+from .problems import our_key as our_key
+from .recipe import Recipe as Recipe
+from .recipe import expect_recipe as expect_recipe
+from .recipe import json_schema as json_schema
+from .recipe import keys as keys
+from .run_config import EvaluationConfig as EvaluationConfig
+from .run_config import FaultsConfig as FaultsConfig
+from .run_config import TrainConfig as TrainConfig
+from .run_config import WatchdogConfig as WatchdogConfig
+from .sources import COMMAND_LINE as COMMAND_LINE

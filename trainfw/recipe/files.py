@@ -1,0 +1,155 @@
+"""Recipe files: found, read and merged over those they extend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainfw import yaml_text
+from trainfw.errors import UserError, did_you_mean
+from trainfw.names import FIRST
+from trainfw.paths import check_file
+from trainfw.recipe.recipe import keys
+from trainfw.recipe.sources import Sources, show, where
+
+_MOST_EXTENDED = 32
+"""Recipes in a chain of `extends`."""
+
+
+def recipe_directory() -> Path:
+    """Where the bundled recipes are: inside the installed package, or at the top of the repository."""
+    package = Path(__file__).parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_directory().glob("*.yaml"))}
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """`path` itself, a bundled recipe of that name, or the recipe of a run directory."""
+    if not str(path):
+        raise UserError("recipe: the path is empty")
+    file, bundled = Path(path), bundled_recipes()
+    if (file / "recipe.yaml").is_file():
+        return file / "recipe.yaml"
+    if file.is_file():
+        return file
+    if str(path) in bundled:
+        return bundled[str(path)]
+    if file.is_dir():
+        raise UserError(f"{path}: is a directory without a recipe.yaml")
+    if file.exists():
+        check_file(file)  # says what it is
+    beside = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+    raise UserError(f"{path}: no such recipe{did_you_mean(str(path), [*beside, *bundled])}")
+
+
+def read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
+    """A file's keys merged over those it extends, and where each was written."""
+    chain = (*chain, file.resolve())
+    if len(chain) > _MOST_EXTENDED:
+        raise UserError(f"{file}: is extended by {len(chain) - 1} recipes, one by the other; {_MOST_EXTENDED} at most")
+    node = yaml_text.compose(yaml_text.read_text(file), file)
+    if node is None:
+        raise UserError(f"{file}: is empty; expected keys such as model: {{preset: tiny}}")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{file}:{node.start_mark.line + 1}: expected `key: value` lines at the top level")
+    sources: Sources = {}
+    tree = _construct(node, "", file, sources)
+    check_sections(tree, sources)
+    return extended(tree, sources, file.parent, chain)
+
+
+def extended(
+    tree: dict[str, Any], sources: Sources, directory: Path, chain: tuple[Path, ...]
+) -> tuple[dict[str, Any], Sources]:
+    """Keys merged over those they extend, and where each was written."""
+    if "extends" not in tree:
+        return tree, sources
+    base = tree.pop("extends")
+    written = sources.pop("extends", "recipe")
+    if not isinstance(base, str):
+        raise UserError(f"{written}: extends = {show(base)}: expected the path of another recipe")
+    base_file, bundled = directory / base, bundled_recipes()
+    if not base_file.is_file():
+        base_file = bundled.get(base.removesuffix(".yaml"), base_file)
+    if not base_file.is_file():
+        if base_file.exists():
+            raise UserError(f"{written}: extends = {base!r}: is not a regular file")
+        beside = [p.name for p in directory.glob("*.yaml")]
+        raise UserError(f"{written}: extends = {base!r}: no such file{did_you_mean(base, [*beside, *bundled])}")
+    if base_file.resolve() in chain:
+        cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
+        raise UserError(f"{written}: extends = {base!r}: the chain comes back to itself: {cycle}")
+    base_tree, base_sources = read(base_file, chain)
+    if names_model(tree.get("model")):
+        base_sources = without_model(base_sources)
+    return merge(base_tree, tree), base_sources | sources
+
+
+def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, Any]:
+    """A mapping's values, recording the line of every key and refusing a key written twice."""
+    values: dict[str, Any] = {}
+    loader = yaml_text.Loader("")
+    for key_node, value_node in node.value:
+        line = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{line}: expected a plain key")
+        name = key_node.value
+        if len(name) > yaml_text.MOST_KEY:
+            raise UserError(f"{line}: a key of {len(name):,} characters; {yaml_text.MOST_KEY:,} at most")
+        dotted = f"{prefix}{name}"
+        if name in values:
+            raise UserError(f"{line}: {dotted}: is written twice (first at {sources[dotted]})")
+        sources[dotted] = line
+        try:
+            if isinstance(value_node, yaml.MappingNode):
+                values[name] = _construct(value_node, f"{dotted}.", file, sources)
+            else:
+                values[name] = loader.construct_object(value_node, deep=True)
+        except yaml_text.MALFORMED as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{line}: {dotted}: {yaml_text.problem_of(error)}") from None
+    return values
+
+
+def check_sections(tree: dict[str, Any], sources: Sources) -> None:
+    """Refuse a value in a section's place, which another file or override would replace without a word."""
+    for section in {key.rpartition(".")[0] for key in keys()} - {""}:
+        *outer, last = section.split(".")
+        parent: Any = tree
+        for part in outer:
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        value = parent.get(last) if isinstance(parent, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{where(section, sources)}{section} = {show(value)}: {section_of(last, value)}")
+
+
+def section_of(section: str, value: Any) -> str:
+    """Say what is expected where `value` was given."""
+    inside = f"{FIRST[section]}: {value:.60}" if isinstance(value, str) and section in FIRST else "key: value"
+    return f"expected a section, `{section}: {{{inside}}}`"
+
+
+def names_model(model: Any) -> bool:
+    return isinstance(model, dict) and bool({"preset", "from"} & set(model))
+
+
+def without_model(sources: Sources) -> Sources:
+    return {key: place for key, place in sources.items() if not key.startswith("model.")}
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and not (key == "model" and names_model(value)):
+            merged[key] = merge(base[key], value)
+        else:
+            merged[key] = value
+    return merged

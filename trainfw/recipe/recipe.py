@@ -1,0 +1,160 @@
+"""The typed recipe, composed of each package's own `Config`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import keyword
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
+
+from trainfw import yaml_text
+from trainfw.adapters import AdapterConfig
+from trainfw.backends import BackendConfig, load_sdk
+from trainfw.checkpoint import CheckpointConfig
+from trainfw.config import Config, invalid
+from trainfw.data import DataConfig
+from trainfw.errors import UserError
+from trainfw.hardware import HardwareConfig
+from trainfw.models import ModelConfig
+from trainfw.objectives import ObjectiveConfig
+from trainfw.optim import OptimizerConfig
+from trainfw.parallel import ParallelConfig
+from trainfw.recipe.run_config import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
+from trainfw.recipe.sources import Sources, leaves, show, where
+
+
+class Recipe(Config):
+    """A whole training run. See `trainfw recipe schema` for every key."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    """Names the run, and its directory under runs/."""
+    model: ModelConfig
+    adapter: AdapterConfig | None = None
+    """Train an adapter of the model, whose own weights are frozen. Null trains all of them."""
+    data: DataConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig | None = None
+    """What the model makes of held-out prompts, by a metric of the task; null: only its loss is computed."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    backend: BackendConfig = Field(default_factory=BackendConfig)
+
+    _sources: Sources = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sdk_is_known(self) -> Recipe:
+        try:
+            load_sdk(self.hardware.sdk)
+        except UserError as error:
+            invalid("hardware.sdk", str(error).removeprefix("sdk = "))
+        return self
+
+    @model_validator(mode="after")
+    def _objective_reads_the_data(self) -> Recipe:
+        name, pairs = self.objective.name, self.data.format == "preferences"
+        if self.objective.reads_pairs and not pairs:
+            invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
+        if pairs and name == "next_token":
+            invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
+        return self
+
+    @property
+    def group(self) -> int:
+        """Rows of tokens in each of train.global_batch_size: two of a pair."""
+        return 2 if self.data.format == "preferences" else 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Places for a token in a global batch."""
+        return self.train.global_batch_size * self.group * self.data.sequence_length
+
+    def __eq__(self, other: object) -> bool:
+        # Where a key was written is not part of what it says.
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def written(self, key: str) -> str:
+        """Where `key` itself was written, `file:line` or `command line`; empty for a default."""
+        return self._sources.get(key, "")
+
+    def error(self, key: str, problem: str) -> UserError:
+        """A UserError that says where `key` (dotted) was written, its value, and the problem."""
+        value: Any = self
+        for part in key.split("."):
+            value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
+        return UserError(f"{where(key, self._sources, problem)}{key} = {show(value)}: {problem}")
+
+    @contextlib.contextmanager
+    def blamed(self, key: str) -> Iterator[None]:
+        """A UserError inside is about `key`: say so, and where it was written.
+
+        Of a section, about the field that the message begins with, or that the error names (`errors.about`).
+        """
+        try:
+            yield
+        except UserError as error:
+            text = str(error)
+            first = re.match(r"[a-z_0-9.]+(?= =|:| ')", text)
+            named = f"{key}.{first[0].removeprefix(f'{key}.')}" if first else ""
+            if first and named in keys():
+                key, text = named, text[first.end() :]
+            else:
+                key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
+            raise UserError(f"{where(key, self._sources, text)}{key}{text}") from error
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out; loads back to the same recipe."""
+        return yaml_text.dump(self.model_dump())
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Dotted key -> (value here, value in `other`), where they differ."""
+        mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
+        return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
+
+
+def expect_recipe(given: Any) -> Recipe:
+    """What Python code handed over as a recipe. Raises UserError, with the call that makes one, where it is none."""
+    if isinstance(given, Recipe):
+        return given
+    path = show(given) if isinstance(given, str | os.PathLike | Mapping) else "'quickstart'"
+    raise UserError(f"recipe = {show(given)}: expected a trainfw.Recipe, such as trainfw.load_recipe({path}) returns")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file. Nothing is required, since a file may extend another."""
+    schema = Recipe.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"] = {
+        "extends": {
+            "type": "string",
+            "description": "Another recipe that this one refines: a file, relative to this one, or a bundled recipe.",
+        },
+        **schema["properties"],
+    }
+    return schema
+
+
+@functools.cache
+def keys() -> dict[str, Any]:
+    """Every valid dotted key, and its type."""
+    return dict(_keys(Recipe))
+
+
+def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for attribute, field in config.model_fields.items():
+        name = field.alias or attribute
+        yield f"{prefix}{name}", field.annotation
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(field.annotation) is not dict:
+                yield from _keys(kind, f"{prefix}{name}.")

@@ -1,0 +1,273 @@
+"""One token after the other on a CPU: weights and caches as a token's products read them fastest.
+
+What limits a token is how fast all weights are read from memory. The scan of `Transformer.decode` copies every layer's
+weights out of the stacked ones first, and that is most of its time; here each layer's lie by themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trainfw import backends
+from trainfw.models import (
+    AdapterInputs,
+    Context,
+    DecoderLayer,
+    Frozen,
+    HeadCache,
+    KVCache,
+    Linear,
+    MoE,
+    Transformer,
+    gather_weights,
+    softcap,
+    use_inputs,
+)
+
+_GROUPS = {
+    "attention": (("query", "key", "value"), ("output",)),
+    "mlp": (("gate", "up"), ("down",)),
+}
+"""Linear maps of a layer that have the same input."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCaches:
+    """Keys and values of the tokens decoded so far, each layer's by themselves; otherwise as `KVCache`."""
+
+    layers: tuple[HeadCache, ...]
+    length: jax.Array
+    first_B: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Elsewhere:
+    """In the place of a kernel that has been joined with others."""
+
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class DecodingWeights:
+    """A model's weights to decode with."""
+
+    layers: tuple[Any, ...]
+    """Of each layer, its states (what learns, what does not)."""
+    joined: tuple[dict[str, jax.Array], ...]
+    """Of each layer, by the names of `_GROUPS`: those kernels as the backend's products take them, where they do."""
+
+
+def decodes_by_layer(model: Transformer) -> bool:
+    """Whether `decode_token` is for this model here: all of it in the memory of one CPU.
+
+    Elsewhere a layer's own weights would be copies, in memory that models fill.
+    """
+    leaves = jax.tree.leaves(nnx.state(model))
+    if backends.current().simulated or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return False
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
+
+
+_prepared: weakref.WeakKeyDictionary[Transformer, tuple[Any, list[Any], DecodingWeights]]
+_prepared = weakref.WeakKeyDictionary()
+
+
+def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
+    """The weights to decode so many rows with; kept with the model, for the next call that finds the same arrays in it.
+
+    One form at a time: another number of rows, dtype or array takes the place of what was kept.
+
+    Layers' own weights are views of the stacked ones, except what is in another dtype than it is computed in. Joined
+    ones are copies: as much memory again, where the machine has it to spare.
+    """
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
+    spare = size < _available_memory() // 4
+    kernels = decoding_kernels(model.compute_dtype, rows) if spare else None
+    kind = model.compute_dtype, 0 if kernels is None else min(rows, 2)
+    sources = jax.tree.leaves(nnx.state(model))
+    held = _prepared.pop(model, None)  # before others are made: two copies would be more than there is room for
+    if held is not None and held[0] == kind and list(map(id, held[1])) == list(map(id, sources)):
+        _prepared[model] = held
+        return held[2]
+    del held
+    dtype = jnp.dtype(model.compute_dtype)
+    _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
+    states = tuple(gather_weights(state, dtype, model.config) for state in (learning, frozen))
+    layers = _views(states, model.config.num_layers)
+    joined: tuple[dict[str, jax.Array], ...] = ({},) * len(layers)
+    if kernels is not None and (groups := _joinable(model)):
+        join = jax.jit(kernels.joined, static_argnums=1)
+        kernels_of = [
+            {_name(path): v.get_value() for state in layer for path, v in nnx.to_flat_state(state)} for layer in layers
+        ]
+        joined = tuple(
+            {
+                # One row takes a kernel as it lies: no copy.
+                " ".join(group): (join if rows > 1 or len(group) > 1 else kernels.joined)(
+                    [of[f"{path}.kernel"] for path in group], rows
+                )
+                for group in groups
+            }
+            for of in kernels_of
+        )
+        gone = {f"{path}.kernel" for group in groups for path in group}
+        layers = tuple(tuple(_without(state, gone) for state in layer) for layer in layers)
+    weights = DecodingWeights(layers, joined)
+    _prepared[model] = kind, sources, weights
+    return weights
+
+
+def _name(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def _without(state: nnx.State, names: set[str]) -> nnx.State:
+    """A state without the values of these variables."""
+    flat = [(path, variable) for path, variable in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(
+        [(path, v.replace(_Elsewhere(v.get_value().shape)) if _name(path) in names else v) for path, v in flat]
+    )
+
+
+def decoding_kernels(dtype: str, rows: int) -> Any:
+    """The backend's products of so many rows, a module such as `backends.cpu.decoding`; None where it has none."""
+    return backends.resolve("decoding", backends.DecodingRequest(dtype, rows), backends.current()).call
+
+
+def _available_memory() -> int:
+    """Bytes that the kernel says may still be taken; 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _views(tree: Any, count: int) -> tuple[Any, ...]:
+    """A stacked tree's layers. On a CPU, NumPy's view of an array and JAX's of that one are the same memory."""
+    (device,) = jax.tree.leaves(tree)[0].devices()
+    leaves, structure = jax.tree.flatten(tree)
+    hosts = [np.asarray(leaf) for leaf in leaves]
+    return tuple(
+        jax.tree.unflatten(structure, [jax.device_put(host[i], device) for host in hosts]) for i in range(count)
+    )
+
+
+def _joinable(model: Transformer) -> list[tuple[str, ...]]:
+    """Groups of linear maps that are plain matrices in float32, without adapters; by path."""
+    found = []
+    for owner, groups in _GROUPS.items():
+        module = getattr(model.layers, owner)
+        for names in () if isinstance(module, MoE) else groups:
+            linears = [getattr(module, name) for name in names]
+            if all(_plain(linear) for linear in linears):
+                found.append(tuple(f"{owner}.{name}" for name in names))
+    return found
+
+
+def _plain(linear: Linear) -> bool:
+    kernel = linear.kernel.get_value()
+    frozen_narrow = isinstance(linear.kernel, Frozen) and getattr(kernel, "dtype", None) != jnp.float32
+    return linear.adapter is None and isinstance(kernel, jax.Array) and not frozen_narrow
+
+
+def by_layer(cache: KVCache, length: int) -> LayerCaches:
+    """A cache of stacked layers, its layers by themselves and with room for `length` tokens."""
+    more = length - cache.keys_LBTKh.shape[2]
+    pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+    keys, values = (jnp.pad(x, pad) for x in (cache.keys_LBTKh, cache.values_LBTKh))
+    layers = tuple(
+        HeadCache(keys[i].transpose(0, 2, 3, 1), values[i].transpose(0, 2, 1, 3)) for i in range(keys.shape[0])
+    )
+    return LayerCaches(layers, cache.length, cache.first_B)
+
+
+def decode_token(
+    model: Transformer,
+    weights: tuple[Any, Any],
+    tokens_B: jax.Array,
+    cache: LayerCaches,
+    adapters: AdapterInputs | None,
+) -> tuple[jax.Array, LayerCaches]:
+    """(logits_BV of what follows each row's newest token, the cache with these tokens).
+
+    `weights`: the layers and the joined kernels of `DecodingWeights`; the model's own layers are not read.
+    """
+    config, rows = model.config, tokens_B.shape[0]
+    positions_BS = cache.length[None, None]
+    if cache.first_B is not None:
+        positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
+    context = Context(model._turns(positions_BS), start=cache.length, first_B=cache.first_B, adapters=adapters)
+    kernels = decoding_kernels(model.compute_dtype, rows)
+    x_BSD, graphdef = model._embed(tokens_B[:, None]), model._layers(None)[0]
+    caches = []
+    with use_inputs(adapters):
+        for states, joined, own, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
+            layer = nnx.merge(graphdef, *states)
+            _join(layer, joined, kernels)
+            x_BSD, (extended, _) = layer(x_BSD, context, own, kind)
+            caches.append(extended)
+    x_BSD = model.final_norm(x_BSD)
+    w, dims = model.head_weight()
+    if kernels is not None and rows > 1 and dims == "vd":
+        logits_BV = softcap(kernels.columns(x_BSD[:, 0], w), config.final_softcap)
+    else:
+        logits_BV = model.logits(x_BSD)[:, 0]
+    return logits_BV, LayerCaches(tuple(caches), cache.length + 1, cache.first_B)
+
+
+def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: Any) -> None:
+    """Have the linear maps of each group compute one product together."""
+    for key, w in joined.items():
+        paths = [path.split(".") for path in key.split()]
+        owners = [getattr(layer, owner) for owner, _ in paths]
+        linears = [getattr(owner, name) for owner, (_, name) in zip(owners, paths)]
+        widths = [linear.kernel.get_value().shape[-1] for linear in linears]
+        product = _once(functools.partial(_product, kernels, w))
+        for owner, (_, name), linear, part in zip(owners, paths, linears, _slices(widths)):
+            setattr(owner, name, _Part(product, part, linear.bias))
+
+
+def _product(kernels: Any, w: jax.Array, x: jax.Array) -> jax.Array:
+    return kernels.product(x.reshape(-1, x.shape[-1]), w)
+
+
+class _Part:
+    """A linear map that is some columns of a product."""
+
+    def __init__(self, product: Callable[[jax.Array], jax.Array], part: slice, bias: nnx.Param | None):
+        self.product, self.part, self.bias = product, part, bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.product(x)[:, self.part].reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = np.cumsum(widths).tolist()
+    return [slice(end - width, end) for width, end in zip(widths, ends)]
+
+
+def _once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """`function`, traced once for the same argument."""
+    last: list[tuple[jax.Array, jax.Array]] = []
+
+    def call(x: jax.Array) -> jax.Array:
+        if not last or last[0][0] is not x:
+            last[:] = [(x, function(x))]
+        return last[0][1]
+
+    return call

@@ -1,0 +1,275 @@
+"""Models and adapters in the formats of other libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from trainfw.adapters import AdapterConfig
+from trainfw.checkpoint import taking_the_next
+from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
+from trainfw.errors import UserError, did_you_mean
+from trainfw.formats import FLOATS
+from trainfw.interop import (
+    ModelSource,
+    ParameterTensors,
+    config_to_huggingface,
+    copy_model,
+    is_peft,
+    open_model,
+    parameter_shapes,
+    save_gguf,
+    save_model,
+    save_peft,
+)
+from trainfw.json_text import read_json
+from trainfw.models import ModelConfig
+from trainfw.unfinished import scratch_directory
+from trainfw.weights.open import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
+
+Format = Literal["hf", "gguf", "peft"]
+_QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
+
+
+def export_model(
+    source: str,
+    out: str,
+    *,
+    format: Format = "hf",
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Write a run's model or adapter, or any model, and say what was written.
+
+    Args:
+        source: a run, or what `model.from` takes.
+        out: a new directory; with `gguf`, a new file.
+        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run of one.
+        dtype: of the weights; by default as they are, and in GGUF float16. GGUF takes q8_0 as well.
+
+    Raises UserError, and nothing is written, where the format has no form for it.
+    """
+    if format == "peft":
+        if dtype not in (None, "float32"):
+            raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
+        return _export_adapter(source, out, step)
+    return taking_the_next(lambda: _export_model(source, out, format, dtype, step, progress), step)
+
+
+def _export_model(
+    source: str, out: str, format: Format, dtype: str | None, step: int | None, progress: Progress | None
+) -> str:
+    base = open_base(source, step)
+    check_tokenizer(source, base.config)
+    if format == "gguf":
+        return _write_gguf(base, source, out, dtype, progress)
+    if isinstance(base, ModelSource):
+        return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
+    return _write_model(base, source, out, dtype, progress)
+
+
+def merge_adapter(
+    adapter: str,
+    out: str,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Write the model that an adapter makes of its base, as a Hugging Face directory, and say what was written.
+
+    Args:
+        adapter: a run of an adapter, or a directory in PEFT's form.
+        base: by default that of the run.
+        dtype: of the weights; by default the base's.
+
+    Raises UserError where the base is unknown, or another than the adapter was trained on.
+    """
+    merged = merge(adapter, base, step)
+    source = adapter if merged.recipe is not None else base
+    assert source is not None
+    check_tokenizer(source, merged.config)
+    return _write_model(merged, source, out, dtype, progress)
+
+
+def _export_adapter(source: str, out: str, step: int | None) -> str:
+    if is_peft(source):
+        raise UserError(f"{source}: is in PEFT's form already")
+    if not is_run(source):
+        raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
+    recipe = run_recipe(source)
+    adapter = read_adapter(source, recipe.model, step)
+    save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
+    count = sum(array.size for array in adapter.arrays.values())
+    written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
+    return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
+
+
+def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
+    """What to say where the base was quantised while the adapter was trained: PEFT's form does not."""
+    if adapter.base not in ("int8", "nf4"):
+        return ""
+    how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
+    return (
+        f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
+        f"BitsAndBytesConfig({how}), "
+        f"or let `trainfw merge {run} --out MODEL` make one model of both"
+    )
+
+
+def _stops_elsewhere(run: str, base: str | None) -> str:
+    """What to say where the base's own files stop generation at less than what training taught: PEFT's form cannot."""
+    stops = stop_ids(load_tokenizer(run))
+    theirs = _tokenizer(base) if base is not None and not is_run(base) else None
+    if theirs is None or set(stops) <= {*theirs.stop_ids, *(() if theirs.stop_ids else (theirs.eos_id,))}:
+        return ""
+    return (
+        f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
+        f"generate(..., eos_token_id={list(stops)})"
+    )
+
+
+def _reader(base: Base) -> Callable[[str], np.ndarray]:
+    """Whole parameters on the host, in float32: any of the dtypes that are written is rounded from it once."""
+    shapes = parameter_shapes(base.config)
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
+
+    return read
+
+
+def _write_model(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+    saved = save_model(
+        out,
+        base.config,
+        _reader(base),
+        dtype=dtype or base.dtype,
+        extra=_extra(base, source),
+        companions=_companions(source, base),
+        progress=progress,
+    )
+    return str(saved)
+
+
+def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+    kind = (dtype or "float16").lower()
+    if kind not in _QUANTIZATIONS:
+        raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
+    if Path(out).exists():
+        raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
+    huggingface = config_to_huggingface(base.config, extra=_extra(base, source))
+    tensors = (
+        base.used()
+        if isinstance(base, ModelSource)
+        else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+    )
+    with scratch_directory() as directory:
+        tokenizer = _as_trained(load_tokenizer(source), source)
+        replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
+        try:
+            save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+        except UserError as error:  # which is about the tokenizer's own files, not about these copies
+            own = Path(source) / "tokenizer" if is_run(source) else source
+            raise UserError(str(error).replace(directory, str(own))) from error
+    count = sum(info.size for info in tensors.infos.values())
+    size = Path(out).stat().st_size / 1e6
+    written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
+    return written + _without_window(base.config)
+
+
+def _without_window(config: ModelConfig) -> str:
+    """What to say of a model all of whose layers have a window, which llama.cpp has none for."""
+    window = config.sliding_window
+    if window is None or "global" in config.layer_kinds or window >= config.max_position:
+        return ""
+    return f"\nnote: llama.cpp attends to all tokens, and the model to the last {window}: the same up to there"
+
+
+def _origin(base: Base, source: str) -> ModelSource | None:
+    """The model on disk that this one's config.json and further files come from."""
+    if isinstance(base, MergedBase):
+        return _origin(base.base, source)
+    if isinstance(base, ModelSource):
+        return base
+    try:
+        start = run_recipe(source).model.from_
+        return None if start is None or is_run(start) else open_model(start)
+    except UserError:  # it was read when the run began, and may be gone
+        return None
+
+
+def _tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer at a path; None where weights come without one."""
+    try:
+        return load_tokenizer(source)
+    except UserError:
+        if is_run(source):
+            raise
+        return None
+
+
+def _same_tokenizer(source: str, origin: ModelSource) -> bool:
+    """Whether a run's tokenizer is that of the model which it started from."""
+    theirs = _tokenizer(str(origin.path))
+    ours = _tokenizer(source)
+    return ours is None or (theirs is not None and theirs.fingerprint() == ours.fingerprint())
+
+
+def _extra(base: Base, source: str) -> dict[str, Any]:
+    """Keys of config.json: the origin's, and which tokens begin and end a text."""
+    origin = _origin(base, source)
+    extra = {} if origin is None else dict(origin.huggingface)
+    if origin is None or not _same_tokenizer(source, origin):
+        tokenizer = load_tokenizer(source)
+        extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    return extra
+
+
+def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """A run's tokenizer so that others start a text as its documents did: with bos, unless they were chats."""
+    if not is_run(source):
+        return tokenizer
+    if run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]:
+        return tokenizer
+    return tokenizer.starting_texts()
+
+
+def _companions(source: str, base: Base) -> Callable[[Path], None]:
+    """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory.
+
+    generation_config.json of what was trained names all tokens at which generation stops here.
+    """
+    origin = _origin(base, source)
+
+    def write(directory: Path) -> None:
+        if origin is not None and _same_tokenizer(source, origin):
+            origin.copy_companions(directory)
+        tokenizer = _tokenizer(source)
+        if tokenizer is not None:
+            written = _as_trained(tokenizer, source)
+            if not (directory / "tokenizer.json").exists() or written is not tokenizer:
+                written.save(directory)
+        file = directory / GENERATION
+        if file.exists():
+            tokens = read_json(file)
+        else:
+            tokens = {key: _extra(base, source).get(key) for key in ("bos_token_id", "eos_token_id")}
+        if tokenizer is not None and not isinstance(base, ModelSource):
+            named = tokens.get("eos_token_id")
+            stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]
+            stops = list(dict.fromkeys(id_ for id_ in stops if id_ is not None))
+            tokens["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        elif file.exists():
+            return
+        file.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+
+    return write

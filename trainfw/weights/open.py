@@ -1,0 +1,287 @@
+"""What `model.from`, `adapter.from` and the commands about models name, whatever form it has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
+from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
+from trainfw.data import ChatTemplate, Tokenizer, UnusableError, load_tokenizer
+from trainfw.errors import UserError
+from trainfw.interop import is_peft, open_model, peft_copies, read_peft
+from trainfw.models import ModelConfig, abstract_model, dense
+from trainfw.paths import resolve_path
+from trainfw.recipe import Recipe, load_recipe, refuse_recipe
+from trainfw.weights.frozen_storage import kept_weight
+
+
+class Base(Protocol):
+    """Weights to start from, by the names of our parameters."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> str:
+        """That of most weights."""
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        """One of them, laid out and of the dtype that `like` says. Raises UserError where its shape is another."""
+
+    def fingerprint(self) -> str:
+        """The weights' identity, wherever they lie."""
+
+
+@dataclass(frozen=True)
+class RunBase:
+    """A checkpoint of a run that trained all weights."""
+
+    config: ModelConfig
+    saved: SavedParameters
+    dtype: str = "float32"
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        return self.saved.read(name, like, layer_order)
+
+    def fingerprint(self) -> str:
+        return self.saved.fingerprint()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's arrays, by our names."""
+
+    config: AdapterConfig
+    arrays: dict[str, np.ndarray]
+    base: dict[str, str] | None
+    """`path` and `hash` of the base that it was trained on, where known."""
+    path: str
+    copies: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Weights of that base which were saved with it, by our names."""
+
+    def check_base(self, base: Base, path: str) -> None:
+        """Raises UserError where it was trained on other weights than these."""
+        for name, copy in self.copies.items():
+            stored = "embedding.table" if base.config.tie_embeddings else name
+            wanted = copy.T if stored != name else copy
+            own = np.asarray(base.read(stored, jax.ShapeDtypeStruct(wanted.shape, jnp.float32))).astype(copy.dtype)
+            if differing := int((own != wanted).any(axis=1 if stored == "embedding.table" else 0).sum()):
+                raise UserError(
+                    f"{self.path}: holds the {name} of its base, which differs from {path}'s in {differing:,} of "
+                    f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model "
+                    "that it was trained on as the base, or merge the adapter with PEFT where it was made"
+                )
+        if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
+            raise UserError(other_base(self.path, self.base, path, found))
+
+
+def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) -> str:
+    return (
+        f"{path}: is not the base that what is in {adapter} was trained on: its weights' hash is {found}, and "
+        f"{trained_on['hash']} is expected, as of {trained_on['path']} then (of a run, its latest checkpoint counts: "
+        "`trainfw export` keeps a model as it is)"
+    )
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """A base with an adapter added to its weights, as it was kept while the adapter was trained."""
+
+    base: Base
+    adapter: Adapter
+    recipe: Recipe | None
+    """Of the adapter's run, which says how the base was kept."""
+
+    @property
+    def dtype(self) -> str:
+        return self.base.dtype
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """That of the base; untied, where the embedding has an adapter: the head has none of it."""
+        untied = self.base.config.tie_embeddings and "embedding" in self._sizes
+        return self.base.config.model_copy(update={"tie_embeddings": False}) if untied else self.base.config
+
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[int, float]]:
+        return config_targets(self.adapter.config, self.base.config)
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+        if name == "head.kernel" and self.base.config.tie_embeddings:
+            table = jax.ShapeDtypeStruct(like.shape[::-1], jnp.float32)
+            return self._kept("embedding.table", self.base.read("embedding.table", table)).T.astype(like.dtype)
+        weight = self._kept(name, self.base.read(name, wide, layer_order))
+        module = name.rpartition(".")[0]
+        if module in self._sizes and name.endswith((".kernel", ".table")):
+            weight = self._merged(module, weight, layer_order)
+        return weight.astype(like.dtype)
+
+    def _kept(self, name: str, weight: jax.Array) -> jax.Array:
+        return weight if self.recipe is None else dense(kept_weight(name, weight, self.recipe), jnp.float32)
+
+    def _merged(self, module: str, weight: jax.Array, layer_order: Sequence[int] | None) -> jax.Array:
+        order = None if layer_order is None or not module.startswith("layers.") else np.asarray(layer_order)
+        parts = {}
+        for part in ("lora_a", "lora_b", "magnitude"):
+            held = self.adapter.arrays.get(f"{module}.adapter.{part}")
+            if held is not None:
+                value = jnp.asarray(held if order is None else held[order], jnp.float32)
+                parts[part] = nnx.Param(value, axes=(None,) * value.ndim)
+        scale = self.adapter.config.scale(*self._sizes[module])
+        if module == "embedding":
+            return EmbeddingLoRA(parts["lora_a"], parts["lora_b"], scale=scale).merged(weight)
+        lora = LoRA(parts["lora_a"], parts["lora_b"], parts.get("magnitude"), scale=scale, dropout=0.0, name=module)
+        return lora.merged(weight)  # not jitted: A and B would be constants, and folded
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError("merged weights are written before they are used")
+
+
+def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+    """Raises UserError where a model's tokenizer, if it has one, makes ids of text that its embedding has no row for.
+
+    Special tokens past the embedding that the chat template does not write around turns (Gemma 3's
+    `<image_soft_token>`) are warned of, and refused where a text has them.
+    """
+    try:
+        tokenizer = tokenizer or load_tokenizer(path)
+    except UnusableError:
+        raise
+    except UserError as error:  # weights alone; whoever needs a tokenizer says so
+        if (resolve_path(path) / "tokenizer.json").is_file():
+            warnings.warn(f"{error}; the weights come without a tokenizer that can be used", stacklevel=1)
+        return
+    rows = config.vocab_size
+    past = sorted({*tokenizer.past(rows), *((id_, token) for token, id_ in _around_turns(tokenizer) if id_ >= rows)})
+    if past:
+        id_, token = past[0]
+        raise UserError(
+            f"{path}: its tokenizer has ids to {tokenizer.vocab_size - 1:,}, but its embedding has "
+            f"{config.vocab_size:,} rows: none for {token!r} ({id_:,}). Make them, with Transformers' "
+            "model.resize_token_embeddings(len(tokenizer)), or "
+            "take those tokens out of tokenizer.json"
+        )
+    if tokenizer.vocab_size > rows:
+        id_ = tokenizer.vocab_size - 1
+        warnings.warn(
+            f"{path}: its tokenizer has special tokens to {tokenizer.backend.id_to_token(id_)!r} ({id_:,}), past the "
+            f"{rows:,} rows of its embedding: a text with them is refused",
+            stacklevel=1,
+        )
+
+
+def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
+    template = ChatTemplate.usable(tokenizer)
+    return () if template is None else template.around_turns.items()
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run directory. Raises UserError for a recipe, or a run's name without its directory."""
+    refuse_recipe(path)
+    return not str(path).startswith("package:") and (resolve_path(path) / "recipe.yaml").is_file()
+
+
+def run_recipe(path: str | Path) -> Recipe:
+    """The recipe of a run directory. Raises UserError also where a newer trainfw wrote it."""
+    read_identity(resolve_path(path))
+    return load_recipe(resolve_path(path) / "recipe.yaml")
+
+
+def open_base(path: str, step: int | None = None) -> Base:
+    """Raises UserError for a path that holds no model, and for a run of an adapter, which has none of its own."""
+    if not is_run(path):
+        return open_model(path)
+    recipe = run_recipe(path)
+    if recipe.adapter is not None:
+        raise UserError(
+            f"{path}: is a run of an adapter on {recipe.model.from_ or 'a drawn model'}; "
+            f"`trainfw merge {path} --out MODEL` makes a model of both"
+        )
+    return RunBase(recipe.model, open_checkpoint(path, step))
+
+
+def merge(adapter_path: str, base_path: str | None = None, step: int | None = None) -> MergedBase:
+    """The model that an adapter, a run or a directory in PEFT's form, makes of its base.
+
+    Raises UserError where the base is not given and not known, or is another than the adapter was trained on.
+    """
+    recipe = run_recipe(adapter_path) if is_run(adapter_path) else None
+    if recipe is not None and recipe.adapter is None:
+        raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
+    base_path = base_path or (recipe.model.from_ if recipe is not None else None)
+    if base_path is None:
+        known = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
+        raise UserError(f"{adapter_path}: {known}; name one with --base")
+    base = open_base(base_path)
+    adapter = read_adapter(adapter_path, base.config, step)
+    adapter.check_base(base, base_path)
+    return MergedBase(base, adapter, recipe)
+
+
+def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adapter:
+    """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
+    if is_peft(path):
+        config, arrays = read_peft(resolve_path(path), model)
+        adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
+        _check_shapes(adapter, model)
+        return adapter
+    if not is_run(path):
+        raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
+    recipe = run_recipe(path)
+    if recipe.adapter is None:
+        raise UserError(f"{path}: is a run that trained all weights, not an adapter")
+    arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
+    adapter = Adapter(recipe.adapter, arrays, base, path)
+    _check_shapes(adapter, model)
+    return adapter
+
+
+def _read_arrays(saved: SavedParameters) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = {
+        name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
+        for name, (shape, dtype) in saved.arrays.items()
+    }
+    return arrays, saved.meta.get("base")
+
+
+def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
+    expected = config_targets(adapter.config, model)
+    modules = adaptable(abstract_model(model))
+    for name, (rank, _) in expected.items():
+        shape = weight_of(modules[name]).get_value().shape
+        wanted = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
+        if adapter.config.kind == "dora":
+            wanted["magnitude"] = (*shape[:-2], shape[-1])
+        for part, its in wanted.items():
+            array = adapter.arrays.get(f"{name}.adapter.{part}")
+            if array is None or array.shape != its:
+                found = "missing" if array is None else f"of shape {array.shape}"
+                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {found}; this base takes {its}")
+
+
+def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:
+    """A run's checkpoint, of `step` or the latest. Raises UserError where there is none, RunError for a damaged one."""
+    identity = read_identity(resolve_path(path))
+    directory = locate(resolve_path(path), run_recipe(path).checkpoint)
+
+    def opened() -> SavedParameters:
+        steps = steps_in(directory)
+        if not steps:
+            raise UserError(f"{path}: holds no checkpoint yet")
+        if step is not None and step not in steps:
+            raise UserError(f"{path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return SavedParameters(directory / str(steps[-1] if step is None else step), identity)
+
+    return taking_the_next(opened, step)
