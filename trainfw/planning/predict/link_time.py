@@ -47,22 +47,22 @@ class Level:
     part: str
     """The dim, or the part of it that the axis covers."""
     bytes: float
-    """That one core moves, each time."""
+    """Bytes that one core moves, each time."""
     seconds: float
     """At the rate of the links, each time."""
 
 
 @dataclass(frozen=True)
 class TransferTime:
-    """What one run of a collective takes."""
+    """Time of one run of a collective."""
 
     seconds: float
     latency: float
-    """Of these."""
+    """Part of the seconds that does not depend on the bytes."""
     levels: tuple[Level, ...]
     """Innermost first."""
     algorithm: str
-    """By stage: inside an instance, then between instances."""
+    """Algorithm of each stage: inside an instance, then between instances."""
 
 
 def transfer_seconds(
@@ -101,7 +101,7 @@ def transfer_seconds(
 
 
 def pieces_of(axes: Iterable[str], placement: Placement) -> list[Piece]:
-    """What the axes cover of the hardware, innermost first."""
+    """List the parts of the hardware that the axes cover, innermost first."""
     order = [dim.name for dim in reversed(placement.topology.dims)]
     pieces = [piece for axis in placement.axes if axis.axis in axes for piece in axis.pieces]
     return sorted(pieces, key=lambda piece: (order.index(piece.dim), piece.stride))
@@ -132,7 +132,7 @@ def _is_ring(piece: Piece, topology: Topology) -> bool:
 
 
 def _detour(piece: Piece, topology: Topology) -> float:
-    """How much longer an all-to-all takes than its own bytes at the rate of the links, for those it passes on.
+    """Return how many times longer an all-to-all takes than its own bytes would, for those that cores pass on.
 
     With chunks of N / n: on a ring of n, gone around both ways, each direction of a link carries floor(n^2 / 4) / 2
     chunks (the scaling book's "bytes / 4" of the array over all); on a line, the middle link carries floor(n / 2) *

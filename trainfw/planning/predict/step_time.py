@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainfw.recipe import Recipe
 
 OVERLAPPED = "weights, gradients, stages and rings"
-"""Whose collectives need not all be waited for (see `_beside`)."""
+"""Part whose collectives need not all be waited for (see `_beside`)."""
 
 EFFICIENCY_SPREAD = 0.15
 """Least distance from the chip's figure, as a share of it, that the efficiency of matrix products may have.

@@ -21,16 +21,16 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 @dataclass(frozen=True)
 class Segment:
-    """What one stream does from `start` on, in seconds from the beginning of its phase or turn."""
+    """One piece of a stream's work, from `start` on, in seconds since its phase or turn began."""
 
     stream: str
     """`tensor engine`, `memory`, or the mesh axes over whose links collectives go: `tensor`, `data+fsdp`."""
     part: str
-    """Of `StepTime.parts`."""
+    """Name of a part of `StepTime.parts`."""
     start: float
     seconds: float
     hidden: bool = False
-    """Beside matrix products: nothing waits for it."""
+    """True beside matrix products, where nothing waits for it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stretch:
 
     phase: Phase
     times: int
-    """In a step."""
+    """Runs in a step."""
     segments: tuple[Segment, ...]
 
     @property
@@ -59,7 +59,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Return the seconds of a step."""
         return sum(stretch.seconds * stretch.times for stretch in self.phases)
 
 
@@ -117,7 +117,7 @@ def _scaled(work: _Work, share: float) -> _Work:
 
 
 def _laid(work: Iterable[_Work]) -> Iterator[Segment]:
-    """What is waited for, in order; beside matrix products, spread evenly, what is not."""
+    """Lay work that is waited for end to end, and spread the rest evenly beside matrix products."""
     hidden: defaultdict[tuple[str, str], float] = defaultdict(float)
     segments = []
     now = 0.0

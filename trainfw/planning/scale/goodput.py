@@ -90,9 +90,9 @@ class Spares:
     availability: float
     """Share of time in which enough units work; without, the job waits for a repair."""
     goodput: float
-    """Of the wall time, with the suggested checkpoints."""
+    """Share of the wall time that trains, with the suggested checkpoints."""
     per_unit: float
-    """That, times units needed over units rented."""
+    """`goodput`, times units needed over units rented."""
 
 
 @dataclass(frozen=True)
@@ -102,42 +102,42 @@ class Goodput:
     units: int
     instances: int
     mtbf: float
-    """Of the job."""
+    """Mean time between failures of the job, in seconds."""
     state_bytes: int
-    """Of a checkpoint: parameters and optimizer state, once."""
+    """Bytes of a checkpoint: parameters and optimizer state, once."""
     copy: float
-    """While a step waits."""
+    """Seconds of a save during which a step waits."""
     write: float
-    """Beside the steps."""
+    """Seconds of a save, which runs beside the steps."""
     read: float
-    """By every replica."""
+    """Seconds in which every replica reads a checkpoint."""
     restart: float
-    """From a failure to the next step: detection, restart, `read`."""
+    """Seconds from a failure to the next step: detection, restart, `read`."""
     young: float
     """Work between checkpoints at the optimum, to first order."""
     daly: float
-    """To higher order."""
+    """Work between checkpoints at the optimum, to higher order (Daly)."""
     every: int
     """The recipe's checkpoint.every, in steps; 0: only at the end."""
     goodput_every: float
-    """With that, while enough units work."""
+    """Goodput with the recipe's own interval, while enough units work."""
     suggested: int
     """checkpoint.every at the optimum."""
     goodput_suggested: float
-    """With that, while enough units work."""
+    """Goodput with the suggested interval, while enough units work."""
     down: float
     """Units out of service, on average."""
     spares: tuple[Spares, ...]
-    """With 0, 1, 2, ... spare units, past the best."""
+    """Rows for 0, 1, 2, ... spare units, past the best."""
 
     @property
     def best(self) -> Spares:
-        """With as many spares as give most work a rented unit."""
+        """Return the row whose spares give most work a rented unit."""
         return max(self.spares, key=lambda spares: spares.per_unit)
 
     @property
     def first_spare(self) -> float:
-        """How much more work a job does with one spare unit than with none, as a share."""
+        """Return how much more work a job does with one spare unit than with none, as a share."""
         # e^-down (1 + down) over e^-down, which may be too small for a float.
         return self.down
 
@@ -178,7 +178,7 @@ class Goodput:
 
 
 def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds: float) -> Goodput:
-    """What failures leave of the time of `recipe` on `topology`, whose step takes `step_seconds`."""
+    """Predict what share of the time failures leave to `recipe` on `topology`, whose step takes `step_seconds`."""
     figure = {key: value.number for key, value in topology.figures.items()}
     state = sum(state_bytes(recipe, Layout()).values())
     replicas, instances, units = layout.data, topology.instances, topology.count
@@ -219,7 +219,7 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
 
 
 def _spares(units: int, down: float, goodput: float) -> Iterator[Spares]:
-    """From none on to three and to where more no longer pay, or four times the units."""
+    """Try no spares, up to three, and on to where more no longer pay, or four times the units."""
     most = min(max(100, 4 * units), MAX_SPARES)
     if down > most:
         most = 3  # out of reach: it never runs

@@ -32,14 +32,14 @@ class Rung:
 
     count: int
     recipe: Recipe | None
-    """What would run there."""
+    """Recipe that would run there."""
     problem: str = ""
     """Why nothing would."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is predicted for one count of units."""
+    """Prediction for one count of units."""
 
     count: int
     plan: Plan | None
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def data_share(self) -> float:
-        """Of the step, what waits for collectives over `data` (and axes beside it)."""
+        """Return the share of a step that waits for collectives over `data` (and axes beside it)."""
         assert self.plan is not None
         time = self.plan.time
         return sum(s for axes, s in time.parts.items() if "data" in axes.split("+")) / time.seconds
@@ -73,24 +73,24 @@ class Scaling:
 
     @property
     def tokens(self) -> int:
-        """Of the recipe's run, and of every row's."""
+        """Return the tokens of the recipe's run, which every row trains on."""
         return self.recipe.train.steps * self.recipe.tokens_per_step
 
     @property
     def assumptions(self) -> list[str]:
-        """Of many units, failures and storage."""
+        """List the assumptions about many units, failures and storage."""
         topology = self.recipe.hardware.load()
         assert topology is not None
         network = "the network gives every chip its bandwidth at any count of units, and no core lags behind the others"
         return [network, *assumed(topology)]
 
     def days(self, row: Row) -> float:
-        """Of the run, steps alone."""
+        """Return the days of the run, counting steps alone."""
         assert row.plan is not None
         return self.tokens / row.plan.tokens_per_second / 86400
 
     def chip_hours(self, row: Row, *, failures: bool) -> float:
-        """Of the run: steps alone, or with failures, at the suggested checkpoints and with the best spares."""
+        """Return the run's chip hours: steps alone, or with failures, suggested checkpoints and the best spares."""
         assert row.plan is not None
         assert row.goodput is not None
         hours = 24 * self.days(row) * row.plan.topology.chips
@@ -216,7 +216,7 @@ def at_count(recipe: Recipe, count: int, *, strong: bool) -> Recipe:
 
 
 def ladder(recipe: Recipe, counts: Sequence[int], *, strong: bool) -> tuple[Rung, ...]:
-    """What would run on each count of units, or why nothing would; compiles nothing."""
+    """List what would run on each count of units, or why nothing would; compiles nothing."""
     rungs = []
     for count in counts:
         try:

@@ -43,12 +43,12 @@ _MOST_UNROLLED = 3
 """Programs that `_unrolled` asks for, at most."""
 
 ROOM = 0.95
-"""Of a core's memory, what a winner may be planned to take: plans of memory are good to about 5%."""
+"""Share of a core's memory that a winner may be planned to take: plans of memory are good to about 5%."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found."""
+    """Result of a search."""
 
     survey: Survey
     own: Plan | None
@@ -58,13 +58,13 @@ class Found:
     refused: Counter[str]
     """Reason -> how many could not be built after all."""
     skipped: int
-    """Not compiled, because they were estimated to need no less than one that did not fit."""
+    """Candidates not compiled, since they were estimated to need no less than one that did not fit."""
     out_of_time: int
-    """Of those that were to be compiled."""
+    """Candidates that were to be compiled when the time was over."""
 
     @property
     def fitting(self) -> list[tuple[Candidate, Plan]]:
-        """Those that fit with memory to spare."""
+        """List the candidates that fit with memory to spare."""
         return [(candidate, made) for candidate, made in self.plans if _fits(made, ROOM)]
 
     @property
@@ -74,12 +74,12 @@ class Found:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the winner is the recipe as it is."""
+        """Tell whether the winner is the recipe as it is."""
         return self.winner is not None and self.winner[1] is self.own
 
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
-        """Of `fitting`, those of which no other is both as fast and as small, the fastest first."""
+        """List those of `fitting` that no other beats in both speed and memory, the fastest first."""
         front = pareto(self.fitting, lambda pair: (pair[1].time.seconds, pair[1].memory.total))
         return sorted(front, key=lambda pair: pair[1].time.seconds)
 
@@ -213,7 +213,7 @@ def _capacity(survey: Survey) -> float:
 
 
 def _fits(made: Plan, room: float = 1.0) -> bool:
-    """Whether it takes no more than `room` of a core's memory."""
+    """Tell whether a plan takes no more than `room` of a core's memory."""
     capacity = made.memory.capacity
     return capacity is None or made.memory.total <= room * capacity
 

@@ -16,7 +16,7 @@ from trainfw.unfinished import write_text
 
 
 def default_out(recipe: Recipe) -> Path:
-    """Where the winner is written when nothing is said."""
+    """Return the path at which the winner is written when none is given."""
     return Path(f"{recipe.name}-planned.yaml")
 
 
