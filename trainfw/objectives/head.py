@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from trainfw.models import HeadDims, over_rows
 from trainfw.parallel import all_max, all_reduce, axis_index, axis_size
+from trainfw.scopes import LOSS, LOSS_GRADIENT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
@@ -51,6 +52,7 @@ def _by_chunk(
     rows = w.shape[dims.index("v")]
     row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
 
+    @jax.named_scope(LOSS)
     def step(sums: Any, part: Any) -> tuple[Any, Any]:
         x_nD, targets_n, mask_n = part
         logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
@@ -75,12 +77,13 @@ def _by_chunk(
         if softcap is not None:
             d_nV = d_nV * (1.0 - jnp.square(logits_nV / softcap))
         d_nV = d_nV.astype(x_nD.dtype)
-        # In float32 first, as every backend sums it.
-        dx_nD = jnp.einsum(f"nv,{dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
         dw = None
-        if head_learns:
-            dw = over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV)
-            dw = dw if sums[2] is None else sums[2] + dw
+        with jax.named_scope(LOSS_GRADIENT):
+            # In float32 first, as every backend sums it.
+            dx_nD = jnp.einsum(f"nv,{dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
+            if head_learns:
+                dw = over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV)
+                dw = dw if sums[2] is None else sums[2] + dw
         return (sums[0] + objective, sums[1] + nats, dw), dx_nD
 
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
@@ -119,6 +122,7 @@ def token_nats(
     rows = w.shape[dims.index("v")]
     row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
 
+    @jax.named_scope(LOSS)
     def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x_nD, targets_n = part
         logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)

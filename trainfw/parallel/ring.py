@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainfw.parallel.collectives import all_gather, axis_index, axis_size, ring_shift
+from trainfw.scopes import ATTENTION
 
 
 def zigzag_order(length: int, parts: int) -> np.ndarray:
@@ -56,6 +57,7 @@ def causal_mask(
     return seen_BST
 
 
+@jax.named_scope(ATTENTION)
 def gathered_attention(
     q_BSHh: jax.Array,
     k_BSKh: jax.Array,
@@ -94,6 +96,7 @@ def gathered_attention(
     return jnp.concatenate([run(first, jax.tree.map(early, everyone)), run(last, everyone)], axis=1)
 
 
+@jax.named_scope(ATTENTION)
 def ring_attention(
     q_BSHh: jax.Array,
     k_BSKh: jax.Array,

@@ -128,7 +128,7 @@ def _headline(plan: Any, found: Mapping[str, Any]) -> Iterator[str]:
     topology, time = plan.topology, plan.time
     yield f"<h1>{_text(plan.recipe.name)} on {_text(_units(topology))}</h1>"
     yield f'<p class="muted">{topology.chips:,} chips, {topology.cores:,} cores; {_text(str(plan.layout))}</p>'
-    yield f'<p class="prediction">{_text(plan.caveat)}</p>'
+    yield from (f'<p class="prediction">{_text(text)}</p>' for text in (plan.caveat, *plan.unrecognised))
     yield '<div class="tiles">'
     low, high = found["step_time_range_seconds"]
     where = 100 * (time.seconds - low) / (high - low) if high > low else 50.0

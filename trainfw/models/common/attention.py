@@ -20,6 +20,7 @@ from trainfw.models.common.matmul import wide_einsum
 from trainfw.models.common.rope import apply_rope
 from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
+from trainfw.scopes import ATTENTION
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
 """One layer's keys and values so far, BTKh each."""
@@ -43,6 +44,7 @@ class HeadCache:
             jax.lax.dynamic_update_slice_in_dim(self.values_BKTh, v_B1Kh.transpose(0, 2, 1, 3), at, axis=2),
         )
 
+    @jax.named_scope(ATTENTION)
     def attend(self, q_B1Hh: jax.Array, mask_B1T: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
         """What `attend` computes, o_B1Hh."""
         B, K, h, _ = self.keys_BKhT.shape
@@ -165,7 +167,8 @@ class Attention(nnx.Module):
             return self.output(o_BSHh.reshape(B, S, -1)), cache
         mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
         run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
-        o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
+        with jax.named_scope(ATTENTION):
+            o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache
 
     def _kernel(

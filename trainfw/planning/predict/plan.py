@@ -17,6 +17,7 @@ from trainfw.planning.read_step.analysis import Analysis, Transfer
 from trainfw.planning.read_step.compile_cache import Compiled, compiled
 from trainfw.planning.read_step.memory import MemoryTable
 from trainfw.recipe import Recipe, expect_recipe
+from trainfw.scopes import ATTENTION, LOSS
 from trainfw.tables import table
 
 _REMAT = {
@@ -26,6 +27,13 @@ _REMAT = {
     "stage": "stage: the backward pass computes every stage again",
 }
 """Words for what the plan counts, by `train.remat`."""
+_UNRECOGNISED = {
+    ATTENTION: f"attention: not recognised: no matrix product is in a scope named {ATTENTION}; its scores, if the "
+    "model has any, are counted as ordinary products and memory, whatever hardware.fused_attention is",
+    LOSS: f"loss: not recognised: no operation is in a scope named {LOSS}; a loop over its parts, if it has one, may "
+    "be taken for the loop over layers",
+}
+"""Words for what the plan could not tell from the rest, by the scope that was looked for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Plan:
         if measured is None:
             return "A prediction: nothing here was measured on this hardware."
         return f"A prediction, from rates of this hardware: {measured.source}."
+
+    @property
+    def unrecognised(self) -> list[str]:
+        """Say which parts of the program were not found, and what they are counted as."""
+        return [_UNRECOGNISED[scope] for scope in self.analysis.unrecognised]
 
     @property
     def fits(self) -> bool:
@@ -135,6 +148,7 @@ class Plan:
             ],
             "chip_hours": self.chip_hours,
             "dollars": self.dollars,
+            "unrecognised": self.unrecognised,
             "assumptions": list(self.time.assumptions),
         }
 
@@ -217,6 +231,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     cores = f"{topology.cores:,} core{'s' * (topology.cores > 1)}"
     yield f"{plan.recipe.name} on {units}: {chips}, {cores}, {plan.layout}"
     yield plan.caveat
+    yield from plan.unrecognised
     if (headroom := plan.memory.headroom) is not None:
         size = f"{abs(headroom) / 2**30:,.2f} GiB"
         short = f"DOES NOT FIT: a core needs {size} more than it has."

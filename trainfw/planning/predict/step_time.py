@@ -19,6 +19,7 @@ from trainfw.errors import UserError
 from trainfw.models import flops_per_token
 from trainfw.planning.predict.link_time import TransferTime, transfer_seconds
 from trainfw.planning.read_step.analysis import Analysis, Matmul, Transfer
+from trainfw.scopes import ATTENTION
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
@@ -362,11 +363,14 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         else f"matrix products run at the rates of their shapes ({measured.source})"
     )
     elementwise = topology.chip.elementwise_rates
-    words = [
-        products,
+    attention = (
         "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
         if assumed.attention == "fused"
-        else "attention is the XLA form: its scores, S x S, go through memory",
+        else "attention is the XLA form: its scores, S x S, go through memory"
+    )
+    words = [
+        products,
+        *([attention] if ATTENTION not in analysis.unrecognised else []),
         f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
         "elementwise operations are fused into what uses them, and run at "
         + (

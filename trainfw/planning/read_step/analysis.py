@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -17,8 +17,9 @@ from trainfw import backends
 from trainfw.errors import UserError
 from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
 from trainfw.parallel import Layout
-from trainfw.planning.read_step.op_names import is_backward, is_recomputed
+from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
 from trainfw.recipe import Recipe
+from trainfw.scopes import ATTENTION, LOSS, LOSS_GRADIENT
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
 
 REPLICAS = 2
 """Replicas that are compiled, of however many."""
-
-_SCORES = ("bkgst", "bktn,bknh->bkth")
-"""The attention scores, as the einsums of `trainfw.models` and of the CPU's blocks of queries name their dims."""
-_LOSS_GRADIENTS = ("nv,vd->nd", "nv,dv->nd", "nd,nv->dv")
-"""Products of the loss's gradient, which the forward pass computes beside the loss (`trainfw.program`)."""
-_LOSS = ("nd,vd->nv", "nd,dv->nv", *_LOSS_GRADIENTS)
 
 Phase: TypeAlias = Literal["forward", "backward", "update"]
 """Of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every
@@ -127,6 +122,8 @@ class Analysis:
     streamed: tuple[Streamed, ...]
     loops: tuple[Loop, ...] = ()
     """The forward and the backward one over layers; none where these are unrolled."""
+    unrecognised: tuple[str, ...] = ()
+    """Names in `trainfw.scopes` of parts that were not found in the program, and so count as something else."""
 
     @property
     def flops(self) -> float:
@@ -346,6 +343,7 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         transfers=tuple(replace(transfer, times=times) for transfer, times in transfers.items()),
         streamed=tuple(replace(piece, bytes=float(size)) for piece, size in streamed.items()),
         loops=tuple(loops),
+        unrecognised=_unrecognised(module, scores),
     )
 
 
@@ -389,7 +387,7 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
         opcodes = {instruction.opcode for instruction in module.computations[name].instructions.values()}
         if module.times[name] == 1 or len(phases) != 1 or not flops or opcodes & {"while", "call", "conditional"}:
             continue
-        if any(_names(_LOSS, instruction) for instruction in module.computations[name].instructions.values()):
+        if any(is_within(i.op_name, LOSS) for i in module.computations[name].instructions.values()):
             continue  # over chunks of the loss
         phase = phases.pop()
         if phase != "update" and flops > most.get(phase, (0.0, ""))[0]:
@@ -415,25 +413,22 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
 
     batch, k = size(left.dims, "lhs_batch_dims"), size(left.dims, "lhs_contracting_dims")
     elements = [math.prod(shape.dims) for shape in (left, right)]
+    m, n = (count // (batch * k) for count in elements)
     wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
     return Matmul(
         batch=batch,
-        m=elements[0] // (batch * k),
-        n=elements[1] // (batch * k),
+        m=m,
+        n=n,
         k=k,
         dtype=wider.dtype,
         times=1,
         mixed=left.dtype != right.dtype,
         bytes=left.bytes + right.bytes + dot.bytes,
-        attention=_names(_SCORES, dot),
-        backward=_names(_LOSS_GRADIENTS, dot) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
+        # A sum of each row, which XLA's CPU backend takes as a product, has no scores.
+        attention=m * n > 1 and is_within(dot.op_name, ATTENTION),
+        backward=is_within(dot.op_name, LOSS_GRADIENT) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
-
-
-def _names(specs: Iterable[str], instruction: Instruction) -> bool:
-    """Whether it comes of an einsum with one of these in its spec."""
-    return any(spec in instruction.op_name for spec in specs)
 
 
 def _scores(module: Module) -> set[int]:
@@ -442,10 +437,19 @@ def _scores(module: Module) -> set[int]:
     for name in module.times:
         computation = module.computations[name]
         for dot in computation.instructions.values():
-            if dot.opcode == "dot" and _names(_SCORES, dot):
-                arrays = [dot, *(computation.instructions[operand] for operand in dot.operands)]
-                sizes.add(max(math.prod(array.shapes[0].dims) for array in arrays))
+            if dot.opcode == "dot" and (product := _matmul(computation, dot, "forward")).attention:
+                m, n, k = product.m, product.n, product.k
+                sizes.add(product.batch * max(m * k, n * k, m * n))
     return sizes
+
+
+def _unrecognised(module: Module, scores: set[int]) -> tuple[str, ...]:
+    """List the scopes without which the analysis takes a part of the program for something else."""
+    in_loss = any(
+        is_within(i.op_name, LOSS) for name in module.times for i in module.computations[name].instructions.values()
+    )
+    found = {ATTENTION: bool(scores), LOSS: in_loss}
+    return tuple(scope for scope, present in found.items() if not present)
 
 
 _FREE = {

@@ -1,6 +1,8 @@
-"""What JAX's paths to operations (`Instruction.op_name`) say of the pass that an operation belongs to."""
+"""What JAX's paths to operations (`Instruction.op_name`) say of the pass and the scope that an operation belongs to."""
 
 from __future__ import annotations
+
+import re
 
 
 def is_backward(op_name: str) -> bool:
@@ -24,3 +26,8 @@ def is_recomputed(op_name: str) -> bool:
 def is_forward(op_name: str) -> bool:
     """Whether it computes something of the forward pass, then or again."""
     return is_recomputed(op_name) or ("jvp(" in op_name and not is_backward(op_name))
+
+
+def is_within(op_name: str, scope: str) -> bool:
+    """Tell whether it runs in the `jax.named_scope` of this name, differentiated or not. (A function is no scope.)"""
+    return re.search(rf"(?:^|/|(?<!jit)\(){re.escape(scope)}(?:[/)]|$)", op_name) is not None
