@@ -116,6 +116,15 @@ def test_another_version_of_the_code_compiles_again(tmp_path, compilations, monk
     assert len(compilations) == 3
 
 
+def test_an_objective_of_ones_own_is_compiled_every_time(tmp_path, plans, compilations):
+    """Its code is not among the sources that an entry's key is made of."""
+    recipe = tiny_recipe(tmp_path, *REPLICAS, "objective.name=tests.objectives.test_own:Squared")
+    compiled(recipe)
+    compiled(recipe)
+    assert len(compilations) == 2
+    assert not plans.exists()
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "of another", "not ours"])
 def test_a_damaged_entry_is_compiled_again(tmp_path, plans, compilations, damage):
     recipe = tiny_recipe(tmp_path, *REPLICAS)

@@ -77,14 +77,16 @@ def compiled(
     backend = backends.current() if simulate is None else backends.simulated(as_backend)
     key = _key(found, backend)
     file = cache_dir() / "plans" / f"{key}.json"
-    step = None if fresh else _load(file, key)
+    # The key has the name of an objective of one's own, not its code.
+    kept = not recipe.objective.is_own
+    step = _load(file, key) if kept and not fresh else None
     if step is not None:
         progress("compiled before (in the cache; --no-cache compiles it anew)")
     else:
         if simulate is not None:
             backends.prepare(simulate, as_backend=as_backend)
         step = _compile(found, recipe, progress)
-        if problem := _save(file, _Entry(key, step)):
+        if kept and (problem := _save(file, _Entry(key, step))):
             progress(f"not kept for the next time: {problem}")
     with recipe.blamed("parallel"):
         memory = step.memory.lengthened(found.simulated, found.layout)
