@@ -59,6 +59,30 @@ def test_imports_point_down(file):
         assert len(parts) <= 2, f"{file.name} reaches past the face of {theirs}: {module}"
 
 
+def device_questions(code: str) -> list[str]:
+    """The comparisons of a file that ask which device this is: what differs by device is said by `Backend`."""
+    asked = []
+    for node in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Compare)):
+        sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+        device = any(repr(name) in side for side in sides for name in ("cpu", "gpu", "neuron"))
+        if device or any(side.split(".")[-1] == "platform" and side != "sys.platform" for side in sides):
+            asked.append(ast.unparse(node))
+    return asked
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_only_backends_asks_which_device_it_is(file):
+    # A topology, which lies below, says of itself which it is.
+    if file.relative_to(PACKAGE).parts[0] not in ("backends", "hardware"):
+        assert device_questions(file.read_text()) == []
+
+
+def test_questions_for_a_device_are_seen():
+    for code in ("backend.platform == 'cpu'", "topology.rules != 'neuron'", "name in ('cpu', 'gpu')", "platform == x"):
+        assert device_questions(code)
+    assert not device_questions("sys.platform == 'linux'")
+
+
 @pytest.mark.parametrize("code", ["import trainfw", "import trainfw.cli", "import trainfw.recipe"])
 def test_nothing_heavy_is_imported_before_it_is_needed(code):
     heavy = ["jax", "flax", "numpy", "grain", "orbax", "tokenizers", "torch"]

@@ -45,7 +45,7 @@ def test_the_users_own_flags_are_kept():
 @pytest.mark.usefixtures("as_neuron")
 def test_neurons_contract_on_the_cpu():
     backend = backends.current()
-    assert (backend.name, backend.platform, backend.rules) == ("neuron", "cpu", "neuron")
+    assert (backend.name, backend.platform, backend.restricts_groups) == ("neuron", "cpu", True)
     assert backend.host_init
     assert backend.host_generate
     assert str(backend) == "neuron (simulated on the CPU)"

@@ -47,7 +47,9 @@ from .neuron.verdict import ranges as ranges
 from .neuron.verdict import sdk_of as sdk_of
 from .select import MAX_SIMULATED as MAX_SIMULATED
 from .select import current as current
+from .select import for_topology as for_topology
 from .select import host_device as host_device
+from .select import is_host as is_host
 from .select import prepare as prepare
 from .select import simulated as simulated
 from .select import standing_for as standing_for

@@ -21,8 +21,20 @@ class Backend:
     """XLA options with which the training step is compiled."""
     init_options: dict[str, str] = field(default_factory=dict)
     """Those with which the first state is computed: by the host, where `host_init` says so."""
-    rules: Literal["neuron"] | None = None
-    """Whose restrictions on programs are enforced."""
+    has_sdk: bool = False
+    """Runtime, compiler and their environment come as one SDK, whose release counts."""
+    restricts_groups: bool = False
+    """Collectives run only among groups of cores of documented shapes."""
+    one_process_an_instance: bool = False
+    """A process takes all devices of its instance; else they may be shared out."""
+    chooses_algorithms: bool = False
+    """Collectives inside an instance take one of several algorithms, by their size."""
+    tree_algorithm: str = "tree"
+    """Name of the algorithm that plans assume between instances, of log2 hops."""
+    has_monitor: bool = False
+    """Its counters can be read while a run goes on."""
+    times_kernels: bool = False
+    """Its compiler runs kernels on the device to choose among them, for which the device must be free."""
     host_init: bool = False
     """Parameters are initialised on the host's CPU and then placed, so that no random numbers are drawn on a device."""
     host_generate: bool = False
@@ -44,6 +56,11 @@ class Backend:
     @property
     def simulated(self) -> bool:
         return self.platform != self.name
+
+    @property
+    def on_host(self) -> bool:
+        """Tell whether programs run on this machine's CPU, and in its memory."""
+        return self.platform == "cpu"
 
     def __str__(self) -> str:
         return f"{self.name} (simulated on the CPU)" if self.simulated else self.name
@@ -68,8 +85,6 @@ class AttentionRequest:
     softcap: float | None = None
     cached: bool = False
     """Queries continue keys of earlier calls."""
-    ring: int = 1
-    """Devices over which the sequence is split."""
     lnc: int | None = None
     """Physical cores in a logical one. Left out, what the devices say."""
     batch: int = 1

@@ -48,10 +48,7 @@ KERNELS: dict[str, dict[str, list[Candidate]]] = {
     "attention": {
         "cpu": [Candidate("blocks of queries", cpu.attention_refuses, cpu.load_attention)],
         "gpu": [Candidate("cuDNN flash attention", gpu.attention_refuses, gpu.load_attention)],
-        "neuron": [
-            Candidate("nkilib ring attention", neuron_attention.ring_refuses, neuron_attention.load_ring),
-            Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib),
-        ],
+        "neuron": [Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib)],
     },
     "decoding": {"cpu": [Candidate("weights read once", cpu.decoding_refuses, cpu.load_decoding)]},
     "matmul": {"cpu": [Candidate("turned operands, float32 results", cpu.matmul_refuses, cpu.load_matmul)]},

@@ -15,7 +15,7 @@ from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
 from trainfw.backends.neuron.place import read_place
 from trainfw.errors import UserError, did_you_mean, nearest
-from trainfw.hardware import HardwareConfig
+from trainfw.hardware import HardwareConfig, Topology
 
 if TYPE_CHECKING:
     import jax
@@ -31,11 +31,16 @@ CPU = Backend(
     # It runs once, as fast and to the same bits, and takes less time to compile.
     init_options={"xla_backend_optimization_level": "1"},
 )
-GPU = Backend("gpu", "gpu", casts_once=True)
+GPU = Backend("gpu", "gpu", casts_once=True, times_kernels=True)
 NEURON = Backend(
     "neuron",
     "neuron",
-    rules="neuron",
+    has_sdk=True,
+    restricts_groups=True,
+    one_process_an_instance=True,
+    chooses_algorithms=True,
+    tree_algorithm="RDH",
+    has_monitor=True,
     host_init=True,
     init_options=CPU.init_options,
     host_generate=True,
@@ -45,7 +50,7 @@ NEURON = Backend(
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
 )
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
-SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options)}
+SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options, has_monitor=False)}
 """What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
 
 _NATIVE_TOP_K = {"NC_v3", "NC_v3d"}
@@ -74,6 +79,13 @@ def standing_for(device_kind: str | None) -> Iterator[None]:
         yield
     finally:
         _device_kind.reset(token)
+
+
+def for_topology(topology: Topology | None) -> Backend:
+    """Find the backend whose contract holds on a topology; the CPU's where a recipe names none."""
+    if topology is None or topology.is_cpu:
+        return CPU
+    return GPU if topology.rules is None else BACKENDS[topology.rules]
 
 
 def simulated(as_backend: str | None = None) -> Backend:
@@ -225,6 +237,11 @@ def _of_chip(backend: Backend, device_kind: str | None) -> Backend:
 def _on_its_own() -> bool:
     """Whether the CPU stands for no other backend."""
     return _as_backend is None
+
+
+def is_host(device: jax.Device) -> bool:
+    """Tell whether a device is this machine's CPU."""
+    return device.platform == "cpu"
 
 
 def host_device() -> jax.Device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainfw import backends
-from trainfw.backends import Sdk, load_sdk
+from trainfw.backends import Sdk, for_topology, load_sdk
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic, targets_in
 from trainfw.checking.partitioned import (
     is_partitioned,
@@ -139,7 +139,7 @@ def _check(
     """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
     if mesh is not None:
         _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
-    neuron = topology.rules == "neuron"
+    neuron = for_topology(topology).has_sdk
     # XLA compiles one function while the next is traced, and beside it.
     with without_compilation_cache(), ThreadPoolExecutor() as pool:
         begun = [
@@ -151,7 +151,7 @@ def _check(
 
 def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
     """Say what of these functions counts on this hardware, with this SDK."""
-    neuron = topology.rules == "neuron"
+    neuron = for_topology(topology).has_sdk
     findings: list[Finding] = list(_versions(sdk)) if neuron else []
     sums, memories = [], []
     for reading in readings:

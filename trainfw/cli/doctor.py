@@ -79,7 +79,7 @@ def _machine(no_jax: bool) -> None:
     cache = cache_dir()
     existing = next(p for p in (cache, *cache.parents) if p.exists())
     _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
-    if shutil.which("nvidia-smi") and (no_jax or backends.current().name == "cpu"):
+    if shutil.which("nvidia-smi") and (no_jax or backends.current().on_host):
         _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
 
 

@@ -44,7 +44,7 @@ def env(
         raise UserError(f"{recipe}: hardware.topology must say what the environment is for, such as trn2.48xlarge")
     wiring = _wiring(topology, nodes, node_rank, head)
     variables: list[Variable] = []
-    if topology.rules == "neuron":
+    if backends.for_topology(topology).has_sdk:
         for warning in backends.environment_warnings(os.environ, backends.load_sdk(loaded.hardware.sdk), topology):
             say(f"warning: {warning}", err=True)
         layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}

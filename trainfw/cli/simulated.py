@@ -47,7 +47,7 @@ def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
     from trainfw import backends
     from trainfw.errors import UserError
 
-    if topology.rules != "neuron":
+    if not backends.for_topology(topology).has_sdk:
         raise recipe.error("hardware.topology", "neuronx-cc compiles for Neuron hardware only")
     flags = backends.compiler_flags(recipe.hardware)
     if not any(flag.startswith("--target") for flag in flags):
@@ -62,7 +62,7 @@ def build_for(recipe: Recipe, topology: Topology, progress: Callable[[str], None
     """Build the recipe's program on as many simulated devices as the topology has cores. Starts jax."""
     from trainfw import backends
 
-    backends.prepare(topology.cores, as_backend="neuron" if topology.rules == "neuron" else None)
+    backends.prepare(topology.cores, as_backend=topology.rules)
     progress(f"building {recipe.name} for {topology.cores} cores")
 
     from trainfw.program import build_program

@@ -77,7 +77,7 @@ class Topology:
     groups: tuple[GroupsFile, ...] | None
     """Group shapes inside an instance that documents list. None: no document restricts or lists them."""
     rules: str | None
-    """`neuron` where Neuron's rules on collective groups and permutes hold."""
+    """Name of the backend whose rules hold, such as `neuron`; None for none (`backends.for_topology`)."""
     core_links: tuple[tuple[int, int], ...]
     figures: Mapping[str, Figure]
     """Every figure by its dotted name, such as `links.neuronlink.bandwidth`: what `hardware.parameters` overrides."""

@@ -185,7 +185,7 @@ def kubernetes_job(
     count = count_nodes(recipe, nodes)
     topology = recipe.hardware.load()
     jobs, devices, labels, unit_label = 1, {}, {}, None
-    if topology is not None and topology.name != "cpu":
+    if topology is not None and not topology.is_cpu:
         known = topology.kubernetes
         if known is None:
             raise recipe.error("hardware.topology", "no document says what its nodes are called in Kubernetes")

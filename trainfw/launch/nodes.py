@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from trainfw.backends import for_topology
 from trainfw.config import name_problem
 from trainfw.errors import UserError
 from trainfw.recipe import Recipe
@@ -15,7 +16,7 @@ def count_nodes(recipe: Recipe, nodes: int | None) -> int:
     count = nodes if nodes is not None else topology.instances if topology is not None else 1
     if count < 1:
         raise UserError(f"--nodes {count}: expected at least 1")
-    if topology is not None and topology.rules == "neuron" and count != topology.instances:
+    if topology is not None and for_topology(topology).one_process_an_instance and count != topology.instances:
         raise recipe.error(
             "hardware.count",
             f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainfw.backends import for_topology
 from trainfw.errors import TRY_AGAIN, RunError, UserError
 from trainfw.launch.nodes import accepting, as_argument, check_name, count_nodes
 from trainfw.recipe import Recipe
@@ -167,15 +168,13 @@ def slurm_job(
     """A job for a recipe. Raises UserError for numbers and options that cannot be."""
     count = count_nodes(recipe, nodes)
     accepting(options.get("accept", ()))
-    topology = recipe.hardware.load()
-    neuron = topology is not None and topology.rules == "neuron"
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
     texts = [("RECIPE", path), ("--run-dir", str(run_dir)), ("--partition", job.partition), ("--account", job.account)]
     for given, text in [*texts, ("--time", job.time), *(("--sbatch", option) for option in job.options)]:
         check_name(given, text)
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
-    if neuron and job.tasks_per_node > 1:
+    if job.tasks_per_node > 1 and for_topology(recipe.hardware.load()).one_process_an_instance:
         raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
     if "\\" in str(run_dir):
         raise UserError(f"--run-dir {str(run_dir)!r}: Slurm's file names take no backslash")

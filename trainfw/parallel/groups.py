@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from trainfw.backends import for_topology
 from trainfw.hardware import Topology, load_topology
 
 
@@ -20,7 +21,7 @@ def group_problem(topology: Topology, cores: Sequence[int]) -> str | None:
     neuron-runtime/explore/internode-collective-comm.rst assumes it), and they have a shape that documents list: one
     core, or a set of `documented_groups`. Where no document lists shapes (Trainium3), only symmetry is asked for.
     """
-    if topology.rules != "neuron" or len(cores) < 2:
+    if not for_topology(topology).restricts_groups or len(cores) < 2:
         return None
     size = topology.cores_per_instance
     by_instance: dict[int, set[int]] = {}
@@ -55,7 +56,7 @@ def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tup
     neuron-runtime/about/collectives.rst. Two cores are taken as directly connected when they are on one chip, on
     chips that share a link or switch, or on the same chip of two units on the network.
     """
-    if topology.rules != "neuron" or not pairs:
+    if not for_topology(topology).restricts_groups or not pairs:
         return None
     to = dict(pairs)
     if len(to) < len(pairs) or set(to) != set(to.values()):

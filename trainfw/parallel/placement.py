@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from trainfw.backends import for_topology
 from trainfw.errors import UserError
 from trainfw.hardware import Dimension, Topology
 from trainfw.parallel.config import AXES
@@ -399,7 +400,7 @@ def _describe(
         bandwidth=min(piece.bandwidth for piece in pieces),
         latency=max(piece.latency for piece in pieces),
         problem=problem,
-        documented=topology.rules != "neuron" or topology.groups is not None,
+        documented=not for_topology(topology).restricts_groups or topology.groups is not None,
     )
 
 

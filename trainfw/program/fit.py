@@ -80,7 +80,7 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
         rules=rules,
         microbatch_rows=_microbatch_rows(recipe, layout),
         layer_order=stage_order(recipe.model.num_layers, layout.pipeline, recipe.parallel.interleave),
-        own_kernels=backend.platform != "cpu" or not stands_in,
+        own_kernels=not backend.on_host or not stands_in,
         device_kind=device_kind,
     )
 

@@ -78,7 +78,7 @@ def decodes_by_layer(model: Transformer) -> bool:
     if backends.current().simulated or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return False
     devices = {device for leaf in leaves for device in leaf.devices()}
-    return len(devices) == 1 and devices.pop().platform == "cpu"
+    return len(devices) == 1 and backends.is_host(devices.pop())
 
 
 _prepared: weakref.WeakKeyDictionary[Transformer, tuple[Any, list[Any], DecodingWeights]]

@@ -49,7 +49,7 @@ def check_memory(program: Program, total: int | None = None) -> None:
         total: bytes; None: the machine's.
     """
     total = _host_memory() if total is None else total
-    if backends.current().platform != "cpu" or not total:
+    if not backends.current().on_host or not total:
         return
     import jax  # not before the environment for it is set
 

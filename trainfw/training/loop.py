@@ -88,7 +88,7 @@ def _train(
         base = check_base(recipe, run, resumed_step)
         program = _program(recipe, devices, resumed_step, reporter, approve)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
-    first, platform = jax.process_index() == 0, backends.current().platform
+    first, backend = jax.process_index() == 0, backends.current()
     changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
         trains = (resumed_step or 0) < recipe.train.steps
@@ -105,7 +105,7 @@ def _train(
         checkpoints = stack.enter_context(contextlib.closing(_checkpoints(run, program, identity, reporter)))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
-        if recipe.adapter is not None or platform == "gpu":
+        if recipe.adapter is not None or backend.times_kernels:
             compiling.wait()
         first_state = functools.partial(_state_at, program, checkpoints, batches, data.validation.digest, progress)
         with agreeing("state", patience) as facts:
@@ -125,7 +125,7 @@ def _train(
         spent = sum(phases.so_far().values())
         sessions = Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first)
         monitor = backends.NeuronMonitor()
-        if platform == "neuron":
+        if backend.has_monitor:
             stack.enter_context(monitor)
         outcome = Outcome(program, compiling.eval_step, data, run, log, reporter, progress)
         session = Session(
@@ -154,7 +154,7 @@ def _program(
     approve: Callable[[Program], None] | None,
 ) -> Program:
     """Build the program, and look at it."""
-    if backends.current().platform == "cpu":
+    if backends.current().on_host:
         backends.keep_freed_memory()
     program = build_program(recipe, devices)
     check_memory(program)

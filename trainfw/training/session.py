@@ -98,7 +98,7 @@ class Session:
         self.peak_flops = None if peak is None else peak * self.program.mesh.size
         self.in_flight: deque[_InFlight] = deque()
         # One CPU device is done with a step when it returns (`backends.compute_inline`).
-        inline = self.program.mesh.size == 1 and backends.current().platform == "cpu"
+        inline = self.program.mesh.size == 1 and backends.current().on_host
         # And without donation another step would take memory for a third state.
         self.most_in_flight = 0 if inline or not self.recipe.backend.donate else _IN_FLIGHT
         self.to_check = self.recipe.backend.donate and backends.current().checks_donation

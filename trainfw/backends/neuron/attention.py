@@ -29,17 +29,6 @@ _BOUNDS = {"bound_min", "bound_max"}
 """Arguments of both kernels for packed sequences: from nki-library d2ad3a57 (2026-04-13) on."""
 
 
-def ring_refuses(request: AttentionRequest) -> str | None:
-    """nkilib's `ring_attention_spmd_fwd` (aws-neuron/nki-library experimental/attention/ring_attention_fwd.py)."""
-    if request.ring == 1:
-        return "the sequence is not split"
-    return "trainfw does not split sequences yet, and how JAX hands replica groups to the kernel is not documented"
-
-
-def load_ring(request: AttentionRequest) -> Attend:
-    raise ImportError("no adapter")
-
-
 def nkilib_refuses(request: AttentionRequest) -> str | None:
     """What nkilib's `attention_cte` and `attention_bwd` cannot do.
 
@@ -110,8 +99,6 @@ def _lnc_problem(lnc: int) -> str | None:
 
 
 def _common_problem(request: AttentionRequest) -> str | None:
-    if request.ring > 1:
-        return "the sequence is split"
     if request.cached:
         return "it has no argument for a cache's length"
     if request.softcap is not None:

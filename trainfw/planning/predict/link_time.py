@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from trainfw import backends
 from trainfw.hardware import Topology
 from trainfw.parallel import Piece, Placement
 from trainfw.planning.read_step.analysis import Transfer
@@ -171,8 +172,9 @@ def _algorithm(kind: str, size: float, pieces: list[Piece], topology: Topology, 
     ranks = math.prod(piece.size for piece in pieces)
     if kind in ("collective-permute", "collective-broadcast"):
         return "permute", 1
-    if not inside or topology.rules != "neuron":
-        return "RDH" if topology.rules == "neuron" else "tree", math.ceil(math.log2(ranks))
+    backend = backends.for_topology(topology)
+    if not inside or not backend.chooses_algorithms:
+        return backend.tree_algorithm, math.ceil(math.log2(ranks))
     in_chip = math.prod(piece.size for piece in pieces if topology.dim(piece.dim).kind == "chip")
     chips = ranks // in_chip
     if chips == 1:

@@ -73,8 +73,7 @@ def compiled(
     Raises UserError as `simulation` does, and where the state does not divide among all cores.
     """
     found = simulation(recipe, most)
-    as_backend = "neuron" if found.rules == "neuron" else None
-    backend = backends.current() if simulate is None else backends.simulated(as_backend)
+    backend = backends.current() if simulate is None else backends.simulated(found.rules)
     key = _key(found, backend)
     file = cache_dir() / "plans" / f"{key}.json"
     # The key has the name of an objective of one's own, not its code.
@@ -84,7 +83,7 @@ def compiled(
         progress("compiled before (in the cache; --no-cache compiles it anew)")
     else:
         if simulate is not None:
-            backends.prepare(simulate, as_backend=as_backend)
+            backends.prepare(simulate, as_backend=found.rules)
         step = _compile(found, recipe, progress)
         if kept and (problem := _save(file, _Entry(key, step))):
             progress(f"not kept for the next time: {problem}")

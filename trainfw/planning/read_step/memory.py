@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trainfw import backends
 from trainfw.backends import Sdk
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
@@ -148,7 +149,7 @@ class MemoryTable:
         return replace(
             self,
             categories={**self.categories, "runtime": sdk.core_overhead(topology)},
-            runtime=f"runtime, SDK {sdk.version}" if topology.rules == "neuron" else CATEGORIES["runtime"],
+            runtime=f"runtime, SDK {sdk.version}" if backends.for_topology(topology).has_sdk else CATEGORIES["runtime"],
             capacity=None if topology.hbm_size is None else int(topology.hbm_size),
         )
 
