@@ -183,20 +183,7 @@ def kubernetes_job(
     Raises UserError for names and numbers that cannot be.
     """
     count = count_nodes(recipe, nodes)
-    topology = recipe.hardware.load()
-    jobs, devices, labels, unit_label = 1, {}, {}, None
-    if topology is not None and not topology.is_cpu:
-        known = topology.kubernetes
-        if known is None:
-            raise recipe.error("hardware.topology", "no document says what its nodes are called in Kubernetes")
-        devices = {known.devices: topology.chips // topology.instances}
-        interfaces = known.efa if efa is None else efa
-        if interfaces and count > 1:
-            devices["vpc.amazonaws.com/efa"] = interfaces
-        if known.instance_type is not None:
-            labels = {"node.kubernetes.io/instance-type": known.instance_type}
-        if topology.instances > topology.count:
-            jobs, unit_label = topology.count, known.unit_label
+    jobs, devices, labels, unit_label = _nodes(recipe, count, efa)
     pods = count // jobs
     if not volumes:
         raise UserError("--volume: expected at least one, CLAIM or CLAIM:/PATH, that all pods write")
@@ -213,15 +200,7 @@ def kubernetes_job(
             raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
     if run_dir is not None and not run_dir.startswith("/"):
         raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
-    if name is None:
-        name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
-        name = name if name[0].isalpha() else f"run-{name}"
-    room = _LONGEST - len(f"-{_JOB}-{jobs - 1}-{pods - 1}-xxxxx")  # the names of pods
-    if not _NAME.fullmatch(name) or len(name) > room:
-        raise UserError(
-            f"--name {name}: expected at most {room} small letters, digits and hyphens, the first a letter, the last "
-            "no hyphen"
-        )
+    name = _name(recipe, name, jobs, pods)
     for option, label in (("--namespace", namespace), ("--queue", queue)):
         if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):
             raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
@@ -247,6 +226,39 @@ def kubernetes_job(
         restarts=restarts,
         accept=accepting(accept),
     )
+
+
+def _nodes(recipe: Recipe, count: int, efa: int | None) -> tuple[int, dict[str, int], dict[str, str], str | None]:
+    """Return the Jobs that `count` nodes make, a pod's devices, its nodes' labels, and the label of one unit."""
+    topology = recipe.hardware.load()
+    jobs, devices, labels, unit_label = 1, {}, {}, None
+    if topology is not None and not topology.is_cpu:
+        known = topology.kubernetes
+        if known is None:
+            raise recipe.error("hardware.topology", "no document says what its nodes are called in Kubernetes")
+        devices = {known.devices: topology.chips // topology.instances}
+        interfaces = known.efa if efa is None else efa
+        if interfaces and count > 1:
+            devices["vpc.amazonaws.com/efa"] = interfaces
+        if known.instance_type is not None:
+            labels = {"node.kubernetes.io/instance-type": known.instance_type}
+        if topology.instances > topology.count:
+            jobs, unit_label = topology.count, known.unit_label
+    return jobs, devices, labels, unit_label
+
+
+def _name(recipe: Recipe, name: str | None, jobs: int, pods: int) -> str:
+    """Return the name that is given, or one made of the recipe's. Raises UserError where pods cannot be named by it."""
+    if name is None:
+        name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-") or "trainfw"
+        name = name if name[0].isalpha() else f"run-{name}"
+    room = _LONGEST - len(f"-{_JOB}-{jobs - 1}-{pods - 1}-xxxxx")  # the names of pods
+    if not _NAME.fullmatch(name) or len(name) > room:
+        raise UserError(
+            f"--name {name}: expected at most {room} small letters, digits and hyphens, the first a letter, the last "
+            "no hyphen"
+        )
+    return name
 
 
 def _volume(text: str) -> tuple[str, str]:
