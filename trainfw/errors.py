@@ -16,7 +16,7 @@ class UserError(ValueError):
     """Bad input: a recipe, an argument or a file the user can fix. The CLI exits 2, with no traceback."""
 
     field = ""
-    """Of the section of a recipe that the raising code was given, the field to blame; see `about`."""
+    """Field to blame, of the section of a recipe that the raising code was given; see `about`."""
 
 
 class RunError(RuntimeError):
@@ -28,7 +28,7 @@ class PeerError(RunError):
 
 
 def one_of(name: str, choices: Iterable[str]) -> str:
-    """Which there are, for a name that a file gives: no one has mistyped it, so that a near one is another thing.
+    """List the choices, for a name that a file gives: nobody has mistyped it, so that a near one is another thing.
 
     `"; did you mean 'x'?"` only where it is `x` in other letters' case and marks.
     """
@@ -42,14 +42,14 @@ def one_of(name: str, choices: Iterable[str]) -> str:
 
 
 def short(value: object, limit: int = 80) -> str:
-    """The repr of a value that a file gives, cut where it is long: no control characters, and no pages of it."""
+    """Show the repr of a value that a file gives, cut where it is long: no control characters, and no pages of it."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
-    """A UserError inside is about `field` of a section, unless it says of which itself (`Recipe.blamed` reads it)."""
+    """Blame `field` of a section for a UserError inside, unless it names one itself (`Recipe.blamed` reads it)."""
     try:
         yield
     except UserError as error:
@@ -58,7 +58,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
+    """Suggest `"; did you mean 'x'?"` for the nearest of `choices`, or the short list of choices, or nothing."""
     choices = list(choices)
     close = nearest(word, choices)
     if close is not None:
@@ -69,7 +69,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def nearest(word: str, choices: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The choice that is most like `word`, whatever its case, hyphens and underscores; None where none is so like it.
+    """Find the choice most like `word`, whatever its case, hyphens and underscores; None where none is so like it.
 
     Args:
         likeness: the share of letters that both have in order (difflib's ratio), at least.
@@ -86,7 +86,7 @@ def _plain(word: str) -> str:
 
 
 def pip_install(extra: str) -> str:
-    """The command that installs what an optional part of trainfw needs, from wherever trainfw itself was installed.
+    """Write the command that installs what an optional part of trainfw needs, from wherever trainfw was installed.
 
     It names the packages: trainfw is in no registry, so `trainfw[datasets]` would be looked for in vain.
     """

@@ -21,12 +21,12 @@ MAX_DEPTH = 64
 
 
 def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
-    """The object in a JSON file of a model, which may begin with a byte-order mark."""
+    """Read the object in a JSON file of a model, which may begin with a byte-order mark."""
     return json_object(read_member(file, limit), file)
 
 
 def read_member(file: Path, limit: int = LIMIT) -> bytes:
-    """A file of a model's directory. Raises UserError for one that is none (`check_file`), or larger than `limit`."""
+    """Read a file of a model's directory. Raises UserError for no file (`check_file`), or one larger than `limit`."""
     check_file(file)
     if file.stat().st_size > limit:
         raise UserError(f"{file}: is {file.stat().st_size:,} bytes; expected {limit:,} at most")
@@ -34,7 +34,7 @@ def read_member(file: Path, limit: int = LIMIT) -> bytes:
 
 
 def json_object(data: bytes, file: Path) -> dict[str, Any]:
-    """The object that is in a file, whose bytes are given."""
+    """Parse the object in a file, whose bytes are given."""
     try:
         data = without_mark(data)
     except ValueError as error:
@@ -43,7 +43,7 @@ def json_object(data: bytes, file: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """An object. Keys that are written twice, NaN and infinity are refused, since readers differ on what they mean, and
+    """Parse an object. Keys written twice, NaN and infinity are refused, since readers differ on what they mean, and
     so are halves of surrogate pairs, which no file and no terminal takes.
     """
 

@@ -1,4 +1,4 @@
-"""What other trainers call our keys and values, so that whoever brings their names is told ours."""
+"""Names of other trainers for our keys and values, so that whoever brings them is told ours."""
 
 from __future__ import annotations
 

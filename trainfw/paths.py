@@ -54,7 +54,7 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_file(file: Path, *, named: bool = False) -> None:
-    """Raises UserError, saying what is there, where it is no file to be read.
+    """Check that a file can be read. Raises UserError, saying what is there, where it is none.
 
     That is nothing, a link that leads nowhere or out of the model's directory, a pipe (which would be waited on
     forever), or what Git LFS keeps in a file's place.

@@ -69,7 +69,7 @@ def go_on_without_output() -> None:
 
 
 def flush_standard() -> OSError | None:
-    """At the end of a process: why not all of stdout could be written, if so; the rest is dropped."""
+    """Flush at the end of a process; return why not all of stdout could be written, if so; the rest is dropped."""
     problem = None
     for descriptor, stream in ((_OUT, sys.stdout), (_ERR, sys.stderr)):
         try:

@@ -81,7 +81,7 @@ def write_text(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def scratch_directory() -> Iterator[str]:
-    """A temporary directory of the system's, which goes at the end."""
+    """Make a temporary directory of the system's, which goes at the end."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="trainfw-"))
         stack.enter_context(removed_by_signal(lambda: shutil.rmtree(directory, ignore_errors=True)))
@@ -90,7 +90,7 @@ def scratch_directory() -> Iterator[str]:
 
 @contextlib.contextmanager
 def removed_by_signal(remove: Callable[[], None]) -> Iterator[None]:
-    """`remove` is called where a signal ends the process inside."""
+    """Call `remove` where a signal ends the process inside."""
     _REMOVERS.append(remove)
     try:
         yield
@@ -108,7 +108,7 @@ def remove_unfinished() -> None:
 
 
 def _make(target: Path, directory: bool) -> tuple[Path, int]:
-    """A temporary path, and the lock on it, which goes with the process."""
+    """Make a temporary path, and the lock on it, which goes with the process."""
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
         if directory:
@@ -134,7 +134,7 @@ def _locked(descriptor: int) -> bool | None:
 
 
 def _partial(target: Path) -> re.Pattern[str]:
-    """The names that `_make` gives."""
+    """Match the names that `_make` gives."""
     return re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
 
 
@@ -161,7 +161,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Have a file, or a directory and all below it, on disk: a rename that outlives a loss of power must not outlive
+    """Write a file, or a directory and all below it, to disk: a rename that outlives a loss of power must not outlive
     what it names."""
     for directory, _, files in os.walk(path):
         for name in files:
@@ -172,7 +172,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a directory, on disk."""
+    """Write a file's bytes, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if os.path.isdir(path):
@@ -185,7 +185,7 @@ def sync(path: Path) -> None:
 
 
 def _make_parents(directory: Path, made: list[Path]) -> None:
-    """Adds to `made` those that were not there."""
+    """Make the directories that were not there, and add them to `made`."""
     if not directory.exists():
         _make_parents(directory.parent, made)
         directory.mkdir()

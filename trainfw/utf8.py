@@ -24,12 +24,12 @@ _CONTROLS |= {
 
 
 def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, written as `\\x1b`; tabs and line feeds stay."""
+    """Write control characters, which a terminal would obey, as `\\x1b`; tabs and line feeds stay."""
     return text.translate(_CONTROLS)
 
 
 def without_mark(data: bytes) -> bytes:
-    """The bytes after a UTF-8 byte-order mark, if there is one. Raises ValueError for the mark of another encoding."""
+    """Drop a UTF-8 byte-order mark, if there is one. Raises ValueError for the mark of another encoding."""
     for mark, name in _OTHERS.items():
         if data.startswith(mark):
             raise ValueError(f"is {name}, as its byte-order mark says; expected UTF-8: iconv -f {name} -t UTF-8")
@@ -37,7 +37,7 @@ def without_mark(data: bytes) -> bytes:
 
 
 def decode_utf8(data: bytes, where: str | Path, line: int = 1) -> str:
-    """The text of `data`, which begins at a line of the file `where`, without a byte-order mark.
+    """Decode `data`, which begins at a line of the file `where`, without a byte-order mark.
 
     Raises UserError, with the line, for what is not UTF-8.
     """
@@ -53,7 +53,7 @@ def decode_utf8(data: bytes, where: str | Path, line: int = 1) -> str:
 
 
 def read_utf8(file: Path) -> str:
-    """The text of a file without a byte-order mark, with the line ends of text mode.
+    """Read the text of a file without a byte-order mark, with the line ends of text mode.
 
     Raises UserError for what is not UTF-8, and OSError as reading does.
     """

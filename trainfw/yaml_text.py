@@ -94,7 +94,7 @@ for _tag, _pattern in _SCALARS.items():
 
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
-    """Not as YAML 1.1, which reads 010 as octal."""
+    """Read an integer as decimal; YAML 1.1 reads 010 as octal."""
     try:
         return int(node.value.replace("_", ""))
     except ValueError:
@@ -126,7 +126,7 @@ def problem_of(error: Exception) -> str:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file that people write. Raises UserError, without waiting, for what is none or too long."""
+    """Read the text of a file that people write. Raises UserError, without waiting, for what is none or too long."""
     check_file(file)
     try:
         with file.open("rb") as stream:
@@ -138,7 +138,7 @@ def read_text(file: Path) -> str:
 
 
 def compose(text: str, where: str | Path) -> yaml.Node | None:
-    """The text's nodes, with lines and columns; None where it has none. Raises UserError with the line."""
+    """Compose the text's nodes, with lines and columns; None where it has none. Raises UserError with the line."""
     _check_length(len(text), str(where))
     try:
         return yaml.compose(text, Loader)
@@ -147,7 +147,7 @@ def compose(text: str, where: str | Path) -> yaml.Node | None:
 
 
 def load(text: str, where: str | Path, *, lines: bool = True) -> Any:
-    """The text's value. Raises UserError, with the line where `lines`."""
+    """Read the text's value. Raises UserError, with the line where `lines`."""
     _check_length(len(text), str(where))
     try:
         return yaml.load(text, Loader)
@@ -156,7 +156,7 @@ def load(text: str, where: str | Path, *, lines: bool = True) -> Any:
 
 
 def dump(tree: Any) -> str:
-    """The tree as YAML that `load` takes back to the same."""
+    """Write the tree as YAML that `load` takes back to the same."""
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

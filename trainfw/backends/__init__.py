@@ -1,4 +1,4 @@
-"""What differs by device, and nothing else: environment before jax is imported, capabilities, peak rates."""
+"""Differences between devices, and nothing else: environment before jax is imported, capabilities, kernels."""
 
 import lazy_loader
 

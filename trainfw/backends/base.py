@@ -6,7 +6,7 @@ from typing import Literal
 ATTENDED = "attended"
 """Name, for policies of `jax.checkpoint`, of what an attention kernel keeps of its result for the backward pass."""
 ROTATED = "rotated"
-"""And of the queries and keys that it reads: what they are made of is then not needed again."""
+"""Name of the queries and keys that it reads: what they are made of is then not needed again."""
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class Backend:
     """One kind of device, and what it asks of programs and of the host."""
 
     name: str
-    """Whose contract holds: `cpu`, `gpu` or `neuron`."""
+    """Name of the device whose contract holds: `cpu`, `gpu` or `neuron`."""
     platform: str
     """JAX's name of the platform that runs the programs: `name`, or `cpu` when the backend is simulated."""
     compiler_options: dict[str, str] = field(default_factory=dict)
     """XLA options with which the training step is compiled."""
     init_options: dict[str, str] = field(default_factory=dict)
-    """Those with which the first state is computed: by the host, where `host_init` says so."""
+    """XLA options with which the first state is computed: by the host, where `host_init` says so."""
     has_sdk: bool = False
     """Runtime, compiler and their environment come as one SDK, whose release counts."""
     restricts_groups: bool = False
@@ -32,9 +32,9 @@ class Backend:
     tree_algorithm: str = "tree"
     """Name of the algorithm that plans assume between instances, of log2 hops."""
     has_monitor: bool = False
-    """Its counters can be read while a run goes on."""
+    """Counters of the device can be read while a run goes on."""
     times_kernels: bool = False
-    """Its compiler runs kernels on the device to choose among them, for which the device must be free."""
+    """Compiling runs kernels on the device to choose among them, for which the device must be free."""
     host_init: bool = False
     """Parameters are initialised on the host's CPU and then placed, so that no random numbers are drawn on a device."""
     host_generate: bool = False
@@ -45,10 +45,10 @@ class Backend:
     checks_donation: bool = False
     """The first step of a session is looked at, where its state was donated: runs disagree on whether that is right."""
     top_k: Literal["native", "iterative"] = "native"
-    """How the largest of many are chosen: by `jax.lax.top_k`, or by maxima alone, where a chip refuses that or nothing
+    """Way to choose the largest of many: `jax.lax.top_k`, or maxima alone where a chip refuses that or nothing
     says that it takes it."""
     fp8_dtypes: tuple[str, str] = ("float8_e4m3fn", "float8_e5m2")
-    """Of operands in products of 8 bits: in the forward pass, and of gradients."""
+    """Dtypes of operands in products of 8 bits: in the forward pass, and of gradients."""
     casts_once: bool = False
     """Weights are cast to the compute dtype once a step, and not for each of its microbatches, on one device: they are
     held twice for less work. Measured to pay on a GPU."""
@@ -68,7 +68,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """What one call of attention needs, in the sizes of one device."""
+    """Needs of one call of attention, in the sizes of one device."""
 
     query_length: int
     key_length: int
@@ -88,12 +88,12 @@ class AttentionRequest:
     lnc: int | None = None
     """Physical cores in a logical one. Left out, what the devices say."""
     batch: int = 1
-    """Rows."""
+    """Rows of the batch."""
 
 
 @dataclass(frozen=True)
 class DecodingRequest:
-    """What the products of one token of each row need."""
+    """Needs of the products of one token of each row."""
 
     dtype: str
     rows: int
@@ -101,7 +101,7 @@ class DecodingRequest:
 
 @dataclass(frozen=True)
 class MatmulRequest:
-    """What a product of activations and weights needs: `x_ND @ w_DF`, or with `over_rows` the sum over N of
+    """Needs of a product of activations and weights: `x_ND @ w_DF`, or with `over_rows` the sum over N of
     `x_ND` times `y_NF`, in float32."""
 
     dtype: str

@@ -1,4 +1,4 @@
-"""What jax compiles is kept on disk, and compiled once for all runs."""
+"""Cache of compiled programs on disk, so that a program is compiled once for all runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jax._src.compilation_cache_interface import CacheInterface
 from trainfw.paths import cache_dir
 
 MOST_BYTES = 2**30
-"""On disk, beyond which what was not used for longest goes: a few hundred training steps, of some MB each."""
+"""Bytes on disk at most; the entry that was not used for longest goes first. A training step takes some MB."""
 SHORTEST_SECONDS = 0.1
-"""What compiles faster is compiled again: reading and checking an entry takes milliseconds, and there are many."""
+"""Compile time below which nothing is kept: reading and checking an entry takes milliseconds, and there are many."""
 _DIGEST_BYTES = 16
 
 
@@ -80,7 +80,7 @@ class Executables(CacheInterface):
         self._most_bytes = most_bytes
 
     def get(self, key: str) -> bytes | None:
-        """None where there is no such entry, or it is damaged; that goes."""
+        """Read an entry; None where there is none, or it is damaged, which is then removed."""
         file = self._file(key)
         try:
             data = file.read_bytes()
@@ -94,7 +94,7 @@ class Executables(CacheInterface):
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Kept, unless the disk is full: then the run does without, and says so."""
+        """Write an entry. Where the disk is full the run goes on without it, with a warning."""
         try:
             self._write(key, _digest(value) + value)
             self._trim()

@@ -4,7 +4,7 @@ from trainfw.config import Config
 
 
 class BackendConfig(Config):
-    """How programs use the devices, whatever they are."""
+    """Use of the devices by programs, whatever the devices are."""
 
     donate: bool = True
     """Let the step write the new training state over the old one. Without, it takes the memory of both, and the next

@@ -44,7 +44,7 @@ class Wiring:
     head: str | None = None
     """The host of process 0; None where nothing says."""
     launcher: str = "a single process"
-    """Who started the processes, in words."""
+    """Launcher of the processes, in words."""
     coordinator_port: int = COORDINATOR_PORT
     order: Order = "chosen"
     """Order of indices: the user's choice, the launcher's own order, which knows nothing of UltraServers, or
@@ -52,7 +52,7 @@ class Wiring:
 
 
 def read_wiring(environ: Mapping[str, str], topology: Topology | None = None) -> Wiring:
-    """From Slurm, Kubernetes or trainfw's own variables; each of the latter wins over what a launcher says.
+    """Read the wiring from Slurm, Kubernetes or trainfw's own variables; each of the latter wins over a launcher's.
 
     TRAINFW_PROCESS_INDEX, TRAINFW_PROCESS_COUNT and TRAINFW_COORDINATOR (host or host:port). NEURON_GLOBAL_TOPOID and
     NEURON_GLOBAL_TOPOID0_HOST, which AWS's UltraServer script sets, win over the launcher's index and first host:
@@ -399,7 +399,7 @@ def _part_last(timeout: float) -> None:
 
 
 def _part(client: Any) -> None:
-    """This process leaves: the first one need not stay for it."""
+    """Tell the first process that this one leaves, so that it need not stay."""
     with contextlib.suppress(Exception):  # it has said so, or nobody is left to hear
         client.key_value_set(f"trainfw/{_LEFT}/{_coordination()[1]}", "")
 

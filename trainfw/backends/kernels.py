@@ -1,4 +1,4 @@
-"""Which implementation an operation gets: a kernel where one fits, else the XLA form that every model has."""
+"""Choice of an operation's implementation: a kernel where one fits, else the XLA form that every model has."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Candidate:
 
     name: str
     refuses: Callable[[Any], str | None]
-    """What of a request it cannot do, in words; None for nothing."""
+    """Reason why it cannot do what is asked, in words; None where it can."""
     load: Callable[[Any], Callable[..., Any]]
     """The kernel for a request. Raises ImportError where it is not installed."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What an operation resolved to."""
+    """Implementation that was chosen for an operation."""
 
     name: str
     call: Callable[..., Any] | None
@@ -59,7 +59,7 @@ _own: ContextVar[bool] = ContextVar("own_kernels", default=True)
 
 @contextlib.contextmanager
 def own_kernels(allowed: bool) -> Iterator[None]:
-    """Whether `resolve` may choose anything but the XLA form: not where a program stands for one of other hardware."""
+    """Allow `resolve` to choose more than the XLA form: not where a program stands for one of other hardware."""
     token = _own.set(allowed)
     try:
         yield
@@ -68,7 +68,7 @@ def own_kernels(allowed: bool) -> Iterator[None]:
 
 
 def resolve(operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, backend: Backend) -> Kernel:
-    """The implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
+    """Choose the implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
 
     An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
     softcap) -> o_BSHh, with the shapes of one device: inside shard_map wherever there is more than one.

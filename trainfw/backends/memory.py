@@ -52,7 +52,7 @@ def share_freed_memory() -> None:
 
 @contextlib.contextmanager
 def start_is_kept() -> Iterator[None]:
-    """While inside, have Python look for cycles only among objects that are made inside, and as often as by default.
+    """Have Python look for cycles only among objects that are made inside, and as often as by default.
 
     A start leaves half a million objects that stay. Looking through them takes half a second, so that Python does it
     rarely, and what saves leave behind in cycles would lie there for a thousand of them.

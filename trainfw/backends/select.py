@@ -51,7 +51,7 @@ NEURON = Backend(
 )
 BACKENDS = {backend.name: backend for backend in (CPU, GPU, NEURON)}
 SIMULATED = {NEURON.name: replace(NEURON, platform="cpu", compiler_options=CPU.compiler_options, has_monitor=False)}
-"""What `prepare(as_backend=...)` takes: the contract of another backend, kept on the CPU."""
+"""Backends that `prepare(as_backend=...)` takes: the contract of another one, kept on the CPU."""
 
 _NATIVE_TOP_K = {"NC_v3", "NC_v3d"}
 """Kinds of Neuron devices that take `topk`: Trainium2's, where the compiler recommends it in place of a sort (what it
@@ -68,7 +68,7 @@ _PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
 
 _as_backend: str | None = None
 _device_kind: ContextVar[str | None] = ContextVar("device_kind", default=None)
-"""Of the devices that simulated ones stand for."""
+"""Kind of the devices that simulated ones stand for."""
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def for_topology(topology: Topology | None) -> Backend:
 
 
 def simulated(as_backend: str | None = None) -> Backend:
-    """The backend that is `current` once `prepare` has been told to simulate devices; starts nothing."""
+    """Return the backend that is `current` once `prepare` has been told to simulate devices; starts nothing."""
     return CPU if as_backend is None else SIMULATED[as_backend]
 
 
@@ -168,7 +168,7 @@ def check_platforms() -> None:
 
 
 def _tell_jax() -> None:
-    """What an imported jax has already read of the environment."""
+    """Set in an imported jax what it has already read of the environment."""
     if "jax" in sys.modules:
         import jax
 
@@ -199,7 +199,7 @@ def _simulate(devices: int | None) -> None:
 
 
 def current() -> Backend:
-    """The backend whose contract holds: of jax's default platform, or the one that `prepare` was asked to simulate.
+    """Return the backend whose contract holds: of jax's default platform, or the one that `prepare` simulates.
 
     Every program of ours asks for it before it is compiled: from then on, what is compiled is kept (`keep_compiled`),
     except on Neuron, whose compiler has a cache of its own and must be found (`environment.put_compiler_on_path`).
@@ -229,13 +229,13 @@ def current() -> Backend:
 
 
 def _of_chip(backend: Backend, device_kind: str | None) -> Backend:
-    """What else the chip takes, of the backend's devices."""
+    """Add to a backend what a kind of chip takes besides."""
     known = backend.name == NEURON.name and device_kind in _NATIVE_TOP_K
     return replace(backend, top_k="native") if known else backend
 
 
 def _on_its_own() -> bool:
-    """Whether the CPU stands for no other backend."""
+    """Tell whether the CPU stands for no other backend."""
     return _as_backend is None
 
 
@@ -245,7 +245,7 @@ def is_host(device: jax.Device) -> bool:
 
 
 def host_device() -> jax.Device:
-    """This process's first CPU device, whatever the default platform."""
+    """Return this process's first CPU device, whatever the default platform."""
     import jax
 
     return jax.local_devices(backend="cpu")[0]

@@ -52,7 +52,7 @@ class Run:
     output: str
     """Text of stdout and stderr; where it is long, its beginning and its end."""
     log: str = ""
-    """Its log-neuron-cc.txt, likewise."""
+    """Text of its log-neuron-cc.txt, likewise."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class _Jobs:
         self._stack.close()
 
     def start(self, name: str, command: Sequence[str], directory: Path) -> _Job:
-        """Raises UserError for a file that is no program."""
+        """Start a process. Raises UserError for a file that is no program."""
         with self._lock, (directory / "output.txt").open("wb") as output:
             if self._closed:  # by a signal, in another thread
                 raise UserError("stopped")

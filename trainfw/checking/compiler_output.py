@@ -60,7 +60,7 @@ class Message:
 
 @dataclass(frozen=True)
 class CompilerFinding:
-    """Something that the compiler refused, or why it said nothing of the program."""
+    """Refusal of the compiler, or the reason why it said nothing of the program."""
 
     rule: str
     """The rule of `check` whose source names the code; else `compiler`, or `compiler-failed`, `-memory`, `-timeout`."""
@@ -111,9 +111,9 @@ class Outcome:
     verdict: Verdict
     findings: tuple[CompilerFinding, ...]
     messages: tuple[Message, ...] = ()
-    """All coded ones."""
+    """Messages that have a code."""
     run: Run | None = None
-    """None where there was no module to compile."""
+    """Run of the compiler; None where there was no module to compile."""
 
     def __str__(self) -> str:
         codes = ", ".join(dict.fromkeys(finding.code for finding in self.findings if finding.code))

@@ -1,4 +1,4 @@
-"""What only the jaxpr still says: modes of gathers, kinds of keys, callbacks, and the dtypes of the program's own."""
+"""Rules on what only the jaxpr still says: modes of gathers, kinds of keys, callbacks, and the program's own dtypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_jaxpr(closed: Any) -> list[Finding]:
     seen: dict[tuple[int, Place | None, str], Any] = {}
 
     def live(jaxpr: Any) -> Any:
-        """Without what nothing comes of: compilers drop it (JAX itself does before it lowers). Effects stay."""
+        """Drop what nothing comes of, as compilers do (JAX itself does before it lowers). Effects stay."""
         return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0]
 
     def visit(jaxpr: Any, caller: Place | None, calling: str) -> None:
@@ -86,7 +86,7 @@ def eqn_place(eqn: Any) -> Place | None:
 
 
 def place_of_failure(error: BaseException) -> tuple[Place | None, str]:
-    """Where in user code the operation stands that JAX failed to lower, and what on that line it comes out of."""
+    """Find the place in user code of the operation that JAX failed to lower, and the call on that line that made it."""
     place, origin, traceback = None, "", error.__traceback__
     while traceback is not None:
         # JAX lowers equation by equation, each inside the lowering of the one that contains it.
@@ -98,7 +98,7 @@ def place_of_failure(error: BaseException) -> tuple[Place | None, str]:
 
 
 def _origin(eqn: Any) -> str:
-    """What a line of user code calls, as StableHLO names it too: `jit(solve)`, `sort`."""
+    """Name the call of a line of user code, as StableHLO does too: `jit(solve)`, `sort`."""
     name = eqn.params.get("name")
     return f"jit({name})" if eqn.primitive.name == "jit" else eqn.primitive.name
 

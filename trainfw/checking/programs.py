@@ -99,7 +99,7 @@ def check(
 
 @dataclass(frozen=True)
 class Reading:
-    """All that is read of one function, from which it can be judged for any hardware and SDK."""
+    """Facts read of one function, from which it can be judged for any hardware and SDK."""
 
     name: str
     findings: tuple[Finding, ...]

@@ -16,21 +16,21 @@ class Finding:
 
     rule: str
     message: str
-    """What is there, in this program."""
+    """Text that says what is there, in this program."""
     place: Place | None = None
     """The line of user code; None where there is none (an argument, the program as a whole)."""
     op_name: str = ""
     """JAX's name of the operation, or of the argument."""
     program: str = ""
-    """Which of the compiled functions: `train`, `evaluate`."""
+    """Name of the compiled function: `train`, `evaluate`."""
     count: int = 1
-    """How many operations at that place, in the function that has most."""
+    """Number of operations at that place, in the function that has most."""
     programs: tuple[str, ...] = ()
-    """All of the compiled functions that have it, of a report's finding."""
+    """Names of all compiled functions that have it, in a report."""
     origin: str = ""
-    """What the line calls that this is part of, such as `jit(solve)`: only there do rules hide others."""
+    """Call on the line that this is part of, such as `jit(solve)`: only there do rules hide others."""
     ruling: Ruling | None = None
-    """What the rule is on the target; None before that is known, when it is the most that it can be."""
+    """Ruling on the target; None before that is known, when the most severe counts."""
 
     @property
     def severity(self) -> Severity:
@@ -46,7 +46,7 @@ class Finding:
 
     @property
     def note(self) -> str:
-        """Where documents and measurements disagree, or what is not confirmed; empty for neither."""
+        """Say where documents and measurements disagree, or what is not confirmed; empty for neither."""
         return (self.ruling or RULES[self.rule]).note
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class CollectiveSum:
-    """All collectives of one kind, dtype and set of groups in one run of a function."""
+    """Sum of the collectives of one kind, dtype and set of groups in one run of a function."""
 
     kind: str
     scattered: bool
@@ -90,7 +90,7 @@ class CollectiveSum:
     count: int
     """Executions in one run."""
     bytes: int
-    """On one core in one run: the sum of the whole buffers."""
+    """Bytes on one core in one run: the sum of the whole buffers."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,16 @@ class Memory:
     arguments: int
     """State and inputs, exact from their shardings."""
     overhead: int
-    """What the runtime takes for itself."""
+    """Bytes that the runtime takes for itself."""
     temporaries: int | None
-    """What XLA's CPU compiler takes beyond the arguments: a prediction, which overstates. None: it could not say."""
+    """Bytes that XLA's CPU compiler takes beyond the arguments: a prediction, which overstates. None: not known."""
     capacity: float | None
     """Device memory of the core. None: no figure."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found."""
+    """Findings of a check."""
 
     hardware: str
     cores: int
@@ -118,9 +118,9 @@ class Report:
     findings: tuple[Finding, ...]
     """Most severe first, then by place."""
     collectives: tuple[CollectiveSum, ...] = ()
-    """Of the first function (the training step)."""
+    """Collectives of the first function (the training step)."""
     memory: Memory | None = None
-    """Of the function that takes most."""
+    """Memory of the function that takes most."""
 
     @property
     def errors(self) -> list[Finding]:
@@ -136,7 +136,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No errors."""
+        """Tell whether there are no errors."""
         return not self.errors
 
     @property
@@ -170,7 +170,7 @@ class Report:
 
 
 def on_target(findings: Iterable[Finding], target: Target) -> list[Finding]:
-    """Those whose rules count on a target, as they count there."""
+    """Select the findings whose rules count on a target, as they count there."""
     ruled = [(finding, RULES[finding.rule].on(target)) for finding in findings]
     return [replace(finding, ruling=ruling) for finding, ruling in ruled if ruling is not None]
 

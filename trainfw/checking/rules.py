@@ -55,7 +55,7 @@ class When(Config):
     chips: list[Chip] = []
     lnc: int | None = None
     sdk: str | None = None
-    """Such as `>= 2.33`."""
+    """Bound of the SDK's version, such as `>= 2.33`."""
     libneuronxla: str | None = None
 
     @field_validator("sdk", "libneuronxla")
@@ -112,21 +112,21 @@ class Ruling:
 
 
 class Rule(Config):
-    """Something that Neuron does not take, does otherwise, or does not document."""
+    """Rule on something that Neuron does not take, does otherwise, or does not document."""
 
     id: str
     summary: str
     severity: Severity
-    """Where no case holds: the most that it is anywhere."""
+    """Severity where no case holds: the most that it is anywhere."""
     source: str
     instead: str
-    """What to do about it."""
+    """Advice on what to do about it."""
     note: str = ""
-    """Where documents, or documents and measurements, disagree; what is not confirmed."""
+    """Note on disagreements of documents and measurements, and on what is not confirmed."""
     cases: list[Case] = []
-    """The first that holds counts."""
+    """Cases, of which the first that holds counts."""
     keys: list[Key] = []
-    """What else decides it: whether it is broken at all, which code or another profile knows."""
+    """Further facts that decide it: whether it is broken at all, which code or another profile knows."""
     hides: list[str] = []
     """Rules that do not count where this one is broken: they would speak of how JAX builds the same operation."""
 
@@ -138,7 +138,7 @@ class Rule(Config):
         return self
 
     def on(self, target: Target) -> Ruling | None:
-        """What it is for a target; None where it does not count."""
+        """Rule on a target; None where the rule does not count."""
         case = next((case for case in self.cases if case.when.holds(target)), None)
         if case is None:
             return Ruling(self.severity, self.note)
@@ -149,7 +149,7 @@ class Rule(Config):
 
     @property
     def keyed_on(self) -> list[Key]:
-        """What decides it, in the order of `KEYS`: none for what is the same everywhere."""
+        """List the facts that decide it, in the order of `KEYS`: none for what is the same everywhere."""
         asked = {key for case in self.cases for key in case.when.keys} | set(self.keys)
         return [key for key in KEYS if key in asked]
 
@@ -179,7 +179,7 @@ def _indented(text: str, width: int, deeper: str = "") -> list[str]:
 
 
 def within(version: str, bound: str | None) -> bool:
-    """Whether a version (`2.33`, `3.0.5356.0`) keeps a bound (`>= 2.33`), by as many numbers as the bound has."""
+    """Tell whether a version (`2.33`, `3.0.5356.0`) keeps a bound (`>= 2.33`), by as many numbers as the bound has."""
     found = _BOUND.fullmatch(bound or "")
     if found is None:
         return True

@@ -1,4 +1,4 @@
-"""What Neuron would be given: rules on the operations of a StableHLO module."""
+"""Rules on the operations of a StableHLO module, which is what Neuron would be given."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from trainfw.hlo import Place, count_trips, user_place
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
 _COMBINING = ("add", "multiply", "maximum", "minimum", "and", "or", "xor")
-"""What a scatter may do with what is there; it may also write over it."""
+"""Operations by which a scatter may combine with what is there; it may also write over it."""
 
 _MX_TYPES = ("f8E5M2", "f8E4M3FN")
-"""Of what microscaling products multiply."""
+"""Element types of operands of microscaling products."""
 
 
 def read_stablehlo(module: Any) -> list[Finding]:
@@ -152,7 +152,7 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 
 
 def _read_split(op: Any) -> Iterator[tuple[str, str]]:
-    """What counts for operations that a partitioner has to split over several cores."""
+    """Read the rules on operations that a partitioner has to split over several cores."""
     if op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):
         yield "gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"
 
@@ -173,7 +173,7 @@ def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 
 
 def _past_the_end(op: Any, mapped: list[int], arguments: Arguments) -> str:
-    """Where a gather's or scatter's places count up past the end of the operand; empty where they are not known to.
+    """Say where a gather's or scatter's places count up past the end of the operand; empty where not known to.
 
     The compiler compares places with the dim, whatever the size of the window that is read at each.
 
@@ -207,7 +207,7 @@ def _read_custom_call(op: Any) -> Iterator[tuple[str, str]]:
 
 
 def _form_problem(target: str, op: Any) -> str:
-    """What of a microscaling call's form neuronx-cc refuses; empty for none."""
+    """Say what neuronx-cc refuses of a microscaling call's form; empty for nothing."""
     count = 1 if target == "QuantizeMX" else 4
     if len(op.operands) != count:
         return f"with {len(op.operands)} arrays; expected {count}"
@@ -222,7 +222,7 @@ def _form_problem(target: str, op: Any) -> str:
 
 
 def _quantize_problem(op: Any) -> str:
-    """What is refused of a QuantizeMX that has one operand."""
+    """Say what is refused of a QuantizeMX that has one operand."""
     if len(op.results) != 2:
         return f"with {len(op.results)} results; expected 2"
     source, quantized = op.operands[0], op.results[0]
@@ -239,7 +239,7 @@ def _quantize_problem(op: Any) -> str:
 
 
 def _quantized_dim(op: Any) -> int:
-    """The dim that a QuantizeMX names in its backend_config; the last where that cannot be read."""
+    """Read the dim that a QuantizeMX names in its backend_config; the last where that cannot be read."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         if "mhlo.backend_config" in op.attributes:
             return int(op.attributes["mhlo.backend_config"]["dim"].value)
@@ -251,7 +251,7 @@ def _quantized_dim(op: Any) -> int:
 
 
 def _reduces(op: Any) -> bool:
-    """Whether a reduce_precision has fewer bits than the dtype it is of."""
+    """Tell whether a reduce_precision has fewer bits than the dtype of its operand."""
     kept = int(op.attributes["exponent_bits"]), int(op.attributes["mantissa_bits"])
     whole = {"f64": (11, 52), "f32": (8, 23), "bf16": (8, 7), "f16": (5, 10)}
     return kept != whole.get(_type(op.operands[0]).rpartition("x")[2])
@@ -267,13 +267,13 @@ def _sorts_simply(op: Any) -> bool:
 
 
 def _is_known_power(op: Any) -> bool:
-    """Whether the exponent is a constant integer, or the base a constant (as `decay ** step` of optimizers has it)."""
+    """Tell whether the exponent is a constant integer, or the base a constant (as in `decay ** step` of optimizers)."""
     base, exponent = (_constant(operand) for operand in op.operands)
     return base is not None or (exponent is not None and exponent.is_integer())
 
 
 def _large(op: Any, attribute: str) -> list[int]:
-    """An attribute of window sizes, empty where they are all 1."""
+    """Read an attribute of window sizes; empty where they are all 1."""
     if attribute not in op.attributes:
         return []
     values = [int(value) for value in op.attributes[attribute]]
@@ -281,7 +281,7 @@ def _large(op: Any, attribute: str) -> list[int]:
 
 
 def _trip_count(op: Any, arguments: Arguments) -> int | None:
-    """Trips of a `stablehlo.while`, where they are known when compiling."""
+    """Count the trips of a `stablehlo.while`, where they are known when compiling."""
     condition, body = op.regions
     test, update = owner_of(terminator(condition).operands[0]), terminator(body)
     if test is None or test.name != "stablehlo.compare":
@@ -313,7 +313,7 @@ def _trip_count(op: Any, arguments: Arguments) -> int | None:
 
 
 def _constant(value: Any) -> float | None:
-    """The one number that a constant array holds."""
+    """Read the one number that a constant array holds."""
     from jaxlib.mlir import ir
 
     op = owner_of(value)
@@ -333,7 +333,7 @@ def _element(value: Any) -> Any:
 
 
 def _is_integer(value: Any) -> bool:
-    """Of integers, booleans aside."""
+    """Tell whether an array is of integers, booleans aside."""
     from jaxlib.mlir import ir
 
     element = _element(value)
@@ -341,7 +341,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _bits(value: Any) -> int:
-    """Of an integer or boolean; 32 for what is neither."""
+    """Count the bits of an integer or boolean; 32 for what is neither."""
     from jaxlib.mlir import ir
 
     element = _element(value)
@@ -349,7 +349,7 @@ def _bits(value: Any) -> int:
 
 
 def _dims(op: Any, name: str) -> list[int]:
-    """A list of dims in a gather's or scatter's numbers."""
+    """Read a list of dims in a gather's or scatter's numbers."""
     from jaxlib.mlir.dialects import stablehlo
 
     if op.name == "stablehlo.gather":

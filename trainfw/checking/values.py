@@ -1,4 +1,4 @@
-"""What is known of integers when compiling, in StableHLO: scalars, and from where to where arrays of indices go."""
+"""Integers of StableHLO that are known when compiling: values of scalars, and ranges of arrays of indices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAME = {
 _MONOTONE = {"stablehlo.add", "stablehlo.subtract", "stablehlo.multiply", "stablehlo.minimum", "stablehlo.maximum"}
 """Operations that, with a constant on one side, take the ends of a range to the ends of a range."""
 _MOST_ELEMENTS = 2**16
-"""Of a constant that is looked through."""
+"""Elements of a constant that is looked through, at most."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Range:
     low: int
     high: int
     counted: bool
-    """It comes out of an iota."""
+    """True where it comes out of an iota."""
 
 
 class Arguments(NamedTuple):
-    """What a function is called with, as far as it is known when compiling."""
+    """Values that a function is called with, as far as they are known when compiling."""
 
     integers: tuple[int | None, ...] = ()
     ranges: tuple[Range | None, ...] = ()
 
 
 def arguments_of(operands: Sequence[Any], arguments: Arguments) -> Arguments:
-    """Known values of these, for the function that is called with them.
+    """List the known values of operands, for the function that is called with them.
 
     Args:
         arguments: those of the function that calls it.
@@ -70,7 +70,7 @@ def forget() -> None:
 
 @functools.cache  # a value may be reached in many ways
 def integer_of(value: Any, arguments: Arguments) -> int | None:
-    """The value of an integer scalar that is known when compiling.
+    """Compute the value of an integer scalar; None where it is not known when compiling.
 
     Args:
         arguments: those of the function that it is in.
@@ -113,7 +113,7 @@ def integer_of(value: Any, arguments: Arguments) -> int | None:
 
 @functools.cache
 def range_of(value: Any, arguments: Arguments) -> Range | None:
-    """From where to where an array of integers (or booleans) goes; None where that is not known exactly.
+    """Find the range of an array of integers (or booleans); None where it is not known exactly.
 
     Args:
         arguments: those of the function that it is in.
@@ -166,7 +166,7 @@ def _computed(op: Any, ranges: list[Range]) -> Range | None:
 
 
 def _compared(direction: str, left: Range, right: Range) -> bool | None:
-    """A comparison that comes out the same for all elements; None for another."""
+    """Compare where the result is the same for all elements; None where it is not."""
     match direction:
         case "LT":
             return True if left.high < right.low else False if left.low >= right.high else None
@@ -199,7 +199,7 @@ def _constant_range(op: Any) -> Range | None:
 
 
 def owner_of(value: Any) -> Any | None:
-    """The operation that makes a value; None for an argument of a block."""
+    """Find the operation that makes a value; None for an argument of a block."""
     owner = value.owner
     return owner.operation if hasattr(owner, "operation") else None
 
@@ -210,7 +210,7 @@ def terminator(region: Any) -> Any:
 
 
 def argument_of(value: Any, region: Any) -> int | None:
-    """Which argument of a region's block a value is."""
+    """Find which argument of a region's block a value is; None for none."""
     for number, argument in enumerate(region.blocks[0].arguments):
         if argument == value:
             return number
@@ -218,7 +218,7 @@ def argument_of(value: Any, region: Any) -> int | None:
 
 
 def _returned(call: Any, value: Any) -> Any:
-    """What a called function returns as this result of the call."""
+    """Find what a called function returns as this result of the call."""
     from jaxlib.mlir import ir
 
     module = call

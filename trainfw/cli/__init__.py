@@ -87,7 +87,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def _parser() -> Any:
-    """The commands, whose help names an argument without Python's type for it: KEY=VALUE is no `<list[str]>`."""
+    """Make the commands, whose help names an argument without Python's type for it: KEY=VALUE is no `<list[str]>`."""
     found = typer.main.get_command(app)
     groups: list[Any] = [found]
     for command in groups:
@@ -109,7 +109,7 @@ _END_SECONDS = 90.0
 
 
 def command() -> None:
-    """`main` as a process."""
+    """Run `main` as a process."""
     # Imports and tracing make millions of objects that stay: a start is shorter if Python looks among them for cycles
     # less often than after every 700.
     gc.set_threshold(50_000, 20, 20)

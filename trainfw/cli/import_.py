@@ -35,7 +35,7 @@ def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
 
 
 def tokenizer_of(path: Path) -> Callable[[Path], None] | None:
-    """What writes the tokenizer of a GGUF file into a directory; None for a directory, whose files are copied."""
+    """Return a writer of a GGUF file's tokenizer into a directory; None for a directory, whose files are copied."""
     if path.is_dir():
         return None
     from trainfw.data import load_tokenizer

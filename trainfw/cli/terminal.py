@@ -1,4 +1,4 @@
-"""How commands print: into a pipe as it is; on a terminal folded at words, with verdicts in colour."""
+"""Printing of commands: plain text into a pipe; on a terminal folded at words, with verdicts in colour."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _COLOURS = {
 _VERDICT = re.compile(r"(?:(?<=^)|(?<=^check: ))(?:error|failed|refused|warning|clean|fits)(?=:)|(?i:does not fit)")
 
 LIVE_SECONDS, QUIET_SECONDS = 1.0, 30.0
-"""How often a `Clock` moves on a terminal, and in a pipe."""
+"""Seconds between moves of a `Clock` on a terminal, and in a pipe."""
 
 _STAYS = re.compile(r"`[^`]*`|(?<![\w.=])\d[\d.,]* (?=[A-Za-z]+(?:/s)?(?![\w/.]))")
-"""Where no line ends: inside a command, and between a number and its unit."""
+"""Text that no line break may cut: a command, or a number and its unit."""
 _SHORT = 32
 """Characters of a field that goes to the next line as a whole."""
 
@@ -60,7 +60,7 @@ def for_terminal(text: str, width: int, *, colour: bool) -> str:
 
 
 def in_colour(stream: IO[str]) -> bool:
-    """Whether a stream is a terminal that shows colours, and nobody asked for none (https://no-color.org)."""
+    """Tell whether a stream is a terminal that shows colours, and nobody asked for none (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

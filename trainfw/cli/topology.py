@@ -99,7 +99,7 @@ def parse_layout(text: str, topology: Topology) -> Layout:
 
 
 def _print(lines: Iterable[Text]) -> None:
-    """In colour on a terminal, folded to its width; as plain text in a pipe."""
+    """Print lines: in colour on a terminal and folded to its width, as plain text in a pipe."""
     from rich.console import Console
     from rich.text import Text
 

@@ -10,23 +10,23 @@ from trainfw.hardware.topology import Topology, load_topology, topology_names
 
 
 class HardwareConfig(Config):
-    """What the recipe is meant to run on. Left out, it runs on the devices it finds."""
+    """Hardware that the recipe is meant to run on. Left out, it runs on the devices it finds."""
 
     topology: str | None = None
     """A known topology (`trn2.48xlarge`, `h100-8`, ...), or the path of a file that describes one: the run then
     insists on its number of devices."""
     count: PositiveInt = 1
-    """How many of that topology, joined by their network."""
+    """Number of units of that topology, joined by their network."""
     lnc: Literal[1, 2] | None = None
     """Physical NeuronCores in a logical one, hence in one JAX device. Left out, the chip's default."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Replace figures of the topology by dotted name, such as `links.neuronlink.bandwidth: 128 GB/s`."""
     dollars_per_chip_hour: PositiveFloat | None = None
-    """What a chip costs, for plans."""
+    """Price of a chip, for plans."""
     sdk: str | float | None = None
     """The Neuron SDK whose limits and packages count. Left out, the newest that trainfw has a profile of."""
     compiler_flags: list[str] = Field(default_factory=list)
-    """Further options of neuronx-cc, after trainfw's own."""
+    """More options of neuronx-cc, after trainfw's own."""
     fsdp_overlap: bool = True
     """Let Neuron overlap FSDP's collectives with compute (NEURON_FSDP and others, which AWS calls experimental)."""
     fused_attention: bool = False

@@ -16,7 +16,7 @@ _UNITS = {
     "FLOP/s": {"TFLOP/s": 1e12, "PFLOP/s": 1e15},
     "seconds": {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
 }
-"""By dimension."""
+"""Units and their scales, by dimension."""
 _SCALES = {unit: (dimension, scale) for dimension, units in _UNITS.items() for unit, scale in units.items()}
 _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%]*)\s*")
 
@@ -31,7 +31,7 @@ def quantity(text: Any) -> float:
 
 
 def dimension(text: Any) -> str:
-    """What a quantity is of: `bytes`, `bytes/s`, `FLOP/s`, `seconds` or `a plain number`. Raises as `quantity`."""
+    """Name a quantity's dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`. Raises as `quantity`."""
     return _parsed(text)[1]
 
 
@@ -74,7 +74,7 @@ def in_any_unit(seconds: float) -> str:
 
 
 class Claim(Config):
-    """What one document says."""
+    """Figure in the words of one document."""
 
     value: Any
     source: str
@@ -89,18 +89,18 @@ class Figure(Claim):
     """A figure of the hardware with where it is from; where documents disagree, what the others say too."""
 
     also: list[Claim] = []
-    """What other documents say."""
+    """Claims of other documents."""
     note: str = ""
-    """What is derived, assumed or not confirmed about it."""
+    """Note on what is derived, assumed or not confirmed."""
 
     @property
     def number(self) -> float:
-        """In SI base units and bytes."""
+        """Return the figure in SI base units and bytes."""
         return quantity(self.value)
 
     @property
     def doubtful(self) -> bool:
-        """Whether documents disagree about it, or it is derived or assumed."""
+        """Tell whether documents disagree about it, or it is derived or assumed."""
         return bool(self.also) or any(word in self.note for word in ("assumed", "derived", "may mean"))
 
 

@@ -39,7 +39,7 @@ class TensorEngineFile(Config):
     rows: PositiveInt
     """Places along the contracted dim."""
     columns: PositiveInt
-    """Along the free dim of the operand that stays."""
+    """Places along the free dim of the operand that stays."""
     moving: PositiveInt
     """Longest part of the other operand's free dim that goes through at once."""
     moving_cycles: PositiveInt
@@ -106,13 +106,13 @@ class ChipFile(Config):
     """Range of `matmul_efficiency`, for that of a plan's time. Left out, as far as a plan allows
     where only one run is known."""
     tensor_engine: TensorEngineFile | None = None
-    """Left out, odd shapes cost nothing extra."""
+    """Tensor engine of a core. Left out, odd shapes cost nothing extra."""
     matmul_rates: MatmulRatesFile | None = None
     """Measured rates, in place of `matmul_efficiency` and `tensor_engine`."""
     hbm_size: Size | None = None
     hbm_bandwidth: Rate | None = None
     elementwise_rates: ElementwiseRatesFile | None = None
-    """Left out, elementwise operations and reductions run at `hbm_bandwidth`."""
+    """Measured rates. Left out, elementwise operations and reductions run at `hbm_bandwidth`."""
     on_chip_memory: Size | None = None
     """SBUF (or cache) of the chip."""
     collective_cores: Number | None = None
@@ -211,7 +211,7 @@ class TopologyFile(Config):
     groups: dict[int, list[GroupsFile]] | None = None
     """Groups by LNC. Null: no document restricts or lists them."""
     rules: Literal["neuron"] | None = None
-    """Whose rules on collective groups hold here."""
+    """Name of the backend whose rules on collective groups hold here."""
     core_links: list[list[int]] = []
     """Cores of an instance that the links join, at the default LNC, where a document shows it."""
     host_memory: Size | None = None
@@ -220,7 +220,7 @@ class TopologyFile(Config):
     """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
     storage: StorageFile
     kubernetes: KubernetesFile | None = None
-    """Left out where no document says."""
+    """Names in Kubernetes. Left out where no document says."""
     totals: dict[str, Figure] = {}
     """Figures of the whole unit by the source (`cores`, `hbm_size`, a dtype's FLOP/s, ...): tests hold us to them."""
     sources: list[str]

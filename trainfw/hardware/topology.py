@@ -85,7 +85,7 @@ class Topology:
     """Figures of one unit, as the sources have them."""
     sources: tuple[str, ...]
     kubernetes: KubernetesFile | None = None
-    """None: no document says."""
+    """Names in Kubernetes; None where no document says."""
 
     # Sizes ------------------------------------------------------------------------------------------------------
     @property

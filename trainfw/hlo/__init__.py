@@ -1,4 +1,4 @@
-"""What XLA makes of a program: the partitioned module as data, its collectives, and the places in user code."""
+"""Programs as XLA partitions them, read as data: modules, their collectives, and places in user code."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Where the values of a compiled module lie and for how long, from what XLA dumps of its buffer assignment."""
+"""Places and lifetimes of a compiled module's values, from what XLA dumps of its buffer assignment."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Buffer:
     """A value in the memory that a program takes beside its arguments and results."""
 
     name: str
-    """Of the instruction (of the final module) that makes it."""
+    """Name of the instruction (of the final module) that makes it."""
     index: tuple[int, ...]
-    """Which element of that instruction's tuple."""
+    """Index in that instruction's tuple."""
     shape: Shape | None
-    """None of a tuple of pointers."""
+    """Shape; None for a tuple of pointers."""
     bytes: int
     offset: int
     start: int

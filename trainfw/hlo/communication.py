@@ -29,13 +29,13 @@ class Collective:
 
     kind: str
     dtype: str
-    """As HLO names it: `bf16`, `f32`, ..."""
+    """Dtype as HLO names it: `bf16`, `f32`, ..."""
     bytes: int
-    """Of the whole buffer on one device, each time: what an all-gather returns, what a reduce-scatter takes."""
+    """Bytes of the whole buffer on one device, each time: what an all-gather returns, what a reduce-scatter takes."""
     times: int
-    """How often it runs in one run of the module."""
+    """Number of runs in one run of the module."""
     groups: Groups
-    """Who takes part together; empty for a permute."""
+    """Devices that take part together; empty for a permute."""
     pairs: tuple[tuple[int, int], ...]
     """(source, target) of a permute."""
     instruction: Instruction
@@ -104,7 +104,7 @@ def _collective(
 
 
 def _is_scattered(instruction: Instruction, computation: Computation, parts: int) -> bool:
-    """Whether all that becomes of an array is that one part of it is cut out, somewhere else on every device."""
+    """Tell whether an array is only used by cutting one part out of it, somewhere else on every device."""
     elements = math.prod(instruction.shapes[0].dims)
     while True:
         users = computation.users.get(instruction.name, ())
@@ -121,7 +121,7 @@ def _is_scattered(instruction: Instruction, computation: Computation, parts: int
 
 
 def _by_partition(slice_: Instruction, computation: Computation) -> bool:
-    """Whether where a slice starts depends on which device it is."""
+    """Tell whether a slice starts at a place that depends on the device."""
     left = [operand.partition("#")[0] for operand in slice_.operands[1:]]
     seen: set[str] = set()
     while left:
@@ -136,7 +136,7 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
 
 
 def axes_of(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
-    """Which axes of a mesh the groups span, in the mesh's order; None when they are not all lines along whole axes.
+    """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
     Args:
         mesh: a jax Mesh, or its axis names and sizes, outermost first.

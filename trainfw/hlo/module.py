@@ -49,11 +49,11 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
-    """Of the result; a tuple's arrays in order."""
+    """Shapes of the result; a tuple's arrays in order."""
     operands: tuple[str, ...]
     """Names of instructions of the same computation; `name#i` is element i of a tuple."""
     literal: str | None
-    """What stands in the parentheses of a constant or a parameter."""
+    """Text in the parentheses of a constant or a parameter."""
     attributes: Mapping[str, str]
     op_name: str
     """JAX's path to the operation, such as `jit(train_step)/transpose(jvp())/while/body/dot_general`."""
@@ -100,7 +100,7 @@ class Computation:
         return None
 
     def element(self, operand: str, parameter: str) -> int | None:
-        """Which element of the tuple `parameter` an operand is, if it is one."""
+        """Find which element of the tuple `parameter` an operand is, if it is one."""
         name, _, index = operand.partition("#")
         if name == parameter and index.isdigit():
             return int(index)
@@ -146,7 +146,7 @@ class Module:
 
     @functools.cached_property
     def times(self) -> Mapping[str, int]:
-        """How often each computation runs: the product of the trip counts of the loops around it.
+        """Count how often each computation runs: the product of the trip counts of the loops around it.
 
         A loop whose trip count is not static counts once, each branch of a conditional too. The computations that
         reductions, sorts and scatters apply to elements are not among them.
@@ -179,7 +179,7 @@ class Module:
                             yield branch.strip().lstrip("%"), 1
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """How many times a while loop of `computation` runs its body; None when that is not static.
+        """Count how many times a while loop of `computation` runs its body; None when that is not static.
 
         Read from XLA's own annotation, else from the form `for (i = start; i < limit; i += step)` with constants.
         """
@@ -228,7 +228,7 @@ def _parameter(computation: Computation) -> str:
 
 
 def _step(body: Computation, index: int) -> int | None:
-    """What the body adds to element `index` of what the loop carries, when that is a constant."""
+    """Find the constant that the body adds to element `index` of what the loop carries; None for anything else."""
     if body.root.opcode != "tuple":
         return None
     update = body.source(body.root.operands[index])

@@ -25,7 +25,7 @@ class Place:
 
 @functools.cache
 def is_library(file: str) -> bool:
-    """Whether a file belongs to Python itself or to one of LIBRARIES."""
+    """Tell whether a file belongs to Python itself or to one of LIBRARIES."""
     parts = file.split(os.sep)
     for installed in ("site-packages", "dist-packages"):
         if installed in parts:
@@ -34,6 +34,6 @@ def is_library(file: str) -> bool:
 
 
 def user_place(frames: Iterable[Place]) -> Place | None:
-    """The innermost of `frames` (given innermost first) in user code; failing that the innermost; None of none."""
+    """Choose the innermost of `frames` (given innermost first) in user code, else the innermost; None of none."""
     frames = list(frames)
     return next((frame for frame in frames if not is_library(frame.file)), frames[0] if frames else None)

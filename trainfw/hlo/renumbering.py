@@ -126,7 +126,7 @@ def _schedule(message: bytes, numbers: Mapping[int, Mapping[int, int]]) -> bytes
 
 
 def _rewritten(field: _Field, own: Mapping[int, int]) -> bytes:
-    """A repeated field of numbers, packed or one by one, with the new ones."""
+    """Rewrite a repeated field of numbers, packed or one by one, with the new ones."""
     if field.kind == _VARINT:
         return _tagged(field.number, _VARINT) + _renumber(field.value, own)
     packed, at, out = _submessage(field), 0, []
@@ -174,7 +174,7 @@ def _submessage(field: _Field) -> bytes:
 
 
 def _number(message: bytes, number: int) -> int:
-    """The last value of an integer field, which is the one that counts; 0 where there is none."""
+    """Return the last value of an integer field, which is the one that counts; 0 where there is none."""
     found = 0
     for field in _fields(message):
         if field.number == number:

@@ -15,7 +15,7 @@ from trainfw.training import check_place
 
 _API = "jobset.x-k8s.io/v1alpha2"
 _LABELS = "jobset.sigs.k8s.io"
-"""JobSet puts these on each pod (kubernetes-sigs/jobset api/jobset/v1alpha2/jobset_types.go)."""
+"""Prefix of the labels that JobSet puts on each pod (kubernetes-sigs/jobset api/jobset/v1alpha2/jobset_types.go)."""
 _JOB = "workers"
 _RECIPE = "/etc/trainfw"
 _PYTHON = ("python", "-P", "-m", "trainfw")
@@ -28,7 +28,7 @@ _AMOUNT = re.compile(r"[a-z][-./a-zA-Z0-9]*=[0-9]+(\.[0-9]+)?[a-zA-Z]{0,2}")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _OURS = ("/dev/shm", _RECIPE)
 _LONGEST = 63
-"""Of a label: of a pod's host name too."""
+"""Letters of a label, and of a pod's host name, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class KubernetesJob:
     jobs: int
     """Units of the topology that are several instances each; else one."""
     pods: int
-    """Of each."""
+    """Pods of each Job."""
     devices: dict[str, int]
-    """Of each pod."""
+    """Devices of each pod, by resource."""
     resources: dict[str, str]
-    """Others, such as cpu and memory."""
+    """Further resources of each pod, such as cpu and memory."""
     node_labels: dict[str, str]
     unit_label: str | None
     """The label of nodes that the pods of one Job have in common, and with no other's."""

@@ -18,7 +18,7 @@ from trainfw.errors import UserError
 from trainfw.signals import heeded, stop_code
 
 _STACKS = signal.SIGUSR1
-"""Asks a process for the stacks of its threads (`trainfw.cli.signals`)."""
+"""Signal that asks a process for the stacks of its threads (`trainfw.cli.signals`)."""
 _STACK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
 GRACE_SECONDS = 120
@@ -138,7 +138,7 @@ def _first_to_fail(children: Children, received: Sequence[int], grace: float) ->
 
 @contextmanager
 def _forwarding(children: Children) -> Iterator[list[int]]:
-    """Signals that came, each passed on."""
+    """Pass on every signal that comes, and list them."""
     received: list[int] = []
 
     def handle(signum: int, _frame: object) -> None:
@@ -154,7 +154,7 @@ def _forwarding(children: Children) -> Iterator[list[int]]:
 
 
 def _pass_on(children: Children, signum: int) -> None:
-    """To all that are left; to those that were stopped (SIGSTOP), so that they hear it."""
+    """Send a signal to all processes that still run; those that were stopped (SIGSTOP) go on, to receive it."""
     for child in children:
         if child.poll() is None:
             child.send_signal(signum)
@@ -162,7 +162,7 @@ def _pass_on(children: Children, signum: int) -> None:
 
 
 def _end(children: Children) -> None:
-    """All of them and what they started; at once, but for the moment it takes them to say where they were."""
+    """Kill all processes and what they started, after a moment in which they write the stacks of their threads."""
     left = [child for child in children if child.poll() is None]
     _pass_on(left, _STACKS)
     deadline = time.monotonic() + _STACK_SECONDS
@@ -176,7 +176,7 @@ def _end(children: Children) -> None:
 
 
 def _echo(log: Path, start: int, over: threading.Event) -> None:
-    """What is added to a log from byte `start` on, until it is over."""
+    """Print what is added to a log from byte `start` on, until `over` is set."""
     with log.open("rb") as file:
         file.seek(start)
         last = False

@@ -19,13 +19,13 @@ from trainfw.signals import STOPS
 from trainfw.training import check_place
 
 SCRIPT = "launch.sbatch"
-"""In the run's logs/."""
+"""Name of the script in the run's logs/."""
 
 _AGAIN = sorted({TRY_AGAIN, 134, 137, 139, *(128 + signum for signum in STOPS if signum != signal.SIGINT)})
 """Exit codes of processes that are to be started again."""
 
 _TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})", re.ASCII)
-"""What sbatch(1) takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+"""Times of sbatch(1): minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SlurmJob:
     """A job that trains a recipe, requeues itself when it was stopped for no fault of its own, and goes on."""
 
     recipe: str
-    """As `trainfw train` takes it."""
+    """Recipe as `trainfw train` takes it."""
     overrides: Sequence[str]
     run_dir: Path
     name: str
@@ -46,7 +46,7 @@ class SlurmJob:
     grace: int = 120
     """Seconds between SIGTERM and the time limit."""
     restarts: int = 100
-    """How often it may requeue itself."""
+    """Number of times that it may requeue itself."""
     options: Sequence[str] = ()
     """Further options of sbatch, such as --exclude=trn-7."""
     devices: int | None = None

@@ -21,23 +21,23 @@ Axes: TypeAlias = str | Sequence[str]
 
 
 def axis_size(axes: Axes) -> int:
-    """Devices along one mesh axis, or along several; 1 outside a mesh."""
+    """Count the devices along one mesh axis, or along several; 1 outside a mesh."""
     return math.prod(_sizes(axes).values())
 
 
 def axis_index(axis: str) -> jax.Array:
-    """This device's place along `axis`, i32[]."""
+    """Return this device's place along `axis`, i32[]."""
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else jnp.int32(0)
 
 
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The parts of `x` that the devices along `axes` hold, joined along `dim`. Its gradient is a reduce_scatter."""
+    """Join the parts of `x` that the devices along `axes` hold along `dim`. Its gradient is a reduce_scatter."""
     names = tuple(_sizes(axes))
     return jax.lax.all_gather(x, names, axis=dim, tiled=True) if names else x
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The sum of `x` over the devices along `axes`, of which each keeps its part along `dim`.
+    """Sum `x` over the devices along `axes`, each of which keeps its part along `dim`.
 
     Its gradient is an all_gather.
     """
@@ -46,26 +46,26 @@ def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
 
 def all_reduce(x: jax.Array, axes: Axes) -> jax.Array:
-    """The sum of `x` over the devices along `axes`. Its gradient is an all_reduce."""
+    """Sum `x` over the devices along `axes`. Its gradient is an all_reduce."""
     names = tuple(_sizes(axes))
     return jax.lax.psum(x, names) if names else x
 
 
 def all_max(x: jax.Array, axes: Axes) -> jax.Array:
-    """The largest `x` of the devices along `axes`. It has no gradient."""
+    """Take the largest `x` of the devices along `axes`. It has no gradient."""
     names = tuple(_sizes(axes))
     return jax.lax.pmax(jax.lax.stop_gradient(x), names) if names else jax.lax.stop_gradient(x)
 
 
 def all_to_all(x: jax.Array, axis: str, split: int, concat: int) -> jax.Array:
-    """Part i of `x` along dim `split` goes to device i along `axis`; what comes is joined along dim `concat`."""
+    """Send part i of `x` along dim `split` to device i along `axis`, and join what comes along dim `concat`."""
     if axis_size(axis) == 1:
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=concat, tiled=True)
 
 
 def ring_shift(x: jax.Array, axis: str) -> jax.Array:
-    """What the previous device along `axis` holds, the last before the first: a full circle, as Neuron demands."""
+    """Take the `x` of the previous device along `axis`, the last before the first: a full circle, as Neuron demands."""
     size = axis_size(axis)
     return x if size == 1 else jax.lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
 

@@ -20,7 +20,7 @@ class ParallelConfig(Config):
     """Stages of layers, through which microbatches pass. All stages share the embedding, the head and the loss, each
     for its own rows of the batch."""
     pipeline_microbatches: PositiveInt | None = None
-    """Into how many microbatches the rows of one accumulation step are split for the pipeline, a multiple of its
+    """Number of microbatches into which the pipeline splits the rows of one accumulation step, a multiple of its
     stages: the more, the less time stages idle. Null is as many as there are rows."""
     interleave: PositiveInt = 1
     """Chunks of layers that each stage holds. Microbatches go round the stages this many times, and the part of the
@@ -30,7 +30,7 @@ class ParallelConfig(Config):
     fsdp: int = -1
     """Devices over which the batch is split, and with it parameters, gradients and optimizer state (`fsdp_shards`)."""
     fsdp_shards: Sharded = "parameters"
-    """What is split along `fsdp`: the stages of ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 5).
+    """Arrays that are split along `fsdp`: the stages of ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054, section 5).
 
     `parameters` (ZeRO-3): all three; weights are gathered for every use, in every microbatch.
     `gradients` (ZeRO-2): gradients, scattered in every microbatch, and optimizer state. Parameters are whole on every
@@ -46,7 +46,7 @@ class ParallelConfig(Config):
     context: int = 1
     """Devices over which the sequence is split, in zig-zag: each has an early and a late part of it."""
     context_attention: Literal["ring", "gathered"] = "ring"
-    """How tokens see the other devices' keys and values: these travel round a `ring` of devices, met by each with its
+    """Exchange of keys and values between devices: these travel round a `ring` of devices, met by each with its
     own queries (Liu et al., arXiv:2310.01889), or are `gathered` first: more memory, one exchange."""
     tensor: int = 1
     """Devices over which heads, feed-forward columns and the vocabulary are split."""

@@ -1,4 +1,4 @@
-"""Which sets of cores Neuron takes as collective groups, and which permutes.
+"""Rules on sets of cores: which ones Neuron takes as collective groups, and which permutes.
 
 The shapes are data (`groups` of a topology file, each with its source); the rules here are about sets of physical
 cores, whatever mesh or program they come from.
@@ -15,7 +15,7 @@ from trainfw.hardware import Topology, load_topology
 
 
 def group_problem(topology: Topology, cores: Sequence[int]) -> str | None:
-    """Why Neuron would refuse a collective group of these physical cores; None when nothing known speaks against it.
+    """Say why Neuron would refuse a collective group of these physical cores; None when nothing speaks against it.
 
     A group has the same local cores on every instance (aws-neuron-sdk 2.32.0
     neuron-runtime/explore/internode-collective-comm.rst assumes it), and they have a shape that documents list: one
@@ -50,7 +50,7 @@ def group_problem(topology: Topology, cores: Sequence[int]) -> str | None:
 
 
 def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tuple[str, str] | None:
-    """Why Neuron would refuse a permute with these (source, target) physical cores: (rule, reason), or None.
+    """Say why Neuron would refuse a permute with these (source, target) physical cores: (rule, reason), or None.
 
     The pairs must form rings (`circular`) over directly connected ranks (`neighbours`): aws-neuron-sdk 2.32.0
     neuron-runtime/about/collectives.rst. Two cores are taken as directly connected when they are on one chip, on
@@ -75,7 +75,7 @@ def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tup
 
 
 def documented_groups(topology: Topology) -> frozenset[frozenset[int]]:
-    """Every set of an instance's local cores that has a documented shape."""
+    """List every set of an instance's local cores that has a documented shape."""
     return _documented(topology.name, topology.lnc)
 
 
@@ -88,7 +88,7 @@ def _documented(name: str, lnc: int) -> frozenset[frozenset[int]]:
 
 
 def _shape(topology: Topology, parts: Iterable[str]) -> Iterator[frozenset[int]]:
-    """Every set of local cores that varies over these dims (or parts of dims) alone."""
+    """List every set of local cores that varies over these dims (or parts of dims) alone."""
     ways: list[list[list[int]]] = []
     for dim in topology.dims:
         if dim.inside_instance:
@@ -102,7 +102,7 @@ def _shape(topology: Topology, parts: Iterable[str]) -> Iterator[frozenset[int]]
 
 
 def _places(topology: Topology, dim: str, size: int, parts: list[str]) -> list[list[int]]:
-    """The sets of places along a dim that vary over `parts` of it."""
+    """List the sets of places along a dim that vary over `parts` of it."""
     if not parts:
         return [[place] for place in range(size)]
     if parts == [dim]:
@@ -128,7 +128,7 @@ def _cycles(to: dict[int, int]) -> Iterator[list[int]]:
 
 
 def _ranges(cores: Iterable[int]) -> str:
-    """`cores 0-15, 48-63`, shortened where it is long."""
+    """Write cores as `cores 0-15, 48-63`, shortened where it is long."""
     runs: list[list[int]] = []
     for core in sorted(cores):
         if runs and runs[-1][1] == core - 1:

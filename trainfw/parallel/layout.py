@@ -60,7 +60,7 @@ class Layout:
         return " * ".join(f"{axis}({self.sizes[axis]:,})" for axis in axes)
 
     def batch_problem(self, rows: int, accumulation_steps: int) -> str:
-        """Why a global batch of so many rows does not divide, and what would; empty where it does."""
+        """Say why a global batch of so many rows does not divide, and what would; empty where it does."""
         shards = self.batch_shards
         parts = shards * accumulation_steps
         if rows % parts == 0:
@@ -91,7 +91,7 @@ def nearest_divisors(size: int, parts: int) -> str:
 
 
 def context_problem(length: int, context: int, tensor: int) -> str:
-    """Why a sequence of so many tokens does not divide over these axes, and what would; empty where it does.
+    """Say why a sequence of so many tokens does not divide over these axes, and what would; empty where it does.
 
     Over context in two chunks a device (see `zigzag_order`), and what lies on one of these devices over tensor.
     """
@@ -107,7 +107,7 @@ def context_problem(length: int, context: int, tensor: int) -> str:
 
 
 def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:
-    """Why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or empty.
+    """Say why the layers, whose kinds repeat with `period`, do not divide over the stages, and what would; or nothing.
 
     All chunks are run by one program, so each is the same number of whole periods.
     """

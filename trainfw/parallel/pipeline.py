@@ -26,7 +26,7 @@ def pipelined(
     remat: bool = False,
     policy: Callable[..., bool] | None = None,
 ) -> tuple[Any, Any]:
-    """What `x` becomes by passing through every chunk of layers, and the chunks' other outputs. Runs in shard_map.
+    """Pass `x` through every chunk of layers; return it with the chunks' other outputs. Runs in shard_map.
 
     Of the P * chunks chunks of consecutive layers, stage p of P holds p, p + P, p + 2P ... (see `stage_order`). The
     stages' microbatches of one place in `x` go round together, `chunks` times: M microbatches in all take
@@ -58,7 +58,7 @@ def pipelined(
     run = jax.checkpoint(stage, prevent_cse=False, policy=policy) if remat else stage
 
     def feed(t: jax.Array | int, buffer: Any, slot: Any, received: Any) -> tuple[Any, Any, Any]:
-        """What a stage works on at iteration `t`: at stage 0, and in a group's first round, its place on the ring.
+        """Return a stage's input at iteration `t`: at stage 0, and in a group's first round, its place on the ring.
 
         What stage 0 received instead is then done, and takes that place: the ring brings it home.
         """
@@ -129,7 +129,7 @@ def _swap_trees(on: jax.Array, index: jax.Array, buffers: Any, values: Any) -> t
 
 
 def _exchange(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where `on`, entry `index` of the buffer and the value change places."""
+    """Swap entry `index` of the buffer and the value, where `on`."""
     held = jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False)
     buffer = jax.lax.dynamic_update_index_in_dim(buffer, jnp.where(on, value, held), index, 0)
     return buffer, jnp.where(on, held, value)

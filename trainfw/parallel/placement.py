@@ -1,4 +1,4 @@
-"""Where each mesh axis lies on the hardware, hence the order of devices in the mesh.
+"""Places of the mesh axes on the hardware, hence the order of devices in the mesh.
 
 Not a table of cases but a search. The cores of the topology stand in physical dimensions (cores of a chip, columns
 and rows of chips, nodes of an UltraServer, the network). An assignment gives every dimension, or every part of one,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 EXPOSED = {"fsdp": 0.5, "data": 0.5, "pipeline": 0.5}
-"""How much of an axis's time on collectives a step waits for (1 where it is left out), an assumption: collectives of
+"""Share of an axis's time on collectives that a step waits for (1 where it is left out), an assumption: collectives of
 parameters, and those between stages, run beside compute that does not need them."""
 
 PERMUTED_AXES = ("pipeline", "context")
@@ -44,7 +44,7 @@ class Piece:
     dim: str
     size: int
     stride: int
-    """Of its places in the dim, for a part without a table."""
+    """Distance of neighbouring places of the part in the dim, for a part without a table."""
     bandwidth: float
     """Bytes/s between two of its places, each core's share."""
     latency: float
@@ -56,16 +56,16 @@ Assignment: TypeAlias = dict[str, tuple[Piece, ...]]
 
 @dataclass(frozen=True)
 class AxisPlacement:
-    """Where one mesh axis lies."""
+    """Place of one mesh axis on the hardware."""
 
     axis: str
     size: int
     parts: tuple[str, ...]
     """Physical dimensions (or parts of them) that it covers, innermost first."""
     pieces: tuple[Piece, ...]
-    """These, with their sizes and rates."""
+    """Parts with their sizes and rates."""
     ring: bool
-    """Its cores can be walked in a closed ring over direct links."""
+    """True where its cores can be walked in a closed ring over direct links."""
     permutes: bool
     """The order of its devices is such a ring: a permute from each to the next is legal."""
     hops: int
@@ -75,9 +75,9 @@ class AxisPlacement:
     latency: float
     """Seconds of one hop of the slowest."""
     problem: str | None
-    """Why Neuron refuses its groups. (None in what `place` returns.)"""
+    """Reason why Neuron refuses its groups. (None in what `place` returns.)"""
     documented: bool
-    """Whether documents list its groups, rather than merely not speaking against them."""
+    """True where documents list its groups, rather than merely not speaking against them."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Placement:
     order: np.ndarray
     """Physical core of every place in the mesh, an int array shaped like it (in the order of AXES)."""
     axes: tuple[AxisPlacement, ...]
-    """Of the axes larger than 1, outermost first."""
+    """Placements of the axes larger than 1, outermost first."""
     seconds: float
     """The objective: predicted time on collectives, by the traffic that was assumed."""
 
     @property
     def hosts_read_shares(self) -> bool:
-        """Whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
+        """Tell whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
         import numpy as np
 
         layout, topology = self.layout, self.topology
@@ -405,14 +405,14 @@ def _describe(
 
 
 def _groups(order: np.ndarray, along: int) -> np.ndarray:
-    """(groups, size of the axis): the physical cores of every group of one axis."""
+    """List the physical cores of every group of one axis: (groups, size of the axis)."""
     import numpy as np
 
     return np.moveaxis(order, along, -1).reshape(-1, order.shape[along])
 
 
 def _distinct(topology: Topology, groups: np.ndarray) -> np.ndarray:
-    """The groups that differ by more than the unit they begin in: one unit is like another."""
+    """Select the groups that differ by more than the unit they begin in: one unit is like another."""
     import numpy as np
 
     unit = topology.cores // topology.count
@@ -420,7 +420,7 @@ def _distinct(topology: Topology, groups: np.ndarray) -> np.ndarray:
 
 
 def _closed(topology: Topology, groups: np.ndarray) -> bool:
-    """Whether each core of every group is on the chip of the next, or one hop from it, and the last of the first."""
+    """Tell whether each core of every group is at most one hop from the next one's chip, and the last from the first's."""
     chips = groups // topology.cores_per_chip
     pairs = {(int(a), int(b)) for row in chips for a, b in zip(row, [*row[1:], row[0]], strict=True)}
     return all(topology.chip_distance(a, b) <= 1 for a, b in pairs)

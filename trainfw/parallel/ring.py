@@ -23,7 +23,7 @@ from trainfw.scopes import ATTENTION
 
 
 def zigzag_order(length: int, parts: int) -> np.ndarray:
-    """The columns of a sequence in the order in which `parts` devices hold them, i64[length]."""
+    """List the columns of a sequence in the order in which `parts` devices hold them, i64[length]."""
     if parts == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * parts, -1)
@@ -31,7 +31,7 @@ def zigzag_order(length: int, parts: int) -> np.ndarray:
 
 
 def local_indices(length: int, axis: str = "context") -> jax.Array:
-    """Where in the whole sequence the `length` columns of this device are, i32[length]."""
+    """Compute the places in the whole sequence of the `length` columns of this device, i32[length]."""
     size = axis_size(axis)
     if size == 1:
         return jnp.arange(length, dtype=jnp.int32)
@@ -47,7 +47,7 @@ def causal_mask(
     key_segments_BT: jax.Array | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Which query sees which key, bool[B or 1, S, T]: by index, within a segment. A window counts the query itself."""
+    """Compute which query sees which key, bool[B or 1, S, T]: by index, within a segment. Windows count the query."""
     query_S1, key_1T = query_indices_S[:, None], key_indices_T[None, :]
     seen_BST = (key_1T <= query_S1)[None]
     if window is not None:
@@ -71,7 +71,7 @@ def gathered_attention(
     softcap: float | None,
     attend: Callable[..., jax.Array],
 ) -> jax.Array:
-    """What `ring_attention` returns, of keys and values gathered along `axis`: more memory, one exchange.
+    """Compute the result of `ring_attention` from keys and values gathered along `axis`: more memory, one exchange.
 
     Early queries are given early keys only: three quarters of the products.
 
@@ -109,7 +109,7 @@ def ring_attention(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """Causal softmax attention of this device's queries to every device's keys, which travel round `axis`: o_BSHh.
+    """Attend causally from this device's queries to every device's keys, which travel round `axis`: o_BSHh.
 
     Ring attention (arXiv:2310.01889) with the online softmax of FlashAttention-2 (arXiv:2307.08691), whose backward
     pass it also takes: a second circle, on which the gradients of keys and values travel with them. Scores and softmax
@@ -142,7 +142,7 @@ _Queries: TypeAlias = tuple[jax.Array, jax.Array, jax.Array | None]
 _Keys: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 """k_BTKh, v_BTKh, indices_1T, segment_ids_BT."""
 _Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""Of the scores so far: the highest, the sum of exponentials (BKGS), the values weighted by these (BKGSh); f32."""
+"""Sums over scores so far: the highest, the sum of exponentials (BKGS), the values weighted by these (BKGSh); f32."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -226,7 +226,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _attend(form: _Form, sums: _Sums, query: _Queries, key: _Keys) -> _Sums:
-    """The sums, with these queries' products with these keys."""
+    """Add these queries' products with these keys to the sums."""
     sums, query = _in_turn(sums, query)
     highest, total, values = sums
     scores = _mask(form, query, key, _product("bskgh,btkh->bkgst", query[0], key[0]))
@@ -237,7 +237,7 @@ def _attend(form: _Form, sums: _Sums, query: _Queries, key: _Keys) -> _Sums:
 
 
 def _gradients(form: _Form, query: Any, key: _Keys) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(dq_BSKGh, (dk_BTKh, dv_BTKh)) of these queries' products with these keys, in f32."""
+    """Compute (dq_BSKGh, (dk_BTKh, dv_BTKh)) of these queries' products with these keys, in f32."""
     (q, *_), (k, v, *_) = query[0], key
     _, dout, log, dots = query
     scores, back = jax.vjp(functools.partial(_mask, form, query[0], key), _product("bskgh,btkh->bkgst", q, k))
@@ -250,7 +250,7 @@ def _gradients(form: _Form, query: Any, key: _Keys) -> tuple[jax.Array, tuple[ja
 
 
 def _mask(form: _Form, query: _Queries, key: _Keys, products: jax.Array) -> jax.Array:
-    """Scores of the products of queries and keys."""
+    """Compute the scores of queries and keys."""
     scores = products * form.scale
     if form.softcap is not None:
         scores = form.softcap * jnp.tanh(scores / form.softcap)
@@ -277,7 +277,7 @@ def _grouped(x_BSHh: jax.Array, k_BSKh: jax.Array) -> jax.Array:
 
 
 def _in_turn(sums: Any, tree: Any) -> Any:
-    """Both as they are, but products of `tree` wait for the sums: the scores before are gone by then."""
+    """Return both as they are, but products of `tree` wait for the sums: the scores before are gone by then."""
     return jax.lax.optimization_barrier((sums, tree))
 
 
@@ -290,7 +290,7 @@ def _parts(tree: Any, size: int) -> list[Any]:
 
 
 def _halves(tree: Any) -> list[Any]:
-    """Of columns: the early and the late."""
+    """Cut columns into the early and the late half."""
     return [jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], tree) for i in (0, 1)]
 
 

@@ -76,22 +76,22 @@ class Rules:
             self.table[name] = tuple(axes)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
-        """The mesh axes of more than one device that split dims of this name."""
+        """List the mesh axes of more than one device that split dims of this name."""
         return () if name is None else tuple(axis for axis in self.table[name] if self.mesh.shape[axis] > 1)
 
     def gathered(self, name: str | None) -> tuple[str, ...]:
-        """Those of them along which a weight is gathered for use."""
+        """List the mesh axes along which a dim of this name of a weight is gathered for use."""
         return () if name in SPLIT_RULES else self.axes(name)
 
     @property
     def gathers(self) -> bool:
-        """Whether layers gather weights at all."""
+        """Tell whether layers gather weights at all."""
         return self.fsdp_shards == "parameters" and any(map(self.gathered, GATHERED_RULES))
 
     def spec(
         self, array: str, shape: Sequence[int], names: Sequence[str | None], *, in_use: bool = False
     ) -> PartitionSpec:
-        """The PartitionSpec of `array`, whose dims have these sizes and these names; as it is `in_use`, or kept.
+        """Make the PartitionSpec of `array`, whose dims have these sizes and these names; as it is `in_use`, or kept.
 
         Raises UserError naming the array, the dim and the axis when a rule cannot apply.
         """
@@ -126,7 +126,7 @@ class Rules:
     def weight_sharding(
         self, array: str, shape: Sequence[int], names: Sequence[str | None], of: Sharded
     ) -> NamedSharding:
-        """How a weight is kept (`of` parameters), or its gradient, or its optimizer state: by these names, and along
+        """Shard a weight (`of` parameters), its gradient or its optimizer state: by these names, and along
         what it is gathered over if `fsdp_shards` says so.
         """
         stages = get_args(Sharded)  # each shards what those before it do, and one thing more
@@ -143,7 +143,7 @@ _active: contextvars.ContextVar[Rules | None] = contextvars.ContextVar("trainfw_
 
 @contextlib.contextmanager
 def use_rules(rules: Rules | None) -> Iterator[None]:
-    """While tracing inside, collectives and weights follow `rules`; outside they do nothing.
+    """Let collectives and weights follow `rules` while tracing inside; outside they do nothing.
 
     What is differentiated must be so inside: the backward passes written here ask for the rules when they are traced.
     """

@@ -29,7 +29,7 @@ class Replica:
     """A weight that every device holds whole, while its gradient is scattered (ZeRO-2)."""
 
     part: jax.Array
-    """This device's part, to which the gradient belongs."""
+    """Part of this device, to which the gradient belongs."""
     whole: jax.Array
 
 

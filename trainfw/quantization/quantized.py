@@ -42,7 +42,7 @@ class Quantized:
     step: jax.Array | None = None
     """NF4: what a row's scales differ by from one code to the next, f32 (..., 1)."""
     dim: int = field(default=-2, metadata={"static": True})
-    """Along which blocks lie, -1 or -2: the dim that a product sums over, or an embedding's row."""
+    """Dim along which blocks lie, -1 or -2: the one that a product sums over, or an embedding's row."""
 
     @property
     def ndim(self) -> int:
@@ -50,7 +50,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Return the shape of the weight."""
         shape = list(self.codes.shape)
         shape[self.dim] *= 1 if self.codes.dtype == jnp.int8 else 2
         return tuple(shape)
@@ -96,7 +96,7 @@ def quantize(weight: jax.Array, precision: Precision, *, block: int = 64, dim: i
 
 
 def block_problem(size: int, block: int) -> str | None:
-    """Why a dim of `size` cannot be cut into blocks of `block` weights, two in a byte, or None."""
+    """Say why a dim of `size` cannot be cut into blocks of `block` weights, two in a byte, or None."""
     if block % 2 == 0 and size % block == 0:
         return None
     fitting = [n for n in range(2, min(size, 256) + 1, 2) if size % n == 0]

@@ -20,7 +20,7 @@ _MOST_EXTENDED = 32
 
 
 def recipe_directory() -> Path:
-    """Where the bundled recipes are: inside the installed package, or at the top of the repository."""
+    """Find the bundled recipes: inside the installed package, or at the top of the repository."""
     package = Path(__file__).parents[1]
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"

@@ -29,7 +29,7 @@ _FREE_TEXT = ("data.system_prompt", "train.sample_prompt")
 
 
 _MOST_PROBLEMS = 20
-"""Told at once; to find the nearest key takes a while."""
+"""Problems told at once; to find the nearest key takes a while."""
 
 
 def load_recipe(
@@ -109,7 +109,7 @@ def refuse_recipe(path: str | os.PathLike[str]) -> None:
 
 
 def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without the tokenizer that came with `model.from`, since another model comes with its own."""
+    """Drop the tokenizer that came with `model.from`, since another model comes with its own."""
     model, data = tree.get("model"), tree.get("data")
     if not isinstance(model, dict) or not isinstance(data, dict) or model.get("from") is None:
         return tree
@@ -120,7 +120,7 @@ def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(tree: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """`tree` with the value at `path` replaced, whatever was there."""
+    """Return `tree` with the value at `path` replaced, whatever was there."""
     first, *rest = path
     tree = tree if isinstance(tree, dict) else {}
     return {**tree, first: _set(tree.get(first), rest, value) if rest else value}

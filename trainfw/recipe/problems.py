@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: the key, where it was written, the value, what was expected."""
+"""Problems of a recipe in words: the key, where it was written, the value, what was expected."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ _IN_WORDS = {
     "name": "letters, digits, '.', '_' and '-', with a letter or a digit first",
     "data.date": "a day, YYYY-MM-DD",
 }
-"""What the patterns of keys ask for."""
+"""Patterns of keys in words."""
 
 
 def _meant(kind: str, value: Any) -> str:
-    """What a value of the wrong type was meant to be, where it can be read."""
+    """Guess the value that one of the wrong type was meant to be, where it can be read."""
     text = str(value).strip().lower()
     if kind.startswith("bool"):
         words = {"true": ("true", "yes", "on", "1", "y"), "false": ("false", "no", "off", "0", "n")}

@@ -41,7 +41,7 @@ class Recipe(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig | None = None
-    """What the model makes of held-out prompts, by a metric of the task; null: only its loss is computed."""
+    """Evaluation of answers to held-out prompts, by a metric of the task; null: only the loss is computed."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
@@ -70,12 +70,12 @@ class Recipe(Config):
 
     @property
     def group(self) -> int:
-        """Rows of tokens in each of train.global_batch_size: two of a pair."""
+        """Count the rows of tokens in each of train.global_batch_size: two of a pair."""
         return 2 if self.data.format == "preferences" else 1
 
     @property
     def tokens_per_step(self) -> int:
-        """Places for a token in a global batch."""
+        """Count the places for a token in a global batch."""
         return self.train.global_batch_size * self.group * self.data.sequence_length
 
     def __eq__(self, other: object) -> bool:
@@ -83,11 +83,11 @@ class Recipe(Config):
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     def written(self, key: str) -> str:
-        """Where `key` itself was written, `file:line` or `command line`; empty for a default."""
+        """Say where `key` itself was written, `file:line` or `command line`; empty for a default."""
         return self._sources.get(key, "")
 
     def error(self, key: str, problem: str) -> UserError:
-        """A UserError that says where `key` (dotted) was written, its value, and the problem."""
+        """Make a UserError that says where `key` (dotted) was written, its value, and the problem."""
         value: Any = self
         for part in key.split("."):
             value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
@@ -95,7 +95,7 @@ class Recipe(Config):
 
     @contextlib.contextmanager
     def blamed(self, key: str) -> Iterator[None]:
-        """A UserError inside is about `key`: say so, and where it was written.
+        """Blame `key` for a UserError inside, and say where it was written.
 
         Of a section, about the field that the message begins with, or that the error names (`errors.about`).
         """
@@ -112,17 +112,17 @@ class Recipe(Config):
             raise UserError(f"{where(key, self._sources, text)}{key}{text}") from error
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key written out; loads back to the same recipe."""
+        """Write the resolved recipe, every key written out; it loads back to the same recipe."""
         return yaml_text.dump(self.model_dump())
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Dotted key -> (value here, value in `other`), where they differ."""
+        """List dotted key -> (value here, value in `other`), where they differ."""
         mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
         return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
 
 
 def expect_recipe(given: Any) -> Recipe:
-    """What Python code handed over as a recipe. Raises UserError, with the call that makes one, where it is none."""
+    """Check that Python code handed over a recipe. Raises UserError, with the call that makes one, where it is none."""
     if isinstance(given, Recipe):
         return given
     path = show(given) if isinstance(given, str | os.PathLike | Mapping) else "'quickstart'"
@@ -130,7 +130,7 @@ def expect_recipe(given: Any) -> Recipe:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file. Nothing is required, since a file may extend another."""
+    """Make the JSON Schema of a recipe file. Nothing is required, since a file may extend another."""
     schema = Recipe.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
@@ -147,7 +147,7 @@ def json_schema() -> dict[str, Any]:
 
 @functools.cache
 def keys() -> dict[str, Any]:
-    """Every valid dotted key, and its type."""
+    """List every valid dotted key, and its type."""
     return dict(_keys(Recipe))
 
 

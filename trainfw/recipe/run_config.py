@@ -8,7 +8,7 @@ from trainfw.config import INT32, Config, Dim, PositiveInt, invalid
 
 
 class EvaluationConfig(Config):
-    """What the model makes of held-out prompts, before the first step and after the last.
+    """Evaluation of the model's answers to held-out prompts, before the first step and after the last.
 
     Needs `data.format: chat` (the last turn that is learnt is the reference), `prompt_completion`, or `preferences`
     (what was chosen is the reference).
@@ -19,13 +19,13 @@ class EvaluationConfig(Config):
     `chrf`: F2 of character n-grams up to 6 (Popović, "chrF", 2015). `exact_match`: whether every character is right.
     Each from 0 to 1, averaged over the examples."""
     examples: PositiveInt = 64
-    """How many held-out examples, spread over all of them."""
+    """Number of held-out examples, spread over all of them."""
     max_tokens: Dim = 48
     """Tokens the model may write; it takes the likeliest each time."""
     batch_size: Dim = 16
     """Prompts continued at once."""
     samples: int = Field(default=3, ge=0)
-    """How many examples are shown when the run ends; evaluation.jsonl in the run directory holds all."""
+    """Examples that are shown when the run ends; evaluation.jsonl in the run directory holds all."""
 
 
 class TrainConfig(Config):
@@ -44,7 +44,7 @@ class TrainConfig(Config):
     largest number. Experts, the output head and attention's own products stay in compute_dtype. For GPUs from Hopper
     on; a CPU is slower with it, and on Neuron it has not run."""
     remat: Literal["none", "dots", "full", "stage"] = "none"
-    """What backward computes again: nothing; all but matrix products; all of each layer; and, where layers are in
+    """Recomputation in the backward pass: nothing; all but matrix products; all of each layer; and, where layers are in
     stages of a pipeline, all of each stage once and of each of its layers once more, for the least memory."""
     scan_layers: bool = True
     """Compile one layer and scan over the stack; false unrolls the layers: slower to compile, the same numbers."""
@@ -61,7 +61,7 @@ class TrainConfig(Config):
     validation_batches: int | None = Field(default=None, ge=0)
     """Validate on this many batches at most; 0: never; null: the whole held-out split."""
     sample_prompt: str | None = None
-    """When the run ends, show what the model writes after this."""
+    """Prompt after which the model writes a sample when the run ends."""
     sample_tokens: int = Field(default=64, ge=1, le=2**20)
     """Tokens of that sample."""
 
@@ -77,7 +77,7 @@ class TrainConfig(Config):
 
 
 class FaultsConfig(Config):
-    """What a run makes of steps that go wrong.
+    """Policies for steps that go wrong.
 
     Policies: `stop` ends the run; `skip` leaves parameters and optimizer as they were (decided on the devices) and
     goes on; `rollback` goes back to the last checkpoint and leaves out the rows of that step. Each is written to
@@ -85,9 +85,9 @@ class FaultsConfig(Config):
     """
 
     non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    """When the loss or a norm of the gradient is infinite or not a number."""
+    """Policy when the loss or a norm of the gradient is infinite or not a number."""
     spike: Literal["stop", "skip", "rollback"] = "skip"
-    """When the loss or the gradient's norm is `spike_sigma` above what it has been."""
+    """Policy when the loss or the gradient's norm is `spike_sigma` above what it has been."""
     spike_sigma: float | None = Field(default=None, gt=0)
     """Standard deviations above the running mean (over some 50 steps) that make a spike; null: nothing does."""
     most: int = Field(default=10, ge=0)

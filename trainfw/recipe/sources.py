@@ -1,4 +1,4 @@
-"""Where each key of a recipe was written, and how values are shown in errors."""
+"""Places where the keys of a recipe were written, and values as errors show them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 Sources = dict[str, str]
-"""Where each dotted key was written: `file:line`, `command line`, or `overrides` of a call."""
+"""Place where each dotted key was written: `file:line`, `command line`, or `overrides` of a call."""
 
 
 COMMAND_LINE = "command line"
 OVERRIDES = "overrides"
 _GIVEN = (COMMAND_LINE, OVERRIDES)
-"""What a user wrote beside the file: blamed before it."""
+"""Sources that a user gives beside the file: blamed before it."""
 
 
 def where(key: str, sources: Sources, problem: str = "") -> str:
-    """`file:line: ` of the key, or of the nearest section it is in, or of what is in it.
+    """Return `file:line: ` of the key, or of the nearest section it is in, or of what is in it.
 
     What the command line, or overrides, say is blamed before what a file does: the key itself, what is in it, or a key
     that the problem names.
@@ -35,7 +35,7 @@ def where(key: str, sources: Sources, problem: str = "") -> str:
 
 
 def _names(problem: str, name: str, key: str) -> bool:
-    """Whether a problem with `key` is said to be one with the key `name` too, or with the section it is in.
+    """Tell whether a problem with `key` is said to be one with the key `name` too, or with the section it is in.
 
     Within one section, by its last part alone.
     """

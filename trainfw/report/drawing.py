@@ -43,7 +43,7 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         ]
 
     def style(dim: Dimension, stride: int, a: int, b: int) -> str:
-        """Of the link between places `a` and `b` of a level, each of `stride` chips."""
+        """Choose the colour of the link between places `a` and `b` of a level, each of `stride` chips."""
         if placement is None:
             return ""
         axes = axes_between(placement, positions, a * stride, b * stride)

@@ -105,7 +105,7 @@ class _Picture:
             self.parts.append(f'<circle cx="{x}" cy="{y}" r="{width}" fill="{colour}"/>')
 
     def axes(self, dim: Dimension, a: int, b: int | None = None) -> list[str]:
-        """What the link from chip `a` to chip `b`, or into a switch, is coloured by."""
+        """List the axes that colour the link from chip `a` to chip `b`, or into a switch."""
         if self.placement is None:
             return [dim.name]
         if b is None:
@@ -276,7 +276,7 @@ class _Picture:
             return left + chip % row * pitch
 
         def top(rack: int) -> float:
-            """Of the chips of a rack."""
+            """Return the top of the chips of a rack."""
             start = y + rack * (deep + apart)
             mirrored = rack % 2 and two
             return start + ((short_port + bar) if mirrored else (bar + long_port))

@@ -45,7 +45,7 @@ def list_topologies() -> Iterator[Text]:
 
 
 def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Text]:
-    """What it is made of, with rates and links."""
+    """Describe the parts of a topology, with rates and links."""
     of = "" if topology.count == 1 else f"{topology.count} x "
     yield Text.assemble((f"{of}{topology.name}", "bold"), f": {topology.description}")
     lnc = f" (LNC {topology.lnc}: {topology.lnc} of {topology.chip.cores} physical cores each)"

@@ -83,7 +83,7 @@ def lanes(stretches: Sequence[Any], colour: Callable[[str], str], label: Callabl
 
 
 def _streams(stretches: Iterable[Any], whole: float) -> list[str]:
-    """Those of the cores, then the links', the busiest first."""
+    """List the streams: those of the cores, then those of the links, the busiest first."""
     busy: defaultdict[str, float] = defaultdict(float)
     for stretch in stretches:
         for segment in stretch.segments:
@@ -108,7 +108,7 @@ def _at(start: float, seconds: float, whole: float) -> str:
 
 
 def _if_room(text: str, share: float) -> str:
-    """At some 7 of 1,070 pixels a character."""
+    """Return the text, or nothing where it is wider than the block: a character takes some 7 of 1,070 pixels."""
     return escape(text) if share * 150 > len(text) else ""
 
 

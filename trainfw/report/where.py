@@ -1,4 +1,4 @@
-"""Which places of the mesh a core, a chip or a link belongs to, and the colours of its axes."""
+"""Places of the mesh that cores, chips and links belong to, and the colours of its axes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def kind_in_words(dim: Dimension) -> str:
 
 
 def part_in_words(part: str) -> str:
-    """Of a dim that was divided evenly: `4 of gpu`, `2 of gpu, 4 apart`; other parts have their own names."""
+    """Name a part of an evenly divided dim: `4 of gpu`, `2 of gpu, 4 apart`; other parts have their own names."""
     dim, _, piece = part.partition(".")
     size, _, stride = piece.partition("@")
     if not size.isdigit():

@@ -22,7 +22,7 @@ _LEAST, _MOST = 128, 16
 
 
 def blocks_of(queries: int) -> list[tuple[int, int]]:
-    """First query of every block, and the first after it."""
+    """List the blocks: the first query of each, and the first after it."""
     size = max(_LEAST, -(-queries // _MOST))
     return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
@@ -35,7 +35,7 @@ def _attend(
 
 
 def _heads_first(x_BSHh: jax.Array, num_kv_heads: int) -> jax.Array:
-    """x_BKGSh, in memory in this order."""
+    """Return x_BKGSh, in memory in this order."""
     B, S, _, h = x_BSHh.shape
     return row_major(x_BSHh.reshape(B, S, num_kv_heads, -1, h).transpose(0, 2, 3, 1, 4))
 
@@ -51,7 +51,7 @@ def _scores(q_BKGsh: jax.Array, k_BKth: jax.Array, scale: float, softcap: float 
 
 
 def _over_queries(x_BKGst: jax.Array, y_BKGsh: jax.Array) -> jax.Array:
-    """Products of all heads that share keys, summed over the queries: f32[B, K, t, h]."""
+    """Sum the products of all heads that share keys over the queries: f32[B, K, t, h]."""
     B, K, _, _, t = x_BKGst.shape
     x_BKnt, y_BKnh = x_BKGst.reshape(B, K, -1, t), y_BKGsh.reshape(B, K, -1, y_BKGsh.shape[-1])
     return product("bktn,bknh->bkth", row_major(x_BKnt.swapaxes(-1, -2)), y_BKnh)
@@ -141,5 +141,5 @@ def blocked_attend(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`trainfw.models.common.attention.attend` of as many queries as keys, where no query sees a later key."""
+    """Compute `trainfw.models.common.attention.attend` of as many queries as keys, where no query sees a later key."""
     return _attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale, softcap)

@@ -1,4 +1,4 @@
-"""What the CPU has in the place of XLA's forms; imports jax when it is asked for."""
+"""Kernels of the CPU in place of XLA's forms; jax is imported when one is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainfw.backends.base import AttentionRequest, DecodingRequest, MatmulReque
 
 
 def attention_refuses(request: AttentionRequest) -> str | None:
-    """What `blocks` cannot do."""
+    """Say why `blocks` cannot do what is asked."""
     if request.cached or not request.causal or request.query_length != request.key_length:
         return "it is for causal self-attention only"
     return None
@@ -22,7 +22,7 @@ def load_attention(request: AttentionRequest) -> Callable[..., Any]:
 
 
 def matmul_refuses(request: MatmulRequest) -> str | None:
-    """What `products` has not been measured for."""
+    """Say why `products` is not for a request: it has been measured for some dtypes only."""
     return None if request.dtype in ("bfloat16", "float32") else "it is for bfloat16 and float32"
 
 
@@ -33,11 +33,11 @@ def load_matmul(request: MatmulRequest) -> Callable[..., Any]:
 
 
 MOST_ROWS = 16
-"""Beyond, products of matrices as they are written are as fast as those of `decoding`."""
+"""Rows up to which the products of `decoding` are faster than those of matrices as they are written."""
 
 
 def decoding_refuses(request: DecodingRequest) -> str | None:
-    """What `decoding` would gain nothing for."""
+    """Say why `decoding` would gain nothing."""
     if request.dtype != "float32":
         return "it is for float32"
     return f"it is for {MOST_ROWS} rows at most" if request.rows > MOST_ROWS else None

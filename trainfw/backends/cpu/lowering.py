@@ -1,4 +1,4 @@
-"""How a primitive of jax becomes an operation on a CPU, where jax's own rule costs time for nothing."""
+"""Lowering of a primitive of jax on a CPU, where jax's own rule costs time for nothing."""
 
 from __future__ import annotations
 

@@ -15,18 +15,18 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """`x`, its last dim contiguous in memory. XLA would else leave a transposition to what reads it."""
+    """Lay out `x` with its last dim contiguous in memory. XLA would else leave a transposition to what reads it."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays of one dtype, in float32."""
+    """Compute `jnp.einsum` of two arrays of one dtype, in float32."""
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
 def matmul(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """`x_ND @ w_DF`, in their dtype."""
+    """Compute `x_ND @ w_DF`, in their dtype."""
     return product("nd,df->nf", x_ND, w_DF).astype(x_ND.dtype)
 
 
@@ -44,7 +44,7 @@ matmul.defvjp(_forward, _backward)
 
 
 def over_rows(x_ND: jax.Array, y_NF: jax.Array) -> jax.Array:
-    """Their products summed over the rows, f32[D, F]."""
+    """Sum the products of two arrays over their rows, f32[D, F]."""
     (N, D), F = x_ND.shape, y_NF.shape[1]
     if F * (N + 2 * D) < N * D:  # less to turn round: y and the result, rather than x
         # Its own turn kept apart: XLA would make it part of the product, in a form that it has no kernel for.

@@ -11,7 +11,7 @@ from trainfw.backends.base import AttentionRequest
 
 
 def load(request: AttentionRequest) -> Callable[..., jax.Array]:
-    """The kernel for a request, called like `trainfw.models`' `attend`."""
+    """Load the kernel for a request, called like `trainfw.models`' `attend`."""
     if "cuda" not in get_backend().platform_version.lower():
         raise ImportError("cuDNN is CUDA's, and these GPUs are not")
     # The window holds the query itself; jax counts the keys to its left.

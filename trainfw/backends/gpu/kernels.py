@@ -1,4 +1,4 @@
-"""What GPUs have in the place of XLA's forms; imports jax when it is asked for."""
+"""Kernels of GPUs in place of XLA's forms; jax is imported when one is loaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from trainfw.backends.base import AttentionRequest
 
 MAX_HEAD_DIM = 128
-"""Of cuDNN's attention on every GPU that has it; 256 from Hopper on, which a request does not tell."""
+"""Largest head dim of cuDNN's attention on every GPU that has it; 256 from Hopper on, which a request does not tell."""
 
 
 def attention_refuses(request: AttentionRequest) -> str | None:
-    """What cuDNN's attention cannot do, as `jax.nn.dot_product_attention` documents and checks it."""
+    """Say why cuDNN's attention cannot do what is asked, as `jax.nn.dot_product_attention` documents and checks it."""
     if request.dtype not in ("bfloat16", "float16"):
         return f"it multiplies bfloat16 or float16, not {request.dtype}"
     if request.cached or not request.causal or request.query_length != request.key_length:
@@ -27,7 +27,7 @@ def attention_refuses(request: AttentionRequest) -> str | None:
 
 
 def load_attention(request: AttentionRequest) -> Callable[..., Any]:
-    """Raises ImportError where jax's GPU platform is not CUDA's."""
+    """Load cuDNN's attention. Raises ImportError where jax's GPU platform is not CUDA's."""
     from trainfw.backends.gpu.cudnn import load
 
     return load(request)

@@ -21,16 +21,16 @@ Attend = Callable[..., Any]
 
 _PARTITIONS = 128
 _MOST_ROWS_AND_HEADS, _LONGEST = 512, 131_072
-"""Of one call of `attention_cte`, which asserts both (`_MAX_BS`, `_MAX_SEQLEN`)."""
+"""Limits of one call of `attention_cte`, which asserts both (`_MAX_BS`, `_MAX_SEQLEN`)."""
 _WITHOUT_BRACKETS = (0, 7)
-"""From this NKI on a kernel's LNC is the compiler's (NCC_EVRF066), and `kernel[lnc]` is deprecated (aws-neuron-sdk
+"""NKI version from which a kernel's LNC is the compiler's (NCC_EVRF066), and `kernel[lnc]` deprecated (aws-neuron-sdk
 2.33 release notes)."""
 _BOUNDS = {"bound_min", "bound_max"}
 """Arguments of both kernels for packed sequences: from nki-library d2ad3a57 (2026-04-13) on."""
 
 
 def nkilib_refuses(request: AttentionRequest) -> str | None:
-    """What nkilib's `attention_cte` and `attention_bwd` cannot do.
+    """Say why nkilib's `attention_cte` and `attention_bwd` cannot do what is asked.
 
     aws-neuron/nki-library 0759719d and d2ad3a57 src/nkilib_src/nkilib/core/attention.
     """
@@ -56,7 +56,7 @@ def nkilib_refuses(request: AttentionRequest) -> str | None:
 
 
 def _kernels() -> tuple[Any, Any]:
-    """(forward, backward). Raises ImportError where nki-library is not installed."""
+    """Import the kernels (forward, backward). Raises ImportError where nki-library is not installed."""
     return (
         importlib.import_module("nkilib.core.attention.attention_cte").attention_cte,
         importlib.import_module("nkilib.core.attention.attention_bwd").attention_bwd,
@@ -75,7 +75,7 @@ def _arguments(kernel: Any) -> set[str]:
 
 
 def _nki_version() -> tuple[int, ...] | None:
-    """None where nki is not installed as a distribution."""
+    """Read the version of nki; None where it is not installed as a distribution."""
     try:
         return tuple(version_parts(importlib.metadata.version("nki")))
     except importlib.metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def _lnc(request: AttentionRequest) -> int:
 
 
 def load_nkilib(request: AttentionRequest) -> Attend:
-    """nkilib's flash attention: `attention_cte` forward, `attention_bwd` backward, kv heads as they are.
+    """Load nkilib's flash attention: `attention_cte` forward, `attention_bwd` backward, kv heads as they are.
 
     Launched as `kernel[lnc]` before NKI 0.7 and by its name from then on (`_lnc_problem`). Documents packed into rows
     are bounds of what each query sees; `attention_cte` has them for all rows of a call, hence one call a row.
@@ -135,7 +135,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     import jax.numpy as jnp
 
     def forward_rows(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float, **bounds: Any) -> tuple[Any, Any]:
-        """(o_BSHh, the logarithms of the softmax's sums as `attention_bwd` reads them)"""
+        """Return o_BSHh, and the logarithms of the softmax's sums as `attention_bwd` reads them."""
         B, S, H, h = q_BSHh.shape
         K = k_BTKh.shape[2]
         q_NSh = q_BSHh.transpose(0, 2, 1, 3).reshape(B * H, S, h)
@@ -186,7 +186,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
 
 
 def key_bounds(mask_BST: Any, rows: int) -> tuple[Any, Any]:
-    """The first key of each query's document, and the one after its last, f32[rows, S] each.
+    """Find the first key of each query's document, and the one after its last, f32[rows, S] each.
 
     Documents are runs of neighbours, as batches have them: of a causal mask over them, a row's sum is how far a query
     stands in its document, and a column's how much of the document follows. A query that sees nothing, which is

@@ -59,7 +59,7 @@ class Variable:
     prepended: bool = False
     """`value` goes before what is set already, with a colon between."""
     early: bool = False
-    """It is read when a program starts: it counts where it is set before Python, and for child processes."""
+    """True where it is read when a program starts: it counts where it is set before Python, and for child processes."""
 
 
 def neuron_environment(
@@ -170,7 +170,7 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
 
 
 def _same_cores(environ: Mapping[str, str], hardware: HardwareConfig, topology: Topology | None) -> None:
-    """Raises UserError where what the user has set makes other cores than the recipe says, or cannot be read."""
+    """Check that the user's variables make the recipe's cores. Raises UserError where they do not or are unreadable."""
     flags = {"NEURON_CC_FLAGS": environ.get("NEURON_CC_FLAGS", "")}
     flags["hardware.compiler_flags"] = " ".join(hardware.compiler_flags)
     for name, text in flags.items():

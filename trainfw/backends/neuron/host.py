@@ -30,7 +30,7 @@ class Holder:
     pid: int
     command: str
     devices: tuple[str, ...]
-    """Such as `neuron0`."""
+    """Names of the devices, such as `neuron0`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Host:
     packages: dict[str, str] | None
     """Version of every aws-neuronx package, as deb or rpm; None where no database of packages can be read."""
     runtime_file: bool
-    """There is a libnrt.so in /opt/aws/neuron/lib."""
+    """True where there is a libnrt.so in /opt/aws/neuron/lib."""
     compiler: str | None
     """neuronx-cc as a child process finds it."""
     compiler_directory: str | None
@@ -62,7 +62,7 @@ class Host:
 
     @property
     def neuron(self) -> bool:
-        """There is a device, a driver or a runtime, or jax is told to use one: programs are to run here."""
+        """Tell whether programs are to run here: there is a device, driver or runtime, or jax is told to use one."""
         installed = self.packages or {}
         told = self.environ.get("JAX_PLATFORMS", "").split(",")[0].strip() == "neuron"
         return bool(self.devices or self.driver or told or DRIVER in installed or RUNTIME in installed)
@@ -160,7 +160,7 @@ def _memory(root: Path) -> int | None:
 
 
 def _text(file: Path) -> str:
-    """Its text; empty where it cannot be read."""
+    """Read a file's text; empty where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:

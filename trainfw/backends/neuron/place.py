@@ -1,4 +1,4 @@
-"""Where an instance stands in its UltraServer."""
+"""Place of an instance in its UltraServer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Place:
 
 
 def read_place(nodes: int = 4, sysfs: Path | None = None) -> Place | None:
-    """This host's place in an UltraServer of `nodes` instances, or None where the driver gives none.
+    """Read this host's place in an UltraServer of `nodes` instances; None where the driver gives none.
 
     Files as in aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh.
     """
@@ -38,7 +38,7 @@ def read_place(nodes: int = 4, sysfs: Path | None = None) -> Place | None:
 
 
 def sort_hosts(hosts: Iterable[Place]) -> list[Place]:
-    """In the order in which processes are to be numbered: the instances of an UltraServer together, around its ring.
+    """Sort hosts in the order of processes: the instances of an UltraServer together, around its ring.
 
     The order of aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh.
     """

@@ -1,4 +1,4 @@
-"""Is JAX's Neuron plugin installed, or only what PyPI offers under its name?"""
+"""Search for JAX's Neuron plugin, which PyPI's package of that name is not."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def _compared_with(host: Host) -> Sdk:
 
 
 def host_findings(host: Host) -> list[HostFinding]:
-    """All that is known against a run on this host, what fails first."""
+    """List all that is known against a run on this host, what fails first."""
     sdk = _compared_with(host)
     found = [
         *_devices(host),
