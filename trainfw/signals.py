@@ -9,12 +9,12 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SI
 
 
 def heeded() -> tuple[signal.Signals, ...]:
-    """`STOPS`, without SIGHUP where `nohup` had it ignored."""
+    """Return `STOPS`, without SIGHUP where `nohup` had it ignored."""
     return tuple(s for s in STOPS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN)
 
 
 def stop_code(returncode: int) -> int | None:
-    """The exit code, as a shell has it, of a process that such a signal ended; None where none did.
+    """Return the exit code, as a shell has it, of a process that such a signal ended; None where none did.
 
     Args:
         returncode: as `subprocess` gives it.

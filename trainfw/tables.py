@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(rows: Iterable[Sequence[str] | str], align: str) -> list[str]:
-    """Rows of cells, the heads first, in columns as wide as what they hold, two spaces apart.
+    """Lay out rows of cells, the heads first, in columns as wide as what they hold, two spaces apart.
 
     Args:
         rows: a row that is a str is a line of its own, and takes no part in the widths.

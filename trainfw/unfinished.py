@@ -22,7 +22,7 @@ _FINISHING = threading.Lock()
 
 @contextlib.contextmanager
 def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
-    """A temporary file, or directory, beside `target`, which gets its name when it is on disk.
+    """Make a temporary file, or directory, beside `target`, which gets its name when it is on disk.
 
     After an error nothing is left, nor after a signal where `remove_unfinished` is called before the end; what a
     process left that could not, is removed when the same target is written again. It is known by a lock that only

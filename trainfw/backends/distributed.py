@@ -212,7 +212,7 @@ def check_port(wiring: Wiring, port: int) -> None:
 
 @contextlib.contextmanager
 def _leaving_after(seconds: float, why: Callable[[], str]) -> Iterator[None]:
-    """Exits with `TRY_AGAIN` where the block takes longer: what waits in it hears no exception."""
+    """Exit with `TRY_AGAIN` where the block takes longer: what waits in it hears no exception."""
 
     def leave() -> None:
         with contextlib.suppress(OSError):
@@ -240,7 +240,7 @@ def _missing(wiring: Wiring) -> str:
 
 
 def expand_hosts(names: str, variable: str = "hosts") -> list[str]:
-    """Slurm's `trn[001-004,9],head` as a list of hosts, in order.
+    """Expand Slurm's `trn[001-004,9],head` into a list of hosts, in order.
 
     Raises UserError, which blames `variable`, for what is not such a list.
     """
@@ -304,7 +304,7 @@ _rounds: Counter[str] = Counter()
 
 
 def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
-    """Every process's `value` (JSON), by index, once all have called with this `name`, as often as this one has.
+    """Collect every process's `value` (JSON), by index, once all have called with this `name`, as often as this one.
 
     Raises PeerError where one has not within `timeout` seconds, or has left (`announce_leaving`).
     """
@@ -328,7 +328,7 @@ def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
 
 
 def _told(client: Any, key: str, deadline: float) -> str:
-    """The value of a key, once it is told. Raises TimeoutError, and PeerError where a process has left."""
+    """Wait for the value of a key. Raises TimeoutError, and PeerError where a process has left."""
     while True:
         asked = time.monotonic()
         seconds = min(deadline - asked, _LOOK_SECONDS)
@@ -384,7 +384,7 @@ _EXIT_SECONDS = 0.25
 
 
 def _part_last(timeout: float) -> None:
-    """Part, process 0 after all others: it keeps what they are told, and JAX aborts one whose coordinator has gone."""
+    """Leave, process 0 after all others: it keeps what they are told, and JAX aborts one whose coordinator has gone."""
     client, index, count = _coordination()
     if client is None:
         return
@@ -405,7 +405,7 @@ def _part(client: Any) -> None:
 
 
 def left_by() -> int | None:
-    """The signal at which a process has left at once; None where none has."""
+    """Return the signal at which a process has left at once; None where none has."""
     client, _, _ = _coordination()
     try:
         return None if client is None else json.loads(client.key_value_try_get(f"trainfw/{_LEFT}"))
@@ -427,7 +427,7 @@ def heard(name: str, timeout: float) -> Any:
 
 
 def _coordination() -> tuple[Any, int, int]:
-    """(the client of the coordinator's store or None, this process's index, their number)"""
+    """Return (the client of the coordinator's store or None, this process's index, their number)."""
     from jax._src import distributed  # no public way reaches the coordinator's store before there are devices
 
     state = distributed.global_state

@@ -114,7 +114,7 @@ def compiles_at_once(count: int, free: int | None = None) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that may still be taken, by this machine or by the container that this is; 0 where nothing says."""
+    """Count the bytes that may still be taken, on this machine or in this container; 0 where nothing says."""
     found = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -244,7 +244,7 @@ def _ends(file: Path) -> str:
 
 
 def last_lines(run: Run, most: int = 5) -> list[str]:
-    """The last lines printed that say something; of the log, where nothing was printed."""
+    """Return the last lines printed that say something; of the log, where nothing was printed."""
     for text in (run.output, run.log):
         if lines := [line.rstrip() for line in text.splitlines() if line.strip(" .\t")]:
             return [line[:_MOST_LETTERS] + "..." * (len(line) > _MOST_LETTERS) for line in lines[-most:]]

@@ -160,12 +160,12 @@ def read_run(
 
 
 def no_module(name: str, why: str) -> Outcome:
-    """The outcome of a function that could not be exported."""
+    """Return the outcome of a function that could not be exported."""
     return Outcome("not compiled", (CompilerFinding("compiler-failed", f"there is no module to compile: {why}", name),))
 
 
 def read_messages(output: str) -> Iterator[Message]:
-    """Coded messages in order, each once: the compiler writes them to its log too."""
+    """List the coded messages in order, each once: the compiler writes them to its log too."""
     seen: list[Message] = []
     lines = output.splitlines()
     for at, line in enumerate(lines):
@@ -185,7 +185,7 @@ def read_messages(output: str) -> Iterator[Message]:
 
 
 def rule_of(message: Message, found: Iterable[str] = ()) -> Rule | None:
-    """The rule whose source names the message's code, those that are `found` first; None where none does.
+    """Return the rule whose source names the message's code, those that are `found` first; None where none does.
 
     A code for operators of any kind (NCC_EVRF001) is the rule's only where the rule speaks of that operator.
     """
@@ -214,7 +214,7 @@ def _finding(
 
 
 def _blamed(text: str, instructions: Mapping[str, Instruction]) -> Instruction | None:
-    """The instruction of the module that a message names: one that it writes out first, rather than its operands."""
+    """Find the instruction of the module that a message names: one that it writes out first, not its operands."""
     named = [*re.findall(r"%([\w.\-]+)\s*=", text), *re.findall(r"[%\"']([\w.\-]+)", text)]
     return next((instructions[name] for name in named if name in instructions), None)
 

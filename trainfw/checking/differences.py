@@ -122,7 +122,7 @@ def difference_report(
 
 
 def scrubbed(text: str) -> str:
-    """A text without paths, but for the names of files, and without the names of this user, this host and EC2's."""
+    """Drop paths from a text, but for the names of files, and the names of this user, this host and EC2's."""
     text = _SLASHED.sub(_without_directories, text)
     text = _INSTANCE.sub("<host>", text)
     for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
@@ -200,7 +200,7 @@ def _excerpt(module: Exported | str, names: list[str]) -> tuple[str, ...]:
 
 
 def _keys(recipe: Any) -> Iterator[tuple[str, Any]]:
-    """Keys of the sections that shape the program, where the value is a number, a switch or a plain word."""
+    """List keys of the sections that shape the program, where the value is a number, a switch or a plain word."""
     tree = recipe.model_dump(mode="json")
     tree["data"] = {key: tree["data"].get(key) for key in _OF_DATA}
 

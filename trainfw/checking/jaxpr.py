@@ -16,7 +16,7 @@ _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 
 def read_jaxpr(closed: Any) -> list[Finding]:
-    """Findings in a jax.core.ClosedJaxpr, of rules that count on any target."""
+    """List findings in a jax.core.ClosedJaxpr, of rules that count on any target."""
     from jax.interpreters import partial_eval
 
     findings: list[Finding] = []
@@ -45,7 +45,7 @@ def read_jaxpr(closed: Any) -> list[Finding]:
 
 
 def meshes_in(closed: Any) -> list[Any]:
-    """The meshes, abstract ones too, that a jax.core.ClosedJaxpr names: of shard_maps, constraints, inner jits."""
+    """List the meshes, abstract too, that a jax.core.ClosedJaxpr names: of shard_maps, constraints, inner jits."""
     import jax
 
     meshes: dict[Any, None] = {}
@@ -66,7 +66,7 @@ def meshes_in(closed: Any) -> list[Any]:
 
 
 def targets_in(closed: Any) -> set[str]:
-    """The targets of the custom calls (jax.ffi.ffi_call) in a jax.core.ClosedJaxpr."""
+    """Return the targets of the custom calls (jax.ffi.ffi_call) in a jax.core.ClosedJaxpr."""
     found, left = set(), [closed.jaxpr]
     while left:
         for eqn in left.pop().eqns:
@@ -76,7 +76,7 @@ def targets_in(closed: Any) -> set[str]:
 
 
 def eqn_place(eqn: Any) -> Place | None:
-    """The user's line that made an equation; None inside JAX's own jitted functions."""
+    """Return the user's line that made an equation; None inside JAX's own jitted functions."""
     from jax._src import source_info_util
 
     traceback = eqn.source_info.traceback
@@ -104,7 +104,7 @@ def _origin(eqn: Any) -> str:
 
 
 def read_symbolic(closed: Any) -> list[Finding]:
-    """Arguments whose shapes have symbols (`jax.export.symbolic_shape`) in them, where they are first used."""
+    """List arguments whose shapes have symbols (`jax.export.symbolic_shape`), where they are first used."""
     return [
         Finding("shape-dynamic", f"argument {number} is {_shape(variable)}", _first_use(closed.jaxpr, variable))
         for number, variable in enumerate(closed.jaxpr.invars)
@@ -113,7 +113,7 @@ def read_symbolic(closed: Any) -> list[Finding]:
 
 
 def sub_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters: bodies of loops, branches, jitted and differentiated functions."""
+    """List the jaxprs in an equation's parameters: bodies of loops, branches, jitted and differentiated functions."""
     for value in eqn.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             inner = getattr(part, "jaxpr", part)
@@ -167,7 +167,7 @@ def _dtype(variable: Any) -> Iterator[tuple[str, str]]:
 
 
 def _arguments(jaxpr: Any, found: set[str]) -> Iterator[Finding]:
-    """Arguments of a dtype that no operation's result has shown already, where they are first used."""
+    """List arguments of a dtype that no operation's result has shown already, where they are first used."""
     for number, variable in enumerate(jaxpr.invars):
         for rule, _ in _dtype(variable):
             if rule not in found:
@@ -191,14 +191,14 @@ def _threefry(eqn: Any) -> bool:
 
 
 def _is_randint(eqn: Any) -> bool:
-    """A call of JAX's own function: people have randints too."""
+    """Tell whether it is a call of JAX's own function: people have randints too."""
     if eqn.params.get("name") not in ("_randint", "randint"):
         return False
     return any("/jax/_src/random" in str(inner.debug_info.func_src_info) for inner in sub_jaxprs(eqn))
 
 
 def _algorithm(eqn: Any) -> str:
-    """The algorithm that a product asks for; empty for a plain precision."""
+    """Return the algorithm that a product asks for; empty for a plain precision."""
     precision = eqn.params.get("precision")
     asked = type(precision).__name__.startswith("DotAlgorithm") and getattr(precision, "name", "") != "DEFAULT"
     return str(precision) if asked else ""

@@ -22,7 +22,7 @@ _MANY_ARGUMENTS = 128
 
 
 def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topology: Topology, sdk: Sdk) -> list[Finding]:
-    """Findings in a partitioned module.
+    """List the findings in a partitioned module.
 
     Args:
         cores: the physical core of each partition.
@@ -47,7 +47,7 @@ def is_partitioned(module: Module) -> bool:
 
 
 def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ...]:
-    """Collectives by kind, axes, dtype and size of group, the most bytes first."""
+    """Sum the collectives by kind, axes, dtype and size of group, the most bytes first."""
     counts: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
     for collective in collectives_of(module):
         axes = collective.axes(mesh) if mesh is not None else None
@@ -62,7 +62,7 @@ def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ..
 
 
 def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topology: Topology, sdk: Sdk) -> Memory:
-    """Memory of one core for a function of these arguments (ShapeDtypeStructs).
+    """Compute the memory of one core for a function of these arguments (ShapeDtypeStructs).
 
     Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
     """
@@ -127,7 +127,7 @@ def _integer_reductions(found: list[Collective], mesh: Any | None) -> Iterator[F
 
 
 def _groups(found: list[Collective], cores: list[int], mesh: Any | None, topology: Topology) -> Iterator[Finding]:
-    """One finding for each set of groups that is refused, at the first collective that uses it."""
+    """Report one finding for each set of groups that is refused, at the first collective that uses it."""
     from trainfw.parallel import group_problem, permute_problem
 
     by_groups: dict[Any, list[Collective]] = defaultdict(list)

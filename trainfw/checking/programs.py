@@ -283,7 +283,7 @@ def _is_about_shapes(error: Exception) -> bool:
 
 
 def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
-    """Findings in the StableHLO for Neuron, or, where JAX cannot make it, in that for CPU."""
+    """List findings in the StableHLO for Neuron, or, where JAX cannot make it, in that for CPU."""
     failure = []
     try:
         lowered = traced.lower(lowering_platforms=("neuron",))
@@ -300,7 +300,7 @@ def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
 
 
 def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
-    """The program for a CPU, or why JAX cannot lower it for one."""
+    """Lower the program for a CPU, or say why JAX cannot."""
     if fatal := _FATAL & targets_in(traced.jaxpr):
         return None, f"XLA ends the process at a custom call of this name: {', '.join(sorted(fatal))}"
     try:
@@ -314,7 +314,7 @@ def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
 
 
 def _partition(lowered: Any) -> tuple[Partitioned | None, str]:
-    """The partitioned program, or why XLA cannot build it for a CPU."""
+    """Partition the program, or say why XLA cannot build it for a CPU."""
     import jax
 
     try:
@@ -353,7 +353,7 @@ def _devices(partitioned: Partitioned, traced: Any, mesh: Any | None) -> list[An
 
 
 def _mesh_of(devices: list[Any], partitioned: Partitioned, traced: Any, mesh: Any | None) -> Any | None:
-    """A mesh of these devices in their order, after whose axes groups can be named."""
+    """Make a mesh of these devices in their order, after whose axes groups can be named."""
     import jax
 
     compiled = partitioned.compiled
@@ -364,7 +364,7 @@ def _mesh_of(devices: list[Any], partitioned: Partitioned, traced: Any, mesh: An
 
 
 def _physical_cores(devices: Iterable[Any], topology: Topology) -> list[int]:
-    """The core of each of these: devices in order of process and number stand for cores in theirs."""
+    """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
     import jax
 
     devices = list(devices)
@@ -395,7 +395,7 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
 
 
 def _abstract(leaf: Any, mesh: Any | None) -> Any:
-    """An argument without its values, over `mesh` where its own has no devices. Python's own numbers stay: they are
+    """Drop an argument's values, over `mesh` where its own has no devices. Python's own numbers stay: they are
     of weak type."""
     import jax
 
@@ -411,7 +411,7 @@ def _abstract(leaf: Any, mesh: Any | None) -> Any:
 
 
 def _leaves(traced: Any, arguments: tuple[Any, ...]) -> list[Any]:
-    """The arrays among the arguments, in the order in which the compiled function takes them."""
+    """Return the arrays among the arguments, in the order in which the compiled function takes them."""
     import jax
 
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]

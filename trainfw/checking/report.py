@@ -146,7 +146,7 @@ class Report:
         return f"{'clean' if self.ok else 'refused'}: {counts} ({self.hardware}, {self.cores} cores, {rules})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as `trainfw check --json` prints it. Bytes are per core, in one run of the function."""
+        """Give plain data, as `trainfw check --json` prints it. Bytes are per core, in one run of the function."""
         return {
             "ok": self.ok,
             "hardware": self.hardware,
@@ -176,7 +176,7 @@ def on_target(findings: Iterable[Finding], target: Target) -> list[Finding]:
 
 
 def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """One finding for each rule and place, with what other rules hide left out; most severe first."""
+    """Merge findings: one for each rule and place, with what other rules hide left out; most severe first."""
     findings = list(findings)
     hiding: dict[tuple[str, Place | None, str], set[str]] = defaultdict(set)
     for finding in findings:

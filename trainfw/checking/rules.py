@@ -157,7 +157,7 @@ class Rule(Config):
         return self.model_dump(exclude={"hides", "keys"}) | {"keyed_on": self.keyed_on}
 
     def describe(self, width: int = 80) -> str:
-        """Lines of at most `width` columns, longer words aside."""
+        """Wrap text into lines of at most `width` columns, longer words aside."""
         lines = [f"{self.severity:7}  {self.id}"]
         lines += _indented(self.summary, width)
         if self.keyed_on:
@@ -202,12 +202,12 @@ RULES: dict[str, Rule] = {rule.id: rule for rule in _rules()}
 
 @functools.cache
 def known_operators() -> frozenset[str]:
-    """StableHLO operators that documents list, or that have a rule of their own."""
+    """List the StableHLO operators that documents list, or that have a rule of their own."""
     operators = _load("operators.yaml")
     return frozenset(name for group, names in operators.items() if group != "custom_calls" for name in names)
 
 
 @functools.cache
 def custom_calls(group: str) -> frozenset[str]:
-    """Targets of custom calls in a group of operators.yaml: `recognised`, `microscaling`, `partitioning`."""
+    """List the targets of custom calls in a group of operators.yaml: `recognised`, `microscaling`, `partitioning`."""
     return frozenset(_load("operators.yaml")["custom_calls"][group])

@@ -30,7 +30,7 @@ _MX_TYPES = ("f8E5M2", "f8E4M3FN")
 
 
 def read_stablehlo(module: Any) -> list[Finding]:
-    """Findings in a module as `lowered.compiler_ir("stablehlo")` gives it, of rules that count on any target."""
+    """List findings in a module as `lowered.compiler_ir("stablehlo")` gives it, of rules that count on any target."""
     functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in _functions(module)}
     findings: list[Finding] = []
     seen: set[Any] = set()
@@ -74,7 +74,7 @@ def _inside(op: Any) -> Iterator[Any]:
 
 
 def _location(location: Any) -> tuple[list[Place], str]:
-    """The stack frames of an operation, innermost first, and its name."""
+    """Return the stack frames of an operation, innermost first, and its name."""
     frames: list[Place] = []
     name = ""
     left = [location]

@@ -14,14 +14,14 @@ from trainfw.utf8 import printable
 
 @contextlib.contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Signals end the command at once, and what it writes goes; its result is a file, and stdout may be lost."""
+    """Let signals end the command at once, and what it writes go; its result is a file, and stdout may be lost."""
     go_on_without_output()
     with leaving_at_once("nothing is written"):
         yield
 
 
 def make_reporter() -> Reporter:
-    """A progress bar on a terminal, plain lines in a pipe."""
+    """Make a progress bar on a terminal, plain lines in a pipe."""
     return TerminalReporter() if sys.stdout.isatty() else Reporter()
 
 

@@ -93,7 +93,7 @@ def _as_shell(variable: Variable) -> str:
 
 
 def _comment(text: str) -> str:
-    """`text` as comments of a shell that fit on any screen; a source's path is never broken."""
+    """Write `text` as comments of a shell that fit on any screen; a source's path is never broken."""
     mark, below = "# ", "#   "
     return textwrap.fill(
         text, 80, initial_indent=mark, subsequent_indent=below, break_long_words=False, break_on_hyphens=False

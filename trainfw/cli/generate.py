@@ -94,7 +94,7 @@ def _named(adapters: list[str]) -> dict[str, str]:
 
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:
-    """The adapter of a prompt, or None for the model without one, and its text."""
+    """Split a prompt into its adapter, or None for the model without one, and its text."""
     from trainfw.errors import UserError
 
     if not adapters:

@@ -18,7 +18,7 @@ app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True
 
 
 def _directory(run_dir: str | None, recipe: Recipe) -> str:
-    """The run directory as `train` finds it."""
+    """Return the run directory as `train` finds it."""
     return os.path.expanduser(run_dir or os.path.join("runs", recipe.name))
 
 

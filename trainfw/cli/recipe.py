@@ -41,6 +41,6 @@ def list_() -> None:
 
 
 def _summary(recipe: str) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """Return the first sentence of the comment that a recipe begins with."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines())
     return re.split(r"(?<=\.) (?=[A-Z])", " ".join(line.lstrip("# ") for line in lines))[0]

@@ -27,7 +27,7 @@ class Leaving:
         self._listener = threading.Thread(target=self._listen, name="leaving of others", daemon=True)
 
     def meet(self) -> None:
-        """The processes of the run are connected: from now on each hears when another leaves."""
+        """Connect the processes of the run: from now on each hears when another leaves."""
         self._met = True
         self._listener.start()
 
@@ -67,7 +67,7 @@ class Leaving:
 
 @contextlib.contextmanager
 def leaving_at_once(then: str = "nothing saved is lost: the same command goes on") -> Iterator[Leaving]:
-    """The signals that stop a run end the process at once, with exit code 128 + n, while there is nothing to save.
+    """Let the signals that stop a run end the process at once, with exit code 128 + n, while there is nothing to save.
 
     `then`, what it means to who reads it, is said.
     Also while a compiler, or half an import, holds the main thread, where no Python handler would be heard. The

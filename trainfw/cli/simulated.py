@@ -43,7 +43,7 @@ def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count:
 
 
 def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
-    """neuronx-cc's options for the recipe's hardware. Raises UserError for hardware that it does not compile for."""
+    """Choose neuronx-cc's options for the recipe's hardware. Raises UserError where it does not compile for that."""
     from trainfw import backends
     from trainfw.errors import UserError
 

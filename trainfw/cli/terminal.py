@@ -54,7 +54,7 @@ def _print(text: str, stream: TextIO) -> None:
 
 
 def for_terminal(text: str, width: int, *, colour: bool) -> str:
-    """`text` as a terminal `width` columns wide shows it."""
+    """Fold and colour `text` for a terminal that is `width` columns wide."""
     lines = [part for line in text.split("\n") for part in folded(line, width)]
     return "\n".join(map(_coloured, lines) if colour else lines)
 
@@ -65,7 +65,7 @@ def in_colour(stream: IO[str]) -> bool:
 
 
 def width_of(stream: IO[str]) -> int:
-    """Columns of a terminal; `$COLUMNS` where it is set."""
+    """Count the columns of a terminal; `$COLUMNS` where it is set."""
     if os.environ.get("COLUMNS", "").isdigit():
         return shutil.get_terminal_size().columns
     try:
@@ -75,7 +75,7 @@ def width_of(stream: IO[str]) -> int:
 
 
 def folded(line: str, width: int) -> Iterator[str]:
-    """A line as lines of at most `width`, broken between fields (two spaces or more), and inside long ones at words.
+    """Fold a line into lines of at most `width`, between fields (two spaces or more), and inside long ones at words.
 
     What follows is set below the field that goes on, or indented. A word longer than a line, such as a path, is left
     to the terminal: so it is copied whole.

@@ -9,7 +9,7 @@ app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
+    """Keep `train` a subcommand while it is the only one."""
 
 
 @app.command()

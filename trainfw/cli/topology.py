@@ -60,7 +60,7 @@ def topology(
 
 
 def parse_layout(text: str, topology: Topology) -> Layout:
-    """`tensor=4,fsdp=-1` for a topology: one axis may be -1, as fsdp is when left out, to fill.
+    """Parse `tensor=4,fsdp=-1` for a topology: one axis may be -1, as fsdp is when left out, to fill.
 
     Raises UserError for an unknown axis, a size that is none, or a product that is not the number of cores.
     """

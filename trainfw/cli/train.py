@@ -59,7 +59,7 @@ def train(
 
 
 def _ignore_what_failed_saves_leave() -> None:
-    """Orbax's coroutines and callbacks, of which Python would complain at length around the one line that matters."""
+    """Ignore Orbax's coroutines and callbacks, of which Python would complain around the one line that matters."""
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     before = sys.unraisablehook
 

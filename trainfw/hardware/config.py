@@ -50,7 +50,7 @@ class HardwareConfig(Config):
         return self
 
     def load(self) -> Topology | None:
-        """The topology, or None when the recipe names none."""
+        """Load the topology; None when the recipe names none."""
         if self.topology is None:
             return None
         return load_topology(self.topology, count=self.count, lnc=self.lnc, parameters=self.parameters)

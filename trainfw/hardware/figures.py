@@ -22,7 +22,7 @@ _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A
 
 
 def quantity(text: Any) -> float:
-    """`"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number,
+    """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number,
     in SI base units and bytes.
 
     Raises ValueError for anything else.
@@ -36,7 +36,7 @@ def dimension(text: Any) -> str:
 
 
 def units(of: str) -> str:
-    """` (GB/s, GiB/s, ...)`: what a quantity of this dimension can be written in; of a plain number, nothing."""
+    """List the units of a dimension as ` (GB/s, GiB/s, ...)`; of a plain number, nothing."""
     return "" if "" in _UNITS[of] else f" ({', '.join(_UNITS[of])})"
 
 
@@ -49,7 +49,7 @@ def _parsed(text: Any) -> tuple[float, str]:
 
 
 def duration(seconds: float) -> str:
-    """`1.53 s`, `20 ms`, `6.25 us`: three digits."""
+    """Write `1.53 s`, `20 ms`, `6.25 us`: three digits."""
     if seconds == 0:
         return "0"
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
@@ -59,14 +59,14 @@ def duration(seconds: float) -> str:
 
 
 def in_seconds(seconds: float) -> str:
-    """`281 s`, `17.5 s`, `0.83 s`, `6.25 ms`: at scales of a step."""
+    """Write `281 s`, `17.5 s`, `0.83 s`, `6.25 ms`: at scales of a step."""
     if seconds >= 0.1:
         return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms"
 
 
 def in_any_unit(seconds: float) -> str:
-    """`66.0 d`, `24.7 h`, `3.6 min`, else as `in_seconds`: at scales of a run."""
+    """Write `66.0 d`, `24.7 h`, `3.6 min`, else as `in_seconds`: at scales of a run."""
     for unit, scale in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= scale * 1.5:
             return f"{seconds / scale:,.1f} {unit}"
@@ -112,7 +112,7 @@ def _checked(value: Any) -> None:
 
 
 def _of(expected: str) -> AfterValidator:
-    """Refuses figures of another dimension."""
+    """Refuse figures of another dimension."""
 
     def check(figure: Figure) -> Figure:
         if dimension(figure.value) != expected:

@@ -41,7 +41,7 @@ class Dimension:
     description: str
 
     def distance(self, a: int, b: int) -> int:
-        """Hops between two places along it."""
+        """Count the hops between two places along it."""
         if self.kind == "ring":
             return min((a - b) % self.size, (b - a) % self.size)
         return abs(a - b) if self.kind == "line" else int(a != b)
@@ -106,7 +106,7 @@ class Topology:
 
     @property
     def instances(self) -> int:
-        """Hosts, each with one process on Neuron."""
+        """Count the hosts, each with one process on Neuron."""
         return self.cores // self.cores_per_instance
 
     @property
@@ -120,25 +120,25 @@ class Topology:
 
     # Rates ------------------------------------------------------------------------------------------------------
     def peak_flops(self, dtype: str) -> float | None:
-        """Dense peak of one core in FLOP/s, or None where no source gives it (never a guess)."""
+        """Return the dense peak of one core in FLOP/s, or None where no source gives it (never a guess)."""
         figure = self.figures.get(f"chip.peak_flops.{dtype}")
         return None if figure is None else figure.number / self.cores_per_chip
 
     @property
     def hbm_size(self) -> float | None:
-        """Bytes of device memory of one core."""
+        """Return the bytes of device memory of one core."""
         figure = self.figures.get("chip.hbm_size")
         return None if figure is None else figure.number / self.cores_per_chip
 
     @property
     def hbm_bandwidth(self) -> float | None:
-        """Bytes/s of one core's share of the chip's memory."""
+        """Return the bytes/s of one core's share of the chip's memory."""
         figure = self.figures.get("chip.hbm_bandwidth")
         return None if figure is None else figure.number / self.cores_per_chip
 
     @property
     def core_overhead(self) -> float:
-        """Bytes of device memory that the runtime takes on one logical core, whatever its release."""
+        """Return the bytes of device memory that the runtime takes on one logical core, whatever its release."""
         figure = self.figures.get("chip.core_overhead")
         return 0.0 if figure is None else figure.number * self.lnc
 
@@ -152,7 +152,7 @@ class Topology:
 
     @functools.cached_property
     def chip_dims(self) -> tuple[Dimension, ...]:
-        """The dimensions of chips: all but the cores of a chip."""
+        """Return the dimensions of chips: all but the cores of a chip."""
         return tuple(dim for dim in self.dims if dim.kind != "chip")
 
     def split(self, dim: str, part: str) -> SplitFile:
@@ -167,7 +167,7 @@ class Topology:
         return place
 
     def chip_distance(self, a: int, b: int) -> int:
-        """Hops between two chips: 0 the same, 1 joined by a link (or through one switch, or over the network)."""
+        """Count the hops between two chips: 0 the same, 1 joined by a link, through one switch or over the network."""
         hops = 0
         for dim in reversed(self.chip_dims):
             (a, x), (b, y) = divmod(a, dim.size), divmod(b, dim.size)
@@ -175,7 +175,7 @@ class Topology:
         return hops
 
     def neighbours(self, chip: int) -> list[int]:
-        """Chips of the same unit one hop away, in the order up, left, down, right of the last two dimensions.
+        """List the chips of the same unit one hop away, in the order up, left, down, right of the last two dimensions.
 
         (The order in which `neuron-ls` lists them; further dimensions follow.)
         """
@@ -194,7 +194,7 @@ class Topology:
         return list(found)
 
     def links(self) -> Iterator[Link]:
-        """Every link inside one unit, once. A switch counts one link for each chip it serves."""
+        """List every link inside one unit, once. A switch counts one link for each chip it serves."""
         dims = [dim for dim in self.chip_dims if dim.kind != "network"]
         chips = math.prod(dim.size for dim in dims)
         for i, dim in enumerate(dims):
@@ -215,7 +215,7 @@ def topology_names() -> list[str]:
 def load_topology(
     name: str, *, count: int = 1, lnc: int | None = None, parameters: Mapping[str, Any] | None = None
 ) -> Topology:
-    """`count` units of a known topology.
+    """Load `count` units of a known topology.
 
     Args:
         name: one of `topology_names()`, or the path of a topology file of one's own (ending in .yaml).
@@ -372,7 +372,7 @@ def _read_topology(name: str) -> dict[str, Any]:
 
 
 def _figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, Figure]]:
-    """Every Figure in a tree of models and dicts, by dotted name."""
+    """List every Figure in a tree of models and dicts, by dotted name."""
     if isinstance(tree, Figure):
         yield prefix, tree
     elif isinstance(tree, dict):
@@ -385,7 +385,7 @@ def _figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, Figure]]:
 
 @functools.cache
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Dense peak of one device in FLOP/s at `dtype`, or None where no source gives it (never a guess)."""
+    """Return the dense peak of one device in FLOP/s at `dtype`, or None where no source gives it (never a guess)."""
     for name in topology_names():
         chip = load_topology(name).chip
         for lnc in chip.device_kinds:

@@ -78,7 +78,7 @@ def parse_assignment(assignment: str, live_ranges: str) -> Assignment:
 
 
 def _handed_on(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    """Values that are one buffer under several names (what a loop is given, carries and returns), each up to the next.
+    """Join values that are one buffer under several names (a loop's input, carry and result), each up to the next.
 
     XLA has the one end where the next starts.
     """

@@ -44,7 +44,7 @@ class Collective:
 
     @property
     def group_size(self) -> int:
-        """Devices of a group; of a permute, the longest chain or ring of transfers."""
+        """Count the devices of a group; of a permute, the longest chain or ring of transfers."""
         return max((len(group) for group in self.groups), default=0) or _longest_chain(self.pairs)
 
     @property
@@ -52,7 +52,7 @@ class Collective:
         return self.bytes * self.times
 
     def axes(self, mesh: Any) -> tuple[str, ...] | None:
-        """The mesh axes it runs along; None when it is not along whole axes."""
+        """Return the mesh axes it runs along; None when it is not along whole axes."""
         if not self.pairs:
             return axes_of(mesh, self.groups)
         sizes = _sizes(mesh)
@@ -60,14 +60,14 @@ class Collective:
         return tuple(axis for axis in sizes if any(a[axis] != b[axis] for a, b in places))
 
     def spanned(self, mesh: Any) -> tuple[str, ...]:
-        """The mesh axes along which members of a group differ, wholly or in part."""
+        """Return the mesh axes along which members of a group differ, wholly or in part."""
         sizes = _sizes(mesh)
         groups = [[_place(device, sizes) for device in group] for group in self.groups or self.pairs]
         return tuple(axis for axis in sizes if any(len({place[axis] for place in group}) > 1 for group in groups))
 
 
 def collectives_of(module: Module) -> list[Collective]:
-    """Every collective of the module, those among single devices left out."""
+    """List every collective of the module, those among single devices left out."""
     return [
         collective
         for name, times in module.times.items()
@@ -150,7 +150,7 @@ def axes_of(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, ...] | Non
 
 @functools.lru_cache(maxsize=256)
 def _lines(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> frozenset[frozenset[int]]:
-    """Every group of devices that differ along `axes` alone."""
+    """List every group of devices that differ along `axes` alone."""
     lines: dict[tuple[int, ...], list[int]] = {}
     for device in range(math.prod(size for _, size in sizes)):
         place = _place(device, dict(sizes))

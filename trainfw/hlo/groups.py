@@ -16,7 +16,7 @@ _AXIS_REFERENCE = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
 
 
 def parse_groups(text: str, num_partitions: int) -> Groups:
-    """The groups of devices that `replica_groups=<text>` names; `{}` is all of them in one.
+    """Return the groups of devices that `replica_groups=<text>` names; `{}` is all of them in one.
 
     The forms: `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`, groups of an iota of the second shape, transposed and
     reshaped; `mesh['a'=2,'b'=4] {'b'}`, the devices along axes of a mesh, where `'b':(2)2` is a part of an axis
@@ -32,12 +32,12 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
 
 
 def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """The (source, target) pairs of `source_target_pairs={{0,1},{1,0}}`."""
+    """Return the (source, target) pairs of `source_target_pairs={{0,1},{1,0}}`."""
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", text))
 
 
 def transposed(values: Sequence[int], shape: Sequence[int], order: Sequence[int]) -> list[int]:
-    """`values`, seen as an array of `shape`, with its dims in another order, flattened."""
+    """Transpose `values`, seen as an array of `shape`, and flatten them."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     places = [0]
     for dim in order:
@@ -79,7 +79,7 @@ def _along_axes(text: str) -> Groups:
 
 
 def _devices(text: str, count: int) -> Sequence[int]:
-    """The devices of a mesh in its order: `[16,4]T(1,0)`, an iota transposed, or a list of them."""
+    """Return the devices of a mesh in its order: `[16,4]T(1,0)`, an iota transposed, or a list of them."""
     match = _TRANSPOSED.match(text)
     if match is not None and (match[2] or "<=" in text):
         shape = _numbers(match[1])

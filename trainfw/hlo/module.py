@@ -37,7 +37,7 @@ class Shape:
 
 
 def bits(dtype: str) -> int:
-    """Bits of one element: `bf16` 16, `s4` 4, `f8e4m3fn` 8."""
+    """Count the bits of one element: `bf16` 16, `s4` 4, `f8e4m3fn` 8."""
     if dtype in _BITS:
         return _BITS[dtype]
     digits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
@@ -76,7 +76,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """The instructions that take each instruction's result."""
+        """Return the instructions that take each instruction's result."""
         users: dict[str, list[Instruction]] = defaultdict(list)
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(operand.partition("#")[0] for operand in instruction.operands):
@@ -84,7 +84,7 @@ class Computation:
         return {name: tuple(found) for name, found in users.items()}
 
     def source(self, operand: str) -> Instruction | None:
-        """The instruction behind an operand, through copies and elements of tuples that are made there."""
+        """Return the instruction behind an operand, through copies and elements of tuples that are made there."""
         name, _, element = operand.partition("#")
         instruction = self.instructions.get(name)
         while instruction is not None:
@@ -114,7 +114,7 @@ class Computation:
         return None
 
     def integer(self, operand: str) -> int | None:
-        """The value of an integer scalar that is a constant, or made of constants."""
+        """Return the value of an integer scalar that is a constant, or made of constants."""
         source = self.source(operand)
         if source is None:
             return None
@@ -139,7 +139,7 @@ class Module:
     computations: Mapping[str, Computation] = field(repr=False)
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction that executes, with how many times it does in one run of the module."""
+        """List every instruction that executes, with how many times it does in one run of the module."""
         for name, times in self.times.items():
             for instruction in self.computations[name].instructions.values():
                 yield instruction, times
@@ -211,7 +211,7 @@ class Module:
     def _loop_value(
         self, outer: Computation, loop: Instruction, inner: Computation, operand: str, body: Computation
     ) -> int | None:
-        """A constant of the loop's condition, or one that the loop carries unchanged."""
+        """Find a constant of the loop's condition, or one that the loop carries unchanged."""
         value = inner.integer(operand)
         if value is not None:
             return value
@@ -242,7 +242,7 @@ def _step(body: Computation, index: int) -> int | None:
 
 
 def count_trips(start: int, limit: int, step: int, direction: str) -> int | None:
-    """Trips of `for (i = start; i <direction> limit; i += step)`, or None when it need not end."""
+    """Count the trips of `for (i = start; i <direction> limit; i += step)`; None when it need not end."""
     if direction in ("GT", "GE"):
         start, limit, step, direction = -start, -limit, -step, {"GT": "LT", "GE": "LE"}[direction]
     if direction not in ("LT", "LE") or step <= 0:

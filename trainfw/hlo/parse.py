@@ -123,7 +123,7 @@ def _without_layouts(shape: str) -> str:
 
 
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
-    """`, a=b, c={d, e=f}` -> (a, b), (c, {d, e=f})."""
+    """Split `, a=b, c={d, e=f}` into (a, b), (c, {d, e=f})."""
     start = 0
     parts = []
     for i, c, depth in _unquoted(text, 0):
@@ -146,7 +146,7 @@ def _attributes(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
-    """(index, character, brackets open after it) of all that does not stand in quotes."""
+    """Yield (index, character, brackets open after it) of all that does not stand in quotes."""
     depth, quoted, i = 0, False, start
     while i < len(text):
         c = text[i]
@@ -162,7 +162,7 @@ def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The index after the bracket that closes the one at `opening`."""
+    """Return the index after the bracket that closes the one at `opening`."""
     for i, c, depth in _unquoted(text, opening):
         if depth == 0 and c in ")]}":
             return i + 1

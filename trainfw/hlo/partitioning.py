@@ -68,7 +68,7 @@ def export(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> E
 def _compile(
     lowered: Any, directory: Path, compiler_options: Mapping[str, Any] | None, *, as_proto: bool = False
 ) -> tuple[Any | None, Path]:
-    """The jax.stages.Compiled, or None where the compiler gave up after partitioning, and the partitioned text."""
+    """Return the jax.stages.Compiled, None where the compiler gave up after partitioning, and the partitioned text."""
     options = {
         "xla_dump_to": str(directory),
         "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",

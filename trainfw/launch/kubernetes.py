@@ -60,7 +60,7 @@ class KubernetesJob:
     """Options of `trainfw train`."""
 
     def manifest(self) -> str:
-        """YAML for `kubectl apply`: a ConfigMap of the recipe, and the JobSet."""
+        """Write YAML for `kubectl apply`: a ConfigMap of the recipe, and the JobSet."""
         header = (
             "# Written by `trainfw launch kubernetes`, for a cluster with JobSet (github.com/kubernetes-sigs/jobset), "
             "which makes\n# the headless service of `network` itself. Each pod sets Neuron's, EFA's and JAX's "
@@ -169,7 +169,7 @@ def kubernetes_job(
     run_dir: str | None = None,
     accept: Sequence[str] = (),
 ) -> KubernetesJob:
-    """A JobSet for a recipe.
+    """Make a JobSet for a recipe.
 
     Args:
         image: has `python -m trainfw`.
@@ -270,7 +270,7 @@ def _volume(text: str) -> tuple[str, str]:
 
 
 def _literal(text: str) -> str:
-    """A word of a container's command, in which Kubernetes expands `$(NAME)`, and reads `$$` as `$`."""
+    """Escape a word of a container's command, in which Kubernetes expands `$(NAME)`, and reads `$$` as `$`."""
     return text.replace("$", "$$")
 
 

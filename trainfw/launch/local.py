@@ -109,7 +109,7 @@ def _die_with_parent() -> None:
 
 
 def _first_to_fail(children: Children, received: Sequence[int], grace: float) -> int | None:
-    """The rank of the first process that fails; None where all end well, or none that was told to leave has.
+    """Return the rank of the first process that fails; None where all end well, or none that was told to leave has.
 
     Where a signal stopped it, or came to us, the others have `grace` seconds to leave too.
     """

@@ -11,7 +11,7 @@ from trainfw.training import check_accept
 
 
 def count_nodes(recipe: Recipe, nodes: int | None) -> int:
-    """`--nodes`, or the instances of the recipe's topology. Raises UserError where the two contradict each other."""
+    """Count `--nodes`, or the instances of the recipe's topology. Raises UserError where the two disagree."""
     topology = recipe.hardware.load()
     count = nodes if nodes is not None else topology.instances if topology is not None else 1
     if count < 1:
@@ -25,7 +25,7 @@ def count_nodes(recipe: Recipe, nodes: int | None) -> int:
 
 
 def accepting(keys: Sequence[str]) -> list[str]:
-    """The options of `trainfw train` that accept other values of keys. Raises UserError for keys that cannot be."""
+    """List the options of `trainfw train` that accept other values of keys. Raises UserError for unknown keys."""
     check_accept(keys)
     return [word for key in keys for word in ("--accept", key)]
 
@@ -37,5 +37,5 @@ def check_name(option: str, text: str | None) -> None:
 
 
 def as_argument(path: str) -> str:
-    """A path as a command takes it, which would read one that begins with a dash as an option."""
+    """Write a path for a command, which would read one that begins with a dash as an option."""
     return os.path.join(os.curdir, path) if path.startswith("-") else path

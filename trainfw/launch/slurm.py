@@ -56,7 +56,7 @@ class SlurmJob:
     python: str = sys.executable
 
     def script(self) -> str:
-        """The sbatch script."""
+        """Write the sbatch script."""
         logs = self.run_dir / "logs"
         sbatch = {
             "job-name": self.name,
@@ -130,7 +130,7 @@ exit $code
 """
 
     def _numbered(self) -> str:
-        """Several processes on a node need other numbers than their node's."""
+        """Number several processes on a node, which need other numbers than their node's."""
         if self.tasks_per_node == 1:
             return ""
         return """bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec "$@"' - \\
@@ -138,7 +138,7 @@ exit $code
 
 
 def _directive(option: str, value: object) -> str:
-    """An option as sbatch reads it from a line: words end at white space, `#` begins a comment, a backslash escapes."""
+    """Quote an option for sbatch's lines: words end at white space, `#` begins a comment, a backslash escapes."""
     if value is True:
         return option
     text = str(value)
@@ -148,7 +148,7 @@ def _directive(option: str, value: object) -> str:
 
 
 def _option(text: str) -> str:
-    """One of `options` as a directive. Raises UserError for what is none."""
+    """Write one of `options` as a directive. Raises UserError for what is none."""
     found = re.fullmatch(r"(--[a-z][a-z0-9-]*)(?:[= ](.*))?|(-[A-Za-z])(.*)", text)
     if found is None:
         raise UserError(f"--sbatch {text!r:.80}: expected an option of sbatch, such as --exclude=trn-7")
@@ -158,14 +158,14 @@ def _option(text: str) -> str:
 
 
 def _pattern(path: Path) -> str:
-    """The path where Slurm expects a file name pattern."""
+    """Escape a path where Slurm expects a file name pattern."""
     return str(path).replace("%", "%%")
 
 
 def slurm_job(
     recipe: Recipe, path: str, overrides: Sequence[str], run_dir: Path, *, nodes: int | None, **options: Any
 ) -> SlurmJob:
-    """A job for a recipe. Raises UserError for numbers and options that cannot be."""
+    """Make a job for a recipe. Raises UserError for numbers and options that cannot be."""
     count = count_nodes(recipe, nodes)
     accepting(options.get("accept", ()))
     job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)

@@ -50,12 +50,12 @@ class Layout:
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts the global batch is split."""
+        """Count the parts into which the global batch is split."""
         return self.pipeline * self.data * self.fsdp * self.expert
 
     @property
     def batch_product(self) -> str:
-        """The axes over which it is: `data(2) * fsdp(4)`."""
+        """Write the axes over which the batch is split: `data(2) * fsdp(4)`."""
         axes = [a for a in ("pipeline", "data", "fsdp", "expert") if a in ("data", "fsdp") or self.sizes[a] > 1]
         return " * ".join(f"{axis}({self.sizes[axis]:,})" for axis in axes)
 
@@ -81,7 +81,7 @@ class Layout:
 
 
 def nearest_divisors(size: int, parts: int) -> str:
-    """`; the nearest sizes that do: 64, 192`: what a dim divides over, where it does not over so many parts.
+    """Suggest `; the nearest sizes that do: 64, 192` that a dim divides over, where it does not over so many parts.
 
     The largest that do not exceed `parts`: of all, and of those that leave the other parts to another axis.
     """
@@ -126,7 +126,7 @@ def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -
 
 
 def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The fraction of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
+    """Compute the share of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
     return (stages - 1) / (microbatches * chunks + stages - 1)
 
 

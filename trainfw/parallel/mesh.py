@@ -12,7 +12,7 @@ from trainfw.parallel.placement import Placement
 
 
 def physical_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Devices by host and then by number on it: the physical numbering of cores, as a topology numbers them.
+    """Sort devices by host and then by number on it: the physical numbering of cores, as a topology numbers them.
 
     Processes are numbered by their hosts' place (see `backends.connect`), so no more than this is needed.
     """
@@ -20,7 +20,7 @@ def physical_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
 
 
 def make_mesh(layout: Layout, devices: Sequence[jax.Device], placement: Placement | None = None) -> Mesh:
-    """The mesh of `layout` over `devices`: in their order with the last axis fastest, or placed on their topology."""
+    """Make the mesh of `layout` over `devices`: in their order, last axis fastest, or placed on their topology."""
     shape = tuple(layout.sizes.values())
     arranged = np.asarray(devices) if placement is None else np.asarray(physical_order(devices))[placement.order]
     # Auto: the partitioner propagates shardings from the constraints; explicit types are JAX's newer default.

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 
 
 def reorder_layers(tree: Any, held: Sequence[int], wanted: Sequence[int], *, donate: bool = False) -> Any:
-    """A pytree of arrays whose stacked layers come in the order `wanted`, from one where they come in `held`.
+    """Reorder the stacked layers of a pytree of arrays from the order `held` to the order `wanted`.
 
     Both list the layer at each place. Stacked is what lies under a key `layers` with as many rows: parameters, and what
     an optimizer keeps of them. Each array keeps its sharding and is moved by itself, so that no more than one is ever

@@ -89,7 +89,7 @@ def pipelined(
 
 
 def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
-    """Chunk number `chunk` of a pytree of arrays stacked over this device's layers."""
+    """Take chunk number `chunk` of a pytree of arrays stacked over this device's layers."""
     if chunks == 1:
         return stacked
     return jax.tree.map(
@@ -98,7 +98,7 @@ def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
 
 
 def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
-    """The layer at each place of the stacked parameters: those of stage 0, chunk by chunk, then those of stage 1 ..."""
+    """List the layer at each place of the stacked parameters: stage 0, chunk by chunk, then stage 1 ..."""
     if stages == 1 or chunks == 1:
         return tuple(range(num_layers))
     size = num_layers // (stages * chunks)
@@ -119,7 +119,7 @@ def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
 
 
 def _swap_trees(on: jax.Array, index: jax.Array, buffers: Any, values: Any) -> tuple[Any, Any]:
-    """`_swap` for each array; integers have no gradient."""
+    """Apply `_swap` to each array; integers have no gradient."""
     leaves, tree = jax.tree.flatten(buffers)
     swapped = [
         (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)

@@ -108,7 +108,7 @@ class Placement:
 
 
 def default_traffic(layout: Layout) -> dict[str, float]:
-    """Bytes that a core's collectives produce in a step over each axis, when the program's own are not known.
+    """Estimate the bytes that a core's collectives produce in a step over each axis, where the program does not say.
 
     Those of Llama 3.1 8B (32 layers, D 4,096, K*h 1,024) in bf16, with 8,192 tokens a core (and so a sequence that
     grows with the context axis):
@@ -134,7 +134,7 @@ def default_traffic(layout: Layout) -> dict[str, float]:
 
 
 def place(topology: Topology, layout: Layout, traffic: Mapping[str, float] | None = None) -> Placement:
-    """The best legal device order for `layout` on `topology`.
+    """Find the best legal device order for `layout` on `topology`.
 
     Args:
         traffic: bytes that a core's collectives produce in a step over each axis (all-gathered size, or size before
@@ -200,7 +200,7 @@ def seconds_per_byte(pieces: tuple[Piece, ...]) -> float:
 def _assignments(
     topology: Topology, layout: Layout, promising: Callable[[Assignment], bool] = lambda part: True
 ) -> Iterator[Assignment]:
-    """Every way to give all of the hardware to the axes, each exactly its size; pieces innermost first.
+    """List every way to give all of the hardware to the axes, each exactly its size; pieces innermost first.
 
     What `promising` denies of a part is not tried on.
     """
@@ -212,7 +212,7 @@ def _assignments(
 
 
 def _documented(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignment]:
-    """Every way to give an instance to the axes in shapes that documents list."""
+    """List every way to give an instance to the axes in shapes that documents list."""
     for table in topology.groups or ():
         cover = [tuple(_part(topology, part) for part in parts) for parts in table.cover]
         for axes in itertools.permutations(wanted, len(cover)):
@@ -221,11 +221,11 @@ def _documented(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignme
 
 
 def _contiguous(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignment]:
-    """Every way to give an instance to the axes one inside the other, so that the groups of the innermost are runs."""
+    """List every way to give an instance to the axes one inside the other: groups of the innermost are runs."""
     inside = [dim for dim in reversed(topology.dims) if dim.inside_instance]
 
     def cut(start: int, size: int) -> tuple[Piece, ...] | None:
-        """The pieces of an axis of `size` whose places are `start` cores apart, or None where it cuts a dim askew."""
+        """Cut the pieces of an axis of `size` whose places are `start` cores apart, or None where it cuts a dim askew."""
         pieces = []
         for dim in inside:
             if start >= dim.size:
@@ -262,7 +262,7 @@ def _over(
     so_far: Assignment,
     promising: Callable[[Assignment], bool],
 ) -> Iterator[Assignment]:
-    """`so_far` and every division of `dims` (innermost first) among axes of which `left` is left."""
+    """Extend `so_far` by every division of `dims` (innermost first) among axes of which `left` is left."""
     if not promising(so_far):
         return
     if not dims:
@@ -279,7 +279,7 @@ def _over(
 
 @functools.cache
 def _divisions(size: int, left: tuple[tuple[str, int], ...]) -> list[dict[str, int]]:
-    """Every way to write `size` as a product of one factor an axis, each dividing what is left of the axis."""
+    """List every way to write `size` as a product of one factor an axis, each dividing what is left of the axis."""
     if size == 1:
         return [{}]
     if not left:
@@ -294,7 +294,7 @@ def _divisions(size: int, left: tuple[tuple[str, int], ...]) -> list[dict[str, i
 
 
 def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Iterator[dict[str, Piece]]:
-    """The parts of `dim` that a division makes, in every arrangement that its table of parts allows."""
+    """List the parts of `dim` that a division makes, in every arrangement that its table of parts allows."""
     sizes = list(division.values())
     splits = [split for split in topology.splits[dim.name] if [len(split.order), len(split.order[0])] == sizes]
     if len(division) == 1:
@@ -311,7 +311,7 @@ def _pieces(topology: Topology, dim: Dimension, division: dict[str, int]) -> Ite
 
 
 def _part(topology: Topology, name: str) -> Piece:
-    """The piece that a dim's name, or that of a part in its table, stands for."""
+    """Return the piece that a dim's name, or that of a part in its table, stands for."""
     dim_name, _, part = name.partition(".")
     dim = topology.dim(dim_name)
     if not part:
@@ -327,7 +327,7 @@ def _part(topology: Topology, name: str) -> Piece:
 
 
 def _mixed(topology: Topology, dim: Dimension, size: int, stride: int) -> Piece:
-    """`size` places of a dim that are `stride` apart."""
+    """Make the piece of `size` places of a dim that are `stride` apart."""
     if size == dim.size:
         return _part(topology, dim.name)
     hops = stride if dim.kind in ("ring", "line") else 1
@@ -336,7 +336,7 @@ def _mixed(topology: Topology, dim: Dimension, size: int, stride: int) -> Piece:
 
 
 def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
-    """Bytes/s for each core when all cores of a chip use its links at once."""
+    """Compute the bytes/s for each core when all cores of a chip use its links at once."""
     return dim.bandwidth if dim.kind == "chip" else dim.bandwidth * links / hops / topology.cores_per_chip
 
 
@@ -349,7 +349,7 @@ def _order(
     assignment: Assignment,
     reflected: tuple[str, ...] = PERMUTED_AXES,
 ) -> np.ndarray:
-    """Physical core of every place in the mesh. Axes of `reflected` go back and forth, so that neighbours stay so."""
+    """List the physical core of every place in the mesh. Axes of `reflected` go back and forth: neighbours stay so."""
     import numpy as np
 
     digits: dict[tuple[str, str], np.ndarray] = {}
@@ -420,7 +420,7 @@ def _distinct(topology: Topology, groups: np.ndarray) -> np.ndarray:
 
 
 def _closed(topology: Topology, groups: np.ndarray) -> bool:
-    """Tell whether each core of every group is at most one hop from the next one's chip, and the last from the first's."""
+    """Tell whether in every group each core is at most one hop from the next, and the last from the first."""
     chips = groups // topology.cores_per_chip
     pairs = {(int(a), int(b)) for row in chips for a, b in zip(row, [*row[1:], row[0]], strict=True)}
     return all(topology.chip_distance(a, b) <= 1 for a, b in pairs)
@@ -454,7 +454,7 @@ def _no_order(topology: Topology, layout: Layout) -> str:
 
 
 def nearest_legal(topology: Topology, layout: Layout) -> Layout | None:
-    """The layout of the same product, over the same axes and fsdp, that changes sizes least and has a legal order."""
+    """Find the layout of the same product, over the same axes and fsdp, with a legal order and the least change."""
     axes = [axis for axis, size in layout.sizes.items() if size > 1 or axis == "fsdp"]
 
     def change(sizes: dict[str, int]) -> tuple[float, float]:

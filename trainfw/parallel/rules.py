@@ -155,12 +155,12 @@ def use_rules(rules: Rules | None) -> Iterator[None]:
 
 
 def active_rules() -> Rules | None:
-    """The rules in use."""
+    """Return the rules in use."""
     return _active.get()
 
 
 def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
-    """`function` of trees of stacked matrices (layers, m, n), run by each device on whole matrices of its own layers.
+    """Let each device run `function` of trees of stacked matrices (layers, m, n) on whole matrices of its own layers.
 
     For what needs a matrix in one place. Layers are dealt out to as many devices as divide them, and computed alike by
     the others. Arrays of fewer dims go to every device. Nothing is left to the partitioner, which would permute

@@ -36,7 +36,7 @@ class Replica:
 def gather_weight(
     weight: Any, names: Sequence[str | None], dtype: Any = None, *, num_kv_heads: int | None = None
 ) -> Any:
-    """A weight as it is used, in `dtype`: cast, and then gathered, so that what crosses the links is as narrow.
+    """Gather a weight for use in `dtype`: cast, and then gathered, so that what crosses the links is as narrow.
 
     A `Quantized` weight is gathered as it is, array by array, and stays quantised.
 
@@ -75,7 +75,7 @@ def gather_weight(
 
 
 def reduce_gradient(grad: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
-    """A gradient as the optimizer takes it, from the parts that `gather_weight` leaves on every device."""
+    """Sum a gradient as the optimizer takes it, from the parts that `gather_weight` leaves on every device."""
     if rules.fsdp_shards == "optimizer":
         for dim, name in enumerate(names):
             grad = reduce_scatter(grad, rules.gathered(name), dim)
@@ -85,7 +85,7 @@ def reduce_gradient(grad: jax.Array, names: Sequence[str | None], rules: Rules) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _use(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """`whole`, whose gradient is scattered to `part`."""
+    """Return `whole`, whose gradient is scattered to `part`."""
     return whole
 
 

@@ -17,7 +17,7 @@ from trainfw import backends
 
 
 def _narrow(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """(x / scale in the dtype, the scale, f32[])"""
+    """Return (x / scale in the dtype, the scale, f32[])."""
     top = jnp.max(jnp.abs(x)).astype(jnp.float32)
     # Not below what has an inverse: zeros stay zeros, and the smallest numbers do not become infinite.
     scale = jnp.maximum(top / float(jnp.finfo(dtype).max), jnp.finfo(jnp.float32).tiny)
@@ -25,14 +25,14 @@ def _narrow(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _product(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int, scale: jax.Array, dtype: Any) -> jax.Array:
-    """`scale` times two narrow matrices contracted along a dim of each; compilers take it for one kernel."""
+    """Multiply `scale` and two narrow matrices contracted along a dim of each; compilers take it for one kernel."""
     wide = jax.lax.dot_general(x, y, (((x_dim,), (y_dim,)), ((), ())), preferred_element_type=dtype)
     return (wide * scale).astype(dtype)
 
 
 @jax.custom_vjp
 def fp8_matmul(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """`x_ND @ w_DF` with operands rounded to 8 bits, in the dtype of x."""
+    """Compute `x_ND @ w_DF` with operands rounded to 8 bits, in the dtype of x."""
     return _forward(x_ND, w_DF)[0]
 
 

@@ -67,7 +67,7 @@ class Quantized:
 
 
 def quantize(weight: jax.Array, precision: Precision, *, block: int = 64, dim: int = -2) -> Quantized:
-    """`weight` (..., m, n) in int8, one scale for each slice along `dim`; or in NF4, one for each `block` along it.
+    """Store `weight` (..., m, n) in int8, with a scale for each slice along `dim`; or in NF4, one for each `block`.
 
     Raises UserError where NF4's block does not divide the dim.
     """
@@ -107,7 +107,7 @@ def block_problem(size: int, block: int) -> str | None:
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """The weight that the codes stand for, in `dtype`. Elementwise operations only: a table look-up is a slow gather
+    """Decode the weight in `dtype`. Elementwise operations only: a table look-up is a slow gather
     on accelerators, so codes are told apart bit by bit.
     """
     if weight.low is None or weight.step is None:
@@ -122,7 +122,7 @@ def dequantize(weight: Quantized, dtype: jnp.dtype) -> jax.Array:
 
 
 def _value(codes: jax.Array) -> jax.Array:
-    """NF4's number for each code, f32."""
+    """Look up NF4's number for each code, f32."""
     values: list[jax.Array | float] = list(NF4)
     for bit in range(4):
         on = (codes >> bit) & 1 == 1

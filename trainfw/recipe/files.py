@@ -31,7 +31,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path: str | os.PathLike[str]) -> Path:
-    """`path` itself, a bundled recipe of that name, or the recipe of a run directory."""
+    """Find `path` itself, a bundled recipe of that name, or the recipe of a run directory."""
     if not str(path):
         raise UserError("recipe: the path is empty")
     file, bundled = Path(path), bundled_recipes()
@@ -50,7 +50,7 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
 
 
 def read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
-    """A file's keys merged over those it extends, and where each was written."""
+    """Merge a file's keys over those it extends, and record where each was written."""
     chain = (*chain, file.resolve())
     if len(chain) > _MOST_EXTENDED:
         raise UserError(f"{file}: is extended by {len(chain) - 1} recipes, one by the other; {_MOST_EXTENDED} at most")
@@ -68,7 +68,7 @@ def read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
 def extended(
     tree: dict[str, Any], sources: Sources, directory: Path, chain: tuple[Path, ...]
 ) -> tuple[dict[str, Any], Sources]:
-    """Keys merged over those they extend, and where each was written."""
+    """Merge keys over those they extend, and record where each was written."""
     if "extends" not in tree:
         return tree, sources
     base = tree.pop("extends")
@@ -93,7 +93,7 @@ def extended(
 
 
 def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, Any]:
-    """A mapping's values, recording the line of every key and refusing a key written twice."""
+    """Read a mapping's values, recording the line of every key and refusing a key written twice."""
     values: dict[str, Any] = {}
     loader = yaml_text.Loader("")
     for key_node, value_node in node.value:

@@ -168,7 +168,7 @@ def _text_problem(key: str, text: str) -> str | None:
 
 
 def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
-    """The fields of the model and the tokenizer that `model.from` stands for, where they are not written out."""
+    """Read the fields of the model and the tokenizer that `model.from` stands for, where they are not written out."""
     model, data = tree.get("model"), tree.get("data")
     source = model.get("from") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(source, str):
@@ -189,7 +189,7 @@ def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
 
 
 def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
-    """The fields that `adapter.from` stands for, where none of an adapter's shape is written out."""
+    """Read the fields that `adapter.from` stands for, where none of an adapter's shape is written out."""
     adapter = tree.get("adapter")
     source = adapter.get("from") if isinstance(adapter, dict) else None
     if not isinstance(adapter, dict) or not isinstance(source, str) or {"rank", "targets"} & set(adapter):
@@ -201,7 +201,7 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
 
 
 def _fields_of(source: str) -> dict[str, Any]:
-    """The fields of the model at a path: a run's, or those of weights."""
+    """Read the fields of the model at a path: a run's, or those of weights."""
     refuse_recipe(source)
     run = resolve_path(source) / "recipe.yaml"
     config = load_recipe(run).model if run.is_file() else read_model_config(source)
@@ -209,7 +209,7 @@ def _fields_of(source: str) -> dict[str, Any]:
 
 
 def _adapter_of(source: str) -> dict[str, Any]:
-    """The fields of the adapter at a path: a run's, or one in PEFT's form."""
+    """Read the fields of the adapter at a path: a run's, or one in PEFT's form."""
     refuse_recipe(source)
     if not resolve_path(source).exists():
         raise UserError(f"{source}: no such directory; expected a run of an adapter, or one in PEFT's form")

@@ -75,7 +75,7 @@ def _meant(kind: str, value: Any) -> str:
 
 
 def our_key(key: str) -> str | None:
-    """The key that says what `key` does elsewhere: in another section, or in another trainer. May add what to know."""
+    """Find the key that says what `key` does elsewhere: in another section, or in another trainer. May add a remark."""
     section, _, last = key.rpartition(".")
     name = last.lower().replace("-", "_")
     same = [valid for valid in keys() if valid.rpartition(".")[2] == name]
@@ -89,7 +89,7 @@ def our_key(key: str) -> str | None:
 
 
 def nearest_key(key: str) -> str:
-    """`"; did you mean 'x'?"` for a key that is none: the one that says it here, or the nearest by its letters."""
+    """Suggest `"; did you mean 'x'?"` for an unknown key: the one that says it here, or the nearest by its letters."""
     section, _, last = key.rpartition(".")
     ours = _our_section(section)
     siblings = {valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == ours}
@@ -105,7 +105,7 @@ def nearest_key(key: str) -> str:
 
 
 def _our_section(section: str) -> str:
-    """The section that `section` is, or is like."""
+    """Find the section that `section` is, or is like."""
     sections = {valid.rpartition(".")[0] for valid in keys()}
     section = SECTIONS.get(section, section)
     return section if section in sections else nearest(section, sections - {""}) or ""

@@ -18,7 +18,7 @@ Line = tuple[str, str]
 
 
 def draw_topology(topology: Topology, placement: Placement | None = None, *, width: int = WIDTH) -> Iterator[Text]:
-    """Level by level from the outermost: units on their network, nodes or racks of a unit, chips of a node.
+    """Draw level by level from the outermost: units on their network, nodes or racks of a unit, chips of a node.
 
     Every level shows the inside of the first place of the one above. With a placement, a box also says which places
     of the mesh axes its cores hold, and links have the colour of the axis that runs along them.
@@ -31,7 +31,7 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
     inside: list[str] = []
 
     def contents(level: int, place: int) -> list[Line]:
-        """The text of a box: its name, its cores, and their places along the axes."""
+        """Return the text of a box: its name, its cores, and their places along the axes."""
         chips = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
         cores = range(place * chips * topology.cores_per_chip, (place + 1) * chips * topology.cores_per_chip)
         held = levels[level] if levels else []
@@ -99,7 +99,7 @@ class _Canvas:
             yield line
 
     def box(self, y: int, x: int, width: int, contents: Sequence[Line]) -> None:
-        """A box whose text is `width` wide; it takes width + 4 columns and len(contents) + 2 rows."""
+        """Draw a box whose text is `width` wide; it takes width + 4 columns and len(contents) + 2 rows."""
         self.put(y, x, "┌" + "─" * (width + 2) + "┐")
         for i, (text, style) in enumerate(contents, start=1):
             self.put(y + i, x, "│ " + " " * width + " │")
@@ -112,7 +112,7 @@ class _Canvas:
         dim: Dimension | None,
         style: Callable[[int, int], str] | None,
     ) -> _Canvas:
-        """Boxes of one dim side by side, over as many lines as they need."""
+        """Draw boxes of one dim side by side, over as many lines as they need."""
         width = max(len(text) for contents in boxes for text, _ in contents)
         tall = len(boxes[0]) + 2
         switch = dim is not None and dim.kind in ("switch", "network")
@@ -152,7 +152,7 @@ class _Canvas:
         down: Callable[[int, int], str],
         across: Callable[[int, int], str],
     ) -> None:
-        """Boxes of two dims of rings or lines; links that wrap leave at the edges."""
+        """Draw boxes of two dims of rings or lines; links that wrap leave at the edges."""
         width = max(len(text) for row in boxes for contents in row for text, _ in contents)
         tall = len(boxes[0][0]) + 2
         rows, columns = dims[0].size, dims[1].size

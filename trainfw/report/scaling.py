@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 
 def scaling_section(scaling: Any) -> str:
-    """The section of a `trainfw.planning.Scaling`, well-formed as XML, in the page's own style.
+    """Write the section of a `trainfw.planning.Scaling`, well-formed as XML, in the page's own style.
 
     A figure of `scaling.to_json()` stands in a `<data>` element with its value in full, and its key in `data-key`.
     """
@@ -128,7 +128,7 @@ def _goodput(rows: Sequence[dict[str, Any]], goodput: Sequence[dict[str, Any]]) 
 
 
 def _throughput(curves: dict[str, list[dict[str, Any]]]) -> str:
-    """Tokens/s by chips, both logarithmic, with the line that the fewest chips promise."""
+    """Draw tokens/s by chips, both logarithmic, with the line that the fewest chips promise."""
     points = {
         name: [(float(row["chips"]), float(row["tokens_per_second"])) for row in rows] for name, rows in curves.items()
     }
@@ -149,7 +149,7 @@ def _throughput(curves: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _shares(rows: Sequence[dict[str, Any]], goodput: Sequence[dict[str, Any]]) -> str:
-    """Goodput by chips: the recipe's own checkpoints without a spare, and the best of both."""
+    """Draw goodput by chips: the recipe's own checkpoints without a spare, and the best of both."""
     ticks = [(share / 4, f"{share / 4:.0%}") for share in range(5)]
     chart = _Chart("goodput by chips", [row["chips"] for row in rows], ticks, logarithmic=False)
     alone = [

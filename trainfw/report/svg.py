@@ -24,7 +24,7 @@ _MOST_UNITS = 16
 
 
 def topology_svg(topology: Topology, placement: Placement | None = None) -> str:
-    """The picture of one unit (and, when there are several, of their network), as the text of an SVG file.
+    """Draw one unit (and, when there are several, their network), as the text of an SVG file.
 
     Chips stand in their grid, or in a row under their switches; a link has the colour of the mesh axis that runs along
     it (dashed with a second one), and the squares in a chip, its cores, that of the axis inside the chip, darker from
@@ -84,14 +84,14 @@ class _Picture:
         )
 
     def note(self, x: float, y: float, text: str, anchor: str = "start") -> None:
-        """A label over lines: what is behind it is covered."""
+        """Write a label over lines: what is behind it is covered."""
         width = 6.7 * len(text) + 12
         left = {"start": x - 6, "middle": x - width / 2, "end": x - width + 6}[anchor]
         self.rect("background", left, y - 14, width, 20)
         self.text(x, y, text, anchor=anchor, quiet=True)
 
     def line(self, path: str, axes: list[str], kind: str = "link", width: float = 2.5, dots: str = "") -> None:
-        """A link in the colour of its first axis, dashed with the others'."""
+        """Draw a link in the colour of its first axis, dashed with the others'."""
         for i, name in enumerate(axes[:3]):
             colour = COLOURS.get(name) or self.hues.get(name, "#8a94a0")
             dash = "" if not i else f' stroke-dasharray="{4 * (3 - i)} {4 + 4 * i}"'
@@ -135,7 +135,7 @@ class _Picture:
         self.parts.append("</g>")
 
     def cores(self, cores: range, x: float, y: float, width: float, height: float) -> None:
-        """Squares that fill a rectangle as well as they can."""
+        """Draw squares that fill a rectangle as well as they can."""
         across = max(range(1, len(cores) + 1), key=lambda n: min(width / n, height / math.ceil(len(cores) / n)))
         down = math.ceil(len(cores) / across)
         side = min(width / across, height / down, 26)
@@ -160,7 +160,7 @@ class _Picture:
     # Rings and tori -------------------------------------------------------------------------------------------------
 
     def torus(self, y: float) -> float:
-        """Grids of chips side by side, equal places joined by a ribbon. Returns the y of its lower end."""
+        """Draw grids of chips side by side, equal places joined by a ribbon; return the y of its lower end."""
         inner = self.dims[-2:]
         outer = self.dims[-3] if len(self.dims) > 2 else None
         copies = outer.size if outer else 1
@@ -223,7 +223,7 @@ class _Picture:
         stub: float,
         axes: list[str],
     ) -> None:
-        """Between chips that stand side by side, or, around the end of a ring, a stub at both."""
+        """Draw a link between chips that stand side by side, or, around the end of a ring, a stub at both."""
         (ax, ay), (bx, by) = sorted(ends)
         if abs(bx - ax) > 1.5 * pitch:
             middle = ay + height / 2
@@ -240,7 +240,7 @@ class _Picture:
             self.line(f"M{ax + width / 2:.1f} {min(ay, by) + height:.1f}V{max(ay, by):.1f}", axes)
 
     def ribbon(self, dim: Dimension, frames: list[float], y: float, frame: float, tall: float, each: int) -> None:
-        """One line for every chip from each grid to the next, and from the last back to the first."""
+        """Draw a line for every chip from each grid to the next, and from the last back to the first."""
         for copy, x in enumerate(frames[:-1]):
             for i in range(each):
                 at = y + 14 + (tall - 28) * (i + 0.5) / each
@@ -259,7 +259,7 @@ class _Picture:
     # Switches -------------------------------------------------------------------------------------------------------
 
     def switched(self, y: float) -> float:
-        """Chips in a row between the switches that they have ports into; a second rack mirrored below."""
+        """Draw chips in a row between the switches that they have ports into; a second rack mirrored below."""
         direct = [dim for dim in self.dims if dim.kind != "switch"]
         switches = [dim for dim in self.dims if dim.kind == "switch"]
         racks = math.prod(dim.size for dim in direct)

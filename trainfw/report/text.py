@@ -16,7 +16,7 @@ WIDTH = 100
 
 
 def amount(value: float, unit: str) -> str:
-    """`185.6 TB/s`, `6 TiB`, `667 TFLOP/s`: with the prefix that fits, at most 2 decimals.
+    """Write `185.6 TB/s`, `6 TiB`, `667 TFLOP/s`: with the prefix that fits, at most 2 decimals.
 
     Sizes (`B`) in multiples of 1,024, unless they are whole GB; rates in multiples of 1,000.
     """
@@ -30,7 +30,7 @@ def amount(value: float, unit: str) -> str:
 
 
 def list_topologies() -> Iterator[Text]:
-    """One line a topology."""
+    """Write a line for each topology."""
     names = topology_names()
     width = max(map(len, names))
     for name in names:
@@ -85,7 +85,7 @@ def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Tex
 
 
 def doubtful_figures(topology: Topology, *, width: int = WIDTH) -> Iterator[Text]:
-    """Figures on which documents disagree, or that are derived or assumed; each once, with every value."""
+    """List figures on which documents disagree, or that are derived or assumed; each once, with every value."""
     found: dict[tuple, list[str]] = {}
     used = ("chip.", "host_memory", *(f"{dim.link}." for dim in topology.dims))
     for key, figure in topology.figures.items():
@@ -106,7 +106,7 @@ def doubtful_figures(topology: Topology, *, width: int = WIDTH) -> Iterator[Text
 
 
 def describe_placement(placement: Placement) -> Iterator[Text]:
-    """The table of axes."""
+    """Write the table of axes."""
     yield Text.assemble(("layout ", "bold"), str(placement.layout))
     lies = [" + ".join(axis.parts) for axis in placement.axes]
     width = max([len("lies on"), *map(len, lies)])

@@ -27,7 +27,7 @@ ON_CORES = ("tensor engine", "memory")
 
 
 def step_lane(timeline: Any) -> Iterator[str]:
-    """The whole step, to scale: its microbatches, and the update.
+    """Draw the whole step, to scale: its microbatches, and the update.
 
     Args:
         timeline: a `trainfw.planning.Timeline`.
@@ -49,7 +49,7 @@ def step_lane(timeline: Any) -> Iterator[str]:
 
 
 def lanes(stretches: Sequence[Any], colour: Callable[[str], str], label: Callable[[str], str]) -> Iterator[str]:
-    """A lane for each stream of what follows each other, to scale.
+    """Draw a lane for each stream of stretches that follow each other, to scale.
 
     Args:
         stretches: `trainfw.planning.Stretch`es.

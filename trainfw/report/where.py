@@ -23,7 +23,7 @@ COLOURS = {
 
 
 def mesh_positions(placement: Placement) -> dict[str, np.ndarray]:
-    """Axis larger than 1 -> the place of every physical core along it, an int array (cores,)."""
+    """Map each axis larger than 1 to the place of every physical core along it, an int array (cores,)."""
     import numpy as np
 
     places = np.indices(placement.order.shape).reshape(placement.order.ndim, -1)
@@ -33,20 +33,20 @@ def mesh_positions(placement: Placement) -> dict[str, np.ndarray]:
 
 
 def axes_between(placement: Placement, positions: dict[str, np.ndarray], a: int, b: int) -> list[str]:
-    """Axes along which one moves from chip `a` to chip `b`, the one with the most communication first."""
+    """List the axes along which one moves from chip `a` to chip `b`, the one with the most communication first."""
     per_chip = placement.topology.cores_per_chip
     mine, theirs = slice(a * per_chip, (a + 1) * per_chip), slice(b * per_chip, (b + 1) * per_chip)
     return [axis for axis in reversed(positions) if (positions[axis][mine] != positions[axis][theirs]).any()]
 
 
 def axes_of_dim(placement: Placement, dim: str) -> list[str]:
-    """Axes that lie on a dim or on parts of it, the one with the most communication first."""
+    """List the axes that lie on a dim or on parts of it, the one with the most communication first."""
     found = [axis.axis for axis in placement.axes if dim in {part.split(".")[0] for part in axis.parts}]
     return sorted(found, key=AXES.index, reverse=True)
 
 
 def spans(numbers: Iterable[int], most: int = 11) -> str:
-    """`0-3`, `0-3,12-15`, or how many there are when that is longer than `most` characters."""
+    """Write `0-3`, `0-3,12-15`, or how many there are when that is longer than `most` characters."""
     ordered = sorted(set(map(int, numbers)))
     runs: list[list[int]] = []
     for number in ordered:
@@ -63,7 +63,7 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 
 
 def kind_in_words(dim: Dimension) -> str:
-    """`ring of 4`."""
+    """Write `ring of 4`."""
     if dim.kind == "chip":
         return "cores of a chip"
     return "pair" if dim.kind == "ring" and dim.size == 2 else f"{dim.kind} of {dim.size}"

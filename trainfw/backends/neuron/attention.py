@@ -64,7 +64,7 @@ def _kernels() -> tuple[Any, Any]:
 
 
 def _arguments(kernel: Any) -> set[str]:
-    """Names of a kernel's arguments: of the function that `@nki.jit` wraps, wherever it keeps it."""
+    """List the names of a kernel's arguments: of the function that `@nki.jit` wraps, wherever it keeps it."""
     names: set[str] = set()
     for function in (kernel, *(getattr(kernel, name, None) for name in ("func", "fn", "function", "__wrapped__"))):
         try:

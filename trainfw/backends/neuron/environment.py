@@ -117,7 +117,7 @@ def apply(hardware: HardwareConfig, wiring: Wiring, *, layout: Mapping[str, int]
 
 
 def new_value(variable: Variable, environ: Mapping[str, str]) -> str:
-    """The value of a variable once it is set, what is to stay of the old one included."""
+    """Return the value of a variable once it is set, what is to stay of the old one included."""
     before = environ.get(variable.name, "") if variable.prepended and not variable.already_set else ""
     return f"{variable.value}{os.pathsep}{before}" if before else str(variable.value)
 
@@ -209,7 +209,7 @@ def _core_counts(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cores(environ: Mapping[str, str], topology: Topology | None) -> int | None:
-    """The cores that programs run on; None where only the instance knows, of which the smallest has two."""
+    """Return the cores that programs run on; None where only the instance knows, of which the smallest has two."""
     if topology is not None:
         return topology.cores
     counts = _core_counts(environ)  # NEURON_RT_VISIBLE_CORES wins over NEURON_RT_NUM_CORES

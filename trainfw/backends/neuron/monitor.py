@@ -40,7 +40,7 @@ class NeuronMonitor:
         return self
 
     def latest(self) -> dict[str, float]:
-        """The newest `read_report`; empty before the first."""
+        """Return the newest `read_report`; empty before the first."""
         return dict(self._latest)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class NeuronMonitor:
 
 
 def read_report(line: str) -> dict[str, float]:
-    """One line of neuron-monitor as metrics; empty where it is not such a line or no program runs.
+    """Read one line of neuron-monitor as metrics; empty where it is not such a line or no program runs.
 
     neuroncore_utilization (percent, mean over the cores in use), neuroncores_in_use, device_memory_bytes (of the
     fullest core) and execution_errors (since the line before).

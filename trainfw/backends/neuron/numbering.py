@@ -18,7 +18,7 @@ _RETRY_SECONDS = 1.0
 
 
 def number_by_place(wiring: Wiring, place: Place | None, timeout: float = 600.0) -> Wiring:
-    """The wiring with processes numbered by (server_id, node_id); as it was, where a host does not know its place.
+    """Number processes by (server_id, node_id); the wiring stays as it was where a host does not know its place.
 
     Neighbours in the mesh are then neighbours in the torus. All processes call, before jax is imported, which needs
     the answer: they meet at the launcher's process 0, at the port after the coordinator's.

@@ -37,7 +37,7 @@ class Sdk(Config):
     notes: list[str] = []
 
     def core_overhead(self, topology: Topology) -> int:
-        """Bytes of device memory that the runtime takes on one logical core of `topology`.
+        """Count the bytes of device memory that the runtime takes on one logical core of `topology`.
 
         On Neuron that is what the chip's figure says and this release's `profile_bytes`; a recipe that replaces the
         figure has said all of it. Elsewhere it is the figure, if there is one.
@@ -47,13 +47,13 @@ class Sdk(Config):
 
 
 def sdk_versions() -> list[str]:
-    """Oldest first."""
+    """List the releases, the oldest first."""
     return sorted((path.stem for path in _DIRECTORY.glob("*.yaml")), key=lambda v: [int(n) for n in v.split(".")])
 
 
 @functools.cache
 def load_sdk(version: str | float | None = None) -> Sdk:
-    """The profile of a release; the newest when left out. Raises UserError for one without a profile.
+    """Load the profile of a release; the newest when left out. Raises UserError for one without a profile.
 
     A number is taken for the release that is written so: YAML reads 2.30 as 2.3.
     """
@@ -71,7 +71,7 @@ def load_sdk(version: str | float | None = None) -> Sdk:
 
 
 def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
-    """The release whose packages these are (distribution -> version), the newest first, or None for a mixture."""
+    """Find the release whose packages these are (distribution -> version), newest first; None for a mixture."""
     known = [load_sdk(version) for version in reversed(sdk_versions())]
     for sdk in known:
         shared = packages.keys() & sdk.packages.keys()
@@ -81,7 +81,7 @@ def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
 
 
 def releases_of(package: str, version: str) -> list[str]:
-    """The releases that have this version of a package, oldest first."""
+    """Return the releases that have this version of a package, oldest first."""
     of = {sdk: load_sdk(sdk).packages.get(package) for sdk in sdk_versions()}
     return [sdk for sdk, expected in of.items() if expected is not None and _begins(version, expected)]
 
@@ -103,5 +103,5 @@ def _begins(version: str, prefix: str) -> bool:
 
 
 def version_parts(version: str) -> list[int]:
-    """The numbers of a version, up to a build's name."""
+    """Return the numbers of a version, up to a build's name."""
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]

@@ -17,7 +17,7 @@ _ALLOCATORS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib
 
 
 def sysroot(environ: Mapping[str, str] | None = None) -> Path:
-    """`$TRAINFW_SYSROOT`, or `/`. Raises UserError where that is no directory."""
+    """Return `$TRAINFW_SYSROOT`, or `/`. Raises UserError where that is no directory."""
     environ = os.environ if environ is None else environ
     root = Path(environ.get(VARIABLE) or "/")
     if not root.is_dir():
@@ -26,17 +26,17 @@ def sysroot(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def below(root: Path, path: str | os.PathLike[str]) -> Path:
-    """An absolute path of the machine, below `root`."""
+    """Return an absolute path of the machine, below `root`."""
     return root / os.fspath(path).lstrip("/")
 
 
 def scripts_directory() -> str:
-    """The directory of the Python environment's commands, where pip puts neuronx-cc."""
+    """Return the directory of the Python environment's commands, where pip puts neuronx-cc."""
     return os.path.dirname(sys.executable)
 
 
 def find_command(name: str, directories: Iterable[str], root: Path) -> str | None:
-    """The path of a command as a child process finds it in `directories`, in order; None where it is not there."""
+    """Find the path of a command in `directories`, in order, as a child process does; None where it is not there."""
     for directory in directories:
         file = below(root, directory) / name
         if directory and file.is_file() and os.access(file, os.X_OK):
@@ -45,7 +45,7 @@ def find_command(name: str, directories: Iterable[str], root: Path) -> str | Non
 
 
 def compiler_path(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """(neuronx-cc as a child process finds it or None, the directory to put before the others of PATH or None).
+    """Return (neuronx-cc as a child process finds it or None, the directory to put before others of PATH or None).
 
     libneuronxla calls it by bare name: the one of this environment must come first, wherever PATH does not say so.
     """
@@ -56,7 +56,7 @@ def compiler_path(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
 
 
 def find_tcmalloc(root: Path) -> str | None:
-    """The newest libtcmalloc.so of the machine, to be preloaded; None where there is none."""
+    """Return the newest libtcmalloc.so of the machine, to be preloaded; None where there is none."""
     for directory in _ALLOCATORS:
         if found := sorted(below(root, directory).glob("libtcmalloc.so.*")):
             return f"/{directory}/{found[-1].name}"

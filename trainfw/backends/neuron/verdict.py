@@ -40,14 +40,14 @@ class HostFinding:
 
 
 def sdk_of(host: Host) -> Sdk | None:
-    """The release of the packages that are known; of a mixture the one of libneuronxla; None where none is known."""
+    """Find the release of the known packages; of a mixture the one of libneuronxla; None where none is known."""
     known = {name: version for name, version in host.plugin.versions.items() if releases_of(name, version)}
     plugin = {name: version for name, version in known.items() if name == "libneuronxla"}
     return installed_sdk(known) or installed_sdk(plugin or dict(list(known.items())[:1]))
 
 
 def _compared_with(host: Host) -> Sdk:
-    """The release that a host is held to: its own, or the newest no newer than its plugin, or the newest."""
+    """Return the release that a host is held to: its own, or the newest no newer than its plugin, or the newest."""
     if (sdk := sdk_of(host)) is not None:
         return sdk
     profiles = [load_sdk(version) for version in sdk_versions()]
@@ -109,7 +109,7 @@ def _driver(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
 
 
 def _runtime(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
-    """Libraries of the host: those of an older release fail, newer ones are only said."""
+    """Judge the libraries of the host: those of an older release fail, newer ones are only said."""
     if host.packages is None:
         if not host.runtime_file:
             yield HostFinding("no libnrt.so in /opt/aws/neuron/lib", f"install {RUNTIME} and {COLLECTIVES}")
@@ -159,7 +159,7 @@ def _plugin(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
 
 
 def _packages(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
-    """Python's packages: those of different releases, and those of none that is known."""
+    """Judge Python's packages: those of different releases, and those of none that is known."""
     versions = host.plugin.versions
     releases = {name: of for name, version in versions.items() if (of := releases_of(name, version))}
     if releases and not set.intersection(*map(set, releases.values())):
@@ -210,7 +210,7 @@ def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
 
 
 def ranges(devices: Sequence[str]) -> str:
-    """`neuron0 to neuron3, neuron8` of devices in order."""
+    """Write devices in order as `neuron0 to neuron3, neuron8`."""
     runs: list[list[int]] = []
     for number in (int(device.removeprefix("neuron")) for device in devices):
         if runs and runs[-1][-1] == number - 1:
@@ -221,7 +221,7 @@ def ranges(devices: Sequence[str]) -> str:
 
 
 def _minor(version: str) -> list[int]:
-    """Major and minor, which tell releases apart: what follows is a build."""
+    """Return major and minor, which tell releases apart: what follows is a build."""
     return version_parts(version)[:2]
 
 
