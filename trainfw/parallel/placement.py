@@ -225,7 +225,7 @@ def _contiguous(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignme
     inside = [dim for dim in reversed(topology.dims) if dim.inside_instance]
 
     def cut(start: int, size: int) -> tuple[Piece, ...] | None:
-        """Cut the pieces of an axis of `size` whose places are `start` cores apart, or None where it cuts a dim askew."""
+        """Cut the pieces of an axis of `size` whose places are `start` cores apart; None where a dim is cut askew."""
         pieces = []
         for dim in inside:
             if start >= dim.size:
