@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, invalid
 from trainfw.errors import did_you_mean
+from trainfw.object_reference import is_reference
 
 PREFERENCES = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 """Losses of pairs, each with its default beta: the papers' or TRL's."""
 OBJECTIVES = ("next_token", *PREFERENCES)
-_OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class ObjectiveConfig(Config):
@@ -47,7 +46,7 @@ class ObjectiveConfig(Config):
     @property
     def is_own(self) -> bool:
         """Tell whether it is somebody's own, `package.module:Name`."""
-        return _OWN.fullmatch(self.name) is not None
+        return is_reference(self.name)
 
     @property
     def reads_pairs(self) -> bool:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import cast
 
-from trainfw.errors import UserError
+from trainfw.object_reference import make_object
 from trainfw.objectives.config import ObjectiveConfig
 from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
+
+_PARTS = ("schema", "loss", "roles", "unit")
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,8 @@ class TokenOptions:
 def make_objective(config: ObjectiveConfig, options: TokenOptions) -> Objective:
     """Return what a model learns. Raises UserError where somebody's own cannot be made."""
     if ":" in config.name:
-        return _own(config)
+        return make_object("name", config.name, _PARTS, "trainfw.objectives.Objective", **config.options)
     if config.name == "next_token":
         return NextToken(options.chunk, options.mask_documents, options.z_loss)
     kind = cast(PreferenceLoss, config.name)
     return Preference(kind, config.beta_or_default, config.margin, options.pairs_per_row, options.chunk)
-
-
-def _own(config: ObjectiveConfig) -> Objective:
-    """Return the objective `package.module:Name`, made of its options."""
-    module, _, name = config.name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), name)(**config.options)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"name = {config.name!r}: cannot be made: {error}") from error
-    lacking = [part for part in ("schema", "loss", "roles", "unit") if not hasattr(made, part)]
-    if lacking:
-        what = f"has no {' and no '.join(lacking)}; expected a trainfw.objectives.Objective"
-        raise UserError(f"name = {config.name!r}: {what}")
-    return made
