@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw.errors import UserError
-from trainfw.models import ModelConfig, Transformer
+from trainfw.models import ModelConfig, ModelOptions, Transformer
 from trainfw.sampling import generate, generate_batch, sample
 
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
@@ -161,7 +161,7 @@ SHAPES = {
 
 def shaped(name: str, **options: str) -> Transformer:
     config = ModelConfig(preset="tiny", vocab_size=64, init_std=0.3, **SHAPES[name])
-    built = Transformer(config, rngs=nnx.Rngs(2), **options)
+    built = Transformer(config, ModelOptions(**options), rngs=nnx.Rngs(2))
     rng = np.random.default_rng(0)  # so that biases are not 0, nor scales 1
     for _, variable in nnx.to_flat_state(nnx.state(built)):
         variable.set_value(variable.get_value() + rng.normal(0, 0.05, variable.shape).astype(np.float32))

@@ -12,12 +12,12 @@ from flax import nnx
 from trainfw.adapters.config import PRESETS, AdapterConfig
 from trainfw.adapters.lora import EmbeddingLoRA, LoRA
 from trainfw.errors import UserError, did_you_mean
-from trainfw.models import Embedding, ExpertLinear, Linear, ModelConfig, Transformer, abstract_model, dense, freeze
+from trainfw.models import Embedding, ExpertLinear, FamilyConfig, Linear, abstract_model, dense, freeze
 
 Module = Linear | ExpertLinear | Embedding
 
 
-def adaptable(model: Transformer) -> dict[str, Module]:
+def adaptable(model: nnx.Module) -> dict[str, Module]:
     """What adapters can be put on, by name: linear maps but for routers, experts', and the embedding."""
     return {
         ".".join(map(str, path)): module
@@ -31,7 +31,7 @@ def weight_of(module: Module) -> nnx.Variable:
     return module.table if isinstance(module, Embedding) else module.kernel
 
 
-def attach(model: Transformer, config: AdapterConfig, rngs: nnx.Rngs) -> None:
+def attach(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
     """Freeze the model and put adapters on it, in place: A uniform in ±1/sqrt(in), as PEFT draws it; B zero.
 
     DoRA's magnitudes are zero until `with_magnitudes` sets them. Raises UserError for targets that match nothing, or
@@ -87,17 +87,17 @@ def _matching(pattern: str, names: Any) -> list[str]:
     return [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(f"{name}.kernel", pattern)]
 
 
-def config_targets(config: AdapterConfig, model: ModelConfig) -> dict[str, tuple[int, float]]:
+def config_targets(config: AdapterConfig, model: FamilyConfig) -> dict[str, tuple[int, float]]:
     """`targets` of a model that is not there."""
     return targets(config, adaptable(abstract_model(model)))
 
 
-def adapted(model: Transformer) -> Iterator[tuple[str, Module]]:
+def adapted(model: nnx.Module) -> Iterator[tuple[str, Module]]:
     """What of the model has an adapter, by name."""
     return ((name, module) for name, module in adaptable(model).items() if module.adapter is not None)
 
 
-def with_magnitudes(model: Transformer) -> None:
+def with_magnitudes(model: nnx.Module) -> None:
     """Set DoRA's magnitudes, in place, to the lengths of the columns of the frozen weights."""
     for _, module in adapted(model):
         if isinstance(module.adapter, LoRA) and module.adapter.magnitude is not None:

@@ -1,5 +1,6 @@
 from .configs import config_from_huggingface as config_from_huggingface
 from .configs import config_to_huggingface as config_to_huggingface
+from .configs import decoder_config as decoder_config
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from trainfw.config import INT32, LARGEST, SMALLEST
 from trainfw.errors import UserError, one_of, short
 from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME, Family
-from trainfw.models import ModelConfig
+from trainfw.models import FamilyConfig, ModelConfig
 
 _REQUIRED = (
     "vocab_size",
@@ -98,6 +98,13 @@ _COMPUTES_NOTHING = {
 }
 # What says how a model runs or was trained, and not what it computes.
 _RUNNING = ("dispatch", "capacity_factor", "balance_loss", "z_loss")
+
+
+def decoder_config(config: FamilyConfig, path: object) -> ModelConfig:
+    """Return the config of the model at `path` as a decoder's. Raises UserError where it is of another family."""
+    if isinstance(config, ModelConfig):
+        return config
+    raise UserError(f"{path}: is a model of family {config.family!r}; other formats have names for decoders alone")
 
 
 def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:

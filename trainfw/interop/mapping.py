@@ -14,7 +14,7 @@ from flax import nnx
 
 from trainfw.formats import TensorInfo, Tensors, bounds_of, cast, fingerprint, row_blocks
 from trainfw.interop.families import FAMILIES, Row
-from trainfw.models import ModelConfig, abstract_model
+from trainfw.models import FamilyConfig, ModelConfig, abstract_model
 
 _TILE = 64 * 1024
 """Bytes cast and transposed at a time: what a core's nearest caches hold."""
@@ -92,7 +92,7 @@ def parameters(config: ModelConfig, model_type: str) -> Mapping[str, Parameter]:
 _STACKED = ("layer", "expert")
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: FamilyConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each of our parameters, by path."""
     flat = nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
     return {".".join(map(str, path)): tuple(param.shape) for path, param in flat}

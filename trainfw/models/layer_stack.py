@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,35 @@ from jax.extend.core.primitives import all_gather_p
 
 from trainfw.backends import ATTENDED, ROTATED
 from trainfw.errors import UserError, did_you_mean
-from trainfw.models.common.layers import PRODUCT
-from trainfw.parallel import GATHERED, active_rules
+from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
+from trainfw.models.common.layers import PRODUCT, Linear, gather_weights
+from trainfw.models.family import ModelOptions, Remat
+from trainfw.parallel import (
+    GATHERED,
+    active_rules,
+    all_gather,
+    axis_index,
+    axis_size,
+    chunk_of,
+    pipelined,
+    reduce_scatter,
+)
 
-Remat = Literal["none", "dots", "full", "stage"]
 M = TypeVar("M", bound=nnx.Module)
 
 REDUCED = "reduced over tensor"
 """Name of what attention and feed-forward add to the residual stream."""
 INPUT = "a layer's input"
+
+
+def gather_sequence(x_BSD: jax.Array) -> jax.Array:
+    """Return the whole sequence of which each device along `tensor` has a part: before a layer's own products."""
+    return all_gather(x_BSD, "tensor", 1)
+
+
+def scatter_sequence(y_BSD: jax.Array) -> jax.Array:
+    """Return the sum of what devices along `tensor` have computed, to each its part of the sequence: after them."""
+    return checkpoint_name(reduce_scatter(y_BSD, "tensor", 1), REDUCED)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -84,11 +104,22 @@ def _is_unstacked(x: Any) -> bool:
     return isinstance(x, Unstacked)
 
 
-def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
-    """`num_layers` layers made with keys of their own, as one module whose parameters are stacked."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs, *, fp8: bool = False) -> M:
+    """`num_layers` layers made with keys of their own, as one module whose parameters are stacked.
+
+    `fp8`: their linear maps multiply in 8 bits.
+    """
+
+    def make_one(rngs: nnx.Rngs) -> M:
+        layer = make(rngs)
+        for _, part in nnx.iter_modules(layer) if fp8 else ():
+            if isinstance(part, Linear) and not part.kernel.get_metadata().get("wide"):  # as a router's is
+                part.fp8 = True
+        return layer
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_one(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), num_layers)
-    stacked = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(params=key))))(keys)
+    stacked = jax.vmap(lambda key: nnx.state(make_one(nnx.Rngs(params=key))))(keys)
     for _, param in nnx.to_flat_state(stacked):
         param.set_metadata(axes=("layers", *param.axes))
     return nnx.merge(graphdef, stacked)
@@ -193,6 +224,111 @@ def run_stack(
         x, rest_outs = unrolled(x, rest, kinds[groups * period :])
         outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
     return x, outs
+
+
+# --- A model's layers, wherever they lie ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """A model's layers and how they are run: all of them, or those of a stage of a pipeline."""
+
+    layers: nnx.Module
+    """As `init_stack` makes them."""
+    block: Callable[..., tuple[jax.Array, Any]]
+    """(one layer, x, what all layers share, this layer's own input, kind) -> (x, out)."""
+    kinds: tuple[Any, ...]
+    """One for each layer, repeating with `period`."""
+    period: int
+    options: ModelOptions
+    num_kv_heads: int | None = None
+    """See `gather_weight`."""
+
+    def run(
+        self,
+        x_BSD: jax.Array,
+        side: Any,
+        context: Callable[[Any], Any],
+        *,
+        own: Any = None,
+        adapters: AdapterInputs | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Every layer in order; returns the last x and the stacked outs, in the order in which the layers are.
+
+        Args:
+            side: arrays with a row for each of x's, which go with it from stage to stage.
+            context: side -> what all layers share.
+            own: arrays with a leading layers dim, for a model whose layers are all here.
+            adapters: what adapters read, where the model has any that do.
+        """
+        graphdef, params = self._split(adapters)
+        key = None if adapters is None else adapters.key
+        of_rows = None if adapters is None else (adapters.rows_B, adapters.ids_B)
+
+        def run(x_BSD: jax.Array, params: Any, side: Any) -> tuple[jax.Array, Any]:
+            side, of_rows = side
+            inputs = None if of_rows is None else AdapterInputs(rows_B=of_rows[0], ids_B=of_rows[1], key=key)
+            return self._run(graphdef, params, x_BSD, (context(side), inputs), own)
+
+        if axis_size("pipeline") == 1:
+            return run(x_BSD, params, (side, of_rows))
+
+        options = self.options
+        # The microbatches of this device, and its chunks of layers.
+        split = functools.partial(jax.tree.map, lambda a: a.reshape(-1, options.microbatch_rows, *a.shape[1:]))
+        x_kBSD, outs = pipelined(
+            lambda chunk, x_BSD, side: run(x_BSD, chunk_of(params, chunk, options.interleave), side),
+            split(x_BSD),
+            split((side, of_rows)),
+            chunks=options.interleave,
+            remat=options.remat in ("full", "stage"),
+            policy=jax.checkpoint_policies.save_only_these_names(INPUT) if options.remat == "full" else None,
+        )
+        return x_kBSD.reshape(x_BSD.shape), jax.tree.map(_among_stages, outs)
+
+    def _split(self, adapters: AdapterInputs | None) -> tuple[Any, Any]:
+        """(graphdef, (what learns, (what does not, the layers' places where adapters draw by them)))"""
+        graphdef, learning, frozen = nnx.split(self.layers, nnx.Param, ...)  # type: ignore[misc]
+        numbers_L = None
+        if adapters is not None and adapters.key is not None:
+            count = stack_size((learning, frozen))
+            numbers_L = axis_index("pipeline") * count + jnp.arange(count, dtype=jnp.int32)
+        return graphdef, (learning, (frozen, numbers_L))
+
+    def _run(self, graphdef: Any, params: Any, x_BSD: jax.Array, shared: Any, own: Any) -> tuple[jax.Array, Any]:
+        """These layers, all of them or those of a stage, which begin a period of the kinds."""
+        learning, (frozen, numbers_L) = params
+
+        def gather(learning: nnx.State, fixed: Any) -> Any:
+            frozen, number = fixed
+            learning, frozen = (gather_weights(s, x_BSD.dtype, self.num_kv_heads) for s in (learning, frozen))
+            return learning, (frozen, number)
+
+        def apply(x_BSD: jax.Array, weights: Any, shared: Any, own: Any, kind: Any) -> Any:
+            (learning, (frozen, number)), (context, adapters) = weights, shared
+            with use_inputs(adapters, number):
+                return self.block(nnx.merge(graphdef, learning, frozen), x_BSD, context, own, kind)
+
+        return run_stack(
+            Layer(gather, apply),
+            x_BSD,
+            learning,
+            (frozen, numbers_L),
+            shared,
+            own,
+            self.kinds[: stack_size(params)],
+            self.period,
+            scan=self.options.scan_layers,
+            remat=self.options.remat,
+            prefetch=self.options.prefetch,
+        )
+
+
+def _among_stages(own: jax.Array) -> jax.Array:
+    """What a stage has of its layers (chunks, layers, ...), in its place among all layers, and zeros for the others."""
+    own = own.reshape(-1, *own.shape[2:])
+    everyone = jnp.zeros((axis_size("pipeline") * own.shape[0], *own.shape[1:]), own.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)
 
 
 # --- Weights gathered a layer ahead --------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import Transformer
+from trainfw.models import TokenModel
 from trainfw.objectives.head import cross_entropy
 from trainfw.objectives.metrics import Mean, Sums
 from trainfw.objectives.objective import Batch, Draw
@@ -32,7 +32,7 @@ class NextToken:
         """Return that of packed rows (`token_rows`)."""
         return token_rows(batch, sequence)
 
-    def loss(self, models: Mapping[str, Transformer], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss (nats, with z_loss * log(Z)^2 and the routers' losses added), and sums.
 
         These are `loss` (nats, without what was added) and, of a mixture of experts, `router`.
@@ -55,7 +55,7 @@ class NextToken:
             mask_N,
             self.chunk,
             self.z_loss if draw.training else 0.0,
-            model.config.final_softcap,
+            model.final_softcap,
             model.head_learns,
             dims,
         )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import AdapterInputs, Transformer
+from trainfw.models import AdapterInputs, TokenModel
 from trainfw.objectives.metrics import Sums
 from trainfw.objectives.schema import Schema
 
@@ -59,7 +59,7 @@ class Objective(Protocol):
         """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens."""
         ...
 
-    def loss(self, models: Mapping[str, Transformer], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return this device's part of the summed loss, which is differentiated, and what is logged.
 
         `models` has `learner` and each of `roles`. The sums hold `loss`, a Mean whose count over all devices divides

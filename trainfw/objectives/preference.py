@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import MoEStats, Transformer
+from trainfw.models import MoEStats, TokenModel
 from trainfw.objectives.head import token_nats
 from trainfw.objectives.metrics import Mean, Sums
 from trainfw.objectives.objective import Batch, Draw
@@ -57,7 +57,7 @@ class Preference:
         """
         return token_rows(batch, sequence, group=2)
 
-    def loss(self, models: Mapping[str, Transformer], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss with the routers' losses added, and sums.
 
         These are `loss`, `reward_margin` (beta times what is to be above zero: mean log-likelihoods' difference for
@@ -115,7 +115,7 @@ class Preference:
 
 
 def _nats(
-    model: Transformer, rows: Batch, member_RSK: jax.Array, weight_RS: jax.Array, chunk: int, draw: Draw
+    model: TokenModel, rows: Batch, member_RSK: jax.Array, weight_RS: jax.Array, chunk: int, draw: Draw
 ) -> tuple[jax.Array, MoEStats | None]:
     """Return (-log-likelihood of each completion, what the routers did)."""
     x_RSD, router = model.forward(
@@ -127,8 +127,6 @@ def _nats(
     )
     x_ND = all_gather(x_RSD, "tensor", 1).reshape(-1, x_RSD.shape[-1])
     weight, dims = model.head_weight()
-    nats_N = token_nats(
-        x_ND, weight, rows["targets"].reshape(-1), chunk, model.config.final_softcap, model.head_learns, dims
-    )
+    nats_N = token_nats(x_ND, weight, rows["targets"].reshape(-1), chunk, model.final_softcap, model.head_learns, dims)
     nats_RK = jnp.einsum("rs,rsk->rk", nats_N.reshape(weight_RS.shape), member_RSK)
     return all_reduce(nats_RK, "context"), router

@@ -7,6 +7,8 @@ from .collectives import axis_size as axis_size
 from .collectives import reduce_scatter as reduce_scatter
 from .collectives import ring_shift as ring_shift
 from .config import AXES as AXES
+from .config import GATHERED_RULES as GATHERED_RULES
+from .config import SPLIT_RULES as SPLIT_RULES
 from .config import ParallelConfig as ParallelConfig
 from .config import Sharded as Sharded
 from .groups import group_problem as group_problem
@@ -15,6 +17,7 @@ from .layout import Layout as Layout
 from .layout import bubble as bubble
 from .layout import context_problem as context_problem
 from .layout import layers_problem as layers_problem
+from .layout import microbatches_problem as microbatches_problem
 from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
@@ -32,7 +35,6 @@ from .ring import gathered_attention as gathered_attention
 from .ring import local_indices as local_indices
 from .ring import ring_attention as ring_attention
 from .ring import zigzag_order as zigzag_order
-from .rules import SPLIT_RULES as SPLIT_RULES
 from .rules import Rules as Rules
 from .rules import active_rules as active_rules
 from .rules import by_layer as by_layer

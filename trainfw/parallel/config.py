@@ -12,6 +12,28 @@ AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 
 Sharded: TypeAlias = Literal["optimizer", "gradients", "parameters"]
 
+SPLIT_RULES: dict[str, tuple[str, ...]] = {
+    "layers": ("pipeline",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    # Of activations.
+    "batch": ("pipeline", "data", "fsdp", "expert"),
+    "sequence": ("context",),
+}
+"""Dims that stay split in use: what each device computes with its part, the model's collectives put together."""
+
+GATHERED_RULES: dict[str, tuple[str, ...]] = {
+    # Every device that has its own tokens has its own share of the weights, but for those of its own experts.
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
+    "norm": (),
+    "router": (),
+}
+"""Dims of weights that are split only while they are kept. `parallel.rules` may replace these."""
+
 
 class ParallelConfig(Config):
     """The layout: how many devices each mesh axis spans. One axis may be -1: the devices that are left."""

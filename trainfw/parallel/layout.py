@@ -125,6 +125,20 @@ def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -
     return f"does not divide over {over}{unit}; the nearest {product} that do: {', '.join(map(str, nearest))}"
 
 
+def microbatches_problem(microbatches: int, stages: int, rows: int) -> str:
+    """Why so many of a pipeline's microbatches cannot be of so many rows a device, and what can; empty where they can.
+
+    All stages pass on microbatches of their own rows, as many each.
+    """
+    if microbatches % stages == 0 and rows % (microbatches // stages) == 0:
+        return ""
+    legal = [stages * n for n in range(1, rows + 1) if rows % n == 0]
+    return (
+        f"expected a multiple of parallel.pipeline = {stages} that divides the rows of {stages} stages, "
+        f"{rows * stages:,}: {', '.join(map(str, legal))}"
+    )
+
+
 def bubble(stages: int, microbatches: int, chunks: int = 1) -> float:
     """Compute the share of iterations in which a stage has nothing to do, of `microbatches` over all stages."""
     return (stages - 1) / (microbatches * chunks + stages - 1)

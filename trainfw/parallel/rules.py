@@ -17,30 +17,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.parallel.config import AXES, Sharded
+from trainfw.parallel.config import AXES, GATHERED_RULES, SPLIT_RULES, Sharded
 from trainfw.parallel.layout import nearest_divisors
-
-SPLIT_RULES: dict[str, tuple[str, ...]] = {
-    "layers": ("pipeline",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "experts": ("expert",),
-    # Of activations.
-    "batch": ("pipeline", "data", "fsdp", "expert"),
-    "sequence": ("context",),
-}
-"""Dims that stay split in use: what each device computes with its part, the model's collectives put together."""
-
-GATHERED_RULES: dict[str, tuple[str, ...]] = {
-    # Every device that has its own tokens has its own share of the weights, but for those of its own experts.
-    "embed": ("fsdp", "expert", "context"),
-    "expert_embed": ("fsdp", "context"),
-    "norm": (),
-    "router": (),
-}
-"""Dims of weights that are split only while they are kept. `parallel.rules` may replace these."""
 
 
 class Rules:

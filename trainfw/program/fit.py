@@ -10,20 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from trainfw import backends
-from trainfw.models import dispatch_problem, routing_problem
-from trainfw.parallel import (
-    Layout,
-    Placement,
-    Rules,
-    context_problem,
-    layers_problem,
-    make_mesh,
-    nearest_divisors,
-    place,
-    stage_order,
-    use_rules,
-)
-from trainfw.recipe import Recipe
+from trainfw.models import family_of
+from trainfw.parallel import Layout, Placement, Rules, make_mesh, place, stage_order, use_rules
+from trainfw.recipe import Recipe, layout_problems
 
 
 @dataclass(frozen=True)
@@ -56,10 +45,7 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
     topology, backend = recipe.hardware.load(), backends.current()
     device_kind = None if topology is None else topology.device_kinds[0]
     layout = _layout(recipe, len(devices))
-    _check_model(recipe, layout, device_kind)
-    _check_sequence_and_layers(recipe, layout)
-    if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
-        raise recipe.error("train.global_batch_size", problem)
+    check_layout(recipe, layout, device_kind)
     with recipe.blamed("parallel"):
         placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
     if placement is not None and not placement.hosts_read_shares:
@@ -100,63 +86,19 @@ def _layout(recipe: Recipe, num_devices: int) -> Layout:
         return Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
 
 
-def _check_model(recipe: Recipe, layout: Layout, device_kind: str | None) -> None:
-    """Raise UserError where experts, heads or vocabulary do not divide, or the backend cannot route."""
-    model, tensor = recipe.model, layout.tensor
-    if layout.expert > 1 and model.moe is None:
-        raise recipe.error("parallel.expert", "spreads experts, and the model has none (model.moe); use fsdp")
-    if model.moe is not None and model.moe.num_experts % layout.expert:
-        raise recipe.error(
-            "model.moe.num_experts",
-            f"does not divide over parallel.expert = {layout.expert}"
-            f"{nearest_divisors(model.moe.num_experts, layout.expert)}",
-        )
-    if problem := dispatch_problem(model, backends.current()):
-        raise recipe.error("model.moe.dispatch", problem)
+def check_layout(recipe: Recipe, layout: Layout, device_kind: str | None) -> None:
+    """Raise UserError where the model or the batch do not divide, or the backend cannot compute the model."""
+    for problem in layout_problems(recipe, layout):
+        raise recipe.error(problem.key, problem.text)
     with backends.standing_for(device_kind):
-        if problem := routing_problem(model, backends.current()):
-            raise recipe.error("model.moe.experts_per_token", problem)
-    if model.num_heads % tensor:
-        raise recipe.error(
-            "model.num_heads",
-            f"does not divide over parallel.tensor = {tensor}{nearest_divisors(model.num_heads, tensor)}",
-        )
-    if max(model.num_kv_heads, tensor) % min(model.num_kv_heads, tensor):
-        raise recipe.error(
-            "model.num_kv_heads",
-            f"must divide parallel.tensor = {tensor} or be a multiple of it; values of parallel.tensor that do: "
-            + ", ".join(
-                str(n)
-                for n in range(1, model.num_heads + 1)
-                if model.num_heads % n == 0 and max(model.num_kv_heads, n) % min(model.num_kv_heads, n) == 0
-            ),
-        )
-    if model.vocab_size % tensor:
-        raise recipe.error(
-            "model.vocab_size",
-            f"does not divide over parallel.tensor = {tensor}; {-(-model.vocab_size // tensor) * tensor:,} does, with "
-            "rows that no token uses",
-        )
-
-
-def _check_sequence_and_layers(recipe: Recipe, layout: Layout) -> None:
-    if problem := context_problem(recipe.data.sequence_length, layout.context, layout.tensor):
-        raise recipe.error("data.sequence_length", problem)
-    model, chunks = recipe.model, recipe.parallel.interleave
-    if problem := layers_problem(model.num_layers, layout.pipeline, chunks, len(model.layer_pattern)):
-        raise recipe.error("model.num_layers", problem)
+        for field, why in family_of(recipe.model).backend_problems(recipe.model, backends.current()):
+            raise recipe.error(f"model.{field}", why)
 
 
 def _microbatch_rows(recipe: Recipe, layout: Layout) -> int:
-    microbatches, stages = recipe.parallel.pipeline_microbatches, layout.pipeline
-    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
+    """Return the rows of one of a pipeline's microbatches; 1 where the recipe says nothing of them."""
+    microbatches = recipe.parallel.pipeline_microbatches
     if microbatches is None:
         return 1
-    if microbatches % stages or rows % (microbatches // stages):
-        legal = [stages * n for n in range(1, rows + 1) if rows % n == 0]
-        raise recipe.error(
-            "parallel.pipeline_microbatches",
-            f"expected a multiple of parallel.pipeline = {stages} that divides the rows of {stages} stages, "
-            f"{rows * stages:,}: {', '.join(map(str, legal))}",
-        )
-    return rows * stages // microbatches
+    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
+    return rows * layout.pipeline // microbatches

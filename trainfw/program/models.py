@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.adapters import attach, with_magnitudes
-from trainfw.models import Frozen, Transformer, freeze
+from trainfw.models import Frozen, ModelOptions, TokenModel, family_of, freeze
 from trainfw.parallel import Rules, Sharded
 from trainfw.program.fit import Fit
 from trainfw.recipe import Recipe
@@ -31,20 +31,20 @@ class ModelSet:
 
     recipe: Recipe
     fit: Fit
-    graphdef: nnx.GraphDef[Transformer]
+    graphdef: nnx.GraphDef[Any]
     variables: nnx.State
     """Abstract, of what learns, with the names of its dims."""
-    frozen_graphdef: nnx.GraphDef[Transformer]
+    frozen_graphdef: nnx.GraphDef[Any]
     """Of a model that is frozen as a whole, where there are roles for one."""
     frozen: Mapping[str, nnx.State]
     """Abstract, by role, of what does not learn."""
     roles: tuple[str, ...]
 
-    def learner(self, params: Tree, frozen: Mapping[str, Tree]) -> Transformer:
+    def learner(self, params: Tree, frozen: Mapping[str, Tree]) -> Any:
         """Put the model together that learns."""
         return nnx.merge(self.graphdef, nnx.State(params), nnx.State(frozen.get("base", {})))
 
-    def models(self, params: Tree, frozen: Mapping[str, Tree]) -> dict[str, Transformer]:
+    def models(self, params: Tree, frozen: Mapping[str, Tree]) -> dict[str, TokenModel]:
         """Put all models together, by role; the one that learns is `learner`."""
         weights = {role: frozen["base" if "base" in frozen else role] for role in self.roles}
         return {"learner": self.learner(params, frozen)} | {
@@ -100,7 +100,7 @@ def model_set(recipe: Recipe, fit: Fit, roles: Sequence[str]) -> ModelSet:
     return ModelSet(recipe, fit, graphdef, variables, frozen_graphdef, frozen, tuple(roles))
 
 
-def _make(recipe: Recipe, fit: Fit, key: jax.Array) -> Transformer:
+def _make(recipe: Recipe, fit: Fit, key: jax.Array) -> Any:
     rngs = nnx.Rngs(key)
     model = _bare(recipe, fit, rngs)
     if recipe.adapter is not None:
@@ -109,16 +109,14 @@ def _make(recipe: Recipe, fit: Fit, key: jax.Array) -> Transformer:
     return model
 
 
-def _frozen(recipe: Recipe, fit: Fit, key: jax.Array) -> Transformer:
+def _frozen(recipe: Recipe, fit: Fit, key: jax.Array) -> Any:
     model = _bare(recipe, fit, nnx.Rngs(key))
     freeze(model)
     return model
 
 
-def _bare(recipe: Recipe, fit: Fit, rngs: nnx.Rngs) -> Transformer:
-    return Transformer(
-        recipe.model,
-        rngs=rngs,
+def _bare(recipe: Recipe, fit: Fit, rngs: nnx.Rngs) -> Any:
+    options = ModelOptions(
         compute_dtype=recipe.train.compute_dtype,
         matmul_dtype=recipe.train.matmul_dtype,
         remat=recipe.train.remat,
@@ -128,3 +126,4 @@ def _bare(recipe: Recipe, fit: Fit, rngs: nnx.Rngs) -> Transformer:
         microbatch_rows=fit.microbatch_rows,
         interleave=recipe.parallel.interleave,
     )
+    return family_of(recipe.model).build(recipe.model, options, rngs)

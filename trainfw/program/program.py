@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from trainfw.models import Transformer, flops_per_token
+from trainfw.models import flops_per_token
 from trainfw.objectives import Batch, Objective, Schema
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
@@ -69,7 +69,7 @@ class Program:
         return self.fit.rules
 
     @property
-    def graphdef(self) -> nnx.GraphDef[Transformer]:
+    def graphdef(self) -> nnx.GraphDef[Any]:
         """The learner's."""
         return self.models.graphdef
 
@@ -99,7 +99,7 @@ class Program:
         """Return `eval_step`, likewise."""
         return self.functions["evaluate"].compile()
 
-    def model(self, params: Any, frozen: Any = None) -> Transformer:
+    def model(self, params: Any, frozen: Any = None) -> Any:
         """Return the learner with these parameters (nested dicts of arrays, those of `frozen` by role).
 
         Their layers are to be in true order.

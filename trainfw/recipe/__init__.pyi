@@ -1,5 +1,7 @@
 from .files import bundled_recipes as bundled_recipes
 from .files import find_recipe as find_recipe
+from .limits import LayoutProblem as LayoutProblem
+from .limits import layout_problems as layout_problems
 from .load import load_recipe as load_recipe
 from .load import refuse_recipe as refuse_recipe
 from .problems import nearest_key as nearest_key

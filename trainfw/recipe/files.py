@@ -10,6 +10,7 @@ import yaml
 
 from trainfw import yaml_text
 from trainfw.errors import UserError, did_you_mean
+from trainfw.models import DEFAULT_FAMILY
 from trainfw.names import FIRST
 from trainfw.paths import check_file
 from trainfw.recipe.recipe import keys
@@ -87,7 +88,7 @@ def extended(
         cycle = " -> ".join(p.name for p in (*chain[chain.index(base_file.resolve()) :], base_file))
         raise UserError(f"{written}: extends = {base!r}: the chain comes back to itself: {cycle}")
     base_tree, base_sources = read(base_file, chain)
-    if names_model(tree.get("model")):
+    if replaces_model(base_tree.get("model"), tree.get("model")):
         base_sources = without_model(base_sources)
     return merge(base_tree, tree), base_sources | sources
 
@@ -137,8 +138,12 @@ def section_of(section: str, value: Any) -> str:
     return f"expected a section, `{section}: {{{inside}}}`"
 
 
-def names_model(model: Any) -> bool:
-    return isinstance(model, dict) and bool({"preset", "from"} & set(model))
+def replaces_model(base: Any, model: Any) -> bool:
+    """Tell whether a section `model` says all that there is to say, so that nothing of `base` is left."""
+    if not isinstance(model, dict):
+        return False
+    before = base.get("family", DEFAULT_FAMILY) if isinstance(base, dict) else DEFAULT_FAMILY
+    return bool({"preset", "from"} & set(model)) or model.get("family", before) != before
 
 
 def without_model(sources: Sources) -> Sources:
@@ -148,7 +153,8 @@ def without_model(sources: Sources) -> Sources:
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict) and not (key == "model" and names_model(value)):
+        replaced = key == "model" and replaces_model(base.get(key), value)
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and not replaced:
             merged[key] = merge(base[key], value)
         else:
             merged[key] = value

@@ -14,14 +14,14 @@ from trainfw.checkpoint import saved_recipe
 from trainfw.config import name_problem
 from trainfw.errors import UserError
 from trainfw.interop import read_model_config
-from trainfw.models import ModelConfig
+from trainfw.models import DEFAULT_FAMILY, load_family
 from trainfw.paths import path_text, resolve_path
 from trainfw.recipe.files import bundled_recipes, check_sections, extended, find_recipe, merge, read, without_model
 from trainfw.recipe.problems import describe
 from trainfw.recipe.recipe import Recipe
 from trainfw.recipe.sources import OVERRIDES, Sources, leaves, show, where
 
-_WHOLE_MODEL = ("model.preset", "model.from")
+_WHOLE_MODEL = ("model.family", "model.preset", "model.from")
 """Keys that say what all of the model is."""
 
 
@@ -56,11 +56,13 @@ def load_recipe(
         tree, sources = read(file, ()) if saved is None else (saved, {})
     else:
         raise UserError(f"recipe = {show(path)}: expected the path of a file, a bundled recipe's name, or a dict")
-    # The preset or the weights first: they replace the inherited model, which other overrides then refine.
+    # The family, the preset or the weights first: they replace the inherited model, which other overrides then refine.
+    replaced = ""
     for key, value in sorted(_by_key(overrides, written), key=lambda item: item[0] not in _WHOLE_MODEL):
         if len(key) > yaml_text.MOST_KEY or key.count(".") >= yaml_text.MOST_DEPTH:
             raise UserError(f"{written}: {show(key)}: is too long for a key")
-        if key in _WHOLE_MODEL:
+        if key in _WHOLE_MODEL and replaced != "model.family" and (key, value) != ("model.family", _family(tree)):
+            replaced = key
             tree = _without_tokenizer_of_model(tree)
             tree = tree | {"model": {}}
             sources = without_model(sources) | {"model": written}  # what the preset says, too
@@ -68,6 +70,13 @@ def load_recipe(
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: written}
         check_sections(tree, sources)
     return _validate(tree, sources, str(path))
+
+
+def _family(tree: dict[str, Any]) -> str:
+    """The family that a recipe's keys name."""
+    model = tree.get("model")
+    family = model.get("family") if isinstance(model, dict) else None
+    return family if isinstance(family, str) else DEFAULT_FAMILY
 
 
 def _by_key(overrides: Sequence[str] | Mapping[str, Any], written: str) -> Iterator[tuple[str, Any]]:
@@ -131,14 +140,20 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
         for text in _texts(value):
             if problem := _text_problem(key, text):
                 raise UserError(f"{where(key, sources)}{show(key)[1:-1]} = {show(text)}: {problem}")
-    tree = _from_adapter(_from_weights(tree, sources), sources)
+    family = _family(tree)
+    try:
+        load_family(family)
+    except UserError:  # said below, with its line
+        family = DEFAULT_FAMILY
+    else:
+        tree = _from_adapter(_from_weights(tree, sources), sources)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         errors = error.errors(include_url=False)
         if any(e["loc"] == ("model", "preset") for e in errors):  # then what it should have filled in is not missing
             errors = [e for e in errors if not (e["loc"][0] == "model" and e["type"] == "missing")]
-        problems = list(dict.fromkeys(describe(e, sources, file) for e in errors[:_MOST_PROBLEMS]))
+        problems = list(dict.fromkeys(describe(e, sources, file, family) for e in errors[:_MOST_PROBLEMS]))
         if len(errors) > _MOST_PROBLEMS:
             problems.append(f"and {len(errors) - _MOST_PROBLEMS:,} more")
         raise UserError("\n".join(problems)) from None
@@ -175,10 +190,11 @@ def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
         return tree
     if model.get("preset") is not None:
         raise UserError(f"{where('model.from', sources)}model.from = {source!r}: says all that model.preset says")
-    required = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+    config = load_family(_family(tree)).config
+    required = {name for name, field in config.model_fields.items() if field.is_required()}
     if not required <= set(model):
         try:
-            fields = _fields_of(source)
+            fields = _fields_of(source, model.get("family"))
         except UserError as error:
             raise UserError(f"{where('model.from', sources)}model.from: {error}") from error
         # Dispatch and the like are not the weights': field by field.
@@ -200,11 +216,13 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
         raise UserError(f"{where('adapter.from', sources)}adapter.from: {error}") from error
 
 
-def _fields_of(source: str) -> dict[str, Any]:
+def _fields_of(source: str, family: str | None) -> dict[str, Any]:
     """Read the fields of the model at a path: a run's, or those of weights."""
     refuse_recipe(source)
     run = resolve_path(source) / "recipe.yaml"
     config = load_recipe(run).model if run.is_file() else read_model_config(source)
+    if config.family != (family or config.family):
+        raise UserError(f"{source}: is a model of family {config.family!r}, and model.family is {family!r}")
     return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
 
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from trainfw.errors import did_you_mean, nearest
+from trainfw.models import DEFAULT_FAMILY
 from trainfw.names import KEYS, SECTIONS, VALUES
 from trainfw.recipe.files import section_of
 from trainfw.recipe.recipe import keys
 from trainfw.recipe.sources import Sources, show, where
 
 
-def describe(error: Any, sources: Sources, file: str) -> str:
+def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMILY) -> str:
+    """Say what pydantic found; keys of `model` are those of `family`."""
     kind, value = error["type"], error["input"]
     path = [str(part) for part in error["loc"]]
     if kind == "combination" and error["ctx"]["field"]:
@@ -32,14 +34,14 @@ def describe(error: Any, sources: Sources, file: str) -> str:
             section, _, rest = path[-1].partition(".")
             return f"{at}{key}: unknown key; in a file, write it as a section, {section}: {{{rest}: ...}}"
         case "extra_forbidden":
-            return f"{at}{key} = {show(value)}: unknown key{nearest_key(key)}"
+            return f"{at}{key} = {show(value)}: unknown key{nearest_key(key, family)}"
         case "missing":
             return f"{at}{key}: is required{nearest_key(key) if not key else ''}"
         case "combination":
             return f"{at}{key}: {error['msg']}"
         case "literal_error":
             choices = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
-            if type(None) in get_args(keys().get(key)):
+            if type(None) in get_args(keys(family).get(key)):
                 choices.append("null")
             return f"{at}{key} = {show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
         case "string_pattern_mismatch" if key in _IN_WORDS:
@@ -74,11 +76,11 @@ def _meant(kind: str, value: Any) -> str:
     return f"; did you mean {number:.0f}?" if number.is_integer() else ""
 
 
-def our_key(key: str) -> str | None:
+def our_key(key: str, family: str = DEFAULT_FAMILY) -> str | None:
     """Find the key that says what `key` does elsewhere: in another section, or in another trainer. May add a remark."""
     section, _, last = key.rpartition(".")
     name = last.lower().replace("-", "_")
-    same = [valid for valid in keys() if valid.rpartition(".")[2] == name]
+    same = [valid for valid in keys(family) if valid.rpartition(".")[2] == name]
     return (
         KEYS.get(f"{section}.{name}")
         or next((valid for valid in same if section and valid == f"{_our_section(section)}.{name}"), None)
@@ -88,16 +90,16 @@ def our_key(key: str) -> str | None:
     )
 
 
-def nearest_key(key: str) -> str:
+def nearest_key(key: str, family: str = DEFAULT_FAMILY) -> str:
     """Suggest `"; did you mean 'x'?"` for an unknown key: the one that says it here, or the nearest by its letters."""
     section, _, last = key.rpartition(".")
     ours = _our_section(section)
-    siblings = {valid.rpartition(".")[2]: valid for valid in keys() if valid.rpartition(".")[0] == ours}
-    anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(keys())} | KEYS
+    siblings = {valid.rpartition(".")[2]: valid for valid in keys(family) if valid.rpartition(".")[0] == ours}
+    anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(keys(family))} | KEYS
     # Of another section, a key has to be nearly the same.
     near = nearest(last, siblings, likeness=0.75 if section and not ours else 0.6) or ""
     far = nearest(last, anywhere, likeness=0.75) or ""
-    known = our_key(key) or siblings.get(near) or anywhere.get(far)
+    known = our_key(key, family) or siblings.get(near) or anywhere.get(far)
     if known is None:
         return did_you_mean(last, siblings) if ours or not section else ""
     found, _, note = known.partition(" ")

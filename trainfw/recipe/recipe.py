@@ -20,7 +20,7 @@ from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
-from trainfw.models import ModelConfig
+from trainfw.models import DEFAULT_FAMILY, FamilyConfig, ModelSection, family_of, load_family
 from trainfw.objectives import ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -33,7 +33,7 @@ class Recipe(Config):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Names the run, and its directory under runs/."""
-    model: ModelConfig
+    model: ModelSection
     adapter: AdapterConfig | None = None
     """Train an adapter of the model, whose own weights are frozen. Null trains all of them."""
     data: DataConfig
@@ -66,6 +66,15 @@ class Recipe(Config):
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
+        return self
+
+    @model_validator(mode="after")
+    def _family_writes_text(self) -> Recipe:
+        if family_of(self.model).decodes:
+            return self
+        for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", self.evaluation)):
+            if asked is not None:
+                invalid(key, f"needs text of the model, and family {self.model.family!r} draws none: set it to null")
         return self
 
     @property
@@ -105,7 +114,7 @@ class Recipe(Config):
             text = str(error)
             first = re.match(r"[a-z_0-9.]+(?= =|:| ')", text)
             named = f"{key}.{first[0].removeprefix(f'{key}.')}" if first else ""
-            if first and named in keys():
+            if first and named in keys(self.model.family):
                 key, text = named, text[first.end() :]
             else:
                 key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
@@ -146,15 +155,16 @@ def json_schema() -> dict[str, Any]:
 
 
 @functools.cache
-def keys() -> dict[str, Any]:
-    """List every valid dotted key, and its type."""
-    return dict(_keys(Recipe))
+def keys(family: str = DEFAULT_FAMILY) -> dict[str, Any]:
+    """List every valid dotted key and its type; those of `model` by its family."""
+    return dict(_keys(Recipe, family))
 
 
-def _keys(config: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _keys(config: type[BaseModel], family: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for attribute, field in config.model_fields.items():
         name = field.alias or attribute
         yield f"{prefix}{name}", field.annotation
         for kind in (field.annotation, *get_args(field.annotation)):
+            kind = load_family(family).config if kind is FamilyConfig else kind
             if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(field.annotation) is not dict:
-                yield from _keys(kind, f"{prefix}{name}.")
+                yield from _keys(kind, family, f"{prefix}{name}.")

@@ -105,7 +105,7 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     del held
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
-    states = tuple(gather_weights(state, dtype, model.config) for state in (learning, frozen))
+    states = tuple(gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
     layers = _views(states, model.config.num_layers)
     joined: tuple[dict[str, jax.Array], ...] = ({},) * len(layers)
     if kernels is not None and (groups := _joinable(model)):
@@ -210,13 +210,13 @@ def decode_token(
     positions_BS = cache.length[None, None]
     if cache.first_B is not None:
         positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
-    context = Context(model._turns(positions_BS), start=cache.length, first_B=cache.first_B, adapters=adapters)
+    context = Context(model.turns(positions_BS), start=cache.length, first_B=cache.first_B)
     kernels = decoding_kernels(model.compute_dtype, rows)
-    x_BSD, graphdef = model._embed(tokens_B[:, None]), model._layers(None)[0]
+    x_BSD, graphdef = model.embed(tokens_B[:, None]), nnx.split(model.layers, nnx.Param, ...)[0]
     caches = []
     with use_inputs(adapters):
         for states, joined, own, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
-            layer = nnx.merge(graphdef, *states)
+            layer: Any = nnx.merge(graphdef, *states)
             _join(layer, joined, kernels)
             x_BSD, (extended, _) = layer(x_BSD, context, own, kind)
             caches.append(extended)

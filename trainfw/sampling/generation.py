@@ -92,6 +92,7 @@ def generate(
     an argument that makes no sense.
     """
     prompt = list(prompt_tokens)
+    _check_decodes(model)
     _check([prompt], model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     ends = {*eos_ids} if eos_id is None else {eos_id, *eos_ids}
     if model.adapter_names:
@@ -122,6 +123,7 @@ def generate_batch(
             model without any (the default for all).
     """
     rows = [list(prompt) for prompt in prompts]
+    _check_decodes(model)
     _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     if not rows:
         return []
@@ -140,6 +142,11 @@ def generate_batch(
         if not open_rows:
             break
     return new
+
+
+def _check_decodes(model: Any) -> None:
+    if not isinstance(model, Transformer):
+        raise UserError(f"family = {model.config.family!r}: no text can be drawn from its models; expected a decoder")
 
 
 def _check(

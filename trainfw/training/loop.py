@@ -252,8 +252,8 @@ def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> Pre
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=progress)
     _check_ids(recipe, data)
-    length, most = recipe.data.sequence_length, recipe.model.max_position
-    if length > most:
+    length, most = recipe.data.sequence_length, recipe.model.longest_context
+    if most is not None and length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
     for note in data.notes():
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +58,7 @@ _KEYS: dict[Effect, str] = {
         hardware.compiler_flags
     """,
     "state": """
+        model model.family
         model.vocab_size model.hidden_size model.intermediate_size model.num_layers model.num_heads model.num_kv_heads
         model.head_dim model.tie_embeddings model.activation model.qkv_bias model.qk_norm model.zero_centered_norm
         model.post_norms model.scale_embeddings model.moe model.moe.num_experts model.moe.shared_intermediate_size
@@ -125,7 +125,10 @@ def changes(before: Recipe, now: Recipe) -> list[Change]:
 
 
 def _value(recipe: Recipe, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), recipe)
+    found: Any = recipe
+    for part in key.split("."):
+        found = getattr(found, part, None)  # of another family, a section may not be there
+    return found
 
 
 def covers(accept: Sequence[str], key: str) -> bool:
@@ -158,10 +161,10 @@ def check_accept(accept: Sequence[str]) -> None:
 def depends_on_cut(recipe: Recipe) -> str:
     """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not.
 
-    Of this many tokens at a time an expert takes so many (`capacity`), and dropout draws.
+    The model may see to it, and dropout draws.
     """
-    if recipe.model.moe is not None and recipe.model.moe.dispatch == "capacity":
-        return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"
+    if why := recipe.model.depends_on_cut:
+        return why
     if recipe.adapter is not None and recipe.adapter.dropout:
         return "adapter.dropout draws for the part of the batch"
     return ""

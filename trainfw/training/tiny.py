@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainfw.errors import UserError
+from trainfw.models import family_of
 from trainfw.parallel import AXES
 from trainfw.recipe import Recipe
 
@@ -22,8 +23,9 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         raise UserError(f"--devices {devices}: {' * '.join(used)} of two devices each take a multiple of {least}")
     sizes["fsdp" if "fsdp" in used else "data"] *= devices // least
     pairs = recipe.data.format == "preferences"
-    shares_heads = 0 < model.num_kv_heads < parallel.tensor
     interleave = min(parallel.interleave, 2)
+    layers = sizes["pipeline"] * interleave * model.layer_period * 2
+    small = family_of(model).tiny(model, layers=layers, tensor=parallel.tensor)
     rows = sizes["pipeline"] * sizes["data"] * sizes["fsdp"] * sizes["expert"]
     accumulation = min(train.accumulation_steps, 2)
     changes: dict[str, Any] = {
@@ -34,13 +36,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "parallel.interleave": interleave,
         "parallel.pipeline_microbatches": None,
         "parallel.traffic": {},
-        "model.vocab_size": 320,
-        "model.hidden_size": 64,
-        "model.intermediate_size": 64,
-        "model.num_layers": sizes["pipeline"] * interleave * len(model.layer_pattern) * 2,
-        "model.num_heads": 4,
-        "model.num_kv_heads": 1 if shares_heads else 2,
-        "model.head_dim": 16,
+        **{f"model.{field}": value for field, value in small.items()},
         "data.source": "python-stdlib-preferences" if pairs else "python-stdlib",
         "data.format": "preferences" if pairs else "text",
         "data.chosen_field": "chosen",
@@ -68,10 +64,4 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         changes["model.from"] = None  # weights of another shape
     if recipe.adapter is not None:
         changes |= {"adapter.from": None, "adapter.block": 16}
-    if model.sliding_window is not None:
-        changes["model.sliding_window"] = 16
-    if model.moe is not None:
-        changes |= {"model.moe.num_experts": 8, "model.moe.experts_per_token": min(2, model.moe.experts_per_token)}
-        if model.moe.shared_intermediate_size is not None:
-            changes["model.moe.shared_intermediate_size"] = 32
     return [f"{key}={'null' if value is None else value}" for key, value in changes.items()]

@@ -21,6 +21,7 @@ from trainfw.interop import (
     ParameterTensors,
     config_to_huggingface,
     copy_model,
+    decoder_config,
     is_peft,
     open_model,
     parameter_shapes,
@@ -107,7 +108,7 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
     recipe = run_recipe(source)
     adapter = read_adapter(source, recipe.model, step)
-    save_peft(out, adapter.config, adapter.arrays, recipe.model, recipe.model.from_)
+    save_peft(out, adapter.config, adapter.arrays, decoder_config(recipe.model, source), recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
     return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
@@ -150,7 +151,7 @@ def _reader(base: Base) -> Callable[[str], np.ndarray]:
 def _write_model(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
     saved = save_model(
         out,
-        base.config,
+        decoder_config(base.config, source),
         _reader(base),
         dtype=dtype or base.dtype,
         extra=_extra(base, source),
@@ -166,11 +167,12 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
     if Path(out).exists():
         raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
-    huggingface = config_to_huggingface(base.config, extra=_extra(base, source))
+    config = decoder_config(base.config, source)
+    huggingface = config_to_huggingface(config, extra=_extra(base, source))
     tensors = (
         base.used()
         if isinstance(base, ModelSource)
-        else ParameterTensors(base.config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+        else ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     )
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
@@ -183,7 +185,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
-    return written + _without_window(base.config)
+    return written + _without_window(config)
 
 
 def _without_window(config: ModelConfig) -> str:

@@ -18,8 +18,8 @@ from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, conf
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
 from trainfw.data import ChatTemplate, Tokenizer, UnusableError, load_tokenizer
 from trainfw.errors import UserError
-from trainfw.interop import is_peft, open_model, peft_copies, read_peft
-from trainfw.models import ModelConfig, abstract_model, dense
+from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
+from trainfw.models import FamilyConfig, abstract_model, dense
 from trainfw.paths import resolve_path
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.weights.frozen_storage import kept_weight
@@ -29,7 +29,7 @@ class Base(Protocol):
     """Weights to start from, by the names of our parameters."""
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> FamilyConfig: ...
 
     @property
     def dtype(self) -> str:
@@ -46,7 +46,7 @@ class Base(Protocol):
 class RunBase:
     """A checkpoint of a run that trained all weights."""
 
-    config: ModelConfig
+    config: FamilyConfig
     saved: SavedParameters
     dtype: str = "float32"
 
@@ -72,7 +72,7 @@ class Adapter:
     def check_base(self, base: Base, path: str) -> None:
         """Raises UserError where it was trained on other weights than these."""
         for name, copy in self.copies.items():
-            stored = "embedding.table" if base.config.tie_embeddings else name
+            stored = "embedding.table" if decoder_config(base.config, path).tie_embeddings else name
             wanted = copy.T if stored != name else copy
             own = np.asarray(base.read(stored, jax.ShapeDtypeStruct(wanted.shape, jnp.float32))).astype(copy.dtype)
             if differing := int((own != wanted).any(axis=1 if stored == "embedding.table" else 0).sum()):
@@ -107,10 +107,14 @@ class MergedBase:
         return self.base.dtype
 
     @cached_property
-    def config(self) -> ModelConfig:
+    def config(self) -> FamilyConfig:
         """That of the base; untied, where the embedding has an adapter: the head has none of it."""
-        untied = self.base.config.tie_embeddings and "embedding" in self._sizes
+        untied = self._tied and "embedding" in self._sizes
         return self.base.config.model_copy(update={"tie_embeddings": False}) if untied else self.base.config
+
+    @cached_property
+    def _tied(self) -> bool:
+        return decoder_config(self.base.config, self.adapter.path).tie_embeddings
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, float]]:
@@ -118,7 +122,7 @@ class MergedBase:
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
         wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
-        if name == "head.kernel" and self.base.config.tie_embeddings:
+        if name == "head.kernel" and self._tied:
             table = jax.ShapeDtypeStruct(like.shape[::-1], jnp.float32)
             return self._kept("embedding.table", self.base.read("embedding.table", table)).T.astype(like.dtype)
         weight = self._kept(name, self.base.read(name, wide, layer_order))
@@ -148,7 +152,7 @@ class MergedBase:
         raise NotImplementedError("merged weights are written before they are used")
 
 
-def check_tokenizer(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+def check_tokenizer(path: str | Path, config: FamilyConfig, tokenizer: Tokenizer | None = None) -> None:
     """Raises UserError where a model's tokenizer, if it has one, makes ids of text that its embedding has no row for.
 
     Special tokens past the embedding that the chat template does not write around turns (Gemma 3's
@@ -229,10 +233,10 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
     return MergedBase(base, adapter, recipe)
 
 
-def read_adapter(path: str, model: ModelConfig, step: int | None = None) -> Adapter:
+def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Adapter:
     """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
     if is_peft(path):
-        config, arrays = read_peft(resolve_path(path), model)
+        config, arrays = read_peft(resolve_path(path), decoder_config(model, path))
         adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
         _check_shapes(adapter, model)
         return adapter
@@ -256,7 +260,7 @@ def _read_arrays(saved: SavedParameters) -> tuple[dict[str, np.ndarray], dict[st
     return arrays, saved.meta.get("base")
 
 
-def _check_shapes(adapter: Adapter, model: ModelConfig) -> None:
+def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
     expected = config_targets(adapter.config, model)
     modules = adaptable(abstract_model(model))
     for name, (rank, _) in expected.items():

@@ -7,13 +7,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from trainfw.models import ModelConfig
 from trainfw.models.common.layers import RMSNorm, gate_with
 from trainfw.parallel import Layout, Rules, make_mesh, use_rules
 
 
 def test_a_norm_over_a_dim_that_is_split_is_that_of_the_whole():
-    norm = RMSNorm(12, ModelConfig(preset="tiny"), "heads")
+    norm = RMSNorm(12, eps=1e-5, axis="heads")
     graphdef, _ = nnx.split(norm)
     scale, x, probe = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(12,), (3, 12), (3, 12)]))
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw.backends import simulated
 from trainfw.checking import check
-from trainfw.models import ModelConfig, MoE, Transformer, dispatch_problem, routing_problem
+from trainfw.models import ModelConfig, ModelOptions, MoE, Transformer, dispatch_problem, routing_problem
 from trainfw.models.common import moe
 from trainfw.models.common.moe import assign_slots, capacity
 from trainfw.models.common.top_k import iterative_top_k
@@ -336,7 +336,7 @@ def test_scanned_and_unrolled_layers_of_experts_agree(dispatch):
         return jnp.mean(jnp.square(model(tokens_BS)))
 
     models = [
-        Transformer(model_config(dispatch=dispatch), rngs=nnx.Rngs(0), scan_layers=scan, remat=remat)
+        Transformer(model_config(dispatch=dispatch), ModelOptions(scan_layers=scan, remat=remat), rngs=nnx.Rngs(0))
         for scan, remat in ((True, "full"), (False, "none"))
     ]
     scanned, unrolled = (nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model)) for model in models)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw.errors import UserError
-from trainfw.models import ModelConfig, Transformer, abstract_model, count_parameters, preset_names
+from trainfw.models import ModelConfig, ModelOptions, Transformer, abstract_model, count_parameters, preset_names
 from trainfw.models.decoder.model import DecoderLayer
 
 # Published totals: the safetensors metadata on each model's Hugging Face page (the `source` in presets.yaml), which
@@ -79,7 +79,7 @@ def tokens(*shape: int, seed: int = 0, vocab: int = 64) -> jax.Array:
 
 @nnx.jit(static_argnames=("config", "options"))
 def _build(config: ModelConfig, options: tuple) -> Transformer:
-    return Transformer(config, rngs=nnx.Rngs(0), **dict(options))
+    return Transformer(config, ModelOptions(**dict(options)), rngs=nnx.Rngs(0))
 
 
 def build(config: ModelConfig, **options) -> Transformer:

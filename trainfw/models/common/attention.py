@@ -13,7 +13,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from trainfw import backends
-from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.layers import Linear, RMSNorm
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.common.matmul import wide_einsum
@@ -72,8 +71,6 @@ class Context:
     """Index of each row's first key, i32[B]: those before it are padding, which nothing sees."""
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
-    adapters: AdapterInputs | None = None
-    """What adapters read."""
     ring: bool = field(default=True, metadata={"static": True})
     """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
 
@@ -192,9 +189,11 @@ class Attention(nnx.Module):
         return backends.resolve("attention", request, backends.current()).call or attend
 
     def _norm(self, axis: str, width: int) -> RMSNorm | None:
-        if self.config.qk_norm == "all_heads":
-            return RMSNorm(width, self.config, axis)
-        return RMSNorm(self.config.head_dim, self.config) if self.config.qk_norm else None
+        if not self.config.qk_norm:
+            return None
+        together = self.config.qk_norm == "all_heads"
+        size, split = (width, axis) if together else (self.config.head_dim, "norm")
+        return RMSNorm(size, eps=self.config.norm_eps, zero_centered=self.config.zero_centered_norm, axis=split)
 
     def _heads(self, x_BSW: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """x_BSHh, each head or all of them together normalised."""

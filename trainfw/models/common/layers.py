@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.common.frozen import Frozen, dense, frozen_product
 from trainfw.models.common.matmul import matmul
-from trainfw.models.decoder.config import Activation, ModelConfig
+from trainfw.models.decoder.config import Activation
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 M = TypeVar("M", bound=nnx.Module)
@@ -31,11 +31,11 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, 
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes, **metadata)
 
 
-def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> nnx.State:
+def gather_weights(params: nnx.State, dtype: jnp.dtype, num_kv_heads: int | None = None) -> nnx.State:
     """The weights of a module as it uses them: in `dtype` but for wide ones, whole but for what stays split.
 
     Frozen ones are widened no sooner than in their product. Those of a stack may be one layer's, without the layers
-    dim.
+    dim. `num_kv_heads` is that of `gather_weight`.
     """
 
     def gathered(weight: nnx.Variable) -> nnx.Variable:
@@ -43,16 +43,16 @@ def gather_weights(params: nnx.State, dtype: jnp.dtype, config: ModelConfig) -> 
         first = jax.tree.leaves(value)[0]
         kept = wide or (isinstance(weight, Frozen) and first.dtype.itemsize <= jnp.dtype(dtype).itemsize)
         return weight.replace(
-            gather_weight(value, axes[-first.ndim :], None if kept else dtype, num_kv_heads=config.num_kv_heads)
+            gather_weight(value, axes[-first.ndim :], None if kept else dtype, num_kv_heads=num_kv_heads)
         )
 
     return nnx.from_flat_state([(path, gathered(weight)) for path, weight in nnx.to_flat_state(params)])
 
 
-def gathered(module: M, dtype: Any, config: ModelConfig) -> M:
+def gathered(module: M, dtype: Any) -> M:
     """The module with its weights as `gather_weights` makes them."""
     graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, gather_weights(state, jnp.dtype(dtype), config))
+    return nnx.merge(graphdef, gather_weights(state, jnp.dtype(dtype)))
 
 
 class Adapter(Protocol):
@@ -110,8 +110,8 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """The token table, f32[V, D]; with tied embeddings the output head too."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.table = normal(rngs, (config.vocab_size, config.hidden_size), config.init_std, ("vocab", "embed"))
+    def __init__(self, vocab_size: int, hidden_size: int, *, std: float, rngs: nnx.Rngs):
+        self.table = normal(rngs, (vocab_size, hidden_size), std, ("vocab", "embed"))
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, tokens_BS: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -143,11 +143,13 @@ def lookup(table: nnx.Variable, tokens_BS: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last dim, in f32, back to the dtype of x. Zhang & Sennrich, arXiv:1910.07467.
 
-    `axis` names the last dim where it is split over `tensor`: the mean is then that of all its parts.
+    Args:
+        zero_centered: the scale is kept as its offset from 1.
+        axis: names the last dim where it is split over `tensor`: the mean is then that of all its parts.
     """
 
-    def __init__(self, size: int, config: ModelConfig, axis: str = "norm"):
-        self.eps, self.zero_centered, self.split = config.norm_eps, config.zero_centered_norm, axis != "norm"
+    def __init__(self, size: int, *, eps: float, zero_centered: bool = False, axis: str = "norm"):
+        self.eps, self.zero_centered, self.split = eps, zero_centered, axis != "norm"
         scale = jnp.full(size, 0.0 if self.zero_centered else 1.0, jnp.float32)
         self.scale = nnx.Param(scale, axes=(axis,), wide=True)
 
@@ -193,9 +195,9 @@ class MLP(nnx.Module):
     Its width is split over `tensor`: each device returns a part of the sum.
     """
 
-    def __init__(self, config: ModelConfig, *, width: int | None = None, rngs: nnx.Rngs):
-        size, std = (config.hidden_size, width or config.intermediate_size), config.init_std
-        self.activation = config.activation
+    def __init__(self, hidden_size: int, width: int, *, activation: Activation, std: float, rngs: nnx.Rngs):
+        size = (hidden_size, width)
+        self.activation = activation
         self.gate = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
         self.up = Linear(size, ("embed", "mlp"), std=std, rngs=rngs)
         self.down = Linear(size[::-1], ("mlp", "embed"), std=std, rngs=rngs)

@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         self.up = ExpertLinear((E, D, F), into, std=std, rngs=rngs)
         self.down = ExpertLinear((E, F, D), out_of, std=std, rngs=rngs)
         shared = moe.shared_intermediate_size
-        self.shared = None if shared is None else MLP(config, width=shared, rngs=rngs)
+        self.shared = None if shared is None else MLP(D, shared, activation=config.activation, std=std, rngs=rngs)
 
     def __call__(
         self, x_BSD: jax.Array, mask_BS: jax.Array | None = None, *, dropless: bool = False

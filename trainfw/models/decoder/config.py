@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from trainfw.config import Config, Dim, PositiveInt, invalid
 from trainfw.errors import did_you_mean
+from trainfw.models.family import FamilyConfig
 
 Activation = Literal["silu", "gelu_tanh"]
 LayerKind = Literal["global", "sliding"]
@@ -82,7 +83,7 @@ class MoEConfig(Config):
         return self
 
 
-class ModelConfig(Config):
+class ModelConfig(FamilyConfig):
     """A decoder-only transformer. `preset` gives the values of a published model; other fields override them."""
 
     preset: str | None = None
@@ -91,14 +92,8 @@ class ModelConfig(Config):
     """Start from these weights: a Hugging Face directory (config.json and safetensors), a GGUF file, a run directory,
     or `package:NAME` for the model inside an installed Python package. It also gives every field that is not written
     here, and the tokenizer."""
-    vocab_size: Dim
-    """Rows of the embedding table."""
-    hidden_size: Dim
-    """D: width of the residual stream."""
     intermediate_size: Dim
     """F: width of the gated feed-forward layer; with `moe`, of one expert."""
-    num_layers: Annotated[int, Field(ge=1, le=10_000)]
-    """L: decoder layers."""
     num_heads: Dim
     """H: query heads."""
     num_kv_heads: Dim
@@ -185,6 +180,21 @@ class ModelConfig(Config):
         """The kind of attention of every layer, in order."""
         period = len(self.layer_pattern)
         return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
+
+    @property
+    def layer_period(self) -> int:
+        return len(self.layer_pattern)
+
+    @property
+    def longest_context(self) -> int | None:
+        return self.max_position
+
+    @property
+    def depends_on_cut(self) -> str:
+        """Of this many tokens at a time an expert takes so many (`capacity`)."""
+        if self.moe is None or self.moe.dispatch != "capacity":
+            return ""
+        return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"
 
 
 def _merged(preset: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,12 @@ reported, are plans.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from trainfw.backends import load_sdk
 from trainfw.hardware import Topology
-from trainfw.models import ModelConfig
+from trainfw.models import FeedForward, ModelShapes, Weight, family_of
 from trainfw.parallel import Layout, Placement, Sharded, bubble
 from trainfw.planning.predict.step_time import step_time
 from trainfw.planning.read_step.analysis import Analysis, Matmul, Streamed, Transfer
@@ -47,10 +45,6 @@ _HELD_WHOLE = {"parameters": 0.0, "gradients": 0.5, "optimizer": 1.5}
 _HELD_TABLES = 2.9
 """Embedding tables, whole along fsdp, f32."""
 
-Weight: TypeAlias = tuple[str, tuple[int, ...], int]
-"""Kind, shape with layers first where there are any, and how it is split: 3 over fsdp (and expert, and context), 2 over
-tensor too, 1 over tensor alone, 0. Layers are split over pipeline."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -70,7 +64,7 @@ def estimate(recipe: Recipe, placement: Placement) -> Estimate:
 
 def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     """Count what one core computes and moves in a step, in closed form: `analyse` without a compiler."""
-    model, train = recipe.model, recipe.train
+    model, train, shapes = recipe.model, recipe.train, model_shapes(recipe)
     tensor, parts = layout.tensor, train.accumulation_steps
     length = recipe.data.sequence_length // layout.context
     rows = train.global_batch_size // layout.batch_shards // parts
@@ -79,9 +73,9 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     tokens, runs, again = rows * length, round(model.num_layers * parts * loaded), train.remat != "none"
     dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
     width, vocabulary = model.hidden_size, model.vocab_size // tensor
-    heads, kv_heads = model.num_heads // tensor, max(model.num_kv_heads // tensor, 1)  # some share one
+    heads, kv_heads = shapes.num_heads // tensor, max(shapes.num_kv_heads // tensor, 1)  # some share one
     passes = _passes(recipe, layout)
-    attention_widths = [heads * model.head_dim, *2 * [kv_heads * model.head_dim]]
+    attention_widths = [heads * shapes.head_dim, *2 * [kv_heads * shapes.head_dim]]
 
     def product(m: int, n: int, k: int, times: int, *, out: int = narrow, batch: int = 1) -> None:
         size = batch * (narrow * (m * k + k * n) + out * m * n)
@@ -90,7 +84,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     matmuls: list[Matmul] = []
     # (matrices, rows of each, width in, width out, whether what it returns is never needed again)
     maps = [(1, tokens, width, out, False) for out in attention_widths]
-    maps += [(1, tokens, heads * model.head_dim, width, False)]
+    maps += [(1, tokens, heads * shapes.head_dim, width, False)]
     for matrices, m, inner in _feed_forwards(recipe, layout, tokens):
         maps += [*2 * [(matrices, m, width, inner, False)], (matrices, m, inner, width, True)]
     for matrices, m, into, out, last in maps:
@@ -103,7 +97,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     # Of the keys, a device whose sequence is split leaves out most of those that are masked (see `_of_fused`).
     ring = layout.context > 1
     keys = length * (2 * layout.context + 1) // 4 if ring else length
-    every, head, scores = heads // kv_heads * length, model.head_dim, heads * rows * length * keys
+    every, head, scores = heads // kv_heads * length, shapes.head_dim, heads * rows * length * keys
     ends = rows * (heads + kv_heads) * length * head
     for m, n, k, times, score_size, end_size, backward in (
         (keys, every, head, round(runs * max(passes, 1 + again)), 4, narrow, False),
@@ -116,7 +110,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
         batch = rows * kv_heads
         matmuls.append(Matmul(batch, m, n, k, name, times, bytes=size, attention=True, backward=backward))
-    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
+    share = sum(4 * w.elements / _parts(w, layout) for w in shapes.weights)
     once, beside = _MOVED[train.remat]
     stream = width // tensor  # of a sequence that is split over tensor
     forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens))
@@ -147,7 +141,7 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     the gradients, once. Over tensor, activations gathered and scattered. Over context, keys and values passed around,
     and over pipeline, what a stage hands to the next.
     """
-    model, train, shards = recipe.model, recipe.train, _shards(recipe, layout)
+    model, train, shards, shapes = recipe.model, recipe.train, _shards(recipe, layout), model_shapes(recipe)
     parts, width, tensor = train.accumulation_steps, model.hidden_size, layout.tensor
     runs = round(model.num_layers * parts * _loaded(recipe, layout))
     passes = _passes(recipe, layout)
@@ -155,12 +149,12 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     uses = round(runs * _microbatches(recipe, layout) / layout.pipeline)
     among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
     copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
-    layers = [w for w in weights(model) if w[0] in _MATRICES]
+    layers = [w for w in shapes.weights if w.is_matrix]
     if among:
         tables = [(4, parts), (narrow, parts)]  # the embedding is looked up in f32, and the head multiplied
         for weight in layers:
             # Experts stay where they are; the rest of the axes shares each.
-            axes = tuple(axis for axis in among if axis != "expert") if weight[0] == "layers.experts" else among
+            axes = tuple(axis for axis in among if axis != "expert") if weight.kind == "layers.experts" else among
             size = narrow * _used(weight, layout)
             if axes and shards == "parameters":
                 yield Transfer("all-gather", axes, dtype, size, round(max(passes, 2) * uses))
@@ -173,23 +167,23 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
                 yield Transfer("all-gather", among, name, size * table, times)
             if shards != "optimizer":
                 yield Transfer("reduce-scatter", among, name, size * table, times)
-        for weight in weights(model):
-            if weight[2] == 2 and shards != "parameters":  # updated in shares, and put together again
-                stacked = model.num_layers // layout.pipeline if weight[0] in _MATRICES else 1
+        for weight in shapes.weights:
+            if weight.split == 2 and shards != "parameters":  # updated in shares, and put together again
+                stacked = model.num_layers // layout.pipeline if weight.is_matrix else 1
                 whole = 4 * _used(weight, layout) * stacked
                 yield Transfer("all-gather", among, "f32", whole, 1)
                 if shards == "optimizer":
                     yield Transfer("reduce-scatter", among, "f32", whole, 1, "update")
-    for weight in weights(model):
-        axes = tuple(axis for axis in copies if axis == "data" or weight[0] not in _MATRICES)
-        if axes and weight[2] == 2:
-            kept = 4 * _elements(weight) // _parts(weight, layout)
+    for weight in shapes.weights:
+        axes = tuple(axis for axis in copies if axis == "data" or not weight.is_matrix)
+        if axes and weight.split == 2:
+            kept = 4 * weight.elements // _parts(weight, layout)
             yield Transfer("all-reduce", axes, "f32", kept, 1, "update")
-    if model.moe is not None and layout.expert > 1:  # to the experts and back, forward and backward
-        slots, again = model.moe.num_experts * _slots(recipe, tokens), train.remat in ("full", "stage")
+    if shapes.experts is not None and layout.expert > 1:  # to the experts and back, forward and backward
+        slots, again = shapes.experts.number * shapes.experts.slots(tokens), train.remat in ("full", "stage")
         yield Transfer("all-to-all", ("expert",), dtype, narrow * slots * width, runs * (4 + 2 * again))
     if layout.context > 1:  # around the ring, and backward again with their gradients
-        each = tokens * max(model.num_kv_heads // tensor, 1) * model.head_dim
+        each = tokens * max(shapes.num_kv_heads // tensor, 1) * shapes.head_dim
         turns = runs * (layout.context - 1)
         again = train.remat != "none"
         yield Transfer("collective-permute", ("context",), dtype, narrow * each, 2 * turns * (2 + again))
@@ -248,23 +242,23 @@ def bubble_of(recipe: Recipe, layout: Layout) -> float:
 
 def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
     """Bytes on one core in closed form: state exactly, the rest by formula."""
-    model, train = recipe.model, recipe.train
+    model, train, shapes = recipe.model, recipe.train, model_shapes(recipe)
     length, tensor = recipe.data.sequence_length // layout.context, layout.tensor
     mine = train.global_batch_size // layout.batch_shards
     rows, narrow = mine // train.accumulation_steps, 2 if train.compute_dtype == "bfloat16" else 4
     tokens, width = rows * length, model.hidden_size
     forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens)) / tokens
-    scores = rows * (model.num_heads // tensor) * length * length
+    scores = rows * (shapes.num_heads // tensor) * length * length
     # Of a pipeline, what a stage keeps of the rows of all stages, in its share of the layers: as much as of its own.
     layers = model.num_layers * _loaded(recipe, layout)
     state, shards = state_bytes(recipe, layout), _shards(recipe, layout)
-    share = sum(4 * _elements(w) / _parts(w, layout) for w in weights(model))
+    share = sum(4 * w.elements / _parts(w, layout) for w in shapes.weights)
     layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
     logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (model.vocab_size // tensor)
     gathers = _among(layout) > 1 and shards == "parameters"
     gathered = 0.0 if not gathers else _HELD_TABLES * 4 * model.vocab_size * width / tensor
     if gathers:  # two layers at a time, where they are gathered ahead
-        gathered += 2 * narrow * sum(_used(w, layout) for w in weights(model) if w[0] in _MATRICES)
+        gathered += 2 * narrow * sum(_used(w, layout) for w in shapes.weights if w.is_matrix)
     return {
         **state,
         **({} if recipe.backend.donate else {"state_out": sum(state.values())}),
@@ -278,18 +272,18 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
 
 def _kept(recipe: Recipe, layout: Layout) -> float:
     """Bytes that a layer keeps of a microbatch for the backward pass."""
-    model, train, tensor = recipe.model, recipe.train, layout.tensor
+    train, tensor, shapes = recipe.train, layout.tensor, model_shapes(recipe)
     length = recipe.data.sequence_length // layout.context
     rows = train.global_batch_size // layout.batch_shards // train.accumulation_steps
     narrow = 2 if train.compute_dtype == "bfloat16" else 4
     each = rows * length * narrow
-    stream = model.hidden_size // tensor
-    both = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
+    stream = recipe.model.hidden_size // tensor
+    both = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // tensor
     slots = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, rows * length))
     forward = slots / (rows * length)
     match train.remat:
         case "none":
-            scores = rows * length * length * model.num_heads // tensor
+            scores = rows * length * length * shapes.num_heads // tensor
             return each * (10 * stream + 5 * forward + 4 * both) + scores * (4 + narrow)
         case "dots":
             return each * (2 * stream + 2 * forward + both)
@@ -303,17 +297,17 @@ def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Bytes of parameters and optimizer state on one core, counters left out, by the default rules of sharding."""
     parameters, optimizer = 0, 0
     kept = layout if _shards(recipe, layout) == "parameters" else replace(layout, fsdp=1, expert=1, context=1)
-    for weight in weights(recipe.model):
-        elements, parts = _elements(weight), _parts(weight, layout)
+    for weight in model_shapes(recipe).weights:
+        elements, parts = weight.elements, _parts(weight, layout)
         parameters += 4 * elements // _parts(weight, kept)
         match recipe.optimizer.name:
             case "lion":
                 optimizer += 4 * elements // parts
-            case "muon" if weight[0] == "layers.kernel":
+            case "muon" if weight.kind == "layers.kernel":
                 optimizer += 4 * elements // parts
             case "adafactor":
-                *_, second, first = sorted((1, *weight[1]))
-                if len(weight[1]) > 1 and second >= 128:  # a row and a column, on every core
+                *_, second, first = sorted((1, *weight.shape))
+                if len(weight.shape) > 1 and second >= 128:  # a row and a column, on every core
                     optimizer += 4 * (elements // first + elements // second + 1)
                 else:
                     optimizer += 4 * (elements // parts + 2)
@@ -322,38 +316,17 @@ def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     return {"parameters": parameters, "optimizer_state": optimizer}
 
 
-def weights(model: ModelConfig) -> list[Weight]:
-    """Every parameter of `model`, as the default rules shard it."""
-    width, layers = model.hidden_size, model.num_layers
-    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    found: list[Weight] = [("table", (model.vocab_size, width), 2)]
-    if not model.tie_embeddings:
-        found.append(("table", (width, model.vocab_size), 2))
-    found += [("layers.kernel", (layers, width, out), 2) for out in (heads, kv_heads, kv_heads)]
-    found += [("layers.kernel", (layers, heads, width), 2)]
-    dense: int | None = model.intermediate_size
-    if model.moe is not None:
-        experts, inner = model.moe.num_experts, model.intermediate_size
-        found += [("layers.router", (layers, width, experts), 3)]
-        found += [("layers.experts", (layers, experts, width, inner), 2)] * 2
-        found += [("layers.experts", (layers, experts, inner, width), 2)]
-        dense = model.moe.shared_intermediate_size
-    if dense is not None:
-        found += [("layers.kernel", (layers, width, dense), 2)] * 2 + [("layers.kernel", (layers, dense, width), 2)]
-    if model.qkv_bias:
-        found += [("layers.bias", (layers, out), 1) for out in (heads, kv_heads, kv_heads)]
-    found += [("layers.scale", (layers, width), 0)] * (4 if model.post_norms else 2)
-    if model.qk_norm:
-        found += [("layers.scale", (layers, model.head_dim), 0)] * 2
-    return [*found, ("scale", (width,), 0)]
+def model_shapes(recipe: Recipe) -> ModelShapes:
+    """Return those of the recipe's model. Raises UserError for a family that gives none."""
+    shapes = family_of(recipe.model).shapes(recipe.model)
+    if shapes is None:
+        why = "this family does not give the shapes (Family.shapes) that a step is estimated by"
+        raise recipe.error("model.family", f"{why}; plan the recipe instead")
+    return shapes
 
 
 def _shards(recipe: Recipe, layout: Layout) -> Sharded:
     return recipe.parallel.fsdp_shards if _among(layout) > 1 else "parameters"  # all of one part
-
-
-def _elements(weight: Weight) -> int:
-    return math.prod(weight[1])
 
 
 def _among(layout: Layout) -> int:
@@ -362,33 +335,24 @@ def _among(layout: Layout) -> int:
 
 
 def _parts(weight: Weight, layout: Layout) -> int:
-    stages = layout.pipeline if weight[0].startswith("layers") else 1
-    return stages * (1, layout.tensor, _among(layout) * layout.tensor, _among(layout))[weight[2]]
-
-
-_MATRICES = ("layers.kernel", "layers.experts")
+    stages = layout.pipeline if weight.kind.startswith("layers") else 1
+    return stages * (1, layout.tensor, _among(layout) * layout.tensor, _among(layout))[weight.split]
 
 
 def _used(weight: Weight, layout: Layout) -> int:
     """Elements of a core's part of a matrix where it is used, of one layer if it is stacked."""
-    layers = weight[1][0] if weight[0] in _MATRICES else 1
-    experts = layout.expert if weight[0] == "layers.experts" else 1
-    return _elements(weight) // layers // experts // layout.tensor
+    layers = weight.shape[0] if weight.is_matrix else 1
+    experts = layout.expert if weight.kind == "layers.experts" else 1
+    return weight.elements // layers // experts // layout.tensor
 
 
 def _feed_forwards(recipe: Recipe, layout: Layout, tokens: int) -> list[tuple[int, int, int]]:
     """(matrices, rows of each, width) of the feed-forward layers that run side by side on one core."""
-    moe, inner = recipe.model.moe, recipe.model.intermediate_size // layout.tensor
-    if moe is None:
-        return [(1, tokens, inner)]
-    routed = (moe.num_experts // layout.expert, _slots(recipe, tokens) * layout.expert, inner)
-    shared = moe.shared_intermediate_size
-    return [routed] if shared is None else [routed, (1, tokens, shared // layout.tensor)]
 
+    def of(part: FeedForward) -> tuple[int, int, int]:
+        if part.experts is None:
+            return 1, tokens, part.width // layout.tensor
+        rows = part.experts.slots(tokens) * layout.expert
+        return part.experts.number // layout.expert, rows, part.width // layout.tensor
 
-def _slots(recipe: Recipe, tokens: int) -> int:
-    """Rows that an expert takes from a core's tokens: `capacity` of the model."""
-    moe = recipe.model.moe
-    assert moe is not None
-    factor = moe.capacity_factor if moe.dispatch == "capacity" else 1.0
-    return min(max(math.ceil(tokens * moe.experts_per_token / moe.num_experts * factor), 1), tokens)
+    return [of(part) for part in model_shapes(recipe).feed_forwards]

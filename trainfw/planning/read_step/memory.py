@@ -430,7 +430,7 @@ class _Known:
         from trainfw.objectives import loss_chunks
 
         recipe, rules, layout = program.recipe, program.rules, program.layout
-        layers, period = recipe.model.num_layers // layout.pipeline, len(recipe.model.layer_pattern)
+        layers, period = recipe.model.num_layers // layout.pipeline, recipe.model.layer_period
         several = {(layers,), (layers // period, period), (layers // period,)}
 
         def forms(path: Any, shape: tuple[int, ...]) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:

@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar, get_args
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
+from trainfw.models import family_of
 from trainfw.parallel import AXES, Layout, Placement, Sharded, context_problem, layers_problem, place
-from trainfw.planning.predict.closed_form import Estimate, estimate, state_bytes
+from trainfw.planning.predict.closed_form import Estimate, estimate, model_shapes, state_bytes
 from trainfw.planning.read_step.analysis import check_rates, simulated_recipe
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, layout_problems
 
 OBJECTIVES = ("time", "cost", "memory")
 """What is made small: the step time, what the run costs (of the recipe's hardware, so in the order of the step time),
@@ -108,6 +109,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a search needs hardware to be for; see trainfw topology")
+    model_shapes(recipe)  # or there is nothing to estimate by
     if recipe.objective.name != "next_token":
         raise recipe.error("objective.name", "a search knows what next_token takes alone; plan the recipe without one")
     check_rates(recipe, topology)
@@ -160,10 +162,11 @@ def _others(recipe: Recipe) -> dict[str, list[int]]:
     context for long sequences; expert for mixtures.
     """
     model, length = recipe.model, recipe.data.sequence_length
-    chunks, period, units = recipe.parallel.interleave, len(model.layer_pattern), recipe.hardware.count
+    chunks, period, units = recipe.parallel.interleave, model.layer_period, recipe.hardware.count
+    experts = [limit.size for limit in family_of(model).limits(model) if limit.dim == "experts"]
     tried = {
         "pipeline": [n for n in _divisors(units) if n <= MOST_STAGES],
-        "expert": [] if model.moe is None else [n for n in POWERS if model.moe.num_experts % n == 0],
+        "expert": [n for n in POWERS if experts and all(size % n == 0 for size in experts)],
         "context": list(POWERS) if length >= LONG else [],
     }
     legal = {
@@ -179,9 +182,11 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
 
     Parameters are left whole only where they, and the share of the optimizer's state, are less than a core holds.
     """
-    period = len(recipe.model.layer_pattern)
+    period = recipe.model.layer_period
     forms = (True, False) if recipe.model.num_layers // period > 1 else (True,)
     for parts in _divisors(recipe.train.global_batch_size // layout.batch_shards):
+        if any(layout_problems(recipe, layout, parts)):  # its microbatches may not be those of a pipeline
+            continue
         for remat, scan, parallel in itertools.product(REMAT, forms, _shards(recipe, topology, layout)):
             train = {"accumulation_steps": parts, "remat": remat, "scan_layers": scan}
             yield _changed(recipe, layout, train, parallel)
@@ -232,30 +237,8 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
 
     `own` says that the rest of the recipe is to stay as it is.
     """
-    model, rows = recipe.model, recipe.train.global_batch_size
-    parts = recipe.train.accumulation_steps if own else 1
-    tensor_only = ("num_heads", "vocab_size", "intermediate_size")
-    split: list[tuple[str, tuple[str, ...]]] = [(field, ("tensor",)) for field in tensor_only]
-    if "embed" not in recipe.parallel.rules:  # else it is judged when it is built
-        split.append(("hidden_size", ("fsdp", "expert", "context")))
-    for field, axes in split:
-        if getattr(model, field) % math.prod(layout.sizes[axis] for axis in axes):
-            over = " * ".join(axis for axis in axes if axis in (axes[0],) or layout.sizes[axis] > 1)
-            raise UserError(f"model.{field} = {getattr(model, field):,} does not divide over {over}: {layout}")
-    kv_heads, tensor, length = model.num_kv_heads, layout.tensor, recipe.data.sequence_length
-    if max(kv_heads, tensor) % min(kv_heads, tensor):
-        raise UserError(f"model.num_kv_heads = {kv_heads:,} is no multiple nor divisor of tensor: {layout}")
-    if problem := context_problem(length, layout.context, tensor):
-        raise UserError(f"data.sequence_length = {length:,} does not divide over context and tensor: {problem}")
-    if layout.expert > 1 and (model.moe is None or model.moe.num_experts % layout.expert):
-        raise UserError(f"model.moe has no experts that divide over expert: {layout}")
-    stages, chunks = layout.pipeline, recipe.parallel.interleave if layout.pipeline > 1 else 1
-    if problem := layers_problem(model.num_layers, stages, chunks, len(model.layer_pattern)):
-        raise UserError(f"model.num_layers = {model.num_layers} does not divide over pipeline: {problem}")
-    if rows % (layout.batch_shards * parts):
-        over = " * ".join(a for a in ("pipeline", "data", "fsdp", "expert") if a in "data fsdp" or layout.sizes[a] > 1)
-        times = f" * accumulation_steps({parts})" if parts > 1 else ""
-        raise UserError(f"train.global_batch_size = {rows:,} does not divide over {over}{times}: {layout}")
+    for problem in layout_problems(recipe, layout, None if own else 1):
+        raise UserError(f"{problem.reason}: {layout}: {problem.text}")
     try:
         placement = place(topology, layout, recipe.parallel.traffic)
     except UserError as error:

@@ -1,0 +1,207 @@
+"""The contract of a kind of model, and the registry of those that there are. Imports no JAX: recipes load by it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+
+from pydantic import Field, SerializeAsAny
+from pydantic_core import core_schema
+
+from trainfw.config import Config, Dim, invalid
+from trainfw.errors import UserError, nearest
+from trainfw.object_reference import is_reference, make_object
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from trainfw.backends import Backend
+    from trainfw.models.layer_shapes import ModelShapes
+
+Remat: TypeAlias = Literal["none", "dots", "full", "stage"]
+DEFAULT_FAMILY = "decoder"
+FAMILIES = {"decoder": "trainfw.models.decoder.family:Decoder"}
+"""Families by the name that recipes use."""
+
+
+class FamilyConfig(Config):
+    """The section `model` of a recipe, as far as every family has it."""
+
+    family: str = DEFAULT_FAMILY
+    """The kind of model: `decoder`, a decoder-only transformer; or your own, `package.module:Name`, whose config then
+    says which other keys there are: see `trainfw.models.Family`."""
+    from_: str | None = Field(default=None, alias="from")
+    """Start from these weights: a run directory of the same family."""
+    vocab_size: Dim
+    """Rows of the embedding table."""
+    hidden_size: Dim
+    """D: width of the residual stream."""
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    """L: layers of the stack."""
+
+    @property
+    def layer_kinds(self) -> tuple[Any, ...]:
+        """The kind of every layer, in order."""
+        return ("layer",) * self.num_layers
+
+    @property
+    def layer_period(self) -> int:
+        """Layers after which their kinds repeat."""
+        return 1
+
+    @property
+    def longest_context(self) -> int | None:
+        """Tokens of the longest context that the weights were trained for; None where there is no such limit."""
+        return None
+
+    @property
+    def depends_on_cut(self) -> str:
+        """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not."""
+        return ""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is computed: other time, memory and rounding, the same function.
+
+    Args:
+        compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
+            and logits are f32 whatever it is.
+        matmul_dtype: "fp8": the layers' linear maps multiply in 8 bits (`fp8_matmul`).
+        remat: what the backward pass recomputes: "none" saves all but what was gathered, "full" saves each layer's
+            input only, "dots" saves what the layers' projections return as well, "stage" a pipeline stage's input only.
+        scan_layers: compile one layer (one period of kinds) and loop over it, rather than all layers in a row.
+        prefetch: gather the next layer's weights while one computes (with remat "full" or "stage"; scanned, where
+            all layers are of one kind).
+        ring: see `ParallelConfig.context_attention`.
+        microbatch_rows, interleave: of a pipeline's microbatches, and chunks of layers in a stage (`pipelined`).
+    """
+
+    compute_dtype: str = "float32"
+    matmul_dtype: Literal["fp8"] | None = None
+    remat: Remat = "none"
+    scan_layers: bool = True
+    prefetch: bool = False
+    ring: bool = True
+    microbatch_rows: int = 1
+    interleave: int = 1
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A size of a model that is divided over the mesh axes that split a dim."""
+
+    field: str
+    """Of the family's config."""
+    size: int
+    """The number that is to divide, `field` or a multiple of it."""
+    dim: str
+    """A name of the rules table (`SPLIT_RULES`, `GATHERED_RULES`)."""
+    shared: bool = False
+    """Fewer than the devices will do, where each is shared by as many."""
+    pads: bool = False
+    """A larger size costs nothing but rows that are not used."""
+
+
+class Family(Protocol):
+    """A kind of model: its config, its Flax module, and what is known of it without running it.
+
+    Derive from it. `trainfw.models.LanguageModel` runs a stack of layers in every layout; what a family says here
+    decides in which layouts its models may be.
+    """
+
+    config: ClassVar[type[FamilyConfig]]
+    """What validates the section `model`."""
+    decodes: ClassVar[bool] = False
+    """Its models are `Transformer`s, or decode as they do: text can be drawn from them."""
+
+    def build(self, config: Any, options: ModelOptions, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the model, a `TokenModel`; its stacked layers, and nothing else, are under the name `layers`."""
+        ...
+
+    def limits(self, config: Any) -> Iterator[Limit]:
+        """List what of the model is divided over mesh axes; layers over `pipeline` are no part of it."""
+        ...
+
+    def flops_per_token(self, config: Any, sequence_length: int) -> float:
+        """Count the FLOPs of training, forward and backward, on one token of sequences of that length."""
+        ...
+
+    def tiny(self, config: Any, *, layers: int, tensor: int) -> dict[str, Any]:
+        """Return fields that make the model small, for `trainfw train --tiny`.
+
+        `layers` is a number of layers that divides over stages and chunks; `tensor` is the size of that axis before.
+        """
+        ...
+
+    def unspread(self, config: Any) -> Mapping[str, str]:
+        """Return the mesh axes over which the model must not be spread, each with the reason.
+
+        Those that a layer has to know of, unless a family says that its layers do.
+        """
+        return dict.fromkeys(("expert", "context", "tensor"), f"the layers of {config.family} do not take part in it")
+
+    def backend_problems(self, config: Any, backend: Backend) -> Iterator[tuple[str, str]]:
+        """List what of the model the backend cannot compute: (field, why)."""
+        yield from ()
+
+    def shapes(self, config: Any) -> ModelShapes | None:
+        """Return what `trainfw plan --search` estimates a step by; None: it is refused for the family."""
+        return None
+
+
+_PARTS = (
+    "config", "decodes", "build", "limits", "flops_per_token", "tiny", "unspread", "backend_problems", "shapes",
+)  # fmt: skip
+
+
+@functools.cache
+def load_family(name: str) -> Family:
+    """Return the family of this name, or `package.module:Name`. Raises UserError where there is none."""
+    if name not in FAMILIES and not is_reference(name):
+        near = nearest(name, FAMILIES)
+        meant = f"; did you mean {near!r}?" if near else ""
+        known = ", ".join(FAMILIES)
+        raise UserError(f"family = {name!r}: unknown family; expected {known}, or package.module:Name{meant}")
+    family: Family = make_object("family", FAMILIES.get(name, name), _PARTS, "trainfw.models.Family")
+    if not (isinstance(family.config, type) and issubclass(family.config, FamilyConfig)):
+        raise UserError(f"family = {name!r}: its config is no class that extends trainfw.models.FamilyConfig")
+    return family
+
+
+def family_of(config: FamilyConfig) -> Family:
+    """Return the family of a model."""
+    return load_family(config.family)
+
+
+def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
+    """Count the FLOPs of training a model, forward and backward, on one token of sequences of that length."""
+    return family_of(config).flops_per_token(config, sequence_length)
+
+
+class _ByFamily:
+    """Has a section validated by the config of the family that it names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        # The default's own schema is what JSON Schema shows.
+        default = handler.generate_schema(load_family(DEFAULT_FAMILY).config)
+        return core_schema.no_info_wrap_validator_function(_validated, default)
+
+
+def _validated(section: Any, default: Any) -> Any:
+    name = section.family if isinstance(section, FamilyConfig) else None
+    if isinstance(section, dict):
+        name = section.get("family")
+    if not isinstance(name, str) or name == DEFAULT_FAMILY:
+        return default(section)
+    try:
+        family = load_family(name)
+    except UserError as error:
+        invalid("family", str(error).removeprefix("family = "))
+    return family.config.model_validate(section)
+
+
+ModelSection: TypeAlias = Annotated[FamilyConfig, _ByFamily(), SerializeAsAny()]
+"""The type of a recipe's section `model`."""

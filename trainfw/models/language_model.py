@@ -1,0 +1,197 @@
+"""A causal model of tokens: an embedding, a stack of layers, a norm and a head, in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainfw.models.common.adapter_inputs import AdapterInputs
+from trainfw.models.common.frozen import Frozen, dense
+from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
+from trainfw.models.common.matmul import softcap, wide_einsum
+from trainfw.models.common.moe import MoEStats
+from trainfw.models.family import FamilyConfig, ModelOptions, family_of
+from trainfw.models.layer_stack import LayerStack, check_remat, gather_sequence
+
+HeadDims: TypeAlias = Literal["vd", "dv"]
+"""Of the output head: the vocabulary and the hidden size. Its gradient in another order would be transposed."""
+
+
+class TokenModel(Protocol):
+    """A model as objectives ask it: hidden states of tokens, and the head that makes logits of them."""
+
+    @property
+    def final_softcap(self) -> float | None:
+        """Squashes logits into (-cap, cap) with tanh."""
+        ...
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether anything in `head_weight` has a gradient."""
+        ...
+
+    def forward(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+        mask_BS: jax.Array | None = None,
+        adapters: AdapterInputs | None = None,
+    ) -> tuple[jax.Array, MoEStats | None]:
+        """(x_BSD after the final norm, in the compute dtype, its sequence split over `tensor`; what the routers of all
+        layers did, stacked in the order in which the layers are).
+
+        Args:
+            tokens_BS: i32.
+            segment_ids_BS: a token sees only tokens with its own id: packed documents do not see each other.
+            positions_BS: place of each token in its document; by default 0, 1, 2 ...
+            mask_BS: weights of the tokens in the routers' losses, f32; 1 by default.
+            adapters: what adapters read, where the model has any that do.
+        """
+        ...
+
+    def head_weight(self) -> tuple[jax.Array, HeadDims]:
+        """The output head in the compute dtype, the vocabulary split over `tensor`, and how its dims lie in memory."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where each token stands, for layers that read no more than that."""
+
+    positions_BS: jax.Array
+    segment_ids_BS: jax.Array | None
+
+
+class LanguageModel(nnx.Module):
+    """A `TokenModel` of three parts, which a family makes: `embedding`; `layers`, of `init_stack`; and the head, that
+    is `final_norm` and `head` (None: the embedding's table). All its state is `nnx.Param`, in f32, with the logical
+    names of its dims as `axes`.
+
+    A layer is called by `block`, on x_BSD whose sequence is split over `tensor`; how layers are gathered, scanned,
+    recomputed and piped is no business of theirs (`LayerStack`).
+    """
+
+    embedding: Embedding
+    layers: nnx.Module
+    final_norm: RMSNorm
+    head: Linear | None
+
+    def __init__(self, config: FamilyConfig, options: ModelOptions):
+        check_remat(options.remat)
+        self.config, self.options = config, options
+        self.adapter_names: tuple[str, ...] = ()
+        """Of adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+
+    def embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """x_BSD, the first layer's input, its sequence split over `tensor`."""
+        return self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
+
+    def context(self, positions_BS: jax.Array, segment_ids_BS: jax.Array | None, mask_BS: jax.Array | None) -> Any:
+        """What all layers share: a pytree of arrays that are not differentiated."""
+        return TokenPlaces(positions_BS, segment_ids_BS)
+
+    @staticmethod
+    def block(layer: Any, x_BSD: jax.Array, context: Any, own: Any, kind: Any) -> tuple[jax.Array, Any]:
+        """Run one layer: (x_BSD, (what it returns of `own`, what its router did))."""
+        return layer(x_BSD, context), (own, None)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether layers read mask_BS."""
+        return False
+
+    @property
+    def num_kv_heads(self) -> int | None:
+        """Heads of the dim `kv_heads`, where some devices may share one (`gather_weight`)."""
+        return None
+
+    @property
+    def final_softcap(self) -> float | None:
+        return None
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.options.compute_dtype
+
+    @property
+    def stack(self) -> LayerStack:
+        return LayerStack(
+            self.layers, self.block, self.config.layer_kinds, self.config.layer_period, self.options, self.num_kv_heads
+        )
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """logits_BSV, f32. The arguments are those of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS))
+
+    def hidden_states(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """What `forward` returns, without the stats."""
+        return self.forward(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS)[0]
+
+    def forward(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        segment_ids_BS: jax.Array | None = None,
+        positions_BS: jax.Array | None = None,
+        mask_BS: jax.Array | None = None,
+        adapters: AdapterInputs | None = None,
+    ) -> tuple[jax.Array, MoEStats | None]:
+        """See `TokenModel`."""
+        if positions_BS is None:
+            positions_BS = jnp.arange(tokens_BS.shape[1])[None]
+        x_BSD, (_, stats) = self.stack.run(
+            self.embed(tokens_BS),
+            (positions_BS, segment_ids_BS, mask_BS if self.weighs_tokens else None),
+            lambda side: self.context(*side),
+            adapters=adapters,
+        )
+        return self.final_norm(x_BSD), stats
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
+        w, dims = self.head_weight()
+        logits_BSV = wide_einsum(f"bsd,{dims}->bsv", gather_sequence(x_BSD), w)
+        return softcap(logits_BSV, self.final_softcap)
+
+    def head_weight(self) -> tuple[jax.Array, HeadDims]:
+        """See `TokenModel`. Tied, it is the embedding's table."""
+        dtype = jnp.dtype(self.compute_dtype)
+        if self.head is None:
+            # An adapter of the embedding is not the head's: what PEFT does where they are tied.
+            (table,) = nnx.to_flat_state(gather_weights(nnx.State({"table": self.embedding.table}), dtype))
+            return dense(table[1].get_value(), dtype), "vd"
+        head = gathered(self.head, dtype)
+        w = dense(head.kernel.get_value(), dtype)
+        return (w if head.adapter is None else head.adapter.merged(w)), "dv"
+
+    @property
+    def head_learns(self) -> bool:
+        weight = self.embedding.table if self.head is None else self.head.kernel
+        return not isinstance(weight, Frozen) or (self.head is not None and self.head.adapter is not None)
+
+
+def abstract_model(config: FamilyConfig, **options: Any) -> Any:
+    """The model of a config with shapes in place of arrays, for which no memory is taken.
+
+    `options` are those of `ModelOptions`.
+    """
+    return nnx.eval_shape(lambda: family_of(config).build(config, ModelOptions(**options), nnx.Rngs(0)))
