@@ -180,7 +180,7 @@ def test_it_is_planned_and_checked(recipe_file):
     made = plan(recipe)
     assert made.time.seconds > 0
     assert 0 < made.mfu < 1
-    report = check_program(build_program(recipe, jax.devices()[:4]))
+    report = check_program(build_program(recipe, jax.devices()[:4]), topology=recipe.hardware.load())
     assert report.ok, str(report)
     with pytest.raises(UserError, match=rf"recipe.yaml:\d+: model.family = '{NAME}'.*shapes"):
         survey(recipe)
