@@ -15,7 +15,9 @@ PACKAGE = Path(trainfw.__file__).parent
 # Top to bottom. Packages of one row do not import each other, except where a row says so.
 ROWS = [
     ["cli"],
-    ["planning", "checking", "report", "launch"],
+    ["planning", "launch"],
+    ["checking"],
+    ["report"],
     ["training"],
     ["program"],
     ["weights"],

@@ -1,7 +1,10 @@
+from .backends import simulate as simulate
 from .checking import Report as Report
 from .checking import check as check
 from .errors import RunError as RunError
 from .errors import UserError as UserError
+from .planning import FunctionPlan as FunctionPlan
+from .planning import Plan as Plan
 from .planning import plan as plan
 from .program import Program as Program
 from .program import build_program as build_program

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+import trainfw
 from trainfw import UserError, backends
 from trainfw.backends import compiled, select
 from trainfw.hardware import HardwareConfig
@@ -31,6 +32,28 @@ def test_another_number_after_jax_has_started_is_refused():
     with pytest.raises(UserError, match="already running with 8"):
         backends.prepare(4)
     assert dict(os.environ) == before
+
+
+def test_devices_are_simulated_by_the_public_name():
+    code = "import trainfw; trainfw.simulate(devices=3); import jax; assert jax.device_count() == 3"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(UserError, match="already running with 8"):
+        trainfw.simulate(devices=4)
+
+
+def test_what_runs_a_program_refuses_devices_that_are_there_for_a_plan(monkeypatch):
+    backends.refuse_lent()
+    monkeypatch.setattr(select, "_lent", True)
+    with pytest.raises(UserError, match=r"8 simulated devices, for a plan.*trainfw\.simulate\(devices=8\)"):
+        trainfw.train("quickstart")
+    trainfw.simulate(devices=8)
+    backends.refuse_lent()
+
+
+def test_a_contract_ends():
+    with backends.contract("neuron"):
+        assert backends.current().rules == "neuron"
+    assert backends.current() is select.CPU
 
 
 def test_the_users_own_flags_are_kept():
@@ -66,12 +89,14 @@ def test_the_next_prepare_ends_a_simulation():
 @pytest.mark.usefixtures("as_neuron")
 def test_a_simulation_is_for_the_cpu_only(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(UserError, match="--as neuron: is for the CPU, but jax is already running on 'gpu'"):
+    with pytest.raises(
+        UserError, match=r"as_backend = 'neuron' \(--as\): is for the CPU, but jax is already running on 'gpu'"
+    ):
         backends.current()
 
 
 def test_only_known_backends_are_simulated():
-    with pytest.raises(UserError, match=r"--as neurom: .*did you mean 'neuron'"):
+    with pytest.raises(UserError, match=r"as_backend = 'neurom' \(--as\): .*did you mean 'neuron'"):
         backends.prepare(as_backend="neurom")
 
 

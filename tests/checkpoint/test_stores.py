@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_a_store(server, prefix, tmp_path):
 
     with pytest.raises(UserError, match=r"was trained with another recipe:\n  optimizer\.learning_rate"):
         run_here(tiny_recipe(tmp_path, "optimizer.learning_rate=0.5", place(prefix)), tmp_path / "third")
-    with pytest.raises(UserError, match="already holds checkpoints up to step 12, which --resume never"):
+    with pytest.raises(UserError, match="already holds checkpoints up to step 12, which resume='never'"):
         run_here(recipe, tmp_path / "third", resume="never")
 
 

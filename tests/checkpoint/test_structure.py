@@ -63,7 +63,9 @@ def test_names_that_lose_a_run_are_refused_before_it_begins(tmp_path, monkeypatc
         directory = recipe.checkpoint.model_copy(update={"directory": str(place)})
         recipe = recipe.model_copy(update={"checkpoint": directory})
     run = {"run": place, "cwd": "run", "checkpoint.directory": tmp_path / "run"}[where]
-    with pytest.raises(UserError, match=r"checkpoints cannot be kept under a name with '.*' in it.*another --run-dir"):
+    with pytest.raises(
+        UserError, match=r"checkpoints cannot be kept under a name with '.*' in it.*another run_dir \(--run-dir\)"
+    ):
         train(recipe, run_dir=run, reporter=Heard())
     assert not list(place.iterdir())
     assert not os.path.exists(tmp_path / "run")

@@ -91,7 +91,10 @@ OVERRIDES = {
     ),
     "rule over an unknown axis": ("parallel.rules={embed: [fsd]}", "unknown axis 'fsd'; did you mean 'fsdp'?"),
     "unknown topology": ("hardware.topology=trn2.48xl", "did you mean 'trn2.48xlarge'?"),
-    "topology of another size": ("hardware.topology=trn2.48xlarge", "simulate them with --devices 64"),
+    "topology of another size": (
+        "hardware.topology=trn2.48xlarge",
+        "simulate them with --devices 64 (trainfw.simulate)",
+    ),
     "count without a topology": ("hardware.count=2", "needs hardware.topology"),
     "vocabulary smaller than the tokenizer's": ("model.vocab_size=100", "expected 258 or more"),
     "no such source": ("data.source=nowhere/*.txt", "command line: data.source 'nowhere/*.txt' matches no file"),

@@ -222,21 +222,52 @@ def test_a_recipe_may_be_a_dict():
         load_recipe({"extends": "quickstart", "train": {"stepz": 7}})
 
 
+def test_a_recipe_may_be_made_of_another(tmp_path):
+    path = write_recipe(tmp_path)
+    recipe = load_recipe(path, ["train.steps=9"])
+    assert load_recipe(recipe) is recipe
+    changed = load_recipe(recipe, {"train": {"seed": 3}, "optimizer.schedule": "linear"})
+    assert changed == load_recipe(path, ["train.steps=9", "train.seed=3", "optimizer.schedule=linear"])
+    assert changed.written("train.seed") == "overrides"
+    assert changed.written("data.sequence_length") == recipe.written("data.sequence_length") == f"{path}:4"
+    with pytest.raises(UserError, match=r"^overrides: train\.step = 5: unknown key; did you mean 'train\.steps'"):
+        load_recipe(recipe, {"train.step": 5})
+
+
 class Dataset:
     def save_to_disk(self): ...
 
 
 HANDED_OVER = {
-    "a dict to train": (lambda: trainfw.train({"name": "x"}), "trainfw.load_recipe({'name': 'x'})"),
-    "a path to train": (lambda: trainfw.train("quickstart"), "trainfw.load_recipe('quickstart')"),
-    "a dict to plan": (lambda: trainfw.plan({}), "expected a trainfw.Recipe"),
+    "a dict without a model to train": (lambda: trainfw.train({"name": "x"}), "recipe: model: is required"),
+    "a number to train": (lambda: trainfw.train(7), "recipe = 7: expected the path of a file, a bundled recipe's name"),
+    "an unknown name to plan": (lambda: trainfw.plan("quickstrt"), "did you mean 'quickstart'"),
+    "no hardware to plan for": (lambda: trainfw.plan("quickstart"), "hardware.topology = null: a plan needs hardware"),
+    "unknown hardware to plan for": (
+        lambda: trainfw.plan("quickstart", hardware="trn2.3x"),
+        "arguments: hardware.topology: unknown topology 'trn2.3x'; did you mean 'trn2.3xlarge'",
+    ),
+    "arguments of a function to plan": (lambda: trainfw.plan("quickstart", 3), "3: goes with a function"),
+    "a recipe's cache to plan a function": (
+        lambda: trainfw.plan(print, fresh=True),
+        "simulate, fresh: go with a recipe",
+    ),
+    "a mesh with a recipe to check": (lambda: trainfw.check("quickstart", mesh=3), "mesh: goes with a function"),
+    "no hardware to check for": (
+        lambda: trainfw.check("quickstart"),
+        "hardware.topology = null: nothing to check for; name it with hardware= (--hardware): cpu",
+    ),
+    "more cores than devices to check on": (
+        lambda: trainfw.check("quickstart", hardware="trn2.48xlarge"),
+        "a check of quickstart takes 64 simulated devices, and jax has started with 8 of cpu: call "
+        "trainfw.simulate(devices=64) first",
+    ),
     "a path to build": (lambda: trainfw.build_program("quickstart"), "trainfw.load_recipe('quickstart')"),
-    "a recipe to check": (lambda: trainfw.check(load_recipe("quickstart")), "`trainfw check RECIPE`"),
     "a recipe to load_model": (lambda: trainfw.load_model(load_recipe("quickstart")), "expected the path of a run"),
     "a recipe to evaluate": (lambda: trainfw.evaluate(load_recipe("quickstart")), "expected the path of a run"),
     "a number to load_recipe": (
         lambda: load_recipe(7),
-        "expected the path of a file, a bundled recipe's name, or a dict",
+        "expected the path of a file, a bundled recipe's name, a dict or a trainfw.Recipe",
     ),
     "a string of overrides": (lambda: load_recipe("quickstart", "name=x"), "expected a list of key=value"),
     "a dataset": (
@@ -245,7 +276,7 @@ HANDED_OVER = {
     ),
     "what is to be accepted": (
         lambda: trainfw.train(load_recipe("quickstart"), accept="optimizer.lr"),
-        "--accept optimizer.lr: unknown key; did you mean 'optimizer.learning_rate'",
+        "accept (--accept) optimizer.lr: unknown key; did you mean 'optimizer.learning_rate'",
     ),
 }
 

@@ -82,7 +82,7 @@ def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
 
 
 def test_a_tiny_recipe_takes_two_devices_an_axis():
-    with pytest.raises(UserError, match=r"--devices 4: pipeline \* fsdp \* tensor of two devices each"):
+    with pytest.raises(UserError, match=r"devices = 4 \(--devices\): pipeline \* fsdp \* tensor of two devices each"):
         tiny_overrides(load_recipe("llama3.1-405b-trn2-ultraservers"), 4)
 
 

@@ -46,10 +46,15 @@ from .neuron.verdict import host_findings as host_findings
 from .neuron.verdict import ranges as ranges
 from .neuron.verdict import sdk_of as sdk_of
 from .select import MAX_SIMULATED as MAX_SIMULATED
+from .select import contract as contract
 from .select import current as current
 from .select import for_topology as for_topology
 from .select import host_device as host_device
 from .select import is_host as is_host
+from .select import lend as lend
 from .select import prepare as prepare
+from .select import refuse_lent as refuse_lent
+from .select import simulate as simulate
 from .select import simulated as simulated
 from .select import standing_for as standing_for
+from .select import started as started

@@ -67,6 +67,8 @@ _PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
 """Platforms that these variables may name."""
 
 _as_backend: str | None = None
+_lent = False
+"""Whether devices are simulated only because a plan or a check asked for them."""
 _device_kind: ContextVar[str | None] = ContextVar("device_kind", default=None)
 """Kind of the devices that simulated ones stand for."""
 
@@ -93,6 +95,58 @@ def simulated(as_backend: str | None = None) -> Backend:
     return CPU if as_backend is None else SIMULATED[as_backend]
 
 
+@contextlib.contextmanager
+def contract(as_backend: str | None) -> Iterator[None]:
+    """Keep the contract of another backend on the CPU meanwhile (see `prepare`)."""
+    global _as_backend
+    before, _as_backend = _as_backend, as_backend
+    try:
+        yield
+    finally:
+        _as_backend = before
+
+
+def started() -> bool:
+    """Tell whether jax has its devices already, which stay as they are."""
+    if sys.modules.get("jax") is None:
+        return False
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
+def simulate(devices: int, *, as_backend: str | None = None) -> None:
+    """Simulate `devices` devices on the CPU, in place of this machine's own. Call it before anything uses jax.
+
+    Args:
+        devices: 1 to 2,048.
+        as_backend: `neuron` keeps that backend's contract on the CPU.
+
+    Raises UserError where jax has already started with another number of devices.
+    """
+    prepare(devices, as_backend)
+
+
+def lend(devices: int) -> None:
+    """Simulate devices for a program that is only read. What runs one then refuses to (`refuse_lent`)."""
+    global _lent
+    if not started():
+        prepare(devices)
+        _lent = True
+
+
+def refuse_lent() -> None:
+    """Raise UserError where this process simulates devices only because a plan or a check asked for them."""
+    if _lent:
+        import jax
+
+        count = jax.device_count()
+        raise UserError(
+            f"this process has {count} simulated device{'s' * (count > 1)}, for a plan or a check made in it: train in "
+            f"another process, or call trainfw.simulate(devices={count}) first, to train on these"
+        )
+
+
 def prepare(
     devices: int | None = None,
     as_backend: str | None = None,
@@ -115,12 +169,15 @@ def prepare(
     Raises UserError when jax has already been started with another number of devices, since it reads the number only
     once, where the environment contradicts itself or the hardware, and where JAX_PLATFORMS asks for what is not there.
     """
-    global _as_backend
+    global _as_backend, _lent
     if as_backend is not None and as_backend not in SIMULATED:
-        raise UserError(f"--as {as_backend}: is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}")
+        raise UserError(
+            f"as_backend = {as_backend!r} (--as): is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"
+        )
     if devices is not None and not 1 <= devices <= MAX_SIMULATED:
         raise UserError(
-            f"--devices {devices}: expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
+            f"devices = {devices} (--devices): expected a positive number of simulated CPU devices, {MAX_SIMULATED} at "
+            "most"
         )
     topology = hardware.load() if hardware is not None else None
     wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
@@ -135,7 +192,7 @@ def prepare(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if devices is not None or as_backend is not None:
         _simulate(devices)
-    _as_backend = as_backend
+    _as_backend, _lent = as_backend, False
     if wiring.process_count == 1:  # others are to meet first (`connect`)
         check_platforms()
     return wiring
@@ -221,7 +278,9 @@ def current() -> Backend:
         leave_saved(_on_its_own)
     if _as_backend is not None:
         if platform != "cpu":
-            raise UserError(f"--as {_as_backend}: is for the CPU, but jax is already running on {platform!r}")
+            raise UserError(
+                f"as_backend = {_as_backend!r} (--as): is for the CPU, but jax is already running on {platform!r}"
+            )
         return _of_chip(simulated(_as_backend), _device_kind.get())
     if platform not in BACKENDS:
         raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from trainfw import backends
 from trainfw.backends import Sdk, for_topology, load_sdk
@@ -23,11 +24,16 @@ from trainfw.checking.report import Finding, Report, merged, on_target
 from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
 from trainfw.errors import UserError
-from trainfw.hardware import Topology, load_topology
+from trainfw.hardware import Topology, load_topology, topology_names
 from trainfw.hlo import Partitioned, Place, partition, user_place, without_compilation_cache
+from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
 
 Progress = Callable[[str], None]
-_SIMULATE = "Devices can be simulated: trainfw.backends.prepare(devices=64), before jax starts"
+_SIMULATE = "Devices can be simulated: trainfw.simulate(devices=64), before jax starts"
 _CONVERSIONS = ("The problem arose with the `", "occurred in the item() method", "occurred in the tolist() method")
 """Words of JAX's about Python numbers made of arrays; else it names the function whose result would have the shape."""
 _SHAPES = (
@@ -40,38 +46,148 @@ _FATAL = {"TopK", "SliceToDynamic"}
 """Custom calls that XLA takes for its own, of operands and results of its own, and dies of others (jaxlib 0.10.2)."""
 
 
+@overload
 def check(
-    fn: Callable[..., Any],
-    *abstract_args: Any,
-    hardware: str | Topology = "trn2-ultraserver",
-    count: int = 1,
+    fn: RecipeLike,
+    *,
+    hardware: str | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    sdk: str | None = None,
+) -> Report: ...
+
+
+@overload
+def check(
+    fn: Callable[..., object],
+    *abstract_args: object,
+    hardware: str | Topology | None = None,
+    count: int | None = None,
     lnc: int | None = None,
     sdk: str | Sdk | None = None,
-    mesh: Any | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Report: ...
+
+
+def check(
+    fn: Callable[..., object] | RecipeLike,
+    *abstract_args: object,
+    hardware: str | Topology | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    sdk: str | Sdk | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Report:
-    """Read a JAX function for everything that Neuron is known to refuse, on whatever machine this is.
+    """Read a JAX function, or the steps of a recipe, for everything that Neuron is known to refuse, on any machine.
+
+    A recipe's steps are built on simulated devices, which are started where jax has not.
 
     Args:
-        fn: what would be jitted on Neuron, jitted already or not.
+        fn: what would be jitted on Neuron, jitted already or not; or a recipe: what `load_recipe` takes, or returns.
         abstract_args: its arguments: arrays, or jax.ShapeDtypeStructs, with NamedShardings of `mesh` where they are
             split. Nothing is computed with them.
         hardware: a topology, or the name of one (`trainfw.hardware.topology_names()`), of which there are `count`.
+            Left out, the recipe's own; of a function, trn2-ultraserver.
         lnc: physical NeuronCores in a logical one; the hardware's default when left out.
         sdk: the Neuron SDK whose limits count; the newest when left out.
         mesh: a jax Mesh of the devices that the program is for, simulated ones say
-            (`trainfw.backends.prepare(devices=64)` before jax starts). Device number n stands for core n of the
+            (`trainfw.simulate(devices=64)` before jax starts). Device number n stands for core n of the
             hardware. Left out, it is the mesh of the arguments' shardings, the one that `fn` names, or one core.
 
     Raises UserError for hardware that does not exist or is smaller than the mesh, and for a function that cannot be
     traced or lowered for any device (values that Python would need, meshes of different devices); whatever else `fn`
     raises. Shapes that depend on values are a finding.
     """
+    if isinstance(fn, Recipe | str | os.PathLike | Mapping):
+        refuse_arguments(abstract_args, mesh)
+        return _check_recipe(fn, hardware, count, lnc, sdk)
+    release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
+    topology = hardware_of_function(hardware, count, lnc)
+    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
+    return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
+
+
+def hardware_of_function(hardware: str | Topology | None, count: int | None, lnc: int | None) -> Topology:
+    """The topology that a function is read for."""
+    if isinstance(hardware, Topology):
+        return hardware
+    return load_topology(
+        "trn2-ultraserver" if hardware is None else hardware, count=1 if count is None else count, lnc=lnc
+    )
+
+
+def refuse_arguments(abstract_args: tuple[object, ...], mesh: object) -> None:
+    """Raise UserError for what only a function takes, where a recipe is given."""
+    if abstract_args or mesh is not None:
+        given = "mesh" if mesh is not None else f"{abstract_args[0]!r:.60}"
+        raise UserError(
+            f"{given}: goes with a function, and a recipe is given, which says both; change it with "
+            "trainfw.load_recipe(recipe, {'train.steps': 5})"
+        )
+
+
+def read_function(
+    fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None, topology: Topology
+) -> Reading:
+    """Read a function for its collectives and memory alone. Raises UserError as `check` does, and where XLA fails."""
+    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
+    if mesh is not None:
+        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
+    with without_compilation_cache(), ThreadPoolExecutor() as pool:
+        reading = begin(pool, name, jitted, arguments, mesh, neuron=False)()
+    if reading.partitioned is None:
+        raise UserError(f"{name} cannot be compiled here: {reading.findings[-1].message}")
+    return reading
+
+
+def topology_to_check(recipe: Recipe) -> Topology:
+    """The hardware of a recipe. Raises UserError where it names none, or more cores than can be simulated."""
+    topology = recipe.hardware.load()
+    if topology is None:
+        names = ", ".join(topology_names())
+        raise recipe.error("hardware.topology", f"nothing to check for; name it with hardware= (--hardware): {names}")
+    if topology.cores > backends.MAX_SIMULATED:
+        most = backends.MAX_SIMULATED
+        raise recipe.error(
+            "hardware.count",
+            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
+            f"try count={most * topology.count // topology.cores} (--count)",
+        )
+    return topology
+
+
+def _check_recipe(
+    given: RecipeLike, hardware: str | Topology | None, count: int | None, lnc: int | None, sdk: str | Sdk | None
+) -> Report:
+    if isinstance(hardware, Topology) or isinstance(sdk, Sdk):
+        raise UserError("hardware, sdk: expected names, with a recipe; such as hardware='trn2.48xlarge'")
+    recipe = load_recipe_for(given, hardware, count, lnc, sdk)
+    topology = topology_to_check(recipe)
+    import jax
+
+    from trainfw.program import build_program
+
+    backends.lend(topology.cores)
+    devices = jax.devices()[: topology.cores]
+    if len(devices) < topology.cores or devices[0].platform != "cpu":
+        raise UserError(
+            f"a check of {recipe.name} takes {topology.cores} simulated devices, and jax has started with "
+            f"{jax.device_count()} of {devices[0].platform}: call trainfw.simulate(devices={topology.cores}) first, "
+            "before anything uses jax"
+        )
+    with backends.contract("neuron" if topology.rules == "neuron" else None):
+        program = build_program(recipe, devices)
+        return check_program(program, topology=topology, sdk=load_sdk(recipe.hardware.sdk))
+
+
+def _called(
+    fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None
+) -> tuple[str, Any, tuple[Any, ...], jax.sharding.Mesh | None]:
+    """(name, jitted, arguments, mesh) of a function that is to be traced."""
     import jax
 
     if not callable(fn):
-        raise UserError(f"fn = {fn!r:.60}: expected a function; `trainfw check RECIPE` reads the steps of a recipe")
-    topology = hardware if isinstance(hardware, Topology) else load_topology(hardware, count=count, lnc=lnc)
-    release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
+        raise UserError(f"fn = {fn!r:.60}: expected a function, or a recipe, such as 'quickstart'")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise UserError(f"mesh = {mesh}: expected a jax.sharding.Mesh of devices. {_SIMULATE}")
     arguments = jax.tree.map(lambda leaf: _abstract(leaf, mesh), abstract_args)
@@ -93,8 +209,7 @@ def check(
             ),
             arguments,
         )
-    name = getattr(fn, "__name__", "function")
-    return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
+    return getattr(fn, "__name__", "function"), jitted, arguments, mesh
 
 
 @dataclass(frozen=True)
@@ -111,6 +226,12 @@ class Reading:
     """The device of each partition."""
     mesh: Any | None = None
     """A mesh of these, after whose axes groups can be named."""
+
+    def cores(self, topology: Topology) -> np.ndarray:
+        """The physical core of each partition. Raises UserError where the hardware has fewer."""
+        import numpy as np
+
+        return np.asarray(_physical_cores(self.devices, topology))
 
 
 def check_program(

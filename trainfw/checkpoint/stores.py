@@ -70,7 +70,8 @@ def check_name(directory: Directory) -> None:
     if found := _PATTERN.search(path):
         raise UserError(
             f"{path!r}: checkpoints cannot be kept under a name with {found.group()!r} in it (to the library that "
-            "writes them it is a pattern); choose another --run-dir, working directory or checkpoint.directory"
+            "writes them it is a pattern); choose another run_dir (--run-dir), working directory or "
+            "checkpoint.directory"
         )
 
 

@@ -62,7 +62,7 @@ def plan(
         return
     cores = max(planning.simulated_cores(loaded), planning.scaling_cores(loaded, counts))
     with Clock() as progress:
-        made = planning.plan(loaded, progress, simulate=cores, fresh=no_cache)
+        made = planning.plan(loaded, progress=progress, simulate=cores, fresh=no_cache)
         scaled = planning.scale_out(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
     if json_:
         import json

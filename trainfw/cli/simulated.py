@@ -16,8 +16,7 @@ def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count:
 
     Raises UserError where neither names a topology, and for one of more cores than can be simulated.
     """
-    from trainfw import backends
-    from trainfw.hardware import topology_names
+    from trainfw.checking import topology_to_check
     from trainfw.recipe import COMMAND_LINE, load_recipe
 
     chosen = list(overrides)
@@ -26,20 +25,7 @@ def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count:
     elif count is not None:
         chosen.append(f"hardware.count={count}")
     loaded = load_recipe(recipe, chosen, written=COMMAND_LINE)
-    topology = loaded.hardware.load()
-    if topology is None:
-        raise loaded.error(
-            "hardware.topology",
-            f"nothing to check for; name it with --hardware: {', '.join(topology_names())}",
-        )
-    if topology.cores > backends.MAX_SIMULATED:
-        most = backends.MAX_SIMULATED
-        raise loaded.error(
-            "hardware.count",
-            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
-            f"try --count {most * topology.count // topology.cores}",
-        )
-    return loaded, topology
+    return loaded, topology_to_check(loaded)
 
 
 def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:

@@ -221,7 +221,7 @@ def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = Non
     """
     template = ChatTemplate.of(tokenizer)
     if template is None:
-        raise UserError("the tokenizer has no chat template; give the text as it is, with --plain")
+        raise UserError("the tokenizer has no chat template; give the text as it is, with chat=False (--plain)")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages = [*system, {"role": "user", "content": text}]
     try:

@@ -21,6 +21,8 @@ from .layout import microbatches_problem as microbatches_problem
 from .layout import nearest_divisors as nearest_divisors
 from .mesh import make_mesh as make_mesh
 from .mesh import physical_order as physical_order
+from .mesh_placement import MeshPlacement as MeshPlacement
+from .mesh_placement import place_mesh as place_mesh
 from .order import reorder_layers as reorder_layers
 from .pipeline import chunk_of as chunk_of
 from .pipeline import pipelined as pipelined

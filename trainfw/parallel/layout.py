@@ -148,4 +148,5 @@ def _simulate(needed: int, found: int) -> str:
     if needed > MAX_SIMULATED:
         return ""
     fewer = "" if needed > found else ", set one axis to -1 to fill the devices,"
-    return f"; change parallel.<axis>{fewer} or simulate {needed} devices on a CPU with --devices {needed}"
+    how = f"trainfw.simulate(devices={needed}), --devices {needed}"
+    return f"; change parallel.<axis>{fewer} or simulate {needed} devices on a CPU: {how}"

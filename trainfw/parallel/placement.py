@@ -92,6 +92,11 @@ class Placement:
     """The objective: predicted time on collectives, by the traffic that was assumed."""
 
     @property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """The pieces of the hardware that each axis covers, innermost first."""
+        return {axis.axis: axis.pieces for axis in self.axes}
+
+    @property
     def hosts_read_shares(self) -> bool:
         """Tell whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
         import numpy as np

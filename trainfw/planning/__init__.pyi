@@ -1,4 +1,6 @@
 from .predict.closed_form import Estimate as Estimate
+from .predict.function_plan import FunctionPlan as FunctionPlan
+from .predict.function_plan import plan_function as plan_function
 from .predict.link_time import Level as Level
 from .predict.link_time import TransferTime as TransferTime
 from .predict.link_time import link_utilisation as link_utilisation
@@ -8,6 +10,7 @@ from .predict.plan import plan as plan
 from .predict.plan import whatif as whatif
 from .predict.step_time import Assumptions as Assumptions
 from .predict.step_time import StepTime as StepTime
+from .predict.step_time import WorkTime as WorkTime
 from .predict.step_time import shape_efficiency as shape_efficiency
 from .predict.step_time import step_time as step_time
 from .predict.timeline import Segment as Segment

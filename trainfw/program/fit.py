@@ -80,7 +80,8 @@ def _layout(recipe: Recipe, num_devices: int) -> Layout:
             raise recipe.error(
                 "hardware.topology",
                 f"{hardware.count} of it is {expected} devices, but this is {num_devices}; "
-                f"simulate them with --devices {expected}, or set hardware.topology=null to run on what there is",
+                f"simulate them with --devices {expected} (trainfw.simulate), or set hardware.topology=null to run on "
+                "what there is",
             )
     with recipe.blamed("parallel"):
         return Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)

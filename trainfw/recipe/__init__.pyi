@@ -2,7 +2,10 @@ from .files import bundled_recipes as bundled_recipes
 from .files import find_recipe as find_recipe
 from .limits import LayoutProblem as LayoutProblem
 from .limits import layout_problems as layout_problems
+from .load import RecipeLike as RecipeLike
 from .load import load_recipe as load_recipe
+from .load import load_recipe_for as load_recipe_for
+from .load import override_keys as override_keys
 from .load import refuse_recipe as refuse_recipe
 from .problems import nearest_key as nearest_key
 from .problems import our_key as our_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
@@ -19,7 +19,7 @@ from trainfw.paths import path_text, resolve_path
 from trainfw.recipe.files import bundled_recipes, check_sections, extended, find_recipe, merge, read, without_model
 from trainfw.recipe.problems import describe
 from trainfw.recipe.recipe import Recipe
-from trainfw.recipe.sources import OVERRIDES, Sources, leaves, show, where
+from trainfw.recipe.sources import ARGUMENTS, OVERRIDES, Sources, leaves, show, where
 
 _WHOLE_MODEL = ("model.family", "model.preset", "model.from")
 """Keys that say what all of the model is."""
@@ -32,22 +32,27 @@ _MOST_PROBLEMS = 20
 """Problems told at once; to find the nearest key takes a while."""
 
 
+RecipeLike: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe, or what `load_recipe` makes one of."""
+
+
 def load_recipe(
-    path: str | os.PathLike[str] | Mapping[str, Any],
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-    *,
-    written: str = OVERRIDES,
+    path: RecipeLike, overrides: Sequence[str] | Mapping[str, Any] = (), *, written: str = OVERRIDES
 ) -> Recipe:
     """Load a recipe file (or a bundled recipe by name, or a file's keys as a dict), what it extends, and overrides.
 
     Args:
-        path: a file, the name of a bundled recipe, a run's directory, or the keys of a file as a dict.
+        path: a file, the name of a bundled recipe, a run's directory, the keys of a file as a dict, or a Recipe.
         overrides: `["train.steps=50"]`, each value as YAML, or values by key, `{"train.steps": 50}` or nested.
         written: where errors say that the overrides were written.
 
     Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
     """
-    if isinstance(path, Mapping):
+    if isinstance(path, Recipe):
+        if not overrides:
+            return path
+        tree, sources, path = path.model_dump(), dict(path._sources), "recipe"
+    elif isinstance(path, Mapping):
         given, path = dict(path), "recipe"
         tree, sources = extended(given, {key: path for key, _ in leaves(given)}, Path(), ())
     elif isinstance(path, str | os.PathLike):
@@ -55,7 +60,8 @@ def load_recipe(
         saved = saved_recipe(file)
         tree, sources = read(file, ()) if saved is None else (saved, {})
     else:
-        raise UserError(f"recipe = {show(path)}: expected the path of a file, a bundled recipe's name, or a dict")
+        expected = "the path of a file, a bundled recipe's name, a dict or a trainfw.Recipe"
+        raise UserError(f"recipe = {show(path)}: expected {expected}")
     # The family, the preset or the weights first: they replace the inherited model, which other overrides then refine.
     replaced = ""
     for key, value in sorted(_by_key(overrides, written), key=lambda item: item[0] not in _WHOLE_MODEL):
@@ -77,6 +83,20 @@ def _family(tree: dict[str, Any]) -> str:
     model = tree.get("model")
     family = model.get("family") if isinstance(model, dict) else None
     return family if isinstance(family, str) else DEFAULT_FAMILY
+def load_recipe_for(
+    path: RecipeLike, hardware: str | None, count: int | None = None, lnc: int | None = None, sdk: str | None = None
+) -> Recipe:
+    """Load a recipe for its own hardware, or for what the arguments of a call name in its place."""
+    keys = {"topology": hardware, "count": count, "lnc": lnc, "sdk": sdk}
+    if hardware is not None and count is None:
+        keys["count"] = 1
+    chosen = {f"hardware.{key}": value for key, value in keys.items() if value is not None}
+    return load_recipe(path, chosen, written=ARGUMENTS)
+
+
+def override_keys(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """The dotted keys of overrides. Raises UserError as `load_recipe` does."""
+    return [key for key, _ in _by_key(overrides, OVERRIDES)]
 
 
 def _by_key(overrides: Sequence[str] | Mapping[str, Any], written: str) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,8 @@ Sources = dict[str, str]
 
 COMMAND_LINE = "command line"
 OVERRIDES = "overrides"
-_GIVEN = (COMMAND_LINE, OVERRIDES)
+ARGUMENTS = "arguments"
+_GIVEN = (COMMAND_LINE, OVERRIDES, ARGUMENTS)
 """Sources that a user gives beside the file: blamed before it."""
 
 

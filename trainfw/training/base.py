@@ -49,6 +49,6 @@ def _check_start(recipe: Recipe, run: RunDirectory, before: dict[str, str] | Non
         if before is not None and before["hash"] != found:
             raise UserError(
                 f"{path}: {run} started from other weights, of {before['path']}, and goes on with its own; start "
-                f"another run with name=... or --run-dir"
+                f"another run with name=... or run_dir (--run-dir)"
             )
     return before

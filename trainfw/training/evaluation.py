@@ -19,7 +19,7 @@ from trainfw.models import Transformer, abstract_model
 from trainfw.objectives import Mean
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
-from trainfw.recipe import load_recipe
+from trainfw.recipe import load_recipe, override_keys
 from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
@@ -208,28 +208,28 @@ def _loaded(base: Base, dtype: str) -> Transformer:
 
 def evaluate(
     path: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, object] = (),
     *,
     step: int | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, PreparedData]:
     """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
-    Other data is read with the run's own tokenizer. Runs on all devices, by FSDP unless `parallel.` overrides say
-    otherwise.
+    Overrides are what `load_recipe` takes. Other data is read with the run's own tokenizer. Runs on all devices, by
+    FSDP unless `parallel.` overrides say otherwise.
     """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
-    keys = [override.partition("=")[0] for override in overrides]
+    keys = override_keys(overrides)
     for key in keys:
         if not key.startswith(_EVALUATION_KEYS):
             raise UserError(f"{key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}")
     # The batch changes no number here: as many rows as in training, rounded up to fit the devices.
     rows, devices = load_recipe(run.recipe_file).train.global_batch_size, jax.device_count()
-    settings = [*_ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}", *overrides]
+    settings = [*_ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}"]
     if any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
-    recipe = load_recipe(run.recipe_file, settings)
+    recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
     check_inputs(recipe)
     program = build_program(recipe)
     with recipe.blamed("data"):

@@ -14,7 +14,7 @@ from trainfw.checkpoint import Checkpoints, Identity
 from trainfw.data import PreparedData, Progress, TrainIterator, open_rows, prepare, train_iterator
 from trainfw.errors import RunError, UserError
 from trainfw.program import Program, TrainState, build_program, check_sources
-from trainfw.recipe import Recipe, expect_recipe
+from trainfw.recipe import Recipe, RecipeLike, load_recipe
 from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
 from trainfw.training.base import check_base
 from trainfw.training.compiling import Compiling
@@ -34,7 +34,7 @@ _FOR_EVER = 7 * 86400.0
 
 
 def train(
-    recipe: Recipe,
+    recipe: RecipeLike,
     *,
     devices: Sequence[jax.Device] | None = None,
     run_dir: str | Path | None = None,
@@ -45,7 +45,8 @@ def train(
 ) -> Result:
     """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
 
-    `run_dir` defaults to `runs/<name>`. `approve` sees the program before anything else is done, and may raise.
+    `recipe` is what `load_recipe` takes, or returns. `run_dir` defaults to `runs/<name>`. `approve` sees the program
+    before anything else is done, and may raise.
     `accept` names keys, such as `["optimizer.learning_rate"]`, or sections: other values of these than the run has had
     may change its losses from here on, where otherwise they are refused.
     Of several processes, each calls this; the first writes the run's files, which all must see.
@@ -53,7 +54,8 @@ def train(
     Raises UserError for input that cannot work (before anything is written), RunError when the run fails, Interrupted
     when a signal stopped it after a checkpoint. A process that hangs exits (`watchdog` in the recipe).
     """
-    expect_recipe(recipe)
+    recipe = load_recipe(recipe)
+    backends.refuse_lent()
     accept = [accept] if isinstance(accept, str) else list(accept)
     check_accept(accept)
     reporter = reporter or Reporter()
@@ -299,7 +301,7 @@ def _say_start(
     for key in accept:
         if not any(covers([key], other) for other in changed):
             why = "the run starts" if resumed_step is None else "nothing of it differs from the run's"
-            reporter.note(f"--accept {key}: nothing to accept, {why}")
+            reporter.note(f"accept (--accept) {key}: nothing to accept, {why}")
 
 
 def _batches(program: Program, data: PreparedData) -> TrainIterator:

@@ -106,7 +106,9 @@ class Change:
         """Why the run cannot go on with it, and what would let it; empty where it can."""
         if self.effect in ("same", "compared", "longer") or (self.effect == "numbers" and covers(accept, self.key)):
             return ""
-        why = _WHY.get(self.effect, f"changes the losses; --accept {self.key} goes on with it")
+        why = _WHY.get(
+            self.effect, f"changes the losses; --accept {self.key} goes on with it, or accept=[{self.key!r}]"
+        )
         where = f" ({self.where})" if self.where else ""
         return f"{self.key}: {self.before!r:.60} there, {self.now!r:.60} here{where}: {why}"
 
@@ -147,15 +149,15 @@ def check_accept(accept: Sequence[str]) -> None:
     """Raise UserError for what `--accept` does not take: no key, or one that cannot change."""
     for key in accept:
         if not key.isprintable():
-            raise UserError(f"--accept {key!r:.60}: expected a key of the recipe")
+            raise UserError(f"accept (--accept) {key!r:.60}: expected a key of the recipe")
         if "=" in key:
             name = key.partition("=")[0]
-            raise UserError(f"--accept {key}: expected a key alone: --accept {name}, beside {key}")
+            raise UserError(f"accept (--accept) {key}: expected a key alone: {name}, beside {key}")
         if key not in keys():
-            raise UserError(f"--accept {key}: unknown key{nearest_key(key)}")
+            raise UserError(f"accept (--accept) {key}: unknown key{nearest_key(key)}")
         effects = [EFFECTS[other] for other in EFFECTS if covers([key], other)]
         if all(effect in _WHY for effect in effects):
-            raise UserError(f"--accept {key}: {_WHY[effects[0]]}")
+            raise UserError(f"accept (--accept) {key}: {_WHY[effects[0]]}")
 
 
 def depends_on_cut(recipe: Recipe) -> str:
@@ -188,4 +190,6 @@ def cut_changes(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any
         return changed if why else {}
     lines = "".join(f"  {key}: {before[key]} there, {now[key]} here\n" for key in other)
     flags = " ".join(f"--accept {key}" for key in other)
-    raise UserError(f"cuts its batches otherwise, and {why}:\n{lines}cut them as before, or go on with {flags}")
+    raise UserError(
+        f"cuts its batches otherwise, and {why}:\n{lines}cut them as before, or go on with {flags} (accept={other})"
+    )

@@ -129,22 +129,23 @@ class RunDirectory:
         if self.path.is_dir() and not steps and not self._is_ours():
             others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
             if others:
-                raise UserError(f"{self}: holds {min(others)!r} but no run; choose another --run-dir")
+                raise UserError(f"{self}: holds {min(others)!r} but no run; choose another run_dir (--run-dir)")
         self._check_same_place(steps)
         if not steps:
             if resume == "must":
-                raise UserError(f"{self}: holds no checkpoint to resume from (--resume must)")
+                raise UserError(f"{self}: holds no checkpoint to resume from (resume is 'must')")
             last = self.last_session()
             if resume == "auto" and last and last["step"] and (last["from"] or last.get("end") == "done"):
                 raise UserError(
                     f"{self.checkpoints}: holds no checkpoint, and {self} had saved some, and reached step "
-                    f"{last['step']}: mount or move them there again; --resume never starts the run anew, from step 0"
+                    f"{last['step']}: mount or move them there again; resume='never' (--resume never) starts the run "
+                    "anew, from step 0"
                 )
             return None
         if resume == "never":
             raise UserError(
-                f"{self}: already holds checkpoints up to step {steps[-1]}, which --resume never will not touch; "
-                f"{self.another(recipe)} starts another run"
+                f"{self}: already holds checkpoints up to step {steps[-1]}, which resume='never' (--resume never) will "
+                f"not touch; {self.another(recipe)} starts another run"
             )
         self._check_same(recipe, accept)
         self.faults()
@@ -207,7 +208,7 @@ class RunDirectory:
         if there and there[-1] > max(steps, default=0):
             raise UserError(
                 f"{self}: its checkpoints, up to step {there[-1]}, are in {place}, not in {self.checkpoints}: set "
-                f"checkpoint.directory as it was, copy them, or choose another --run-dir"
+                f"checkpoint.directory as it was, copy them, or choose another run_dir (--run-dir)"
             )
 
     def _check_same(self, recipe: Recipe, accept: Sequence[str]) -> None:
@@ -302,7 +303,9 @@ class RunDirectory:
         """Only one process trains here at a time, or keeps its checkpoints in the same place: those of others would be
         deleted by their number. The locks go with the process, however it ends."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.path, "another process is training here; choose another --run-dir"))
+            stack.enter_context(
+                _locked(self.path, "another process is training here; choose another run_dir (--run-dir)")
+            )
             if not in_store(self.checkpoints):
                 said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
                 stack.enter_context(_locked(self.checkpoints, said))

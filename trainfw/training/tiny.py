@@ -20,7 +20,9 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
     sizes = {axis: 1 if getattr(parallel, axis) == 1 else 2 for axis in AXES}
     used = [axis for axis in AXES if sizes[axis] > 1]
     if devices % (least := 2 ** len(used)):
-        raise UserError(f"--devices {devices}: {' * '.join(used)} of two devices each take a multiple of {least}")
+        raise UserError(
+            f"devices = {devices} (--devices): {' * '.join(used)} of two devices each take a multiple of {least}"
+        )
     sizes["fsdp" if "fsdp" in used else "data"] *= devices // least
     pairs = recipe.data.format == "preferences"
     interleave = min(parallel.interleave, 2)

@@ -105,7 +105,7 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
     if is_peft(source):
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
-        raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use --format hf")
+        raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use format hf")
     recipe = run_recipe(source)
     adapter = read_adapter(source, recipe.model, step)
     save_peft(out, adapter.config, adapter.arrays, decoder_config(recipe.model, source), recipe.model.from_)

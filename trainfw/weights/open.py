@@ -226,7 +226,7 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
     base_path = base_path or (recipe.model.from_ if recipe is not None else None)
     if base_path is None:
         known = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
-        raise UserError(f"{adapter_path}: {known}; name one with --base")
+        raise UserError(f"{adapter_path}: {known}; name one with base (--base)")
     base = open_base(base_path)
     adapter = read_adapter(adapter_path, base.config, step)
     adapter.check_base(base, base_path)

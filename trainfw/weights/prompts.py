@@ -28,7 +28,7 @@ class PromptForm:
         if self.chat if chat is None else chat:
             return chat_prompt(tokenizer, text, system_prompt or self.system_prompt)
         if system_prompt is not None:
-            raise UserError("--system: goes with --chat")
+            raise UserError("system_prompt (--system): goes with chat (--chat)")
         begin = [tokenizer.bos_id] if self.starts or not text else tokenizer.prefix_ids
         return [*begin, *tokenizer.encode(text)]
 

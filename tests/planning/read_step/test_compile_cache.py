@@ -52,7 +52,7 @@ def compilations(plans, step, monkeypatch) -> list[Recipe]:
 def test_from_the_cache_comes_the_same_plan(tmp_path, compilations):
     recipe = tiny_recipe(tmp_path, *REPLICAS)
     told: list[str] = []
-    first, second = plan(recipe, told.append), plan(recipe, told.append)
+    first, second = plan(recipe, progress=told.append), plan(recipe, progress=told.append)
     assert compilations == [recipe]
     assert [text.startswith("compiled before") for text in told] == [True]
     assert second.to_json() == first.to_json()

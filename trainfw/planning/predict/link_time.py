@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from trainfw import backends
 from trainfw.hardware import Topology
-from trainfw.parallel import Piece, Placement
+from trainfw.parallel import MeshPlacement, Piece, Placement
 from trainfw.planning.read_step.analysis import Transfer
 
 MESH_BYTES = 1e6
@@ -67,7 +67,7 @@ class TransferTime:
 
 
 def transfer_seconds(
-    transfer: Transfer, placement: Placement, speed: Mapping[str, float] | None = None
+    transfer: Transfer, placement: Placement | MeshPlacement, speed: Mapping[str, float] | None = None
 ) -> TransferTime:
     """The time of one run of `transfer` on the links of `placement`.
 
@@ -101,16 +101,16 @@ def transfer_seconds(
     return TransferTime(sum(level.seconds for level in levels) + latency, latency, tuple(levels), algorithm)
 
 
-def pieces_of(axes: Iterable[str], placement: Placement) -> list[Piece]:
+def pieces_of(axes: Iterable[str], placement: Placement | MeshPlacement) -> list[Piece]:
     """List the parts of the hardware that the axes cover, innermost first."""
     order = [dim.name for dim in reversed(placement.topology.dims)]
-    pieces = [piece for axis in placement.axes if axis.axis in axes for piece in axis.pieces]
+    pieces = [piece for axis, covered in placement.pieces.items() if axis in axes for piece in covered]
     return sorted(pieces, key=lambda piece: (order.index(piece.dim), piece.stride))
 
 
 def link_utilisation(
     transfers: Iterable[Transfer],
-    placement: Placement,
+    placement: Placement | MeshPlacement,
     step_seconds: float,
     speed: Mapping[str, float] | None = None,
 ) -> dict[str, float]:

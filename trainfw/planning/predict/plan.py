@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from trainfw.backends import load_sdk
+from trainfw.checking import refuse_arguments
+from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.predict.closed_form import bubble_of
+from trainfw.planning.predict.function_plan import FunctionPlan, plan_function
 from trainfw.planning.predict.link_time import TransferTime, link_utilisation
 from trainfw.planning.predict.step_time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.planning.predict.timeline import Timeline, timeline
 from trainfw.planning.read_step.analysis import Analysis, Transfer
 from trainfw.planning.read_step.compile_cache import Compiled, compiled
 from trainfw.planning.read_step.memory import MemoryTable
-from trainfw.recipe import Recipe, expect_recipe
+from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
 from trainfw.scopes import ATTENTION, LOSS
 from trainfw.tables import table
+
+if TYPE_CHECKING:
+    import jax
 
 _REMAT = {
     "none": "none: the backward pass computes nothing again but gathers",
@@ -156,19 +162,68 @@ class Plan:
         return "\n".join(_lines(self))
 
 
+@overload
 def plan(
-    recipe: Recipe,
-    progress: Callable[[str], None] = lambda _: None,
+    fn: RecipeLike,
     *,
+    hardware: str | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    progress: Callable[[str], None] = ...,
     simulate: int | None = None,
     fresh: bool = False,
-) -> Plan:
-    """Plan `recipe` on its topology, from the cache of compiled steps or on simulated devices (see `simulated_cores`).
+) -> Plan: ...
 
-    Args are those of `compiled`. Raises UserError where the recipe names no topology, its layout does not fit it, or
-    it is too large to simulate.
+
+@overload
+def plan(
+    fn: Callable[..., object],
+    *abstract_args: object,
+    hardware: str | Topology | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> FunctionPlan: ...
+
+
+def plan(
+    fn: RecipeLike | Callable[..., object],
+    *abstract_args: object,
+    hardware: str | Topology | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    simulate: int | None = None,
+    fresh: bool = False,
+) -> Plan | FunctionPlan:
+    """Plan the training step of a recipe, or one run of any JAX function, on hardware that need not be here.
+
+    A recipe's step comes from the cache of compiled steps, or is compiled on simulated devices, which are started where
+    jax has not. A function is compiled on the devices of its mesh.
+
+    Args:
+        fn: a recipe: what `load_recipe` takes, or returns; or a function, jitted already or not.
+        abstract_args: the function's arguments, as `trainfw.check` takes them.
+        hardware: a topology, or the name of one (`trainfw.hardware.topology_names()`), of which there are `count`.
+            Left out, the recipe's own; of a function, trn2-ultraserver.
+        lnc: physical NeuronCores in a logical one; the hardware's default when left out.
+        mesh: a jax Mesh of the devices that the function is for (see `trainfw.check`).
+        progress, simulate, fresh: of a recipe, as `compiled` takes them.
+
+    Raises UserError where the recipe names no topology, its layout does not fit it, or it is too large to simulate; and
+    for a function as `plan_function` does.
     """
-    expect_recipe(recipe)
+    if callable(fn):
+        if simulate is not None or fresh:
+            raise UserError(
+                "simulate, fresh: go with a recipe; a function is compiled anew, on the devices of its mesh"
+            )
+        return plan_function(fn, abstract_args, hardware=hardware, count=count, lnc=lnc, mesh=mesh)
+    refuse_arguments(abstract_args, mesh)
+    if isinstance(hardware, Topology):
+        raise UserError("hardware: expected the name of a topology, with a recipe; such as hardware='trn2.48xlarge'")
+    recipe = load_recipe_for(fn, hardware, count, lnc)
     return planned(recipe, compiled(recipe, progress, simulate=simulate, fresh=fresh))
 
 

@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from trainfw.scopes import ATTENTION
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
-    from trainfw.parallel import Layout, Placement
+    from trainfw.parallel import Layout, MeshPlacement, Placement
     from trainfw.recipe import Recipe
 
 OVERLAPPED = "weights, gradients, stages and rings"
@@ -67,8 +67,8 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """One training step, predicted."""
+class WorkTime:
+    """One run of a function, predicted."""
 
     seconds: float
     low: float
@@ -82,9 +82,6 @@ class StepTime:
     """Seconds of collectives that are not waited for, by mesh axes."""
     bound_by: str
     """`compute`, `hbm`, or the physical dim whose links take longest: `links.row`."""
-    mfu: float
-    """Model FLOPs (forward and backward, causal attention, nothing recomputed) over peak, of the compute dtype."""
-    tokens_per_second: float
     transfers: tuple[tuple[Transfer, TransferTime], ...]
     """Every collective with the time of one run."""
     products: tuple[float, ...]
@@ -93,6 +90,15 @@ class StepTime:
     """Seconds in a step of all that passes through memory, as the analysis has it."""
     assumptions: tuple[str, ...]
     """Words for people."""
+
+
+@dataclass(frozen=True)
+class StepTime(WorkTime):
+    """One training step, predicted."""
+
+    mfu: float
+    """Model FLOPs (forward and backward, causal attention, nothing recomputed) over peak, of the compute dtype."""
+    tokens_per_second: float
 
 
 def part_label(part: str) -> str:
@@ -121,27 +127,57 @@ def step_time(
     """
     assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
-    middle = _Step(analysis, placement, recipe, assumed)
-    slower, faster = efficiency_range(topology)
-    slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
-    low = _Step(analysis, placement, recipe, replace(assumed, overlap=1.0), faster)
-    high = _Step(analysis, placement, recipe, replace(assumed, overlap=0.0), slower, slow)
+    attention = (
+        "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
+        if assumed.attention == "fused"
+        else "attention is the XLA form: its scores, S x S, go through memory"
+    )
+    said = [
+        *([attention] if ATTENTION not in analysis.unrecognised else []),
+        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
+    ]
+    work = work_time(analysis, placement, assumed, said, _of_fused(recipe, analysis.layout))
     tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
-    return StepTime(
+    return StepTime(**vars(work), mfu=flops / work.seconds / peak, tokens_per_second=tokens / work.seconds)
+
+
+def work_time(
+    analysis: Analysis,
+    placement: Placement | MeshPlacement,
+    assumed: Assumptions,
+    said: Sequence[str],
+    of_fused: tuple[float, float] = (1.0, 1.0),
+    beside: Callable[[Transfer], bool] | None = None,
+) -> WorkTime:
+    """The time of all that was read as `analysis`, once, on the hardware of `placement`.
+
+    Args:
+        said: what is assumed of the program, in words.
+        of_fused: what a fused kernel of attention computes of a product with scores, forward and backward.
+        beside: whether a collective may pass beside matrix products; left out, as a training step's do.
+
+    Raises UserError where the hardware has no figure for a rate that this takes.
+    """
+    topology = placement.topology
+    may = beside or _beside
+    middle = _Step(analysis, placement, of_fused, may, assumed)
+    slower, faster = efficiency_range(topology)
+    slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
+    low = _Step(analysis, placement, of_fused, may, replace(assumed, overlap=1.0), faster)
+    high = _Step(analysis, placement, of_fused, may, replace(assumed, overlap=0.0), slower, slow)
+    return WorkTime(
         seconds=middle.seconds,
         low=min(low.seconds, middle.seconds),  # sums in another order
         high=max(high.seconds, middle.seconds),
         parts=middle.parts,
         hidden=middle.hidden,
         bound_by=middle.bound_by,
-        mfu=flops / middle.seconds / peak,
-        tokens_per_second=tokens / middle.seconds,
         transfers=middle.transfers,
         products=middle.products,
         streamed=middle.streamed,
-        assumptions=tuple(_words(topology, assumed, slow, analysis)),
+        assumptions=tuple(_words(topology, assumed, said, slow, analysis)),
     )
 
 
@@ -167,15 +203,15 @@ class _Step:
     def __init__(
         self,
         analysis: Analysis,
-        placement: Placement,
-        recipe: Recipe,
+        placement: Placement | MeshPlacement,
+        of_fused: tuple[float, float],
+        may_hide: Callable[[Transfer], bool],
         assumed: Assumptions,
         efficiency: float = 1.0,
         speed: Mapping[str, float] | None = None,
     ):
         topology = placement.topology
         fused = assumed.attention == "fused"
-        of_fused = _of_fused(recipe, analysis.layout)
         products: defaultdict[str, float] = defaultdict(float)
         each = []
         on_memory = 0.0
@@ -201,7 +237,7 @@ class _Step:
                 by_dim[level.dim] += level.seconds * transfer.times
         beside: defaultdict[str, float] = defaultdict(float)
         for transfer, time in self.transfers:
-            if _beside(transfer):
+            if may_hide(transfer):
                 beside["+".join(transfer.axes)] += time.seconds * transfer.times
         # No more can be hidden than there are products to hide it behind.
         wanted = assumed.overlap * sum(beside.values())
@@ -349,7 +385,9 @@ def _elementwise_rate(topology: Topology, array: int) -> float:
     return math.exp(sum(share * math.log(measured.rates[i]) for i, share in corners)) / topology.cores_per_chip
 
 
-def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], analysis: Analysis) -> list[str]:
+def _words(
+    topology: Topology, assumed: Assumptions, said: Sequence[str], slow: Mapping[str, float], analysis: Analysis
+) -> list[str]:
     figure = topology.figures.get("chip.matmul_efficiency")
     shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
     less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
@@ -363,15 +401,9 @@ def _words(topology: Topology, assumed: Assumptions, slow: Mapping[str, float], 
         else f"matrix products run at the rates of their shapes ({measured.source})"
     )
     elementwise = topology.chip.elementwise_rates
-    attention = (
-        "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
-        if assumed.attention == "fused"
-        else "attention is the XLA form: its scores, S x S, go through memory"
-    )
     words = [
         products,
-        *([attention] if ATTENTION not in analysis.unrecognised else []),
-        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
+        *said,
         "elementwise operations are fused into what uses them, and run at "
         + (
             "the full bandwidth of memory"

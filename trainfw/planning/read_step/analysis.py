@@ -270,7 +270,7 @@ def simulated_program(found: Simulation) -> Program:
     if found.cores > jax.device_count():
         raise UserError(
             f"planning {found.layout} compiles for {found.cores} devices, and this process has {jax.device_count()}: "
-            f"trainfw.plan(recipe, simulate={found.cores}), before jax starts, simulates them"
+            f"call trainfw.simulate(devices={found.cores}) first, before anything uses jax"
         )
     return build_program(found.recipe, jax.devices()[: found.cores], stands_in=found.stands_in)
 

@@ -67,24 +67,25 @@ def compiled(
         progress: told what is being done.
         most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
         simulate: so many devices are started where it must be compiled, before which this process has no need of jax.
-            Left out, this process has its devices already.
+            Left out, as many as it takes, where jax has not started; else the ones that this process has.
         fresh: compile it anew, whatever the cache has.
 
     Raises UserError as `simulation` does, and where the state does not divide among all cores.
     """
     found = simulation(recipe, most)
-    backend = backends.current() if simulate is None else backends.simulated(found.rules)
+    stands_in = simulate is not None or not backends.started() or backends.current().on_host
+    backend = backends.simulated(found.rules) if stands_in else backends.current()
     key = _key(found, backend)
     file = cache_dir() / "plans" / f"{key}.json"
     # The key has the name of an objective of one's own, not its code.
     kept = not recipe.objective.is_own
     step = _load(file, key) if kept and not fresh else None
     if step is not None:
-        progress("compiled before (in the cache; --no-cache compiles it anew)")
+        progress("compiled before (in the cache; fresh=True, --no-cache, compiles it anew)")
     else:
-        if simulate is not None:
-            backends.prepare(simulate, as_backend=found.rules)
-        step = _compile(found, recipe, progress)
+        backends.lend(simulate or found.cores)
+        with backends.contract(found.rules) if stands_in else contextlib.nullcontext():
+            step = _compile(found, recipe, progress)
         if kept and (problem := _save(file, _Entry(key, step))):
             progress(f"not kept for the next time: {problem}")
     with recipe.blamed("parallel"):

@@ -257,6 +257,20 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     )
 
 
+def corrected_temporaries(partitioned: Partitioned) -> int | None:
+    """Bytes of a program's temporaries and results, by its own dtypes; None where the compiler does not say."""
+    analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
+    if partitioned.compiled is None or analysis is None:
+        return None
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    if partitioned.assignment is None:
+        return analysis.temp_size_in_bytes + results
+    final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
+    nothing: frozenset[tuple[int, ...]] = frozenset()
+    peak, *_ = _peak(partitioned.assignment, final, _Known(nothing, nothing, nothing, nothing, frozenset(), ()))
+    return analysis.temp_size_in_bytes - _occupied(partitioned.assignment) + peak + results
+
+
 def state_arrays(program: Program) -> tuple[StateArray, ...]:
     """All that a step hands to the next."""
     import jax

@@ -105,7 +105,7 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     Raises UserError for an unknown objective, and where the recipe names no topology.
     """
     if objective not in OBJECTIVES:
-        raise UserError(f"--objective {objective}: unknown{did_you_mean(objective, OBJECTIVES)}")
+        raise UserError(f"objective = {objective} (--objective): unknown{did_you_mean(objective, OBJECTIVES)}")
     topology = recipe.hardware.load()
     if topology is None:
         raise recipe.error("hardware.topology", "a search needs hardware to be for; see trainfw topology")

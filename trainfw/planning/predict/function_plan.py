@@ -1,0 +1,214 @@
+"""A plan of any function: its time, memory and collectives on hardware that is not there, without a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trainfw.backends import load_sdk
+from trainfw.checking import Memory, hardware_of_function, memory_of, read_function
+from trainfw.errors import UserError
+from trainfw.hardware import Topology, duration
+from trainfw.hlo import Module, collectives_of
+from trainfw.parallel import Layout, place_mesh
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation
+from trainfw.planning.predict.step_time import Assumptions, WorkTime, part_label, work_time
+from trainfw.planning.read_step.analysis import Matmul, Transfer, read
+from trainfw.planning.read_step.memory import corrected_temporaries
+from trainfw.report import amount
+from trainfw.tables import table
+
+if TYPE_CHECKING:
+    import jax
+
+_WAITED = "every collective is waited for; at the fast end, all that matrix products can hide is hidden behind them"
+_GIB = 2**30
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionPlan:
+    """Predictions for one run of a function on the cores of its mesh."""
+
+    name: str
+    topology: Topology
+    mesh: Mapping[str, int]
+    """Axis -> size; empty for one core."""
+    matmuls: tuple[Matmul, ...]
+    """Matrix products of one core."""
+    memory: Memory
+    time: WorkTime
+    links: Mapping[str, float]
+    """Physical dim -> share of the time in which its links carry data."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one core's matrix products, as many as the program computes."""
+        return sum(matmul.flops for matmul in self.matmuls)
+
+    @property
+    def transfers(self) -> list[tuple[Transfer, TransferTime]]:
+        """Every collective with the time of one run, the longest in all first."""
+        return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+
+    @property
+    def bytes_per_core(self) -> int:
+        return self.memory.arguments + self.memory.overhead + (self.memory.temporaries or 0)
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether a core has the memory, as far as its topology says."""
+        return self.memory.capacity is None or self.bytes_per_core <= self.memory.capacity
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data with stable keys; seconds and bytes, of one core."""
+        return {
+            "function": self.name,
+            "hardware": {"topology": self.topology.name, "count": self.topology.count, "lnc": self.topology.lnc},
+            "mesh": dict(self.mesh),
+            "seconds": self.time.seconds,
+            "range_seconds": [self.time.low, self.time.high],
+            "parts_seconds": dict(self.time.parts),
+            "bound_by": self.time.bound_by,
+            "flops": self.flops,
+            "memory_bytes": {
+                "arguments": self.memory.arguments,
+                "temporaries": self.memory.temporaries,
+                "runtime": self.memory.overhead,
+            },
+            "memory_capacity_bytes": self.memory.capacity,
+            "fits": self.fits,
+            "collectives": [
+                {
+                    "kind": transfer.kind,
+                    "axes": list(transfer.axes),
+                    "dtype": transfer.dtype,
+                    "bytes": transfer.bytes,
+                    "times": transfer.times,
+                    "seconds": taken.seconds,
+                }
+                for transfer, taken in self.transfers
+            ],
+            "assumptions": list(self.time.assumptions),
+        }
+
+    def __repr__(self) -> str:
+        return f"<FunctionPlan: {self.name} on {self.topology.name}, {duration(self.time.seconds)}>"
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def plan_function(
+    fn: Callable[..., object],
+    abstract_args: tuple[object, ...],
+    *,
+    hardware: str | Topology | None = None,
+    count: int | None = None,
+    lnc: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> FunctionPlan:
+    """Plan one run of a function. The arguments are those of `trainfw.check`.
+
+    Raises UserError as `check` does, and for a program that holds what no time is known for.
+    """
+    topology = hardware_of_function(hardware, count, lnc)
+    reading = read_function(fn, abstract_args, mesh, topology)
+    assert reading.partitioned is not None
+    assert reading.arguments is not None
+    module = reading.partitioned.module
+    if reading.mesh is None and module.num_partitions > 1:
+        raise UserError(f"{reading.name}: nothing names the axes of its {module.num_partitions} devices: pass mesh=")
+    notes = _notes(reading.name, module)
+    # The layout is of no account: nothing below reads it. Which phase of a training step something is of, neither.
+    analysis = read(module, reading.mesh, Layout())
+    streamed = [replace(piece, kind="model") if piece.kind == "update" else piece for piece in analysis.streamed]
+    analysis = replace(analysis, streamed=tuple(streamed))
+    sizes = {} if reading.mesh is None else dict(reading.mesh.shape)
+    placement = place_mesh(topology, tuple(sizes), reading.cores(topology).reshape(tuple(sizes.values())))
+    if any(collective.axes(reading.mesh) is None for collective in collectives_of(module)):
+        notes.append("collectives among parts of an axis are timed as among all of it")
+    attention = any(matmul.attention for matmul in analysis.matmuls)
+    said = ["attention is as the function writes it: its scores go through memory"] if attention else []
+    time = work_time(analysis, placement, Assumptions(overlap=0.0), [*said, _WAITED], beside=lambda transfer: True)
+    memory = memory_of(reading.arguments, reading.partitioned, topology, load_sdk())
+    return FunctionPlan(
+        name=reading.name,
+        topology=topology,
+        mesh=sizes,
+        matmuls=analysis.matmuls,
+        memory=replace(memory, temporaries=corrected_temporaries(reading.partitioned)),
+        time=replace(time, assumptions=(*time.assumptions, *notes)),
+        links=link_utilisation(analysis.transfers, placement, time.seconds) if time.seconds else {},
+    )
+
+
+def _notes(name: str, module: Module) -> list[str]:
+    """Words on what the time of a program leaves open. Raises UserError where it would not be known at all."""
+    opcodes: Counter[str] = Counter()
+    for computation in module.times:
+        for instruction in module.computations[computation].instructions.values():
+            opcodes[instruction.opcode] += 1
+            where = f"{name}, at {instruction.place}" if instruction.place else name
+            if instruction.opcode == "while" and module.trip_count(computation, instruction) is None:
+                raise UserError(
+                    f"{where}: a loop runs as often as its values say, so its time is not known before; give it a "
+                    "fixed number of turns (jax.lax.scan, or fori_loop between constants)"
+                )
+            if instruction.opcode == "convolution":
+                raise UserError(f"{where}: a plan has times of matrix products, and none of convolutions")
+    notes = ["other operations than matrix products and collectives take the time of their memory alone"]
+    if opcodes["conditional"]:
+        notes.append("of each conditional, all branches count")
+    if opcodes["custom-call"]:
+        notes.append(f"{opcodes['custom-call']} custom calls count by the memory that they read and write")
+    return notes
+
+
+def _lines(plan: FunctionPlan) -> Iterator[str]:
+    topology, time, memory = plan.topology, plan.time, plan.memory
+    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
+    mesh = " * ".join(f"{axis}({size})" for axis, size in plan.mesh.items()) or "one core"
+    yield f"{plan.name} on {units}: {mesh}"
+    yield "A prediction: the function has not run."
+    if memory.capacity is not None:
+        free = (memory.capacity - plan.bytes_per_core) / _GIB
+        yield (
+            f"fits: a core has {free:,.2f} GiB to spare."
+            if plan.fits
+            else (f"DOES NOT FIT: a core needs {-free:,.2f} GiB more than it has.")
+        )
+    yield ""
+    yield f"time      {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
+    yield f"FLOPs     {plan.flops:.3g} a core"
+    yield f"bound by  {time.bound_by}"
+    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds > 0.0005 * time.seconds:
+            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}"
+    yield ""
+    held = {"arguments": memory.arguments, "temporaries and results": memory.temporaries, "runtime": memory.overhead}
+    yield "memory of a core"
+    for label, size in held.items():
+        yield f"  {label:25}" + ("  not known" if size is None else f"  {amount(size, 'B')}")
+    if plan.transfers:
+        yield ""
+        rows = [("collective", "over", "dtype", "MB", "times", "in all", "algorithm")]
+        rows += [
+            (
+                transfer.kind,
+                ", ".join(transfer.axes),
+                transfer.dtype,
+                f"{transfer.bytes / 1e6:,.1f}",
+                f"{transfer.times:,}",
+                duration(taken.seconds * transfer.times),
+                taken.algorithm,
+            )
+            for transfer, taken in plan.transfers[:12]
+        ]
+        yield from (f"  {line}" for line in table(rows, "<<<>>><"))
+    if busy := {dim: share for dim, share in plan.links.items() if share}:
+        yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
+    yield ""
+    yield "assumed"
+    yield from (f"  {text}" for text in time.assumptions)
