@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trainfw.errors import UserError
 from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.frozen import Frozen, dense
 from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
@@ -69,6 +71,12 @@ class TokenPlaces:
     segment_ids_BS: jax.Array | None
 
 
+class Origin(Protocol):
+    """Place that a model was loaded from, whose tokenizer and further files are written beside it. Hashable."""
+
+    def save(self, model: LanguageModel, directory: str, dtype: str | None) -> str: ...
+
+
 class LanguageModel(nnx.Module):
     """A `TokenModel` of three parts, which a family makes: `embedding`; `layers`, of `init_stack`; and the head, that
     is `final_norm` and `head` (None: the embedding's table). All its state is `nnx.Param`, in f32, with the logical
@@ -88,6 +96,25 @@ class LanguageModel(nnx.Module):
         self.config, self.options = config, options
         self.adapter_names: tuple[str, ...] = ()
         """Of adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+
+    origin: Origin | None = None
+    """Place that the model was loaded from; None where it was made."""
+
+    def save(self, directory: str | os.PathLike[str], *, dtype: str | None = None) -> str:
+        """Write the model, as its weights are now, as a Hugging Face directory, and say what was written.
+
+        The tokenizer and further files are those of what it was loaded from. Of an adapter's run the model and adapter
+        are merged, on weights of the base as they are on disk.
+
+        Args:
+            directory: a new one.
+            dtype: of the tensors: float32, bfloat16, float16 or float64; by default as the model has them.
+
+        Raises UserError where `trainfw.load_model` did not return it, or the directory holds something.
+        """
+        if self.origin is None:
+            raise UserError("save: expected a model that trainfw.load_model returned, whose tokenizer is known")
+        return self.origin.save(self, os.fspath(directory), dtype)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """x_BSD, the first layer's input, its sequence split over `tensor`."""

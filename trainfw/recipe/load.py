@@ -83,6 +83,8 @@ def _family(tree: dict[str, Any]) -> str:
     model = tree.get("model")
     family = model.get("family") if isinstance(model, dict) else None
     return family if isinstance(family, str) else DEFAULT_FAMILY
+
+
 def load_recipe_for(
     path: RecipeLike, hardware: str | None, count: int | None = None, lnc: int | None = None, sdk: str | None = None
 ) -> Recipe:

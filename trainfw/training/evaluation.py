@@ -24,7 +24,7 @@ from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
-from trainfw.weights import Base, check_tokenizer, is_run, open_base, read_adapter
+from trainfw.weights import Base, LoadedFrom, check_tokenizer, is_run, open_base, read_adapter
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def load_model(
                     stacklevel=2,
                 )
         attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
+    model.origin = LoadedFrom(path, step)
     return model, tokenizer
 
 

@@ -7,6 +7,7 @@ from .frozen_storage import count_weights as count_weights
 from .frozen_storage import kept_shardings as kept_shardings
 from .frozen_storage import kept_weight as kept_weight
 from .frozen_storage import named as named
+from .loaded import LoadedFrom as LoadedFrom
 from .open import Base as Base
 from .open import MergedBase as MergedBase
 from .open import check_tokenizer as check_tokenizer

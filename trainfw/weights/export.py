@@ -32,7 +32,17 @@ from trainfw.interop import (
 from trainfw.json_text import read_json
 from trainfw.models import ModelConfig
 from trainfw.unfinished import scratch_directory
-from trainfw.weights.open import Base, MergedBase, check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
+from trainfw.weights.open import (
+    Base,
+    MergedBase,
+    Weights,
+    check_tokenizer,
+    is_run,
+    merge,
+    open_base,
+    read_adapter,
+    run_recipe,
+)
 
 Format = Literal["hf", "gguf", "peft"]
 _QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
@@ -73,7 +83,7 @@ def _export_model(
         return _write_gguf(base, source, out, dtype, progress)
     if isinstance(base, ModelSource):
         return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
-    return _write_model(base, source, out, dtype, progress)
+    return write_model(base, source, out, dtype, progress)
 
 
 def merge_adapter(
@@ -98,7 +108,7 @@ def merge_adapter(
     source = adapter if merged.recipe is not None else base
     assert source is not None
     check_tokenizer(source, merged.config)
-    return _write_model(merged, source, out, dtype, progress)
+    return write_model(merged, source, out, dtype, progress)
 
 
 def _export_adapter(source: str, out: str, step: int | None) -> str:
@@ -138,7 +148,7 @@ def _stops_elsewhere(run: str, base: str | None) -> str:
     )
 
 
-def _reader(base: Base) -> Callable[[str], np.ndarray]:
+def _reader(base: Weights) -> Callable[[str], np.ndarray]:
     """Whole parameters on the host, in float32: any of the dtypes that are written is rounded from it once."""
     shapes = parameter_shapes(base.config)
 
@@ -148,14 +158,27 @@ def _reader(base: Base) -> Callable[[str], np.ndarray]:
     return read
 
 
-def _write_model(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+def write_model(
+    base: Weights,
+    source: str,
+    out: str,
+    dtype: str | None,
+    progress: Progress | None = None,
+    *,
+    origin: Base | None = None,
+) -> str:
+    """Write weights as a Hugging Face directory, with the tokenizer and further files of `source`.
+
+    Args:
+        origin: what is at `source`, where the weights are no more those.
+    """
     saved = save_model(
         out,
         decoder_config(base.config, source),
         _reader(base),
         dtype=dtype or base.dtype,
-        extra=_extra(base, source),
-        companions=_companions(source, base),
+        extra=_extra(origin or base, source),
+        companions=_companions(source, base, origin),
         progress=progress,
     )
     return str(saved)
@@ -196,7 +219,7 @@ def _without_window(config: ModelConfig) -> str:
     return f"\nnote: llama.cpp attends to all tokens, and the model to the last {window}: the same up to there"
 
 
-def _origin(base: Base, source: str) -> ModelSource | None:
+def _origin(base: Weights, source: str) -> ModelSource | None:
     """The model on disk that this one's config.json and further files come from."""
     if isinstance(base, MergedBase):
         return _origin(base.base, source)
@@ -226,7 +249,7 @@ def _same_tokenizer(source: str, origin: ModelSource) -> bool:
     return ours is None or (theirs is not None and theirs.fingerprint() == ours.fingerprint())
 
 
-def _extra(base: Base, source: str) -> dict[str, Any]:
+def _extra(base: Weights, source: str) -> dict[str, Any]:
     """Keys of config.json: the origin's, and which tokens begin and end a text."""
     origin = _origin(base, source)
     extra = {} if origin is None else dict(origin.huggingface)
@@ -245,12 +268,13 @@ def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     return tokenizer.starting_texts()
 
 
-def _companions(source: str, base: Base) -> Callable[[Path], None]:
+def _companions(source: str, base: Weights, opened: Weights | None = None) -> Callable[[Path], None]:
     """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory.
 
     generation_config.json of what was trained names all tokens at which generation stops here.
     """
-    origin = _origin(base, source)
+    opened = opened or base
+    origin = _origin(opened, source)
 
     def write(directory: Path) -> None:
         if origin is not None and _same_tokenizer(source, origin):
@@ -264,7 +288,7 @@ def _companions(source: str, base: Base) -> Callable[[Path], None]:
         if file.exists():
             tokens = read_json(file)
         else:
-            tokens = {key: _extra(base, source).get(key) for key in ("bos_token_id", "eos_token_id")}
+            tokens = {key: _extra(opened, source).get(key) for key in ("bos_token_id", "eos_token_id")}
         if tokenizer is not None and not isinstance(base, ModelSource):
             named = tokens.get("eos_token_id")
             stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]

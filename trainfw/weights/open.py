@@ -25,8 +25,8 @@ from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.weights.frozen_storage import kept_weight
 
 
-class Base(Protocol):
-    """Weights to start from, by the names of our parameters."""
+class Weights(Protocol):
+    """The weights of a model, by the names of our parameters."""
 
     @property
     def config(self) -> FamilyConfig: ...
@@ -37,6 +37,10 @@ class Base(Protocol):
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
         """One of them, laid out and of the dtype that `like` says. Raises UserError where its shape is another."""
+
+
+class Base(Weights, Protocol):
+    """Weights to start from."""
 
     def fingerprint(self) -> str:
         """The weights' identity, wherever they lie."""
