@@ -169,13 +169,13 @@ def _check_recipe(
 
     backends.lend(topology.cores)
     devices = jax.devices()[: topology.cores]
-    if len(devices) < topology.cores or devices[0].platform != "cpu":
+    if len(devices) < topology.cores or not backends.is_host(devices[0]):
         raise UserError(
             f"a check of {recipe.name} takes {topology.cores} simulated devices, and jax has started with "
             f"{jax.device_count()} of {devices[0].platform}: call trainfw.simulate(devices={topology.cores}) first, "
             "before anything uses jax"
         )
-    with backends.contract("neuron" if topology.rules == "neuron" else None):
+    with backends.contract(topology.rules):
         program = build_program(recipe, devices)
         return check_program(program, topology=topology, sdk=load_sdk(recipe.hardware.sdk))
 

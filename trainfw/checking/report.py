@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfw.checking.rules import RULES, SEVERITIES, Ruling, Severity, Target
 from trainfw.hlo import Place
+from trainfw.report import findings_page, framed
 from trainfw.tables import table
 
 
@@ -107,7 +108,7 @@ class Memory:
     """Device memory of the core. None: no figure."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Findings of a check."""
 
@@ -157,10 +158,21 @@ class Report:
             "memory": asdict(self.memory) if self.memory else None,
         }
 
+    def __repr__(self) -> str:
+        return f"<Report: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        cells = [("severity", "rule", "where", "what is there", "instead")]
+        cells += [
+            (f.severity, f.rule, str(f.place or f.op_name or f.program), f.message, f.instead) for f in self.findings
+        ]
+        memory = "\n".join(_memory(self.memory)) if self.memory else ""
+        return framed(findings_page(self.verdict, cells, _cells(self.collectives), memory))
+
     def __str__(self) -> str:
         parts = [str(finding) for finding in self.findings]
         if self.collectives:
-            parts.append("\n".join(_table(self.collectives)))
+            parts.append("\n".join(table(_cells(self.collectives), "<<<>>>")))
         if self.memory:
             parts.append("\n".join(_memory(self.memory)))
         return "\n\n".join([*parts, self.verdict])
@@ -200,8 +212,8 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(kept, key=lambda f: (SEVERITIES.index(f.severity), f.place is None, f.place or Place("", 0))))
 
 
-def _table(rows: Iterable[CollectiveSum]) -> list[str]:
-    cells = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
+def _cells(rows: Iterable[CollectiveSum]) -> list[tuple[str, ...]]:
+    cells: list[tuple[str, ...]] = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
     cells += [
         (
             f"{row.kind}, scattered" if row.scattered else row.kind,
@@ -213,7 +225,7 @@ def _table(rows: Iterable[CollectiveSum]) -> list[str]:
         )
         for row in rows
     ]
-    return table(cells, "<<<>>>")
+    return cells
 
 
 def _memory(memory: Memory) -> list[str]:

@@ -46,7 +46,7 @@ _KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS
 _KNOWN_EOS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokenizer:
     """Text to token ids and back. A special token's name within a text is text like any other."""
 
@@ -61,6 +61,9 @@ class Tokenizer:
     """Where generation stops besides `eos_id`, as the files say. See `data.stop_ids`, which asks the template too."""
     template_file: Path | None = field(default=None, compare=False)
     """File that holds its chat template, for errors."""
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self.vocab_size:,} tokens, begins with {self.bos_id}, ends with {self.eos_id}>"
 
     def __post_init__(self) -> None:
         self.backend.encode_special_tokens = True

@@ -57,7 +57,7 @@ class Link:
     bandwidth: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Topology:
     """`count` units of rentable hardware and the network between them.
 
@@ -86,6 +86,14 @@ class Topology:
     sources: tuple[str, ...]
     kubernetes: KubernetesFile | None = None
     """Names in Kubernetes; None where no document says."""
+
+    @property
+    def in_words(self) -> str:
+        """Name the units: `trn2.48xlarge`, `4 x trn2.48xlarge`."""
+        return f"{self.count} x {self.name}" if self.count > 1 else self.name
+
+    def __repr__(self) -> str:
+        return f"<Topology: {self.in_words}, {self.chips:,} chips, {self.cores:,} cores>"
 
     # Sizes ------------------------------------------------------------------------------------------------------
     @property

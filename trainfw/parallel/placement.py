@@ -80,7 +80,7 @@ class AxisPlacement:
     """True where documents list its groups, rather than merely not speaking against them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Placement:
     topology: Topology
     layout: Layout
@@ -90,6 +90,10 @@ class Placement:
     """Placements of the axes larger than 1, outermost first."""
     seconds: float
     """The objective: predicted time on collectives, by the traffic that was assumed."""
+
+    def __repr__(self) -> str:
+        lies = ", ".join(f"{axis.axis} on {' '.join(axis.parts)}" for axis in self.axes)
+        return f"<Placement: {self.layout} on {self.topology.in_words}: {lies or 'one core'}>"
 
     @property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:

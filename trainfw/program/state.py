@@ -7,7 +7,7 @@ import jax
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainState:
     """Everything that one step hands to the next, and that a checkpoint holds.
 
@@ -27,3 +27,8 @@ class TrainState:
     checkpoints."""
     guard: Any = field(default_factory=dict)
     """What `faults.spike_sigma` remembers of good steps (`guard.Guard`); else empty."""
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        size = sum(getattr(leaf, "size", 0) for leaf in leaves)
+        return f"<TrainState: {size:,} parameters in {len(leaves)} arrays>"

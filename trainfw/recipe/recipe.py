@@ -87,6 +87,13 @@ class Recipe(Config):
         """Count the places for a token in a global batch."""
         return self.train.global_batch_size * self.group * self.data.sequence_length
 
+    def __repr__(self) -> str:
+        model, train = getattr(self.model, "preset", None) or self.model.from_ or self.model.family, self.train
+        return f"<Recipe: {self.name}, {model}, {train.steps:,} steps of {self.tokens_per_step:,} tokens>"
+
+    def __str__(self) -> str:
+        return self.to_yaml()
+
     def __eq__(self, other: object) -> bool:
         # Where a key was written is not part of what it says.
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()

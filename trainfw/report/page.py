@@ -56,7 +56,7 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
     def drawn(stretches: Sequence[Any]) -> Markup:
         return Markup("\n".join(lanes(stretches, _colour, plan.part_label)))
 
-    return _template().render(
+    return template("page.html").render(
         plan=plan,
         found=found,
         changes=changes,
@@ -73,14 +73,14 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
     )
 
 
-def _template() -> Any:
+def template(file: str) -> Any:
     files = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals |= {"GIB": 2**30, "FEW": _FEW, "SHORT": _SHORT, "ON_CORES": ON_CORES, "lane_style": Markup(STYLE)}
     made.globals |= {"duration": duration, "percent": _percent, "size": _size, "hours": _hours, "words": _words}
     made.globals |= {"colour": _colour, "memory_colour": _memory_colour, "heat_colour": _heat_colour}
     made.globals |= {"bound": _bound, "about_bound": _about_bound}
-    return made.get_template("page.html")
+    return made.get_template(file)
 
 
 def _links(plan: Any) -> dict[str, Any]:

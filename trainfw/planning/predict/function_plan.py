@@ -94,7 +94,7 @@ class FunctionPlan:
         }
 
     def __repr__(self) -> str:
-        return f"<FunctionPlan: {self.name} on {self.topology.name}, {duration(self.time.seconds)}>"
+        return f"<FunctionPlan: {self.name} on {self.topology.in_words}, {duration(self.time.seconds)}>"
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -168,9 +168,8 @@ def _notes(name: str, module: Module) -> list[str]:
 
 def _lines(plan: FunctionPlan) -> Iterator[str]:
     topology, time, memory = plan.topology, plan.time, plan.memory
-    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     mesh = " * ".join(f"{axis}({size})" for axis, size in plan.mesh.items()) or "one core"
-    yield f"{plan.name} on {units}: {mesh}"
+    yield f"{plan.name} on {topology.in_words}: {mesh}"
     yield "A prediction: the function has not run."
     if memory.capacity is not None:
         free = (memory.capacity - plan.bytes_per_core) / _GIB

@@ -20,6 +20,7 @@ from trainfw.planning.read_step.analysis import Analysis, Transfer
 from trainfw.planning.read_step.compile_cache import Compiled, compiled
 from trainfw.planning.read_step.memory import MemoryTable
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
+from trainfw.report import framed, plan_page
 from trainfw.scopes import ATTENTION, LOSS
 from trainfw.tables import table
 
@@ -42,7 +43,7 @@ _UNRECOGNISED = {
 """Words for what the plan could not tell from the rest, by the scope that was looked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Predictions for one recipe on one topology."""
 
@@ -158,8 +159,18 @@ class Plan:
             "assumptions": list(self.time.assumptions),
         }
 
+    def __repr__(self) -> str:
+        fits = "fits" if self.fits else "does not fit"
+        return (
+            f"<Plan: {self.recipe.name} on {self.topology.in_words}, {self.layout}: "
+            f"{duration(self.time.seconds)} a step, MFU {self.mfu:.1%}, {fits}>"
+        )
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+    def _repr_html_(self) -> str:
+        return framed(plan_page(self, whatif(self)))
 
 
 @overload
@@ -281,10 +292,9 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
 
 def _lines(plan: Plan) -> Iterator[str]:
     topology, time = plan.topology, plan.time
-    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     chips = f"{topology.chips:,} chip{'s' * (topology.chips > 1)}"
     cores = f"{topology.cores:,} core{'s' * (topology.cores > 1)}"
-    yield f"{plan.recipe.name} on {units}: {chips}, {cores}, {plan.layout}"
+    yield f"{plan.recipe.name} on {topology.in_words}: {chips}, {cores}, {plan.layout}"
     yield plan.caveat
     yield from plan.unrecognised
     if (headroom := plan.memory.headroom) is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainfw.errors import UserError
+from trainfw.hardware import duration
 from trainfw.models import flops_per_token
 from trainfw.planning.predict.link_time import TransferTime, transfer_seconds
 from trainfw.planning.read_step.analysis import Analysis, Matmul, Transfer
@@ -66,7 +67,7 @@ class Assumptions:
     same figure)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WorkTime:
     """One run of a function, predicted."""
 
@@ -91,8 +92,12 @@ class WorkTime:
     assumptions: tuple[str, ...]
     """Words for people."""
 
+    def __repr__(self) -> str:
+        ends = f"from {duration(self.low)} to {duration(self.high)}"
+        return f"<{type(self).__name__}: {duration(self.seconds)} ({ends}), bound by {self.bound_by}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class StepTime(WorkTime):
     """One training step, predicted."""
 

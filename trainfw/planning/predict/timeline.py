@@ -48,7 +48,7 @@ class Stretch:
         return sum(segment.seconds for segment in self.segments if not segment.hidden)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Timeline:
     microbatches: int
     """One after the other in a step."""
@@ -56,6 +56,9 @@ class Timeline:
     """Forward and backward of one microbatch, then the update."""
     loops: tuple[Stretch, ...]
     """One turn of each loop over layers, where there are loops."""
+
+    def __repr__(self) -> str:
+        return f"<Timeline: {self.microbatches} microbatches, {self.seconds:.3g} s a step>"
 
     @property
     def seconds(self) -> float:

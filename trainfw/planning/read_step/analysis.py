@@ -112,7 +112,7 @@ class Loop:
     """As the program lists them, each after what it needs; a compiler may choose another such order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Analysis:
     """One core's step."""
 
@@ -124,6 +124,9 @@ class Analysis:
     """The forward and the backward one over layers; none where these are unrolled."""
     unrecognised: tuple[str, ...] = ()
     """Names in `trainfw.scopes` of parts that were not found in the program, and so count as something else."""
+
+    def __repr__(self) -> str:
+        return f"<Analysis: {self.layout}, {self.flops:.3g} FLOPs a core, {len(self.transfers)} kinds of collectives>"
 
     @property
     def flops(self) -> float:

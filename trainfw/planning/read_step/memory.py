@@ -99,7 +99,7 @@ class Held:
     """A core's own part of a weight that `fsdp` shards, or of what is computed from one, such as its gradient."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryTable:
     """Bytes on one core."""
 
@@ -211,6 +211,10 @@ class MemoryTable:
             yield "Temporaries are those of XLA's CPU compiler; nothing was corrected."
         if self.note:
             yield self.note
+
+    def __repr__(self) -> str:
+        of = "" if self.capacity is None else f" of {self.capacity / _GIB:.2f}"
+        return f"<MemoryTable: {self.total / _GIB:.2f}{of} GiB a core>"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

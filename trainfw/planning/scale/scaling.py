@@ -61,7 +61,7 @@ class Row:
         return self.plan.tokens_per_second / self.plan.topology.chips
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scaling:
     """Predictions for one recipe on several counts of its topology, fewest first."""
 
@@ -70,6 +70,9 @@ class Scaling:
     """The global batch grows with the count."""
     strong: tuple[Row, ...]
     """The global batch is the recipe's."""
+
+    def __repr__(self) -> str:
+        return f"<Scaling: {self.recipe.name} at {len(self.weak)} counts of its topology>"
 
     @property
     def tokens(self) -> int:

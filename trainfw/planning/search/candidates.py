@@ -71,6 +71,9 @@ class Survey:
     seconds: float
     """That the analytic pass took."""
 
+    def __repr__(self) -> str:
+        return f"<Survey: {self.recipe.name} on {self.topology.in_words}, {self.legal:,} layouts that are legal>"
+
     @property
     def legal(self) -> int:
         """Candidates before any was dropped for its size."""

@@ -46,7 +46,7 @@ ROOM = 0.95
 """Share of a core's memory that a winner may be planned to take: plans of memory are good to about 5%."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Found:
     """Result of a search."""
 
@@ -106,6 +106,10 @@ class Found:
             ],
             "pareto": [settings(candidate.recipe) for candidate, _ in self.pareto],
         }
+
+    def __repr__(self) -> str:
+        best = "none fits" if self.winner is None else repr(self.winner[1])
+        return f"<Found: {len(self.plans)} layouts planned, {best}>"
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
