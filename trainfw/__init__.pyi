@@ -13,3 +13,4 @@ from .recipe import load_recipe as load_recipe
 from .training import evaluate as evaluate
 from .training import load_model as load_model
 from .training import train as train
+from .version import __version__ as __version__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -49,7 +49,7 @@ class Config(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _can_be_meant(cls, value: Any) -> Any:
+    def _can_be_meant(cls, value: object) -> object:
         if isinstance(value, int) and abs(value) > _LARGEST_INT:
             invalid("", f"expected at most {_LARGEST_INT:,}, not a number of {len(str(abs(value)))} digits")
         if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:

@@ -20,7 +20,7 @@ MAX_DEPTH = 64
 """Objects and lists within one another: Python's own recursion limit is met later, by whoever prints or writes them."""
 
 
-def read_json(file: Path, limit: int = LIMIT) -> dict[str, Any]:
+def read_json(file: Path, limit: int = LIMIT) -> dict[str, object]:
     """Read the object in a JSON file of a model, which may begin with a byte-order mark."""
     return json_object(read_member(file, limit), file)
 
@@ -33,7 +33,7 @@ def read_member(file: Path, limit: int = LIMIT) -> bytes:
     return file.read_bytes()
 
 
-def json_object(data: bytes, file: Path) -> dict[str, Any]:
+def json_object(data: bytes, file: Path) -> dict[str, object]:
     """Parse the object in a file, whose bytes are given."""
     try:
         data = without_mark(data)
@@ -42,12 +42,12 @@ def json_object(data: bytes, file: Path) -> dict[str, Any]:
     return parse_json(data, str(file))
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
+def parse_json(data: bytes, what: str) -> dict[str, object]:
     """Parse an object. Keys written twice, NaN and infinity are refused, since readers differ on what they mean, and
     so are halves of surrogate pairs, which no file and no terminal takes.
     """
 
-    def objects(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def objects(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
@@ -55,7 +55,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
             found[key] = value
         return found
 
-    def constants(text: str) -> Any:
+    def constants(text: str) -> object:
         raise ValueError(f"{text} is not a number")
 
     def floats(text: str) -> float:
@@ -84,7 +84,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: object) -> None:
     """Raise RecursionError for what is nested beyond `MAX_DEPTH`."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH + 1):

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 _OUT, _ERR = 1, 2
 _NAMES = {_OUT: "stdout", _ERR: "stderr"}
@@ -48,7 +48,7 @@ def open_standard() -> None:
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
 
 
-def _wrapped(stream: Any, descriptor: int) -> io.TextIOWrapper:
+def _wrapped(stream: TextIO | None, descriptor: int) -> io.TextIOWrapper:
     raw = _RAW[descriptor] = _Standard(descriptor)
     if stream is not None:
         stream.flush()

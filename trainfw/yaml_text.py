@@ -62,7 +62,7 @@ class Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -77,7 +77,7 @@ class Loader(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """Quotes what `Loader` would not read as the same string."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -155,7 +155,7 @@ def load(text: str, where: str | Path, *, lines: bool = True) -> Any:
         raise UserError(f"{where}{_line(text, error) if lines else ''}: {problem_of(error)}") from None
 
 
-def dump(tree: Any) -> str:
+def dump(tree: object) -> str:
     """Write the tree as YAML that `load` takes back to the same."""
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 

@@ -12,6 +12,7 @@ from trainfw.adapters.lora import Bank
 from trainfw.adapters.placing import adaptable, targets
 from trainfw.errors import UserError
 from trainfw.models import ExpertLinear, Frozen, Linear, Transformer, dense
+from trainfw.quantization import Quantized
 
 
 def attach_bank(model: Transformer, adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, np.ndarray]]]) -> None:
@@ -66,7 +67,7 @@ def _bank(
 
 
 @jax.jit
-def _columns(kernel: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+def _columns(kernel: jax.Array | Quantized, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(dense(kernel, jnp.float32) + jnp.matmul(a, b)), axis=-2))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
 from trainfw.parallel import all_reduce, axis_index, gather_weight
+from trainfw.quantization import Quantized
 
 _SPLIT_INPUTS = ("heads", "mlp")
 """Names of input dims that are split over `tensor` in use."""
@@ -33,7 +33,12 @@ class LoRA(nnx.Module):
         self.scale, self.dropout, self.salt = scale, dropout, zlib.crc32(name.encode())
 
     def __call__(
-        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+        self,
+        product: Callable[..., jax.Array],
+        x: jax.Array,
+        y: jax.Array,
+        kernel: jax.Array | Quantized,
+        *others: object,
     ) -> jax.Array:
         kept = self._dropout(x)
         a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
@@ -59,7 +64,7 @@ class LoRA(nnx.Module):
     def _splits_inputs(self) -> bool:
         return self.lora_a.axes[-2] in _SPLIT_INPUTS
 
-    def _factor(self, kernel: Any) -> jax.Array:
+    def _factor(self, kernel: jax.Array | Quantized) -> jax.Array:
         """m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
         assert self.magnitude is not None
         wide = jax.lax.stop_gradient(dense(kernel, jnp.float32) + self.delta())
@@ -111,7 +116,12 @@ class Bank(nnx.Module):
         self.a, self.b, self.factor = a, b, nnx.data(factor)
 
     def __call__(
-        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
+        self,
+        product: Callable[..., jax.Array],
+        x: jax.Array,
+        y: jax.Array,
+        kernel: jax.Array | Quantized,
+        *others: object,
     ) -> jax.Array:
         rows_B = active_inputs().rows_B
         assert rows_B is not None, "a bank of adapters is asked without rows"

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +62,7 @@ def attach(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
         module.adapter = LoRA(a, b, magnitude, scale=scale, dropout=config.dropout, name=name)
 
 
-def targets(config: AdapterConfig, names: Any) -> dict[str, tuple[int, float]]:
+def targets(config: AdapterConfig, names: Collection[str]) -> dict[str, tuple[int, float]]:
     """(rank, alpha) of each of the adaptable `names` that the config chooses."""
     asked = [config.targets] if isinstance(config.targets, str) else config.targets
     chosen: set[str] = set()
@@ -83,7 +82,7 @@ def targets(config: AdapterConfig, names: Any) -> dict[str, tuple[int, float]]:
     return sizes
 
 
-def _matching(pattern: str, names: Any) -> list[str]:
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
     return [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(f"{name}.kernel", pattern)]
 
 

@@ -343,7 +343,7 @@ def _told(client: Any, key: str, deadline: float) -> str:
             time.sleep(max(asked + 0.1 - time.monotonic(), 0))  # a coordinator that has gone fails at once
 
 
-def announce(name: str, value: Any) -> None:
+def announce(name: str, value: object) -> None:
     """Say `value` (JSON) to all processes; the first to speak of a `name` is heard, the others pass in silence."""
     client, _, _ = _coordination()
     if client is not None:

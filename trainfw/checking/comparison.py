@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainfw import backends
 from trainfw.checking.compiler import (
@@ -18,6 +18,10 @@ from trainfw.checking.compiler_output import Outcome, no_module, read_run
 from trainfw.checking.differences import difference_report, find_differences
 from trainfw.checking.report import Report
 from trainfw.hlo import Exported
+
+if TYPE_CHECKING:
+    from trainfw.program import Program
+    from trainfw.recipe import Recipe
 
 
 class Comparison:
@@ -36,13 +40,13 @@ class Comparison:
         self._differences = find_differences(report, outcomes, modules)
         self.passed = all(outcome.verdict == "passed" for outcome in outcomes.values())
 
-    def difference_report(self, recipe: Any) -> dict[str, Any]:
+    def difference_report(self, recipe: Recipe) -> dict[str, object]:
         """Give what `trainfw check --report-difference` writes."""
         return difference_report(
             recipe, self._report, self._outcomes, self._modules, version=self._version, flags=self._flags
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Give plain data, which `trainfw check --compiler --json` adds to the report's, whose `ok` it replaces."""
         return {
             "ok": self._report.ok and self.passed,
@@ -85,7 +89,7 @@ def _indented(text: object) -> str:
 
 
 def compare_with_compiler(
-    program: Any, flags: list[str], timeout: float, report: Report, progress: Callable[[str], None] = lambda _: None
+    program: Program, flags: list[str], timeout: float, report: Report, progress: Callable[[str], None] = lambda _: None
 ) -> Comparison:
     """Compile the steps of a `trainfw.Program` with the neuronx-cc on PATH, and compare that with a check of them.
 

@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainfw import backends
 from trainfw.checking.programs import steps_of
 from trainfw.errors import UserError
 from trainfw.hlo import Exported, export
 from trainfw.unfinished import removed_by_signal, scratch_directory
+
+if TYPE_CHECKING:
+    from trainfw.program import Program
 
 COMPILER = "neuronx-cc"
 INSTALL = "python -m pip install 'neuronx-cc==2.*' --extra-index-url=https://pip.repos.neuron.amazonaws.com"
@@ -88,7 +91,7 @@ def command_of(name: str, flags: Sequence[str], compiler: str = COMPILER) -> lis
     return [compiler, "compile", *framework, f"{name}.pb", f"--output={name}.neff", *flags]
 
 
-def export_steps(program: Any, progress: Callable[[str], None] = lambda _: None) -> dict[str, Exported | str]:
+def export_steps(program: Program, progress: Callable[[str], None] = lambda _: None) -> dict[str, Exported | str]:
     """Export each step of a `trainfw.Program` as the plugin would hand it over, or say why there is no module.
 
     Lowered for Neuron and partitioned by this machine's XLA: the plugin's own may differ. Kernels of Neuron's are not

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from trainfw.checking.compiler import GIB_EACH, MEMORY, Run, last_lines
 from trainfw.checking.rules import RULES, Rule
@@ -78,7 +78,7 @@ class CompilerFinding:
     def instead(self) -> str:
         return RULES[self.rule].instead if self.rule in RULES else _ADVICE[self.rule]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "rule": self.rule,
             "severity": "error",

@@ -9,13 +9,16 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainfw.checking.compiler import last_lines
 from trainfw.checking.compiler_output import CompilerFinding, Outcome
 from trainfw.checking.report import Finding, Report
 from trainfw.checking.rules import RULES, SEVERITIES
 from trainfw.hlo import Exported
+
+if TYPE_CHECKING:
+    from trainfw.recipe import Recipe
 
 FORMAT = 1
 _SECTIONS = ("model", "adapter", "optimizer", "train", "parallel", "hardware", "backend")
@@ -94,14 +97,14 @@ def _own(report: Report, name: str) -> list[Finding]:
 
 
 def difference_report(
-    recipe: Any,
+    recipe: Recipe,
     report: Report,
     outcomes: Mapping[str, Outcome],
     modules: Mapping[str, Exported | str],
     *,
     version: str,
     flags: list[str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Make what `--report-difference` writes, as plain data.
 
     Args:
@@ -135,7 +138,7 @@ def _without_directories(word: re.Match[str]) -> str:
     return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
 
-def _function(report: Report, name: str, outcome: Outcome) -> dict[str, Any]:
+def _function(report: Report, name: str, outcome: Outcome) -> dict[str, object]:
     own = _own(report, name)
     refused = any(finding.severity == "error" for finding in own)
     return {
@@ -157,7 +160,7 @@ def _function(report: Report, name: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _finding(finding: Finding | CompilerFinding, severity: str) -> dict[str, Any]:
+def _finding(finding: Finding | CompilerFinding, severity: str) -> dict[str, object]:
     place = f"{Path(finding.place.file).name}:{finding.place.line}" if finding.place else None
     return {
         "rule": finding.rule,
@@ -199,15 +202,15 @@ def _excerpt(module: Exported | str, names: list[str]) -> tuple[str, ...]:
     return tuple(short)
 
 
-def _keys(recipe: Any) -> Iterator[tuple[str, Any]]:
+def _keys(recipe: Recipe) -> Iterator[tuple[str, object]]:
     """List keys of the sections that shape the program, where the value is a number, a switch or a plain word."""
     tree = recipe.model_dump(mode="json")
     tree["data"] = {key: tree["data"].get(key) for key in _OF_DATA}
 
-    def plain(value: Any) -> bool:
+    def plain(value: object) -> bool:
         return isinstance(value, bool | int | float) or (isinstance(value, str) and bool(_PLAIN.fullmatch(value)))
 
-    def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def walk(key: str, value: object) -> Iterator[tuple[str, object]]:
         if isinstance(value, dict):
             for name, inner in value.items():
                 if name not in _NOT_SENT:

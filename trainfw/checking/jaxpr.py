@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.checking.report import Finding
 from trainfw.hlo import Place, user_place
+
+if TYPE_CHECKING:
+    import jax
+    from jax.extend import core
 
 _LISTED = {
     *("bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8"),
@@ -15,18 +19,18 @@ _LISTED = {
 _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 
-def read_jaxpr(closed: Any) -> list[Finding]:
+def read_jaxpr(closed: core.ClosedJaxpr) -> list[Finding]:
     """List findings in a jax.core.ClosedJaxpr, of rules that count on any target."""
     from jax.interpreters import partial_eval
 
     findings: list[Finding] = []
     seen: dict[tuple[int, Place | None, str], Any] = {}
 
-    def live(jaxpr: Any) -> Any:
+    def live(jaxpr: core.Jaxpr) -> core.Jaxpr:
         """Drop what nothing comes of, as compilers do (JAX itself does before it lowers). Effects stay."""
         return partial_eval.dce_jaxpr(jaxpr, True, instantiate=True)[0]
 
-    def visit(jaxpr: Any, caller: Place | None, calling: str) -> None:
+    def visit(jaxpr: core.Jaxpr, caller: Place | None, calling: str) -> None:
         if (id(jaxpr), caller, calling) in seen:
             return
         seen[id(jaxpr), caller, calling] = jaxpr  # kept, or another could get its id
@@ -44,13 +48,13 @@ def read_jaxpr(closed: Any) -> list[Finding]:
     return findings
 
 
-def meshes_in(closed: Any) -> list[Any]:
+def meshes_in(closed: core.ClosedJaxpr) -> list[jax.sharding.Mesh | jax.sharding.AbstractMesh]:
     """List the meshes, abstract too, that a jax.core.ClosedJaxpr names: of shard_maps, constraints, inner jits."""
     import jax
 
     meshes: dict[Any, None] = {}
 
-    def visit(jaxpr: Any) -> None:
+    def visit(jaxpr: core.Jaxpr) -> None:
         for eqn in jaxpr.eqns:
             for name, value in eqn.params.items():
                 if name == "mesh" and isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
@@ -65,7 +69,7 @@ def meshes_in(closed: Any) -> list[Any]:
     return [mesh for mesh in meshes if not mesh.empty]
 
 
-def targets_in(closed: Any) -> set[str]:
+def targets_in(closed: core.ClosedJaxpr) -> set[str]:
     """Return the targets of the custom calls (jax.ffi.ffi_call) in a jax.core.ClosedJaxpr."""
     found, left = set(), [closed.jaxpr]
     while left:
@@ -103,7 +107,7 @@ def _origin(eqn: Any) -> str:
     return f"jit({name})" if eqn.primitive.name == "jit" else eqn.primitive.name
 
 
-def read_symbolic(closed: Any) -> list[Finding]:
+def read_symbolic(closed: core.ClosedJaxpr) -> list[Finding]:
     """List arguments whose shapes have symbols (`jax.export.symbolic_shape`), where they are first used."""
     return [
         Finding("shape-dynamic", f"argument {number} is {_shape(variable)}", _first_use(closed.jaxpr, variable))
@@ -112,7 +116,7 @@ def read_symbolic(closed: Any) -> list[Finding]:
     ]
 
 
-def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+def sub_jaxprs(eqn: core.JaxprEqn) -> Iterator[Any]:
     """List the jaxprs in an equation's parameters: bodies of loops, branches, jitted and differentiated functions."""
     for value in eqn.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -121,7 +125,7 @@ def sub_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield inner
 
 
-def _read(eqn: Any) -> Iterator[tuple[str, str]]:
+def _read(eqn: core.JaxprEqn) -> Iterator[tuple[str, str]]:
     name = eqn.primitive.name
     if name.endswith("callback") or name == "debug_print":
         yield "control-callback", f"calls back to the host ({name})"
@@ -145,7 +149,7 @@ def _read(eqn: Any) -> Iterator[tuple[str, str]]:
         yield from _dtype(variable)
 
 
-def _dtype(variable: Any) -> Iterator[tuple[str, str]]:
+def _dtype(variable: core.Var) -> Iterator[tuple[str, str]]:
     dtype = str(getattr(variable.aval, "dtype", "bool"))
     rule = None
     if dtype == "float64":
@@ -166,7 +170,7 @@ def _dtype(variable: Any) -> Iterator[tuple[str, str]]:
         yield rule, f"makes {_shape(variable)}"
 
 
-def _arguments(jaxpr: Any, found: set[str]) -> Iterator[Finding]:
+def _arguments(jaxpr: core.Jaxpr, found: set[str]) -> Iterator[Finding]:
     """List arguments of a dtype that no operation's result has shown already, where they are first used."""
     for number, variable in enumerate(jaxpr.invars):
         for rule, _ in _dtype(variable):
@@ -175,29 +179,29 @@ def _arguments(jaxpr: Any, found: set[str]) -> Iterator[Finding]:
                 yield Finding(rule, message, _first_use(jaxpr, variable), f"argument {number}")
 
 
-def _first_use(jaxpr: Any, variable: Any) -> Place | None:
+def _first_use(jaxpr: core.Jaxpr, variable: core.Var) -> Place | None:
     return next((eqn_place(eqn) for eqn in jaxpr.eqns if any(v is variable for v in eqn.invars)), None)
 
 
-def _drops(eqn: Any) -> bool:
+def _drops(eqn: core.JaxprEqn) -> bool:
     return getattr(eqn.params.get("mode"), "name", "") == "FILL_OR_DROP"
 
 
-def _threefry(eqn: Any) -> bool:
+def _threefry(eqn: core.JaxprEqn) -> bool:
     impl = eqn.params.get("impl")
     impls = [impl] if impl is not None else []
     impls += [getattr(getattr(v.aval, "dtype", None), "_impl", None) for v in (*eqn.invars, *eqn.outvars)]
     return any(getattr(impl, "name", "") == "threefry2x32" for impl in impls)
 
 
-def _is_randint(eqn: Any) -> bool:
+def _is_randint(eqn: core.JaxprEqn) -> bool:
     """Tell whether it is a call of JAX's own function: people have randints too."""
     if eqn.params.get("name") not in ("_randint", "randint"):
         return False
     return any("/jax/_src/random" in str(inner.debug_info.func_src_info) for inner in sub_jaxprs(eqn))
 
 
-def _algorithm(eqn: Any) -> str:
+def _algorithm(eqn: core.JaxprEqn) -> str:
     """Return the algorithm that a product asks for; empty for a plain precision."""
     precision = eqn.params.get("precision")
     asked = type(precision).__name__.startswith("DotAlgorithm") and getattr(precision, "name", "") != "DEFAULT"

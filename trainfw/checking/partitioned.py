@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.backends import Sdk
 from trainfw.checking.report import CollectiveSum, Finding, Memory
 from trainfw.hardware import Topology
 from trainfw.hlo import Collective, Module, Partitioned, collectives_of
+
+if TYPE_CHECKING:
+    import jax
 
 _WRITTEN_OUT = {
     *("dot", "convolution", "gather", "scatter", "sort", "concatenate", "dynamic-update-slice", "custom-call"),
@@ -21,7 +24,9 @@ _MANY_ARGUMENTS = 128
 """The most that were measured to be cheap (rule `arguments-many`)."""
 
 
-def read_partitioned(module: Module, cores: list[int], mesh: Any | None, topology: Topology, sdk: Sdk) -> list[Finding]:
+def read_partitioned(
+    module: Module, cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology, sdk: Sdk
+) -> list[Finding]:
     """List the findings in a partitioned module.
 
     Args:
@@ -46,7 +51,7 @@ def is_partitioned(module: Module) -> bool:
     )
 
 
-def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ...]:
+def sum_collectives(module: Module, mesh: jax.sharding.Mesh | None) -> tuple[CollectiveSum, ...]:
     """Sum the collectives by kind, axes, dtype and size of group, the most bytes first."""
     counts: dict[Any, list[int]] = defaultdict(lambda: [0, 0])
     for collective in collectives_of(module):
@@ -61,7 +66,9 @@ def sum_collectives(module: Module, mesh: Any | None) -> tuple[CollectiveSum, ..
     return tuple(sorted(rows, key=lambda row: -row.bytes))
 
 
-def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topology: Topology, sdk: Sdk) -> Memory:
+def memory_of(
+    arguments: Sequence[jax.ShapeDtypeStruct], partitioned: Partitioned | None, topology: Topology, sdk: Sdk
+) -> Memory:
     """Compute the memory of one core for a function of these arguments (ShapeDtypeStructs).
 
     Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
@@ -86,7 +93,7 @@ def memory_of(arguments: Sequence[Any], partitioned: Partitioned | None, topolog
     return Memory(size, sdk.core_overhead(topology), temporaries, topology.hbm_size)
 
 
-def read_arguments(arguments: Sequence[Any]) -> Iterator[Finding]:
+def read_arguments(arguments: Sequence[object]) -> Iterator[Finding]:
     if len(arguments) > _MANY_ARGUMENTS:
         yield Finding(
             "arguments-many",
@@ -114,7 +121,7 @@ def read_memory(memory: Memory) -> Iterator[Finding]:
         )
 
 
-def _integer_reductions(found: list[Collective], mesh: Any | None) -> Iterator[Finding]:
+def _integer_reductions(found: list[Collective], mesh: jax.sharding.Mesh | None) -> Iterator[Finding]:
     for collective in found:
         integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
         if collective.kind in ("all-reduce", "reduce-scatter") and integers:
@@ -126,7 +133,9 @@ def _integer_reductions(found: list[Collective], mesh: Any | None) -> Iterator[F
             )
 
 
-def _groups(found: list[Collective], cores: list[int], mesh: Any | None, topology: Topology) -> Iterator[Finding]:
+def _groups(
+    found: list[Collective], cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology
+) -> Iterator[Finding]:
     """Report one finding for each set of groups that is refused, at the first collective that uses it."""
     from trainfw.parallel import group_problem, permute_problem
 
@@ -148,7 +157,7 @@ def _groups(found: list[Collective], cores: list[int], mesh: Any | None, topolog
             yield _finding(rule, f"{kinds} over {_among(first, mesh)}: {why}", first, len(users))
 
 
-def _communicators(found: list[Collective], mesh: Any | None, sdk: Sdk) -> Iterator[Finding]:
+def _communicators(found: list[Collective], mesh: jax.sharding.Mesh | None, sdk: Sdk) -> Iterator[Finding]:
     sets: dict[Any, Collective] = {}
     for collective in found:
         if collective.groups:
@@ -191,12 +200,12 @@ def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
                 yield Finding("buffer-intermediate", message, instruction.place, instruction.op_name)
 
 
-def _key(collective: Collective) -> Any:
+def _key(collective: Collective) -> object:
     """Tell one communicator from another: by who talks to whom."""
     return collective.pairs or frozenset(map(frozenset, collective.groups))
 
 
-def _among(collective: Collective, mesh: Any | None = None) -> str:
+def _among(collective: Collective, mesh: jax.sharding.Mesh | None = None) -> str:
     axes = collective.axes(mesh) if mesh is not None else None
     if axes:
         return f"{', '.join(axes)} (groups of {collective.group_size})"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from trainfw.program import Program
+
 Progress = Callable[[str], None]
 _SIMULATE = "Devices can be simulated: trainfw.simulate(devices=64), before jax starts"
 _CONVERSIONS = ("The problem arose with the `", "occurred in the item() method", "occurred in the tolist() method")
@@ -182,7 +184,7 @@ def _check_recipe(
 
 def _called(
     fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None
-) -> tuple[str, Any, tuple[Any, ...], jax.sharding.Mesh | None]:
+) -> tuple[str, Any, tuple[object, ...], jax.sharding.Mesh | None]:
     """(name, jitted, arguments, mesh) of a function that is to be traced."""
     import jax
 
@@ -235,7 +237,7 @@ class Reading:
 
 
 def check_program(
-    program: Any, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
+    program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
     """Check the functions of a `trainfw.Program` built for devices that stand for `topology`.
 
@@ -245,14 +247,14 @@ def check_program(
     return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
-def steps_of(program: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def steps_of(program: Program) -> dict[str, tuple[jax.stages.Wrapped, tuple[object, ...]]]:
     """Name the jitted functions of a `trainfw.Program`, each with its abstract arguments."""
     return {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
 
 
 def _check(
-    functions: Mapping[str, tuple[Any, tuple[Any, ...]]],
-    mesh: Any | None,
+    functions: Mapping[str, tuple[jax.stages.Wrapped, tuple[object, ...]]],
+    mesh: jax.sharding.Mesh | None,
     topology: Topology,
     sdk: Sdk,
     progress: Progress,
@@ -303,9 +305,9 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
 def begin(
     pool: Executor,
     name: str,
-    function: Any,
-    arguments: tuple[Any, ...],
-    mesh: Any | None,
+    function: jax.stages.Wrapped,
+    arguments: tuple[object, ...],
+    mesh: jax.sharding.Mesh | None,
     progress: Progress = lambda _: None,
     *,
     neuron: bool = True,
@@ -352,12 +354,16 @@ def begin(
 
 
 def _trace(
-    name: str, function: Any, arguments: tuple[Any, ...], mesh: Any | None, context: contextlib.ExitStack
-) -> Any:
+    name: str,
+    function: jax.stages.Wrapped,
+    arguments: tuple[object, ...],
+    mesh: jax.sharding.Mesh | None,
+    context: contextlib.ExitStack,
+) -> jax.stages.Traced:
     """Trace, in the context of `mesh` (left to `context` to leave) where the function names none that has devices."""
     import jax
 
-    def trace() -> Any:
+    def trace() -> jax.stages.Traced:
         try:
             traced = function.trace(*arguments)
         except (
@@ -384,7 +390,7 @@ def _trace(
     return trace()
 
 
-def _lacks_devices(traced: Any) -> bool:
+def _lacks_devices(traced: jax.stages.Traced) -> bool:
     import jax
 
     abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
@@ -403,7 +409,7 @@ def _is_about_shapes(error: Exception) -> bool:
     return "Tracer" in text and any(said in text for said in _SHAPES)
 
 
-def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
+def _lowered_findings(traced: jax.stages.Traced, name: str, found: set[str]) -> list[Finding]:
     """List findings in the StableHLO for Neuron, or, where JAX cannot make it, in that for CPU."""
     failure = []
     try:
@@ -420,7 +426,7 @@ def _lowered_findings(traced: Any, name: str, found: set[str]) -> list[Finding]:
     return [*failure, *read_stablehlo(lowered.compiler_ir("stablehlo"))]
 
 
-def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
+def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | None, str]:
     """Lower the program for a CPU, or say why JAX cannot."""
     if fatal := _FATAL & targets_in(traced.jaxpr):
         return None, f"XLA ends the process at a custom call of this name: {', '.join(sorted(fatal))}"
@@ -434,7 +440,7 @@ def _lower(traced: Any, name: str) -> tuple[Any | None, str]:
         return None, _first_line(error)
 
 
-def _partition(lowered: Any) -> tuple[Partitioned | None, str]:
+def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
     """Partition the program, or say why XLA cannot build it for a CPU."""
     import jax
 
@@ -456,7 +462,7 @@ def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception)
 # --- Devices --------------------------------------------------------------------------------------
 
 
-def _devices(partitioned: Partitioned, traced: Any, mesh: Any | None) -> list[Any]:
+def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
     """The device of each partition."""
     import jax
 
@@ -473,7 +479,9 @@ def _devices(partitioned: Partitioned, traced: Any, mesh: Any | None) -> list[An
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
 
 
-def _mesh_of(devices: list[Any], partitioned: Partitioned, traced: Any, mesh: Any | None) -> Any | None:
+def _mesh_of(
+    devices: list[jax.Device], partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None
+) -> jax.sharding.Mesh | None:
     """Make a mesh of these devices in their order, after whose axes groups can be named."""
     import jax
 
@@ -484,7 +492,7 @@ def _mesh_of(devices: list[Any], partitioned: Partitioned, traced: Any, mesh: An
     return next((mesh for mesh in concrete if list(mesh.devices.flat) == devices), None)
 
 
-def _physical_cores(devices: Iterable[Any], topology: Topology) -> list[int]:
+def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
     import jax
 
@@ -515,7 +523,7 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
         yield Finding("sdk-python", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
 
 
-def _abstract(leaf: Any, mesh: Any | None) -> Any:
+def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
     """Drop an argument's values, over `mesh` where its own has no devices. Python's own numbers stay: they are
     of weak type."""
     import jax
@@ -531,7 +539,7 @@ def _abstract(leaf: Any, mesh: Any | None) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, jax.typeof(leaf).dtype, sharding=sharding)
 
 
-def _leaves(traced: Any, arguments: tuple[Any, ...]) -> list[Any]:
+def _leaves(traced: jax.stages.Traced, arguments: tuple[object, ...]) -> list[jax.ShapeDtypeStruct]:
     """Return the arrays among the arguments, in the order in which the compiled function takes them."""
     import jax
 
@@ -541,7 +549,7 @@ def _leaves(traced: Any, arguments: tuple[Any, ...]) -> list[Any]:
     return leaves if same else taken
 
 
-def _is_split(leaf: Any) -> bool:
+def _is_split(leaf: object) -> bool:
     import jax
 
     return isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)

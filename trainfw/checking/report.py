@@ -50,7 +50,7 @@ class Finding:
         """Say where documents and measurements disagree, or what is not confirmed; empty for neither."""
         return (self.ruling or RULES[self.rule]).note
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "rule": self.rule,
             "severity": self.severity,
@@ -146,7 +146,7 @@ class Report:
         rules = f"Neuron SDK {self.sdk}" if self.sdk else "memory only: Neuron's rules do not apply to this hardware"
         return f"{'clean' if self.ok else 'refused'}: {counts} ({self.hardware}, {self.cores} cores, {rules})"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Give plain data, as `trainfw check --json` prints it. Bytes are per core, in one run of the function."""
         return {
             "ok": self.ok,

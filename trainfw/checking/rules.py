@@ -153,7 +153,7 @@ class Rule(Config):
         asked = {key for case in self.cases for key in case.when.keys} | set(self.keys)
         return [key for key in KEYS if key in asked]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return self.model_dump(exclude={"hides", "keys"}) | {"keyed_on": self.keyed_on}
 
     def describe(self, width: int = 80) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.checking.report import Finding
 from trainfw.checking.rules import custom_calls, known_operators
@@ -20,6 +20,9 @@ from trainfw.checking.values import (
     terminator,
 )
 from trainfw.hlo import Place, count_trips, user_place
+
+if TYPE_CHECKING:
+    from jaxlib.mlir import ir
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
 _COMBINING = ("add", "multiply", "maximum", "minimum", "and", "or", "xor")
@@ -43,7 +46,7 @@ def read_stablehlo(module: Any) -> list[Finding]:
         seen.add((name, caller, calling, arguments, split))
         walk(functions[name], caller, calling, arguments, split)
 
-    def walk(parent: Any, caller: Place | None, calling: str, arguments: Arguments, split: bool) -> None:
+    def walk(parent: ir.Operation, caller: Place | None, calling: str, arguments: Arguments, split: bool) -> None:
         for op in _inside(parent):
             frames, op_name = _location(op.location)
             # JAX's own jitted functions are compiled apart, without lines: theirs is the caller's.
@@ -62,11 +65,11 @@ def read_stablehlo(module: Any) -> list[Finding]:
     return findings
 
 
-def _functions(module: Any) -> Iterator[Any]:
+def _functions(module: ir.Module) -> Iterator[ir.OpView]:
     return (op for op in module.body.operations if op.operation.name == "func.func")
 
 
-def _inside(op: Any) -> Iterator[Any]:
+def _inside(op: ir.Operation) -> Iterator[ir.Operation]:
     for region in op.regions:
         for block in region.blocks:
             for inner in block.operations:
@@ -151,7 +154,7 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         yield "op-unlisted", f"{op.name} of {_type(op.operands[0]) if len(op.operands) else 'nothing'}"
 
 
-def _read_split(op: Any) -> Iterator[tuple[str, str]]:
+def _read_split(op: ir.Operation) -> Iterator[tuple[str, str]]:
     """Read the rules on operations that a partitioner has to split over several cores."""
     if op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):
         yield "gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"
@@ -194,7 +197,7 @@ def _past_the_end(op: Any, mapped: list[int], arguments: Arguments) -> str:
     return ""
 
 
-def _read_custom_call(op: Any) -> Iterator[tuple[str, str]]:
+def _read_custom_call(op: ir.Operation) -> Iterator[tuple[str, str]]:
     target = str(op.attributes["call_target_name"]).strip('"')
     if target in custom_calls("microscaling"):
         yield "custom-call-mx", f"calls {target}"
@@ -206,7 +209,7 @@ def _read_custom_call(op: Any) -> Iterator[tuple[str, str]]:
         yield "custom-call", f"calls {target}"
 
 
-def _form_problem(target: str, op: Any) -> str:
+def _form_problem(target: str, op: ir.Operation) -> str:
     """Say what neuronx-cc refuses of a microscaling call's form; empty for nothing."""
     count = 1 if target == "QuantizeMX" else 4
     if len(op.operands) != count:
@@ -221,7 +224,7 @@ def _form_problem(target: str, op: Any) -> str:
     return "" if result in ("f32", "bf16") else f"with a result in {result}; expected f32 or bf16"
 
 
-def _quantize_problem(op: Any) -> str:
+def _quantize_problem(op: ir.Operation) -> str:
     """Say what is refused of a QuantizeMX that has one operand."""
     if len(op.results) != 2:
         return f"with {len(op.results)} results; expected 2"
@@ -266,7 +269,7 @@ def _sorts_simply(op: Any) -> bool:
     )
 
 
-def _is_known_power(op: Any) -> bool:
+def _is_known_power(op: ir.Operation) -> bool:
     """Tell whether the exponent is a constant integer, or the base a constant (as in `decay ** step` of optimizers)."""
     base, exponent = (_constant(operand) for operand in op.operands)
     return base is not None or (exponent is not None and exponent.is_integer())
@@ -328,11 +331,11 @@ def _constant(value: Any) -> float | None:
     return float(ir.FloatAttr(elements.get_splat_value()).value) if not _is_integer(value) else 1.0
 
 
-def _element(value: Any) -> Any:
+def _element(value: ir.Value) -> object:
     return getattr(value.type, "element_type", value.type)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: ir.Value) -> bool:
     """Tell whether an array is of integers, booleans aside."""
     from jaxlib.mlir import ir
 
@@ -340,7 +343,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(element, ir.IntegerType) and element.width > 1
 
 
-def _bits(value: Any) -> int:
+def _bits(value: ir.Value) -> int:
     """Count the bits of an integer or boolean; 32 for what is neither."""
     from jaxlib.mlir import ir
 
@@ -348,7 +351,7 @@ def _bits(value: Any) -> int:
     return element.width if isinstance(element, ir.IntegerType) else 32
 
 
-def _dims(op: Any, name: str) -> list[int]:
+def _dims(op: ir.Operation, name: str) -> list[int]:
     """Read a list of dims in a gather's or scatter's numbers."""
     from jaxlib.mlir.dialects import stablehlo
 
@@ -357,9 +360,9 @@ def _dims(op: Any, name: str) -> list[int]:
     return list(getattr(stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"]), name))
 
 
-def _is_static(type_: Any) -> bool:
+def _is_static(type_: ir.Type) -> bool:
     return getattr(type_, "has_static_shape", True)
 
 
-def _type(value: Any) -> str:
+def _type(value: ir.Value) -> str:
     return str(value.type).removeprefix("tensor<").removesuffix(">")

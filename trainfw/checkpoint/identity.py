@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trainfw.errors import RunError, UserError
 from trainfw.unfinished import write_text
@@ -66,12 +65,12 @@ def write_identity(run: Path, identity: Identity) -> None:
     write_text(run / RUN_FILE, json.dumps(stamp() | asdict(identity), indent=1) + "\n")
 
 
-def stamp() -> dict[str, Any]:
+def stamp() -> dict[str, object]:
     """The format, and the version that wrote it."""
     return {"format": FORMAT, "trainfw": importlib.metadata.version("trainfw")}
 
 
-def refuse_newer(held: Mapping[str, Any], where: Any) -> None:
+def refuse_newer(held: Mapping[str, object], where: object) -> None:
     """Raise UserError where `held`, which `stamp` began, is of a format that this version does not know."""
     found, version = held.get("format"), held.get("trainfw")
     if isinstance(found, int) and found > FORMAT and isinstance(version, str):
@@ -81,5 +80,5 @@ def refuse_newer(held: Mapping[str, Any], where: Any) -> None:
         )
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

@@ -5,8 +5,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -33,6 +33,8 @@ from trainfw.checkpoint.structure import Shapes, find_absent, shapes_of
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
 from trainfw.unfinished import sync, sync_tree
+
+Tree = TypeVar("Tree")
 
 LAYER_ORDER = "layer_order"
 """In `meta`: the order of the layers, where it is not their true one."""
@@ -80,7 +82,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._failures = 0
         self._has_failed = False
-        self._meta: dict[str, Any] = {}
+        self._meta: Mapping[str, object] = {}
         self._expected: dict[str, Shapes] = {}
         self._deleting: threading.Thread | None = None
         self._not_deleted = ""
@@ -136,7 +138,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, params: Any, rest: Any, meta: dict[str, Any]) -> bool:
+    def save(self, step: int, params: object, rest: object, meta: Mapping[str, object]) -> bool:
         """Start saving; returns once the arrays are copied off the devices, and the save before is on disk.
 
         False where that failed already and the run may go on; raises RunError where too many in a row have failed.
@@ -282,7 +284,7 @@ class Checkpoints:
         params, rest = self._in_order((restored["params"], restored["rest"]), meta.pop(LAYER_ORDER, None))
         return params, rest, meta
 
-    def restore_params(self, step: int, params: Any) -> Any:
+    def restore_params(self, step: int, params: Tree) -> Tree:
         """The parameters alone, while the run may go on. Raises RunError also where the checkpoint is not whole.
 
         Raises Vanished where it is gone, or was deleted meanwhile.
@@ -302,7 +304,7 @@ class Checkpoints:
         whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
         return next((f"; step {s} is whole" for s in whole), "")
 
-    def _in_order(self, tree: Any, saved: list[int] | None) -> Any:
+    def _in_order(self, tree: Tree, saved: list[int] | None) -> Tree:
         wanted = self._layer_order or sorted(saved or ())
         return reorder_layers(tree, saved or sorted(wanted), wanted, donate=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import stat
@@ -50,7 +51,7 @@ class Manifest:
     """SHA-256 of the file."""
 
 
-def write_manifest(directory: Directory, step: int, identity: Identity | None, meta: dict[str, Any]) -> None:
+def write_manifest(directory: Directory, step: int, identity: Identity | None, meta: Mapping[str, object]) -> None:
     """Describe the files under `directory`, which are all there, in one file beside them."""
     files = inventory(directory)
     whose = {"step": step, "run": identity and identity.run, "recipe": digest_recipe(meta)}
@@ -237,7 +238,7 @@ def read_regular(path: Directory, most: int) -> bytes:
     return content
 
 
-def _open_regular(path: Directory) -> Any:
+def _open_regular(path: Directory) -> io.BufferedReader:
     kind = os.lstat(path).st_mode
     if not stat.S_ISREG(kind):
         raise OSError(errno.EINVAL, _kind(kind))

@@ -27,7 +27,7 @@ class _TensorStore:
     def __init__(self, module: Any):
         self._module, self.KvStore = module, _KvStore(module.KvStore)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._module, name)
 
 
@@ -37,10 +37,10 @@ class _KvStore:
         resolved = functools.lru_cache(maxsize=64)(lambda text: real.Spec(json.loads(text)).to_json())
 
         class Spec:
-            def __init__(self, held: dict[str, Any]):
+            def __init__(self, held: dict[str, object]):
                 self.held = held
 
-            def to_json(self) -> dict[str, Any]:
+            def to_json(self) -> dict[str, object]:
                 held = self.held
                 # A file's path is in the answer as it is in the question, and each step has paths of its own.
                 asked = held | {"path": "/"} if held.get("driver") == "file" else held
@@ -52,5 +52,5 @@ class _KvStore:
     def open(self, spec: Any, **options: Any) -> Any:
         return self._real.open(getattr(spec, "held", spec), **options)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._real, name)

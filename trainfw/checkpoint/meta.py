@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,7 +67,7 @@ def parse_meta(content: bytes, *, of_run: bool = False) -> dict[str, Any]:
     return dict(held)
 
 
-def digest_recipe(meta: dict[str, Any]) -> str | None:
+def digest_recipe(meta: Mapping[str, object]) -> str | None:
     """Return the SHA-256 of the recipe in `meta`, however its keys are ordered; None where there is none."""
     recipe = json.loads(json.dumps(meta.get("recipe")))
     return None if recipe is None else hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.holding import Hold, check_there
@@ -40,7 +41,7 @@ class SavedParameters:
         self._reader = ocp.PyTreeCheckpointHandler()
 
     @cached_property
-    def arrays(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """(shape, dtype) of each, by dotted name."""
         with self._failing_as("its arrays cannot be listed"):
             tree = self._reader.metadata(self.directory / "params").tree

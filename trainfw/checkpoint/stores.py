@@ -208,7 +208,7 @@ def move(source: Directory, target: Directory) -> None:
         source.rename(target)
 
 
-def commit_by_file(directory: Directory) -> Any:
+def commit_by_file(directory: Directory) -> object:
     """Orbax's way to finish a checkpoint where nothing can be renamed; None for its default."""
     if not in_store(directory):
         return None
@@ -217,7 +217,7 @@ def commit_by_file(directory: Directory) -> Any:
     return CommitFileTemporaryPath
 
 
-def array_store(directory: Directory) -> dict[str, Any]:
+def array_store(directory: Directory) -> dict[str, object]:
     """TensorStore's spec of the arrays in a directory of a checkpoint."""
     path = str(directory)
     if not in_store(directory):
@@ -255,18 +255,18 @@ def _teach_orbax() -> None:
         raise UserError("checkpoint.directory: s3:// is known to work with orbax-checkpoint 0.12.8; install that")
     of_gcs, is_remote = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._use_gcs_driver
 
-    def spec(path: Any) -> dict[str, Any]:
+    def spec(path: object) -> dict[str, object]:
         return _s3_spec(str(path)) if _is_s3(path) else of_gcs(path)
 
     gcs_utils.get_kvstore_for_gcs = spec
     tensorstore_utils._use_gcs_driver = lambda path: _is_s3(path) or is_remote(path)
 
 
-def _is_s3(path: Any) -> bool:
+def _is_s3(path: object) -> bool:
     return str(path).startswith("s3:/")
 
 
-def _s3_spec(path: str) -> dict[str, Any]:
+def _s3_spec(path: str) -> dict[str, object]:
     """TensorStore's, of a place in a bucket; with the endpoint and region that boto3, and so s3fs, reads."""
     bucket, _, prefix = path.removeprefix("s3:").lstrip("/").partition("/")
     # Its one file that TensorStore writes by its own name; all else is a prefix of keys.

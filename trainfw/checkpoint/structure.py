@@ -18,7 +18,7 @@ Shapes = dict[str, tuple[tuple[int, ...], Any]]
 """(shape, dtype) of arrays, by dotted name."""
 
 
-def shapes_of(tree: Any) -> Shapes:
+def shapes_of(tree: object) -> Shapes:
     names = ocp.tree.get_param_names(tree, include_empty_nodes=False)
     leaves = zip(jax.tree.leaves(names), jax.tree.leaves(tree), strict=True)
     return {name: (np.shape(leaf), jnp.dtype(leaf.dtype)) for name, leaf in leaves}

@@ -187,7 +187,7 @@ def _warned(others: Callable[..., None]) -> Callable[..., None]:
     """Return what shows a warning: one of ours in words, without the line of code that gave it."""
     ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: object, **named: object) -> None:
         if filename.startswith(ours):
             say(f"warning: {message}", err=True)
         else:

@@ -71,15 +71,15 @@ class TokenizerFiles:
                 raise UserError(f"{self.where}: {token.content!r} is to have the id {id_}, but its place is {found}")
 
     @property
-    def _listed(self) -> Any:
+    def _listed(self) -> object:
         return self.config.get("added_tokens_decoder")
 
-    def _named(self, roles: Mapping[str, Any]) -> list[tuple[str, AddedToken]]:
+    def _named(self, roles: Mapping[str, object]) -> list[tuple[str, AddedToken]]:
         """Tokens with their roles: the usual ones in the order of `_ROLES`, then a model's own."""
         keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
         return [(key, _token(roles[key], f"{self.where}: {key}")) for key in keys if _is_role(key, roles[key])]
 
-    def _extra(self) -> tuple[dict[str, Any], list[AddedToken]]:
+    def _extra(self) -> tuple[dict[str, object], list[AddedToken]]:
         """Roles of a model's own, and special tokens without one, under the newer key of the two or the older."""
         newer, older = _LISTS
         value, other = self.config.get(newer), self.config.get(older)
@@ -98,7 +98,7 @@ class TokenizerFiles:
         tokens = self._list(other if value is None else value, newer if value else older)
         return own, [_token(one, f"{self.where}: {newer if value else older}") for one in tokens]
 
-    def _list(self, value: Any, key: str) -> list[Any]:
+    def _list(self, value: object, key: str) -> list[object]:
         if value is not None and not isinstance(value, list):
             raise UserError(f"{self.where}: {key} = {str(value)[:40]!r}: expected a list of tokens")
         return value or []
@@ -139,12 +139,12 @@ class TokenizerFiles:
         }
 
 
-def _is_role(key: str, value: Any) -> bool:
+def _is_role(key: str, value: object) -> bool:
     """Any key that ends in `_token` and holds one is a role; models have their own (`image_token`)."""
     return value is not None and (key in _ROLES or (key.endswith("_token") and isinstance(value, (str, Mapping))))
 
 
-def _token(value: Any, where: str, *, special: bool = True) -> AddedToken:
+def _token(value: object, where: str, *, special: bool = True) -> AddedToken:
     """A token written as its text, or as an object with flags."""
     if isinstance(value, str):
         return AddedToken(value, special=special)

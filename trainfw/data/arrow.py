@@ -37,7 +37,7 @@ class NotText:
         return str(self)
 
 
-def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
     """The rows of a Parquet file. Raises UserError where it is none."""
     with path.open("rb") as head:
         check_pointer(head.read(128), path)
@@ -49,7 +49,7 @@ def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
             yield from _rows(file.iter_batches(columns=columns, batch_size=1024))
 
 
-def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
+def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
     """The rows of a directory written by Hugging Face `save_to_disk`; of several splits, of `train`."""
     with _reading(path, "a saved dataset"):
         import datasets
@@ -108,11 +108,11 @@ def _converter(kind: Any) -> _Convert | None:
     return lambda _: NotText(str(kind))
 
 
-def _converted(convert: _Convert | None, value: Any) -> Any:
+def _converted(convert: _Convert | None, value: object) -> object:
     return value if convert is None or value is None else convert(value)
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(kind: object) -> bool:
     import pyarrow
 
     return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or str(kind) == "string_view"

@@ -203,12 +203,12 @@ def _read_meta(file: Path) -> dict[str, Any]:
     return meta
 
 
-def _write_meta(file: Path, meta: dict[str, Any]) -> None:
+def _write_meta(file: Path, meta: dict[str, object]) -> None:
     meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
     file.write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
 
 
-def _digest(meta: dict[str, Any]) -> str:
+def _digest(meta: dict[str, object]) -> str:
     return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

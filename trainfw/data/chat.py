@@ -60,7 +60,7 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     @cached_property
-    def _variables(self) -> dict[str, Any]:
+    def _variables(self) -> dict[str, object]:
         """bos_token, eos_token and the like."""
         backend = self.tokenizer.backend
         variables: dict[str, Any] = {}
@@ -85,13 +85,13 @@ class ChatTemplate:
         return bool(self._ask("has_generation_tags"))
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
         """The conversation as text. Raises TemplateProblem where the template refuses it, UserError for a template that
         reaches a limit of `confined`."""
         return str(self._ask("render", list(messages), add_generation_prompt, tools))
 
-    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
+    def check_context(self, messages: Sequence[Message], tools: list[object] | None = None) -> None:
         """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
         self._ask("check_context", list(messages), tools)
 
@@ -106,12 +106,12 @@ class ChatTemplate:
         ]
 
     @cached_property
-    def _fields(self) -> tuple[Any, ...]:
+    def _fields(self) -> tuple[object, ...]:
         """Fields of `templates.Template`, while it is not known what ends a turn."""
         return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
 
     @cached_property
-    def _fields_of_turns(self) -> tuple[Any, ...]:
+    def _fields_of_turns(self) -> tuple[object, ...]:
         return (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
 
     def _ask(self, function: str, *arguments: Any) -> Any:

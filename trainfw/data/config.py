@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -122,7 +122,7 @@ class DataConfig(Config):
 
     @field_validator("source", mode="before")
     @classmethod
-    def _source_is_named(cls, source: Any) -> Any:
+    def _source_is_named(cls, source: object) -> object:
         if hasattr(source, "save_to_disk"):
             kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
             invalid("", f"is a {kind}; expected its path: save_to_disk(DIRECTORY), and name that")

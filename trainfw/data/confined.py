@@ -115,7 +115,7 @@ def main() -> None:
         stream.flush()
 
 
-def _answers(batch: bytes, known: dict[int, Any]) -> bytes:
+def _answers(batch: bytes, known: dict[int, object]) -> bytes:
     """(what became of it, value or words) of each request, up to the first that is to end it all."""
     answers: list[tuple[str, Any]] = []
     try:
@@ -185,7 +185,7 @@ class Helper:
                 batch, size = [], 0
         return answers + (self._batch(function, shared, batch) if batch else [])
 
-    def _batch(self, function: str, shared: Any, requests: list[bytes]) -> list[Any]:
+    def _batch(self, function: str, shared: object, requests: list[bytes]) -> list[object]:
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
@@ -227,7 +227,7 @@ class Helper:
         theirs.close()
         self._socket, self._owner, self._keys = ours, os.getpid(), {}
 
-    def _exchange(self, request: bytes) -> list[tuple[str, Any]]:
+    def _exchange(self, request: bytes) -> list[tuple[str, object]]:
         deadline = time.monotonic() + WALL_SECONDS
         try:
             self._socket.settimeout(WALL_SECONDS)

@@ -52,7 +52,7 @@ class Refused:
     def __str__(self) -> str:
         return f"{self.count:,} row{'s' * (self.count > 1)}: {self.reason} (the first: {self.first})"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -226,7 +226,7 @@ class Encoder:
         return Text(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
 
     def _conversation(
-        self, id_: str, messages: list[Message], learnt: list[bool], tools: list[Any] | None, key: str
+        self, id_: str, messages: list[Message], learnt: list[bool], tools: list[object] | None, key: str
     ) -> Conversation:
         template = self._template_of(tools)
         try:
@@ -240,7 +240,7 @@ class Encoder:
             raise Unusable("a message is nested too deeply") from None
         return Conversation(id_, messages, learnt, tools, key)
 
-    def _template_of(self, tools: list[Any] | None) -> ChatTemplate:
+    def _template_of(self, tools: list[object] | None) -> ChatTemplate:
         template = self._with_tools if tools else self._template
         assert template is not None
         return template

@@ -17,7 +17,7 @@ _BLOCK = 2**20
 """Bytes that are read at once."""
 
 
-def json_values(path: Path) -> Iterator[tuple[str, str, Any]]:
+def json_values(path: Path) -> Iterator[tuple[str, str, object]]:
     """(place, place in words, value) of each element of a list, or of each value where there is no list.
 
     Raises UserError, with the line, for what is not JSON.
@@ -53,7 +53,7 @@ class WrittenTwice(ValueError):
     """An object has a key twice, of which readers take either."""
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of JSON (`object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -30,7 +30,7 @@ def checked_row(value: Any) -> dict[str, Any]:
     return value
 
 
-def checked_message(message: Any) -> Message:
+def checked_message(message: object) -> Message:
     """Return the message without its nulls, which Parquet fills absent keys with and templates would print."""
     if not isinstance(message, dict):
         raise Unusable("a message is not an object")
@@ -52,7 +52,7 @@ def checked_message(message: Any) -> Message:
     return message
 
 
-def system_beside(row: dict[str, Any]) -> list[Message]:
+def system_beside(row: dict[str, object]) -> list[Message]:
     """Return a system message that stands beside the others, as Anthropic and Bedrock write it."""
     for key in CONVERSATION[2:]:
         if row.get(key):
@@ -65,7 +65,7 @@ def system_beside(row: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}]
 
 
-def tools_beside(row: dict[str, Any]) -> list[Any] | None:
+def tools_beside(row: dict[str, object]) -> list[object] | None:
     """Return the tools that stand beside the messages, None where there are none."""
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
@@ -113,7 +113,7 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: object) -> Iterator[str]:
     """Yield every text in a value of JSON, keys too."""
     if isinstance(value, str):
         yield value

@@ -54,7 +54,7 @@ class TrainIterator(Iterator[Batch]):
         self._next_row += self._global_batch_size
         return batch
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """Where the last batch returned ended; the same in every process, whatever their number. JSON-serialisable."""
         return {"next_row": self._next_row, "order": self._order}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from trainfw.data.examples import Conversation, Encoder, Example, Text
 from trainfw.data.messages import (
@@ -75,7 +74,7 @@ class PairEncoder(Encoder):
         if chosen == rejected:
             raise Unusable("{!r} and {!r} are equal".format(*self._fields))
 
-    def _of_texts(self, id_: str, row: dict[str, Any], *sides: str) -> Sequence[Text | Conversation]:
+    def _of_texts(self, id_: str, row: dict[str, object], *sides: str) -> Sequence[Text | Conversation]:
         field = self.config.prompt_field
         prompt = row.get(field)
         if not isinstance(prompt, str):
@@ -92,7 +91,7 @@ class PairEncoder(Encoder):
         turns = [[{"role": "assistant", "content": side}] for side in sides]
         return self._conversations(id_, row, [{"role": "user", "content": prompt}], turns, [[True], [True]])
 
-    def _of_messages(self, id_: str, row: dict[str, Any], *answers: list[Any]) -> Sequence[Conversation]:
+    def _of_messages(self, id_: str, row: dict[str, object], *answers: list[object]) -> Sequence[Conversation]:
         if self._template is None:
             raise Unusable(f"{self._fields[0]!r} is a list of messages, which `chat_template: false` does not write")
         sides = [[checked_message(message) for message in answer] for answer in answers]
@@ -111,7 +110,7 @@ class PairEncoder(Encoder):
             _check_answer(field, side, flags)
         return self._conversations(id_, row, prompt, sides, learnt)
 
-    def _prompt(self, row: dict[str, Any]) -> list[Message]:
+    def _prompt(self, row: dict[str, object]) -> list[Message]:
         """Return the messages that the row names as its prompt; none where it names none."""
         field = self.config.prompt_field
         prompt = row.get(field)
@@ -128,7 +127,7 @@ class PairEncoder(Encoder):
     def _conversations(
         self,
         id_: str,
-        row: dict[str, Any],
+        row: dict[str, object],
         prompt: list[Message],
         sides: Sequence[list[Message]],
         learnt: Sequence[list[bool]],

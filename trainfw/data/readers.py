@@ -74,7 +74,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
         yield f":{line}", _field_of(_parsed(data, path, line), field, f"{path}, line {line}")
 
 
-def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
     """One JSON object a line, of which the keys `fields` are kept; a line that is none is `Unreadable`."""
     for line, data in _lines(path):
         row: Any
@@ -95,7 +95,7 @@ def read_json(path: Path, field: str) -> Iterator[tuple[str, str]]:
         yield place, _field_of(value, field, where)
 
 
-def read_json_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+def read_json_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
     """The same, of which the keys `fields` are kept."""
     return ((place, _kept(value, fields)) for place, _, value in json_values(path))
 
@@ -124,7 +124,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield line, data
 
 
-def _parsed(data: bytes, path: Path, line: int) -> Any:
+def _parsed(data: bytes, path: Path, line: int) -> object:
     text = decode_utf8(data, path, line)
     try:
         return json.loads(text, object_pairs_hook=unique)
@@ -140,7 +140,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
     return _texts(parquet_rows, path, field)
 
 
-def read_parquet_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+def read_parquet_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
     """One row an example, of which the columns `fields` are kept."""
     return _examples(parquet_rows, path, fields)
 
@@ -150,12 +150,12 @@ def read_saved_dataset(path: Path, field: str) -> Iterator[tuple[str, str]]:
     return _texts(saved_dataset_rows, path, field)
 
 
-def read_saved_dataset_rows(path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+def read_saved_dataset_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
     """Examples from such a directory, of which the columns `fields` are kept."""
     return _examples(saved_dataset_rows, path, fields)
 
 
-def _texts(rows: Callable[..., Iterator[dict[str, Any]]], path: Path, field: str) -> Iterator[tuple[str, str]]:
+def _texts(rows: Callable[..., Iterator[dict[str, object]]], path: Path, field: str) -> Iterator[tuple[str, str]]:
     def choose(found: list[str]) -> list[str]:
         _check_field(field, found, str(path), "column")
         return [field]
@@ -164,7 +164,9 @@ def _texts(rows: Callable[..., Iterator[dict[str, Any]]], path: Path, field: str
         yield f"#{number}", _checked(row[field], field, f"{path}, row {number}")
 
 
-def _examples(rows: Callable[..., Iterator[dict[str, Any]]], path: Path, fields: str) -> Iterator[tuple[str, Any]]:
+def _examples(
+    rows: Callable[..., Iterator[dict[str, object]]], path: Path, fields: str
+) -> Iterator[tuple[str, object]]:
     def choose(found: list[str]) -> list[str]:
         first, *others = fields.split(AND)  # what others lack is said of each row
         _check_field(first, found, str(path), "column", _FIELD_KEYS)
@@ -198,7 +200,7 @@ ROW_READERS: dict[str, Reader] = {
 # --- What a row holds -------------------------------------------------------------------------------------------------
 
 
-def _kept(row: Any, fields: str) -> Any:
+def _kept(row: object, fields: str) -> object:
     """Of an object, the keys that are read; one without the first of them is `Unreadable`."""
     if not isinstance(row, dict):
         return row
@@ -209,7 +211,7 @@ def _kept(row: Any, fields: str) -> Any:
     return {key: row[key] for key in (first, *others) if key in row}
 
 
-def _field_of(row: Any, field: str, where: str) -> str:
+def _field_of(row: object, field: str, where: str) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with a {field!r} key, found {_kind(row)}")
     _check_field(field, row, where, "key")
@@ -229,7 +231,7 @@ def _check_field(field: str, found: Iterable[str], where: str, word: str, option
         raise UserError(f"{where}: no {word} {field!r} (see {option}); {word}s found: {listed}{hint}")
 
 
-def _checked(value: Any, field: str, where: str) -> str:
+def _checked(value: object, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: expected {field!r} to be text, found {_kind(value)}")
     try:
@@ -239,7 +241,7 @@ def _checked(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None or isinstance(value, NotText):
         return "null" if value is None else value.kind
     return f"{type(value).__name__} {str(value)[:40]!r}"

@@ -55,12 +55,12 @@ class _Dict:
 class _Namespace(jinja2.utils.Namespace):
     """`namespace(...)` that takes no names which reach into Python."""
 
-    def __init__(*args: Any, **values: Any) -> None:
+    def __init__(*args: object, **values: object) -> None:
         for name in values:
             _Namespace._check(name)
         jinja2.utils.Namespace.__init__(*args, **values)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
 
@@ -131,7 +131,7 @@ class Template:
         return self._generation.used
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[Any] | None = None
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
         """The conversation as text. Raises TemplateProblem where the template refuses it."""
         compiled = self._compiled
@@ -150,7 +150,9 @@ class Template:
             raise TemplateProblem(f"the chat template refuses it: {_line(error)}") from error
         return work.check_written(text)
 
-    def generated(self, plain: str, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Span] | None:
+    def generated(
+        self, plain: str, messages: Sequence[Message], tools: list[object] | None = None
+    ) -> list[Span] | None:
         """Return where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand;
         None where the text is not the same with marks in it."""
         self._generation.marks = _MARKS
@@ -171,7 +173,7 @@ class Template:
                 spans[-1].append(len(text))
         return [(start, end) for start, end in spans] if text == plain else None
 
-    def check_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> None:
+    def check_context(self, messages: Sequence[Message], tools: list[object] | None = None) -> None:
         """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
         said = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
         every = [marked(message, i) if i in said else message for i, message in enumerate(messages)]
@@ -205,7 +207,7 @@ def _raise(message: str) -> None:
 _template = functools.lru_cache(maxsize=8)(Template)
 
 
-def has_generation_tags(fields: tuple[Any, ...]) -> bool:
+def has_generation_tags(fields: tuple[object, ...]) -> bool:
     """Compile the template. Raises UserError for one that is none."""
     return _template(*fields).has_generation_tags
 

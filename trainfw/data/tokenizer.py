@@ -317,7 +317,7 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, Any], file: Path, advice: str) -> tuple[int, int]:
+def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, object], file: Path, advice: str) -> tuple[int, int]:
     """The ids of bos and eos. Raises UserError, with what to do, where nothing ends a document."""
     eos = _special_id(backend, roles.get("eos_token"), _KNOWN_EOS)
     bos = _special_id(backend, roles.get("bos_token"), _KNOWN_BOS)
@@ -329,7 +329,7 @@ def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, Any], file: Pa
     return eos if bos is None else bos, eos
 
 
-def _special_id(backend: tokenizers.Tokenizer, named: Any, known: Iterable[str]) -> int | None:
+def _special_id(backend: tokenizers.Tokenizer, named: object, known: Iterable[str]) -> int | None:
     if isinstance(named, dict):  # a serialised AddedToken
         named = named.get("content")
     names = [named] if isinstance(named, str) else known

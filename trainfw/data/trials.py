@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import tokenizers
 
@@ -84,7 +83,7 @@ def guarded(what: str) -> Iterator[None]:
         raise UnusableError(f"{what}: {' '.join(str(error)[:200].split())}") from error
 
 
-def _probes(parts: list[Any]) -> Iterator[str]:
+def _probes(parts: list[object]) -> Iterator[str]:
     """Texts of one thing many times, and the same with an end that is another: where expressions go wrong."""
     told = sorted({piece for text in _strings(parts) for piece in (text[:20], *re.findall(r"\w", text))})
     # An expression is tried only where a text has all characters that it asks for.
@@ -94,7 +93,7 @@ def _probes(parts: list[Any]) -> Iterator[str]:
         yield from (many, many + "!", many + end)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

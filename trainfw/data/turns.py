@@ -68,7 +68,7 @@ class _Turn:
 
 
 def write_learnt(
-    template: Template, messages: Sequence[Message], learnt: Sequence[bool], tools: list[Any] | None = None
+    template: Template, messages: Sequence[Message], learnt: Sequence[bool], tools: list[object] | None = None
 ) -> list[Written]:
     """The conversation as text, with the places of its learnt messages: what the template writes of each after its
     header, up to and with the token that ends the turn.
@@ -110,7 +110,7 @@ def _tagged(
     wanted: list[int],
     assistant: list[int],
     text: str,
-    tools: Any,
+    tools: list[object] | None,
 ) -> Written | None:
     """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt.
 
@@ -133,7 +133,7 @@ def _tagged(
     return Written(text, ended, untagged=max(len(assistant) - len(spans), 0) if wanted == assistant else 0)
 
 
-def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, tools: Any) -> _Turn:
+def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, tools: list[object] | None) -> _Turn:
     through = whole if i + 1 == len(messages) else template.render(messages[: i + 1], tools=tools)
     prompt = ""
     if messages[i]["role"] == "assistant":
@@ -149,7 +149,7 @@ def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, t
     return _Turn(through[:start] + said, start, unmet)
 
 
-def _try(template: Template, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+def _try(template: Template, messages: Sequence[Message], tools: list[object] | None, *, prompt: bool) -> str:
     """Some templates refuse a conversation without a message, or one that ends so."""
     try:
         return template.render(messages, tools=tools, add_generation_prompt=prompt)
@@ -157,7 +157,9 @@ def _try(template: Template, messages: Sequence[Message], tools: Any, *, prompt:
         return ""
 
 
-def _content_start(template: Template, messages: Sequence[Message], i: int, through: str, tools: Any) -> int:
+def _content_start(
+    template: Template, messages: Sequence[Message], i: int, through: str, tools: list[object] | None
+) -> int:
     shown = {**messages[i], "content": SENTINEL}
     header, found, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
     every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(messages[: i + 1])]
@@ -175,7 +177,9 @@ def _ended(template: Template, said: str) -> str:
     return said[: ends[-1]] if ends and not said[ends[-1] :].strip() else said
 
 
-def _check_written(template: Template, messages: Sequence[Message], through: str, said: str, tools: Any) -> None:
+def _check_written(
+    template: Template, messages: Sequence[Message], through: str, said: str, tools: list[object] | None
+) -> None:
     """Raise TemplateProblem where the last message, which is to be learnt, is not in what is written of it.
 
     Args:
@@ -205,7 +209,9 @@ def _holds(text: str, content: str) -> bool:
     return True
 
 
-def _place(template: Template, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: Any) -> Span | None:
+def _place(
+    template: Template, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: list[object] | None
+) -> Span | None:
     """Where the turn stands in the whole conversation; None where it is not written there as it is when it is last."""
     if whole.startswith(turn.text):
         return turn.span
@@ -223,7 +229,7 @@ def _place(template: Template, messages: Sequence[Message], i: int, turn: _Turn,
     return (start, end) if same else None
 
 
-def _header(template: Template, messages: Sequence[Message], i: int, tools: Any) -> str:
+def _header(template: Template, messages: Sequence[Message], i: int, tools: list[object] | None) -> str:
     """What the template puts before a turn of the assistant; empty where it has no such prompt."""
     if messages[i]["role"] != "assistant":
         return ""

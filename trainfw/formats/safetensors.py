@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -206,7 +205,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _place(file: Path, name: str, entry: Any, data: int, size: int) -> _Place:
+def _place(file: Path, name: str, entry: object, data: int, size: int) -> _Place:
     """One tensor of a header; `data` is the byte at which values begin, `size` the file's."""
     what = f"{file}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -229,7 +228,7 @@ def _place(file: Path, name: str, entry: Any, data: int, size: int) -> _Place:
     return _Place(file, info, data + begin)
 
 
-def _count(value: Any) -> bool:
+def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 

@@ -21,7 +21,7 @@ _SCALES = {unit: (dimension, scale) for dimension, units in _UNITS.items() for u
 _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%]*)\s*")
 
 
-def quantity(text: Any) -> float:
+def quantity(text: object) -> float:
     """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number,
     in SI base units and bytes.
 
@@ -30,7 +30,7 @@ def quantity(text: Any) -> float:
     return _parsed(text)[0]
 
 
-def dimension(text: Any) -> str:
+def dimension(text: object) -> str:
     """Name a quantity's dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`. Raises as `quantity`."""
     return _parsed(text)[1]
 
@@ -40,7 +40,7 @@ def units(of: str) -> str:
     return "" if "" in _UNITS[of] else f" ({', '.join(_UNITS[of])})"
 
 
-def _parsed(text: Any) -> tuple[float, str]:
+def _parsed(text: object) -> tuple[float, str]:
     match = _QUANTITY.fullmatch(str(text))
     if match is None or match[2] not in _SCALES:
         raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(filter(None, _SCALES))}")
@@ -104,7 +104,7 @@ class Figure(Claim):
         return bool(self.also) or any(word in self.note for word in ("assumed", "derived", "may mean"))
 
 
-def _checked(value: Any) -> None:
+def _checked(value: object) -> None:
     try:
         quantity(value)
     except ValueError as error:

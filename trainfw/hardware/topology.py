@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, dimension, quantity, units
@@ -221,7 +221,7 @@ def topology_names() -> list[str]:
 
 
 def load_topology(
-    name: str, *, count: int = 1, lnc: int | None = None, parameters: Mapping[str, Any] | None = None
+    name: str, *, count: int = 1, lnc: int | None = None, parameters: Mapping[str, object] | None = None
 ) -> Topology:
     """Load `count` units of a known topology.
 
@@ -379,7 +379,7 @@ def _read_topology(name: str) -> dict[str, Any]:
     return merged
 
 
-def _figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, Figure]]:
+def _figures(tree: Figure | dict[str, Any] | BaseModel, prefix: str = "") -> Iterator[tuple[str, Figure]]:
     """List every Figure in a tree of models and dicts, by dotted name."""
     if isinstance(tree, Figure):
         yield prefix, tree

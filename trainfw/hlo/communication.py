@@ -6,10 +6,13 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.hlo.groups import Groups, parse_groups, parse_pairs
 from trainfw.hlo.module import Computation, Instruction, Module
+
+if TYPE_CHECKING:
+    import jax
 
 KINDS = (
     "all-reduce",
@@ -135,7 +138,7 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
     return False
 
 
-def axes_of(mesh: Any, groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
+def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
     """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
     Args:
@@ -158,7 +161,7 @@ def _lines(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> frozens
     return frozenset(map(frozenset, lines.values()))
 
 
-def _sizes(mesh: Any) -> dict[str, int]:
+def _sizes(mesh: jax.sharding.Mesh | Mapping[str, int]) -> dict[str, int]:
     return dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
 
 

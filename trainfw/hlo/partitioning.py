@@ -6,13 +6,16 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.hlo.buffers import Assignment, parse_assignment
 from trainfw.hlo.module import Module
 from trainfw.hlo.parse import parse_module
 from trainfw.hlo.renumbering import module_of, renumbered
 from trainfw.unfinished import scratch_directory
+
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Exported:
     """The serialized HloModuleProto, whole."""
 
 
-def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Partitioned:
+def partition(lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] | None = None) -> Partitioned:
     """Compile a jax.stages.Lowered for its devices and read the module that the partitioner left.
 
     The final module would not do: by then the CPU's compiler has widened bf16 collectives to f32. A program for one
@@ -53,7 +56,7 @@ def partition(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -
         return Partitioned(parse_module(text.read_text()), compiled, _assignment(Path(directory)))
 
 
-def export(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> Exported:
+def export(lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] | None = None) -> Exported:
     """Compile as `partition` does, and take the module that the partitioner left as text and as bytes.
 
     Its instructions are numbered anew where the numbers do not fit 32 bits: see `trainfw.hlo.renumbering`.
@@ -66,10 +69,14 @@ def export(lowered: Any, compiler_options: Mapping[str, Any] | None = None) -> E
 
 
 def _compile(
-    lowered: Any, directory: Path, compiler_options: Mapping[str, Any] | None, *, as_proto: bool = False
-) -> tuple[Any | None, Path]:
+    lowered: jax.stages.Lowered,
+    directory: Path,
+    compiler_options: Mapping[str, str | bool] | None,
+    *,
+    as_proto: bool = False,
+) -> tuple[jax.stages.Compiled | None, Path]:
     """Return the jax.stages.Compiled, None where the compiler gave up after partitioning, and the partitioned text."""
-    options = {
+    options: dict[str, Any] = {
         "xla_dump_to": str(directory),
         "xla_dump_hlo_pass_re": "spmd-partitioning|call-inliner",
         "xla_dump_hlo_as_text": True,

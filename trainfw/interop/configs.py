@@ -25,7 +25,7 @@ _UNSUPPORTED = ("attention_bias", "mlp_bias", "use_bidirectional_attention", "cl
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "sliding"}
 
 
-def _integer(value: Any) -> bool:
+def _integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -107,7 +107,7 @@ def decoder_config(config: FamilyConfig, path: object) -> ModelConfig:
     raise UserError(f"{path}: is a model of family {config.family!r}; other formats have names for decoders alone")
 
 
-def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
+def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
     """The `ModelConfig` of a config.json, in the form of Transformers 5 (`rope_parameters`) or 4 (`rope_scaling`).
 
     Raises UserError for a family or a feature that `Transformer` does not have, and for values that make no sense.
@@ -169,7 +169,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json: {of}{first['msg']}") from None
 
 
-def unread_keys(config: Mapping[str, Any]) -> list[str]:
+def unread_keys(config: Mapping[str, object]) -> list[str]:
     """Keys of a config.json that set something, and say nothing to `config_from_huggingface`: unknown ones, and those
     of other families.
 
@@ -218,7 +218,7 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def _check_nulls(hf: Mapping[str, Any], family: Family) -> None:
+def _check_nulls(hf: Mapping[str, object], family: Family) -> None:
     """Raises UserError for a null in the place of a value: in few keys it says that there is none of something."""
     none = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
     if family.sliding != "every":
@@ -228,7 +228,7 @@ def _check_nulls(hf: Mapping[str, Any], family: Family) -> None:
             raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
 
 
-def _check_types(config: Mapping[str, Any], where: str) -> None:
+def _check_types(config: Mapping[str, object], where: str) -> None:
     for key, value in config.items():
         if value is None or key not in _EXPECTED:
             continue
@@ -239,7 +239,7 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
             _check_types(value, f"{where}: {key}")
 
 
-def _experts(config: Mapping[str, Any], hf: Mapping[str, Any], moe: Mapping[str, Any]) -> dict[str, Any]:
+def _experts(config: Mapping[str, object], hf: Mapping[str, object], moe: Mapping[str, object]) -> dict[str, object]:
     """The fields of a mixture of experts, whose dispatch is that of Transformers: nothing is dropped."""
     if hf.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
@@ -420,7 +420,7 @@ _DESCRIBES = {
 } - {"dtype", "torch_dtype"}
 
 
-def _differences(config: ModelConfig, written: Mapping[str, Any]) -> list[str]:
+def _differences(config: ModelConfig, written: Mapping[str, object]) -> list[str]:
     """How the model of a config.json differs from this one, field by field."""
     try:
         found = config_from_huggingface(written)
@@ -430,7 +430,7 @@ def _differences(config: ModelConfig, written: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {theirs[key]!r} for {value!r}" for key, value in ours.items() if theirs[key] != value]
 
 
-def _essence(config: ModelConfig) -> dict[str, Any]:
+def _essence(config: ModelConfig) -> dict[str, object]:
     """What the model computes, in one way of saying it."""
     fields = config.model_dump(exclude={"preset", "from_", "layer_pattern", "moe"})
     slides = "sliding" in config.layer_kinds
@@ -445,7 +445,7 @@ def _essence(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _written(config: ModelConfig, model_type: str) -> dict[str, Any]:
+def _written(config: ModelConfig, model_type: str) -> dict[str, object]:
     """config.json of this family; it may not describe the model."""
     family = FAMILIES[model_type]
     gemma = family.sliding == "every"
@@ -487,7 +487,7 @@ def _written(config: ModelConfig, model_type: str) -> dict[str, Any]:
     return written
 
 
-def _sliding_written(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _sliding_written(config: ModelConfig, family: Family) -> dict[str, object]:
     kinds, slides = config.layer_kinds, "sliding" in config.layer_kinds
     names = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
     written: dict[str, Any] = {}
@@ -507,7 +507,7 @@ def _sliding_written(config: ModelConfig, family: Family) -> dict[str, Any]:
     return written
 
 
-def _rope_written(config: ModelConfig, *, nested: bool) -> dict[str, Any]:
+def _rope_written(config: ModelConfig, *, nested: bool) -> dict[str, object]:
     """`rope_parameters` as Transformers 5 has them, and the same in the keys of Transformers 4.
 
     nested: sliding layers have a base of their own, as in Gemma 3.

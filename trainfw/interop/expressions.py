@@ -198,7 +198,7 @@ class Expression:
 class _Letters:
     """A set of letters: one, all but one, or what stands in brackets."""
 
-    def __init__(self, items: tuple[tuple[Any, Any], ...]):
+    def __init__(self, items: tuple[tuple[object, object], ...]):
         self._negated = items[0][0] is codes.NEGATE
         self._tests = [_LETTERS[code](value) for code, value in items[self._negated :]]
         self.cost = len(items)
@@ -208,7 +208,7 @@ class _Letters:
 
 
 @functools.lru_cache(256)
-def _shared(items: tuple[tuple[Any, Any], ...]) -> _Letters:
+def _shared(items: tuple[tuple[object, object], ...]) -> _Letters:
     return _Letters(items)
 
 

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -108,7 +107,7 @@ class ParameterTensors:
         dtype: of the tensors.
     """
 
-    def __init__(self, config: ModelConfig, model_type: str, read: Callable[[str], Any], dtype: np.dtype):
+    def __init__(self, config: ModelConfig, model_type: str, read: Callable[[str], object], dtype: np.dtype):
         self._parameters = parameters(config, model_type)
         self._read, self._dtype = read, dtype
         self._held: tuple[str, np.ndarray] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trainfw.errors import UserError
 from trainfw.interop.configs import config_from_huggingface
@@ -42,7 +42,7 @@ def model_kind(path: Path) -> ModelKind:
     return "gguf"
 
 
-def read_huggingface(path: Path) -> dict[str, Any]:
+def read_huggingface(path: Path) -> dict[str, object]:
     """The config.json of a model: a Hugging Face directory's, or what a GGUF file's would be."""
     if model_kind(path) == "gguf":
         from trainfw.interop.gguf.config import gguf_config

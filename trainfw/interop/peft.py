@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -93,7 +92,7 @@ _MODULES = {
 """Their names of modules, in every family that PEFT adapts, and ours."""
 
 
-def peft_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+def peft_fields(path: str | os.PathLike[str]) -> dict[str, object]:
     """The fields of `AdapterConfig` that an adapter in PEFT's form gives a recipe, without JAX and without its values.
 
     Raises UserError for what `read_peft` refuses of any model's adapter, and for modules that are none of a decoder's.

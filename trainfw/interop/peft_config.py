@@ -108,7 +108,7 @@ def read_peft_config(file: Path) -> PeftConfig:
     )
 
 
-def _named(file: Path, key: str, config: Mapping[str, Any], steps: Steps) -> Callable[[str], bool]:
+def _named(file: Path, key: str, config: Mapping[str, object], steps: Steps) -> Callable[[str], bool]:
     """Return a test whether `key` names a module: by a list of ends of names, or by a regular expression."""
     names = config.get(key)
     if key == "exclude_modules" and not names:
@@ -130,19 +130,19 @@ def _ends(module: str) -> list[str]:
     return [*itertools.accumulate(reversed(parts), lambda end, part: f"{part}.{end}")]
 
 
-def _rank(what: str, value: Any) -> int:
+def _rank(what: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= INT32:
         raise UserError(f"{what} = {short(value)}: expected a whole number above 0, below 2**31")
     return value
 
 
-def _alpha(what: str, value: Any) -> float:
+def _alpha(what: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not SMALLEST <= value < 1e9:
         raise UserError(f"{what} = {short(value)}: expected a number above 0, below 1e9")
     return float(value)
 
 
-def _dropout(what: str, value: Any) -> float:
+def _dropout(what: str, value: object) -> float:
     value = 0.0 if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not (value == 0 or SMALLEST <= value < 1):
         raise UserError(f"{what} = {short(value)}: expected a number from 0 to less than 1")

@@ -44,10 +44,10 @@ class Saved:
 def save_model(
     directory: str | os.PathLike[str],
     config: ModelConfig,
-    read: Callable[[str], Any],
+    read: Callable[[str], object],
     *,
     dtype: str = "float32",
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,

@@ -223,10 +223,10 @@ def _open_tensors(path: Path, kind: str) -> Tensors:
 
 def load_params(
     source: ModelSource,
-    abstract: Mapping[str, Any],
+    abstract: Mapping[str, object],
     layer_order: Sequence[int] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The parameters as nested dicts of arrays, as in `nnx.to_pure_dict`, in the dtypes and shardings of `abstract`.
 
     One parameter at a time: the host holds about the largest part of a device.

@@ -69,8 +69,8 @@ class KubernetesJob:
         )
         return header + yaml.dump_all(self.objects(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
-    def objects(self) -> list[dict[str, Any]]:
-        config = {
+    def objects(self) -> list[dict[str, object]]:
+        config: dict[str, object] = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": self._metadata(f"{self.name}-recipe"),
@@ -92,10 +92,10 @@ class KubernetesJob:
         }
         return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
 
-    def _metadata(self, name: str) -> dict[str, Any]:
+    def _metadata(self, name: str) -> dict[str, object]:
         return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
 
-    def _job(self) -> dict[str, Any]:
+    def _job(self) -> dict[str, object]:
         wrong = {"containerName": "trainfw", "operator": "In", "values": [1, 2]}  # another try would end as this one
         return {
             "completionMode": "Indexed",
@@ -106,7 +106,7 @@ class KubernetesJob:
             "template": {"spec": self._pod()},
         }
 
-    def _pod(self) -> dict[str, Any]:
+    def _pod(self) -> dict[str, object]:
         devices = {name: str(count) for name, count in self.devices.items()}
         resources = devices | self.resources
         volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{self.name}-recipe"}}]
@@ -138,19 +138,20 @@ class KubernetesJob:
             pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in devices]
         return pod
 
-    def _environment(self) -> list[dict[str, Any]]:
+    def _environment(self) -> list[dict[str, object]]:
         labels = {
             "JOBSET_NAME": "jobset-name",
             "REPLICATED_JOB_NAME": "replicatedjob-name",
             "REPLICATED_JOB_REPLICAS": "replicatedjob-replicas",
             "JOB_INDEX": "job-index",
         }  # JOB_COMPLETION_INDEX is set by Kubernetes
-        told = [{"name": "TRAINFW_PROCESS_COUNT", "value": str(self.jobs * self.pods)}]
+        told: list[dict[str, object]] = [{"name": "TRAINFW_PROCESS_COUNT", "value": str(self.jobs * self.pods)}]
         told.append({"name": "PYTHONUNBUFFERED", "value": "1"})
-        return told + [
+        told += [
             {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{_LABELS}/{label}']"}}}
             for name, label in labels.items()
         ]
+        return told
 
 
 def kubernetes_job(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
+Tree = TypeVar("Tree")
 
-def reorder_layers(tree: Any, held: Sequence[int], wanted: Sequence[int], *, donate: bool = False) -> Any:
+
+def reorder_layers(tree: Tree, held: Sequence[int], wanted: Sequence[int], *, donate: bool = False) -> Tree:
     """Reorder the stacked layers of a pytree of arrays from the order `held` to the order `wanted`.
 
     Both list the layer at each place. Stacked is what lies under a key `layers` with as many rows: parameters, and what
@@ -23,7 +25,7 @@ def reorder_layers(tree: Any, held: Sequence[int], wanted: Sequence[int], *, don
     place = {layer: i for i, layer in enumerate(held)}
     places = tuple(place[layer] for layer in wanted)
 
-    def moved(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def moved(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         if leaf.shape[:1] != (len(places),) or all(getattr(key, "key", None) != "layers" for key in path):
             return leaf
         return _mover(places, leaf.sharding, donate)(leaf)

@@ -7,12 +7,14 @@ Praxis and MaxText, without separate steps for the backward pass: that is the tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from trainfw.parallel.collectives import axis_index, axis_size, ring_shift
+
+Tree = TypeVar("Tree")
 
 AXIS = "pipeline"
 
@@ -57,7 +59,7 @@ def pipelined(
     iterations = busy + stages - 1
     run = jax.checkpoint(stage, prevent_cse=False, policy=policy) if remat else stage
 
-    def feed(t: jax.Array | int, buffer: Any, slot: Any, received: Any) -> tuple[Any, Any, Any]:
+    def feed(t: jax.Array | int, buffer: Tree, slot: Tree, received: Tree) -> tuple[Tree, Tree, Tree]:
         """Return a stage's input at iteration `t`: at stage 0, and in a group's first round, its place on the ring.
 
         What stage 0 received instead is then done, and takes that place: the ring brings it home.
@@ -88,7 +90,7 @@ def pipelined(
     return x, jax.tree.map(total, outs)
 
 
-def chunk_of(stacked: Any, chunk: jax.Array, chunks: int) -> Any:
+def chunk_of(stacked: Tree, chunk: jax.Array, chunks: int) -> Tree:
     """Take chunk number `chunk` of a pytree of arrays stacked over this device's layers."""
     if chunks == 1:
         return stacked
@@ -110,15 +112,15 @@ def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
     )
 
 
-def _shift(tree: Any) -> Any:
+def _shift(tree: Tree) -> Tree:
     return jax.tree.map(lambda a: ring_shift(a, AXIS), tree)
 
 
-def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+def _where(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _swap_trees(on: jax.Array, index: jax.Array, buffers: Any, values: Any) -> tuple[Any, Any]:
+def _swap_trees(on: jax.Array, index: jax.Array, buffers: Tree, values: Tree) -> tuple[Tree, Tree]:
     """Apply `_swap` to each array; integers have no gradient."""
     leaves, tree = jax.tree.flatten(buffers)
     swapped = [
@@ -141,11 +143,15 @@ def _swap(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) 
     return _exchange(on, index, buffer, value)
 
 
-def _swap_forward(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> Any:
+def _swap_forward(
+    on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     return _exchange(on, index, buffer, value), (on, index)
 
 
-def _swap_backward(where: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]) -> Any:
+def _swap_backward(
+    where: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[None, None, jax.Array, jax.Array]:
     return None, None, *_swap(*where, *grads)
 
 

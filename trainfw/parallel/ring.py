@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ import numpy as np
 
 from trainfw.parallel.collectives import all_gather, axis_index, axis_size, ring_shift
 from trainfw.scopes import ATTENTION
+
+Tree = TypeVar("Tree")
+Sums = TypeVar("Sums")
 
 
 def zigzag_order(length: int, parts: int) -> np.ndarray:
@@ -86,7 +89,7 @@ def gathered_attention(
         halves = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
         return halves[:, :, 0].reshape(x.shape[0], -1, *x.shape[2:])
 
-    def run(queries: Any, keys: Any) -> jax.Array:
+    def run(queries: _Queries, keys: _Keys) -> jax.Array:
         (q, *_), (k, v, *_) = queries, keys
         return attend(q, k, v, _seen(queries, keys, window), scale=scale, softcap=softcap)
 
@@ -154,7 +157,7 @@ def _ring(
 
 def _forward(
     form: _Form, q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Array, segments: jax.Array | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, tuple[object, ...]]:
     size = axis_size(form.axis)
     queries: list[_Queries] = _parts((_grouped(q, k), indices[None], segments), size)
     keys: _Keys = (k, v, indices[None], segments)
@@ -257,7 +260,7 @@ def _mask(form: _Form, query: _Queries, key: _Keys, products: jax.Array) -> jax.
     return jnp.where(_seen(query, key, form.window)[:, None, None], scores, _UNSEEN)
 
 
-def _seen(query: Any, key: Any, window: int | None) -> jax.Array:
+def _seen(query: _Queries, key: _Keys, window: int | None) -> jax.Array:
     (*_, query_indices, query_segments), (*_, key_indices, key_segments) = query, key
     return causal_mask(query_indices[0], key_indices[0], query_segments, key_segments, window)
 
@@ -276,31 +279,31 @@ def _grouped(x_BSHh: jax.Array, k_BSKh: jax.Array) -> jax.Array:
     return x_BSHh.reshape(B, S, k_BSKh.shape[2], -1, h)
 
 
-def _in_turn(sums: Any, tree: Any) -> Any:
+def _in_turn(sums: Sums, tree: Tree) -> tuple[Sums, Tree]:
     """Return both as they are, but products of `tree` wait for the sums: the scores before are gone by then."""
     return jax.lax.optimization_barrier((sums, tree))
 
 
-def _shift(tree: Any, form: _Form) -> Any:
+def _shift(tree: Tree, form: _Form) -> Tree:
     return jax.tree.map(lambda x: ring_shift(x, form.axis), tree)
 
 
-def _parts(tree: Any, size: int) -> list[Any]:
+def _parts(tree: Tree, size: int) -> list[Tree]:
     return _halves(tree) if size > 1 else [tree]
 
 
-def _halves(tree: Any) -> list[Any]:
+def _halves(tree: Tree) -> list[Tree]:
     """Cut columns into the early and the late half."""
     return [jax.tree.map(lambda x, i=i: jnp.split(x, 2, axis=1)[i], tree) for i in (0, 1)]
 
 
-def _join(parts: list[Any]) -> Any:
+def _join(parts: list[Tree]) -> Tree:
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
-def _pick(condition: jax.Array, tree: Any, other: Any) -> Any:
+def _pick(condition: jax.Array, tree: Tree, other: Tree) -> Tree:
     return jax.tree.map(functools.partial(jnp.where, condition), tree, other)
 
 
-def _add(tree: Any, other: Any) -> Any:
+def _add(tree: Tree, other: Tree) -> Tree:
     return jax.tree.map(jnp.add, tree, other)

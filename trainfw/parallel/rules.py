@@ -149,7 +149,7 @@ def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
         return function(*trees)
     sizes, replicated = rules.mesh.shape, rules.replicated
 
-    def spec(x: Any) -> PartitionSpec:
+    def spec(x: jax.Array) -> PartitionSpec:
         axes: list[str] = []
         for axis, size in sizes.items():
             if x.ndim > 2 and size > 1 and x.shape[0] % math.prod(sizes[a] for a in (*axes, axis)) == 0:

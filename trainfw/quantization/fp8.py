@@ -8,15 +8,18 @@ ever. On a device that holds a part of an array, the scale is that part's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from trainfw import backends
 
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
 
-def _narrow(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+
+def _narrow(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Return (x / scale in the dtype, the scale, f32[])."""
     top = jnp.max(jnp.abs(x)).astype(jnp.float32)
     # Not below what has an inverse: zeros stay zeros, and the smallest numbers do not become infinite.
@@ -24,7 +27,7 @@ def _narrow(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return (x.astype(jnp.float32) * (1.0 / scale)).astype(dtype), scale
 
 
-def _product(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int, scale: jax.Array, dtype: Any) -> jax.Array:
+def _product(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Multiply `scale` and two narrow matrices contracted along a dim of each; compilers take it for one kernel."""
     wide = jax.lax.dot_general(x, y, (((x_dim,), (y_dim,)), ((), ())), preferred_element_type=dtype)
     return (wide * scale).astype(dtype)
@@ -36,7 +39,7 @@ def fp8_matmul(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
     return _forward(x_ND, w_DF)[0]
 
 
-def _forward(x_ND: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(x_ND: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[object, ...]]:
     dtype = backends.current().fp8_dtypes[0]
     (x, of_x), (w, of_w) = _narrow(x_ND, dtype), _narrow(w_DF, dtype)
     y_NF = _product(x, w, 1, 0, of_x * of_w, x_ND.dtype)
@@ -46,7 +49,7 @@ def _forward(x_ND: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, Any]:
     return y_NF, (x_bits, of_x, w_bits, of_w, jnp.zeros(0, w_DF.dtype))
 
 
-def _backward(kept: Any, dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(kept: tuple[jax.Array, ...], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_bits, of_x, w_bits, of_w, like_w = kept
     forward, backward = backends.current().fp8_dtypes
     x, w = (jax.lax.bitcast_convert_type(bits, jnp.dtype(forward)) for bits in (x_bits, w_bits))

@@ -67,8 +67,8 @@ def read(file: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], Sources]:
 
 
 def extended(
-    tree: dict[str, Any], sources: Sources, directory: Path, chain: tuple[Path, ...]
-) -> tuple[dict[str, Any], Sources]:
+    tree: dict[str, object], sources: Sources, directory: Path, chain: tuple[Path, ...]
+) -> tuple[dict[str, object], Sources]:
     """Merge keys over those they extend, and record where each was written."""
     if "extends" not in tree:
         return tree, sources
@@ -93,7 +93,7 @@ def extended(
     return merge(base_tree, tree), base_sources | sources
 
 
-def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, Any]:
+def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources) -> dict[str, object]:
     """Read a mapping's values, recording the line of every key and refusing a key written twice."""
     values: dict[str, Any] = {}
     loader = yaml_text.Loader("")
@@ -120,7 +120,7 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
     return values
 
 
-def check_sections(tree: dict[str, Any], sources: Sources) -> None:
+def check_sections(tree: dict[str, object], sources: Sources) -> None:
     """Refuse a value in a section's place, which another file or override would replace without a word."""
     for section in {key.rpartition(".")[0] for key in keys()} - {""}:
         *outer, last = section.split(".")
@@ -132,7 +132,7 @@ def check_sections(tree: dict[str, Any], sources: Sources) -> None:
             raise UserError(f"{where(section, sources)}{section} = {show(value)}: {section_of(last, value)}")
 
 
-def section_of(section: str, value: Any) -> str:
+def section_of(section: str, value: object) -> str:
     """Say what is expected where `value` was given."""
     inside = f"{FIRST[section]}: {value:.60}" if isinstance(value, str) and section in FIRST else "key: value"
     return f"expected a section, `{section}: {{{inside}}}`"

@@ -37,7 +37,7 @@ RecipeLike: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
 def load_recipe(
-    path: RecipeLike, overrides: Sequence[str] | Mapping[str, Any] = (), *, written: str = OVERRIDES
+    path: RecipeLike, overrides: Sequence[str] | Mapping[str, object] = (), *, written: str = OVERRIDES
 ) -> Recipe:
     """Load a recipe file (or a bundled recipe by name, or a file's keys as a dict), what it extends, and overrides.
 
@@ -96,12 +96,12 @@ def load_recipe_for(
     return load_recipe(path, chosen, written=ARGUMENTS)
 
 
-def override_keys(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def override_keys(overrides: Sequence[str] | Mapping[str, object]) -> list[str]:
     """The dotted keys of overrides. Raises UserError as `load_recipe` does."""
     return [key for key, _ in _by_key(overrides, OVERRIDES)]
 
 
-def _by_key(overrides: Sequence[str] | Mapping[str, Any], written: str) -> Iterator[tuple[str, Any]]:
+def _by_key(overrides: Sequence[str] | Mapping[str, object], written: str) -> Iterator[tuple[str, object]]:
     """List overrides as (dotted key, value)."""
     if isinstance(overrides, Mapping):
         for key, value in leaves(dict(overrides)):
@@ -139,7 +139,7 @@ def refuse_recipe(path: str | os.PathLike[str]) -> None:
     raise UserError(f"{path}: is a recipe, where a run or a model is expected; {then}")
 
 
-def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
+def _without_tokenizer_of_model(tree: dict[str, object]) -> dict[str, object]:
     """Drop the tokenizer that came with `model.from`, since another model comes with its own."""
     model, data = tree.get("model"), tree.get("data")
     if not isinstance(model, dict) or not isinstance(data, dict) or model.get("from") is None:
@@ -150,14 +150,14 @@ def _without_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "data": {key: value for key, value in data.items() if key != "tokenizer"}}
 
 
-def _set(tree: Any, path: list[str], value: Any) -> dict[str, Any]:
+def _set(tree: object, path: list[str], value: object) -> dict[str, object]:
     """Return `tree` with the value at `path` replaced, whatever was there."""
     first, *rest = path
     tree = tree if isinstance(tree, dict) else {}
     return {**tree, first: _set(tree.get(first), rest, value) if rest else value}
 
 
-def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
+def _validate(tree: dict[str, object], sources: Sources, file: str) -> Recipe:
     for key, value in leaves(tree):
         for text in _texts(value):
             if problem := _text_problem(key, text):
@@ -183,7 +183,7 @@ def _validate(tree: dict[str, Any], sources: Sources, file: str) -> Recipe:
     return recipe
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -204,7 +204,7 @@ def _text_problem(key: str, text: str) -> str | None:
     return None
 
 
-def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
+def _from_weights(tree: dict[str, object], sources: Sources) -> dict[str, object]:
     """Read the fields of the model and the tokenizer that `model.from` stands for, where they are not written out."""
     model, data = tree.get("model"), tree.get("data")
     source = model.get("from") if isinstance(model, dict) else None
@@ -226,7 +226,7 @@ def _from_weights(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
     return tree
 
 
-def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
+def _from_adapter(tree: dict[str, object], sources: Sources) -> dict[str, object]:
     """Read the fields that `adapter.from` stands for, where none of an adapter's shape is written out."""
     adapter = tree.get("adapter")
     source = adapter.get("from") if isinstance(adapter, dict) else None
@@ -238,7 +238,7 @@ def _from_adapter(tree: dict[str, Any], sources: Sources) -> dict[str, Any]:
         raise UserError(f"{where('adapter.from', sources)}adapter.from: {error}") from error
 
 
-def _fields_of(source: str, family: str | None) -> dict[str, Any]:
+def _fields_of(source: str, family: str | None) -> dict[str, object]:
     """Read the fields of the model at a path: a run's, or those of weights."""
     refuse_recipe(source)
     run = resolve_path(source) / "recipe.yaml"
@@ -248,7 +248,7 @@ def _fields_of(source: str, family: str | None) -> dict[str, Any]:
     return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
 
 
-def _adapter_of(source: str) -> dict[str, Any]:
+def _adapter_of(source: str) -> dict[str, object]:
     """Read the fields of the adapter at a path: a run's, or one in PEFT's form."""
     refuse_recipe(source)
     if not resolve_path(source).exists():

@@ -61,7 +61,7 @@ _IN_WORDS = {
 """Patterns of keys in words."""
 
 
-def _meant(kind: str, value: Any) -> str:
+def _meant(kind: str, value: object) -> str:
     """Guess the value that one of the wrong type was meant to be, where it can be read."""
     text = str(value).strip().lower()
     if kind.startswith("bool"):
@@ -113,7 +113,7 @@ def _our_section(section: str) -> str:
     return section if section in sections else nearest(section, sections - {""}) or ""
 
 
-def _nearest(value: Any, choices: Sequence[str]) -> str:
+def _nearest(value: object, choices: Sequence[str]) -> str:
     known = VALUES.get(str(value).lower())
     if known in choices:
         return f"; did you mean {known!r}?"

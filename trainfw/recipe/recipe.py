@@ -131,13 +131,13 @@ class Recipe(Config):
         """Write the resolved recipe, every key written out; it loads back to the same recipe."""
         return yaml_text.dump(self.model_dump())
 
-    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """List dotted key -> (value here, value in `other`), where they differ."""
         mine, theirs = dict(leaves(self.model_dump())), dict(leaves(other.model_dump()))
         return {key: (mine.get(key), theirs.get(key)) for key in [*mine, *theirs] if mine.get(key) != theirs.get(key)}
 
 
-def expect_recipe(given: Any) -> Recipe:
+def expect_recipe(given: object) -> Recipe:
     """Check that Python code handed over a recipe. Raises UserError, with the call that makes one, where it is none."""
     if isinstance(given, Recipe):
         return given
@@ -145,7 +145,7 @@ def expect_recipe(given: Any) -> Recipe:
     raise UserError(f"recipe = {show(given)}: expected a trainfw.Recipe, such as trainfw.load_recipe({path}) returns")
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """Make the JSON Schema of a recipe file. Nothing is required, since a file may extend another."""
     schema = Recipe.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
@@ -167,7 +167,7 @@ def keys(family: str = DEFAULT_FAMILY) -> dict[str, Any]:
     return dict(_keys(Recipe, family))
 
 
-def _keys(config: type[BaseModel], family: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _keys(config: type[BaseModel], family: str, prefix: str = "") -> Iterator[tuple[str, object]]:
     for attribute, field in config.model_fields.items():
         name = field.alias or attribute
         yield f"{prefix}{name}", field.annotation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 Sources = dict[str, str]
 """Place where each dotted key was written: `file:line`, `command line`, or `overrides` of a call."""
@@ -45,12 +44,12 @@ def _names(problem: str, name: str, key: str) -> bool:
     return re.search(rf"(?<![\w.])(?:{'|'.join(map(re.escape, said))})(?!\w|\.\w)", problem) is not None
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")

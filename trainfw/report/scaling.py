@@ -47,7 +47,7 @@ def _section(scaling: Any, found: dict[str, Any]) -> Iterator[str]:
     yield "</ul></details>"
 
 
-def _planned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _planned(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     return [row for row in rows if row["problem"] is None]
 
 

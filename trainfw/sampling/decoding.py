@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from trainfw.models import (
     softcap,
     use_inputs,
 )
+
+Tree = TypeVar("Tree")
 
 _GROUPS = {
     "attention": (("query", "key", "value"), ("output",)),
@@ -130,7 +132,7 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     return weights
 
 
-def _name(path: Sequence[Any]) -> str:
+def _name(path: Sequence[object]) -> str:
     return ".".join(map(str, path))
 
 
@@ -156,7 +158,7 @@ def _available_memory() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
-def _views(tree: Any, count: int) -> tuple[Any, ...]:
+def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
     """A stacked tree's layers. On a CPU, NumPy's view of an array and JAX's of that one are the same memory."""
     (device,) = jax.tree.leaves(tree)[0].devices()
     leaves, structure = jax.tree.flatten(tree)
@@ -229,7 +231,7 @@ def decode_token(
     return logits_BV, LayerCaches(tuple(caches), cache.length + 1, cache.first_B)
 
 
-def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: Any) -> None:
+def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
     """Have the linear maps of each group compute one product together."""
     for key, w in joined.items():
         paths = [path.split(".") for path in key.split()]

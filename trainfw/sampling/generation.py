@@ -179,7 +179,7 @@ def _check(
 
 
 def _generate(
-    model: Transformer, prompt: list[int], max_tokens: int, ends: set[int], seed: int, **sampling: Any
+    model: Transformer, prompt: list[int], max_tokens: int, ends: set[int], seed: int, **sampling: object
 ) -> Iterator[int]:
     length = _power_of_two(len(prompt))
     room = _power_of_two(length + max_tokens) - length
@@ -196,7 +196,7 @@ def _drawn(
     room: int,
     adapters: AdapterInputs | None,
     seed: int,
-    sampling: dict[str, Any],
+    sampling: dict[str, object],
 ) -> Iterator[list[int]]:
     """The tokens that follow the rows, one of each at a time. `room`: for tokens, beside the padded rows."""
     sampling = sampling | {"chosen_by": backends.current().top_k}
@@ -242,7 +242,7 @@ def _extend_batch(
     cache: KVCache,
     key: jax.Array,
     adapters: AdapterInputs | None,
-    **sampling: Any,
+    **sampling: object,
 ) -> tuple[jax.Array, KVCache]:
     """The token that follows each row (i32[B]), whose last is its newest, and the cache with these."""
     model = nnx.merge(graphdef, params)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -249,7 +249,7 @@ def _same_tokenizer(source: str, origin: ModelSource) -> bool:
     return ours is None or (theirs is not None and theirs.fingerprint() == ours.fingerprint())
 
 
-def _extra(base: Weights, source: str) -> dict[str, Any]:
+def _extra(base: Weights, source: str) -> dict[str, object]:
     """Keys of config.json: the origin's, and which tokens begin and end a text."""
     origin = _origin(base, source)
     extra = {} if origin is None else dict(origin.huggingface)

@@ -34,7 +34,7 @@ def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
     )
 
 
-def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> Any:
+def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantized:
     """Return one frozen weight as it is kept. Raises UserError where a block does not divide it."""
     adapter = recipe.adapter
     if adapter is None:

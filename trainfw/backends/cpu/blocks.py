@@ -8,7 +8,6 @@ is, scores that fit its caches take half the time of those that go through memor
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ def _over_queries(x_BKGst: jax.Array, y_BKGsh: jax.Array) -> jax.Array:
 
 def _forward(
     q_BSHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, mask_BST: jax.Array, scale: float, softcap: float | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, tuple[object, ...]]:
     K = k_BTKh.shape[2]
     if q_BSHh.dtype != jnp.float32:
         # Turned by itself: together with rope's narrowing XLA does it number by number.
@@ -89,7 +88,7 @@ def _forward(
 
 
 def _backward(
-    scale: float, softcap: float | None, kept: Any, do_BSHh: jax.Array
+    scale: float, softcap: float | None, kept: tuple[jax.Array, ...], do_BSHh: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BKGSh, k_BKTh, v_BKTh, mask_BST, o_BKGSh, log_BKGS1 = kept
     do_BKGSh = _heads_first(do_BSHh, k_BKTh.shape[1])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.backends.base import AttentionRequest, DecodingRequest, MatmulRequest
+
+if TYPE_CHECKING:
+    import jax
 
 
 def attention_refuses(request: AttentionRequest) -> str | None:
@@ -15,7 +18,7 @@ def attention_refuses(request: AttentionRequest) -> str | None:
     return None
 
 
-def load_attention(request: AttentionRequest) -> Callable[..., Any]:
+def load_attention(request: AttentionRequest) -> Callable[..., jax.Array]:
     from trainfw.backends.cpu.blocks import blocked_attend
 
     return blocked_attend
@@ -26,7 +29,7 @@ def matmul_refuses(request: MatmulRequest) -> str | None:
     return None if request.dtype in ("bfloat16", "float32") else "it is for bfloat16 and float32"
 
 
-def load_matmul(request: MatmulRequest) -> Callable[..., Any]:
+def load_matmul(request: MatmulRequest) -> Callable[..., jax.Array]:
     from trainfw.backends.cpu import products
 
     return products.over_rows if request.over_rows else products.matmul

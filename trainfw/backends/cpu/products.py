@@ -7,8 +7,6 @@ as a bfloat16 result, for which XLA takes another way (jaxlib 0.10.2; `benchmark
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -34,7 +32,7 @@ def _forward(x_ND: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Arr
     return matmul(x_ND, w_DF), (x_ND, w_DF)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, Any]:
+def _backward(kept: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_ND, w_DF = kept
     dx_ND = product("nf,df->nd", dy_NF, w_DF).astype(x_ND.dtype)
     return dx_ND, over_rows(x_ND, dy_NF).astype(w_DF.dtype)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainfw.backends.base import AttentionRequest
+
+if TYPE_CHECKING:
+    import jax
 
 MAX_HEAD_DIM = 128
 """Largest head dim of cuDNN's attention on every GPU that has it; 256 from Hopper on, which a request does not tell."""
@@ -26,7 +29,7 @@ def attention_refuses(request: AttentionRequest) -> str | None:
     return None
 
 
-def load_attention(request: AttentionRequest) -> Callable[..., Any]:
+def load_attention(request: AttentionRequest) -> Callable[..., jax.Array]:
     """Load cuDNN's attention. Raises ImportError where jax's GPU platform is not CUDA's."""
     from trainfw.backends.gpu.cudnn import load
 

@@ -12,10 +12,13 @@ import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainfw.backends.base import AttentionRequest
 from trainfw.backends.neuron.sdk import version_parts
+
+if TYPE_CHECKING:
+    import jax
 
 Attend = Callable[..., Any]
 
@@ -134,7 +137,9 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     import jax
     import jax.numpy as jnp
 
-    def forward_rows(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, scale: float, **bounds: Any) -> tuple[Any, Any]:
+    def forward_rows(
+        q_BSHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, scale: float, **bounds: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Return o_BSHh, and the logarithms of the softmax's sums as `attention_bwd` reads them."""
         B, S, H, h = q_BSHh.shape
         K = k_BTKh.shape[2]
@@ -147,7 +152,13 @@ def load_nkilib(request: AttentionRequest) -> Attend:
         lse = -(negative_max + jnp.log(reciprocal)).reshape(B, H, _PARTITIONS, S // _PARTITIONS)
         return o_NSh.reshape(B, H, S, h).transpose(0, 2, 1, 3), lse
 
-    def forward(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, bounds_BS: Any, scale: float) -> tuple[Any, Any]:
+    def forward(
+        q_BSHh: jax.Array,
+        k_BTKh: jax.Array,
+        v_BTKh: jax.Array,
+        bounds_BS: tuple[jax.Array, jax.Array] | None,
+        scale: float,
+    ) -> tuple[jax.Array, tuple[object, ...]]:
         arrays = (q_BSHh, k_BTKh, v_BTKh)
         if bounds_BS is None:
             o_BSHh, lse = forward_rows(*arrays, scale)
@@ -170,14 +181,26 @@ def load_nkilib(request: AttentionRequest) -> Attend:
         return *(grad.transpose(0, 3, 1, 2) for grad in grads), None if bounds_BS is None else (None, None)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def flash(q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, bounds_BS: Any, scale: float) -> Any:
+    def flash(
+        q_BSHh: jax.Array,
+        k_BTKh: jax.Array,
+        v_BTKh: jax.Array,
+        bounds_BS: tuple[jax.Array, jax.Array] | None,
+        scale: float,
+    ) -> jax.Array:
         return forward(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)[0]
 
     flash.defvjp(forward, backward)
 
     def attend(
-        q_BSHh: Any, k_BTKh: Any, v_BTKh: Any, mask_BST: Any, *, scale: float, softcap: float | None = None
-    ) -> Any:
+        q_BSHh: jax.Array,
+        k_BTKh: jax.Array,
+        v_BTKh: jax.Array,
+        mask_BST: jax.Array,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> jax.Array:
         assert softcap is None
         bounds_BS = key_bounds(mask_BST, q_BSHh.shape[0]) if request.segments else None
         return flash(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)
@@ -185,7 +208,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     return attend
 
 
-def key_bounds(mask_BST: Any, rows: int) -> tuple[Any, Any]:
+def key_bounds(mask_BST: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Find the first key of each query's document, and the one after its last, f32[rows, S] each.
 
     Documents are runs of neighbours, as batches have them: of a causal mask over them, a row's sum is how far a query

@@ -9,7 +9,6 @@ import contextlib
 import json
 import subprocess
 import threading
-from typing import Any
 
 
 class NeuronMonitor:
@@ -106,19 +105,19 @@ def read_report(line: str) -> dict[str, float]:
     return metrics
 
 
-def _get(tree: Any, *keys: str) -> Any:
+def _get(tree: object, *keys: str) -> object:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
 
-def _list(value: Any) -> list[Any]:
+def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def _values(value: Any) -> list[Any]:
+def _values(value: object) -> list[object]:
     return list(value.values()) if isinstance(value, dict) else []
 
 
-def _numbers(value: Any) -> list[float]:
+def _numbers(value: object) -> list[float]:
     return [float(value)] if isinstance(value, (int, float)) and not isinstance(value, bool) else []

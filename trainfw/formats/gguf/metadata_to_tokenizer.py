@@ -25,7 +25,7 @@ NONE = 0xFFFFFFFF
 """The id of no token, in files that write one."""
 
 
-def huggingface_tokenizer(header: Header) -> tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]:
+def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, object], tuple[int, ...]]:
     """The tokenizer.json and the tokenizer_config.json of a GGUF file, and where generation stops besides at eos.
 
     Byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`). Raises UserError for other models, for a pre-tokenizer
@@ -95,7 +95,7 @@ def _check_vocabulary(header: Header, tokens: list[str]) -> None:
         seen.add(token)
 
 
-def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, object]) -> dict[str, object]:
     name = header.get(f"{_GGML}.pre", str, "default")
     names = {**PRE_TOKENIZERS, **{alias: PRE_TOKENIZERS[of] for alias, of in ALIASES.items()}}
     pre = known_or_refuse(header, f"{_GGML}.pre", names) if name != "default" else PRE_TOKENIZERS[name]
@@ -120,7 +120,9 @@ def _byte_level(header: Header, tokens: list[str], types: list[int], settings: d
     }
 
 
-def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+def _sentencepiece(
+    header: Header, tokens: list[str], types: list[int], settings: dict[str, object]
+) -> dict[str, object]:
     gemma = header.architecture.startswith("gemma")
     # llama.cpp's converter writes runs of spaces that are tokens by themselves as spaces.
     tokens[:] = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
@@ -162,7 +164,7 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings
     }
 
 
-def _bpe(tokens: list[str], merges: list[list[str]], **changes: Any) -> dict[str, Any]:
+def _bpe(tokens: list[str], merges: list[list[str]], **changes: object) -> dict[str, object]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -178,13 +180,13 @@ def _bpe(tokens: list[str], merges: list[list[str]], **changes: Any) -> dict[str
     }
 
 
-def _template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[str, Any]:
+def _template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[str, object]:
     """The post-processor that puts special tokens around a text."""
 
-    def special(tokens: list[str]) -> list[dict[str, Any]]:
+    def special(tokens: list[str]) -> list[dict[str, object]]:
         return [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
 
-    def text(name: str) -> list[dict[str, Any]]:
+    def text(name: str) -> list[dict[str, object]]:
         return [*special(before), {"Sequence": {"id": name, "type_id": 0}}, *special(after)]
 
     return {

@@ -34,11 +34,11 @@ _LLAMA3 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 _QWEN2 = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
 
-def _byte_level(*, regex: bool) -> dict[str, Any]:
+def _byte_level(*, regex: bool) -> dict[str, object]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
 
 
-def _splits(*patterns: str) -> dict[str, Any]:
+def _splits(*patterns: str) -> dict[str, object]:
     """The text cut by each pattern in turn, what is between matches kept; then bytes."""
     steps = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

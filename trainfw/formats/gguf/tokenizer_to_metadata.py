@@ -26,7 +26,7 @@ from trainfw.utf8 import read_utf8
 _GGML = "tokenizer.ggml"
 
 
-def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
+def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     """The `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in `directory`, and for where its
     generation_config.json stops: besides at eos, a GGUF file has a place for two.
 
@@ -91,8 +91,8 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _byte_level(
-    file: Path, form: dict[str, Any], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
-) -> dict[str, Any]:
+    file: Path, form: dict[str, object], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
+) -> dict[str, object]:
     if not merges:
         raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
     return {
@@ -198,7 +198,7 @@ def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
     return before, after
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(directory: Path, settings: dict[str, object]) -> str | None:
     if (file := directory / "chat_template.jinja").is_file():
         return read_utf8(file)
     template = settings.get("chat_template")

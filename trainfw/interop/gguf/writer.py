@@ -117,7 +117,7 @@ def save_gguf(
                 _pad(out, alignment)
 
 
-def _architecture(huggingface: Mapping[str, Any]) -> tuple[str, Architecture]:
+def _architecture(huggingface: Mapping[str, object]) -> tuple[str, Architecture]:
     families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
     family = huggingface.get("model_type", "")
     if family not in families:
@@ -125,15 +125,15 @@ def _architecture(huggingface: Mapping[str, Any]) -> tuple[str, Architecture]:
     return families[family], ARCHITECTURES[families[family]]
 
 
-def _model_config(huggingface: Mapping[str, Any]) -> ModelConfig:
+def _model_config(huggingface: Mapping[str, object]) -> ModelConfig:
     from trainfw.interop import config_from_huggingface
 
     return config_from_huggingface(huggingface)
 
 
 def _metadata(
-    name: str, architecture: Architecture, huggingface: Mapping[str, Any], config: ModelConfig
-) -> dict[str, Any]:
+    name: str, architecture: Architecture, huggingface: Mapping[str, object], config: ModelConfig
+) -> dict[str, object]:
     keys = (*architecture.keys, *(MIXTRAL_KEYS if huggingface["model_type"] == "mixtral" else ()))
     values: dict[str, Any] = {}
     for key in (*KEYS, *keys):
@@ -221,7 +221,7 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
 def _refuse_what_is_lost(
     file: Path,
     name: str,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
     writes: list[_Write],
     divisors: np.ndarray | None,
     config: ModelConfig,
@@ -281,7 +281,7 @@ def _pad(out: BinaryIO, alignment: int) -> None:
     out.write(bytes(-out.tell() % alignment))
 
 
-def _title(huggingface: Mapping[str, Any], file: Path) -> str:
+def _title(huggingface: Mapping[str, object], file: Path) -> str:
     title = str(huggingface.get("_name_or_path") or file.stem)
     # The one thing by which Mistral is told from Llama, whose architecture it has.
     return f"mistral {title}" if huggingface["model_type"] == "mistral" and "mistral" not in title.lower() else title

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from trainfw.backends import load_sdk
 from trainfw.checking import refuse_arguments
@@ -115,7 +115,7 @@ class Plan:
         price = self.recipe.hardware.dollars_per_chip_hour
         return None if price is None else price * self.chip_hours
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with stable keys; seconds, bytes, and per core where it says so."""
         return {
             "recipe": self.recipe.name,

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainfw.errors import UserError
 from trainfw.hardware import duration
@@ -345,7 +345,7 @@ def _measured(topology: Topology, dtype: str) -> tuple[list[int], list[list[list
     return (measured.sizes, found[0]) if measured is not None and found else None
 
 
-def _interpolated(sizes: Sequence[int], cube: Sequence[Any], at: Sequence[int]) -> float:
+def _interpolated(sizes: Sequence[int], cube: Sequence[Sequence[Sequence[float]]], at: Sequence[int]) -> float:
     """The rate at `at`, linear in the logarithms of sizes and rates."""
     corners = itertools.product(*(_between(sizes, size) for size in at))
     return math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainfw.parallel import Layout
 from trainfw.planning.predict.closed_form import state_bytes
@@ -146,7 +146,7 @@ class Goodput:
         """Goodput at the suggested interval with the best number of spares."""
         return self.best.goodput
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "count": self.units,
             "instances": self.instances,

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from trainfw.errors import UserError
 from trainfw.hardware import MAX_COUNT, in_any_unit, in_seconds
@@ -99,7 +98,7 @@ class Scaling:
         hours = 24 * self.days(row) * row.plan.topology.chips
         return _over(hours, row.goodput.best.per_unit) if failures else hours
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with stable keys; a row without a plan has `count` and its `problem` alone.
 
         `scaling.weak` and `scaling.strong` are lists of rows: `count` (units), `chips`, `cores`, `data`,
@@ -126,7 +125,7 @@ class Scaling:
             },
         }
 
-    def _row(self, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    def _row(self, row: Row, rows: Sequence[Row]) -> dict[str, object]:
         plan, price = row.plan, self.recipe.hardware.dollars_per_chip_hour
         if plan is None or row.goodput is None:
             return {"count": row.count, "problem": row.problem}

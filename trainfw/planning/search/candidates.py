@@ -195,7 +195,7 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
             yield _changed(recipe, layout, train, parallel)
 
 
-def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, Any]]:
+def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, object]]:
     """Of `fsdp_shards`, what may fit."""
     if layout.fsdp == 1:  # nothing is split
         yield {}
@@ -281,7 +281,7 @@ def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T
     return kept
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """What a search may change, by dotted key."""
     parallel, train = recipe.parallel, recipe.train
     return {

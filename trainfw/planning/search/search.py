@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trainfw.errors import UserError
 from trainfw.planning.predict.plan import Plan, plan
@@ -83,7 +82,7 @@ class Found:
         front = pareto(self.fitting, lambda pair: (pair[1].time.seconds, pair[1].memory.total))
         return sorted(front, key=lambda pair: pair[1].time.seconds)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with stable keys."""
         return {
             "objective": self.survey.objective,
@@ -294,5 +293,5 @@ def _changes(survey: Survey, candidate: Candidate) -> str:
     return " ".join(changed) or "nothing: the recipe as it is"
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()
