@@ -177,7 +177,10 @@ def test_a_token_sees_none_that_follows_and_no_other_document(recipe_file):
 def test_it_is_planned_and_checked(recipe_file):
     chip = ("hardware.topology=trn2.3xlarge", "train.compute_dtype=bfloat16")
     recipe = load_recipe(recipe_file, (*chip, "parallel={fsdp: 2, tensor: 2}"))
+    told: list[str] = []
     made = plan(recipe)
+    assert plan(recipe, told.append).time == made.time
+    assert not any("compiled before" in text for text in told)  # its code may have changed since
     assert made.time.seconds > 0
     assert 0 < made.mfu < 1
     report = check_program(build_program(recipe, jax.devices()[:4]), topology=recipe.hardware.load())

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from trainfw import backends
+from trainfw.object_reference import is_reference
 from trainfw.paths import cache_dir
 from trainfw.planning.read_step.analysis import (
     Analysis,
@@ -68,7 +69,10 @@ def compiled(
         most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
         simulate: so many devices are started where it must be compiled, before which this process has no need of jax.
             Left out, as many as it takes, where jax has not started; else the ones that this process has.
-        fresh: compile it anew, whatever the cache has.
+        fresh: compile it anew, whatever the cache has; so is what is of somebody's own code, always.
+||||||| base
+            Left out, this process has its devices already.
+        fresh: compile it anew, whatever the cache has; so is what is of somebody's own code, always.
 
     Raises UserError as `simulation` does, and where the state does not divide among all cores.
     """
@@ -77,16 +81,20 @@ def compiled(
     backend = backends.simulated(found.rules) if stands_in else backends.current()
     key = _key(found, backend)
     file = cache_dir() / "plans" / f"{key}.json"
-    # The key has the name of an objective of one's own, not its code.
-    kept = not recipe.objective.is_own
-    step = _load(file, key) if kept and not fresh else None
+    own = any(map(is_reference, (recipe.model.family, recipe.objective.name)))  # code that the key does not know
+    step = None if fresh or own else _load(file, key)
     if step is not None:
         progress("compiled before (in the cache; fresh=True, --no-cache, compiles it anew)")
     else:
         backends.lend(simulate or found.cores)
         with backends.contract(found.rules) if stands_in else contextlib.nullcontext():
             step = _compile(found, recipe, progress)
-        if kept and (problem := _save(file, _Entry(key, step))):
+        if not own and (problem := _save(file, _Entry(key, step))):
+||||||| base
+        if simulate is not None:
+            backends.prepare(simulate, as_backend=as_backend)
+        step = _compile(found, recipe, progress)
+        if problem := _save(file, _Entry(key, step)):
             progress(f"not kept for the next time: {problem}")
     with recipe.blamed("parallel"):
         memory = step.memory.lengthened(found.simulated, found.layout)
