@@ -85,6 +85,14 @@ def test_questions_for_a_device_are_seen():
     assert not device_questions("sys.platform == 'linux'")
 
 
+def test_decoders_are_named_only_where_decoders_are_meant():
+    # Of a model, all else asks its family or a TokenModel.
+    names = {"Transformer", "ModelConfig", "KVCache", "DecoderLayer"}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.relative_to(PACKAGE).parts[0] not in ("models", "interop", "sampling"):
+            assert not names & {name for _, name in imports(file)}, file
+
+
 @pytest.mark.parametrize("code", ["import trainfw", "import trainfw.cli", "import trainfw.recipe"])
 def test_nothing_heavy_is_imported_before_it_is_needed(code):
     heavy = ["jax", "flax", "numpy", "grain", "orbax", "tokenizers", "torch"]

@@ -11,11 +11,11 @@ from trainfw.adapters.config import AdapterConfig
 from trainfw.adapters.lora import Bank
 from trainfw.adapters.placing import adaptable, targets
 from trainfw.errors import UserError
-from trainfw.models import ExpertLinear, Frozen, Linear, Transformer, dense
+from trainfw.models import ExpertLinear, Frozen, LanguageModel, Linear, dense
 from trainfw.quantization import Quantized
 
 
-def attach_bank(model: Transformer, adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, np.ndarray]]]) -> None:
+def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, np.ndarray]]]) -> None:
     """Put several adapters on a model, in place, for `AdapterInputs.rows_B` to choose from.
 
     Row value i takes adapter i of `adapters`, their number the base itself; `model.adapter_names` holds the names.

@@ -55,8 +55,8 @@ def generate(
     tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ends = weights.end_tokens(tokenizer)
-    longest, most = max(map(len, tokens)) + max_tokens, loaded.config.max_position
-    if longest > most:
+    longest, most = max(map(len, tokens)) + max_tokens, loaded.config.longest_context
+    if most is not None and longest > most:
         typer.echo(
             f"warning: {longest} tokens are more than the {most} positions that the model was made for", err=True
         )

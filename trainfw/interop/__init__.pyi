@@ -4,6 +4,7 @@ from .configs import decoder_config as decoder_config
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf
+from .gguf.writer import window_note as window_note
 from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
 from .mapping import parameter_shapes as parameter_shapes

@@ -14,7 +14,7 @@ from flax import nnx
 
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
-from trainfw.models import MOST_ROUNDS, AdapterInputs, KVCache, Transformer, iterative_top_k, likeliest
+from trainfw.models import MOST_ROUNDS, AdapterInputs, KVCache, LanguageModel, Transformer, iterative_top_k, likeliest
 from trainfw.sampling.decoding import (
     LayerCaches,
     by_layer,
@@ -72,7 +72,7 @@ def _draw_by_maximum(key: jax.Array, logits_V: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     prompt_tokens: Sequence[int],
     *,
     max_tokens: int,
@@ -91,8 +91,7 @@ def generate(
     fastest. Raises UserError, at the call, for
     an argument that makes no sense.
     """
-    prompt = list(prompt_tokens)
-    _check_decodes(model)
+    prompt, model = list(prompt_tokens), _decoder(model)
     _check([prompt], model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     ends = {*eos_ids} if eos_id is None else {eos_id, *eos_ids}
     if model.adapter_names:
@@ -101,7 +100,7 @@ def generate(
 
 
 def generate_batch(
-    model: Transformer,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -122,8 +121,7 @@ def generate_batch(
         adapters: of a model that was loaded with several, the name of the one that each prompt takes, or None for the
             model without any (the default for all).
     """
-    rows = [list(prompt) for prompt in prompts]
-    _check_decodes(model)
+    rows, model = [list(prompt) for prompt in prompts], _decoder(model)
     _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
     if not rows:
         return []
@@ -144,9 +142,10 @@ def generate_batch(
     return new
 
 
-def _check_decodes(model: Any) -> None:
-    if not isinstance(model, Transformer):
-        raise UserError(f"family = {model.config.family!r}: no text can be drawn from its models; expected a decoder")
+def _decoder(model: LanguageModel) -> Transformer:
+    if isinstance(model, Transformer):
+        return model
+    raise UserError(f"family = {model.config.family!r}: no text can be drawn from its models; expected a decoder")
 
 
 def _check(

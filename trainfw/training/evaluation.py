@@ -15,7 +15,7 @@ from trainfw.adapters import attach_bank
 from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
-from trainfw.models import Transformer, abstract_model
+from trainfw.models import LanguageModel, abstract_model
 from trainfw.objectives import Mean
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
@@ -143,7 +143,7 @@ def load_model(
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-) -> tuple[Transformer, Tokenizer]:
+) -> tuple[LanguageModel, Tokenizer]:
     """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
 
     Args:
@@ -196,7 +196,7 @@ def _frozen(run: RunDirectory, program: Program) -> Any:
     return program.load_frozen()
 
 
-def _loaded(base: Base, dtype: str) -> Transformer:
+def _loaded(base: Base, dtype: str) -> LanguageModel:
     """A model of a base's weights, on the first device."""
     graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype), nnx.Param)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

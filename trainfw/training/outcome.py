@@ -7,7 +7,7 @@ import jax
 
 from trainfw import backends
 from trainfw.data import PreparedData, Progress, stop_ids
-from trainfw.models import Transformer
+from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.sampling import generate
 from trainfw.training.evaluation import Validation, validate
@@ -113,7 +113,7 @@ class Outcome:
             self.reporter.note(text)
         return comparison
 
-    def _model(self, state: TrainState) -> Transformer:
+    def _model(self, state: TrainState) -> LanguageModel:
         """The model on one device, to generate with."""
         device = backends.host_device() if backends.current().host_generate else jax.devices()[0]
         params, frozen = (jax.device_put(part, device) for part in (state.params, state.frozen))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainfw.data import Progress, Tokenizer, TokenStore, stop_ids
-from trainfw.models import Transformer
+from trainfw.models import LanguageModel
 from trainfw.recipe import EvaluationConfig
 from trainfw.sampling import generate_batch
 
@@ -91,7 +91,7 @@ def held_out_tasks(store: TokenStore, count: int) -> list[TaskExample]:
 
 
 def evaluate_task(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     tasks: Sequence[TaskExample],
     config: EvaluationConfig,

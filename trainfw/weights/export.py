@@ -28,9 +28,9 @@ from trainfw.interop import (
     save_gguf,
     save_model,
     save_peft,
+    window_note,
 )
 from trainfw.json_text import read_json
-from trainfw.models import ModelConfig
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.open import (
     Base,
@@ -208,15 +208,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
-    return written + _without_window(config)
-
-
-def _without_window(config: ModelConfig) -> str:
-    """What to say of a model all of whose layers have a window, which llama.cpp has none for."""
-    window = config.sliding_window
-    if window is None or "global" in config.layer_kinds or window >= config.max_position:
-        return ""
-    return f"\nnote: llama.cpp attends to all tokens, and the model to the last {window}: the same up to there"
+    return written + window_note(config)
 
 
 def _origin(base: Weights, source: str) -> ModelSource | None:

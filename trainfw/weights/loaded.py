@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from trainfw.errors import UserError
-from trainfw.models import LanguageModel, ModelConfig, Transformer
+from trainfw.models import FamilyConfig, LanguageModel
 from trainfw.weights.export import write_model
 from trainfw.weights.open import MergedBase, Weights, check_tokenizer, is_run, merge, open_base, run_recipe
 
@@ -20,7 +20,7 @@ from trainfw.weights.open import MergedBase, Weights, check_tokenizer, is_run, m
 class InMemory:
     """The weights of a model as they are now."""
 
-    config: ModelConfig
+    config: FamilyConfig
     arrays: Mapping[str, jax.Array]
     """By our names."""
 
@@ -42,8 +42,6 @@ class LoadedFrom:
 
     def save(self, model: LanguageModel, directory: str, dtype: str | None) -> str:
         """Write `model` as a Hugging Face directory, and say what was written (see `LanguageModel.save`)."""
-        if not isinstance(model, Transformer):
-            raise UserError(f"save: a model of family {model.config.family!r} has no form in other libraries' formats")
         if model.adapter_names:
             raise UserError(
                 f"a model with the adapters {', '.join(model.adapter_names)} beside it has no form of its own: save it "

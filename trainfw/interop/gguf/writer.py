@@ -301,3 +301,11 @@ def _add(writer: Any, key: str, value: Any) -> None:
             writer.add_array(key, value)
         case _:
             raise TypeError(f"{key}: {type(value).__name__}")
+
+
+def window_note(config: ModelConfig) -> str:
+    """Say what becomes of a model all of whose layers have a window, which llama.cpp has none for; empty for others."""
+    window = config.sliding_window
+    if window is None or "global" in config.layer_kinds or window >= config.max_position:
+        return ""
+    return f"\nnote: llama.cpp attends to all tokens, and the model to the last {window}: the same up to there"

@@ -70,9 +70,6 @@ def compiled(
         simulate: so many devices are started where it must be compiled, before which this process has no need of jax.
             Left out, as many as it takes, where jax has not started; else the ones that this process has.
         fresh: compile it anew, whatever the cache has; so is what is of somebody's own code, always.
-||||||| base
-            Left out, this process has its devices already.
-        fresh: compile it anew, whatever the cache has; so is what is of somebody's own code, always.
 
     Raises UserError as `simulation` does, and where the state does not divide among all cores.
     """
@@ -90,11 +87,6 @@ def compiled(
         with backends.contract(found.rules) if stands_in else contextlib.nullcontext():
             step = _compile(found, recipe, progress)
         if not own and (problem := _save(file, _Entry(key, step))):
-||||||| base
-        if simulate is not None:
-            backends.prepare(simulate, as_backend=as_backend)
-        step = _compile(found, recipe, progress)
-        if problem := _save(file, _Entry(key, step)):
             progress(f"not kept for the next time: {problem}")
     with recipe.blamed("parallel"):
         memory = step.memory.lengthened(found.simulated, found.layout)
