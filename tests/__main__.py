@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+MARKS = [] if "--all" in sys.argv[1:] else ["-m", "not long"]
 COMMANDS = [
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
-    ["pytest", "-q", "-n", "2", "--durations=10", *([] if "--all" in sys.argv[1:] else ["-m", "not long"])],
+    ["pytest", "-q", "-n2", "--dist=worksteal", "--durations=10", *MARKS],
 ]
 
 for command in COMMANDS:

@@ -1,17 +1,24 @@
 """Eight simulated CPU devices, before anything imports jax; caches under a temporary directory."""
 
+import gc
 import os
 import signal
 import tempfile
+import time
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import COMPILED_QUICKLY
 from trainfw import backends
+from trainfw.backends import select
 
 # Tests compile far more than they compute. `prepare` keeps flags that are set.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")
+os.environ["XLA_FLAGS"] = COMPILED_QUICKLY
+select.CPU.init_options["xla_backend_optimization_level"] = "0"  # it comes before the flag; tests/program/test_build.py
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what one of them has compiled
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.03"
 # Warnings of XLA's are to be seen here: of what its partitioner cannot split (tests/program/test_collectives.py).
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 backends.prepare(8)
@@ -24,6 +31,31 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as commands set it; this process has read the other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--begin-within", type=float, metavar="SECONDS", help="skip tests that would begin later")
+    parser.addoption("--begin-at", type=int, default=0, metavar="N", help="begin with the Nth test, wrapping round")
+
+
+def pytest_configure(config):
+    config.began = time.monotonic()
+
+
+def pytest_collection_modifyitems(config, items):
+    if items:
+        first = config.option.begin_at % len(items)
+        items[:] = items[first:] + items[:first]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules stay: there are millions of their objects to look through
+
+
+def pytest_runtest_setup(item):
+    within = item.config.option.begin_within
+    if within is not None and time.monotonic() - item.config.began > within:
+        pytest.skip("no time is left for it")
 
 
 @pytest.fixture

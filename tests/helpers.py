@@ -19,6 +19,11 @@ from trainfw.checking.jaxpr import sub_jaxprs
 from trainfw.launch.local import _free_port
 from trainfw.training import Reporter
 
+COMPILED_QUICKLY = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+"""XLA's flags, without a number of devices."""
+
 TINY = """
 name: tiny
 model: {preset: tiny, vocab_size: 258}
