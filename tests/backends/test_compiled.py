@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import write_recipe
+from tests.helpers import COMPILED_QUICKLY, write_recipe
 from trainfw.backends.compiled import Executables
 
 PROGRAM = """
@@ -28,7 +28,7 @@ recipe = trainfw.load_recipe(sys.argv[1], ["train.steps=3", *sys.argv[5:]])
 result = trainfw.train(recipe, run_dir=sys.argv[2])
 print(json.dumps({"hits": len(hits), "directory": jax.config.jax_compilation_cache_dir}))
 """
-UNSET = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "XLA_FLAGS")
+UNSET = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 class Runs:
@@ -46,7 +46,13 @@ class Runs:
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(self.recipe), str(run), *arguments],
-            env=kept | {"XDG_CACHE_HOME": str(self.directory / "cache"), "JAX_PLATFORMS": "cpu", **environment},
+            env=kept
+            | {
+                "XDG_CACHE_HOME": str(self.directory / "cache"),
+                "XLA_FLAGS": COMPILED_QUICKLY,
+                "JAX_PLATFORMS": "cpu",
+                **environment,
+            },
             capture_output=True,
             text=True,
         )

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import COMPILED_QUICKLY
+
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
 @pytest.mark.slow
 def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
+    monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices
     command = [sys.executable, str(CHAOS), "--runs", "2", "--terms", "1", "--seed", "11", "--grace", "60"]
-    command += ["--processes", "1", "--load", "1"]
+    command += ["--processes", "1"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.endswith("3 of 3 runs went on bit for bit\n")

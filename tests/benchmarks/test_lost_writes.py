@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.lost.replay import Change, Disk, marks_before, read_journal
 from benchmarks.lost_writes import compile_library
+from tests.helpers import COMPILED_QUICKLY
 
 LOST_WRITES = Path(__file__).parents[2] / "benchmarks" / "lost_writes.py"
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -97,7 +98,7 @@ def test_writes_fail_when_they_are_told_to(tmp_path):
 @compiled
 def test_a_few_moments_of_losing_power(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
+    monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices
     command = [sys.executable, str(LOST_WRITES), "--cases", "8", "--seed", "23"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

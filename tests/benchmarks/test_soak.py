@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.soak import Sample, growth
+from tests.helpers import COMPILED_QUICKLY
 
 
 def samples(per_save: float, leaked: int) -> list[Sample]:
@@ -37,7 +38,7 @@ def test_growth_is_told_from_noise():
 @pytest.mark.slow
 def test_a_few_seconds_of_saves(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # of these tests' own devices
+    monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices
     monkeypatch.setattr(soak, "MOST_MB", 1e6)  # so short a time says nothing
     monkeypatch.setattr(soak, "MOST_FILES", 100)
     monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes", "0.15"])
