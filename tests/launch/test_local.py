@@ -71,53 +71,57 @@ def test_one_process_goes_on_with_what_two_began(straight, tmp_path):
     assert list(losses(run)) == list(expected)
 
 
-def test_one_is_killed_and_all_go_on(straight, tmp_path):
+def saved_and_left(process, run):
+    """Check that a run which was told to stop has saved its last step, and said so."""
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "saved; the same command resumes" in output
+    assert max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*")) == max(losses(run))
+
+
+def test_whatever_befalls_one_ends_all_and_all_go_on(straight, tmp_path):
+    """One is killed; then one hangs; then one is told to stop."""
     recipe, expected, _ = straight
     run = tmp_path / "run"
     process = start(recipe, run)
-    ranks = until_step(12, process, run)
+    ranks = until_step(7, process, run)
     os.kill(ranks[1], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGKILL
     assert "process 1 of 2 ended first, with exit code 137; the others were ended" in output
     assert all(map(gone, ranks))
+
+    process = start(recipe, run, "watchdog.step_seconds=5", "watchdog.save_seconds=5")
+    ranks = until_step(17, process, run)
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 20
+    assert process.returncode == 75
+    assert "resumed" in output
+    assert "failed: nothing has moved for 5 s in phase '" in output
+    assert "Thread 0x" in output
+    assert "Thread 0x" in (run / "logs" / "rank-1.log").read_text()  # the one that hung, when it was ended
+    assert all(map(gone, ranks))
+
+    process = start(recipe, run, "checkpoint.every=0")
+    os.kill(until_step(27, process, run)[1], signal.SIGTERM)
+    saved_and_left(process, run)
+
     ran = subprocess.run(command(recipe, run), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "resumed" in ran.stdout
     assert losses(run) == expected
 
 
-def test_one_hangs_and_the_job_ends_with_the_reason(straight, tmp_path):
-    recipe, expected, _ = straight
-    run = tmp_path / "run"
-    process = start(recipe, run, "watchdog.step_seconds=5", "watchdog.save_seconds=5")
-    ranks = until_step(12, process, run)
-    os.kill(ranks[1], signal.SIGSTOP)
-    began = time.monotonic()
-    output = process.communicate(timeout=60)[0]
-    assert time.monotonic() - began < 20
-    assert process.returncode == 75
-    assert "failed: nothing has moved for 5 s in phase '" in output
-    assert "Thread 0x" in output
-    assert "Thread 0x" in (run / "logs" / "rank-1.log").read_text()  # the one that hung, when it was ended
-    assert all(map(gone, ranks))
-    ran = subprocess.run(command(recipe, run), capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert losses(run) == expected
-
-
-@pytest.mark.parametrize("to", [pytest.param("the launcher", marks=pytest.mark.long), "one process"])
-def test_sigterm_saves_in_all(straight, tmp_path, to):
+@pytest.mark.long
+def test_sigterm_to_the_launcher_saves_in_all(straight, tmp_path):
     recipe, expected, _ = straight
     run = tmp_path / "run"
     process = start(recipe, run, "checkpoint.every=0")
-    ranks = until_step(12, process, run)
-    (process.send_signal if to == "the launcher" else lambda signum: os.kill(ranks[1], signum))(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "saved; the same command resumes" in output
-    (saved,) = (int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
-    assert saved == max(losses(run)) >= 12
+    until_step(12, process, run)
+    process.send_signal(signal.SIGTERM)
+    saved_and_left(process, run)
     ran = subprocess.run(command(recipe, run), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert losses(run) == expected
