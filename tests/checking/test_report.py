@@ -216,6 +216,7 @@ def test_what_is_not_confirmed_of_python_is_not_said_of_jax(monkeypatch):
         ({"lnc": 4}, "LNC"),
         ({"sdk": "1.0"}, "no profile of this Neuron SDK"),
         ({"sdk": 2}, "sdk = '2': no profile of this Neuron SDK"),
+        ({"hardware": 7}, "hardware = 7: expected a topology, or the name of one"),
         ({"count": 1.5}, r"count = 1\.5: expected a whole number"),
         ({"count": True}, "count = True: expected a whole number"),
         ({"lnc": "2"}, "lnc = '2': expected a whole number"),
