@@ -94,7 +94,7 @@ class Limit:
     """A size of a model that is divided over the mesh axes that split a dim."""
 
     field: str
-    """Of the family's config."""
+    """A field of the family's config; `moe.num_experts` of a section in it."""
     size: int
     """The number that is to divide, `field` or a multiple of it."""
     dim: str

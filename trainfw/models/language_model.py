@@ -33,7 +33,7 @@ class TokenModel(Protocol):
 
     @property
     def head_learns(self) -> bool:
-        """Whether anything in `head_weight` has a gradient."""
+        """Tell whether anything in `head_weight` has a gradient."""
         ...
 
     def forward(
@@ -95,7 +95,7 @@ class LanguageModel(nnx.Module):
         check_remat(options.remat)
         self.config, self.options = config, options
         self.adapter_names: tuple[str, ...] = ()
-        """Of adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+        """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
 
     origin: Origin | None = None
     """Place that the model was loaded from; None where it was made."""
@@ -121,7 +121,7 @@ class LanguageModel(nnx.Module):
         return self.embedding(tokens_BS, jnp.dtype(self.compute_dtype))
 
     def context(self, positions_BS: jax.Array, segment_ids_BS: jax.Array | None, mask_BS: jax.Array | None) -> Any:
-        """What all layers share: a pytree of arrays that are not differentiated."""
+        """Return what all layers share: a pytree of arrays that are not differentiated."""
         return TokenPlaces(positions_BS, segment_ids_BS)
 
     @staticmethod
@@ -131,7 +131,7 @@ class LanguageModel(nnx.Module):
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether layers read mask_BS."""
+        """Tell whether layers read mask_BS."""
         return False
 
     @property
@@ -170,7 +170,7 @@ class LanguageModel(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """What `forward` returns, without the stats."""
+        """Return x_BSD of `forward`, without the stats."""
         return self.forward(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS)[0]
 
     def forward(

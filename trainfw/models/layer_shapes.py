@@ -24,7 +24,7 @@ class Weight(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a matrix of a layer, which multiplies tokens."""
+        """Tell whether it is a matrix of a layer, which multiplies tokens."""
         return self.kind in ("layers.kernel", "layers.experts")
 
 
@@ -48,7 +48,7 @@ class FeedForward:
 
     width: int
     experts: Experts | None = None
-    """Of a mixture: `width` is that of each."""
+    """Those of a mixture, each as wide as `width`; None: one layer for all tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ class ModelShapes:
 
     @property
     def experts(self) -> Experts | None:
-        """Those of the model, where it has any."""
+        """The experts of the model, where it has any."""
         return next((part.experts for part in self.feed_forwards if part.experts is not None), None)

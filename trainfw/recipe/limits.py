@@ -26,7 +26,7 @@ class LayoutProblem:
     """A reason why a recipe cannot have a layout."""
 
     key: str
-    """Of the recipe, to blame."""
+    """The key of the recipe to blame."""
     reason: str
     """The same words for all layouts that have the problem."""
     text: str
