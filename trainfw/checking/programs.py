@@ -463,7 +463,7 @@ def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception)
 
 
 def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
-    """The device of each partition."""
+    """Return the device of each partition."""
     import jax
 
     count = partitioned.module.num_partitions
