@@ -304,7 +304,7 @@ def test_names_of_the_columns(tmp_path, smollm2):
 
 def test_other_formats_keep_their_caches():
     """As they were before there were preferences: a fingerprint that changes makes everybody tokenise anew."""
-    source, fingerprints = Source((), "x", "here"), {}
+    source, fingerprints = Source((), ("x",), "here"), {}
     for format in ("text", "chat", "prompt_completion", "preferences"):
         config = DataConfig(format=format, sequence_length=64)
         fingerprints[format] = _fingerprint(config, source, byte_tokenizer())

@@ -137,14 +137,14 @@ def test_pairs_are_packed_whole_and_once(pairs: list[tuple[list[bool], list[bool
         }
         count = int(row["segment_ids"].max())
         assert 1 <= count <= most
-        assert len(rows.pairs(index)) == count
+        assert len(rows.groups(index)) == count
         for side in (0, 1):
             own_side = {name: values[side] for name, values in row.items()}
             real = own_side["segment_ids"] > 0
             filled += real.sum()
             assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
             assert all((values[~real] == 0).all() for values in own_side.values())
-            for segment, pair in zip(range(1, count + 1), rows.pairs(index), strict=True):
+            for segment, pair in zip(range(1, count + 1), rows.groups(index), strict=True):
                 own = own_side["segment_ids"] == segment
                 tokens = [*own_side["tokens"][own].tolist(), int(own_side["targets"][own][-1])]
                 assert own_side["targets"][own].tolist() == tokens[1:]
@@ -152,8 +152,8 @@ def test_pairs_are_packed_whole_and_once(pairs: list[tuple[list[bool], list[bool
                 assert tokens == store.tokens[slice(*store.offsets[example : example + 2])].tolist()
                 assert own_side["positions"][own].tolist() == list(range(len(tokens) - 1))
                 assert own_side["loss_mask"][own].tolist() == examples[example][1:]
-        seen += rows.pairs(index).tolist()
-        firsts.append(int(rows.pairs(index)[0]))
+        seen += rows.groups(index).tolist()
+        firsts.append(int(rows.groups(index)[0]))
     assert sorted(seen) == list(range(len(pairs)))
     assert firsts == sorted(firsts), "in the order of their first pair"
     assert rows.filled == filled / (2 * S * len(rows))

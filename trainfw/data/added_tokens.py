@@ -1,5 +1,6 @@
-"""Tokens that a tokenizer's other files add to its tokenizer.json: tokenizer_config.json, special_tokens_map.json and
-added_tokens.json, each as Transformers 5 reads it (`PreTrainedTokenizerFast`, tokenization_utils_{base,tokenizers}.py).
+"""Tokens added to a tokenizer.json by tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+Each is read as Transformers 5 does (`PreTrainedTokenizerFast`, tokenization_utils_{base,tokenizers}.py).
 """
 
 from __future__ import annotations
@@ -17,35 +18,37 @@ from trainfw.errors import UserError
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 """Keys of special tokens without a role: the newer, and the older."""
-_TOLD = {*_LISTS, "added_tokens_decoder"}
-"""What tokenizer.json says by itself, once it has all tokens; their flags too."""
+_IN_TOKENIZER = {*_LISTS, "added_tokens_decoder"}
+"""Keys whose tokens and flags tokenizer.json itself holds, once all tokens are added to it."""
 _LONGEST = 1000
-"""Letters of a token that is added, as in a GGUF file: a template writes it again and again."""
+"""Most letters of an added token, as in a GGUF file: a template writes it again and again."""
 _ID = re.compile(r"[0-9]{1,20}", re.ASCII).fullmatch
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What stands beside a tokenizer.json, as JSON objects; empty where a file is missing."""
+    """The files beside a tokenizer.json, as JSON objects; empty where a file is missing."""
 
     config: Mapping[str, Any]
     """tokenizer_config.json."""
     special_tokens_map: Mapping[str, Any]
     added_tokens: Mapping[str, Any]
     where: str
-    """The directory, for errors."""
+    """Their directory, for errors."""
 
     def roles(self) -> dict[str, Any]:
-        """`bos_token`, `eos_token` and the like. special_tokens_map.json counts where tokenizer_config.json lists no
-        added tokens, and then comes first."""
+        """Return `bos_token`, `eos_token` and the like.
+
+        Where tokenizer_config.json lists no added tokens, special_tokens_map.json counts too, and takes precedence.
+        """
         return dict(self.config) if self._listed is not None else {**self.config, **self.special_tokens_map}
 
     def add_to(self, backend: tokenizers.Tokenizer) -> None:
-        """Give `backend` the tokens that it lacks, and the flags that are said otherwise here.
+        """Give `backend` the tokens that it lacks, and the flags that differ here.
 
-        Raises UserError where a token is described in a way that is not understood, or would get another id than the
-        one that the files name, and so another row of the embedding.
+        Raises UserError where a token's description is not understood, or where it would get another id (and so another
+        row of the embedding) than the files name.
         """
         own, extra = self._extra()
         named = self._named({**self.roles(), **own})
@@ -53,9 +56,9 @@ class TokenizerFiles:
         by_id = self._by_id(before)
         same = {repr(token) for token in before.values()}
         added = [by_id[id_] for id_ in sorted(by_id) if repr(by_id[id_]) not in same]
-        known = {token.content for token in (*before.values(), *added)}
-        # One that has two roles is added twice: the flags of the second count.
-        added += [token for token in (*(token for _, token in named), *extra) if token.content not in known]
+        present = {token.content for token in (*before.values(), *added)}
+        # A token with two roles is added twice: the flags of the second count.
+        added += [token for token in (*(token for _, token in named), *extra) if token.content not in present]
         roles = {token.content for _, token in named}
         for token in added:
             token.special = token.special or token.content in roles
@@ -67,20 +70,20 @@ class TokenizerFiles:
                 )
         backend.add_tokens(added)
         for id_, token in by_id.items():
-            if (found := backend.token_to_id(token.content)) != id_:
-                raise UserError(f"{self.where}: {token.content!r} is to have the id {id_}, but its place is {found}")
+            if (actual := backend.token_to_id(token.content)) != id_:
+                raise UserError(f"{self.where}: {token.content!r} is to have the id {id_}, but its place is {actual}")
 
     @property
     def _listed(self) -> object:
         return self.config.get("added_tokens_decoder")
 
     def _named(self, roles: Mapping[str, object]) -> list[tuple[str, AddedToken]]:
-        """Tokens with their roles: the usual ones in the order of `_ROLES`, then a model's own."""
+        """Return (role, token) pairs: the usual roles in the order of `_ROLES`, then a model's own."""
         keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
         return [(key, _token(roles[key], f"{self.where}: {key}")) for key in keys if _is_role(key, roles[key])]
 
     def _extra(self) -> tuple[dict[str, object], list[AddedToken]]:
-        """Roles of a model's own, and special tokens without one, under the newer key of the two or the older."""
+        """Return the model's own roles, and the special tokens without a role, from the newer key or the older."""
         newer, older = _LISTS
         value, other = self.config.get(newer), self.config.get(older)
         if other and not value:
@@ -104,14 +107,14 @@ class TokenizerFiles:
         return value or []
 
     def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json as it is to be written beside a tokenizer.json that has all tokens."""
+        """Return the tokenizer_config.json that belongs beside a tokenizer.json with all tokens."""
         own, _ = self._extra()
-        kept = {key: value for key, value in {**self.roles(), **own}.items() if key not in _TOLD}
-        roles = {key for key, value in kept.items() if _is_role(key, value) and isinstance(value, Mapping)}
-        return {key: value["content"] if key in roles else value for key, value in kept.items()}
+        settings = {key: value for key, value in {**self.roles(), **own}.items() if key not in _IN_TOKENIZER}
+        roles = {key for key, value in settings.items() if _is_role(key, value) and isinstance(value, Mapping)}
+        return {key: value["content"] if key in roles else value for key, value in settings.items()}
 
     def _special(self) -> set[str]:
-        """Tokens of added_tokens.json that are special: those named as plain text, or in special_tokens_map.json."""
+        """Return the tokens that count as special in added_tokens.json: roles that are plain text, or in the map."""
         roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
         named = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
         return {one for one in named if isinstance(one, str)} | {
@@ -122,7 +125,7 @@ class TokenizerFiles:
         }
 
     def _by_id(self, before: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
-        """Tokens that the files name with their ids."""
+        """Return the tokens for which the files name an id."""
         if self._listed is not None:
             where = f"{self.where}: added_tokens_decoder"
             if not isinstance(self._listed, Mapping) or not all(map(_ID, self._listed)):
@@ -140,12 +143,12 @@ class TokenizerFiles:
 
 
 def _is_role(key: str, value: object) -> bool:
-    """Any key that ends in `_token` and holds one is a role; models have their own (`image_token`)."""
+    """Tell whether a key is a role: any that ends in `_token` and holds one, as `image_token` of some models."""
     return value is not None and (key in _ROLES or (key.endswith("_token") and isinstance(value, (str, Mapping))))
 
 
 def _token(value: object, where: str, *, special: bool = True) -> AddedToken:
-    """A token written as its text, or as an object with flags."""
+    """Return a token that is written as its text, or as an object with flags. Raises UserError for another form."""
     if isinstance(value, str):
         return AddedToken(value, special=special)
     if isinstance(value, Mapping):

@@ -17,12 +17,14 @@ from trainfw.data.compressed import check_pointer
 from trainfw.errors import UserError, pip_install
 
 Choose = Callable[[list[str]], list[str]]
-"""Of the columns that there are, those to read. Raises UserError where one is missing."""
+"""Function from the columns of a table to those to read. Raises UserError where one is missing."""
+ReadRows = Callable[[Path, Choose], Iterator[dict[str, Any]]]
+"""Function that yields the rows of the table at a path, with the chosen columns."""
 _Convert = Callable[[Any], Any]
 
 
 class NotText:
-    """A value that JSON has no form for, such as a time: a template that writes it fails, and with it its row."""
+    """A value that JSON cannot write, such as a time: a template that writes it fails, and the row is refused."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -38,7 +40,7 @@ class NotText:
 
 
 def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
-    """The rows of a Parquet file. Raises UserError where it is none."""
+    """Yield the rows of a Parquet file. Raises UserError where it is none."""
     with path.open("rb") as head:
         check_pointer(head.read(128), path)
     with _reading(path, "a Parquet file"):
@@ -50,7 +52,7 @@ def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
 
 
 def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
-    """The rows of a directory written by Hugging Face `save_to_disk`; of several splits, of `train`."""
+    """Yield the rows of a directory written by Hugging Face `save_to_disk`, of its split `train` if it has several."""
     with _reading(path, "a saved dataset"):
         import datasets
 
@@ -67,15 +69,16 @@ def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Raise UserError where a library is missing, or cannot read the file as this kind (in words)."""
     try:
         yield
     except ImportError as error:
-        raise UserError(f"{path}: reading {what} needs {error.name}: {pip_install('datasets')}") from error
+        raise UserError(f"{path}: reading {kind} needs {error.name}: {pip_install('datasets')}") from error
     except (UserError, OSError):
         raise
     except Exception as error:  # what the libraries make of a damaged file is not written down
-        raise UserError(f"{path}: not {what} that can be read: {error}") from error
+        raise UserError(f"{path}: not {kind} that can be read: {error}") from error
 
 
 def _rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -86,7 +89,7 @@ def _rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _converter(kind: Any) -> _Convert | None:
-    """What makes JSON of the values of an Arrow type that are not null; None where they are JSON as they come."""
+    """Return the function that turns an Arrow type's values (not null) into JSON's; None where they are so already."""
     import pyarrow
 
     types = pyarrow.types

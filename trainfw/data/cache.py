@@ -1,4 +1,4 @@
-"""The tokenised cache: documents are read and tokenised once, and again only when something has changed."""
+"""Cache of tokens: documents are read and tokenised once, and again only when something has changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ from trainfw.unfinished import removed_by_signal, sync, sync_tree
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
-"""Of what is made of examples; to be raised with any change to it."""
+"""Version of the tokens of examples, to be raised with any change to them."""
 BATCH_CHARACTERS = 1_000_000
-"""Text tokenised at once: enough for every core, little enough for any memory."""
+"""Characters tokenised at once: enough for every core, little enough for any memory."""
 BATCH_ROWS = 1000
 """Examples tokenised at once."""
 GZIP_BYTES = 2**15
-"""Held-out text that gzip is judged by, at least: the window it looks back in. Of it, the 18 bytes around gzip's stream
-and the code tables within are about a hundredth; of a few hundred bytes they are most."""
+"""Least bytes of held-out text that gzip is measured on: its window. The 18 bytes around gzip's stream and the code
+tables within are about a hundredth of so much text, and most of a few hundred bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,21 @@ class PreparedData:
     validation: TokenStore
     tokenizer: Tokenizer
     gzip_bits_per_byte: float | None
-    """What `gzip -9` makes of the held-out documents in one stream, in bits a byte: the least a model should beat.
-    None where they are fewer than `GZIP_BYTES`."""
+    """Size after `gzip -9` of the held-out documents in one stream, in bits a byte, which a model should beat. None
+    where they have fewer than `GZIP_BYTES`."""
     fingerprint: str
-    """Changes with the inputs and with every option that shapes the tokens."""
+    """Hash of the inputs and of every option that shapes the tokens."""
     refused: tuple[Refused, ...] = ()
     """Rows of examples that could not be used, and why."""
     remarks: tuple[str, ...] = ()
-    """What else there is to know of the examples."""
+    """Further lines about the examples."""
     skipped: str = ""
-    """What was found in the source and not read, by kind; empty where there is nothing."""
+    """Files of the source that were not read, by kind; empty if there are none."""
     damage: str = ""
-    """Damage that was found in the cache, which was therefore made again; empty where there was none."""
+    """Damage for which the cache was made again; empty if there was none."""
 
     def notes(self) -> list[str]:
-        """What whoever trains on it should know: what was not read; of examples, how many, and which were refused."""
+        """Describe the data in lines: files that were not read, numbers of examples, refused rows."""
         damage = f"warning: the token cache was damaged, and was made again: {self.damage}" if self.damage else ""
         return [note for note in (damage, self.skipped) if note] + self._counts()
 
@@ -87,10 +87,10 @@ class PreparedData:
 def prepare(
     config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None
 ) -> PreparedData:
-    """Both splits of the source that `config` names, from the cache where nothing has changed since it was written.
+    """Return both splits of the source that `config` names, from the cache unless something has changed.
 
-    `tokenizer` takes the place of the one that `config` names. Any number of processes may call this at once; one of
-    them builds. Raises UserError where the source cannot be read, no row of it can be used, a split would be empty, or
+    `tokenizer` replaces the one that `config` names. Any number of processes may call this at once; one of them builds
+    the cache. Raises UserError where the source cannot be read, no row of it can be used, a split would be empty, or
     the cache cannot be written.
     """
     with about("source"):
@@ -102,7 +102,7 @@ def prepare(
 
 
 class _Cache:
-    """The directory of what one source is tokenised to, which is made, and made again where it is damaged."""
+    """The directory of one source's tokens, which is made, and made again where it is damaged."""
 
     def __init__(
         self, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
@@ -113,52 +113,56 @@ class _Cache:
         self._directory = self._root / self._fingerprint
         self._mending = threading.RLock()
         self._digests: list[str] = []
-        """Digests of the splits that were handed out."""
+        """Digests of the splits that were returned."""
 
     def prepared(self, source: Source) -> PreparedData:
-        """Return what is there, or make it now. Raises UserError where it cannot be made."""
+        """Open the cache, or make it first. Raises UserError where it cannot be made."""
         try:
-            found, damage = self._open()
-            if found is None:
+            data, damage = self._open()
+            if data is None:
                 self._root.mkdir(parents=True, exist_ok=True)
                 with self._lock():
-                    found, damage = self._open()
-                    if found is None:  # else it was made while this process waited
+                    data, damage = self._open()
+                    if data is None:  # else it was made while this process waited
                         self._make(source, self._tokenizer)
-                        found, again = self._open()
-                        if found is None:
-                            raise OSError(f"it was just written, and is damaged: {again}")
-        except OSError as error:  # of the cache only: a source raises UserError
+                        data, new_damage = self._open()
+                        if data is None:
+                            raise OSError(f"it was just written, and is damaged: {new_damage}")
+        except OSError as error:  # from the cache only: a source raises UserError
             raise UserError(
                 f"cannot write the token cache in {self._root}: {error.strerror or error}; name another in "
                 "data.cache_dir"
             ) from error
-        self._tokenizer = found.tokenizer
-        self._digests = [found.train.digest, found.validation.digest]
-        return replace(found, damage=damage)
+        self._tokenizer = data.tokenizer
+        self._digests = [data.train.digest, data.validation.digest]
+        return replace(data, damage=damage)
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return held(self._root / f"{self._fingerprint}.lock", "the token cache", self._progress)
 
     def _make(self, source: Source, tokenizer: Tokenizer | None, digests: Sequence[str] = ()) -> None:
-        """Write all of it anew; what was there stays until this is on the disk. Raises UserError where it is to have
-        `digests` and has others."""
+        """Write the whole cache anew; the old one stays until the new one is on the disk.
+
+        Raises UserError where `digests` are given and the new ones differ.
+        """
         partial = self._root / f"{self._fingerprint}.partial"
         remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
         remove()
         partial.mkdir()
         with about("source"), removed_by_signal(remove):
-            made = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
-        if digests and made != digests:
-            raise UserError(f"what its source gives now is other data (digests {made}, not {digests})")
+            new_digests = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
+        if digests and new_digests != digests:
+            raise UserError(f"what its source gives now is other data (digests {new_digests}, not {digests})")
         sync_tree(partial)
         shutil.rmtree(self._directory, ignore_errors=True)
         partial.rename(self._directory)
         sync(self._root)
 
     def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
-        """Make the cache again while it is in use, unless another thread or process has. Raises RunError where that
-        fails, or would not give the same tokens."""
+        """Make the cache again while it is in use, unless another thread or process has.
+
+        Raises RunError where that fails, or would not give the same tokens.
+        """
         log = logging.getLogger("trainfw")
         try:
             with self._mending, self._lock():
@@ -170,10 +174,10 @@ class _Cache:
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
 
     def _open(self) -> tuple[PreparedData | None, str]:
-        """Return what the cache holds, None where it holds nothing whole; and what is damaged, empty where nothing is.
+        """Return the cache's data, None where none of it is whole; and its damage in words, empty where there is none.
 
-        Where the tokenizer is known, it is as it is now: what does not shape tokens (a template, for text) may be
-        another than when they were cached.
+        A tokenizer that was given is used as it is now: parts that do not shape tokens (a template, for text) may have
+        changed since they were cached.
         """
         directory = self._directory
         if not directory.exists():
@@ -196,7 +200,7 @@ class _Cache:
 
 
 def _read_meta(file: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError where it is not what `_write_meta` wrote."""
+    """Read meta.json. Raises OSError or ValueError where it is not what `_write_meta` wrote."""
     meta = read_json(file)
     if meta.pop("digest", None) != _digest(meta):
         raise ValueError(f"{file} is not what was written")
@@ -213,9 +217,9 @@ def _digest(meta: dict[str, object]) -> str:
 
 
 def check_source(config: DataConfig) -> None:
-    """Raise UserError where the source, or the tokenizer's file, is not there. Reads neither."""
+    """Raise UserError where the source, or the tokenizer's file, is not there. Neither is read."""
     with about("source"):
-        if not isinstance(config.source, str | list):  # put there unchecked, as by model_copy
+        if not isinstance(config.source, str | list):  # model_copy checks nothing
             raise UserError(f"{type(config.source).__name__} where a path, or a list of paths, is expected")
         open_source(config)
     with about("tokenizer.path"):
@@ -225,13 +229,13 @@ def check_source(config: DataConfig) -> None:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation. Only its text decides, so that copies never face each other."""
+    """Tell whether a document belongs to validation. Only its text decides: copies are in one split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
 def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer, unless it is still to be trained."""
+    """Return the tokenizer, unless it is still to be trained."""
     if config.tokenizer.name == "bpe":
         return None
     if config.tokenizer.name == "bytes":
@@ -241,7 +245,7 @@ def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def _dated(config: DataConfig, tokenizer: Tokenizer | None) -> DataConfig:
-    """With a date exactly where the data depends on it."""
+    """Return the config with a date where the data depends on one, and without where it does not."""
     template = ChatTemplate.of(tokenizer) if tokenizer is not None and config.format != "text" else None
     clock = template is not None and template.has_clock
     date = (config.date or datetime.date.today().isoformat()) if clock else None
@@ -267,7 +271,7 @@ def _build(
     tokenizer: Tokenizer | None,
     progress: Progress | None,
 ) -> list[str]:
-    """Write what the source gives; returns the digests of both splits."""
+    """Write both splits and return their digests."""
     examples = config.format != "text"
     if tokenizer is None:
         assert not examples
@@ -313,10 +317,10 @@ def _build(
                 f"{thing}(s); change the fraction, or give more "
                 f"{thing}s{'' if examples else ' (of JSONL and Parquet, each row is one)'}"
             )
-    meta = {split: info.as_dict() for split, info in infos.items()} | {
+    meta = {split: asdict(info) for split, info in infos.items()} | {
         "tokenizer": tokenizer.fingerprint(),
         "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
-        "refused": [one.as_dict() for one in refused],
+        "refused": [asdict(one) for one in refused],
         "remarks": () if encoder is None else encoder.remarks(),
     }
     _write_meta(directory / "meta.json", meta)
@@ -324,7 +328,7 @@ def _build(
 
 
 _Tokenised = tuple[str, list[int], str, list[bool] | None]
-"""What decides the side, the tokens, the text that is learnt, and which tokens are (None: all)."""
+"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
 
 
 def _tokenised(

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja programs that come with a tokenizer and write a conversation as text."""
+"""Chat templates: Jinja programs, part of a tokenizer, that write a conversation as text."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from trainfw.errors import UserError
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, and its tokens for what the template writes: those of Transformers."""
+    """A tokenizer's chat template; texts and tokens are those of Transformers."""
 
     tokenizer: Tokenizer
     source: str
     date: str | None = None
-    """The day (YYYY-MM-DD) that it is told, at midnight; None: what the clock says."""
+    """Day (YYYY-MM-DD, at midnight) that its clock shows; None: the true time."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, date: str | None = None, *, tools: bool = False) -> ChatTemplate | None:
-        """That of the tokenizer, or None where it has none; of several, the one named `default`, or for conversations
-        with tools `tool_use`."""
+        """Return the tokenizer's template; None where it has none.
+
+        Of several templates it is the one named `default`, or `tool_use` for conversations with `tools`. Raises
+        UserError where the template cannot be read.
+        """
         source = tokenizer.settings.get("chat_template")
         if isinstance(source, list):
             named = {str(one.get("name")): one.get("template") for one in source if isinstance(one, dict)}
@@ -38,14 +41,14 @@ class ChatTemplate:
         if not isinstance(source, str) or not source.strip():
             return None
         template = cls(tokenizer, source, date)
-        template.has_generation_tags  # noqa: B018  a template that is none is refused here
+        template.has_generation_tags  # noqa: B018  compiles it, and refuses it where it cannot be read
         return template
 
     @classmethod
     def usable(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
-        """The tokenizer's, or None where it has none or one that is refused, which is said where it is used.
+        """Return the tokenizer's template; None where it has none, or one that will be refused when it is used.
 
-        Raises UnusableError where it costs too much.
+        Raises UnusableError where it takes too much time or memory.
         """
         try:
             return cls.of(tokenizer)
@@ -56,7 +59,7 @@ class ChatTemplate:
 
     @property
     def has_clock(self) -> bool:
-        """Whether the template may ask what day it is."""
+        """Flag: the template may ask for the day."""
         return "strftime_now" in self.source
 
     @cached_property
@@ -75,20 +78,22 @@ class ChatTemplate:
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The special tokens' ids by their text."""
+        """Ids of the special tokens, by their text."""
         added = self.tokenizer.backend.get_added_tokens_decoder()
         return {token.content: id_ for id_, token in added.items() if token.special}
 
     @cached_property
     def has_generation_tags(self) -> bool:
-        """Flag: the template itself says what the model writes. Raises UserError for a template that is none."""
+        """Flag: the template itself marks what the model writes. Raises UserError for one that cannot be read."""
         return bool(self._ask("has_generation_tags"))
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
-        """The conversation as text. Raises TemplateProblem where the template refuses it, UserError for a template that
-        reaches a limit of `confined`."""
+        """Render the conversation as text.
+
+        Raises TemplateProblem where the template refuses it, UserError where it reaches a limit of `confined`.
+        """
         return str(self._ask("render", list(messages), add_generation_prompt, tools))
 
     def check_context(self, messages: Sequence[Message], tools: list[object] | None = None) -> None:
@@ -96,8 +101,10 @@ class ChatTemplate:
         self._ask("check_context", list(messages), tools)
 
     def write_learnt(self, conversations: Iterable[tuple[Any, ...]]) -> list[list[Written] | TemplateProblem]:
-        """`turns.write_learnt` of each, by its arguments after the template: asked for together, since each asks for
-        many renderings."""
+        """Call `turns.write_learnt` for each conversation, given by the arguments after the template.
+
+        One request to the helper serves all of them, since each needs many renderings.
+        """
         with self._blamed():
             answers = helper.call_each("templates:write", self._fields_of_turns, conversations)
         return [
@@ -107,7 +114,7 @@ class ChatTemplate:
 
     @cached_property
     def _fields(self) -> tuple[object, ...]:
-        """Fields of `templates.Template`, while it is not known what ends a turn."""
+        """Fields of `templates.Template`, as long as the tokens that end a turn are unknown."""
         return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
 
     @cached_property
@@ -133,34 +140,34 @@ class ChatTemplate:
             raise kind(f"{where}: the chat template {error}") from None
 
     def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Ids and places (in characters) of what `render` wrote, special tokens as such, on all cores."""
+        """Encode texts that `render` wrote, special tokens as such, on all cores; offsets count characters."""
         with guarded(FAILS):
             return self.tokenizer.reading_markers.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def markers(self) -> dict[str, int]:
-        """Tokens that no message may hold, by their text: the special ones, and those added as not special that the
+        """Ids of the tokens that no message may hold, by their text: special tokens, and other added tokens that the
         template writes around a message."""
         return self.special_tokens | self.around_turns
 
     @property
     def around_turns(self) -> dict[str, int]:
-        """Added tokens, special or not, that the template writes between turns or at their end."""
+        """Ids of the added tokens, special or not, that the template writes between turns or at their end, by text."""
         return self._structure[0]
 
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
-        """Matches any of `markers`."""
+        """Pattern of any of `markers`."""
         return _any_of(self.markers)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a turn of the assistant."""
+        """Ids of the tokens that end a turn of the assistant."""
         return self._structure[1]
 
     @cached_property
     def end_pattern(self) -> re.Pattern[str]:
-        """Matches a token that ends a turn, or at which generation stops by the tokenizer's files."""
+        """Pattern of the tokens that end a turn, or at which the tokenizer's files stop generation."""
         return _any_of(self._contents({*self.end_ids, *self._stops}))
 
     @property
@@ -173,8 +180,11 @@ class ChatTemplate:
 
     @cached_property
     def _structure(self) -> tuple[dict[str, int], tuple[int, ...]]:
-        """Added tokens between turns, and those that end one of the assistant: what follows its content may go on with
-        the next turn's header, so that the first one counts at which generation stops, or else the first."""
+        """Added tokens between turns, and the ids of those that end a turn of the assistant.
+
+        The text after a turn's content may go on with the next turn's header: the first token there at which generation
+        stops ends the turn, or else the first one.
+        """
         words = [f"{SENTINEL}{i}q" for i in range(3)]
         turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": word} for i, word in enumerate(words)]
         between = self._added_after(turns, words[1])
@@ -186,7 +196,7 @@ class ChatTemplate:
         return self._contents((*between, *ends)), tuple(dict.fromkeys(ends))
 
     def _added_after(self, messages: Sequence[Message], word: str) -> list[int]:
-        """Added tokens that are written after `word`; none where the template does not write it."""
+        """Return the ids of the added tokens after `word`; none where the template does not write it."""
         try:
             text = self.render(messages)
         except TemplateProblem:
@@ -200,13 +210,13 @@ class ChatTemplate:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of `texts`, the longest first; nothing where there is none."""
+    """Return a pattern of any of `texts`, the longest first; without texts it matches nothing."""
     longest_first = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens at which generation stops: the end of a document, of a turn as the chat template writes it, and what
+    """Return the ids at which generation stops: the end of a document, of a turn of the chat template, and those that
     the tokenizer's files name."""
     template = ChatTemplate.usable(tokenizer)
     ends = () if template is None else template.end_ids
@@ -215,9 +225,9 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def chat_prompt(tokenizer: Tokenizer, text: str, system_prompt: str | None = None) -> list[int]:
-    """Tokens of a user's turn by the tokenizer's chat template, up to where the assistant's begins.
+    """Return the ids of a user's turn by the tokenizer's chat template, up to the beginning of the assistant's turn.
 
-    Raises UserError where it has no template, or the template refuses the messages.
+    Raises UserError where there is no template, or it refuses the messages.
     """
     template = ChatTemplate.of(tokenizer)
     if template is None:

@@ -1,4 +1,4 @@
-"""Files that may be compressed (gzip, bzip2, xz, Zstandard), told by their first bytes and read as a stream."""
+"""Streams of files that may be compressed (gzip, bzip2, xz, Zstandard), which their first bytes tell."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ else:
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
 LIMIT = 2**30
-"""Bytes of one document, line or value: more would not fit into memory once they are tokens."""
+"""Most bytes of one document, line or value: more would not fit into memory as tokens."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 _BLOCK = 2**18
-"""Bytes read, and at most made of them, at once: what is compressed may be a million times as long."""
+"""Bytes read, and bytes decompressed at most, at once: compressed data may become a million times as long."""
 _MEMORY = 2**30
-"""Bytes that xz may take for what a file says it needs."""
+"""Bytes of memory that an xz file may ask for."""
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """The bytes of a file, decompressed where they are compressed, whatever its name says.
+    """Open a file as bytes, decompressed where its first bytes say that it is compressed, whatever its name.
 
     Raises UserError for a Git LFS pointer, and for an empty file with the suffix of a compression; reading raises it
     where the data are damaged or end too early, with the last line before that. Raises OSError as `open` does.
@@ -51,7 +51,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def check_pointer(head: bytes, path: Path) -> None:
-    """Raise UserError where a file begins as what Git LFS leaves in the place of one that was not fetched."""
+    """Raise UserError where a file begins like the pointer that Git LFS puts in the place of a file not fetched."""
     if head.startswith(_POINTER):
         raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
 
@@ -64,9 +64,9 @@ class _Gzip:
         self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        made = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-        self.needs_input = not self._inner.unconsumed_tail and len(made) < max_length
-        return made
+        plain = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        self.needs_input = not self._inner.unconsumed_tail and len(plain) < max_length
+        return plain
 
     @property
     def eof(self) -> bool:
@@ -87,11 +87,11 @@ _KINDS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any]]] = {
     "xz": (re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY)),
     "Zstandard": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstandard),
 }
-"""How each kind begins (Zstandard also with a frame to be skipped), and what decompresses one stream of it."""
+"""First bytes of each kind (for Zstandard also those of a skippable frame), and the decompressor of one stream."""
 
 
 class _Decompressed(io.RawIOBase):
-    """The text of a compressed file, which may hold several streams one after another and end in zeros."""
+    """The decompressed bytes of a file, which may hold several streams one after another and end in zeros."""
 
     def __init__(self, file: BinaryIO, path: Path, kind: str, make: Callable[[], Any]) -> None:
         self._file, self._path, self._kind, self._make = file, path, kind, make
@@ -103,19 +103,19 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            made = self._next(min(len(buffer), _BLOCK))
+            plain = self._next(min(len(buffer), _BLOCK))
         except (zlib.error, lzma.LZMAError, zstd.ZstdError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # of the disk, not of what bz2 makes of the data
+            if isinstance(error, OSError) and error.errno:  # from the disk; bz2 raises OSError without a number
                 raise
             raise UserError(
                 f"{self._path}: {self._kind} data are damaged ({error}); read as far as line {self._lines}"
             ) from None
-        self._lines += made.count(b"\n")
-        buffer[: len(made)] = made
-        return len(made)
+        self._lines += plain.count(b"\n")
+        buffer[: len(plain)] = plain
+        return len(plain)
 
     def _next(self, length: int) -> bytes:
-        """Some of the text, no more than `length` bytes; nothing at its end."""
+        """Return some decompressed bytes, `length` at most; none at the end."""
         while True:
             if self._stream.eof:
                 rest = self._stream.unused_data.lstrip(b"\0")
@@ -124,15 +124,15 @@ class _Decompressed(io.RawIOBase):
                 if not rest:
                     return b""
                 self._stream = self._make()
-                made = self._stream.decompress(rest, length)
+                plain = self._stream.decompress(rest, length)
             elif self._stream.needs_input:
                 if not (block := self._file.read(_BLOCK)):
                     raise EOFError("it was cut short")
-                made = self._stream.decompress(block, length)
+                plain = self._stream.decompress(block, length)
             else:
-                made = self._stream.decompress(b"", length)
-            if made:
-                return made
+                plain = self._stream.decompress(b"", length)
+            if plain:
+                return plain
 
     def close(self) -> None:
         self._file.close()

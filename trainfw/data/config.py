@@ -10,26 +10,27 @@ from trainfw.config import LARGEST_DIM, Config, Dim, PositiveInt, invalid
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 STDLIB = "python-stdlib"
-"""The built-in source of text."""
+"""Name of the built-in source of text."""
 
 TASK_SOURCES = {
     "python-stdlib-summaries": "prompt_completion",
     "python-stdlib-rewrites": "prompt_completion",
     "python-stdlib-preferences": "preferences",
 }
-"""The format of each built-in task."""
+"""Formats of the built-in tasks."""
 
-_OF_PREFERENCES = ("chosen_field", "rejected_field", "pairs_per_row")
+_PREFERENCE_FIELDS = ("chosen_field", "rejected_field", "pairs_per_row")
 
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
 
 
 class TokenizerConfig(Config):
-    """How text becomes tokens."""
+    """Tokenizer of the data."""
 
     name: Literal["bytes", "bpe", "file"] = "bytes"
-    """`bytes`: one token a byte. `bpe`: byte-level BPE trained on the training split. `file`: a tokenizer.json."""
+    """Kind of tokenizer. `bytes`: one token a byte. `bpe`: byte-level BPE trained on the training split. `file`: a
+    tokenizer.json."""
     vocab_size: int | None = Field(default=None, ge=BYTE_VOCAB_SIZE, le=LARGEST_DIM)
     """Tokens in the vocabulary, special tokens included; for `bpe` only."""
     path: str | None = None
@@ -47,76 +48,76 @@ class TokenizerConfig(Config):
 
 
 class DataConfig(Config):
-    """Where the text comes from, how it is tokenised, and how it is packed into rows."""
+    """Source of the text, its tokenizer, and the rows that it is packed into."""
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
     each), .jsonl or .ndjson, .json (a list of objects, or objects one after another), .parquet (a document a row), or a
-    directory written by Hugging Face `save_to_disk` (of several splits, `train`). Text and JSON may be compressed: .gz,
-    .bz2, .xz, .zst. What a directory or a glob holds and is not read is said, but for hidden files; a file that is
-    reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a function's
-    source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case without
-    punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`.
+    directory written by Hugging Face `save_to_disk` (its split `train` if it has several). Text and JSON may be
+    compressed: .gz, .bz2, .xz, .zst. Files of a directory or a glob that are not read are listed, except hidden ones; a
+    file that is reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a
+    function's source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case
+    without punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`.
     `python-stdlib-preferences` is one for `format: preferences`: a function's source -> its docstring's first line,
     rather than that of the next function in the file."""
     format: Literal["text", "chat", "prompt_completion", "preferences"] = "text"
-    """`text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."}, ...]}, written
-    by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."}, of which the
-    completion is learnt. `preferences`: rows {"prompt": "...", "chosen": "...", "rejected": "..."}, pairs of answers
-    to one prompt. Prompts may be lists of messages, followed by the messages of `chosen` and `rejected`; without a
-    prompt these are whole conversations, which is what they have in common. All but text are read from JSON, Parquet
-    or a saved dataset, packed whole into rows, and never split; rows that cannot be used are counted, and the reasons
-    said."""
+    """Kind of data. `text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."},
+    ...]}, written by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."},
+    whose completion is learnt. `preferences`: rows {"prompt": "...", "chosen": "...", "rejected": "..."}, pairs of
+    answers to one prompt. A prompt may be a list of messages, which the messages of `chosen` and `rejected` follow;
+    without a prompt these two are whole conversations, and the prompt is their common beginning. All formats but text
+    are read from JSON, Parquet or a saved dataset, packed whole into rows, and never split; rows that cannot be used
+    are counted, with the reasons."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
     messages_field: str = "messages"
-    """The key or column of a chat's messages. (`tools` beside it, where there, is handed to the template.)"""
+    """The key or column of a chat's messages. (`tools` beside it, if any, is passed to the template.)"""
     prompt_field: str = "prompt"
     """The key or column of a prompt."""
     completion_field: str = "completion"
     """The key or column of a completion."""
     chosen_field: str = "chosen"
-    """Of preferences, the key or column of the answer that is preferred."""
+    """The key or column of the preferred answer (`format: preferences`)."""
     rejected_field: str = "rejected"
-    """Of preferences, the key or column of the other answer."""
+    """The key or column of the other answer (`format: preferences`)."""
     pairs_per_row: Dim = 8
-    """Of preferences, pairs at most in one row."""
+    """Most pairs in one row (`format: preferences`)."""
     loss_on: list[Role] = Field(default=["assistant"], min_length=1)
-    """Of a chat, the roles whose messages are learnt: what the template writes after the header, up to and with the
-    token that ends the turn."""
+    """Roles whose messages are learnt (`format: chat`): from the end of the template's header up to and with the token
+    that ends the turn."""
     chat_template: bool = True
-    """Of prompts and completions, and of preferences: as turns of user and assistant, written by the tokenizer's chat
-    template, which is what instruct models expect. False: the begin marker, prompt and completion as they are, and the
-    end marker; put what is to stand between them into the prompt or the completion."""
+    """Write prompts and answers as turns of user and assistant by the tokenizer's chat template, as instruct models
+    expect (`format: prompt_completion` and `preferences`). False: the begin marker, prompt and completion as they are,
+    and the end marker; text that is to stand between them belongs into the prompt or the completion."""
     system_prompt: str | None = Field(default=None, min_length=1)
     """The system message of every example that has none of its own; null leaves it to the template."""
     date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")
-    """The day (YYYY-MM-DD) that a chat template with a clock is told, at midnight. Null: the day on which a run starts,
-    which it keeps."""
+    """Day (YYYY-MM-DD, at midnight) that a chat template's clock shows. Null: the day on which a run starts, which it
+    keeps."""
     too_long: Literal["refuse", "truncate"] = "refuse"
-    """Examples that do not fit into a row: left out and counted, or cut at its end where something learnt remains. Of
-    preferences, a pair is left out where one of its sides is, and each side is cut by itself."""
+    """Treatment of examples that do not fit into a row: left out and counted, or cut at its end where something learnt
+    remains. A pair of preferences is left out where one of its sides is, and each side is cut by itself."""
     max_characters: PositiveInt | None = None
-    """Of a built-in task: take only prompts of at most this many characters."""
+    """Longest prompt (characters) that is taken from a built-in task."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """The tokenizer that turns text into tokens."""
     sequence_length: Dim
     """Tokens in a row. Documents are concatenated and cut into rows of this length; examples of the other formats are
     packed into rows whole."""
     mask_documents: bool = True
-    """Tokens attend to tokens of their own document only. Off, to all before them in the row: plain causal attention,
-    which is what kernels compute (NKI's flash attention knows no documents)."""
+    """Let tokens attend only to their own document. Off: to all tokens before them in the row, plain causal attention,
+    as some kernels need (NKI's flash attention knows no documents)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """The share of documents held out. A hash of its text decides a document's side, and of the prompt (a chat's
-    first user message) an example's."""
+    """Share of the documents that is held out. A hash of the text decides a document's split; a hash of the prompt (a
+    chat's first user message) an example's."""
     max_documents: int | None = Field(default=None, ge=2)
     """Read no more than this many documents, in the order of the source."""
     shuffle: bool = True
-    """Whether each epoch visits the training rows in a new random order, rather than in the order of the source."""
+    """Visit the training rows in a new random order in each epoch, rather than in the order of the source."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the shuffle."""
     cache_dir: str | None = None
-    """Where tokens are cached. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
+    """Directory of cached tokens. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
     prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""
 
@@ -134,8 +135,8 @@ class DataConfig(Config):
         if tasks and len(self._sources) > 1:
             invalid("source", f"source: {tasks[0]} cannot be mixed with other sources")
         if tasks and self.format != TASK_SOURCES[tasks[0]]:
-            what = "preferences" if TASK_SOURCES[tasks[0]] == "preferences" else "prompts and completions"
-            invalid("format", f"source: {tasks[0]} is of {what}: set `format: {TASK_SOURCES[tasks[0]]}`")
+            kind = "preferences" if TASK_SOURCES[tasks[0]] == "preferences" else "prompts and completions"
+            invalid("format", f"source: {tasks[0]} is of {kind}: set `format: {TASK_SOURCES[tasks[0]]}`")
         for name in ("prompt", "completion", "chosen", "rejected") if tasks else ():
             if getattr(self, f"{name}_field") != name:
                 invalid(f"{name}_field", f"{name}_field does not change source: {tasks[0]}")
@@ -163,7 +164,7 @@ class DataConfig(Config):
 
     def _check_preferences(self) -> None:
         if self.format != "preferences":
-            for name in _OF_PREFERENCES:
+            for name in _PREFERENCE_FIELDS:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     invalid(name, f"{name} is for `format: preferences`, but format is {self.format!r}")
             return
@@ -174,7 +175,7 @@ class DataConfig(Config):
 
     @property
     def writes_turns(self) -> bool:
-        """Whether a chat template writes its examples."""
+        """Flag: a chat template writes the examples."""
         return self.format != "text" and self.chat_template
 
     @property

@@ -1,8 +1,7 @@
-"""A process of its own for what foreign files ask for: chat templates are programs, tokenizers' expressions nearly so.
+"""Helper process for work that foreign files ask for: chat templates are programs, tokenizers' expressions nearly so.
 
-Neither Jinja nor the `tokenizers` library bounds what they cost, and the latter ends the process that it is in. So a
-helper does that work within limits of time and memory that the kernel holds it to, and whatever happens to it, the
-command that asked says so in a line.
+Neither Jinja nor the `tokenizers` library limits time and memory, and the latter may end its process. So the helper
+does that work within limits that the kernel enforces. If it fails, the command that asked for it reports one line.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
 BURST_SECONDS = 5
-"""Processor time that a piece of work may take."""
+"""Processor time for one piece of work."""
 PIECE_SECONDS, BYTE_SECONDS = 0.05, 1e-6
-"""Processor time that each of many pieces, and each byte of what they are made of, may take."""
+"""More processor time for each of many pieces, and for each byte of their request."""
 MEMORY = 2**31
 """Bytes of address space."""
 OUTPUT, OUTPUT_PER_BYTE = 2**20, 8
-"""Characters that a piece may write at most, and for each byte of what it is made of."""
+"""Most characters that a piece may write: a fixed number, and more for each byte of its request."""
 BATCH = 2**22
-"""Bytes of requests that are sent at once: waiting for each answer takes longer than a template does."""
+"""Bytes of requests sent at once: waiting for each answer takes longer than rendering a template."""
 WALL_SECONDS = 300.0
-"""Until a helper that uses no time and does not answer (one that was stopped) is given up."""
+"""Seconds until a helper that does not answer is given up, though it uses no processor time (it was stopped)."""
 
 _COMMAND = [sys.executable, "-P", "-c", "from trainfw.data.confined import main; main()"]
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
@@ -50,22 +49,22 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Problem(ValueError):
-    """Says why a piece of work cannot be done with what it was given; the next one may be."""
+    """Reason why one piece of work cannot be done; the next one may be."""
 
 
 class UnusableError(UserError):
-    """Says why what a file holds is not to be used at all."""
+    """Reason why a file cannot be used at all."""
 
 
 class LimitError(UnusableError):
-    """Says which limit it reached, or how it ended the helper; its name is to be put before that."""
+    """Limit that a file's work reached, or the way it ended the helper; the file's name belongs before it."""
 
 
 # --- In the helper ----------------------------------------------------------------------------------------------------
 
 
 class _Work:
-    """The request that is being answered, and how long it may still take."""
+    """The request that is being answered, and its limits."""
 
     def __init__(self) -> None:
         self._size, self._end = 0, 0.0
@@ -76,14 +75,14 @@ class _Work:
         self.begin_piece()
 
     def begin_piece(self) -> None:
-        """Begin one of the pieces that a request consists of: the kernel ends the helper when its time is used up."""
+        """Begin one piece of the request: the kernel ends the helper when the piece's time is used up."""
         used, more = time.process_time(), PIECE_SECONDS + BYTE_SECONDS * self._size
         self._end = min(self._end or used + BURST_SECONDS, used + BURST_SECONDS) + more
         if resource is not None and self._size:
             resource.setrlimit(resource.RLIMIT_CPU, (int(self._end) + 1, resource.RLIM_INFINITY))
 
     def check_written(self, text: str) -> str:
-        """The text that a piece wrote. Raises LimitError for one that is too long."""
+        """Return the text that a piece wrote. Raises LimitError for one that is too long."""
         most = OUTPUT + OUTPUT_PER_BYTE * self._size
         if self._size and len(text) > most:
             raise LimitError(f"writes {len(text):,} characters, and {most:,} are allowed for what it was given")
@@ -91,14 +90,13 @@ class _Work:
 
 
 work = _Work()
-"""Has no limits outside the helper."""
+"""Current request; outside the helper it has no limits."""
 
 
 def main() -> None:
-    """Answer batches until the other end is closed: `(function, key, shared or None, requests)`, pickled; each request
-    is its arguments, pickled.
+    """Answer batches `(function, key, shared or None, requests)` until the other end is closed.
 
-    Answers are JSON, since they are made by what is not to be trusted.
+    Batches are pickled, and so are a request's arguments. Answers are JSON, since untrusted work makes them.
     """
     for name, value in json.loads(sys.argv[1]).items():
         globals()[name] = value
@@ -108,25 +106,25 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     stream = cast(BinaryIO, socket.socket(fileno=0).makefile("rwb"))
-    known: dict[int, Any] = {}
+    shared_values: dict[int, Any] = {}
     while head := stream.read(_LENGTH.size):
-        answers = _answers(stream.read(_LENGTH.unpack(head)[0]), known)
+        answers = _answers(stream.read(_LENGTH.unpack(head)[0]), shared_values)
         stream.write(_LENGTH.pack(len(answers)) + answers)
         stream.flush()
 
 
-def _answers(batch: bytes, known: dict[int, object]) -> bytes:
-    """(what became of it, value or words) of each request, up to the first that is to end it all."""
+def _answers(batch: bytes, shared_values: dict[int, object]) -> bytes:
+    """Return (outcome, value or words) for each request, or for the one that ends the batch alone, as JSON."""
     answers: list[tuple[str, Any]] = []
     try:
         name, key, shared, requests = pickle.loads(batch)
-        known.setdefault(key, shared)
+        shared_values.setdefault(key, shared)
         module, _, function = name.partition(":")
         for request in requests:
             work.begin(len(request))
-            do = getattr(importlib.import_module(f"trainfw.data.{module}"), function)
+            work_on = getattr(importlib.import_module(f"trainfw.data.{module}"), function)
             try:
-                answers.append(("done", do(known[key], *pickle.loads(request))))
+                answers.append(("done", work_on(shared_values[key], *pickle.loads(request))))
             except Problem as error:
                 answers.append(("problem", str(error)))
         return json.dumps(answers).encode()
@@ -150,7 +148,7 @@ _ERRORS = {"limit": LimitError, "unusable": UnusableError, "refused": UserError}
 
 
 class Helper:
-    """The helper of this process, which starts with the first request, and again after a limit."""
+    """The helper of this process. It starts with the first request, and again after one that reached a limit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -159,11 +157,11 @@ class Helper:
         self._keys: dict[Any, int] = {}
 
     def call(self, function: str, shared: Any, *arguments: Any) -> Any:
-        """Return what `trainfw.data.MODULE.FUNCTION(shared, *arguments)` returns in the helper, as JSON brings it.
+        """Run `trainfw.data.MODULE.FUNCTION(shared, *arguments)` in the helper and return its result, through JSON.
 
         Args:
             function: "MODULE:FUNCTION".
-            shared: something hashable that many requests have, and that is sent once.
+            shared: a hashable argument that many requests have in common, and that is sent only once.
 
         Raises Problem and UserError as the function does, and LimitError where it reaches a limit or ends the helper.
         """
@@ -173,7 +171,7 @@ class Helper:
         return answer
 
     def call_each(self, function: str, shared: Any, requests: Iterable[tuple[Any, ...]]) -> list[Any]:
-        """Do as `call` for several requests at once; return what each returned, or the Problem that it raised."""
+        """Do as `call` for several requests at once; return the result of each, or the Problem that it raised."""
         answers: list[Any] = []
         batch: list[bytes] = []
         size = 0
@@ -189,16 +187,16 @@ class Helper:
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
-            key, known = self._keys.get(shared, len(self._keys)), shared in self._keys
+            key, sent = self._keys.get(shared, len(self._keys)), shared in self._keys
             try:
-                answers = self._exchange(pickle.dumps((function, key, None if known else shared, requests)))
-            except BaseException:  # an interrupt too: what answers this must not be taken for the next one's answer
+                answers = self._exchange(pickle.dumps((function, key, None if sent else shared, requests)))
+            except BaseException:  # an interrupt too: this batch's answer must not be taken for the next one's
                 self.close()
                 raise
             self._keys[shared] = key
         kind, value = answers[0]
         if kind == "limit":
-            self.close()  # it may hold what it took
+            self.close()  # it may still hold much memory
         if kind in _ERRORS:
             raise _ERRORS[kind](value)
         if kind == "failed":
@@ -214,18 +212,18 @@ class Helper:
             process.wait()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
+        near_end, far_end = socket.socketpair()
         limits = ("BURST_SECONDS", "PIECE_SECONDS", "BYTE_SECONDS", "MEMORY", "OUTPUT", "OUTPUT_PER_BYTE")
         self._process = subprocess.Popen(
             [*_COMMAND, json.dumps({name: globals()[name] for name in limits})],
-            stdin=theirs.fileno(),
+            stdin=far_end.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # a panic's backtrace
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))} | _ONE_THREAD,
             start_new_session=True,  # Ctrl-C is for the command, which ends its helper
         )
-        theirs.close()
-        self._socket, self._owner, self._keys = ours, os.getpid(), {}
+        far_end.close()
+        self._socket, self._owner, self._keys = near_end, os.getpid(), {}
 
     def _exchange(self, request: bytes) -> list[tuple[str, object]]:
         deadline = time.monotonic() + WALL_SECONDS

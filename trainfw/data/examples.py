@@ -1,18 +1,19 @@
-"""Examples: conversations, prompts and completions as tokens, with which of them are learnt."""
+"""Examples: conversations, or prompts and completions, as tokens with a flag for each that is learnt."""
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.messages import (
-    SAID,
+    MEANINGFUL,
     Unusable,
+    check_not_empty,
     checked_message,
     checked_row,
     checked_text,
@@ -30,14 +31,14 @@ from trainfw.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One example: `learnt[i]` says whether token i is to be predicted from those before it."""
+    """One example: `learnt[i]` is True where token i is to be predicted from those before it."""
 
     ids: list[int]
     learnt: list[bool]
     key: str
-    """Decides its side: the prompt, or a chat's first user message."""
+    """Text that decides its split: the prompt, or a chat's first user message."""
     cut: bool = False
-    """Whether it ends at the row's end rather than at that of a turn."""
+    """Flag: it ends at the row's end rather than at that of a turn."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,32 @@ class Refused:
     reason: str
     count: int
     first: str
-    """Where the first of them is."""
+    """Place of the first of them."""
 
     def __str__(self) -> str:
         return f"{self.count:,} row{'s' * (self.count > 1)}: {self.reason} (the first: {self.first})"
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 class Refusals:
-    """Counts refused rows by reason."""
+    """Counts of refused rows by reason."""
 
     def __init__(self) -> None:
         self._by_reason: dict[str, tuple[int, str, str]] = {}
 
     def add(self, reason: str, id_: str) -> None:
-        """Count the row `id_`, which comes several times in turn where several examples are made of it."""
+        """Count the row `id_` once, though it is added several times in turn where it makes several examples."""
         count, first, last = self._by_reason.get(reason, (0, id_, ""))
         self._by_reason[reason] = (count + (id_ != last), first, id_)
 
     def summary(self) -> tuple[Refused, ...]:
-        """The most frequent first."""
-        found = [Refused(reason, count, first) for reason, (count, first, _) in self._by_reason.items()]
-        return tuple(sorted(found, key=lambda refused: -refused.count))
+        """Return the counts, the largest first."""
+        counts = [Refused(reason, count, first) for reason, (count, first, _) in self._by_reason.items()]
+        return tuple(sorted(counts, key=lambda refused: -refused.count))
 
 
 @dataclass(frozen=True)
 class Text:
-    """A row as text: `spans` of it are learnt."""
+    """A row as text, of which `spans` are learnt."""
 
     id: str
     text: str
@@ -95,7 +93,7 @@ class Conversation:
 
 
 class Encoder:
-    """Rows to examples, as `config` says."""
+    """Encoder of rows as examples."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -119,15 +117,15 @@ class Encoder:
                 )
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
-        """The examples of the rows that can be used; the others are counted in `refusals`."""
-        made: list[Text | Conversation] = []
+        """Yield the examples of the rows that can be used; `refusals` counts the others."""
+        usable: list[Text | Conversation] = []
         for row in rows:
             try:
-                made.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
+                usable.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
             except Unusable as problem:
                 self.refusals.add(str(problem), row.id)
         texts: list[Text] = []
-        for one, written in zip(made, self._as_texts(made), strict=True):
+        for one, written in zip(usable, self._as_texts(usable), strict=True):
             if isinstance(written, TemplateProblem):
                 self.refusals.add(str(written), one.id)
             else:
@@ -140,43 +138,43 @@ class Encoder:
                 self.refusals.add(str(problem), text.id)
 
     def remarks(self) -> tuple[str, ...]:
-        """What whoever trains on the examples encoded so far should know of them."""
-        found = []
+        """Describe, in lines for whoever trains on them, what is odd about the examples encoded so far."""
+        lines = []
         if self._turns and not self._stopping:
             stops = ", ".join(repr(self.tokenizer.backend.id_to_token(id_)) for id_ in self._stops)
             tagged = self._template is not None and self._template.has_generation_tags
             advice = "write it within the {% generation %} tags, or " if tagged else ""
-            found.append(
+            lines.append(
                 f"warning: no turn to learn ends in a token at which generation stops ({stops}): the model will not "
                 f"learn to stop; {advice}end the assistant's turns with {{{{ eos_token }}}} in the chat template, or "
                 "name what ends them as eos_token_id in generation_config.json"
             )
         for prompt, count in self._unmet.most_common(1):
-            found.append(
+            lines.append(
                 f"warning: {_plural(count, 'turn')} to learn without the beginning {prompt!r}, with which the chat "
                 "template asks for one: the model will be asked for what it did not learn"
             )
         if self._straddling:
-            found.append(
+            lines.append(
                 f"warning: {_plural(self._straddling, 'turn')} to learn beginning within a token of the prompt's end: "
                 "the model will be asked with other tokens than it learnt from"
             )
         if self._untagged:
             turns = _plural(self._untagged, "turn")
-            found.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
+            lines.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
         if self._cut:
             length = self.config.sequence_length
-            found.append(f"{_plural(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn")
+            lines.append(f"{_plural(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn")
         if self._rows_apart:
-            found.append(
+            lines.append(
                 f"several examples of {_plural(self._rows_apart, 'row')}, since the chat template writes a turn "
                 "differently once others follow: each turn is learnt as the model will write it"
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
-            lead = "warning: " if SAID & set(self._unread) else ""
-            found.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
-        return tuple(found)
+            lead = "warning: " if MEANINGFUL & set(self._unread) else ""
+            lines.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
+        return tuple(lines)
 
     # --- A row as text ------------------------------------------------------------------------------------------------
 
@@ -191,10 +189,7 @@ class Encoder:
         tools = tools_beside(value)
         if not any(learnt):
             raise Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
-        if any(
-            is_said and not content_of(m).strip() and not m.get("tool_calls") for m, is_said in zip(messages, learnt)
-        ):
-            raise Unusable("a message to learn is empty")
+        check_not_empty(messages, learnt)
         if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
         key = next((content_of(m) for m in messages if m["role"] == "user"), content_of(messages[0]))
@@ -245,19 +240,21 @@ class Encoder:
         assert template is not None
         return template
 
-    def _as_texts(self, made: Sequence[Text | Conversation]) -> list[list[Text] | TemplateProblem]:
-        """Return each as texts, or why the template does not write it; each template is asked once for all of its
-        conversations."""
-        conversations = [one for one in made if isinstance(one, Conversation)]
+    def _as_texts(self, rows: Sequence[Text | Conversation]) -> list[list[Text] | TemplateProblem]:
+        """Return the texts of each row, or the reason why the template does not write it.
+
+        Each template (with and without tools) gets one request for all of its conversations.
+        """
+        conversations = [one for one in rows if isinstance(one, Conversation)]
         written: dict[int, list[Written] | TemplateProblem] = {}
         for with_tools in (False, True):
-            mine = [one for one in conversations if bool(one.tools) == with_tools]
-            if mine:
-                asked = [(one.messages, one.learnt, one.tools) for one in mine]
-                answers = self._template_of(mine[0].tools).write_learnt(asked)
-                written |= {id(one): answer for one, answer in zip(mine, answers, strict=True)}
+            batch = [one for one in conversations if bool(one.tools) == with_tools]
+            if batch:
+                requests = [(one.messages, one.learnt, one.tools) for one in batch]
+                answers = self._template_of(batch[0].tools).write_learnt(requests)
+                written |= {id(one): answer for one, answer in zip(batch, answers, strict=True)}
         texts: list[list[Text] | TemplateProblem] = []
-        for one in made:
+        for one in rows:
             if isinstance(one, Text):
                 texts.append([one])
             else:
@@ -280,7 +277,7 @@ class Encoder:
         return (self._plain if self._template is None else self._written)(texts)
 
     def _plain(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        """bos, prompt, completion and eos: encoded apart, so that the prompt's tokens are those of generation."""
+        """Yield bos, prompt, completion and eos: encoded apart, so that generation gives a prompt the same tokens."""
         cut = [one.spans[0][0] for one in texts]
         prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
         completions = self.tokenizer.encode_batch([one.text[at:] for one, at in zip(texts, cut)])
@@ -296,7 +293,7 @@ class Encoder:
             ordered = starts == sorted(starts) and ends == sorted(ends)
             for start, end in one.spans:
                 inside: Sequence[int]
-                if ordered:  # of a template that writes very many turns, all places are too many to look at for each
+                if ordered:  # a search: looking at all places for each of very many turns would take too long
                     inside = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
                 else:
                     inside = [i for i in range(len(starts)) if ends[i] > start and starts[i] < end]
@@ -306,7 +303,7 @@ class Encoder:
             yield ids, learnt
 
     def _fitted(self, ids: list[int], learnt: list[bool], key: str) -> Example:
-        """Whole up to the last token learnt, after which nothing would be."""
+        """Return the example up to its last learnt token, cut where it is too long. Raises Unusable."""
         if learnt:
             learnt[0] = False  # nothing comes before it
         if True not in learnt:
@@ -322,7 +319,7 @@ class Encoder:
         return Example(ids[:end], learnt[:end], key, cut)
 
     def _counted(self, one: Example) -> Example:
-        """Count what `remarks` says of the example, which is used."""
+        """Count, for `remarks`, an example that is used, and return it."""
         self._cut += one.cut
         turns_end = [i for i, learnt in enumerate(one.learnt) if learnt and not any(one.learnt[i + 1 : i + 2])]
         self._turns += len(turns_end)

@@ -1,4 +1,4 @@
-"""Files of a source: a path, a directory or a glob as the inputs there, and what there is no input."""
+"""Files of a source: the inputs that a path, a directory or a glob stands for, and the files that are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainfw.data.config import STDLIB, TASK_SOURCES
 from trainfw.errors import UserError, did_you_mean
 
 SAVED = "/"
-"""The kind of a saved dataset, which is a directory."""
+"""Kind of a saved dataset, which is a directory."""
 
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
 _MANY = {
@@ -26,25 +26,25 @@ _MANY = {
     "dangling link": "dangling links",
     **{kind: f"{kind}s" for kind in _SPECIAL.values()},
 }
-"""Plurals of what is skipped, where they differ."""
+"""Plurals of the kinds of skipped files that have one."""
 _SHOWN = 12
-"""Kinds of what is skipped that are said."""
+"""Most kinds of skipped files that are listed."""
 _Pattern = tuple[str, ...]
-"""The parts of a glob."""
+"""Parts of a glob."""
 
 
-class Found(NamedTuple):
+class InputPath(NamedTuple):
     """A file, or the directory of a saved dataset."""
 
     path: Path
     name: str
-    """Its path within its source."""
+    """Path within the source."""
     kind: str
-    """Its suffix in lower case, without that of a compression, or `SAVED`."""
+    """Suffix in lower case, without that of a compression, or `SAVED`."""
 
 
 class Skipped:
-    """Counts what was come upon and is not read, by kind, with the first of each."""
+    """Counts of the files that were found and are not read, by kind, with an example of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class Skipped:
         self._first.setdefault(kind, f" ({example})" if example else "")
 
     def __str__(self) -> str:
-        """Such as `3 files skipped: 2 .csv, 1 suffixless (README)`; empty where there is none."""
+        """Return a line such as `3 files skipped: 2 .csv, 1 suffixless (README)`; empty where there are none."""
         total = self.counts.total()
         shown = [
             f"{n:,} {_MANY.get(kind, kind) if n > 1 else kind}{self._first[kind]}"
@@ -66,36 +66,43 @@ class Skipped:
 
 
 class Finder:
-    """Finds inputs of some kinds, and counts in `skipped` what it comes upon beside them.
+    """Search for inputs of some kinds, which counts the other files that it finds in `skipped`.
 
-    A directory is the glob of all below it. Links are followed, nothing hidden (`.git`, say) is come upon, and what is
-    reached twice is read once: a glob and a name that overlap are no wish to learn a file twice.
+    A directory stands for all files below it. Links are followed, hidden files (`.git`, say) are left out, and a file
+    that is reached twice is read once: a glob and a name that overlap do not ask to learn a file twice.
     """
 
     def __init__(self, kinds: Iterable[str], why_not: Callable[[Path, str], str | None]):
-        """`why_not(path, kind)`: of a file that was not named, why it is none to read, or None where it is one."""
+        """Begin a search.
+
+        Args:
+            kinds: the kinds to read.
+            why_not: called with the path and the kind of a file that a glob matched; returns why it is not read, or
+                None where it is.
+        """
         self.skipped = Skipped()
         self._kinds = [kind for kind in kinds if kind != SAVED]
         self._why_not = why_not
         self._reached: set[str] = set()
 
-    def find(self, name: str) -> list[Found]:
-        """The inputs that `name` stands for, in order. Raises UserError where it stands for none."""
+    def find(self, name: str) -> list[InputPath]:
+        """Return the inputs that `name` stands for, in order. Raises UserError where it stands for none."""
         path = Path(os.path.expanduser(name))
         if not name:
             raise UserError("source: a name is empty; expected the path of a file or a directory")
         if os.path.isdir(path):
-            found = [Found(path, path.name, SAVED)] if is_saved_dataset(path) else self._all(path, ("**", "*"), name)
+            saved = is_saved_dataset(path)
+            inputs = [InputPath(path, path.name, SAVED)] if saved else self._all(path, ("**", "*"), name)
         elif os.path.lexists(path):
-            found = [self._named(path, name)]
+            inputs = [self._named(path, name)]
         elif glob.has_magic(name):
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-            found = self._all(root, path.relative_to(root).parts, name)
+            inputs = self._all(root, path.relative_to(root).parts, name)
         else:
             raise _not_there(path, name)
-        return [one for one in found if self._is_new(one)]
+        return [one for one in inputs if self._is_new(one)]
 
-    def _named(self, path: Path, name: str) -> Found:
+    def _named(self, path: Path, name: str) -> InputPath:
         if odd := _odd(path):
             kind, detail = odd
             raise UserError(f"source {name!r} is a {kind}{detail and f' to {detail}'}; expected a file or a directory")
@@ -104,15 +111,15 @@ class Finder:
             also = "" if ".txt" in self._kinds else " as rows of examples"
             hint = did_you_mean(suffix, self._kinds)
             raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
-        return Found(path, path.name, kind)
+        return InputPath(path, path.name, kind)
 
-    def _all(self, root: Path, pattern: _Pattern, name: str) -> list[Found]:
-        before, found = self.skipped.counts.copy(), []
+    def _all(self, root: Path, pattern: _Pattern, name: str) -> list[InputPath]:
+        before, inputs = self.skipped.counts.copy(), []
         for path in self._walk(root, {pattern}, {os.path.realpath(root)}):
             shown = path.relative_to(root).as_posix()
             kind, suffix = file_kind(path)
             if os.path.isdir(path):
-                found.append(Found(path, shown, SAVED))
+                inputs.append(InputPath(path, shown, SAVED))
             elif odd := _odd(path):
                 self.skipped.add(odd[0], f"{shown} -> {odd[1]}" if odd[1] else shown)
             elif kind not in self._kinds:
@@ -120,8 +127,8 @@ class Finder:
             elif reason := self._why_not(path, kind):
                 self.skipped.add(f"{suffix} without rows", f"{shown}: {reason}")
             else:
-                found.append(Found(path, shown, kind))
-        if not found:
+                inputs.append(InputPath(path, shown, kind))
+        if not inputs:
             others = sorted(self.skipped.counts - before)
             if not others and pattern != ("**", "*"):
                 raise UserError(f"source {name!r} matches no file (seen from {Path.cwd()})")
@@ -129,10 +136,10 @@ class Finder:
                 f"source {name!r}: no file that can be read (one of {', '.join(self._kinds)}) and no saved dataset; "
                 f"found {', '.join(others[:8]) or 'nothing'}"
             )
-        return found
+        return inputs
 
     def _walk(self, directory: Path, patterns: set[_Pattern], entered: set[str]) -> Iterator[Path]:
-        """What is below `directory` and matches one of the patterns, sorted part by part of the path."""
+        """Yield the paths below `directory` that match one of the patterns, sorted part by part."""
         try:
             names = sorted(os.listdir(directory))
         except OSError as error:
@@ -154,17 +161,17 @@ class Finder:
                 entered.add(real)
                 yield from self._walk(path, deeper, entered)
 
-    def _is_new(self, found: Found) -> bool:
-        real = os.path.realpath(found.path)
+    def _is_new(self, path: InputPath) -> bool:
+        real = os.path.realpath(path.path)
         if real in self._reached:
-            self.skipped.add("reached twice", found.name)
+            self.skipped.add("reached twice", path.name)
             return False
         self._reached.add(real)
         return True
 
 
 def file_kind(path: Path) -> tuple[str, str]:
-    """(Its suffix in lower case without that of a compression, and with it)."""
+    """Return a file's suffix in lower case, without that of a compression and with it."""
     name = path.name.lower()
     compression = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
     kind = Path(name.removesuffix(compression)).suffix
@@ -172,12 +179,12 @@ def file_kind(path: Path) -> tuple[str, str]:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `save_to_disk` wrote this directory."""
+    """Tell whether `save_to_disk` wrote this directory."""
     return os.path.isfile(path / "dataset_dict.json") or os.path.isfile(path / "state.json")
 
 
 def _odd(path: Path) -> tuple[str, str] | None:
-    """What is not a regular file, and where it leads: it would be waited for, or is not there."""
+    """Say what a path is that is no regular file, and where it leads: reading it would wait for ever, or fail."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -198,7 +205,7 @@ def _not_there(path: Path, name: str) -> UserError:
 
 
 def _after(patterns: set[_Pattern], name: str) -> set[_Pattern]:
-    """What is left of each pattern below a `name` that it matches; () where it ends there."""
+    """Return the rest of each pattern below a `name` that its first part matches; () for a pattern that ends there."""
     left: set[_Pattern] = set()
     hidden = name.startswith(".")
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""JSON files of many values, in a list or one after another, read as a stream."""
+"""Stream of the values in a JSON file, in a list or one after another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trainfw.errors import UserError
 from trainfw.utf8 import without_mark
 
 _BLOCK = 2**20
-"""Bytes that are read at once."""
+"""Bytes read at once."""
 
 
 def json_values(path: Path) -> Iterator[tuple[str, str, object]]:
-    """(place, place in words, value) of each element of a list, or of each value where there is no list.
+    """Yield (place, place in words, value) for each element of a list, or for each value where there is no list.
 
-    Raises UserError, with the line, for what is not JSON.
+    Raises UserError, with the line, for text that is not JSON.
     """
     with open_plain(path) as file:
         text = _JsonText(file, path)
@@ -44,26 +44,26 @@ def json_values(path: Path) -> Iterator[tuple[str, str, object]]:
 
 
 def not_json(error: Exception, where: str, text: str) -> UserError:
-    """Says what is wrong with a text that is not JSON."""
-    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return UserError(f"{where}: not JSON ({what}): {text[:60].rstrip()}")
+    """Return the error for a text that is not JSON."""
+    problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return UserError(f"{where}: not JSON ({problem}): {text[:60].rstrip()}")
 
 
 class WrittenTwice(ValueError):
-    """An object has a key twice, of which readers take either."""
+    """An object with a key that is written twice: some readers take the first value, others the last."""
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON (`object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Return an object of JSON (as `object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
         raise WrittenTwice(f"key {twice[:40]!r} is written twice")
-    return found
+    return value
 
 
 class _JsonText:
-    """The text of a JSON file from some place on, of which no more is held than the value there and a block."""
+    """The text of a JSON file from some place on; memory holds the value there and one block."""
 
     _SPACE = re.compile(r"[ \t\n\r]*")
     _parse = json.JSONDecoder(object_pairs_hook=unique).raw_decode
@@ -76,7 +76,7 @@ class _JsonText:
         self._more()
 
     def peek(self) -> str:
-        """The next character that is no space; none at the end."""
+        """Return the next character that is no space; the empty string at the end."""
         while True:
             self._move(self._SPACE.match(self._text, self._at).end())  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._more():
@@ -84,8 +84,8 @@ class _JsonText:
 
     def take(self, character: str) -> None:
         if self.peek() != character:
-            found = repr(self.rest[:60]) if self.rest else "the end: was it cut short?"
-            raise UserError(f"{self._path}, line {self.line}: not JSON: expected {character!r}, found {found}")
+            rest = repr(self.rest[:60]) if self.rest else "the end: was it cut short?"
+            raise UserError(f"{self._path}, line {self.line}: not JSON: expected {character!r}, found {rest}")
         self._move(self._at + 1)
 
     def value(self) -> Any:
@@ -115,7 +115,7 @@ class _JsonText:
         self._at = at
 
     def _more(self) -> bool:
-        """Read on, twice as far each time; False at the end."""
+        """Read more of the file, as much again as is held; return False at its end."""
         rest = self.rest
         data = self._file.read(max(_BLOCK, len(rest)))
         if len(rest) + len(data) > LIMIT:

@@ -1,4 +1,4 @@
-"""A lock between processes that says whom it waits for, and does not wait for ever."""
+"""Lock between processes: it names the process that it waits for, and gives up on one that hangs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ POLL_SECONDS = 0.2
 SAY_SECONDS = 3.0
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 300.0
-"""Seconds that the holder of a lock may do nothing before the others stop waiting for it."""
+"""Seconds without work of a lock's holder after which the others stop waiting."""
 _BUSY_SECONDS = 0.01
-"""Seconds of processor time that a process which does something uses in a beat, at least."""
+"""Least processor time (seconds) that a working process uses between two beats."""
 
 
 @contextlib.contextmanager
 def held(file: Path, what: str, progress: Progress | None = None) -> Iterator[None]:
-    """Holds the lock of `file` (for `what`, in words), once whoever else holds it is done.
+    """Hold the lock of `file`, once any other process that holds it is done.
 
-    A process that has gone holds no lock. One that is stopped or hangs does: raises PeerError, which names it, once it
-    has done nothing for `SILENT_SECONDS`. Raises UserError where the file system has no locks.
+    A process that has ended holds no lock. Raises PeerError, with its name, for a holder that has done nothing for
+    `SILENT_SECONDS` (it is stopped, or hangs), and UserError where the file system has no locks.
+
+    Args:
+        what: the thing that the lock protects, in words.
     """
     lock, holder = FileLock(file), file.with_suffix(".holder")
     _acquire(lock, holder, what, progress)
@@ -43,23 +46,23 @@ def held(file: Path, what: str, progress: Progress | None = None) -> Iterator[No
 
 def _acquire(lock: FileLock, holder: Path, what: str, progress: Progress | None) -> None:
     waited = silent = 0.0
-    said, last, looked = False, "", time.monotonic()
+    warned, last, checked = False, "", time.monotonic()
     while not _taken(lock):
         time.sleep(POLL_SECONDS)
         now = time.monotonic()
-        gap, looked = min(now - looked, 2 * POLL_SECONDS), now  # this process may have been stopped itself
+        gap, checked = min(now - checked, 2 * POLL_SECONDS), now  # this process may have been stopped itself
         beat = _beat(holder)
         waited, silent = waited + gap, silent + gap if beat == last else 0.0
         if beat != last and progress is not None:
             progress(f"Waiting for {what}: seconds", int(waited), None)
         last = beat
-        who = beat.partition("\n")[0] or "another process"
-        if waited > SAY_SECONDS and not said:
-            said = True
-            logging.getLogger("trainfw").warning("%s: waiting for %s, which holds %s", what, who, lock.lock_file)
+        owner = beat.partition("\n")[0] or "another process"
+        if waited > SAY_SECONDS and not warned:
+            warned = True
+            logging.getLogger("trainfw").warning("%s: waiting for %s, which holds %s", what, owner, lock.lock_file)
         if silent > SILENT_SECONDS:
             raise PeerError(
-                f"{what}: {who} holds {lock.lock_file} and has done nothing for {SILENT_SECONDS:g} s: it is "
+                f"{what}: {owner} holds {lock.lock_file} and has done nothing for {SILENT_SECONDS:g} s: it is "
                 "stopped, or hangs; let it go on, or end it"
             )
 
@@ -75,7 +78,7 @@ def _taken(lock: FileLock) -> bool:
 
 
 def _beat(holder: Path) -> str:
-    """Return who holds a lock, and a number that changes while the holder does something; empty where nobody says."""
+    """Read the holder's name and a number that grows while the holder works; empty where none are written."""
     try:
         return holder.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -84,14 +87,14 @@ def _beat(holder: Path) -> str:
 
 @contextlib.contextmanager
 def _beating(holder: Path) -> Iterator[None]:
-    """Writes down, every now and then, that this process does something."""
-    who = f"process {os.getpid()} on {socket.gethostname()}"
+    """Keep writing this process's name and processor time to the file `holder`, while it works."""
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
     ended = threading.Event()
 
     def write(seconds: float) -> None:
         with contextlib.suppress(OSError):  # the work itself will tell of a disk that is full
             temporary = holder.with_suffix(".beat")
-            temporary.write_text(f"{who}\n{seconds:.2f}", encoding="utf-8")
+            temporary.write_text(f"{owner}\n{seconds:.2f}", encoding="utf-8")
             temporary.replace(holder)
 
     def beat() -> None:

@@ -1,4 +1,4 @@
-"""Messages of rows: what they are checked for, and why they are refused."""
+"""Checks of rows and their messages, and the reasons for which they are refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainfw.errors import did_you_mean
 
 
 class Unusable(Exception):
-    """Why a row is refused."""
+    """Reason, in words, for which a row is refused."""
 
 
 def checked_row(value: Any) -> dict[str, Any]:
-    """Return the row, an object that is to be learnt as much as others. Raises Unusable for any other."""
+    """Return a row that is an object and asks for no weight of its own. Raises Unusable for any other."""
     if isinstance(value, Unreadable):
         raise Unusable(value.reason)
     if not isinstance(value, dict):
@@ -31,7 +31,10 @@ def checked_row(value: Any) -> dict[str, Any]:
 
 
 def checked_message(message: object) -> Message:
-    """Return the message without its nulls, which Parquet fills absent keys with and templates would print."""
+    """Return the message without nulls, which Parquet writes for absent keys and templates would print.
+
+    Raises Unusable for a message that templates do not take.
+    """
     if not isinstance(message, dict):
         raise Unusable("a message is not an object")
     message = {key: value for key, value in message.items() if value is not None}
@@ -47,8 +50,8 @@ def checked_message(message: object) -> Message:
         raise Unusable("a message has 'function_call', which is now written as 'tool_calls'")
     content = message.get("content", "" if "tool_calls" in message else None)
     if not isinstance(content, str):
-        what = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
-        raise Unusable(f"a message's content is {what}")
+        kind = "a list of parts: write their text as one" if isinstance(content, list) else "not text"
+        raise Unusable(f"a message's content is {kind}")
     return message
 
 
@@ -74,18 +77,17 @@ def tools_beside(row: dict[str, object]) -> list[object] | None:
 
 
 _SWITCHES = ("weight", "train", "training", "loss")
-"""Keys by which a message says whether it is learnt: OpenAI's fine-tuning format, Axolotl (twice) and ms-swift."""
+"""Keys that mark a message as learnt or not: OpenAI's fine-tuning format, Axolotl (two keys) and ms-swift."""
 
-
-SAID = {
+MEANINGFUL = {
     *("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"),
     *("loss_weight", "loss_mask", "mask", "masked", "trainable", "train_detail", "training_detail"),
 }
-"""Keys that hold part of a conversation, or say what of it is to be learnt, and are no mere facts about it."""
+"""Keys that hold part of a conversation, or mark what of it is to be learnt; other keys only describe it."""
 
 
 def is_learnt(message: Message, roles: Sequence[str]) -> bool:
-    """Tell whether a message is to be learnt; take what says so out of it, which is not for the template to see."""
+    """Tell whether a message is to be learnt, and take the keys that mark it out of it: no template is to see them."""
     learnt = message["role"] in roles
     for key in _SWITCHES:
         if key not in message:
@@ -100,16 +102,22 @@ def is_learnt(message: Message, roles: Sequence[str]) -> bool:
 
 
 def content_of(message: Message) -> str:
-    """Return what the message says, empty where it only calls tools."""
+    """Return the text of a message, empty where it only calls tools."""
     return message.get("content", "")
 
 
-def checked_text(text: str, what: str) -> str:
+def check_not_empty(messages: Sequence[Message], learnt: Sequence[bool]) -> None:
+    """Raise Unusable where a message to learn holds neither text nor calls of tools."""
+    if any(flag and not content_of(m).strip() and not m.get("tool_calls") for m, flag in zip(messages, learnt)):
+        raise Unusable("a message to learn is empty")
+
+
+def checked_text(text: str, name: str) -> str:
     """Return the text. Raises Unusable where UTF-8 cannot write it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unusable(f"{what} has a lone surrogate") from None
+        raise Unusable(f"{name} has a lone surrogate") from None
     return text
 
 

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from trainfw.data.config import DataConfig
-from trainfw.data.rows import FIELDS, AnyRows, PairRows, open_rows
+from trainfw.data.rows import AnyRows, PairRows, empty, open_rows
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
@@ -55,7 +55,7 @@ class TrainIterator(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, object]:
-        """Where the last batch returned ended; the same in every process, whatever their number. JSON-serialisable."""
+        """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
         return {"next_row": self._next_row, "order": self._order}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -70,12 +70,12 @@ class TrainIterator(Iterator[Batch]):
 
     @property
     def next_row(self) -> int:
-        """Of the endless order, the first row of the next batch."""
+        """First row of the next batch, counted in the endless order."""
         self._pass_skipped()
         return self._next_row
 
     def skip(self, rows: Iterable[int]) -> None:
-        """Leave out the batches in which any of these rows of the order is, now and after `set_state`."""
+        """Leave out every batch that holds one of these rows of the endless order, now and after `set_state`."""
         self._skipped = frozenset(rows)
 
     def restart(self) -> None:
@@ -91,20 +91,21 @@ class TrainIterator(Iterator[Batch]):
         share = self._global_batch_size // self._process_count
         batches = self._stream[next_row:].batch(share, drop_remainder=True)
         # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
-        mine = batches[self._process_index :: self._process_count]
+        own_batches = batches[self._process_index :: self._process_count]
         threads = min(READ_THREADS, self._prefetch)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-        self._batches = iter(mine.to_iter_dataset(options))
+        self._batches = iter(own_batches.to_iter_dataset(options))
         self._next_row = next_row
 
 
 def train_iterator(
     store: TokenStore, config: DataConfig, *, global_batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> TrainIterator:
-    """This process's share of endless batches of global_batch_size / process_count rows, reshuffled every epoch.
+    """Iterate over this process's share of batches, global_batch_size / process_count rows each, without end.
 
-    Global batch k is rows [k*B, k*B + B) of one endless order that the number of processes does not change; the
-    shares in order of process make it up. Raises UserError where the batch does not divide, or has too few rows.
+    Every epoch is shuffled anew. Global batch k is rows [k*B, k*B + B) of one endless order that the number of
+    processes does not change; the shares in order of process make it up. Raises UserError where the batch does not
+    divide, or there are too few rows for one.
     """
     _check_share(global_batch_size, process_count)
     rows = open_rows(store, config)
@@ -121,7 +122,7 @@ def validation_batches(
     process_count: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """This process's share of one pass in order; the last batch is filled up with rows of zeros (`loss_mask` 0).
+    """Yield this process's share of one pass in order; rows of zeros (`loss_mask` 0) fill up the last batch.
 
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
@@ -132,7 +133,7 @@ def validation_batches(
 
 
 def _batch(rows: AnyRows, start: int, size: int) -> Batch:
-    batch = {name: np.zeros((size, *rows.shape), dtype) for name, dtype in FIELDS.items()}
+    batch = empty(size, *rows.shape)
     for i, index in enumerate(range(start, min(start + size, len(rows)))):
         for name, values in rows[index].items():
             batch[name][i] = values
@@ -149,5 +150,5 @@ def _check_share(global_batch_size: int, process_count: int) -> int:
 def _order(rows: AnyRows, config: DataConfig) -> str:
     state = f"{rows.store.digest} {rows.sequence_length} {config.shuffle} {config.seed if config.shuffle else None}"
     if isinstance(rows, PairRows):
-        state += f" {rows.pairs_per_row}"  # which shapes rows of pairs alone
+        state += f" {rows.pairs_per_row}"
     return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Preferences: pairs of answers to one prompt as tokens, the chosen one and the rejected."""
+"""Preferences: pairs of answers to one prompt, the chosen and the rejected, as tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from trainfw.data.examples import Conversation, Encoder, Example, Text
 from trainfw.data.messages import (
     Unusable,
+    check_not_empty,
     checked_message,
     checked_row,
     checked_text,
@@ -22,7 +23,7 @@ _LEARNT = ("assistant",)
 
 
 class PairEncoder(Encoder):
-    """Rows to pairs, as `config` says: two examples each, of which the rejected one follows the chosen."""
+    """Encoder of rows as pairs: two examples each, the chosen one first."""
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Yield the sides of the rows that can be used; a row with a side that cannot is counted once."""
@@ -85,8 +86,8 @@ class PairEncoder(Encoder):
                 raise Unusable(f"{name!r} is empty")
         self._check_differ(*sides)
         if self._template is None:
-            if beside := [key for key in CONVERSATION if row.get(key)]:
-                raise Unusable(f"{beside[0]!r} beside the texts, which is for a chat template to write")
+            if keys := [key for key in CONVERSATION if row.get(key)]:
+                raise Unusable(f"{keys[0]!r} beside the texts, which is for a chat template to write")
             return [self._joined(id_, prompt, side) for side in sides]
         turns = [[{"role": "assistant", "content": side}] for side in sides]
         return self._conversations(id_, row, [{"role": "user", "content": prompt}], turns, [[True], [True]])
@@ -111,7 +112,7 @@ class PairEncoder(Encoder):
         return self._conversations(id_, row, prompt, sides, learnt)
 
     def _prompt(self, row: dict[str, object]) -> list[Message]:
-        """Return the messages that the row names as its prompt; none where it names none."""
+        """Return the messages of the row's prompt; none where it has none."""
         field = self.config.prompt_field
         prompt = row.get(field)
         if prompt is None:
@@ -121,7 +122,7 @@ class PairEncoder(Encoder):
             raise Unusable(f"{field!r} is not a list of messages, as {self._fields[0]!r} is{advice}")
         messages = [checked_message(message) for message in prompt]
         for message in messages:
-            is_learnt(message, _LEARNT)  # takes what says so out of it: of a prompt, nothing is
+            is_learnt(message, _LEARNT)  # takes its marks out of it: nothing of a prompt is learnt
         return messages
 
     def _conversations(
@@ -144,7 +145,7 @@ class PairEncoder(Encoder):
 
 
 def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> None:
-    """Raise Unusable unless the messages are an answer of the assistant, of which something is learnt."""
+    """Raise Unusable unless the messages are an answer of the assistant that has something to learn."""
     if not messages:
         raise Unusable(f"{field!r} holds no message after the prompt")
     for does, message in (("begins", messages[0]), ("ends", messages[-1])):
@@ -152,8 +153,7 @@ def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> No
             raise Unusable(f"{field!r}, after the prompt, {does} with a message of {message['role']}, not of assistant")
     if not any(learnt):
         raise Unusable("no message of assistant to learn")
-    if any(flag and not content_of(m).strip() and not m.get("tool_calls") for m, flag in zip(messages, learnt)):
-        raise Unusable("a message to learn is empty")
+    check_not_empty(messages, learnt)
 
 
 def _only(written: list[Text] | TemplateProblem) -> Text:

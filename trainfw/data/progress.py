@@ -10,7 +10,7 @@ Progress = Callable[[str, int, int | None], None]
 
 
 def reported(items: Iterable[T], description: str, total: int | None, progress: Progress | None) -> Iterator[T]:
-    """The same items, each reported to `progress` once it has been used, and the true total at the end."""
+    """Yield the same items and report each to `progress` once it has been used, and the true total at the end."""
     completed = 0
     for completed, item in enumerate(items, start=1):
         yield item

@@ -5,24 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.arrow import NotText, parquet_rows, saved_dataset_rows
+from trainfw.data.arrow import NotText, ReadRows, parquet_rows, saved_dataset_rows
 from trainfw.data.compressed import LIMIT, open_plain
 from trainfw.data.files import SAVED
 from trainfw.data.json_values import WrittenTwice, json_values, not_json, unique
 from trainfw.errors import UserError, did_you_mean
 from trainfw.utf8 import decode_utf8, without_mark
 
-Reader = Callable[[Path, str], Iterator[tuple[str, Any]]]
-"""`reader(path, field)` yields (place within the file, text) for each document; of examples, `field` names several
-keys, joined by `AND`, and (place within the file, row) is yielded."""
+Columns = tuple[str, ...]
+"""Keys (JSON) or columns (Arrow) to read: one for documents; for examples several, of which the first must be there."""
 
-AND = "\0"
-"""Between the names of several keys."""
+Reader = Callable[[Path, Columns], Iterator[tuple[str, Any]]]
+"""Function that yields (place within the file, text) for each document, or (place within the file, row) for each
+example, an object with those of the columns that it has. Raises UserError for a file that cannot be read."""
 
 _FIELD_KEYS = "messages_field, prompt_field, chosen_field"
 _KEYS_OF_FORMATS = {
@@ -34,7 +34,7 @@ _KEYS_OF_FORMATS = {
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands in the place of a row that is none."""
+    """Stand-in for a row that cannot be used, with the reason."""
 
     reason: str
 
@@ -42,8 +42,8 @@ class Unreadable:
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path, _field: str) -> Iterator[tuple[str, str]]:
-    """The whole file as one document."""
+def read_text(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
+    """Yield the whole file as one document."""
     blocks, size = [], 0
     with open_plain(path) as file:
         while block := file.read(2**20):  # `read(LIMIT)` would ask for as much memory at once
@@ -56,8 +56,8 @@ def read_text(path: Path, _field: str) -> Iterator[tuple[str, str]]:
     yield "", text
 
 
-def read_python(path: Path, _field: str) -> Iterator[tuple[str, str]]:
-    """A Python file as one document, in the encoding that it declares; skipped where it does not decode."""
+def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
+    """Yield a Python file as one document, in the encoding that it declares; nothing where it does not decode."""
     try:
         with tokenize.open(path) as file:
             yield "", file.read()
@@ -68,18 +68,18 @@ def read_python(path: Path, _field: str) -> Iterator[tuple[str, str]]:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """One JSON object a line; blank lines are skipped."""
+def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Yield the document of each line, a JSON object; blank lines are skipped."""
     for line, data in _lines(path):
-        yield f":{line}", _field_of(_parsed(data, path, line), field, f"{path}, line {line}")
+        yield f":{line}", _document(_parsed(data, path, line), columns, f"{path}, line {line}")
 
 
-def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
-    """One JSON object a line, of which the keys `fields` are kept; a line that is none is `Unreadable`."""
+def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+    """Yield the example of each line; `Unreadable` for a line that is no JSON object."""
     for line, data in _lines(path):
         row: Any
         try:
-            row = _kept(json.loads(data.decode(), object_pairs_hook=unique), fields)
+            row = _example(json.loads(data.decode(), object_pairs_hook=unique), columns)
         except UnicodeDecodeError:
             row = Unreadable("not UTF-8")
         except WrittenTwice as error:
@@ -89,29 +89,27 @@ def read_jsonl_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
         yield f":{line}", row
 
 
-def read_json(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """A list of objects, or objects one after another: one, or one a line."""
-    for place, where, value in json_values(path):
-        yield place, _field_of(value, field, where)
+def read_json(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Yield the document of each object in a JSON file: a list of objects, or objects one after another."""
+    return ((place, _document(value, columns, where)) for place, where, value in json_values(path))
 
 
-def read_json_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
-    """The same, of which the keys `fields` are kept."""
-    return ((place, _kept(value, fields)) for place, _, value in json_values(path))
+def read_json_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+    """Yield the example of each object in a JSON file: a list of objects, or objects one after another."""
+    return ((place, _example(value, columns)) for place, _, value in json_values(path))
 
 
-def why_no_rows(path: Path, fields: str) -> str | None:
-    """None where the first value of a .json file, which may be anything, is a row; else in a few words why not."""
-    field = fields.split(AND)[0]
+def why_no_rows(path: Path, columns: Columns) -> str | None:
+    """Say in a few words why the first value of a .json file, which may hold anything, is no row; None if it is one."""
     try:
         first = next((value for *_, value in json_values(path)), None)
     except UserError as error:
         return str(error).removeprefix(str(path)).lstrip(",: ")
-    return None if isinstance(first, dict) and field in first else f"no {field!r}"
+    return None if isinstance(first, dict) and columns[0] in first else f"no {columns[0]!r}"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, by number, each without a byte-order mark (files are put together)."""
+    """Yield (number, bytes) of each line that is not blank, without a byte-order mark (files are put together)."""
     with open_plain(path) as file:
         for line, data in enumerate(iter(functools.partial(file.readline, LIMIT + 1), b""), start=1):
             if len(data) > LIMIT:
@@ -135,44 +133,26 @@ def _parsed(data: bytes, path: Path, line: int) -> object:
 # --- Parquet and saved datasets ---------------------------------------------------------------------------------------
 
 
-def read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """One row a document."""
-    return _texts(parquet_rows, path, field)
+def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    """Yield the document of each row of a table."""
+
+    def choose(present: list[str]) -> list[str]:
+        _check_column(columns[0], present, str(path), "column")
+        return [columns[0]]
+
+    for number, row in enumerate(read_rows(path, choose)):
+        yield f"#{number}", _checked_text(row[columns[0]], columns[0], f"{path}, row {number}")
 
 
-def read_parquet_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
-    """One row an example, of which the columns `fields` are kept."""
-    return _examples(parquet_rows, path, fields)
+def _examples(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+    """Yield the example of each row of a table."""
 
+    def choose(present: list[str]) -> list[str]:
+        first, *others = columns  # a row that lacks one of the others is counted later
+        _check_column(first, present, str(path), "column", _FIELD_KEYS)
+        return [first, *(column for column in others if column in present)]
 
-def read_saved_dataset(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """A directory written by Hugging Face `save_to_disk`; of several splits, `train`."""
-    return _texts(saved_dataset_rows, path, field)
-
-
-def read_saved_dataset_rows(path: Path, fields: str) -> Iterator[tuple[str, object]]:
-    """Examples from such a directory, of which the columns `fields` are kept."""
-    return _examples(saved_dataset_rows, path, fields)
-
-
-def _texts(rows: Callable[..., Iterator[dict[str, object]]], path: Path, field: str) -> Iterator[tuple[str, str]]:
-    def choose(found: list[str]) -> list[str]:
-        _check_field(field, found, str(path), "column")
-        return [field]
-
-    for number, row in enumerate(rows(path, choose)):
-        yield f"#{number}", _checked(row[field], field, f"{path}, row {number}")
-
-
-def _examples(
-    rows: Callable[..., Iterator[dict[str, object]]], path: Path, fields: str
-) -> Iterator[tuple[str, object]]:
-    def choose(found: list[str]) -> list[str]:
-        first, *others = fields.split(AND)  # what others lack is said of each row
-        _check_field(first, found, str(path), "column", _FIELD_KEYS)
-        return [first, *(column for column in others if column in found)]
-
-    return ((f"#{number}", row) for number, row in enumerate(rows(path, choose)))
+    return ((f"#{number}", row) for number, row in enumerate(read_rows(path, choose)))
 
 
 READERS: dict[str, Reader] = {
@@ -180,64 +160,72 @@ READERS: dict[str, Reader] = {
     ".md": read_text,
     ".py": read_text,
     ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
+    ".parquet": functools.partial(_documents, parquet_rows),
     ".json": read_json,
     ".ndjson": read_jsonl,
-    SAVED: read_saved_dataset,
+    SAVED: functools.partial(_documents, saved_dataset_rows),
 }
-"""How a file is read, by its suffix."""
+"""Readers of documents, by the suffix of their files."""
 
 ROW_READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl_rows,
-    ".parquet": read_parquet_rows,
+    ".parquet": functools.partial(_examples, parquet_rows),
     ".json": read_json_rows,
     ".ndjson": read_jsonl_rows,
-    SAVED: read_saved_dataset_rows,
+    SAVED: functools.partial(_examples, saved_dataset_rows),
 }
-"""How a file of examples is read."""
+"""Readers of examples, by the suffix of their files."""
 
 
-# --- What a row holds -------------------------------------------------------------------------------------------------
+# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-def _kept(row: object, fields: str) -> object:
-    """Of an object, the keys that are read; one without the first of them is `Unreadable`."""
+def _example(row: object, columns: Columns) -> object:
+    """Return an object's values of these columns; `Unreadable` where it lacks the first; no object as it is."""
     if not isinstance(row, dict):
         return row
-    first, *others = fields.split(AND)
-    if first not in row:
-        found = ", ".join(repr(key) for key in sorted(row)[:6]) or "none"
-        return Unreadable(f"no {first!r} (see {_FIELD_KEYS}); keys found: {found}")
-    return {key: row[key] for key in (first, *others) if key in row}
+    if columns[0] not in row:
+        keys = ", ".join(repr(key) for key in sorted(row)[:6]) or "none"
+        return Unreadable(f"no {columns[0]!r} (see {_FIELD_KEYS}); keys found: {keys}")
+    return {key: row[key] for key in columns if key in row}
 
 
-def _field_of(row: object, field: str, where: str) -> str:
+def _document(row: object, columns: Columns, where: str) -> str:
+    """Return an object's text in the one column. Raises UserError where it has none."""
+    [column] = columns
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with a {field!r} key, found {_kind(row)}")
-    _check_field(field, row, where, "key")
-    return _checked(row[field], field, where)
+        raise UserError(f"{where}: expected an object with a {column!r} key, found {_kind(row)}")
+    _check_column(column, list(row), where, "key")
+    return _checked_text(row[column], column, where)
 
 
-def _check_field(field: str, found: Iterable[str], where: str, word: str, option: str = "text_field") -> None:
-    found = list(found)
-    if field not in found:
-        if option == "text_field":
-            for format_, keys in _KEYS_OF_FORMATS.items():
-                if {*keys} <= {*found}:
-                    listed = " and ".join(map(repr, keys))
-                    raise UserError(f"{where}: no {word} {field!r}, but {listed}: did you mean data.format: {format_}?")
-        listed = ", ".join(repr(name) for name in found[:12]) or "none"
-        hint = did_you_mean(field, found) if len(found) > 1 else ""
-        raise UserError(f"{where}: no {word} {field!r} (see {option}); {word}s found: {listed}{hint}")
+def _check_column(column: str, present: list[str], where: str, word: str, option: str = "text_field") -> None:
+    """Raise UserError, with the nearest name, where a column is not among those that are there.
+
+    Args:
+        word: "key" or "column", as this kind of file has them.
+        option: the key of a recipe that names the column.
+    """
+    if column in present:
+        return
+    if option == "text_field":
+        for format_, keys in _KEYS_OF_FORMATS.items():
+            if {*keys} <= {*present}:
+                listed = " and ".join(map(repr, keys))
+                raise UserError(f"{where}: no {word} {column!r}, but {listed}: did you mean data.format: {format_}?")
+    listed = ", ".join(repr(name) for name in present[:12]) or "none"
+    hint = did_you_mean(column, present) if len(present) > 1 else ""
+    raise UserError(f"{where}: no {word} {column!r} (see {option}); {word}s found: {listed}{hint}")
 
 
-def _checked(value: object, field: str, where: str) -> str:
+def _checked_text(value: object, column: str, where: str) -> str:
+    """Return a document's text. Raises UserError for what is not text, or cannot be written in UTF-8."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: expected {field!r} to be text, found {_kind(value)}")
+        raise UserError(f"{where}: expected {column!r} to be text, found {_kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
-        raise UserError(f"{where}: {field!r} has a lone surrogate at character {error.start}") from error
+        raise UserError(f"{where}: {column!r} has a lone surrogate at character {error.start}") from error
     return value
 
 

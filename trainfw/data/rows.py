@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import abc
 import bisect
-from typing import Protocol
 
 import numpy as np
 
@@ -19,23 +19,43 @@ FIELDS = {
 """The arrays of a row, each (S,), or (2, S) of pairs, and their types."""
 
 
-class AnyRows(Protocol):
-    """Rows of any kind."""
+class AnyRows(abc.ABC):
+    """Rows of S tokens made of a store; each is a dict of the arrays named in `FIELDS`."""
 
     store: TokenStore
     sequence_length: int
+    content: str
+    """Number and kind of what the rows are made of, in words."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each of a row's arrays."""
+        return (self.sequence_length,)
 
     @property
-    def filled(self) -> float: ...
+    @abc.abstractmethod
+    def filled(self) -> float:
+        """Share of the rows' places that hold tokens, the rest being padding."""
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return a row's arrays, each of `shape`. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(index)
 
-    def require(self, count: int) -> None: ...
+    @abc.abstractmethod
+    def _row(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def require(self, count: int) -> None:
+        """Raise UserError unless there are `count` rows at least."""
+        if len(self) < count:
+            raise UserError(
+                f"{self.content} make {len(self)} rows of {self.sequence_length}, "
+                f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
+            )
 
 
 def open_rows(store: TokenStore, config: DataConfig) -> AnyRows:
@@ -45,7 +65,7 @@ def open_rows(store: TokenStore, config: DataConfig) -> AnyRows:
     return (Rows if store.learnt is None else ExampleRows)(store, config.sequence_length)
 
 
-class Rows:
+class Rows(AnyRows):
     """A store cut into rows of S tokens: row i has inputs [i*S, i*S + S) of the stream, and their next tokens.
 
     The rows together predict every token but each document's first (its bos) exactly once; the last row is padded
@@ -53,34 +73,26 @@ class Rows:
     """
 
     def __init__(self, store: TokenStore, sequence_length: int) -> None:
-        self.store = store
-        self.sequence_length = sequence_length
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.sequence_length,)
+        self.store, self.sequence_length = store, sequence_length
+        self.content = f"{store.num_tokens} training tokens"
 
     @property
     def filled(self) -> float:
-        """The share of the rows' places that hold tokens: all but the last row's padding."""
         return (self.store.num_tokens - 1) / max(len(self) * self.sequence_length, 1)
 
     def __len__(self) -> int:
         return -(-(self.store.num_tokens - 1) // self.sequence_length)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays named in `FIELDS`, each (S,). Raises IndexError outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def _row(self, index: int) -> dict[str, np.ndarray]:
         start = index * self.sequence_length
         stream = self.store.tokens[start : start + self.sequence_length + 1]
         place = np.arange(start, start + len(stream))
         first = self.store.offsets.searchsorted(start, side="right") - 1
         last = self.store.offsets.searchsorted(start + len(stream) - 1, side="right")
-        bounds = self.store.offsets[first:last]  # where the documents of this row begin
+        bounds = self.store.offsets[first:last]  # the beginnings of this row's documents
         document = bounds.searchsorted(place, side="right") - 1
         part_start = np.maximum(bounds[document], start)
-        row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
+        row = empty(self.sequence_length)
         part = slice(len(stream) - 1)
         row["tokens"][part], row["targets"][part] = stream[:-1], stream[1:]
         row["segment_ids"][part] = document[:-1] + 1
@@ -88,32 +100,23 @@ class Rows:
         row["loss_mask"][part] = document[1:] == document[:-1]
         return row
 
-    def require(self, count: int) -> None:
-        """Raise UserError unless there are `count` rows at least."""
-        if len(self) < count:
-            raise UserError(
-                f"{self.store.num_tokens} training tokens make {len(self)} rows of {self.sequence_length}, "
-                f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
-            )
 
+class ExampleRows(AnyRows):
+    """Examples of a store packed whole into rows of S tokens, each a segment of its own; padding comes last.
 
-class _PackedRows:
-    """Examples of a store packed whole into rows of S tokens, `group` of them at once.
-
-    An example of n tokens takes n - 1 places: its last token is predicted, and never an input. Which share a row
-    depends on their lengths alone (`pack`). Rows are ordered by the first example in them, and examples in a row as in
-    the store.
+    An example of n tokens takes n - 1 places: its last token is predicted, and never an input. Their lengths alone
+    decide which examples share a row (`pack`). Rows are ordered by the first example in them, and examples in a row as
+    in the store.
     """
 
-    group: int
-    noun: str
+    group = 1
+    noun = "examples"
 
     def __init__(self, store: TokenStore, sequence_length: int, least: int = 1) -> None:
-        """`least`: places that a group takes at least, whatever its length."""
+        """Pack the groups of examples; each takes `least` places or more, whatever its length."""
         assert store.learnt is not None
         assert store.group == self.group
-        self.store = store
-        self.sequence_length = sequence_length
+        self.store, self.sequence_length = store, sequence_length
         lengths = np.diff(store.offsets[:]) - 1
         self._places = int(lengths.sum())
         if len(lengths) and (longest := int(lengths.max())) > sequence_length:
@@ -121,25 +124,26 @@ class _PackedRows:
         rows = pack(np.maximum(lengths.reshape(-1, self.group).max(axis=1), least), sequence_length)
         self._items = np.argsort(rows, kind="stable")
         self._starts = np.searchsorted(rows[self._items], np.arange(int(rows.max(initial=-1)) + 2))
+        self.content = f"{len(self._items)} training {self.noun}"
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     @property
     def filled(self) -> float:
-        """The share of the rows' places that hold tokens, the rest being padding."""
         return self._places / max(len(self) * self.group * self.sequence_length, 1)
 
-    def _held(self, index: int) -> np.ndarray:
-        """Return which groups row `index` holds. Raises IndexError outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def groups(self, index: int) -> np.ndarray:
+        """Return the numbers of the examples (or pairs) in a row, i64 (n,): pair i is the examples 2 i and 2 i + 1."""
         return self._items[self._starts[index] : self._starts[index + 1]]
 
-    def _row(self, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the arrays named in `FIELDS`, each (S,), of these examples."""
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        return self._join(self.groups(index))
+
+    def _join(self, examples: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays named in `FIELDS`, each (S,), of these examples one after another."""
         assert self.store.learnt is not None
-        row = {name: np.zeros(self.sequence_length, dtype) for name, dtype in FIELDS.items()}
+        row = empty(self.sequence_length)
         place = 0
         for segment, example in enumerate(examples, start=1):
             start, end = self.store.offsets[example : example + 2]
@@ -151,35 +155,8 @@ class _PackedRows:
             place = part.stop
         return row
 
-    def require(self, count: int) -> None:
-        """Raise UserError unless there are `count` rows at least."""
-        if len(self) < count:
-            raise UserError(
-                f"{len(self._items)} training {self.noun} make {len(self)} rows of {self.sequence_length}, "
-                f"fewer than the {count} of one batch; give more data, or shorten sequence_length or the batch"
-            )
 
-
-class ExampleRows(_PackedRows):
-    """Examples packed whole into rows of S tokens, each a segment of its own; padding comes last."""
-
-    group = 1
-    noun = "examples"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.sequence_length,)
-
-    def examples(self, index: int) -> np.ndarray:
-        """Return which examples row `index` holds."""
-        return self._held(index)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays named in `FIELDS`, each (S,). Raises IndexError outside [0, len)."""
-        return self._row(self._held(index))
-
-
-class PairRows(_PackedRows):
+class PairRows(ExampleRows):
     """Pairs packed whole into rows of (2, S) tokens: the chosen examples, and the rejected below them.
 
     The k-th pair of a row is segment k on both sides. A side takes as many places as it has, and padding comes last;
@@ -197,18 +174,17 @@ class PairRows(_PackedRows):
     def shape(self) -> tuple[int, ...]:
         return (2, self.sequence_length)
 
-    def pairs(self, index: int) -> np.ndarray:
-        """Return which pairs row `index` holds: of pair i, the examples 2 i and 2 i + 1."""
-        return self._held(index)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays named in `FIELDS`, each (2, S). Raises IndexError outside [0, len)."""
-        chosen, rejected = (self._row(2 * self._held(index) + side) for side in (0, 1))
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        chosen, rejected = (self._join(2 * self.groups(index) + side) for side in (0, 1))
         return {name: np.stack([chosen[name], rejected[name]]) for name in FIELDS}
 
 
+def empty(*shape: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()}
+
+
 def pack(lengths: np.ndarray, size: int) -> np.ndarray:
-    """Which bin of `size` each item of `lengths` (at least 1, at most `size`) goes to: i64, (items,).
+    """Return the bin of `size` that each item of `lengths` (at least 1, at most `size`) goes to: i64, (items,).
 
     Best fit, longest first, of whole lengths rather than single items: bins with the same room left are one group, so
     a million items take about as long as a thousand (Krell et al., "Efficient sequence packing", arXiv:2107.02027,

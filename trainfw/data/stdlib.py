@@ -1,4 +1,4 @@
-"""Tasks made of Python's own library: prompts and what follows them, which are on every machine."""
+"""Tasks made of Python's own library, which is on every machine: prompts, and the completions to learn."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Pair = tuple[int, str, str]
 
 _Defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _WORDS = range(3, 31)
-"""Words in a line worth learning: fewer say nothing, more are lists or tables."""
+"""Numbers of words of a line worth learning: shorter lines say nothing, longer ones are lists or tables."""
 _PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()\-]*[.?!]")
 """A sentence in which only case and punctuation could be missing: no code, markup or paths."""
 
 
 def summaries(text: str) -> Iterator[Pair]:
-    """The source of each function, method and class without its docstrings -> the first line of its docstring.
+    """Yield the source of each function, method and class without docstrings -> the first line of its docstring.
 
     Left out are docstrings whose first line breaks off (PEP 257 asks for a line of its own), and definitions that
     hold nothing but their docstring. Docstrings inside go too: one pair's prompt never holds another's completion.
@@ -41,7 +41,7 @@ def summaries(text: str) -> Iterator[Pair]:
 
 
 def rewrites(text: str) -> Iterator[Pair]:
-    """A sentence of a docstring in lower case and without punctuation -> the sentence as it was written."""
+    """Yield each sentence of a docstring in lower case and without punctuation -> the sentence as it was written."""
     for node in _documented(text, (ast.Module, *_Defined)):
         doc = ast.get_docstring(node)
         assert doc is not None
@@ -67,7 +67,7 @@ TASKS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], tuple[str, ..
     "python-stdlib-rewrites": (rewrites, ("prompt", "completion")),
     "python-stdlib-preferences": (preferences, ("prompt", "chosen", "rejected")),
 }
-"""What makes rows of a file's text, each after its line, and their keys, by the name of their source in a recipe."""
+"""Function that yields (line, one text for each key) of a file's text, and the keys, by the name of the task."""
 
 
 def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -84,7 +84,7 @@ def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _documented(text: str, kinds: tuple[type[ast.AST], ...]) -> Iterator[ast.FunctionDef | ast.ClassDef | ast.Module]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the files' authors wrote, such as "\d"
+        warnings.simplefilter("ignore")  # about strings in these files, such as "\d"
         tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, kinds) and _docstring(node) is not None:
@@ -105,7 +105,7 @@ def _says_nothing(node: ast.stmt) -> bool:
 
 
 def _without_docstrings(lines: list[str], node: ast.FunctionDef | ast.ClassDef) -> str | None:
-    """The source of `node`; None where a docstring shares a line with other code."""
+    """Return the source of `node` without docstrings; None where one shares a line with other code."""
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     assert node.end_lineno is not None
     dropped: set[int] = set()
@@ -120,5 +120,5 @@ def _without_docstrings(lines: list[str], node: ast.FunctionDef | ast.ClassDef) 
             while end < node.end_lineno and not lines[end].strip():  # blank lines after it
                 end += 1
             dropped.update(range(doc.lineno, end + 1))
-    kept = [lines[i - 1] for i in range(first, node.end_lineno + 1) if i not in dropped]
-    return textwrap.dedent("\n".join(kept)).strip()
+    remaining = [lines[i - 1] for i in range(first, node.end_lineno + 1) if i not in dropped]
+    return textwrap.dedent("\n".join(remaining)).strip()

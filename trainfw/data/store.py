@@ -1,4 +1,4 @@
-"""Tokens on disk: files of blocks, each with a checksum that is looked at whenever the block is read."""
+"""Tokens on disk: files of blocks, each with a checksum that is compared whenever the block is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,28 +17,31 @@ import numpy as np
 from trainfw.errors import RunError
 
 BLOCK = 4096
-"""Bytes of a block: little to read for one row, and a checksum of it takes a microsecond."""
+"""Bytes of a block: small beside a row's, and its checksum takes a microsecond."""
 _CHECKSUM = 8
 _PAYLOAD = BLOCK - _CHECKSUM
 _BLOCKS_KEPT = 512
 _PIECE = 2**20
-"""Numbers read at once where all of a file are."""
+"""Numbers read at once where all of a file are read."""
 
 Mend = Callable[[str, Callable[[], bool]], None]
-"""Function that makes files anew, or raises RunError. It is given what is wrong with one, in words, and a function
-that tells whether it is whole by now."""
+"""Function that makes files anew, or raises RunError. Its arguments are a description of one file's damage, and a
+function that tells whether that file is whole by now."""
 
 
 class StoredArray:
-    """The numbers of one file, read block by block as they are asked for.
+    """The numbers of one file, read block by block on demand.
 
-    A block that is not what was written, be it flipped, torn, gone or another's, is mended and read again; numbers that
-    were never written are not returned. Nothing is mapped: a file that is cut short is damage, and no SIGBUS.
+    A block that differs from what was written (flipped, torn, gone, or of another file) is mended and read again;
+    numbers that were never written are not returned. Files are not mapped into memory: one that is cut short is damage,
+    and no SIGBUS.
     """
 
     def __init__(self, file: Path, dtype: np.dtype, length: int, identity: str, mend: Mend) -> None:
-        """Open `length` numbers, written under the same `identity`. Raises OSError or ValueError where the file is
-        not there, or has another size."""
+        """Open `length` numbers, written under the same `identity`.
+
+        Raises OSError or ValueError where the file is not there, or has another size.
+        """
         self._file, self._dtype, self._length, self._mend = file, dtype, length, mend
         self._key = _key(file.name, identity)
         self._per_block = _PAYLOAD // dtype.itemsize
@@ -50,7 +53,7 @@ class StoredArray:
         return self._length
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """The numbers of a slice without a step. Raises RunError where they are damaged and cannot be mended."""
+        """Return a slice without a step, (n,). Raises RunError where it is damaged and cannot be mended."""
         start, stop, _ = part.indices(self._length)
         if start >= stop:
             return np.empty(0, self._dtype)
@@ -61,7 +64,7 @@ class StoredArray:
         return whole[start - skipped : stop - skipped]
 
     def searchsorted(self, value: int, side: str = "right") -> int:
-        """Return where `value` would go into the ascending numbers, after those equal to it (as NumPy's arrays do)."""
+        """Return the place of `value` among the ascending numbers, after those equal to it (as NumPy's arrays do)."""
         assert side == "right"
         after = bisect.bisect_right(range(self._num_blocks), value, key=lambda index: self._block(index)[0])
         if after == 0:
@@ -94,8 +97,8 @@ class StoredArray:
         return self._read(index)
 
     def _read(self, index: int) -> np.ndarray | None:
-        """A block's numbers, (at most `_per_block`,); None where they are not what was written."""
-        descriptor = self._descriptor  # held open, whoever opens it anew meanwhile
+        """Read a block's numbers, (at most `_per_block`,); None where they are not what was written."""
+        descriptor = self._descriptor  # stays open, even if another thread opens the file anew meanwhile
         try:
             data = os.pread(descriptor.number, BLOCK, index * BLOCK)
         except OSError:
@@ -108,7 +111,7 @@ class StoredArray:
 
 
 class _Descriptor:
-    """A file open for reading, as long as anybody holds it."""
+    """A file that is open for reading as long as this object lives."""
 
     def __init__(self, file: Path) -> None:
         self.number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO is not waited for
@@ -123,7 +126,7 @@ def _key(name: str, identity: str) -> int:
 
 
 def _checksum(payload: bytes, index: int, key: int) -> bytes:
-    """Return the checksum of a block in its place in its file: one that belongs elsewhere has another."""
+    """Return the checksum of a block at its place in its file: at another place it would differ."""
     return zlib.crc32(payload, zlib.crc32(index.to_bytes(8, "little"), key)).to_bytes(_CHECKSUM, "little")
 
 
@@ -132,20 +135,20 @@ Numbers = np.ndarray | StoredArray
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The documents of one split as one stream of tokens, read from its files as they are asked for."""
+    """The documents of one split as one stream of tokens, read from its files on demand."""
 
     tokens: Numbers
     """(num_tokens,) uint16 or uint32: each document is bos, its tokens, eos."""
     offsets: Numbers
     """(num_documents + 1,) int64: document i is `tokens[offsets[i]:offsets[i + 1]]`."""
     num_bytes: int
-    """UTF-8 bytes of the documents' text; of examples, of what is learnt."""
+    """UTF-8 bytes of the documents' text, or of the learnt text of examples."""
     digest: str
-    """A hash of the tokens, where documents end and what is learnt: the same data has the same digest anywhere."""
+    """Hash of the tokens, the ends of documents and the learnt flags: the same data has the same digest anywhere."""
     learnt: Numbers | None = None
-    """(num_tokens,) bool: which tokens of examples are to be predicted. None for text, which is learnt whole."""
+    """(num_tokens,) bool: True for a token of an example that is to be predicted. None for text, all of it learnt."""
     group: int = 1
-    """Examples that belong together, one after another: 2 of a pair, the chosen one and the rejected."""
+    """Number of consecutive examples that belong together: 2 for pairs (the chosen one and the rejected)."""
 
     @property
     def num_tokens(self) -> int:
@@ -157,14 +160,14 @@ class TokenStore:
 
     @property
     def num_targets(self) -> int:
-        """Tokens to predict: of text every token but a document's first, the begin marker."""
+        """Number of tokens to predict; in text these are all but the first of each document, the begin marker."""
         if self.learnt is None:
             return self.num_tokens - self.num_documents
         return sum(int(np.count_nonzero(piece)) for piece in _pieces(self.learnt))
 
     @property
     def largest_id(self) -> int:
-        """The largest id of all tokens; reads all of them."""
+        """Largest id of all tokens, all of which are read."""
         return max(int(piece.max()) for piece in _pieces(self.tokens))
 
 
@@ -174,7 +177,7 @@ def _pieces(numbers: Numbers) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What the cache's meta.json records of a store."""
+    """Record of a store in the cache's meta.json."""
 
     dtype: str
     num_tokens: int
@@ -185,7 +188,7 @@ class StoreInfo:
     group: int = 1
 
     def open(self, directory: Path, split: str, identity: str, mend: Mend) -> TokenStore:
-        """The store that `StoreWriter` wrote under the same `identity`; blocks found damaged later go to `mend`.
+        """Open the store that `StoreWriter` wrote under the same `identity`; `mend` mends blocks damaged later.
 
         Raises OSError or ValueError where a file is not there, or has another size.
         """
@@ -199,12 +202,9 @@ class StoreInfo:
         }
         return TokenStore(num_bytes=self.num_bytes, digest=self.digest, group=self.group, **arrays)
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 class _BlockWriter:
-    """Appends bytes to a file of blocks, which ends with `close`."""
+    """Writer of a file of blocks, which `close` completes."""
 
     def __init__(self, file: Path, identity: str) -> None:
         self._key = _key(file.name, identity)
@@ -230,7 +230,7 @@ class _BlockWriter:
 
 
 class StoreWriter:
-    """Appends documents, or `examples`, to a store's files, which are whole once the `with` block has ended."""
+    """Writer of documents, or of `examples`, to a store's files, which are whole once the `with` block has ended."""
 
     def __init__(
         self,
@@ -242,7 +242,12 @@ class StoreWriter:
         examples: bool = False,
         group: int = 1,
     ) -> None:
-        """`identity`: of the data; a block of another's is damage. `group`: examples that belong together."""
+        """Open the files.
+
+        Args:
+            identity: name of the data: a block under another name counts as damage.
+            group: number of examples that belong together.
+        """
         self._group = group
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._tokens = _BlockWriter(directory / f"{split}.tokens", identity)
@@ -255,7 +260,7 @@ class StoreWriter:
     def append(self, ids: list[int], num_bytes: int, learnt: list[bool] | None = None) -> None:
         """Add a document of `ids` (bos and eos included), whose text has `num_bytes` bytes in UTF-8.
 
-        Of an example, `learnt` says which tokens are, and `num_bytes` how many bytes these have.
+        For an example, `learnt` flags the tokens to predict, and `num_bytes` counts the bytes of their text.
         """
         data = np.array(ids, self._dtype).tobytes()
         self._num_tokens += len(ids)

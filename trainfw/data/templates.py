@@ -1,4 +1,4 @@
-"""Chat templates as Jinja runs them. Imported by the helper process alone (`confined.py`): they are programs."""
+"""Chat templates, run by Jinja. Only the helper process (`confined.py`) imports this: templates are programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from trainfw.data.turns import SENTINEL, Message, Span, TemplateProblem, marked,
 from trainfw.errors import UserError
 
 _MARKS = ("\ue0f1\ue0f2", "\ue0f3\ue0f2")
-"""Stand around what `{% generation %}` tags hold: characters for private use, which no text has."""
+"""Marks put around the body of `{% generation %}` tags: characters for private use, which no text has."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, which marks what the model writes: its body, between `marks`."""
+    """Tags `{% generation %}` ... `{% endgeneration %}` around what the model writes; it is put between `marks`."""
 
     tags = {"generation"}
     used = False
@@ -72,16 +72,16 @@ class _Namespace(jinja2.utils.Namespace):
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template that is compiled, with what it is told besides messages."""
+    """A chat template with the variables that it gets besides messages."""
 
     source: str
     variables: tuple[tuple[str, Any], ...]
     """bos_token, eos_token and the like."""
     date: str | None
-    """The day (YYYY-MM-DD) that it is told, at midnight; None: what the clock says."""
+    """Day (YYYY-MM-DD, at midnight) that its clock shows; None: the true time."""
     markers: str
     ends: str
-    """Expressions that match what no message may hold, and what ends a turn."""
+    """Regular expressions for the tokens that no message may hold, and for those that end a turn."""
 
     @cached_property
     def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -126,14 +126,14 @@ class Template:
 
     @property
     def has_generation_tags(self) -> bool:
-        """Flag: the template itself says what the model writes."""
-        self._compiled  # noqa: B018  the tags are found as it is compiled
+        """Flag: the template itself marks what the model writes."""
+        self._compiled  # noqa: B018  compiling it finds the tags
         return self._generation.used
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
-        """The conversation as text. Raises TemplateProblem where the template refuses it."""
+        """Render the conversation as text. Raises TemplateProblem where the template refuses it."""
         compiled = self._compiled
         work.begin_piece()
         try:
@@ -153,8 +153,10 @@ class Template:
     def generated(
         self, plain: str, messages: Sequence[Message], tools: list[object] | None = None
     ) -> list[Span] | None:
-        """Return where in `plain` (the messages as `render` writes them) the template's `{% generation %}` tags stand;
-        None where the text is not the same with marks in it."""
+        """Return the spans of the template's `{% generation %}` tags in `plain`, the messages' text without marks.
+
+        Returns None where marks change the text.
+        """
         self._generation.marks = _MARKS
         try:
             marked = self.render(messages, tools=tools)
@@ -175,10 +177,10 @@ class Template:
 
     def check_context(self, messages: Sequence[Message], tools: list[object] | None = None) -> None:
         """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
-        said = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
-        every = [marked(message, i) if i in said else message for i, message in enumerate(messages)]
+        context = [i for i, m in enumerate(messages) if m["role"] != "assistant" and (m.get("content") or "").strip()]
+        every = [marked(message, i) if i in context else message for i, message in enumerate(messages)]
         text = self.render(every, tools=tools)
-        for i in said:
+        for i in context:
             if f"{SENTINEL}{i}q" in text:
                 continue
             alone = [*messages[:i], marked(messages[i], i), *messages[i + 1 :]]
@@ -202,13 +204,13 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-# --- What the helper is asked for: the first argument is the fields of a `Template` -----------------------------------
+# --- Functions for the helper's requests: their first argument is the fields of a `Template` --------------------------
 
 _template = functools.lru_cache(maxsize=8)(Template)
 
 
 def has_generation_tags(fields: tuple[object, ...]) -> bool:
-    """Compile the template. Raises UserError for one that is none."""
+    """Compile the template and tell whether it has such tags. Raises UserError where it cannot be read."""
     return _template(*fields).has_generation_tags
 
 
@@ -221,5 +223,5 @@ def check_context(fields: tuple[Any, ...], messages: list[Message], tools: Any) 
 
 
 def write(fields: tuple[Any, ...], messages: list[Message], learnt: list[bool], tools: Any) -> list[dict[str, Any]]:
-    """`turns.write_learnt`, as JSON takes it."""
+    """Return the fields of what `turns.write_learnt` returns, which JSON can write."""
     return [vars(one) for one in write_learnt(_template(*fields), messages, learnt, tools)]

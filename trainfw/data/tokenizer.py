@@ -1,4 +1,4 @@
-"""Tokenizers. All are Hugging Face `tokenizers` pipelines, so a run's tokenizer is a plain tokenizer.json."""
+"""Tokenizers: Hugging Face `tokenizers` pipelines, so that a run's tokenizer is a plain tokenizer.json."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 GENERATION = "generation_config.json"
 
 BPE_SAMPLE_BYTES = 64_000_000
-"""BPE is trained on no more text than this, from the start of the training split: more changes few merges."""
+"""Most bytes of text, from the start of the training split, that BPE is trained on: more would change few merges."""
 
 # GPT-4's split, with numbers cut into two digits (not three), as a small vocabulary has no room for a thousand numbers.
 _SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _tried: set[bytes] = set()
-"""Digests of tokenizers that did no harm."""
+"""Digests of the tokenizers that passed the helper's trial."""
 
 FAILS = "the tokenizer fails"
 
-_KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<｜begin▁of▁sentence｜>")
-_KNOWN_EOS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
+_USUAL_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<｜begin▁of▁sentence｜>")
+_USUAL_EOS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")
 
 
 @dataclass(frozen=True, repr=False)
 class Tokenizer:
-    """Text to token ids and back. A special token's name within a text is text like any other."""
+    """A tokenizer. It encodes the name of a special token within a text like any other text."""
 
     backend: tokenizers.Tokenizer
     bos_id: int
-    """Starts every document; `eos_id` for a tokenizer that has no such token."""
+    """Token that starts every document; `eos_id` for a tokenizer that has no such token."""
     eos_id: int
-    """Ends every document."""
+    """Token that ends every document."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The rest of its tokenizer_config.json (a chat template, say), kept for those who export it."""
+    """Other keys of its tokenizer_config.json (a chat template, say), which an export writes again."""
     stop_ids: tuple[int, ...] = ()
-    """Where generation stops besides `eos_id`, as the files say. See `data.stop_ids`, which asks the template too."""
+    """Further tokens at which its files stop generation. See `data.stop_ids`, which asks the template too."""
     template_file: Path | None = field(default=None, compare=False)
     """File that holds its chat template, for errors."""
 
@@ -72,8 +72,8 @@ class Tokenizer:
 
     @cached_property
     def reading_markers(self) -> tokenizers.Tokenizer:
-        """Reads special tokens as such, as `encode` does not, and puts nothing around a text."""
-        # One of the byte-level post-processors would cut the spaces off the tokens' places.
+        """Tokenizer that reads special tokens as such (`encode` does not), and adds none around a text."""
+        # A byte-level post-processor would cut the spaces off the tokens' offsets.
         backend = self._with_post_processor(None)
         backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         return backend
@@ -84,12 +84,14 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Largest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def past(self, rows: int) -> list[tuple[int, str]]:
-        """Tokens that text may become, by their ids, for which an embedding of so many rows has none: special tokens,
-        which only a chat template writes, are left out."""
+        """Return (id, token) of the tokens of text that have no row in an embedding of so many rows.
+
+        Special tokens, which only a chat template writes, are left out.
+        """
         added = self.backend.get_added_tokens_decoder()
         special = {id_ for id_, token in added.items() if token.special}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
@@ -97,7 +99,7 @@ class Tokenizer:
 
     @property
     def prefix_ids(self) -> list[int]:
-        """What the tokenizer itself puts before a text that stands alone: often bos, often nothing."""
+        """Ids that the tokenizer itself puts before a text: often bos, often none."""
         with guarded(FAILS):
             encoding = self.backend.encode("a")
         if 0 not in encoding.special_tokens_mask:
@@ -105,10 +107,10 @@ class Tokenizer:
         return encoding.ids[: encoding.special_tokens_mask.index(0)]
 
     def starting_texts(self) -> Tokenizer:
-        """The same, but that a text which stands alone starts with bos, as documents do in training."""
+        """Return a tokenizer that also starts a text with bos, as documents start in training."""
         bos = self.backend.id_to_token(self.bos_id)
         first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-        # The library's own constructor would read a token's name as a pattern.
+        # The library's own constructor reads a token's name as a pattern.
         post = {
             "type": "TemplateProcessing",
             "single": [first, text],
@@ -118,29 +120,31 @@ class Tokenizer:
         return replace(self, backend=self._with_post_processor(post))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with neither bos nor eos."""
+        """Return the ids of `text`, with neither bos nor eos."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all cores."""
+        """Return the ids of each text, on all cores."""
         with guarded(FAILS):
             return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
         with guarded(FAILS):
             return self.backend.decode(ids, skip_special_tokens=True)
 
     def fingerprint(self) -> str:
-        """Two tokenizers with one fingerprint encode alike: what they put around a text is not asked for here."""
+        """Return a hash that tokenizers share only if they encode alike; tokens around a text do not count."""
         around, self.backend.post_processor = self.backend.post_processor, None
         state = f"{self.bos_id} {self.eos_id} {self.backend.to_str()}"
         self.backend.post_processor = around
         return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
 
     def save(self, directory: Path | str) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, where generation stops at more than `eos_id`,
-        generation_config.json, as `load_tokenizer` and Transformers read them."""
+        """Write tokenizer.json and tokenizer_config.json as `load_tokenizer` and Transformers read them.
+
+        Where generation stops at more than `eos_id`, generation_config.json is written too.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -160,7 +164,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes tokens as they arrive, holding back a character until all of its bytes are there."""
+    """Decoder of tokens as they arrive, which holds back a character until all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -168,13 +172,13 @@ class TextStream:
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; often a word, and empty within a character."""
+        """Add a token and return the text that it completes; often a word, and empty within a character."""
         self._held.append(token_id)
         text = self._text()
         return "" if text.endswith("\ufffd") else self._give(text)
 
     def flush(self) -> str:
-        """The text still held back, its incomplete characters as U+FFFD."""
+        """Return the text still held back, its incomplete characters as U+FFFD."""
         return self._give(self._text())
 
     def _text(self) -> str:
@@ -188,7 +192,7 @@ class TextStream:
 
 
 def vocab_size(config: TokenizerConfig) -> int:
-    """The vocabulary's size, known before any data is read."""
+    """Return the vocabulary's size before any data is read."""
     if config.name == "bytes":
         return BYTE_VOCAB_SIZE
     if config.name == "bpe":
@@ -199,7 +203,7 @@ def vocab_size(config: TokenizerConfig) -> int:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, whose id is the byte; bos is 256 and eos 257."""
+    """Make a tokenizer with one token a byte, whose id is the byte; bos is 256 and eos 257."""
     backend = tokenizers.Tokenizer(models.BPE(vocab=dict(zip(_byte_names(), range(256))), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -208,7 +212,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None = None) -> Tokenizer:
-    """Byte-level BPE of `vocab_size` tokens, trained on the first `BPE_SAMPLE_BYTES` of `texts`; lossless.
+    """Train byte-level BPE (lossless) of `vocab_size` tokens on the first `BPE_SAMPLE_BYTES` of `texts`.
 
     Raises UserError where there is too little text for so many tokens.
     """
@@ -237,12 +241,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, of a directory that holds one (what `Tokenizer.save` wrote, say), of a run, of
-    a GGUF file, or of `package:NAME`.
+    """Load a tokenizer from a tokenizer.json, a directory that holds one, a run, a GGUF file, or `package:NAME`.
 
-    Which tokens start and end a document is read from the tokenizer_config.json or special_tokens_map.json beside
-    it, or from the GGUF file, else from the usual names; where generation stops, from generation_config.json or
-    config.json too. Raises UserError where there is no such file, or no token that ends a document.
+    The tokens that start and end a document are named by tokenizer_config.json or special_tokens_map.json beside it, or
+    by the GGUF file; else they are those of the usual names. generation_config.json or config.json may name further
+    tokens at which generation stops. Raises UserError where there is no tokenizer, or no token that ends a document.
     """
     path = resolve_path(path)
     if path.suffix == ".gguf":
@@ -276,10 +279,9 @@ def _from_gguf(file: Path) -> Tokenizer:
 
 
 def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in the text of a tokenizer.json with the tokens of the files beside it; tried by the helper first,
-    once in a process.
+    """Open the tokenizer in the text of a tokenizer.json, with the tokens that the files beside it add.
 
-    Raises UserError where it is none, or does something that no tokenizer needs.
+    The helper tries it first, once in a process. Raises UserError where it cannot be read, or does harm.
     """
     digest = hashlib.blake2b(f"{text}\0{files}".encode(errors="surrogatepass")).digest()
     try:
@@ -297,7 +299,7 @@ def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.
 
 
 def _read(file: Path, *, named: bool = False) -> str:
-    """The text of a file of a model's directory, or of one that was named."""
+    """Read a text file of a model's directory, or one that the user `named`."""
     check_file(file, named=named)
     if (size := file.stat().st_size) > TOKENIZER_LIMIT:
         raise UserError(f"{file}: is {size:,} bytes; expected {TOKENIZER_LIMIT:,} at most")
@@ -305,7 +307,7 @@ def _read(file: Path, *, named: bool = False) -> str:
 
 
 def _stop_ids(directory: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json or, where that says nothing, of config.json: one id, or a list."""
+    """Read `eos_token_id`, one id or a list, from generation_config.json, or else from config.json."""
     for name in (GENERATION, "config.json"):
         value = _json_object(directory / name).get("eos_token_id")
         if value is None:
@@ -318,21 +320,21 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, object], file: Path, advice: str) -> tuple[int, int]:
-    """The ids of bos and eos. Raises UserError, with what to do, where nothing ends a document."""
-    eos = _special_id(backend, roles.get("eos_token"), _KNOWN_EOS)
-    bos = _special_id(backend, roles.get("bos_token"), _KNOWN_BOS)
+    """Return the ids of bos and eos. Raises UserError, with `advice`, where no token ends a document."""
+    eos = _special_id(backend, roles.get("eos_token"), _USUAL_EOS)
+    bos = _special_id(backend, roles.get("bos_token"), _USUAL_BOS)
     if eos is None:
         raise UserError(
             f"{file}: no token that ends a document; {advice} "
-            f"(none of the usual names is in the vocabulary: {', '.join(_KNOWN_EOS)})"
+            f"(none of the usual names is in the vocabulary: {', '.join(_USUAL_EOS)})"
         )
     return eos if bos is None else bos, eos
 
 
-def _special_id(backend: tokenizers.Tokenizer, named: object, known: Iterable[str]) -> int | None:
+def _special_id(backend: tokenizers.Tokenizer, named: object, usual: Iterable[str]) -> int | None:
     if isinstance(named, dict):  # a serialised AddedToken
         named = named.get("content")
-    names = [named] if isinstance(named, str) else known
+    names = [named] if isinstance(named, str) else usual
     return next((id_ for name in names if (id_ := backend.token_to_id(name)) is not None), None)
 
 
@@ -350,7 +352,7 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _byte_names() -> list[str]:
-    """The printable character by which byte-level vocabularies (GPT-2's and since) write each byte, by byte."""
+    """Return, for each byte, the printable character by which byte-level vocabularies (as GPT-2's) write it."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

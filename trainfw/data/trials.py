@@ -1,7 +1,7 @@
-"""Tokenizers of others, tried in the helper process (`confined.py`) before this one opens them.
+"""Trials of tokenizers that others made, in the helper process (`confined.py`) before this process opens them.
 
-The library reads them with expressions, replacements and tables that the file holds, each of which may take forever,
-fill the memory, or end the process that it is in.
+A tokenizer's file holds expressions, replacements and tables, and each of these may make the library take forever, fill
+the memory, or end its process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from trainfw.data.confined import UnusableError
 from trainfw.errors import UserError
 
 MOST_IDS = 2**24
-"""Ids that a vocabulary may have: the largest there is has a sixteenth of that."""
+"""Most ids of a vocabulary: the largest that is published has a sixteenth of that."""
 _LENGTH = 400
-"""Characters of a text that is tried."""
+"""Characters of each text that is tried."""
 _GROWTH = 64
-"""Tokens that a character may become: 18 is what Unicode's own normal forms make of one, of four bytes at most."""
+"""Most tokens that a character may become: Unicode's normal forms make up to 18 characters of one, of 4 bytes each."""
 _SEEDS = (*"abA1 '!é好🎉\n\t\0\u0301", "ab", "12", "  a", " \n", "'s", "a ", "a1", "a-")
 
 
@@ -57,13 +57,13 @@ def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
 
 
 def opened(text: str) -> tokenizers.Tokenizer:
-    """The tokenizer in the text of a tokenizer.json."""
+    """Open the tokenizer in the text of a tokenizer.json. Raises UnusableError where there is none."""
     with guarded("not a tokenizer.json that can be read"):
         return tokenizers.Tokenizer.from_str(text)
 
 
 def _check_ids(backend: tokenizers.Tokenizer) -> None:
-    """Raise UnusableError where two tokens of the model have one id: only one of them is kept when it is written."""
+    """Raise UnusableError where two tokens of the model share an id: the library writes only one of them."""
     vocabulary = backend.get_vocab(with_added_tokens=False)
     by_id = {id_: token for token, id_ in vocabulary.items()}
     if len(by_id) < len(vocabulary):
@@ -73,24 +73,24 @@ def _check_ids(backend: tokenizers.Tokenizer) -> None:
 
 
 @contextlib.contextmanager
-def guarded(what: str) -> Iterator[None]:
-    """Raise UnusableError, which begins with `what`, where the library fails or panics inside."""
+def guarded(problem: str) -> Iterator[None]:
+    """Raise UnusableError, which begins with `problem`, where the library fails or panics inside."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics, which are none
-        raise UnusableError(f"{what}: {' '.join(str(error)[:200].split())}") from error
+    except BaseException as error:  # the library raises bare Exception, and panics, which are no Exception
+        raise UnusableError(f"{problem}: {' '.join(str(error)[:200].split())}") from error
 
 
 def _probes(parts: list[object]) -> Iterator[str]:
-    """Texts of one thing many times, and the same with an end that is another: where expressions go wrong."""
-    told = sorted({piece for text in _strings(parts) for piece in (text[:20], *re.findall(r"\w", text))})
+    """Yield repetitions of a short text, alone and with another end: expressions are slowest at these."""
+    pieces = sorted({piece for text in _strings(parts) for piece in (text[:20], *re.findall(r"\w", text))})
     # An expression is tried only where a text has all characters that it asks for.
-    end = "!" + "".join(piece for piece in told if len(piece) == 1)[:100] + "1a \n"
-    for seed in filter(None, (*_SEEDS, *told[:200])):
-        many = (seed * _LENGTH)[:_LENGTH]
-        yield from (many, many + "!", many + end)
+    end = "!" + "".join(piece for piece in pieces if len(piece) == 1)[:100] + "1a \n"
+    for seed in filter(None, (*_SEEDS, *pieces[:200])):
+        repeated = (seed * _LENGTH)[:_LENGTH]
+        yield from (repeated, repeated + "!", repeated + end)
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the turns that are to be learnt stand."""
+"""Search for the turns to learn in a rendered conversation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SENTINEL = "Xq7sentinel7qX"
 
 
 class TemplateProblem(Problem):
-    """A conversation that the template cannot write, or not so that its turns can be told apart; says why."""
+    """Reason why the template cannot write a conversation, or writes it so that its turns cannot be told apart."""
 
 
 def marked(message: Message, number: int = 0) -> Message:
-    """The message with a numbered mark after its last word: spaces at the ends may be stripped."""
+    """Return the message with a numbered mark after its last word: a template may strip spaces at the ends."""
     content = message["content"]
     words = content.rstrip()
     return {**message, "content": f"{words}{SENTINEL}{number}q{content[len(words) :]}"}
@@ -37,7 +37,7 @@ class Written:
     text: str
     spans: list[Span]
     unmet: tuple[str, ...] = ()
-    """Prompts for generation with which turns to learn do not begin, such as one that ends in `<think>`."""
+    """Prompts for generation that the turns to learn do not begin with, such as one that ends in `<think>`."""
     untagged: int = 0
     """Turns to learn that the template's `{% generation %}` tags do not hold."""
 
@@ -53,13 +53,13 @@ class _Turn:
     """A message as the template writes it last, which is how a model comes to write it."""
 
     text: str
-    """The conversation up to the end of the turn."""
+    """Conversation up to the end of the turn."""
     start: int
-    """Where the message begins, after its header."""
+    """Place in `text` at which the message begins, after its header."""
     unmet: str = ""
 
     @property
-    def said(self) -> str:
+    def message(self) -> str:
         return self.text[self.start :]
 
     @property
@@ -70,18 +70,17 @@ class _Turn:
 def write_learnt(
     template: Template, messages: Sequence[Message], learnt: Sequence[bool], tools: list[object] | None = None
 ) -> list[Written]:
-    """The conversation as text, with the places of its learnt messages: what the template writes of each after its
-    header, up to and with the token that ends the turn.
+    """Write the conversation as text, with the spans of its learnt messages.
 
-    Where the template has `{% generation %}` tags, they say what the assistant writes. Else a turn is what the template
-    writes of it as the last message, and is looked for in the whole conversation; one that is written differently once
-    others follow (thinking models drop what earlier turns thought) becomes a text of its own, which ends with it.
+    A span runs from the end of the message's header to the end of the token that ends the turn. `{% generation %}`
+    tags of the template, if any, give the spans of the assistant's messages. Else a turn is the text that the template
+    writes for it as the last message, which is looked for in the whole conversation. A turn that is written differently
+    once others follow (thinking models drop the thoughts of earlier turns) becomes a text of its own, which it ends.
 
     Args:
-        learnt: for each message whether it is.
+        learnt: flag of each message: it is to be learnt.
 
-    Raises TemplateProblem where the template leaves out something that is to be learnt, or where it stands cannot be
-    told.
+    Raises TemplateProblem where the template leaves out something to learn, or its place cannot be told.
     """
     whole = template.render(messages, tools=tools)
     template.check_context(messages, tools)
@@ -112,9 +111,10 @@ def _tagged(
     text: str,
     tools: list[object] | None,
 ) -> Written | None:
-    """As the tags say, where it is clear which of them belongs to which message, or all messages are learnt.
+    """Return the text with the spans that the template's tags give.
 
-    None where they leave out something of a message, as of earlier turns what they thought.
+    Returns None where it is not clear to which messages they belong (unless all are learnt), or where they leave out
+    something of a message, such as the thoughts of earlier turns.
     """
     spans = template.generated(text, messages, tools)
     if spans is None:
@@ -144,13 +144,13 @@ def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, t
     else:
         start = _content_start(template, messages, i, through, tools)
         unmet = prompt.removeprefix(_try(template, messages[:i], tools, prompt=False))
-    said = _ended(template, through[start:])
-    _check_written(template, messages[: i + 1], through, said, tools)
-    return _Turn(through[:start] + said, start, unmet)
+    turn = _ended(template, through[start:])
+    _check_written(template, messages[: i + 1], through, turn, tools)
+    return _Turn(through[:start] + turn, start, unmet)
 
 
 def _try(template: Template, messages: Sequence[Message], tools: list[object] | None, *, prompt: bool) -> str:
-    """Some templates refuse a conversation without a message, or one that ends so."""
+    """Render messages, or return nothing where the template refuses them, as some do without any message."""
     try:
         return template.render(messages, tools=tools, add_generation_prompt=prompt)
     except TemplateProblem:
@@ -161,58 +161,58 @@ def _content_start(
     template: Template, messages: Sequence[Message], i: int, through: str, tools: list[object] | None
 ) -> int:
     shown = {**messages[i], "content": SENTINEL}
-    header, found, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
+    header, mark, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
     every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(messages[: i + 1])]
     is_last = template.render(every, tools=tools).rpartition(SENTINEL)[2].startswith(f"{i}q")
-    if not found or not is_last or not through.startswith(header):
+    if not mark or not is_last or not through.startswith(header):
         raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
     return len(header)
 
 
-def _ended(template: Template, said: str) -> str:
-    """Without what follows the token that ends the turn, which is not for the model to write."""
-    if end := template.end_pattern.search(said):
-        return said[: end.end()]
-    ends = [match.end() for match in template.marker_pattern.finditer(said)]
-    return said[: ends[-1]] if ends and not said[ends[-1] :].strip() else said
+def _ended(template: Template, turn: str) -> str:
+    """Cut off what follows the token that ends the turn, which the model is not to write."""
+    if end := template.end_pattern.search(turn):
+        return turn[: end.end()]
+    ends = [match.end() for match in template.marker_pattern.finditer(turn)]
+    return turn[: ends[-1]] if ends and not turn[ends[-1] :].strip() else turn
 
 
 def _check_written(
-    template: Template, messages: Sequence[Message], through: str, said: str, tools: list[object] | None
+    template: Template, messages: Sequence[Message], through: str, turn: str, tools: list[object] | None
 ) -> None:
-    """Raise TemplateProblem where the last message, which is to be learnt, is not in what is written of it.
+    """Raise TemplateProblem where the template leaves out something of the last message, which is to be learnt.
 
     Args:
-        through: the conversation up to it, as text.
-        said: what of that is the message's.
+        through: the conversation up to and with this message, as text.
+        turn: the part of that text which is the message's.
     """
     *before, message = messages
-    if not template.marker_pattern.sub("", said).strip():
+    if not template.marker_pattern.sub("", turn).strip():
         raise TemplateProblem("the chat template writes nothing of a message to learn")
     if message.get("tool_calls"):
         bare = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
         if _try(template, [*before, bare], tools, prompt=False) == through:
             raise TemplateProblem("the chat template writes nothing of tool_calls to learn")
-    if not _holds(said, message.get("content") or ""):
+    if not _holds(turn, message.get("content") or ""):
         raise TemplateProblem("the chat template leaves out something of a message to learn")
 
 
 def _holds(text: str, content: str) -> bool:
-    """Whether the words of `content` are in `text`, in their order: spaces may be others, and tags (`<think>`)."""
+    """Tell whether `text` holds the words of `content` in order; spaces and tags (`<think>`) may differ."""
     if content.strip() in text:
         return True
     at = 0
     for word in re.sub(r"</?\w+>", " ", content).split():
-        if (found := text.find(word, at)) < 0:
+        if (start := text.find(word, at)) < 0:
             return False
-        at = found + len(word)
+        at = start + len(word)
     return True
 
 
 def _place(
     template: Template, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: list[object] | None
 ) -> Span | None:
-    """Where the turn stands in the whole conversation; None where it is not written there as it is when it is last."""
+    """Return the turn's span in the whole conversation; None where it is written differently there."""
     if whole.startswith(turn.text):
         return turn.span
     if not (messages[i].get("content") or "").strip():
@@ -220,17 +220,17 @@ def _place(
     message, mark = marked(messages[i]), f"{SENTINEL}0q"
     last = template.render([*messages[:i], message], tools=tools)
     among = template.render([*messages[:i], message, *messages[i + 1 :]], tools=tools)
-    # The mark has to change nothing else, or it says nothing of where the turn stands.
+    # A mark that changes other text does not show the turn's place.
     if among.count(mark) != 1 or among.replace(mark, "") != whole or last.count(mark) != 1:
         return None
     start = among.index(mark) - (last.index(mark) - turn.start)
-    end = start + len(turn.said)
-    same = whole[start:end] == turn.said and whole[:start].endswith(_header(template, messages, i, tools))
+    end = start + len(turn.message)
+    same = whole[start:end] == turn.message and whole[:start].endswith(_header(template, messages, i, tools))
     return (start, end) if same else None
 
 
 def _header(template: Template, messages: Sequence[Message], i: int, tools: list[object] | None) -> str:
-    """What the template puts before a turn of the assistant; empty where it has no such prompt."""
+    """Return the text that the template puts before a turn of the assistant; empty where it has no such prompt."""
     if messages[i]["role"] != "assistant":
         return ""
     before, prompt = (_try(template, messages[:i], tools, prompt=prompt) for prompt in (False, True))
