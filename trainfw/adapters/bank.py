@@ -16,10 +16,10 @@ from trainfw.quantization import Quantized
 
 
 def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, np.ndarray]]]) -> None:
-    """Put several adapters on a model, in place, for `AdapterInputs.rows_B` to choose from.
+    """Put several adapters on a model, in place; `AdapterInputs.rows_B` chooses one for each row.
 
-    Row value i takes adapter i of `adapters`, their number the base itself; `model.adapter_names` holds the names.
-    Raises UserError for adapters of experts, embeddings or the head, which rows do not have of their own.
+    A row's value i takes adapter i of `adapters`, the value len(adapters) the base itself; `model.adapter_names` holds
+    the names. Raises UserError for adapters of experts, embeddings or the head, which all rows share.
     """
     modules = adaptable(model)
     chosen = {name: targets(config, modules) for name, (config, _) in adapters.items()}
@@ -27,9 +27,9 @@ def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig
     for name, sizes in chosen.items():
         for module in sizes:
             if not isinstance(modules[module], Linear) or not module.startswith("layers."):
-                what = "the experts' " * isinstance(modules[module], ExpertLinear) + module
+                target = "the experts' " * isinstance(modules[module], ExpertLinear) + module
                 raise UserError(
-                    f"adapter {name}: adapts {what}; in a batch with others only linear maps can be, not that"
+                    f"adapter {name}: adapts {target}; in a batch with others only linear maps can be, not that"
                 )
             names[module] = None
     for module in names:
@@ -46,17 +46,17 @@ def _bank(
 ) -> Bank:
     L, D, F = linear.kernel.get_value().shape
     rank, count = max(size[0] for _, _, size in adapters if size is not None), len(adapters) + 1
-    # And the base: an adapter of zeros.
+    # The base comes last, as an adapter of zeros.
     a, b = np.zeros((L, count, D, rank), np.float32), np.zeros((L, count, rank, F), np.float32)
     factor = np.ones((L, count, F), np.float32)
     for i, (config, arrays, size) in enumerate(adapters):
         if size is None:
             continue
-        own_a, own_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
-        a[:, i, :, : size[0]] = own_a
-        b[:, i, : size[0]] = own_b * config.scale(*size)
+        lora_a, lora_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
+        a[:, i, :, : size[0]] = lora_a
+        b[:, i, : size[0]] = lora_b * config.scale(*size)
         if config.kind == "dora":
-            lengths = _lengths(linear, a[:, i], b[:, i])
+            lengths = np.asarray(_column_lengths(linear.kernel.get_value(), a[:, i], b[:, i]))
             factor[:, i] = np.asarray(arrays[f"{module}.adapter.magnitude"], np.float32) / lengths
     value: Any = Frozen(jnp.asarray(factor), axes=("layers", None, linear.kernel.axes[-1]), wide=True)
     return Bank(
@@ -67,10 +67,6 @@ def _bank(
 
 
 @jax.jit
-def _columns(kernel: jax.Array | Quantized, a: jax.Array, b: jax.Array) -> jax.Array:
+def _column_lengths(kernel: jax.Array | Quantized, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return |W + s A B| of each column, f32 (L, F)."""
     return jnp.sqrt(jnp.sum(jnp.square(dense(kernel, jnp.float32) + jnp.matmul(a, b)), axis=-2))
-
-
-def _lengths(linear: Linear, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """|W + s A B| by columns."""
-    return np.asarray(_columns(linear.kernel.get_value(), a, b))

@@ -13,16 +13,16 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "all-linear": ("layers.attention.*", "layers.mlp.*"),
     "embeddings": ("embedding", "head"),
 }
-"""Names for groups of weights that adapters are put on; a router is in none of them."""
+"""Names of groups of weights to put adapters on; a router is in none of them."""
 
 
 class PatternConfig(Config):
     """Another rank or scale for some of the weights."""
 
     rank: PositiveInt | None = None
-    """r of these; left out, the adapter's."""
+    """r of these weights; by default the adapter's."""
     alpha: PositiveFloat | None = None
-    """alpha of these; left out, the adapter's."""
+    """alpha of these weights; by default the adapter's."""
 
 
 class AdapterConfig(Config):
@@ -33,29 +33,31 @@ class AdapterConfig(Config):
     """
 
     kind: Literal["lora", "rslora", "dora"] = "lora"
-    """`lora`: s = alpha / r. `rslora`: s = alpha / sqrt(r), which keeps its size as r grows (arXiv:2312.03732). `dora`:
-    LoRA of the direction of each column of W, whose length learns by itself (arXiv:2402.09353)."""
+    """Kind of update. `lora`: s = alpha / r. `rslora`: s = alpha / sqrt(r), which keeps the update's size as r grows
+    (arXiv:2312.03732). `dora`: LoRA of the direction of each column of W, whose length is learnt separately
+    (arXiv:2402.09353)."""
     rank: PositiveInt = 16
-    """r: the width of the update."""
+    """Rank of the update, r."""
     alpha: PositiveFloat = 32.0
-    """The update's scale, see `kind`."""
+    """Scale of the update, see `kind`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapters' inputs while training, the share that is dropped. Which, depends on the mesh: a run that goes
-    on with another draws others."""
+    """Share of the adapters' inputs that is dropped while training. The draw depends on the mesh: a run that goes on
+    with another mesh drops other inputs."""
     targets: str | list[str] = "all-linear"
-    """What adapters are put on: `attention`, `mlp`, `all-linear` (both), `embeddings` (table and head), or patterns of
-    names such as `layers.attention.query`; a list takes any of these."""
+    """Weights to put adapters on: `attention`, `mlp`, `all-linear` (both), `embeddings` (table and head), or patterns
+    of names such as `layers.attention.query`; a list takes any of these."""
     patterns: dict[str, PatternConfig] = Field(default_factory=dict)
-    """Patterns of names -> another rank or alpha for these; of several that match, the last counts."""
+    """Patterns of names -> another rank or alpha for these weights; if several match, the last one counts."""
     base: Literal["float32", "bfloat16", "int8", "nf4"] | None = None
-    """How the frozen weights are kept: left out, in train.compute_dtype. `nf4`: in 4 bits with scales in 8 (QLoRA,
-    arXiv:2305.14314), `int8`: a scale for each output. Matrices only; norms and biases stay in bfloat16 there."""
+    """Number format of the frozen weights; by default train.compute_dtype. `nf4`: 4 bits with scales of 8 bits (QLoRA,
+    arXiv:2305.14314), `int8`: a scale for each output. These two are for matrices: norms and biases stay in
+    bfloat16."""
     block: int = Field(default=64, ge=2, le=4096, multiple_of=2)
-    """nf4: weights that share a scale. It must divide each device's part of every matrix."""
+    """Number of weights that share a scale (nf4). It must divide each device's part of every matrix."""
     exclude: list[str] = Field(default_factory=list)
-    """int8, nf4: patterns of names (`embedding`, `head`) that are kept in bfloat16."""
+    """Patterns of names (`embedding`, `head`) that stay in bfloat16 (int8, nf4)."""
     from_: str | None = Field(default=None, alias="from")
-    """Go on from this adapter: a directory in PEFT's form, or a run's. Its rank and targets must be those here."""
+    """Adapter to go on from: a directory in PEFT's form, or a run. It must have the rank and the targets given here."""
 
     @model_validator(mode="after")
     def _quantised(self) -> AdapterConfig:
@@ -64,5 +66,5 @@ class AdapterConfig(Config):
         return self
 
     def scale(self, rank: int, alpha: float) -> float:
-        """s, of a rank and an alpha."""
+        """Return s for a rank and an alpha."""
         return alpha / (math.sqrt(rank) if self.kind == "rslora" else rank)

@@ -1,4 +1,4 @@
-"""What an adapter computes: LoRA, rsLoRA and DoRA; and several LoRAs at once, each row its own."""
+"""Modules of adapters: LoRA, rsLoRA and DoRA, and a bank of several of which each row takes one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trainfw.parallel import all_reduce, axis_index, gather_weight
 from trainfw.quantization import Quantized
 
 _SPLIT_INPUTS = ("heads", "mlp")
-"""Names of input dims that are split over `tensor` in use."""
+"""Names of input dims that are split over `tensor` in a product."""
 
 
 class LoRA(nnx.Module):
-    """y + s (x A) B; with a magnitude m, by columns, (m / |W + s A B|) (y + s (x A) B).
+    """A low-rank update: y + s (x A) B; with a magnitude m, by columns, (m / |W + s A B|) (y + s (x A) B).
 
-    A and B are stacked as the kernel is, over layers and experts. Their dims carry the kernel's names, and the rank
-    none, so that they are split and gathered as the kernel is. Where the kernel's inputs are split, x A is a partial
-    sum as y is, and so is its product with B.
+    A and B are stacked like the kernel, over layers and experts. Their dims have the kernel's names, and the rank none,
+    so that they are split and gathered like the kernel. Where the kernel's inputs are split, x A is a partial sum like
+    y, and so is its product with B.
     """
 
     def __init__(
@@ -40,32 +40,32 @@ class LoRA(nnx.Module):
         kernel: jax.Array | Quantized,
         *others: object,
     ) -> jax.Array:
-        kept = self._dropout(x)
+        dropped = self._dropout(x)
         a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
-        narrow = checkpoint_name(product(kept, a, *others) * self.scale, PRODUCT)
+        narrow = checkpoint_name(product(dropped, a, *others) * self.scale, PRODUCT)
         update = product(narrow, b, *others)
         if self.magnitude is None:
             return y + update
         factor = self._factor(kernel).astype(y.dtype)
-        if kept is x:
+        if dropped is x:
             return factor * (y + update)
-        # The direction is trained on the inputs that are left: PEFT's form, whose adapters these are to equal.
-        return y + (factor - 1) * frozen_product(product, kept, kernel, *others) + factor * update
+        # The direction is trained on the inputs that are left, as in PEFT.
+        return y + (factor - 1) * frozen_product(product, dropped, kernel, *others) + factor * update
 
     def _dropout(self, x: jax.Array) -> jax.Array:
         part = axis_index("tensor") if self._splits_inputs else jnp.int32(0)
         key = active_inputs().draws(self.salt, part) if self.dropout else None
         if key is None:
             return x
-        kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+        mask = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return jnp.where(mask, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
 
     @property
     def _splits_inputs(self) -> bool:
         return self.lora_a.axes[-2] in _SPLIT_INPUTS
 
     def _factor(self, kernel: jax.Array | Quantized) -> jax.Array:
-        """m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
+        """Return m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
         assert self.magnitude is not None
         wide = jax.lax.stop_gradient(dense(kernel, jnp.float32) + self.delta())
         square = jnp.sum(jnp.square(wide), axis=-2)
@@ -74,12 +74,12 @@ class LoRA(nnx.Module):
         return self.magnitude[...].astype(jnp.float32) / jnp.sqrt(square)
 
     def delta(self) -> jax.Array:
-        """s A B, f32 (..., in, out)."""
+        """Return s A B, f32 (..., in, out)."""
         a, b = (part[...].astype(jnp.float32) for part in (self.lora_a, self.lora_b))
         return self.scale * jnp.matmul(a, b)
 
     def merged(self, kernel: jax.Array) -> jax.Array:
-        """The kernel of a linear map that does the same alone, in the dtype of `kernel`."""
+        """Return a kernel with the adapter added, in the dtype of `kernel`: alone it computes the same."""
         wide = kernel.astype(jnp.float32) + self.delta()
         if self.magnitude is not None:
             wide = wide * self._factor(kernel)[..., None, :]
@@ -87,7 +87,7 @@ class LoRA(nnx.Module):
 
 
 class EmbeddingLoRA(nnx.Module):
-    """x + s A[tokens] B for a table's rows x; A (V, r), B (r, D)."""
+    """A low-rank update of an embedding: x + s A[tokens] B for a table's rows x; A (V, r), B (r, D)."""
 
     def __init__(self, a: nnx.Param, b: nnx.Param, *, scale: float):
         self.lora_a, self.lora_b, self.scale = a, b, scale
@@ -97,19 +97,19 @@ class EmbeddingLoRA(nnx.Module):
         return x_BSD + jnp.matmul(lookup(self.lora_a, tokens_BS) * self.scale, b_rD).astype(x_BSD.dtype)
 
     def merged(self, table: jax.Array) -> jax.Array:
-        """The table that alone gives the same rows, in its dtype."""
+        """Return the table with the adapter added, in its dtype: alone it gives the same rows."""
         update = self.scale * jnp.matmul(self.lora_a[...], self.lora_b[...])
         return (table.astype(jnp.float32) + update).astype(table.dtype)
 
 
 class Bank(nnx.Module):
-    """N adapters of one linear map; each row of x takes its own (`AdapterInputs.rows_B`). For generation.
+    """N adapters of one linear map, for generation; each row of x takes one (`AdapterInputs.rows_B`).
 
-    What a row becomes depends on its own adapter alone: products are by row.
+    A row's result depends on its own adapter alone: products are by row.
 
     Args:
-        a, b: (N, in, r) and (N, r, out), of narrower adapters padded with zeros; the scales are in b.
-        factor: (N, out), what y and the update are multiplied by; 1 but for DoRA.
+        a, b: (N, in, r) and (N, r, out), those of lower rank padded with zeros; b includes the scales.
+        factor: (N, out), multiplies y and the update; 1 except for DoRA.
     """
 
     def __init__(self, a: nnx.Variable, b: nnx.Variable, factor: nnx.Variable | None):

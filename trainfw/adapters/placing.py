@@ -17,7 +17,7 @@ Module = Linear | ExpertLinear | Embedding
 
 
 def adaptable(model: nnx.Module) -> dict[str, Module]:
-    """What adapters can be put on, by name: linear maps but for routers, experts', and the embedding."""
+    """Return the modules that can have adapters, by name: linear maps (no routers), those of experts, the embedding."""
     return {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -26,7 +26,7 @@ def adaptable(model: nnx.Module) -> dict[str, Module]:
 
 
 def weight_of(module: Module) -> nnx.Variable:
-    """The matrix, or stack of matrices, of a linear map or an embedding."""
+    """Return the matrix, or stack of matrices, of a linear map or an embedding."""
     return module.table if isinstance(module, Embedding) else module.kernel
 
 
@@ -34,7 +34,7 @@ def attach(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
     """Freeze the model and put adapters on it, in place: A uniform in ±1/sqrt(in), as PEFT draws it; B zero.
 
     DoRA's magnitudes are zero until `with_magnitudes` sets them. Raises UserError for targets that match nothing, or
-    what `kind` does not do.
+    that this `kind` cannot adapt.
     """
     modules = adaptable(model)
     chosen = targets(config, modules)
@@ -63,14 +63,16 @@ def attach(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
 
 
 def targets(config: AdapterConfig, names: Collection[str]) -> dict[str, tuple[int, float]]:
-    """(rank, alpha) of each of the adaptable `names` that the config chooses."""
-    asked = [config.targets] if isinstance(config.targets, str) else config.targets
+    """Return (rank, alpha) of each of the adaptable `names` that the config chooses, by name.
+
+    Raises UserError for a pattern that matches none.
+    """
     chosen: set[str] = set()
-    for pattern in asked:
-        found = {name for one in PRESETS.get(pattern, (pattern,)) for name in _matching(one, names)}
-        if not found:
+    for pattern in [config.targets] if isinstance(config.targets, str) else config.targets:
+        matching = [name for one in PRESETS.get(pattern, (pattern,)) for name in _matching(one, names)]
+        if not matching:
             raise UserError(f"targets: {pattern!r} matches nothing{did_you_mean(pattern, [*PRESETS, *names])}")
-        chosen |= found
+        chosen.update(matching)
     sizes = {name: (config.rank, config.alpha) for name in names if name in chosen}
     for pattern, other in config.patterns.items():
         matching = _matching(pattern, sizes)
@@ -87,12 +89,12 @@ def _matching(pattern: str, names: Collection[str]) -> list[str]:
 
 
 def config_targets(config: AdapterConfig, model: FamilyConfig) -> dict[str, tuple[int, float]]:
-    """`targets` of a model that is not there."""
+    """Return `targets` of a model that need not be built."""
     return targets(config, adaptable(abstract_model(model)))
 
 
 def adapted(model: nnx.Module) -> Iterator[tuple[str, Module]]:
-    """What of the model has an adapter, by name."""
+    """Yield (name, module) for each module that has an adapter."""
     return ((name, module) for name, module in adaptable(model).items() if module.adapter is not None)
 
 

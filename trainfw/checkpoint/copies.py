@@ -1,4 +1,4 @@
-"""The recipe that checkpoints hold beside a run's arrays, for when its own file is lost. Imports nothing heavy."""
+"""Copies of a run's recipe in its checkpoints, for when its own file is lost. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from trainfw.errors import UserError
 
 
 def saved_recipe(file: Path) -> dict[str, Any] | None:
-    """Return the newest whole checkpoint's copy of a run's recipe.yaml that is empty, as a power loss leaves a file.
+    """Return the newest whole checkpoint's copy of a run's recipe.yaml, with a warning, where that file is empty.
 
-    Warns of it. Returns None for a file that is of no run, or not empty. Raises UserError where there is no copy.
+    A loss of power may leave an empty file. Returns None for a file that is not empty, or belongs to no run. Raises
+    UserError where there is no copy.
     """
     if file.name != "recipe.yaml" or not (file.parent / "metrics.jsonl").is_file():
         return None

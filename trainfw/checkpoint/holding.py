@@ -1,12 +1,11 @@
-"""Checkpoints that are read while the run which saved them goes on, and deletes old ones."""
+"""Holds on checkpoints that are read while their run goes on and deletes old ones."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,16 +22,19 @@ class Vanished(RunError):
 
 
 class Held(Exception):
-    """Somebody reads it."""
+    """A checkpoint that another process reads."""
 
 
 class Hold:
-    """Keeps a checkpoint from being deleted by the run that saved it, while this lives.
+    """A hold on a checkpoint: as long as it lives (or in a `with` block), the run does not delete the checkpoint.
 
-    By a lock on its manifest, which needs no right to write. In an object store, and on file systems without such
-    locks, there is none: what is deleted meanwhile raises Vanished.
+    It is a lock on the manifest, which needs no right to write. Object stores and some file systems have no such locks:
+    there, a checkpoint that is deleted meanwhile raises Vanished.
 
-    Raises Vanished where it is gone or being deleted. With `alone`, Held where it is read.
+    Args:
+        alone: refuse other holds, to delete the checkpoint.
+
+    Raises Vanished where it is gone or being deleted; with `alone`, Held where it is read.
     """
 
     def __init__(self, directory: Path, *, alone: bool = False):
@@ -51,7 +53,7 @@ class Hold:
             raise (Held(str(directory)) if alone else _vanished(directory)) from None
         except FileNotFoundError:
             gone = True
-        except OSError:  # no locks here, or no right to read, which is said by whoever reads
+        except OSError:  # no locks here, or no right to read, which reading will report
             return
         if gone:
             self.release()
@@ -62,21 +64,17 @@ class Hold:
             os.close(self._file)
             self._file = None
 
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def __del__(self) -> None:
         self.release()
 
 
-@contextlib.contextmanager
-def hold(directory: Path, *, alone: bool = False) -> Iterator[None]:
-    held = Hold(directory, alone=alone)
-    try:
-        yield
-    finally:
-        held.release()
-
-
 def check_there(directory: Path) -> None:
-    """Raise Vanished where a checkpoint is no longer there, which explains whatever went wrong with it."""
+    """Raise Vanished where a checkpoint is no longer there, which explains any failure to read it."""
     if not directory.exists():
         raise _vanished(directory)
 
@@ -89,9 +87,9 @@ def _vanished(directory: Path) -> Vanished:
 
 
 def taking_the_next(read: Callable[[], T], step: int | None = None) -> T:
-    """Return what `read` makes of the newest checkpoint; where that vanishes meanwhile, warn and read the next one.
+    """Return the result of `read` on the newest checkpoint; if it vanishes meanwhile, warn and read the next one.
 
-    `step` is the one that is asked for, in whose place no other is read. Raises Vanished after ten tries.
+    No other is read in place of a `step` that was asked for. Raises Vanished after ten tries.
     """
     for left in reversed(range(_TRIES)):
         try:

@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: a run directory has an id, and so has every checkpoint of the run."""
+"""Identity of runs: a run directory has an id, which all of the run's checkpoints carry."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trainfw.errors import RunError, UserError
 from trainfw.unfinished import write_text
 
 FORMAT = 2
-"""Format of run directories and their checkpoints. Those of format 1 name neither format nor id, and open as well."""
+"""Format of run directories and their checkpoints. Format 1 names neither format nor id, and can still be opened."""
 
 RUN_FILE = "run.json"
 
 _MOST_BYTES = 2**24
-"""Of run.json: more is none of ours."""
+"""Largest run.json that is read: trainfw writes none so large."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Identity:
     """The run that a directory's checkpoints belong to."""
 
     run: str
-    """Drawn when the run begins; a copy of the whole directory has the same."""
+    """Id, drawn when the run begins; a copy of the whole directory has the same."""
     older: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the manifest of each checkpoint from before there were ids, by step."""
+    """SHA-256 of the manifests of checkpoints from before runs had ids, by step."""
 
 
 def new_identity(older: Mapping[str, str] | None = None) -> Identity:
@@ -37,23 +37,23 @@ def new_identity(older: Mapping[str, str] | None = None) -> Identity:
 
 
 def read_identity(run: Path) -> Identity | None:
-    """Return the identity of a run directory; None where it has none yet.
+    """Read the identity of a run directory; None where it has none yet.
 
-    Raises UserError where a newer trainfw wrote the directory, RunError where the file says nothing.
+    Raises UserError where a newer trainfw wrote the directory, RunError where run.json cannot be read.
     """
     file, too_large = run / RUN_FILE, False
     try:
         about = file.stat()  # a pipe would be waited on for ever
         too_large = about.st_size > _MOST_BYTES
         readable = stat.S_ISREG(about.st_mode) and not too_large
-        held = json.loads(file.read_text(encoding="utf-8")) if readable else None
+        content = json.loads(file.read_text(encoding="utf-8")) if readable else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
-        held = None
-    held = held if isinstance(held, dict) else {}
-    refuse_newer(held, run)
-    name, older = held.get("run"), held.get("older", {})
+        content = None
+    content = content if isinstance(content, dict) else {}
+    refuse_newer(content, run)
+    name, older = content.get("run"), content.get("older", {})
     if not (isinstance(name, str) and name and _is_texts(older)):
         large = f" (it has more than {_MOST_BYTES:,} bytes)" if too_large else ""
         raise RunError(f"{file}: cannot be read{large}; remove it, and the run takes the id of its newest checkpoint")
@@ -61,21 +61,21 @@ def read_identity(run: Path) -> Identity | None:
 
 
 def write_identity(run: Path, identity: Identity) -> None:
-    """Keep it in a run directory: a crash leaves the whole file, or none."""
+    """Write run.json into a run directory; a crash leaves the whole file, or none."""
     write_text(run / RUN_FILE, json.dumps(stamp() | asdict(identity), indent=1) + "\n")
 
 
 def stamp() -> dict[str, object]:
-    """The format, and the version that wrote it."""
+    """Return the format and the version of trainfw, with which run.json and manifests begin."""
     return {"format": FORMAT, "trainfw": importlib.metadata.version("trainfw")}
 
 
-def refuse_newer(held: Mapping[str, object], where: object) -> None:
-    """Raise UserError where `held`, which `stamp` began, is of a format that this version does not know."""
-    found, version = held.get("format"), held.get("trainfw")
-    if isinstance(found, int) and found > FORMAT and isinstance(version, str):
+def refuse_newer(content: Mapping[str, object], where: object) -> None:
+    """Raise UserError where the file's format (see `stamp`) is one that this version does not know."""
+    number, version = content.get("format"), content.get("trainfw")
+    if isinstance(number, int) and number > FORMAT and isinstance(version, str):
         raise UserError(
-            f"{where}: was written by trainfw {version[:40]!s} (format {found}); this is trainfw "
+            f"{where}: was written by trainfw {version[:40]!s} (format {number}); this is trainfw "
             f"{stamp()['trainfw']}, which knows formats up to {FORMAT}: upgrade it, with pip install --upgrade trainfw"
         )
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from trainfw.backends import exchange, release_freed_memory
 from trainfw.checkpoint.config import CheckpointConfig
-from trainfw.checkpoint.holding import check_there, hold
+from trainfw.checkpoint.holding import Hold, check_there
 from trainfw.checkpoint.identity import Identity
 from trainfw.checkpoint.manifest import find_damage, read_meta, write_manifest
 from trainfw.checkpoint.memory import spare_memory
@@ -37,33 +37,33 @@ from trainfw.unfinished import sync, sync_tree
 Tree = TypeVar("Tree")
 
 LAYER_ORDER = "layer_order"
-"""In `meta`: the order of the layers, where it is not their true one."""
+"""Key of `meta` for the order of the layers, where it is not their true one."""
 
 _CLEAR_SECONDS = 0.25
 _QUIET = 4
-"""So often nothing may be left, one after the other."""
+"""Number of looks in a row that have to find no leftovers."""
 
 _MOVE_SECONDS = 3600
-"""Seconds that they wait for damaged ones to be moved, which a store does by copying."""
+"""Seconds that processes wait for damaged checkpoints to be moved, which a store does by copying."""
 
 _LINE = 300
-"""Letters of an error of Orbax's, which may hold a whole tree."""
+"""Most letters of an error of Orbax, which may hold a whole tree."""
 
 _BARRIER_SECONDS = 600
 """Seconds that a process waits for the others to have written their parts."""
 
 
 class Checkpoints:
-    """The checkpoints of one run: each `params`, `rest` (of the state), `meta` (JSON), and a manifest of the files.
+    """The checkpoints of one run: each has `params`, `rest` (of the state), `meta` (JSON) and a manifest of its files.
 
-    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed, nor one whose arrays are not
-    found in what was written. A save that fails is only reported, up to `config.max_failures` in a row.
+    Saving is asynchronous and atomic: a checkpoint that a crash cut short is never listed, nor one whose files lack an
+    array. Up to `config.max_failures` saves in a row may fail, and are only reported.
 
     Args:
-        identity: of the run: saved checkpoints carry it, and those of other runs are as good as damaged.
-        layer_order: the layer at each place of the stacked parameters that are saved and wanted back; by default their
-            true order. What was saved in another order is reordered when it is restored.
-        report: told, in a sentence, of a save that failed.
+        identity: identity of the run: saved checkpoints carry it, and checkpoints of other runs count as damaged.
+        layer_order: the layer at each place of the stacked parameters, when saved and when restored; by default their
+            true order. Checkpoints in another order are reordered when they are restored.
+        report: called with a sentence about each save that failed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Checkpoints:
         self._expected: dict[str, Shapes] = {}
         self._deleting: threading.Thread | None = None
         self._not_deleted = ""
-        # Orbax narrates every file, and a failed save once for each of its tasks; we raise what matters.
+        # Orbax logs every file, and a failed save once for each of its tasks; errors that matter are raised here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         spare_memory()
@@ -100,7 +100,7 @@ class Checkpoints:
         return self._opened
 
     def _open(self) -> ocp.CheckpointManager:
-        with self._failing_as("cannot be opened"):
+        with failing_as(self.directory, "cannot be opened"):
             return ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -139,9 +139,10 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, params: object, rest: object, meta: Mapping[str, object]) -> bool:
-        """Start saving; returns once the arrays are copied off the devices, and the save before is on disk.
+        """Start saving; return once the arrays are copied off the devices, and the save before is on disk.
 
-        False where that failed already and the run may go on; raises RunError where too many in a row have failed.
+        Returns False where saving failed already and the run may go on. Raises RunError where too many in a row have
+        failed.
         """
         if self._layer_order is not None and self._layer_order != sorted(self._layer_order):
             meta = {**meta, LAYER_ORDER: self._layer_order}
@@ -167,7 +168,7 @@ class Checkpoints:
             self._settle(self._config.max_failures)
 
     def wait(self, *, must: bool = True) -> None:
-        """Until what was saved last is on disk. Raises RunError where it will not be; unless `must`, as `save` does."""
+        """Wait until the last save is on disk. Raises RunError where it fails; unless `must`, only as `save` does."""
         self._settle(0 if must else self._config.max_failures)
 
     def _settle(self, forgiven: int) -> None:
@@ -175,7 +176,7 @@ class Checkpoints:
             return
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
-            release_freed_memory()  # of a save, which several threads free in pieces
+            release_freed_memory()  # several threads free a save's memory in pieces
             if jax.process_index() == 0 and not in_store(self.directory):
                 sync(self.directory)  # its new name, before older ones are deleted
             self._saving, self._failures = None, 0
@@ -185,21 +186,18 @@ class Checkpoints:
                 self._delete_old()
 
     def _delete_old(self) -> None:
-        """Start to delete those that need not be kept, now that a newer one is on disk."""
+        """Start to delete the checkpoints that need not be kept, now that a newer one is on disk."""
         self._wait_for_deletion()
         config = self._config
-        old = [
-            step
-            for step in self.steps()[: -config.keep_last]
-            if not (config.keep_every and step % config.keep_every == 0)
-        ]
+        every = config.keep_every
+        old = [step for step in self.steps()[: -config.keep_last] if not (every and step % every == 0)]
         self._deleting = threading.Thread(target=self._delete, args=(old,), name="delete checkpoints", daemon=True)
         self._deleting.start()
 
     def _delete(self, steps: list[int]) -> None:
         try:
             delete_steps(self.directory, steps)
-        except Exception as error:  # of many kinds, in a store; there is a next time
+        except Exception as error:  # stores raise many kinds; the next save tries again
             self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
 
     def _wait_for_deletion(self) -> None:
@@ -211,7 +209,7 @@ class Checkpoints:
             self._not_deleted = ""
 
     def clear(self, seconds: float = 30.0) -> None:
-        """Make room for another try at a step: until the writers of a save that failed, which outlive it, are done."""
+        """Delete what a failed save left, until its writers, which outlive it, are done, to try the step again."""
         deadline = time.monotonic() + seconds
         quiet = 0
         while quiet < _QUIET and time.monotonic() < deadline:
@@ -226,29 +224,29 @@ class Checkpoints:
             self._saving = None
             self._failures += 1
             self._has_failed = True
-            what = f"{self.directory}: step {step} cannot be saved: {first_line(error)}"
+            problem = f"{self.directory}: step {step} cannot be saved: {first_line(error)}"
             with contextlib.suppress(Exception):
                 self._manager.close()
-            # Another next time: this one raises its failure again and again, and what was half written takes room.
+            # The next save opens another manager: this one would raise its failure again and again.
             self._opened = None
             if jax.process_index() == 0 and not in_store(self.directory):
                 delete_leftovers(self.directory)
             if self._failures > forgiven:
-                raise RunError(what) from error
-            self._report(f"{what}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
+                raise RunError(problem) from error
+            self._report(f"{problem}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
 
     def newest_whole(self, report: Callable[[str], None]) -> int | None:
-        """The newest step whose files are what was saved; newer ones are moved to `damaged_beside` it.
+        """Return the newest step whose files are whole, and move newer ones, which are not, to `damaged_beside`.
 
-        `report` is told of each. Every process looks at its share of the files. Raises RunError where there are
-        checkpoints, and none is whole.
+        `report` is called with a line about each of these. Every process looks at its share of the files. Raises
+        RunError where there are checkpoints, and none is whole.
         """
         steps = self.steps()
         index, count = jax.process_index(), jax.process_count()
         problem, whole = "", None
         for i, step in enumerate(reversed(steps)):
-            here = find_damage(self.directory / str(step), index, count, identity=self._identity)
-            problem = next((text for text in exchange(f"damage/{step}", here) if text is not None), "")
+            damage = find_damage(self.directory / str(step), index, count, identity=self._identity)
+            problem = next((text for text in exchange(f"damage/{step}", damage) if text is not None), "")
             if not problem:
                 whole = step
                 break
@@ -261,11 +259,11 @@ class Checkpoints:
         if exchange("aside", bool(aside)) != [False] * count:
             self._move_aside(aside, report)
         if not self._read_only:
-            self._opened = self._manager  # now that it reads nothing but checkpoints
+            self._opened = self._manager  # only whole checkpoints are left for it to read
         return whole
 
     def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:
-        """Have these out of the way of those that are to be saved."""
+        """Move these out of the way of the checkpoints that are to be saved."""
         strangers = strangers_in(self.directory)
         for step in steps if jax.process_index() == 0 else ():
             target = damaged_beside(self.directory) / str(step)
@@ -279,18 +277,18 @@ class Checkpoints:
             self._opened.reload()
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(params, rest, meta) of a step, laid out as the given abstract arrays say."""
+        """Restore (params, rest, meta) of a step, laid out as the given abstract arrays. Raises RunError."""
         restored, meta = self._restore(step, params=params, rest=rest)
         params, rest = self._in_order((restored["params"], restored["rest"]), meta.pop(LAYER_ORDER, None))
         return params, rest, meta
 
     def restore_params(self, step: int, params: Tree) -> Tree:
-        """The parameters alone, while the run may go on. Raises RunError also where the checkpoint is not whole.
+        """Restore the parameters alone, though the run may go on meanwhile.
 
-        Raises Vanished where it is gone, or was deleted meanwhile.
+        Raises RunError also where the checkpoint is not whole, Vanished where it is gone, or was deleted meanwhile.
         """
         directory = self.directory / str(step)
-        with hold(directory):
+        with Hold(directory):
             if problem := find_damage(directory, identity=self._identity):
                 check_there(directory)
                 raise RunError(
@@ -309,12 +307,13 @@ class Checkpoints:
         return reorder_layers(tree, saved or sorted(wanted), wanted, donate=True)
 
     def _restore(self, step: int, **items: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Trees of arrays by item, and `meta`."""
+        """Read the trees of arrays by item, and `meta`."""
         directory = epath.Path(self.directory / str(step))
         others = [other for other in self.steps() if other < step]
         hint = f" (to fall back to step {others[-1]}, move {step} away)" if others else ""
         reader = ocp.StandardCheckpointHandler()
-        with contextlib.closing(reader), self._failing_as(f"step {step} cannot be restored{hint}", directory):
+        problem = f"step {step} cannot be restored{hint}"
+        with contextlib.closing(reader), failing_as(self.directory, problem, read=directory):
             meta = read_meta(directory)
             restored = {
                 item: reader.restore(directory / item, args=ocp.args.StandardRestore(tree))
@@ -323,29 +322,32 @@ class Checkpoints:
         return restored, meta
 
     def close(self) -> None:
-        """Wait, then let go. Raises RunError where what was saved last is not to be on disk."""
+        """Wait for the last save, then close. Raises RunError where it fails."""
         if self._opened is None:
             return
         self._settle(0)
         self._wait_for_deletion()
-        with contextlib.suppress(Exception):  # everything that matters was waited for
+        with contextlib.suppress(Exception):  # every error that matters was raised above
             self._manager.close()
 
     def abandon(self) -> None:
-        """Let go of a save that another process can no longer take part in, instead of waiting for it."""
+        """Give up a save that another process can no longer take part in, instead of waiting for it."""
         self._saving = None
         self._opened = None
 
-    @contextlib.contextmanager
-    def _failing_as(self, problem: str, read: Directory | None = None) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            if read is not None:
-                check_there(read)
-            raise RunError(f"{self.directory}: {problem}: {first_line(error)}") from error
+
+@contextlib.contextmanager
+def failing_as(directory: Directory, problem: str, *, read: Directory | None = None) -> Iterator[None]:
+    """Raise RunError, with the problem, for any error inside; Vanished where the checkpoint `read` is gone."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        if read is not None:
+            check_there(read)
+        raise RunError(f"{directory}: {problem}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
+    """Return an error's first line, shortened where it is long."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line if len(line) <= _LINE else f"{line[:_LINE]}..."

@@ -1,7 +1,7 @@
-"""A checkpoint's manifest: its run, its step and its files. Changes by a disk, a copy or a crash are noticed.
+"""A checkpoint's manifest: its run, its step and its files, by which damage of a disk, a copy or a crash is noticed.
 
-Files are told by size and SHA-256; in an object store, which does not return other bytes than it was given, by size
-and the store's own tag, for which nothing is read.
+It has each file's size and SHA-256. In an object store, which returns the very bytes that it was given, the store's own
+tag stands for SHA-256, so that no file has to be read.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from trainfw.checkpoint.meta import META_FILE, Damage, digest_recipe, parse_meta
 from trainfw.checkpoint.stores import COMMITTED, ORBAX_METADATA, Directory, in_store, list_store
 
 _LATER = {MANIFEST, ORBAX_METADATA, COMMITTED}
-"""Files not in the manifest: itself, and Orbax's notes of when the checkpoint was committed."""
+"""Files that no manifest lists: itself, and Orbax's notes of when the checkpoint was committed."""
 
 _THREADS = 4
-"""hashlib lets go of the interpreter's lock: one thread reads while another computes."""
+"""Threads that hash files: hashlib releases the interpreter's lock, so that one reads while another computes."""
 
 _MOST_JSON = 2**28
-"""Bytes of a manifest, or of `meta`: more is none of ours."""
+"""Most bytes of a manifest, or of `meta`: trainfw writes none so large."""
 
 _BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files that were saved, of which run and step. Manifests of format 1 say neither."""
+    """Files of a checkpoint, its run and its step. Manifests of format 1 name neither run nor step."""
 
     files: dict[str, tuple[int, str]]
     """(bytes, SHA-256 or the store's tag) by name."""
     tags: bool
+    """Flag: a store's tags stand for SHA-256."""
     place: str | None = None
     step: int | None = None
     run: str | None = None
     recipe: str | None = None
     digest: str = ""
-    """SHA-256 of the file."""
+    """SHA-256 of the manifest itself."""
 
 
 def write_manifest(directory: Directory, step: int, identity: Identity | None, meta: Mapping[str, object]) -> None:
-    """Describe the files under `directory`, which are all there, in one file beside them."""
+    """Write the manifest of a checkpoint all of whose files are under `directory`."""
     files = inventory(directory)
     whose = {"step": step, "run": identity and identity.run, "recipe": digest_recipe(meta)}
     listed = {"place": str(directory), "tag": files} if in_store(directory) else {"sha256": files}
@@ -60,7 +61,7 @@ def write_manifest(directory: Directory, step: int, identity: Identity | None, m
 
 
 def read_manifest(directory: Directory) -> Manifest:
-    """Raises Damage for what is none; UserError for one of a newer trainfw."""
+    """Read a checkpoint's manifest. Raises Damage where there is none; UserError for one of a newer trainfw."""
     try:
         content = read_regular(directory / MANIFEST, _MOST_JSON)
     except FileNotFoundError:
@@ -68,37 +69,37 @@ def read_manifest(directory: Directory) -> Manifest:
     except OSError as error:
         raise Damage(f"{MANIFEST} {error.strerror}") from None
     try:
-        held = json.loads(content)
-        tags = "sha256" not in held
-        listed = held["tag" if tags else "sha256"].items()
+        fields = json.loads(content)
+        tags = "sha256" not in fields
+        listed = fields["tag" if tags else "sha256"].items()
         files = {name: (size, digest) for name, (size, digest) in listed}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damage(f"{MANIFEST} cannot be read") from None
-    refuse_newer(held, directory)
+    refuse_newer(fields, directory)
     if not files:
         raise Damage(f"{MANIFEST} lists no files")
     for name, (size, digest) in files.items():
         if not (_is_inside(name) and type(size) is int and size >= 0 and isinstance(digest, str)):
             raise Damage(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
-    place, step, run, recipe = (held.get(key) for key in ("place", "step", "run", "recipe"))
+    place, step, run, recipe = (fields.get(key) for key in ("place", "step", "run", "recipe"))
     texts = all(value is None or isinstance(value, str) for value in (place, run, recipe))
-    if not texts or not (step is None or type(step) is int) or ("format" in held and step is None):
+    if not texts or not (step is None or type(step) is int) or ("format" in fields and step is None):
         raise Damage(f"{MANIFEST} does not say which step of which run it is")
     return Manifest(files, tags, place, step, run, recipe, hashlib.sha256(content).hexdigest())
 
 
 def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256 or the store's tag) of every file of a checkpoint, by name."""
+    """Return (bytes, SHA-256 or the store's tag) of every file of a checkpoint, by name."""
     if in_store(directory):
         return {name: about for name, about in sorted(list_store(directory).items()) if name not in _LATER}
     return {name: _describe(directory / name) for name in _names(directory)}
 
 
 def find_mismatch(directory: Directory, identity: Identity | None = None) -> str | None:
-    """Say why a checkpoint is not believed by what it says of itself; None where all of it agrees.
+    """Say where a checkpoint's manifest, its place and `meta` disagree; None where they agree.
 
-    Its place is to be that of its step, its run that of `identity` (None: any), its recipe the one in `meta`. Reads
-    the manifest and `meta` alone. Raises UserError for one of a newer trainfw.
+    Its directory has to be that of its step, its run that of `identity` (None: any), its recipe the one in `meta`. Only
+    the manifest and `meta` are read. Raises UserError for a checkpoint of a newer trainfw.
     """
     try:
         _check_mismatch(directory, read_manifest(directory), identity)
@@ -129,7 +130,7 @@ def _check_mismatch(directory: Directory, manifest: Manifest, identity: Identity
 
 
 def read_meta(directory: Directory) -> dict[str, Any]:
-    """Return what was saved beside the arrays. Raises Damage where it cannot be read."""
+    """Read the metadata beside the arrays. Raises Damage where it cannot be read."""
     return parse_meta(_meta_bytes(directory))
 
 
@@ -143,14 +144,14 @@ def _meta_bytes(directory: Directory) -> bytes:
 def find_damage(
     directory: Directory, share: int = 0, shares: int = 1, *, identity: Identity | None = None
 ) -> str | None:
-    """Say what is wrong with a checkpoint; None where it is what it was when it was saved.
+    """Say how a checkpoint is damaged; None where it is as it was saved.
 
-    Compares sizes alone where it was copied from or to a store, which has other tags. Raises UserError for one of a
-    newer trainfw.
+    A copy from or to a store has other tags: only sizes are compared then. Raises UserError for a checkpoint of a newer
+    trainfw.
 
     Args:
-        share: look at the files of this share alone, of `shares` equal ones.
-        identity: the run that it is to be of, if one is known.
+        share: number of the share of files to look at, one of `shares` equal ones.
+        identity: the run that the checkpoint has to belong to, if one is known.
     """
     try:
         manifest = read_manifest(directory)
@@ -163,15 +164,15 @@ def find_damage(
         return str(error)
     except OSError as error:
         return f"it {_why(error)}"
-    mine = dict(sorted(manifest.files.items())[share::shares])
+    listed = dict(sorted(manifest.files.items())[share::shares])
     if manifest.tags:
-        there = {name: ((directory / name).stat().st_size, "") for name in mine if (directory / name).is_file()}
-        return next(_differences(there, mine, True), None)
-    return next(_damages(directory, mine), None)
+        present = {name: ((directory / name).stat().st_size, "") for name in listed if (directory / name).is_file()}
+        return next(_differences(present, listed, True), None)
+    return next(_damages(directory, listed), None)
 
 
 def _check_kinds(directory: Directory) -> None:
-    """Nothing but files and directories: a link leads elsewhere, and a FIFO or a device never ends."""
+    """Raise Damage for any path that is no file or directory: a link leads elsewhere, and a FIFO never ends."""
     for where, directories, files in os.walk(directory, onerror=_raise):
         for name in (*directories, *files):
             path = os.path.join(where, name)
@@ -186,48 +187,48 @@ def _raise(error: OSError) -> None:
 
 
 def _differences(
-    found: Mapping[str, tuple[int, str]], saved: Mapping[str, tuple[int, str]], sizes_alone: bool
+    present: Mapping[str, tuple[int, str]], saved: Mapping[str, tuple[int, str]], sizes_alone: bool
 ) -> Iterator[str]:
     for name, (size, tag) in saved.items():
-        if name not in found:
+        if name not in present:
             yield f"{name} is missing"
-        elif found[name][0] != size:
-            yield f"{name} has {found[name][0]:,} bytes, not {size:,}"
-        elif not sizes_alone and found[name][1] != tag:
+        elif present[name][0] != size:
+            yield f"{name} has {present[name][0]:,} bytes, not {size:,}"
+        elif not sizes_alone and present[name][1] != tag:
             yield f"{name} is not what was saved (its tag differs)"
 
 
 def _damages(directory: Directory, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, found in zip(files, pool.map(lambda name: _found(directory / name, files[name][0]), files)):
-            if isinstance(found, str):
-                yield f"{name} {found}"
-            elif found != files[name]:
-                yield f"{name} is not what was saved (its SHA-256 differs)"
+        for name, problem in zip(files, pool.map(lambda name: _damage(directory / name, *files[name]), files)):
+            if problem:
+                yield f"{name} {problem}"
 
 
-def _found(path: Directory, size: int) -> tuple[int, str] | str:
+def _damage(path: Directory, size: int, digest: str) -> str:
+    """Say how a file differs from what was saved; nothing where it does not."""
     try:
         actual = os.lstat(path).st_size
         if actual != size:  # without reading it
             return f"has {actual:,} bytes, not {size:,}"
-        return _describe(path)
+        return "" if _describe(path) == (size, digest) else "is not what was saved (its SHA-256 differs)"
     except OSError as error:
         return _why(error)
 
 
 def _describe(path: Directory) -> tuple[int, str]:
+    """Return a file's (bytes, SHA-256)."""
     with _open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest, left = hashlib.sha256(), size
-        while left and (block := file.read(min(left, _BLOCK))):  # no more, whatever is appended meanwhile
+        while left and (block := file.read(min(left, _BLOCK))):  # without bytes that are appended meanwhile
             digest.update(block)
             left -= len(block)
         return size, digest.hexdigest()
 
 
 def read_regular(path: Directory, most: int) -> bytes:
-    """The bytes of a file, at most `most`. Raises OSError also for what is none: a link, a FIFO, a device."""
+    """Read a file of `most` bytes or fewer. Raises OSError also for a link, a FIFO or a device."""
     if in_store(path):
         content: bytes = path.read_bytes()
         return content
@@ -242,7 +243,7 @@ def _open_regular(path: Directory) -> io.BufferedReader:
     kind = os.lstat(path).st_mode
     if not stat.S_ISREG(kind):
         raise OSError(errno.EINVAL, _kind(kind))
-    # Should it be another by now: no link is followed, and no FIFO waits for a writer.
+    # These flags are for a file that was replaced just now: no link is followed, and no FIFO waits for a writer.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
@@ -258,15 +259,9 @@ def _why(error: OSError) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Tell whether `name` leads to a file below the checkpoint, and is written in the one way that we write it."""
+    """Tell whether `name` leads to a file below the checkpoint, and is written as `write_manifest` writes it."""
     path = PurePosixPath(name)
-    return (
-        bool(path.parts)
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and str(path) == name
-        and "\0" not in name
-    )
+    return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _names(directory: Directory) -> list[str]:

@@ -1,4 +1,4 @@
-"""Contents of a checkpoint beside its arrays: JSON, read with its types checked."""
+"""Metadata of a checkpoint beside its arrays: JSON whose types are checked when it is read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ META_FILE = "meta/metadata"
 
 
 class Damage(Exception):
-    """Reason, in words, why a checkpoint is not believed."""
+    """Reason, in words, why a checkpoint is not trusted."""
 
 
 class _Checked(BaseModel):
-    # Keys of other versions pass: `Identity`'s format says what a reader must know.
+    # Keys of other versions pass: the format (`identity.FORMAT`) tells which versions can read a checkpoint.
     model_config = ConfigDict(strict=True, extra="allow")
 
 
@@ -32,7 +32,7 @@ class _Weights(_Checked):
 
 
 class _Meta(_Checked):
-    """`data` is the place in the rows, `base` the weights that the run began with, `cut` how a batch is cut."""
+    """`data` is the place in the rows, `base` the weights that the run began with, `cut` the parts of a batch."""
 
     data: _Place | None = None
     held_out: str | None = None
@@ -44,30 +44,30 @@ class _Meta(_Checked):
 
 
 def parse_meta(content: bytes, *, of_run: bool = False) -> dict[str, Any]:
-    """The JSON of a checkpoint. Raises Damage for what does not have its types.
+    """Parse a checkpoint's metadata. Raises Damage where it does not have the right types.
 
     Args:
-        of_run: ask for what a run goes on with: its recipe, and its place in the data.
+        of_run: require the recipe and the place in the data, which a run needs to go on.
     """
     try:
-        held = json.loads(content)
-        _Meta.model_validate(held)
+        meta = json.loads(content)
+        _Meta.model_validate(meta)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "all of it"
         raise Damage(f"{META_FILE}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
     except (ValueError, RecursionError):
         raise Damage(f"{META_FILE} is no JSON") from None
-    order = held.get("layer_order")
+    order = meta.get("layer_order")
     if order is not None and sorted(order) != list(range(len(order))):
         raise Damage(f"{META_FILE}: layer_order: expected each layer once")
     for key in ("recipe", "data") if of_run else ():
-        if held.get(key) is None:
+        if meta.get(key) is None:
             raise Damage(f"{META_FILE} has no {key}")
-    return dict(held)
+    return dict(meta)
 
 
 def digest_recipe(meta: Mapping[str, object]) -> str | None:
-    """Return the SHA-256 of the recipe in `meta`, however its keys are ordered; None where there is none."""
+    """Return the SHA-256 of the recipe in `meta`, in whatever order its keys are; None where there is none."""
     recipe = json.loads(json.dumps(meta.get("recipe")))
     return None if recipe is None else hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

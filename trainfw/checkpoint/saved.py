@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.holding import Hold, check_there
 from trainfw.checkpoint.identity import Identity
-from trainfw.checkpoint.manager import LAYER_ORDER, first_line
+from trainfw.checkpoint.manager import LAYER_ORDER, failing_as
 from trainfw.checkpoint.manifest import find_damage, inventory, read_meta
 from trainfw.checkpoint.stores import Directory, in_store
 from trainfw.errors import RunError, UserError, did_you_mean
@@ -23,11 +23,11 @@ from trainfw.parallel import reorder_layers
 class SavedParameters:
     """The parameters of one finished checkpoint, read array by array, onto any mesh and in any dtype.
 
-    While it lives, the run that saved it does not delete it (`Hold`).
+    As long as it lives, the run does not delete the checkpoint (`Hold`).
 
     Args:
-        directory: of a step.
-        identity: the run that it is to be of, if one is known.
+        directory: directory of a step.
+        identity: the run that the checkpoint has to belong to, if one is known.
 
     Raises RunError where it is not what was saved, Vanished where it is gone.
     """
@@ -42,7 +42,7 @@ class SavedParameters:
 
     @cached_property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
-        """(shape, dtype) of each, by dotted name."""
+        """(shape, dtype) of each array, by dotted name."""
         with self._failing_as("its arrays cannot be listed"):
             tree = self._reader.metadata(self.directory / "params").tree
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "dtype"))
@@ -50,12 +50,12 @@ class SavedParameters:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """What was saved beside them."""
+        """Metadata that was saved beside the arrays."""
         with self._failing_as("what it says of itself cannot be read"):
             return read_meta(self.directory)
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
-        """One of them as `like` says, its layers in `layer_order` (by default, their true order).
+        """Read one array in the shape, dtype and sharding of `like`, its layers in `layer_order` (or their true order).
 
         Raises UserError where there is none of that name and shape, RunError where it cannot be read.
         """
@@ -80,7 +80,8 @@ class SavedParameters:
         return value
 
     def fingerprint(self) -> str:
-        """Of the first and last 64 KiB of every file (in a store, of its tag): two sets of weights differ in it."""
+        """Return a hash of the first and last 64 KiB of every file (in a store, of its tag): other weights, another
+        hash."""
         digest = hashlib.blake2b(digest_size=16)
         if in_store(self.directory):
             digest.update(json.dumps(inventory(self.directory / "params")).encode())
@@ -93,10 +94,5 @@ class SavedParameters:
                 digest.update(file.read())
         return digest.hexdigest()
 
-    @contextlib.contextmanager
-    def _failing_as(self, problem: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            check_there(self.directory)
-            raise RunError(f"{self.directory}: {problem}: {first_line(error)}") from error
+    def _failing_as(self, problem: str) -> contextlib.AbstractContextManager[None]:
+        return failing_as(self.directory, problem, read=self.directory)

@@ -1,4 +1,4 @@
-"""Where checkpoints are: a directory, or a place in an object store, which has no renames and no directories."""
+"""Places of checkpoints: directories, and places in object stores, which have no renames and no directories."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from urllib.parse import urlsplit
 from etils import epath
 
 from trainfw.checkpoint.config import MANIFEST, STORES, CheckpointConfig
-from trainfw.checkpoint.holding import Held, Vanished, hold
+from trainfw.checkpoint.holding import Held, Hold, Vanished
 from trainfw.errors import UserError, pip_install
 
 Directory: TypeAlias = Path
-"""Of checkpoints, or of one of them: in a store an epath.Path, which has a Path's methods but for those below."""
+"""Directory of checkpoints, or of one; in a store an epath.Path, whose missing methods are written below."""
 
 COMMITTED = "commit_success.txt"
-"""In a store: Orbax writes it into a checkpoint once all else is there."""
+"""File that Orbax writes last into a checkpoint in a store."""
 
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
 
 _DELETED = ".orbax-checkpoint-tmp-deleted"
-"""Ends the name of one that is being deleted, by which Orbax knows what a crash left."""
+"""End of the name of a checkpoint that is being deleted; Orbax removes such names after a crash."""
 
 _PATTERN = re.compile(r"[*?\[\\\x00-\x1f\x7f]")
-"""Orbax finds the parts of several processes by a pattern, of which the directory's own name becomes a part: it finds
-nothing, or what another run in the same directory writes."""
+"""Characters that no directory's name may have. Orbax finds the parts of several processes by a pattern that includes
+the name: with these it would find nothing, or the parts of another run."""
 
 
 def locate(run: Path, config: CheckpointConfig) -> Directory:
-    """Where the checkpoints of the run in the directory `run` are. Raises UserError without the store's library."""
+    """Return the directory of a run's checkpoints. Raises UserError where a store's library is not installed."""
     if config.directory is None:
         return run / "checkpoints"
-    scheme, found, _ = config.directory.partition("://")
-    if not found:
+    scheme, is_store, _ = config.directory.partition("://")
+    if not is_store:
         return Path(os.path.expanduser(config.directory))
     library, extra = STORES[scheme]
     try:
@@ -50,51 +50,52 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
         raise UserError(
             f"checkpoint.directory = {config.directory}: needs the package {library}: {pip_install(extra)}"
         ) from None
-    _see_what_others_write()
+    _list_afresh()
     if scheme == "s3":
         _teach_orbax()
     return cast(Path, epath.Path(config.directory.rstrip("/")))
 
 
 def in_store(directory: Directory) -> bool:
+    """Tell whether a directory is a place in an object store."""
     return "://" in str(directory)
 
 
 def check_name(directory: Directory) -> None:
-    """Raise UserError for a place whose name checkpoints cannot be written under."""
+    """Raise UserError for a directory under whose name checkpoints cannot be written."""
     path = str(directory) if in_store(directory) else os.path.abspath(directory)
     try:
         path.encode()
     except UnicodeEncodeError:
         raise UserError(f"{path!r}: is not UTF-8; checkpoints need another directory") from None
-    if found := _PATTERN.search(path):
+    if match := _PATTERN.search(path):
         raise UserError(
-            f"{path!r}: checkpoints cannot be kept under a name with {found.group()!r} in it (to the library that "
+            f"{path!r}: checkpoints cannot be kept under a name with {match.group()!r} in it (to the library that "
             "writes them it is a pattern); choose another run_dir (--run-dir), working directory or "
             "checkpoint.directory"
         )
 
 
 def damaged_beside(directory: Directory) -> Directory:
-    """Where damaged checkpoints go: RUN/damaged for RUN/checkpoints, else DIRECTORY-damaged."""
+    """Return the directory for damaged checkpoints: RUN/damaged for RUN/checkpoints, else DIRECTORY-damaged."""
     return directory.with_name("damaged" if directory.name == "checkpoints" else f"{directory.name}-damaged")
 
 
 def steps_in(directory: Directory) -> list[int]:
-    """Steps of the finished checkpoints in a directory, which need not exist.
+    """List the steps of the finished checkpoints in a directory, which need not exist.
 
-    Raises UserError for a file, for a checkpoint that may not be looked into, and where a store does not answer, or
-    has no such bucket.
+    Raises UserError for a file, for a checkpoint without the right to read it, and where a store does not answer or has
+    no such bucket.
     """
     if in_store(directory):
         store = _filesystem(directory)
         return [step for step in _numbers_in(directory) if store.exists(f"{directory}/{step}/{COMMITTED}")]
-    # Twice, where there is none: one may have taken the place of another while they were listed.
+    # Listed twice where there is none: one may have replaced another meanwhile.
     return _finished(directory) or _finished(directory)
 
 
 def _finished(directory: Directory) -> list[int]:
-    # Orbax renames a checkpoint to its step when it is whole. A directory of that name alone is none.
+    # Orbax renames a whole checkpoint to its step. A directory of such a name without these files is no checkpoint.
     marks = (MANIFEST, COMMITTED, ORBAX_METADATA)
     numbers = _numbers_in(directory)
     for path in (directory / str(step) for step in numbers):
@@ -109,12 +110,12 @@ def _finished(directory: Directory) -> list[int]:
 
 
 def _stops_orbax(file: Path) -> bool:
-    """Tell whether it is a pipe, a device or a link: Orbax reads this file of every step, and would never finish."""
+    """Tell whether a file is a pipe, a device or a link: Orbax reads it for every step, and would never finish."""
     return os.path.lexists(file) and (file.is_symlink() or not file.is_file())
 
 
 def strangers_in(directory: Directory) -> list[int]:
-    """Numbers of directories that are called as a checkpoint's, and are none."""
+    """List the numbers of directories that have a checkpoint's name, and are none."""
     return [] if in_store(directory) else sorted(set(_numbers_in(directory)) - set(_finished(directory)))
 
 
@@ -142,32 +143,31 @@ def _numbers_in(directory: Directory) -> list[int]:
 
 
 def _is_number(name: str) -> bool:
-    """Tell whether it is a step as we write it: no 08, no other script's digits."""
+    """Tell whether a name is a step as trainfw writes it: no 08, no other script's digits."""
     return name.isascii() and name.isdecimal() and len(name) < 20 and str(int(name)) == name
 
 
 def list_store(directory: Directory) -> dict[str, tuple[int, str]]:
-    """(bytes, the store's own tag of the contents) of every object below, by name, without reading any."""
-    found = {}
+    """List (bytes, the store's own tag of the contents) of every object below, by name, without reading any."""
+    objects = {}
     root = str(directory).split("://", 1)[1]
     for path, about in _filesystem(directory).find(str(directory), detail=True).items():
         tag = about.get("ETag") or about.get("etag") or about.get("md5Hash") or ""
-        found[path.removeprefix(f"{root}/")] = (int(about["size"]), str(tag).strip('"'))
-    return found
+        objects[path.removeprefix(f"{root}/")] = (int(about["size"]), str(tag).strip('"'))
+    return objects
 
 
 def delete_leftovers(directory: Directory) -> bool:
-    """What saves that failed have left, while none goes on; whether there was any.
+    """Delete what failed saves left, while no save goes on; tell whether there was anything.
 
     Their writers may outlive Orbax's own deletion of it.
     """
     if in_store(directory):
-        with contextlib.suppress(Exception):  # of many kinds; there is a next time
+        with contextlib.suppress(Exception):  # stores raise many kinds; the next save tries again
             whole = {str(step) for step in steps_in(directory)}
             listed = _filesystem(directory).ls(str(directory), detail=False)
-            left = [
-                name for name in {path.rstrip("/").rpartition("/")[2] for path in listed} - whole if name.isdecimal()
-            ]
+            names = {path.rstrip("/").rpartition("/")[2] for path in listed}
+            left = [name for name in names - whole if name.isdecimal()]
             for name in left:
                 _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
             return bool(left)
@@ -179,27 +179,27 @@ def delete_leftovers(directory: Directory) -> bool:
 
 
 def delete_steps(directory: Directory, steps: Sequence[int]) -> None:
-    """Delete checkpoints, but those that a process on this machine holds; and what an earlier try has left."""
+    """Delete checkpoints, except those that a process on this machine holds; and the remains of an earlier try."""
     for left in [] if in_store(directory) else directory.glob(f"*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
     for step in steps:
         doomed = directory / str(step)
         if in_store(directory):
             store = _filesystem(directory)
-            store.rm(f"{doomed}/{COMMITTED}")  # from here on it is none
+            store.rm(f"{doomed}/{COMMITTED}")  # from here on it is no checkpoint
             store.rm(str(doomed), recursive=True)
             continue
-        with contextlib.suppress(Vanished, Held), hold(doomed, alone=True):
-            # In one move: whoever lists them finds a whole one, or none.
+        with contextlib.suppress(Vanished, Held), Hold(doomed, alone=True):
+            # One move: a process that lists checkpoints finds a whole one, or none.
             shutil.rmtree(doomed.rename(directory / f"{step}{_DELETED}"))
 
 
 def move(source: Directory, target: Directory) -> None:
-    """A checkpoint to another place, which does not exist; in a store, by copies."""
+    """Move a checkpoint to another place, which does not exist; a store does so by copies."""
     if in_store(source):
         store = _filesystem(source)
         names = list(list_store(source))
-        store.rm(f"{source}/{COMMITTED}")  # whoever is killed in between has not left it for another time
+        store.rm(f"{source}/{COMMITTED}")  # first: if this is interrupted, the source is no checkpoint any more
         names.remove(COMMITTED)
         store.copy([f"{source}/{name}" for name in names], [f"{target}/{name}" for name in names])
         store.rm(str(source), recursive=True)
@@ -209,7 +209,7 @@ def move(source: Directory, target: Directory) -> None:
 
 
 def commit_by_file(directory: Directory) -> object:
-    """Orbax's way to finish a checkpoint where nothing can be renamed; None for its default."""
+    """Return Orbax's class that finishes a checkpoint where nothing can be renamed; None for its default."""
     if not in_store(directory):
         return None
     from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
@@ -218,7 +218,7 @@ def commit_by_file(directory: Directory) -> object:
 
 
 def array_store(directory: Directory) -> dict[str, object]:
-    """TensorStore's spec of the arrays in a directory of a checkpoint."""
+    """Return TensorStore's spec of the arrays in a directory of a checkpoint."""
     path = str(directory)
     if not in_store(directory):
         base: dict[str, Any] = {"driver": "file", "path": f"{path}/"}
@@ -237,8 +237,8 @@ def _filesystem(directory: Directory) -> Any:
 
 
 @functools.cache
-def _see_what_others_write() -> None:
-    """TensorStore and other processes write past fsspec, whose listings would be out of date."""
+def _list_afresh() -> None:
+    """Turn off fsspec's cache of listings: TensorStore and other processes write past fsspec."""
     import fsspec
 
     for scheme in STORES:
@@ -247,7 +247,7 @@ def _see_what_others_write() -> None:
 
 @functools.cache
 def _teach_orbax() -> None:
-    """Arrays in S3. Orbax's own part knows directories and GCS (google/orbax pull request 2739 is to add S3)."""
+    """Let Orbax write arrays to S3: it knows directories and GCS alone (until google/orbax pull request 2739)."""
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -267,9 +267,9 @@ def _is_s3(path: object) -> bool:
 
 
 def _s3_spec(path: str) -> dict[str, object]:
-    """TensorStore's, of a place in a bucket; with the endpoint and region that boto3, and so s3fs, reads."""
+    """Return TensorStore's spec of a place in a bucket, with the endpoint and region that boto3 (and so s3fs) reads."""
     bucket, _, prefix = path.removeprefix("s3:").lstrip("/").partition("/")
-    # Its one file that TensorStore writes by its own name; all else is a prefix of keys.
+    # This one path is a file; TensorStore takes all others as prefixes of keys.
     end = "" if prefix.endswith("/_sharding") else "/"
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": prefix.rstrip("/") + end}
     environ = os.environ
@@ -279,6 +279,6 @@ def _s3_spec(path: str) -> dict[str, object]:
         region = region or "us-east-1"  # TensorStore asks AWS otherwise
     if region:
         spec["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in environ:  # else it looks for files first, and complains of each that is not there
+    if "AWS_ACCESS_KEY_ID" in environ:  # without this it looks for files first, and logs each that is missing
         spec["aws_credentials"] = {"type": "environment"}
     return spec

@@ -1,7 +1,7 @@
-"""One token after the other on a CPU: weights and caches as a token's products read them fastest.
+"""Decoding on a CPU, token by token, with weights and caches in the form that a token's products read fastest.
 
-What limits a token is how fast all weights are read from memory. The scan of `Transformer.decode` copies every layer's
-weights out of the stacked ones first, and that is most of its time; here each layer's lie by themselves.
+The time of a token is that of reading all weights from memory. The scan of `Transformer.decode` first copies every
+layer's weights out of the stacked ones, which takes most of its time; here each layer has arrays of its own.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _GROUPS = {
     "attention": (("query", "key", "value"), ("output",)),
     "mlp": (("gate", "up"), ("down",)),
 }
-"""Linear maps of a layer that have the same input."""
+"""Groups of a layer's linear maps that share an input."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCaches:
-    """Keys and values of the tokens decoded so far, each layer's by themselves; otherwise as `KVCache`."""
+    """Keys and values of the tokens decoded so far, as in `KVCache`, but with arrays for each layer."""
 
     layers: tuple[HeadCache, ...]
     length: jax.Array
@@ -56,25 +56,25 @@ class LayerCaches:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Elsewhere:
-    """In the place of a kernel that has been joined with others."""
+    """Stand-in for a kernel that has been joined with others."""
 
     shape: tuple[int, ...] = field(metadata={"static": True})
 
 
 @dataclass(frozen=True)
 class DecodingWeights:
-    """A model's weights to decode with."""
+    """A model's weights in the form for decoding."""
 
     layers: tuple[Any, ...]
-    """Of each layer, its states (what learns, what does not)."""
+    """States (learning, frozen) of each layer."""
     joined: tuple[dict[str, jax.Array], ...]
-    """Of each layer, by the names of `_GROUPS`: those kernels as the backend's products take them, where they do."""
+    """Joined kernels of each layer, by the names of `_GROUPS`, in the form of the backend's products; may be empty."""
 
 
 def decodes_by_layer(model: Transformer) -> bool:
-    """Whether `decode_token` is for this model here: all of it in the memory of one CPU.
+    """Tell whether `decode_token` suits this model: all of it is in the memory of one CPU.
 
-    Elsewhere a layer's own weights would be copies, in memory that models fill.
+    On other devices each layer's weights would be copies, in memory that models fill.
     """
     leaves = jax.tree.leaves(nnx.state(model))
     if backends.current().simulated or not all(isinstance(leaf, jax.Array) for leaf in leaves):
@@ -88,23 +88,22 @@ _prepared = weakref.WeakKeyDictionary()
 
 
 def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
-    """The weights to decode so many rows with; kept with the model, for the next call that finds the same arrays in it.
+    """Return the weights in the form for decoding so many rows.
 
-    One form at a time: another number of rows, dtype or array takes the place of what was kept.
-
-    Layers' own weights are views of the stacked ones, except what is in another dtype than it is computed in. Joined
-    ones are copies: as much memory again, where the machine has it to spare.
+    They are kept with the model for the next call with the same arrays, one form at a time: another number of rows,
+    dtype or array replaces it. Each layer's weights are views of the stacked ones, unless they are computed in another
+    dtype. Joined kernels are copies: they take as much memory again, if the machine has it to spare.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
     spare = size < _available_memory() // 4
     kernels = decoding_kernels(model.compute_dtype, rows) if spare else None
     kind = model.compute_dtype, 0 if kernels is None else min(rows, 2)
     sources = jax.tree.leaves(nnx.state(model))
-    held = _prepared.pop(model, None)  # before others are made: two copies would be more than there is room for
-    if held is not None and held[0] == kind and list(map(id, held[1])) == list(map(id, sources)):
-        _prepared[model] = held
-        return held[2]
-    del held
+    prepared = _prepared.pop(model, None)  # before others are made: memory may not hold two copies
+    if prepared is not None and prepared[0] == kind and list(map(id, prepared[1])) == list(map(id, sources)):
+        _prepared[model] = prepared
+        return prepared[2]
+    del prepared
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
     states = tuple(gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
@@ -125,8 +124,8 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
             }
             for of in kernels_of
         )
-        gone = {f"{path}.kernel" for group in groups for path in group}
-        layers = tuple(tuple(_without(state, gone) for state in layer) for layer in layers)
+        names = {f"{path}.kernel" for group in groups for path in group}
+        layers = tuple(tuple(_without(state, names) for state in layer) for layer in layers)
     weights = DecodingWeights(layers, joined)
     _prepared[model] = kind, sources, weights
     return weights
@@ -137,20 +136,20 @@ def _name(path: Sequence[object]) -> str:
 
 
 def _without(state: nnx.State, names: set[str]) -> nnx.State:
-    """A state without the values of these variables."""
-    flat = [(path, variable) for path, variable in nnx.to_flat_state(state)]
+    """Return a state in which stand-ins replace the values of these variables."""
+    flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
         [(path, v.replace(_Elsewhere(v.get_value().shape)) if _name(path) in names else v) for path, v in flat]
     )
 
 
 def decoding_kernels(dtype: str, rows: int) -> Any:
-    """The backend's products of so many rows, a module such as `backends.cpu.decoding`; None where it has none."""
+    """Return the backend's products of so many rows, a module such as `backends.cpu.decoding`; None without any."""
     return backends.resolve("decoding", backends.DecodingRequest(dtype, rows), backends.current()).call
 
 
 def _available_memory() -> int:
-    """Bytes that the kernel says may still be taken; 0 where it does not say."""
+    """Return the available memory in bytes, as the kernel states it; 0 where it does not."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -159,7 +158,7 @@ def _available_memory() -> int:
 
 
 def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
-    """A stacked tree's layers. On a CPU, NumPy's view of an array and JAX's of that one are the same memory."""
+    """Cut a stacked tree into its layers. On a CPU, NumPy's views of an array and JAX's of these share its memory."""
     (device,) = jax.tree.leaves(tree)[0].devices()
     leaves, structure = jax.tree.flatten(tree)
     hosts = [np.asarray(leaf) for leaf in leaves]
@@ -169,15 +168,15 @@ def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
 
 
 def _joinable(model: Transformer) -> list[tuple[str, ...]]:
-    """Groups of linear maps that are plain matrices in float32, without adapters; by path."""
-    found = []
+    """List the groups of linear maps, by path, that are plain matrices in float32 without adapters."""
+    joinable = []
     for owner, groups in _GROUPS.items():
         module = getattr(model.layers, owner)
         for names in () if isinstance(module, MoE) else groups:
             linears = [getattr(module, name) for name in names]
             if all(_plain(linear) for linear in linears):
-                found.append(tuple(f"{owner}.{name}" for name in names))
-    return found
+                joinable.append(tuple(f"{owner}.{name}" for name in names))
+    return joinable
 
 
 def _plain(linear: Linear) -> bool:
@@ -187,7 +186,7 @@ def _plain(linear: Linear) -> bool:
 
 
 def by_layer(cache: KVCache, length: int) -> LayerCaches:
-    """A cache of stacked layers, its layers by themselves and with room for `length` tokens."""
+    """Convert a cache of stacked layers to one with arrays for each layer and with room for `length` tokens."""
     more = length - cache.keys_LBTKh.shape[2]
     pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
     keys, values = (jnp.pad(x, pad) for x in (cache.keys_LBTKh, cache.values_LBTKh))
@@ -204,9 +203,11 @@ def decode_token(
     cache: LayerCaches,
     adapters: AdapterInputs | None,
 ) -> tuple[jax.Array, LayerCaches]:
-    """(logits_BV of what follows each row's newest token, the cache with these tokens).
+    """Return (logits_BV of the token after each row's newest, the cache with the newest tokens).
 
-    `weights`: the layers and the joined kernels of `DecodingWeights`; the model's own layers are not read.
+    Args:
+        weights: the layers and the joined kernels of `DecodingWeights`, in place of the model's own layers.
+        tokens_B: each row's newest token.
     """
     config, rows = model.config, tokens_B.shape[0]
     positions_BS = cache.length[None, None]
@@ -217,10 +218,10 @@ def decode_token(
     x_BSD, graphdef = model.embed(tokens_B[:, None]), nnx.split(model.layers, nnx.Param, ...)[0]
     caches = []
     with use_inputs(adapters):
-        for states, joined, own, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
+        for states, joined, layer_cache, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
             layer: Any = nnx.merge(graphdef, *states)
             _join(layer, joined, kernels)
-            x_BSD, (extended, _) = layer(x_BSD, context, own, kind)
+            x_BSD, (extended, _) = layer(x_BSD, context, layer_cache, kind)
             caches.append(extended)
     x_BSD = model.final_norm(x_BSD)
     w, dims = model.head_weight()
@@ -232,7 +233,7 @@ def decode_token(
 
 
 def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
-    """Have the linear maps of each group compute one product together."""
+    """Let the linear maps of each group compute one product together."""
     for key, w in joined.items():
         paths = [path.split(".") for path in key.split()]
         owners = [getattr(layer, owner) for owner, _ in paths]
@@ -248,7 +249,7 @@ def _product(kernels: Any, w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class _Part:
-    """A linear map that is some columns of a product."""
+    """A linear map whose results are some columns of a product."""
 
     def __init__(self, product: Callable[[jax.Array], jax.Array], part: slice, bias: nnx.Param | None):
         self.product, self.part, self.bias = product, part, bias
@@ -264,7 +265,7 @@ def _slices(widths: Sequence[int]) -> list[slice]:
 
 
 def _once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """`function`, traced once for the same argument."""
+    """Return a function that calls `function` once for the same argument."""
     last: list[tuple[jax.Array, jax.Array]] = []
 
     def call(x: jax.Array) -> jax.Array:

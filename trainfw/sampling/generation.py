@@ -1,4 +1,4 @@
-"""Text from a model, a token at a time."""
+"""Generation of text from a model, a token at a time."""
 
 from __future__ import annotations
 
@@ -37,16 +37,15 @@ def sample(
     *,
     chosen_by: Literal["native", "iterative"] | None = None,
 ) -> jax.Array:
-    """A token, i32[], drawn from softmax(logits / temperature).
+    """Draw a token, i32[], from softmax(logits / temperature).
 
     Args:
         temperature: 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
-        top_p: of those, only from the fewest likeliest that hold this much of the probability. Holtzman et al.,
-            arXiv:1904.09751.
-        chosen_by: how the likeliest are found; None: the backend's `top_k`. Where it is `iterative`, a top_k of
-            `MOST_ROUNDS` or less draws the same token, and any other is drawn among the same tokens by other random
-            numbers.
+        top_p: draw from the fewest likeliest tokens that hold this much of the probability (Holtzman et al.,
+            arXiv:1904.09751); after `top_k`.
+        chosen_by: method to find the likeliest tokens; None: the backend's `top_k`. With `iterative`, a top_k up to
+            `MOST_ROUNDS` draws the same token; otherwise it is drawn among the same tokens by other random numbers.
     """
     chosen_by = chosen_by or backends.current().top_k
     draw = _draw_by_maximum if chosen_by == "iterative" else jax.random.categorical
@@ -57,7 +56,7 @@ def sample(
     scaled_V, k = logits_V / temperature, min(top_k or logits_V.size, logits_V.size)
     if chosen_by == "iterative" and k > MOST_ROUNDS:
         return draw(key, jnp.where(likeliest(scaled_V, k, top_p), scaled_V, -jnp.inf))
-    # Likeliest first, so that top-k is a prefix and top-p another.
+    # Likeliest first: top-k is a prefix, and top-p another.
     sorted_V, tokens_V = (iterative_top_k if chosen_by == "iterative" else jax.lax.top_k)(scaled_V, k)
     if top_p is not None:
         weights_V = jax.nn.softmax(sorted_V)
@@ -67,7 +66,7 @@ def sample(
 
 
 def _draw_by_maximum(key: jax.Array, logits_V: jax.Array) -> jax.Array:
-    """The index that `jax.random.categorical` draws, i32[], without argmax: a reduction of pairs."""
+    """Draw the index that `jax.random.categorical` draws, i32[], without argmax, which reduces pairs."""
     return iterative_top_k(jax.random.gumbel(key, logits_V.shape, logits_V.dtype) + logits_V, 1)[1][0]
 
 
@@ -83,13 +82,12 @@ def generate(
     eos_ids: Collection[int] = (),
     seed: int = 0,
 ) -> Iterator[int]:
-    """Continue a prompt: yields each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id` or
-    any of `eos_ids`.
+    """Continue a prompt: yield each new token as soon as it is drawn, up to `max_tokens`, ending before `eos_id` or any
+    of `eos_ids`.
 
-    Compiles once for each power of two that the prompt and the whole text fill. Beside the model's weights, a CPU with
-    memory to spare keeps a copy of its layers' for as long as the model is there, as the products of a token read them
-    fastest. Raises UserError, at the call, for
-    an argument that makes no sense.
+    It compiles once for each power of two that the prompt and the whole text fill. A CPU with memory to spare keeps a
+    copy of the layers' weights as long as the model exists, in the form that a token's products read fastest. Raises
+    UserError, at the call, for an argument that makes no sense.
     """
     prompt, model = list(prompt_tokens), _decoder(model)
     _check([prompt], model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
@@ -111,15 +109,15 @@ def generate_batch(
     seed: int = 0,
     adapters: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
-    """What follows each prompt, up to `max_tokens` tokens and ending before any of `eos_ids`; all at once.
+    """Continue several prompts at once; return up to `max_tokens` tokens of each, ending before any of `eos_ids`.
 
-    Takes the likeliest tokens by default: those that `generate` takes of each prompt alone (but where two are equal
-    within rounding). Prompts are padded to the power of two that the longest fills, and each such size, with each
-    number of prompts and of tokens (in sixteens), compiles once. Raises UserError for an argument that makes no sense.
+    By default it takes the likeliest tokens, the same as `generate` for each prompt alone (except where two are equal
+    within rounding). Prompts are padded to the power of two that the longest fills; it compiles once for each such
+    size, number of prompts and number of tokens (in sixteens). Raises UserError for an argument that makes no sense.
 
     Args:
-        adapters: of a model that was loaded with several, the name of the one that each prompt takes, or None for the
-            model without any (the default for all).
+        adapters: the name of each prompt's adapter, for a model that was loaded with several, or None for the model
+            without any (the default).
     """
     rows, model = [list(prompt) for prompt in prompts], _decoder(model)
     _check(rows, model.config.vocab_size, max_tokens, temperature, top_k, top_p, seed)
@@ -157,7 +155,7 @@ def _check(
     top_p: float | None,
     seed: int,
 ) -> None:
-    """Raises UserError for arguments that make no sense."""
+    """Raise UserError for arguments that make no sense."""
     for prompt in prompts:
         if not prompt:
             raise UserError("prompt: needs at least one token")
@@ -197,7 +195,11 @@ def _drawn(
     seed: int,
     sampling: dict[str, object],
 ) -> Iterator[list[int]]:
-    """The tokens that follow the rows, one of each at a time. `room`: for tokens, beside the padded rows."""
+    """Yield the next token of every row, again and again.
+
+    Args:
+        room: number of tokens that the cache has room for, besides the padded rows.
+    """
     sampling = sampling | {"chosen_by": backends.current().top_k}
     graphdef, params = nnx.split(model)
     by_layers = max_tokens > 1 and decodes_by_layer(model)
@@ -226,7 +228,7 @@ def _drawn(
 
     tokens_B, cache = extend(tokens_B, cache, key, np.int32(1))
     for count in range(1, max_tokens):
-        # The next step is handed over before this one's token is read, so that none waits for Python.
+        # The next step is started before this one's token is read, so that none waits for Python.
         drawn_B = tokens_B
         if count + 1 < max_tokens:
             tokens_B, cache = extend(tokens_B, cache, key, np.int32(count + 1))
@@ -243,7 +245,7 @@ def _extend_batch(
     adapters: AdapterInputs | None,
     **sampling: object,
 ) -> tuple[jax.Array, KVCache]:
-    """The token that follows each row (i32[B]), whose last is its newest, and the cache with these."""
+    """Draw the token after each row, i32[B], and return it with the extended cache."""
     model = nnx.merge(graphdef, params)
     x_BSD, cache = model.decode_hidden_states(tokens_BS, cache, adapters)
     logits_BV = model.logits(x_BSD[:, -1:])[:, 0]
@@ -253,7 +255,7 @@ def _extend_batch(
 def _by_layers(
     model: Transformer, graphdef: Any, params: Any, rows: int, adapters: AdapterInputs | None, sampling: dict[str, Any]
 ) -> Callable[..., tuple[jax.Array, LayerCaches]]:
-    """(tokens_B, cache, key, count) -> (the tokens that follow, the cache with these): `_extend_batch` on a CPU."""
+    """Return the counterpart of `_extend_batch` on a CPU: (tokens_B, cache, key, count) -> (next tokens_B, cache)."""
     prepared = decoding_weights(model, rows)
     weights = (params, prepared.layers, prepared.joined, adapters)
     leaves, structure = jax.tree.flatten(weights)
@@ -267,7 +269,7 @@ def _by_layers(
 def _layers_step(
     graphdef: Any, structure: Any, sampling: tuple[tuple[str, Any], ...], options: tuple[tuple[str, str], ...]
 ) -> Any:
-    """The step of `_by_layers`. Its own function, and with leaves for weights: trees of them take 2 ms to hand over."""
+    """Compile the step of `_by_layers`. It takes the weights as leaves: passing trees of them takes 2 ms."""
 
     def step(
         leaves: list[jax.Array], tokens_B: jax.Array, cache: LayerCaches, key: jax.Array, count: jax.Array
@@ -289,7 +291,7 @@ def _samples(logits_BV: jax.Array, key: jax.Array, sampling: dict[str, Any]) -> 
 
 
 def _adapter_inputs(model: Transformer, rows: int, adapters: Sequence[str | None] | None) -> AdapterInputs | None:
-    """Which adapter of the model's bank each row takes. Raises UserError for a name that it does not have."""
+    """Return the number of each row's adapter in the model's bank. Raises UserError for an unknown name."""
     names = model.adapter_names
     if not names:
         if adapters is not None and any(name is not None for name in adapters):
@@ -306,5 +308,5 @@ def _adapter_inputs(model: Transformer, rows: int, adapters: Sequence[str | None
 
 
 def _power_of_two(size: int) -> int:
-    """The least power of two that holds `size`, and at least 16."""
+    """Return the least power of two that is `size` or more, and 16 or more."""
     return max(16, 1 << (size - 1).bit_length())

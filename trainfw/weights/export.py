@@ -1,4 +1,4 @@
-"""Models and adapters in the formats of other libraries."""
+"""Export of models and adapters to the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def export_model(
     step: int | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Write a run's model or adapter, or any model, and say what was written.
+    """Write a run's model or adapter, or any model, and return a line about it.
 
     Args:
-        source: a run, or what `model.from` takes.
+        source: a run, or any path that `model.from` takes.
         out: a new directory; with `gguf`, a new file.
-        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run of one.
-        dtype: of the weights; by default as they are, and in GGUF float16. GGUF takes q8_0 as well.
+        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run that trained one.
+        dtype: dtype of the weights; by default the source's, and in GGUF float16. GGUF takes q8_0 as well.
 
-    Raises UserError, and nothing is written, where the format has no form for it.
+    Raises UserError, and writes nothing, where the format has no form for it.
     """
     if format == "peft":
         if dtype not in (None, "float32"):
@@ -95,12 +95,12 @@ def merge_adapter(
     step: int | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Write the model that an adapter makes of its base, as a Hugging Face directory, and say what was written.
+    """Merge an adapter into its base, write the model as a Hugging Face directory, and return a line about it.
 
     Args:
         adapter: a run of an adapter, or a directory in PEFT's form.
-        base: by default that of the run.
-        dtype: of the weights; by default the base's.
+        base: the base model; by default that of the run.
+        dtype: dtype of the weights; by default the base's.
 
     Raises UserError where the base is unknown, or another than the adapter was trained on.
     """
@@ -125,22 +125,22 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
 
 
 def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
-    """What to say where the base was quantised while the adapter was trained: PEFT's form does not."""
+    """Return a note if the base was quantised while the adapter was trained, which PEFT's form does not record."""
     if adapter.base not in ("int8", "nf4"):
         return ""
-    how = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
+    options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
     return (
         f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
-        f"BitsAndBytesConfig({how}), "
+        f"BitsAndBytesConfig({options}), "
         f"or let `trainfw merge {run} --out MODEL` make one model of both"
     )
 
 
 def _stops_elsewhere(run: str, base: str | None) -> str:
-    """What to say where the base's own files stop generation at less than what training taught: PEFT's form cannot."""
+    """Return a note if the base's files do not stop generation at all tokens that training taught to end with."""
     stops = stop_ids(load_tokenizer(run))
-    theirs = _tokenizer(base) if base is not None and not is_run(base) else None
-    if theirs is None or set(stops) <= {*theirs.stop_ids, *(() if theirs.stop_ids else (theirs.eos_id,))}:
+    tokenizer = _tokenizer(base) if base is not None and not is_run(base) else None
+    if tokenizer is None or set(stops) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
         return ""
     return (
         f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
@@ -149,13 +149,9 @@ def _stops_elsewhere(run: str, base: str | None) -> str:
 
 
 def _reader(base: Weights) -> Callable[[str], np.ndarray]:
-    """Whole parameters on the host, in float32: any of the dtypes that are written is rounded from it once."""
+    """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
     shapes = parameter_shapes(base.config)
-
-    def read(name: str) -> np.ndarray:
-        return np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
-
-    return read
+    return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
 
 
 def write_model(
@@ -202,7 +198,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         try:
             save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
-        except UserError as error:  # which is about the tokenizer's own files, not about these copies
+        except UserError as error:  # about copies of the tokenizer's files: name the files themselves
             own = Path(source) / "tokenizer" if is_run(source) else source
             raise UserError(str(error).replace(directory, str(own))) from error
     count = sum(info.size for info in tensors.infos.values())
@@ -212,7 +208,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
 
 
 def _origin(base: Weights, source: str) -> ModelSource | None:
-    """The model on disk that this one's config.json and further files come from."""
+    """Return the model on disk that config.json and further files come from; None where there is none."""
     if isinstance(base, MergedBase):
         return _origin(base.base, source)
     if isinstance(base, ModelSource):
@@ -220,12 +216,12 @@ def _origin(base: Weights, source: str) -> ModelSource | None:
     try:
         start = run_recipe(source).model.from_
         return None if start is None or is_run(start) else open_model(start)
-    except UserError:  # it was read when the run began, and may be gone
+    except UserError:  # it may be gone since the run began
         return None
 
 
 def _tokenizer(source: str) -> Tokenizer | None:
-    """The tokenizer at a path; None where weights come without one."""
+    """Load the tokenizer at a path; None where weights come without one."""
     try:
         return load_tokenizer(source)
     except UserError:
@@ -235,14 +231,13 @@ def _tokenizer(source: str) -> Tokenizer | None:
 
 
 def _same_tokenizer(source: str, origin: ModelSource) -> bool:
-    """Whether a run's tokenizer is that of the model which it started from."""
-    theirs = _tokenizer(str(origin.path))
-    ours = _tokenizer(source)
-    return ours is None or (theirs is not None and theirs.fingerprint() == ours.fingerprint())
+    """Tell whether a run's tokenizer is that of the model which it started from."""
+    own, original = _tokenizer(source), _tokenizer(str(origin.path))
+    return own is None or (original is not None and original.fingerprint() == own.fingerprint())
 
 
 def _extra(base: Weights, source: str) -> dict[str, object]:
-    """Keys of config.json: the origin's, and which tokens begin and end a text."""
+    """Return keys of config.json: the origin's, and the tokens that begin and end a text."""
     origin = _origin(base, source)
     extra = {} if origin is None else dict(origin.huggingface)
     if origin is None or not _same_tokenizer(source, origin):
@@ -252,7 +247,7 @@ def _extra(base: Weights, source: str) -> dict[str, object]:
 
 
 def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
-    """A run's tokenizer so that others start a text as its documents did: with bos, unless they were chats."""
+    """Return a run's tokenizer, changed to start texts like the run's documents: with bos, unless they were chats."""
     if not is_run(source):
         return tokenizer
     if run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]:
@@ -261,9 +256,10 @@ def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
 
 
 def _companions(source: str, base: Weights, opened: Weights | None = None) -> Callable[[Path], None]:
-    """What writes the tokenizer of `source`, and the origin's other files where that is its own, into a directory.
+    """Return a function that writes the tokenizer of `source` into a directory, with the origin's other files.
 
-    generation_config.json of what was trained names all tokens at which generation stops here.
+    These are written only where the tokenizer is the origin's. generation_config.json of a trained model names all
+    tokens at which generation stops here.
     """
     opened = opened or base
     origin = _origin(opened, source)

@@ -1,4 +1,4 @@
-"""How frozen weights are kept: in a float dtype, or quantised."""
+"""Storage of frozen weights: in a float dtype, or quantised."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trainfw.quantization import Quantized, quantize
 from trainfw.recipe import Recipe
 
 Tree = Any
-"""A nested dict of arrays, or of what describes them."""
+"""Nested dict of arrays, or of descriptions of arrays."""
 
 
 def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
-    """Return frozen weights, f32, as they are kept: in `adapter.base`, or else in `train.compute_dtype`.
+    """Convert frozen weights, f32, to their storage: `adapter.base`, or else `train.compute_dtype`.
 
-    Raises UserError for a bad `exclude`.
+    Raises UserError for a pattern of `exclude` that matches nothing.
     """
     weights = named(frozen)
     matrices = [name for name, _ in weights if _is_matrix(name)]
@@ -35,7 +35,7 @@ def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
 
 
 def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantized:
-    """Return one frozen weight as it is kept. Raises UserError where a block does not divide it."""
+    """Convert one frozen weight to its storage. Raises UserError where `adapter.block` does not divide it."""
     adapter = recipe.adapter
     if adapter is None:
         return weight.astype(recipe.train.compute_dtype)
@@ -51,7 +51,7 @@ def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Qua
 
 
 def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
-    """Nested dict of the shardings of frozen weights as they are kept; of a `Quantized`, of each of its arrays."""
+    """Return a nested dict of the shardings of stored frozen weights, for each array of a `Quantized`."""
     flat = nnx.to_flat_state(variables)
     dense = nnx.to_pure_dict(nnx.from_flat_state([(path, variable.get_value()) for path, variable in flat]))
     axes = {".".join(map(str, path)): variable.get_metadata()["axes"] for path, variable in flat}
@@ -78,7 +78,7 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
 
 
 def count_weights(tree: Tree) -> int:
-    """Weights of a tree, a quantised one counted as what it stands for."""
+    """Count the weights of a tree; a quantised array counts with the shape that it stands for."""
     return sum(math.prod(leaf.shape) for _, leaf in named(tree))
 
 
@@ -91,6 +91,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def named(tree: Tree) -> list[tuple[str, Any]]:
-    """(dotted name, leaf), a quantised weight as one."""
+    """List (dotted name, leaf) of a tree; a quantised weight is one leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return [(".".join(str(key.key) for key in path), leaf) for path, leaf in leaves]

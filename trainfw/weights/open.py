@@ -1,4 +1,4 @@
-"""What `model.from`, `adapter.from` and the commands about models name, whatever form it has."""
+"""Weights that `model.from`, `adapter.from` and the commands about models name, in any of their forms."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Weights(Protocol):
 
     @property
     def dtype(self) -> str:
-        """That of most weights."""
+        """Dtype of most weights."""
 
     def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
-        """One of them, laid out and of the dtype that `like` says. Raises UserError where its shape is another."""
+        """Read one array in the dtype and sharding of `like`. Raises UserError where it has another shape."""
 
 
 class Base(Weights, Protocol):
     """Weights to start from."""
 
     def fingerprint(self) -> str:
-        """The weights' identity, wherever they lie."""
+        """Return a hash of the weights, the same wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,32 @@ class Adapter:
     config: AdapterConfig
     arrays: dict[str, np.ndarray]
     base: dict[str, str] | None
-    """`path` and `hash` of the base that it was trained on, where known."""
+    """`path` and `hash` of the base that it was trained on, if known."""
     path: str
     copies: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Weights of that base which were saved with it, by our names."""
+    """Weights of that base that were saved with the adapter, by our names."""
 
     def check_base(self, base: Base, path: str) -> None:
-        """Raises UserError where it was trained on other weights than these."""
+        """Raise UserError where the adapter was trained on other weights than these."""
         for name, copy in self.copies.items():
             stored = "embedding.table" if decoder_config(base.config, path).tie_embeddings else name
-            wanted = copy.T if stored != name else copy
-            own = np.asarray(base.read(stored, jax.ShapeDtypeStruct(wanted.shape, jnp.float32))).astype(copy.dtype)
-            if differing := int((own != wanted).any(axis=1 if stored == "embedding.table" else 0).sum()):
+            expected = copy.T if stored != name else copy
+            actual = np.asarray(base.read(stored, jax.ShapeDtypeStruct(expected.shape, jnp.float32)))
+            differs = (actual.astype(copy.dtype) != expected).any(axis=1 if stored == "embedding.table" else 0)
+            if differing := int(differs.sum()):
                 raise UserError(
                     f"{self.path}: holds the {name} of its base, which differs from {path}'s in {differing:,} of "
                     f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model "
                     "that it was trained on as the base, or merge the adapter with PEFT where it was made"
                 )
-        if self.base is not None and self.base["hash"] != (found := base.fingerprint()):
-            raise UserError(other_base(self.path, self.base, path, found))
+        if self.base is not None and self.base["hash"] != (actual_hash := base.fingerprint()):
+            raise UserError(other_base(self.path, self.base, path, actual_hash))
 
 
-def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) -> str:
+def other_base(adapter: str, trained_on: dict[str, str], path: str, actual_hash: str) -> str:
+    """Describe, for an error, a base that has other weights than the adapter was trained on."""
     return (
-        f"{path}: is not the base that what is in {adapter} was trained on: its weights' hash is {found}, and "
+        f"{path}: is not the base that what is in {adapter} was trained on: its weights' hash is {actual_hash}, and "
         f"{trained_on['hash']} is expected, as of {trained_on['path']} then (of a run, its latest checkpoint counts: "
         "`trainfw export` keeps a model as it is)"
     )
@@ -99,12 +101,12 @@ def other_base(adapter: str, trained_on: dict[str, str], path: str, found: str) 
 
 @dataclass(frozen=True)
 class MergedBase:
-    """A base with an adapter added to its weights, as it was kept while the adapter was trained."""
+    """A base with an adapter added to its weights, which are rounded as they were stored in training."""
 
     base: Base
     adapter: Adapter
     recipe: Recipe | None
-    """Of the adapter's run, which says how the base was kept."""
+    """Recipe of the adapter's run, which names the base's storage."""
 
     @property
     def dtype(self) -> str:
@@ -112,7 +114,7 @@ class MergedBase:
 
     @cached_property
     def config(self) -> FamilyConfig:
-        """That of the base; untied, where the embedding has an adapter: the head has none of it."""
+        """Config of the base; untied, where the embedding has an adapter, which is not for the head."""
         untied = self._tied and "embedding" in self._sizes
         return self.base.config.model_copy(update={"tie_embeddings": False}) if untied else self.base.config
 
@@ -142,9 +144,9 @@ class MergedBase:
         order = None if layer_order is None or not module.startswith("layers.") else np.asarray(layer_order)
         parts = {}
         for part in ("lora_a", "lora_b", "magnitude"):
-            held = self.adapter.arrays.get(f"{module}.adapter.{part}")
-            if held is not None:
-                value = jnp.asarray(held if order is None else held[order], jnp.float32)
+            array = self.adapter.arrays.get(f"{module}.adapter.{part}")
+            if array is not None:
+                value = jnp.asarray(array if order is None else array[order], jnp.float32)
                 parts[part] = nnx.Param(value, axes=(None,) * value.ndim)
         scale = self.adapter.config.scale(*self._sizes[module])
         if module == "embedding":
@@ -157,16 +159,16 @@ class MergedBase:
 
 
 def check_tokenizer(path: str | Path, config: FamilyConfig, tokenizer: Tokenizer | None = None) -> None:
-    """Raises UserError where a model's tokenizer, if it has one, makes ids of text that its embedding has no row for.
+    """Raise UserError where a model's tokenizer, if any, encodes text to ids without a row of its embedding.
 
     Special tokens past the embedding that the chat template does not write around turns (Gemma 3's
-    `<image_soft_token>`) are warned of, and refused where a text has them.
+    `<image_soft_token>`) only give a warning here; a text with them is refused.
     """
     try:
         tokenizer = tokenizer or load_tokenizer(path)
     except UnusableError:
         raise
-    except UserError as error:  # weights alone; whoever needs a tokenizer says so
+    except UserError as error:  # weights alone; an error only where a tokenizer is needed
         if (resolve_path(path) / "tokenizer.json").is_file():
             warnings.warn(f"{error}; the weights come without a tokenizer that can be used", stacklevel=1)
         return
@@ -195,19 +197,19 @@ def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run directory. Raises UserError for a recipe, or a run's name without its directory."""
+    """Tell whether a path is a run directory. Raises UserError for a recipe, or a run's name without its directory."""
     refuse_recipe(path)
     return not str(path).startswith("package:") and (resolve_path(path) / "recipe.yaml").is_file()
 
 
 def run_recipe(path: str | Path) -> Recipe:
-    """The recipe of a run directory. Raises UserError also where a newer trainfw wrote it."""
+    """Load the recipe of a run directory. Raises UserError also where a newer trainfw wrote it."""
     read_identity(resolve_path(path))
     return load_recipe(resolve_path(path) / "recipe.yaml")
 
 
 def open_base(path: str, step: int | None = None) -> Base:
-    """Raises UserError for a path that holds no model, and for a run of an adapter, which has none of its own."""
+    """Open the weights at a path. Raises UserError where there is no model, and for a run of an adapter."""
     if not is_run(path):
         return open_model(path)
     recipe = run_recipe(path)
@@ -220,17 +222,17 @@ def open_base(path: str, step: int | None = None) -> Base:
 
 
 def merge(adapter_path: str, base_path: str | None = None, step: int | None = None) -> MergedBase:
-    """The model that an adapter, a run or a directory in PEFT's form, makes of its base.
+    """Open an adapter (a run, or a directory in PEFT's form) merged into its base.
 
-    Raises UserError where the base is not given and not known, or is another than the adapter was trained on.
+    Raises UserError where the base is neither given nor known, or is another than the adapter was trained on.
     """
     recipe = run_recipe(adapter_path) if is_run(adapter_path) else None
     if recipe is not None and recipe.adapter is None:
         raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
     base_path = base_path or (recipe.model.from_ if recipe is not None else None)
     if base_path is None:
-        known = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
-        raise UserError(f"{adapter_path}: {known}; name one with base (--base)")
+        reason = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
+        raise UserError(f"{adapter_path}: {reason}; name one with base (--base)")
     base = open_base(base_path)
     adapter = read_adapter(adapter_path, base.config, step)
     adapter.check_base(base, base_path)
@@ -238,7 +240,7 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
 
 
 def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Adapter:
-    """An adapter of a model of this shape: a run's, or a directory in PEFT's form. Raises UserError for others."""
+    """Read an adapter of a model of this shape, from a run or a directory in PEFT's form. Raises UserError."""
     if is_peft(path):
         config, arrays = read_peft(resolve_path(path), decoder_config(model, path))
         adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
@@ -269,18 +271,18 @@ def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
     modules = adaptable(abstract_model(model))
     for name, (rank, _) in expected.items():
         shape = weight_of(modules[name]).get_value().shape
-        wanted = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
+        shapes = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
         if adapter.config.kind == "dora":
-            wanted["magnitude"] = (*shape[:-2], shape[-1])
-        for part, its in wanted.items():
+            shapes["magnitude"] = (*shape[:-2], shape[-1])
+        for part, part_shape in shapes.items():
             array = adapter.arrays.get(f"{name}.adapter.{part}")
-            if array is None or array.shape != its:
-                found = "missing" if array is None else f"of shape {array.shape}"
-                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {found}; this base takes {its}")
+            if array is None or array.shape != part_shape:
+                state = "missing" if array is None else f"of shape {array.shape}"
+                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {state}; this base takes {part_shape}")
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:
-    """A run's checkpoint, of `step` or the latest. Raises UserError where there is none, RunError for a damaged one."""
+    """Open a run's checkpoint, `step` or the latest. Raises UserError if there is none, RunError if it is damaged."""
     identity = read_identity(resolve_path(path))
     directory = locate(resolve_path(path), run_recipe(path).checkpoint)
 

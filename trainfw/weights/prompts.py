@@ -11,19 +11,19 @@ from trainfw.weights.open import is_run
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How a prompt is put to a model, unless it is said otherwise: as the model was trained."""
+    """Default form of a model's prompts, which is that of its training data."""
 
     chat: bool = False
     system_prompt: str | None = None
     starts: bool = False
-    """A text starts with bos, as the documents of a run do; else with what the tokenizer puts there."""
+    """Flag: a text starts with bos, as the documents of a run do; else with the tokenizer's own prefix."""
 
     def encode(
         self, tokenizer: Tokenizer, text: str, *, chat: bool | None = None, system_prompt: str | None = None
     ) -> list[int]:
-        """Its tokens: a turn of the user by the chat template, or the text after what begins one.
+        """Encode a prompt: as a turn of the user by the chat template, or as text after bos or the tokenizer's prefix.
 
-        Raises UserError for a system prompt without the template, and for a template that is not there.
+        Raises UserError for a system prompt without the template, and where there is no template.
         """
         if self.chat if chat is None else chat:
             return chat_prompt(tokenizer, text, system_prompt or self.system_prompt)
@@ -33,12 +33,12 @@ class PromptForm:
         return [*begin, *tokenizer.encode(text)]
 
     def echo(self, text: str, chat: bool | None) -> str:
-        """What of the prompt the text goes on from."""
+        """Return the text that the model's answer continues: the prompt, or nothing for a chat."""
         return "" if (self.chat if chat is None else chat) else text
 
 
 def prompt_form(path: str) -> PromptForm:
-    """That of the data that a run was trained on; plain text for anything else."""
+    """Return the form of the data that a run was trained on; plain text for other models."""
     if not is_run(path):
         return PromptForm()
     data = load_recipe(resolve_path(path) / "recipe.yaml").data
@@ -46,5 +46,5 @@ def prompt_form(path: str) -> PromptForm:
 
 
 def end_tokens(tokenizer: Tokenizer) -> set[int]:
-    """What ends a text: the end of a document, and of a turn in a chat."""
+    """Return the ids that end a text: the end of a document, and of a turn in a chat."""
     return set(stop_ids(tokenizer))
