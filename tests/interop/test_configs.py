@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, config_to_huggingface
 from trainfw.interop.configs import unread_keys
-from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME
+from trainfw.interop.families import DEFAULTS, FAMILIES, FAMILY_KEYS
 from trainfw.models import ModelConfig, preset_names
 
 # As on the Hub today, keys that do not matter here left out: the form of Transformers 4.
@@ -384,7 +384,7 @@ def test_keys_of_other_families_are_as_absent_and_said(family):
     fields = {field.name for field in dataclasses.fields(theirs)} | BESIDE_FIELDS.get(family, set())
     fields |= {name for pair in theirs.attribute_map.items() for name in pair}
     hub = {"model_type": family} | SHAPE
-    for key in OF_SOME:
+    for key in FAMILY_KEYS:
         assert (key in FAMILIES[family].reads) == (key in fields), key
         if key not in fields:
             odd = hub | {key: OTHERS.get(key, 3)}

@@ -14,5 +14,4 @@ from .tensors import TensorInfo as TensorInfo
 from .tensors import Tensors as Tensors
 from .tensors import cast as cast
 from .tensors import chunks as chunks
-from .tensors import fingerprint as fingerprint
 from .tensors import row_blocks as row_blocks

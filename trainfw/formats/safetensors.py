@@ -1,7 +1,7 @@
-"""Directories of safetensors files, read in parts and trusted in nothing.
+"""Directories of safetensors files, read in parts; everything that they claim is checked.
 
-Format: https://github.com/huggingface/safetensors#format. Eight bytes say how long the header is, the header (JSON)
-where in the rest of the file every tensor lies.
+Format: https://github.com/huggingface/safetensors#format. Eight bytes give the length of the header, and the header
+(JSON) the place of every tensor in the rest of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from trainfw.errors import UserError, short
-from trainfw.formats.tensors import CHUNK, TensorInfo, fingerprint
+from trainfw.formats.tensors import CHUNK, TensorInfo, Tensors
 from trainfw.json_text import LIMIT, parse_json, read_json
 from trainfw.paths import check_file
 
@@ -29,26 +29,28 @@ DTYPES = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SEPARATE = 32 * 1024
-"""Bytes from which a run of values is worth a read of its own; shorter ones come with what lies between them."""
+"""Bytes from which a run of values is worth a read of its own; shorter runs are read with the bytes between them."""
 _METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
 class _Place:
+    """A tensor's place in a file."""
+
     file: Path
     info: TensorInfo
     start: int
     """Byte of the file at which its values begin."""
 
 
-class SafetensorsTensors:
+class SafetensorsTensors(Tensors):
     """The tensors of `single`, or of the shards that `model.safetensors.index.json` names.
 
-    Everything that headers and index claim is checked when it is opened, against the files' real sizes, before a value
-    is read. A shard's name is that of a file in the directory itself: no path. The file may be a symbolic link to
-    elsewhere, as in Hugging Face's cache: links are made by whoever made the directory here, not by what files say.
+    Opening it checks the claims of headers and index against the files' real sizes, before any value is read. A shard's
+    name is that of a file in the directory itself, and no path. The file may be a symbolic link to elsewhere, as in
+    Hugging Face's cache: links come from the user who made the directory, and not from the contents of files.
 
-    Values are read with `pread` and never mapped, so that the host's memory holds what was asked for and no more.
+    Values are read with `pread` and never mapped, so that the host's memory holds only what was asked for.
     """
 
     def __init__(self, directory: str | os.PathLike[str], single: str = SINGLE):
@@ -57,7 +59,6 @@ class SafetensorsTensors:
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """That part of a tensor, freshly allocated; steps other than 1 are refused."""
         place = self._places[name]
         shape, dtype = place.info.shape, place.info.dtype
         bounds = bounds_of(index, shape)
@@ -69,9 +70,6 @@ class SafetensorsTensors:
             finally:
                 os.close(descriptor)
         return out
-
-    def fingerprint(self) -> str:
-        return fingerprint(self)
 
     def _open(self, single: str) -> dict[str, _Place]:
         index = self.directory / INDEX
@@ -97,22 +95,22 @@ class SafetensorsTensors:
         return places
 
     def _index(self, index: Path) -> dict[str, str]:
-        """The shard of every tensor."""
-        found = read_json(index).get("weight_map")
-        if not isinstance(found, dict) or not found:
+        """Read the shard of every tensor from the index."""
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
             raise UserError(f"{index}: expected weight_map, an object of tensor names and the files that hold them")
-        _check_names(index, found)
-        for name, shard in found.items():
+        _check_names(index, shards)
+        for name, shard in shards.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
                 raise UserError(
                     f"{index}: tensor {name} is said to be in {short(shard)}; expected the name of a .safetensors file "
                     "in this directory"
                 )
-        return found
+        return shards
 
 
 MAX_NAME = 500
-"""Letters of a tensor's name."""
+"""Most letters of a tensor's name."""
 
 
 def _check_names(file: Path, names: Iterable[str]) -> None:
@@ -127,7 +125,7 @@ def _plain(name: str) -> bool:
 
 
 def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, stop) in every dim; dims beyond the index are whole."""
+    """Return (start, stop) in every dim; dims beyond the index are whole. Raises IndexError for steps."""
     if len(index) > len(shape):
         raise IndexError(f"{len(index)} slices of an array of {len(shape)} dims")
     bounds = []
@@ -144,18 +142,17 @@ def _fill(
 ) -> None:
     """Fill `out` (contiguous, bytes in its last dim) with a part of the array (shape) that begins at byte `start`."""
     itemsize = place.info.dtype.itemsize
-    whole = all((0, length) == bound for length, bound in zip(shape[1:], bounds[1:]))
-    if not shape or whole:
-        row = math.prod(shape[1:]) * itemsize
-        _read_exactly(out, descriptor, place, start + (bounds[0][0] * row if bounds else 0))
+    row = math.prod(shape[1:]) * itemsize
+    first, last = bounds[0] if bounds else (0, 1)
+    if all((0, length) == bound for length, bound in zip(shape[1:], bounds[1:])):
+        _read_exactly(out, descriptor, place, start + first * row)
         return
-    (first, last), row = bounds[0], math.prod(shape[1:]) * itemsize
     needed = math.prod(stop - begin for begin, stop in bounds[1:]) * itemsize
     if needed >= _SEPARATE or row > CHUNK:
         for i in range(first, last):
             _fill(out[i - first], descriptor, place, start + i * row, shape[1:], bounds[1:])
         return
-    # Many short runs: read whole rows and keep what is wanted.
+    # Many short runs: read whole rows and cut the runs out.
     rest = tuple(slice(*bound) for bound in bounds[1:-1])
     rest += (slice(bounds[-1][0] * itemsize, bounds[-1][1] * itemsize),)
     step = max(CHUNK // row, 1)
@@ -176,7 +173,7 @@ def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) 
 
 
 def read_header(file: Path) -> dict[str, _Place]:
-    """Where every tensor of a safetensors file lies. Raises UserError for a header that does not fit the file."""
+    """Read the place of every tensor in a safetensors file. Raises UserError where the header does not fit it."""
     check_file(file)
     with _readable(file), open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -206,25 +203,25 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _place(file: Path, name: str, entry: object, data: int, size: int) -> _Place:
-    """One tensor of a header; `data` is the byte at which values begin, `size` the file's."""
-    what = f"{file}: tensor {name}"
+    """Check one tensor of a header, in a file of `size` bytes whose values begin at byte `data`. Raises UserError."""
+    tensor = f"{file}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{what}: expected dtype, shape and data_offsets, found {short(entry)}")
+        raise UserError(f"{tensor}: expected dtype, shape and data_offsets, found {short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{what}: dtype {short(dtype)} is not supported; one of: {', '.join(DTYPES)}")
+        raise UserError(f"{tensor}: dtype {short(dtype)} is not supported; one of: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_count(length) for length in shape) or len(shape) > 8:
-        raise UserError(f"{what}: shape {short(shape)}: expected up to 8 lengths of 0 or more")
+        raise UserError(f"{tensor}: shape {short(shape)}: expected up to 8 lengths of 0 or more")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_count(offset) for offset in offsets):
-        raise UserError(f"{what}: data_offsets {short(offsets)}: expected two places in the file")
+        raise UserError(f"{tensor}: data_offsets {short(offsets)}: expected two places in the file")
     begin, end = offsets
     if begin > end or data + end > size:
         raise UserError(
-            f"{what}: lies at bytes {begin:,} to {end:,} of the {size - data:,} that the file has: cut short?"
+            f"{tensor}: lies at bytes {begin:,} to {end:,} of the {size - data:,} that the file has: cut short?"
         )
     info = TensorInfo(tuple(shape), DTYPES[dtype])
     if end - begin != info.nbytes:
-        raise UserError(f"{what}: has {end - begin:,} bytes, but {dtype} of shape {info.shape} takes {info.nbytes:,}")
+        raise UserError(f"{tensor}: has {end - begin:,} bytes, but {dtype} of shape {info.shape} takes {info.nbytes:,}")
     return _Place(file, info, data + begin)
 
 
@@ -233,7 +230,7 @@ def _count(value: object) -> bool:
 
 
 def _check_layout(file: Path, places: Mapping[str, _Place], data: int, size: int) -> None:
-    """Tensors fill the file, each byte once: what lies between or behind could be anything."""
+    """Raise UserError unless tensors fill the file, each byte once: other bytes could be anything."""
     end, previous = data, ""
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].info.nbytes)):
         if place.start < end:

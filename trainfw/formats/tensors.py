@@ -1,12 +1,12 @@
-"""What every checkpoint format is read as and written from: tensors by their Hugging Face names."""
+"""Tensors by their Hugging Face names: the form in which every checkpoint format is read and written."""
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from trainfw.errors import UserError
 
 CHUNK = 8 * 2**20
-"""Bytes read, cast and written at a time: what a tensor costs on the host beyond where it goes."""
+"""Bytes read, cast and written at a time: the host memory that a tensor takes besides its destination."""
 
 FLOATS = {
     "float64": np.dtype(np.float64),
@@ -22,20 +22,20 @@ FLOATS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-"""The dtypes that weights have, by the names that config.json and recipes give them."""
+"""Dtypes of weights, by their names in config.json and recipes."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Shape and dtype of a tensor, known without reading it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    """Of what `read` returns; `ml_dtypes.bfloat16` for BF16."""
+    """Dtype of the arrays that `read` returns; `ml_dtypes.bfloat16` for BF16."""
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -43,52 +43,39 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-@runtime_checkable
-class Tensors(Protocol):
+class Tensors(abc.ABC):
     """A checkpoint's tensors by their Hugging Face names; nothing is read before it is asked for."""
 
     infos: Mapping[str, TensorInfo]
 
+    @abc.abstractmethod
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """That part of a tensor, in the dtype of its info and freshly allocated; dims beyond the index whole.
+        """Read a part of a tensor into a new array of its info's dtype; dims beyond the index are whole.
 
-        Memory and reading are of about the part's size.
+        Memory and time are about those of the part alone. Slices have no steps.
         """
-        ...
 
-    def fingerprint(self) -> str:
-        """Identity of the weights: names, shapes, dtypes and sampled values of every tensor."""
-        ...
+    def fingerprint(self, samples: int = 4, width: int = 64) -> str:
+        """Return a hash of all tensors' names, shapes and dtypes, and of `samples` pieces of `width` values of each.
 
-
-def fingerprint(tensors: Tensors, samples: int = 4, width: int = 64) -> str:
-    """The identity of a checkpoint's weights: names, shapes, dtypes, and of every tensor `samples` pieces of `width`
-    values, spread evenly. The same however the tensors are cut into files.
-
-    Sampled, because hashing a large model costs as much as loading it: training changes every tensor all over, and is
-    seen; a change of a few values by hand may not be.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors.infos):
-        info = tensors.infos[name]
-        digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
-        if not info.size:
-            continue
-        for sample in range(samples):
-            index = []
-            for length in info.shape[:-1]:
-                at = sample * (length - 1) // max(samples - 1, 1)
-                index.append(slice(at, at + 1))
-            if info.shape:
-                last = info.shape[-1]
-                start = sample * max(last - width, 0) // max(samples - 1, 1)
-                index.append(slice(start, min(start + width, last)))
-            digest.update(tensors.read(name, tuple(index)).tobytes())
-    return digest.hexdigest()
+        It does not depend on how the tensors are cut into files. The values are sampled because hashing a large model
+        takes as long as loading it: training changes every tensor all over, which is seen; a change of a few values by
+        hand may not be.
+        """
+        digest = hashlib.sha256()
+        for name, info in sorted(self.infos.items()):
+            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+            for sample in range(samples if info.size else 0):
+                index = []
+                for length, part in zip(info.shape, (*(1,) * (len(info.shape) - 1), width)):
+                    start = sample * max(length - part, 0) // max(samples - 1, 1)
+                    index.append(slice(start, min(start + part, length)))
+                digest.update(self.read(name, tuple(index)).tobytes())
+        return digest.hexdigest()
 
 
 def chunks(tensors: Tensors, name: str, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-    """A tensor's values in row-major order, in pieces of about `CHUNK` bytes, cast to `dtype` where given."""
+    """Yield a tensor's values in row-major order, in pieces of about `CHUNK` bytes, cast to `dtype` if given."""
     info = tensors.infos[name]
     for index in row_blocks(info.shape, info.dtype.itemsize):
         part = tensors.read(name, index)
@@ -96,7 +83,7 @@ def chunks(tensors: Tensors, name: str, dtype: np.dtype | None = None) -> Iterat
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """In another float dtype. Raises UserError where a finite value would become infinite, naming the tensor."""
+    """Convert values to another float dtype. Raises UserError, with the tensor's name, for a value beyond its range."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
@@ -110,7 +97,7 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK) -> Iterable[tuple[slice, ...]]:
-    """Indices that cut an array into contiguous blocks of at most `limit` bytes (one element at least), in order."""
+    """Yield indices that cut an array into contiguous blocks of `limit` bytes or fewer (one element at least)."""
     if math.prod(shape) * itemsize <= limit or not shape:
         yield tuple(slice(0, length) for length in shape)
         return

@@ -1,4 +1,4 @@
-"""config.json to `ModelConfig` and back. Reads no arrays and imports none: recipes load by it without JAX."""
+"""Conversion of config.json to `ModelConfig` and back. It imports no arrays: recipes load by it without JAX."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from pydantic import ValidationError
 
 from trainfw.config import INT32, LARGEST, SMALLEST
 from trainfw.errors import UserError, one_of, short
-from trainfw.interop.families import DEFAULTS, FAMILIES, OF_SOME, Family
+from trainfw.interop.families import DEFAULTS, FAMILIES, FAMILY_KEYS, Family
 from trainfw.models import FamilyConfig, ModelConfig
 
 _REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
 )
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -70,34 +66,33 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 }
 _EXPECTED = {key: (expected, test) for expected, (test, keys) in _KINDS.items() for key in keys}
 _COMPUTES_NOTHING = {
-    # How a model was made, is loaded and written with, and what Transformers returns of it.
+    # Keys about how a model was made, is loaded and written with, and about what Transformers returns.
     *("architectures", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "use_cache", "cache_implementation"),
     *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "experts_implementation"),
     *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task", "model_max_length"),
     *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "chunk_size_feed_forward"),
-    *(
-        "is_encoder_decoder",
-        "is_decoder",
-        "is_llama_config",
-        "unsloth_fixed",
-        "unsloth_version",
-        "transformers.js_config",
-    ),
-    *(
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "num_beams",
-        "num_beam_groups",
-        "num_return_sequences",
-        "max_length",
-    ),
+    *("is_encoder_decoder", "is_decoder", "is_llama_config", "unsloth_fixed", "unsloth_version"),
+    *("transformers.js_config", "temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups"),
+    *("num_return_sequences", "max_length"),
     *("length_penalty", "repetition_penalty", "pretraining_tp", "router_aux_loss_coef", "_sliding_window_pattern"),
 }
-# What says how a model runs or was trained, and not what it computes.
 _RUNNING = ("dispatch", "capacity_factor", "balance_loss", "z_loss")
+"""Fields about how a mixture of experts runs and is trained, which do not change what it computes."""
+
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_position": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+"""Fields of `ModelConfig` and the keys of config.json with the same values in every family."""
 
 
 def decoder_config(config: FamilyConfig, path: object) -> ModelConfig:
@@ -108,7 +103,7 @@ def decoder_config(config: FamilyConfig, path: object) -> ModelConfig:
 
 
 def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
-    """The `ModelConfig` of a config.json, in the form of Transformers 5 (`rope_parameters`) or 4 (`rope_scaling`).
+    """Return the `ModelConfig` of a config.json, in the form of Transformers 5 (`rope_parameters`) or 4.
 
     Raises UserError for a family or a feature that `Transformer` does not have, and for values that make no sense.
     """
@@ -117,7 +112,7 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
     config = {key: value for key, value in config.items() if _counts(key, family)}
     hf = {**DEFAULTS, **family.defaults, **config}
     _check_nulls(hf, family)
-    if hf["model_type"] == "gemma3_text" and hf.get("attn_logit_softcapping"):  # which Transformers computes nothing by
+    if hf["model_type"] == "gemma3_text" and hf.get("attn_logit_softcapping"):  # Transformers ignores it
         raise UserError(f"config.json: attn_logit_softcapping = {hf['attn_logit_softcapping']} of a gemma3_text")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
         raise UserError(f"config.json: no {', '.join(missing)}")
@@ -137,21 +132,13 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
         )
     pattern = _period(_layer_kinds(hf, family))
     fields = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": hf["num_attention_heads"],
+        **{field: hf[key] for field, key in _FIELDS.items()},
         "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "tie_embeddings": hf["tie_word_embeddings"],
         "activation": _ACTIVATIONS[activation],
-        "norm_eps": hf["rms_norm_eps"],
-        "max_position": hf["max_position_embeddings"],
         "layer_pattern": pattern,
         "sliding_window": hf["sliding_window"] if "sliding" in pattern else None,
         "attention_softcap": hf.get("attn_logit_softcapping"),
         "final_softcap": hf.get("final_logit_softcapping"),
-        "init_std": hf["initializer_range"],
         **_rope(config, hf, local="sliding" in pattern),
         **family.fields,
     }
@@ -165,16 +152,15 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
         return ModelConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        of = "" if first["type"] == "combination" else f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
-        raise UserError(f"config.json: {of}{first['msg']}") from None
+        key = f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
+        raise UserError(f"config.json: {'' if first['type'] == 'combination' else key}{first['msg']}") from None
 
 
 def unread_keys(config: Mapping[str, object]) -> list[str]:
-    """Keys of a config.json that set something, and say nothing to `config_from_huggingface`: unknown ones, and those
-    of other families.
+    """List the keys of a config.json that are set and not read: unknown keys, and those of other families.
 
-    Transformers' classes of our families compute no model by any of them (attention_dropout and router_jitter_noise
-    count in training); a model's own code may.
+    In our families, Transformers computes nothing by them (attention_dropout and router_jitter_noise count in training
+    alone); a model's own code may.
     """
     family = _family(config)
     unread = sorted(
@@ -186,25 +172,25 @@ def unread_keys(config: Mapping[str, object]) -> list[str]:
 
 
 def _counts(key: str, family: Family) -> bool:
-    """Whether a family knows a key that not all have: a converted checkpoint may keep those of another."""
-    return key not in OF_SOME or key in family.reads
+    """Tell whether a key counts in this family: a converted checkpoint may keep the keys of another."""
+    return key not in FAMILY_KEYS or key in family.reads
 
 
-def _agreed(said: Mapping[str, Any]) -> Any:
-    """The value of keys that say the same thing; None where none of them is set. Raises UserError where two differ."""
-    found = {key: value for key, value in said.items() if value is not None}
-    for key, value in found.items():
-        first = next(iter(found))
-        if value != found[first]:
+def _agreed(values: Mapping[str, Any]) -> Any:
+    """Return the value of keys that mean the same; None where none is set. Raises UserError where two differ."""
+    given = {key: value for key, value in values.items() if value is not None}
+    first = next(iter(given), "")
+    for key, value in given.items():
+        if value != given[first]:
             raise UserError(
-                f"config.json: {first} = {short(found[first])}, but {key} = {short(value)}: they say the same thing in "
+                f"config.json: {first} = {short(given[first])}, but {key} = {short(value)}: they say the same thing in "
                 "two ways; keep the one that is meant"
             )
-    return next(iter(found.values()), None)
+    return given.get(first)
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    """Raises UserError for a family that is none of ours."""
+    """Return the family that model_type names. Raises UserError for one that is not supported."""
     if (model_type := config.get("model_type")) is None:
         raise UserError(f"config.json: no model_type; one of: {', '.join(FAMILIES)}")
     if model_type == "gemma3":
@@ -219,7 +205,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _check_nulls(hf: Mapping[str, object], family: Family) -> None:
-    """Raises UserError for a null in the place of a value: in few keys it says that there is none of something."""
+    """Raise UserError for a null in the place of a value: only in a few keys it means that something is off."""
     none = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
     if family.sliding != "every":
         none.add("sliding_window")
@@ -240,43 +226,36 @@ def _check_types(config: Mapping[str, object], where: str) -> None:
 
 
 def _experts(config: Mapping[str, object], hf: Mapping[str, object], moe: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a mixture of experts, whose dispatch is that of Transformers: nothing is dropped."""
+    """Return the fields of a mixture of experts. Its dispatch is `dropless`, as in Transformers."""
     if hf.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
     # Transformers 5 writes num_local_experts for every family.
     names = ("num_experts", "num_local_experts")
     count = _agreed({key: config.get(key) for key in names}) or next(hf[key] for key in names if hf.get(key))
-    experts = {
-        "num_experts": count,
-        "experts_per_token": hf["num_experts_per_tok"],
-        "normalize_weights": bool(hf.get("norm_topk_prob")),
-        "dispatch": "dropless",
-    }
-    return {
-        "intermediate_size": hf.get("moe_intermediate_size") or hf["intermediate_size"],
-        "moe": {**experts, **moe},
-    }
+    experts = {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"], "dispatch": "dropless"}
+    experts["normalize_weights"] = bool(hf.get("norm_topk_prob"))
+    return {"intermediate_size": hf.get("moe_intermediate_size") or hf["intermediate_size"], "moe": {**experts, **moe}}
 
 
 def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
-    """`global` or `sliding` for each layer. Raises UserError where `layer_types` says another than the family does."""
-    said, layers = _layer_types(hf), range(hf["num_hidden_layers"])
+    """Return `global` or `sliding` for each layer. Raises UserError where `layer_types` and the family disagree."""
+    listed, layers = _layer_types(hf), range(hf["num_hidden_layers"])
     unused = "use_sliding_window" in family.defaults and not hf["use_sliding_window"]
     if family.sliding == "never" or hf.get("sliding_window") is None or unused:
         kinds = ["global" for _ in layers]
     elif family.sliding == "always":
         kinds = ["sliding" for _ in layers]
-    elif said is not None:
-        kinds = said
+    elif listed is not None:
+        kinds = listed
     elif family.sliding == "every":
         kinds = ["sliding" if (i + 1) % hf["sliding_window_pattern"] else "global" for i in layers]
     else:
         kinds = ["sliding" if i >= hf["max_window_layers"] else "global" for i in layers]
-    if said not in (None, kinds):
+    if listed not in (None, kinds):
         keys = [key for key in ("sliding_window", "use_sliding_window") if key in hf]
         windows = ", ".join(f"{key} = {hf[key]}" for key in keys) or "no sliding_window"
         raise UserError(
-            f"config.json: layer_types has {said.count('sliding')} sliding layers of {len(said)}, but "
+            f"config.json: layer_types has {listed.count('sliding')} sliding layers of {len(listed)}, but "
             f"{hf['model_type']} with {windows} has {kinds.count('sliding')}"
         )
     return kinds
@@ -297,19 +276,22 @@ def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
 
 
 def _period(kinds: Sequence[str]) -> list[str]:
-    """The shortest list that, repeated, gives `kinds`."""
+    """Return the shortest list that, repeated, gives `kinds`."""
     length = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
     return list(kinds[:length])
 
 
 def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
-    """The rotary fields; `local` says whether there are sliding layers to have a base of their own.
+    """Return the rotary fields.
 
     `rope_parameters` (Transformers 5), `rope_scaling` and the keys beside them (4) may all be there, if they agree.
+
+    Args:
+        local: flag: there are sliding layers, which may have a base of their own.
     """
     whole, sliding = _rope_dicts(config)
 
-    def said(key: str, dicts: Mapping[str, Any] = whole, beside: str | None = None) -> Any:
+    def value_of(key: str, dicts: Mapping[str, Any] = whole, beside: str | None = None) -> Any:
         at_top = {beside: config.get(beside)} if beside is not None else {}
         return _agreed(at_top | {f"{name}.{key}": rope.get(key) for name, rope in dicts.items()})
 
@@ -317,8 +299,8 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
         _agreed({f"{name}.rope_type": _rope_type(name, rope) for name, rope in dicts.items() if rope}) or "default"
         for dicts in (whole, sliding)
     )
-    for each, known in ((kind, ("default", "linear", "llama3")), (local_kind, ("default",))):
-        if each not in known:
+    for each, supported in ((kind, ("default", "linear", "llama3")), (local_kind, ("default",))):
+        if each not in supported:
             raise UserError(f"config.json: rope_scaling of type {short(each)} is not supported; one of: linear, llama3")
     _check_replaced(config, whole)
     for name, rope in (whole | sliding).items():
@@ -326,17 +308,17 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
             raise UserError(
                 f"config.json: {name}.{short(unknown[0])[1:-1]} = {short(rope[unknown[0]])} is not supported"
             )
-    if (said("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
+    if (value_of("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
-    fields: dict[str, Any] = {"rope_theta": said("rope_theta", beside="rope_theta") or hf["rope_theta"]}
+    fields: dict[str, Any] = {"rope_theta": value_of("rope_theta", beside="rope_theta") or hf["rope_theta"]}
     if fields["rope_theta"] is None:
         raise UserError(f"config.json: rope_theta = null: expected {_EXPECTED['rope_theta'][0]}")
-    local_theta = said("rope_theta", sliding, "rope_local_base_freq") or hf.get("rope_local_base_freq")
+    local_theta = value_of("rope_theta", sliding, "rope_local_base_freq") or hf.get("rope_local_base_freq")
     if local and local_theta is not None:
         fields["rope_local_theta"] = local_theta
     keys = {"linear": ("factor",), "llama3": tuple(_SCALING)}.get(kind, ())
     original = "original_max_position_embeddings"
-    values = {key: said(key, beside=original if key == original else None) for key in keys}
+    values = {key: value_of(key, beside=original if key == original else None) for key in keys}
     if missing := [key for key, value in values.items() if value is None]:
         raise UserError(f"config.json: rope_scaling of type {kind!r} has no {', '.join(missing)}")
     if keys:
@@ -345,7 +327,7 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
 
 
 def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Transformers takes `rope_scaling` in the place of `rope_parameters`, and not beside it."""
+    """Raise UserError for a value of `rope_parameters` that Transformers ignores, as `rope_scaling` replaces them."""
     parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
     for key in ("rope_theta", *_SCALING) if scaling else ():
         if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
@@ -356,7 +338,7 @@ def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None
 
 
 def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is said of the rotation of all layers, or of the global ones; and of the sliding ones: where -> what."""
+    """Return the rotary settings of all layers (or the global ones), and of the sliding ones, by where they stand."""
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     parted, two = bool(parameters.keys() & _LAYER_TYPES.keys()), config.get("model_type") == "gemma3_text"
     if parameters and parted != two:
@@ -375,32 +357,32 @@ def _rope_type(name: str, rope: Mapping[str, Any]) -> str:
     return _agreed({f"{name}.rope_type": rope.get("rope_type"), f"{name}.type": rope.get("type")}) or "default"
 
 
-# Theirs and ours.
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_max_position",
 }
+"""Keys of config.json's rotary scaling, and the fields of `RopeScaling`."""
 
 
 def config_to_huggingface(config: ModelConfig, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model, such that reading it back gives the same model; Transformers 5 and 4.4x read it.
+    """Return a config.json that is read back as the same model, for Transformers 5 and 4.4x.
 
     Args:
-        extra: further keys (`bos_token_id`, ...). With `model_type`, the config.json that the model came with: it is
-            kept as it is where it still describes the model, else all but the keys that describe it.
+        extra: further keys (`bos_token_id`, ...). With `model_type`, the config.json that the model came with: all of
+            it is kept if it still describes the model, else all but the keys that describe a model.
 
-    Raises UserError that names the fields which no family can say.
+    Raises UserError, with the fields that differ, where no family has such a model.
     """
     extra = dict(extra or {})
     if extra.get("model_type") in FAMILIES and not _differences(config, extra):
         return extra
-    kept = {key: value for key, value in extra.items() if key not in _DESCRIBES}
+    other_keys = {key: value for key, value in extra.items() if key not in _DESCRIBES}
     families = sorted(FAMILIES, key=lambda name: name != extra.get("model_type"))
     best: tuple[str, list[str]] | None = None
     for name in families:
-        written = {**_TOKENS, **kept, **_written(config, name)}
+        written = {**_TOKENS, **other_keys, **_written(config, name)}
         differences = _differences(config, written)
         if not differences:
             return written
@@ -421,17 +403,16 @@ _DESCRIBES = {
 
 
 def _differences(config: ModelConfig, written: Mapping[str, object]) -> list[str]:
-    """How the model of a config.json differs from this one, field by field."""
+    """List the differences between a model and that of a config.json, field by field."""
     try:
-        found = config_from_huggingface(written)
+        actual = _essence(config_from_huggingface(written))
     except UserError as error:
         return [str(error)]
-    ours, theirs = _essence(config), _essence(found)
-    return [f"{key}: {theirs[key]!r} for {value!r}" for key, value in ours.items() if theirs[key] != value]
+    return [f"{key}: {actual[key]!r} for {value!r}" for key, value in _essence(config).items() if actual[key] != value]
 
 
 def _essence(config: ModelConfig) -> dict[str, object]:
-    """What the model computes, in one way of saying it."""
+    """Return the fields that decide what a model computes, each in one spelling."""
     fields = config.model_dump(exclude={"preset", "from_", "layer_pattern", "moe"})
     slides = "sliding" in config.layer_kinds
     moe = config.moe.model_dump(exclude=set(_RUNNING)) if config.moe is not None else {}
@@ -446,25 +427,17 @@ def _essence(config: ModelConfig) -> dict[str, object]:
 
 
 def _written(config: ModelConfig, model_type: str) -> dict[str, object]:
-    """config.json of this family; it may not describe the model."""
+    """Return the model's config.json in this family, which may not have such a model."""
     family = FAMILIES[model_type]
     gemma = family.sliding == "every"
-    activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[config.activation]
+    activation = next(key for key, value in _ACTIVATIONS.items() if value == config.activation)
     written = {
         "architectures": [family.architecture],
         "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        **{key: getattr(config, field) for field, key in _FIELDS.items()},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_activation" if gemma else "hidden_act": activation,
-        "max_position_embeddings": config.max_position,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
         **family.writes,
         **_sliding_written(config, family),
@@ -489,7 +462,7 @@ def _written(config: ModelConfig, model_type: str) -> dict[str, object]:
 
 def _sliding_written(config: ModelConfig, family: Family) -> dict[str, object]:
     kinds, slides = config.layer_kinds, "sliding" in config.layer_kinds
-    names = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
+    names = {kind: name for name, kind in _LAYER_TYPES.items()}
     written: dict[str, Any] = {}
     if family.sliding != "never":
         written["sliding_window"] = config.sliding_window if slides else None
@@ -501,29 +474,27 @@ def _sliding_written(config: ModelConfig, family: Family) -> dict[str, object]:
     if family.sliding == "from":
         written["max_window_layers"] = first
     if family.sliding == "every":
-        written["sliding_window"] = config.sliding_window or 4096  # Transformers has no layers without
+        written["sliding_window"] = config.sliding_window or 4096  # Transformers requires a number
     if "sliding_window_pattern" in family.reads:  # Transformers 4 knows no layer_types
         written["sliding_window_pattern"] = kinds.index("global") + 1 if "global" in kinds else len(kinds) + 1
     return written
 
 
 def _rope_written(config: ModelConfig, *, nested: bool) -> dict[str, object]:
-    """`rope_parameters` as Transformers 5 has them, and the same in the keys of Transformers 4.
+    """Return `rope_parameters` as in Transformers 5, and the same in the keys of Transformers 4.
 
-    nested: sliding layers have a base of their own, as in Gemma 3.
+    Args:
+        nested: flag: sliding layers have a base of their own, as in Gemma 3.
     """
     scaling: dict[str, Any] | None = None
     if config.rope_scaling is not None:
-        ours = config.rope_scaling.model_dump(exclude_none=True)
-        scaling = {"rope_type": ours["kind"], **{theirs: ours[key] for theirs, key in _SCALING.items() if key in ours}}
+        fields = config.rope_scaling.model_dump(exclude_none=True)
+        scaling = {"rope_type": fields["kind"], **{k: fields[own] for k, own in _SCALING.items() if own in fields}}
     rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     written = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     if not nested:
         return {"rope_parameters": rope, **written}
     local = 1e4 if config.rope_local_theta is None else config.rope_local_theta
     sliding = {"rope_theta": local, "rope_type": "default"}
-    return {
-        "rope_parameters": {"full_attention": rope, "sliding_attention": sliding},
-        "rope_local_base_freq": local,
-        **written,
-    }
+    parameters = {"full_attention": rope, "sliding_attention": sliding}
+    return {"rope_parameters": parameters, "rope_local_base_freq": local, **written}

@@ -1,12 +1,13 @@
-"""Regular expressions that strangers write, matched without backtracking.
+"""Regular expressions from foreign files, matched without backtracking.
 
 Python's own parser reads them. Its tree is walked with the set of all places in the text that are reached so far, as
-the bits of one number, so that time goes by the lengths of both and not by how many ways there are to match.
+the bits of one number. So the time depends on the lengths of both, and not on the number of ways to match.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,49 +18,50 @@ from typing import Any
 from trainfw.errors import UserError, short
 
 MAX_EXPRESSION, MAX_TEXT = 4_000, 500
-"""Characters of an expression, and of a name that one matches: the longest in use have some hundreds."""
+"""Most characters of an expression, and of a name to match: the longest in use have some hundreds."""
 MAX_STEPS = 1_000_000
-"""Letters that are parsed, and parts of expressions that are matched, for one file: a few seconds."""
+"""Most letters parsed and parts of expressions matched for one file: a few seconds."""
 
 
 class Steps:
-    """Steps that the expressions of one file, `what`, may still take to match."""
+    """Budget of steps for matching the expressions of one file."""
 
-    def __init__(self, what: str, left: int = MAX_STEPS):
-        self._what, self._left = what, left
+    def __init__(self, file: str, left: int = MAX_STEPS):
+        self._file, self._left = file, left
 
     def spend(self, count: int = 1) -> None:
+        """Take steps off the budget. Raises UserError where it is used up."""
         self._left -= count
         if self._left < 0:
             raise UserError(
-                f"{self._what}: its regular expressions take too long to match; simplify them, or list the names"
+                f"{self._file}: its regular expressions take too long to match; simplify them, or list the names"
             )
 
 
 class Text:
-    """A text that expressions are matched against. Place i is before character i, and a set of places is a number."""
+    """A text to match. Place i is before character i; a set of places is a number, with a bit for each place."""
 
     def __init__(self, text: str, steps: Steps):
         self.text, self.steps = text, steps
         self.letters: dict[str, int] = {}
         for place, letter in enumerate(text):
             self.letters[letter] = self.letters.get(letter, 0) | 1 << place
-        self._found: dict[Any, int] = {}
+        self._places: dict[Any, int] = {}
         steps.spend(1 + len(text))
 
     def before(self, letters: _Letters) -> int:
-        """The places before one of these letters."""
-        if letters not in self._found:
+        """Return the places before one of these letters."""
+        if letters not in self._places:
             self.steps.spend(letters.cost * len(self.letters))
-            self._found[letters] = _union(places for letter, places in self.letters.items() if letters.holds(letter))
-        return self._found[letters]
+            self._places[letters] = _union(places for letter, places in self.letters.items() if letters.holds(letter))
+        return self._places[letters]
 
     def where(self, holds: Callable[[str, int], bool]) -> int:
-        """The places of which a test is true."""
-        if holds not in self._found:
+        """Return the places for which a test is true."""
+        if holds not in self._places:
             self.steps.spend(len(self.text) + 1)
-            self._found[holds] = _union(1 << place for place in range(len(self.text) + 1) if holds(self.text, place))
-        return self._found[holds]
+            self._places[holds] = _union(1 << place for place in range(len(self.text) + 1) if holds(self.text, place))
+        return self._places[holds]
 
 
 _Match = Callable[[Text, int], int]
@@ -67,28 +69,28 @@ _Match = Callable[[Text, int], int]
 
 
 class Expression:
-    """A regular expression in Python's syntax, but for what needs backtracking (references to groups, conditions,
-    atomic groups, possessive repeats) and for flags.
+    """A regular expression in Python's syntax, without flags and without parts that need backtracking (references to
+    groups, conditions, atomic groups, possessive repeats).
 
     Args:
-        what: where it is written; errors begin with it.
-        steps: those of the file.
+        where: the place where it is written; errors begin with it.
+        steps: the budget of the file.
 
-    Raises UserError for what is no such expression.
+    Raises UserError where it is no such expression.
     """
 
-    def __init__(self, pattern: str, what: str, steps: Steps):
-        self._what = f"{what}: {short(pattern)}"
+    def __init__(self, pattern: str, where: str, steps: Steps):
+        self._name = f"{where}: {short(pattern)}"
         if len(pattern) > MAX_EXPRESSION:
-            raise UserError(f"{self._what}: has {len(pattern):,} characters; expected {MAX_EXPRESSION:,} at most")
+            raise UserError(f"{self._name}: has {len(pattern):,} characters; expected {MAX_EXPRESSION:,} at most")
         steps.spend(len(pattern))
         try:
-            with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+            with warnings.catch_warnings(action="ignore"):  # about syntax that a later Python may read otherwise
                 parsed = parser.parse(pattern)
             if parsed.state.flags & ~re.UNICODE:
                 raise self._refusal("flags")
             self._match = self._sequence(parsed)
-            # Most are plain names, and many of them: those have one way to match, and `re` is fast.
+            # Most expressions are plain names: these match in one way only, and `re` is faster.
             plain = all(code in (codes.LITERAL, codes.ANY) for code, _ in parsed)
             self._plain, self._length = re.compile(pattern) if plain else None, len(parsed)
         except (re.error, OverflowError) as error:
@@ -97,7 +99,7 @@ class Expression:
             raise self._invalid("nested too deeply") from None
 
     def matches(self, text: Text, starts: int = 1) -> bool:
-        """Tell whether it matches a text from one of these places (by default the first) to the end, as `re.fullmatch`.
+        """Tell whether it matches a text from one of these places (by default the first) to the end.
 
         Raises UserError where the expressions of a file take too long.
         """
@@ -111,16 +113,16 @@ class Expression:
             raise self._invalid("nested too deeply") from None
 
     def _invalid(self, why: str) -> UserError:
-        return UserError(f"{self._what} is not a regular expression: {why}")
+        return UserError(f"{self._name} is not a regular expression: {why}")
 
-    def _refusal(self, what: str) -> UserError:
-        return UserError(f"{self._what}: {what} are not supported in a regular expression; list the names instead")
+    def _refusal(self, syntax: str) -> UserError:
+        return UserError(f"{self._name}: {syntax} are not supported in a regular expression; list the names instead")
 
     def _sequence(self, parsed: Any) -> _Match:
         parts = [self._part(*each) for each in parsed]
 
         def match(text: Text, places: int) -> int:
-            text.steps.spend()  # for the empty ones too: a branch may have thousands
+            text.steps.spend()  # also for an empty sequence: a branch may have thousands
             for part in parts:
                 if not places:
                     break
@@ -172,7 +174,7 @@ class Expression:
                 return places
 
         def match(text: Text, places: int) -> int:
-            # Beyond so many times something was empty, and may be so again: further ones change nothing.
+            # After so many repeats one was empty, and can be repeated for ever: further ones change nothing.
             for _ in range(min(least, len(text.text) + 1)):
                 places = once(text, places)
                 if not places:
@@ -182,7 +184,7 @@ class Expression:
         return match
 
     def _around(self, direction: int, parsed: Any, *, wanted: bool) -> _Match:
-        """Return a match for what comes next or before; it asks for each place by itself."""
+        """Return the match of a look-ahead or look-behind, which tests each place by itself."""
         inner, (width, most) = self._sequence(parsed), parsed.getwidth()
         if direction < 0 and width != most:
             raise self._invalid("look-behind requires fixed-width pattern")
@@ -196,7 +198,7 @@ class Expression:
 
 
 class _Letters:
-    """A set of letters: one, all but one, or what stands in brackets."""
+    """A set of letters: one, all but one, or those in brackets."""
 
     def __init__(self, items: tuple[tuple[object, object], ...]):
         self._negated = items[0][0] is codes.NEGATE
@@ -266,13 +268,11 @@ _REFUSED = {
 
 
 def _union(sets: Iterable[int]) -> int:
-    found = 0
-    for places in sets:
-        found |= places
-    return found
+    return functools.reduce(operator.or_, sets, 0)
 
 
 def _each(places: int) -> Iterator[int]:
+    """Yield the places in a set."""
     while places:
         yield (places & -places).bit_length() - 1
         places &= places - 1

@@ -1,4 +1,4 @@
-"""What is particular to each family of models: one table, by which checkpoints are read and written.
+"""Table of the model families: their configs and the names of their tensors, for reading and writing checkpoints.
 
 No arrays here: recipes are read by it without JAX.
 """
@@ -12,59 +12,58 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of ours and the tensor in a checkpoint that it is; with `{layer}` or `{expert}`, the tensors."""
+    """One of our parameters and its tensor in a checkpoint; with `{layer}` or `{expert}`, its tensors."""
 
     path: str
-    """Ours, for example `layers.mlp.up.kernel`."""
+    """Path of the parameter, for example `layers.mlp.up.kernel`."""
     tensor: str
-    """Theirs, for example `model.layers.{layer}.mlp.up_proj.weight`."""
+    """Name in the checkpoint, for example `model.layers.{layer}.mlp.up_proj.weight`."""
     transpose: bool = False
-    """torch.nn.Linear stores (out, in), we store (in, out)."""
-
-
-def _linear(path: str, tensor: str) -> Row:
-    return Row(f"{path}.kernel", f"{tensor}.weight", transpose=True)
+    """Flag: the checkpoint stores (out, in), as torch.nn.Linear does, where our kernels are (in, out)."""
 
 
 _LAYER = "model.layers.{layer}"
+
+
+def _linears(path: str, tensor: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+    """Return the rows of linear maps: `names` from our names below `path` to the checkpoint's below `tensor`."""
+    return tuple(
+        Row(f"{path}.{own}.kernel", f"{_LAYER}.{tensor}.{name}.weight", transpose=True) for own, name in names.items()
+    )
+
+
+def _norms(names: Mapping[str, str]) -> tuple[Row, ...]:
+    return tuple(Row(f"layers.{own}.scale", f"{_LAYER}.{name}.weight") for own, name in names.items())
+
+
+_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 _COMMON = (
     Row("embedding.table", "model.embed_tokens.weight"),
-    _linear("layers.attention.query", f"{_LAYER}.self_attn.q_proj"),
-    _linear("layers.attention.key", f"{_LAYER}.self_attn.k_proj"),
-    _linear("layers.attention.value", f"{_LAYER}.self_attn.v_proj"),
-    _linear("layers.attention.output", f"{_LAYER}.self_attn.o_proj"),
-    Row("layers.attention.query.bias", f"{_LAYER}.self_attn.q_proj.bias"),
-    Row("layers.attention.key.bias", f"{_LAYER}.self_attn.k_proj.bias"),
-    Row("layers.attention.value.bias", f"{_LAYER}.self_attn.v_proj.bias"),
-    Row("layers.attention.query_norm.scale", f"{_LAYER}.self_attn.q_norm.weight"),
-    Row("layers.attention.key_norm.scale", f"{_LAYER}.self_attn.k_norm.weight"),
-    Row("layers.attention_norm.scale", f"{_LAYER}.input_layernorm.weight"),
+    *_linears("layers.attention", "self_attn", _PROJECTIONS | {"output": "o_proj"}),
+    *(Row(f"layers.attention.{own}.bias", f"{_LAYER}.self_attn.{name}.bias") for own, name in _PROJECTIONS.items()),
+    *_norms({"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}),
+    *_norms({"attention_norm": "input_layernorm"}),
     Row("final_norm.scale", "model.norm.weight"),
-    _linear("head", "lm_head"),
+    Row("head.kernel", "lm_head.weight", transpose=True),
 )
 # "post_attention_layernorm" comes after the residual sum in most families, and before it in Gemma.
-_PRE_NORMS = (Row("layers.mlp_norm.scale", f"{_LAYER}.post_attention_layernorm.weight"),)
-_POST_NORMS = (
-    Row("layers.attention_post_norm.scale", f"{_LAYER}.post_attention_layernorm.weight"),
-    Row("layers.mlp_norm.scale", f"{_LAYER}.pre_feedforward_layernorm.weight"),
-    Row("layers.mlp_post_norm.scale", f"{_LAYER}.post_feedforward_layernorm.weight"),
+_PRE_NORMS = _norms({"mlp_norm": "post_attention_layernorm"})
+_POST_NORMS = _norms(
+    {
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
 )
-_MLP = (
-    _linear("layers.mlp.gate", f"{_LAYER}.mlp.gate_proj"),
-    _linear("layers.mlp.up", f"{_LAYER}.mlp.up_proj"),
-    _linear("layers.mlp.down", f"{_LAYER}.mlp.down_proj"),
-)
+_GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_MLP = _linears("layers.mlp", "mlp", _GATED)
 _EXPERTS = (
-    _linear("layers.mlp.router", f"{_LAYER}.mlp.gate"),
-    _linear("layers.mlp.gate", f"{_LAYER}.mlp.experts.{{expert}}.gate_proj"),
-    _linear("layers.mlp.up", f"{_LAYER}.mlp.experts.{{expert}}.up_proj"),
-    _linear("layers.mlp.down", f"{_LAYER}.mlp.experts.{{expert}}.down_proj"),
+    *_linears("layers.mlp", "mlp", {"router": "gate"}),
+    *_linears("layers.mlp", "mlp.experts.{expert}", _GATED),
 )
 _MIXTRAL_EXPERTS = (
-    _linear("layers.mlp.router", f"{_LAYER}.block_sparse_moe.gate"),
-    _linear("layers.mlp.gate", f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w1"),
-    _linear("layers.mlp.up", f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w3"),
-    _linear("layers.mlp.down", f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w2"),
+    *_linears("layers.mlp", "block_sparse_moe", {"router": "gate"}),
+    *_linears("layers.mlp", "block_sparse_moe.experts.{expert}", {"gate": "w1", "up": "w3", "down": "w2"}),
 )
 _DENSE_ROWS = _COMMON + _PRE_NORMS + _MLP
 
@@ -73,23 +72,23 @@ Sliding = Literal["never", "always", "from", "every"]
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` implies without its config.json saying so, and how its tensors are named."""
+    """A `model_type`: the facts that its config.json leaves out, and the names of its tensors."""
 
     architecture: str
-    """Transformers' class."""
+    """Name of Transformers' class."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of config.json where a key is absent: those of Transformers' config class."""
+    """Values for absent keys of config.json: those of Transformers' config class."""
     rows: tuple[Row, ...] = _DENSE_ROWS
-    """Every parameter that a model of it may have."""
+    """Every parameter that a model of this family may have."""
     sliding: Sliding = "never"
-    """Which layers have a window where `sliding_window` is set: none, all, those from `max_window_layers` on, or all
-    but every nth; the last two unless `layer_types` says so layer by layer."""
+    """Layers with a window, if `sliding_window` is set: none, all, those from `max_window_layers` on, or all but every
+    nth. In the last two cases `layer_types` may list them instead."""
     writes: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json that are written with these values, for readers that ask for them."""
+    """Keys and values that are always written to config.json, for readers that require them."""
     reads: frozenset[str] = frozenset()
-    """Keys of config.json that some families have, and this one does; in another they say nothing."""
+    """Keys of config.json that count in this family, but not in all."""
 
 
 _GEMMA = {"zero_centered_norm": True, "post_norms": True, "scale_embeddings": True}
@@ -141,17 +140,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"qk_norm": True, "moe": {}},
-        {
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-        },
+        {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+        | {"use_sliding_window": False, "sliding_window": 4096},
         rows=_MOE_ROWS,
         sliding="always",
         writes={**_NO_BIAS, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        # Its models have max_window_layers, by which no layer of theirs goes.
+        # Its models have max_window_layers, which no layer depends on.
         reads=_OWN_MOE_READS | _WINDOW_READS | {"moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"},
     ),
     "olmoe": Family(
@@ -189,6 +183,6 @@ DEFAULTS = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-"""Values of config.json where a key is absent, in every family that does not say otherwise."""
-OF_SOME = frozenset[str]().union(*(family.reads for family in FAMILIES.values()))
-"""Keys of config.json that some families have, and others do not."""
+"""Values for absent keys of config.json, in every family without a value of its own."""
+FAMILY_KEYS = frozenset[str]().union(*(family.reads for family in FAMILIES.values()))
+"""Keys of config.json that count in some families only."""

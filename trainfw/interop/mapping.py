@@ -1,4 +1,4 @@
-"""A family's table at work: our stacked parameters out of a checkpoint's tensors, and tensors out of parameters."""
+"""Conversion between a checkpoint's tensors and our stacked parameters, by the tables of the families."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from flax import nnx
 
-from trainfw.formats import TensorInfo, Tensors, bounds_of, cast, fingerprint, row_blocks
+from trainfw.formats import TensorInfo, Tensors, bounds_of, cast, row_blocks
 from trainfw.interop.families import FAMILIES, Row
 from trainfw.models import FamilyConfig, ModelConfig, abstract_model
 
 _TILE = 64 * 1024
-"""Bytes cast and transposed at a time: what a core's nearest caches hold."""
+"""Bytes cast and transposed at a time: they fit into a core's nearest caches."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Parameter:
 
     row: Row
     shape: tuple[int, ...]
-    """Ours, such as (L, E, in, out)."""
+    """Shape of the parameter, such as (L, E, in, out)."""
     stacked: int
-    """How many of its first dims count tensors: layers, experts."""
+    """Number of its first dims that count tensors: layers, experts."""
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of each tensor, as it is stored."""
+        """Shape of each tensor in the checkpoint."""
         shape = self.shape[self.stacked :]
         return shape[::-1] if self.row.transpose else shape
 
@@ -40,10 +40,11 @@ class Parameter:
         return math.prod(self.shape[: self.stacked])
 
     def name(self, place: Sequence[int]) -> str:
-        """The tensor at a place of the stacked dims: (layer,) or (layer, expert)."""
+        """Return the name of the tensor at a place of the stacked dims: (layer,) or (layer, expert)."""
         return self.row.tensor.format(**dict(zip(("layer", "expert"), place)))
 
     def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield (place, name) of each tensor."""
         for place in itertools.product(*map(range, self.shape[: self.stacked])):
             yield place, self.name(place)
 
@@ -54,9 +55,10 @@ class Parameter:
         dtype: np.dtype,
         layer_order: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """That part of the parameter, read from those parts of its tensors, a few megabytes at a time.
+        """Read a part of the parameter from those parts of its tensors, a few megabytes at a time.
 
-        layer_order: the layer at each place of the first dim; by default their true order.
+        Args:
+            layer_order: the layer at each place of the first dim; by default their true order.
         """
         bounds = bounds_of(index, self.shape)
         out = np.empty([stop - start for start, stop in bounds], dtype)
@@ -70,8 +72,8 @@ class Parameter:
             layer = place if layer_order is None or not place else (layer_order[place[0]], *place[1:])
             name = self.name(layer)
             for block in row_blocks(sizes, tensors.infos[name].dtype.itemsize):
-                there = tuple(slice(b.start + start, b.stop + start) for b, (start, _) in zip(block, within))
-                values, part = tensors.read(name, there), target[block]
+                source = tuple(slice(b.start + start, b.stop + start) for b, (start, _) in zip(block, within))
+                values, part = tensors.read(name, source), target[block]
                 for tile in row_blocks(values.shape, values.itemsize, _TILE):
                     part[tile] = cast(values[tile], dtype, name)
         return out
@@ -79,32 +81,29 @@ class Parameter:
 
 @functools.lru_cache(maxsize=8)
 def parameters(config: ModelConfig, model_type: str) -> Mapping[str, Parameter]:
-    """Every parameter of the model by path, such as `layers.attention.query.kernel`."""
-    table = {row.path: row for row in FAMILIES[model_type].rows}
-    found = {}
-    for path, param in nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param)):
-        row = table[".".join(map(str, path))]
-        found[row.path] = Parameter(row, tuple(param.shape), sum(f"{{{key}}}" in row.tensor for key in _STACKED))
-    return found
-
-
-_STACKED = ("layer", "expert")
+    """Return every parameter of the model by path, such as `layers.attention.query.kernel`."""
+    rows = {row.path: row for row in FAMILIES[model_type].rows}
+    return {
+        path: Parameter(rows[path], shape, rows[path].tensor.count("{"))
+        for path, shape in parameter_shapes(config).items()
+    }
 
 
 def parameter_shapes(config: FamilyConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of our parameters, by path."""
+    """Return the shape of each of our parameters, by path."""
     flat = nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
     return {".".join(map(str, path)): tuple(param.shape) for path, param in flat}
 
 
-class ParameterTensors:
-    """The other way: parameters of ours as the tensors of a Hugging Face checkpoint.
+class ParameterTensors(Tensors):
+    """Our parameters as the tensors of a Hugging Face checkpoint.
 
-    Tensors come in the order of our parameters: read in order, one parameter is on the host at a time.
+    Tensors are in the order of our parameters: read in this order, one parameter is on the host at a time.
 
     Args:
-        read: a parameter of ours by its path, whole: an array of NumPy or JAX, of any dtype, its layers in true order.
-        dtype: of the tensors.
+        read: function that returns a whole parameter by its path, an array of NumPy or JAX of any dtype, its layers in
+            their true order.
+        dtype: dtype of the tensors.
     """
 
     def __init__(self, config: ModelConfig, model_type: str, read: Callable[[str], object], dtype: np.dtype):
@@ -125,20 +124,17 @@ class ParameterTensors:
         part = tensor[tuple(slice(*bound) for bound in bounds_of(index, tensor.shape))]
         return np.array(cast(part, self._dtype, name), order="C")
 
-    def fingerprint(self) -> str:
-        return fingerprint(self)
-
     def _parameter(self, path: str) -> np.ndarray:
         if self._held is None or self._held[0] != path:
-            self._held = None  # let go before the next is read
+            self._held = None  # freed before the next is read
             value, shape = np.asarray(self._read(path)), self._parameters[path].shape
             assert value.shape == shape, f"{path}: shape {value.shape}, but the model has {shape}"
             self._held = path, value
         return self._held[1]
 
 
-class PartOf:
-    """Some of a checkpoint's tensors, in another order."""
+class PartOf(Tensors):
+    """Some of a checkpoint's tensors, in an order of their own."""
 
     def __init__(self, tensors: Tensors, names: Sequence[str]):
         self._tensors = tensors
@@ -146,6 +142,3 @@ class PartOf:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         return self._tensors.read(name, index)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self)

@@ -1,8 +1,10 @@
-"""What a path that says `model: {from: PATH}` or `trainfw import PATH` stands for. Imports nothing heavy."""
+"""Models at paths, as in `model: {from: PATH}` or `trainfw import PATH`. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,7 @@ ModelKind = Literal["huggingface", "gguf", "run"]
 
 
 def model_kind(path: Path) -> ModelKind:
-    """What is at a (resolved) path. Raises UserError, saying what was expected, where it is no model."""
+    """Return the kind of model at a (resolved) path. Raises UserError, with what was expected, where there is none."""
     if path.is_dir():
         if os.path.lexists(path / CONFIG):
             return "huggingface"
@@ -43,7 +45,7 @@ def model_kind(path: Path) -> ModelKind:
 
 
 def read_huggingface(path: Path) -> dict[str, object]:
-    """The config.json of a model: a Hugging Face directory's, or what a GGUF file's would be."""
+    """Read the config.json of a Hugging Face directory, or make that of a GGUF file."""
     if model_kind(path) == "gguf":
         from trainfw.interop.gguf.config import gguf_config
 
@@ -52,30 +54,28 @@ def read_huggingface(path: Path) -> dict[str, object]:
 
 
 def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The shape of the model at a path (Hugging Face or GGUF), without reading weights and without JAX.
+    """Read the shape of the model at a path (Hugging Face or GGUF), without weights and without JAX.
 
-    Its mixture of experts, if any, is dispatched as Transformers does, `dropless`.
+    Its mixture of experts, if any, has the dispatch of Transformers, `dropless`.
     """
     resolved = resolve_path(path)
     with blamed(resolved):
         return config_from_huggingface(read_huggingface(resolved))
 
 
-class blamed:
-    """Put a path before what a UserError says, where it does not say it already."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, UserError) and not str(error).startswith(str(self.path)):
-            raise UserError(f"{self.path}: {error}") from None
+@contextlib.contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Put a path before the text of a UserError, unless it begins with it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise UserError(f"{path}: {error}") from None
 
 
 def pickle_error(path: Path) -> UserError:
-    """The refusal of a pickle checkpoint, with the way to convert it."""
+    """Return the refusal of a pickle checkpoint, with the way to convert it."""
     return UserError(
         f"{path}: is a pickle, which can run any code when it is loaded; only safetensors is read. Convert what you "
         "trust:\n"

@@ -1,6 +1,6 @@
-"""Adapters in PEFT's form: adapter_config.json and adapter_model.safetensors, to and from ours.
+"""Conversion of adapters to and from PEFT's form: adapter_config.json and adapter_model.safetensors.
 
-Ours are stacked over layers, with matrices (in, out); theirs are one tensor a layer, (out, in).
+Our arrays are stacked over layers, with matrices (in, out); PEFT has one tensor a layer, (out, in).
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ _PREFIX = "base_model.model."
 
 
 def is_peft(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds an adapter in PEFT's form."""
+    """Tell whether a directory holds an adapter in PEFT's form."""
     return os.path.lexists(Path(path) / CONFIG)
 
 
 def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """An adapter of a model of this shape: its config, and its arrays by our names, in the dtype of the file.
+    """Read an adapter of a model of this shape: its config, and its arrays by our names, in the dtype of the file.
 
-    A rank or an alpha of its own in some layers is none in ours: there A and B are filled up with zeros, and B (f32) is
-    scaled, such that s A B is the same.
+    Our adapters have one rank and alpha in all layers: for layers with others, A and B are padded with zeros, and B
+    (f32) is scaled, such that s A B is the same.
 
-    Raises UserError where the directory holds no LoRA, one with more to it than LoRA, rsLoRA and DoRA have, or tensors
-    that do not fit the model.
+    Raises UserError where the directory holds no LoRA, rsLoRA or DoRA, where it has features besides, or tensors that
+    do not fit the model.
     """
     directory = Path(path)
     config = read_peft_config(directory / CONFIG)
     tensors = SafetensorsTensors(directory, WEIGHTS)
-    found = _found(directory, tensors, config, model)
+    names = _tensor_names(directory, tensors, config, model)
     places = _places(model)
     sizes: dict[str, tuple[int, float]] = {}
     arrays: dict[str, np.ndarray] = {}
-    modules = {module for theirs in places.values() for module in theirs.values()}
-    if extra := [name for (module, _), name in found.items() if module not in modules]:
+    modules = {module for layers in places.values() for module in layers.values()}
+    if extra := [name for (module, _), name in names.items() if module not in modules]:
         tied = "; the base's head is its embedding table" if model.tie_embeddings and "lm_head" in min(extra) else ""
         raise UserError(f"{_no_place(directory, min(extra))}{tied}")
-    adapted = {module for module, _ in found}
-    for ours, theirs in places.items():
-        missing = [module for module in theirs.values() if module not in adapted]
-        if len(missing) == len(theirs) and not any(config.targets(module) for module in missing):
+    adapted = {module for module, _ in names}
+    for path, by_layer in places.items():
+        missing = [module for module in by_layer.values() if module not in adapted]
+        if len(missing) == len(by_layer) and not any(config.targets(module) for module in missing):
             continue
         if missing:
             raise UserError(
-                f"{directory / WEIGHTS}: {ours} has no adapter in {missing[0]}; expected one in every layer"
+                f"{directory / WEIGHTS}: {path} has no adapter in {missing[0]}; expected one in every layer"
             )
-        layers = {index: _layer(directory, tensors, found, module) for index, module in theirs.items()}
-        each = [_size(config, theirs[index], layer["lora_a"].shape[-1], directory) for index, layer in layers.items()]
-        sizes[ours] = _common(config, each)
-        stacked = _stacked(directory, ours, config, layers, each, sizes[ours])
-        arrays |= {f"{ours}.adapter.{part}": value for part, value in stacked.items()}
+        layers = {index: _layer(directory, tensors, names, module) for index, module in by_layer.items()}
+        each = [_size(config, by_layer[index], layer["lora_a"].shape[-1], directory) for index, layer in layers.items()]
+        sizes[path] = _common(config, each)
+        stacked = _stacked(directory, path, config, layers, each, sizes[path])
+        arrays |= {f"{path}.adapter.{part}": value for part, value in stacked.items()}
     if not sizes:
         raise UserError(f"{directory / WEIGHTS}: holds no tensor of an adapter")
-    return _ours(config, sizes), arrays
+    return _adapter_config(config, sizes), arrays
 
 
 _PARTS = {
@@ -76,7 +76,7 @@ _PARTS = {
     "lora_embedding_A": "lora_a",
     "lora_embedding_B": "lora_b",
 }
-
+"""Ends of PEFT's tensor names, and our names of these parts."""
 
 _MODULES = {
     "q_proj": "layers.attention.query",
@@ -89,39 +89,38 @@ _MODULES = {
     "embed_tokens": "embedding",
     "lm_head": "head",
 }
-"""Their names of modules, in every family that PEFT adapts, and ours."""
+"""Transformers' names of modules, in every family that PEFT adapts, and ours."""
 
 
 def peft_fields(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The fields of `AdapterConfig` that an adapter in PEFT's form gives a recipe, without JAX and without its values.
+    """Return the fields of `AdapterConfig` of an adapter in PEFT's form, without JAX and without reading its values.
 
-    Raises UserError for what `read_peft` refuses of any model's adapter, and for modules that are none of a decoder's.
+    Raises UserError for an adapter that `read_peft` refuses for any model, and for modules that no decoder has.
     """
     directory = Path(path)
     config = read_peft_config(directory / CONFIG)
     tensors = SafetensorsTensors(directory, WEIGHTS)
     each: dict[str, list[tuple[int, float]]] = {}
-    for (module, part), name in _found(directory, tensors, config).items():
-        ours = _MODULES[module.rpartition(".")[2]]
+    for (module, part), name in _tensor_names(directory, tensors, config).items():
+        path = _MODULES[module.rpartition(".")[2]]
         if _PARTS[part] == "lora_a":
             rank = tensors.infos[name].shape[0] if tensors.infos[name].shape else 0
-            each.setdefault(ours, []).append(_size(config, module, rank, directory))
+            each.setdefault(path, []).append(_size(config, module, rank, directory))
     if not each:
         raise UserError(f"{directory / WEIGHTS}: holds no tensor of an adapter")
-    return _ours(config, {ours: _common(config, sizes) for ours, sizes in each.items()}).model_dump(
-        exclude_defaults=True
-    )
+    sizes = {path: _common(config, sizes) for path, sizes in each.items()}
+    return _adapter_config(config, sizes).model_dump(exclude_defaults=True)
 
 
-def _found(
+def _tensor_names(
     directory: Path, tensors: SafetensorsTensors, config: PeftConfig, model: ModelConfig | None = None
 ) -> dict[tuple[str, str], str]:
-    """The adapter's tensors: (module, part) -> name in the file.
+    """Return the adapter's tensors: (module, part) -> name in the file.
 
-    Raises UserError for one that is no part of a LoRA, and of a module that the config does not target: PEFT would
-    leave it out.
+    Raises UserError for a tensor that is no part of a LoRA, or belongs to a module that the config does not target:
+    PEFT would leave it out.
     """
-    found: dict[tuple[str, str], str] = {}
+    names: dict[tuple[str, str], str] = {}
     for name, info in tensors.infos.items():
         whole = name.removeprefix(_PREFIX)
         if whole in _COPIES:
@@ -143,28 +142,28 @@ def _found(
             raise UserError(f"{directory / WEIGHTS}: tensor {name[:200]} is of a module that {CONFIG} does not target")
         if config.use_dora and module.endswith("embed_tokens"):
             raise UserError(f"{directory / CONFIG}: use_dora = true is not supported for {module}, an embedding")
-        found[module, part] = name
-    return found
+        names[module, part] = name
+    return names
 
 
 def peft_copies(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The base's own weights that PEFT saves with an adapter, by our names: where the embedding or the head has one,
-    and where asked to (`save_embedding_layers`).
+    """Read the copies of the base's own weights that PEFT saved with an adapter, by our names.
 
-    PEFT takes them in place of the base's.
+    PEFT saves them where the embedding or the head has an adapter, or where it is asked to (`save_embedding_layers`),
+    and uses them in place of the base's.
     """
     tensors = SafetensorsTensors(Path(path), WEIGHTS)
-    names = {_COPIES.get(name.removeprefix(_PREFIX)): name for name in tensors.infos}
+    copies = {name: _COPIES.get(name.removeprefix(_PREFIX)) for name in tensors.infos}
     return {
-        ours: tensors.read(name).T if ours == "head.kernel" else tensors.read(name)
-        for ours, name in names.items()
-        if ours is not None
+        own: tensors.read(name).T if own == "head.kernel" else tensors.read(name)
+        for name, own in copies.items()
+        if own is not None
     }
 
 
 _COPIES = {
-    f"{module}{layer}.weight": ours
-    for module, ours in {"model.embed_tokens": "embedding.table", "lm_head": "head.kernel"}.items()
+    f"{module}{layer}.weight": own
+    for module, own in {"model.embed_tokens": "embedding.table", "lm_head": "head.kernel"}.items()
     for layer in (".base_layer", "")
 }
 
@@ -174,28 +173,29 @@ def _no_place(directory: Path, tensor: str) -> UserError:
 
 
 def _places(model: ModelConfig) -> dict[str, dict[tuple[int, ...], str]]:
-    """Our linear maps and the embedding -> index among the stacked -> their module. Experts, which PEFT does not
-    adapt one by one, are left out.
+    """Return the modules of our linear maps and the embedding: our name -> place in the stack -> Transformers' name.
+
+    Experts, which PEFT does not adapt one by one, are left out.
     """
-    found = {}
+    places = {}
     for path, parameter in parameters(model, config_to_huggingface(model)["model_type"]).items():
         name, _, leaf = path.rpartition(".")
         if leaf in ("kernel", "table") and not name.endswith("router") and parameter.stacked < 2:
-            found[name] = {place: tensor.removesuffix(".weight") for place, tensor in parameter.names()}
-    return found
+            places[name] = {place: tensor.removesuffix(".weight") for place, tensor in parameter.names()}
+    return places
 
 
 def _layer(
-    directory: Path, tensors: SafetensorsTensors, found: Mapping[tuple[str, str], str], module: str
+    directory: Path, tensors: SafetensorsTensors, names: Mapping[tuple[str, str], str], module: str
 ) -> dict[str, np.ndarray]:
-    """The adapter of one linear map of one layer: A (in, r), B (r, out), and with DoRA the magnitude (out,)."""
+    """Read the adapter of one linear map of one layer: A (in, r), B (r, out), and with DoRA the magnitude (out,)."""
     arrays: dict[str, np.ndarray] = {}
-    for part, ours in _PARTS.items():
-        if (name := found.get((module, part))) is not None:
+    for part, own in _PARTS.items():
+        if (name := names.get((module, part))) is not None:
             value = tensors.read(name)
-            if value.ndim != (1 if ours == "magnitude" else 2):
+            if value.ndim != (1 if own == "magnitude" else 2):
                 raise UserError(f"{directory / WEIGHTS}: tensor {name} has shape {value.shape}")
-            arrays[ours] = value.T
+            arrays[own] = value.T
     if missing := [part for part in ("lora_a", "lora_b") if part not in arrays]:
         raise UserError(f"{directory / WEIGHTS}: {module} has no tensor {missing[0][-1].upper()} beside the others")
     a, b = arrays["lora_a"], arrays["lora_b"]
@@ -206,13 +206,13 @@ def _layer(
 
 def _stacked(
     directory: Path,
-    ours: str,
+    path: str,
     config: PeftConfig,
     layers: Mapping[tuple[int, ...], dict[str, np.ndarray]],
     each: list[tuple[int, float]],
     common: tuple[int, float],
 ) -> dict[str, np.ndarray]:
-    """The layers' arrays as one each; `each` are their ranks and alphas, `common` those of the whole."""
+    """Stack the arrays of the layers, which have the sizes (rank, alpha) `each`, to arrays of the size `common`."""
     scale = AdapterConfig(kind=config.kind).scale
     ordered = sorted(zip(layers, layers.values(), each), key=lambda layer: layer[0])
     parts: dict[str, list[np.ndarray]] = {}
@@ -221,45 +221,38 @@ def _stacked(
         a, b = arrays["lora_a"], arrays["lora_b"]
         if (rank, alpha) != common:
             b = b.astype(np.float32) * np.float32(scale(rank, alpha) / scale(*common))
-        own = arrays | {"lora_a": np.pad(a, ((0, 0), fill)), "lora_b": np.pad(b, (fill, (0, 0)))}
-        for part, value in own.items():
+        padded = arrays | {"lora_a": np.pad(a, ((0, 0), fill)), "lora_b": np.pad(b, (fill, (0, 0)))}
+        for part, value in padded.items():
             parts.setdefault(part, []).append(value)
     for part, values in parts.items():
         if len({value.shape for value in values}) > 1 or len(values) < len(layers):
             shapes = sorted({value.shape for value in values})
-            raise UserError(f"{directory / WEIGHTS}: {ours}: {part} is not the same in every layer: shapes {shapes}")
+            raise UserError(f"{directory / WEIGHTS}: {path}: {part} is not the same in every layer: shapes {shapes}")
     return {part: np.stack(values) if () not in layers else values[0] for part, values in parts.items()}
 
 
-def _size(config: PeftConfig, module: str, found: int, directory: Path) -> tuple[int, float]:
-    """Rank and alpha of the adapter of one module, whose tensors have the rank `found`."""
+def _size(config: PeftConfig, module: str, stored_rank: int, directory: Path) -> tuple[int, float]:
+    """Return rank and alpha of one module's adapter. Raises UserError where its tensors have another rank."""
     rank, alpha = config.size(module)
-    if found != rank:
-        raise UserError(f"{directory}: {module} has rank {found}, but {CONFIG} says {rank}")
+    if stored_rank != rank:
+        raise UserError(f"{directory}: {module} has rank {stored_rank}, but {CONFIG} says {rank}")
     return rank, alpha
 
 
 def _common(config: PeftConfig, each: list[tuple[int, float]]) -> tuple[int, float]:
-    """Rank and alpha of the stacked layers, of those of each."""
+    """Return rank and alpha of stacked layers that have the sizes `each`."""
     return each[0] if len(set(each)) == 1 else (max(rank for rank, _ in each), config.alpha)
 
 
-def _ours(config: PeftConfig, sizes: Mapping[str, tuple[int, float]]) -> AdapterConfig:
+def _adapter_config(config: PeftConfig, sizes: Mapping[str, tuple[int, float]]) -> AdapterConfig:
+    fields: dict[str, Any] = {"kind": config.kind, "dropout": config.dropout, "targets": list(sizes)}
     rank, alpha = config.rank, config.alpha
-    return AdapterConfig(
-        kind=config.kind,
-        rank=rank,
-        alpha=alpha,
-        dropout=config.dropout,
-        targets=list(sizes),
-        patterns={
-            ours: PatternConfig(rank=own[0], alpha=own[1]) for ours, own in sizes.items() if own != (rank, alpha)
-        },
-    )
+    others = {path: PatternConfig(rank=r, alpha=a) for path, (r, a) in sizes.items() if (r, a) != (rank, alpha)}
+    return AdapterConfig(rank=rank, alpha=alpha, patterns=others, **fields)
 
 
 def peft_problem(config: AdapterConfig, model: ModelConfig) -> str | None:
-    """Why PEFT has no form for this adapter, or None."""
+    """Say why PEFT has no form for this adapter; None where it has one."""
     others = set(config_targets(config, model)) - set(_places(model))
     return f"{min(others)}: PEFT has no adapter of single experts; merge it into the model instead" if others else None
 
@@ -271,9 +264,13 @@ def save_peft(
     model: ModelConfig,
     base: str | None,
 ) -> None:
-    """Write an adapter as PEFT would. `arrays` are ours by name; `base` names the model that it belongs to.
+    """Write an adapter as PEFT would.
 
-    Raises UserError where PEFT has no form for it, or something is already there.
+    Args:
+        arrays: our arrays by name.
+        base: name of the model that it belongs to.
+
+    Raises UserError where PEFT has no form for it, or the directory exists.
     """
     from safetensors.numpy import save
 
@@ -282,7 +279,7 @@ def save_peft(
     sizes = config_targets(config, model)
     places = _places(model)
     suffixes = {name: next(iter(places[name].values())).rpartition(".")[2] for name in sizes}
-    theirs = {
+    peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -299,8 +296,8 @@ def save_peft(
         "inference_mode": True,
     }
     with new_directory(directory) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-        # Not by `save_file`, whose files no one else may read, whatever the umask.
+        (temporary / CONFIG).write_text(json.dumps(peft_config, indent=2) + "\n", encoding="utf-8")
+        # `save_file` would write files that no other user may read, whatever the umask.
         (temporary / WEIGHTS).write_bytes(save(dict(_tensors(arrays, places)), metadata={"format": "pt"}))
 
 
@@ -314,7 +311,7 @@ def _tensors(
     for path, value in arrays.items():
         name, _, leaf = path.rpartition(".adapter.")
         embedding = name == "embedding"
-        part = next(p for p, mine in _PARTS.items() if mine == leaf and ("embedding" in p) == embedding)
+        part = next(p for p, own in _PARTS.items() if own == leaf and ("embedding" in p) == embedding)
         for index, module in places[name].items():
-            own = value[index] if index else value
-            yield f"{_PREFIX}{module}.{part}", np.ascontiguousarray(own if leaf == "magnitude" else own.T)
+            array = value[index] if index else value
+            yield f"{_PREFIX}{module}.{part}", np.ascontiguousarray(array if leaf == "magnitude" else array.T)

@@ -1,4 +1,4 @@
-"""adapter_config.json, read and checked: what PEFT would do by it."""
+"""Reader of adapter_config.json: the adapter that PEFT would make by it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ _READ = (
     *("target_modules", "exclude_modules", "init_lora_weights"),
 )
 _WITHOUT_EFFECT = (
-    # Where an adapter comes from, and how to train it from its start.
+    # Keys about an adapter's origin, and about training it from its start.
     *("base_model_name_or_path", "revision", "auto_mapping", "task_type", "inference_mode", "peft_version"),
     *("runtime_config", "eva_config"),
-    # They count beside other keys alone, which are refused: megatron_config, use_qalora.
+    # Keys that count only beside others, which are refused: megatron_config, use_qalora.
     *("megatron_core", "qalora_group_size"),
 )
 _KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights. The others (pissa, olora, corda, lora_ga, loftq) take A B at the start from the base."""
+"""Values of init_lora_weights that do not change the base; others (pissa, olora, corda, lora_ga, loftq) take the first
+A B out of it."""
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """A LoRA adapter as PEFT describes it; with `use_dora` and `use_rslora` both, DoRA scaled as rsLoRA."""
+    """A LoRA adapter as PEFT describes it; both `use_dora` and `use_rslora` mean DoRA scaled as rsLoRA."""
 
     rank: int
     alpha: float
@@ -53,8 +54,8 @@ class PeftConfig:
         return len(module) <= MAX_TEXT and self._targeted(module) and not self._excluded(module)
 
     def size(self, module: str) -> tuple[int, float]:
-        """Rank and alpha of a module's adapter: as PEFT looks them up, by the first pattern that matches the end of
-        its name, whole or after a dot."""
+        """Return rank and alpha of a module's adapter: as in PEFT, those of the first pattern that matches its name,
+        whole or after a dot."""
         text = Text(module, self._steps)
         starts = sum(1 << place + 1 for place, letter in enumerate(module) if letter == ".") | 1
         rank = next((rank for pattern, rank in self._ranks if pattern.matches(text, starts)), self.rank)
@@ -64,12 +65,12 @@ class PeftConfig:
 
 
 def read_peft_config(file: Path) -> PeftConfig:
-    """Raises UserError for an adapter that is no LoRA, rsLoRA or DoRA, and for values that make no sense."""
+    """Read adapter_config.json. Raises UserError where it is no LoRA, rsLoRA or DoRA, or has senseless values."""
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {short(config.get('peft_type'))}: expected LORA")
     for key, value in config.items():
-        # What is null, false or empty says that something is not used, whatever it is.
+        # A value that is null, false or empty turns something off, whatever it is.
         if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
             raise UserError(f"{file}: {short(key)[1:-1]} = {short(value)} is not supported")
     initial = config.get("init_lora_weights")
@@ -87,29 +88,27 @@ def read_peft_config(file: Path) -> PeftConfig:
         return bool(value)
 
     def patterns(key: str, check: Callable[[str, Any], Any]) -> list[tuple[Expression, Any]]:
-        if not isinstance(found := config.get(key), dict | None):
-            raise UserError(f"{file}: {key} = {short(found)}: expected an object")
-        checked = {
-            pattern: check(f"{file}: {key}.{short(pattern)[1:-1]}", value) for pattern, value in (found or {}).items()
-        }
-        return [(Expression(pattern, f"{file}: {key}", steps), value) for pattern, value in checked.items()]
+        if not isinstance(values := config.get(key), dict | None):
+            raise UserError(f"{file}: {key} = {short(values)}: expected an object")
+        values = {p: check(f"{file}: {key}.{short(p)[1:-1]}", value) for p, value in (values or {}).items()}
+        return [(Expression(pattern, f"{file}: {key}", steps), value) for pattern, value in values.items()]
 
     return PeftConfig(
-        rank=_rank(f"{file}: r", config.get("r")),
-        alpha=_alpha(f"{file}: lora_alpha", config.get("lora_alpha")),
-        dropout=_dropout(f"{file}: lora_dropout", config.get("lora_dropout")),
+        rank=_checked_rank(f"{file}: r", config.get("r")),
+        alpha=_checked_alpha(f"{file}: lora_alpha", config.get("lora_alpha")),
+        dropout=_checked_dropout(f"{file}: lora_dropout", config.get("lora_dropout")),
         use_rslora=flag("use_rslora"),
         use_dora=flag("use_dora"),
         _steps=steps,
         _targeted=_named(file, "target_modules", config, steps),
         _excluded=_named(file, "exclude_modules", {"exclude_modules": []} | config, steps),
-        _ranks=patterns("rank_pattern", _rank),
-        _alphas=patterns("alpha_pattern", _alpha),
+        _ranks=patterns("rank_pattern", _checked_rank),
+        _alphas=patterns("alpha_pattern", _checked_alpha),
     )
 
 
 def _named(file: Path, key: str, config: Mapping[str, object], steps: Steps) -> Callable[[str], bool]:
-    """Return a test whether `key` names a module: by a list of ends of names, or by a regular expression."""
+    """Return a test of modules' names: `key` lists ends of names, or is a regular expression."""
     names = config.get(key)
     if key == "exclude_modules" and not names:
         names = []
@@ -121,29 +120,27 @@ def _named(file: Path, key: str, config: Mapping[str, object], steps: Steps) -> 
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: {key} = {short(names)}: expected a list of names")
     ends = frozenset(names)
-    return lambda module: any(end in ends for end in _ends(module))
+    return lambda module: any(end in ends for end in itertools.accumulate(reversed(module.split(".")), _before))
 
 
-def _ends(module: str) -> list[str]:
-    """The name and what of it comes after each dot."""
-    parts = module.split(".")
-    return [*itertools.accumulate(reversed(parts), lambda end, part: f"{part}.{end}")]
+def _before(end: str, part: str) -> str:
+    return f"{part}.{end}"
 
 
-def _rank(what: str, value: object) -> int:
+def _checked_rank(key: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= INT32:
-        raise UserError(f"{what} = {short(value)}: expected a whole number above 0, below 2**31")
+        raise UserError(f"{key} = {short(value)}: expected a whole number above 0, below 2**31")
     return value
 
 
-def _alpha(what: str, value: object) -> float:
+def _checked_alpha(key: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not SMALLEST <= value < 1e9:
-        raise UserError(f"{what} = {short(value)}: expected a number above 0, below 1e9")
+        raise UserError(f"{key} = {short(value)}: expected a number above 0, below 1e9")
     return float(value)
 
 
-def _dropout(what: str, value: object) -> float:
+def _checked_dropout(key: str, value: object) -> float:
     value = 0.0 if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not (value == 0 or SMALLEST <= value < 1):
-        raise UserError(f"{what} = {short(value)}: expected a number from 0 to less than 1")
+        raise UserError(f"{key} = {short(value)}: expected a number from 0 to less than 1")
     return float(value)

@@ -1,4 +1,4 @@
-"""Hugging Face directories, written a piece at a time and whole or not at all."""
+"""Writer of Hugging Face directories, a piece at a time; a directory appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written, for a line about it."""
+    """Facts about a model that was written; its str is a line about it."""
 
     directory: Path
     family: str
     dtype: str
     num_parameters: int
     nbytes: int
-    """Of the tensors."""
+    """Bytes of the tensors."""
 
     def __str__(self) -> str:
         size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.1f} MB"
@@ -52,18 +52,19 @@ def save_model(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Saved:
-    """Write a model of ours as a Hugging Face directory: config.json, safetensors, and what `companions` adds.
+    """Write our parameters as a Hugging Face directory: config.json, safetensors, and the files of `companions`.
 
     Args:
-        read: one of our parameters by its path (`layers.attention.query.kernel`), whole, an array of NumPy or JAX with
-            its layers in true order. Each is asked for once and let go before the next: the host holds one at a time.
-        dtype: of the tensors: float32, bfloat16, float16 or float64.
-        extra: of `config_to_huggingface`: the config.json that the model came with, or keys such as `bos_token_id`.
-        companions: writes further files (a tokenizer) into the directory it is given.
-        max_shard_size: bytes of a file; a tensor that is larger has a file of its own.
+        read: function that returns a whole parameter by its path (`layers.attention.query.kernel`), an array of NumPy
+            or JAX with its layers in true order. Each is asked for once and freed before the next: the host holds one
+            at a time.
+        dtype: dtype of the tensors: float32, bfloat16, float16 or float64.
+        extra: see `config_to_huggingface`: the config.json that the model came with, or keys such as `bos_token_id`.
+        companions: function that writes further files (a tokenizer) into a directory.
+        max_shard_size: bytes of a file; a larger tensor has a file of its own.
 
     The directory appears when everything is in it; after an error nothing has changed. Raises UserError where it exists
-    and holds something, or where no family can say what the model is.
+    and is not empty, or where no family has such a model.
     """
     huggingface = config_to_huggingface(config, extra=extra)
     tensors = ParameterTensors(config, huggingface["model_type"], read, _float(dtype))
@@ -81,21 +82,13 @@ def copy_model(
 ) -> Saved:
     """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json.
 
-    What is written is what the model uses: tensors bit for bit, unless `dtype` names another than they have. A few
-    megabytes are in memory at a time. `companions` takes the place of `source.copy_companions`.
+    The tensors that the model uses are copied bit for bit, unless `dtype` is another than theirs. A few megabytes are
+    in memory at a time. `companions` replaces `source.copy_companions`.
     """
-    wanted = None if dtype is None else _float(dtype)
+    cast_to = None if dtype is None else _float(dtype)
     huggingface = config_to_huggingface(source.config, extra=source.huggingface)
-    return _save(
-        directory,
-        huggingface,
-        source.used(),
-        dtype or source.dtype,
-        wanted,
-        companions or source.copy_companions,
-        max_shard_size,
-        progress,
-    )
+    tensors, dtype, companions = source.used(), dtype or source.dtype, companions or source.copy_companions
+    return _save(directory, huggingface, tensors, dtype, cast_to, companions, max_shard_size, progress)
 
 
 def _float(dtype: str) -> np.dtype:
@@ -135,9 +128,10 @@ def _write_tensors(
     max_shard_size: int,
     progress: Progress | None,
 ) -> None:
-    """The safetensors files: headers from what is known beforehand, then the values in their order."""
+    """Write the safetensors files: the header of each, then its values in order."""
     shards = _shards(infos, max_shard_size)
-    files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     total, done = sum(info.nbytes for info in infos.values()), 0
     for file, names in zip(files, shards):
         with open(directory / file, "wb") as stream:
@@ -157,7 +151,7 @@ def _write_tensors(
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    """Names cut into runs of at most `limit` bytes; in each, wider dtypes come first, which keeps values aligned."""
+    """Cut names into runs of `limit` bytes or fewer; in each, wider dtypes come first, which keeps values aligned."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in infos.items():
@@ -169,12 +163,8 @@ def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -infos[name].dtype.itemsize) for shard in shards]
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05}-of-{count:05}.safetensors"
-
-
 def _header(infos: Mapping[str, TensorInfo]) -> bytes:
-    """The header of a file with these tensors in this order, padded so that values begin at a multiple of 8 bytes."""
+    """Return the header of a file with these tensors in order, padded: values begin at a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():
@@ -188,10 +178,10 @@ def _header(infos: Mapping[str, TensorInfo]) -> bytes:
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
-    """A temporary directory beside `path`, which is renamed to it at the end; see `writing`.
+    """Make a temporary directory beside `path`, which is renamed to it at the end; see `writing`.
 
-    Raises UserError where there is something at `path` already (an empty directory is nothing), where it cannot be
-    written, and where the disk has no room for `nbytes`.
+    Raises UserError where `path` exists (other than as an empty directory), cannot be written, or the disk has no room
+    for `nbytes`.
     """
     target = Path(path)
     if not str(path) or str(path) == ".":

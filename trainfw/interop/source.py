@@ -1,4 +1,4 @@
-"""A model on disk, open: its config and its tensors, of which only what is asked for is read."""
+"""Open models on disk: config and tensors, of which only the parts that are asked for are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainfw.paths import resolve_path
 from trainfw.utf8 import decode_utf8
 
 Progress = Callable[[str, int, int | None], None]
-"""(description, completed, total), in megabytes."""
+"""Function called with (description, completed, total), in megabytes."""
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -41,9 +41,9 @@ class ModelSource:
     path: Path
     config: ModelConfig
     huggingface: dict[str, Any]
-    """Its config.json, or what it would be."""
+    """config.json of the directory, or made for a GGUF file."""
     tensors: Tensors
-    """By their Hugging Face names."""
+    """Tensors by their Hugging Face names."""
 
     @property
     def family(self) -> str:
@@ -51,12 +51,12 @@ class ModelSource:
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, Parameter]:
-        """Ours, by path, with the tensors that each is made of."""
+        """Our parameters by path, with the tensors that each is made of."""
         return parameters(self.config, self.family)
 
     @functools.cached_property
     def dtype(self) -> str:
-        """That of most elements."""
+        """Dtype of most elements."""
         counts: Counter[str] = Counter()
         for info in self.tensors.infos.values():
             counts[str(info.dtype)] += info.size
@@ -67,26 +67,26 @@ class ModelSource:
         return sum(info.size for info in self.used().infos.values())
 
     def fingerprint(self) -> str:
-        """Identity of the weights: names, shapes, dtypes and sampled values of every tensor that the model uses."""
+        """Return a hash of names, shapes, dtypes and sampled values of every tensor that the model uses."""
         return self.used().fingerprint()
 
     def used(self) -> Tensors:
-        """The tensors that are the model's, in the order of our parameters: not a second copy of a tied table."""
+        """Return the tensors that the model uses, in the order of our parameters, without a copy of a tied table."""
         return PartOf(self.tensors, [name for parameter in self.parameters.values() for _, name in parameter.names()])
 
     def check(self) -> None:
-        """Names and shapes against the config; reads no more than a few values.
+        """Compare names and shapes of the tensors with the config; read no more than a few values.
 
-        Raises UserError that names the tensors where some are missing, unknown or of another shape.
+        Raises UserError, with the tensors' names, where some are missing, unknown or of another shape.
         """
         with blamed(self.path):
             self._check()
 
     def _check(self) -> None:
         infos = self.tensors.infos
-        wanted = sum(parameter.tensor_count for parameter in self.parameters.values())
-        if wanted > 2 * len(infos) + 1000:  # before so many names are made
-            raise UserError(f"config.json needs {wanted:,} tensors, and the checkpoint has {len(infos):,}")
+        needed = sum(parameter.tensor_count for parameter in self.parameters.values())
+        if needed > 2 * len(infos) + 1000:  # before so many names are made
+            raise UserError(f"config.json needs {needed:,} tensors, and the checkpoint has {len(infos):,}")
         shapes = {name: p.tensor_shape for p in self.parameters.values() for _, name in p.names()}
         if missing := set(shapes) - set(infos):
             hint = _prefixed(missing, infos)
@@ -110,11 +110,11 @@ class ModelSource:
             )
 
     def _ignorable(self, name: str) -> bool:
-        """A second copy of a tied table, and the rotary frequencies that old checkpoints store."""
+        """Tell whether a tensor is a second copy of a tied table, or the rotary frequencies of an old checkpoint."""
         return (name == _HEAD and self.config.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
 
     def _differing_row(self, one: str, other: str) -> int | None:
-        """The first row in which two tensors are not the same bit for bit; a few megabytes at a time."""
+        """Return the first row in which two tensors differ in a bit, comparing a few megabytes at a time."""
         info = self.tensors.infos[one]
         if info != self.tensors.infos[other]:
             return 0
@@ -127,14 +127,16 @@ class ModelSource:
     def read(
         self, path: str, like: jax.ShapeDtypeStruct | jax.Array, layer_order: Sequence[int] | None = None
     ) -> jax.Array:
-        """One of our parameters, such as `layers.attention.query.kernel`, in the dtype and the sharding of `like`.
+        """Read one of our parameters, such as `layers.attention.query.kernel`, in the dtype and sharding of `like`.
 
-        Each device's part is read by itself and put there before the next is: the host holds one part at a time, and a
-        part that several devices have is read once. Without a sharding, on the default device. In a run of several
-        processes each reads for its own devices.
+        Each device's part is read by itself and put there before the next: the host holds one part at a time, and a
+        part that several devices have is read once. Without a sharding, the array goes to the default device. Each
+        process of a run reads for its own devices.
 
         Args:
             layer_order: the layer at each place of the stacked dim; by default their true order.
+
+        Raises UserError where the model has no such parameter.
         """
         if path not in self.parameters:
             raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.parameters)}")
@@ -150,15 +152,15 @@ class ModelSource:
         parts = []
         for bounds, holders in devices.items():
             value = parameter.read(self.tensors, tuple(slice(*bound) for bound in bounds), dtype, order)
-            # Waited for, so that this part's memory is free before the next takes its own.
+            # Wait, so that this part's memory is free before the next takes its own.
             parts += [jax.block_until_ready(jax.device_put(value, device)) for device in holders]
             del value
         return jax.make_array_from_single_device_arrays(parameter.shape, sharding, parts)
 
     def copy_companions(self, directory: Path) -> None:
-        """Write the tokenizer, the chat template and the generation config that came with it into a directory.
+        """Copy the model's tokenizer, chat template and generation config into a directory.
 
-        What is written was read as what it is called. Raises UserError for what is not that, or is a link elsewhere.
+        Raises UserError for a file that is not of its kind, or is a link elsewhere.
         """
         if self.path.is_dir():
             for name in COMPANIONS:
@@ -167,7 +169,7 @@ class ModelSource:
 
 
 def _companion(file: Path) -> bytes:
-    """The bytes of a companion, which are of its kind."""
+    """Read a companion. Raises UserError where it is not of its kind."""
     data = read_member(file, TOKENIZER_LIMIT)
     if file.suffix == ".json":
         value = json_object(data, file)
@@ -185,10 +187,10 @@ _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def open_model(path: str | Path) -> ModelSource:
-    """A Hugging Face directory or a GGUF file (or `package:NAME`), checked: it has the tensors that its config needs.
+    """Open a Hugging Face directory or a GGUF file (or `package:NAME`), and check that its tensors fit its config.
 
-    Reads headers, and weights only when they are asked for. Raises UserError for what is no model, is damaged, or is of
-    a family that `Transformer` does not have; of a run directory, whose model is in a checkpoint that needs its recipe.
+    Headers are read now, weights when they are asked for. Raises UserError where there is no model, where it is damaged
+    or of a family that `Transformer` does not have, and for a run, whose checkpoint needs the recipe.
     """
     resolved = resolve_path(path)
     kind = model_kind(resolved)
@@ -227,9 +229,9 @@ def load_params(
     layer_order: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
-    """The parameters as nested dicts of arrays, as in `nnx.to_pure_dict`, in the dtypes and shardings of `abstract`.
+    """Load the parameters as nested dicts of arrays (`nnx.to_pure_dict`), in the dtypes and shardings of `abstract`.
 
-    One parameter at a time: the host holds about the largest part of a device.
+    They are loaded one at a time: the host holds about the largest part of a device.
     """
     leaves = jax.tree_util.tree_flatten_with_path(dict(abstract))[0]
     sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]
@@ -243,28 +245,29 @@ def load_params(
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:
+    """List the first few names, and the number of the others."""
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(name[:200] for name in ordered[:limit]) + more
 
 
-def _prefixed(missing: Iterable[str], there: Iterable[str]) -> str:
-    """What to do, where every missing name is there under one prefix, or without `model.`; else nothing."""
-    missing, there = set(missing), set(there)
+def _prefixed(missing: Iterable[str], present: Iterable[str]) -> str:
+    """Return advice if all missing names are present with one prefix, or without `model.`; else nothing."""
+    missing, present = set(missing), set(present)
     first = min(missing)
-    prefixes = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
-    # `all` stops at the first that is not there: names of strangers may have as many prefixes as there are names.
-    if found := sorted(prefix for prefix in prefixes if all(prefix + name in there for name in missing)):
+    prefixes = {name.removesuffix(first) for name in present if name.endswith(f".{first}")}
+    # `all` stops at the first name that is absent: a file may have as many prefixes as names.
+    if shared := sorted(prefix for prefix in prefixes if all(prefix + name in present for name in missing)):
         return (
-            f"; the same {len(missing)} are there under {found[0][:80]!r}, of what wrapped the model when saved: "
+            f"; the same {len(missing)} are there under {shared[0][:80]!r}, of what wrapped the model when saved: "
             "save the model within"
         )
-    if {name.removeprefix("model.") for name in missing} <= there - missing:
+    if {name.removeprefix("model.") for name in missing} <= present - missing:
         return "; the same are there without 'model.': saved without its head's class; save ...ForCausalLM"
     return ""
 
 
 def _near(missing: Iterable[str], spare: Iterable[str]) -> str:
-    """What may be there instead, where it is few: a name misspelled."""
+    """Return a hint at a misspelled name, if few tensors are left over."""
     spare = sorted(spare)
     return did_you_mean(min(missing), spare) if 0 < len(spare) <= 3 else ""

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata and where its tensors lie.
+"""Header of a GGUF file: its metadata and the places of its tensors.
 
-The `gguf` library knows the format's types; its reader trusts the file, so the walk is ours: every length is held
-against the size of the file before anything is allocated.
+The `gguf` library's own reader trusts the file, so that only the format's types are taken from it. This one compares
+every length with the size of the file before anything is allocated.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -22,18 +22,18 @@ from trainfw.paths import check_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-"""Version 1 counted in 32 bits, and was read by nobody for long."""
+"""Versions that are read. Version 1 counted in 32 bits, and was soon given up."""
 MAX_HEADER, MAX_STRING, MAX_ELEMENTS = 1 << 25, 1 << 20, 1 << 20
-"""Bytes of the header and of a string, and elements of an array: the largest vocabularies take a third of that, and a
-header that lies allocates no more."""
+"""Most bytes of the header and of a string, and most elements of an array: the largest vocabularies take a third of
+that, and a false header allocates no more."""
 LARGEST_INT, LARGEST = 2**31 - 1, 1e30
-"""Limits of sizes, and of other numbers, that can be computed with."""
+"""Largest size, and largest other number, that can be computed with."""
 MAX_DIMS = 4
-"""ggml's own limit."""
+"""Most dims of a tensor in ggml."""
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct's codes of the metadata's types, by number."""
+"""struct's codes of the types of metadata, by their numbers."""
 
 T = TypeVar("T")
 
@@ -44,14 +44,14 @@ class StoredTensor:
 
     name: str
     shape: tuple[int, ...]
-    """Row-major, as in NumPy: the file lists the dims in the other order. The last is the one that blocks run along."""
+    """Lengths in row-major order, as in NumPy (the file has the other order). Blocks run along the last dim."""
     type: str
     """ggml's name of the number format, for example `Q4_1`."""
     offset: int
-    """From the start of the file, in bytes."""
+    """Bytes from the start of the file."""
     nbytes: int
     file: Path = Path()
-    """One of the parts, where llama.cpp's gguf-split cut a file."""
+    """The file, one of several parts where llama.cpp's gguf-split cut it."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,19 @@ class Header:
 
     file: Path
     metadata: Mapping[str, Any]
-    """int, float, bool, str, or a list of one of these."""
+    """Values by key: int, float, bool, str, or a list of one of these."""
     tensors: Mapping[str, StoredTensor]
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the model family, with which the keys about the model begin."""
+        """Name of the model family in llama.cpp, with which the keys about the model begin."""
         return self.get("general.architecture", str)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of `key`; a float may be written as an int. Raises UserError where it is absent and there is no
-        default, is of another kind, or is beyond what can be computed with."""
+        """Return the value of `key`; a float may be written as an int.
+
+        Raises UserError where it is absent and there is no default, is of another kind, or too large to compute with.
+        """
         value: Any = self.metadata.get(key, default)
         if value is None:
             raise UserError(f"{self.file}: no metadata key {key}")
@@ -81,14 +83,14 @@ class Header:
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """Return a whole number of at least 1. Raises UserError as `get` does."""
         value = self.get(key, int, default)
         if not 1 <= value <= LARGEST_INT:
             raise UserError(f"{self.file}: {key} = {value}: expected 1 or more, below 2**31")
         return value
 
     def items(self, key: str, kind: type[T]) -> list[T]:
-        """A list of values of one kind."""
+        """Return a list of values of one kind. Raises UserError as `get` does."""
         values: list[Any] = self.get(key, list)
         for value in values:
             if type(value) is not kind:
@@ -106,10 +108,10 @@ _KINDS: dict[type, str] = {
 
 
 def read_header(file: Path | str) -> Header:
-    """Read and check the header of a GGUF file; of all parts, given any, where it is split. No tensor's data is read.
+    """Read and check the header of a GGUF file, or of all parts of a split one, given any part; read no tensor.
 
-    Raises UserError for a file that is truncated, of another format, version or byte order, or whose counts, lengths
-    or offsets do not fit it, for parts that are missing, and where the `gguf` library is not installed.
+    Raises UserError for a file that is cut short, of another format, version or byte order, or whose counts, lengths or
+    offsets do not fit it, for missing parts, and where the `gguf` library is not installed.
     """
     header = _read_part(Path(os.path.expanduser(file)), named=True)
     count = header.get("split.count", int, 0)
@@ -123,7 +125,7 @@ def _read_part(file: Path, *, named: bool = False) -> Header:
 
 
 def _joined(part: Header, count: int) -> Header:
-    """All parts as one: the metadata is in the first, tensors are in each."""
+    """Join the headers of all parts: the first has the metadata, each has tensors. Raises UserError for gaps."""
     name = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", part.file.name)
     if name is None or int(name[3]) != count:
         raise UserError(
@@ -137,10 +139,10 @@ def _joined(part: Header, count: int) -> Header:
     tensors: dict[str, StoredTensor] = {}
     parts = [_read_part(file, named=file == part.file) for file in files]
     for number, each in enumerate(parts):
-        said = each.get("split.no", int, -1), each.get("split.count", int, -1)
-        if said != (number, count):
+        place = each.get("split.no", int, -1), each.get("split.count", int, -1)
+        if place != (number, count):
             raise UserError(
-                f"{each.file}: split.no and split.count = {said}: expected {(number, count)}, as its name says"
+                f"{each.file}: split.no and split.count = {place}: expected {(number, count)}, as its name says"
             )
         if twice := tensors.keys() & each.tensors.keys():
             raise UserError(f"{each.file}: tensor {short(min(twice))} is in {tensors[min(twice)].file.name} too")
@@ -152,7 +154,7 @@ def _joined(part: Header, count: int) -> Header:
 
 @dataclass
 class _Walk:
-    """A position in the header, and reads that stay inside the file."""
+    """A position in the header, with reads that stay inside the file."""
 
     file: Path
     stream: BinaryIO
@@ -162,8 +164,8 @@ class _Walk:
         self.data = self.stream.read(MAX_HEADER)
         self.at = 0
 
-    def fail(self, what: str) -> UserError:
-        return UserError(f"{self.file}: {what} (at byte {self.at} of {self.size})")
+    def fail(self, problem: str) -> UserError:
+        return UserError(f"{self.file}: {problem} (at byte {self.at} of {self.size})")
 
     def read(self, count: int) -> bytes:
         if count > self.size - self.at:
@@ -195,7 +197,7 @@ class _Walk:
             start = self.at + 8
             length = length_at(self.data, self.at)[0] if start <= end else end
             if length > MAX_STRING or start + length > end:
-                yield self.string()  # which says what is wrong
+                yield self.string()  # raises the error
                 continue
             try:
                 text = self.data[start : start + length].decode()
@@ -230,7 +232,7 @@ class _Walk:
         if version not in VERSIONS:
             raise UserError(f"{self.file}: GGUF version {version} is not supported; one of: 2, 3")
         num_tensors, num_keys = self.scalar("Q"), self.scalar("Q")
-        # Each tensor and each key takes at least so many bytes: counts that lie are known before the loop.
+        # Each tensor and each key takes so many bytes or more: false counts are found before the loop.
         if num_tensors * 32 + num_keys * 13 > self.size:
             raise self.fail(f"{num_tensors} tensors and {num_keys} metadata keys do not fit into the file")
         metadata: dict[str, Any] = {}
@@ -249,7 +251,7 @@ class _Walk:
         return Header(self.file, metadata, self.placed(infos, start, alignment))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, number of the type, and offset from the start of the data."""
+        """Read a tensor's name, shape, number of the type, and offset from the start of the data."""
         name, rank = self.string(), self.scalar("I")
         if not 1 <= rank <= MAX_DIMS:
             raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
@@ -259,8 +261,8 @@ class _Walk:
     def placed(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
     ) -> dict[str, StoredTensor]:
-        """The tensors by name, none of which reaches beyond the file or into another."""
-        sizes = _type_sizes()
+        """Return the tensors by name. Raises UserError where one reaches beyond the file or into another."""
+        sizes = {int(kind): (kind.name, *each) for kind, each in gguf_library().GGML_QUANT_SIZES.items()}
         tensors: dict[str, StoredTensor] = {}
         for name, shape, number, offset in infos:
             if number not in sizes:
@@ -284,14 +286,8 @@ class _Walk:
         return tensors
 
 
-def _type_sizes() -> dict[int, tuple[str, int, int]]:
-    """ggml's number formats by number: name, elements in a block, bytes of a block."""
-    sizes = gguf_library().GGML_QUANT_SIZES
-    return {int(kind): (kind.name, *each) for kind, each in sizes.items()}
-
-
 def gguf_library() -> Any:
-    """The `gguf` library. Raises UserError, with how to install it, where it is not there."""
+    """Import the `gguf` library. Raises UserError, with how to install it, where it is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -300,7 +296,7 @@ def gguf_library() -> Any:
 
 
 def known_or_refuse(header: Header, key: str, choices: Mapping[str, T]) -> T:
-    """`choices` at the value of a text key. Raises UserError with the choices."""
+    """Return the one of `choices` that a text key names. Raises UserError with the choices."""
     name = header.get(key, str)
     if name not in choices:
         raise UserError(f"{header.file}: {key} = {short(name)} is not supported{one_of(name, choices)}")

@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer in the Hugging Face form: tokenizer.json and tokenizer_config.json."""
+"""Conversion of a GGUF file's tokenizer to Hugging Face's form: tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from trainfw.formats.gguf.token_types import (
 
 _GGML = "tokenizer.ggml"
 MAX_TOKENS, MAX_TOKEN, MAX_LETTERS = 1 << 19, 1_000, 1 << 22
-"""Tokens, letters of one and of all: the largest vocabularies have about half of that."""
+"""Most tokens, letters of a token, and letters of all: the largest vocabularies have about half of that."""
 NONE = 0xFFFFFFFF
-"""The id of no token, in files that write one."""
+"""Id that some files write where there is no token."""
 
 
 def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, object], tuple[int, ...]]:
-    """The tokenizer.json and the tokenizer_config.json of a GGUF file, and where generation stops besides at eos.
+    """Return a GGUF file's tokenizer.json, tokenizer_config.json, and ids at which generation stops besides eos.
 
-    Byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`). Raises UserError for other models, for a pre-tokenizer
-    that is not known, and for lists that do not belong together.
+    The model is byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`). Raises UserError for other models, for an
+    unknown pre-tokenizer, and for lists that do not fit together.
     """
     build = known_or_refuse(header, f"{_GGML}.model", {"gpt2": _byte_level, "llama": _sentencepiece})
     tokens = header.items(f"{_GGML}.tokens", str)
@@ -50,20 +50,13 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
     stops = tuple(named[key] for key in STOPS if key in named)
     form = build(header, tokens, types, settings)
     kinds = dict(zip(tokens, types))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     form["added_tokens"] = [
-        {
-            "id": id_,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kinds.get(token) != USER_DEFINED,
-        }
+        {"id": id_, "content": token, **flags, "special": kinds.get(token) != USER_DEFINED}
         for id_, token in enumerate(tokens)
         if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values() or id_ in stops
     ]
-    # llama.cpp's own defaults: SentencePiece models start with bos where the file does not say.
+    # llama.cpp's own defaults: without these keys, SentencePiece models start with bos.
     add_bos = header.get(f"{_GGML}.add_bos_token", bool, build is _sentencepiece) and "bos_token" in settings
     add_eos = header.get(f"{_GGML}.add_eos_token", bool, False) and "eos_token" in settings
     ids = {token: id_ for id_, token in enumerate(tokens)}
@@ -77,7 +70,7 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
 
 
 def _check_vocabulary(header: Header, tokens: list[str]) -> None:
-    """Raise UserError for a token that is there twice, and for sizes that cost minutes to build a tokenizer of."""
+    """Raise UserError for a token that is listed twice, and for sizes whose tokenizer takes minutes to build."""
     if len(tokens) > MAX_TOKENS:
         raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
     longest, letters = max(tokens, key=len), sum(map(len, tokens))
@@ -100,31 +93,23 @@ def _byte_level(header: Header, tokens: list[str], types: list[int], settings: d
     names = {**PRE_TOKENIZERS, **{alias: PRE_TOKENIZERS[of] for alias, of in ALIASES.items()}}
     pre = known_or_refuse(header, f"{_GGML}.pre", names) if name != "default" else PRE_TOKENIZERS[name]
     merges = [merge.split(" ") for merge in header.items(f"{_GGML}.merges", str)]
-    known = set(tokens)
+    vocabulary = set(tokens)
     for merge in merges:
-        if len(merge) != 2 or not known.issuperset((*merge, "".join(merge))):
+        if len(merge) != 2 or not vocabulary.issuperset((*merge, "".join(merge))):
             raise UserError(
                 f"{header.file}: {_GGML}.merges has {short(' '.join(merge))}: expected two tokens that make one"
             )
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": {"type": pre.normalizer} if pre.normalizer else None,
-        "pre_tokenizer": dict(pre.form),
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": _bpe(tokens, merges, ignore_merges=pre.ignore_merges),
-    }
+    normalizer = {"type": pre.normalizer} if pre.normalizer else None
+    model = _bpe(tokens, merges, ignore_merges=pre.ignore_merges)
+    return _form(model, normalizer=normalizer, pre_tokenizer=dict(pre.form), decoder=byte_level)
 
 
 def _sentencepiece(
     header: Header, tokens: list[str], types: list[int], settings: dict[str, object]
 ) -> dict[str, object]:
     gemma = header.architecture.startswith("gemma")
-    # llama.cpp's converter writes runs of spaces that are tokens by themselves as spaces.
+    # llama.cpp's converter writes a token that is a run of spaces with plain spaces.
     tokens[:] = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     scores = header.items(f"{_GGML}.scores", float)
     if len(scores) != len(tokens):
@@ -133,7 +118,7 @@ def _sentencepiece(
     if len(ids) < len(tokens):
         raise UserError(f"{header.file}: {_GGML}.tokens has a run of spaces twice")
     plain = {id_ for id_, kind in enumerate(types) if kind not in (CONTROL, UNKNOWN)} if types else set(ids.values())
-    # Gemma's merges follow the order of its tokens, and not their scores.
+    # Gemma's merges follow the order of its tokens, not their scores.
     ranks = {token: float(id_) if gemma else -scores[id_] for token, id_ in ids.items() if id_ in plain}
     unknown = settings.get("unk_token") or next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
     to_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -145,23 +130,14 @@ def _sentencepiece(
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     else:
         normalizer = from_space
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": normalizer,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(
-            tokens,
-            [list(merge) for merge in implied_merges({t: i for t, i in ids.items() if i in plain}, ranks, header.file)],
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        ),
-    }
+    merges = implied_merges({token: id_ for token, id_ in ids.items() if id_ in plain}, ranks, header.file)
+    model = _bpe(tokens, [*map(list, merges)], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    return _form(model, normalizer=normalizer, pre_tokenizer=None, decoder={"type": "Sequence", "decoders": decoders})
+
+
+def _form(model: dict[str, Any], **parts: dict[str, Any] | None) -> dict[str, Any]:
+    fixed: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    return {**fixed, "post_processor": None, **parts, "model": model}
 
 
 def _bpe(tokens: list[str], merges: list[list[str]], **changes: object) -> dict[str, object]:
@@ -181,7 +157,7 @@ def _bpe(tokens: list[str], merges: list[list[str]], **changes: object) -> dict[
 
 
 def _template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[str, object]:
-    """The post-processor that puts special tokens around a text."""
+    """Return the post-processor that puts special tokens around a text."""
 
     def special(tokens: list[str]) -> list[dict[str, object]]:
         return [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]

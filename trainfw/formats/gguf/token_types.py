@@ -1,4 +1,4 @@
-"""What GGUF says of tokenizers by name, and tokenizer.json in full: one table for both directions."""
+"""Names that GGUF has for parts of tokenizers, and their full form in tokenizer.json: tables for both directions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from trainfw.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""`tokenizer.ggml.token_type`."""
+"""Values of `tokenizer.ggml.token_type`."""
 
 SPACE = "▁"
-"""SentencePiece's space."""
+"""Letter that SentencePiece writes for a space."""
 
 ROLES = {
     "bos_token": "bos_token_id",
@@ -21,7 +21,7 @@ ROLES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-"""Keys of tokenizer_config.json, and those of `tokenizer.ggml` that give the same token by its id."""
+"""Keys of tokenizer_config.json, and the keys of `tokenizer.ggml` that give the same token by its id."""
 
 STOPS = ("eot_token_id", "eom_token_id")
 """Keys of `tokenizer.ggml` that name further tokens at which generation stops: the end of a turn, and of a message that
@@ -39,7 +39,7 @@ def _byte_level(*, regex: bool) -> dict[str, object]:
 
 
 def _splits(*patterns: str) -> dict[str, object]:
-    """The text cut by each pattern in turn, what is between matches kept; then bytes."""
+    """Return the pre-tokenizer that cuts a text at the matches of each pattern in turn, and then into bytes."""
     steps = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in patterns
@@ -49,14 +49,14 @@ def _splits(*patterns: str) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How a byte-level tokenizer cuts text before it merges bytes."""
+    """A way to cut text before a byte-level tokenizer merges bytes."""
 
     form: Mapping[str, Any]
-    """The `pre_tokenizer` of tokenizer.json."""
+    """`pre_tokenizer` of tokenizer.json."""
     normalizer: str | None = None
-    """The Unicode form that published tokenizers of this kind bring text into first. llama.cpp does not."""
+    """Unicode form that published tokenizers of this kind convert text to first; llama.cpp does not."""
     ignore_merges: bool = False
-    """A piece that is a token is not merged from bytes."""
+    """Flag: a piece that is a token is taken whole, and not merged from bytes."""
 
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -66,16 +66,16 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "llama-bpe": PreTokenizer(_splits(_LLAMA3), ignore_merges=True),
     "qwen2": PreTokenizer(_splits(_QWEN2), "NFC"),
     "olmo": PreTokenizer(_byte_level(regex=True), "NFC"),
-    # llama.cpp's own, for files that do not say: the cuts of several models, one after the other.
+    # llama.cpp's own, for files that name none: the cuts of several models, one after the other.
     "default": PreTokenizer(_splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
-"""By `tokenizer.ggml.pre`; the patterns are those of llama.cpp's src/llama-vocab.cpp, and of the published files."""
+"""Pre-tokenizers by `tokenizer.ggml.pre`; patterns as in llama.cpp's src/llama-vocab.cpp and in published files."""
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-"""Other names of the same."""
+"""Other names of some pre-tokenizers."""
 
 
 def canonical(form: Mapping[str, Any] | None) -> tuple[Any, ...]:
-    """A pre-tokenizer's steps, without what changes no token: two that cut alike, written differently, are equal."""
+    """Return a pre-tokenizer's steps in one spelling: two that cut alike are equal, however they are written."""
     match form:
         case None:
             return ()
@@ -84,7 +84,7 @@ def canonical(form: Mapping[str, Any] | None) -> tuple[Any, ...]:
         case {"type": "ByteLevel"}:
             return (("ByteLevel", form.get("add_prefix_space", True), form.get("use_regex", True)),)
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": behavior}:
-            # llama.cpp and some published files write out what (?i:...) means.
+            # llama.cpp and some published files write (?i:...) out in full.
             for spelling in (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", r"'(?i:[sdmt]|ll|ve|re)"):
                 pattern = pattern.replace(spelling, _ENGLISH)
             return (("Split", pattern, behavior, form.get("invert", False)),)
@@ -92,25 +92,25 @@ def canonical(form: Mapping[str, Any] | None) -> tuple[Any, ...]:
 
 
 MAX_IMPLIED, _MARKS = 1 << 24, 12
-"""Characters of tokenizer.json that the merges which a vocabulary implies may take, and those around each. Gemma's
-262,144 tokens imply about 600,000."""
+"""Most characters of tokenizer.json for the merges that a vocabulary implies, and the characters around each merge.
+Gemma's 262,144 tokens imply about 600,000 merges."""
 
 
 def implied_merges(
-    ids: Mapping[str, int], ranks: Mapping[str, float], what: object = "tokenizer"
+    ids: Mapping[str, int], ranks: Mapping[str, float], where: object = "tokenizer"
 ) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies: every cut of a token into two tokens, those of the token
-    with the least rank first. Ties are in the order of Transformers' `generate_merges`, and of what is read first.
+    """Return the merges that a SentencePiece vocabulary implies: every cut of a token into two tokens.
 
-    Raises UserError, which begins with `what`, where they are so many that it would take minutes.
+    Merges of the token with the least rank come first; ties are in the order of Transformers' `generate_merges`, and
+    then of `ranks`. Raises UserError, which begins with `where`, where they are so many that it would take minutes.
     """
-    found, left_over = [], MAX_IMPLIED
+    merges, left_over = [], MAX_IMPLIED
     for token, rank in ranks.items():
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
         left_over -= (len(token) + _MARKS) * len(cuts)
         if left_over < 0:
-            raise UserError(f"{what}: the tokens imply merges of more than {MAX_IMPLIED:,} characters")
+            raise UserError(f"{where}: the tokens imply merges of more than {MAX_IMPLIED:,} characters")
         cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-        found += [(rank, -len(left), -len(right), left, right) for left, right in cuts]
-    found.sort(key=lambda merge: merge[:3])
-    return [(left, right) for *_, left, right in found]
+        merges += [(rank, -len(left), -len(right), left, right) for left, right in cuts]
+    merges.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in merges]

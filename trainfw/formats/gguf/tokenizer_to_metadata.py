@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as a GGUF file's metadata."""
+"""Conversion of a Hugging Face tokenizer to a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ _GGML = "tokenizer.ggml"
 
 
 def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
-    """The `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in `directory`, and for where its
-    generation_config.json stops: besides at eos, a GGUF file has a place for two.
+    """Return the `tokenizer.*` keys for the tokenizer.json and tokenizer_config.json in a directory.
 
-    `vocab_size`: rows of the embedding table; those that no token has are listed as unused, as llama.cpp expects.
-    Raises UserError for a tokenizer that llama.cpp has no name for, and says what it is.
+    They include the tokens at which its generation_config.json stops; besides eos, a GGUF file has a place for two.
+
+    Args:
+        vocab_size: rows of the embedding table; those without a token are listed as unused, as llama.cpp expects.
+
+    Raises UserError for a tokenizer that llama.cpp has no name for.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -40,7 +43,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     model = form.get("model") or {}
     if model.get("type") != "BPE":
         raise UserError(f"{file}: a {model.get('type')} tokenizer has no place in a GGUF file: expected BPE")
-    # Special tokens past the embedding are nobody's: llama.cpp's converter leaves them out too.
+    # Special tokens past the embedding are left out, as llama.cpp's converter does.
     form["added_tokens"] = [
         token for token in form.get("added_tokens") or () if token["id"] < vocab_size or not token.get("special")
     ]
@@ -104,7 +107,7 @@ def _byte_level(
 
 
 def _pre_tokenizer(file: Path, form: dict[str, Any]) -> str:
-    """llama.cpp's name of how text is cut. Raises UserError where it has none."""
+    """Return the name by which llama.cpp cuts text like this tokenizer. Raises UserError where it has none."""
     normalizer = (form.get("normalizer") or {}).get("type")
     steps = canonical(form.get("pre_tokenizer"))
     whole = form["model"].get("ignore_merges", False)
@@ -141,7 +144,7 @@ def _sentencepiece(
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
-    # llama.cpp merges whatever makes a token; tokens that are found whole before that may or may not be among them.
+    # llama.cpp merges any two pieces that make a token; merges of user-defined tokens may be listed or not.
     plain = {token: id_ for token, id_ in ids.items() if types[id_] in (NORMAL, BYTE, USER_DEFINED)}
     needed = {token: 0.0 for token, id_ in plain.items() if types[id_] == NORMAL}
     order = [ranks[left + right] for left, right in merges]
@@ -167,7 +170,7 @@ def _sentencepiece(
 
 
 def _space_prefix(file: Path, form: dict[str, Any]) -> bool:
-    """Whether a text starts as if with a space. Raises UserError where spaces are not SentencePiece's."""
+    """Tell whether a space is put before a text. Raises UserError where spaces are not written as in SentencePiece."""
     match form.get("normalizer"), form.get("pre_tokenizer"):
         case {"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "Replace", "content": "▁"}]}, None:
             return True
@@ -176,7 +179,7 @@ def _space_prefix(file: Path, form: dict[str, Any]) -> bool:
         case {"type": "Replace", "content": "▁"}, {"type": "Split", "pattern": {"String": " "}}:
             return False  # Gemma: by then there are no spaces left to split at
         case None, {"type": "Metaspace", "replacement": "▁"}:
-            # Differs from llama.cpp in texts that start with a space, as files of llama.cpp's own converter do.
+            # Texts that start with a space differ from llama.cpp, as with files of llama.cpp's own converter.
             return form["pre_tokenizer"].get("prepend_scheme", "always") != "never"
     raise UserError(
         f"{file}: byte_fallback without SentencePiece's spaces ({SPACE}): llama.cpp would cut text otherwise"
@@ -184,7 +187,7 @@ def _space_prefix(file: Path, form: dict[str, Any]) -> bool:
 
 
 def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
-    """The special tokens that a post-processor puts before and after a text."""
+    """Return the special tokens that a post-processor puts before and after a text."""
     before: set[str] = set()
     after: set[str] = set()
     for step in (post or {}).get("processors") or [post or {}]:

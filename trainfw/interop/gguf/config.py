@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as a config.json. Needs neither jax nor the tensors."""
+"""Conversion of a GGUF file's metadata to a config.json. It needs neither jax nor the tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from trainfw.config import SMALLEST
 from trainfw.errors import UserError, one_of, short
 from trainfw.formats import Header, StoredTensor, read_header
+from trainfw.interop.families import FAMILIES
 from trainfw.interop.gguf.tensor_names import (
     ARCHITECTURES,
     KEYS,
@@ -26,18 +27,21 @@ from trainfw.interop.gguf.tensor_names import (
 MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of Llama 3.1, 3.2 and 3.3. GGUF files hold what comes of them, and not the values."""
+"""Rotary scaling of Llama 3.1, 3.2 and 3.3. GGUF files hold the divisors that it gives, and not these values."""
+TOKEN_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
+"""Roles of tokens in config.json (`bos_token_id`), and their names in `tokenizer.ggml`."""
+
 LLAMA3_FACTORS = (8.0, 32.0)
-"""Of 3.1 and 3.3, and of 3.2."""
+"""Scaling factors: of Llama 3.1 and 3.3, and of 3.2."""
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
 def gguf_config(file: Path | str) -> dict[str, Any]:
-    """The config.json of a GGUF file's model, as Transformers would write it.
+    """Read the config.json of a GGUF file's model, as Transformers would write it.
 
-    Raises UserError for an architecture or a feature that the file names and trainfw does not have, and for metadata
-    that is missing or makes no sense.
+    Raises UserError for an architecture or a feature that trainfw does not have, and for metadata that is missing or
+    makes no sense.
     """
     header = read_header(file)
     if unread := _unread_keys(header):
@@ -47,43 +51,37 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
 
 
 _OTHER_KEYS = (
-    *(
-        "vocab_size",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "rope.dimension_count",
-    ),
-    *("attention.sliding_window", "expert_count", "expert_used_count", "rope.scaling.type", "rope.scaling.factor"),
-    # Of models that were trained with yarn, which is refused.
-    *("rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    *("vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.sliding_window", "expert_count", "expert_used_count", "rope.dimension_count", "rope.scaling.type"),
+    # The last two are of models that were trained with yarn, which is refused.
+    *("rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 )
-"""Keys about the model that are read, or compute nothing, beside those of the tables."""
+"""Keys about the model, besides those of the tables, that are read or compute nothing."""
 _IGNORED = {
-    # llama.cpp reads these for other architectures: beside its logits, they changed nothing of a Llama.
+    # llama.cpp reads these for other architectures: in its logits of a Llama, they changed nothing.
     *("logit_scale", "residual_scale", "embedding_scale", "attention.scale", "attention.temperature_scale"),
     *("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
-    # Routers are as the architecture has them, whatever is said of them.
+    # The architecture decides about routers, whatever these say.
     *("expert_gating_func", "expert_weights_norm", "expert_weights_scale"),
-    # How tensors are laid out in the file, and what is returned of embedding models.
+    # Layout of tensors in the file, and results of embedding models.
     *("tensor_data_layout", "pooling_type"),
 }
 _WITHOUT_EFFECT = {"attention.causal": (True,), "rope.scaling.attn_factor": (1.0,)}
-"""The values at which keys that are not read change nothing; of others 0, false or nothing at all."""
+"""Values at which keys that are not read change nothing; for other keys these are 0, false and empty text."""
 
 
 def _unread_keys(header: Header) -> list[str]:
-    """The file's keys about its model that say nothing here, nor to llama.cpp.
+    """Return the file's keys about its model that count neither here nor in llama.cpp.
 
-    Raises UserError for others that are set: llama.cpp may compute another model by them.
+    Raises UserError for other unknown keys that are set: llama.cpp may compute another model by them.
     """
     name, architecture = header.architecture, architecture_of(header)
-    known = {*_OTHER_KEYS, *(key.gguf for key in (*KEYS, *architecture.keys))}
+    read = {*_OTHER_KEYS, *(key.gguf for key in (*KEYS, *architecture.keys))}
     without_effect = _WITHOUT_EFFECT | {"attention.sliding_window_pattern": (0, architecture.window_pattern)}
     unread = []
     for key, value in header.metadata.items():
         own = key.removeprefix(f"{name}.")
-        if own == key or own in known:
+        if own == key or own in read:
             continue
         if own in _IGNORED:
             unread.append(key[:80])
@@ -93,7 +91,7 @@ def _unread_keys(header: Header) -> list[str]:
 
 
 def architecture_of(header: Header) -> Architecture:
-    """The table of a file's architecture. Raises UserError with those that there are."""
+    """Return the table of a file's architecture. Raises UserError, with the architectures, for an unknown one."""
     name = header.architecture
     if name not in ARCHITECTURES:
         raise UserError(
@@ -103,18 +101,18 @@ def architecture_of(header: Header) -> Architecture:
 
 
 def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
-    """As `gguf_config`, of a header; `rope_freqs` is that tensor where there is one."""
+    """Return the config.json for a header; see `gguf_config`. `rope_freqs` is the tensor of this name, if any."""
     name, architecture = header.architecture, architecture_of(header)
     family = _family(header, architecture)
     keys = (*KEYS, *architecture.keys, *(MIXTRAL_KEYS if family == "mixtral" else ()))
     config: dict[str, Any] = {
-        "architectures": [architecture.families[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         **architecture.constants,
     }
     for key in keys:
         if key.gguf == "feed_forward_length" and "expert_feed_forward_length" in {other.gguf for other in keys}:
-            # Of layers that are no mixture, of which there is none: some files leave it out.
+            # The size of layers that are no mixture, of which there are none: some files leave it out.
             config[key.huggingface] = header.size(f"{name}.{key.gguf}", header.size(f"{name}.embedding_length"))
             continue
         config[key.huggingface] = _value(header, f"{name}.{key.gguf}", key)
@@ -143,17 +141,17 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
         window = header.get(f"{name}.attention.sliding_window", int, 0)
         if window or family != "llama":
             config["sliding_window"] = window or None
-    for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        id_ = header.get(f"tokenizer.ggml.{theirs}_token_id", int, config["vocab_size"])
+    for role, ggml_role in TOKEN_ROLES.items():
+        id_ = header.get(f"tokenizer.ggml.{ggml_role}_token_id", int, config["vocab_size"])
         config[f"{role}_token_id"] = id_ if 0 <= id_ < config["vocab_size"] else None
     config["torch_dtype"] = _dtype(header)
     return config
 
 
 def _family(header: Header, architecture: Architecture) -> str:
-    """Transformers' model_type."""
+    """Return Transformers' model_type."""
     if header.architecture != "llama":
-        return next(iter(architecture.families))
+        return architecture.families[0]
     if header.get("llama.expert_count", int, 0):
         return "mixtral"
     mistral = "mistral" in header.get("general.name", str, "").lower()
@@ -170,7 +168,7 @@ def _value(header: Header, name: str, key: Key) -> Any:
 
 
 def shortest(value: float) -> float:
-    """The number of the fewest digits that is `value` in 32 bits: 1e-05, and not 9.999999747378752e-06."""
+    """Return the number with the fewest digits that equals `value` in 32 bits: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -226,7 +224,7 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
 
 
 def _dtype(header: Header) -> str:
-    """Of most elements as `GGUFTensors` gives them."""
+    """Return the dtype of most elements, as `GGUFTensors` reads them."""
     sizes: Counter[str] = Counter()
     for stored in header.tensors.values():
         sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)

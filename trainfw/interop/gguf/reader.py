@@ -1,7 +1,8 @@
-"""The tensors of a GGUF file as if they were those of a Hugging Face checkpoint."""
+"""Reader of a GGUF file's tensors by the names, and in the layout, of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +11,37 @@ import ml_dtypes
 import numpy as np
 
 from trainfw.errors import UserError
-from trainfw.formats import Header, StoredTensor, TensorInfo, fingerprint, read_header
+from trainfw.formats import Header, StoredTensor, TensorInfo, Tensors, bounds_of, read_header
 from trainfw.interop.gguf.config import architecture_of, gguf_config
-from trainfw.interop.gguf.tensor_names import ROPE_FREQS, Row, template, to_halves
+from trainfw.interop.gguf.tensor_names import ROPE_FREQS, Row, rows_of, template, to_halves
 
 CHUNK_BYTES = 8 << 20
-"""Dequantised at a time."""
+"""Bytes dequantised at a time."""
 MAX_TENSORS = 1 << 18
-"""The largest mixtures of experts have a third of that, and a name costs as much whatever its tensor's size."""
+"""Most tensors, each expert's counted by itself: the largest mixtures of experts have a third of that."""
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-"""Of what is stored as it is; everything else is dequantised to float32."""
+"""Dtypes of formats that are read as they are; all others are dequantised to float32."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a Hugging Face tensor is in the file."""
+    """The place of a Hugging Face tensor in the file."""
 
     stored: StoredTensor
     row: Row
     first_row: int
-    """Rows of the stored tensor before it: those of other experts."""
+    """Number of rows of the stored tensor before it: those of other experts."""
     heads: int | None
-    """How many heads its rows are, where their order within a head is llama.cpp's."""
+    """Number of heads that its rows make up, where they are in llama.cpp's order; else None."""
 
 
-class GGUFTensors:
-    """The tensors of a GGUF file by their Hugging Face names, in that layout, dequantised; nothing is read before it is
-    asked for, and then only the rows that are.
+class GGUFTensors(Tensors):
+    """The tensors of a GGUF file by their Hugging Face names, in that layout, dequantised. Only rows that are asked for
+    are read.
 
     Raises UserError for a file that is damaged, of an architecture that is not supported, with a tensor that its
-    architecture does not have, or quantised in a way that the `gguf` library cannot undo.
+    architecture does not have, or with a quantisation that the `gguf` library cannot undo.
     """
 
     def __init__(self, file: Path | str) -> None:
@@ -49,7 +50,8 @@ class GGUFTensors:
         layers = config["num_hidden_layers"]
         self._heads = {"query": config["num_attention_heads"], "key": config["num_key_value_heads"]}
         experts = config.get("num_experts", config.get("num_local_experts"))
-        rows = {row.gguf: row for row in architecture_of(self.header).rows}
+        name = self.header.architecture
+        rows = {row.gguf: row for family in architecture_of(self.header).families for row in rows_of(name, family)}
         self._places: dict[str, _Place] = {}
         for name, stored in self.header.tensors.items():
             if name == ROPE_FREQS:  # checked with the config
@@ -90,18 +92,11 @@ class GGUFTensors:
         return TensorInfo(shape[1:] if len(shape) == 3 else shape, dtype.newbyteorder("="))
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """That part of a tensor, freshly allocated. Rows are read and dequantised in chunks of about `CHUNK_BYTES`."""
         info, place = self.infos[name], self._places[name]
-        whole = tuple(slice(0, length) for length in info.shape)
-        ranges = [
-            range(*part.indices(length))
-            for part, length in zip((*index, *whole[len(index) :]), info.shape, strict=True)
-        ]
-        if any(part.step != 1 for part in ranges):
-            raise ValueError(f"{name}: index {index}: expected steps of 1")
-        columns = slice(ranges[-1].start, ranges[-1].stop)
-        rows = ranges[0] if len(ranges) == 2 else range(1)
-        out = np.empty((len(rows), len(ranges[-1])), info.dtype)
+        bounds = bounds_of(index, info.shape)
+        columns = slice(*bounds[-1])
+        rows = range(*bounds[0]) if len(bounds) == 2 else range(1)
+        out = np.empty((len(rows), columns.stop - columns.start), info.dtype)
         # Whole heads at a time where their rows change places.
         group = 1 if place.heads is None else info.shape[0] // place.heads
         step = max(CHUNK_BYTES // (4 * info.shape[-1] * group), 1) * group
@@ -111,17 +106,17 @@ class GGUFTensors:
             values = self._rows(place, start, stop)
             if place.heads is not None:
                 values = to_halves(values, (stop - start) // group)
-            kept = slice(max(start, rows.start), min(stop, rows.stop))
-            part = values[kept.start - start : kept.stop - start, columns]
-            out[kept.start - rows.start : kept.stop - rows.start] = part - np.float32(1) if place.row.plus_one else part
+            lower, upper = max(start, rows.start), min(stop, rows.stop)
+            part = values[lower - start : upper - start, columns]
+            out[lower - rows.start : upper - rows.start] = part - np.float32(1) if place.row.plus_one else part
         return out if len(info.shape) == 2 else out[0]
 
     def _rows(self, place: _Place, start: int, stop: int) -> np.ndarray:
-        """Rows as they are stored, dequantised."""
+        """Read rows in the order in which they are stored, and dequantise them."""
         from gguf import GGMLQuantizationType, quants
 
         stored = place.stored
-        row_bytes = stored.nbytes * stored.shape[-1] // _size(stored.shape)
+        row_bytes = stored.nbytes * stored.shape[-1] // math.prod(stored.shape)
         offset = stored.offset + (place.first_row + start) * row_bytes
         count = (stop - start) * row_bytes
         data = np.fromfile(stored.file, np.uint8, count, offset=offset)
@@ -131,13 +126,9 @@ class GGUFTensors:
             return data.view(_DTYPES[stored.type]).reshape(stop - start, -1)
         return quants.dequantize(data.reshape(stop - start, row_bytes), GGMLQuantizationType[stored.type])
 
-    def fingerprint(self) -> str:
-        """Identity of the weights: names, shapes, dtypes and sampled values of every tensor."""
-        return fingerprint(self)
-
 
 def _refuse_unreadable(header: Header) -> None:
-    """Raise UserError where a tensor is of a type that the `gguf` library does not dequantise."""
+    """Raise UserError where a tensor has a type that the `gguf` library does not dequantise."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     types = {stored.type: stored.name for stored in header.tensors.values() if stored.type not in _DTYPES}
@@ -147,7 +138,3 @@ def _refuse_unreadable(header: Header) -> None:
             quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
         except NotImplementedError as error:
             raise UserError(f"{header.file}: tensor {name} has type {kind}, which cannot be dequantised") from error
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))

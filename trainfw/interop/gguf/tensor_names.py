@@ -1,7 +1,8 @@
-"""What GGUF and Hugging Face call the same things: one table for each architecture, for reading and for writing."""
+"""Names of tensors and metadata in GGUF files, and in Hugging Face checkpoints: tables for reading and for writing."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,21 +10,24 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainfw.formats import gguf_library
+from trainfw.interop.families import FAMILIES
+
 ROPE_FREQS = "rope_freqs.weight"
-"""Of llama3's scaled rotary frequencies: by what each is divided."""
+"""Tensor of the divisors of rotary frequencies, in models with llama3's scaling."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a GGUF file, and that of a Hugging Face checkpoint; with `{layer}`, one for each layer."""
+    """One tensor of a GGUF file and its name in a Hugging Face checkpoint; with `{layer}`, one for each layer."""
 
     gguf: str
     huggingface: str
-    """With `{expert}`, one for each expert; GGUF has them stacked, as (E, ...)."""
+    """Name in the checkpoint; with `{expert}`, one for each expert, where GGUF has one tensor (E, ...)."""
     heads: Literal["query", "key"] | None = None
-    """llama.cpp rotates neighbours where Transformers rotates halves: rows within these heads are in its order."""
+    """Heads whose rows are in llama.cpp's order: it rotates neighbours where Transformers rotates halves."""
     plus_one: bool = False
-    """GGUF stores 1 + what Transformers stores."""
+    """Flag: GGUF stores 1 + the checkpoint's values."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +39,25 @@ class Key:
     field: str
     kind: type = int
     default: Any = None
-    """What llama.cpp takes where the key is absent; None where it must be there."""
+    """Value that llama.cpp takes for an absent key; None where the key must be there."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A model family as llama.cpp names it."""
 
-    rows: tuple[Row, ...]
-    families: Mapping[str, str]
-    """Transformers' `model_type`s that are this, and the class of each."""
+    families: tuple[str, ...]
+    """Transformers' `model_type`s of this architecture."""
     keys: tuple[Key, ...] = ()
-    """Beyond `KEYS`."""
+    """Keys besides `KEYS`."""
     constants: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says of every such model."""
+    """Keys and values in the config.json of every such model."""
     window_pattern: int | None = None
-    """Every so many layers one is global, the others are sliding."""
+    """Number of layers of which the last is global and the others are sliding."""
     grouped_heads: bool = True
-    """Whether llama.cpp lets query heads share a key head in it."""
+    """Flag: llama.cpp lets query heads share a key head."""
     wide_scale_layers: int | None = None
-    """The number of layers by which llama.cpp knows the model whose query scale is by hidden_size / num_heads."""
+    """Number of layers of the one model whose query scale is by hidden_size / num_heads, as llama.cpp knows it."""
 
 
 KEYS = (
@@ -75,77 +78,17 @@ def _expert_keys(count: str) -> tuple[Key, ...]:
     )
 
 
-_HF, _BLK = "model.layers.{layer}", "blk.{layer}"
-
-
-def _attention(*, permuted: bool = False) -> tuple[Row, ...]:
-    heads = ("query", "key", None, None) if permuted else (None,) * 4
-    names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-    return tuple(
-        Row(f"{_BLK}.{ours}.weight", f"{_HF}.self_attn.{theirs}.weight", heads=kind)  # type: ignore[arg-type]
-        for (ours, theirs), kind in zip(names.items(), heads)
-    )
-
-
-def _ends(*, plus_one: bool = False) -> tuple[Row, ...]:
-    return (
-        Row("token_embd.weight", "model.embed_tokens.weight"),
-        Row("output_norm.weight", "model.norm.weight", plus_one=plus_one),
-        Row("output.weight", "lm_head.weight"),
-        Row(f"{_BLK}.attn_norm.weight", f"{_HF}.input_layernorm.weight", plus_one=plus_one),
-    )
-
-
-def _head_norms(*, plus_one: bool = False) -> tuple[Row, ...]:
-    return tuple(
-        Row(f"{_BLK}.attn_{head}_norm.weight", f"{_HF}.self_attn.{head}_norm.weight", plus_one=plus_one)
-        for head in ("q", "k")
-    )
-
-
-def _experts(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    names = {"gate": gate, "up": up, "down": down}
-    return (
-        Row(f"{_BLK}.ffn_gate_inp.weight", f"{_HF}.{router}.weight"),
-        *(Row(f"{_BLK}.ffn_{ours}_exps.weight", f"{_HF}.{theirs}.weight") for ours, theirs in names.items()),
-    )
-
-
-_MLP_NORM = (Row(f"{_BLK}.ffn_norm.weight", f"{_HF}.post_attention_layernorm.weight"),)
-_GEMMA_NORMS = (
-    Row(f"{_BLK}.post_attention_norm.weight", f"{_HF}.post_attention_layernorm.weight", plus_one=True),
-    Row(f"{_BLK}.ffn_norm.weight", f"{_HF}.pre_feedforward_layernorm.weight", plus_one=True),
-    Row(f"{_BLK}.post_ffw_norm.weight", f"{_HF}.post_feedforward_layernorm.weight", plus_one=True),
-)
-_MLP = tuple(Row(f"{_BLK}.ffn_{name}.weight", f"{_HF}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
-_EXPERTS = _experts("mlp.gate", *(f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")))
-_MIXTRAL = _experts("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{expert}}.w{i}" for i in (1, 3, 2)))
-_QKV_BIAS = tuple(Row(f"{_BLK}.attn_{x}.bias", f"{_HF}.self_attn.{x}_proj.bias") for x in ("q", "k", "v"))
-
 _SILU = {"hidden_act": "silu", "attention_bias": False}
 _GLOBAL = {"use_sliding_window": False, "sliding_window": None}
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 _WINDOW = Key("attention.sliding_window", "sliding_window", "sliding_window")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(
-        (*_ends(), *_attention(permuted=True), *_MLP_NORM, *_MLP, *_MIXTRAL),
-        {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"},
-        constants=_SILU | {"mlp_bias": False},
-    ),
-    "qwen2": Architecture(
-        (*_ends(), *_attention(), *_QKV_BIAS, *_MLP_NORM, *_MLP),
-        {"qwen2": "Qwen2ForCausalLM"},
-        constants={"hidden_act": "silu"} | _GLOBAL,
-    ),
-    "qwen3": Architecture(
-        (*_ends(), *_attention(), *_head_norms(), *_MLP_NORM, *_MLP),
-        {"qwen3": "Qwen3ForCausalLM"},
-        constants=_SILU | _GLOBAL,
-    ),
+    "llama": Architecture(("llama", "mistral", "mixtral"), constants=_SILU | {"mlp_bias": False}),
+    "qwen2": Architecture(("qwen2",), constants={"hidden_act": "silu"} | _GLOBAL),
+    "qwen3": Architecture(("qwen3",), constants=_SILU | _GLOBAL),
     "qwen3moe": Architecture(
-        (*_ends(), *_attention(), *_head_norms(), *_MLP_NORM, *_EXPERTS),
-        {"qwen3_moe": "Qwen3MoeForCausalLM"},
+        ("qwen3_moe",),
         (
             *_expert_keys("num_experts"),
             # Before `KEYS`' feed_forward_length, which no layer has.
@@ -155,15 +98,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         _SILU | _GLOBAL | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
     "olmoe": Architecture(
-        (*_ends(), *_attention(), *_head_norms(), *_MLP_NORM, *_EXPERTS),
-        {"olmoe": "OlmoeForCausalLM"},
+        ("olmoe",),
         _expert_keys("num_experts"),
         _SILU | {"norm_topk_prob": False, "clip_qkv": None},
         grouped_heads=False,
     ),
     "gemma2": Architecture(
-        (*_ends(plus_one=True), *_attention(), *_GEMMA_NORMS, *_MLP),
-        {"gemma2": "Gemma2ForCausalLM"},
+        ("gemma2",),
         (
             _WINDOW,
             Key("attn_logit_softcapping", "attn_logit_softcapping", "attention_softcap", float, 50.0),
@@ -174,40 +115,69 @@ ARCHITECTURES: dict[str, Architecture] = {
         wide_scale_layers=46,
     ),
     "gemma3": Architecture(
-        (*_ends(plus_one=True), *_attention(), *_head_norms(plus_one=True), *_GEMMA_NORMS, *_MLP),
-        {"gemma3_text": "Gemma3ForCausalLM"},
+        ("gemma3_text",),
         (_WINDOW, Key("rope.freq_base_swa", "rope_local_base_freq", "rope_local_theta", float, 10000.0)),
         _GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
         window_pattern=6,
         wide_scale_layers=62,
     ),
 }
-"""By `general.architecture`. Names and keys are those of gguf's constants.py and llama.cpp's convert_hf_to_gguf.py."""
+"""Architectures by `general.architecture`; keys as in gguf's constants.py and llama.cpp's convert_hf_to_gguf.py."""
 
 MIXTRAL_KEYS = _expert_keys("num_local_experts")
 
 
+@functools.cache
+def rows_of(architecture: str, family: str) -> tuple[Row, ...]:
+    """Return the tensors of a family's models in a GGUF file of an architecture, by the `gguf` library's names."""
+    gguf = gguf_library()
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, 1)
+    fields = FAMILIES[family].fields
+    rows = []
+    for row in FAMILIES[family].rows:
+        module, _, leaf = row.path.rpartition(".")
+        module = module.rpartition(".")[2]
+        if (leaf == "bias" and "qkv_bias" not in fields) or (module in _HEAD_NORMS and "qk_norm" not in fields):
+            continue
+        name, _, suffix = row.tensor.rpartition(".")
+        # The library has no name for a head of Gemma, whose published models all tie it.
+        stored = (
+            "output" if name == "lm_head" else names.get_name(name.replace("{layer}", "0").replace(".{expert}", ""))
+        )
+        assert stored is not None, f"{architecture}: the gguf library has no name for {row.tensor}"
+        heads: Any = module if architecture == "llama" and module in ("query", "key") else None
+        plus_one = leaf == "scale" and "zero_centered_norm" in fields
+        rows.append(Row(f"{stored.replace('blk.0.', 'blk.{layer}.')}.{suffix}", row.tensor, heads, plus_one))
+    return tuple(rows)
+
+
+_HEAD_NORMS = ("query_norm", "key_norm")
+
+
 def template(name: str) -> tuple[str, int | None]:
-    """A GGUF tensor's name with `{layer}` in place of its layer, and the layer."""
+    """Return a GGUF tensor's name with `{layer}` in place of its layer, and the layer."""
     match = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", name)
     return (f"blk.{{layer}}.{match[2]}", int(match[1])) if match else (name, None)
 
 
 def to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k (whole heads of them) from llama.cpp's order, in which a rotation turns neighbours, to that of
-    Transformers, in which it turns row i of the first half with row i of the second."""
+    """Bring rows of q or k (whole heads) from llama.cpp's order to that of Transformers.
+
+    A rotation turns neighbours in llama.cpp; in Transformers, row i of the first half with row i of the second.
+    """
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `to_halves`."""
+    """Undo `to_halves`."""
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """By what llama3's scaling divides each rotary frequency, as (head_dim / 2,) f32."""
+    """Return the divisor of each rotary frequency in llama3's scaling, f32 (head_dim / 2,)."""
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     smooth = (original / wavelengths - low) / (high - low)
     return (1 / ((1 - smooth.clip(0, 1)) / factor + smooth.clip(0, 1))).astype(np.float32)

@@ -1,10 +1,10 @@
-"""GGUF files for llama.cpp, from a Hugging Face config, tensors and tokenizer."""
+"""Writer of GGUF files for llama.cpp, from a Hugging Face config, tensors and tokenizer."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -13,7 +13,8 @@ import numpy as np
 
 from trainfw.errors import UserError, did_you_mean, one_of
 from trainfw.formats import Header, StoredTensor, Tensors, gguf_library, tokenizer_metadata
-from trainfw.interop.gguf.config import config_of
+from trainfw.interop.configs import config_from_huggingface
+from trainfw.interop.gguf.config import TOKEN_ROLES, config_of
 from trainfw.interop.gguf.tensor_names import (
     ARCHITECTURES,
     KEYS,
@@ -22,6 +23,7 @@ from trainfw.interop.gguf.tensor_names import (
     Architecture,
     Row,
     llama3_divisors,
+    rows_of,
     to_pairs,
 )
 from trainfw.models import ModelConfig
@@ -29,15 +31,15 @@ from trainfw.unfinished import writing
 
 Quantization = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-"""`general.file_type`, which only names the file's kind."""
-_NOT_SAID = ("preset", "max_position", "init_std")
-"""Fields of ModelConfig that change nothing of what a model computes."""
+"""Values of `general.file_type`, which only name the kind of file."""
+_WITHOUT_EFFECT = ("preset", "max_position", "init_std")
+"""Fields of ModelConfig that do not change what a model computes."""
 CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class _Write:
-    """One tensor of the file, and those of the checkpoint that it is made of."""
+    """One tensor of the file, and the checkpoint's tensors that it is made of."""
 
     stored: StoredTensor
     row: Row
@@ -58,42 +60,45 @@ def save_gguf(
 
     Args:
         huggingface: the model's config.json.
-        tensors: its tensors; each is read once, a few MB at a time, those of one kind layer after layer.
-        tokenizer_dir: where its tokenizer.json and tokenizer_config.json are.
-        quantization: of the matrices. Vectors and routers are F32, and with Q8_0 a matrix whose rows are no multiple of
-            32 is F16.
+        tensors: the model's tensors; each is read once, a few MB at a time, those of one kind layer after layer.
+        tokenizer_dir: directory of its tokenizer.json and tokenizer_config.json.
+        quantization: number format of the matrices. Vectors and routers are F32, and with Q8_0 a matrix whose rows are
+            no multiple of 32 is F16.
 
-    The file has its name only when it is complete; after an error nothing is left. Raises UserError for a model or a
-    tokenizer that llama.cpp would not run as it is, for tensors that are missing or of another shape, and for values
-    that F16 cannot hold; OSError, with the path, where the disk is full.
+    The file gets its name only when it is complete; after an error nothing is left. Raises UserError for a model or a
+    tokenizer that llama.cpp would run as another one, for tensors that are missing or of another shape, and for values
+    beyond the range of F16; OSError, with the path, where the disk is full.
     """
     file, tokenizer_dir = Path(file), Path(tokenizer_dir)
     if quantization not in get_args(Quantization):
         raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
     gguf = gguf_library()
     name, architecture = _architecture(huggingface)
-    config = _model_config(huggingface)
+    config = config_from_huggingface(huggingface)
     if config.num_kv_heads != config.num_heads and not architecture.grouped_heads:
         raise UserError(
             f"llama.cpp cannot run this model: in architecture {name}, {config.num_heads} query heads need as many key "
             f"heads, not {config.num_kv_heads}"
         )
     divisors = _divisors(config)
-    writes = _writes(architecture, config, tensors, quantization, str(huggingface["model_type"]))
+    writes = _writes(rows_of(name, huggingface["model_type"]), config, tensors, quantization)
     if divisors is not None:
         writes.append(_Write(_stored(ROPE_FREQS, divisors.shape, "F32"), Row(ROPE_FREQS, ""), ()))
     metadata = _metadata(name, architecture, huggingface, config)
     metadata |= {"general.name": _title(huggingface, file), "general.file_type": _FILE_TYPES[quantization]}
     metadata |= tokenizer_metadata(tokenizer_dir, config.vocab_size)
-    for role, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    for role, ggml_role in TOKEN_ROLES.items():
         id_ = huggingface.get(f"{role}_token_id")
         if type(id_) is int:
-            metadata.setdefault(f"tokenizer.ggml.{theirs}_token_id", id_)
-    _refuse_what_is_lost(file, name, metadata, writes, divisors, config)
+            metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
+    _check_read_back(file, name, metadata, writes, divisors, config)
     with writing(file) as partial:
         writer = gguf.GGUFWriter(partial, name)
         for key, value in metadata.items():
-            _add(writer, key, value)
+            # llama.cpp reads whole numbers as UINT32, and the library would write INT32.
+            kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            if value != []:  # which the format does not have
+                writer.add_key_value(key, value, kind)
         for write in writes:
             kind = gguf.GGMLQuantizationType[write.stored.type]
             writer.add_tensor_info(
@@ -125,12 +130,6 @@ def _architecture(huggingface: Mapping[str, object]) -> tuple[str, Architecture]
     return families[family], ARCHITECTURES[families[family]]
 
 
-def _model_config(huggingface: Mapping[str, object]) -> ModelConfig:
-    from trainfw.interop import config_from_huggingface
-
-    return config_from_huggingface(huggingface)
-
-
 def _metadata(
     name: str, architecture: Architecture, huggingface: Mapping[str, object], config: ModelConfig
 ) -> dict[str, object]:
@@ -143,7 +142,7 @@ def _metadata(
         if value is not None:
             values[key.gguf] = key.kind(value)
     if name == "llama" and config.sliding_window is not None:
-        # llama.cpp attends to all in this architecture: the same, within the window.
+        # llama.cpp attends to all tokens in this architecture: within the window that is the same.
         values["attention.sliding_window"] = config.sliding_window
         values["context_length"] = min(config.max_position, config.sliding_window)
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
@@ -163,7 +162,7 @@ def _metadata(
 
 
 def _divisors(config: ModelConfig) -> np.ndarray | None:
-    """The rope_freqs tensor of llama3's scaling."""
+    """Return the rope_freqs tensor of llama3's scaling; None for other models."""
     rope = config.rope_scaling
     if rope is None or rope.kind != "llama3":
         return None
@@ -174,21 +173,15 @@ def _divisors(config: ModelConfig) -> np.ndarray | None:
     return llama3_divisors(config.head_dim, config.rope_theta, rope.factor, low, high, original)
 
 
-def _writes(
-    architecture: Architecture, config: ModelConfig, tensors: Tensors, quantization: str, family: str
-) -> list[_Write]:
-    """What the file will hold, in order. Raises UserError where the checkpoint's names or shapes are other."""
+def _writes(rows: Sequence[Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[_Write]:
+    """List the file's tensors in order. Raises UserError where the checkpoint has other names or shapes."""
     heads: dict[str | None, int | None] = {"query": config.num_heads, "key": config.num_kv_heads, None: None}
     num_experts = 0 if config.moe is None else config.moe.num_experts
-    found: set[str] = set()
+    used: set[str] = set()
     writes = []
-    for row in architecture.rows:
-        if "block_sparse_moe" in row.huggingface and family != "mixtral":
-            continue
-        if ".mlp." in row.huggingface and family == "mixtral":
-            continue
+    for row in rows:
         if row.huggingface == "lm_head.weight" and config.tie_embeddings:
-            found.add(row.huggingface)  # a second copy of the table, in some checkpoints
+            used.add(row.huggingface)  # a second copy of the table, in some checkpoints
             continue
         for layer in range(config.num_layers if "{layer}" in row.gguf else 1):
             experts = range(num_experts if "{expert}" in row.huggingface else 1)
@@ -205,8 +198,8 @@ def _writes(
             kind = "F32" if vector else "F16" if quantization == "Q8_0" and whole[-1] % 32 else quantization
             stored = _stored(row.gguf.format(layer=layer), whole, kind)
             writes.append(_Write(stored, row, sources, num_heads))
-            found.update(sources)
-    if extra := {name for name in set(tensors.infos) - found if not name.endswith("rotary_emb.inv_freq")}:
+            used.update(sources)
+    if extra := {name for name in set(tensors.infos) - used if not name.endswith("rotary_emb.inv_freq")}:
         raise UserError(f"checkpoint: a GGUF file has no place for tensor {sorted(extra)[0]}")
     return writes
 
@@ -218,7 +211,7 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
     return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
 
 
-def _refuse_what_is_lost(
+def _check_read_back(
     file: Path,
     name: str,
     metadata: Mapping[str, object],
@@ -226,13 +219,12 @@ def _refuse_what_is_lost(
     divisors: np.ndarray | None,
     config: ModelConfig,
 ) -> None:
-    """Raise UserError where what is read back is another model: llama.cpp would run that one."""
-    header = Header(
-        file, {**metadata, "general.architecture": name}, {write.stored.name: write.stored for write in writes}
-    )
-    back = _model_config(config_of(header, divisors)).model_dump()
+    """Raise UserError where the file would be read back as another model: llama.cpp would run that one."""
+    stored = {write.stored.name: write.stored for write in writes}
+    header = Header(file, {**metadata, "general.architecture": name}, stored)
+    back = config_from_huggingface(config_of(header, divisors)).model_dump()
     for key, value in config.model_dump().items():
-        if key not in _NOT_SAID and back[key] != value and not _close(back[key], value):
+        if key not in _WITHOUT_EFFECT and back[key] != value and not _close(back[key], value):
             raise UserError(
                 f"llama.cpp cannot run this model: in architecture {name}, {key} is {back[key]}, not {value}"
             )
@@ -244,7 +236,7 @@ def _close(left: Any, right: Any) -> bool:
 
 
 def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
-    """The values of one tensor of the file in order, as f32 rows, a chunk at a time."""
+    """Yield the values of one tensor of the file in order, as f32 rows, a chunk at a time."""
     for source in write.sources:
         info = tensors.infos[source]
         if len(info.shape) == 1:
@@ -269,11 +261,8 @@ def _encode(values: np.ndarray, stored: StoredTensor) -> bytes:
         limit = 65504.0 * (127 if stored.type == "Q8_0" else 1)
         if (worst := float(np.abs(values).max(initial=0))) > limit:
             raise UserError(f"tensor {stored.name} has a value of {worst:g}, beyond {stored.type}: use BF16 or F32")
-    match stored.type:
-        case "F32":
-            return values.astype("<f4").tobytes()
-        case "F16":
-            return values.astype("<f2").tobytes()
+    if stored.type in ("F32", "F16"):
+        return values.astype({"F32": "<f4", "F16": "<f2"}[stored.type]).tobytes()
     return quants.quantize(values, GGMLQuantizationType[stored.type]).tobytes()
 
 
@@ -283,24 +272,8 @@ def _pad(out: BinaryIO, alignment: int) -> None:
 
 def _title(huggingface: Mapping[str, object], file: Path) -> str:
     title = str(huggingface.get("_name_or_path") or file.stem)
-    # The one thing by which Mistral is told from Llama, whose architecture it has.
+    # Mistral has Llama's architecture in llama.cpp: only this name tells them apart.
     return f"mistral {title}" if huggingface["model_type"] == "mistral" and "mistral" not in title.lower() else title
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case list():
-            writer.add_array(key, value)
-        case _:
-            raise TypeError(f"{key}: {type(value).__name__}")
 
 
 def window_note(config: ModelConfig) -> str:
