@@ -110,3 +110,55 @@ def test_no_module_has_the_name_of_what_its_package_exports(face):
     exported = {alias.asname for node in ast.parse(face.read_text()).body for alias in getattr(node, "names", ())}
     assert exported
     assert not {name for name in exported if (face.parent / f"{name}.py").exists()}
+
+
+def definitions(file: Path) -> list[ast.stmt]:
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.stmt)]
+
+
+LONG_FUNCTIONS = {"launch/kubernetes.py: kubernetes_job", "training/loop.py: _train"}
+"""Functions that are still too long; this list only shrinks."""
+
+
+def test_functions_fit_a_screen_and_files_stay_short():
+    long_functions, long_files = set(), []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        if len(file.read_text().splitlines()) > 600:
+            long_files.append(name)
+        for node in definitions(file):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 80:
+                long_functions.add(f"{name}: {node.name}")
+    assert long_functions <= LONG_FUNCTIONS
+    assert not long_files
+
+
+PLAIN = ["adapters", "checkpoint", "data", "formats", "interop", "sampling", "weights"]
+"""Packages whose docstrings are held to plain beginnings; the others are to follow."""
+RIDDLES = {
+    *("What", "Of", "Whether", "Where", "That", "Those", "And", "Its", "By", "How", "Which", "Who", "When", "As", "In"),
+    *("Ours", "Theirs", "Such", "Said", "Also", "But"),
+}
+
+
+def docstrings(file: Path) -> list[tuple[int, str]]:
+    """(line, text) of every docstring in a file, those below attributes too."""
+    return [
+        (node.lineno, node.value.value)
+        for node in definitions(file)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+
+
+@pytest.mark.parametrize("package", PLAIN)
+def test_no_docstring_is_a_riddle(package):
+    texts = [(file, *each) for file in sorted((PACKAGE / package).rglob("*.py")) for each in docstrings(file)]
+    assert texts
+    riddles = [
+        f"{file.relative_to(PACKAGE)}:{line}: {text[:60]}" for file, line, text in texts if _first(text) in RIDDLES
+    ]
+    assert not riddles
+
+
+def _first(text: str) -> str:
+    return text.split(maxsplit=1)[0].strip(".,:;")
