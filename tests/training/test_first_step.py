@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.helpers import losses, random_batches, tiny_recipe
 from trainfw import RunError, backends, build_program, train
 from trainfw.objectives import Mean
-from trainfw.optim import OptimizerConfig, make_optimizer
-from trainfw.training.first_step import FirstStep, _samples, largest_update
+from trainfw.optim import OptimizerConfig, make_optimizer, traits_of
+from trainfw.training.first_step import FirstStep, _samples
 from trainfw.training.session import Session
 
 RATE = "optimizer.learning_rate=1e-3"
@@ -103,7 +103,7 @@ def test_no_optimizer_exceeds_its_largest_update(name, scales, betas):
     for step, scale in enumerate(scales, 1):
         updates, state = optimizer.update(jax.tree.map(lambda x, s=scale: x * s, params), state, params)
         for update in jax.tree.leaves(updates):
-            assert np.max(np.abs(update)) <= 1.01e-2 * largest_update(config, step, update.size)
+            assert np.max(np.abs(update)) <= 1.01e-2 * traits_of(config).largest_update(config, step, update.size)
 
 
 @pytest.mark.slow

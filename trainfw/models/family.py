@@ -12,7 +12,7 @@ from pydantic_core import core_schema
 
 from trainfw.config import Config, Dim, invalid
 from trainfw.errors import UserError, nearest
-from trainfw.object_reference import is_reference, make_object
+from trainfw.pieces import check_parts, is_own, make_piece
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -160,12 +160,13 @@ _PARTS = (
 @functools.cache
 def load_family(name: str) -> Family:
     """Return the family of this name, or `package.module:Name`. Raises UserError where there is none."""
-    if name not in FAMILIES and not is_reference(name):
+    if name not in FAMILIES and not is_own(name):
         near = nearest(name, FAMILIES)
         meant = f"; did you mean {near!r}?" if near else ""
         known = ", ".join(FAMILIES)
         raise UserError(f"family = {name!r}: unknown family; expected {known}, or package.module:Name{meant}")
-    family: Family = make_object("family", FAMILIES.get(name, name), _PARTS, "trainfw.models.Family")
+    made = make_piece(FAMILIES.get(name, name), {}, key="family")
+    family: Family = check_parts(made, "family", name, _PARTS, "trainfw.models.Family")
     if not (isinstance(family.config, type) and issubclass(family.config, FamilyConfig)):
         raise UserError(f"family = {name!r}: its config is no class that extends trainfw.models.FamilyConfig")
     return family

@@ -12,6 +12,7 @@ from .objective import Draw as Draw
 from .objective import Objective as Objective
 from .preference import Preference as Preference
 from .registry import TokenOptions as TokenOptions
+from .registry import check_objective as check_objective
 from .registry import make_objective as make_objective
 from .schema import Field as Field
 from .schema import Schema as Schema

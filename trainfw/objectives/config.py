@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, invalid
 from trainfw.errors import did_you_mean
-from trainfw.object_reference import is_reference
+from trainfw.pieces import is_own
 
 PREFERENCES = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 """Losses of pairs, each with its default beta: the papers' or TRL's."""
@@ -46,7 +46,7 @@ class ObjectiveConfig(Config):
     @property
     def is_own(self) -> bool:
         """Tell whether it is somebody's own, `package.module:Name`."""
-        return is_reference(self.name)
+        return is_own(self.name)
 
     @property
     def reads_pairs(self) -> bool:

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from trainfw.object_reference import make_object
 from trainfw.objectives.config import ObjectiveConfig
 from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
+from trainfw.pieces import check_parts, is_own, make_piece
 
 _PARTS = ("schema", "loss", "roles", "unit")
 
@@ -27,9 +27,15 @@ class TokenOptions:
 
 def make_objective(config: ObjectiveConfig, options: TokenOptions) -> Objective:
     """Return what a model learns. Raises UserError where somebody's own cannot be made."""
-    if ":" in config.name:
-        return make_object("name", config.name, _PARTS, "trainfw.objectives.Objective", **config.options)
+    if is_own(config.name):
+        return check_objective(make_piece(config.name, config.options), config.name)
     if config.name == "next_token":
         return NextToken(options.chunk, options.mask_documents, options.z_loss)
     kind = cast(PreferenceLoss, config.name)
     return Preference(kind, config.beta_or_default, config.margin, options.pairs_per_row, options.chunk)
+
+
+def check_objective(made: Any, name: str) -> Objective:
+    """Return somebody's own objective. Raises UserError, which begins with `name`, where it is none."""
+    objective: Objective = check_parts(made, "name", name, _PARTS, "trainfw.objectives.Objective")
+    return objective

@@ -1,17 +1,30 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trainfw.config import INT32, Config, PositiveInt, invalid
+from trainfw.errors import did_you_mean
+from trainfw.names import VALUES
+from trainfw.optim.registry import OPTIMIZERS
+from trainfw.pieces import is_own
+
+_OURS = ("b1", "b2", "epsilon", "weight_decay", "weight_decay_exclude")
+"""Keys that an optimizer of somebody's own does not read: its own are `options`."""
 
 
 class OptimizerConfig(Config):
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    """`muon` updates the layers' matrices; embeddings, head, norms and biases get AdamW."""
+    name: str = Field(
+        default="adamw", json_schema_extra={"anyOf": [{"enum": [*OPTIMIZERS]}, {"pattern": r"^[\w.]+:[\w.<>]+$"}]}
+    )
+    """`adamw`, `lion`, `adafactor` or `muon`, which updates the layers' matrices; embeddings, head, norms and biases
+    get AdamW. Or your own, `package.module:Name`: a function of the learning rate and of `options` that returns an
+    Optax transformation, such as `optax:sgd`; see `trainfw.optim.OwnOptimizer`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of your own optimizer: what it is called with, beside the learning rate."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """The peak, reached after warmup."""
     adam_learning_rate: float | None = Field(default=None, gt=0)
@@ -41,6 +54,24 @@ class OptimizerConfig(Config):
     def _combinations(self) -> OptimizerConfig:
         if self.decay_steps is not None and self.schedule != "wsd":
             invalid("decay_steps", f"decay_steps belongs to schedule wsd, not {self.schedule}")
-        if self.adam_learning_rate is not None and self.name != "muon":
-            invalid("adam_learning_rate", f"adam_learning_rate belongs to muon, not {self.name}")
+        own = is_own(self.name)
+        if not own and self.name not in OPTIMIZERS:
+            known = VALUES.get(self.name.lower())
+            meant = f"; did you mean {known!r}?" if known in OPTIMIZERS else did_you_mean(self.name, OPTIMIZERS)
+            ours = f"expected one of {', '.join(OPTIMIZERS)}{meant}"
+            invalid("name", f"{self.name!r}: {ours} (or your own, package.module:Name)")
+        if self.options and not own:
+            invalid("options", f"options are for an optimizer of your own, but name is {self.name!r}")
+        for field in _OURS if own else ():
+            if getattr(self, field) != type(self).model_fields[field].get_default(call_default_factory=True):
+                invalid(field, f"{field} is not read by an optimizer of your own, {self.name}: put it into options")
+        for owner, optimizer in OPTIMIZERS.items():
+            for field in optimizer.traits.fields:
+                if getattr(self, field) is not None and self.name != owner:
+                    invalid(field, f"{field} belongs to {owner}, not {self.name}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unread = _OURS if is_own(self.name) else ()
+        return {key: value for key, value in dump(self).items() if key not in unread}

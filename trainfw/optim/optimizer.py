@@ -1,70 +1,37 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from trainfw.errors import UserError
 from trainfw.optim.config import OptimizerConfig
+from trainfw.optim.registry import OPTIMIZERS
 from trainfw.optim.schedule import make_schedule
-from trainfw.parallel import by_layer
-
-Params = Any
-"""A nested dict of arrays; a parameter's name is its keys joined by dots."""
+from trainfw.optim.traits import OwnOptimizer, Params
+from trainfw.pieces import is_own, make_piece
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimizer, decoupled weight decay and the schedule, as one Optax transformation.
 
-    `update` takes the gradients' global norm as `norm`; left out, clipping computes it.
+    `own` is one that a script hands over in the place of the recipe's. `update` takes the gradients' global norm as
+    `norm`; left out, clipping computes it.
     """
-    schedule = make_schedule(config, steps)
 
     def decays(params: Params) -> Params:
         return _decay_mask(params, config.weight_decay_exclude)
 
-    optimizer: optax.GradientTransformation
-    match config.name:
-        case "adamw":
-            optimizer = optax.adamw(
-                schedule, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decays
-            )
-        case "lion":
-            optimizer = optax.lion(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
-        case "adafactor":
-            optimizer = optax.chain(
-                optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
-                optax.add_decayed_weights(config.weight_decay, mask=decays),
-                optax.scale_by_learning_rate(schedule),
-            )
-        case "muon":
-            adam_schedule = make_schedule(config, steps, config.adam_learning_rate)
-            optimizer = optax.partition(
-                {
-                    "matrix": optax.chain(
-                        _on_whole_matrices(scale_by_muon(beta=config.b1, weight_dimension_numbers=_stacked_matrices)),
-                        _match_adam_rms(),
-                        optax.add_decayed_weights(config.weight_decay, mask=decays),
-                        optax.scale_by_learning_rate(schedule),
-                    ),
-                    "other": optax.adamw(
-                        adam_schedule,
-                        config.b1,
-                        config.b2,
-                        config.epsilon,
-                        weight_decay=config.weight_decay,
-                        mask=decays,
-                    ),
-                },
-                _muon_labels,
-            )
+    if own is None and not is_own(config.name):
+        optimizer = OPTIMIZERS[config.name].make(config, steps, decays)
+    else:
+        optimizer = _made(config, own, make_schedule(config, steps))
     if config.clip_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
 
@@ -73,6 +40,25 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+def _made(config: OptimizerConfig, own: OwnOptimizer | None, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return somebody's own transformation. Raises UserError, which begins with `name`, where it is none."""
+    if own is None:
+        made = make_piece(config.name, config.options, schedule)
+    elif callable(own):
+        made = own(schedule)
+    else:
+        raise UserError(
+            f"name = {config.name!r}: expected a function of the learning rate, such as `lambda rate: "
+            "optax.sgd(rate)`, so that the recipe's schedule holds and is logged"
+        )
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise UserError(
+            f"name = {config.name!r}: returns a {type(made).__name__} of the learning rate; expected an Optax "
+            "transformation, which has init and update"
+        )
+    return made
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
@@ -136,31 +122,3 @@ def _check_patterns(params: Params, exclude: list[str]) -> None:
         # The defaults suit every model: one without biases is no mistake.
         if pattern not in OptimizerConfig().weight_decay_exclude and not fnmatch.filter(names, pattern):
             raise UserError(f"weight_decay_exclude: {pattern!r} matches none of the parameters {', '.join(names)}")
-
-
-def _muon_labels(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "matrix" if path[0].key == "layers" and path[-1].key == "kernel" else "other", params
-    )
-
-
-def _stacked_matrices(params: Params) -> Params:
-    """The layers' matrices are stacked along a leading dim, which Muon is to treat as a batch."""
-    return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)
-
-
-def _on_whole_matrices(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Orthogonalise whole matrices, the layers dealt out among devices."""
-
-    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        return by_layer(muon.update, updates, state)
-
-    return optax.GradientTransformation(muon.init, update)
-
-
-def _match_adam_rms() -> optax.GradientTransformation:
-    """Give Muon's orthogonal updates the root mean square of AdamW's typical ones, 0.2, whatever the shape.
-
-    So that one learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982, equation 4).
-    """
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape[-2:])) * u, updates))

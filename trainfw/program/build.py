@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from trainfw.objectives import Batch, Metrics, Objective, Schema, TokenOptions, make_objective
-from trainfw.optim import make_optimizer, make_schedule, optimizer_shardings
+from trainfw.optim import OwnOptimizer, make_optimizer, make_schedule, optimizer_shardings, traits_of
 from trainfw.program.fit import Fit, fit
 from trainfw.program.functions import Function, Functions
 from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state
 from trainfw.program.models import ModelSet, model_set
+from trainfw.program.name_pieces import name_pieces
 from trainfw.program.program import Program
 from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
@@ -23,32 +24,41 @@ from trainfw.recipe import Recipe, expect_recipe
 
 
 def build_program(
-    recipe: Recipe, devices: Sequence[jax.Device] | None = None, *, stands_in: bool | None = None
+    recipe: Recipe,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    objective: Objective | None = None,
+    optimizer: OwnOptimizer | None = None,
+    stands_in: bool | None = None,
 ) -> Program:
     """Turn a recipe and devices (default: all) into the program. Compiles and allocates nothing.
 
     Args:
+        objective: one of your own, in the place of the recipe's; the program's recipe names it.
+        optimizer: likewise: a function of the learning rate that returns an Optax transformation.
         stands_in: whether a CPU stands for other hardware, where the CPU's own kernels are not what that would run.
             None: where `hardware.topology` is of other hardware, or the backend is simulated.
 
     Raises UserError where the recipe and the devices do not fit together.
     """
-    expect_recipe(recipe)
+    recipe = name_pieces(expect_recipe(recipe), objective, optimizer)
     place = fit(recipe, jax.devices() if devices is None else devices, stands_in)
-    if recipe.adapter is not None and recipe.optimizer.name == "muon":
+    with recipe.blamed("optimizer"):
+        traits = traits_of(recipe.optimizer, optimizer)
+    if recipe.adapter is not None and traits.kernels_alone:
         raise recipe.error(
             "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
         )
-    objective = objective_of(recipe)
+    objective = objective_of(recipe) if objective is None else objective
     schema = objective.schema(recipe.train.global_batch_size, recipe.data.sequence_length)
     models = model_set(recipe, place, objective.roles)
     with recipe.blamed("optimizer"):
-        optimizer = make_optimizer(recipe.optimizer, recipe.train.steps)
+        transformation = make_optimizer(recipe.optimizer, recipe.train.steps, optimizer)
         schedule = make_schedule(recipe.optimizer, recipe.train.steps)
     with recipe.blamed("parallel"):
         grad_shardings = models.shardings(place.rules, "gradients")
         update_shardings = models.shardings(place.rules, "optimizer")
-    abstract_state, draw, start = _state(recipe, place, models, optimizer, update_shardings)
+    abstract_state, draw, start = _state(recipe, place, models, transformation, update_shardings)
     abstract_batch = _batch(place, schema)
     gradient_sums, metrics = _on_mesh(
         LocalComputation(recipe, place, models, objective),
@@ -61,7 +71,8 @@ def build_program(
     update = Update(
         recipe=recipe,
         rules=place.rules,
-        optimizer=optimizer,
+        optimizer=transformation,
+        traits=traits,
         schedule=schedule,
         shardings=update_shardings,
         gradient_sums=gradient_sums,
@@ -74,6 +85,7 @@ def build_program(
         schema=schema,
         fit=place,
         models=models,
+        traits=traits,
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
         grad_shardings=grad_shardings,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from trainfw.models import flops_per_token
 from trainfw.objectives import Batch, Objective, Schema
+from trainfw.optim import Traits
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
 from trainfw.program.functions import Functions
@@ -32,6 +33,8 @@ class Program:
     """The arrays of a global batch."""
     fit: Fit
     models: ModelSet
+    traits: Traits
+    """The optimizer's."""
     abstract_state: TrainState
     """ShapeDtypeStructs with shardings."""
     abstract_batch: Batch

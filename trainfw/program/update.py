@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from trainfw.objectives import Batch, Mean, Metrics
+from trainfw.optim import Traits
 from trainfw.parallel import Rules, use_rules
 from trainfw.program.skip_bad_steps import judge, keep_where
 from trainfw.program.state import TrainState
@@ -24,6 +25,7 @@ class Update:
     recipe: Recipe
     rules: Rules
     optimizer: optax.GradientTransformationExtraArgs
+    traits: Traits
     schedule: Callable[[jax.Array], Any]
     shardings: Any
     """Nested dict: how the optimizer's state of each parameter is kept, and so each one's update."""
@@ -52,7 +54,7 @@ class Update:
         params = jax.lax.with_sharding_constraint(state.params, self.shardings)
         with use_rules(self.rules):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, params, norm=metrics["grad_norm"].total)
-        if self.recipe.optimizer.name == "muon":  # the others make finite updates of finite gradients; a norm is a pass
+        if self.traits.may_overflow:  # a norm is a pass over the updates
             metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)
         metrics["learning_rate"] = Mean(jnp.float32(self.schedule(state.step)), 1.0)
         updated = jax.lax.with_sharding_constraint(optax.apply_updates(params, updates), self.shardings)

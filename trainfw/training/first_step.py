@@ -12,7 +12,7 @@ import numpy as np
 from trainfw import backends
 from trainfw.errors import RunError
 from trainfw.objectives import Metrics
-from trainfw.optim import OptimizerConfig
+from trainfw.optim import Traits, traits_of
 from trainfw.program import TrainState
 from trainfw.recipe import Recipe
 
@@ -36,10 +36,12 @@ class FirstStep:
 
     Args:
         loss: of the batch, by the evaluation step; None where there is none, or it is not to be compared.
+        traits: of the optimizer; None: by the recipe's name of it.
     """
 
-    def __init__(self, recipe: Recipe, state: TrainState, loss: float | None):
+    def __init__(self, recipe: Recipe, state: TrainState, loss: float | None, traits: Traits | None = None):
         train = recipe.train
+        self.traits = traits_of(recipe.optimizer) if traits is None else traits
         self.optimizer, self.loss = recipe.optimizer, loss
         self.near = _NEAR[train.matmul_dtype if train.matmul_dtype in _NEAR else train.compute_dtype]
         self.step = int(_numbers(state.step)[0])
@@ -66,7 +68,7 @@ class FirstStep:
                 return f"{name} is not finite, though its loss is"
             change = np.abs(after[name] - before)
             decay = rate * self.optimizer.weight_decay * np.abs(before)
-            most = _SLACK * (rate * largest_update(self.optimizer, self.step + 1, sizes[name]) + decay)
+            most = _SLACK * (rate * self.traits.largest_update(self.optimizer, self.step + 1, sizes[name]) + decay)
             over = change > most + 1e-6 * np.abs(before)  # of the sum in float32
             if np.any(over):
                 return f"{name} has moved by {np.max(change[over]):.3g}, more than an update can ({np.min(most):.3g})"
@@ -89,31 +91,6 @@ def check_first_step(first: FirstStep, state: TrainState, metrics: Metrics, name
             f"the first step cannot be right: {problem}; nothing of it was saved. The state was donated to it: try "
             "backend.donate=false, which takes memory for the state twice"
         )
-
-
-def largest_update(config: OptimizerConfig, step: int, size: int) -> float:
-    """By how much an element can change at most in the `step`-th step, per unit of learning rate, without its decay.
-
-    AdamW: of all histories of gradients that with the largest mean over root of the mean square, by Cauchy and Schwarz.
-    Lion moves by signs. Adafactor's updates have a root mean square of 1 at most, and Muon's less (what AdamW updates
-    there is bound as AdamW's): no element exceeds the root of their number.
-    """
-    if config.name == "lion":
-        return 1.0
-    adam = max(_adam_ratio(config.b1, config.b2, n) for n in {*range(1, min(step, 1000) + 1), step})
-    return {"adamw": adam, "muon": max(adam, math.sqrt(size))}.get(config.name, math.sqrt(size))
-
-
-def _adam_ratio(b1: float, b2: float, step: int) -> float:
-    """sqrt(sum of w**2 / v) for the weights w and v that the moments give the gradients of `step` steps."""
-    if b2 == 0:
-        return math.inf if b1 and step > 1 else 1.0
-    ratio = b1 * b1 / b2
-    try:
-        total = step if ratio == 1 else (1 - ratio**step) / (1 - ratio)
-        return math.sqrt(total * (1 - b2**step) / (1 - b2)) * (1 - b1) / (1 - b1**step)
-    except OverflowError:
-        return math.inf
 
 
 def _fixed(state: TrainState) -> dict[str, Any]:

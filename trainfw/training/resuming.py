@@ -63,7 +63,7 @@ _KEYS: dict[Effect, str] = {
         model.head_dim model.tie_embeddings model.activation model.qkv_bias model.qk_norm model.zero_centered_norm
         model.post_norms model.scale_embeddings model.moe model.moe.num_experts model.moe.shared_intermediate_size
         adapter adapter.kind adapter.rank adapter.targets adapter.patterns
-        optimizer.name
+        optimizer.name optimizer.options
     """,
     "order": """
         data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters

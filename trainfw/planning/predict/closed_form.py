@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from trainfw.backends import load_sdk
 from trainfw.hardware import Topology
 from trainfw.models import FeedForward, ModelShapes, Weight, family_of
+from trainfw.optim import state_bytes as state_bytes_of
 from trainfw.parallel import Layout, Placement, Sharded, bubble
 from trainfw.planning.predict.step_time import step_time
 from trainfw.planning.read_step.analysis import Analysis, Matmul, Streamed, Transfer
@@ -300,19 +301,7 @@ def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     for weight in model_shapes(recipe).weights:
         elements, parts = weight.elements, _parts(weight, layout)
         parameters += 4 * elements // _parts(weight, kept)
-        match recipe.optimizer.name:
-            case "lion":
-                optimizer += 4 * elements // parts
-            case "muon" if weight.kind == "layers.kernel":
-                optimizer += 4 * elements // parts
-            case "adafactor":
-                *_, second, first = sorted((1, *weight.shape))
-                if len(weight.shape) > 1 and second >= 128:  # a row and a column, on every core
-                    optimizer += 4 * (elements // first + elements // second + 1)
-                else:
-                    optimizer += 4 * (elements // parts + 2)
-            case _:
-                optimizer += 8 * elements // parts
+        optimizer += state_bytes_of(recipe.optimizer, weight.kind, weight.shape, parts)
     return {"parameters": parameters, "optimizer_state": optimizer}
 
 

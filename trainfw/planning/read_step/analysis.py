@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from trainfw import backends
 from trainfw.errors import UserError
 from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
 from trainfw.recipe import Recipe
@@ -237,11 +238,11 @@ def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
     """Raise UserError where a program for `simulated` would not tell of `layout`."""
     if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
-    if simulated.fsdp < layout.fsdp and recipe.optimizer.name == "muon":
+    if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
         raise recipe.error(
             "optimizer.name",
-            f"{layout} is compiled for fsdp({simulated.fsdp}), and muon deals whole layers out among all cores, so its "
-            f"update does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
+            f"{layout} is compiled for fsdp({simulated.fsdp}), and an update of whole matrices "
+            f"does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
         )
 
 

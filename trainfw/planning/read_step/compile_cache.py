@@ -22,8 +22,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from trainfw import backends
-from trainfw.object_reference import is_reference
 from trainfw.paths import cache_dir
+from trainfw.pieces import is_own
 from trainfw.planning.read_step.analysis import (
     Analysis,
     Simulation,
@@ -78,7 +78,7 @@ def compiled(
     backend = backends.simulated(found.rules) if stands_in else backends.current()
     key = _key(found, backend)
     file = cache_dir() / "plans" / f"{key}.json"
-    own = any(map(is_reference, (recipe.model.family, recipe.objective.name)))  # code that the key does not know
+    own = any(map(is_own, (recipe.model.family, recipe.objective.name)))  # code that the key does not know
     step = None if fresh or own else _load(file, key)
     if step is not None:
         progress("compiled before (in the cache; fresh=True, --no-cache, compiles it anew)")

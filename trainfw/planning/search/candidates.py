@@ -14,6 +14,7 @@ from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
 from trainfw.models import family_of
+from trainfw.optim import traits_of
 from trainfw.parallel import AXES, Layout, Placement, Sharded, context_problem, layers_problem, place
 from trainfw.planning.predict.closed_form import Estimate, estimate, model_shapes, state_bytes
 from trainfw.planning.read_step.analysis import check_rates, simulated_recipe
@@ -263,7 +264,9 @@ def _devices(recipe: Recipe, layout: Layout) -> int:
 def _too_large(recipe: Recipe, layout: Layout) -> bool:
     """Whether no program tells of it that can be compiled here (see `simulation`)."""
     shortened = simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp
-    return _devices(recipe, layout) > backends.MAX_SIMULATED or (shortened and recipe.optimizer.name == "muon")
+    return _devices(recipe, layout) > backends.MAX_SIMULATED or (
+        shortened and traits_of(recipe.optimizer).whole_matrices
+    )
 
 
 def _divisors(number: int) -> list[int]:

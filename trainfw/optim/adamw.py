@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from trainfw.optim.traits import Optimizer, Params, Traits
+
+if TYPE_CHECKING:
+    import optax
+
+    from trainfw.optim.config import OptimizerConfig
+
+
+def make_adamw(
+    config: OptimizerConfig, steps: int, decays: Callable[[Params], Params], peak: float | None = None
+) -> optax.GradientTransformation:
+    """Return AdamW, at the recipe's learning rate or at another `peak`."""
+    import optax
+
+    from trainfw.optim.schedule import make_schedule
+
+    return optax.adamw(
+        make_schedule(config, steps, peak),
+        config.b1,
+        config.b2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+
+
+def largest_ratio(config: OptimizerConfig, step: int, size: int) -> float:
+    """Return the largest mean over root of the mean square, of all histories of gradients (by Cauchy and Schwarz)."""
+    return max(_ratio(config.b1, config.b2, n) for n in {*range(1, min(step, 1000) + 1), step})
+
+
+def _ratio(b1: float, b2: float, step: int) -> float:
+    """sqrt(sum of w**2 / v) for the weights w and v that the moments give the gradients of `step` steps."""
+    if b2 == 0:
+        return math.inf if b1 and step > 1 else 1.0
+    ratio = b1 * b1 / b2
+    try:
+        total = step if ratio == 1 else (1 - ratio**step) / (1 - ratio)
+        return math.sqrt(total * (1 - b2**step) / (1 - b2)) * (1 - b1) / (1 - b1**step)
+    except OverflowError:
+        return math.inf
+
+
+def two_moments(name: str, shape: tuple[int, ...], parts: int) -> int:
+    """Return the bytes of two moments in float32."""
+    return 8 * math.prod(shape) // parts
+
+
+ADAMW = Optimizer(
+    make_adamw,
+    Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments),
+)
