@@ -16,6 +16,7 @@ from trainfw.backends.neuron.numbering import number_by_place
 from trainfw.backends.neuron.place import read_place
 from trainfw.errors import UserError, did_you_mean, nearest
 from trainfw.hardware import HardwareConfig, Topology
+from trainfw.pieces import is_own, load_piece
 
 if TYPE_CHECKING:
     import jax
@@ -71,6 +72,19 @@ _lent = False
 """Whether devices are simulated only because a plan or a check asked for them."""
 _device_kind: ContextVar[str | None] = ContextVar("device_kind", default=None)
 """Kind of the devices that simulated ones stand for."""
+
+
+def register(backend: Backend) -> None:
+    """Add a backend of somebody's own: for JAX's platform `backend.platform`, and to be simulated under its name.
+
+    Raises UserError where there is one already.
+    """
+    known = {one.name: one for one in BACKENDS.values()} | BACKENDS
+    for name in (backend.name, backend.platform):
+        if known.get(name, backend) != backend:
+            raise UserError(f"backend {backend.name!r}: trainfw has one for {name!r} already; expected another name")
+    BACKENDS[backend.platform] = backend
+    SIMULATED[backend.name] = replace(backend, platform="cpu", compiler_options=CPU.compiler_options)
 
 
 @contextlib.contextmanager
@@ -161,7 +175,8 @@ def prepare(
 
     Args:
         devices: simulate this many devices on the CPU.
-        as_backend: `neuron`: run on the CPU under that backend's contract, which `current` then returns.
+        as_backend: `neuron`: run on the CPU under that backend's contract, which `current` then returns. Or one of your
+            own: the name of one that was registered, or `package.module:NAME` of a `Backend`.
         hardware: what the recipe is for. Left out, this process runs on its own.
         layout: the sizes of the mesh axes (one may be -1), by which Neuron's environment is chosen.
         scan_layers: whether the program loops over its layers, as above.
@@ -170,6 +185,10 @@ def prepare(
     once, where the environment contradicts itself or the hardware, and where JAX_PLATFORMS asks for what is not there.
     """
     global _as_backend, _lent
+    if as_backend is not None and is_own(as_backend):
+        own = load_piece(as_backend)
+        register(own)
+        as_backend = own.name
     if as_backend is not None and as_backend not in SIMULATED:
         raise UserError(
             f"as_backend = {as_backend!r} (--as): is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"

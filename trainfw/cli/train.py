@@ -96,7 +96,7 @@ def _run(
     reporter = make_reporter()
 
     def approve(program: Program) -> None:
-        if as_backend is not None:
+        if as_backend is not None and backends.current().has_sdk:
             _check(program, reporter)
 
     try:
