@@ -53,8 +53,8 @@ from .select import host_device as host_device
 from .select import is_host as is_host
 from .select import lend as lend
 from .select import prepare as prepare
-from .select import register as register
 from .select import refuse_lent as refuse_lent
+from .select import register as register
 from .select import simulate as simulate
 from .select import simulated as simulated
 from .select import standing_for as standing_for

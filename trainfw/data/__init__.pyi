@@ -1,6 +1,9 @@
 from .cache import PreparedData as PreparedData
 from .cache import check_source as check_source
+from .cache import check_tokenizer_file as check_tokenizer_file
 from .cache import prepare as prepare
+from .cache import prepare_tokens as prepare_tokens
+from .cache import ready_tokenizer as ready_tokenizer
 from .chat import ChatTemplate as ChatTemplate
 from .chat import chat_prompt as chat_prompt
 from .chat import stop_ids as stop_ids
@@ -13,6 +16,11 @@ from .pipeline import TrainIterator as TrainIterator
 from .pipeline import train_iterator as train_iterator
 from .pipeline import validation_batches as validation_batches
 from .progress import Progress as Progress
+from .python_rows import data_name as data_name
+from .python_rows import held_tokens as held_tokens
+from .python_rows import is_rows as is_rows
+from .python_rows import memory_source as memory_source
+from .python_rows import tokens_of as tokens_of
 from .rows import ExampleRows as ExampleRows
 from .rows import PairRows as PairRows
 from .rows import Rows as Rows
@@ -21,6 +29,7 @@ from .sources import Document as Document
 from .sources import Source as Source
 from .sources import open_source as open_source
 from .store import TokenStore as TokenStore
+from .stream import StreamIterator as StreamIterator
 from .tokenizer import GENERATION as GENERATION
 from .tokenizer import TextStream as TextStream
 from .tokenizer import Tokenizer as Tokenizer

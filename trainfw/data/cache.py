@@ -25,7 +25,8 @@ from trainfw.data.examples import Encoder, Refused
 from trainfw.data.locking import held
 from trainfw.data.preferences import PairEncoder
 from trainfw.data.progress import Progress, reported
-from trainfw.data.sources import Document, Source, open_source
+from trainfw.data.python_rows import RowSource, held_tokens, source_of, tokens_of
+from trainfw.data.sources import Document, Source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import RunError, UserError, about
@@ -85,20 +86,49 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None
+    config: DataConfig,
+    *,
+    source: Source | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
 ) -> PreparedData:
     """Return both splits of the source that `config` names, from the cache unless something has changed.
 
-    `tokenizer` replaces the one that `config` names. Any number of processes may call this at once; one of them builds
-    the cache. Raises UserError where the source cannot be read, no row of it can be used, a split would be empty, or
-    the cache cannot be written.
+    `source` and `tokenizer` replace those that `config` names. Any number of processes may call this at once; one of
+    them builds the cache. Raises UserError where the source cannot be read, no row of it can be used, a split would be
+    empty, or the cache cannot be written.
     """
     with about("source"):
-        source = open_source(config)
+        source = source or source_of(config)
     with about("tokenizer.path"):
-        tokenizer = tokenizer or _ready_tokenizer(config)
+        tokenizer = tokenizer or ready_tokenizer(config)
     cache = _Cache(_dated(config, tokenizer), source, tokenizer, progress)
     return replace(cache.prepared(source), skipped=source.skipped)
+
+
+def prepare_tokens(config: DataConfig, rows: Sequence[Any]) -> PreparedData:
+    """Both splits of rows in memory that are tokenised already, with their own markers; nothing is cached.
+
+    A hash of its tokens decides a row's side. Raises UserError where a split would be empty.
+    """
+    with about("tokenizer.path"):
+        tokenizer = ready_tokenizer(config)
+    if tokenizer is None:
+        raise UserError("tokenizer.name: `bpe` trains on text, and these rows are tokens; name the file that made them")
+    splits: dict[bool, list[Any]] = {False: [], True: []}
+    for row in itertools.islice(rows, config.max_documents):
+        tokens = tokens_of(row)
+        if tokens is None:
+            raise UserError(f"source: a row is {str(row)[:40]!r}, after rows of tokens; expected token ids")
+        splits[is_held_out(tokens.tobytes().hex(), config.validation_fraction)].append(tokens)
+    for held_out, name in ((False, "train"), (True, "validation")):
+        if not splits[held_out]:
+            raise UserError(f"validation_fraction = {config.validation_fraction}: the {name} split is empty")
+    train, validation = (
+        held_tokens(splits[side], lambda tokens: len(tokenizer.decode(tokens.tolist()).encode()))
+        for side in (False, True)
+    )
+    return PreparedData(train, validation, tokenizer, None, f"{train.digest} {validation.digest}")
 
 
 class _Cache:
@@ -108,6 +138,7 @@ class _Cache:
         self, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
     ) -> None:
         self._config, self._tokenizer, self._progress = config, tokenizer, progress
+        self._in_memory = source if isinstance(source, RowSource) else None
         self._fingerprint = _fingerprint(config, source, tokenizer)
         self._root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
         self._directory = self._root / self._fingerprint
@@ -168,7 +199,7 @@ class _Cache:
             with self._mending, self._lock():
                 if not is_whole():
                     log.warning("%s; making the cache again from its source", problem)
-                    self._make(open_source(self._config), self._tokenizer, self._digests)
+                    self._make(self._in_memory or source_of(self._config), self._tokenizer, self._digests)
                     log.warning("%s is whole again", self._directory)
         except (UserError, OSError) as error:
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
@@ -221,7 +252,12 @@ def check_source(config: DataConfig) -> None:
     with about("source"):
         if not isinstance(config.source, str | list):  # model_copy checks nothing
             raise UserError(f"{type(config.source).__name__} where a path, or a list of paths, is expected")
-        open_source(config)
+        source_of(config)
+    check_tokenizer_file(config)
+
+
+def check_tokenizer_file(config: DataConfig) -> None:
+    """Raise UserError where the tokenizer's file is not there."""
     with about("tokenizer.path"):
         path = config.tokenizer.path
         if path is not None and not resolve_path(path).exists():
@@ -234,7 +270,7 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def _ready_tokenizer(config: DataConfig) -> Tokenizer | None:
+def ready_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Return the tokenizer, unless it is still to be trained."""
     if config.tokenizer.name == "bpe":
         return None

@@ -126,7 +126,8 @@ class DataConfig(Config):
     def _source_is_named(cls, source: object) -> object:
         if hasattr(source, "save_to_disk"):
             kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
-            invalid("", f"is a {kind}; expected its path: save_to_disk(DIRECTORY), and name that")
+            hint = "save_to_disk(DIRECTORY), and name that; or trainfw.train(recipe, data=...)"
+            invalid("", f"is a {kind}; expected its path: {hint}")
         return source
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
 def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each line, a JSON object; blank lines are skipped."""
     for line, data in _lines(path):
-        yield f":{line}", _document(_parsed(data, path, line), columns, f"{path}, line {line}")
+        yield f":{line}", document(_parsed(data, path, line), columns, f"{path}, line {line}")
 
 
 def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
@@ -79,7 +79,7 @@ def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]
     for line, data in _lines(path):
         row: Any
         try:
-            row = _example(json.loads(data.decode(), object_pairs_hook=unique), columns)
+            row = example(json.loads(data.decode(), object_pairs_hook=unique), columns)
         except UnicodeDecodeError:
             row = Unreadable("not UTF-8")
         except WrittenTwice as error:
@@ -91,12 +91,12 @@ def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]
 
 def read_json(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each object in a JSON file: a list of objects, or objects one after another."""
-    return ((place, _document(value, columns, where)) for place, where, value in json_values(path))
+    return ((place, document(value, columns, where)) for place, where, value in json_values(path))
 
 
 def read_json_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the example of each object in a JSON file: a list of objects, or objects one after another."""
-    return ((place, _example(value, columns)) for place, _, value in json_values(path))
+    return ((place, example(value, columns)) for place, _, value in json_values(path))
 
 
 def why_no_rows(path: Path, columns: Columns) -> str | None:
@@ -180,7 +180,7 @@ ROW_READERS: dict[str, Reader] = {
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
-def _example(row: object, columns: Columns) -> object:
+def example(row: object, columns: Columns) -> object:
     """Return an object's values of these columns; `Unreadable` where it lacks the first; no object as it is."""
     if not isinstance(row, dict):
         return row
@@ -190,7 +190,7 @@ def _example(row: object, columns: Columns) -> object:
     return {key: row[key] for key in columns if key in row}
 
 
-def _document(row: object, columns: Columns, where: str) -> str:
+def document(row: object, columns: Columns, where: str) -> str:
     """Return an object's text in the one column. Raises UserError where it has none."""
     [column] = columns
     if not isinstance(row, dict):

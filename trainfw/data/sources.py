@@ -123,17 +123,7 @@ def open_source(config: DataConfig) -> Source:
         raise UserError("source is an empty list: expected at least one path")
     if names[0] in TASK_SOURCES:
         return _python_stdlib(names[0], config.max_characters)
-    if config.format == "text":
-        columns: Columns = (config.text_field,)
-        readers = READERS
-    else:
-        fields = {
-            "chat": (config.messages_field, *CONVERSATION),
-            "prompt_completion": (config.prompt_field, config.completion_field),
-            "preferences": (config.chosen_field, config.rejected_field, config.prompt_field, *CONVERSATION),
-        }[config.format]
-        columns = tuple(dict.fromkeys((*fields, *ROW_SWITCHES)))
-        readers = ROW_READERS
+    columns, readers = columns_of(config), READERS if config.format == "text" else ROW_READERS
     if names == [STDLIB]:
         if config.format != "text":
             raise UserError(f"source: {STDLIB} is text; for {config.format}, name JSONL or Parquet files")
@@ -143,6 +133,18 @@ def open_source(config: DataConfig) -> Source:
     finder = Finder(readers, lambda path, kind: why_no_rows(path, columns) if kind == ".json" else None)
     inputs = [Input(path, name, readers[kind]) for one in names for path, name, kind in finder.find(one)]
     return Source(tuple(inputs), columns, skipped=str(finder.skipped))
+
+
+def columns_of(config: DataConfig) -> Columns:
+    """Return the columns that are read of a row: the text of a document, or the parts of an example."""
+    if config.format == "text":
+        return (config.text_field,)
+    fields = {
+        "chat": (config.messages_field, *CONVERSATION),
+        "prompt_completion": (config.prompt_field, config.completion_field),
+        "preferences": (config.chosen_field, config.rejected_field, config.prompt_field, *CONVERSATION),
+    }[config.format]
+    return tuple(dict.fromkeys((*fields, *ROW_SWITCHES)))
 
 
 def _python_stdlib(task: str | None = None, max_characters: int | None = None) -> Source:
