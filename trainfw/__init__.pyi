@@ -10,6 +10,8 @@ from .program import Program as Program
 from .program import build_program as build_program
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
+from .training import Callback as Callback
+from .training import Logger as Logger
 from .training import evaluate as evaluate
 from .training import load_model as load_model
 from .training import train as train

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tests.helpers import Heard, tiny_recipe
 from trainfw import UserError
 from trainfw.recipe import FaultsConfig
-from trainfw.training import RunDirectory
-from trainfw.training import log as log_module
+from trainfw.training import RunDirectory, loggers
 from trainfw.training.faults import FaultLog, Growth
 from trainfw.training.log import MetricsLog
 from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, append_rows, read_rows
@@ -139,7 +138,7 @@ def test_metrics_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
     log = MetricsLog(run, None, heard)
     log.write({"step": 1, "loss": 1.0})
     with monkeypatch.context() as full:
-        full.setattr(log_module, "append_rows", no_space)
+        full.setattr(loggers, "append_rows", no_space)
         full.setattr(RunDirectory, "drop_after", no_space)
         log.write({"step": 2, "loss": 1.0})
         log.write({"step": 3, "loss": 1.0})

@@ -18,7 +18,7 @@ from trainfw import backends
 from trainfw.errors import PeerError
 from trainfw.signals import STOPS
 from trainfw.training import stopping
-from trainfw.training.stopping import Stop
+from trainfw.training.stopping import Asked, Stop
 
 
 class Store:
@@ -58,11 +58,14 @@ def test_all_stop_at_one_turn(data, count, ahead):
         patch.setattr(stopping, "_SESSIONS", iter([0] * count))
         stops = [Stop(count) for _ in range(count)]
         signals = data.draw(st.dictionaries(st.integers(0, count - 1), st.integers(0, 20), min_size=1))
+        scripts = data.draw(st.sets(st.sampled_from(sorted(signals))))
         turns, moved, ended = [0] * count, threading.Condition(), threading.Event()
 
         def run(process):
             while True:
-                if signals.get(process) == turns[process]:
+                if signals.get(process) == turns[process] and process in scripts:
+                    stops[process].request(Asked(f"process {process}"))
+                elif signals.get(process) == turns[process]:
                     threading.Thread(target=stops[process].request, args=(15,)).start()
                 if stops[process].turn():
                     return
@@ -79,7 +82,8 @@ def test_all_stop_at_one_turn(data, count, ahead):
             thread.join(20)
             assert not thread.is_alive()
         assert len(set(turns)) == 1
-        assert {stop.signum for stop in stops} == {15}
+        assert len({stop.cause for stop in stops}) == 1
+        assert stops[0].cause in {Asked(f"process {one}") if one in scripts else 15 for one in signals}
 
 
 @pytest.mark.usefixtures("sighup_is_heard")
@@ -93,7 +97,7 @@ def test_one_process_stops_at_its_next_turn(signum):
                 break
             threading.Event().wait(0.001)
         assert stop.turn()
-        assert stop.signum == signum
+        assert stop.cause == signum
 
 
 MANY = """
@@ -136,5 +140,5 @@ def test_handlers_are_as_before_after_the_first_signal():
         assert signal.getsignal(signal.SIGINT) is before
         while not stop.turn():  # the thread that hears is another
             threading.Event().wait(0.001)
-        assert stop.signum == signal.SIGINT
+        assert stop.cause == signal.SIGINT
     assert signal.set_wakeup_fd(-1) == -1

@@ -15,7 +15,7 @@ from trainfw.program.functions import Function, Functions
 from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state
 from trainfw.program.models import ModelSet, model_set
-from trainfw.program.name_pieces import name_pieces
+from trainfw.program.own_pieces import name_pieces
 from trainfw.program.program import Program
 from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState

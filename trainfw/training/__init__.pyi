@@ -1,8 +1,10 @@
 from .agreement import agree as agree
+from .callbacks import Callback as Callback
 from .evaluation import Validation as Validation
 from .evaluation import evaluate as evaluate
 from .evaluation import load_model as load_model
 from .inputs import check_inputs as check_inputs
+from .loggers import Logger as Logger
 from .loop import Interrupted as Interrupted
 from .loop import Result as Result
 from .loop import train as train

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 from trainfw.errors import UserError
+from trainfw.objectives import Objective
 from trainfw.program import objective_of
 from trainfw.recipe import Recipe
 from trainfw.training.run_directory import RunDirectory
 from trainfw.weights import open_base, other_base
 
 
-def check_base(recipe: Recipe, run: RunDirectory, resumed_step: int | None) -> dict[str, str] | None:
+def check_base(
+    recipe: Recipe, run: RunDirectory, resumed_step: int | None, objective: Objective | None = None
+) -> dict[str, str] | None:
     """Return what a run starts from, or what is frozen in it: `path` and `hash` of the weights; None: from a seed.
 
-    Raises UserError where the run to resume has other weights.
+    `objective` is one that a script hands over. Raises UserError where the run to resume has other weights.
     """
     path = recipe.model.from_
     before = None if resumed_step is None else run.saved_meta().get("base")
-    roles = objective_of(recipe).roles
+    roles = (objective or objective_of(recipe)).roles
     if recipe.adapter is None and not roles and resumed_step is not None:
         return _check_start(recipe, run, before)
     part = "adapter" if recipe.adapter is not None else "model"

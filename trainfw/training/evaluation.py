@@ -16,10 +16,12 @@ from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
 from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.models import LanguageModel, abstract_model
-from trainfw.objectives import Mean
+from trainfw.objectives import Mean, Objective, ObjectiveConfig
+from trainfw.optim import OptimizerConfig
 from trainfw.paths import path_text
+from trainfw.pieces import is_own
 from trainfw.program import Program, build_program
-from trainfw.recipe import load_recipe, override_keys
+from trainfw.recipe import Recipe, load_recipe, override_keys
 from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
@@ -171,7 +173,7 @@ def load_model(
                 f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}, and it among "
                 "the adapters"
             )
-        program = build_program(recipe, jax.devices()[:1])
+        program = build_program(_without_own_optimizer(_without_own_objective(recipe)), jax.devices()[:1])
         frozen = {} if recipe.adapter is None else _frozen(run, program)
         model, tokenizer = program.model(_restore(run, program, step), frozen), load_tokenizer(path)
     if adapters:
@@ -188,6 +190,16 @@ def load_model(
         attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
     model.origin = LoadedFrom(path, step)
     return model, tokenizer
+
+
+def _without_own_objective(recipe: Recipe) -> Recipe:
+    """Return a recipe with the same model, and no objective that only the script knows that trained it."""
+    return recipe.model_copy(update={"objective": ObjectiveConfig()}) if is_own(recipe.objective.name) else recipe
+
+
+def _without_own_optimizer(recipe: Recipe) -> Recipe:
+    """Return the same recipe with an optimizer that is known here: none is asked for an update."""
+    return recipe.model_copy(update={"optimizer": OptimizerConfig()}) if is_own(recipe.optimizer.name) else recipe
 
 
 def _frozen(run: RunDirectory, program: Program) -> Any:
@@ -211,13 +223,15 @@ def evaluate(
     path: str | os.PathLike[str],
     overrides: Sequence[str] | Mapping[str, object] = (),
     *,
+    objective: Objective | None = None,
     step: int | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, PreparedData]:
     """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
-    Overrides are what `load_recipe` takes. Other data is read with the run's own tokenizer. Runs on all devices, by
-    FSDP unless `parallel.` overrides say otherwise.
+    Overrides are what `load_recipe` takes. `objective` is the one that a script trained with, where Python does not
+    find it by its name. Other data is read with the run's own tokenizer. Runs on all devices, by FSDP unless
+    `parallel.` overrides say otherwise.
     """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
@@ -232,7 +246,7 @@ def evaluate(
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
     check_inputs(recipe)
-    program = build_program(recipe)
+    program = build_program(_without_own_optimizer(recipe), objective=objective)
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=reporter.progress)
     for note in data.notes():

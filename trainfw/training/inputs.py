@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainfw import backends
-from trainfw.data import check_source
+from trainfw.data import check_source, check_tokenizer_file
 from trainfw.recipe import Recipe
 
 if TYPE_CHECKING:
     from trainfw.program import Program
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Raise UserError, with the key and where it was written, where the data or the tokenizer is not there."""
+def check_inputs(recipe: Recipe, *, own_data: bool = False) -> None:
+    """Raise UserError, with the key and where it was written, where the data or the tokenizer is not there.
+
+    `own_data`: a script hands its data over.
+    """
     if recipe.evaluation is not None and recipe.data.format == "text":
         raise recipe.error(
             "evaluation.metric", "needs prompts and references: data.format chat, prompt_completion or preferences"
         )
     with recipe.blamed("data"):
-        check_source(recipe.data)
+        (check_tokenizer_file if own_data else check_source)(recipe.data)
     if recipe.data.cache_dir is not None:
         _check_cache(recipe, Path(os.path.expanduser(recipe.data.cache_dir)))
 

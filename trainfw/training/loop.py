@@ -11,17 +11,22 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import PreparedData, Progress, TrainIterator, open_rows, prepare, train_iterator
+from trainfw.data import PreparedData, Progress, StreamIterator, TrainIterator, open_rows
 from trainfw.errors import RunError, UserError
-from trainfw.program import Program, TrainState, build_program, check_sources
+from trainfw.objectives import Objective
+from trainfw.optim import OwnOptimizer
+from trainfw.program import Program, TrainState, build_program, check_sources, name_pieces
 from trainfw.recipe import Recipe, RecipeLike, load_recipe
 from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
 from trainfw.training.base import check_base
+from trainfw.training.callbacks import Callback, Callbacks
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
 from trainfw.training.inputs import check_inputs, check_memory
 from trainfw.training.log import MetricsLog
+from trainfw.training.loggers import Logger
 from trainfw.training.outcome import Outcome
+from trainfw.training.own_data import name_data, open_batches, prepare_data
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import Changed, check_accept, covers, cut_changes, cut_of
@@ -36,6 +41,11 @@ _FOR_EVER = 7 * 86400.0
 def train(
     recipe: RecipeLike,
     *,
+    objective: Objective | None = None,
+    optimizer: OwnOptimizer | None = None,
+    data: Any = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
     devices: Sequence[jax.Device] | None = None,
     run_dir: str | Path | None = None,
     resume: Resume = "auto",
@@ -44,6 +54,11 @@ def train(
     approve: Callable[[Program], None] | None = None,
 ) -> Result:
     """Run a recipe to its last step on `devices` (default: all); resume where its run directory left off.
+
+    A script may hand over pieces of its own. `objective`, `optimizer` (a function of the learning rate that returns an
+    Optax transformation) and `data` (rows, an iterator of them or a function that makes one: text, dicts with
+    `data.text_field`, or token ids) take the place of what the recipe says, and the run's recipe.yaml names them.
+    `callbacks` hear of the run and may stop it; `loggers` get its rows beside metrics.jsonl and TensorBoard.
 
     `recipe` is what `load_recipe` takes, or returns. `run_dir` defaults to `runs/<name>`. `approve` sees the program
     before anything else is done, and may raise.
@@ -54,18 +69,31 @@ def train(
     Raises UserError for input that cannot work (before anything is written), RunError when the run fails, Interrupted
     when a signal stopped it after a checkpoint. A process that hangs exits (`watchdog` in the recipe).
     """
-    recipe = load_recipe(recipe)
     backends.refuse_lent()
+    recipe = name_data(name_pieces(load_recipe(recipe), objective, optimizer), data)
+    pieces = _Pieces(objective, optimizer, data, callbacks, loggers)
     accept = [accept] if isinstance(accept, str) else list(accept)
     check_accept(accept)
     reporter = reporter or Reporter()
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
-        return _train(recipe, devices, run_dir, resume, accept, reporter, approve, phases)
+        return _train(recipe, pieces, devices, run_dir, resume, accept, reporter, approve, phases)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """Pieces that a script hands over."""
+
+    objective: Objective | None
+    optimizer: OwnOptimizer | None
+    data: Any
+    callbacks: Sequence[Callback]
+    loggers: Sequence[Logger]
 
 
 def _train(
     recipe: Recipe,
+    pieces: _Pieces,
     devices: Sequence[jax.Device] | None,
     run_dir: str | Path | None,
     resume: Resume,
@@ -80,15 +108,15 @@ def _train(
 
     patience = max(recipe.watchdog.start_seconds, recipe.watchdog.compile_seconds) or _FOR_EVER
     with agreeing("recipe") as facts:
-        check_inputs(recipe)
+        check_inputs(recipe, own_data=pieces.data is not None)
         run = _run_directory(recipe, run_dir)
         facts |= recipe_facts(recipe) | {"command": {"run directory": str(run.path.absolute()), "--resume": resume}}
     recipe = _dated(recipe, run)
     # Early, since what follows takes a while.
     resumed_step = first_says("check", lambda: run.check(recipe, resume, accept))
     with agreeing("program", patience) as facts:
-        base = check_base(recipe, run, resumed_step)
-        program = _program(recipe, devices, resumed_step, reporter, approve)
+        base = check_base(recipe, run, resumed_step, pieces.objective)
+        program = _program(recipe, pieces, devices, resumed_step, reporter, approve)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
     first, backend = jax.process_index() == 0, backends.current()
     changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
@@ -96,8 +124,9 @@ def _train(
         trains = (resumed_step or 0) < recipe.train.steps
         compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
         with agreeing("data", patience) as facts:
-            data = _prepare_data(recipe, reporter, progress)
-            batches = stack.enter_context(contextlib.closing(_batches(program, data)))
+            data = _prepare_data(recipe, pieces.data, reporter, progress)
+            batches = open_batches(program, data, pieces.data, reporter.note)
+            stack.enter_context(contextlib.closing(batches))
             facts |= data_facts(data)
         # Again, now that no other process can change the answer.
         resumed_step = first_says(
@@ -123,7 +152,9 @@ def _train(
         first_says("opened", lambda: _open(run, recipe, data, resumed_step, identity))
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
-        log = stack.enter_context(contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first)))
+        log = stack.enter_context(
+            contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first, loggers=pieces.loggers))
+        )
         spent = sum(phases.so_far().values())
         sessions = Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first)
         monitor = backends.NeuronMonitor()
@@ -143,6 +174,7 @@ def _train(
             reporter=reporter,
             monitor=monitor,
             base=base,
+            callbacks=Callbacks(pieces.callbacks),
             first_state=first_state,
         )
         return _to_the_end(session, train_step, state, resumed_step)
@@ -150,6 +182,7 @@ def _train(
 
 def _program(
     recipe: Recipe,
+    pieces: _Pieces,
     devices: Sequence[jax.Device] | None,
     resumed_step: int | None,
     reporter: Reporter,
@@ -158,7 +191,7 @@ def _program(
     """Build the program, and look at it."""
     if backends.current().on_host:
         backends.keep_freed_memory()
-    program = build_program(recipe, devices)
+    program = build_program(recipe, devices, objective=pieces.objective, optimizer=pieces.optimizer)
     check_memory(program)
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
@@ -203,7 +236,7 @@ def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_st
     try:
         with backends.start_is_kept():
             result = session.to_the_end(train_step, state, resumed_step)
-        end = "done"
+        end = "done" if result.stopped is None else "stopped by a callback"
     except Interrupted as stop:
         end = str(stop)
         raise
@@ -250,9 +283,12 @@ def _check_ids(recipe: Recipe, data: PreparedData) -> None:
         )
 
 
-def _prepare_data(recipe: Recipe, reporter: Reporter, progress: Progress) -> PreparedData:
+def _prepare_data(recipe: Recipe, own: Any, reporter: Reporter, progress: Progress) -> PreparedData:
     with recipe.blamed("data"):
-        data = prepare(recipe.data, progress=progress)
+        data = prepare_data(recipe, own, progress)
+    if not data.train.num_tokens:
+        reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
+        return data
     _check_ids(recipe, data)
     length, most = recipe.data.sequence_length, recipe.model.longest_context
     if most is not None and length > most:
@@ -304,22 +340,10 @@ def _say_start(
             reporter.note(f"accept (--accept) {key}: nothing to accept, {why}")
 
 
-def _batches(program: Program, data: PreparedData) -> TrainIterator:
-    recipe, (share, shares) = program.recipe, program.batch_share
-    with recipe.blamed("data"):
-        return train_iterator(
-            data.train,
-            recipe.data,
-            global_batch_size=recipe.train.global_batch_size,
-            process_index=share,
-            process_count=shares,
-        )
-
-
 def _state_at(
     program: Program,
     checkpoints: Checkpoints,
-    batches: TrainIterator,
+    batches: TrainIterator | StreamIterator,
     held_out: str,
     progress: Progress,
     step: int | None,

@@ -14,11 +14,12 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import TrainIterator
+from trainfw.data import StreamIterator, TrainIterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.objectives import Metrics
 from trainfw.program import Program, TrainState
+from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
 from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
@@ -30,7 +31,7 @@ from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import cut_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.sessions import Sessions
-from trainfw.training.stopping import Stop, stopping
+from trainfw.training.stopping import Asked, Stop, stopping
 from trainfw.training.tasks import Comparison
 
 _SAID = ("loss", "grad_norm", "learning_rate")
@@ -57,6 +58,8 @@ class Result:
     validation: Validation | None
     sample: str | None
     evaluation: Comparison | None = None
+    stopped: str | None = None
+    """Which callback stopped the run before its last step, and why; None where it is done."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,20 @@ class _RollBack(Exception):
     """A bad step, of which the policy is to go back."""
 
 
+class _Left(Exception):
+    """A callback stopped the run, which is saved at this state."""
+
+    def __init__(self, state: TrainState, step: int, reason: str):
+        super().__init__(reason)
+        self.state, self.step, self.reason = state, step, reason
+
+
 @dataclass
 class Session:
     """One session of a run, from its first step or a checkpoint to the last step."""
 
     program: Program
-    batches: TrainIterator
+    batches: TrainIterator | StreamIterator
     run: RunDirectory
     checkpoints: Checkpoints
     outcome: Outcome
@@ -89,6 +100,7 @@ class Session:
     reporter: Reporter
     monitor: backends.NeuronMonitor
     base: dict[str, str] | None
+    callbacks: Callbacks
     first_state: Callable[[int | None], TrainState]
     """The state of a checkpoint (or, of None, of the beginning), with `batches` at its place."""
 
@@ -105,11 +117,12 @@ class Session:
         self.last_completed = 0.0
         self.times: list[float] = []
         self.saved: int | None = None
+        self.validated: tuple[int, Validation] | None = None
         self.growth = Growth(next((row["loss"] for row in self.run.metrics() if row.get("loss") is not None), None))
 
     def to_the_end(self, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
         """Train from `state` on, with `train_step` unless that is the last state. Raises Interrupted, RunError."""
-        steps = self.recipe.train.steps
+        steps, stopped = self.recipe.train.steps, None
         step = self.phases.step = resumed_step or 0
         self.saved = resumed_step
         self.sessions.write(step, self.phases.so_far())
@@ -117,20 +130,36 @@ class Session:
             self.reporter.note(self._mfu_definition())
             if resumed_step is None:
                 with self.phases.during("validation"):
-                    self.outcome.validate(state, step)
+                    self._validate(state, step)
                     self.outcome.evaluate(state, step)
-            with stopping(jax.process_count()) as stop, self.phases.during("step"):
-                state = self._steps(train_step, state, step, stop)
+            try:
+                with stopping(jax.process_count()) as stop, self.phases.during("step"):
+                    state = self._steps(train_step, state, step, stop)
+            except _Left as left:
+                state, steps, stopped = left.state, left.step, left.reason
         with self.phases.during("validation"):
-            validation = self.outcome.validate(state, steps)
+            validation = self._validate(state, steps)
             if validation is not None:
                 self.outcome.compare(validation)
             evaluation = self.outcome.compare_tasks(state, steps)
             sample = self.outcome.sample(state)
         if step < steps:
             self.reporter.note(str(self.sessions.goodput(steps, self.phases.so_far())))
-        self.reporter.note(f"done: step {steps}, saved in {self.run}")
-        return Result(self.run.path, steps, validation, sample, evaluation)
+        self.callbacks.tell("end", steps, state)
+        self.callbacks.refuse([self.callbacks.failure()])
+        how = f"stopped by {stopped}" if stopped else f"done: step {steps}"
+        self.reporter.note(f"{how}, saved in {self.run}")
+        return Result(self.run.path, steps, validation, sample, evaluation, stopped)
+
+    def _validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
+        """Validate, unless that was done at this step, and tell the callbacks."""
+        if self.validated is not None and self.validated[0] == step:
+            return self.validated[1]
+        validation = self.outcome.validate(state, step, stop)
+        if validation is not None:
+            self.validated = step, validation
+            self.callbacks.tell("validation", step, validation, state)
+        return validation
 
     def _mfu_definition(self) -> str:
         if self.peak_flops is None:
@@ -154,6 +183,7 @@ class Session:
         config, steps = self.recipe.train, self.recipe.train.steps
         self.last_completed = time.monotonic()
         while step < steps:
+            self.callbacks.pass_on(stop)
             if stop.turn():
                 self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
@@ -177,7 +207,7 @@ class Session:
                 # Before the save: a run that dies in between validates again, and no row is lost.
                 if check:
                     with self.phases.during("validation"):
-                        self.outcome.validate(state, step, stop.turn)
+                        self._validate(state, step, stop.turn)
                 if save:
                     self._save(step, state)
                 self.last_completed = time.monotonic()  # none of them is part of a step's time
@@ -188,7 +218,9 @@ class Session:
     def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
         self.to_check = False
         drops = self.recipe.adapter is not None and self.recipe.adapter.dropout > 0  # in training alone
-        first = FirstStep(self.recipe, state, None if drops else self.outcome.batch_loss(state, batch))
+        first = FirstStep(
+            self.recipe, state, None if drops else self.outcome.batch_loss(state, batch), self.program.traits
+        )
         self.last_completed = time.monotonic()  # this is no part of the step's time
         return first
 
@@ -202,16 +234,18 @@ class Session:
 
     def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
         """Save, unless that was done, and stop."""
-        assert stop.signum is not None
         self._drain()
         if step:
             self._save_last(step, state)
         self._all_saved(stop)
-        raise Interrupted(stop.signum, step)
+        if isinstance(stop.cause, Asked):
+            raise _Left(state, step, stop.cause.reason)
+        assert stop.cause is not None
+        raise Interrupted(stop.cause, step)
 
     def _all_saved(self, stop: Stop) -> None:
         with self.phases.during("save"):
-            stop.meet("end")
+            self.callbacks.refuse(stop.meet("end", self.callbacks.failure()))
 
     def _drain(self) -> None:
         while self.in_flight:
@@ -234,6 +268,7 @@ class Session:
             self._grown(done)
         self.phases.step = done.step
         self.reporter.step(done.step, self.recipe.train.steps)
+        self.callbacks.tell("step", done.step, done.metrics)
         if done.step % self.recipe.train.log_every == 0 or done.step == self.recipe.train.steps:
             self._log_step(done.step, loss, done.metrics, done.row)
 
@@ -277,6 +312,7 @@ class Session:
         self.phases.lost += self.phases.so_far()["step"] * (done - first) / max(done - self.sessions.first, 1)
         self.in_flight.clear()
         self.times.clear()
+        self.validated = None
         self.growth.forget()
         with self.phases.during("start"):
             state = self.first_state(self.saved)
@@ -332,6 +368,7 @@ class Session:
         with self.phases.during("save"):
             if self.checkpoints.save(step, state.params, rest, meta):
                 self.saved = step  # or will be
+                self.callbacks.tell("save", step, self.run.checkpoints / str(step))
 
     def _save_last(self, step: int, state: TrainState) -> None:
         """Have `step` on disk, unless it is. Tried twice: nothing comes after it. Raises RunError where it fails."""

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,19 @@ _SAVE_SECONDS = 3600.0
 _SESSIONS = itertools.count()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A stop that a script asked for."""
+
+    reason: str
+    """Who asked, and why."""
+    failed: bool = False
+
+
+Cause = int | Asked
+"""The number of a signal, or what was asked."""
+
+
 class Stop:
     """Agreement on when to stop after the first signal to any process: at the same turn in all of them.
 
@@ -27,7 +41,7 @@ class Stop:
     """
 
     def __init__(self, processes: int):
-        self.signum: int | None = None
+        self.cause: Cause | None = None
         self._processes = processes
         self._lock = threading.Condition()
         self._turns = 0
@@ -36,12 +50,14 @@ class Stop:
         self._stop_at: int | None = None
         self._disagreed: PeerError | None = None
 
-    def meet(self, what: str, timeout: float = _SAVE_SECONDS) -> None:
+    def meet(self, what: str, value: Any = None, timeout: float = _SAVE_SECONDS) -> list[Any]:
         """Wait for all processes to have come to `what`: one that leaves otherwise has left none in a collective.
+
+        Returns every process's `value`.
 
         Raises PeerError where one has not within `timeout` seconds, or was stopped.
         """
-        backends.exchange(f"{self._key}/{what}", None, timeout)
+        return backends.exchange(f"{self._key}/{what}", value, timeout)
 
     def turn(self) -> bool:
         """Whether to stop now; else this process goes on to its next turn."""
@@ -56,31 +72,41 @@ class Stop:
             self._turns += 1
             return False
 
-    def request(self, signum: int) -> None:
-        """A signal came, to this process or to another."""
+    def request(self, cause: Cause) -> None:
+        """A signal came, to this process or to another, or a script asks for it."""
         with self._lock:
-            if self.signum is not None:
+            if self.cause is not None:
                 return
-            self.signum = signum
+            self.cause = cause
             self._held = self._turns
             if self._processes == 1:
                 self._stop_at = self._turns
                 return
-        backends.announce(self._key, signum)
+        backends.announce(self._key, _as_data(cause))
         try:
-            turns = backends.exchange(f"{self._key}/turns", self._held, _AGREE_SECONDS)
+            said = backends.exchange(f"{self._key}/turns", [self._held, _as_data(cause)], _AGREE_SECONDS)
         except PeerError as error:
-            turns, self._disagreed = [], error  # `turn` says it
+            said, self._disagreed = [], error  # `turn` says it
         with self._lock:
-            self._stop_at = max(turns, default=None)
+            if said:  # one cause for all; a signal, which leaves less time, before what a script asks
+                self.cause = min((_from_data(cause) for _, cause in said), key=lambda one: isinstance(one, Asked))
+            self._stop_at = max((turns for turns, _ in said), default=None)
             self._lock.notify_all()
 
     def _listen(self, ended: threading.Event) -> None:
         """To the other processes."""
-        while not ended.is_set() and self.signum is None:
-            signum = backends.heard(self._key, 1.0)
-            if signum is not None and not ended.is_set():
-                self.request(signum)
+        while not ended.is_set() and self.cause is None:
+            cause = backends.heard(self._key, 1.0)
+            if cause is not None and not ended.is_set():
+                self.request(_from_data(cause))
+
+
+def _as_data(cause: Cause) -> Any:
+    return cause if isinstance(cause, int) else astuple(cause)
+
+
+def _from_data(data: Any) -> Cause:
+    return data if isinstance(data, int) else Asked(*data)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""Callbacks: code of a script that hears of its run, and may stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainfw.errors import RunError
+from trainfw.objectives import Metrics
+from trainfw.pieces import name_of
+from trainfw.program import TrainState
+from trainfw.training.evaluation import Validation
+from trainfw.training.stopping import Asked, Stop
+
+
+class Callback:
+    """Code that hears of a run. Override what is needed; to stop the run, return the reason.
+
+    A run that is stopped so is saved, validated and ends as if it were done; the same script goes on with it. An
+    exception stops and saves it too, and is then raised as a RunError. Of several processes each calls its own, and all
+    stop at the same step when one asks for it.
+    """
+
+    def step(self, step: int, metrics: Metrics) -> str | None:
+        """Hear that a step is done. A metric is a Mean, read by `metrics["loss"].value()`.
+
+        Steps are dispatched ahead: up to two later ones may be under way. The state is theirs by then.
+        """
+        return None
+
+    def validation(self, step: int, validation: Validation, state: TrainState) -> str | None:
+        """Hear what a validation found of this state, which the next step uses up: copy what is to be kept."""
+        return None
+
+    def save(self, step: int, path: Path) -> str | None:
+        """Hear that a checkpoint is being written to `path`, in the background; at `end` it is whole."""
+        return None
+
+    def end(self, step: int, state: TrainState) -> None:
+        """Hear that the run is done or was stopped by a callback, at this state, with everything saved."""
+
+
+class Callbacks:
+    """All of a run's callbacks, and what they have asked for."""
+
+    def __init__(self, callbacks: Sequence[Callback]):
+        self._callbacks = callbacks
+        self._asked: Asked | None = None
+        self._error: Exception | None = None
+
+    def tell(self, event: str, step: int, *data: Any) -> None:
+        """Call every callback; the first that returns a reason, or fails, asks for a stop."""
+        for callback in self._callbacks:
+            name = name_of(callback).partition(":")[2]
+            try:
+                reason, failed = getattr(callback, event)(step, *data), False
+            except Exception as error:
+                reason, failed = f"{event}: {type(error).__name__}: {error}", True
+                self._error = self._error or error
+            if reason and self._asked is None:
+                self._asked = Asked(f"{name} at step {step}: {reason}", failed)
+
+    def pass_on(self, stop: Stop) -> None:
+        """Have all processes stop, where a callback of this one asked for it."""
+        if self._asked is not None:
+            stop.request(self._asked)
+
+    def failure(self) -> str:
+        """Return what has failed here; empty where nothing has."""
+        return self._asked.reason if self._asked is not None and self._asked.failed else ""
+
+    def refuse(self, failures: Sequence[str]) -> None:
+        """Raise RunError where a callback of any process has failed."""
+        if said := next(filter(None, failures), ""):
+            raise RunError(f"callback {said}; what was saved is kept") from self._error
