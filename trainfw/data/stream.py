@@ -46,6 +46,8 @@ class StreamIterator(Iterator[Batch]):
         self._mine = slice(process_index * share, (process_index + 1) * share)
         self._skipped: frozenset[int] = frozenset()
         self._used = False
+        self._digest: str = ""
+        """Of all documents so far."""
         self._begin()
 
     def __next__(self) -> Batch:
