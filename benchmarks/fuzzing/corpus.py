@@ -36,7 +36,7 @@ OVERRIDES = ("train.steps=5", "optimizer.learning_rate=1e-3", "data.source=['cas
 
 def tokenizer() -> Tokenizer:
     """A byte-level BPE with a chat template."""
-    from trainfw.gguf.tokens import PRE_TOKENIZERS
+    from trainfw.formats.gguf.token_types import PRE_TOKENIZERS
 
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     form = json.loads(backend.to_str())

@@ -69,7 +69,7 @@ _PLATFORMS = ("cpu", "cuda", "gpu", "neuron", "rocm", "tpu")
 
 _as_backend: str | None = None
 _lent = False
-"""Whether devices are simulated only because a plan or a check asked for them."""
+"""True where devices are simulated only because a plan or a check asked for them."""
 _device_kind: ContextVar[str | None] = ContextVar("device_kind", default=None)
 """Kind of the devices that simulated ones stand for."""
 

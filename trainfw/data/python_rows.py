@@ -21,7 +21,7 @@ from trainfw.errors import UserError
 from trainfw.pieces import is_own, load_piece, name_of
 
 IN_MEMORY = "in-memory:"
-"""How a recipe names a source that a script hands over: what follows is its kind."""
+"""Prefix by which a recipe names a source that a script hands over; its kind follows."""
 TOKENS = ("input_ids", "tokens")
 """Keys of a row that is tokenised already."""
 _WEIGHTS = ("labels", "loss_mask", "completion_mask")

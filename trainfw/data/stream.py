@@ -46,8 +46,6 @@ class StreamIterator(Iterator[Batch]):
         self._mine = slice(process_index * share, (process_index + 1) * share)
         self._skipped: frozenset[int] = frozenset()
         self._used = False
-        self._digest: str = ""
-        """Of all documents so far."""
         self._begin()
 
     def __next__(self) -> Batch:
@@ -92,7 +90,7 @@ class StreamIterator(Iterator[Batch]):
 
     @property
     def next_row(self) -> int:
-        """Of the stream, the first row of the next batch."""
+        """Return the row of the stream that comes first in the next batch."""
         self._pass_skipped()
         return self._next_row
 

@@ -64,7 +64,7 @@ class FamilyConfig(Config):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is computed: other time, memory and rounding, the same function.
+    """Options of how a model is computed: they change time, memory and rounding, not the function.
 
     Args:
         compute_dtype: dtype of activations, and of weights where they are used. Norms, rotary embeddings, softmax
@@ -113,9 +113,9 @@ class Family(Protocol):
     """
 
     config: ClassVar[type[FamilyConfig]]
-    """What validates the section `model`."""
+    """Class that validates the section `model`."""
     decodes: ClassVar[bool] = False
-    """Its models are `Transformer`s, or decode as they do: text can be drawn from them."""
+    """True where its models are `Transformer`s, or decode as they do: text can be drawn from them."""
 
     def build(self, config: Any, options: ModelOptions, rngs: nnx.Rngs) -> nnx.Module:
         """Return the model, a `TokenModel`; its stacked layers, and nothing else, are under the name `layers`."""

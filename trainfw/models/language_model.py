@@ -20,7 +20,7 @@ from trainfw.models.family import FamilyConfig, ModelOptions, family_of
 from trainfw.models.layer_stack import LayerStack, check_remat, gather_sequence
 
 HeadDims: TypeAlias = Literal["vd", "dv"]
-"""Of the output head: the vocabulary and the hidden size. Its gradient in another order would be transposed."""
+"""Order of the output head's dims: vocabulary and hidden size. A gradient in another order would be transposed."""
 
 
 class TokenModel(Protocol):
@@ -65,7 +65,7 @@ class TokenModel(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where each token stands, for layers that read no more than that."""
+    """Positions of the tokens, for layers that read no more than that."""
 
     positions_BS: jax.Array
     segment_ids_BS: jax.Array | None

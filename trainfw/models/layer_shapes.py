@@ -30,7 +30,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts:
-    """How tokens are spread over feed-forward layers that are experts."""
+    """Spread of tokens over feed-forward layers that are experts."""
 
     number: int
     per_token: int
@@ -48,12 +48,12 @@ class FeedForward:
 
     width: int
     experts: Experts | None = None
-    """Those of a mixture, each as wide as `width`; None: one layer for all tokens."""
+    """Experts of a mixture, each as wide as `width`; None: one layer for all tokens."""
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a step of a model is estimated by: every layer has attention, and these feed-forward layers side by side."""
+    """Shapes by which a step is estimated: every layer has attention, and these feed-forward layers side by side."""
 
     weights: tuple[Weight, ...]
     num_heads: int

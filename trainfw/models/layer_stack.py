@@ -74,7 +74,7 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
 
 
 class Unstacked(NamedTuple):
-    """In the place of a stacked array, each layer's part by itself: gradients of it need not be stacked."""
+    """Parts of a stacked array, one for each layer: their gradients need not be stacked."""
 
     parts: tuple[jax.Array, ...]
 
@@ -143,7 +143,7 @@ def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Ca
 
 @dataclass(frozen=True)
 class Layer:
-    """What a stack is made of: how one layer's weights are put together, and what it does with them."""
+    """One layer of a stack: how its weights are put together, and what it does with them."""
 
     gather: Callable[[Any, Any], Any]
     """(parameters of one layer, as they are kept; what of it does not learn) -> its weights, as such a pair."""
@@ -234,7 +234,7 @@ class LayerStack:
     """A model's layers and how they are run: all of them, or those of a stage of a pipeline."""
 
     layers: nnx.Module
-    """As `init_stack` makes them."""
+    """Layers, as `init_stack` makes them."""
     block: Callable[..., tuple[jax.Array, Any]]
     """(one layer, x, what all layers share, this layer's own input, kind) -> (x, out)."""
     kinds: tuple[Any, ...]
@@ -325,7 +325,7 @@ class LayerStack:
 
 
 def _among_stages(own: jax.Array) -> jax.Array:
-    """What a stage has of its layers (chunks, layers, ...), in its place among all layers, and zeros for the others."""
+    """Put a stage's values of its layers (chunks, layers, ...) in their place among all, with zeros elsewhere."""
     own = own.reshape(-1, *own.shape[2:])
     everyone = jnp.zeros((axis_size("pipeline") * own.shape[0], *own.shape[1:]), own.dtype)
     return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)

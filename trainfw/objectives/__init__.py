@@ -1,4 +1,4 @@
-"""What is learnt: a loss over a batch, the arrays that the batch holds, and the frozen models that the loss needs."""
+"""Objectives: a loss over a batch, the arrays that the batch holds, and the frozen models that the loss needs."""
 
 import lazy_loader
 

@@ -14,7 +14,7 @@ OBJECTIVES = ("next_token", *PREFERENCES)
 
 
 class ObjectiveConfig(Config):
-    """What is learnt: the loss, and what it is compared with."""
+    """Objective: the loss, and its settings."""
 
     name: str = "next_token"
     """`next_token`: every token of the text, or those of examples that are to be learnt. Of pairs (`data.format:
@@ -22,12 +22,13 @@ class ObjectiveConfig(Config):
     model without it, at no memory more); `simpo` and `orpo`, which need no other model. Or your own,
     `package.module:Name`: see `trainfw.objectives.Objective`."""
     beta: PositiveFloat | None = None
-    """Of pairs. `dpo`: how close to stay to the reference (default 0.1); `ipo`: likewise, 1 / (2 beta) is the margin
-    that is aimed at (0.1); `simpo`: scale of the rewards (2.0); `orpo`: weight of the odds ratio (0.1)."""
+    """Scale of a loss of pairs. `dpo`: how close to stay to the reference (default 0.1); `ipo`: likewise, 1 / (2 beta)
+    is the margin that is aimed at (0.1); `simpo`: scale of the rewards (2.0); `orpo`: weight of the odds ratio (0.1).
+    """
     margin: float = Field(default=0.0, ge=0)
-    """Of `simpo`: by how much the reward of the chosen completion is to exceed the other's."""
+    """Margin of `simpo`: by how much the reward of the chosen completion is to exceed the other's."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of your own objective: what it is called with."""
+    """Arguments of your own objective, by name."""
 
     @model_validator(mode="after")
     def _fields_fit_the_name(self) -> ObjectiveConfig:
@@ -50,7 +51,7 @@ class ObjectiveConfig(Config):
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether it is a loss of pairs."""
+        """Tell whether it is a loss of pairs."""
         return self.name in PREFERENCES
 
     @property

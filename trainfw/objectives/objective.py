@@ -18,7 +18,7 @@ Batch: TypeAlias = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Draw:
-    """What a loss may draw from, and whether it is that of training."""
+    """Source of a loss's random draws, and whether it is the loss of training."""
 
     training: bool = field(metadata={"static": True})
     """False in validation, which leaves out what is there for training alone."""
@@ -36,7 +36,7 @@ class Draw:
 
     @property
     def adapters(self) -> AdapterInputs | None:
-        """What adapters read, where they drop anything."""
+        """Return the inputs of adapters, where these drop anything."""
         return None if self.key is None else AdapterInputs(key=self.key, ids_B=self.ids_B)
 
 
@@ -48,7 +48,7 @@ class Objective(Protocol):
     """
 
     unit: ClassVar[str]
-    """What `loss` counts, such as `token`."""
+    """Name of what `loss` counts, such as `token`."""
 
     @property
     def roles(self) -> tuple[str, ...]:

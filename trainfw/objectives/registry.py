@@ -14,7 +14,7 @@ _PARTS = ("schema", "loss", "roles", "unit")
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """What a recipe says of its tokens elsewhere, and losses of tokens read."""
+    """Settings of a recipe's other sections that losses of tokens read."""
 
     chunk: int
     """Tokens on a device whose logits exist at a time."""

@@ -24,17 +24,17 @@ class OptimizerConfig(Config):
     get AdamW. Or your own, `package.module:Name`: a function of the learning rate and of `options` that returns an
     Optax transformation, such as `optax:sgd`; see `trainfw.optim.OwnOptimizer`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of your own optimizer: what it is called with, beside the learning rate."""
+    """Arguments of your own optimizer, beside the learning rate."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """The peak, reached after warmup."""
     adam_learning_rate: float | None = Field(default=None, gt=0)
-    """With `muon`: the peak for what AdamW updates. Left out, `learning_rate`."""
+    """Peak of `muon` for what AdamW updates. Left out, `learning_rate`."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """After warmup: stay, decay over the rest of the run, or (`wsd`) stay and decay over `decay_steps` at the end."""
     warmup_steps: int = Field(default=0, ge=0, le=INT32)
     """Steps of linear warmup; the first of them takes peak / (warmup_steps + 1)."""
     decay_steps: PositiveInt | None = None
-    """With `wsd`: the length of the final decay. Left out, a tenth of the run."""
+    """Length of the final decay of `wsd`, in steps. Left out, a tenth of the run."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """The learning rate at the end, as a fraction of the peak."""
     b1: float = Field(default=0.9, ge=0, lt=1)

@@ -21,7 +21,7 @@ class Traits:
     whole_matrices: bool = True
     """An update reads whole matrices, so its work on a core does not shrink with the number of cores."""
     kernels_alone: bool = False
-    """It updates the kernels of layers, of which an adapter trains none."""
+    """True where it updates the kernels of layers, of which an adapter trains none."""
     may_overflow: bool = True
     """Finite gradients may give updates that are not finite."""
     fields: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Where the axes of a given mesh lie on the hardware: its devices stand for cores by their numbers, and nothing is
+"""Places of a given mesh's axes on the hardware: its devices stand for cores by their numbers, and nothing is
 searched (see `placement` for a layout's)."""
 
 from __future__ import annotations

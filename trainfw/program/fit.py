@@ -1,4 +1,4 @@
-"""How a recipe fits a set of devices: its layout and mesh, or why there is none."""
+"""Fit of a recipe to a set of devices: its layout and mesh, or why there is none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fit:
 
     layout: Layout
     placement: Placement | None
-    """Where the axes lie on `hardware.topology`; None without one, with devices in their own order."""
+    """Places of the axes on `hardware.topology`; None without one, with devices in their own order."""
     mesh: Mesh
     rules: Rules
     microbatch_rows: int

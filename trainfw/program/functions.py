@@ -35,4 +35,4 @@ class Function:
 
 
 Functions = Mapping[str, Function]
-"""By name: `train` (state, batch) -> (state, metrics); `evaluate` (params, frozen, batch) -> metrics."""
+"""Functions by name: `train` (state, batch) -> (state, metrics); `evaluate` (params, frozen, batch) -> metrics."""

@@ -1,4 +1,4 @@
-"""What each device computes of its own part of a batch: a loss and its gradients, over microbatches."""
+"""Computation on one device's part of a batch: a loss and its gradients, over microbatches."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class ModelSet:
     variables: nnx.State
     """Abstract, of what learns, with the names of its dims."""
     frozen_graphdef: nnx.GraphDef[Any]
-    """Of a model that is frozen as a whole, where there are roles for one."""
+    """Graph of a model that is frozen as a whole, where there are roles for one."""
     frozen: Mapping[str, nnx.State]
     """Abstract, by role, of what does not learn."""
     roles: tuple[str, ...]

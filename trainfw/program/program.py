@@ -60,7 +60,7 @@ class Program:
 
     @property
     def placement(self) -> Placement | None:
-        """Where the axes lie on `hardware.topology`; None without one, with devices in their own order."""
+        """Return where the axes lie on `hardware.topology`; None without one, with devices in their own order."""
         return self.fit.placement
 
     @property

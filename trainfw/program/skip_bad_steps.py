@@ -1,4 +1,4 @@
-"""Which steps are bad, decided on the devices."""
+"""Judgement of bad steps, made on the devices."""
 
 from __future__ import annotations
 

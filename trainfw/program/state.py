@@ -26,7 +26,7 @@ class TrainState:
     """Nested dicts of what does not learn, by role (`base` of an adapter, `reference`): arrays or `Quantized`. Not in
     checkpoints."""
     guard: Any = field(default_factory=dict)
-    """What `faults.spike_sigma` remembers of good steps (`guard.Guard`); else empty."""
+    """Memory of good steps for `faults.spike_sigma` (`start_guard`); else empty."""
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

@@ -1,4 +1,4 @@
-"""What all devices do with the gradients together: the optimizer's update, and leaving a bad one out."""
+"""Update of all devices together: the optimizer's step on the gradients, and leaving a bad one out."""
 
 from __future__ import annotations
 

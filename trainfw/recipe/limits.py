@@ -1,4 +1,4 @@
-"""Which layouts a recipe can have: one list, by which programs are built and layouts searched."""
+"""Limits of a recipe's layouts: one list, by which programs are built and layouts searched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LayoutProblem:
     reason: str
     """The same words for all layouts that have the problem."""
     text: str
-    """What is wrong with the value of the key, with the sizes of the layout, and what would do."""
+    """Problem of the key's value, with the sizes of the layout, and what would do."""
 
 
 def layout_problems(recipe: Recipe, layout: Layout, accumulation_steps: int | None = None) -> Iterator[LayoutProblem]:

@@ -36,13 +36,13 @@ class Validation:
     loss: float
     """Nats per token; of other objectives, their loss per unit."""
     unit: str
-    """What is counted, such as `token` or `pair`."""
+    """Name of what is counted, such as `token` or `pair`."""
     count: int
     metrics: Mapping[str, float]
-    """What else the objective measures, by name."""
+    """Other measures of the objective, by name."""
     bits_per_byte: float | None
-    """Of the documents' UTF-8 text: comparable across tokenizers, and with a compressor. None where the loss is of
-    something else than tokens."""
+    """Bits per byte of the documents' UTF-8 text: comparable across tokenizers, and with a compressor. None where the
+    loss is of something else than tokens."""
     complete: bool
     """All held-out data was counted. If not, bits_per_byte takes the whole split's bytes per token."""
 

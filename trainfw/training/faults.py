@@ -17,7 +17,7 @@ from trainfw.training.run_directory import RunDirectory
 _STEPS = 10
 """Steps of which the median loss is taken."""
 _TIMES = 10
-"""What growth of the loss is told."""
+"""Growth of the loss that is reported."""
 _NATS = 0.1
 """A loss below this is as good as none: ten times it is no growth."""
 
@@ -43,7 +43,7 @@ class BadStep:
 
 
 def judge_step(step: int, row: int, metrics: Metrics, config: FaultsConfig) -> BadStep | None:
-    """What is wrong with a finished step, as the devices saw it."""
+    """Name the fault of a finished step, as the devices saw it."""
     judged: tuple[str, ...] = ("loss", "grad_norm", "update_norm")
     values = {name: metrics[name].value() for name in judged if name in metrics}
     if not all(map(math.isfinite, values.values())):
@@ -54,7 +54,7 @@ def judge_step(step: int, row: int, metrics: Metrics, config: FaultsConfig) -> B
 
 
 class Growth:
-    """Whether the training loss has grown, and stays so: most often the learning rate is too high.
+    """Watch for a training loss that has grown and stays so: most often the learning rate is too high.
 
     Judged by the median of the last steps, which a spike that comes back does not move: ten times the lowest it has
     been, and no less than where the run began. (A model that has learnt its data by heart is far from there.)
@@ -71,7 +71,7 @@ class Growth:
         self._told = False
 
     def seen(self, loss: float, *, last: bool = False) -> bool:
-        """Whether that shows with the loss of this step. Once; the last step of a run is judged by what there is."""
+        """Tell, once, whether this step's loss shows it; the last step of a run is judged by what there is."""
         if not math.isfinite(loss):
             return False  # the policies' business
         self._last.append(loss)

@@ -19,9 +19,9 @@ from trainfw.recipe import Recipe
 _MOST = 4096
 """Numbers of an array that are compared, spread over it."""
 _NEAR = {"float32": 1e-3, "bfloat16": 0.02, "fp8": 0.05}
-"""By how much the loss of two programs may differ, relative to it, by the dtype that they compute in."""
+"""Largest relative difference between two programs' losses, by the dtype that they compute in."""
 _SLACK = 1.01
-"""Of the largest update, for rounding."""
+"""Factor on the largest update, for rounding."""
 
 
 class FirstStep:

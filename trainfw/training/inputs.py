@@ -1,4 +1,4 @@
-"""What of a recipe can be seen to be missing before JAX is there, let alone a model compiled."""
+"""Checks of a recipe's inputs that need neither JAX nor a compiled model."""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ def train(
     reporter = reporter or Reporter()
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
-        return _train(recipe, pieces, devices, run_dir, resume, accept, reporter, approve, phases)
+        agreed = _agree(recipe, pieces, devices, run_dir, resume, accept, reporter, approve)
+        return _train(agreed, pieces, resume, accept, reporter, phases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,19 @@ class _Pieces:
     loggers: Sequence[Logger]
 
 
-def _train(
+@dataclasses.dataclass(frozen=True)
+class _Agreed:
+    """Run that all processes agree to begin, before anything of it is opened."""
+
+    run: RunDirectory
+    program: Program
+    base: dict[str, str] | None
+    resumed_step: int | None
+    patience: float
+    """Seconds that a process waits for the others."""
+
+
+def _agree(
     recipe: Recipe,
     pieces: _Pieces,
     devices: Sequence[jax.Device] | None,
@@ -100,12 +113,8 @@ def _train(
     accept: Sequence[str],
     reporter: Reporter,
     approve: Callable[[Program], None] | None,
-    phases: Phases,
-) -> Result:
-    def progress(description: str, completed: int, total: int | None) -> None:
-        phases.moved()
-        reporter.progress(description, completed, total)
-
+) -> _Agreed:
+    """Check what can be checked before anything is opened; the recipe of the result's program has a date."""
     patience = max(recipe.watchdog.start_seconds, recipe.watchdog.compile_seconds) or _FOR_EVER
     with agreeing("recipe") as facts:
         check_inputs(recipe, own_data=pieces.data is not None)
@@ -118,6 +127,18 @@ def _train(
         base = check_base(recipe, run, resumed_step, pieces.objective)
         program = _program(recipe, pieces, devices, resumed_step, reporter, approve)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
+    return _Agreed(run, program, base, resumed_step, patience)
+
+
+def _train(
+    agreed: _Agreed, pieces: _Pieces, resume: Resume, accept: Sequence[str], reporter: Reporter, phases: Phases
+) -> Result:
+    def progress(description: str, completed: int, total: int | None) -> None:
+        phases.moved()
+        reporter.progress(description, completed, total)
+
+    run, program, resumed_step, patience = agreed.run, agreed.program, agreed.resumed_step, agreed.patience
+    recipe = program.recipe
     first, backend = jax.process_index() == 0, backends.current()
     changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
@@ -173,7 +194,7 @@ def _train(
             phases=phases,
             reporter=reporter,
             monitor=monitor,
-            base=base,
+            base=agreed.base,
             callbacks=Callbacks(pieces.callbacks),
             first_state=first_state,
         )
@@ -218,7 +239,7 @@ def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
 
 
 def _dated(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """With the day that the run's chat templates are told."""
+    """Fill in the day that the run's chat templates are given."""
     if recipe.data.format == "text" or recipe.data.date is not None:
         return recipe
     date = first_says("date", run.date)

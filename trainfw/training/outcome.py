@@ -19,7 +19,7 @@ from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_
 
 
 class Outcome:
-    """What a run has learnt: validation, the task's metric, a sample; said, and logged."""
+    """Measures of what a run has learnt (validation, the task's metric, a sample), reported and logged."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Outcome:
             self.reporter.note(f"held-out {title}: {first[name]:.3f} at step {first['step']}, {now[name]:.3f} now")
 
     def evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:
-        """What `recipe.evaluation` asks for, from evaluation.jsonl where it was done before; nothing if it is null."""
+        """Evaluate as `recipe.evaluation` asks, or read it from evaluation.jsonl where that was done before."""
         config = self.recipe.evaluation
         if config is None or jax.process_count() > 1:
             return []
@@ -91,7 +91,7 @@ class Outcome:
         return rows
 
     def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
-        """What evaluation.jsonl has of these examples at `step`, done as the recipe says now."""
+        """Read these examples' rows at `step` from evaluation.jsonl, where they were made as the recipe says now."""
         config, decode = self.recipe.evaluation, self.data.tokenizer.decode
         assert config is not None
         found = {

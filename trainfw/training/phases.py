@@ -13,7 +13,7 @@ from trainfw.errors import TRY_AGAIN
 from trainfw.recipe import WatchdogConfig
 
 Phase = Literal["start", "compile", "step", "validation", "save"]
-"""What a session of a run does: reads data and weights, compiles, trains, validates (and writes samples), or waits
+"""Phase of a session: it reads data and weights, compiles, trains, validates (and writes samples), or waits
 for a checkpoint."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -23,7 +23,7 @@ _STOPPED_SECONDS = 10
 
 
 class Phases:
-    """What a session is doing, how long it has done what, and that it does not hang.
+    """Clock of a session: its phase, the seconds of each, and a watch that it does not hang.
 
     Where nothing moves for longer than the phase's limit, the stacks of all threads go to stderr and the process exits
     with `TRY_AGAIN`: a process that hangs says where, and those that wait for it leave too.
@@ -33,7 +33,7 @@ class Phases:
         self._limits = {phase: getattr(limits, _key(phase)) for phase in PHASES}
         self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self.lost = 0.0
-        """Of the seconds in steps, those in steps that were rolled back."""
+        """Seconds, among those in steps, of steps that were rolled back."""
         self.phase: Phase = "start"
         self.step = 0
         """The last step known to be done."""

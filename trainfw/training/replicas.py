@@ -12,7 +12,7 @@ from trainfw.errors import RunError
 
 
 def compare_replicas(params: Any, name: str) -> None:
-    """That devices which keep the same part of a parameter keep the same bits.
+    """Check that devices which hold the same part of a parameter hold the same bits.
 
     Each process hashes what its devices keep (copied to the host, array by array). `name` is this comparison's own.
     Raises RunError, in every process, naming the array and the devices that differ from the most.

@@ -8,7 +8,7 @@ from trainfw.utf8 import printable
 
 
 class Reporter:
-    """How a run speaks to people: plain lines. The CLI has one with a progress bar for terminals."""
+    """Plain lines by which a run speaks to people. The CLI has one with a progress bar for terminals."""
 
     def __init__(self) -> None:
         self._progress_of, self._last_progress = "", 0.0

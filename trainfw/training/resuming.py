@@ -1,4 +1,4 @@
-"""Which keys of a recipe may change while its run goes on."""
+"""Rules for keys of a recipe that change while its run goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainfw.parallel import Layout
 from trainfw.recipe import Recipe, keys, nearest_key
 
 Effect = Literal["same", "compared", "longer", "numbers", "state", "order", "start"]
-"""What another value of a key does to a run that goes on.
+"""Effect of another value of a key on a run that goes on.
 
 `same`: beyond rounding nothing to its numbers: where, how and for how long it runs, and what it reports. `compared`:
 nothing, as long as what it leads to is the same, which is compared itself (tokens, the weights of a base). `longer`:
@@ -94,7 +94,7 @@ class Change:
     before: Any
     now: Any
     where: str
-    """Where it was written; empty for a default."""
+    """Place where it was written; empty for a default."""
 
     @property
     def effect(self) -> Effect:
@@ -114,7 +114,7 @@ class Change:
 
 
 def changes(before: Recipe, now: Recipe) -> list[Change]:
-    """What differs, in the order of the keys; a section that one of them has and the other has not, as one."""
+    """List the differences in the order of keys; a section that only one recipe has counts as one."""
     found = before.differences(now)
     for section in EFFECTS:
         inside = [key for key in found if key.startswith(f"{section}.")]
@@ -134,12 +134,12 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def covers(accept: Sequence[str], key: str) -> bool:
-    """Whether a key, or a section that it is in, is among those accepted."""
+    """Tell whether a key, or a section that it is in, is among those accepted."""
     return any(key == accepted or key.startswith(f"{accepted}.") for accepted in accept)
 
 
 def effect_of(key: str) -> Effect:
-    """That of the key, or of the nearest section it is in (`parallel.rules.embed`)."""
+    """Return the effect of the key, or of the nearest section it is in (`parallel.rules.embed`)."""
     while key not in EFFECTS:
         key = key.rpartition(".")[0]
     return EFFECTS[key]
@@ -173,7 +173,7 @@ def depends_on_cut(recipe: Recipe) -> str:
 
 
 def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    """How a batch is cut over devices and microbatches, by key."""
+    """Return how a batch is cut over devices and microbatches, by key."""
     return {
         "train.accumulation_steps": recipe.train.accumulation_steps,
         "parallel.pipeline_microbatches": recipe.parallel.pipeline_microbatches,
@@ -182,7 +182,7 @@ def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
 
 def cut_changes(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], accept: Sequence[str]) -> Changed:
-    """How batches are cut otherwise than before, where that is more than rounding. Raises UserError unless accepted."""
+    """List what changes in how batches are cut, beyond rounding. Raises UserError unless it is accepted."""
     changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
     why = depends_on_cut(recipe)
     other = [key for key in changed if not covers(accept, key)]

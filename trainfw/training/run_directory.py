@@ -176,7 +176,7 @@ class RunDirectory:
         return known or datetime.date.today().isoformat()
 
     def _is_further(self, recipe: Recipe, step: int) -> str:
-        """What to do with a run that has more steps than the recipe asks for."""
+        """Say how to go on with a run that has more steps than the recipe asks for."""
         asked = recipe.train.steps
         where = recipe.written("train.steps")
         goal = max(self.stored_recipe().train.steps, step + asked)
@@ -188,13 +188,13 @@ class RunDirectory:
         )
 
     def another(self, recipe: Recipe) -> str:
-        """What to add to a command to start another run than this one."""
+        """Return the argument that starts another run than this one."""
         free = (n for n in itertools.count(2) if not self.path.with_name(f"{self.path.name}-{n}").exists())
         named = self.path == Path("runs") / recipe.name
         return f"{f'name={recipe.name}' if named else f'--run-dir {self}'}-{next(free)}"
 
     def _is_ours(self) -> bool:
-        """Whether a run began here: it makes checkpoints/ first or, where they are elsewhere, both of these files."""
+        """Tell whether a run began here, which makes checkpoints/ or, with these elsewhere, both of its files."""
         return (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
 
     def _check_same_place(self, steps: list[int]) -> None:
@@ -220,11 +220,11 @@ class RunDirectory:
             )
 
     def changes(self, recipe: Recipe) -> list[Change]:
-        """What `recipe` has otherwise than the last session."""
+        """List what `recipe` changes since the last session."""
         return changes(self.stored_recipe(), recipe)
 
     def saved_otherwise(self, step: int) -> list[Change]:
-        """What changes losses, and was another value when a checkpoint was saved, with no session that changed it."""
+        """List keys that change losses and differ in a saved checkpoint though no session changed them."""
         try:
             saved = Recipe.model_validate(read_meta(self.checkpoints / str(step))["recipe"])
         except (Damage, ValidationError):  # of an older version, whose keys were others
@@ -235,7 +235,7 @@ class RunDirectory:
         return [change for change in found if change.key not in known and change.refusal([])]
 
     def stored_recipe(self) -> Recipe:
-        """Of the last session; of the last checkpoint, where this directory has none."""
+        """Read the recipe of the last session, or of the last checkpoint where this directory has none."""
         if self.recipe_file.is_file():
             return load_recipe(self.recipe_file)
         try:

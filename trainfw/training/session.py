@@ -59,7 +59,7 @@ class Result:
     sample: str | None
     evaluation: Comparison | None = None
     stopped: str | None = None
-    """Which callback stopped the run before its last step, and why; None where it is done."""
+    """Callback that stopped the run before its last step, and its reason; None where the run is done."""
 
 
 @dataclass(frozen=True)

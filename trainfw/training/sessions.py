@@ -18,10 +18,10 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the time of a run went, over all its sessions. Seconds."""
+    """Seconds of a run by what they went to, over all its sessions."""
 
     seconds: Mapping[str, float]
-    """By phase; `lost`: of steps that a later session did again; `restart`: from a session's last word to the next."""
+    """Seconds by phase; `lost`: steps that a later session did again; `restart`: from one session to the next."""
     sessions: int
     unknown: int = 0
     """Restarts of which the clocks do not tell how long they took; they are not counted."""
@@ -91,7 +91,7 @@ class Sessions:
 
 
 def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
-    """Of the last row of each session, in order."""
+    """Add up the last rows of the sessions, given in order."""
     seconds = {name: sum(row.get(f"{name}_seconds", 0.0) for row in rows) for name in (*PHASES, "lost")}
     restarts: list[float | None] = []
     kept = float("inf")

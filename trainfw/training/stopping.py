@@ -24,7 +24,7 @@ class Asked:
     """A stop that a script asked for."""
 
     reason: str
-    """Who asked, and why."""
+    """Name of who asked, and the reason."""
     failed: bool = False
 
 
@@ -60,7 +60,7 @@ class Stop:
         return backends.exchange(f"{self._key}/{what}", value, timeout)
 
     def turn(self) -> bool:
-        """Whether to stop now; else this process goes on to its next turn."""
+        """Tell whether to stop now; else this process goes on to its next turn."""
         with self._lock:
             holds = self._held is not None and self._stop_at is None and self._turns >= self._held
             if holds:
@@ -94,7 +94,7 @@ class Stop:
             self._lock.notify_all()
 
     def _listen(self, ended: threading.Event) -> None:
-        """To the other processes."""
+        """Listen to the other processes."""
         while not ended.is_set() and self.cause is None:
             cause = backends.heard(self._key, 1.0)
             if cause is not None and not ended.is_set():

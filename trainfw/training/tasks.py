@@ -1,4 +1,4 @@
-"""How well a model does its task: what it writes after held-out prompts, by a metric."""
+"""Evaluation of what a model writes after held-out prompts, by a metric."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rouge_l(output: str, reference: str) -> float:
 
 
 def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length."""
+    """Return the length of the longest common subsequence."""
     before = [0] * (len(b) + 1)
     for x in a:
         row = [0]
@@ -97,7 +97,7 @@ def evaluate_task(
     config: EvaluationConfig,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """For each example its prompt, reference and output as text, and the metric, under its name."""
+    """Return each example's prompt, reference and output as text, and the metric under its name."""
     ends = stop_ids(tokenizer)
     order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt))  # little padding, few shapes
     size = min(config.batch_size, len(tasks))

@@ -22,7 +22,7 @@ class InMemory:
 
     config: FamilyConfig
     arrays: Mapping[str, jax.Array]
-    """By our names."""
+    """Arrays by our names."""
 
     @property
     def dtype(self) -> str:

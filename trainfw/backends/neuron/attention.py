@@ -19,6 +19,9 @@ from trainfw.backends.neuron.sdk import version_parts
 
 if TYPE_CHECKING:
     import jax
+    from jax import Array
+
+    Bounds = tuple[Array, Array] | None
 
 Attend = Callable[..., Any]
 
@@ -152,13 +155,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
         lse = -(negative_max + jnp.log(reciprocal)).reshape(B, H, _PARTITIONS, S // _PARTITIONS)
         return o_NSh.reshape(B, H, S, h).transpose(0, 2, 1, 3), lse
 
-    def forward(
-        q_BSHh: jax.Array,
-        k_BTKh: jax.Array,
-        v_BTKh: jax.Array,
-        bounds_BS: tuple[jax.Array, jax.Array] | None,
-        scale: float,
-    ) -> tuple[jax.Array, tuple[object, ...]]:
+    def forward(q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, bounds_BS: Bounds, scale: float) -> tuple[Array, Any]:
         arrays = (q_BSHh, k_BTKh, v_BTKh)
         if bounds_BS is None:
             o_BSHh, lse = forward_rows(*arrays, scale)
@@ -181,13 +178,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
         return *(grad.transpose(0, 3, 1, 2) for grad in grads), None if bounds_BS is None else (None, None)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def flash(
-        q_BSHh: jax.Array,
-        k_BTKh: jax.Array,
-        v_BTKh: jax.Array,
-        bounds_BS: tuple[jax.Array, jax.Array] | None,
-        scale: float,
-    ) -> jax.Array:
+    def flash(q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, bounds_BS: Bounds, scale: float) -> Array:
         return forward(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)[0]
 
     flash.defvjp(forward, backward)

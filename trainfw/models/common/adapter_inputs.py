@@ -1,4 +1,4 @@
-"""What adapters in every layer read beside the activations: which row takes which adapter, and what dropout draws from.
+"""Inputs of the adapters in every layer: which row takes which adapter, and the key that dropout draws from.
 
 Handed on by a context variable, so that the layers in between need not know of it.
 """
@@ -20,7 +20,7 @@ class AdapterInputs:
     """Inputs of adapters, the same in every layer but for `layer`."""
 
     rows_B: jax.Array | None = None
-    """Of a bank of adapters, the one that each row takes, i32."""
+    """Number of the adapter that each row takes from a bank, i32."""
     key: jax.Array | None = None
     """State of the `rbg` generator for dropout, u32[4], its last number 0; None where nothing is dropped."""
     ids_B: jax.Array | None = None

@@ -45,7 +45,7 @@ class HeadCache:
 
     @jax.named_scope(ATTENTION)
     def attend(self, q_B1Hh: jax.Array, mask_B1T: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
-        """What `attend` computes, o_B1Hh."""
+        """Compute what `attend` does, o_B1Hh."""
         B, K, h, _ = self.keys_BKhT.shape
         q_BKGh1 = q_B1Hh.reshape(B, K, -1, h)[..., None].astype(jnp.float32)
         # Sums of products rather than products of matrices, which are slow where they are this narrow.
@@ -59,7 +59,7 @@ class HeadCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What attention in every layer shares: where each query stands and which keys it may see."""
+    """Inputs that attention shares in every layer: where each query stands and which keys it may see."""
 
     turns: dict[LayerKind, tuple[jax.Array, jax.Array]]
     """Rotary cosines and sines by kind of layer, from `rope_turns`."""
@@ -72,11 +72,11 @@ class Context:
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
     ring: bool = field(default=True, metadata={"static": True})
-    """Where the sequence is split over devices: whether keys and values travel round them, or are gathered."""
+    """True where keys and values of a split sequence travel round the devices, and are not gathered."""
 
 
 def attention_mask(context: Context, num_queries: int, num_keys: int, window: int | None) -> jax.Array:
-    """Which query sees which key, bool[B or 1, S, T].
+    """Return which query sees which key, bool[B or 1, S, T].
 
     By index: positions restart with every document, indices do not. A window counts the query itself.
     """

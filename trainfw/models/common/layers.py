@@ -56,12 +56,12 @@ def gathered(module: M, dtype: Any) -> M:
 
 
 class Adapter(Protocol):
-    """What a linear map's `adapter` is: see `trainfw.adapters`."""
+    """Protocol of a linear map's `adapter`: see `trainfw.adapters`."""
 
     def __call__(
         self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
     ) -> jax.Array:
-        """What becomes of `y = product(x, kernel, *others)`."""
+        """Return the adapted `y = product(x, kernel, *others)`."""
         ...
 
 
@@ -100,7 +100,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
         self.adapter: Any = nnx.data(None)
         self.fp8 = False
-        """Whether the product is of 8 bits."""
+        """True where the product is of 8 bits."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = adapted_product(self, matmul, x, fp8=self.fp8)

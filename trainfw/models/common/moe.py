@@ -24,7 +24,7 @@ BLOCK = 128
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoEStats:
-    """What the router of one layer did, f32: this device's share, which summed over all devices is the total.
+    """Counts of one layer's router, f32: this device's share; the sum over all devices is the total.
 
     Every position of a row is counted, padding too: it is routed and takes up slots. The losses weigh a token as the
     cross-entropy does, by the mask.
@@ -42,7 +42,7 @@ class MoEStats:
     z: jax.Array
     """Sum over tokens in the mask of logsumexp(logits)**2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     tokens: jax.Array
-    """In the mask."""
+    """Tokens in the mask."""
     dropped: jax.Array
     """Choices that found no slot."""
     load_E: jax.Array
@@ -91,7 +91,7 @@ class ExpertLinear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array | None = None) -> jax.Array:
-        """Of x (E, n, in) each expert's rows by themselves; or of x (n, in), the first `sizes_E[0]` rows by the first
+        """Multiply each expert's rows of x (E, n, in) by its kernel; of x (n, in), the first `sizes_E[0]` by the first
         expert, and so on.
         """
         if sizes_E is None:
@@ -287,7 +287,7 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 
 def assign_slots(experts_TK: jax.Array, E: int, C: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which choice gets which of the C slots of its expert: (slots_TK, tokens_EC, choices_EC), i32.
+    """Assign to each choice one of the C slots of its expert: (slots_TK, tokens_EC, choices_EC), i32.
 
     slots_TK is expert * C + place, E * C for a choice that is dropped. tokens_EC and choices_EC say whose a slot is:
     the token, and the choice as token * k + rank; T and T * k for a slot that is empty.

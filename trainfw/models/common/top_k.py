@@ -66,7 +66,7 @@ def iterative_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def likeliest(logits_V: jax.Array, top_k: int | None = None, top_p: float | None = None) -> jax.Array:
-    """Which tokens a draw may take, bool[V]: the `top_k` likeliest, and of these the fewest that hold `top_p`.
+    """Mark the tokens that a draw may take, bool[V]: the `top_k` likeliest, and of these the fewest that hold `top_p`.
 
     The tokens that sorting would find, of equals the first, with no sort: the least logit that is in is found bit by
     bit (32 comparisons with all, exact), and where some of its equals are in, so is the last of these. Sums of
@@ -98,7 +98,7 @@ def _heaviest(x_V: jax.Array, weights_V: jax.Array, enough: float) -> jax.Array:
     places_V = jnp.arange(x_V.size, dtype=jnp.float32)
 
     def through(bits: jax.Array) -> jax.Array:
-        """Those that come before the equal at an index."""
+        """Mark those that come before the equal at an index."""
         return above_V | (equal_V & (places_V < bits.astype(jnp.float32)))
 
     last = _largest_bits(24, lambda bits: weight(through(bits)) < enough).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What shape of decoder: the fields that tell Llama, Qwen, Mistral, Gemma and OLMoE apart, and presets of them."""
+"""Shapes of decoders: the fields that tell Llama, Qwen, Mistral, Gemma and OLMoE apart, and presets of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Dispatch = Literal["capacity", "dropless"]
 
 
 class RopeScaling(Config):
-    """How rotary frequencies are stretched past the length the model was first trained on."""
+    """Stretch of the rotary frequencies past the length the model was first trained on."""
 
     kind: Literal["llama3", "linear"]
     """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a smooth transition."""
     factor: PositiveFloat
-    """How many times longer the context becomes."""
+    """Factor by which the context becomes longer."""
     low_freq_factor: PositiveFloat | None = None
     """llama3: frequencies that turn fewer times than this within the original length are divided by `factor`."""
     high_freq_factor: PositiveFloat | None = None
@@ -119,7 +119,7 @@ class ModelConfig(FamilyConfig):
     qk_norm: bool | Literal["all_heads"] = False
     """RMSNorm on each query and key head (Qwen 3, Gemma 3); `all_heads`: on all heads together (OLMoE)."""
     sliding_window: PositiveInt | None = None
-    """In sliding layers a token sees this many tokens, itself included."""
+    """Number of tokens that a token sees in sliding layers, itself included."""
     # Not strict, so that YAML's list is taken as a tuple: a config is hashed as part of what is compiled.
     layer_pattern: Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)] = ("global",)
     """Kinds of attention, repeated over the layers from the first."""
@@ -191,7 +191,7 @@ class ModelConfig(FamilyConfig):
 
     @property
     def depends_on_cut(self) -> str:
-        """Of this many tokens at a time an expert takes so many (`capacity`)."""
+        """Say why numbers depend on how a batch is cut: an expert takes so many tokens at a time (`capacity`)."""
         if self.moe is None or self.moe.dispatch != "capacity":
             return ""
         return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"

@@ -1,4 +1,4 @@
-"""How many floating-point operations a model needs: the numerator of MFU."""
+"""Floating-point operations that a model needs: the numerator of MFU."""
 
 from __future__ import annotations
 

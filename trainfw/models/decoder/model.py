@@ -31,7 +31,7 @@ class KVCache:
     length: jax.Array
     """Tokens held, i32[]; what lies beyond is never seen, and is overwritten."""
     first_B: jax.Array | None = None
-    """Of rows padded on the left, the index of each one's first token, i32[B]: it stands at position 0."""
+    """Index of the first token of each row that is padded on the left, i32[B]: it stands at position 0."""
 
 
 class DecoderLayer(nnx.Module):

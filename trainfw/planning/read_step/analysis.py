@@ -1,4 +1,4 @@
-"""What one core computes, moves and holds in a step, read from the compiled program.
+"""Analysis of what one core computes, moves and holds in a step, read from the compiled program.
 
 The program is built on simulated devices. Where the data axis is longer than two, it is compiled with two replicas
 (of the batch, too): a replica's matrix products, memory and collectives are those of every other, and only the groups
@@ -30,7 +30,7 @@ REPLICAS = 2
 """Replicas that are compiled, of however many."""
 
 Phase: TypeAlias = Literal["forward", "backward", "update"]
-"""Of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every
+"""Phase of a step: `forward` (with the loss and its gradient) and `backward` (with what remat computes again) of every
 microbatch, one after the other, then the `update`: sums of gradients over replicas, the norms and the optimizer."""
 StreamedKind: TypeAlias = Literal["model", "attention", "update"]
 
@@ -44,13 +44,13 @@ class Matmul:
     n: int
     k: int
     dtype: str
-    """Of the operands, as HLO names it; the wider where they differ."""
+    """Dtype of the operands, as HLO names it; the wider where they differ."""
     times: int
-    """In a step."""
+    """Runs in a step."""
     mixed: bool = False
     """One operand is of a narrower dtype than the other."""
     bytes: int = 0
-    """Of both operands and the result, each time."""
+    """Bytes of both operands and the result, each time."""
     attention: bool = False
     """A product with the scores, S x S, which a fused kernel never writes to memory."""
     backward: bool = False
@@ -73,7 +73,7 @@ class Transfer:
     """Mesh axes that it runs along."""
     dtype: str
     bytes: int
-    """Of the whole buffer, each time: what an all-gather returns, what a reduce-scatter takes."""
+    """Bytes of the whole buffer, each time: what an all-gather returns, what a reduce-scatter takes."""
     times: int
     phase: Phase = "backward"
 
@@ -97,9 +97,9 @@ class Operation:
 
     of: Literal["matmuls", "transfers", "streamed"]
     index: int
-    """Which of the analysis's."""
+    """Index among the analysis's own."""
     share: float
-    """Of its time in a step."""
+    """Share of its time in a step."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class Loop:
 
     phase: Phase
     times: int
-    """In a step."""
+    """Runs in a step."""
     operations: tuple[Operation, ...]
-    """As the program lists them, each after what it needs; a compiler may choose another such order."""
+    """Operations as the program lists them, each after what it needs; a compiler may choose another such order."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,18 +167,18 @@ def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SI
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is compiled to plan a recipe."""
+    """Program that is compiled to plan a recipe."""
 
     layout: Layout
-    """Of the recipe, on all of its cores."""
+    """Layout of the recipe, on all of its cores."""
     recipe: Recipe
     """The one that is compiled, perhaps of a shorter layout."""
     simulated: Layout
-    """That layout."""
+    """Layout that is compiled."""
     rules: str | None
-    """Whose restrictions hold on the hardware (see `Topology.rules`)."""
+    """Name of the backend whose restrictions hold on the hardware (see `Topology.rules`)."""
     stands_in: bool
-    """Whether this machine's CPU stands for other hardware, and so the program has no kernels of the CPU's own."""
+    """True where this machine's CPU stands for other hardware, so that the program has no kernels of the CPU's own."""
 
     @property
     def cores(self) -> int:
@@ -187,7 +187,7 @@ class Simulation:
 
 
 def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation:
-    """What is to be compiled to plan `recipe` on its topology, for `most` devices at most.
+    """Choose what is compiled to plan `recipe` on its topology, for `most` devices at most.
 
     Raises UserError where the recipe names no topology, where its layout does not fit that, and where a program for
     fewer devices would not tell of it.
@@ -380,7 +380,7 @@ def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
 
 
 def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> dict[Phase, str]:
-    """For forward and backward, the computation that is the loop over layers.
+    """Find the loop over layers, forward and backward.
 
     That is the one with the most products among those that run more than once, in one phase alone, and call no other.
     """
@@ -436,7 +436,7 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
 
 
 def _scores(module: Module) -> set[int]:
-    """How many elements the attention scores have, on one device."""
+    """Return the numbers of elements that attention scores have, on one device."""
     sizes = set()
     for name in module.times:
         computation = module.computations[name]
@@ -469,7 +469,7 @@ _FUSED = {
 }
 """Operations that compilers fuse into what uses their results."""
 _SAME = {"copy", "reshape"}
-"""Of these, those that leave memory as it is."""
+"""Operations among these that leave memory as it is."""
 _ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 """Counted as matrix products and transfers."""
 
@@ -518,7 +518,7 @@ def _written(computation: Computation, instruction: Instruction) -> bool:
 
 
 def _joins(computation: Computation, instruction: Instruction) -> bool:
-    """Whether it combines arrays of its own size, such as the residual stream with what a block adds to it.
+    """Tell whether it combines arrays of its own size, such as the residual stream with what a block adds to it.
 
     Recomputing that in every kernel that reads it would reach back through all layers.
     """

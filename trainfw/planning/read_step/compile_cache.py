@@ -1,4 +1,4 @@
-"""What a plan knows of a recipe's step once it has been compiled, kept so that the same step is compiled once.
+"""Cache of what a plan has read of compiled steps, so that the same step is compiled once.
 
 Nothing of it depends on the hardware's figures. An entry of the cache is what was read of the program that was
 compiled; recipes that differ in what that program does not show, such as how many replicas there are, share it.
@@ -38,7 +38,7 @@ from trainfw.recipe import Recipe
 from trainfw.unfinished import writing
 
 ENTRIES = 500
-"""That the cache keeps, those used last."""
+"""Number of entries that the cache keeps, those used last."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def compiled(
 
 
 def _compile(found: Simulation, recipe: Recipe, progress: Callable[[str], None]) -> Compiled:
-    """For the simulated layout."""
+    """Compile the step for the simulated layout, and read it."""
     program = simulated_program(found)
     with recipe.blamed("parallel"):
         for array in state_arrays(program):  # said before anything is compiled

@@ -40,7 +40,7 @@ class Final:
                 dtypes[instruction.op_name, elements].add(shape.dtype)
         self._dtypes, self._casts = dict(dtypes), casts
         self.widens = any(found & _NARROW for found in dtypes.values())
-        """Whether there is anything that the CPU would widen."""
+        """True where there is anything that the CPU would widen."""
 
     def _instruction(self, name: str) -> Instruction:
         return self._home[name].instructions[name]
@@ -53,7 +53,7 @@ class Final:
 
     @functools.cache  # noqa: B019  lives as long as one table takes
     def _step(self, name: str, index: int) -> tuple[str, int, str] | None:
-        """What a value was before this instruction: (name, index, "same" | "moved" | "cast" | "widened")."""
+        """Return what a value was before this instruction: (name, index, "same" | "moved" | "cast" | "widened")."""
         home, instruction = self._home[name], self._instruction(name)
         if instruction.opcode == "get-tuple-element":
             return instruction.operands[0].partition("#")[0], int(instruction.attributes["index"]), "same"
@@ -121,7 +121,7 @@ class Final:
             name, index = before[:2]
 
     def origin(self, name: str, index: int) -> Instruction:
-        """Where the elements of a value were computed: no copy, cast or loop that only carries it."""
+        """Find the instruction that computed a value's elements: no copy, cast or loop that only carries it."""
         return list(self._chain(name, index))[-1]
 
     def made_by(self, buffer: Buffer) -> tuple[str, str]:
@@ -142,7 +142,7 @@ class Final:
         return "", ""
 
     def is_narrow(self, buffer: Buffer, index: int) -> bool:
-        """Whether the program asked for two bytes an element where the CPU's compiler may have four."""
+        """Tell whether the program asked for two bytes an element where the CPU's compiler may have four."""
         if buffer.shape is None or buffer.shape.dtype not in _NARROW | {"f32"}:
             return False
         before = self._step(buffer.name, index)

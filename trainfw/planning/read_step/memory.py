@@ -121,7 +121,7 @@ class MemoryTable:
     """True where the compiler said what lies where; else all temporaries are `other`, and nothing is corrected."""
     state: tuple[StateArray, ...] = ()
     runtime: str = CATEGORIES["runtime"]
-    """Whose runtime takes what is under that key."""
+    """Name of the runtime that takes what is under that key."""
     note: str = ""
     """Note on it, for the terminal."""
 

@@ -1,4 +1,4 @@
-"""What JAX's paths to operations (`Instruction.op_name`) say of the pass and the scope that an operation belongs to."""
+"""Readers of JAX's paths to operations (`Instruction.op_name`): the pass and the scope of an operation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 
 
 def is_backward(op_name: str) -> bool:
-    """Whether the backward pass runs it."""
+    """Tell whether the backward pass runs it."""
     return "transpose(" in op_name
 
 
 def is_recomputed(op_name: str) -> bool:
-    """Whether it does again, for the backward pass, what the forward pass did.
+    """Tell whether it does again, for the backward pass, what the forward pass did.
 
     By `jax.checkpoint`, or where a gradient that is written out differentiates a layer anew: what it calls is, inside
     what is transposed, differentiated forward and not transposed again.
@@ -24,7 +24,7 @@ def is_recomputed(op_name: str) -> bool:
 
 
 def is_forward(op_name: str) -> bool:
-    """Whether it computes something of the forward pass, then or again."""
+    """Tell whether it computes something of the forward pass, then or again."""
     return is_recomputed(op_name) or ("jvp(" in op_name and not is_backward(op_name))
 
 

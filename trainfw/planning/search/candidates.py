@@ -21,7 +21,7 @@ from trainfw.planning.read_step.analysis import check_rates, simulated_recipe
 from trainfw.recipe import Recipe, layout_problems
 
 OBJECTIVES = ("time", "cost", "memory")
-"""What is made small: the step time, what the run costs (of the recipe's hardware, so in the order of the step time),
+"""Measures that a search makes small: the step time, the run's cost (on one hardware, so in the same order),
 or the memory of a core."""
 
 REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
@@ -70,7 +70,7 @@ class Survey:
     too_large: int
     """Candidates estimated not to fit."""
     seconds: float
-    """That the analytic pass took."""
+    """Seconds that the analytic pass took."""
 
     def __repr__(self) -> str:
         return f"<Survey: {self.recipe.name} on {self.topology.in_words}, {self.legal:,} layouts that are legal>"
@@ -87,7 +87,7 @@ class Survey:
         return max((_devices(self.recipe, layout) for layout in layouts), default=1)
 
     def chosen(self, most: int = COMPILED) -> list[Candidate]:
-        """Those to compile: the best by the objective, and a third of them for the other end of the Pareto set.
+        """List those to compile: the best by the objective, and a third of them for the other end of the Pareto set.
 
         Unrolled ones are left to `search`: scanned, the same program compiles in a fraction of the time.
         """
@@ -197,7 +197,7 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
 
 
 def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, object]]:
-    """Of `fsdp_shards`, what may fit."""
+    """List the settings of `fsdp_shards` that may fit."""
     if layout.fsdp == 1:  # nothing is split
         yield {}
         return
@@ -208,7 +208,7 @@ def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict
 
 
 def _room(topology: Topology) -> float:
-    """That an estimate may take."""
+    """Return the bytes that an estimate may take."""
     return math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
 
 
@@ -237,7 +237,7 @@ def _own(recipe: Recipe, topology: Topology) -> tuple[Candidate | None, str]:
 
 
 def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = False) -> Placement:
-    """Where `layout` lies. Raises UserError saying why it cannot be; the reason is before the first colon.
+    """Place `layout` on the hardware. Raises UserError saying why it cannot be; the reason is before the first colon.
 
     `own` says that the rest of the recipe is to stay as it is.
     """
@@ -257,12 +257,12 @@ def _reason(error: UserError) -> str:
 
 
 def _devices(recipe: Recipe, layout: Layout) -> int:
-    """That are simulated to compile it."""
+    """Count the devices that are simulated to compile it."""
     return math.prod(simulated_recipe(recipe, layout)[1].sizes.values())
 
 
 def _too_large(recipe: Recipe, layout: Layout) -> bool:
-    """Whether no program tells of it that can be compiled here (see `simulation`)."""
+    """Tell whether no program that can be compiled here tells of it (see `simulation`)."""
     shortened = simulated_recipe(recipe, layout)[1].fsdp != layout.fsdp
     return _devices(recipe, layout) > backends.MAX_SIMULATED or (
         shortened and traits_of(recipe.optimizer).whole_matrices
@@ -274,7 +274,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T]:
-    """Those of which no other is as good in both values and better in one; of equals the first."""
+    """List the items that no other equals in both values and beats in one; of equals the first."""
     kept: list[T] = []
     least = math.inf
     for item in sorted(items, key=of):  # stable
@@ -285,7 +285,7 @@ def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T
 
 
 def settings(recipe: Recipe) -> dict[str, object]:
-    """What a search may change, by dotted key."""
+    """Return the values that a search may change, by dotted key."""
     parallel, train = recipe.parallel, recipe.train
     return {
         **{f"parallel.{axis}": getattr(parallel, axis) for axis in AXES},
