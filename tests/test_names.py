@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from trainfw.names import FIRST, KEYS, SECTIONS, VALUES
+from trainfw.optim import OPTIMIZERS
 from trainfw.recipe import keys
 
 
@@ -17,4 +18,4 @@ def test_every_name_leads_to_a_key_that_exists():
 
 def test_every_value_is_one_that_some_key_takes():
     taken = {choice for kind in keys().values() for part in (kind, *get_args(kind)) for choice in get_args(part)}
-    assert set(VALUES.values()) <= taken
+    assert set(VALUES.values()) <= taken | set(OPTIMIZERS)

@@ -11,9 +11,8 @@ import transformers
 from tests.gguf_files import byte_level, sentencepiece, smollm2_file
 from tests.gguf_models import MODELS, Arrays, reference, tensors_of
 from trainfw.data import load_tokenizer
-from trainfw.interop import GGUFTensors, gguf_config, save_gguf
+from trainfw.interop import GGUFTensors, gguf_config, save_gguf, window_note
 from trainfw.models import ModelConfig
-from trainfw.weights.export import _without_window
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 TOKENS = [5, 300, 17, 42, 99, 4, 250, 251, 8, 8, 130, 77, 64, 31, 200, 12, 6, 90]
@@ -145,7 +144,7 @@ def test_a_window_that_llama_cpp_does_not_have_is_said():
     config = ModelConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1, num_kv_heads=1, sliding_window=16
     )
-    assert not _without_window(config), "no layer has it"
+    assert not window_note(config), "no layer has it"
     slides = config.model_copy(update={"layer_pattern": ["sliding"]})
-    assert "the model to the last 16" in _without_window(slides)
-    assert not _without_window(slides.model_copy(update={"max_position": 16}))
+    assert "the model to the last 16" in window_note(slides)
+    assert not window_note(slides.model_copy(update={"max_position": 16}))

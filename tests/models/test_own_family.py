@@ -179,7 +179,7 @@ def test_it_is_planned_and_checked(recipe_file):
     recipe = load_recipe(recipe_file, (*chip, "parallel={fsdp: 2, tensor: 2}"))
     told: list[str] = []
     made = plan(recipe)
-    assert plan(recipe, told.append).time == made.time
+    assert plan(recipe, progress=told.append).time == made.time
     assert not any("compiled before" in text for text in told)  # its code may have changed since
     assert made.time.seconds > 0
     assert 0 < made.mfu < 1

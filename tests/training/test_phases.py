@@ -13,7 +13,7 @@ from trainfw.training.phases import Phases
 
 HANGS = """
 import threading, time
-from trainfw.training import WatchdogConfig
+from trainfw.recipe import WatchdogConfig
 from trainfw.training.phases import Phases
 
 def where_it_hangs():

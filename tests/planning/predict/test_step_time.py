@@ -253,7 +253,7 @@ _REPLICAS = """
 import dataclasses, sys
 from trainfw import backends, load_recipe
 backends.prepare(2048)
-from trainfw.planning import analysis
+from trainfw.planning.read_step import analysis
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 small = analysis.analyse(recipe)[0]
 analysis.REPLICAS = 512

@@ -290,7 +290,7 @@ _FIVE_HUNDRED = """
 import sys
 from trainfw import backends, load_recipe
 backends.prepare(2048)
-from trainfw.planning.compilation import compiled
+from trainfw.planning.read_step.compile_cache import compiled
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
 whole, short = (compiled(recipe, most=most) for most in (2048, 512))
 for read in ("matmuls", "transfers"):

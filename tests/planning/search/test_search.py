@@ -385,7 +385,10 @@ def run(*arguments):
 def test_bad_options_exit_2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, words in (
-        (("quickstart", "--search", "--objective", "speed"), ("--objective speed", "one of: time, cost, memory")),
+        (
+            ("quickstart", "--search", "--objective", "speed"),
+            ("objective = speed (--objective)", "one of: time, cost, memory"),
+        ),
         (("quickstart", "--objective", "memory"), ("go with --search",)),
         (("quickstart", "--search"), ("hardware.topology", "a search needs hardware")),
     ):

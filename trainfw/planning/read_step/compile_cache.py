@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _key(found: Simulation, backend: backends.Backend) -> str:
         "recipe": found.recipe.model_dump(mode="json", exclude={"name"}),
         "layout": found.simulated.sizes,
         "stands_in": found.stands_in,
-        "backend": repr(backend),
+        "backend": repr(replace(backend, init_options={})),  # of the first state
         "flags": flags,
         # As JAX_ENABLE_X64; the platform is the backend's.
         "jax": {k: v for k, v in os.environ.items() if k.startswith("JAX_") and k != "JAX_PLATFORMS"},
