@@ -34,9 +34,22 @@ def load_piece(name: str, key: str = "name") -> Any:
         ) from error
 
 
-def make_piece(name: str, options: Mapping[str, Any], *arguments: Any, key: str = "name") -> Any:
-    """Return what `package.module:Name` makes of arguments and options. Raises UserError where it makes nothing."""
+def make_piece(
+    name: str,
+    options: Mapping[str, Any],
+    *arguments: Any,
+    key: str = "name",
+    methods: Sequence[str] = (),
+    expected: str = "",
+) -> Any:
+    """Return what `package.module:Name` makes of arguments and options. Raises UserError where it makes nothing.
+
+    With `methods`, it is a class that has these: a stranger's recipe is not to call any function with its options.
+    """
     piece = load_piece(name, key)
+    if methods and not isinstance(piece, type):
+        raise UserError(f"{key} = {name!r}: is a {type(piece).__name__}; expected a class, a {expected}")
+    check_parts(piece, key, name, methods, expected)
     try:
         return piece(*arguments, **options)
     except TypeError as error:

@@ -239,7 +239,7 @@ def test_a_family_that_is_none_is_refused(recipe_file):
     for name, said in {
         "decodr": r"model.family: 'decodr': unknown family; .*did you mean 'decoder'\?",
         "nowhere:Family": "No module named 'nowhere'",
-        "tests.models.test_own_family:Block": "missing 2 required positional arguments",
+        "tests.models.test_own_family:Block": r"has no config and no decodes",
         "collections:OrderedDict": r"has no config and no decodes .*expected a trainfw.models.Family",
     }.items():
         with pytest.raises(UserError, match=said):

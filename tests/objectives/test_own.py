@@ -56,7 +56,8 @@ def test_what_cannot_be_made_is_said(tmp_path):
         "nowhere:Loss": r"objective.name.*nowhere:Loss.*No module named 'nowhere'",
         "tests.objectives.test_own:Cubed": "has no attribute 'Cubed'",
         "tests.objectives.test_own:Squared": "missing 1 required positional argument: 'weight'",
-        "collections:OrderedDict": r"has no schema and no loss and no roles and no unit; expected",
+        "shutil:rmtree": r"is a function; expected a class, a trainfw.objectives.Objective",
+        "collections:OrderedDict": r"has no schema and no loss; expected",
     }.items():
         with pytest.raises(UserError, match=said):
             build_program(tiny_recipe(tmp_path, f"objective.name={name}"), jax.devices()[:1])

@@ -12,7 +12,7 @@ from pydantic_core import core_schema
 
 from trainfw.config import Config, Dim, invalid
 from trainfw.errors import UserError, nearest
-from trainfw.pieces import check_parts, is_own, make_piece
+from trainfw.pieces import is_own, make_piece
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -165,8 +165,8 @@ def load_family(name: str) -> Family:
         meant = f"; did you mean {near!r}?" if near else ""
         known = ", ".join(FAMILIES)
         raise UserError(f"family = {name!r}: unknown family; expected {known}, or package.module:Name{meant}")
-    made = make_piece(FAMILIES.get(name, name), {}, key="family")
-    family: Family = check_parts(made, "family", name, _PARTS, "trainfw.models.Family")
+    path, expected = FAMILIES.get(name, name), "trainfw.models.Family"
+    family: Family = make_piece(path, {}, key="family", methods=_PARTS, expected=expected)
     if not (isinstance(family.config, type) and issubclass(family.config, FamilyConfig)):
         raise UserError(f"family = {name!r}: its config is no class that extends trainfw.models.FamilyConfig")
     return family

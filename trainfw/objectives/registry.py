@@ -10,6 +10,7 @@ from trainfw.objectives.preference import Preference, PreferenceLoss
 from trainfw.pieces import check_parts, is_own, make_piece
 
 _PARTS = ("schema", "loss", "roles", "unit")
+_EXPECTED = "trainfw.objectives.Objective"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class TokenOptions:
 def make_objective(config: ObjectiveConfig, options: TokenOptions) -> Objective:
     """Return what a model learns. Raises UserError where somebody's own cannot be made."""
     if is_own(config.name):
-        return check_objective(make_piece(config.name, config.options), config.name)
+        made = make_piece(config.name, config.options, methods=("schema", "loss"), expected=_EXPECTED)
+        return check_objective(made, config.name)
     if config.name == "next_token":
         return NextToken(options.chunk, options.mask_documents, options.z_loss)
     kind = cast(PreferenceLoss, config.name)
@@ -37,5 +39,5 @@ def make_objective(config: ObjectiveConfig, options: TokenOptions) -> Objective:
 
 def check_objective(made: Any, name: str) -> Objective:
     """Return somebody's own objective. Raises UserError, which begins with `name`, where it is none."""
-    objective: Objective = check_parts(made, "name", name, _PARTS, "trainfw.objectives.Objective")
+    objective: Objective = check_parts(made, "name", name, _PARTS, _EXPECTED)
     return objective
