@@ -13,12 +13,11 @@ from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
 from trainfw.hlo import Module, collectives_of
 from trainfw.parallel import Layout, place_mesh
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines
 from trainfw.planning.predict.step_time import Assumptions, WorkTime, part_label, work_time
 from trainfw.planning.read_step.analysis import Matmul, Transfer, read
 from trainfw.planning.read_step.memory import corrected_temporaries
 from trainfw.report import amount
-from trainfw.tables import table
 
 if TYPE_CHECKING:
     import jax
@@ -192,20 +191,7 @@ def _lines(plan: FunctionPlan) -> Iterator[str]:
         yield f"  {label:25}" + ("  not known" if size is None else f"  {amount(size, 'B')}")
     if plan.transfers:
         yield ""
-        rows = [("collective", "over", "dtype", "MB", "times", "in all", "algorithm")]
-        rows += [
-            (
-                transfer.kind,
-                ", ".join(transfer.axes),
-                transfer.dtype,
-                f"{transfer.bytes / 1e6:,.1f}",
-                f"{transfer.times:,}",
-                duration(taken.seconds * transfer.times),
-                taken.algorithm,
-            )
-            for transfer, taken in plan.transfers[:12]
-        ]
-        yield from (f"  {line}" for line in table(rows, "<<<>>><"))
+        yield from transfer_lines(plan.transfers)
     if busy := {dim: share for dim, share in plan.links.items() if share}:
         yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
     yield ""

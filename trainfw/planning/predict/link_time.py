@@ -24,13 +24,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainfw import backends
-from trainfw.hardware import Topology
+from trainfw.hardware import Topology, duration
 from trainfw.parallel import MeshPlacement, Piece, Placement
 from trainfw.planning.read_step.analysis import Transfer
+from trainfw.tables import table
+
+_MOST_LISTED = 12
 
 MESH_BYTES = 1e6
 """Below, Neuron's collectives inside an instance go straight to every peer ("Mesh < 1 MB").
@@ -186,3 +189,25 @@ def _algorithm(kind: str, size: float, pieces: list[Piece], topology: Topology, 
     if in_chip == topology.cores_per_chip > 1:
         return "KangaRing", ranks // 2
     return "Ring", ranks - 1
+
+
+def transfer_lines(transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False) -> Iterator[str]:
+    """Lay out the first collectives as a table, with the phase of a step that each is in, and say how many are left."""
+    heads = ("collective", "in", "over", "dtype", "MB", "times", "a step" if phases else "in all", "algorithm")
+    rows = [heads] + [
+        (
+            transfer.kind,
+            transfer.phase,
+            ", ".join(transfer.axes),
+            transfer.dtype,
+            f"{transfer.bytes / 1e6:,.1f}",
+            f"{transfer.times:,}",
+            duration(taken.seconds * transfer.times),
+            taken.algorithm,
+        )
+        for transfer, taken in transfers[:_MOST_LISTED]
+    ]
+    shown = rows if phases else [(row[0], *row[2:]) for row in rows]
+    yield from (f"  {line}" for line in table(shown, "<<<<>>><" if phases else "<<<>>><"))
+    if len(transfers) > _MOST_LISTED:
+        yield f"  and {len(transfers) - _MOST_LISTED} more that take less"

@@ -13,7 +13,7 @@ from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.predict.closed_form import bubble_of
 from trainfw.planning.predict.function_plan import FunctionPlan, plan_function
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines
 from trainfw.planning.predict.step_time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.planning.predict.timeline import Timeline, timeline
 from trainfw.planning.read_step.analysis import Analysis, Transfer
@@ -22,7 +22,6 @@ from trainfw.planning.read_step.memory import MemoryTable
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
 from trainfw.report import framed, plan_page
 from trainfw.scopes import ATTENTION, LOSS
-from trainfw.tables import table
 
 if TYPE_CHECKING:
     import jax
@@ -329,23 +328,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "memory of a core"
     yield from (f"  {line}" for line in plan.memory.lines())
     yield ""
-    rows = [("collective", "in", "over", "dtype", "MB", "times", "a step", "algorithm")]
-    rows += [
-        (
-            transfer.kind,
-            transfer.phase,
-            ", ".join(transfer.axes),
-            transfer.dtype,
-            f"{transfer.bytes / 1e6:,.1f}",
-            f"{transfer.times:,}",
-            duration(taken.seconds * transfer.times),
-            taken.algorithm,
-        )
-        for transfer, taken in plan.transfers[:12]
-    ]
-    yield from (f"  {line}" for line in table(rows, "<<<<>>><"))
-    if len(plan.transfers) > 12:
-        yield f"  and {len(plan.transfers) - 12} more that take less"
+    yield from transfer_lines(plan.transfers, phases=True)
     busy = link_utilisation(plan.analysis.transfers, plan.placement, time.seconds)
     if busy:
         yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
