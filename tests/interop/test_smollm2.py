@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import trainfw
 from tests.gguf_files import smollm2_file
+from tests.llama import Llama
 from trainfw.interop import copy_model, open_model, save_peft
 from trainfw.sampling import generate
 from trainfw.weights import export_model, merge_adapter, read_adapter
@@ -66,7 +67,6 @@ def test_logits_and_tokens_are_those_of_transformers(model, tmp_path):
 @pytest.mark.long
 def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
     """In F16, through `merge` and `export --format gguf`: the tokens of the merged model in Transformers."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     from trainfw.adapters import AdapterConfig
 
     config = AdapterConfig(rank=4, alpha=8.0, targets="attention")
@@ -86,14 +86,10 @@ def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
     tokens = greedy(reference(tmp_path / "merged"), prompt, 32)
     assert tokens != greedy(reference(model), prompt, 32)
     assert list(generate(merged, prompt, max_tokens=32, temperature=0.0)) == tokens
-    llama = llama_cpp.Llama(str(tmp_path / "merged.gguf"), n_ctx=128, n_threads=2, logits_all=True, verbose=False)
-    try:
-        llama.eval(prompt)
-        chosen = []
-        for _ in range(32):
-            chosen.append(int(llama.scores[llama.n_tokens - 1].argmax()))
-            llama.eval(chosen[-1:])
-    finally:
-        llama.close()
+    with Llama(tmp_path / "merged.gguf") as llama:
+        row = llama.logits(prompt)[-1]
+        chosen = [int(row.argmax())]
+        while len(chosen) < 32:
+            chosen.append(int(llama.logits(chosen[-1:])[-1].argmax()))
     assert chosen == tokens
     assert read_adapter(str(tmp_path / "adapter"), base.config).config.rank == 4

@@ -9,6 +9,7 @@ import tokenizers
 import transformers
 
 from tests.gguf_files import SPECIAL, UNICODE, byte_level, sentencepiece, smollm2_file, texts, write_gguf
+from tests.llama import Llama
 from trainfw.data import byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import UserError
 from trainfw.formats import Header, huggingface_tokenizer, tokenizer_metadata
@@ -22,17 +23,6 @@ def to_gguf(directory, file, rows=700, arch="llama"):
     return write_gguf(file, metadata, {"token_embd.weight": ("F32", np.zeros((rows, 32), np.float32))})
 
 
-@contextlib.contextmanager
-def llama_cpp_vocabulary(file):
-    """llama.cpp's own tokenizer of a file, as a function of a text; special tokens' names are text."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    try:
-        yield lambda text: model.tokenize(text.encode(), add_bos=False, special=False) if text else []
-    finally:
-        model.close()
-
-
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level_tokenizers_come_back_as_they_were(pre, tmp_path):
     directory = byte_level(tmp_path / "tokenizer", pre)
@@ -41,8 +31,8 @@ def test_byte_level_tokenizers_come_back_as_they_were(pre, tmp_path):
     assert all(after.decode(after.encode(text)) == text for text in TEXTS if PRE_TOKENIZERS[pre].normalizer is None)
     assert (after.bos_id, after.eos_id, after.vocab_size) == (before.bos_id, before.eos_id, 700)
     assert after.settings["chat_template"] == before.settings["chat_template"]
-    with llama_cpp_vocabulary(tmp_path / "model.gguf") as tokenize:
-        assert [tokenize(text) for text in TEXTS if text.isascii()] == [
+    with Llama(tmp_path / "model.gguf", vocab_only=True) as llama:
+        assert [llama.tokenize(text) for text in TEXTS if text.isascii()] == [
             after.encode(text) for text in TEXTS if text.isascii()
         ]
 
@@ -51,8 +41,8 @@ def test_byte_level_tokenizers_come_back_as_they_were(pre, tmp_path):
 def test_unicode_is_cut_as_llama_cpp_cuts_it(pre, tmp_path):
     file = to_gguf(byte_level(tmp_path / "tokenizer", pre), tmp_path / "model.gguf")
     tokenizer = load_tokenizer(file)
-    with llama_cpp_vocabulary(file) as tokenize:
-        assert [tokenize(text) for text in UNICODE] == tokenizer.encode_batch(UNICODE)
+    with Llama(file, vocab_only=True) as llama:
+        assert [llama.tokenize(text) for text in UNICODE] == tokenizer.encode_batch(UNICODE)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -64,8 +54,8 @@ def test_sentencepiece_tokenizers_come_back_as_they_were(arch, tmp_path):
     assert before.encode_batch(TEXTS) == after.encode_batch(TEXTS)
     plain = [text for text in TEXTS if text]
     assert [after.decode(ids) for ids in after.encode_batch(plain)] == plain
-    with llama_cpp_vocabulary(file) as tokenize:
-        assert [tokenize(text) for text in TEXTS] == after.encode_batch(TEXTS)
+    with Llama(file, vocab_only=True) as llama:
+        assert [llama.tokenize(text) for text in TEXTS] == after.encode_batch(TEXTS)
     # Transformers reads the same file alike, but for texts that start with a space, before which it puts none.
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="model.gguf")
     same = [text for text in TEXTS if text and not text.startswith((" ", "<|"))]
@@ -164,8 +154,8 @@ def test_smollm2_is_cut_as_transformers_and_llama_cpp_cut_it():
     file = smollm2_file()
     ours = load_tokenizer(file)
     thousands = texts(4000, "*.py") + UNICODE
-    with llama_cpp_vocabulary(file) as tokenize:
-        assert [tokenize(text) for text in thousands] == ours.encode_batch(thousands)
+    with Llama(file, vocab_only=True) as llama:
+        assert [llama.tokenize(text) for text in thousands] == ours.encode_batch(thousands)
     theirs = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     backend = theirs.backend_tokenizer
