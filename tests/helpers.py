@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jaxlib
 import numpy as np
+import pytest
 import yaml
 
 from trainfw import Recipe, load_recipe
@@ -35,6 +36,13 @@ train: {steps: 8, global_batch_size: 8, log_every: 1, validation_batches: 2}
 optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
 checkpoint: {every: 4}
 """
+
+
+def quicker(values: Iterable[Any], few: Collection[Any]) -> list[Any]:
+    """Parameters, of which those of `few` are in the quicker suite: the others show the same of other shapes."""
+    values = list(values)
+    assert all(each in values for each in few)
+    return [pytest.param(value, marks=[] if value in few else pytest.mark.long) for value in values]
 
 
 def write_recipe(directory: Path, **replacements: Any) -> Path:

@@ -96,7 +96,7 @@ def test_what_was_compiled_computes_the_same_bits(runs):
     assert all(store.get(entry.stem) for entry in whole)  # written anew
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_so_does_a_step_of_several_devices(runs):
     """Of any size: this one's buffers are larger than a block of glibc's."""
     large = ("prepare", "2", "train.steps=1", "train.global_batch_size=128", "model.intermediate_size=4096")
@@ -110,7 +110,7 @@ def test_so_does_a_step_of_several_devices(runs):
     assert first == second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jax_settings_come_first_and_an_unwritable_cache_is_none(runs):
     own = runs.directory / "own"
     said, _ = runs.run(JAX_COMPILATION_CACHE_DIR=str(own))

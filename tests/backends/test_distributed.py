@@ -163,7 +163,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_meet_in_the_order_of_their_places():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from tests.helpers import COMPILED_QUICKLY
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_runs_are_stopped_and_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices

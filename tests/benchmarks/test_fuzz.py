@@ -17,7 +17,7 @@ from tests.helpers import COMPILED_QUICKLY
 FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_inputs_of_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices

@@ -35,7 +35,7 @@ def test_growth_is_told_from_noise():
     assert files > soak.MOST_FILES
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_seconds_of_saves(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", COMPILED_QUICKLY)  # without these tests' own devices

@@ -284,7 +284,7 @@ def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
 
 
 @needs_tmpfs
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_last_save_is_tried_twice(tmp_path, small_disk):
     class Filling(Heard):
         def row(self, row, steps):
@@ -304,7 +304,7 @@ def test_the_last_save_is_tried_twice(tmp_path, small_disk):
 
 
 @needs_tmpfs
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_stays_full_ends_the_run(tmp_path, small_disk):
     write_recipe(tmp_path)
     recipe = tiny_recipe(tmp_path, "train.steps=40", "checkpoint={every: 4, max_failures: 2, keep_last: 1}")

@@ -13,7 +13,7 @@ import boto3
 import jax
 import pytest
 
-from tests.helpers import Heard, losses, tiny_recipe, write_recipe
+from tests.helpers import Heard, losses, quicker, tiny_recipe, write_recipe
 from trainfw import RunError, UserError, load_model
 from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
 from trainfw.launch.local import _free_port
@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_a_store(server, prefix, tmp_path):
         run_here(recipe, tmp_path / "third", resume="never")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_copy_from_a_store_is_a_checkpoint(server, tmp_path):
     """In a bucket and a place that are called as the words of errors are."""
     recipe = tiny_recipe(tmp_path, "train.steps=4", "checkpoint.directory=s3://a-bucket/bucket")
@@ -188,7 +188,7 @@ def unfinished(server, prefix):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [pytest.param("missing", marks=pytest.mark.long), "other bytes", pytest.param("shorter", marks=pytest.mark.long)],
+    quicker(["missing", "other bytes", "shorter"], ["other bytes"]),
 )
 def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     recipe = tiny_recipe(tmp_path, "train.steps=8", "checkpoint.every=4", place(prefix))
@@ -266,7 +266,7 @@ def test_a_store_whose_library_is_missing(tmp_path, monkeypatch):
         locate(tmp_path, CheckpointConfig(directory="gs://bucket/a"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_directory(tmp_path):
     recipe = tiny_recipe(tmp_path, "train.steps=4", f"checkpoint.directory={tmp_path / 'elsewhere'}")
     run_here(recipe, tmp_path / "run")

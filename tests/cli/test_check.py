@@ -86,7 +86,7 @@ def test_a_recipe_for_64_cores(tmp_path):
     assert ["tensor"] in [row["axes"] for row in report["collectives"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_muon_and_remat_on_a_mesh(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL, train={"global_batch_size": 16, "remat": "dots"})
     result = trainfw("check", str(recipe), "parallel.tensor=4", "optimizer.name=muon", "--hardware", "trn2.48xlarge")
@@ -145,7 +145,7 @@ def test_a_compiler_that_refuses(tmp_path):
     assert result.stdout.splitlines()[-1] == last
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiler_that_hangs(tmp_path):
     result = checked_with(tmp_path, "train=passed,evaluate=hangs", 1, "--compiler-timeout", "3", "--json")
     assert json.loads(result.stdout)["ok"] is False

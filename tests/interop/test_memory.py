@@ -14,7 +14,7 @@ import trainfw
 ROOT = Path(trainfw.__file__).parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 def test_loading_and_importing_stay_within_the_bound():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}

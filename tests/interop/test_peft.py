@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import trainfw
+from tests.helpers import quicker
 from trainfw import UserError, build_program, load_recipe
 from trainfw.adapters import AdapterConfig
 from trainfw.data import byte_tokenizer
@@ -186,7 +187,7 @@ def shapes(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", quicker(ADAPTERS, ["rslora, patterns", "embeddings and head"]))
 def test_an_adapter_of_peft_is_the_same_here(base, tmp_path, adapter):
     model = written(base, tmp_path / "peft", **ADAPTERS[adapter])
     tokens = greedy(model, PROMPT, 24)

@@ -79,6 +79,7 @@ def saved_and_left(process, run):
     assert max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*")) == max(losses(run))
 
 
+@pytest.mark.long
 def test_whatever_befalls_one_ends_all_and_all_go_on(straight, tmp_path):
     """One is killed; then one hangs; then one is told to stop."""
     recipe, expected, _ = straight

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers import Heard, losses, tiny_recipe, write_recipe
+from tests.helpers import Heard, losses, quicker, tiny_recipe, write_recipe
 from tests.own.pieces import Doubled, rows, scaled_signs
 from tests.own.test_pieces import Kept
 from trainfw import Callback, RunError, UserError, load_model, load_recipe, train
@@ -103,7 +103,7 @@ def test_a_run_on_a_stream_reads_it_again_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own_loss", "own_data", "own_optimizer"])
+@pytest.mark.parametrize("name", quicker(["own_loss", "own_data", "own_optimizer"], ["own_loss"]))
 def test_the_scripts_run(tmp_path, name):
     command = [sys.executable, str(RECIPES / f"{name}.py"), str(write_recipe(tmp_path)), f"name={name}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout

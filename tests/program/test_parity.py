@@ -25,12 +25,12 @@ QUICK = {
 
 
 def here() -> list:
-    """One in five are part of the quicker suite, as are those on 16 devices below."""
+    """One in ten are part of the quicker suite, as are those on 16 devices below."""
     rows = [row for row in parity.combinations() if row.devices <= HERE]
     assert {row.name for row in rows} >= QUICK
 
     def marks(i: int, row) -> list:
-        return [] if row.name in QUICK else [pytest.mark.slow, *([] if i % 5 == 0 else [pytest.mark.long])]
+        return [] if row.name in QUICK else [pytest.mark.slow, *([] if i % 10 == 0 else [pytest.mark.long])]
 
     return [pytest.param(row, id=row.name, marks=marks(i, row)) for i, row in enumerate(rows)]
 
@@ -120,7 +120,7 @@ def test_the_loss_falls(one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.long] if i > 1 else []) for i in range(10)])
+@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.long] if i else []) for i in range(10)])
 def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path):
     order = np.random.default_rng(seed).permutation(np.array(jax.devices()))
     program = program_of(tmp_path, list(order), ["parallel={fsdp: 2, context: 2, tensor: 2}", "train.remat=full"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import write_recipe
+from tests.helpers import quicker, write_recipe
 from trainfw import UserError, train
 from trainfw.parallel import AXES
 from trainfw.recipe import bundled_recipes, load_recipe
@@ -24,10 +23,6 @@ ALIKE = {"llama2-7b-trn2-ultraserver", "qwen3-8b-trn2-ultraserver"}
 CHECKED = {"llama3.1-405b-trn2-ultraservers"}
 TRAINED = {"llama3.1-405b-trn2-ultraservers", "qwen3-30b-a3b-trn2-ultraserver"}
 """The largest ones; the others are for `--all`."""
-
-
-def all_but(names: Iterable[str], quicker: set[str]) -> list:
-    return [pytest.param(name, marks=[] if name in quicker else pytest.mark.long) for name in names]
 
 
 @pytest.mark.slow
@@ -44,7 +39,7 @@ def test_the_custom_loop_runs(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", all_but(FOR_NEURON, CHECKED))
+@pytest.mark.parametrize("name", quicker(FOR_NEURON, CHECKED))
 def test_recipes_for_neuron_check_clean(name):
     # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory.
     shallow = not load_recipe(name).train.scan_layers
@@ -65,7 +60,7 @@ def form(name: str) -> tuple[object, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", all_but({form(name): name for name in FOR_NEURON if name not in ALIKE}.values(), TRAINED)
+    "name", quicker({form(name): name for name in FOR_NEURON if name not in ALIKE}.values(), TRAINED)
 )
 def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
     write_recipe(tmp_path)  # for its text, which changes with nothing, and is learnt from the first steps

@@ -113,6 +113,7 @@ def test_an_adapter_goes_on_from_another(tmp_path, base):
         program.init()
 
 
+@pytest.mark.long
 def test_layers_in_another_order_read_the_same_base(tmp_path, base):
     """In interleaved stages the layers are stacked in another order than they run in."""
     settings = ["parallel.pipeline=2", "parallel.fsdp=2", "train.steps=1"]
@@ -237,6 +238,7 @@ def test_banks_take_adapters_of_any_targets(tmp_path, base):
     np.testing.assert_allclose(np.asarray(model.logits(x)), expected, atol=1e-4)
 
 
+@pytest.mark.long
 def test_what_is_written_stops_where_training_taught_to(tmp_path):
     """In Transformers and in llama.cpp; the base's own files name only the end of a document."""
     tokenizer = make_tokenizer(tmp_path / "tokenizer", SMOLLM2)

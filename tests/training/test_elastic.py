@@ -82,6 +82,7 @@ def train(directory, recipe, devices, processes, *overrides, kill_at=None):
         assert process.wait() == (0 if kill_at is None else -signal.SIGKILL), (directory / "log").read_text()
 
 
+@pytest.mark.long
 def test_the_examples_are_those_of_the_uninterrupted_run(tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": STEPS}, checkpoint={"every": 7})
     train(tmp_path / "straight", recipe, 4, 1, "parallel.fsdp=4")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_chat import SMOLLM2, make_tokenizer
-from tests.helpers import Heard, losses, tiny_recipe, write_recipe
+from tests.helpers import Heard, losses, quicker, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe, train
 from trainfw.checkpoint import Checkpoints, read_identity
 from trainfw.data.cache import is_held_out
@@ -327,7 +327,7 @@ def test_kill_9_at_a_random_moment(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", quicker([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_signal_saves_and_resumes(signum, tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 2000}, checkpoint={"every": 0})
     process = subprocess.Popen(

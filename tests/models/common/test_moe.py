@@ -231,12 +231,12 @@ def on_mesh(sizes: dict[str, int], config: ModelConfig, x_BSD: jax.Array, probe_
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"expert": 2},
-        {"expert": 4},
+        pytest.param({"expert": 2}, marks=pytest.mark.long),
+        pytest.param({"expert": 4}, marks=pytest.mark.long),
         {"expert": 2, "tensor": 2},
         {"data": 2, "context": 2},
         pytest.param({"expert": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.long),
     ],
     ids=lambda sizes: " ".join(f"{axis}={size}" for axis, size in sizes.items()),
 )

@@ -196,10 +196,10 @@ def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
         pytest.param(Layout(fsdp=4), "full", "parameters", marks=pytest.mark.long),
         pytest.param(Layout(data=2, tensor=2), "none", "parameters", marks=pytest.mark.long),
         (Layout(fsdp=2, tensor=2), "full", "parameters"),
-        (Layout(fsdp=4), "full", "gradients"),
+        pytest.param(Layout(fsdp=4), "full", "gradients", marks=pytest.mark.long),
         pytest.param(Layout(data=2, fsdp=2), "dots", "optimizer", marks=pytest.mark.long),
         pytest.param(Layout(fsdp=2, tensor=2), "none", "optimizer", marks=pytest.mark.long),
-        (Layout(fsdp=2, context=2), "none", "parameters"),
+        pytest.param(Layout(fsdp=2, context=2), "none", "parameters", marks=pytest.mark.long),
         (Layout(pipeline=2, fsdp=2), "full", "parameters"),
     ],
 )
