@@ -10,7 +10,9 @@ def _by_theirs(ours: dict[str, str]) -> dict[str, str]:
 KEYS = _by_theirs(
     {
         # Training: Transformers' TrainingArguments, TRL, Axolotl, LLaMA-Factory, torchtitan, nanoGPT, MaxText
-        "train.steps": "max_steps num_steps n_steps total_steps max_iters num_iters iterations train_steps training_steps",
+        "train.steps": (
+            "max_steps num_steps n_steps total_steps max_iters num_iters iterations train_steps training_steps"
+        ),
         "train.steps (a run is as many steps as that says, of train.global_batch_size rows each)": (
             "epochs num_epochs num_train_epochs"
         ),
@@ -19,9 +21,10 @@ KEYS = _by_theirs(
         ),
         "train.accumulation_steps (the microbatches of train.global_batch_size rows)": "micro_batch_size",
         "train.global_batch_size (validation takes the same)": "per_device_eval_batch_size",
-        "train.accumulation_steps": (
-            "gradient_accumulation_steps grad_accum grad_accumulation_steps accumulate_grad_batches gradient_accumulation"
-        ),
+        "train.accumulation_steps": """
+            gradient_accumulation_steps grad_accum grad_accumulation_steps accumulate_grad_batches
+            gradient_accumulation
+        """,
         "train.compute_dtype": "precision mixed_precision mixed_precision_param dtype torch_dtype",
         "train.compute_dtype (bfloat16)": "bf16",
         "train.compute_dtype (bfloat16: float16 would need its loss scaled)": "fp16",
@@ -99,7 +102,9 @@ KEYS = _by_theirs(
         "checkpoint.every": "save_steps save_every save_interval checkpoint.interval checkpoint_period",
         "checkpoint.keep_last": "save_total_limit keep_latest_k",
         "checkpoint.directory": "checkpoint.folder checkpoint.path checkpoint_dir",
-        "name (a run is kept in runs/NAME, or where --run-dir says)": "output_dir out_dir base_output_directory run_dir",
+        "name (a run is kept in runs/NAME, or where --run-dir says)": (
+            "output_dir out_dir base_output_directory run_dir"
+        ),
         "name": "run_name wandb_run_name",
         # Backend
         "backend.donate": "donate_argnums donate_state buffer_donation",

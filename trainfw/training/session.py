@@ -18,18 +18,15 @@ from trainfw.data import StreamIterator, TrainIterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.objectives import Metrics
-from trainfw.program import Program, TrainState
+from trainfw.program import TrainState
 from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
-from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
+from trainfw.training.faults import BadStep, FaultLog, Growth, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
-from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.replicas import compare_replicas
-from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import cut_of
-from trainfw.training.run_directory import RunDirectory
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Asked, Stop, stopping
 from trainfw.training.tasks import Comparison
@@ -88,16 +85,12 @@ class _Left(Exception):
 class Session:
     """One session of a run, from its first step or a checkpoint to the last step."""
 
-    program: Program
-    batches: TrainIterator | StreamIterator
-    run: RunDirectory
-    checkpoints: Checkpoints
     outcome: Outcome
-    log: MetricsLog
+    batches: TrainIterator | StreamIterator
+    checkpoints: Checkpoints
     faults: FaultLog
     sessions: Sessions
     phases: Phases
-    reporter: Reporter
     monitor: backends.NeuronMonitor
     base: dict[str, str] | None
     callbacks: Callbacks
@@ -105,7 +98,8 @@ class Session:
     """The state of a checkpoint (or, of None, of the beginning), with `batches` at its place."""
 
     def __post_init__(self) -> None:
-        self.recipe = self.program.recipe
+        self.program, self.run, self.log = self.outcome.program, self.outcome.run, self.outcome.log
+        self.recipe, self.reporter = self.program.recipe, self.outcome.reporter
         peak = peak_flops(self.program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * self.program.mesh.size
         self.in_flight: deque[_InFlight] = deque()
@@ -127,7 +121,14 @@ class Session:
         self.saved = resumed_step
         self.sessions.write(step, self.phases.so_far())
         if step < steps:
-            self.reporter.note(self._mfu_definition())
+            dtype = self.recipe.train.compute_dtype
+            self.reporter.note(
+                f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
+                if self.peak_flops is None
+                else f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal "
+                f"attention, no recomputation) over step time and the devices' dense {dtype} peak "
+                f"({self.peak_flops:.3e} FLOP/s)"
+            )
             if resumed_step is None:
                 with self.phases.during("validation"):
                     self._validate(state, step)
@@ -160,16 +161,6 @@ class Session:
             self.validated = step, validation
             self.callbacks.tell("validation", step, validation, state)
         return validation
-
-    def _mfu_definition(self) -> str:
-        if self.peak_flops is None:
-            dtype = self.recipe.train.compute_dtype
-            return f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
-        return (
-            f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal attention, "
-            f"no recomputation) over step time and the devices' dense {self.recipe.train.compute_dtype} peak "
-            f"({self.peak_flops:.3e} FLOP/s)"
-        )
 
     def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
         while True:
@@ -265,7 +256,12 @@ class Session:
         else:
             self._bad(bad)
         if self.growth.seen(loss, last=done.step == self.recipe.train.steps):
-            self._grown(done)
+            self.faults.grown(done.step, done.row, self.growth)
+            self.reporter.note(
+                f"warning: step {done.step}: the training loss has grown to {self.growth.now:.4g}, from "
+                f"{self.growth.lowest:.4g} at its lowest; lower optimizer.learning_rate (here "
+                f"{done.metrics['learning_rate'].value():.3g})"
+            )
         self.phases.step = done.step
         self.reporter.step(done.step, self.recipe.train.steps)
         self.callbacks.tell("step", done.step, done.metrics)
@@ -273,9 +269,10 @@ class Session:
             self._log_step(done.step, loss, done.metrics, done.row)
 
     def _bad(self, bad: BadStep) -> None:
-        policy: Policy = self.faults.write(bad)
+        policy = self.faults.write(bad)
         if policy != "skip":
-            self._wait(must=False)
+            with self.phases.during("save"):
+                self.checkpoints.wait(must=False)
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         if policy == "stop":
@@ -295,14 +292,6 @@ class Session:
         return (
             f"look at the data, or {'go on from there' if last else 'start again'} by the same command with a lower "
             f"learning rate ({rate}) or without such steps ({others}){spoilt}"
-        )
-
-    def _grown(self, done: _InFlight) -> None:
-        self.faults.grown(done.step, done.row, self.growth)
-        rate = done.metrics["learning_rate"].value()
-        self.reporter.note(
-            f"warning: step {done.step}: the training loss has grown to {self.growth.now:.4g}, from "
-            f"{self.growth.lowest:.4g} at its lowest; lower optimizer.learning_rate (here {rate:.3g})"
         )
 
     def _roll_back(self) -> tuple[TrainState, int]:
@@ -377,7 +366,8 @@ class Session:
             try:
                 if self.saved != step:
                     self._save(step, state)
-                self._wait()
+                with self.phases.during("save"):
+                    self.checkpoints.wait()
                 if self.saved == step:
                     return
                 raise RunError(f"{self.run}: step {step} is not saved")  # why was reported
@@ -387,7 +377,3 @@ class Session:
                 self.reporter.note(f"warning: {error}; trying once more")
                 self.checkpoints.clear()
                 self.saved = None
-
-    def _wait(self, *, must: bool = True) -> None:
-        with self.phases.during("save"):
-            self.checkpoints.wait(must=must)
