@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from trainfw import backends, data, sampling, training, weights
 from trainfw.cli.options import AnyModel, Step
 from trainfw.cli.terminal import show
+from trainfw.errors import UserError
 
 
 def generate(
@@ -34,9 +36,6 @@ def generate(
     ] = None,
 ) -> None:
     """Write on from prompts. With a run, a model, or a model and several adapters."""
-    from trainfw import backends
-    from trainfw.errors import UserError
-
     adapters = _named(adapter or [])
     for text in prompt:
         try:
@@ -45,9 +44,6 @@ def generate(
             raise UserError(f"--prompt {text!r}: is not UTF-8 text") from None
 
     backends.prepare()
-
-    from trainfw import sampling, training, weights
-    from trainfw.data import TextStream
 
     loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
     chosen = [_chosen(text, adapters) for text in prompt]
@@ -61,7 +57,7 @@ def generate(
             f"warning: {longest} tokens are more than the {most} positions that the model was made for", err=True
         )
     if len(prompt) == 1 and not adapters:
-        stream = TextStream(tokenizer)
+        stream = data.TextStream(tokenizer)
         show(form[None].echo(prompt[0], chat))
         for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
             show(stream.push(token))
@@ -80,8 +76,6 @@ def generate(
 
 
 def _named(adapters: list[str]) -> dict[str, str]:
-    from trainfw.errors import UserError
-
     named: dict[str, str] = {}
     for text in adapters:
         name, equals, path = text.partition("=")
@@ -95,8 +89,6 @@ def _named(adapters: list[str]) -> dict[str, str]:
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:
     """Split a prompt into its adapter, or None for the model without one, and its text."""
-    from trainfw.errors import UserError
-
     if not adapters:
         return None, prompt
     name, equals, text = prompt.partition("=")

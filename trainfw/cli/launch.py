@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainfw.cli.options import Accept, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume
+from trainfw import launch, training
+from trainfw.cli.options import Accept, Nodes, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume, load
 from trainfw.cli.terminal import say
 from trainfw.streams import go_on_without_output
 
@@ -34,19 +35,16 @@ def local(
     accept: Accept = None,
 ) -> None:
     """Train in several processes of this machine. As on several instances."""
-    from trainfw.launch import accepting, as_argument, launch_local
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-    from trainfw.training import check_place
-
     go_on_without_output()
     check_resume(resume)
-    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
+    loaded = load(recipe, overrides)
     directory = _directory(run_dir, loaded)
-    check_place(directory, loaded)
+    training.check_place(directory, loaded)
     # -P: no module of the working directory stands in the place of Python's or of a package's.
-    command = [sys.executable, "-P", "-m", "trainfw", "train", as_argument(recipe), *(overrides or ())]
-    command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume, *accepting(accept or ())]
-    code = launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True), grace)
+    command = [sys.executable, "-P", "-m", "trainfw", "train", launch.as_argument(recipe), *(overrides or ())]
+    command += ["--devices", str(devices), "--run-dir", directory, "--resume", resume]
+    command += launch.accepting(accept or ())
+    code = launch.launch_local(command, processes, Path(directory) / "logs", lambda text: say(text, err=True), grace)
     if code:
         raise typer.Exit(code)
 
@@ -55,7 +53,7 @@ def local(
 def slurm(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)] = None,
+    nodes: Nodes = None,
     time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.", show_default=False)] = None,
     partition: Annotated[str | None, typer.Option(show_default=False)] = None,
     account: Annotated[str | None, typer.Option(show_default=False)] = None,
@@ -74,11 +72,8 @@ def slurm(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
     """Train under Slurm, requeued when it is stopped. One process a node, saved first."""
-    from trainfw.launch import slurm_job, submit
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-
-    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
-    job = slurm_job(
+    loaded = load(recipe, overrides)
+    job = launch.slurm_job(
         loaded,
         recipe,
         overrides or (),
@@ -97,7 +92,7 @@ def slurm(
     if dry_run:
         typer.echo(job.script(), nl=False)
         return
-    number = submit(job)
+    number = launch.submit(job)
     logs = job.run_dir / "logs"
     say(f"job {number} submitted; its story: {logs}/slurm-{number}.log, each process's: {logs}/rank-*.log")
 
@@ -118,7 +113,7 @@ def kubernetes(
     ],
     name: Annotated[str | None, typer.Option(help="Default: the recipe's.", show_default=False)] = None,
     namespace: Annotated[str | None, typer.Option(show_default=False)] = None,
-    nodes: Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)] = None,
+    nodes: Nodes = None,
     efa: Annotated[
         int | None,
         typer.Option(help="EFA interfaces a node offers (default: the instance's).", show_default=False, min=0),
@@ -139,11 +134,8 @@ def kubernetes(
 
     For kubectl: trainfw launch kubernetes RECIPE ... | kubectl apply -f -
     """
-    from trainfw.launch import kubernetes_job
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-
-    job = kubernetes_job(
-        load_recipe(recipe, overrides or (), written=COMMAND_LINE),
+    job = launch.KubernetesJob(
+        load(recipe, overrides),
         image=image,
         volumes=volume,
         name=name,

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from trainfw import backends, weights
 from trainfw.cli.options import Dtype, OutPath, Step
 
 
@@ -17,17 +18,10 @@ def merge(
     step: Step = None,
 ) -> None:
     """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
-    from trainfw import backends
-
     backends.prepare()
 
-    from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.weights import merge_adapter
+    from trainfw.cli.console import cleaning_up
 
-    reporter = make_reporter()
-    try:
-        with cleaning_up():
-            written = merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
-    finally:
-        reporter.close()
+    with cleaning_up() as reporter:
+        written = weights.merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
     typer.echo(written)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from trainfw.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from trainfw.recipe import Recipe
 
 Overrides = Annotated[
     list[str] | None,
@@ -32,6 +37,7 @@ Dtype = Annotated[
 Devices = Annotated[
     int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
 ]
+Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)]
 Hardware = Annotated[
     str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).", show_default=False)
 ]
@@ -87,6 +93,19 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
     # Beside a note, a value would be of another kind than ours.
     said = f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
     return f"No such option: {option}; keys of a recipe take no dashes: {said}"
+
+
+def load(recipe: str, overrides: Sequence[str] | None) -> Recipe:
+    """Load the recipe that a command line names."""
+    from trainfw.recipe import COMMAND_LINE, load_recipe
+
+    return load_recipe(recipe, overrides or (), written=COMMAND_LINE)
+
+
+def check_page(option: str, file: Path | None) -> None:
+    """Raise UserError where a file that an option names could not be written at the end."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise UserError(f"{option} {file}: expected a file in a directory that exists and can be written to")
 
 
 def check_resume(resume: str) -> None:

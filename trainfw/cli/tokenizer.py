@@ -20,17 +20,13 @@ def train(
     text_field: Annotated[str, typer.Option(help="The column of text in JSONL, Parquet and datasets.")] = "text",
 ) -> None:
     """Train a byte-level BPE. Use it with data.tokenizer.name=file data.tokenizer.path=OUT (a directory)."""
-    from trainfw.cli.console import cleaning_up, make_reporter
+    from trainfw.cli.console import cleaning_up
     from trainfw.data import DataConfig, open_source, train_bpe
 
-    reporter = make_reporter()
-    try:
-        with cleaning_up():
-            opened = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1))
-            if opened.skipped:
-                reporter.note(f"data: {opened.skipped}")
-            tokenizer = train_bpe((d.text for d in opened.documents()), vocab_size, progress=reporter.progress)
-            tokenizer.save(out)
-    finally:
-        reporter.close()
+    with cleaning_up() as reporter:
+        opened = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1))
+        if opened.skipped:
+            reporter.note(f"data: {opened.skipped}")
+        tokenizer = train_bpe((d.text for d in opened.documents()), vocab_size, progress=reporter.progress)
+        tokenizer.save(out)
     typer.echo(f"{out}: {tokenizer.vocab_size:,} entries")

@@ -82,7 +82,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """What `train` was given beside the recipe."""
+    """Arguments of `train` beside the recipe."""
 
     objective: Objective | None
     optimizer: OwnOptimizer | None
