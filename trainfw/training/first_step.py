@@ -62,13 +62,15 @@ class FirstStep:
         return self._moved(_samples(state.params), {name: leaf.size for name, leaf in _leaves(state.params)}, metrics)
 
     def _moved(self, after: dict[str, np.ndarray], sizes: dict[str, int], metrics: Metrics) -> str | None:
-        rate, moved = self._rate(metrics), False
+        config, moved = self.optimizer, False
+        # The largest of any parameter.
+        rate = metrics["learning_rate"].value() * max(1.0, (config.adam_learning_rate or 0.0) / config.learning_rate)
         for name, before in self.params.items():
             if not np.all(np.isfinite(after[name])):
                 return f"{name} is not finite, though its loss is"
             change = np.abs(after[name] - before)
-            decay = rate * self.optimizer.weight_decay * np.abs(before)
-            most = _SLACK * (rate * self.traits.largest_update(self.optimizer, self.step + 1, sizes[name]) + decay)
+            decay = rate * config.weight_decay * np.abs(before)
+            most = _SLACK * (rate * self.traits.largest_update(config, self.step + 1, sizes[name]) + decay)
             over = change > most + 1e-6 * np.abs(before)  # of the sum in float32
             if np.any(over):
                 return f"{name} has moved by {np.max(change[over]):.3g}, more than an update can ({np.min(most):.3g})"
@@ -77,11 +79,6 @@ class FirstStep:
         if not moved and not skipped and metrics["grad_norm"].value() > 0 and rate >= 1e-6:
             return "no parameter has changed"
         return None
-
-    def _rate(self, metrics: Metrics) -> float:
-        """The largest learning rate of any parameter."""
-        rate, config = metrics["learning_rate"].value(), self.optimizer
-        return rate * max(1.0, (config.adam_learning_rate or 0.0) / config.learning_rate)
 
 
 def check_first_step(first: FirstStep, state: TrainState, metrics: Metrics, name: str) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,19 +57,16 @@ class Outcome:
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))
-        if validation.bits_per_byte is None:
-            return self._compare_metrics(first, validation)
-        self.reporter.note(
-            f"bits per held-out byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
-            f"{validation.bits_per_byte:.3f} now{validation.beside_gzip(self.data)}"
-        )
-
-    def _compare_metrics(self, first: Mapping[str, Any], validation: Validation) -> None:
-        now = validation.row(self.recipe.train.steps)
-        names = [name for name in now if name in first and isinstance(now[name], float)]
-        for name in names:
-            title = name.removeprefix("validation_").replace("_", " ")
-            self.reporter.note(f"held-out {title}: {first[name]:.3f} at step {first['step']}, {now[name]:.3f} now")
+        then = f"at step {first['step']}"
+        if validation.bits_per_byte is not None:
+            before, now = first["validation_bits_per_byte"], validation.bits_per_byte
+            gzip = validation.beside_gzip(self.data)
+            self.reporter.note(f"bits per held-out byte: {before:.3f} {then}, {now:.3f} now{gzip}")
+            return
+        for name, value in validation.row(self.recipe.train.steps).items():
+            if name in first and isinstance(value, float):
+                title = name.removeprefix("validation_").replace("_", " ")
+                self.reporter.note(f"held-out {title}: {first[name]:.3f} {then}, {value:.3f} now")
 
     def evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:
         """Evaluate as `recipe.evaluation` asks, or read it from evaluation.jsonl where that was done before."""

@@ -19,12 +19,14 @@ def compare_replicas(params: Any, name: str) -> None:
     """
     mine: dict[str, dict[str, str]] = {}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
-        if _replicas(array) == 1:
+        if all(shard.replica_id == 0 for shard in array.global_shards):
             continue
         key = ".".join(str(part.key) for part in path)
         for shard in array.addressable_shards:
             digest = hashlib.blake2b(np.asarray(shard.data).tobytes(), digest_size=8).hexdigest()
-            mine.setdefault(f"{key}{_slices(shard.index)}", {})[str(shard.device)] = digest
+            slices = ", ".join(f"{part.start or 0}:{part.stop or ''}" for part in shard.index)
+            whole = all(part.start is None and part.stop is None for part in shard.index)
+            mine.setdefault(key if whole else f"{key}[{slices}]", {})[str(shard.device)] = digest
     found: dict[str, dict[str, str]] = {}
     for part in exchange(name, mine):
         for key, digests in part.items():
@@ -36,12 +38,3 @@ def compare_replicas(params: Any, name: str) -> None:
                 f"replicas differ: {key} on {', '.join(odd)} is not what {len(digests) - len(odd)} other devices have; "
                 "a device computes or remembers wrongly, and what was saved since the last comparison may be wrong"
             )
-
-
-def _replicas(array: jax.Array) -> int:
-    return 1 + max(shard.replica_id for shard in array.global_shards)
-
-
-def _slices(index: tuple[slice, ...]) -> str:
-    whole = all(part.start is None and part.stop is None for part in index)
-    return "" if whole else "[" + ", ".join(f"{part.start or 0}:{part.stop or ''}" for part in index) + "]"

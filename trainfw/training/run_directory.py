@@ -31,15 +31,7 @@ from trainfw.checkpoint import (
 from trainfw.errors import RunError, UserError
 from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
-from trainfw.training.records import (
-    EvaluationRow,
-    FaultRow,
-    MetricsRow,
-    SessionRow,
-    read_rows,
-    rewrite_rows,
-    stream_rows,
-)
+from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, rewrite_rows, stream_rows
 from trainfw.training.resuming import Change, changes
 from trainfw.unfinished import write_text
 
@@ -64,6 +56,7 @@ class RunDirectory:
         self.evaluation_file = self.path / "evaluation.jsonl"
         self.sessions_file = self.path / "sessions.jsonl"
         self.faults_file = self.path / "faults.jsonl"
+        self.row_files = (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file)
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = locate(self.path, config or CheckpointConfig())
@@ -123,10 +116,12 @@ class RunDirectory:
                 read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
             check_name(self.checkpoints)
             steps = self.steps()
-        for file in (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file):
+        for file in self.row_files:
             if os.path.lexists(file):
                 check_file(file, named=True)
-        if self.path.is_dir() and not steps and not self._is_ours():
+        # Where a run began there is checkpoints/ or, with these elsewhere, both of its files.
+        begun = (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
+        if self.path.is_dir() and not steps and not begun:
             others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another run_dir (--run-dir)")
@@ -147,21 +142,29 @@ class RunDirectory:
                 f"{self}: already holds checkpoints up to step {steps[-1]}, which resume='never' (--resume never) will "
                 f"not touch; {self.another(recipe)} starts another run"
             )
-        self._check_same(recipe, accept)
+        if refused := [refusal for change in self.changes(recipe) if (refusal := change.refusal(accept))]:
+            raise UserError(
+                f"{self}: was trained with another recipe:\n" + "\n".join(f"  {line}" for line in refused) + "\n"
+                f"set these keys back to resume it, or start another run with {self.another(recipe)}"
+            )
         self.faults()
         identity = self.identity()
         believed = (s for s in reversed(steps) if find_mismatch(self.checkpoints / str(s), identity) is None)
         step = next(believed, steps[-1])
-        if step > recipe.train.steps:
-            raise UserError(self._is_further(recipe, step))
+        asked, where = recipe.train.steps, recipe.written("train.steps")
+        if step > asked:
+            raise UserError(
+                f"{f'{where}: ' if where in ('command line', 'overrides') else ''}train.steps = {asked}: {self} is at "
+                f"step {step} already. train.steps={max(self.stored_recipe().train.steps, step + asked)} trains it on, "
+                f"train.steps={step} leaves it as it is, and {self.another(recipe)} starts another run"
+            )
         return step
 
     def _refuse_links(self) -> None:
         """Raise UserError where what a session writes would be written outside of the run: a copied run may hold links
         to files of another's. The run directory itself may be a link."""
         home = os.path.realpath(self.path)
-        files = [self.path / RUN_FILE, self.recipe_file, self.metrics_file, self.evaluation_file, self.sessions_file]
-        files += [self.faults_file, self.tensorboard, self.tokenizer]
+        files = [self.path / RUN_FILE, self.recipe_file, *self.row_files, self.tensorboard, self.tokenizer]
         files += sorted(self.tokenizer.iterdir()) if self.tokenizer.is_dir() else []
         for file in files:
             if not Path(target := os.path.realpath(file)).is_relative_to(home):
@@ -175,27 +178,11 @@ class RunDirectory:
         known = load_recipe(self.recipe_file).data.date if self.recipe_file.is_file() else None
         return known or datetime.date.today().isoformat()
 
-    def _is_further(self, recipe: Recipe, step: int) -> str:
-        """Say how to go on with a run that has more steps than the recipe asks for."""
-        asked = recipe.train.steps
-        where = recipe.written("train.steps")
-        goal = max(self.stored_recipe().train.steps, step + asked)
-        place = f"{where}: " if where in ("command line", "overrides") else ""
-        return (
-            f"{place}train.steps = {asked}: {self} is at step {step} already. "
-            f"train.steps={goal} trains it on, train.steps={step} leaves it as it is, and "
-            f"{self.another(recipe)} starts another run"
-        )
-
     def another(self, recipe: Recipe) -> str:
         """Return the argument that starts another run than this one."""
         free = (n for n in itertools.count(2) if not self.path.with_name(f"{self.path.name}-{n}").exists())
         named = self.path == Path("runs") / recipe.name
         return f"{f'name={recipe.name}' if named else f'--run-dir {self}'}-{next(free)}"
-
-    def _is_ours(self) -> bool:
-        """Tell whether a run began here, which makes checkpoints/ or, with these elsewhere, both of its files."""
-        return (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
 
     def _check_same_place(self, steps: list[int]) -> None:
         """Raise UserError where the last session kept checkpoints elsewhere, which this one would not see."""
@@ -209,14 +196,6 @@ class RunDirectory:
             raise UserError(
                 f"{self}: its checkpoints, up to step {there[-1]}, are in {place}, not in {self.checkpoints}: set "
                 f"checkpoint.directory as it was, copy them, or choose another run_dir (--run-dir)"
-            )
-
-    def _check_same(self, recipe: Recipe, accept: Sequence[str]) -> None:
-        refused = [refusal for change in self.changes(recipe) if (refusal := change.refusal(accept))]
-        if refused:
-            raise UserError(
-                f"{self}: was trained with another recipe:\n" + "\n".join(f"  {line}" for line in refused) + "\n"
-                f"set these keys back to resume it, or start another run with {self.another(recipe)}"
             )
 
     def changes(self, recipe: Recipe) -> list[Change]:
@@ -281,7 +260,7 @@ class RunDirectory:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
-        return read_rows(self.evaluation_file, EvaluationRow)
+        return list(stream_rows(self.evaluation_file, EvaluationRow))
 
     def last_session(self) -> dict[str, Any] | None:
         """The last row of sessions.jsonl; None where there is none."""
@@ -289,7 +268,7 @@ class RunDirectory:
 
     def faults(self) -> list[dict[str, Any]]:
         """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
-        rows = read_rows(self.faults_file, FaultRow, all_count=True)
+        rows = list(stream_rows(self.faults_file, FaultRow, all_count=True))
         left_out = sum(row["rows"] for row in rows if row["policy"] == "rollback")
         if left_out > _MOST_LEFT_OUT:  # they are held in memory
             raise UserError(
@@ -302,32 +281,22 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Only one process trains here at a time, or keeps its checkpoints in the same place: those of others would be
         deleted by their number. The locks go with the process, however it ends."""
+        from filelock import FileLock, Timeout
+
+        places = [(self.path, "another process is training here; choose another run_dir (--run-dir)")]
+        if not in_store(self.checkpoints):
+            said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
+            places.append((self.checkpoints, said))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                _locked(self.path, "another process is training here; choose another run_dir (--run-dir)")
-            )
-            if not in_store(self.checkpoints):
-                said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
-                stack.enter_context(_locked(self.checkpoints, said))
+            for directory, said in places:
+                try:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(directory / ".lock", timeout=0))
+                except Timeout:
+                    raise UserError(f"{directory}: {said}") from None
+                except OSError as error:
+                    raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
             yield
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, said: str) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{directory}: {said}") from None
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_place(run_dir: str | os.PathLike[str], recipe: Recipe) -> None:
