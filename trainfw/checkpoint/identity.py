@@ -54,7 +54,8 @@ def read_identity(run: Path) -> Identity | None:
     content = content if isinstance(content, dict) else {}
     refuse_newer(content, run)
     name, older = content.get("run"), content.get("older", {})
-    if not (isinstance(name, str) and name and _is_texts(older)):
+    texts = isinstance(older, dict) and all(isinstance(text, str) for text in older.values())
+    if not (isinstance(name, str) and name and texts):
         large = f" (it has more than {_MOST_BYTES:,} bytes)" if too_large else ""
         raise RunError(f"{file}: cannot be read{large}; remove it, and the run takes the id of its newest checkpoint")
     return Identity(name, older)
@@ -78,7 +79,3 @@ def refuse_newer(content: Mapping[str, object], where: object) -> None:
             f"{where}: was written by trainfw {version[:40]!s} (format {number}); this is trainfw "
             f"{stamp()['trainfw']}, which knows formats up to {FORMAT}: upgrade it, with pip install --upgrade trainfw"
         )
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

@@ -96,34 +96,28 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    def _open(self) -> ocp.CheckpointManager:
-        with failing_as(self.directory, "cannot be opened"):
-            return ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
+            with failing_as(self.directory, "cannot be opened"):
+                options = ocp.CheckpointManagerOptions(
                     max_to_keep=None,  # we delete them ourselves
                     create=True,
                     cleanup_tmp_directories=True,
                     temporary_path_class=commit_by_file(self.directory),
-                    # Called when all files are written, before the rename that makes them a checkpoint.
                     async_options=ocp.AsyncOptions(
                         timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._finish
                     ),
-                ),
-            )
+                )
+                self._opened = ocp.CheckpointManager(self.directory, options=options)
+        return self._opened
 
     def _finish(self) -> None:
+        """Complete a checkpoint whose files are all written, before the rename that makes them one."""
         if jax.process_index() != 0 or self._saving is None:
             return
         step = self._saving
         names = [str(step)]
         if not in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
             names = [name for name in os.listdir(self.directory) if name.startswith(f"{step}.orbax-checkpoint-tmp")]
-        written = [self.directory / name for name in names]
-        for directory in written:
+        for directory in (self.directory / name for name in names):
             for item, expected in self._expected.items():
                 if problem := find_absent(directory / item, expected):
                     raise ValueError(f"{item}: {problem}")
@@ -188,17 +182,17 @@ class Checkpoints:
     def _delete_old(self) -> None:
         """Start to delete the checkpoints that need not be kept, now that a newer one is on disk."""
         self._wait_for_deletion()
-        config = self._config
-        every = config.keep_every
-        old = [step for step in self.steps()[: -config.keep_last] if not (every and step % every == 0)]
-        self._deleting = threading.Thread(target=self._delete, args=(old,), name="delete checkpoints", daemon=True)
-        self._deleting.start()
+        every = self._config.keep_every
+        old = [step for step in self.steps()[: -self._config.keep_last] if not (every and step % every == 0)]
 
-    def _delete(self, steps: list[int]) -> None:
-        try:
-            delete_steps(self.directory, steps)
-        except Exception as error:  # stores raise many kinds; the next save tries again
-            self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
+        def delete() -> None:
+            try:
+                delete_steps(self.directory, old)
+            except Exception as error:  # stores raise many kinds; the next save tries again
+                self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
+
+        self._deleting = threading.Thread(target=delete, name="delete checkpoints", daemon=True)
+        self._deleting.start()
 
     def _wait_for_deletion(self) -> None:
         if self._deleting is not None:
@@ -279,8 +273,8 @@ class Checkpoints:
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Restore (params, rest, meta) of a step, laid out as the given abstract arrays. Raises RunError."""
         restored, meta = self._restore(step, params=params, rest=rest)
-        params, rest = self._in_order((restored["params"], restored["rest"]), meta.pop(LAYER_ORDER, None))
-        return params, rest, meta
+        restored = self._in_order(restored, meta.pop(LAYER_ORDER, None))
+        return restored["params"], restored["rest"], meta
 
     def restore_params(self, step: int, params: Tree) -> Tree:
         """Restore the parameters alone, though the run may go on meanwhile.
@@ -291,16 +285,12 @@ class Checkpoints:
         with Hold(directory):
             if problem := find_damage(directory, identity=self._identity):
                 check_there(directory)
-                raise RunError(
-                    f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{self._whole_before(step)}"
-                )
+                older = (other for other in reversed(self.steps()) if other < step)
+                whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
+                hint = next((f"; step {s} is whole" for s in whole), "")
+                raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
             restored, meta = self._restore(step, params=params)
         return self._in_order(restored["params"], meta.get(LAYER_ORDER))
-
-    def _whole_before(self, step: int) -> str:
-        older = (other for other in reversed(self.steps()) if other < step)
-        whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
-        return next((f"; step {s} is whole" for s in whole), "")
 
     def _in_order(self, tree: Tree, saved: list[int] | None) -> Tree:
         wanted = self._layer_order or sorted(saved or ())
@@ -315,11 +305,8 @@ class Checkpoints:
         problem = f"step {step} cannot be restored{hint}"
         with contextlib.closing(reader), failing_as(self.directory, problem, read=directory):
             meta = read_meta(directory)
-            restored = {
-                item: reader.restore(directory / item, args=ocp.args.StandardRestore(tree))
-                for item, tree in items.items()
-            }
-        return restored, meta
+            args = {item: ocp.args.StandardRestore(tree) for item, tree in items.items()}
+            return {item: reader.restore(directory / item, args=args[item]) for item in items}, meta
 
     def close(self) -> None:
         """Wait for the last save, then close. Raises RunError where it fails."""
