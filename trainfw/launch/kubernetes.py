@@ -116,23 +116,8 @@ class KubernetesJob:
             metadata["labels"] = {"kueue.x-k8s.io/queue-name": self.queue}
         if self.unit_label is not None:
             metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": self.unit_label}
-        spec = {
-            "network": {"enableDNSHostnames": True, "subdomain": self.name, "publishNotReadyAddresses": True},
-            "failurePolicy": {
-                "maxRestarts": self.restarts,
-                # Whatever else happens: all pods anew, and each goes on from the last checkpoint.
-                "rules": [{"name": "wrong", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-            },
-            "replicatedJobs": [{"name": _JOB, "replicas": self.jobs, "template": {"spec": self._job()}}],
-        }
-        return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
-
-    def _metadata(self, name: str) -> dict[str, object]:
-        return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
-
-    def _job(self) -> dict[str, object]:
         wrong = {"containerName": "trainfw", "operator": "In", "values": [1, 2]}  # another try would end as this one
-        return {
+        job = {
             "completionMode": "Indexed",
             "completions": self.pods,
             "parallelism": self.pods,
@@ -140,16 +125,28 @@ class KubernetesJob:
             "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": wrong}]},
             "template": {"spec": self._pod()},
         }
+        spec = {
+            "network": {"enableDNSHostnames": True, "subdomain": self.name, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": self.restarts,
+                # Whatever else happens: all pods anew, and each goes on from the last checkpoint.
+                "rules": [{"name": "wrong", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": _JOB, "replicas": self.jobs, "template": {"spec": job}}],
+        }
+        return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
+
+    def _metadata(self, name: str) -> dict[str, object]:
+        return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
 
     def _pod(self) -> dict[str, object]:
-        devices = {name: str(count) for name, count in self.devices.items()}
-        resources = devices | self.resources
+        resources = {name: str(count) for name, count in self.devices.items()} | self.resources
         volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{self.name}-recipe"}}]
         mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": _RECIPE, "readOnly": True}]
         for i, (claim, path) in enumerate(self.volumes):
             volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": claim}})
             mounts.append({"name": f"volume-{i}", "mountPath": path})
-        if devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
+        if self.devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
             volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
             mounts.append({"name": "shm", "mountPath": "/dev/shm"})
         recipe = f"{_RECIPE}/recipe.yaml"
@@ -169,8 +166,8 @@ class KubernetesJob:
         }
         if self.node_labels:
             pod["nodeSelector"] = self.node_labels
-        if devices:
-            pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in devices]
+        if self.devices:
+            pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in self.devices]
         return pod
 
     def _environment(self) -> list[dict[str, object]]:

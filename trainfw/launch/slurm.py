@@ -73,20 +73,12 @@ class SlurmJob:
         }
         lines = [_directive(f"--{key}", value) for key, value in sbatch.items() if value is not None]
         lines += [_option(text) for text in self.options]
-        command = [
-            self.python,
-            "-P",
-            "-m",
-            "trainfw",
-            "train",
-            as_argument(self.recipe),
-            *self.overrides,
-            "--run-dir",
-            str(self.run_dir),
-        ]
-        if self.devices is not None:
-            command += ["--devices", str(self.devices)]
+        command = [self.python, "-P", "-m", "trainfw", "train", as_argument(self.recipe), *self.overrides]
+        command += ["--run-dir", str(self.run_dir)]
+        command += [] if self.devices is None else ["--devices", str(self.devices)]
         command += accepting(self.accept)
+        # Several processes on a node need other numbers than their node's.
+        numbered = "bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec \"$@\"' - \\\n  " * (self.tasks_per_node > 1)
         directives = "\n".join(f"#SBATCH {line}" for line in lines)
         return f"""#!/bin/bash
 {directives}
@@ -103,7 +95,7 @@ export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
 srun --kill-on-bad-exit=1 --output={shlex.quote(_pattern(logs))}/rank-%t.log --open-mode=append \\
-  {self._numbered()}{shlex.join(command)} &
+  {numbered}{shlex.join(command)} &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do  # the trap ended that wait, not the step
@@ -128,13 +120,6 @@ case $code in
 esac
 exit $code
 """
-
-    def _numbered(self) -> str:
-        """Number several processes on a node, which need other numbers than their node's."""
-        if self.tasks_per_node == 1:
-            return ""
-        return """bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec "$@"' - \\
-  """
 
 
 def _directive(option: str, value: object) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from trainfw.models import Limit, family_of
 from trainfw.parallel import (
@@ -62,14 +61,10 @@ def _of_model(recipe: Recipe, layout: Layout) -> Iterator[LayoutProblem]:
         if limit.size % parts and not (limit.shared and parts % limit.size == 0):
             used = [axis for axis in axes if layout.sizes.get(axis, 1) > 1]
             named = " * ".join(axis for axis in axes if axis == axes[0] or axis in used)
-            key, value = f"model.{limit.field}", _value(recipe.model, limit.field)
+            key, value = f"model.{limit.field}", operator.attrgetter(limit.field)(recipe.model)
             whole = "" if limit.size == value else f"of which there are {limit.size:,} in all, "
             verb = "is no multiple nor divisor of" if limit.shared else "does not divide over"
             yield LayoutProblem(key, f"{key} = {value:,} {verb} {named}", whole + _why(limit, layout, used))
-
-
-def _value(model: Any, field: str) -> Any:
-    return functools.reduce(getattr, field.split("."), model)
 
 
 def _why(limit: Limit, layout: Layout, axes: list[str]) -> str:

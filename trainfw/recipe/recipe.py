@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import keyword
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -104,9 +105,8 @@ class Recipe(Config):
 
     def error(self, key: str, problem: str) -> UserError:
         """Make a UserError that says where `key` (dotted) was written, its value, and the problem."""
-        value: Any = self
-        for part in key.split("."):
-            value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
+        attributes = (f"{part}_" if keyword.iskeyword(part) else part for part in key.split("."))
+        value = operator.attrgetter(".".join(attributes))(self)
         return UserError(f"{where(key, self._sources, problem)}{key} = {show(value)}: {problem}")
 
     @contextlib.contextmanager
@@ -151,13 +151,8 @@ def json_schema() -> dict[str, object]:
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"] = {
-        "extends": {
-            "type": "string",
-            "description": "Another recipe that this one refines: a file, relative to this one, or a bundled recipe.",
-        },
-        **schema["properties"],
-    }
+    described = "Another recipe that this one refines: a file, relative to this one, or a bundled recipe."
+    schema["properties"] = {"extends": {"type": "string", "description": described}, **schema["properties"]}
     return schema
 
 

@@ -85,7 +85,7 @@ def read_report(line: str) -> dict[str, float]:
     utilization: list[float] = []
     memory: dict[str, float] = {}
     errors: list[float] = []
-    for runtime in _list(_get(report, "neuron_runtime_data")):
+    for runtime in _values(_get(report, "neuron_runtime_data")):
         data = _get(runtime, "report")
         for core in _values(_get(data, "neuroncore_counters", "neuroncores_in_use")):
             utilization += _numbers(_get(core, "neuroncore_utilization"))
@@ -111,12 +111,8 @@ def _get(tree: object, *keys: str) -> object:
     return tree
 
 
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
-
-
 def _values(value: object) -> list[object]:
-    return list(value.values()) if isinstance(value, dict) else []
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _numbers(value: object) -> list[float]:

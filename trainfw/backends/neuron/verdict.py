@@ -66,7 +66,6 @@ def host_findings(host: Host) -> list[HostFinding]:
         *_runtime(host, sdk),
         *_plugin(host, sdk),
         *_compiler(host),
-        *_held(host),
         *_rest(host, sdk),
     ]
     return sorted(found, key=lambda finding: not finding.fails)
@@ -191,14 +190,11 @@ def _compiler(host: Host) -> Iterator[HostFinding]:
         yield HostFinding(f"this environment's neuronx-cc {other}", do, False)
 
 
-def _held(host: Host) -> Iterator[HostFinding]:
+def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     for holder in host.holders:
         do = "cores belong to one process, so wait for it, or end it; this is no fault of the hardware"
         what = f"process {holder.pid} holds {ranges(holder.devices)} ({holder.command[:60]})"
         yield HostFinding(f"a run that starts now, for {what}", do)
-
-
-def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     for warning in environment_warnings(host.environ, sdk, None):
         yield HostFinding(warning, "", False)
     if "nki-lib" not in host.plugin.versions and host.plugin.state == "installed":
