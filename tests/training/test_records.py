@@ -17,7 +17,7 @@ from trainfw import UserError
 from trainfw.recipe import FaultsConfig
 from trainfw.training import RunDirectory, loggers
 from trainfw.training.faults import FaultLog, Growth
-from trainfw.training.log import MetricsLog
+from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, append_rows, stream_rows
 from trainfw.training.sessions import Sessions
 

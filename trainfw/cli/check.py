@@ -17,9 +17,7 @@ from trainfw.unfinished import write_text
 if TYPE_CHECKING:
     from trainfw.checking import Comparison
 
-_Recipe = Annotated[
-    str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.", show_default=False)
-]
+_Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 
 
 def check(
@@ -45,7 +43,6 @@ def check(
         typer.Option(
             metavar="FILE",
             help="With --compiler: write where check and the compiler differ, to be sent back: no paths, no data.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -23,13 +23,10 @@ def env(
     recipe: RecipePath,
     overrides: Overrides = None,
     nodes: Annotated[
-        int | None,
-        typer.Option(help="Instances (default: from Slurm or Kubernetes, else the topology's).", show_default=False),
+        int | None, typer.Option(help="Instances (default: from Slurm or Kubernetes, else the topology's).")
     ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option(help="Which of them this is (default: as above, else 0).", show_default=False)
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="The host of process 0.", show_default=False)] = None,
+    node_rank: Annotated[int | None, typer.Option(help="Which of them this is (default: as above, else 0).")] = None,
+    head: Annotated[str | None, typer.Option(help="The host of process 0.")] = None,
     format: Annotated[str, typer.Option(metavar="sh|json", help="For a shell to read, or for a program.")] = "sh",
 ) -> None:
     """Print the environment of a process on Neuron, with reasons. It is what the process sets before it imports jax."""

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def export_hlo(
-    recipe: RecipePath,
-    out: OutPath,
-    overrides: Overrides = None,
-    hardware: Hardware = None,
-    count: Count = None,
+    recipe: RecipePath, out: OutPath, overrides: Overrides = None, hardware: Hardware = None, count: Count = None
 ) -> None:
     """Write each step's HLO for neuronx-cc, and how to compile it.
 

@@ -16,20 +16,15 @@ def generate(
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="The text to go on from; several at once.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens that make up p.", show_default=False)
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     step: Step = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--plain", help="As a user's turn by the chat template, or as text (default: as trained)."),
     ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(help="With --chat: the system prompt (default: as trained).", show_default=False),
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system prompt (default: as trained).")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="An adapter of the model; a prompt NAME=TEXT takes it."),

@@ -54,19 +54,16 @@ def slurm(
     recipe: RecipePath,
     overrides: Overrides = None,
     nodes: Nodes = None,
-    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.", show_default=False)] = None,
-    partition: Annotated[str | None, typer.Option(show_default=False)] = None,
-    account: Annotated[str | None, typer.Option(show_default=False)] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.")] = None,
+    partition: str | None = None,
+    account: str | None = None,
     grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and the time limit.", min=0)] = 120,
     restarts: Annotated[int, typer.Option(help="How often the job may requeue itself.", min=0)] = 100,
     sbatch: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OPTION", help="Another of sbatch, such as --sbatch=--exclude=trn-7."),
+        list[str] | None, typer.Option(metavar="OPTION", help="Another of sbatch, such as --sbatch=--exclude=trn-7.")
     ] = None,
     tasks_per_node: Annotated[int, typer.Option(help="Processes a node, where several share one.", min=1)] = 1,
-    devices: Annotated[
-        int | None, typer.Option(help="CPU devices that each process simulates.", show_default=False)
-    ] = None,
+    devices: Annotated[int | None, typer.Option(help="CPU devices that each process simulates.")] = None,
     run_dir: RunDir = None,
     accept: Accept = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
@@ -111,23 +108,20 @@ def kubernetes(
             "kept in the first.",
         ),
     ],
-    name: Annotated[str | None, typer.Option(help="Default: the recipe's.", show_default=False)] = None,
-    namespace: Annotated[str | None, typer.Option(show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Default: the recipe's.")] = None,
+    namespace: str | None = None,
     nodes: Nodes = None,
     efa: Annotated[
-        int | None,
-        typer.Option(help="EFA interfaces a node offers (default: the instance's).", show_default=False, min=0),
+        int | None, typer.Option(help="EFA interfaces a node offers (default: the instance's).", min=0)
     ] = None,
     resource: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=AMOUNT", help="Ask for it in each pod too, such as memory=1500Gi, cpu=180."),
     ] = None,
-    queue: Annotated[str | None, typer.Option(help="Of Kueue, to wait in.", show_default=False)] = None,
+    queue: Annotated[str | None, typer.Option(help="Of Kueue, to wait in.")] = None,
     grace: Annotated[int, typer.Option(help="Seconds between SIGTERM and SIGKILL.", min=1)] = 120,
     restarts: Annotated[int, typer.Option(help="How often the pods may be started anew.", min=0)] = 100,
-    run_dir: Annotated[
-        str | None, typer.Option(help="In the pods (default: runs/NAME in the first volume).", show_default=False)
-    ] = None,
+    run_dir: Annotated[str | None, typer.Option(help="In the pods (default: runs/NAME in the first volume).")] = None,
     accept: Accept = None,
 ) -> None:
     """Print a JobSet that trains. It has one pod a node, started anew when it stops for no fault of its own.

@@ -11,9 +11,7 @@ from trainfw.cli.options import Dtype, OutPath, Step
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run of an adapter, or one in PEFT's form.")],
     out: OutPath,
-    base: Annotated[
-        str | None, typer.Option(help="The model it adapts (default: that of the run).", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model it adapts (default: that of the run).")] = None,
     dtype: Dtype = None,
     step: Step = None,
 ) -> None:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from trainfw.recipe import Recipe
 
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50."),
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50.")
 ]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -26,38 +25,26 @@ ModelPath = Annotated[
     typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, or package:NAME (a Python package)."),
 ]
 AnyModel = Annotated[
-    str,
-    typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME."),
+    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME.")
 ]
 OutPath = Annotated[str, typer.Option("--out", help="What to write; nothing that exists is overwritten.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).", show_default=False),
-]
-Devices = Annotated[
-    int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
-]
-Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.", show_default=False)]
-Hardware = Annotated[
-    str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).", show_default=False)
-]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).")]
+Devices = Annotated[int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.")]
+Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.")]
+Hardware = Annotated[str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).")]
 Count = Annotated[
-    int | None,
-    typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).", show_default=False),
+    int | None, typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).")
 ]
 Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
-RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
+RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).")]
 Accept = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY",
         help="Go on with another value of this key (or section), which changes the losses. Give it for each.",
-        show_default=False,
     ),
 ]
-Step = Annotated[
-    int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
-]
+Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
 
 
 class RecipeCommand(TyperCommand):

@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 def topology(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Left out, all are listed.")] = None,
     count: Annotated[int, typer.Option("--count", help="That many of it, joined by its network.")] = 1,
-    lnc: Annotated[
-        int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.", show_default=False)
-    ] = None,
+    lnc: Annotated[int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.")] = None,
     layout: Annotated[
-        str | None,
-        typer.Option("--layout", metavar="AXIS=N,...", help="Mesh axes to place, such as tensor=4,fsdp=-1."),
+        str | None, typer.Option("--layout", metavar="AXIS=N,...", help="Mesh axes to place, such as tensor=4,fsdp=-1.")
     ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also write a picture.")] = None,
 ) -> None:

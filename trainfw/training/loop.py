@@ -23,8 +23,7 @@ from trainfw.training.callbacks import Callback, Callbacks
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
 from trainfw.training.inputs import check_inputs, check_memory
-from trainfw.training.log import MetricsLog
-from trainfw.training.loggers import Logger
+from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.own_data import name_data, open_batches, prepare_data
 from trainfw.training.phases import Phases

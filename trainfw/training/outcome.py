@@ -11,7 +11,7 @@ from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.sampling import generate
 from trainfw.training.evaluation import Validation, validate
-from trainfw.training.log import MetricsLog
+from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
