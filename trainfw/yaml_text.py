@@ -95,12 +95,11 @@ for _tag, _pattern in _SCALARS.items():
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     """Read an integer as decimal; YAML 1.1 reads 010 as octal."""
+    text = node.value
     try:
-        return int(node.value.replace("_", ""))
+        return int(text.replace("_", ""))
     except ValueError:
-        problem = (
-            f"a number of {len(node.value):,} digits" if node.value.isdigit() else f"{node.value!r:.60} is no number"
-        )
+        problem = f"a number of {len(text):,} digits" if text.isdigit() else f"{text!r:.60} is no number"
         raise _Refused(problem, node.start_mark) from None
 
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ class FaultLog:
         return {first for row in self._of("rollback") for first in range(row["row"], row["row"] + row["rows"])}
 
     def counts(self) -> dict[str, int]:
-        return {"skipped_steps": sum(1 for _ in self._of("skip")), "rollbacks": sum(1 for _ in self._of("rollback"))}
+        return {"skipped_steps": len(self._of("skip")), "rollbacks": len(self._of("rollback"))}
 
     def rewind(self, step: int) -> None:
         """Steps after `step` are to be done again: forget what was skipped of them."""
@@ -142,16 +142,9 @@ class FaultLog:
         if self._in_a_row > self._config.most or (policy == "rollback" and rollbacks >= self._config.most):
             policy = "stop"
             self.limit = f"; more than faults.most = {self._config.most}"
-        row = {
-            "step": bad.step,
-            "kind": bad.kind,
-            "policy": policy,
-            "row": bad.row,
-            "rows": self._batch_rows,
-            **{name: value if math.isfinite(value) else str(value) for name, value in bad.values.items()},
-        }
+        values = {name: value if math.isfinite(value) else str(value) for name, value in bad.values.items()}
         try:
-            self._add(row)
+            self._add(bad.step, bad.row, bad.kind, policy, values)
         except OSError as error:
             if policy == "rollback":  # one that is not written down would be lost with this session
                 raise RunError(f"{bad}; {self._file} cannot be written: {error.strerror}") from error
@@ -159,12 +152,12 @@ class FaultLog:
 
     def grown(self, step: int, row: int, growth: Growth) -> None:
         """Write down that the loss has grown; where that cannot be, it was said, and the run goes on."""
-        written = {"step": step, "kind": "growth", "policy": "none", "row": row, "rows": self._batch_rows}
         with contextlib.suppress(OSError):
-            self._add(written | {"loss": growth.now, "lowest_loss": growth.lowest})
+            self._add(step, row, "growth", "none", {"loss": growth.now, "lowest_loss": growth.lowest})
 
-    def _add(self, row: dict[str, Any]) -> None:
+    def _add(self, step: int, first: int, kind: str, policy: str, values: Mapping[str, object]) -> None:
         """Raises OSError where it is not on disk: it will be with the next."""
+        row = {"step": step, "kind": kind, "policy": policy, "row": first, "rows": self._batch_rows, **values}
         self._rows.append(row)
         if not self._writes:
             return
@@ -175,5 +168,5 @@ class FaultLog:
             append_rows(self._file, [row], durable=True)
         self._behind = False
 
-    def _of(self, policy: Policy) -> Iterator[dict[str, Any]]:
-        return (row for row in self._rows if row["policy"] == policy)
+    def _of(self, policy: Policy) -> list[dict[str, Any]]:
+        return [row for row in self._rows if row["policy"] == policy]

@@ -73,14 +73,6 @@ class _RollBack(Exception):
     """A bad step, of which the policy is to go back."""
 
 
-class _Left(Exception):
-    """A callback stopped the run, which is saved at this state."""
-
-    def __init__(self, state: TrainState, step: int, reason: str):
-        super().__init__(reason)
-        self.state, self.step, self.reason = state, step, reason
-
-
 @dataclass
 class Session:
     """One session of a run, from its first step or a checkpoint to the last step."""
@@ -133,11 +125,8 @@ class Session:
                 with self.phases.during("validation"):
                     self._validate(state, step)
                     self.outcome.evaluate(state, step)
-            try:
-                with stopping(jax.process_count()) as stop, self.phases.during("step"):
-                    state = self._steps(train_step, state, step, stop)
-            except _Left as left:
-                state, steps, stopped = left.state, left.step, left.reason
+            with stopping(jax.process_count()) as stop, self.phases.during("step"):
+                state, steps, stopped = self._steps(train_step, state, step, stop)
         with self.phases.during("validation"):
             validation = self._validate(state, steps)
             if validation is not None:
@@ -162,7 +151,8 @@ class Session:
             self.callbacks.tell("validation", step, validation, state)
         return validation
 
-    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
+        """Return the last state, which is saved, its step, and the callback that stopped the run there, and why."""
         while True:
             try:
                 return self._forward(train_step, state, step, stop)
@@ -170,13 +160,13 @@ class Session:
                 del state  # room for another
                 state, step = self._roll_back()
 
-    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
         config, steps = self.recipe.train, self.recipe.train.steps
         self.last_completed = time.monotonic()
         while step < steps:
             self.callbacks.pass_on(stop)
             if stop.turn():
-                self._leave(state, step, stop)
+                return state, step, self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
@@ -204,7 +194,7 @@ class Session:
                 self.last_completed = time.monotonic()  # none of them is part of a step's time
         self._save_last(steps, state)  # while a signal still cannot cut it short
         self._all_saved(stop)
-        return state
+        return state, steps, None
 
     def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
         self.to_check = False
@@ -223,14 +213,14 @@ class Session:
                 leaf.delete()  # others, up the stack, hold it too
         return after, metrics
 
-    def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
-        """Save, unless that was done, and stop."""
+    def _leave(self, state: TrainState, step: int, stop: Stop) -> str:
+        """Save, unless that was done; return why a callback stops the run. Raises Interrupted where a signal does."""
         self._drain()
         if step:
             self._save_last(step, state)
         self._all_saved(stop)
         if isinstance(stop.cause, Asked):
-            raise _Left(state, step, stop.cause.reason)
+            return stop.cause.reason
         assert stop.cause is not None
         raise Interrupted(stop.cause, step)
 

@@ -34,7 +34,9 @@ class NeuronMonitor:
                 errors="replace",
                 start_new_session=True,  # a Ctrl-C is for the run, which saves before it stops the monitor
             )
-            self._thread = threading.Thread(target=self._read, name="neuron-monitor", daemon=True)
+            self._thread = threading.Thread(
+                target=self._read, args=(self._process,), name="neuron-monitor", daemon=True
+            )
             self._thread.start()
         return self
 
@@ -63,12 +65,9 @@ class NeuronMonitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> None:
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
+    def _read(self, process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ValueError):  # closed while reading
-            for line in process.stdout:
+            for line in process.stdout or ():
                 self._latest = read_report(line) or self._latest
 
 
