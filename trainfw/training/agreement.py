@@ -128,7 +128,11 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         for key, value in leaves(recipe.model_dump())
         if key not in _OF_ITS_OWN and effect_of(key) != "compared"
     }
-    return {"code": _code(), "environment": _environment(), "recipe": given}
+    code = {"digest of trainfw's code": _source_digest()}
+    for package in ("trainfw", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            code[package] = importlib.metadata.version(package)
+    return {"code": code, "environment": _environment(), "recipe": given}
 
 
 def program_facts(program: Program) -> dict[str, Any]:
@@ -154,14 +158,6 @@ def data_facts(data: PreparedData) -> dict[str, Any]:
             "digest of the tokenizer": data.tokenizer.fingerprint(),
         }
     }
-
-
-def _code() -> dict[str, Any]:
-    found: dict[str, Any] = {"digest of trainfw's code": _source_digest()}
-    for package in ("trainfw", *_PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 @functools.cache

@@ -70,14 +70,13 @@ class Validation:
     def __str__(self) -> str:
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
         if self.bits_per_byte is None:
-            return ", ".join([f"loss {self.loss:.4f}", *map(self._shown, self.metrics)]) + part
+            shown = [f"loss {self.loss:.4f}"]
+            for name, value in self.metrics.items():
+                error = math.sqrt(value * (1 - value) / self.count) if name == "preference_accuracy" else None
+                shown.append(f"{name.replace('_', ' ')} {value:.3f}{'' if error is None else f' ± {error:.3f}'}")
+            return ", ".join(shown) + part
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.3g}"
         return f"loss {self.loss:.4f}, perplexity {perplexity}, {self.bits_per_byte:.3f} bits per byte{part}"
-
-    def _shown(self, name: str) -> str:
-        value = self.metrics[name]
-        error = f" ± {math.sqrt(value * (1 - value) / self.count):.3f}" if name == "preference_accuracy" else ""
-        return f"{name.replace('_', ' ')} {value:.3f}{error}"
 
 
 def validate(

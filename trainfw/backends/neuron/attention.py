@@ -38,8 +38,16 @@ def nkilib_refuses(request: AttentionRequest) -> str | None:
 
     aws-neuron/nki-library 0759719d and d2ad3a57 src/nkilib_src/nkilib/core/attention.
     """
-    if problem := _common_problem(request):
-        return problem
+    if request.cached:
+        return "it has no argument for a cache's length"
+    if request.softcap is not None:
+        return "it has no argument for a softcap"
+    if request.dtype != "bfloat16":
+        return f"it multiplies in bfloat16, not {request.dtype}"
+    if request.head_dim > _PARTITIONS:
+        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
+    if not request.causal or request.query_length != request.key_length:
+        return "it is called for causal self-attention only"
     if request.window is not None and request.window < request.key_length:
         return "forward and backward document windows that differ by one"
     if request.key_length % 512 or request.query_length % _PARTITIONS:
@@ -97,20 +105,6 @@ def _lnc_problem(lnc: int) -> str | None:
         return None
     said = f"is {told}" if os.environ.get(name) else "is unset, which it takes for 1"
     return f"NKI from 0.7 on takes a kernel's LNC from {name}, which {said}; the devices have LNC {lnc}: set it to that"
-
-
-def _common_problem(request: AttentionRequest) -> str | None:
-    if request.cached:
-        return "it has no argument for a cache's length"
-    if request.softcap is not None:
-        return "it has no argument for a softcap"
-    if request.dtype != "bfloat16":
-        return f"it multiplies in bfloat16, not {request.dtype}"
-    if request.head_dim > _PARTITIONS:
-        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
-    if not request.causal or request.query_length != request.key_length:
-        return "it is called for causal self-attention only"
-    return None
 
 
 def _lnc(request: AttentionRequest) -> int:

@@ -230,13 +230,9 @@ def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
 def _search_path(environ: Mapping[str, str]) -> Iterator[Variable]:
     _, directory = compiler_path(environ)
     if directory is not None:
-        yield Variable(
-            "PATH",
-            directory,
-            "libneuronxla calls neuronx-cc by bare name, and srun, systemd and Kubernetes may leave this out",
-            "measured by others; libneuronxla's own log lines `Call compiler with cmd: neuronx-cc compile`",
-            prepended=True,
-        )
+        reason = "libneuronxla calls neuronx-cc by bare name, and srun, systemd and Kubernetes may leave this out"
+        source = "measured by others; libneuronxla's own log lines `Call compiler with cmd: neuronx-cc compile`"
+        yield Variable("PATH", directory, reason, source, prepended=True)
 
 
 def _platform(topology: Topology | None, environ: Mapping[str, str]) -> Iterator[Variable]:
@@ -254,31 +250,21 @@ def _platform(topology: Topology | None, environ: Mapping[str, str]) -> Iterator
 
 
 def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
-    if topology is not None and len(topology.chip.device_kinds) > 1:
-        yield Variable(
-            "NEURON_LOGICAL_NC_CONFIG",
-            str(topology.lnc),
-            f"physical cores in a logical one, hence {topology.cores_per_instance} devices an instance; as --lnc below",
-            _LNC,
-        )
-    if topology is None or wiring.process_count == 1:
+    if topology is None:
         return
-    yield Variable(
-        "NEURON_RT_ROOT_COMM_ID",
-        f"{wiring.head}:{ROOT_PORT}" if wiring.head else None,
-        "where the runtimes meet for collectives: process 0",
-        _DEVELOPER,
-    )
-    yield Variable(
-        "NEURON_PJRT_PROCESSES_NUM_DEVICES",
-        ",".join([str(topology.cores_per_instance)] * wiring.process_count),
-        "devices of each process: one process an instance",
-        _ENVVARS,
-    )
+    cores = topology.cores_per_instance
+    if len(topology.chip.device_kinds) > 1:
+        reason = f"physical cores in a logical one, hence {cores} devices an instance; as --lnc below"
+        yield Variable("NEURON_LOGICAL_NC_CONFIG", str(topology.lnc), reason, _LNC)
+    if wiring.process_count == 1:
+        return
+    root = f"{wiring.head}:{ROOT_PORT}" if wiring.head else None
+    yield Variable("NEURON_RT_ROOT_COMM_ID", root, "where the runtimes meet for collectives: process 0", _DEVELOPER)
+    devices, reason = ",".join([str(cores)] * wiring.process_count), "devices of each process: one process an instance"
+    yield Variable("NEURON_PJRT_PROCESSES_NUM_DEVICES", devices, reason, _ENVVARS)
     order = "hosts sorted by (server_id, node_id)" if wiring.order == "places" else wiring.launcher
-    yield Variable(
-        "NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process, numbered by {order}", _ENVVARS
-    )
+    index, reason = str(wiring.process_index), f"this process, numbered by {order}"
+    yield Variable("NEURON_PJRT_PROCESS_INDEX", index, reason, _ENVVARS)
 
 
 def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
@@ -289,17 +275,17 @@ def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str
     config = environ.get("NEURON_ULTRASERVER_NODE_CONFIG", str(nodes))
     if config != str(nodes):
         raise UserError(f"NEURON_ULTRASERVER_NODE_CONFIG = {config}: {topology.name} joins {nodes} instances")
-    place = read_place(nodes)
-    if place is not None and place.node_id != wiring.process_index % nodes:
-        advice = (
-            "the hosts are not whole UltraServers: ask the scheduler for those"
-            if wiring.order == "places"
-            else "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first "
-            "host in NEURON_GLOBAL_TOPOID0_HOST)"
-        )
+    place, index = read_place(nodes), wiring.process_index
+    if place is not None and place.node_id != index % nodes:
+        advice = "the hosts are not whole UltraServers: ask the scheduler for those"
+        if wiring.order != "places":
+            advice = (
+                "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host "
+                "in NEURON_GLOBAL_TOPOID0_HOST)"
+            )
         raise UserError(
-            f"process {wiring.process_index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
-            f"{place.server_id}, but process {wiring.process_index} takes node {wiring.process_index % nodes}: {advice}"
+            f"process {index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
+            f"{place.server_id}, but process {index} takes node {index % nodes}: {advice}"
         )
     host = "read from /sys/class/neuron_device on the host"
     server, node = (None, None) if place is None else (place.server_id, str(place.node_id))
@@ -323,18 +309,14 @@ def _network(topology: Topology | None, wiring: Wiring, environ: Mapping[str, st
         )
         yield Variable("CCOM_SOCKET_IFNAME", "eth0", reason, _AXLEARN, experimental=True)
     if version_parts(platform.release())[:2] < [5, 15]:
-        yield Variable(
-            "FI_EFA_FORK_SAFE", "1", f"kernels before 5.15 need it to fork; this is {platform.release()}", _MULTI_NODE
-        )
+        reason = f"kernels before 5.15 need it to fork; this is {platform.release()}"
+        yield Variable("FI_EFA_FORK_SAFE", "1", reason, _MULTI_NODE)
     if topology.name in ("trn2.48xlarge", "trn2-ultraserver"):
-        yield Variable(
-            "NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY",
-            "40-47,88-95,136-143,184-191",
-            "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them",
-            _TIPS,
+        cpus = "40-47,88-95,136-143,184-191"
+        reason = (
+            "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them"
         )
-
-    # The host's libraries.
+        yield Variable("NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY", cpus, reason, _TIPS)
     set_before = "; counts where it is set before Python starts"
     directory = "/opt/amazon/efa/lib"
     name = "LD_LIBRARY_PATH"
@@ -343,16 +325,10 @@ def _network(topology: Topology | None, wiring: Wiring, environ: Mapping[str, st
         yield Variable(name, directory, reason, _AXLEARN, experimental=True, prepended=True, early=True)
     name = "LD_PRELOAD"
     if "tcmalloc" not in environ.get(name, ""):
-        yield Variable(
-            name,
-            find_tcmalloc(sysroot(environ)),
-            f"tcmalloc for the host's memory (libgoogle-perftools4 of Ubuntu, gperftools-libs of Amazon Linux)"
-            f"{set_before}",
-            f"{_AXLEARN}; AWS's tutorial for AXLearn requires it",
-            experimental=True,
-            prepended=True,
-            early=True,
-        )
+        library, source = find_tcmalloc(sysroot(environ)), f"{_AXLEARN}; AWS's tutorial for AXLearn requires it"
+        packages = "libgoogle-perftools4 of Ubuntu, gperftools-libs of Amazon Linux"
+        reason = f"tcmalloc for the host's memory ({packages}){set_before}"
+        yield Variable(name, library, reason, source, experimental=True, prepended=True, early=True)
 
 
 def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> Iterator[Variable]:
@@ -364,12 +340,8 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
         flags += [f"--lnc={topology.lnc}"] if len(topology.chip.device_kinds) > 1 else []
     flags += ["--model-type=transformer", "-O1"]
     own = "; then hardware.compiler_flags" if hardware.compiler_flags else ""
-    yield Variable(
-        "NEURON_CC_FLAGS",
-        " ".join([*flags, *hardware.compiler_flags]),
-        f"options of neuronx-cc {sdk.packages['neuronx-cc']}; -O1 as AWS trains JAX models{own}",
-        _COMPILER,
-    )
+    reason = f"options of neuronx-cc {sdk.packages['neuronx-cc']}; -O1 as AWS trains JAX models{own}"
+    yield Variable("NEURON_CC_FLAGS", " ".join([*flags, *hardware.compiler_flags]), reason, _COMPILER)
 
 
 def _of_every_process(environ: Mapping[str, str]) -> Iterator[Variable]:
@@ -378,12 +350,9 @@ def _of_every_process(environ: Mapping[str, str]) -> Iterator[Variable]:
         yield Variable("JAX_COMPILATION_CACHE_DIR", None, reason, _CACHE_FAILS, removed=True)
     reason = "the compiler's own cache below is the only one: JAX's ends programs"
     yield Variable("JAX_ENABLE_COMPILATION_CACHE", "false", reason, _CACHE_FAILS)
-    yield Variable(
-        "NEURON_COMPILE_CACHE_URL",
-        str(cache_dir() / "neuron"),
-        "compile once for all runs; a shared path or s3:// serves all hosts",
-        f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too",
-    )
+    reason = "compile once for all runs; a shared path or s3:// serves all hosts"
+    source = f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too"
+    yield Variable("NEURON_COMPILE_CACHE_URL", str(cache_dir() / "neuron"), reason, source)
     reason = "seconds a step may take; documents differ on the default"
     yield Variable("NEURON_RT_EXEC_TIMEOUT", "600", reason, _CONFIGURATION)
     reason = "XLA's own warnings are not for users of recipes"
@@ -410,12 +379,10 @@ def _overlap(
         yield experimental("NEURON_FSDP", "1", "order tensor's and FSDP's collectives to overlap compute")
         yield experimental("NEURON_FSDP_NUM_LAYER_EARLY_AG_SHIFT", "1", "gather parameters this many layers ahead")
         yield experimental("NEURON_FSDP_NUM_LAYER_LATE_RS_SHIFT", "2", "scatter gradients this many layers later")
-    if topology.lnc != 2:
+    if topology.lnc != 2 or scan_layers:
         return  # described for LNC 2, whose logical cores have 4 communication cores
-    if not scan_layers:
-        yield experimental("NEURON_FSDP_CC_MULTISTREAM", "1", "tensor's collectives on stream 0, FSDP's on stream 1")
-    if sizes.get("tensor", 1) > 1 and not scan_layers:
+    yield experimental("NEURON_FSDP_CC_MULTISTREAM", "1", "tensor's collectives on stream 0, FSDP's on stream 1")
+    if sizes.get("tensor", 1) > 1:
         yield experimental("NEURON_RT_DBG_DMA_PACKETIZATION_SIZE", "65536", "bytes: compute's transfers before FSDP's")
-        yield experimental(
-            "NEURON_RT_DBG_CC_DMA_PACKET_SIZE", "65536,4096", "bytes by stream: tensor's before compute's before FSDP's"
-        )
+        reason = "bytes by stream: tensor's before compute's before FSDP's"
+        yield experimental("NEURON_RT_DBG_CC_DMA_PACKET_SIZE", "65536,4096", reason)

@@ -74,6 +74,7 @@ def read_host(environ: Mapping[str, str] | None = None) -> Host:
     root = sysroot(environ)
     path = [str(below(root, entry)) for entry in sys.path if entry]
     devices = [entry.name for entry in below(root, "/dev").glob("neuron*")]
+    loaded = re.search(r"^neuron ", _text(below(root, "/proc/modules")), re.MULTILINE)
     memory = re.search(r"^MemTotal: *(\d+) kB", _text(below(root, "/proc/meminfo")), re.MULTILINE)
     holders, unseen = _holders(root)
     compiler, directory = compiler_path(environ)
@@ -85,7 +86,8 @@ def read_host(environ: Mapping[str, str] | None = None) -> Host:
         jax=None if jax is None else jax.version,
         plugin=detect_plugin(path),
         devices=tuple(sorted((name for name in devices if re.fullmatch(r"neuron\d+", name)), key=_number)),
-        driver=_driver(root),
+        # The first is where the runtime itself reads it.
+        driver=_text(below(root, "/sys/module/neuron/version")).strip() or ("of unknown version" if loaded else None),
         packages=_packages(root, environ),
         runtime_file=any(below(root, "/opt/aws/neuron/lib").glob("libnrt.so*")),
         compiler=compiler,
@@ -98,14 +100,6 @@ def read_host(environ: Mapping[str, str] | None = None) -> Host:
 
 def _number(device: str) -> int:
     return int(device.removeprefix("neuron"))
-
-
-def _driver(root: Path) -> str | None:
-    # Which is where the runtime itself reads it.
-    if text := _text(below(root, "/sys/module/neuron/version")).strip():
-        return text
-    loaded = re.search(r"^neuron ", _text(below(root, "/proc/modules")), re.MULTILINE)
-    return "of unknown version" if loaded else None
 
 
 def _packages(root: Path, environ: Mapping[str, str]) -> dict[str, str] | None:

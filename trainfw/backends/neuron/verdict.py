@@ -60,38 +60,28 @@ def _compared_with(host: Host) -> Sdk:
 def host_findings(host: Host) -> list[HostFinding]:
     """List all that is known against a run on this host, what fails first."""
     sdk = _compared_with(host)
-    found = [
-        *_devices(host),
-        *_driver(host, sdk),
-        *_runtime(host, sdk),
-        *_plugin(host, sdk),
-        *_compiler(host),
-        *_rest(host, sdk),
-    ]
+    found = [*_driver(host, sdk), *_runtime(host, sdk), *_plugin(host, sdk), *_rest(host, sdk)]
     return sorted(found, key=lambda finding: not finding.fails)
 
 
-def _devices(host: Host) -> Iterator[HostFinding]:
-    if host.devices:
-        return
-    if host.driver:
-        do = "take an instance that has them; a container is given them (aws.amazon.com/neuron in a pod's resources)"
-        yield HostFinding("the driver is loaded, and there is no /dev/neuron*", do)
-    elif DRIVER in (host.packages or {}):
-        do = "`sudo modprobe neuron`; where that fails, the module was not built for this kernel: see `dkms status`"
-        yield HostFinding(f"no /dev/neuron*: {DRIVER} is installed, and its kernel module is not loaded", do)
-    else:
-        yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
-
-
 def _driver(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
+    installed = (host.packages or {}).get(DRIVER)
     if not host.devices:
+        if host.driver:
+            do = (
+                "take an instance that has them; a container is given them (aws.amazon.com/neuron in a pod's resources)"
+            )
+            yield HostFinding("the driver is loaded, and there is no /dev/neuron*", do)
+        elif installed is not None:
+            do = "`sudo modprobe neuron`; where that fails, the module was not built for this kernel: see `dkms status`"
+            yield HostFinding(f"no /dev/neuron*: {DRIVER} is installed, and its kernel module is not loaded", do)
+        else:
+            yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
         return
     if host.driver is None or not _readable(host.driver):
         seen = "no kernel module of it is seen" if host.driver is None else f"its version reads {host.driver!r:.40}"
         yield HostFinding(f"the driver was not compared: {seen}", "`modinfo neuron` tells its version", False)
         return
-    installed = (host.packages or {}).get(DRIVER)
     installed = installed if _readable(installed or "") else None
     stale = installed is not None and _minor(installed) != _minor(host.driver)
     reload = "; the module is loaded anew by a reboot, or by `sudo rmmod neuron && sudo modprobe neuron`"
@@ -180,7 +170,7 @@ def _is_newer(name: str, versions: dict[str, str], sdk: Sdk) -> bool:
     return version_parts(versions.get(name, "")) > version_parts(sdk.packages.get(name, ""))
 
 
-def _compiler(host: Host) -> Iterator[HostFinding]:
+def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     if host.compiler is None and host.compiler_directory is None:
         do = "it comes with the plugin, into the bin directory of its environment, which must be on PATH"
         yield HostFinding("neuronx-cc is not found, as libneuronxla calls it", do)
@@ -188,9 +178,6 @@ def _compiler(host: Host) -> Iterator[HostFinding]:
         other = "is not on PATH" if host.compiler is None else f"comes after {host.compiler} on PATH"
         do = f"trainfw puts {host.compiler_directory} first for its own processes; others need it on PATH"
         yield HostFinding(f"this environment's neuronx-cc {other}", do, False)
-
-
-def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     for holder in host.holders:
         do = "cores belong to one process, so wait for it, or end it; this is no fault of the hardware"
         what = f"process {holder.pid} holds {ranges(holder.devices)} ({holder.command[:60]})"
