@@ -4,7 +4,6 @@ from .holding import taking_the_next as taking_the_next
 from .identity import FORMAT as FORMAT
 from .identity import RUN_FILE as RUN_FILE
 from .identity import Identity as Identity
-from .identity import new_identity as new_identity
 from .identity import read_identity as read_identity
 from .identity import saved_recipe as saved_recipe
 from .identity import write_identity as write_identity

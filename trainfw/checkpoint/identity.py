@@ -31,14 +31,10 @@ _MOST_BYTES = 2**24
 class Identity:
     """The run that a directory's checkpoints belong to."""
 
-    run: str
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Id, drawn when the run begins; a copy of the whole directory has the same."""
     older: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the manifests of checkpoints from before runs had ids, by step."""
-
-
-def new_identity(older: Mapping[str, str] | None = None) -> Identity:
-    return Identity(uuid.uuid4().hex, older or {})
 
 
 def read_identity(run: Path) -> Identity | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
 
 from trainfw.backends import exchange, release_freed_memory
 from trainfw.checkpoint.config import CheckpointConfig
@@ -20,7 +21,6 @@ from trainfw.checkpoint.manifest import find_damage, read_meta, write_manifest
 from trainfw.checkpoint.memory import spare_memory
 from trainfw.checkpoint.stores import (
     Directory,
-    commit_by_file,
     damaged_beside,
     delete_leftovers,
     delete_steps,
@@ -101,7 +101,8 @@ class Checkpoints:
                     max_to_keep=None,  # we delete them ourselves
                     create=True,
                     cleanup_tmp_directories=True,
-                    temporary_path_class=commit_by_file(self.directory),
+                    # Where nothing can be renamed, another way to finish a checkpoint.
+                    temporary_path_class=CommitFileTemporaryPath if in_store(self.directory) else None,
                     async_options=ocp.AsyncOptions(
                         timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._finish
                     ),

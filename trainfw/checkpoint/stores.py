@@ -205,15 +205,6 @@ def move(source: Directory, target: Directory) -> None:
         source.rename(target)
 
 
-def commit_by_file(directory: Directory) -> object:
-    """Return Orbax's class that finishes a checkpoint where nothing can be renamed; None for its default."""
-    if not in_store(directory):
-        return None
-    from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
-
-    return CommitFileTemporaryPath
-
-
 def array_store(directory: Directory) -> dict[str, object]:
     """Return TensorStore's spec of the arrays in a directory of a checkpoint."""
     path = str(directory)

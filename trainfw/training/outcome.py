@@ -32,7 +32,7 @@ class Outcome:
         progress: Progress,
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
-        self.recipe, self.progress, self._eval_step = program.recipe, progress, eval_step
+        self.recipe, self.progress, self.eval_step = program.recipe, progress, eval_step
         if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
             reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
 
@@ -41,7 +41,7 @@ class Outcome:
         if self.recipe.train.validation_batches == 0:
             return None
         validation = validate(
-            self.program, self._eval_step(), state.params, state.frozen, self.data, self.progress, stop
+            self.program, self.eval_step(), state.params, state.frozen, self.data, self.progress, stop
         )
         if validation is None:
             return None
@@ -49,11 +49,6 @@ class Outcome:
             self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
-
-    def batch_loss(self, state: TrainState, batch: Any) -> float | None:
-        """The evaluation step's loss of a training batch; None where the run compiles no such step."""
-        eval_step = self._eval_step()
-        return None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))

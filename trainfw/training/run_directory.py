@@ -21,7 +21,6 @@ from trainfw.checkpoint import (
     find_mismatch,
     in_store,
     locate,
-    new_identity,
     read_identity,
     read_manifest,
     read_meta,
@@ -99,7 +98,7 @@ class RunDirectory:
                 manifests[str(step)] = read_manifest(self.checkpoints / str(step))
         named = next((manifest.run for manifest in manifests.values() if manifest.run is not None), None)
         older = {step: manifest.digest for step, manifest in manifests.items() if manifest.run is None}
-        return new_identity(older) if named is None else Identity(named, older)
+        return Identity(older=older) if named is None else Identity(named, older)
 
     def check(self, recipe: Recipe, resume: Resume, accept: Sequence[str] = ()) -> int | None:
         """The step to resume from, or None to start. Reads only.

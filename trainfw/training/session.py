@@ -164,7 +164,8 @@ class Session:
         config, steps = self.recipe.train, self.recipe.train.steps
         self.last_completed = time.monotonic()
         while step < steps:
-            self.callbacks.pass_on(stop)
+            if self.callbacks.asked is not None:
+                stop.request(self.callbacks.asked)
             if stop.turn():
                 return state, step, self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
@@ -199,9 +200,9 @@ class Session:
     def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
         self.to_check = False
         drops = self.recipe.adapter is not None and self.recipe.adapter.dropout > 0  # in training alone
-        first = FirstStep(
-            self.recipe, state, None if drops else self.outcome.batch_loss(state, batch), self.program.traits
-        )
+        eval_step = None if drops else self.outcome.eval_step()
+        loss = None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
+        first = FirstStep(self.recipe, state, loss, self.program.traits)
         self.last_completed = time.monotonic()  # this is no part of the step's time
         return first
 
