@@ -35,7 +35,14 @@ def doctor(devices: Devices = None) -> None:
     except UserError as error:
         no_jax = error
 
-    _versions()
+    _line("trainfw", importlib.metadata.version("trainfw"))
+    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        _line(package, importlib.metadata.version(package))
+    for package, extra in _OPTIONAL.items():
+        found = importlib.util.find_spec(package) is not None
+        get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
+        _line(package, importlib.metadata.version(package) if found else get)
     if no_jax is not None:
         _line("backend", f"none: {no_jax}")
     elif not host.neuron or not start:
@@ -60,17 +67,6 @@ def doctor(devices: Devices = None) -> None:
 
 def _line(label: str, text: object) -> None:
     say(f"{label:17}  {text}")
-
-
-def _versions() -> None:
-    _line("trainfw", importlib.metadata.version("trainfw"))
-    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in _PACKAGES:
-        _line(package, importlib.metadata.version(package))
-    for package, extra in _OPTIONAL.items():
-        found = importlib.util.find_spec(package) is not None
-        get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
-        _line(package, importlib.metadata.version(package) if found else get)
 
 
 def _machine(no_jax: bool) -> None:

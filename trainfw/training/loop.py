@@ -183,7 +183,7 @@ def _train(agreed: _Agreed, given: _Given, phases: Phases) -> Result:
         spent = sum(phases.so_far().values())
         monitor = backends.NeuronMonitor()
         if backend.has_monitor:
-            stack.enter_context(monitor)
+            stack.enter_context(contextlib.closing(monitor.start()))
         session = Session(
             outcome=Outcome(program, compiling.eval_step, data, run, log, reporter, progress),
             batches=batches,

@@ -14,7 +14,7 @@ import threading
 class NeuronMonitor:
     """Runs neuron-monitor beside the training; without it, there are no metrics and nothing is said.
 
-    One line of JSON every 5 s, for every process on this instance. A context manager.
+    One line of JSON every 5 s, for every process on this instance.
     """
 
     def __init__(self, command: str = "neuron-monitor") -> None:
@@ -58,12 +58,6 @@ class NeuronMonitor:
             self._thread.join(timeout=5)
         if process.stdout is not None:
             process.stdout.close()
-
-    def __enter__(self) -> NeuronMonitor:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ValueError):  # closed while reading
