@@ -14,21 +14,12 @@ from etils import epath
 from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
 
 from trainfw.backends import exchange, release_freed_memory
+from trainfw.checkpoint import stores
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.checkpoint.holding import Hold, check_there
 from trainfw.checkpoint.identity import Identity
 from trainfw.checkpoint.manifest import find_damage, read_meta, write_manifest
 from trainfw.checkpoint.memory import spare_memory
-from trainfw.checkpoint.stores import (
-    Directory,
-    damaged_beside,
-    delete_leftovers,
-    delete_steps,
-    in_store,
-    move,
-    steps_in,
-    strangers_in,
-)
 from trainfw.checkpoint.structure import Shapes, find_absent, shapes_of
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
@@ -68,7 +59,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Directory,
+        directory: stores.Directory,
         config: CheckpointConfig,
         *,
         identity: Identity | None = None,
@@ -76,7 +67,7 @@ class Checkpoints:
         read_only: bool = False,
         report: Callable[[str], None] = lambda text: None,
     ):
-        self.directory = directory if in_store(directory) else directory.absolute()
+        self.directory = directory if stores.in_store(directory) else directory.absolute()
         self._config, self._identity, self._report = config, identity, report
         self._layer_order = None if layer_order is None else list(layer_order)
         self._saving: int | None = None
@@ -102,7 +93,7 @@ class Checkpoints:
                     create=True,
                     cleanup_tmp_directories=True,
                     # Where nothing can be renamed, another way to finish a checkpoint.
-                    temporary_path_class=CommitFileTemporaryPath if in_store(self.directory) else None,
+                    temporary_path_class=CommitFileTemporaryPath if stores.in_store(self.directory) else None,
                     async_options=ocp.AsyncOptions(
                         timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._finish
                     ),
@@ -116,18 +107,18 @@ class Checkpoints:
             return
         step = self._saving
         names = [str(step)]
-        if not in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
+        if not stores.in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
             names = [name for name in os.listdir(self.directory) if name.startswith(f"{step}.orbax-checkpoint-tmp")]
         for directory in (self.directory / name for name in names):
             for item, expected in self._expected.items():
                 if problem := find_absent(directory / item, expected):
                     raise ValueError(f"{item}: {problem}")
             write_manifest(directory, step, self._identity, self._meta)
-            if not in_store(directory):  # TensorStore does so with its own files, and Orbax with none
+            if not stores.in_store(directory):  # TensorStore does so with its own files, and Orbax with none
                 sync_tree(directory)
 
     def steps(self) -> list[int]:
-        return steps_in(self.directory)
+        return stores.steps_in(self.directory)
 
     @property
     def latest(self) -> int | None:
@@ -170,12 +161,12 @@ class Checkpoints:
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
             release_freed_memory()  # several threads free a save's memory in pieces
-            if jax.process_index() == 0 and not in_store(self.directory):
+            if jax.process_index() == 0 and not stores.in_store(self.directory):
                 sync(self.directory)  # its new name, before older ones are deleted
             self._saving, self._failures = None, 0
             if jax.process_index() == 0:
                 if self._has_failed:
-                    delete_leftovers(self.directory)
+                    stores.delete_leftovers(self.directory)
                 self._delete_old()
 
     def _delete_old(self) -> None:
@@ -186,7 +177,7 @@ class Checkpoints:
 
         def delete() -> None:
             try:
-                delete_steps(self.directory, old)
+                stores.delete_steps(self.directory, old)
             except Exception as error:  # stores raise many kinds; the next save tries again
                 self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
 
@@ -206,7 +197,7 @@ class Checkpoints:
         deadline = time.monotonic() + seconds
         quiet = 0
         while quiet < _QUIET and time.monotonic() < deadline:
-            quiet = 0 if delete_leftovers(self.directory) else quiet + 1
+            quiet = 0 if stores.delete_leftovers(self.directory) else quiet + 1
             time.sleep(_CLEAR_SECONDS)
 
     @contextlib.contextmanager
@@ -222,8 +213,8 @@ class Checkpoints:
                 self._manager.close()
             # The next save opens another manager: this one would raise its failure again and again.
             self._opened = None
-            if jax.process_index() == 0 and not in_store(self.directory):
-                delete_leftovers(self.directory)
+            if jax.process_index() == 0 and not stores.in_store(self.directory):
+                stores.delete_leftovers(self.directory)
             if self._failures > forgiven:
                 raise RunError(problem) from error
             self._report(f"{problem}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
@@ -248,7 +239,7 @@ class Checkpoints:
         if steps and whole is None:
             raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
         last = -1 if whole is None else whole
-        aside = [later for later in steps if later > last] + strangers_in(self.directory)
+        aside = [later for later in steps if later > last] + stores.strangers_in(self.directory)
         if exchange("aside", bool(aside)) != [False] * count:
             self._move_aside(aside, report)
         if not self._read_only:
@@ -257,14 +248,14 @@ class Checkpoints:
 
     def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:
         """Move these out of the way of the checkpoints that are to be saved."""
-        strangers = strangers_in(self.directory)
+        strangers = stores.strangers_in(self.directory)
         for step in steps if jax.process_index() == 0 else ():
-            target = damaged_beside(self.directory) / str(step)
+            target = stores.damaged_beside(self.directory) / str(step)
             while target.exists():
                 target = target.with_name(target.name + "-again")
             if step in strangers:
                 report(f"warning: {self.directory / str(step)} is no checkpoint; moved to {target}")
-            move(self.directory / str(step), target)
+            stores.move(self.directory / str(step), target)
         exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
         if self._opened is not None:
             self._opened.reload()
@@ -323,7 +314,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def failing_as(directory: Directory, problem: str, *, read: Directory | None = None) -> Iterator[None]:
+def failing_as(directory: stores.Directory, problem: str, *, read: stores.Directory | None = None) -> Iterator[None]:
     """Raise RunError, with the problem, for any error inside; Vanished where the checkpoint `read` is gone."""
     try:
         yield

@@ -12,21 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trainfw.checkpoint import (
-    RUN_FILE,
-    CheckpointConfig,
-    Damage,
-    Identity,
-    check_name,
-    find_mismatch,
-    in_store,
-    locate,
-    read_identity,
-    read_manifest,
-    read_meta,
-    steps_in,
-    write_identity,
-)
+from trainfw import checkpoint
 from trainfw.errors import RunError, UserError
 from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
@@ -46,7 +32,7 @@ class RunDirectory:
     and faults.jsonl where there are any, tensorboard/, tokenizer/, checkpoints/ (unless `config` has them
     elsewhere)."""
 
-    def __init__(self, path: str | os.PathLike[str], config: CheckpointConfig | None = None):
+    def __init__(self, path: str | os.PathLike[str], config: checkpoint.CheckpointConfig | None = None):
         if not str(path):
             raise UserError("run directory: the path is empty")
         self.path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
@@ -58,7 +44,7 @@ class RunDirectory:
         self.row_files = (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file)
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
-        self.checkpoints = locate(self.path, config or CheckpointConfig())
+        self.checkpoints = checkpoint.locate(self.path, config or checkpoint.CheckpointConfig())
 
     def __str__(self) -> str:
         return str(self.path)
@@ -70,7 +56,7 @@ class RunDirectory:
         run = cls(path)
         if not run.recipe_file.is_file():
             raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
-        read_identity(run.path)  # as in `check`
+        checkpoint.read_identity(run.path)  # as in `check`
         run = cls(path, load_recipe(run.recipe_file).checkpoint)
         if not run.steps():
             raise UserError(f"{path}: holds no checkpoint yet")
@@ -78,15 +64,15 @@ class RunDirectory:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints."""
-        return steps_in(self.checkpoints)
+        return checkpoint.steps_in(self.checkpoints)
 
-    def identity(self, report: Callable[[str], None] = lambda text: None) -> Identity:
+    def identity(self, report: Callable[[str], None] = lambda text: None) -> checkpoint.Identity:
         """The run's id: that in run.json or, where there is none, of its newest checkpoint, or a new one. Reads only.
 
         Raises UserError where a newer trainfw wrote the directory, or a checkpoint.
         """
         try:
-            known = read_identity(self.path)
+            known = checkpoint.read_identity(self.path)
         except RunError as error:
             report(f"warning: {error}; taking the id of the run's newest checkpoint")
             known = None
@@ -94,11 +80,11 @@ class RunDirectory:
             return known
         manifests = {}
         for step in reversed(self.steps()):
-            with contextlib.suppress(Damage):
-                manifests[str(step)] = read_manifest(self.checkpoints / str(step))
+            with contextlib.suppress(checkpoint.Damage):
+                manifests[str(step)] = checkpoint.read_manifest(self.checkpoints / str(step))
         named = next((manifest.run for manifest in manifests.values() if manifest.run is not None), None)
         older = {step: manifest.digest for step, manifest in manifests.items() if manifest.run is None}
-        return Identity(older=older) if named is None else Identity(named, older)
+        return checkpoint.Identity(older=older) if named is None else checkpoint.Identity(named, older)
 
     def check(self, recipe: Recipe, resume: Resume, accept: Sequence[str] = ()) -> int | None:
         """The step to resume from, or None to start. Reads only.
@@ -112,8 +98,9 @@ class RunDirectory:
         self._refuse_links()
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
             with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
-                read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
-            check_name(self.checkpoints)
+                # Before a newer trainfw's recipe, which may have keys that are unknown here.
+                checkpoint.read_identity(self.path)
+            checkpoint.check_name(self.checkpoints)
             steps = self.steps()
         for file in self.row_files:
             if os.path.lexists(file):
@@ -121,7 +108,7 @@ class RunDirectory:
         # Where a run began there is checkpoints/ or, with these elsewhere, both of its files.
         begun = (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
         if self.path.is_dir() and not steps and not begun:
-            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", checkpoint.RUN_FILE}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another run_dir (--run-dir)")
         self._check_same_place(steps)
@@ -148,7 +135,7 @@ class RunDirectory:
             )
         self.faults()
         identity = self.identity()
-        believed = (s for s in reversed(steps) if find_mismatch(self.checkpoints / str(s), identity) is None)
+        believed = (s for s in reversed(steps) if checkpoint.find_mismatch(self.checkpoints / str(s), identity) is None)
         step = next(believed, steps[-1])
         asked, where = recipe.train.steps, recipe.written("train.steps")
         if step > asked:
@@ -163,7 +150,7 @@ class RunDirectory:
         """Raise UserError where what a session writes would be written outside of the run: a copied run may hold links
         to files of another's. The run directory itself may be a link."""
         home = os.path.realpath(self.path)
-        files = [self.path / RUN_FILE, self.recipe_file, *self.row_files, self.tensorboard, self.tokenizer]
+        files = [self.path / checkpoint.RUN_FILE, self.recipe_file, *self.row_files, self.tensorboard, self.tokenizer]
         files += sorted(self.tokenizer.iterdir()) if self.tokenizer.is_dir() else []
         for file in files:
             if not Path(target := os.path.realpath(file)).is_relative_to(home):
@@ -187,10 +174,10 @@ class RunDirectory:
         """Raise UserError where the last session kept checkpoints elsewhere, which this one would not see."""
         if not self.recipe_file.is_file():
             return
-        place = locate(self.path, load_recipe(self.recipe_file).checkpoint)
+        place = checkpoint.locate(self.path, load_recipe(self.recipe_file).checkpoint)
         if place == self.checkpoints:
             return
-        there = steps_in(place)
+        there = checkpoint.steps_in(place)
         if there and there[-1] > max(steps, default=0):
             raise UserError(
                 f"{self}: its checkpoints, up to step {there[-1]}, are in {place}, not in {self.checkpoints}: set "
@@ -204,8 +191,8 @@ class RunDirectory:
     def saved_otherwise(self, step: int) -> list[Change]:
         """List keys that change losses and differ in a saved checkpoint though no session changed them."""
         try:
-            saved = Recipe.model_validate(read_meta(self.checkpoints / str(step))["recipe"])
-        except (Damage, ValidationError):  # of an older version, whose keys were others
+            saved = Recipe.model_validate(checkpoint.read_meta(self.checkpoints / str(step))["recipe"])
+        except (checkpoint.Damage, ValidationError):  # of an older version, whose keys were others
             return []
         sessions = stream_rows(self.sessions_file, SessionRow)
         known = {key for row in sessions if isinstance(row.get("changed"), dict) for key in row["changed"]}
@@ -229,18 +216,18 @@ class RunDirectory:
         identity, problem = self.identity(), "there is none"
         for _ in range(_TRIES):  # a run that goes on may delete what was just listed
             for step in reversed(self.steps()):
-                checkpoint = self.checkpoints / str(step)
-                found = find_mismatch(checkpoint, identity)
+                directory = self.checkpoints / str(step)
+                found = checkpoint.find_mismatch(directory, identity)
                 if found is None:
-                    with contextlib.suppress(Damage):
-                        return read_meta(checkpoint)
+                    with contextlib.suppress(checkpoint.Damage):
+                        return checkpoint.read_meta(directory)
                 problem = f"step {step}: {found}"
         raise RunError(f"{self.checkpoints}: no checkpoint is whole ({problem})")
 
-    def open(self, recipe: Recipe, resumed_step: int | None, identity: Identity) -> None:
+    def open(self, recipe: Recipe, resumed_step: int | None, identity: checkpoint.Identity) -> None:
         """Store id and recipe, and drop metrics newer than the step resumed from."""
         try:
-            write_identity(self.path, identity)
+            checkpoint.write_identity(self.path, identity)
             write_text(self.recipe_file, recipe.to_yaml())
             self.metrics_file.touch()
             self.drop_after(-1 if resumed_step is None else resumed_step)
@@ -283,7 +270,7 @@ class RunDirectory:
         from filelock import FileLock, Timeout
 
         places = [(self.path, "another process is training here; choose another run_dir (--run-dir)")]
-        if not in_store(self.checkpoints):
+        if not checkpoint.in_store(self.checkpoints):
             said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
             places.append((self.checkpoints, said))
         with contextlib.ExitStack() as stack:
@@ -307,7 +294,7 @@ def check_place(run_dir: str | os.PathLike[str], recipe: Recipe) -> None:
         )
     directory = recipe.checkpoint.directory
     if directory is None:
-        check_name(Path(run_dir) / "checkpoints")
+        checkpoint.check_name(Path(run_dir) / "checkpoints")
     elif "://" not in directory:  # of a store, the library that knows it may be with the job alone
         with recipe.blamed("checkpoint.directory"):
-            check_name(Path(os.path.expanduser(directory)))
+            checkpoint.check_name(Path(os.path.expanduser(directory)))
