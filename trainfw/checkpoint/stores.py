@@ -47,9 +47,8 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
     try:
         importlib.import_module(library)
     except ImportError:
-        raise UserError(
-            f"checkpoint.directory = {config.directory}: needs the package {library}: {pip_install(extra)}"
-        ) from None
+        needs = f"needs the package {library}: {pip_install(extra)}"
+        raise UserError(f"checkpoint.directory = {config.directory}: {needs}") from None
     _list_afresh()
     if scheme == "s3":
         _teach_orbax()

@@ -48,9 +48,8 @@ def generate(
     ends = weights.end_tokens(tokenizer)
     longest, most = max(map(len, tokens)) + max_tokens, loaded.config.longest_context
     if most is not None and longest > most:
-        typer.echo(
-            f"warning: {longest} tokens are more than the {most} positions that the model was made for", err=True
-        )
+        what = f"{longest} tokens are more than the {most} positions that the model was made for"
+        typer.echo(f"warning: {what}", err=True)
     if len(prompt) == 1 and not adapters:
         stream = data.TextStream(tokenizer)
         show(form[None].echo(prompt[0], chat))

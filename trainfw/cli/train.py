@@ -79,9 +79,8 @@ def _run(
     leaving: Leaving,
 ) -> None:
     layout = {axis: getattr(loaded.parallel, axis) for axis in parallel.AXES}
-    wiring = backends.prepare(
-        devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=loaded.train.scan_layers
-    )
+    scan_layers = loaded.train.scan_layers
+    wiring = backends.prepare(devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=scan_layers)
     backends.connect(wiring, loaded.watchdog.start_seconds)
     if wiring.process_count > 1:
         leaving.meet()
@@ -113,11 +112,9 @@ def _check(program: Program, reporter: Reporter) -> None:
     """Refuse, as Neuron would, what `trainfw check` calls an error."""
     topology = program.recipe.hardware.load()
     if topology is None and program.mesh.size > 1:
-        raise program.recipe.error(
-            "hardware.topology",
-            f"--as neuron on {program.mesh.size} devices must know how they are joined; "
-            f"trn2.3xlarge has 4 cores, trn1.32xlarge 32, trn2.48xlarge 64",
-        )
+        known = "trn2.3xlarge has 4 cores, trn1.32xlarge 32, trn2.48xlarge 64"
+        problem = f"--as neuron on {program.mesh.size} devices must know how they are joined; {known}"
+        raise program.recipe.error("hardware.topology", problem)
     report = checking.check_program(
         program,
         topology=topology or hardware.load_topology("trn2.3xlarge"),  # a single core is the same everywhere

@@ -53,28 +53,18 @@ class Recipe(Config):
     _sources: Sources = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _sdk_is_known(self) -> Recipe:
+    def _sections_agree(self) -> Recipe:
         try:
             load_sdk(self.hardware.sdk)
         except UserError as error:
             invalid("hardware.sdk", str(error).removeprefix("sdk = "))
-        return self
-
-    @model_validator(mode="after")
-    def _objective_reads_the_data(self) -> Recipe:
         name, pairs = self.objective.name, self.data.format == "preferences"
         if self.objective.reads_pairs and not pairs:
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
-        return self
-
-    @model_validator(mode="after")
-    def _family_writes_text(self) -> Recipe:
-        if family_of(self.model).decodes:
-            return self
         for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", self.evaluation)):
-            if asked is not None:
+            if asked is not None and not family_of(self.model).decodes:
                 invalid(key, f"needs text of the model, and family {self.model.family!r} draws none: set it to null")
         return self
 

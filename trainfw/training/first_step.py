@@ -45,7 +45,7 @@ class FirstStep:
         self.optimizer, self.loss = recipe.optimizer, loss
         self.near = _NEAR[train.matmul_dtype if train.matmul_dtype in _NEAR else train.compute_dtype]
         self.step = int(_numbers(state.step)[0])
-        self.params, self.kept = _samples(state.params), _samples(_fixed(state))
+        self.params, self.kept = _samples(state.params), _kept(state)
 
     def problem(self, state: TrainState, metrics: Metrics) -> str | None:
         """Say what cannot be of the state after the step; None for nothing. Of a bad step, nothing is said."""
@@ -56,7 +56,7 @@ class FirstStep:
             return f"its loss is {loss:.6g}, and the evaluation step's of the same batch {self.loss:.6g}"
         if (step := int(_numbers(state.step)[0])) != self.step + 1:
             return f"it counts as step {step}, after {self.step}"
-        for name, after in _samples(_fixed(state)).items():
+        for name, after in _kept(state).items():
             if after.tobytes() != self.kept[name].tobytes():
                 return f"{name} has changed, which does not learn"
         return self._moved(_samples(state.params), {name: leaf.size for name, leaf in _leaves(state.params)}, metrics)
@@ -90,8 +90,8 @@ def check_first_step(first: FirstStep, state: TrainState, metrics: Metrics, name
         )
 
 
-def _fixed(state: TrainState) -> dict[str, Any]:
-    return {"frozen": state.frozen, "rng": state.rng}
+def _kept(state: TrainState) -> dict[str, np.ndarray]:
+    return _samples({"frozen": state.frozen, "rng": state.rng})
 
 
 def _samples(tree: Any) -> dict[str, np.ndarray]:

@@ -23,9 +23,8 @@ def check_inputs(recipe: Recipe, *, own_data: bool = False) -> None:
     `own_data`: a script hands its data over.
     """
     if recipe.evaluation is not None and recipe.data.format == "text":
-        raise recipe.error(
-            "evaluation.metric", "needs prompts and references: data.format chat, prompt_completion or preferences"
-        )
+        problem = "needs prompts and references: data.format chat, prompt_completion or preferences"
+        raise recipe.error("evaluation.metric", problem)
     with recipe.blamed("data"):
         (check_tokenizer_file if own_data else check_source)(recipe.data)
     if recipe.data.cache_dir is None:
