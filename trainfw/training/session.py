@@ -21,11 +21,10 @@ from trainfw.objectives import Metrics
 from trainfw.program import TrainState
 from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
-from trainfw.training.faults import BadStep, FaultLog, Growth, judge_step
+from trainfw.training.faults import BadStep, FaultLog, Growth, compare_replicas, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
-from trainfw.training.replicas import compare_replicas
 from trainfw.training.resuming import cut_of
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Asked, Stop, stopping
