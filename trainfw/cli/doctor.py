@@ -55,7 +55,13 @@ def doctor(devices: Devices = None) -> None:
         except Exception as error:  # of several kinds
             what = f"jax does not start on Neuron: {error}"
             findings.append(backends.HostFinding(what, "the runtime's log above may say more"))
-    _machine(no_jax is not None)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
+    cache = cache_dir()
+    existing = next(p for p in (cache, *cache.parents) if p.exists())
+    _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
+    if shutil.which("nvidia-smi") and (no_jax is not None or backends.current().on_host):
+        _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
     _neuron(host)
     for finding in findings:
         say(str(finding))
@@ -67,16 +73,6 @@ def doctor(devices: Devices = None) -> None:
 
 def _line(label: str, text: object) -> None:
     say(f"{label:17}  {text}")
-
-
-def _machine(no_jax: bool) -> None:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
-    cache = cache_dir()
-    existing = next(p for p in (cache, *cache.parents) if p.exists())
-    _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
-    if shutil.which("nvidia-smi") and (no_jax or backends.current().on_host):
-        _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
 
 
 def _neuron(host: Host) -> None:

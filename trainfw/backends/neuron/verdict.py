@@ -46,20 +46,17 @@ def sdk_of(host: Host) -> Sdk | None:
     return installed_sdk(known) or installed_sdk(plugin or dict(list(known.items())[:1]))
 
 
-def _compared_with(host: Host) -> Sdk:
-    """Return the release that a host is held to: its own, or the newest no newer than its plugin, or the newest."""
-    if (sdk := sdk_of(host)) is not None:
-        return sdk
-    profiles = [load_sdk(version) for version in sdk_versions()]
-    if not _readable(plugin := host.plugin.versions.get("libneuronxla", "")):
-        return profiles[-1]
-    older = [sdk for sdk in profiles if version_parts(sdk.packages["libneuronxla"]) <= version_parts(plugin)]
-    return [profiles[0], *older][-1]
-
-
 def host_findings(host: Host) -> list[HostFinding]:
-    """List all that is known against a run on this host, what fails first."""
-    sdk = _compared_with(host)
+    """List all that is known against a run on this host, what fails first.
+
+    It is held to its own release, or to the newest that is no newer than its plugin, or to the newest.
+    """
+    profiles = [load_sdk(version) for version in sdk_versions()]
+    own, plugin = sdk_of(host), host.plugin.versions.get("libneuronxla", "")
+    sdk = own or profiles[-1]
+    if own is None and _readable(plugin):
+        older = [one for one in profiles if version_parts(one.packages["libneuronxla"]) <= version_parts(plugin)]
+        sdk = [profiles[0], *older][-1]
     found = [*_driver(host, sdk), *_runtime(host, sdk), *_plugin(host, sdk), *_rest(host, sdk)]
     return sorted(found, key=lambda finding: not finding.fails)
 
