@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 
 from trainfw import backends, training
+from trainfw.cli.console import make_reporter
 from trainfw.cli.options import Devices, Overrides, RunPath, Step
 from trainfw.cli.terminal import say
 
@@ -10,9 +11,6 @@ from trainfw.cli.terminal import say
 def evaluate(run: RunPath, overrides: Overrides = None, devices: Devices = None, step: Step = None) -> None:
     """Validate a run on its held-out documents. With data.source=..., on those of another source."""
     backends.prepare(devices)
-
-    from trainfw.cli.console import make_reporter
-
     with contextlib.closing(make_reporter()) as reporter:
         validation, data = training.evaluate(run, overrides or (), step=step, reporter=reporter)
     say(f"{run}: {validation}{validation.beside_gzip(data)}")

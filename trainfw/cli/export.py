@@ -5,6 +5,7 @@ from typing import Annotated, get_args
 import typer
 
 from trainfw import backends, weights
+from trainfw.cli.console import cleaning_up
 from trainfw.cli.options import AnyModel, OutPath, Step
 from trainfw.errors import UserError
 
@@ -23,9 +24,6 @@ def export(
 ) -> None:
     """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
     backends.prepare()
-
-    from trainfw.cli.console import cleaning_up
-
     if format not in get_args(weights.Format):
         raise UserError(f"--format {format}: expected one of {', '.join(get_args(weights.Format))}")
     with cleaning_up() as reporter:

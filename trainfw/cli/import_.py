@@ -3,6 +3,7 @@ from __future__ import annotations
 import typer
 
 from trainfw import backends, data, interop, weights
+from trainfw.cli.console import cleaning_up
 from trainfw.cli.options import Dtype, ModelPath, OutPath
 from trainfw.errors import UserError
 from trainfw.paths import resolve_path
@@ -11,9 +12,6 @@ from trainfw.paths import resolve_path
 def import_(source: ModelPath, out: OutPath, dtype: Dtype = None) -> None:
     """Check a model and write it as a Hugging Face directory. It has safetensors, config and tokenizer."""
     backends.prepare()
-
-    from trainfw.cli.console import cleaning_up
-
     path = resolve_path(source)
     if interop.model_kind(path) == "run":
         raise UserError(f"{path}: is a run; trainfw export writes its model")

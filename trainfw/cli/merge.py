@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from trainfw import backends, weights
+from trainfw.cli.console import cleaning_up
 from trainfw.cli.options import Dtype, OutPath, Step
 
 
@@ -17,9 +18,6 @@ def merge(
 ) -> None:
     """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
     backends.prepare()
-
-    from trainfw.cli.console import cleaning_up
-
     with cleaning_up() as reporter:
         written = weights.merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
     typer.echo(written)

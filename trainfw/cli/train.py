@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainfw import backends, checking, hardware, parallel, training
+from trainfw.cli.console import make_reporter
 from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume, load
 from trainfw.cli.signals import Leaving, leaving_at_once
 from trainfw.cli.terminal import say
@@ -84,8 +85,6 @@ def _run(
     backends.connect(wiring, loaded.watchdog.start_seconds)
     if wiring.process_count > 1:
         leaving.meet()
-
-    from trainfw.cli.console import make_reporter
 
     def approve(program: Program) -> None:
         if as_backend is not None and backends.current().has_sdk:
