@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
 from trainfw.unfinished import write_text
-
-if TYPE_CHECKING:
-    from trainfw.checking import Comparison
 
 _Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 
@@ -69,7 +66,7 @@ def check(
     if compiler:
         checking.find_compiler()  # before half a minute of work
     sdk = backends.load_sdk(loaded.hardware.sdk)
-    found: Comparison | None = None
+    found: checking.Comparison | None = None
     with Clock() as progress:
         program = build_for(loaded, topology, progress)
         report = checking.check_program(program, topology=topology, sdk=sdk, progress=progress)

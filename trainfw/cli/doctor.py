@@ -5,7 +5,6 @@ import importlib.util
 import os
 import platform
 import shutil
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,9 +13,6 @@ from trainfw.cli.options import Devices
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError, pip_install
 from trainfw.paths import cache_dir
-
-if TYPE_CHECKING:
-    from trainfw.backends import Host
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
 _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
@@ -75,7 +71,7 @@ def _line(label: str, text: object) -> None:
     say(f"{label:17}  {text}")
 
 
-def _neuron(host: Host) -> None:
+def _neuron(host: backends.Host) -> None:
     """Print what is here of Neuron; what is wrong with it on a host of its own is for findings to say."""
     if host.neuron:
         _line("neuron devices", f"{len(host.devices)}: {backends.ranges(host.devices)}" if host.devices else "none")

@@ -5,18 +5,14 @@ import os
 import shlex
 import textwrap
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from trainfw import backends, parallel
+from trainfw import backends, hardware, parallel
 from trainfw.cli.options import Overrides, RecipePath, load
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError
-
-if TYPE_CHECKING:
-    from trainfw.backends import Variable, Wiring
-    from trainfw.hardware import Topology
 
 
 def env(
@@ -37,7 +33,7 @@ def env(
     if topology is None:
         raise UserError(f"{recipe}: hardware.topology must say what the environment is for, such as trn2.48xlarge")
     wiring = _wiring(topology, nodes, node_rank, head)
-    variables: list[Variable] = []
+    variables: list[backends.Variable] = []
     if backends.for_topology(topology).has_sdk:
         for warning in backends.environment_warnings(os.environ, backends.load_sdk(loaded.hardware.sdk), topology):
             say(f"warning: {warning}", err=True)
@@ -54,7 +50,7 @@ def env(
         typer.echo(f"\n{_as_shell(variable)}")
 
 
-def _wiring(topology: Topology, nodes: int | None, node_rank: int | None, head: str | None) -> Wiring:
+def _wiring(topology: hardware.Topology, nodes: int | None, node_rank: int | None, head: str | None) -> backends.Wiring:
     if nodes is None and node_rank is None:
         wiring = backends.read_wiring(os.environ, topology)
         if wiring == backends.Wiring():
@@ -68,7 +64,7 @@ def _wiring(topology: Topology, nodes: int | None, node_rank: int | None, head: 
     return backends.Wiring(index, count, head, "the command line")
 
 
-def _as_shell(variable: Variable) -> str:
+def _as_shell(variable: backends.Variable) -> str:
     name, marked = variable.name, "experimental: " if variable.experimental else ""
     comment = _comment(f"{marked}{variable.reason} ({variable.source})")
     if variable.removed:

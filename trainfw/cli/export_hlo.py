@@ -3,18 +3,15 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainfw import checking
+from trainfw import recipe as recipes
 from trainfw.cli.options import Count, Hardware, OutPath, Overrides, RecipePath
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import RunError, UserError
 from trainfw.unfinished import writing
-
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
 
 
 def export_hlo(
@@ -45,7 +42,7 @@ def export_hlo(
     say(out)
 
 
-def _readme(recipe: Recipe, units: str, names: list[str], flags: list[str]) -> str:
+def _readme(recipe: recipes.Recipe, units: str, names: list[str], flags: list[str]) -> str:
     commands = "\n".join(shlex.join(checking.command_of(name, flags)) for name in names)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     return f"""# {recipe.name} on {units}

@@ -3,22 +3,20 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trainfw import launch, training
+from trainfw import recipe as recipes
 from trainfw.cli.options import Accept, Nodes, Overrides, RecipeCommand, RecipePath, Resume, RunDir, check_resume, load
 from trainfw.cli.terminal import say
 from trainfw.streams import go_on_without_output
 
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
-
 app = typer.Typer(help="Train a recipe in many processes.", no_args_is_help=True)
 
 
-def _directory(run_dir: str | None, recipe: Recipe) -> str:
+def _directory(run_dir: str | None, recipe: recipes.Recipe) -> str:
     """Return the run directory as `train` finds it."""
     return os.path.expanduser(run_dir or os.path.join("runs", recipe.name))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from trainfw import recipe as recipes
 from trainfw.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50.")
@@ -62,15 +60,13 @@ class RecipeCommand(TyperCommand):
 
 
 def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str]) -> str:
-    from trainfw.recipe import keys, nearest_key, our_key
-
-    asked = option.lstrip("-")
-    key = asked if asked in keys() else our_key(asked)
+    asked, known = option.lstrip("-"), recipes.keys()
+    key = asked if asked in known else recipes.our_key(asked)
     if key is None and (close := nearest(option, options)) is not None:
         return f"No such option: {option}; did you mean {close}?"
-    if key is None and "mean" not in nearest_key(asked):
+    if key is None and "mean" not in recipes.nearest_key(asked):
         return f"No such option: {option}; expected {', '.join(options)}, or a key as KEY=VALUE, such as train.steps=50"
-    key = key or nearest_key(asked).split("'")[1]
+    key = key or recipes.nearest_key(asked).split("'")[1]
     words = [word for word in arguments if word.partition("=")[0] == option]
     value = words[0].partition("=")[2] if words else ""
     following = arguments[arguments.index(option) + 1 :] if option in arguments else []
@@ -82,11 +78,9 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
     return f"No such option: {option}; keys of a recipe take no dashes: {said}"
 
 
-def load(recipe: str, overrides: Sequence[str] | None) -> Recipe:
+def load(recipe: str, overrides: Sequence[str] | None) -> recipes.Recipe:
     """Load the recipe that a command line names."""
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-
-    return load_recipe(recipe, overrides or (), written=COMMAND_LINE)
+    return recipes.load_recipe(recipe, overrides or (), written=recipes.COMMAND_LINE)
 
 
 def check_page(option: str, file: Path | None) -> None:

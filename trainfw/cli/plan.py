@@ -2,18 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trainfw import planning
+from trainfw import recipe as recipes
 from trainfw.cli.options import Overrides, RecipePath, check_page, load
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
 from trainfw.unfinished import write_text
-
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
 
 
 def plan(
@@ -73,7 +71,7 @@ def plan(
         say(f"wrote {html}", err=True)
 
 
-def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
+def _search(recipe: recipes.Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
     file = out or planning.default_out(recipe)
     planning.check_out(file, source, named=out is not None)
     with Clock() as progress:

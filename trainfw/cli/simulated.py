@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from trainfw import backends, checking, program
+from trainfw import backends, checking, hardware, program
+from trainfw import recipe as recipes
 from trainfw.cli.options import load
 from trainfw.errors import UserError
 
-if TYPE_CHECKING:
-    from trainfw.hardware import Topology
-    from trainfw.program import Program
-    from trainfw.recipe import Recipe
 
-
-def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None) -> tuple[Recipe, Topology]:
+def load_for(
+    recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None
+) -> tuple[recipes.Recipe, hardware.Topology]:
     """Load a recipe for its own hardware, or for what the command line names.
 
     Raises UserError where neither names a topology, and for one of more cores than can be simulated.
@@ -29,7 +26,7 @@ def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count:
     return loaded, checking.topology_to_check(loaded)
 
 
-def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
+def compiler_options(recipe: recipes.Recipe, topology: hardware.Topology) -> list[str]:
     """Choose neuronx-cc's options for the recipe's hardware. Raises UserError where it does not compile for that."""
     from trainfw import backends
 
@@ -44,7 +41,7 @@ def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
     return flags
 
 
-def build_for(recipe: Recipe, topology: Topology, progress: Callable[[str], None]) -> Program:
+def build_for(recipe: recipes.Recipe, topology: hardware.Topology, progress: Callable[[str], None]) -> program.Program:
     """Build the recipe's program on as many simulated devices as the topology has cores. Starts jax."""
     backends.prepare(topology.cores, as_backend=topology.rules)
     progress(f"building {recipe.name} for {topology.cores} cores")

@@ -16,9 +16,6 @@ from trainfw.unfinished import write_text
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from trainfw.hardware import Topology
-    from trainfw.parallel import Layout
-
 
 def topology(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Left out, all are listed.")] = None,
@@ -53,7 +50,7 @@ def topology(
         say(f"\nwrote {svg}")
 
 
-def parse_layout(text: str, topology: Topology) -> Layout:
+def parse_layout(text: str, topology: hardware.Topology) -> parallel.Layout:
     """Parse `tensor=4,fsdp=-1` for a topology: one axis may be -1, as fsdp is when left out, to fill.
 
     Raises UserError for an unknown axis, a size that is none, or a product that is not the number of cores.

@@ -6,22 +6,19 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trainfw import backends, checking, hardware, parallel, training
+from trainfw import program as programs
+from trainfw import recipe as recipes
 from trainfw.cli.console import make_reporter
 from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume, load
 from trainfw.cli.signals import Leaving, leaving_at_once
 from trainfw.cli.terminal import say
 from trainfw.errors import RunError
 from trainfw.streams import go_on_without_output
-
-if TYPE_CHECKING:
-    from trainfw.program import Program
-    from trainfw.recipe import Recipe
-    from trainfw.training import Reporter
 
 
 def train(
@@ -71,7 +68,7 @@ def _ignore_what_failed_saves_leave() -> None:
 
 
 def _run(
-    loaded: Recipe,
+    loaded: recipes.Recipe,
     devices: int | None,
     resume: str,
     run_dir: str | None,
@@ -86,7 +83,7 @@ def _run(
     if wiring.process_count > 1:
         leaving.meet()
 
-    def approve(program: Program) -> None:
+    def approve(program: programs.Program) -> None:
         if as_backend is not None and backends.current().has_sdk:
             _check(program, reporter)
 
@@ -107,7 +104,7 @@ def _run(
         raise typer.Exit(128 + stop.signum) from None
 
 
-def _check(program: Program, reporter: Reporter) -> None:
+def _check(program: programs.Program, reporter: training.Reporter) -> None:
     """Refuse, as Neuron would, what `trainfw check` calls an error."""
     topology = program.recipe.hardware.load()
     if topology is None and program.mesh.size > 1:
