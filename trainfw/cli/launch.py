@@ -68,7 +68,7 @@ def slurm(
 ) -> None:
     """Train under Slurm, requeued when it is stopped. One process a node, saved first."""
     loaded = load(recipe, overrides)
-    job = launch.slurm_job(
+    job = launch.SlurmJob(
         loaded,
         recipe,
         overrides or (),

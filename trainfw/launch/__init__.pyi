@@ -3,5 +3,4 @@ from .local import launch_local as launch_local
 from .nodes import accepting as accepting
 from .nodes import as_argument as as_argument
 from .slurm import SlurmJob as SlurmJob
-from .slurm import slurm_job as slurm_job
 from .slurm import submit as submit
