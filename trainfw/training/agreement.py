@@ -107,13 +107,13 @@ def first_says(name: str, decide: Callable[[], T]) -> T:
 
 def difference(said: Sequence[Mapping[str, Any]]) -> str:
     """The first thing in which a process says otherwise than process 0, in words; empty where there is none."""
-    first = dict(_leaves(said[0]))
+    first = dict(leaves(dict(said[0])))
     for index, facts in enumerate(said):
-        other = dict(_leaves(facts))
+        other = dict(leaves(dict(facts)))
         for path in [*first, *other]:
             if path in first and path in other and json.dumps(first[path]) == json.dumps(other[path]):
                 continue
-            section, key = path
+            section, _, key = path.partition(".")
             here, there = (f"{key} = {one[path]!r:.200}" if path in one else f"no {key}" for one in (other, first))
             there = there.removeprefix(f"{key} = ")
             return f"process {index} of {len(said)} has {here}, process 0 has {there}: {_WHY[section]}"
@@ -179,10 +179,6 @@ def _environment() -> dict[str, Any]:
     }
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return flags | variables | {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
-
-
-def _leaves(facts: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Any]]:
-    return (((section, key), value) for section, values in facts.items() for key, value in values.items())
 
 
 @contextlib.contextmanager
