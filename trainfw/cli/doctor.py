@@ -46,11 +46,7 @@ def doctor(devices: Devices = None) -> None:
         if host.neuron:
             _line("", "Neuron's devices were left alone")
     else:
-        try:
-            _devices()
-        except Exception as error:  # of several kinds
-            what = f"jax does not start on Neuron: {error}"
-            findings.append(backends.HostFinding(what, "the runtime's log above may say more"))
+        findings += _started()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
     cache = cache_dir()
@@ -98,6 +94,15 @@ def _neuron(host: backends.Host) -> None:
         for problem in backends.sdk_problems(sdk, jax.__version__, platform.python_version()):
             _line("", f"{problem}; there `{pip_install('neuron')}`" if problem.startswith("jax") else problem)
     _line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")
+
+
+def _started() -> list[backends.HostFinding]:
+    """Start Neuron's devices and show them; what keeps them from starting, if something does."""
+    try:
+        _devices()
+    except Exception as error:  # of several kinds
+        return [backends.HostFinding(f"jax does not start on Neuron: {error}", "the runtime's log above may say more")]
+    return []
 
 
 def _devices() -> None:
