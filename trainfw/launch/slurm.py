@@ -40,7 +40,7 @@ class SlurmJob:
     overrides: Sequence[str]
     run_dir: Path
     nodes: int | None = None
-    """By default the topology's instances."""
+    """Number of nodes; None: the topology's instances."""
     tasks_per_node: int = 1
     """Processes a node: one, but on nodes that several share."""
     time: str | None = None
