@@ -185,7 +185,7 @@ class Lost:
 
     def _metrics_problem(self, run: Any, step: int) -> str:
         from trainfw.training import Reporter
-        from trainfw.training.log import MetricsLog
+        from trainfw.training.loggers import MetricsLog
 
         found = losses(run.path)
         if missing := [number for number in range(1, step + 1) if found.get(number) != self.rows[number]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 TRY_AGAIN = 75
@@ -27,17 +27,13 @@ class PeerError(RunError):
     """Another process of the run died or hangs. The CLI exits with `TRY_AGAIN`."""
 
 
-def one_of(name: str, choices: Iterable[str]) -> str:
+def one_of(name: str, choices: Collection[str]) -> str:
     """List the choices, for a name that a file gives: nobody has mistyped it, so that a near one is another thing.
 
     `"; did you mean 'x'?"` only where it is `x` in other letters' case and marks.
     """
-    choices = list(choices)
-
-    def plain(text: str) -> str:
-        return "".join(letter for letter in text.lower() if letter.isalnum())
-
-    same = [choice for choice in choices if plain(choice) == plain(name)]
+    plain = {choice: "".join(filter(str.isalnum, choice.lower())) for choice in (*choices, name)}
+    same = [choice for choice in choices if plain[choice] == plain[name]]
     return f"; did you mean {same[0]!r}?" if same else f"; one of: {', '.join(choices)}"
 
 

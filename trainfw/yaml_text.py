@@ -89,29 +89,27 @@ _SCALARS = {
     "int": r"[-+]?[0-9][0-9_]*",
     "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
+_TAG = "tag:yaml.org,2002:"
 for _tag, _pattern in _SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
+    Loader.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), None)
 
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     """Read an integer as decimal; YAML 1.1 reads 010 as octal."""
+    text = node.value
     try:
-        return int(node.value.replace("_", ""))
+        return int(text.replace("_", ""))
     except ValueError:
-        problem = (
-            f"a number of {len(node.value):,} digits" if node.value.isdigit() else f"{node.value!r:.60} is no number"
-        )
+        problem = f"a number of {len(text):,} digits" if text.isdigit() else f"{text!r:.60} is no number"
         raise _Refused(problem, node.start_mark) from None
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+Loader.add_constructor(_TAG + "int", _construct_int)
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if QUOTED.search(text) else None)
-
-
-Dumper.add_representer(str, _represent_text)
+Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar(_TAG + "str", text, style='"' if QUOTED.search(text) else None)
+)
 
 MALFORMED = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError)
 """Errors that PyYAML raises for text that is no YAML, and for tags whose values are not what they say."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trainfw import UserError, load_recipe, yaml_text
 from trainfw.backends import read_wiring
-from trainfw.launch import kubernetes_job
+from trainfw.launch import KubernetesJob
 
 VERSION = "1.37"
 QUICKSTART = load_recipe("quickstart")
@@ -111,7 +111,7 @@ RECIPES = {
 
 
 def job(recipe="quickstart", overrides=(), **options):
-    return kubernetes_job(
+    return KubernetesJob(
         load_recipe(recipe, overrides), **{"image": "registry/trainfw:1", "volumes": ["fsx"], **options}
     )
 
@@ -154,7 +154,7 @@ def test_the_schemas_refuse_what_is_wrong():
 
 def test_the_recipe_travels(tmp_path):
     recipe = load_recipe("quickstart", ["train.steps=7"])
-    config, jobset = read(kubernetes_job(recipe, image="i", volumes=["fsx:/data/", "corpus"]))
+    config, jobset = read(KubernetesJob(recipe, image="i", volumes=["fsx:/data/", "corpus"]))
     file = tmp_path / "recipe.yaml"
     file.write_text(config["data"]["recipe.yaml"])
     assert load_recipe(file) == recipe
@@ -189,7 +189,7 @@ def test_other_resources_and_names():
 def test_pods_know_where_they_stand():
     """What the pods are told, as JobSet and Kubernetes fill it in, makes them processes 0 to 11."""
     recipe = load_recipe("llama3.1-8b-trn2-ultraserver", ["hardware.count=3"])
-    _, jobset = read(kubernetes_job(recipe, image="i", volumes=["fsx"], name="llama"))
+    _, jobset = read(KubernetesJob(recipe, image="i", volumes=["fsx"], name="llama"))
     found = []
     for index in range(12):
         labels = {
@@ -281,7 +281,7 @@ def test_whatever_is_given_reaches_the_manifest_as_it_is_or_is_refused(given):
         update={"train": QUICKSTART.train.model_copy(update={"sample_prompt": given.get("prompt")})}
     )
     try:
-        made = kubernetes_job(
+        made = KubernetesJob(
             recipe,
             image=given["image"],
             volumes=[f"{given['claim']}:/{given['path']}"],
@@ -315,4 +315,4 @@ def test_nodes_of_which_no_document_tells():
     with pytest.raises(
         UserError, match=r"hardware.topology = 'trn3-gen1-ultraserver': no document says what its nodes"
     ):
-        kubernetes_job(recipe, image="i", volumes=["fsx"])
+        KubernetesJob(recipe, image="i", volumes=["fsx"])

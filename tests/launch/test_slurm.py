@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainfw import UserError, load_recipe
-from trainfw.launch import slurm_job
+from trainfw.launch import SlurmJob
 
 
 def job(recipe="quickstart", overrides=(), run="runs/q", nodes=None, **options):
-    return slurm_job(load_recipe(recipe, overrides), recipe, overrides, Path(run), nodes=nodes, **options)
+    return SlurmJob(load_recipe(recipe, overrides), recipe, overrides, Path(run), nodes=nodes, **options)
 
 
 def test_directives():
@@ -174,7 +174,7 @@ def test_whatever_is_given_reaches_the_script_as_it_is_or_is_refused(given, task
     options = {name: given[name] for name in ("partition", "account")} | {"options": [f"--comment={given['comment']}"]}
     python = str(directory / "py thon")
     try:
-        made = slurm_job(QUICKSTART, path, overrides, run, nodes=1, python=python, tasks_per_node=tasks, **options)
+        made = SlurmJob(QUICKSTART, path, overrides, run, nodes=1, python=python, tasks_per_node=tasks, **options)
     except UserError:
         assert set("".join(given.values())) & {*CONTROLS, "\\"} or set(given["run"]) & set("*?[")
         return

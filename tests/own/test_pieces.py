@@ -18,8 +18,7 @@ from trainfw import RunError, UserError, backends, build_program
 from trainfw.backends import select
 from trainfw.optim import OptimizerConfig, Traits, make_optimizer, state_bytes, traits_of
 from trainfw.pieces import is_own, name_of, options_of
-from trainfw.training.log import MetricsLog
-from trainfw.training.loggers import Logger
+from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.run_directory import RunDirectory
 
 SIGNS = "tests.own.pieces:scaled_signs"

@@ -17,8 +17,8 @@ from trainfw import UserError
 from trainfw.recipe import FaultsConfig
 from trainfw.training import RunDirectory, loggers
 from trainfw.training.faults import FaultLog, Growth
-from trainfw.training.log import MetricsLog
-from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, append_rows, read_rows
+from trainfw.training.loggers import MetricsLog
+from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, append_rows, stream_rows
 from trainfw.training.sessions import Sessions
 
 SECONDS = {"start": 4.0, "compile": 6.0, "step": 80.0, "validation": 5.0, "save": 5.0, "lost": 0.0}
@@ -68,9 +68,9 @@ def test_edits_are_left_out_and_what_is_added_is_read(kind, tmp_path_factory):
         file.write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            before = read_rows(file, kind)
+            before = list(stream_rows(file, kind))
             append_rows(file, [ROWS[kind]])
-            assert read_rows(file, kind) == [*before, ROWS[kind]]
+            assert list(stream_rows(file, kind)) == [*before, ROWS[kind]]
             for row in before:
                 use(kind, row, file)
 
@@ -101,12 +101,12 @@ def test_a_row_that_is_none_is_named(tmp_path):
     file = tmp_path / "faults.jsonl"
     append_rows(file, [ROWS[FaultRow]])
     file.open("a").write('{"step": 7, "ki')  # a crash
-    assert read_rows(file, FaultRow, all_count=True) == [ROWS[FaultRow]]
+    assert list(stream_rows(file, FaultRow, all_count=True)) == [ROWS[FaultRow]]
     append_rows(file, [ROWS[FaultRow], ROWS[FaultRow] | {"row": None}])
     with pytest.raises(UserError, match=r"faults\.jsonl, line 4: row = null: expected a valid integer; put it right"):
-        read_rows(file, FaultRow, all_count=True)
+        list(stream_rows(file, FaultRow, all_count=True))
     with pytest.warns(UserWarning, match=r"faults\.jsonl: left out: line 4: row = null: expected"):
-        assert len(read_rows(file, FaultRow)) == 2
+        assert len(list(stream_rows(file, FaultRow))) == 2
 
 
 def test_rows_that_are_left_out_are_bounded_together(tmp_path):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainfw import RunError
-from trainfw.training.replicas import compare_replicas
+from trainfw.training.faults import compare_replicas
 
 
 @pytest.fixture

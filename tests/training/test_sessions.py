@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import Heard, losses, tiny_recipe
 from trainfw import train
 from trainfw.training import RunDirectory, sessions
+from trainfw.training.records import SessionRow, stream_rows
 from trainfw.training.sessions import Sessions, goodput
 
 SECONDS = {"start": 4.0, "compile": 6.0, "step": 80.0, "validation": 5.0, "save": 5.0, "lost": 0.0}
@@ -92,5 +93,6 @@ def test_a_clock_that_is_set_in_the_middle_of_a_run_harms_nothing(tmp_path, monk
     assert straight == other
     rows = RunDirectory(tmp_path / "set").metrics()
     assert all(0 <= row["goodput"] <= 1 and 0 < row["step_time_seconds"] < 300 for row in rows if "loss" in row)
-    (first, _) = sessions._last_words(tmp_path / "set" / "sessions.jsonl")
-    assert first["time"] - first["started"] < 300
+    last = {row["session"]: row for row in stream_rows(tmp_path / "set" / "sessions.jsonl", SessionRow)}
+    assert len(last) == 2
+    assert last[0]["time"] - last[0]["started"] < 300

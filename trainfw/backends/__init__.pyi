@@ -2,9 +2,9 @@ from .base import ATTENDED as ATTENDED
 from .base import ROTATED as ROTATED
 from .base import AttentionRequest as AttentionRequest
 from .base import Backend as Backend
+from .base import BackendConfig as BackendConfig
 from .base import DecodingRequest as DecodingRequest
 from .base import MatmulRequest as MatmulRequest
-from .config import BackendConfig as BackendConfig
 from .distributed import Wiring as Wiring
 from .distributed import announce as announce
 from .distributed import announce_leaving as announce_leaving

@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainfw.config import Config
+
 ATTENDED = "attended"
 """Name, for policies of `jax.checkpoint`, of what an attention kernel keeps of its result for the backward pass."""
 ROTATED = "rotated"
@@ -106,3 +108,12 @@ class MatmulRequest:
 
     dtype: str
     over_rows: bool = False
+
+
+class BackendConfig(Config):
+    """Use of the devices by programs, whatever the devices are."""
+
+    donate: bool = True
+    """Let the step write the new training state over the old one. Without, it takes the memory of both, and the next
+    step begins when it is done; the numbers are the same. For Neuron, where one measured run had to turn it off (an
+    error of must-alias donation) and another was right with it."""

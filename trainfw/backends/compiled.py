@@ -42,12 +42,8 @@ def keep_compiled() -> None:
         return
     if not os.access(directory, os.W_OK):
         return
-    theirs = compilation_cache.get_file_cache
-
-    def open_cache(path: str) -> tuple[CacheInterface, str] | None:
-        return (Executables(directory), path) if path == str(directory) else theirs(path)
-
-    compilation_cache.get_file_cache = open_cache
+    theirs, ours = compilation_cache.get_file_cache, str(directory)
+    compilation_cache.get_file_cache = lambda path: (Executables(directory), path) if path == ours else theirs(path)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -67,13 +67,16 @@ def read_wiring(environ: Mapping[str, str], topology: Topology | None = None) ->
     elif "JOB_COMPLETION_INDEX" in environ or "NEURON_GLOBAL_TOPOID" in environ:
         wiring = _kubernetes(environ, instances)
     elif "TRAINFW_PROCESS_COUNT" in environ:
-        wiring = _explicit(environ)
+        count = _integer(environ, "TRAINFW_PROCESS_COUNT")
+        if count > 1 and "TRAINFW_PROCESS_INDEX" not in environ:
+            raise UserError(f"TRAINFW_PROCESS_COUNT = {count}: TRAINFW_PROCESS_INDEX must say which of them this is")
+        wiring = _wired(environ, "TRAINFW_PROCESS_COUNT", "TRAINFW_PROCESS_INDEX", count, None)
     else:
         if half := _first(environ, "TRAINFW_PROCESS_INDEX", "TRAINFW_COORDINATOR"):
             raise UserError(f"{half} = {environ[half]}: TRAINFW_PROCESS_COUNT must say of how many processes")
         return Wiring()
     one_each = topology is not None and topology.rules == "neuron"  # GPUs may be shared out in other ways
-    if wiring.process_count > 1 and topology is not None and one_each and wiring.process_count != instances:
+    if topology is not None and one_each and wiring.process_count not in (1, instances):
         raise UserError(
             f"{wiring.process_count} processes from {wiring.launcher}: {topology.count} x {topology.name} has "
             f"{instances} instance{'s' * (instances > 1)}, and each takes one process; "
@@ -95,8 +98,7 @@ def _slurm(environ: Mapping[str, str]) -> Wiring:
     hosts = expand_hosts(environ[names], names) if names else []
     if names and "TRAINFW_PROCESS_COUNT" not in environ and len(hosts) != count:
         raise UserError(f"{names} = {environ[names]}: names {len(hosts)} hosts, but {count_name} = {count}")
-    head = hosts[0] if hosts else None
-    return _wired(environ, "Slurm", "SLURM_NODEID", count, head)
+    return _wired(environ, "Slurm", "SLURM_NODEID", count, hosts[0] if hosts else None)
 
 
 def _kubernetes(environ: Mapping[str, str], instances: int) -> Wiring:
@@ -120,13 +122,6 @@ def _kubernetes(environ: Mapping[str, str], instances: int) -> Wiring:
     return _wired(environ, "Kubernetes", "JOB_COMPLETION_INDEX", count, head, first)
 
 
-def _explicit(environ: Mapping[str, str]) -> Wiring:
-    count = _integer(environ, "TRAINFW_PROCESS_COUNT")
-    if count > 1 and "TRAINFW_PROCESS_INDEX" not in environ:
-        raise UserError(f"TRAINFW_PROCESS_COUNT = {count}: TRAINFW_PROCESS_INDEX must say which of them this is")
-    return _wired(environ, "TRAINFW_PROCESS_COUNT", "TRAINFW_PROCESS_INDEX", count, None)
-
-
 def _wired(
     environ: Mapping[str, str], launcher: str, index_name: str, count: int, head: str | None, first: int = 0
 ) -> Wiring:
@@ -143,7 +138,7 @@ def _wired(
     if "TRAINFW_COORDINATOR" in environ:
         head, _, given = environ["TRAINFW_COORDINATOR"].partition(":")
         if given:
-            port = _number("TRAINFW_COORDINATOR", given, environ["TRAINFW_COORDINATOR"])
+            port = _integer(environ, "TRAINFW_COORDINATOR", given)
             if not 0 < port < 2**16:
                 raise UserError(f"TRAINFW_COORDINATOR = {environ['TRAINFW_COORDINATOR']!r}: expected a port to 65535")
     if count > 1 and not head:
@@ -177,7 +172,16 @@ def connect(wiring: Wiring, start_seconds: float = 0) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM from our own handler, which says when to stop to all processes (training/stopping.py).
     jax.config.update("jax_enable_preemption_service", False)
-    with _leaving_after(seconds, lambda: f"{which}: {_missing(wiring)} within {seconds:g} s"):
+
+    def leave() -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"failed: {which}: {_missing(wiring)} within {seconds:g} s\n".encode())
+        os._exit(TRY_AGAIN)
+
+    timer = threading.Timer(seconds, leave)  # what waits hears no exception
+    timer.daemon = True
+    timer.start()
+    try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
             num_processes=wiring.process_count,
@@ -186,6 +190,8 @@ def connect(wiring: Wiring, start_seconds: float = 0) -> None:
             initialization_timeout=int(seconds) + 60,  # it aborts the process, without an exception to say this in
             shutdown_timeout_seconds=60,
         )
+    finally:
+        timer.cancel()
     from trainfw.backends.select import check_platforms
 
     check_platforms()
@@ -210,33 +216,15 @@ def check_port(wiring: Wiring, port: int) -> None:
         ) from None
 
 
-@contextlib.contextmanager
-def _leaving_after(seconds: float, why: Callable[[], str]) -> Iterator[None]:
-    """Exit with `TRY_AGAIN` where the block takes longer: what waits in it hears no exception."""
-
-    def leave() -> None:
-        with contextlib.suppress(OSError):
-            os.write(2, f"failed: {why()}\n".encode())
-        os._exit(TRY_AGAIN)
-
-    timer = threading.Timer(seconds, leave)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def _missing(wiring: Wiring) -> str:
     """Say who has not come."""
+    at = f"{wiring.head}:{wiring.coordinator_port}"
     if wiring.process_index:
         try:
             socket.create_connection((wiring.head or "", wiring.coordinator_port), timeout=2.0).close()
         except OSError as error:
-            at = f"{wiring.head}:{wiring.coordinator_port}"
             return f"nobody answered at {at}, where process 0 is to be ({error.strerror or error}),"
-    return f"not all others came to {wiring.head}:{wiring.coordinator_port}"
+    return f"not all others came to {at}"
 
 
 def expand_hosts(names: str, variable: str = "hosts") -> list[str]:
@@ -270,13 +258,10 @@ def _first(environ: Mapping[str, str], *names: str) -> str | None:
     return next((name for name in names if name in environ), None)
 
 
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    return _number(name, environ[name], environ[name])
-
-
-def _number(name: str, text: str, value: str) -> int:
+def _integer(environ: Mapping[str, str], name: str, part: str | None = None) -> int:
+    text = environ[name] if part is None else part
     if not text.strip().isdecimal():
-        raise UserError(f"{name} = {value!r}: expected a number")
+        raise UserError(f"{name} = {environ[name]!r}: expected a number")
     return int(text)
 
 
@@ -375,10 +360,9 @@ def end_together() -> None:
 def leave_in_order() -> None:
     """Say, where all end, that this process exits now; process 0 returns once all others do, or after 10 s."""
     if _all_end:
-        _part_last(_ORDER_SECONDS)
+        _part_last(10.0)
 
 
-_ORDER_SECONDS = 10.0
 _EXIT_SECONDS = 0.25
 """Seconds from saying that one exits to having exited."""
 

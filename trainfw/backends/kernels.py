@@ -8,13 +8,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from trainfw.backends.base import AttentionRequest, Backend, DecodingRequest, MatmulRequest
-from trainfw.backends.cpu import kernels as cpu
-from trainfw.backends.gpu import kernels as gpu
-from trainfw.backends.neuron import attention as neuron_attention
+from trainfw.backends.cpu import blocks, decoding, products
+from trainfw.backends.gpu import cudnn
+from trainfw.backends.neuron import attention as nkilib
 from trainfw.errors import UserError, did_you_mean
+
+Request: TypeAlias = AttentionRequest | MatmulRequest | DecodingRequest
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Candidate:
     name: str
     refuses: Callable[[Any], str | None]
     """Reason why it cannot do what is asked, in words; None where it can."""
-    load: Callable[[Any], Callable[..., Any]]
+    load: Callable[[Any], Any]
     """The kernel for a request. Raises ImportError where it is not installed."""
 
 
@@ -46,12 +48,12 @@ class Kernel:
 # By operation, then by JAX's platform, best first. Whatever is left takes the XLA form.
 KERNELS: dict[str, dict[str, list[Candidate]]] = {
     "attention": {
-        "cpu": [Candidate("blocks of queries", cpu.attention_refuses, cpu.load_attention)],
-        "gpu": [Candidate("cuDNN flash attention", gpu.attention_refuses, gpu.load_attention)],
-        "neuron": [Candidate("nkilib flash attention", neuron_attention.nkilib_refuses, neuron_attention.load_nkilib)],
+        "cpu": [Candidate("blocks of queries", blocks.refuses, lambda _: blocks.blocked_attend)],
+        "gpu": [Candidate("cuDNN flash attention", cudnn.refuses, cudnn.load)],
+        "neuron": [Candidate("nkilib flash attention", nkilib.nkilib_refuses, nkilib.load_nkilib)],
     },
-    "decoding": {"cpu": [Candidate("weights read once", cpu.decoding_refuses, cpu.load_decoding)]},
-    "matmul": {"cpu": [Candidate("turned operands, float32 results", cpu.matmul_refuses, cpu.load_matmul)]},
+    "decoding": {"cpu": [Candidate("weights read once", decoding.refuses, lambda _: decoding)]},
+    "matmul": {"cpu": [Candidate("turned operands, float32 results", products.refuses, products.load)]},
 }
 
 _own: ContextVar[bool] = ContextVar("own_kernels", default=True)
@@ -67,7 +69,7 @@ def own_kernels(allowed: bool) -> Iterator[None]:
         _own.reset(token)
 
 
-def resolve(operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, backend: Backend) -> Kernel:
+def resolve(operation: str, request: Request, backend: Backend) -> Kernel:
     """Choose the implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
 
     An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
@@ -81,26 +83,20 @@ def resolve(operation: str, request: AttentionRequest | MatmulRequest | Decoding
 
 
 @functools.cache  # which is also what logs a choice once
-def _resolve(operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, platform: str) -> Kernel:
+def _resolve(operation: str, request: Request, platform: str) -> Kernel:
     passed_over: list[str] = []
+    name, call = "XLA", None
     for candidate in KERNELS[operation].get(platform, []):
         problem = candidate.refuses(request)
         if problem is None:
             try:
-                kernel = Kernel(candidate.name, candidate.load(request), tuple(passed_over))
+                name, call = candidate.name, candidate.load(request)
+                break
             except ImportError as error:
                 problem = f"cannot be imported: {error}"
-            else:
-                _log(logging.INFO, operation, request, kernel)
-                return kernel
         passed_over.append(f"{candidate.name}: {problem}")
-    kernel = Kernel("XLA", None, tuple(passed_over))
+    kernel = Kernel(name, call, tuple(passed_over))
     # The XLA form is what the CPU does well for the rest.
-    _log(logging.WARNING if passed_over and platform != "cpu" else logging.INFO, operation, request, kernel)
-    return kernel
-
-
-def _log(
-    level: int, operation: str, request: AttentionRequest | MatmulRequest | DecodingRequest, kernel: Kernel
-) -> None:
+    level = logging.WARNING if call is None and passed_over and platform != "cpu" else logging.INFO
     logging.getLogger("trainfw").log(level, "%s: %s for %s", operation, kernel, request)
+    return kernel

@@ -194,10 +194,8 @@ def prepare(
             f"as_backend = {as_backend!r} (--as): is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"
         )
     if devices is not None and not 1 <= devices <= MAX_SIMULATED:
-        raise UserError(
-            f"devices = {devices} (--devices): expected a positive number of simulated CPU devices, {MAX_SIMULATED} at "
-            "most"
-        )
+        expected = f"expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
+        raise UserError(f"devices = {devices} (--devices): {expected}")
     topology = hardware.load() if hardware is not None else None
     wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
     if devices is None and as_backend is None and plugin.on_neuron(os.environ):

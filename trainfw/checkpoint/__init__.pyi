@@ -1,12 +1,11 @@
 from .config import CheckpointConfig as CheckpointConfig
-from .copies import saved_recipe as saved_recipe
 from .holding import Vanished as Vanished
 from .holding import taking_the_next as taking_the_next
 from .identity import FORMAT as FORMAT
 from .identity import RUN_FILE as RUN_FILE
 from .identity import Identity as Identity
-from .identity import new_identity as new_identity
 from .identity import read_identity as read_identity
+from .identity import saved_recipe as saved_recipe
 from .identity import write_identity as write_identity
 from .manager import Checkpoints as Checkpoints
 from .manifest import find_mismatch as find_mismatch

@@ -1,4 +1,7 @@
-"""Identity of runs: a run directory has an id, which all of the run's checkpoints carry."""
+"""Identity of runs: a run directory has an id, which all of the run's checkpoints carry, with copies of its recipe.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import importlib.metadata
 import json
 import stat
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainfw.errors import RunError, UserError
 from trainfw.unfinished import write_text
@@ -26,14 +31,10 @@ _MOST_BYTES = 2**24
 class Identity:
     """The run that a directory's checkpoints belong to."""
 
-    run: str
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Id, drawn when the run begins; a copy of the whole directory has the same."""
     older: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the manifests of checkpoints from before runs had ids, by step."""
-
-
-def new_identity(older: Mapping[str, str] | None = None) -> Identity:
-    return Identity(uuid.uuid4().hex, older or {})
 
 
 def read_identity(run: Path) -> Identity | None:
@@ -54,7 +55,8 @@ def read_identity(run: Path) -> Identity | None:
     content = content if isinstance(content, dict) else {}
     refuse_newer(content, run)
     name, older = content.get("run"), content.get("older", {})
-    if not (isinstance(name, str) and name and _is_texts(older)):
+    texts = isinstance(older, dict) and all(isinstance(text, str) for text in older.values())
+    if not (isinstance(name, str) and name and texts):
         large = f" (it has more than {_MOST_BYTES:,} bytes)" if too_large else ""
         raise RunError(f"{file}: cannot be read{large}; remove it, and the run takes the id of its newest checkpoint")
     return Identity(name, older)
@@ -80,5 +82,26 @@ def refuse_newer(content: Mapping[str, object], where: object) -> None:
         )
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+def saved_recipe(file: Path) -> dict[str, Any] | None:
+    """Return the newest whole checkpoint's copy of a run's recipe.yaml, with a warning, where that file is empty.
+
+    A loss of power may leave an empty file. Returns None for a file that is not empty, or belongs to no run. Raises
+    UserError where there is no copy.
+    """
+    if file.name != "recipe.yaml" or not (file.parent / "metrics.jsonl").is_file():
+        return None
+    with file.open("rb") as stream:
+        if stream.read(2**16).strip(b"\0 \r\n"):
+            return None
+    from trainfw.checkpoint.manifest import find_mismatch, read_meta
+
+    directories = (file.parent / "checkpoints").glob("[0-9]*")
+    steps = {int(directory.name): directory for directory in directories if directory.name.isdecimal()}
+    for step, directory in sorted(steps.items(), reverse=True):
+        if find_mismatch(directory) is None and (tree := read_meta(directory).get("recipe")):
+            warnings.warn(f"{file}: is empty; the recipe that checkpoint {step} holds serves", stacklevel=1)
+            return dict(tree)
+    raise UserError(
+        f"{file}: is empty, and no checkpoint beside it holds the recipe: delete it, and go on with the recipe that "
+        "the run was begun with"
+    )

@@ -11,24 +11,15 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
 
 from trainfw.backends import exchange, release_freed_memory
+from trainfw.checkpoint import stores
 from trainfw.checkpoint.config import CheckpointConfig
 from trainfw.checkpoint.holding import Hold, check_there
 from trainfw.checkpoint.identity import Identity
 from trainfw.checkpoint.manifest import find_damage, read_meta, write_manifest
 from trainfw.checkpoint.memory import spare_memory
-from trainfw.checkpoint.stores import (
-    Directory,
-    commit_by_file,
-    damaged_beside,
-    delete_leftovers,
-    delete_steps,
-    in_store,
-    move,
-    steps_in,
-    strangers_in,
-)
 from trainfw.checkpoint.structure import Shapes, find_absent, shapes_of
 from trainfw.errors import RunError
 from trainfw.parallel import reorder_layers
@@ -68,7 +59,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Directory,
+        directory: stores.Directory,
         config: CheckpointConfig,
         *,
         identity: Identity | None = None,
@@ -76,7 +67,7 @@ class Checkpoints:
         read_only: bool = False,
         report: Callable[[str], None] = lambda text: None,
     ):
-        self.directory = directory if in_store(directory) else directory.absolute()
+        self.directory = directory if stores.in_store(directory) else directory.absolute()
         self._config, self._identity, self._report = config, identity, report
         self._layer_order = None if layer_order is None else list(layer_order)
         self._saving: int | None = None
@@ -96,43 +87,38 @@ class Checkpoints:
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    def _open(self) -> ocp.CheckpointManager:
-        with failing_as(self.directory, "cannot be opened"):
-            return ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
+            with failing_as(self.directory, "cannot be opened"):
+                options = ocp.CheckpointManagerOptions(
                     max_to_keep=None,  # we delete them ourselves
                     create=True,
                     cleanup_tmp_directories=True,
-                    temporary_path_class=commit_by_file(self.directory),
-                    # Called when all files are written, before the rename that makes them a checkpoint.
+                    # Where nothing can be renamed, another way to finish a checkpoint.
+                    temporary_path_class=CommitFileTemporaryPath if stores.in_store(self.directory) else None,
                     async_options=ocp.AsyncOptions(
                         timeout_secs=_BARRIER_SECONDS, post_finalization_callback=self._finish
                     ),
-                ),
-            )
+                )
+                self._opened = ocp.CheckpointManager(self.directory, options=options)
+        return self._opened
 
     def _finish(self) -> None:
+        """Complete a checkpoint whose files are all written, before the rename that makes them one."""
         if jax.process_index() != 0 or self._saving is None:
             return
         step = self._saving
         names = [str(step)]
-        if not in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
+        if not stores.in_store(self.directory):  # not by glob, which compiles and keeps a pattern for every step
             names = [name for name in os.listdir(self.directory) if name.startswith(f"{step}.orbax-checkpoint-tmp")]
-        written = [self.directory / name for name in names]
-        for directory in written:
+        for directory in (self.directory / name for name in names):
             for item, expected in self._expected.items():
                 if problem := find_absent(directory / item, expected):
                     raise ValueError(f"{item}: {problem}")
             write_manifest(directory, step, self._identity, self._meta)
-            if not in_store(directory):  # TensorStore does so with its own files, and Orbax with none
+            if not stores.in_store(directory):  # TensorStore does so with its own files, and Orbax with none
                 sync_tree(directory)
 
     def steps(self) -> list[int]:
-        return steps_in(self.directory)
+        return stores.steps_in(self.directory)
 
     @property
     def latest(self) -> int | None:
@@ -153,9 +139,7 @@ class Checkpoints:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    rest=ocp.args.StandardSave(rest),
-                    meta=ocp.args.JsonSave(meta),
+                    params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest), meta=ocp.args.JsonSave(meta)
                 ),
             )
             if not saved:
@@ -177,28 +161,28 @@ class Checkpoints:
         with self._forgiving(self._saving, forgiven):
             self._manager.wait_until_finished()
             release_freed_memory()  # several threads free a save's memory in pieces
-            if jax.process_index() == 0 and not in_store(self.directory):
+            if jax.process_index() == 0 and not stores.in_store(self.directory):
                 sync(self.directory)  # its new name, before older ones are deleted
             self._saving, self._failures = None, 0
             if jax.process_index() == 0:
                 if self._has_failed:
-                    delete_leftovers(self.directory)
+                    stores.delete_leftovers(self.directory)
                 self._delete_old()
 
     def _delete_old(self) -> None:
         """Start to delete the checkpoints that need not be kept, now that a newer one is on disk."""
         self._wait_for_deletion()
-        config = self._config
-        every = config.keep_every
-        old = [step for step in self.steps()[: -config.keep_last] if not (every and step % every == 0)]
-        self._deleting = threading.Thread(target=self._delete, args=(old,), name="delete checkpoints", daemon=True)
-        self._deleting.start()
+        every = self._config.keep_every
+        old = [step for step in self.steps()[: -self._config.keep_last] if not (every and step % every == 0)]
 
-    def _delete(self, steps: list[int]) -> None:
-        try:
-            delete_steps(self.directory, steps)
-        except Exception as error:  # stores raise many kinds; the next save tries again
-            self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
+        def delete() -> None:
+            try:
+                stores.delete_steps(self.directory, old)
+            except Exception as error:  # stores raise many kinds; the next save tries again
+                self._not_deleted = f"{self.directory}: old checkpoints cannot be deleted: {first_line(error)}"
+
+        self._deleting = threading.Thread(target=delete, name="delete checkpoints", daemon=True)
+        self._deleting.start()
 
     def _wait_for_deletion(self) -> None:
         if self._deleting is not None:
@@ -213,7 +197,7 @@ class Checkpoints:
         deadline = time.monotonic() + seconds
         quiet = 0
         while quiet < _QUIET and time.monotonic() < deadline:
-            quiet = 0 if delete_leftovers(self.directory) else quiet + 1
+            quiet = 0 if stores.delete_leftovers(self.directory) else quiet + 1
             time.sleep(_CLEAR_SECONDS)
 
     @contextlib.contextmanager
@@ -229,8 +213,8 @@ class Checkpoints:
                 self._manager.close()
             # The next save opens another manager: this one would raise its failure again and again.
             self._opened = None
-            if jax.process_index() == 0 and not in_store(self.directory):
-                delete_leftovers(self.directory)
+            if jax.process_index() == 0 and not stores.in_store(self.directory):
+                stores.delete_leftovers(self.directory)
             if self._failures > forgiven:
                 raise RunError(problem) from error
             self._report(f"{problem}; the run goes on ({self._failures} of at most {forgiven} failures in a row)")
@@ -255,7 +239,7 @@ class Checkpoints:
         if steps and whole is None:
             raise RunError(f"{self.directory}: no checkpoint is whole (step {steps[0]}: {problem})")
         last = -1 if whole is None else whole
-        aside = [later for later in steps if later > last] + strangers_in(self.directory)
+        aside = [later for later in steps if later > last] + stores.strangers_in(self.directory)
         if exchange("aside", bool(aside)) != [False] * count:
             self._move_aside(aside, report)
         if not self._read_only:
@@ -264,14 +248,14 @@ class Checkpoints:
 
     def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:
         """Move these out of the way of the checkpoints that are to be saved."""
-        strangers = strangers_in(self.directory)
+        strangers = stores.strangers_in(self.directory)
         for step in steps if jax.process_index() == 0 else ():
-            target = damaged_beside(self.directory) / str(step)
+            target = stores.damaged_beside(self.directory) / str(step)
             while target.exists():
                 target = target.with_name(target.name + "-again")
             if step in strangers:
                 report(f"warning: {self.directory / str(step)} is no checkpoint; moved to {target}")
-            move(self.directory / str(step), target)
+            stores.move(self.directory / str(step), target)
         exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
         if self._opened is not None:
             self._opened.reload()
@@ -279,8 +263,8 @@ class Checkpoints:
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Restore (params, rest, meta) of a step, laid out as the given abstract arrays. Raises RunError."""
         restored, meta = self._restore(step, params=params, rest=rest)
-        params, rest = self._in_order((restored["params"], restored["rest"]), meta.pop(LAYER_ORDER, None))
-        return params, rest, meta
+        restored = self._in_order(restored, meta.pop(LAYER_ORDER, None))
+        return restored["params"], restored["rest"], meta
 
     def restore_params(self, step: int, params: Tree) -> Tree:
         """Restore the parameters alone, though the run may go on meanwhile.
@@ -291,16 +275,12 @@ class Checkpoints:
         with Hold(directory):
             if problem := find_damage(directory, identity=self._identity):
                 check_there(directory)
-                raise RunError(
-                    f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{self._whole_before(step)}"
-                )
+                older = (other for other in reversed(self.steps()) if other < step)
+                whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
+                hint = next((f"; step {s} is whole" for s in whole), "")
+                raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
             restored, meta = self._restore(step, params=params)
         return self._in_order(restored["params"], meta.get(LAYER_ORDER))
-
-    def _whole_before(self, step: int) -> str:
-        older = (other for other in reversed(self.steps()) if other < step)
-        whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
-        return next((f"; step {s} is whole" for s in whole), "")
 
     def _in_order(self, tree: Tree, saved: list[int] | None) -> Tree:
         wanted = self._layer_order or sorted(saved or ())
@@ -315,11 +295,8 @@ class Checkpoints:
         problem = f"step {step} cannot be restored{hint}"
         with contextlib.closing(reader), failing_as(self.directory, problem, read=directory):
             meta = read_meta(directory)
-            restored = {
-                item: reader.restore(directory / item, args=ocp.args.StandardRestore(tree))
-                for item, tree in items.items()
-            }
-        return restored, meta
+            args = {item: ocp.args.StandardRestore(tree) for item, tree in items.items()}
+            return {item: reader.restore(directory / item, args=args[item]) for item in items}, meta
 
     def close(self) -> None:
         """Wait for the last save, then close. Raises RunError where it fails."""
@@ -337,7 +314,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def failing_as(directory: Directory, problem: str, *, read: Directory | None = None) -> Iterator[None]:
+def failing_as(directory: stores.Directory, problem: str, *, read: stores.Directory | None = None) -> Iterator[None]:
     """Raise RunError, with the problem, for any error inside; Vanished where the checkpoint `read` is gone."""
     try:
         yield

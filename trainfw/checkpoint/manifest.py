@@ -79,7 +79,10 @@ def read_manifest(directory: Directory) -> Manifest:
     if not files:
         raise Damage(f"{MANIFEST} lists no files")
     for name, (size, digest) in files.items():
-        if not (_is_inside(name) and type(size) is int and size >= 0 and isinstance(digest, str)):
+        path = PurePosixPath(name)
+        # Below the checkpoint, and as `write_manifest` writes it.
+        inside = str(path) == name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+        if not (inside and type(size) is int and size >= 0 and isinstance(digest, str)):
             raise Damage(f"{MANIFEST} lists {name[:80]!r}, which is no file of a checkpoint")
     place, step, run, recipe = (fields.get(key) for key in ("place", "step", "run", "recipe"))
     texts = all(value is None or isinstance(value, str) for value in (place, run, recipe))
@@ -92,7 +95,8 @@ def inventory(directory: Directory) -> dict[str, tuple[int, str]]:
     """Return (bytes, SHA-256 or the store's tag) of every file of a checkpoint, by name."""
     if in_store(directory):
         return {name: about for name, about in sorted(list_store(directory).items()) if name not in _LATER}
-    return {name: _describe(directory / name) for name in _names(directory)}
+    paths: Any = (path for path in directory.rglob("*") if path.is_file() and path.name not in _LATER)
+    return {name: _describe(directory / name) for name in sorted(p.relative_to(directory).as_posix() for p in paths)}
 
 
 def find_mismatch(directory: Directory, identity: Identity | None = None) -> str | None:
@@ -168,22 +172,24 @@ def find_damage(
     if manifest.tags:
         present = {name: ((directory / name).stat().st_size, "") for name in listed if (directory / name).is_file()}
         return next(_differences(present, listed, True), None)
-    return next(_damages(directory, listed), None)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = zip(listed, pool.map(lambda name: _damage(directory / name, *listed[name]), listed))
+        return next((f"{name} {problem}" for name, problem in found if problem), None)
 
 
 def _check_kinds(directory: Directory) -> None:
     """Raise Damage for any path that is no file or directory: a link leads elsewhere, and a FIFO never ends."""
-    for where, directories, files in os.walk(directory, onerror=_raise):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for where, directories, files in os.walk(directory, onerror=fail):
         for name in (*directories, *files):
             path = os.path.join(where, name)
             with contextlib.suppress(FileNotFoundError):
                 kind = os.lstat(path).st_mode
                 if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                     raise Damage(f"{os.path.relpath(path, directory)} {_kind(kind)}")
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _differences(
@@ -196,13 +202,6 @@ def _differences(
             yield f"{name} has {present[name][0]:,} bytes, not {size:,}"
         elif not sizes_alone and present[name][1] != tag:
             yield f"{name} is not what was saved (its tag differs)"
-
-
-def _damages(directory: Directory, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for name, problem in zip(files, pool.map(lambda name: _damage(directory / name, *files[name]), files)):
-            if problem:
-                yield f"{name} {problem}"
 
 
 def _damage(path: Directory, size: int, digest: str) -> str:
@@ -256,14 +255,3 @@ def _why(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "is missing"
     return str(error.strerror) if error.errno in (errno.EINVAL, errno.EFBIG) else f"cannot be read: {error.strerror}"
-
-
-def _is_inside(name: str) -> bool:
-    """Tell whether `name` leads to a file below the checkpoint, and is written as `write_manifest` writes it."""
-    path = PurePosixPath(name)
-    return str(path) == name != "." and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-
-
-def _names(directory: Directory) -> list[str]:
-    paths: Any = (path for path in directory.rglob("*") if path.is_file() and path.name not in _LATER)
-    return sorted(path.relative_to(directory).as_posix() for path in paths)

@@ -47,9 +47,8 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
     try:
         importlib.import_module(library)
     except ImportError:
-        raise UserError(
-            f"checkpoint.directory = {config.directory}: needs the package {library}: {pip_install(extra)}"
-        ) from None
+        needs = f"needs the package {library}: {pip_install(extra)}"
+        raise UserError(f"checkpoint.directory = {config.directory}: {needs}") from None
     _list_afresh()
     if scheme == "s3":
         _teach_orbax()
@@ -101,17 +100,14 @@ def _finished(directory: Directory) -> list[int]:
     for path in (directory / str(step) for step in numbers):
         if not os.access(path, os.R_OK | os.X_OK) and os.path.lexists(path):  # it would seem to hold nothing
             raise UserError(f"{path}: cannot be read: {os.strerror(errno.EACCES)}")
-    return [
-        step
-        for step in numbers
-        if any(os.path.lexists(directory / str(step) / mark) for mark in marks)
-        and not _stops_orbax(directory / str(step) / ORBAX_METADATA)
-    ]
 
+    def is_finished(checkpoint: Path) -> bool:
+        notes = checkpoint / ORBAX_METADATA
+        # Orbax reads it for every step, and would never finish with a pipe, a device or what a link leads to.
+        readable = not os.path.lexists(notes) or (notes.is_file() and not notes.is_symlink())
+        return readable and any(os.path.lexists(checkpoint / mark) for mark in marks)
 
-def _stops_orbax(file: Path) -> bool:
-    """Tell whether a file is a pipe, a device or a link: Orbax reads it for every step, and would never finish."""
-    return os.path.lexists(file) and (file.is_symlink() or not file.is_file())
+    return [step for step in numbers if is_finished(directory / str(step))]
 
 
 def strangers_in(directory: Directory) -> list[int]:
@@ -126,20 +122,22 @@ def _numbers_in(directory: Directory) -> list[int]:
         if not directory.is_dir():
             return []
         try:
-            names = [path.name for path in directory.iterdir() if _is_number(path.name) and path.is_dir()]
+            return sorted(int(p.name) for p in directory.iterdir() if _is_number(p.name) and p.is_dir())
         except OSError as error:
             raise UserError(f"{directory}: cannot be listed: {error.strerror}") from None
-        return sorted(map(int, names))
     try:
-        listed = _filesystem(directory).ls(str(directory), detail=False)
-        names = [path.rstrip("/").rpartition("/")[2] for path in listed]
+        return sorted(int(name) for name in _names_in_store(directory) if _is_number(name))
     except FileNotFoundError as error:
         if "bucket does not exist" in str(error):
             raise UserError(f"{directory}: {error}") from None
         return []
     except Exception as error:  # each library raises its own kinds
         raise UserError(f"{directory}: cannot be listed: {error}") from error
-    return sorted(int(name) for name in names if _is_number(name))
+
+
+def _names_in_store(directory: Directory) -> list[str]:
+    listed = _filesystem(directory).ls(str(directory), detail=False)
+    return [path.rstrip("/").rpartition("/")[2] for path in listed]
 
 
 def _is_number(name: str) -> bool:
@@ -165,9 +163,7 @@ def delete_leftovers(directory: Directory) -> bool:
     if in_store(directory):
         with contextlib.suppress(Exception):  # stores raise many kinds; the next save tries again
             whole = {str(step) for step in steps_in(directory)}
-            listed = _filesystem(directory).ls(str(directory), detail=False)
-            names = {path.rstrip("/").rpartition("/")[2] for path in listed}
-            left = [name for name in names - whole if name.isdecimal()]
+            left = [name for name in set(_names_in_store(directory)) - whole if name.isdecimal()]
             for name in left:
                 _filesystem(directory).rm(f"{directory}/{name}", recursive=True)
             return bool(left)
@@ -206,15 +202,6 @@ def move(source: Directory, target: Directory) -> None:
     else:
         target.parent.mkdir(exist_ok=True)
         source.rename(target)
-
-
-def commit_by_file(directory: Directory) -> object:
-    """Return Orbax's class that finishes a checkpoint where nothing can be renamed; None for its default."""
-    if not in_store(directory):
-        return None
-    from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath  # public by no other name
-
-    return CommitFileTemporaryPath
 
 
 def array_store(directory: Directory) -> dict[str, object]:

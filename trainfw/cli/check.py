@@ -1,24 +1,20 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Count, Hardware, Overrides
+from trainfw import backends, checking
+from trainfw.cli.options import Count, Hardware, Overrides, check_page
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
+from trainfw.errors import UserError
 from trainfw.unfinished import write_text
 
-if TYPE_CHECKING:
-    from trainfw.checking import Comparison
-
-_Recipe = Annotated[
-    str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.", show_default=False)
-]
+_Recipe = Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 
 
 def check(
@@ -44,7 +40,6 @@ def check(
         typer.Option(
             metavar="FILE",
             help="With --compiler: write where check and the compiler differ, to be sent back: no paths, no data.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -52,41 +47,32 @@ def check(
 
     Exits 0 when nothing is refused (there may be warnings), 1 when something is, or the compiler fails.
     """
-    if rules:
-        _print_rules(json_)
+    if rules and json_:
+        typer.echo(json.dumps([rule.to_json() for rule in checking.RULES.values()], indent=2))
         return
-    from trainfw import backends
-    from trainfw.errors import UserError
-
+    if rules:
+        for rule in checking.RULES.values():
+            say(rule.describe())
+        return
     if recipe is None:
         raise UserError("check: expected a RECIPE (or --rules)")
     if not compiler and report_difference is not None:
         raise UserError("--report-difference compares with the compiler: give it with --compiler")
     if not 0 < compiler_timeout < float("inf"):
         raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
-    if report_difference is not None and (
-        report_difference.is_dir() or not os.access(report_difference.absolute().parent, os.W_OK)
-    ):
-        raise UserError(
-            f"--report-difference {report_difference}: expected a file in a directory that exists and can be written to"
-        )
+    check_page("--report-difference", report_difference)
     loaded, topology = load_for(recipe, overrides or (), hardware, count)
     flags = compiler_options(loaded, topology) if compiler else []
     if compiler:
-        from trainfw.checking import find_compiler
-
-        find_compiler()  # before half a minute of work
+        checking.find_compiler()  # before half a minute of work
     sdk = backends.load_sdk(loaded.hardware.sdk)
-    found: Comparison | None = None
+    found: checking.Comparison | None = None
     with Clock() as progress:
         program = build_for(loaded, topology, progress)
-
-        from trainfw.checking import check_program, compare_with_compiler
-
-        report = check_program(program, topology=topology, sdk=sdk, progress=progress)
+        report = checking.check_program(program, topology=topology, sdk=sdk, progress=progress)
         if compiler:
             with leaving_at_once("the compiler is ended, and nothing is written"):
-                found = compare_with_compiler(program, flags, compiler_timeout, report, progress)
+                found = checking.compare_with_compiler(program, flags, compiler_timeout, report, progress)
     if json_:
         typer.echo(json.dumps(report.to_json() | (found.to_json() if found else {}), indent=2))
     else:
@@ -96,13 +82,3 @@ def check(
         say(f"wrote {report_difference}", err=True)
     if not report.ok or (found is not None and not found.passed):
         raise typer.Exit(1)
-
-
-def _print_rules(as_json: bool) -> None:
-    from trainfw.checking import RULES
-
-    if as_json:
-        typer.echo(json.dumps([rule.to_json() for rule in RULES.values()], indent=2))
-        return
-    for rule in RULES.values():
-        say(rule.describe())

@@ -13,11 +13,11 @@ from trainfw.utf8 import printable
 
 
 @contextlib.contextmanager
-def cleaning_up() -> Iterator[None]:
+def cleaning_up() -> Iterator[Reporter]:
     """Let signals end the command at once, and what it writes go; its result is a file, and stdout may be lost."""
     go_on_without_output()
-    with leaving_at_once("nothing is written"):
-        yield
+    with contextlib.closing(make_reporter()) as reporter, leaving_at_once("nothing is written"):
+        yield reporter
 
 
 def make_reporter() -> Reporter:

@@ -5,17 +5,14 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import typer
 
+from trainfw import backends
 from trainfw.cli.options import Devices
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError, pip_install
-
-if TYPE_CHECKING:
-    from trainfw.backends import Host, HostFinding
+from trainfw.paths import cache_dir
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "pydantic")
 _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
@@ -23,8 +20,6 @@ _OPTIONAL = {"datasets": "datasets", "pyarrow": "datasets"}
 
 def doctor(devices: Devices = None) -> None:
     """Show versions, devices and memory, and what is missing. On a Neuron host, exit with 1 where a run would fail."""
-    from trainfw import backends
-
     host = backends.read_host()
     findings = backends.host_findings(host) if host.neuron else []
     start = not any(finding.fails for finding in findings) and str(host.root) == "/"
@@ -36,16 +31,29 @@ def doctor(devices: Devices = None) -> None:
     except UserError as error:
         no_jax = error
 
-    _versions()
+    _line("trainfw", importlib.metadata.version("trainfw"))
+    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        _line(package, importlib.metadata.version(package))
+    for package, extra in _OPTIONAL.items():
+        found = importlib.util.find_spec(package) is not None
+        get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
+        _line(package, importlib.metadata.version(package) if found else get)
     if no_jax is not None:
         _line("backend", f"none: {no_jax}")
     elif not host.neuron or not start:
-        _devices(_line)
+        _devices()
         if host.neuron:
             _line("", "Neuron's devices were left alone")
     else:
         findings += _started()
-    _machine(no_jax is not None)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
+    cache = cache_dir()
+    existing = next(p for p in (cache, *cache.parents) if p.exists())
+    _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
+    if shutil.which("nvidia-smi") and (no_jax is not None or backends.current().on_host):
+        _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
     _neuron(host)
     for finding in findings:
         say(str(finding))
@@ -59,34 +67,8 @@ def _line(label: str, text: object) -> None:
     say(f"{label:17}  {text}")
 
 
-def _versions() -> None:
-    _line("trainfw", importlib.metadata.version("trainfw"))
-    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in _PACKAGES:
-        _line(package, importlib.metadata.version(package))
-    for package, extra in _OPTIONAL.items():
-        found = importlib.util.find_spec(package) is not None
-        get = f"missing; Parquet and saved datasets need it: `{pip_install(extra)}`"
-        _line(package, importlib.metadata.version(package) if found else get)
-
-
-def _machine(no_jax: bool) -> None:
-    from trainfw import backends
-    from trainfw.paths import cache_dir
-
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    _line("host memory", f"{pages / 2**30:.1f} GiB, {os.cpu_count()} CPUs")
-    cache = cache_dir()
-    existing = next(p for p in (cache, *cache.parents) if p.exists())
-    _line("cache", f"{cache} ({shutil.disk_usage(existing).free / 2**30:.0f} GiB free)")
-    if shutil.which("nvidia-smi") and (no_jax or backends.current().on_host):
-        _line("gpu", f"an NVIDIA driver is here but jax does not use it: `{pip_install('gpu')}`")
-
-
-def _neuron(host: Host) -> None:
+def _neuron(host: backends.Host) -> None:
     """Print what is here of Neuron; what is wrong with it on a host of its own is for findings to say."""
-    from trainfw import backends
-
     if host.neuron:
         _line("neuron devices", f"{len(host.devices)}: {backends.ranges(host.devices)}" if host.devices else "none")
         _line("neuron driver", host.driver or "not loaded")
@@ -114,25 +96,21 @@ def _neuron(host: Host) -> None:
     _line("neuron", "trainfw has not run on Neuron hardware; --as neuron keeps its rules on the CPU")
 
 
-def _started() -> list[HostFinding]:
+def _started() -> list[backends.HostFinding]:
     """Start Neuron's devices and show them; what keeps them from starting, if something does."""
-    from trainfw import backends
-
     try:
-        _devices(_line)
+        _devices()
     except Exception as error:  # of several kinds
         return [backends.HostFinding(f"jax does not start on Neuron: {error}", "the runtime's log above may say more")]
     return []
 
 
-def _devices(line: Callable[[str, object], None]) -> None:
+def _devices() -> None:
     import jax
 
-    from trainfw import backends
-
-    line("backend", backends.current())
+    _line("backend", backends.current())
     kinds = sorted({d.device_kind for d in jax.devices()})
-    line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
+    _line("devices", f"{jax.device_count()} ({', '.join(kinds)}), {jax.local_device_count()} in this process")
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")
+        _line("device memory", f"{stats['bytes_limit'] / 2**30:.1f} GiB each")

@@ -4,7 +4,10 @@ from typing import Annotated, get_args
 
 import typer
 
+from trainfw import backends, weights
+from trainfw.cli.console import cleaning_up
 from trainfw.cli.options import AnyModel, OutPath, Step
+from trainfw.errors import UserError
 
 
 def export(
@@ -20,27 +23,16 @@ def export(
     step: Step = None,
 ) -> None:
     """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
-    from trainfw import backends
-    from trainfw.errors import UserError
-
     backends.prepare()
-
-    from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.weights import Format, export_model
-
-    if format not in get_args(Format):
-        raise UserError(f"--format {format}: expected one of {', '.join(get_args(Format))}")
-    reporter = make_reporter()
-    try:
-        with cleaning_up():
-            written = export_model(
-                source,
-                out,
-                format=format,  # type: ignore[arg-type]
-                dtype=dtype,
-                step=step,
-                progress=reporter.progress,
-            )
-    finally:
-        reporter.close()
+    if format not in get_args(weights.Format):
+        raise UserError(f"--format {format}: expected one of {', '.join(get_args(weights.Format))}")
+    with cleaning_up() as reporter:
+        written = weights.export_model(
+            source,
+            out,
+            format=format,  # type: ignore[arg-type]
+            dtype=dtype,
+            step=step,
+            progress=reporter.progress,
+        )
     typer.echo(written)

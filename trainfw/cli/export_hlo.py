@@ -1,32 +1,26 @@
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trainfw import checking
+from trainfw import recipe as recipes
 from trainfw.cli.options import Count, Hardware, OutPath, Overrides, RecipePath
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_for
 from trainfw.cli.terminal import Clock, say
+from trainfw.errors import RunError, UserError
 from trainfw.unfinished import writing
-
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
 
 
 def export_hlo(
-    recipe: RecipePath,
-    out: OutPath,
-    overrides: Overrides = None,
-    hardware: Hardware = None,
-    count: Count = None,
+    recipe: RecipePath, out: OutPath, overrides: Overrides = None, hardware: Hardware = None, count: Count = None
 ) -> None:
     """Write each step's HLO for neuronx-cc, and how to compile it.
 
     No compiler is needed to write it.
     """
-    from trainfw.errors import RunError, UserError
-
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise UserError(f"--out {out}: exists; nothing is overwritten")
@@ -37,11 +31,7 @@ def export_hlo(
         leaving_at_once("nothing is written"),
         writing(target, directory=True) as directory,  # where that cannot be, it is said before all the work
     ):
-        program = build_for(loaded, topology, progress)
-
-        from trainfw.checking import export_steps
-
-        modules = export_steps(program, progress)
+        modules = checking.export_steps(build_for(loaded, topology, progress), progress)
         for name, module in modules.items():
             if isinstance(module, str):
                 raise RunError(f"{name} cannot be exported: {module}")
@@ -52,12 +42,8 @@ def export_hlo(
     say(out)
 
 
-def _readme(recipe: Recipe, units: str, names: list[str], flags: list[str]) -> str:
-    import importlib.metadata
-
-    from trainfw.checking import command_of
-
-    commands = "\n".join(shlex.join(command_of(name, flags)) for name in names)
+def _readme(recipe: recipes.Recipe, units: str, names: list[str], flags: list[str]) -> str:
+    commands = "\n".join(shlex.join(checking.command_of(name, flags)) for name in names)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     return f"""# {recipe.name} on {units}
 

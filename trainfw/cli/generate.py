@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from trainfw import backends, data, sampling, training, weights
 from trainfw.cli.options import AnyModel, Step
 from trainfw.cli.terminal import show
+from trainfw.errors import UserError
 
 
 def generate(
@@ -14,29 +16,21 @@ def generate(
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="The text to go on from; several at once.")],
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens that make up p.", show_default=False)
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     step: Step = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--plain", help="As a user's turn by the chat template, or as text (default: as trained)."),
     ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(help="With --chat: the system prompt (default: as trained).", show_default=False),
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system prompt (default: as trained).")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="An adapter of the model; a prompt NAME=TEXT takes it."),
     ] = None,
 ) -> None:
     """Write on from prompts. With a run, a model, or a model and several adapters."""
-    from trainfw import backends
-    from trainfw.errors import UserError
-
     adapters = _named(adapter or [])
     for text in prompt:
         try:
@@ -46,9 +40,6 @@ def generate(
 
     backends.prepare()
 
-    from trainfw import sampling, training, weights
-    from trainfw.data import TextStream
-
     loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
     chosen = [_chosen(text, adapters) for text in prompt]
     form = {name: weights.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
@@ -57,11 +48,10 @@ def generate(
     ends = weights.end_tokens(tokenizer)
     longest, most = max(map(len, tokens)) + max_tokens, loaded.config.longest_context
     if most is not None and longest > most:
-        typer.echo(
-            f"warning: {longest} tokens are more than the {most} positions that the model was made for", err=True
-        )
+        what = f"{longest} tokens are more than the {most} positions that the model was made for"
+        typer.echo(f"warning: {what}", err=True)
     if len(prompt) == 1 and not adapters:
-        stream = TextStream(tokenizer)
+        stream = data.TextStream(tokenizer)
         show(form[None].echo(prompt[0], chat))
         for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
             show(stream.push(token))
@@ -80,8 +70,6 @@ def generate(
 
 
 def _named(adapters: list[str]) -> dict[str, str]:
-    from trainfw.errors import UserError
-
     named: dict[str, str] = {}
     for text in adapters:
         name, equals, path = text.partition("=")
@@ -95,8 +83,6 @@ def _named(adapters: list[str]) -> dict[str, str]:
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:
     """Split a prompt into its adapter, or None for the model without one, and its text."""
-    from trainfw.errors import UserError
-
     if not adapters:
         return None, prompt
     name, equals, text = prompt.partition("=")

@@ -4,30 +4,20 @@ from typing import Annotated
 
 import typer
 
+from trainfw import backends, weights
+from trainfw.cli.console import cleaning_up
 from trainfw.cli.options import Dtype, OutPath, Step
 
 
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run of an adapter, or one in PEFT's form.")],
     out: OutPath,
-    base: Annotated[
-        str | None, typer.Option(help="The model it adapts (default: that of the run).", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="The model it adapts (default: that of the run).")] = None,
     dtype: Dtype = None,
     step: Step = None,
 ) -> None:
     """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
-    from trainfw import backends
-
     backends.prepare()
-
-    from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.weights import merge_adapter
-
-    reporter = make_reporter()
-    try:
-        with cleaning_up():
-            written = merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
-    finally:
-        reporter.close()
+    with cleaning_up() as reporter:
+        written = weights.merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
     typer.echo(written)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from trainfw import recipe as recipes
 from trainfw.errors import UserError, nearest
 
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50."),
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50.")
 ]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a bundled recipe by name.")]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -21,37 +23,26 @@ ModelPath = Annotated[
     typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, or package:NAME (a Python package)."),
 ]
 AnyModel = Annotated[
-    str,
-    typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME."),
+    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME.")
 ]
 OutPath = Annotated[str, typer.Option("--out", help="What to write; nothing that exists is overwritten.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).", show_default=False),
-]
-Devices = Annotated[
-    int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.", show_default=False)
-]
-Hardware = Annotated[
-    str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).", show_default=False)
-]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).")]
+Devices = Annotated[int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.")]
+Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.")]
+Hardware = Annotated[str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).")]
 Count = Annotated[
-    int | None,
-    typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).", show_default=False),
+    int | None, typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).")
 ]
 Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
-RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).", show_default=False)]
+RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).")]
 Accept = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY",
         help="Go on with another value of this key (or section), which changes the losses. Give it for each.",
-        show_default=False,
     ),
 ]
-Step = Annotated[
-    int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).", show_default=False)
-]
+Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
 
 
 class RecipeCommand(TyperCommand):
@@ -69,15 +60,13 @@ class RecipeCommand(TyperCommand):
 
 
 def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str]) -> str:
-    from trainfw.recipe import keys, nearest_key, our_key
-
-    asked = option.lstrip("-")
-    key = asked if asked in keys() else our_key(asked)
+    asked, known = option.lstrip("-"), recipes.keys()
+    key = asked if asked in known else recipes.our_key(asked)
     if key is None and (close := nearest(option, options)) is not None:
         return f"No such option: {option}; did you mean {close}?"
-    if key is None and "mean" not in nearest_key(asked):
+    if key is None and "mean" not in recipes.nearest_key(asked):
         return f"No such option: {option}; expected {', '.join(options)}, or a key as KEY=VALUE, such as train.steps=50"
-    key = key or nearest_key(asked).split("'")[1]
+    key = key or recipes.nearest_key(asked).split("'")[1]
     words = [word for word in arguments if word.partition("=")[0] == option]
     value = words[0].partition("=")[2] if words else ""
     following = arguments[arguments.index(option) + 1 :] if option in arguments else []
@@ -87,6 +76,17 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
     # Beside a note, a value would be of another kind than ours.
     said = f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
     return f"No such option: {option}; keys of a recipe take no dashes: {said}"
+
+
+def load(recipe: str, overrides: Sequence[str] | None) -> recipes.Recipe:
+    """Load the recipe that a command line names."""
+    return recipes.load_recipe(recipe, overrides or (), written=recipes.COMMAND_LINE)
+
+
+def check_page(option: str, file: Path | None) -> None:
+    """Raise UserError where a file that an option names could not be written at the end."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise UserError(f"{option} {file}: expected a file in a directory that exists and can be written to")
 
 
 def check_resume(resume: str) -> None:

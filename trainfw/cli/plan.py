@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Overrides, RecipePath
+from trainfw import planning
+from trainfw import recipe as recipes
+from trainfw.cli.options import Overrides, RecipePath, check_page, load
 from trainfw.cli.terminal import Clock, say
+from trainfw.errors import UserError
 from trainfw.unfinished import write_text
-
-if TYPE_CHECKING:
-    from trainfw.recipe import Recipe
 
 
 def plan(
@@ -41,12 +41,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict a recipe's memory, traffic and time on its hardware. That need not be here, and no data is needed."""
-    from trainfw import planning
-    from trainfw.errors import UserError
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-
-    if html is not None and (html.is_dir() or not os.access(html.parent, os.W_OK)):
-        raise UserError(f"--html {html}: expected a file in a directory that exists and can be written to")
+    check_page("--html", html)
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
     if search and no_cache:
@@ -56,7 +51,7 @@ def plan(
     if search and scale is not None:
         raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
     counts = () if scale is None else planning.parse_counts(scale)
-    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
+    loaded = load(recipe, overrides)
     if search:
         _search(loaded, recipe, objective, out, json_)
         return
@@ -65,8 +60,6 @@ def plan(
         made = planning.plan(loaded, progress=progress, simulate=cores, fresh=no_cache)
         scaled = planning.scale_out(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
     if json_:
-        import json
-
         typer.echo(json.dumps(made.to_json() | (scaled.to_json() if scaled else {}), indent=2))
     else:
         say(made if scaled is None else f"{made}\n\n{scaled}")
@@ -78,9 +71,7 @@ def plan(
         say(f"wrote {html}", err=True)
 
 
-def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
-    from trainfw import planning
-
+def _search(recipe: recipes.Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:
     file = out or planning.default_out(recipe)
     planning.check_out(file, source, named=out is not None)
     with Clock() as progress:
@@ -88,8 +79,6 @@ def _search(recipe: Recipe, source: str, objective: str, out: Path | None, as_js
         progress(f"{len(found.candidates):,} candidates by formula; compiling the best of them takes minutes")
         best = planning.search_layouts(found, progress, simulate=found.simulated_cores)
     if as_json:
-        import json
-
         typer.echo(json.dumps(best.to_json(), indent=2))
     else:
         say(best)

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainfw.hardware import Topology
-    from trainfw.program import Program
-    from trainfw.recipe import Recipe
+from trainfw import backends, checking, hardware, program
+from trainfw import recipe as recipes
+from trainfw.cli.options import load
+from trainfw.errors import UserError
 
 
-def load_for(recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None) -> tuple[Recipe, Topology]:
+def load_for(
+    recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None
+) -> tuple[recipes.Recipe, hardware.Topology]:
     """Load a recipe for its own hardware, or for what the command line names.
 
     Raises UserError where neither names a topology, and for one of more cores than can be simulated.
     """
-    from trainfw.checking import topology_to_check
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-
     chosen = list(overrides)
     if hardware is not None:
         chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
     elif count is not None:
         chosen.append(f"hardware.count={count}")
-    loaded = load_recipe(recipe, chosen, written=COMMAND_LINE)
-    return loaded, topology_to_check(loaded)
+    loaded = load(recipe, chosen)
+    return loaded, checking.topology_to_check(loaded)
 
 
-def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
+def compiler_options(recipe: recipes.Recipe, topology: hardware.Topology) -> list[str]:
     """Choose neuronx-cc's options for the recipe's hardware. Raises UserError where it does not compile for that."""
     from trainfw import backends
-    from trainfw.errors import UserError
 
     if not backends.for_topology(topology).has_sdk:
         raise recipe.error("hardware.topology", "neuronx-cc compiles for Neuron hardware only")
@@ -44,13 +41,8 @@ def compiler_options(recipe: Recipe, topology: Topology) -> list[str]:
     return flags
 
 
-def build_for(recipe: Recipe, topology: Topology, progress: Callable[[str], None]) -> Program:
+def build_for(recipe: recipes.Recipe, topology: hardware.Topology, progress: Callable[[str], None]) -> program.Program:
     """Build the recipe's program on as many simulated devices as the topology has cores. Starts jax."""
-    from trainfw import backends
-
     backends.prepare(topology.cores, as_backend=topology.rules)
     progress(f"building {recipe.name} for {topology.cores} cores")
-
-    from trainfw.program import build_program
-
-    return build_program(recipe)
+    return program.build_program(recipe)

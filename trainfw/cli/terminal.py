@@ -20,7 +20,9 @@ _COLOURS = {
     "warning": _YELLOW,
     **dict.fromkeys(("clean", "fits"), _GREEN),
 }
-_VERDICT = re.compile(r"(?:(?<=^)|(?<=^check: ))(?:error|failed|refused|warning|clean|fits)(?=:)|(?i:does not fit)")
+_VERDICT = re.compile(
+    r"(?:(?<=^)|(?<=^check: ))(?:error|failed|refused|warning|clean|fits)(?=:)|(?i:does not fit)", re.MULTILINE
+)
 
 LIVE_SECONDS, QUIET_SECONDS = 1.0, 30.0
 """Seconds between moves of a `Clock` on a terminal, and in a pipe."""
@@ -55,8 +57,10 @@ def _print(text: str, stream: TextIO) -> None:
 
 def for_terminal(text: str, width: int, *, colour: bool) -> str:
     """Fold and colour `text` for a terminal that is `width` columns wide."""
-    lines = [part for line in text.split("\n") for part in folded(line, width)]
-    return "\n".join(map(_coloured, lines) if colour else lines)
+    shown = "\n".join(part for line in text.split("\n") for part in folded(line, width))
+    if not colour:
+        return shown
+    return _VERDICT.sub(lambda verdict: f"\x1b[{_COLOURS.get(verdict[0], _RED)}m{verdict[0]}\x1b[0m", shown)
 
 
 def in_colour(stream: IO[str]) -> bool:
@@ -100,10 +104,6 @@ def folded(line: str, width: int) -> Iterator[str]:
         yield from (text.replace("\0", " ") for text in whole)
         out = last.replace("\0", " ") + gap
     yield out.rstrip()
-
-
-def _coloured(line: str) -> str:
-    return _VERDICT.sub(lambda verdict: f"\x1b[{_COLOURS.get(verdict[0], _RED)}m{verdict[0]}\x1b[0m", line)
 
 
 class Clock:

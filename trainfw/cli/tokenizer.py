@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+from trainfw import data
+from trainfw.cli.console import cleaning_up
+
 app = typer.Typer(help="Make tokenizers.", no_args_is_help=True)
 
 
@@ -20,17 +23,10 @@ def train(
     text_field: Annotated[str, typer.Option(help="The column of text in JSONL, Parquet and datasets.")] = "text",
 ) -> None:
     """Train a byte-level BPE. Use it with data.tokenizer.name=file data.tokenizer.path=OUT (a directory)."""
-    from trainfw.cli.console import cleaning_up, make_reporter
-    from trainfw.data import DataConfig, open_source, train_bpe
-
-    reporter = make_reporter()
-    try:
-        with cleaning_up():
-            opened = open_source(DataConfig(source=source, text_field=text_field, sequence_length=1))
-            if opened.skipped:
-                reporter.note(f"data: {opened.skipped}")
-            tokenizer = train_bpe((d.text for d in opened.documents()), vocab_size, progress=reporter.progress)
-            tokenizer.save(out)
-    finally:
-        reporter.close()
+    with cleaning_up() as reporter:
+        opened = data.open_source(data.DataConfig(source=source, text_field=text_field, sequence_length=1))
+        if opened.skipped:
+            reporter.note(f"data: {opened.skipped}")
+        tokenizer = data.train_bpe((d.text for d in opened.documents()), vocab_size, progress=reporter.progress)
+        tokenizer.save(out)
     typer.echo(f"{out}: {tokenizer.vocab_size:,} entries")

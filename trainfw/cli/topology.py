@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainfw import hardware, parallel, report
 from trainfw.cli.terminal import folded, say, width_of
 from trainfw.errors import UserError, did_you_mean
 from trainfw.unfinished import write_text
@@ -15,27 +16,17 @@ from trainfw.unfinished import write_text
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from trainfw.hardware import Topology
-    from trainfw.parallel import Layout
-
 
 def topology(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Left out, all are listed.")] = None,
     count: Annotated[int, typer.Option("--count", help="That many of it, joined by its network.")] = 1,
-    lnc: Annotated[
-        int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.", show_default=False)
-    ] = None,
+    lnc: Annotated[int | None, typer.Option("--lnc", help="Physical NeuronCores in a logical one.")] = None,
     layout: Annotated[
-        str | None,
-        typer.Option("--layout", metavar="AXIS=N,...", help="Mesh axes to place, such as tensor=4,fsdp=-1."),
+        str | None, typer.Option("--layout", metavar="AXIS=N,...", help="Mesh axes to place, such as tensor=4,fsdp=-1.")
     ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Also write a picture.")] = None,
 ) -> None:
     """Draw a hardware topology, and where a layout lies on it."""
-    from trainfw import report
-    from trainfw.hardware import load_topology
-    from trainfw.parallel import place
-
     if name is None:
         if layout is not None or svg is not None or count != 1 or lnc is not None:
             raise UserError(
@@ -43,38 +34,36 @@ def topology(
             )
         _print(report.list_topologies())
         return
-    hardware = load_topology(name, count=count, lnc=lnc)
-    placement = None if layout is None else place(hardware, parse_layout(layout, hardware))
+    found = hardware.load_topology(name, count=count, lnc=lnc)
+    placement = None if layout is None else parallel.place(found, parse_layout(layout, found))
     width = min(report.WIDTH, width_of(sys.stdout)) if sys.stdout.isatty() else report.WIDTH
-    _print(report.describe_topology(hardware, width=width))
+    _print(report.describe_topology(found, width=width))
     say()
     if placement is not None:
         _print(report.describe_placement(placement))
         say()
-    _print(report.draw_topology(hardware, placement, width=width))
+    _print(report.draw_topology(found, placement, width=width))
     say()
-    _print(report.doubtful_figures(hardware, width=width))
+    _print(report.doubtful_figures(found, width=width))
     if svg is not None:
-        write_text(svg, report.topology_svg(hardware, placement))
+        write_text(svg, report.topology_svg(found, placement))
         say(f"\nwrote {svg}")
 
 
-def parse_layout(text: str, topology: Topology) -> Layout:
+def parse_layout(text: str, topology: hardware.Topology) -> parallel.Layout:
     """Parse `tensor=4,fsdp=-1` for a topology: one axis may be -1, as fsdp is when left out, to fill.
 
     Raises UserError for an unknown axis, a size that is none, or a product that is not the number of cores.
     """
     from pydantic import ValidationError
 
-    from trainfw.parallel import AXES, Layout, ParallelConfig
-
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, equals, size = (word.strip() for word in part.partition("="))
         if not equals:
             raise UserError(f"--layout {text}: {part!r}: expected axis=size, such as tensor=4,fsdp=-1")
-        if axis not in AXES:
-            raise UserError(f"--layout {text}: unknown axis {axis!r}{did_you_mean(axis, AXES)}")
+        if axis not in parallel.AXES:
+            raise UserError(f"--layout {text}: unknown axis {axis!r}{did_you_mean(axis, parallel.AXES)}")
         if axis in sizes:
             raise UserError(f"--layout {text}: {axis} is given twice")
         try:
@@ -86,7 +75,7 @@ def parse_layout(text: str, topology: Topology) -> Layout:
     elif "fsdp" not in sizes:
         sizes["fsdp"] = -1
     try:
-        config = ParallelConfig(**sizes)  # type: ignore[arg-type]  # of integers alone
+        config = parallel.ParallelConfig(**sizes)  # type: ignore[arg-type]  # of integers alone
     except ValidationError as error:
         raise UserError(f"--layout {text}: {error.errors()[0]['msg']}") from None
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -95,7 +84,7 @@ def parse_layout(text: str, topology: Topology) -> Layout:
         fits = "does not divide" if topology.cores % fixed else "is not"
         of = f"{topology.count} x {topology.name}"
         raise UserError(f"--layout {text}: {spelled} = {fixed} {fits} the {topology.cores} cores of {of}")
-    return Layout.resolve(config, topology.cores)
+    return parallel.Layout.resolve(config, topology.cores)
 
 
 def _print(lines: Iterable[Text]) -> None:

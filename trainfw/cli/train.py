@@ -1,24 +1,24 @@
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume
+from trainfw import backends, checking, hardware, parallel, training
+from trainfw import program as programs
+from trainfw import recipe as recipes
+from trainfw.cli.console import make_reporter
+from trainfw.cli.options import Accept, Devices, Overrides, RecipePath, Resume, RunDir, check_resume, load
 from trainfw.cli.signals import Leaving, leaving_at_once
 from trainfw.cli.terminal import say
 from trainfw.errors import RunError
 from trainfw.streams import go_on_without_output
-
-if TYPE_CHECKING:
-    from trainfw.program import Program
-    from trainfw.recipe import Recipe
-    from trainfw.training import Reporter
 
 
 def train(
@@ -37,20 +37,17 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe; stopped, the same command resumes it."""
-    from trainfw.recipe import COMMAND_LINE, load_recipe
-    from trainfw.training import check_accept, check_inputs, tiny_overrides
-
     go_on_without_output()
     check_resume(resume)
-    check_accept(accept or ())
-    loaded = load_recipe(recipe, overrides or (), written=COMMAND_LINE)
+    training.check_accept(accept or ())
+    loaded = load(recipe, overrides)
     if tiny:
         devices = devices or 8
-        shrunk = tiny_overrides(loaded, devices)
+        shrunk = training.tiny_overrides(loaded, devices)
         say(f"tiny: {' '.join(shrunk)}")
-        loaded = load_recipe(recipe, [*shrunk, *(overrides or ())], written=COMMAND_LINE)
+        loaded = load(recipe, [*shrunk, *(overrides or ())])
         run_dir = run_dir or tempfile.mkdtemp(prefix="trainfw-tiny-")  # every time anew
-    check_inputs(loaded)
+    training.check_inputs(loaded)
     if run_dir is None and (Path(recipe) / "metrics.jsonl").is_file():
         run_dir = recipe  # a run directory given as the recipe goes on where it is
     _ignore_what_failed_saves_leave()
@@ -71,7 +68,7 @@ def _ignore_what_failed_saves_leave() -> None:
 
 
 def _run(
-    loaded: Recipe,
+    loaded: recipes.Recipe,
     devices: int | None,
     resume: str,
     run_dir: str | None,
@@ -79,63 +76,45 @@ def _run(
     as_backend: str | None,
     leaving: Leaving,
 ) -> None:
-    from trainfw import backends
-    from trainfw.parallel import AXES
-
-    layout = {axis: getattr(loaded.parallel, axis) for axis in AXES}
-    wiring = backends.prepare(
-        devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=loaded.train.scan_layers
-    )
+    layout = {axis: getattr(loaded.parallel, axis) for axis in parallel.AXES}
+    scan_layers = loaded.train.scan_layers
+    wiring = backends.prepare(devices, as_backend, hardware=loaded.hardware, layout=layout, scan_layers=scan_layers)
     backends.connect(wiring, loaded.watchdog.start_seconds)
     if wiring.process_count > 1:
         leaving.meet()
 
-    from trainfw import training
-    from trainfw.cli.console import make_reporter
-
-    reporter = make_reporter()
-
-    def approve(program: Program) -> None:
+    def approve(program: programs.Program) -> None:
         if as_backend is not None and backends.current().has_sdk:
             _check(program, reporter)
 
     try:
-        training.train(
-            loaded,
-            run_dir=run_dir,
-            resume=resume,  # type: ignore[arg-type]
-            accept=accept,
-            reporter=reporter,
-            approve=approve,
-        )
+        with contextlib.closing(make_reporter()) as reporter:
+            training.train(
+                loaded,
+                run_dir=run_dir,
+                resume=resume,  # type: ignore[arg-type]
+                accept=accept,
+                reporter=reporter,
+                approve=approve,
+            )
     except training.Interrupted as stop:
         backends.end_together()
-        reporter.close()
         what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"
         say(f"stopped by {stop}, {what}", err=True)
         raise typer.Exit(128 + stop.signum) from None
-    finally:
-        reporter.close()
 
 
-def _check(program: Program, reporter: Reporter) -> None:
+def _check(program: programs.Program, reporter: training.Reporter) -> None:
     """Refuse, as Neuron would, what `trainfw check` calls an error."""
-    from trainfw.backends import load_sdk
-    from trainfw.checking import check_program
-    from trainfw.hardware import load_topology
-
     topology = program.recipe.hardware.load()
     if topology is None and program.mesh.size > 1:
-        raise program.recipe.error(
-            "hardware.topology",
-            f"--as neuron on {program.mesh.size} devices must know how they are joined; "
-            f"trn2.3xlarge has 4 cores, trn1.32xlarge 32, trn2.48xlarge 64",
-        )
-    # A single core is the same everywhere.
-    report = check_program(
+        known = "trn2.3xlarge has 4 cores, trn1.32xlarge 32, trn2.48xlarge 64"
+        problem = f"--as neuron on {program.mesh.size} devices must know how they are joined; {known}"
+        raise program.recipe.error("hardware.topology", problem)
+    report = checking.check_program(
         program,
-        topology=topology or load_topology("trn2.3xlarge"),
-        sdk=load_sdk(program.recipe.hardware.sdk),
+        topology=topology or hardware.load_topology("trn2.3xlarge"),  # a single core is the same everywhere
+        sdk=backends.load_sdk(program.recipe.hardware.sdk),
         progress=lambda text: reporter.note(f"check: {text}"),
     )
     if not report.ok:

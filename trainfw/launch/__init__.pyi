@@ -1,8 +1,6 @@
 from .kubernetes import KubernetesJob as KubernetesJob
-from .kubernetes import kubernetes_job as kubernetes_job
 from .local import launch_local as launch_local
 from .nodes import accepting as accepting
 from .nodes import as_argument as as_argument
 from .slurm import SlurmJob as SlurmJob
-from .slurm import slurm_job as slurm_job
 from .slurm import submit as submit

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -31,33 +30,69 @@ _LONGEST = 63
 """Letters of a label, and of a pod's host name, at most."""
 
 
-@dataclass(frozen=True)
 class KubernetesJob:
     """A JobSet that trains a recipe: one pod an instance, a Job for the instances of one unit of the topology."""
 
-    recipe: Recipe
-    name: str
-    image: str
-    volumes: Sequence[tuple[str, str]]
-    """(claim, where the pods see it)."""
-    run_dir: str
-    jobs: int
-    """Units of the topology that are several instances each; else one."""
-    pods: int
-    """Pods of each Job."""
-    devices: dict[str, int]
-    """Devices of each pod, by resource."""
-    resources: dict[str, str]
-    """Further resources of each pod, such as cpu and memory."""
-    node_labels: dict[str, str]
-    unit_label: str | None
-    """The label of nodes that the pods of one Job have in common, and with no other's."""
-    namespace: str | None
-    queue: str | None
-    grace: int
-    restarts: int
-    accept: Sequence[str]
-    """Options of `trainfw train`."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        image: str,
+        volumes: Sequence[str],
+        name: str | None = None,
+        namespace: str | None = None,
+        nodes: int | None = None,
+        efa: int | None = None,
+        resources: Sequence[str] = (),
+        queue: str | None = None,
+        grace: int = 120,
+        restarts: int = 100,
+        run_dir: str | None = None,
+        accept: Sequence[str] = (),
+    ):
+        """Make it.
+
+        Args:
+            image: has `python -m trainfw`.
+            volumes: `CLAIM` or `CLAIM:PATH`; all pods write the first.
+            name: by default the recipe's, in the letters that Kubernetes takes.
+            nodes: pods; by default the topology's instances.
+            efa: EFA interfaces for each pod; by default those of the instance.
+            resources: `NAME=AMOUNT` to ask for and be limited to, for each pod.
+            accept: keys of which the run is to go on with another value (`trainfw train --accept`).
+
+        Raises UserError for names and numbers that cannot be.
+        """
+        count = count_nodes(recipe, nodes)
+        self.recipe, self.image, self.namespace, self.queue = recipe, image, namespace, queue
+        self.grace, self.restarts = grace, restarts
+        self.jobs, self.devices, self.node_labels, self.unit_label = _nodes(recipe, count, efa)
+        self.pods = count // self.jobs
+        if not volumes:
+            raise UserError("--volume: expected at least one, CLAIM or CLAIM:/PATH, that all pods write")
+        self.volumes = [_volume(text) for text in volumes]
+        given = [("--run-dir", run_dir), ("--name", name), ("--namespace", namespace), ("--queue", queue)]
+        given += [("--volume", path) for _, path in self.volumes] + [("--resource", text) for text in resources]
+        for option, text in given:
+            check_name(option, text)
+        places = [*_OURS, *(path for _, path in self.volumes)]
+        if twice := next((path for path in places if places.count(path) > 1), None):
+            raise UserError(f"--volume: {twice} is there already")
+        for text in resources:
+            if not _AMOUNT.fullmatch(text):
+                raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
+        self.resources = dict(text.split("=", 1) for text in resources)
+        if run_dir is not None and not run_dir.startswith("/"):
+            raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
+        self.name = _name(recipe, name, self.jobs, self.pods)
+        for option, label in (("--namespace", namespace), ("--queue", queue)):
+            if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):
+                raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
+        if not _IMAGE.fullmatch(image):
+            raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
+        self.run_dir = run_dir or f"{self.volumes[0][1]}/runs/{self.name}"
+        check_place(self.run_dir, recipe)
+        self.accept = accepting(accept)
 
     def manifest(self) -> str:
         """Write YAML for `kubectl apply`: a ConfigMap of the recipe, and the JobSet."""
@@ -81,23 +116,8 @@ class KubernetesJob:
             metadata["labels"] = {"kueue.x-k8s.io/queue-name": self.queue}
         if self.unit_label is not None:
             metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": self.unit_label}
-        spec = {
-            "network": {"enableDNSHostnames": True, "subdomain": self.name, "publishNotReadyAddresses": True},
-            "failurePolicy": {
-                "maxRestarts": self.restarts,
-                # Whatever else happens: all pods anew, and each goes on from the last checkpoint.
-                "rules": [{"name": "wrong", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
-            },
-            "replicatedJobs": [{"name": _JOB, "replicas": self.jobs, "template": {"spec": self._job()}}],
-        }
-        return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
-
-    def _metadata(self, name: str) -> dict[str, object]:
-        return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
-
-    def _job(self) -> dict[str, object]:
         wrong = {"containerName": "trainfw", "operator": "In", "values": [1, 2]}  # another try would end as this one
-        return {
+        job = {
             "completionMode": "Indexed",
             "completions": self.pods,
             "parallelism": self.pods,
@@ -105,16 +125,28 @@ class KubernetesJob:
             "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": wrong}]},
             "template": {"spec": self._pod()},
         }
+        spec = {
+            "network": {"enableDNSHostnames": True, "subdomain": self.name, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": self.restarts,
+                # Whatever else happens: all pods anew, and each goes on from the last checkpoint.
+                "rules": [{"name": "wrong", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": _JOB, "replicas": self.jobs, "template": {"spec": job}}],
+        }
+        return [config, {"apiVersion": _API, "kind": "JobSet", "metadata": metadata, "spec": spec}]
+
+    def _metadata(self, name: str) -> dict[str, object]:
+        return {"name": name} if self.namespace is None else {"name": name, "namespace": self.namespace}
 
     def _pod(self) -> dict[str, object]:
-        devices = {name: str(count) for name, count in self.devices.items()}
-        resources = devices | self.resources
+        resources = {name: str(count) for name, count in self.devices.items()} | self.resources
         volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": f"{self.name}-recipe"}}]
         mounts: list[dict[str, Any]] = [{"name": "recipe", "mountPath": _RECIPE, "readOnly": True}]
         for i, (claim, path) in enumerate(self.volumes):
             volumes.append({"name": f"volume-{i}", "persistentVolumeClaim": {"claimName": claim}})
             mounts.append({"name": f"volume-{i}", "mountPath": path})
-        if devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
+        if self.devices:  # the 64 MiB that a container has by default are too few for libfabric and NCCL
             volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
             mounts.append({"name": "shm", "mountPath": "/dev/shm"})
         recipe = f"{_RECIPE}/recipe.yaml"
@@ -134,8 +166,8 @@ class KubernetesJob:
         }
         if self.node_labels:
             pod["nodeSelector"] = self.node_labels
-        if devices:
-            pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in devices]
+        if self.devices:
+            pod["tolerations"] = [{"key": name, "operator": "Exists", "effect": "NoSchedule"} for name in self.devices]
         return pod
 
     def _environment(self) -> list[dict[str, object]]:
@@ -145,8 +177,10 @@ class KubernetesJob:
             "REPLICATED_JOB_REPLICAS": "replicatedjob-replicas",
             "JOB_INDEX": "job-index",
         }  # JOB_COMPLETION_INDEX is set by Kubernetes
-        told: list[dict[str, object]] = [{"name": "TRAINFW_PROCESS_COUNT", "value": str(self.jobs * self.pods)}]
-        told.append({"name": "PYTHONUNBUFFERED", "value": "1"})
+        told: list[dict[str, object]] = [
+            {"name": "TRAINFW_PROCESS_COUNT", "value": str(self.jobs * self.pods)},
+            {"name": "PYTHONUNBUFFERED", "value": "1"},
+        ]
         told += [
             {"name": name, "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{_LABELS}/{label}']"}}}
             for name, label in labels.items()
@@ -154,83 +188,9 @@ class KubernetesJob:
         return told
 
 
-def kubernetes_job(
-    recipe: Recipe,
-    *,
-    image: str,
-    volumes: Sequence[str],
-    name: str | None = None,
-    namespace: str | None = None,
-    nodes: int | None = None,
-    efa: int | None = None,
-    resources: Sequence[str] = (),
-    queue: str | None = None,
-    grace: int = 120,
-    restarts: int = 100,
-    run_dir: str | None = None,
-    accept: Sequence[str] = (),
-) -> KubernetesJob:
-    """Make a JobSet for a recipe.
-
-    Args:
-        image: has `python -m trainfw`.
-        volumes: `CLAIM` or `CLAIM:PATH`; all pods write the first.
-        name: by default the recipe's, in the letters that Kubernetes takes.
-        nodes: pods; by default the topology's instances.
-        efa: EFA interfaces for each pod; by default those of the instance.
-        resources: `NAME=AMOUNT` to ask for and be limited to, for each pod.
-        accept: keys of which the run is to go on with another value (`trainfw train --accept`).
-
-    Raises UserError for names and numbers that cannot be.
-    """
-    count = count_nodes(recipe, nodes)
-    jobs, devices, labels, unit_label = _nodes(recipe, count, efa)
-    pods = count // jobs
-    if not volumes:
-        raise UserError("--volume: expected at least one, CLAIM or CLAIM:/PATH, that all pods write")
-    claims = [_volume(text) for text in volumes]
-    given = [("--run-dir", run_dir), ("--name", name), ("--namespace", namespace), ("--queue", queue)]
-    given += [("--volume", path) for _, path in claims] + [("--resource", text) for text in resources]
-    for option, text in given:
-        check_name(option, text)
-    places = [*_OURS, *(path for _, path in claims)]
-    if twice := next((path for path in places if places.count(path) > 1), None):
-        raise UserError(f"--volume: {twice} is there already")
-    for text in resources:
-        if not _AMOUNT.fullmatch(text):
-            raise UserError(f"--resource {text}: expected NAME=AMOUNT, such as memory=1500Gi")
-    if run_dir is not None and not run_dir.startswith("/"):
-        raise UserError(f"--run-dir {run_dir}: expected an absolute path, in a volume that all pods write")
-    name = _name(recipe, name, jobs, pods)
-    for option, label in (("--namespace", namespace), ("--queue", queue)):
-        if label is not None and not (_LABEL.fullmatch(label) and len(label) <= _LONGEST):
-            raise UserError(f"{option} {label}: expected small letters, digits and hyphens")
-    if not _IMAGE.fullmatch(image):
-        raise UserError(f"--image {image!r}: expected a container image, such as registry/trainfw:1.0")
-    run_dir = run_dir or f"{claims[0][1]}/runs/{name}"
-    check_place(run_dir, recipe)
-    return KubernetesJob(
-        recipe=recipe,
-        name=name,
-        image=image,
-        volumes=claims,
-        run_dir=run_dir,
-        jobs=jobs,
-        pods=pods,
-        devices=devices,
-        resources=dict(text.split("=", 1) for text in resources),
-        node_labels=labels,
-        unit_label=unit_label,
-        namespace=namespace,
-        queue=queue,
-        grace=grace,
-        restarts=restarts,
-        accept=accepting(accept),
-    )
-
-
 def _nodes(recipe: Recipe, count: int, efa: int | None) -> tuple[int, dict[str, int], dict[str, str], str | None]:
-    """Return the Jobs that `count` nodes make, a pod's devices, its nodes' labels, and the label of one unit."""
+    """Return the Jobs that `count` nodes make (units of the topology that are several instances each; else one), a
+    pod's devices by resource, its nodes' labels, and the label that the nodes of one unit alone have in common."""
     topology = recipe.hardware.load()
     jobs, devices, labels, unit_label = 1, {}, {}, None
     if topology is not None and not topology.is_cpu:

@@ -86,8 +86,10 @@ def launch_local(
 
 
 def _start(command: Sequence[str], rank: int, processes: int, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def die_with_parent() -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: whoever kills us leaves none of them behind
+
     environment = {
-        **os.environ,
         "TRAINFW_PROCESS_COUNT": str(processes),
         "TRAINFW_PROCESS_INDEX": str(rank),
         "TRAINFW_COORDINATOR": f"localhost:{port}",
@@ -95,17 +97,13 @@ def _start(command: Sequence[str], rank: int, processes: int, port: int, log: IO
     }
     return subprocess.Popen(
         command,
-        env=environment,
+        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # a terminal's Ctrl-C comes through us alone
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with_parent if sys.platform == "linux" else None,
     )
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: whoever kills us leaves none of them behind
 
 
 def _first_to_fail(children: Children, received: Sequence[int], grace: float) -> int | None:
@@ -118,10 +116,9 @@ def _first_to_fail(children: Children, received: Sequence[int], grace: float) ->
     while True:
         codes = [child.poll() for child in children]
         if failed is None:
-            # Others may end, otherwise, because one was stopped.
-            failed = next((rank for rank, code in enumerate(codes) if code and stop_code(code)), None)
-        if failed is None:
-            failed = next((rank for rank, code in enumerate(codes) if code), None)
+            # First one that was stopped: others may end, otherwise, because of that.
+            bad = [rank for rank, code in enumerate(codes) if code]
+            failed = next(iter(sorted(bad, key=lambda rank: stop_code(codes[rank] or 0) is None)), None)
         if None not in codes:
             return failed
         stopped = failed is not None and stop_code(codes[failed] or 0) is not None

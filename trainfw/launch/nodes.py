@@ -17,10 +17,8 @@ def count_nodes(recipe: Recipe, nodes: int | None) -> int:
     if count < 1:
         raise UserError(f"--nodes {count}: expected at least 1")
     if topology is not None and for_topology(topology).one_process_an_instance and count != topology.instances:
-        raise recipe.error(
-            "hardware.count",
-            f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}",
-        )
+        problem = f"{topology.count} x {topology.name} is {topology.instances} instances, not --nodes {count}"
+        raise recipe.error("hardware.count", problem)
     return count
 
 

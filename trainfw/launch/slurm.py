@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainfw.backends import for_topology
 from trainfw.errors import TRY_AGAIN, RunError, UserError
@@ -28,16 +27,20 @@ _TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})", re.ASCII)
 """Times of sbatch(1): minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SlurmJob:
-    """A job that trains a recipe, requeues itself when it was stopped for no fault of its own, and goes on."""
+    """A job that trains a recipe, requeues itself when it was stopped for no fault of its own, and goes on.
 
-    recipe: str
+    Raises UserError for numbers and options that cannot be.
+    """
+
+    recipe: Recipe
+    path: str
     """Recipe as `trainfw train` takes it."""
     overrides: Sequence[str]
     run_dir: Path
-    name: str
-    nodes: int
+    nodes: int | None = None
+    """Number of nodes; None: the topology's instances."""
     tasks_per_node: int = 1
     """Processes a node: one, but on nodes that several share."""
     time: str | None = None
@@ -55,11 +58,31 @@ class SlurmJob:
     """Keys of which the run is to go on with another value (`trainfw train --accept`)."""
     python: str = sys.executable
 
+    def __post_init__(self) -> None:
+        self.nodes = count_nodes(self.recipe, self.nodes)
+        accepting(self.accept)
+        texts = [("RECIPE", self.path), ("--run-dir", str(self.run_dir)), ("--partition", self.partition)]
+        texts += [("--account", self.account), ("--time", self.time), *(("--sbatch", text) for text in self.options)]
+        for given, name in texts:
+            check_name(given, name)
+        if self.time is not None and not _TIME.fullmatch(self.time):
+            raise UserError(f"--time {self.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
+        if self.tasks_per_node > 1 and for_topology(self.recipe.hardware.load()).one_process_an_instance:
+            raise UserError(f"--tasks-per-node {self.tasks_per_node}: an instance of Neuron takes one process")
+        if "\\" in str(self.run_dir):
+            raise UserError(f"--run-dir {str(self.run_dir)!r}: Slurm's file names take no backslash")
+        check_place(self.run_dir, self.recipe)  # each process would refuse it, perhaps hours later
+        for text in self.overrides:
+            if found := re.search(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", text):
+                raise UserError(f"{text.partition('=')[0]}: holds U+{ord(found[0]):04X}, which a script may not have")
+        for text in self.options:
+            _option(text)
+
     def script(self) -> str:
         """Write the sbatch script."""
         logs = self.run_dir / "logs"
         sbatch = {
-            "job-name": self.name,
+            "job-name": self.recipe.name,
             "nodes": self.nodes,
             "ntasks-per-node": self.tasks_per_node,
             "exclusive": True if self.tasks_per_node == 1 else None,
@@ -73,20 +96,12 @@ class SlurmJob:
         }
         lines = [_directive(f"--{key}", value) for key, value in sbatch.items() if value is not None]
         lines += [_option(text) for text in self.options]
-        command = [
-            self.python,
-            "-P",
-            "-m",
-            "trainfw",
-            "train",
-            as_argument(self.recipe),
-            *self.overrides,
-            "--run-dir",
-            str(self.run_dir),
-        ]
-        if self.devices is not None:
-            command += ["--devices", str(self.devices)]
+        command = [self.python, "-P", "-m", "trainfw", "train", as_argument(self.path), *self.overrides]
+        command += ["--run-dir", str(self.run_dir)]
+        command += [] if self.devices is None else ["--devices", str(self.devices)]
         command += accepting(self.accept)
+        # Several processes on a node need other numbers than their node's.
+        numbered = "bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec \"$@\"' - \\\n  " * (self.tasks_per_node > 1)
         directives = "\n".join(f"#SBATCH {line}" for line in lines)
         return f"""#!/bin/bash
 {directives}
@@ -103,7 +118,7 @@ export TRAINFW_PROCESS_COUNT=$SLURM_NTASKS
 export TRAINFW_COORDINATOR=$head:${{TRAINFW_PORT:-$((41001 + SLURM_JOB_ID % 20000))}}
 
 srun --kill-on-bad-exit=1 --output={shlex.quote(_pattern(logs))}/rank-%t.log --open-mode=append \\
-  {self._numbered()}{shlex.join(command)} &
+  {numbered}{shlex.join(command)} &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do  # the trap ended that wait, not the step
@@ -129,13 +144,6 @@ esac
 exit $code
 """
 
-    def _numbered(self) -> str:
-        """Number several processes on a node, which need other numbers than their node's."""
-        if self.tasks_per_node == 1:
-            return ""
-        return """bash -c 'TRAINFW_PROCESS_INDEX=$SLURM_PROCID exec "$@"' - \\
-  """
-
 
 def _directive(option: str, value: object) -> str:
     """Quote an option for sbatch's lines: words end at white space, `#` begins a comment, a backslash escapes."""
@@ -160,31 +168,6 @@ def _option(text: str) -> str:
 def _pattern(path: Path) -> str:
     """Escape a path where Slurm expects a file name pattern."""
     return str(path).replace("%", "%%")
-
-
-def slurm_job(
-    recipe: Recipe, path: str, overrides: Sequence[str], run_dir: Path, *, nodes: int | None, **options: Any
-) -> SlurmJob:
-    """Make a job for a recipe. Raises UserError for numbers and options that cannot be."""
-    count = count_nodes(recipe, nodes)
-    accepting(options.get("accept", ()))
-    job = SlurmJob(path, overrides, run_dir, recipe.name, count, **options)
-    texts = [("RECIPE", path), ("--run-dir", str(run_dir)), ("--partition", job.partition), ("--account", job.account)]
-    for given, text in [*texts, ("--time", job.time), *(("--sbatch", option) for option in job.options)]:
-        check_name(given, text)
-    if job.time is not None and not _TIME.fullmatch(job.time):
-        raise UserError(f"--time {job.time}: expected what sbatch takes, such as 24:00:00 or 2-12")
-    if job.tasks_per_node > 1 and for_topology(recipe.hardware.load()).one_process_an_instance:
-        raise UserError(f"--tasks-per-node {job.tasks_per_node}: an instance of Neuron takes one process")
-    if "\\" in str(run_dir):
-        raise UserError(f"--run-dir {str(run_dir)!r}: Slurm's file names take no backslash")
-    check_place(run_dir, recipe)  # each process would refuse it, perhaps hours later
-    for text in job.overrides:
-        if found := re.search(r"[^\n\t\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", text):
-            raise UserError(f"{text.partition('=')[0]}: holds U+{ord(found[0]):04X}, which a script may not have")
-    for text in job.options:
-        _option(text)
-    return job
 
 
 def submit(job: SlurmJob) -> str:

@@ -18,3 +18,4 @@ from .run_config import FaultsConfig as FaultsConfig
 from .run_config import TrainConfig as TrainConfig
 from .run_config import WatchdogConfig as WatchdogConfig
 from .sources import COMMAND_LINE as COMMAND_LINE
+from .sources import leaves as leaves

@@ -20,15 +20,12 @@ _MOST_EXTENDED = 32
 """Recipes in a chain of `extends`."""
 
 
-def recipe_directory() -> Path:
+def bundled_recipes() -> dict[str, Path]:
     """Find the bundled recipes: inside the installed package, or at the top of the repository."""
     package = Path(__file__).parents[1]
     installed = package / "_recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
-def bundled_recipes() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(recipe_directory().glob("*.yaml"))}
+    directory = installed if installed.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
 
 
 def find_recipe(path: str | os.PathLike[str]) -> Path:
@@ -123,13 +120,12 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
 def check_sections(tree: dict[str, object], sources: Sources) -> None:
     """Refuse a value in a section's place, which another file or override would replace without a word."""
     for section in {key.rpartition(".")[0] for key in keys()} - {""}:
-        *outer, last = section.split(".")
-        parent: Any = tree
-        for part in outer:
-            parent = parent.get(part) if isinstance(parent, dict) else None
-        value = parent.get(last) if isinstance(parent, dict) else None
+        value: Any = tree
+        for part in section.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if value is not None and not isinstance(value, dict):
-            raise UserError(f"{where(section, sources)}{section} = {show(value)}: {section_of(last, value)}")
+            expected = section_of(section.rpartition(".")[2], value)
+            raise UserError(f"{where(section, sources)}{section} = {show(value)}: {expected}")
 
 
 def section_of(section: str, value: object) -> str:
@@ -151,11 +147,9 @@ def without_model(sources: Sources) -> Sources:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+    merged = base | over
     for key, value in over.items():
         replaced = key == "model" and replaces_model(base.get(key), value)
         if isinstance(value, dict) and isinstance(base.get(key), dict) and not replaced:
             merged[key] = merge(base[key], value)
-        else:
-            merged[key] = value
     return merged

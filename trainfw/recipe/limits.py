@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from trainfw import parallel
 from trainfw.models import Limit, family_of
-from trainfw.parallel import (
-    GATHERED_RULES,
-    SPLIT_RULES,
-    Layout,
-    context_problem,
-    layers_problem,
-    microbatches_problem,
-    nearest_divisors,
-)
 from trainfw.recipe.recipe import Recipe
 
 
@@ -33,7 +24,9 @@ class LayoutProblem:
     """Problem of the key's value, with the sizes of the layout, and what would do."""
 
 
-def layout_problems(recipe: Recipe, layout: Layout, accumulation_steps: int | None = None) -> Iterator[LayoutProblem]:
+def layout_problems(
+    recipe: Recipe, layout: parallel.Layout, accumulation_steps: int | None = None
+) -> Iterator[LayoutProblem]:
     """List why a recipe cannot have a layout: what its model, its sequences and its batch do not divide over.
 
     Args:
@@ -41,38 +34,34 @@ def layout_problems(recipe: Recipe, layout: Layout, accumulation_steps: int | No
     """
     yield from _of_model(recipe, layout)
     length, model = recipe.data.sequence_length, recipe.model
-    if problem := context_problem(length, layout.context, layout.tensor):
+    if problem := parallel.context_problem(length, layout.context, layout.tensor):
         reason = f"data.sequence_length = {length:,} does not divide over context and tensor"
         yield LayoutProblem("data.sequence_length", reason, problem)
     chunks = recipe.parallel.interleave if layout.pipeline > 1 else 1
-    if problem := layers_problem(model.num_layers, layout.pipeline, chunks, model.layer_period):
+    if problem := parallel.layers_problem(model.num_layers, layout.pipeline, chunks, model.layer_period):
         reason = f"model.num_layers = {model.num_layers} does not divide over pipeline"
         yield LayoutProblem("model.num_layers", reason, problem)
     yield from _of_batch(recipe, layout, accumulation_steps or recipe.train.accumulation_steps)
 
 
-def _of_model(recipe: Recipe, layout: Layout) -> Iterator[LayoutProblem]:
+def _of_model(recipe: Recipe, layout: parallel.Layout) -> Iterator[LayoutProblem]:
     family = family_of(recipe.model)
     for axis, why in family.unspread(recipe.model).items():
         if layout.sizes[axis] > 1:
             yield LayoutProblem(f"parallel.{axis}", f"the model is not to be spread over {axis}", why)
     for limit in family.limits(recipe.model):
-        axes = tuple(recipe.parallel.rules.get(limit.dim, (SPLIT_RULES | GATHERED_RULES)[limit.dim]))
+        axes = tuple(recipe.parallel.rules.get(limit.dim, (parallel.SPLIT_RULES | parallel.GATHERED_RULES)[limit.dim]))
         parts = math.prod(layout.sizes.get(axis, 1) for axis in axes)  # of an axis that is none, the rules tell
         if limit.size % parts and not (limit.shared and parts % limit.size == 0):
             used = [axis for axis in axes if layout.sizes.get(axis, 1) > 1]
             named = " * ".join(axis for axis in axes if axis == axes[0] or axis in used)
-            key, value = f"model.{limit.field}", _value(recipe.model, limit.field)
+            key, value = f"model.{limit.field}", operator.attrgetter(limit.field)(recipe.model)
             whole = "" if limit.size == value else f"of which there are {limit.size:,} in all, "
             verb = "is no multiple nor divisor of" if limit.shared else "does not divide over"
             yield LayoutProblem(key, f"{key} = {value:,} {verb} {named}", whole + _why(limit, layout, used))
 
 
-def _value(model: Any, field: str) -> Any:
-    return functools.reduce(getattr, field.split("."), model)
-
-
-def _why(limit: Limit, layout: Layout, axes: list[str]) -> str:
+def _why(limit: Limit, layout: parallel.Layout, axes: list[str]) -> str:
     """Say over what a size does not divide, and what would do."""
     parts = math.prod(layout.sizes[axis] for axis in axes)
     one = f"parallel.{axes[0]} = {parts}"
@@ -83,10 +72,10 @@ def _why(limit: Limit, layout: Layout, axes: list[str]) -> str:
     if limit.pads:
         more = -(-limit.size // parts) * parts
         return f"does not divide over {over}; {more:,} does, with rows that no token uses"
-    return f"does not divide over {over}{nearest_divisors(limit.size, parts)}"
+    return f"does not divide over {over}{parallel.nearest_divisors(limit.size, parts)}"
 
 
-def _of_batch(recipe: Recipe, layout: Layout, parts: int) -> Iterator[LayoutProblem]:
+def _of_batch(recipe: Recipe, layout: parallel.Layout, parts: int) -> Iterator[LayoutProblem]:
     rows, microbatches = recipe.train.global_batch_size, recipe.parallel.pipeline_microbatches
     if problem := layout.batch_problem(rows, parts):
         axes = ("pipeline", "data", "fsdp", "expert")
@@ -96,6 +85,6 @@ def _of_batch(recipe: Recipe, layout: Layout, parts: int) -> Iterator[LayoutProb
         yield LayoutProblem("train.global_batch_size", reason, problem)
     elif microbatches is not None and layout.pipeline > 1:
         each = rows // (layout.batch_shards * parts)
-        if problem := microbatches_problem(microbatches, layout.pipeline, each):
+        if problem := parallel.microbatches_problem(microbatches, layout.pipeline, each):
             reason = f"parallel.pipeline_microbatches = {microbatches} does not divide the rows of the stages"
             yield LayoutProblem("parallel.pipeline_microbatches", reason, problem)

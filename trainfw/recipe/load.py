@@ -23,14 +23,9 @@ from trainfw.recipe.sources import ARGUMENTS, OVERRIDES, Sources, leaves, show, 
 
 _WHOLE_MODEL = ("model.family", "model.preset", "model.from")
 """Keys that say what all of the model is."""
-
-
 _FREE_TEXT = ("data.system_prompt", "train.sample_prompt")
-
-
 _MOST_PROBLEMS = 20
 """Problems told at once; to find the nearest key takes a while."""
-
 
 RecipeLike: TypeAlias = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 """A recipe, or what `load_recipe` makes one of."""
@@ -69,8 +64,7 @@ def load_recipe(
             raise UserError(f"{written}: {show(key)}: is too long for a key")
         if key in _WHOLE_MODEL and replaced != "model.family" and (key, value) != ("model.family", _family(tree)):
             replaced = key
-            tree = _without_tokenizer_of_model(tree)
-            tree = tree | {"model": {}}
+            tree = _without_tokenizer_of_model(tree) | {"model": {}}
             sources = without_model(sources) | {"model": written}  # what the preset says, too
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: written}
@@ -160,7 +154,13 @@ def _set(tree: object, path: list[str], value: object) -> dict[str, object]:
 def _validate(tree: dict[str, object], sources: Sources, file: str) -> Recipe:
     for key, value in leaves(tree):
         for text in _texts(value):
-            if problem := _text_problem(key, text):
+            # All but free text is a name, a pattern or a path.
+            problem = None if key in _FREE_TEXT else name_problem(text) or name_problem(key)
+            if "\0" in text:
+                problem = "holds a NUL character"
+            elif key in _FREE_TEXT and any("\ud800" <= character <= "\udfff" for character in text):
+                problem = "is not Unicode: it holds half a character"
+            if problem:
                 raise UserError(f"{where(key, sources)}{show(key)[1:-1]} = {show(text)}: {problem}")
     family = _family(tree)
     try:
@@ -187,21 +187,8 @@ def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
-        for each in value:
+        for each in (*value, *(value.values() if isinstance(value, dict) else ())):
             yield from _texts(each)
-        if isinstance(value, dict):
-            yield from _texts(list(value.values()))
-
-
-def _text_problem(key: str, text: str) -> str | None:
-    """Say why a text of `key` cannot be meant; None where it can. All but free text is a name, a pattern or a path."""
-    if "\0" in text:
-        return "holds a NUL character"
-    if key not in _FREE_TEXT:
-        return name_problem(text) or name_problem(key)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "is not Unicode: it holds half a character"
-    return None
 
 
 def _from_weights(tree: dict[str, object], sources: Sources) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import keyword
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -52,28 +53,18 @@ class Recipe(Config):
     _sources: Sources = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _sdk_is_known(self) -> Recipe:
+    def _sections_agree(self) -> Recipe:
         try:
             load_sdk(self.hardware.sdk)
         except UserError as error:
             invalid("hardware.sdk", str(error).removeprefix("sdk = "))
-        return self
-
-    @model_validator(mode="after")
-    def _objective_reads_the_data(self) -> Recipe:
         name, pairs = self.objective.name, self.data.format == "preferences"
         if self.objective.reads_pairs and not pairs:
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
-        return self
-
-    @model_validator(mode="after")
-    def _family_writes_text(self) -> Recipe:
-        if family_of(self.model).decodes:
-            return self
         for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", self.evaluation)):
-            if asked is not None:
+            if asked is not None and not family_of(self.model).decodes:
                 invalid(key, f"needs text of the model, and family {self.model.family!r} draws none: set it to null")
         return self
 
@@ -104,9 +95,8 @@ class Recipe(Config):
 
     def error(self, key: str, problem: str) -> UserError:
         """Make a UserError that says where `key` (dotted) was written, its value, and the problem."""
-        value: Any = self
-        for part in key.split("."):
-            value = getattr(value, f"{part}_" if keyword.iskeyword(part) else part)
+        attributes = (f"{part}_" if keyword.iskeyword(part) else part for part in key.split("."))
+        value = operator.attrgetter(".".join(attributes))(self)
         return UserError(f"{where(key, self._sources, problem)}{key} = {show(value)}: {problem}")
 
     @contextlib.contextmanager
@@ -151,13 +141,8 @@ def json_schema() -> dict[str, object]:
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"] = {
-        "extends": {
-            "type": "string",
-            "description": "Another recipe that this one refines: a file, relative to this one, or a bundled recipe.",
-        },
-        **schema["properties"],
-    }
+    described = "Another recipe that this one refines: a file, relative to this one, or a bundled recipe."
+    schema["properties"] = {"extends": {"type": "string", "description": described}, **schema["properties"]}
     return schema
 
 

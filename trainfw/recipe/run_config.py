@@ -67,12 +67,10 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
-        if self.global_batch_size % self.accumulation_steps:
-            invalid(
-                "accumulation_steps",
-                f"accumulation_steps = {self.accumulation_steps} does not divide "
-                f"train.global_batch_size = {self.global_batch_size}",
-            )
+        steps, rows = self.accumulation_steps, self.global_batch_size
+        if rows % steps:
+            problem = f"accumulation_steps = {steps} does not divide train.global_batch_size = {rows}"
+            invalid("accumulation_steps", problem)
         return self
 
 

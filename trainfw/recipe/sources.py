@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from trainfw.errors import short
+
 Sources = dict[str, str]
 """Place where each dotted key was written: `file:line`, `command line`, or `overrides` of a call."""
 
@@ -45,8 +47,7 @@ def _names(problem: str, name: str, key: str) -> bool:
 
 
 def show(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "null" if value is None else short(value, 60)
 
 
 def leaves(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

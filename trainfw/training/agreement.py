@@ -21,7 +21,7 @@ from trainfw import backends
 from trainfw.data import PreparedData
 from trainfw.errors import PeerError, RunError, UserError
 from trainfw.program import Program
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, leaves
 from trainfw.training.resuming import effect_of
 
 T = TypeVar("T")
@@ -107,13 +107,13 @@ def first_says(name: str, decide: Callable[[], T]) -> T:
 
 def difference(said: Sequence[Mapping[str, Any]]) -> str:
     """The first thing in which a process says otherwise than process 0, in words; empty where there is none."""
-    first = dict(_leaves(said[0]))
+    first = dict(leaves(dict(said[0])))
     for index, facts in enumerate(said):
-        other = dict(_leaves(facts))
+        other = dict(leaves(dict(facts)))
         for path in [*first, *other]:
             if path in first and path in other and json.dumps(first[path]) == json.dumps(other[path]):
                 continue
-            section, key = path
+            section, _, key = path.partition(".")
             here, there = (f"{key} = {one[path]!r:.200}" if path in one else f"no {key}" for one in (other, first))
             there = there.removeprefix(f"{key} = ")
             return f"process {index} of {len(said)} has {here}, process 0 has {there}: {_WHY[section]}"
@@ -122,9 +122,17 @@ def difference(said: Sequence[Mapping[str, Any]]) -> str:
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """Code, environment and recipe, but keys that lead to something that is compared itself (data, weights)."""
-    given = {".".join(path): value for path, value in _leaves_of(recipe.model_dump())}
-    kept = {k: _plain(v) for k, v in given.items() if k not in _OF_ITS_OWN and effect_of(k) != "compared"}
-    return {"code": _code(), "environment": _environment(), "recipe": kept}
+    given = {
+        # One form of numbers: a default may be written as an integer where a file's is read as a float.
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in leaves(recipe.model_dump())
+        if key not in _OF_ITS_OWN and effect_of(key) != "compared"
+    }
+    code = {"digest of trainfw's code": _source_digest()}
+    for package in ("trainfw", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            code[package] = importlib.metadata.version(package)
+    return {"code": code, "environment": _environment(), "recipe": given}
 
 
 def program_facts(program: Program) -> dict[str, Any]:
@@ -152,14 +160,6 @@ def data_facts(data: PreparedData) -> dict[str, Any]:
     }
 
 
-def _code() -> dict[str, Any]:
-    found: dict[str, Any] = {"digest of trainfw's code": _source_digest()}
-    for package in ("trainfw", *_PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 @functools.cache
 def _source_digest() -> str:
     """Return a digest of trainfw's own files, wherever they lie."""
@@ -181,23 +181,6 @@ def _environment() -> dict[str, Any]:
     return flags | variables | {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
 
 
-def _plain(value: Any) -> Any:
-    """One form of numbers: a default may be written as an integer where a file's is read as a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _leaves(facts: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Any]]:
-    return (((section, key), value) for section, values in facts.items() for key, value in values.items())
-
-
-def _leaves_of(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves_of(value, (*prefix, str(key)))
-        else:
-            yield (*prefix, str(key)), value
-
-
 @contextlib.contextmanager
 def _telling(name: str) -> Iterator[None]:
     """Tells the processes that will `_meet` by this name of an error, for which they would wait."""
@@ -205,18 +188,12 @@ def _telling(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         if jax.process_count() > 1:
+            kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "")
+            said = (kind, str(error)) if kind else (PeerError.__name__, f"{type(error).__name__}: {error}")
             with contextlib.suppress(PeerError):
-                backends.exchange(f"agree/{name}", [_kind(error), _text(error), None], _to_be_heard())
+                backends.exchange(f"agree/{name}", [*said, None], _to_be_heard())
             _leave(name)
         raise
-
-
-def _kind(error: Exception) -> str:
-    return next((kind.__name__ for kind in _KINDS.values() if isinstance(error, kind)), PeerError.__name__)
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, tuple(_KINDS.values())) else f"{type(error).__name__}: {error}"
 
 
 def _meet(name: str, value: Any, timeout: float) -> list[Any]:

@@ -11,7 +11,7 @@ from trainfw.objectives import Metrics
 from trainfw.pieces import name_of
 from trainfw.program import TrainState
 from trainfw.training.evaluation import Validation
-from trainfw.training.stopping import Asked, Stop
+from trainfw.training.stopping import Asked
 
 
 class Callback:
@@ -46,7 +46,8 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback]):
         self._callbacks = callbacks
-        self._asked: Asked | None = None
+        self.asked: Asked | None = None
+        """A stop that a callback of this process asked for, of all."""
         self._error: Exception | None = None
 
     def tell(self, event: str, step: int, *data: Any) -> None:
@@ -58,17 +59,12 @@ class Callbacks:
             except Exception as error:
                 reason, failed = f"{event}: {type(error).__name__}: {error}", True
                 self._error = self._error or error
-            if reason and self._asked is None:
-                self._asked = Asked(f"{name} at step {step}: {reason}", failed)
-
-    def pass_on(self, stop: Stop) -> None:
-        """Have all processes stop, where a callback of this one asked for it."""
-        if self._asked is not None:
-            stop.request(self._asked)
+            if reason and self.asked is None:
+                self.asked = Asked(f"{name} at step {step}: {reason}", failed)
 
     def failure(self) -> str:
         """Return what has failed here; empty where nothing has."""
-        return self._asked.reason if self._asked is not None and self._asked.failed else ""
+        return self.asked.reason if self.asked is not None and self.asked.failed else ""
 
     def refuse(self, failures: Sequence[str]) -> None:
         """Raise RunError where a callback of any process has failed."""

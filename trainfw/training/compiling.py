@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,15 +50,14 @@ class Compiling:
         return None if self._eval is None else self._wait(self._eval)
 
     def _begin(self) -> Future[Any]:
+        def compiled() -> tuple[Any, float]:
+            start = time.monotonic()
+            return self._program.compile_train_step(), time.monotonic() - start
+
         self._reporter.note("compiling the training step")
-        self._train = self._thread.submit(_timed, self._program.compile_train_step)
+        self._train = self._thread.submit(compiled)
         return self._train
 
     def _wait(self, compiled: Future[Any]) -> Any:
         with self._phases.during("compile"):
             return compiled.result()
-
-
-def _timed(compile_: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.monotonic()
-    return compile_(), time.monotonic() - start

@@ -70,14 +70,13 @@ class Validation:
     def __str__(self) -> str:
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
         if self.bits_per_byte is None:
-            return ", ".join([f"loss {self.loss:.4f}", *map(self._shown, self.metrics)]) + part
+            shown = [f"loss {self.loss:.4f}"]
+            for name, value in self.metrics.items():
+                error = math.sqrt(value * (1 - value) / self.count) if name == "preference_accuracy" else None
+                shown.append(f"{name.replace('_', ' ')} {value:.3f}{'' if error is None else f' ± {error:.3f}'}")
+            return ", ".join(shown) + part
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.3g}"
         return f"loss {self.loss:.4f}, perplexity {perplexity}, {self.bits_per_byte:.3f} bits per byte{part}"
-
-    def _shown(self, name: str) -> str:
-        value = self.metrics[name]
-        error = f" ± {math.sqrt(value * (1 - value) / self.count):.3f}" if name == "preference_accuracy" else ""
-        return f"{name.replace('_', ' ')} {value:.3f}{error}"
 
 
 def validate(
@@ -95,15 +94,8 @@ def validate(
     """
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
-    share, shares = program.batch_share
-    batches = validation_batches(
-        data.validation,
-        recipe.data,
-        global_batch_size=rows,
-        process_index=share,
-        process_count=shares,
-        max_batches=limit,
-    )
+    share = dict(zip(("process_index", "process_count"), program.batch_share))
+    batches = validation_batches(data.validation, recipe.data, global_batch_size=rows, max_batches=limit, **share)
     everything = -(-len(open_rows(data.validation, recipe.data)) // rows)
     totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
@@ -173,7 +165,7 @@ def load_model(
                 f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}, and it among "
                 "the adapters"
             )
-        program = build_program(_without_own_optimizer(_without_own_objective(recipe)), jax.devices()[:1])
+        program = build_program(_without_own(recipe, "objective", "optimizer"), jax.devices()[:1])
         frozen = {} if recipe.adapter is None else _frozen(run, program)
         model, tokenizer = program.model(_restore(run, program, step), frozen), load_tokenizer(path)
     if adapters:
@@ -192,14 +184,10 @@ def load_model(
     return model, tokenizer
 
 
-def _without_own_objective(recipe: Recipe) -> Recipe:
-    """Return a recipe with the same model, and no objective that only the script knows that trained it."""
-    return recipe.model_copy(update={"objective": ObjectiveConfig()}) if is_own(recipe.objective.name) else recipe
-
-
-def _without_own_optimizer(recipe: Recipe) -> Recipe:
-    """Return the same recipe with an optimizer that is known here: none is asked for an update."""
-    return recipe.model_copy(update={"optimizer": OptimizerConfig()}) if is_own(recipe.optimizer.name) else recipe
+def _without_own(recipe: Recipe, *sections: str) -> Recipe:
+    """Return a recipe of the same model, without pieces that only the script knows that trained it."""
+    others = {"objective": ObjectiveConfig(), "optimizer": OptimizerConfig()}
+    return recipe.model_copy(update={key: others[key] for key in sections if is_own(getattr(recipe, key).name)})
 
 
 def _frozen(run: RunDirectory, program: Program) -> Any:
@@ -246,7 +234,7 @@ def evaluate(
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
     check_inputs(recipe)
-    program = build_program(_without_own_optimizer(recipe), objective=objective)
+    program = build_program(_without_own(recipe, "optimizer"), objective=objective)
     with recipe.blamed("data"):
         data = prepare(recipe.data, progress=reporter.progress)
     for note in data.notes():

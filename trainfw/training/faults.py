@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import statistics
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import numpy as np
+
+from trainfw.backends import exchange
 from trainfw.errors import RunError
 from trainfw.objectives import Metrics
 from trainfw.recipe import FaultsConfig
@@ -114,7 +119,7 @@ class FaultLog:
         return {first for row in self._of("rollback") for first in range(row["row"], row["row"] + row["rows"])}
 
     def counts(self) -> dict[str, int]:
-        return {"skipped_steps": sum(1 for _ in self._of("skip")), "rollbacks": sum(1 for _ in self._of("rollback"))}
+        return {"skipped_steps": len(self._of("skip")), "rollbacks": len(self._of("rollback"))}
 
     def rewind(self, step: int) -> None:
         """Steps after `step` are to be done again: forget what was skipped of them."""
@@ -142,16 +147,9 @@ class FaultLog:
         if self._in_a_row > self._config.most or (policy == "rollback" and rollbacks >= self._config.most):
             policy = "stop"
             self.limit = f"; more than faults.most = {self._config.most}"
-        row = {
-            "step": bad.step,
-            "kind": bad.kind,
-            "policy": policy,
-            "row": bad.row,
-            "rows": self._batch_rows,
-            **{name: value if math.isfinite(value) else str(value) for name, value in bad.values.items()},
-        }
+        values = {name: value if math.isfinite(value) else str(value) for name, value in bad.values.items()}
         try:
-            self._add(row)
+            self._add(bad.step, bad.row, bad.kind, policy, values)
         except OSError as error:
             if policy == "rollback":  # one that is not written down would be lost with this session
                 raise RunError(f"{bad}; {self._file} cannot be written: {error.strerror}") from error
@@ -159,12 +157,12 @@ class FaultLog:
 
     def grown(self, step: int, row: int, growth: Growth) -> None:
         """Write down that the loss has grown; where that cannot be, it was said, and the run goes on."""
-        written = {"step": step, "kind": "growth", "policy": "none", "row": row, "rows": self._batch_rows}
         with contextlib.suppress(OSError):
-            self._add(written | {"loss": growth.now, "lowest_loss": growth.lowest})
+            self._add(step, row, "growth", "none", {"loss": growth.now, "lowest_loss": growth.lowest})
 
-    def _add(self, row: dict[str, Any]) -> None:
+    def _add(self, step: int, first: int, kind: str, policy: str, values: Mapping[str, object]) -> None:
         """Raises OSError where it is not on disk: it will be with the next."""
+        row = {"step": step, "kind": kind, "policy": policy, "row": first, "rows": self._batch_rows, **values}
         self._rows.append(row)
         if not self._writes:
             return
@@ -175,5 +173,34 @@ class FaultLog:
             append_rows(self._file, [row], durable=True)
         self._behind = False
 
-    def _of(self, policy: Policy) -> Iterator[dict[str, Any]]:
-        return (row for row in self._rows if row["policy"] == policy)
+    def _of(self, policy: Policy) -> list[dict[str, Any]]:
+        return [row for row in self._rows if row["policy"] == policy]
+
+
+def compare_replicas(params: Any, name: str) -> None:
+    """Check that devices which hold the same part of a parameter hold the same bits.
+
+    Each process hashes what its devices keep (copied to the host, array by array). `name` is this comparison's own.
+    Raises RunError, in every process, naming the array and the devices that differ from the most.
+    """
+    mine: dict[str, dict[str, str]] = {}
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        if all(shard.replica_id == 0 for shard in array.global_shards):
+            continue
+        key = ".".join(str(part.key) for part in path)
+        for shard in array.addressable_shards:
+            digest = hashlib.blake2b(np.asarray(shard.data).tobytes(), digest_size=8).hexdigest()
+            slices = ", ".join(f"{part.start or 0}:{part.stop or ''}" for part in shard.index)
+            whole = all(part.start is None and part.stop is None for part in shard.index)
+            mine.setdefault(key if whole else f"{key}[{slices}]", {})[str(shard.device)] = digest
+    found: dict[str, dict[str, str]] = {}
+    for part in exchange(name, mine):
+        for key, digests in part.items():
+            found.setdefault(key, {}).update(digests)
+    for key, digests in found.items():
+        ((most, _),) = Counter(digests.values()).most_common(1)
+        if odd := [device for device, digest in digests.items() if digest != most]:
+            raise RunError(
+                f"replicas differ: {key} on {', '.join(odd)} is not what {len(digests) - len(odd)} other devices have; "
+                "a device computes or remembers wrongly, and what was saved since the last comparison may be wrong"
+            )

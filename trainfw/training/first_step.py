@@ -45,7 +45,7 @@ class FirstStep:
         self.optimizer, self.loss = recipe.optimizer, loss
         self.near = _NEAR[train.matmul_dtype if train.matmul_dtype in _NEAR else train.compute_dtype]
         self.step = int(_numbers(state.step)[0])
-        self.params, self.kept = _samples(state.params), _samples(_fixed(state))
+        self.params, self.kept = _samples(state.params), _kept(state)
 
     def problem(self, state: TrainState, metrics: Metrics) -> str | None:
         """Say what cannot be of the state after the step; None for nothing. Of a bad step, nothing is said."""
@@ -56,19 +56,21 @@ class FirstStep:
             return f"its loss is {loss:.6g}, and the evaluation step's of the same batch {self.loss:.6g}"
         if (step := int(_numbers(state.step)[0])) != self.step + 1:
             return f"it counts as step {step}, after {self.step}"
-        for name, after in _samples(_fixed(state)).items():
+        for name, after in _kept(state).items():
             if after.tobytes() != self.kept[name].tobytes():
                 return f"{name} has changed, which does not learn"
         return self._moved(_samples(state.params), {name: leaf.size for name, leaf in _leaves(state.params)}, metrics)
 
     def _moved(self, after: dict[str, np.ndarray], sizes: dict[str, int], metrics: Metrics) -> str | None:
-        rate, moved = self._rate(metrics), False
+        config, moved = self.optimizer, False
+        # The largest of any parameter.
+        rate = metrics["learning_rate"].value() * max(1.0, (config.adam_learning_rate or 0.0) / config.learning_rate)
         for name, before in self.params.items():
             if not np.all(np.isfinite(after[name])):
                 return f"{name} is not finite, though its loss is"
             change = np.abs(after[name] - before)
-            decay = rate * self.optimizer.weight_decay * np.abs(before)
-            most = _SLACK * (rate * self.traits.largest_update(self.optimizer, self.step + 1, sizes[name]) + decay)
+            decay = rate * config.weight_decay * np.abs(before)
+            most = _SLACK * (rate * self.traits.largest_update(config, self.step + 1, sizes[name]) + decay)
             over = change > most + 1e-6 * np.abs(before)  # of the sum in float32
             if np.any(over):
                 return f"{name} has moved by {np.max(change[over]):.3g}, more than an update can ({np.min(most):.3g})"
@@ -77,11 +79,6 @@ class FirstStep:
         if not moved and not skipped and metrics["grad_norm"].value() > 0 and rate >= 1e-6:
             return "no parameter has changed"
         return None
-
-    def _rate(self, metrics: Metrics) -> float:
-        """The largest learning rate of any parameter."""
-        rate, config = metrics["learning_rate"].value(), self.optimizer
-        return rate * max(1.0, (config.adam_learning_rate or 0.0) / config.learning_rate)
 
 
 def check_first_step(first: FirstStep, state: TrainState, metrics: Metrics, name: str) -> None:
@@ -93,8 +90,8 @@ def check_first_step(first: FirstStep, state: TrainState, metrics: Metrics, name
         )
 
 
-def _fixed(state: TrainState) -> dict[str, Any]:
-    return {"frozen": state.frozen, "rng": state.rng}
+def _kept(state: TrainState) -> dict[str, np.ndarray]:
+    return _samples({"frozen": state.frozen, "rng": state.rng})
 
 
 def _samples(tree: Any) -> dict[str, np.ndarray]:

@@ -23,17 +23,13 @@ def check_inputs(recipe: Recipe, *, own_data: bool = False) -> None:
     `own_data`: a script hands its data over.
     """
     if recipe.evaluation is not None and recipe.data.format == "text":
-        raise recipe.error(
-            "evaluation.metric", "needs prompts and references: data.format chat, prompt_completion or preferences"
-        )
+        problem = "needs prompts and references: data.format chat, prompt_completion or preferences"
+        raise recipe.error("evaluation.metric", problem)
     with recipe.blamed("data"):
         (check_tokenizer_file if own_data else check_source)(recipe.data)
-    if recipe.data.cache_dir is not None:
-        _check_cache(recipe, Path(os.path.expanduser(recipe.data.cache_dir)))
-
-
-def _check_cache(recipe: Recipe, root: Path) -> None:
-    """Try to write where the tokens are to be cached, unless there are some already. Leaves nothing there."""
+    if recipe.data.cache_dir is None:
+        return
+    root = Path(os.path.expanduser(recipe.data.cache_dir))
     try:
         if not any(root.glob("*/meta.json")):
             existing = next(place for place in (root, *root.parents) if place.exists())

@@ -1,16 +1,24 @@
-"""Loggers: where the rows of a run go, as data."""
+"""Places of a run's rows, as data: metrics.jsonl, TensorBoard, and loggers of a script's own."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from trainfw.errors import RunError
+from trainfw.pieces import name_of
 from trainfw.training.records import Row, append_rows
+from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
+
+_MOST_PENDING = 100_000
+"""Rows kept while the disk takes none: some tens of megabytes."""
 
 
 class Logger:
@@ -122,3 +130,129 @@ def _without_torch() -> Iterator[None]:
         yield
     finally:
         del sys.modules["torch"]
+
+
+class MetricsLog:
+    """Gives each row to metrics.jsonl, to TensorBoard and to a script's loggers. What one does not take comes later.
+
+    Args:
+        writes: whether this process is the one that writes.
+        loggers: a script's own.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        resumed_step: int | None,
+        reporter: Reporter,
+        *,
+        writes: bool = True,
+        loggers: Sequence[Logger] = (),
+    ):
+        self._run, self._reporter, self._writes = run, reporter, writes
+        self._file = _Feed(JsonLines(run))
+        others = [_Feed(logger, resumed_step) for logger in (TensorBoard(run), *loggers)]
+        self._feeds = [self._file, *others] if writes else []
+        self._failed = False
+        self._validations: list[dict[str, Any]] | None = None
+        """The first row of a validation and the last, or none; None where metrics.jsonl is to be read for them."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        for feed in self._feeds:
+            feed.pending.append(row)
+        if self._writes:
+            if _validates(row):
+                self._validations = [*self.validations()[:1], row]
+            self.catch_up()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Give the rows of metrics.jsonl, and then those that are to come there."""
+        last = math.inf if self._file.drop_after is None else self._file.drop_after
+        yield from (row for row in self._run.metrics() if row["step"] <= last)
+        yield from tuple(self._file.pending)
+
+    def validations(self) -> list[dict[str, Any]]:
+        """Return the first row of a validation and the last one (the same where there is but one); or none.
+
+        The file is read for them once, and not at every validation of a long run.
+        """
+        if self._validations is None:
+            first = last = None
+            for row in self.rows():
+                if _validates(row):
+                    first, last = first or row, row
+            self._validations = [row for row in (first, last) if row is not None]
+        return self._validations
+
+    def rewind(self, step: int) -> None:
+        """Steps after `step` are to be done again: drop their rows."""
+        for feed in self._feeds:
+            feed.rewind(step)
+        if self._writes:
+            self._validations = None
+            self.catch_up()
+
+    def catch_up(self, *, durable: bool = False) -> None:
+        """Write what was not taken before. Warns, once, where it is not taken now. Raises RunError of a logger's own.
+
+        Args:
+            durable: all rows are then on disk, or it was said.
+        """
+        problem = ""
+        for feed in self._feeds:
+            try:
+                feed.catch_up(durable=durable)
+            except OSError as error:
+                problem = problem or error.strerror or str(error)
+        if problem and not self._failed:
+            self._reporter.note(f"warning: {self._run}: metrics cannot be written: {problem}; they are kept for later")
+        if self._failed and not problem:
+            self._reporter.note(f"{self._run}: metrics are written again")
+        self._failed = bool(problem)
+
+    def close(self) -> None:
+        """Try a last time; a full disk here must not hide why the run ended."""
+        if any(feed.pending or feed.drop_after is not None for feed in self._feeds):
+            self.catch_up()
+        if lost := max((len(feed.pending) for feed in self._feeds), default=0):
+            self._reporter.note(f"warning: {self._run}: {lost} rows of metrics are lost")
+        for feed in self._feeds:
+            with contextlib.suppress(OSError):
+                feed.logger.close()
+
+
+class _Feed:
+    """A logger, with what it is still to be told."""
+
+    def __init__(self, logger: Logger, drop_after: int | None = None):
+        self.logger = logger
+        self.pending: deque[dict[str, Any]] = deque(maxlen=_MOST_PENDING)
+        self.drop_after = drop_after
+        """The last step whose rows stay, where it has not been rid of later ones yet."""
+
+    def rewind(self, step: int) -> None:
+        kept = [row for row in self.pending if row["step"] <= step]
+        self.pending.clear()
+        self.pending.extend(kept)
+        self.drop_after = step
+
+    def catch_up(self, *, durable: bool) -> None:
+        """Tell it. Raises OSError where it takes nothing now, RunError where it fails otherwise."""
+        try:
+            if self.drop_after is not None:
+                self.logger.rewind(self.drop_after)
+                self.drop_after = None
+            if self.pending:
+                self.logger.write(tuple(self.pending))
+                self.pending.clear()
+            if durable:
+                self.logger.sync()
+        except OSError:
+            raise
+        except Exception as error:
+            self.pending.clear()
+            raise RunError(f"logger {name_of(self.logger)}: {type(error).__name__}: {error}") from error
+
+
+def _validates(row: Row) -> bool:
+    return row.get("validation_loss") is not None

@@ -23,8 +23,7 @@ from trainfw.training.callbacks import Callback, Callbacks
 from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
 from trainfw.training.inputs import check_inputs, check_memory
-from trainfw.training.log import MetricsLog
-from trainfw.training.loggers import Logger
+from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.own_data import name_data, open_batches, prepare_data
 from trainfw.training.phases import Phases
@@ -71,25 +70,30 @@ def train(
     """
     backends.refuse_lent()
     recipe = name_data(name_pieces(load_recipe(recipe), objective, optimizer), data)
-    pieces = _Pieces(objective, optimizer, data, callbacks, loggers)
     accept = [accept] if isinstance(accept, str) else list(accept)
     check_accept(accept)
     reporter = reporter or Reporter()
+    given = _Given(objective, optimizer, data, callbacks, loggers, devices, run_dir, resume, accept, reporter, approve)
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
-        agreed = _agree(recipe, pieces, devices, run_dir, resume, accept, reporter, approve)
-        return _train(agreed, pieces, resume, accept, reporter, phases)
+        return _train(_agree(recipe, given), given, phases)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pieces:
-    """Pieces that a script hands over."""
+class _Given:
+    """Arguments of `train` beside the recipe."""
 
     objective: Objective | None
     optimizer: OwnOptimizer | None
     data: Any
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
+    devices: Sequence[jax.Device] | None
+    run_dir: str | Path | None
+    resume: Resume
+    accept: Sequence[str]
+    reporter: Reporter
+    approve: Callable[[Program], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,57 +108,58 @@ class _Agreed:
     """Seconds that a process waits for the others."""
 
 
-def _agree(
-    recipe: Recipe,
-    pieces: _Pieces,
-    devices: Sequence[jax.Device] | None,
-    run_dir: str | Path | None,
-    resume: Resume,
-    accept: Sequence[str],
-    reporter: Reporter,
-    approve: Callable[[Program], None] | None,
-) -> _Agreed:
+def _agree(recipe: Recipe, given: _Given) -> _Agreed:
     """Check what can be checked before anything is opened; the recipe of the result's program has a date."""
     patience = max(recipe.watchdog.start_seconds, recipe.watchdog.compile_seconds) or _FOR_EVER
     with agreeing("recipe") as facts:
-        check_inputs(recipe, own_data=pieces.data is not None)
-        run = _run_directory(recipe, run_dir)
-        facts |= recipe_facts(recipe) | {"command": {"run directory": str(run.path.absolute()), "--resume": resume}}
-    recipe = _dated(recipe, run)
+        check_inputs(recipe, own_data=given.data is not None)
+        path = Path("runs") / recipe.name if given.run_dir is None else given.run_dir
+        with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
+            run = RunDirectory(path, recipe.checkpoint)
+        command = {"run directory": str(run.path.absolute()), "--resume": given.resume}
+        facts |= recipe_facts(recipe) | {"command": command}
+    if recipe.data.format != "text" and recipe.data.date is None:  # the day that the run's chat templates are given
+        date = first_says("date", run.date)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
-    resumed_step = first_says("check", lambda: run.check(recipe, resume, accept))
+    resumed_step = first_says("check", lambda: run.check(recipe, given.resume, given.accept))
     with agreeing("program", patience) as facts:
-        base = check_base(recipe, run, resumed_step, pieces.objective)
-        program = _program(recipe, pieces, devices, resumed_step, reporter, approve)
+        base = check_base(recipe, run, resumed_step, given.objective)
+        program = _program(recipe, given, resumed_step)
         facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
     return _Agreed(run, program, base, resumed_step, patience)
 
 
-def _train(
-    agreed: _Agreed, pieces: _Pieces, resume: Resume, accept: Sequence[str], reporter: Reporter, phases: Phases
-) -> Result:
+def _train(agreed: _Agreed, given: _Given, phases: Phases) -> Result:
     def progress(description: str, completed: int, total: int | None) -> None:
         phases.moved()
         reporter.progress(description, completed, total)
 
     run, program, resumed_step, patience = agreed.run, agreed.program, agreed.resumed_step, agreed.patience
-    recipe = program.recipe
+    recipe, accept, reporter = program.recipe, given.accept, given.reporter
     first, backend = jax.process_index() == 0, backends.current()
     changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
         trains = (resumed_step or 0) < recipe.train.steps
         compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
         with agreeing("data", patience) as facts:
-            data = _prepare_data(recipe, pieces.data, reporter, progress)
-            batches = open_batches(program, data, pieces.data, reporter.note)
+            data = _prepare_data(recipe, given.data, reporter, progress)
+            batches = open_batches(program, data, given.data, reporter.note)
             stack.enter_context(contextlib.closing(batches))
             facts |= data_facts(data)
         # Again, now that no other process can change the answer.
         resumed_step = first_says(
-            "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, resume, accept))[1]
+            "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, given.resume, accept))[1]
         )
         identity = Identity(**first_says("identity", lambda: dataclasses.asdict(run.identity(reporter.note))))
-        checkpoints = stack.enter_context(contextlib.closing(_checkpoints(run, program, identity, reporter)))
+        checkpoints = Checkpoints(
+            run.checkpoints,
+            recipe.checkpoint,
+            identity=identity,
+            layer_order=program.layer_order,
+            report=lambda text: reporter.note(f"warning: {text}"),
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
         if recipe.adapter is not None or backend.times_kernels:
@@ -173,77 +178,45 @@ def _train(
         first_says("opened", lambda: _open(run, recipe, data, resumed_step, identity))
         faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
-        log = stack.enter_context(
-            contextlib.closing(MetricsLog(run, resumed_step, reporter, writes=first, loggers=pieces.loggers))
-        )
+        log = MetricsLog(run, resumed_step, reporter, writes=first, loggers=given.loggers)
+        stack.enter_context(contextlib.closing(log))
         spent = sum(phases.so_far().values())
-        sessions = Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first)
         monitor = backends.NeuronMonitor()
         if backend.has_monitor:
-            stack.enter_context(monitor)
-        outcome = Outcome(program, compiling.eval_step, data, run, log, reporter, progress)
+            stack.enter_context(contextlib.closing(monitor.start()))
         session = Session(
-            program=program,
+            outcome=Outcome(program, compiling.eval_step, data, run, log, reporter, progress),
             batches=batches,
-            run=run,
             checkpoints=checkpoints,
-            outcome=outcome,
-            log=log,
             faults=faults,
-            sessions=sessions,
+            sessions=Sessions(run.sessions_file, resumed_step or 0, spent, changed=changed, writes=first),
             phases=phases,
-            reporter=reporter,
             monitor=monitor,
             base=agreed.base,
-            callbacks=Callbacks(pieces.callbacks),
+            callbacks=Callbacks(given.callbacks),
             first_state=first_state,
         )
         return _to_the_end(session, train_step, state, resumed_step)
 
 
-def _program(
-    recipe: Recipe,
-    pieces: _Pieces,
-    devices: Sequence[jax.Device] | None,
-    resumed_step: int | None,
-    reporter: Reporter,
-    approve: Callable[[Program], None] | None,
-) -> Program:
+def _program(recipe: Recipe, given: _Given, resumed_step: int | None) -> Program:
     """Build the program, and look at it."""
-    if backends.current().on_host:
+    backend = backends.current()
+    if backend.on_host:
         backends.keep_freed_memory()
-    program = build_program(recipe, devices, objective=pieces.objective, optimizer=pieces.optimizer)
+    program = build_program(recipe, given.devices, objective=given.objective, optimizer=given.optimizer)
     check_memory(program)
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
-    _say_program(program, reporter)
-    if approve is not None:
-        approve(program)
-    return program
-
-
-def _checkpoints(run: RunDirectory, program: Program, identity: Identity, reporter: Reporter) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoints,
-        program.recipe.checkpoint,
-        identity=identity,
-        layer_order=program.layer_order,
-        report=lambda text: reporter.note(f"warning: {text}"),
+    count, processes = program.mesh.size, jax.process_count()
+    given.reporter.note(
+        f"{recipe.name}: {_parameters(program)} on {count} {backend.platform} "
+        f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
+        f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
     )
-
-
-def _run_directory(recipe: Recipe, path: str | Path | None) -> RunDirectory:
-    path = Path("runs") / recipe.name if path is None else path
-    with recipe.blamed("checkpoint") if recipe.checkpoint.directory else contextlib.nullcontext():
-        return RunDirectory(path, recipe.checkpoint)
-
-
-def _dated(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """Fill in the day that the run's chat templates are given."""
-    if recipe.data.format == "text" or recipe.data.date is not None:
-        return recipe
-    date = first_says("date", run.date)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
+    if given.approve is not None:
+        given.approve(program)
+    return program
 
 
 def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity) -> None:
@@ -270,15 +243,6 @@ def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_st
     return result
 
 
-def _say_program(program: Program, reporter: Reporter) -> None:
-    backend, count, processes = backends.current(), program.mesh.size, jax.process_count()
-    reporter.note(
-        f"{program.recipe.name}: {_parameters(program)} on {count} {backend.platform} "
-        f"device{'s' * (count > 1)} ({program.device_kind}){f' of {processes} processes' * (processes > 1)}"
-        f"{f', as {backend.name}' if backend.simulated else ''}, layout {program.layout}"
-    )
-
-
 def _parameters(program: Program) -> str:
     if program.recipe.adapter is None:
         beside = f" beside {program.num_frozen:,} frozen ones of the reference" if program.num_frozen else ""
@@ -290,27 +254,19 @@ def _parameters(program: Program) -> str:
     )
 
 
-def _check_ids(recipe: Recipe, data: PreparedData) -> None:
-    """Raise UserError where the data has tokens that the embedding has no row for, or other text might."""
-    rows = recipe.model.vocab_size
-    if data.tokenizer.vocab_size <= rows:
-        return
-    # Special tokens past the embedding harm nobody unless the template writes them.
-    largest = max(store.largest_id for store in (data.train, data.validation))
-    if data.tokenizer.past(rows) or largest >= rows:
-        raise recipe.error(
-            "model.vocab_size",
-            f"is smaller than the vocabulary of data.tokenizer; expected {data.tokenizer.vocab_size} or more",
-        )
-
-
 def _prepare_data(recipe: Recipe, own: Any, reporter: Reporter, progress: Progress) -> PreparedData:
+    """Read the data, and say what it is. Raises UserError where it has, or text may have, tokens past the embedding."""
     with recipe.blamed("data"):
         data = prepare_data(recipe, own, progress)
     if not data.train.num_tokens:
         reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
         return data
-    _check_ids(recipe, data)
+    rows, vocabulary = recipe.model.vocab_size, data.tokenizer.vocab_size
+    # Special tokens past the embedding harm nobody unless the template writes them.
+    largest = max(store.largest_id for store in (data.train, data.validation)) if vocabulary > rows else 0
+    if vocabulary > rows and (data.tokenizer.past(rows) or largest >= rows):
+        problem = f"is smaller than the vocabulary of data.tokenizer; expected {vocabulary} or more"
+        raise recipe.error("model.vocab_size", problem)
     length, most = recipe.data.sequence_length, recipe.model.longest_context
     if most is not None and length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
@@ -379,10 +335,8 @@ def _state_at(
     abstract = program.abstract_state
     rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
     params, rest, meta = checkpoints.restore(step, abstract.params, rest)
-    if int(rest["step"]) != step:  # in format 1 the manifest does not say
-        raise RunError(
-            f"{checkpoints.directory}: the checkpoint of step {step} is step {int(rest['step'])}, not {step}"
-        )
+    if (saved := int(rest["step"])) != step:  # in format 1 the manifest does not say
+        raise RunError(f"{checkpoints.directory}: the checkpoint of step {step} is step {saved}, not {step}")
     with program.recipe.blamed("data"):
         batches.set_state(meta["data"])
         if meta.get("held_out", held_out) != held_out:

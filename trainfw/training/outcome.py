@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.sampling import generate
 from trainfw.training.evaluation import Validation, validate
-from trainfw.training.log import MetricsLog
+from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
@@ -32,7 +32,7 @@ class Outcome:
         progress: Progress,
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
-        self.recipe, self.progress, self._eval_step = program.recipe, progress, eval_step
+        self.recipe, self.progress, self.eval_step = program.recipe, progress, eval_step
         if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
             reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
 
@@ -41,7 +41,7 @@ class Outcome:
         if self.recipe.train.validation_batches == 0:
             return None
         validation = validate(
-            self.program, self._eval_step(), state.params, state.frozen, self.data, self.progress, stop
+            self.program, self.eval_step(), state.params, state.frozen, self.data, self.progress, stop
         )
         if validation is None:
             return None
@@ -50,26 +50,18 @@ class Outcome:
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
 
-    def batch_loss(self, state: TrainState, batch: Any) -> float | None:
-        """The evaluation step's loss of a training batch; None where the run compiles no such step."""
-        eval_step = self._eval_step()
-        return None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
-
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))
-        if validation.bits_per_byte is None:
-            return self._compare_metrics(first, validation)
-        self.reporter.note(
-            f"bits per held-out byte: {first['validation_bits_per_byte']:.3f} at step {first['step']}, "
-            f"{validation.bits_per_byte:.3f} now{validation.beside_gzip(self.data)}"
-        )
-
-    def _compare_metrics(self, first: Mapping[str, Any], validation: Validation) -> None:
-        now = validation.row(self.recipe.train.steps)
-        names = [name for name in now if name in first and isinstance(now[name], float)]
-        for name in names:
-            title = name.removeprefix("validation_").replace("_", " ")
-            self.reporter.note(f"held-out {title}: {first[name]:.3f} at step {first['step']}, {now[name]:.3f} now")
+        then = f"at step {first['step']}"
+        if validation.bits_per_byte is not None:
+            before, now = first["validation_bits_per_byte"], validation.bits_per_byte
+            gzip = validation.beside_gzip(self.data)
+            self.reporter.note(f"bits per held-out byte: {before:.3f} {then}, {now:.3f} now{gzip}")
+            return
+        for name, value in validation.row(self.recipe.train.steps).items():
+            if name in first and isinstance(value, float):
+                title = name.removeprefix("validation_").replace("_", " ")
+                self.reporter.note(f"held-out {title}: {first[name]:.3f} {then}, {value:.3f} now")
 
     def evaluate(self, state: TrainState, step: int) -> list[dict[str, Any]]:
         """Evaluate as `recipe.evaluation` asks, or read it from evaluation.jsonl where that was done before."""

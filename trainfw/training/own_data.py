@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from trainfw.data import (
-    PreparedData,
-    Progress,
-    StreamIterator,
-    TrainIterator,
-    data_name,
-    held_tokens,
-    is_rows,
-    memory_source,
-    prepare,
-    prepare_tokens,
-    ready_tokenizer,
-    tokens_of,
-    train_iterator,
-)
+from trainfw import data
 from trainfw.errors import UserError
 from trainfw.program import Program
 from trainfw.recipe import Recipe
@@ -30,8 +16,8 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
     if given is None:
         return recipe
     with recipe.blamed("data"):
-        source = data_name(given)
-    if not is_rows(given):
+        source = data.data_name(given)
+    if not data.is_rows(given):
         if recipe.data.format != "text":
             raise recipe.error("data.format", "a stream is packed as text; hand over rows that are all there")
         if recipe.train.validation_batches != 0:
@@ -42,31 +28,31 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 
-def prepare_data(recipe: Recipe, given: Any, progress: Progress) -> PreparedData:
+def prepare_data(recipe: Recipe, given: Any, progress: data.Progress) -> data.PreparedData:
     """Return the data of a run: the recipe's, or what a script hands over in its place."""
     config = recipe.data
     if given is None:
-        return prepare(config, progress=progress)
-    if not is_rows(given):
-        tokenizer = ready_tokenizer(config)
+        return data.prepare(config, progress=progress)
+    if not data.is_rows(given):
+        tokenizer = data.ready_tokenizer(config)
         if tokenizer is None:
             raise UserError("tokenizer.name: `bpe` trains on text that is all there; name a file")
-        nothing = held_tokens((), len)
-        return PreparedData(nothing, nothing, tokenizer, None, "stream")
+        nothing = data.held_tokens((), len)
+        return data.PreparedData(nothing, nothing, tokenizer, None, "stream")
     if not len(given):
         raise UserError("source: has no rows")
-    if config.format == "text" and tokens_of(given[0]) is not None:
-        return prepare_tokens(config, given)
-    return prepare(config, source=memory_source(given, config), progress=progress)
+    if config.format == "text" and data.tokens_of(given[0]) is not None:
+        return data.prepare_tokens(config, given)
+    return data.prepare(config, source=data.memory_source(given, config), progress=progress)
 
 
 def open_batches(
-    program: Program, data: PreparedData, given: Any, report: Callable[[str], None]
-) -> TrainIterator | StreamIterator:
+    program: Program, prepared: data.PreparedData, given: Any, report: Callable[[str], None]
+) -> data.TrainIterator | data.StreamIterator:
     """Return this process's share of the training batches."""
     recipe, (share, shares) = program.recipe, program.batch_share
     batch = {"global_batch_size": recipe.train.global_batch_size, "process_index": share, "process_count": shares}
     with recipe.blamed("data"):
-        if given is None or is_rows(given):
-            return train_iterator(data.train, recipe.data, **batch)
-        return StreamIterator(given, recipe.data, data.tokenizer, report=report, **batch)
+        if given is None or data.is_rows(given):
+            return data.train_iterator(prepared.train, recipe.data, **batch)
+        return data.StreamIterator(given, recipe.data, prepared.tokenizer, report=report, **batch)

@@ -78,8 +78,19 @@ class Phases:
 
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
-            if self._overdue(time.monotonic()):
-                self._leave(self._limits[self.phase])
+            if not self._overdue(time.monotonic()):
+                continue
+            out, limit = sys.__stderr__, self._limits[self.phase]
+            with contextlib.suppress(OSError, ValueError):  # it leaves, also where nothing can be said
+                print(
+                    f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog."
+                    f"{_key(self.phase)}) after step {self.step}; this process or one it waits for hangs. The stacks "
+                    "of all threads:",
+                    file=out,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=out or 2, all_threads=True)
+            os._exit(TRY_AGAIN)
 
     def _overdue(self, now: float) -> bool:
         gap, self._looked = now - self._looked, now
@@ -87,18 +98,6 @@ class Phases:
             self._moved += gap  # which was not the work's
         limit = self._limits[self.phase]
         return bool(limit) and now - self._moved > limit
-
-    def _leave(self, limit: float) -> None:
-        out = sys.__stderr__
-        with contextlib.suppress(OSError, ValueError):  # it leaves, also where nothing can be said
-            print(
-                f"\nfailed: nothing has moved for {limit:g} s in phase {self.phase!r} (watchdog.{_key(self.phase)}) "
-                f"after step {self.step}; this process or one it waits for hangs. The stacks of all threads:",
-                file=out,
-                flush=True,
-            )
-            faulthandler.dump_traceback(file=out or 2, all_threads=True)
-        os._exit(TRY_AGAIN)
 
 
 def _key(phase: Phase) -> str:

@@ -62,11 +62,6 @@ class SessionRow(RowModel):
     uptime: Seconds | None = None
 
 
-def read_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a file, as `stream_rows` gives them."""
-    return list(stream_rows(file, kind, all_count=all_count))
-
-
 def stream_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) -> Iterator[dict[str, Any]]:
     """Give the rows of a file, which need not be there, in order, holding one at a time.
 
@@ -81,7 +76,7 @@ def stream_rows(file: Path, kind: type[RowModel], *, all_count: bool = False) ->
         except ValidationError as error:
             problems.append(f"line {number}: {_problem(error)}")
         except (ValueError, RecursionError) as error:
-            if not _is_torn(line):
+            if not line.startswith("{") or line.endswith("}"):  # else it is torn
                 problems.append(f"line {number}: is no JSON ({str(error)[:60]})")
         else:
             yield row
@@ -137,10 +132,6 @@ def _problem(error: ValidationError) -> str:
     if not key:
         return f"expected a row, {{...}}, not {first['input']!r:.60}"
     return f"{key} is missing" if first["type"] == "missing" else f"{key} = {json.dumps(first['input'])[:60]}: {what}"
-
-
-def _is_torn(line: str) -> bool:
-    return line.startswith("{") and not line.endswith("}")
 
 
 def _refuse(constant: str) -> Any:

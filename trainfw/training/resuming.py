@@ -160,18 +160,6 @@ def check_accept(accept: Sequence[str]) -> None:
             raise UserError(f"accept (--accept) {key}: {_WHY[effects[0]]}")
 
 
-def depends_on_cut(recipe: Recipe) -> str:
-    """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not.
-
-    The model may see to it, and dropout draws.
-    """
-    if why := recipe.model.depends_on_cut:
-        return why
-    if recipe.adapter is not None and recipe.adapter.dropout:
-        return "adapter.dropout draws for the part of the batch"
-    return ""
-
-
 def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """Return how a batch is cut over devices and microbatches, by key."""
     return {
@@ -184,7 +172,9 @@ def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 def cut_changes(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, Any], accept: Sequence[str]) -> Changed:
     """List what changes in how batches are cut, beyond rounding. Raises UserError unless it is accepted."""
     changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
-    why = depends_on_cut(recipe)
+    why = recipe.model.depends_on_cut
+    if not why and recipe.adapter is not None and recipe.adapter.dropout:
+        why = "adapter.dropout draws for the part of the batch"
     other = [key for key in changed if not covers(accept, key)]
     if not why or not other:
         return changed if why else {}

@@ -12,34 +12,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from trainfw.checkpoint import (
-    RUN_FILE,
-    CheckpointConfig,
-    Damage,
-    Identity,
-    check_name,
-    find_mismatch,
-    in_store,
-    locate,
-    new_identity,
-    read_identity,
-    read_manifest,
-    read_meta,
-    steps_in,
-    write_identity,
-)
+from trainfw import checkpoint
 from trainfw.errors import RunError, UserError
 from trainfw.paths import check_file
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
-from trainfw.training.records import (
-    EvaluationRow,
-    FaultRow,
-    MetricsRow,
-    SessionRow,
-    read_rows,
-    rewrite_rows,
-    stream_rows,
-)
+from trainfw.training.records import EvaluationRow, FaultRow, MetricsRow, SessionRow, rewrite_rows, stream_rows
 from trainfw.training.resuming import Change, changes
 from trainfw.unfinished import write_text
 
@@ -55,7 +32,7 @@ class RunDirectory:
     and faults.jsonl where there are any, tensorboard/, tokenizer/, checkpoints/ (unless `config` has them
     elsewhere)."""
 
-    def __init__(self, path: str | os.PathLike[str], config: CheckpointConfig | None = None):
+    def __init__(self, path: str | os.PathLike[str], config: checkpoint.CheckpointConfig | None = None):
         if not str(path):
             raise UserError("run directory: the path is empty")
         self.path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
@@ -64,9 +41,10 @@ class RunDirectory:
         self.evaluation_file = self.path / "evaluation.jsonl"
         self.sessions_file = self.path / "sessions.jsonl"
         self.faults_file = self.path / "faults.jsonl"
+        self.row_files = (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file)
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
-        self.checkpoints = locate(self.path, config or CheckpointConfig())
+        self.checkpoints = checkpoint.locate(self.path, config or checkpoint.CheckpointConfig())
 
     def __str__(self) -> str:
         return str(self.path)
@@ -78,7 +56,7 @@ class RunDirectory:
         run = cls(path)
         if not run.recipe_file.is_file():
             raise UserError(f"{path}: is not a run directory (it has no recipe.yaml)")
-        read_identity(run.path)  # as in `check`
+        checkpoint.read_identity(run.path)  # as in `check`
         run = cls(path, load_recipe(run.recipe_file).checkpoint)
         if not run.steps():
             raise UserError(f"{path}: holds no checkpoint yet")
@@ -86,15 +64,15 @@ class RunDirectory:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints."""
-        return steps_in(self.checkpoints)
+        return checkpoint.steps_in(self.checkpoints)
 
-    def identity(self, report: Callable[[str], None] = lambda text: None) -> Identity:
+    def identity(self, report: Callable[[str], None] = lambda text: None) -> checkpoint.Identity:
         """The run's id: that in run.json or, where there is none, of its newest checkpoint, or a new one. Reads only.
 
         Raises UserError where a newer trainfw wrote the directory, or a checkpoint.
         """
         try:
-            known = read_identity(self.path)
+            known = checkpoint.read_identity(self.path)
         except RunError as error:
             report(f"warning: {error}; taking the id of the run's newest checkpoint")
             known = None
@@ -102,11 +80,11 @@ class RunDirectory:
             return known
         manifests = {}
         for step in reversed(self.steps()):
-            with contextlib.suppress(Damage):
-                manifests[str(step)] = read_manifest(self.checkpoints / str(step))
+            with contextlib.suppress(checkpoint.Damage):
+                manifests[str(step)] = checkpoint.read_manifest(self.checkpoints / str(step))
         named = next((manifest.run for manifest in manifests.values() if manifest.run is not None), None)
         older = {step: manifest.digest for step, manifest in manifests.items() if manifest.run is None}
-        return new_identity(older) if named is None else Identity(named, older)
+        return checkpoint.Identity(older=older) if named is None else checkpoint.Identity(named, older)
 
     def check(self, recipe: Recipe, resume: Resume, accept: Sequence[str] = ()) -> int | None:
         """The step to resume from, or None to start. Reads only.
@@ -120,14 +98,17 @@ class RunDirectory:
         self._refuse_links()
         with recipe.blamed("checkpoint.directory") if recipe.checkpoint.directory else contextlib.nullcontext():
             with contextlib.suppress(RunError):  # of a file that says nothing: `identity` makes it again
-                read_identity(self.path)  # before a newer trainfw's recipe, which may have keys that are unknown here
-            check_name(self.checkpoints)
+                # Before a newer trainfw's recipe, which may have keys that are unknown here.
+                checkpoint.read_identity(self.path)
+            checkpoint.check_name(self.checkpoints)
             steps = self.steps()
-        for file in (self.metrics_file, self.evaluation_file, self.faults_file, self.sessions_file):
+        for file in self.row_files:
             if os.path.lexists(file):
                 check_file(file, named=True)
-        if self.path.is_dir() and not steps and not self._is_ours():
-            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", RUN_FILE}
+        # Where a run began there is checkpoints/ or, with these elsewhere, both of its files.
+        begun = (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
+        if self.path.is_dir() and not steps and not begun:
+            others = {p.name for p in self.path.iterdir()} - {".lock", "logs", checkpoint.RUN_FILE}
             if others:
                 raise UserError(f"{self}: holds {min(others)!r} but no run; choose another run_dir (--run-dir)")
         self._check_same_place(steps)
@@ -147,21 +128,29 @@ class RunDirectory:
                 f"{self}: already holds checkpoints up to step {steps[-1]}, which resume='never' (--resume never) will "
                 f"not touch; {self.another(recipe)} starts another run"
             )
-        self._check_same(recipe, accept)
+        if refused := [refusal for change in self.changes(recipe) if (refusal := change.refusal(accept))]:
+            raise UserError(
+                f"{self}: was trained with another recipe:\n" + "\n".join(f"  {line}" for line in refused) + "\n"
+                f"set these keys back to resume it, or start another run with {self.another(recipe)}"
+            )
         self.faults()
         identity = self.identity()
-        believed = (s for s in reversed(steps) if find_mismatch(self.checkpoints / str(s), identity) is None)
+        believed = (s for s in reversed(steps) if checkpoint.find_mismatch(self.checkpoints / str(s), identity) is None)
         step = next(believed, steps[-1])
-        if step > recipe.train.steps:
-            raise UserError(self._is_further(recipe, step))
+        asked, where = recipe.train.steps, recipe.written("train.steps")
+        if step > asked:
+            raise UserError(
+                f"{f'{where}: ' if where in ('command line', 'overrides') else ''}train.steps = {asked}: {self} is at "
+                f"step {step} already. train.steps={max(self.stored_recipe().train.steps, step + asked)} trains it on, "
+                f"train.steps={step} leaves it as it is, and {self.another(recipe)} starts another run"
+            )
         return step
 
     def _refuse_links(self) -> None:
         """Raise UserError where what a session writes would be written outside of the run: a copied run may hold links
         to files of another's. The run directory itself may be a link."""
         home = os.path.realpath(self.path)
-        files = [self.path / RUN_FILE, self.recipe_file, self.metrics_file, self.evaluation_file, self.sessions_file]
-        files += [self.faults_file, self.tensorboard, self.tokenizer]
+        files = [self.path / checkpoint.RUN_FILE, self.recipe_file, *self.row_files, self.tensorboard, self.tokenizer]
         files += sorted(self.tokenizer.iterdir()) if self.tokenizer.is_dir() else []
         for file in files:
             if not Path(target := os.path.realpath(file)).is_relative_to(home):
@@ -175,48 +164,24 @@ class RunDirectory:
         known = load_recipe(self.recipe_file).data.date if self.recipe_file.is_file() else None
         return known or datetime.date.today().isoformat()
 
-    def _is_further(self, recipe: Recipe, step: int) -> str:
-        """Say how to go on with a run that has more steps than the recipe asks for."""
-        asked = recipe.train.steps
-        where = recipe.written("train.steps")
-        goal = max(self.stored_recipe().train.steps, step + asked)
-        place = f"{where}: " if where in ("command line", "overrides") else ""
-        return (
-            f"{place}train.steps = {asked}: {self} is at step {step} already. "
-            f"train.steps={goal} trains it on, train.steps={step} leaves it as it is, and "
-            f"{self.another(recipe)} starts another run"
-        )
-
     def another(self, recipe: Recipe) -> str:
         """Return the argument that starts another run than this one."""
         free = (n for n in itertools.count(2) if not self.path.with_name(f"{self.path.name}-{n}").exists())
         named = self.path == Path("runs") / recipe.name
         return f"{f'name={recipe.name}' if named else f'--run-dir {self}'}-{next(free)}"
 
-    def _is_ours(self) -> bool:
-        """Tell whether a run began here, which makes checkpoints/ or, with these elsewhere, both of its files."""
-        return (self.path / "checkpoints").is_dir() or (self.metrics_file.is_file() and self.recipe_file.is_file())
-
     def _check_same_place(self, steps: list[int]) -> None:
         """Raise UserError where the last session kept checkpoints elsewhere, which this one would not see."""
         if not self.recipe_file.is_file():
             return
-        place = locate(self.path, load_recipe(self.recipe_file).checkpoint)
+        place = checkpoint.locate(self.path, load_recipe(self.recipe_file).checkpoint)
         if place == self.checkpoints:
             return
-        there = steps_in(place)
+        there = checkpoint.steps_in(place)
         if there and there[-1] > max(steps, default=0):
             raise UserError(
                 f"{self}: its checkpoints, up to step {there[-1]}, are in {place}, not in {self.checkpoints}: set "
                 f"checkpoint.directory as it was, copy them, or choose another run_dir (--run-dir)"
-            )
-
-    def _check_same(self, recipe: Recipe, accept: Sequence[str]) -> None:
-        refused = [refusal for change in self.changes(recipe) if (refusal := change.refusal(accept))]
-        if refused:
-            raise UserError(
-                f"{self}: was trained with another recipe:\n" + "\n".join(f"  {line}" for line in refused) + "\n"
-                f"set these keys back to resume it, or start another run with {self.another(recipe)}"
             )
 
     def changes(self, recipe: Recipe) -> list[Change]:
@@ -226,8 +191,8 @@ class RunDirectory:
     def saved_otherwise(self, step: int) -> list[Change]:
         """List keys that change losses and differ in a saved checkpoint though no session changed them."""
         try:
-            saved = Recipe.model_validate(read_meta(self.checkpoints / str(step))["recipe"])
-        except (Damage, ValidationError):  # of an older version, whose keys were others
+            saved = Recipe.model_validate(checkpoint.read_meta(self.checkpoints / str(step))["recipe"])
+        except (checkpoint.Damage, ValidationError):  # of an older version, whose keys were others
             return []
         sessions = stream_rows(self.sessions_file, SessionRow)
         known = {key for row in sessions if isinstance(row.get("changed"), dict) for key in row["changed"]}
@@ -251,18 +216,18 @@ class RunDirectory:
         identity, problem = self.identity(), "there is none"
         for _ in range(_TRIES):  # a run that goes on may delete what was just listed
             for step in reversed(self.steps()):
-                checkpoint = self.checkpoints / str(step)
-                found = find_mismatch(checkpoint, identity)
+                directory = self.checkpoints / str(step)
+                found = checkpoint.find_mismatch(directory, identity)
                 if found is None:
-                    with contextlib.suppress(Damage):
-                        return read_meta(checkpoint)
+                    with contextlib.suppress(checkpoint.Damage):
+                        return checkpoint.read_meta(directory)
                 problem = f"step {step}: {found}"
         raise RunError(f"{self.checkpoints}: no checkpoint is whole ({problem})")
 
-    def open(self, recipe: Recipe, resumed_step: int | None, identity: Identity) -> None:
+    def open(self, recipe: Recipe, resumed_step: int | None, identity: checkpoint.Identity) -> None:
         """Store id and recipe, and drop metrics newer than the step resumed from."""
         try:
-            write_identity(self.path, identity)
+            checkpoint.write_identity(self.path, identity)
             write_text(self.recipe_file, recipe.to_yaml())
             self.metrics_file.touch()
             self.drop_after(-1 if resumed_step is None else resumed_step)
@@ -281,7 +246,7 @@ class RunDirectory:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluation.jsonl, likewise."""
-        return read_rows(self.evaluation_file, EvaluationRow)
+        return list(stream_rows(self.evaluation_file, EvaluationRow))
 
     def last_session(self) -> dict[str, Any] | None:
         """The last row of sessions.jsonl; None where there is none."""
@@ -289,7 +254,7 @@ class RunDirectory:
 
     def faults(self) -> list[dict[str, Any]]:
         """The rows of faults.jsonl. Raises UserError where one cannot be used: its batches would come back."""
-        rows = read_rows(self.faults_file, FaultRow, all_count=True)
+        rows = list(stream_rows(self.faults_file, FaultRow, all_count=True))
         left_out = sum(row["rows"] for row in rows if row["policy"] == "rollback")
         if left_out > _MOST_LEFT_OUT:  # they are held in memory
             raise UserError(
@@ -302,32 +267,22 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Only one process trains here at a time, or keeps its checkpoints in the same place: those of others would be
         deleted by their number. The locks go with the process, however it ends."""
+        from filelock import FileLock, Timeout
+
+        places = [(self.path, "another process is training here; choose another run_dir (--run-dir)")]
+        if not checkpoint.in_store(self.checkpoints):
+            said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
+            places.append((self.checkpoints, said))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                _locked(self.path, "another process is training here; choose another run_dir (--run-dir)")
-            )
-            if not in_store(self.checkpoints):
-                said = "another process that trains keeps its checkpoints here; choose another checkpoint.directory"
-                stack.enter_context(_locked(self.checkpoints, said))
+            for directory, said in places:
+                try:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(directory / ".lock", timeout=0))
+                except Timeout:
+                    raise UserError(f"{directory}: {said}") from None
+                except OSError as error:
+                    raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
             yield
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, said: str) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{directory}: {said}") from None
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_place(run_dir: str | os.PathLike[str], recipe: Recipe) -> None:
@@ -339,7 +294,7 @@ def check_place(run_dir: str | os.PathLike[str], recipe: Recipe) -> None:
         )
     directory = recipe.checkpoint.directory
     if directory is None:
-        check_name(Path(run_dir) / "checkpoints")
+        checkpoint.check_name(Path(run_dir) / "checkpoints")
     elif "://" not in directory:  # of a store, the library that knows it may be with the job alone
         with recipe.blamed("checkpoint.directory"):
-            check_name(Path(os.path.expanduser(directory)))
+            checkpoint.check_name(Path(os.path.expanduser(directory)))

@@ -18,18 +18,14 @@ from trainfw.data import StreamIterator, TrainIterator
 from trainfw.errors import RunError
 from trainfw.hardware import peak_flops
 from trainfw.objectives import Metrics
-from trainfw.program import Program, TrainState
+from trainfw.program import TrainState
 from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
-from trainfw.training.faults import BadStep, FaultLog, Growth, Policy, judge_step
+from trainfw.training.faults import BadStep, FaultLog, Growth, compare_replicas, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
-from trainfw.training.log import MetricsLog
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
-from trainfw.training.replicas import compare_replicas
-from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import cut_of
-from trainfw.training.run_directory import RunDirectory
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Asked, Stop, stopping
 from trainfw.training.tasks import Comparison
@@ -76,28 +72,16 @@ class _RollBack(Exception):
     """A bad step, of which the policy is to go back."""
 
 
-class _Left(Exception):
-    """A callback stopped the run, which is saved at this state."""
-
-    def __init__(self, state: TrainState, step: int, reason: str):
-        super().__init__(reason)
-        self.state, self.step, self.reason = state, step, reason
-
-
 @dataclass
 class Session:
     """One session of a run, from its first step or a checkpoint to the last step."""
 
-    program: Program
-    batches: TrainIterator | StreamIterator
-    run: RunDirectory
-    checkpoints: Checkpoints
     outcome: Outcome
-    log: MetricsLog
+    batches: TrainIterator | StreamIterator
+    checkpoints: Checkpoints
     faults: FaultLog
     sessions: Sessions
     phases: Phases
-    reporter: Reporter
     monitor: backends.NeuronMonitor
     base: dict[str, str] | None
     callbacks: Callbacks
@@ -105,7 +89,8 @@ class Session:
     """The state of a checkpoint (or, of None, of the beginning), with `batches` at its place."""
 
     def __post_init__(self) -> None:
-        self.recipe = self.program.recipe
+        self.program, self.run, self.log = self.outcome.program, self.outcome.run, self.outcome.log
+        self.recipe, self.reporter = self.program.recipe, self.outcome.reporter
         peak = peak_flops(self.program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * self.program.mesh.size
         self.in_flight: deque[_InFlight] = deque()
@@ -127,16 +112,20 @@ class Session:
         self.saved = resumed_step
         self.sessions.write(step, self.phases.so_far())
         if step < steps:
-            self.reporter.note(self._mfu_definition())
+            dtype = self.recipe.train.compute_dtype
+            self.reporter.note(
+                f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
+                if self.peak_flops is None
+                else f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal "
+                f"attention, no recomputation) over step time and the devices' dense {dtype} peak "
+                f"({self.peak_flops:.3e} FLOP/s)"
+            )
             if resumed_step is None:
                 with self.phases.during("validation"):
                     self._validate(state, step)
                     self.outcome.evaluate(state, step)
-            try:
-                with stopping(jax.process_count()) as stop, self.phases.during("step"):
-                    state = self._steps(train_step, state, step, stop)
-            except _Left as left:
-                state, steps, stopped = left.state, left.step, left.reason
+            with stopping(jax.process_count()) as stop, self.phases.during("step"):
+                state, steps, stopped = self._steps(train_step, state, step, stop)
         with self.phases.during("validation"):
             validation = self._validate(state, steps)
             if validation is not None:
@@ -161,17 +150,8 @@ class Session:
             self.callbacks.tell("validation", step, validation, state)
         return validation
 
-    def _mfu_definition(self) -> str:
-        if self.peak_flops is None:
-            dtype = self.recipe.train.compute_dtype
-            return f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
-        return (
-            f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal attention, "
-            f"no recomputation) over step time and the devices' dense {self.recipe.train.compute_dtype} peak "
-            f"({self.peak_flops:.3e} FLOP/s)"
-        )
-
-    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
+        """Return the last state, which is saved, its step, and the callback that stopped the run there, and why."""
         while True:
             try:
                 return self._forward(train_step, state, step, stop)
@@ -179,13 +159,14 @@ class Session:
                 del state  # room for another
                 state, step = self._roll_back()
 
-    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> TrainState:
+    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
         config, steps = self.recipe.train, self.recipe.train.steps
         self.last_completed = time.monotonic()
         while step < steps:
-            self.callbacks.pass_on(stop)
+            if self.callbacks.asked is not None:
+                stop.request(self.callbacks.asked)
             if stop.turn():
-                self._leave(state, step, stop)
+                return state, step, self._leave(state, step, stop)
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
@@ -213,14 +194,14 @@ class Session:
                 self.last_completed = time.monotonic()  # none of them is part of a step's time
         self._save_last(steps, state)  # while a signal still cannot cut it short
         self._all_saved(stop)
-        return state
+        return state, steps, None
 
     def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
         self.to_check = False
         drops = self.recipe.adapter is not None and self.recipe.adapter.dropout > 0  # in training alone
-        first = FirstStep(
-            self.recipe, state, None if drops else self.outcome.batch_loss(state, batch), self.program.traits
-        )
+        eval_step = None if drops else self.outcome.eval_step()
+        loss = None if eval_step is None else eval_step(state.params, state.frozen, batch)["loss"].value()
+        first = FirstStep(self.recipe, state, loss, self.program.traits)
         self.last_completed = time.monotonic()  # this is no part of the step's time
         return first
 
@@ -232,14 +213,14 @@ class Session:
                 leaf.delete()  # others, up the stack, hold it too
         return after, metrics
 
-    def _leave(self, state: TrainState, step: int, stop: Stop) -> None:
-        """Save, unless that was done, and stop."""
+    def _leave(self, state: TrainState, step: int, stop: Stop) -> str:
+        """Save, unless that was done; return why a callback stops the run. Raises Interrupted where a signal does."""
         self._drain()
         if step:
             self._save_last(step, state)
         self._all_saved(stop)
         if isinstance(stop.cause, Asked):
-            raise _Left(state, step, stop.cause.reason)
+            return stop.cause.reason
         assert stop.cause is not None
         raise Interrupted(stop.cause, step)
 
@@ -265,7 +246,12 @@ class Session:
         else:
             self._bad(bad)
         if self.growth.seen(loss, last=done.step == self.recipe.train.steps):
-            self._grown(done)
+            self.faults.grown(done.step, done.row, self.growth)
+            self.reporter.note(
+                f"warning: step {done.step}: the training loss has grown to {self.growth.now:.4g}, from "
+                f"{self.growth.lowest:.4g} at its lowest; lower optimizer.learning_rate (here "
+                f"{done.metrics['learning_rate'].value():.3g})"
+            )
         self.phases.step = done.step
         self.reporter.step(done.step, self.recipe.train.steps)
         self.callbacks.tell("step", done.step, done.metrics)
@@ -273,9 +259,10 @@ class Session:
             self._log_step(done.step, loss, done.metrics, done.row)
 
     def _bad(self, bad: BadStep) -> None:
-        policy: Policy = self.faults.write(bad)
+        policy = self.faults.write(bad)
         if policy != "skip":
-            self._wait(must=False)
+            with self.phases.during("save"):
+                self.checkpoints.wait(must=False)
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         if policy == "stop":
@@ -295,14 +282,6 @@ class Session:
         return (
             f"look at the data, or {'go on from there' if last else 'start again'} by the same command with a lower "
             f"learning rate ({rate}) or without such steps ({others}){spoilt}"
-        )
-
-    def _grown(self, done: _InFlight) -> None:
-        self.faults.grown(done.step, done.row, self.growth)
-        rate = done.metrics["learning_rate"].value()
-        self.reporter.note(
-            f"warning: step {done.step}: the training loss has grown to {self.growth.now:.4g}, from "
-            f"{self.growth.lowest:.4g} at its lowest; lower optimizer.learning_rate (here {rate:.3g})"
         )
 
     def _roll_back(self) -> tuple[TrainState, int]:
@@ -377,7 +356,8 @@ class Session:
             try:
                 if self.saved != step:
                     self._save(step, state)
-                self._wait()
+                with self.phases.during("save"):
+                    self.checkpoints.wait()
                 if self.saved == step:
                     return
                 raise RunError(f"{self.run}: step {step} is not saved")  # why was reported
@@ -387,7 +367,3 @@ class Session:
                 self.reporter.note(f"warning: {error}; trying once more")
                 self.checkpoints.clear()
                 self.saved = None
-
-    def _wait(self, *, must: bool = True) -> None:
-        with self.phases.during("save"):
-            self.checkpoints.wait(must=must)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.training.phases import PHASES
-from trainfw.training.records import SessionRow, append_rows, read_rows
+from trainfw.training.records import SessionRow, append_rows, stream_rows
 from trainfw.training.resuming import Changed
 
 _LONGEST_RESTART = 30 * 24 * 3600.0
@@ -46,18 +46,13 @@ class Sessions:
     """sessions.jsonl of a run: how far each session got and how long each phase took it, written as it goes."""
 
     def __init__(
-        self,
-        file: Path,
-        resumed_step: int,
-        spent: float = 0.0,
-        *,
-        changed: Changed | None = None,
-        writes: bool = True,
+        self, file: Path, resumed_step: int, spent: float = 0.0, *, changed: Changed | None = None, writes: bool = True
     ):
         """`changed`: keys of the recipe with their values in the session before and in this one."""
         self._writes, self._changed = writes, changed
         self._file, self.first = file, resumed_step
-        self._earlier = _last_words(file)
+        last = {row["session"]: row for row in stream_rows(file, SessionRow)}
+        self._earlier = [last[number] for number in sorted(last)]
         self._number = len(self._earlier)
         self._began = time.monotonic() - spent  # what times are told by: the calendar's clock may be set meanwhile
         self._started = time.time() - spent
@@ -95,16 +90,15 @@ def goodput(rows: Sequence[Mapping[str, Any]]) -> Goodput:
     seconds = {name: sum(row.get(f"{name}_seconds", 0.0) for row in rows) for name in (*PHASES, "lost")}
     restarts: list[float | None] = []
     kept = float("inf")
-    for i in range(len(rows) - 1, -1, -1):
-        row = rows[i]
+    for before, row in reversed(list(zip([None, *rows], rows))):
         done, again = row["step"] - row["from"], row["step"] - max(kept, row["from"])
         if done > 0 and again > 0:
             lost = row.get("step_seconds", 0.0) * again / done
             seconds["step"] -= lost
             seconds["lost"] += lost
         kept = min(kept, row["from"])  # what a later session started from is all that is left of this one
-        if i:
-            restarts.append(_between(rows[i - 1], row))
+        if before is not None:
+            restarts.append(_between(before, row))
     known = [between for between in restarts if between is not None]
     return Goodput({**seconds, "restart": sum(known)}, len(rows), len(restarts) - len(known))
 
@@ -117,11 +111,6 @@ def _between(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | Non
         # One machine, which was not started anew: it has counted seconds, whatever its calendar says.
         return max(uptimes[1] - (after["time"] - after["started"]) - uptimes[0], 0.0)
     return seconds if 0 <= seconds <= _LONGEST_RESTART else None
-
-
-def _last_words(file: Path) -> list[dict[str, Any]]:
-    last = {row["session"]: row for row in read_rows(file, SessionRow)}
-    return [last[number] for number in sorted(last)]
 
 
 def _duration(seconds: float) -> str:

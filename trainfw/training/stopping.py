@@ -62,8 +62,7 @@ class Stop:
     def turn(self) -> bool:
         """Tell whether to stop now; else this process goes on to its next turn."""
         with self._lock:
-            holds = self._held is not None and self._stop_at is None and self._turns >= self._held
-            if holds:
+            if self._held is not None and self._stop_at is None and self._turns >= self._held:
                 self._lock.wait_for(lambda: self._stop_at is not None or self._disagreed, _AGREE_SECONDS + 1)
                 if self._stop_at is None:
                     raise PeerError("the processes did not agree on when to stop") from self._disagreed

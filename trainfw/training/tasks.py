@@ -20,19 +20,13 @@ from trainfw.sampling import generate_batch
 def rouge_l(output: str, reference: str) -> float:
     """F1 of the longest common subsequence of words: Lin, "ROUGE", 2004, section 3; without stemming."""
     ours, theirs = (re.findall(r"\w+", text.lower()) for text in (output, reference))
-    common = _common_subsequence(ours, theirs)
-    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
-
-
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence."""
-    before = [0] * (len(b) + 1)
-    for x in a:
+    common = [0] * (len(theirs) + 1)  # by how many words of `theirs` are looked at
+    for x in ours:
         row = [0]
-        for j, y in enumerate(b):
-            row.append(before[j] + 1 if x == y else max(before[j + 1], row[j]))
-        before = row
-    return before[-1]
+        for j, y in enumerate(theirs):
+            row.append(common[j] + 1 if x == y else max(common[j + 1], row[j]))
+        common = row
+    return 2 * common[-1] / (len(ours) + len(theirs)) if common[-1] else 0.0
 
 
 def chrf(output: str, reference: str, order: int = 6, beta: float = 2.0) -> float:
@@ -84,8 +78,7 @@ def held_out_tasks(store: TokenStore, count: int) -> list[TaskExample]:
         start, end = store.offsets[i : i + 2]
         ids, learnt = store.tokens[start:end].tolist(), np.asarray(store.learnt[start:end])
         last = int(np.flatnonzero(learnt)[-1])
-        context = np.flatnonzero(~learnt[:last])
-        begin = int(context[-1]) + 1
+        begin = int(np.flatnonzero(~learnt[:last])[-1]) + 1
         tasks.append(TaskExample(ids[:begin], ids[begin : last + 1]))
     return tasks
 
@@ -157,13 +150,12 @@ class Comparison:
             row = self.after[i]
             prompt = row["prompt"]
             shown = prompt if len(prompt) <= _SHOWN else f"...{prompt[-_SHOWN:]}"
-            lines = {"prompt": shown, "reference": row["reference"]}
-            if self.before:
-                lines["before"] = self.before[i]["output"]
-            lines["after"] = row["output"]
-            texts.append(
-                "\n".join([f"sample {i + 1} of {len(self.after)}", *(_indented(*one) for one in lines.items())])
-            )
+            before = {"before": self.before[i]["output"]} if self.before else {}
+            lines = {"prompt": shown, "reference": row["reference"], **before, "after": row["output"]}
+            text = f"sample {i + 1} of {len(self.after)}"
+            for name, said in lines.items():
+                text += f"\n  {name + ':':<11}" + said.strip().replace("\n", "\n" + " " * 13)
+            texts.append(text)
         return texts
 
 
@@ -173,7 +165,3 @@ _SHOWN = 400
 
 def mean_score(rows: Sequence[dict[str, Any]], metric: str) -> float:
     return sum(row[metric] for row in rows) / len(rows)
-
-
-def _indented(name: str, text: str) -> str:
-    return f"  {name + ':':<11}" + text.strip().replace("\n", "\n" + " " * 13)

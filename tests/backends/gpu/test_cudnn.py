@@ -12,7 +12,6 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from trainfw.backends import AttentionRequest
 from trainfw.backends.gpu import cudnn
-from trainfw.backends.gpu.kernels import attention_refuses
 from trainfw.models.layer_stack import REMAT_POLICIES
 
 REQUEST = AttentionRequest(query_length=256, key_length=256, num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -73,8 +72,8 @@ def test_a_window_is_told(on_hopper):
     ],
 )
 def test_what_it_cannot_do_is_refused(changed, why):
-    assert attention_refuses(REQUEST) is None
-    assert why in (attention_refuses(replace(REQUEST, **changed)) or "")
+    assert cudnn.refuses(REQUEST) is None
+    assert why in (cudnn.refuses(replace(REQUEST, **changed)) or "")
 
 
 def test_other_gpus_have_none(monkeypatch):

@@ -132,7 +132,7 @@ def install(monkeypatch, *, bounds: bool = True, nki: tuple[int, ...] = (0, 6, 0
     for function in (attention_cte, attention_bwd):
         kernel = Launched(function if bounds else without_bounds(function), 2 if nki < (0, 7) else None)
         module(monkeypatch, f"nkilib.core.attention.{function.__name__}", **{function.__name__: kernel})
-    monkeypatch.setattr(attention, "_nki_version", lambda: nki)
+    monkeypatch.setattr(attention, "_nki_version", lambda: nki or ())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -89,7 +90,7 @@ def test_the_newest_good_line_counts(tmp_path):
 
 
 def test_without_neuron_monitor_there_are_no_metrics(tmp_path, capfd):
-    with NeuronMonitor(str(tmp_path / "neuron-monitor")) as monitor:
+    with contextlib.closing(NeuronMonitor(str(tmp_path / "neuron-monitor")).start()) as monitor:
         assert monitor.latest() == {}
     assert capfd.readouterr() == ("", "")
 

@@ -11,13 +11,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.backends.base import ATTENDED
+from trainfw.backends.base import ATTENDED, AttentionRequest
 from trainfw.backends.cpu.products import product, row_major
 
 _LEAST, _MOST = 128, 16
 """Queries in a block at least, and blocks at most (every one is compiled)."""
+
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Say why this cannot do what is asked."""
+    if request.cached or not request.causal or request.query_length != request.key_length:
+        return "it is for causal self-attention only"
+    return None
 
 
 def blocks_of(queries: int) -> list[tuple[int, int]]:
@@ -27,29 +35,30 @@ def blocks_of(queries: int) -> list[tuple[int, int]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
-    q_BSHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, mask_BST: jax.Array, scale: float, softcap: float | None
-) -> jax.Array:
+def blocked_attend(
+    q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, mask_BST: Array, scale: float, softcap: float | None = None
+) -> Array:
+    """Compute `trainfw.models.common.attention.attend` of as many queries as keys, where no query sees a later key."""
     return _forward(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale, softcap)[0]
 
 
-def _heads_first(x_BSHh: jax.Array, num_kv_heads: int) -> jax.Array:
+def _heads_first(x_BSHh: Array, num_kv_heads: int) -> Array:
     """Return x_BKGSh, in memory in this order."""
     B, S, _, h = x_BSHh.shape
     return row_major(x_BSHh.reshape(B, S, num_kv_heads, -1, h).transpose(0, 2, 3, 1, 4))
 
 
-def _heads_last(x_BKGSh: jax.Array) -> jax.Array:
+def _heads_last(x_BKGSh: Array) -> Array:
     B, _, _, S, h = x_BKGSh.shape
     return x_BKGSh.transpose(0, 3, 1, 2, 4).reshape(B, S, -1, h)
 
 
-def _scores(q_BKGsh: jax.Array, k_BKth: jax.Array, scale: float, softcap: float | None) -> jax.Array:
+def _scores(q_BKGsh: Array, k_BKth: Array, scale: float, softcap: float | None) -> Array:
     scores_BKGst = product("bkgsh,bkth->bkgst", q_BKGsh, k_BKth) * scale
     return scores_BKGst if softcap is None else softcap * jnp.tanh(scores_BKGst / softcap)
 
 
-def _over_queries(x_BKGst: jax.Array, y_BKGsh: jax.Array) -> jax.Array:
+def _over_queries(x_BKGst: Array, y_BKGsh: Array) -> Array:
     """Sum the products of all heads that share keys over the queries: f32[B, K, t, h]."""
     B, K, _, _, t = x_BKGst.shape
     x_BKnt, y_BKnh = x_BKGst.reshape(B, K, -1, t), y_BKGsh.reshape(B, K, -1, y_BKGsh.shape[-1])
@@ -57,8 +66,8 @@ def _over_queries(x_BKGst: jax.Array, y_BKGsh: jax.Array) -> jax.Array:
 
 
 def _forward(
-    q_BSHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, mask_BST: jax.Array, scale: float, softcap: float | None
-) -> tuple[jax.Array, tuple[object, ...]]:
+    q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, mask_BST: Array, scale: float, softcap: float | None
+) -> tuple[Array, tuple[object, ...]]:
     K = k_BTKh.shape[2]
     if q_BSHh.dtype != jnp.float32:
         # Turned by itself: together with rope's narrowing XLA does it number by number.
@@ -67,8 +76,8 @@ def _forward(
     k_BKTh, v_BKTh = (_heads_first(x, K)[:, :, 0] for x in (k_BTKh, v_BTKh))
     # As the backward pass reads them too, so that nothing is turned round twice.
     q_BKGSh, k_BKTh, v_BKTh = checkpoint_name((q_BKGSh, k_BKTh, v_BKTh), ATTENDED)
-    outs: list[jax.Array] = []
-    logs: list[jax.Array] = []
+    outs: list[Array] = []
+    logs: list[Array] = []
     for start, stop in blocks_of(q_BKGSh.shape[3]):
         q_BKGsh = q_BKGSh[:, :, :, start:stop]
         if outs:  # one block after the other, or the scores of all are there at once
@@ -88,16 +97,16 @@ def _forward(
 
 
 def _backward(
-    scale: float, softcap: float | None, kept: tuple[jax.Array, ...], do_BSHh: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    scale: float, softcap: float | None, kept: tuple[Array, ...], do_BSHh: Array
+) -> tuple[Array, Array, Array, None]:
     q_BKGSh, k_BKTh, v_BKTh, mask_BST, o_BKGSh, log_BKGS1 = kept
     do_BKGSh = _heads_first(do_BSHh, k_BKTh.shape[1])
     # A product: XLA takes 16 times as long for sums of so few numbers.
     own_BKGS1 = jnp.einsum("bkgsh,bkgsh->bkgs", *(x.astype(jnp.float32) for x in (do_BKGSh, o_BKGSh)))[..., None]
     blocks, dtype = blocks_of(q_BKGSh.shape[3]), do_BSHh.dtype
-    dqs: list[jax.Array] = []
-    dks: list[list[jax.Array]] = [[] for _ in blocks]
-    dvs: list[list[jax.Array]] = [[] for _ in blocks]
+    dqs: list[Array] = []
+    dks: list[list[Array]] = [[] for _ in blocks]
+    dvs: list[list[Array]] = [[] for _ in blocks]
     for start, stop in blocks:
         block = (slice(None),) * 3 + (slice(start, stop),)
         k_BKth, v_BKth = k_BKTh[:, :, :stop], v_BKTh[:, :, :stop]
@@ -128,17 +137,4 @@ def _backward(
     return dq, dk, dv, None
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def blocked_attend(
-    q_BSHh: jax.Array,
-    k_BTKh: jax.Array,
-    v_BTKh: jax.Array,
-    mask_BST: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Compute `trainfw.models.common.attention.attend` of as many queries as keys, where no query sees a later key."""
-    return _attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale, softcap)
+blocked_attend.defvjp(_forward, _backward)

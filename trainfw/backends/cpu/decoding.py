@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from trainfw.backends.base import DecodingRequest
+
 _PARTS = 4
+_MOST_ROWS = 16
+"""Rows up to which these are faster than products of matrices as they are written."""
+
+
+def refuses(request: DecodingRequest) -> str | None:
+    """Say why these would gain nothing."""
+    if request.dtype != "float32":
+        return "it is for float32"
+    return f"it is for {_MOST_ROWS} rows at most" if request.rows > _MOST_ROWS else None
 
 
 def compiler_options(rows: int) -> dict[str, str]:

@@ -7,9 +7,22 @@ as a bfloat16 result, for which XLA takes another way (jaxlib 0.10.2; `benchmark
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+
+from trainfw.backends.base import MatmulRequest
+
+
+def refuses(request: MatmulRequest) -> str | None:
+    """Say why these are not for a request: they have been measured for some dtypes only."""
+    return None if request.dtype in ("bfloat16", "float32") else "it is for bfloat16 and float32"
+
+
+def load(request: MatmulRequest) -> Callable[..., jax.Array]:
+    return over_rows if request.over_rows else matmul
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -5,27 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax import Array
 from jax.extend.backend import get_backend
 
 from trainfw.backends.base import AttentionRequest
 
+MAX_HEAD_DIM = 128
+"""Largest head dim of cuDNN's attention on every GPU that has it; 256 from Hopper on, which a request does not tell."""
 
-def load(request: AttentionRequest) -> Callable[..., jax.Array]:
-    """Load the kernel for a request, called like `trainfw.models`' `attend`."""
+
+def refuses(request: AttentionRequest) -> str | None:
+    """Say why cuDNN's attention cannot do what is asked, as `jax.nn.dot_product_attention` documents and checks it."""
+    if request.dtype not in ("bfloat16", "float16"):
+        return f"it multiplies bfloat16 or float16, not {request.dtype}"
+    if request.cached or not request.causal or request.query_length != request.key_length:
+        return "it is taken for causal self-attention only"
+    if request.softcap is not None:
+        return "it does not cap scores"
+    if request.head_dim % 8 or request.head_dim > MAX_HEAD_DIM:
+        return f"a head has {request.head_dim} numbers, not a multiple of 8 up to {MAX_HEAD_DIM}"
+    if request.query_length % 2:
+        return f"a row has {request.query_length} tokens, an odd number"
+    return None
+
+
+def load(request: AttentionRequest) -> Callable[..., Array]:
+    """Load the kernel for a request, called like `trainfw.models`' `attend`. Raises ImportError where none is."""
     if "cuda" not in get_backend().platform_version.lower():
         raise ImportError("cuDNN is CUDA's, and these GPUs are not")
     # The window holds the query itself; jax counts the keys to its left.
     window = None if request.window is None else (request.window - 1, 0)
 
     def attend(
-        q_BSHh: jax.Array,
-        k_BTKh: jax.Array,
-        v_BTKh: jax.Array,
-        mask_BST: jax.Array,
-        *,
-        scale: float,
-        softcap: float | None = None,
-    ) -> jax.Array:
+        q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, mask_BST: Array, *, scale: float, softcap: float | None = None
+    ) -> Array:
         assert softcap is None  # refused
         # Causal in either case: whole blocks of keys are left out. The mask, where there is more to it, is read as a
         # bias of the scores, one for all heads: less than the scores would be, and cuDNN takes no segments.

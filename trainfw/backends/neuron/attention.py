@@ -12,18 +12,16 @@ import importlib.metadata
 import inspect
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
 
 from trainfw.backends.base import AttentionRequest
 from trainfw.backends.neuron.sdk import version_parts
 
-if TYPE_CHECKING:
-    import jax
-    from jax import Array
-
-    Bounds = tuple[Array, Array] | None
-
-Attend = Callable[..., Any]
+Bounds: TypeAlias = tuple[Array, Array] | None
 
 _PARTITIONS = 128
 _MOST_ROWS_AND_HEADS, _LONGEST = 512, 131_072
@@ -40,8 +38,16 @@ def nkilib_refuses(request: AttentionRequest) -> str | None:
 
     aws-neuron/nki-library 0759719d and d2ad3a57 src/nkilib_src/nkilib/core/attention.
     """
-    if problem := _common_problem(request):
-        return problem
+    if request.cached:
+        return "it has no argument for a cache's length"
+    if request.softcap is not None:
+        return "it has no argument for a softcap"
+    if request.dtype != "bfloat16":
+        return f"it multiplies in bfloat16, not {request.dtype}"
+    if request.head_dim > _PARTITIONS:
+        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
+    if not request.causal or request.query_length != request.key_length:
+        return "it is called for causal self-attention only"
     if request.window is not None and request.window < request.key_length:
         return "forward and backward document windows that differ by one"
     if request.key_length % 512 or request.query_length % _PARTITIONS:
@@ -80,53 +86,34 @@ def _arguments(kernel: Any) -> set[str]:
     return names
 
 
-def _nki_version() -> tuple[int, ...] | None:
-    """Read the version of nki; None where it is not installed as a distribution."""
+def _nki_version() -> tuple[int, ...]:
+    """Read the version of nki; empty where it is not installed as a distribution."""
     try:
         return tuple(version_parts(importlib.metadata.version("nki")))
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return ()
 
 
 def _takes_lnc_from_environment() -> bool:
-    version = _nki_version()
-    return version is not None and version[:2] >= _WITHOUT_BRACKETS
+    return _nki_version()[:2] >= _WITHOUT_BRACKETS
 
 
 def _lnc_problem(lnc: int) -> str | None:
-    if not _takes_lnc_from_environment():
-        return None
     name = "NEURON_LOGICAL_NC_CONFIG"
     told = os.environ.get(name) or "1"
-    if told == str(lnc):
+    if told == str(lnc) or not _takes_lnc_from_environment():
         return None
     said = f"is {told}" if os.environ.get(name) else "is unset, which it takes for 1"
     return f"NKI from 0.7 on takes a kernel's LNC from {name}, which {said}; the devices have LNC {lnc}: set it to that"
 
 
-def _common_problem(request: AttentionRequest) -> str | None:
-    if request.cached:
-        return "it has no argument for a cache's length"
-    if request.softcap is not None:
-        return "it has no argument for a softcap"
-    if request.dtype != "bfloat16":
-        return f"it multiplies in bfloat16, not {request.dtype}"
-    if request.head_dim > _PARTITIONS:
-        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
-    if not request.causal or request.query_length != request.key_length:
-        return "it is called for causal self-attention only"
-    return None
-
-
 def _lnc(request: AttentionRequest) -> int:
     if request.lnc is not None:
         return request.lnc
-    import jax
-
     return 2 if jax.devices()[0].device_kind in ("NC_v3d", "NC_v4d") else 1  # as in hardware/chips
 
 
-def load_nkilib(request: AttentionRequest) -> Attend:
+def load_nkilib(request: AttentionRequest) -> Callable[..., Array]:
     """Load nkilib's flash attention: `attention_cte` forward, `attention_bwd` backward, kv heads as they are.
 
     Launched as `kernel[lnc]` before NKI 0.7 and by its name from then on (`_lnc_problem`). Documents packed into rows
@@ -137,12 +124,7 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     if lnc > 1 and not _takes_lnc_from_environment():
         attention_cte, attention_bwd = attention_cte[lnc], attention_bwd[lnc]
 
-    import jax
-    import jax.numpy as jnp
-
-    def forward_rows(
-        q_BSHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, scale: float, **bounds: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def forward_rows(q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, scale: float, **bounds: Array) -> tuple[Array, Array]:
         """Return o_BSHh, and the logarithms of the softmax's sums as `attention_bwd` reads them."""
         B, S, H, h = q_BSHh.shape
         K = k_BTKh.shape[2]
@@ -184,14 +166,8 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     flash.defvjp(forward, backward)
 
     def attend(
-        q_BSHh: jax.Array,
-        k_BTKh: jax.Array,
-        v_BTKh: jax.Array,
-        mask_BST: jax.Array,
-        *,
-        scale: float,
-        softcap: float | None = None,
-    ) -> jax.Array:
+        q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, mask_BST: Array, *, scale: float, softcap: float | None = None
+    ) -> Array:
         assert softcap is None
         bounds_BS = key_bounds(mask_BST, q_BSHh.shape[0]) if request.segments else None
         return flash(q_BSHh, k_BTKh, v_BTKh, bounds_BS, scale)
@@ -199,15 +175,13 @@ def load_nkilib(request: AttentionRequest) -> Attend:
     return attend
 
 
-def key_bounds(mask_BST: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+def key_bounds(mask_BST: Array, rows: int) -> tuple[Array, Array]:
     """Find the first key of each query's document, and the one after its last, f32[rows, S] each.
 
     Documents are runs of neighbours, as batches have them: of a causal mask over them, a row's sum is how far a query
     stands in its document, and a column's how much of the document follows. A query that sees nothing, which is
     padding, sees itself.
     """
-    import jax.numpy as jnp
-
     indices_S = jnp.arange(mask_BST.shape[1])
     seen_BS, seeing_BS = (jnp.maximum(jnp.sum(mask_BST, axis=axis, dtype=jnp.int32), 1) for axis in (2, 1))
     bounds_BS = indices_S + 1 - seen_BS, indices_S + seeing_BS

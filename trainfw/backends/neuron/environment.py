@@ -9,11 +9,11 @@ import platform
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainfw.backends.distributed import ROOT_PORT, Wiring
 from trainfw.backends.neuron.place import read_place
-from trainfw.backends.neuron.sdk import Sdk, load_sdk
+from trainfw.backends.neuron.sdk import Sdk, load_sdk, version_parts
 from trainfw.backends.neuron.sysroot import compiler_path, find_tcmalloc, sysroot
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig, Topology
@@ -95,11 +95,9 @@ def neuron_environment(
         *_platform(topology, environ),
         *_processes(topology, wiring),
         *_ultraserver(topology, wiring, environ),
-        *_network(topology, wiring),
-        *_host_libraries(topology, wiring, environ),
+        *_network(topology, wiring, environ),
         *_compiler(topology, hardware, load_sdk(hardware.sdk)),
-        *_caches(environ),
-        *_execution(),
+        *_of_every_process(environ),
         *_overlap(topology, hardware, layout, scan_layers),
     ]
     return [_kept(variable, environ) for variable in wanted]
@@ -150,7 +148,7 @@ def environment_warnings(environ: Mapping[str, str], sdk: Sdk, topology: Topolog
     """Say what is wrong with variables that the user has set."""
     warnings = []
     removed = "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"
-    if removed in environ and _release(sdk) >= (2, 31):
+    if removed in environ and version_parts(sdk.version) >= [2, 31]:
         warnings.append(f"{removed} = {environ[removed]}: was removed in Neuron SDK 2.31; unset it ({_RELEASES})")
     if directory := environ.get("JAX_COMPILATION_CACHE_DIR"):
         warnings.append(
@@ -226,76 +224,47 @@ def _kept(variable: Variable, environ: Mapping[str, str]) -> Variable:
         return variable
     value = environ[variable.name]
     instead = "" if variable.value in (None, value) else f"; trainfw would set {variable.value}"
-    return Variable(
-        variable.name, value, f"already set, and kept{instead}", variable.source, variable.experimental, True
-    )
+    return replace(variable, value=value, reason=f"already set, and kept{instead}", already_set=True)
 
 
 def _search_path(environ: Mapping[str, str]) -> Iterator[Variable]:
     _, directory = compiler_path(environ)
     if directory is not None:
-        yield Variable(
-            "PATH",
-            directory,
-            "libneuronxla calls neuronx-cc by bare name, and srun, systemd and Kubernetes may leave this out",
-            "measured by others; libneuronxla's own log lines `Call compiler with cmd: neuronx-cc compile`",
-            prepended=True,
-        )
+        reason = "libneuronxla calls neuronx-cc by bare name, and srun, systemd and Kubernetes may leave this out"
+        source = "measured by others; libneuronxla's own log lines `Call compiler with cmd: neuronx-cc compile`"
+        yield Variable("PATH", directory, reason, source, prepended=True)
 
 
 def _platform(topology: Topology | None, environ: Mapping[str, str]) -> Iterator[Variable]:
-    yield Variable(
-        "JAX_PLATFORMS",
-        "neuron,cpu",
-        "Neuron first; the host's CPU initialises parameters and samples text",
-        _JAX_ISSUES,
-    )
-    yield Variable(
-        "JAX_DEFAULT_PRNG_IMPL",
-        "rbg",
-        "Threefry is not fully supported; the compiler takes RNG_DEFAULT only",
-        _JAX_ISSUES,
-    )
+    reason = "Neuron first; the host's CPU initialises parameters and samples text"
+    yield Variable("JAX_PLATFORMS", "neuron,cpu", reason, _JAX_ISSUES)
+    reason = "Threefry is not fully supported; the compiler takes RNG_DEFAULT only"
+    yield Variable("JAX_DEFAULT_PRNG_IMPL", "rbg", reason, _JAX_ISSUES)
     name = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
-    if _cores(environ, topology) == 1:
-        if _trivial_on_host(environ):
-            reason = "on one core the training step itself has no collectives, and would run on the host"
-            yield Variable(name, None, reason, _ON_THE_HOST, removed=True)
-    else:
-        yield Variable(
-            name,
-            "1",
-            "programs without collectives are compiled for the CPU, in seconds; the training step has collectives",
-            _ENVVARS,
-        )
+    if _cores(environ, topology) != 1:
+        reason = "programs without collectives are compiled for the CPU, in seconds; the training step has collectives"
+        yield Variable(name, "1", reason, _ENVVARS)
+    elif _trivial_on_host(environ):
+        reason = "on one core the training step itself has no collectives, and would run on the host"
+        yield Variable(name, None, reason, _ON_THE_HOST, removed=True)
 
 
 def _processes(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
-    if topology is not None and len(topology.chip.device_kinds) > 1:
-        yield Variable(
-            "NEURON_LOGICAL_NC_CONFIG",
-            str(topology.lnc),
-            f"physical cores in a logical one, hence {topology.cores_per_instance} devices an instance; as --lnc below",
-            _LNC,
-        )
-    if topology is None or wiring.process_count == 1:
+    if topology is None:
         return
-    yield Variable(
-        "NEURON_RT_ROOT_COMM_ID",
-        f"{wiring.head}:{ROOT_PORT}" if wiring.head else None,
-        "where the runtimes meet for collectives: process 0",
-        _DEVELOPER,
-    )
-    yield Variable(
-        "NEURON_PJRT_PROCESSES_NUM_DEVICES",
-        ",".join([str(topology.cores_per_instance)] * wiring.process_count),
-        "devices of each process: one process an instance",
-        _ENVVARS,
-    )
+    cores = topology.cores_per_instance
+    if len(topology.chip.device_kinds) > 1:
+        reason = f"physical cores in a logical one, hence {cores} devices an instance; as --lnc below"
+        yield Variable("NEURON_LOGICAL_NC_CONFIG", str(topology.lnc), reason, _LNC)
+    if wiring.process_count == 1:
+        return
+    root = f"{wiring.head}:{ROOT_PORT}" if wiring.head else None
+    yield Variable("NEURON_RT_ROOT_COMM_ID", root, "where the runtimes meet for collectives: process 0", _DEVELOPER)
+    devices, reason = ",".join([str(cores)] * wiring.process_count), "devices of each process: one process an instance"
+    yield Variable("NEURON_PJRT_PROCESSES_NUM_DEVICES", devices, reason, _ENVVARS)
     order = "hosts sorted by (server_id, node_id)" if wiring.order == "places" else wiring.launcher
-    yield Variable(
-        "NEURON_PJRT_PROCESS_INDEX", str(wiring.process_index), f"this process, numbered by {order}", _ENVVARS
-    )
+    index, reason = str(wiring.process_index), f"this process, numbered by {order}"
+    yield Variable("NEURON_PJRT_PROCESS_INDEX", index, reason, _ENVVARS)
 
 
 def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
@@ -306,72 +275,48 @@ def _ultraserver(topology: Topology | None, wiring: Wiring, environ: Mapping[str
     config = environ.get("NEURON_ULTRASERVER_NODE_CONFIG", str(nodes))
     if config != str(nodes):
         raise UserError(f"NEURON_ULTRASERVER_NODE_CONFIG = {config}: {topology.name} joins {nodes} instances")
-    place = read_place(nodes)
-    if place is not None and place.node_id != wiring.process_index % nodes:
-        advice = (
-            "the hosts are not whole UltraServers: ask the scheduler for those"
-            if wiring.order == "places"
-            else "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first "
-            "host in NEURON_GLOBAL_TOPOID0_HOST)"
-        )
+    place, index = read_place(nodes), wiring.process_index
+    if place is not None and place.node_id != index % nodes:
+        advice = "the hosts are not whole UltraServers: ask the scheduler for those"
+        if wiring.order != "places":
+            advice = (
+                "number processes by hosts sorted by (server_id, node_id), in NEURON_GLOBAL_TOPOID (and the first host "
+                "in NEURON_GLOBAL_TOPOID0_HOST)"
+            )
         raise UserError(
-            f"process {wiring.process_index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
-            f"{place.server_id}, but process {wiring.process_index} takes node {wiring.process_index % nodes}: {advice}"
+            f"process {index} of {wiring.launcher}: this host is node {place.node_id} of UltraServer "
+            f"{place.server_id}, but process {index} takes node {index % nodes}: {advice}"
         )
     host = "read from /sys/class/neuron_device on the host"
+    server, node = (None, None) if place is None else (place.server_id, str(place.node_id))
     yield Variable("NEURON_RT_ULTRASERVER_MODE", "1", "4 instances joined by NeuronLink", _ULTRASERVER)
-    yield Variable(
-        "NEURON_RT_ULTRASERVER_SERVER_ID",
-        None if place is None else place.server_id,
-        f"which UltraServer: {host}",
-        _ULTRASERVER,
-    )
-    yield Variable(
-        "NEURON_RT_ULTRASERVER_NODE_ID",
-        None if place is None else str(place.node_id),
-        f"which of its instances: {host}",
-        _ULTRASERVER,
-    )
+    yield Variable("NEURON_RT_ULTRASERVER_SERVER_ID", server, f"which UltraServer: {host}", _ULTRASERVER)
+    yield Variable("NEURON_RT_ULTRASERVER_NODE_ID", node, f"which of its instances: {host}", _ULTRASERVER)
 
 
-def _network(topology: Topology | None, wiring: Wiring) -> Iterator[Variable]:
+def _network(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
     if topology is None or wiring.process_count == 1:
         return
     yield Variable("FI_PROVIDER", "efa", "libfabric's provider between instances", _MULTI_NODE)
     yield Variable("FI_EFA_USE_DEVICE_RDMA", "1", "RDMA to and from device memory", _MULTI_NODE)
     yield Variable("OFI_NCCL_PROTOCOL", "RDMA", "the EFA plugin's protocol", _AXLEARN, experimental=True)
-    yield Variable(
-        "OFI_NCCL_MR_CACHE_DISABLE",
-        "1",
-        "the EFA plugin keeps no cache of memory registrations",
-        _AXLEARN,
-        experimental=True,
-    )
+    reason = "the EFA plugin keeps no cache of memory registrations"
+    yield Variable("OFI_NCCL_MR_CACHE_DISABLE", "1", reason, _AXLEARN, experimental=True)
     if wiring.launcher == "Kubernetes":
-        yield Variable(
-            "CCOM_SOCKET_IFNAME",
-            "eth0",
+        reason = (
             "the pod's interface by which collectives find each other, often required on EKS; another name where "
-            "pods have another",
-            _AXLEARN,
-            experimental=True,
+            "pods have another"
         )
-    if _kernel() < (5, 15):
-        yield Variable(
-            "FI_EFA_FORK_SAFE", "1", f"kernels before 5.15 need it to fork; this is {platform.release()}", _MULTI_NODE
-        )
+        yield Variable("CCOM_SOCKET_IFNAME", "eth0", reason, _AXLEARN, experimental=True)
+    if version_parts(platform.release())[:2] < [5, 15]:
+        reason = f"kernels before 5.15 need it to fork; this is {platform.release()}"
+        yield Variable("FI_EFA_FORK_SAFE", "1", reason, _MULTI_NODE)
     if topology.name in ("trn2.48xlarge", "trn2-ultraserver"):
-        yield Variable(
-            "NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY",
-            "40-47,88-95,136-143,184-191",
-            "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them",
-            _TIPS,
+        cpus = "40-47,88-95,136-143,184-191"
+        reason = (
+            "CPUs for the threads that drive EFA, over both NUMA nodes of a trn2.48xlarge; keep other work off them"
         )
-
-
-def _host_libraries(topology: Topology | None, wiring: Wiring, environ: Mapping[str, str]) -> Iterator[Variable]:
-    if topology is None or wiring.process_count == 1:
-        return
+        yield Variable("NEURON_RT_LOW_LATENCY_TASKS_CPU_AFFINITY", cpus, reason, _TIPS)
     set_before = "; counts where it is set before Python starts"
     directory = "/opt/amazon/efa/lib"
     name = "LD_LIBRARY_PATH"
@@ -380,16 +325,10 @@ def _host_libraries(topology: Topology | None, wiring: Wiring, environ: Mapping[
         yield Variable(name, directory, reason, _AXLEARN, experimental=True, prepended=True, early=True)
     name = "LD_PRELOAD"
     if "tcmalloc" not in environ.get(name, ""):
-        yield Variable(
-            name,
-            find_tcmalloc(sysroot(environ)),
-            f"tcmalloc for the host's memory (libgoogle-perftools4 of Ubuntu, gperftools-libs of Amazon Linux)"
-            f"{set_before}",
-            f"{_AXLEARN}; AWS's tutorial for AXLearn requires it",
-            experimental=True,
-            prepended=True,
-            early=True,
-        )
+        library, source = find_tcmalloc(sysroot(environ)), f"{_AXLEARN}; AWS's tutorial for AXLearn requires it"
+        packages = "libgoogle-perftools4 of Ubuntu, gperftools-libs of Amazon Linux"
+        reason = f"tcmalloc for the host's memory ({packages}){set_before}"
+        yield Variable(name, library, reason, source, experimental=True, prepended=True, early=True)
 
 
 def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> Iterator[Variable]:
@@ -401,43 +340,23 @@ def _compiler(topology: Topology | None, hardware: HardwareConfig, sdk: Sdk) -> 
         flags += [f"--lnc={topology.lnc}"] if len(topology.chip.device_kinds) > 1 else []
     flags += ["--model-type=transformer", "-O1"]
     own = "; then hardware.compiler_flags" if hardware.compiler_flags else ""
-    yield Variable(
-        "NEURON_CC_FLAGS",
-        " ".join([*flags, *hardware.compiler_flags]),
-        f"options of neuronx-cc {sdk.packages['neuronx-cc']}; -O1 as AWS trains JAX models{own}",
-        _COMPILER,
-    )
+    reason = f"options of neuronx-cc {sdk.packages['neuronx-cc']}; -O1 as AWS trains JAX models{own}"
+    yield Variable("NEURON_CC_FLAGS", " ".join([*flags, *hardware.compiler_flags]), reason, _COMPILER)
 
 
-def _caches(environ: Mapping[str, str]) -> Iterator[Variable]:
+def _of_every_process(environ: Mapping[str, str]) -> Iterator[Variable]:
     if "JAX_COMPILATION_CACHE_DIR" in environ:
         reason = "JAX's cache of compiled programs ends them on Neuron"
         yield Variable("JAX_COMPILATION_CACHE_DIR", None, reason, _CACHE_FAILS, removed=True)
-    yield Variable(
-        "JAX_ENABLE_COMPILATION_CACHE",
-        "false",
-        "the compiler's own cache below is the only one: JAX's ends programs",
-        _CACHE_FAILS,
-    )
-    cache = cache_dir()
-    yield Variable(
-        "NEURON_COMPILE_CACHE_URL",
-        str(cache / "neuron"),
-        "compile once for all runs; a shared path or s3:// serves all hosts",
-        f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too",
-    )
-
-
-def _execution() -> Iterator[Variable]:
-    yield Variable(
-        "NEURON_RT_EXEC_TIMEOUT",
-        "600",
-        "seconds a step may take; documents differ on the default",
-        _CONFIGURATION,
-    )
-    yield Variable(
-        "TF_CPP_MIN_LOG_LEVEL", "2", "XLA's own warnings are not for users of recipes", "trainfw, on every backend"
-    )
+    reason = "the compiler's own cache below is the only one: JAX's ends programs"
+    yield Variable("JAX_ENABLE_COMPILATION_CACHE", "false", reason, _CACHE_FAILS)
+    reason = "compile once for all runs; a shared path or s3:// serves all hosts"
+    source = f"{_SDK} frameworks/torch; AWS's scripts for JAX set it too"
+    yield Variable("NEURON_COMPILE_CACHE_URL", str(cache_dir() / "neuron"), reason, source)
+    reason = "seconds a step may take; documents differ on the default"
+    yield Variable("NEURON_RT_EXEC_TIMEOUT", "600", reason, _CONFIGURATION)
+    reason = "XLA's own warnings are not for users of recipes"
+    yield Variable("TF_CPP_MIN_LOG_LEVEL", "2", reason, "trainfw, on every backend")
 
 
 def _overlap(
@@ -445,7 +364,8 @@ def _overlap(
 ) -> Iterator[Variable]:
     if topology is None or not hardware.fsdp_overlap:
         return
-    sizes = _filled(layout, topology.cores)
+    fixed = math.prod(size for size in layout.values() if size != -1)
+    sizes = {axis: topology.cores // fixed if size == -1 else size for axis, size in layout.items()}
     if sizes.get("fsdp", 1) == 1:
         return
 
@@ -459,26 +379,10 @@ def _overlap(
         yield experimental("NEURON_FSDP", "1", "order tensor's and FSDP's collectives to overlap compute")
         yield experimental("NEURON_FSDP_NUM_LAYER_EARLY_AG_SHIFT", "1", "gather parameters this many layers ahead")
         yield experimental("NEURON_FSDP_NUM_LAYER_LATE_RS_SHIFT", "2", "scatter gradients this many layers later")
-    if topology.lnc != 2:
+    if topology.lnc != 2 or scan_layers:
         return  # described for LNC 2, whose logical cores have 4 communication cores
-    if not scan_layers:
-        yield experimental("NEURON_FSDP_CC_MULTISTREAM", "1", "tensor's collectives on stream 0, FSDP's on stream 1")
-    if sizes.get("tensor", 1) > 1 and not scan_layers:
+    yield experimental("NEURON_FSDP_CC_MULTISTREAM", "1", "tensor's collectives on stream 0, FSDP's on stream 1")
+    if sizes.get("tensor", 1) > 1:
         yield experimental("NEURON_RT_DBG_DMA_PACKETIZATION_SIZE", "65536", "bytes: compute's transfers before FSDP's")
-        yield experimental(
-            "NEURON_RT_DBG_CC_DMA_PACKET_SIZE", "65536,4096", "bytes by stream: tensor's before compute's before FSDP's"
-        )
-
-
-def _filled(layout: Mapping[str, int], cores: int) -> dict[str, int]:
-    """Set the axis that is -1 to the size that is left."""
-    fixed = math.prod(size for size in layout.values() if size != -1)
-    return {axis: cores // fixed if size == -1 else size for axis, size in layout.items()}
-
-
-def _kernel() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
-
-
-def _release(sdk: Sdk) -> tuple[int, ...]:
-    return tuple(int(part) for part in sdk.version.split("."))
+        reason = "bytes by stream: tensor's before compute's before FSDP's"
+        yield experimental("NEURON_RT_DBG_CC_DMA_PACKET_SIZE", "65536,4096", reason)

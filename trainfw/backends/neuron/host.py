@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,9 @@ def read_host(environ: Mapping[str, str] | None = None) -> Host:
     environ = dict(os.environ if environ is None else environ)
     root = sysroot(environ)
     path = [str(below(root, entry)) for entry in sys.path if entry]
+    devices = [entry.name for entry in below(root, "/dev").glob("neuron*")]
+    loaded = re.search(r"^neuron ", _text(below(root, "/proc/modules")), re.MULTILINE)
+    memory = re.search(r"^MemTotal: *(\d+) kB", _text(below(root, "/proc/meminfo")), re.MULTILINE)
     holders, unseen = _holders(root)
     compiler, directory = compiler_path(environ)
     jax = next(iter(importlib.metadata.distributions(name="jax", path=path)), None)
@@ -82,40 +85,36 @@ def read_host(environ: Mapping[str, str] | None = None) -> Host:
         python=platform.python_version(),
         jax=None if jax is None else jax.version,
         plugin=detect_plugin(path),
-        devices=_devices(root),
-        driver=_driver(root),
+        devices=tuple(sorted((name for name in devices if re.fullmatch(r"neuron\d+", name)), key=_number)),
+        # The first is where the runtime itself reads it.
+        driver=_text(below(root, "/sys/module/neuron/version")).strip() or ("of unknown version" if loaded else None),
         packages=_packages(root, environ),
         runtime_file=any(below(root, "/opt/aws/neuron/lib").glob("libnrt.so*")),
         compiler=compiler,
         compiler_directory=directory,
         holders=holders,
         unseen=unseen,
-        memory_bytes=_memory(root),
+        memory_bytes=int(memory[1]) * 1024 if memory else None,
     )
-
-
-def _devices(root: Path) -> tuple[str, ...]:
-    found = [entry.name for entry in below(root, "/dev").glob("neuron*") if re.fullmatch(r"neuron\d+", entry.name)]
-    return tuple(sorted(found, key=_number))
 
 
 def _number(device: str) -> int:
     return int(device.removeprefix("neuron"))
 
 
-def _driver(root: Path) -> str | None:
-    # Which is where the runtime itself reads it.
-    if text := _text(below(root, "/sys/module/neuron/version")).strip():
-        return text
-    loaded = re.search(r"^neuron ", _text(below(root, "/proc/modules")), re.MULTILINE)
-    return "of unknown version" if loaded else None
-
-
 def _packages(root: Path, environ: Mapping[str, str]) -> dict[str, str] | None:
     """Read dpkg's database, or else ask rpm."""
     status = below(root, "/var/lib/dpkg/status")
     if status.is_file():
-        return dict(_dpkg(_text(status)))
+        paragraphs = (
+            dict(re.findall(r"^(Package|Status|Version): *(.*)$", paragraph, re.MULTILINE))
+            for paragraph in _text(status).split("\n\n")
+        )
+        return {
+            fields["Package"]: fields.get("Version", "")
+            for fields in paragraphs
+            if fields.get("Package", "").startswith(_PACKAGES) and fields.get("Status", "").endswith(" installed")
+        }
     directories = environ.get("PATH", os.defpath).split(os.pathsep)
     if (rpm := find_command("rpm", directories, root)) is None:
         return None
@@ -125,13 +124,6 @@ def _packages(root: Path, environ: Mapping[str, str]) -> dict[str, str] | None:
         if said.returncode == 0:
             return dict(line.split() for line in said.stdout.splitlines() if len(line.split()) == 2)
     return None
-
-
-def _dpkg(text: str) -> Iterator[tuple[str, str]]:
-    for paragraph in text.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Status|Version): *(.*)$", paragraph, re.MULTILINE))
-        if fields.get("Package", "").startswith(_PACKAGES) and fields.get("Status", "").endswith(" installed"):
-            yield fields["Package"], fields.get("Version", "")
 
 
 def _holders(root: Path) -> tuple[tuple[Holder, ...], int]:
@@ -152,11 +144,6 @@ def _holders(root: Path) -> tuple[tuple[Holder, ...], int]:
         if devices and not _WATCHERS.match(name):
             found.append(Holder(int(process.name), command or name, tuple(sorted(devices, key=_number))))
     return tuple(found), unseen
-
-
-def _memory(root: Path) -> int | None:
-    found = re.search(r"^MemTotal: *(\d+) kB", _text(below(root, "/proc/meminfo")), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _text(file: Path) -> str:

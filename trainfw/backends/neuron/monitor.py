@@ -14,7 +14,7 @@ import threading
 class NeuronMonitor:
     """Runs neuron-monitor beside the training; without it, there are no metrics and nothing is said.
 
-    One line of JSON every 5 s, for every process on this instance. A context manager.
+    One line of JSON every 5 s, for every process on this instance.
     """
 
     def __init__(self, command: str = "neuron-monitor") -> None:
@@ -34,7 +34,9 @@ class NeuronMonitor:
                 errors="replace",
                 start_new_session=True,  # a Ctrl-C is for the run, which saves before it stops the monitor
             )
-            self._thread = threading.Thread(target=self._read, name="neuron-monitor", daemon=True)
+            self._thread = threading.Thread(
+                target=self._read, args=(self._process,), name="neuron-monitor", daemon=True
+            )
             self._thread.start()
         return self
 
@@ -57,18 +59,9 @@ class NeuronMonitor:
         if process.stdout is not None:
             process.stdout.close()
 
-    def __enter__(self) -> NeuronMonitor:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read(self) -> None:
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
+    def _read(self, process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ValueError):  # closed while reading
-            for line in process.stdout:
+            for line in process.stdout or ():
                 self._latest = read_report(line) or self._latest
 
 
@@ -85,7 +78,7 @@ def read_report(line: str) -> dict[str, float]:
     utilization: list[float] = []
     memory: dict[str, float] = {}
     errors: list[float] = []
-    for runtime in _list(_get(report, "neuron_runtime_data")):
+    for runtime in _values(_get(report, "neuron_runtime_data")):
         data = _get(runtime, "report")
         for core in _values(_get(data, "neuroncore_counters", "neuroncores_in_use")):
             utilization += _numbers(_get(core, "neuroncore_utilization"))
@@ -111,12 +104,8 @@ def _get(tree: object, *keys: str) -> object:
     return tree
 
 
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
-
-
 def _values(value: object) -> list[object]:
-    return list(value.values()) if isinstance(value, dict) else []
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _numbers(value: object) -> list[float]:

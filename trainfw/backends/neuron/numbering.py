@@ -65,7 +65,9 @@ def _gather(wiring: Wiring, mine: dict[str, Any], deadline: float) -> list[dict[
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of us
             waiting.append(connection)
-        order = _sorted(list(entries.values()))
+        known = all(entry["place"] is not None for entry in entries.values())
+        # As place.sort_hosts does.
+        order = sorted(entries.values(), key=lambda entry: (*entry["place"], entry["index"])) if known else None
         for connection in waiting:
             with suppress(OSError):  # it asked again
                 connection.sendall(json.dumps(order).encode() + b"\n")
@@ -84,12 +86,6 @@ def _ask(wiring: Wiring, mine: dict[str, Any], deadline: float) -> list[dict[str
             if time.monotonic() + _RETRY_SECONDS > deadline:
                 raise
             time.sleep(_RETRY_SECONDS)
-
-
-def _sorted(entries: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    if any(entry["place"] is None for entry in entries):
-        return None
-    return sorted(entries, key=lambda entry: (*entry["place"], entry["index"]))  # as place.sort_hosts does
 
 
 def _line(connection: socket.socket) -> str:

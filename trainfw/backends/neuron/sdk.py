@@ -72,8 +72,7 @@ def load_sdk(version: str | float | None = None) -> Sdk:
 
 def installed_sdk(packages: Mapping[str, str]) -> Sdk | None:
     """Find the release whose packages these are (distribution -> version), newest first; None for a mixture."""
-    known = [load_sdk(version) for version in reversed(sdk_versions())]
-    for sdk in known:
+    for sdk in map(load_sdk, reversed(sdk_versions())):
         shared = packages.keys() & sdk.packages.keys()
         if shared and all(_begins(packages[name], sdk.packages[name]) for name in shared):
             return sdk

@@ -30,11 +30,6 @@ def below(root: Path, path: str | os.PathLike[str]) -> Path:
     return root / os.fspath(path).lstrip("/")
 
 
-def scripts_directory() -> str:
-    """Return the directory of the Python environment's commands, where pip puts neuronx-cc."""
-    return os.path.dirname(sys.executable)
-
-
 def find_command(name: str, directories: Iterable[str], root: Path) -> str | None:
     """Find the path of a command in `directories`, in order, as a child process does; None where it is not there."""
     for directory in directories:
@@ -51,7 +46,7 @@ def compiler_path(environ: Mapping[str, str]) -> tuple[str | None, str | None]:
     """
     root = sysroot(environ)
     found = find_command(COMPILER, environ.get("PATH", os.defpath).split(os.pathsep), root)
-    own = find_command(COMPILER, [scripts_directory()], root)
+    own = find_command(COMPILER, [os.path.dirname(sys.executable)], root)  # where pip puts it
     return found, None if own is None or found == own else os.path.dirname(own)
 
 

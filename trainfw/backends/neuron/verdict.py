@@ -46,53 +46,39 @@ def sdk_of(host: Host) -> Sdk | None:
     return installed_sdk(known) or installed_sdk(plugin or dict(list(known.items())[:1]))
 
 
-def _compared_with(host: Host) -> Sdk:
-    """Return the release that a host is held to: its own, or the newest no newer than its plugin, or the newest."""
-    if (sdk := sdk_of(host)) is not None:
-        return sdk
-    profiles = [load_sdk(version) for version in sdk_versions()]
-    if not _readable(plugin := host.plugin.versions.get("libneuronxla", "")):
-        return profiles[-1]
-    older = [sdk for sdk in profiles if version_parts(sdk.packages["libneuronxla"]) <= version_parts(plugin)]
-    return [profiles[0], *older][-1]
-
-
 def host_findings(host: Host) -> list[HostFinding]:
-    """List all that is known against a run on this host, what fails first."""
-    sdk = _compared_with(host)
-    found = [
-        *_devices(host),
-        *_driver(host, sdk),
-        *_runtime(host, sdk),
-        *_plugin(host, sdk),
-        *_compiler(host),
-        *_held(host),
-        *_rest(host, sdk),
-    ]
+    """List all that is known against a run on this host, what fails first.
+
+    It is held to its own release, or to the newest that is no newer than its plugin, or to the newest.
+    """
+    profiles = [load_sdk(version) for version in sdk_versions()]
+    own, plugin = sdk_of(host), host.plugin.versions.get("libneuronxla", "")
+    sdk = own or profiles[-1]
+    if own is None and _readable(plugin):
+        older = [one for one in profiles if version_parts(one.packages["libneuronxla"]) <= version_parts(plugin)]
+        sdk = [profiles[0], *older][-1]
+    found = [*_driver(host, sdk), *_runtime(host, sdk), *_plugin(host, sdk), *_rest(host, sdk)]
     return sorted(found, key=lambda finding: not finding.fails)
 
 
-def _devices(host: Host) -> Iterator[HostFinding]:
-    if host.devices:
-        return
-    if host.driver:
-        do = "take an instance that has them; a container is given them (aws.amazon.com/neuron in a pod's resources)"
-        yield HostFinding("the driver is loaded, and there is no /dev/neuron*", do)
-    elif DRIVER in (host.packages or {}):
-        do = "`sudo modprobe neuron`; where that fails, the module was not built for this kernel: see `dkms status`"
-        yield HostFinding(f"no /dev/neuron*: {DRIVER} is installed, and its kernel module is not loaded", do)
-    else:
-        yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
-
-
 def _driver(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
+    installed = (host.packages or {}).get(DRIVER)
     if not host.devices:
+        if host.driver:
+            do = (
+                "take an instance that has them; a container is given them (aws.amazon.com/neuron in a pod's resources)"
+            )
+            yield HostFinding("the driver is loaded, and there is no /dev/neuron*", do)
+        elif installed is not None:
+            do = "`sudo modprobe neuron`; where that fails, the module was not built for this kernel: see `dkms status`"
+            yield HostFinding(f"no /dev/neuron*: {DRIVER} is installed, and its kernel module is not loaded", do)
+        else:
+            yield HostFinding("no /dev/neuron*, and no driver", f"on a Neuron instance, install {DRIVER}")
         return
     if host.driver is None or not _readable(host.driver):
         seen = "no kernel module of it is seen" if host.driver is None else f"its version reads {host.driver!r:.40}"
         yield HostFinding(f"the driver was not compared: {seen}", "`modinfo neuron` tells its version", False)
         return
-    installed = (host.packages or {}).get(DRIVER)
     installed = installed if _readable(installed or "") else None
     stale = installed is not None and _minor(installed) != _minor(host.driver)
     reload = "; the module is loaded anew by a reboot, or by `sudo rmmod neuron && sudo modprobe neuron`"
@@ -181,7 +167,7 @@ def _is_newer(name: str, versions: dict[str, str], sdk: Sdk) -> bool:
     return version_parts(versions.get(name, "")) > version_parts(sdk.packages.get(name, ""))
 
 
-def _compiler(host: Host) -> Iterator[HostFinding]:
+def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     if host.compiler is None and host.compiler_directory is None:
         do = "it comes with the plugin, into the bin directory of its environment, which must be on PATH"
         yield HostFinding("neuronx-cc is not found, as libneuronxla calls it", do)
@@ -189,16 +175,10 @@ def _compiler(host: Host) -> Iterator[HostFinding]:
         other = "is not on PATH" if host.compiler is None else f"comes after {host.compiler} on PATH"
         do = f"trainfw puts {host.compiler_directory} first for its own processes; others need it on PATH"
         yield HostFinding(f"this environment's neuronx-cc {other}", do, False)
-
-
-def _held(host: Host) -> Iterator[HostFinding]:
     for holder in host.holders:
         do = "cores belong to one process, so wait for it, or end it; this is no fault of the hardware"
         what = f"process {holder.pid} holds {ranges(holder.devices)} ({holder.command[:60]})"
         yield HostFinding(f"a run that starts now, for {what}", do)
-
-
-def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
     for warning in environment_warnings(host.environ, sdk, None):
         yield HostFinding(warning, "", False)
     if "nki-lib" not in host.plugin.versions and host.plugin.state == "installed":
