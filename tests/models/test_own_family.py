@@ -173,7 +173,7 @@ def test_a_token_sees_none_that_follows_and_no_other_document(recipe_file):
     np.testing.assert_allclose(first[:, start:], before[:, start:], atol=1e-5)  # decays are summed over the row
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_planned_and_checked(recipe_file):
     chip = ("hardware.topology=trn2.3xlarge", "train.compute_dtype=bfloat16")
     recipe = load_recipe(recipe_file, (*chip, "parallel={fsdp: 2, tensor: 2}"))

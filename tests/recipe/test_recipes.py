@@ -21,7 +21,7 @@ FOR_NEURON = [name for name in bundled_recipes() if "-trn" in name and load_reci
 ALIKE = {"llama2-7b-trn2-ultraserver", "qwen3-8b-trn2-ultraserver"}
 """Recipes that others are like, in layout and model."""
 CHECKED = {"llama3.1-405b-trn2-ultraservers"}
-TRAINED = {"llama3.1-405b-trn2-ultraservers", "qwen3-30b-a3b-trn2-ultraserver"}
+TRAINED = {"llama3.1-405b-trn2-ultraservers"}
 """The largest ones; the others are for `--all`."""
 
 

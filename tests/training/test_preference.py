@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import losses
+from tests.helpers import losses, quicker
 from trainfw import UserError, load_model, load_recipe, train
 from trainfw.training import evaluate
 from trainfw.training.run_directory import RunDirectory
@@ -41,7 +41,9 @@ def recipe_of(directory, *overrides):
     return load_recipe(tree, overrides)
 
 
-@pytest.mark.parametrize("more", [(), ("adapter={rank: 4, dropout: 0.1}",)], ids=["reference", "adapter"])
+@pytest.mark.parametrize(
+    "more", quicker([(), ("adapter={rank: 4, dropout: 0.1}",)], [()]), ids=["reference", "adapter"]
+)
 def test_a_run_goes_on_bit_for_bit(tmp_path, more):
     devices = jax.devices()[:2]
     whole = train(recipe_of(tmp_path, *more), devices=devices, run_dir=tmp_path / "whole")
