@@ -57,30 +57,18 @@ class ChatTemplate:
         except UserError:
             return None
 
-    @property
-    def has_clock(self) -> bool:
-        """Flag: the template may ask for the day."""
-        return "strftime_now" in self.source
-
     @cached_property
     def _variables(self) -> dict[str, object]:
         """bos_token, eos_token and the like."""
-        backend = self.tokenizer.backend
-        variables: dict[str, Any] = {}
-        for name, id_ in {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}.items():
-            if name == "eos_token" or self.tokenizer.bos_id != self.tokenizer.eos_id:
-                variables[name] = backend.id_to_token(id_)
-        for name, value in self.tokenizer.settings.items():
+        tokenizer = self.tokenizer
+        variables: dict[str, object] = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id)}
+        if tokenizer.bos_id != tokenizer.eos_id:
+            variables["bos_token"] = tokenizer.backend.id_to_token(tokenizer.bos_id)
+        for name, value in tokenizer.settings.items():
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
                 variables[name] = text
         return variables
-
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of the special tokens, by their text."""
-        added = self.tokenizer.backend.get_added_tokens_decoder()
-        return {token.content: id_ for id_, token in added.items() if token.special}
 
     @cached_property
     def has_generation_tags(self) -> bool:
@@ -106,7 +94,8 @@ class ChatTemplate:
         One request to the helper serves all of them, since each needs many renderings.
         """
         with self._blamed():
-            answers = helper.call_each("templates:write", self._fields_of_turns, conversations)
+            fields = (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
+            answers = helper.call_each("templates:write", fields, conversations)
         return [
             TemplateProblem(str(one)) if isinstance(one, Problem) else [Written.of(written) for written in one]
             for one in answers
@@ -116,10 +105,6 @@ class ChatTemplate:
     def _fields(self) -> tuple[object, ...]:
         """Fields of `templates.Template`, as long as the tokens that end a turn are unknown."""
         return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
-
-    @cached_property
-    def _fields_of_turns(self) -> tuple[object, ...]:
-        return (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
 
     def _ask(self, function: str, *arguments: Any) -> Any:
         with self._blamed():
@@ -148,7 +133,7 @@ class ChatTemplate:
     def markers(self) -> dict[str, int]:
         """Ids of the tokens that no message may hold, by their text: special tokens, and other added tokens that the
         template writes around a message."""
-        return self.special_tokens | self.around_turns
+        return self.tokenizer.special_tokens | self.around_turns
 
     @property
     def around_turns(self) -> dict[str, int]:

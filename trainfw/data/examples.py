@@ -228,7 +228,7 @@ class Encoder:
             for text in strings_in([messages, tools]):
                 checked_text(text, "a message")
                 if marker := template.marker_pattern.search(text):
-                    is_special = marker[0] in template.special_tokens
+                    is_special = marker[0] in self.tokenizer.special_tokens
                     why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
                     raise Unusable(f"a message holds {marker[0]!r}, which {why}")
         except RecursionError:
