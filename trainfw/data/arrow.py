@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.compressed import check_pointer
 from trainfw.errors import UserError, pip_install
+from trainfw.paths import check_file
 
 Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
@@ -42,8 +42,7 @@ class NotText:
 
 def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
     """Yield the rows of a Parquet file. Raises UserError where it is none."""
-    with path.open("rb") as head:
-        check_pointer(head.read(128), path)
+    check_file(path, named=True)
     with _reading(path, "a Parquet file"):
         import pyarrow.parquet
 

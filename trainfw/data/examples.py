@@ -13,11 +13,11 @@ from trainfw.data.config import DataConfig
 from trainfw.data.messages import (
     MEANINGFUL,
     Unusable,
-    check_not_empty,
+    begun,
+    check_something_learnt,
     checked_message,
     checked_row,
     checked_text,
-    content_of,
     is_learnt,
     strings_in,
     system_beside,
@@ -80,6 +80,10 @@ class Text:
     spans: list[Span]
     key: str
 
+    @classmethod
+    def joined(cls, id_: str, prompt: str, completion: str) -> Text:
+        return cls(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -103,12 +107,12 @@ class Encoder:
         self._rows_apart = self._cut = self._untagged = self._straddling = 0
         self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
-        self._template: ChatTemplate | None = None
-        self._with_tools: ChatTemplate | None = None
+        self._template = ChatTemplate.of(tokenizer, config.date) if config.writes_turns else None
+        self._with_tools = self._template
         if config.writes_turns:
-            self._template = ChatTemplate.of(tokenizer, config.date)
             with_tools = ChatTemplate.of(tokenizer, config.date, tools=True)
-            self._with_tools = self._template if with_tools == self._template else with_tools
+            if with_tools != self._template:
+                self._with_tools = with_tools
             if self._template is None:
                 other = "" if config.format == "chat" else "set chat_template: false, or "
                 raise UserError(
@@ -187,13 +191,8 @@ class Encoder:
         messages = [*system_beside(value), *(checked_message(message) for message in messages)]
         learnt = [is_learnt(message, config.loss_on) for message in messages]
         tools = tools_beside(value)
-        if not any(learnt):
-            raise Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
-        check_not_empty(messages, learnt)
-        if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-            messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
-        key = next((content_of(m) for m in messages if m["role"] == "user"), content_of(messages[0]))
-        return self._conversation(row.id, messages, learnt, tools, key)
+        check_something_learnt(messages, learnt, config.loss_on)
+        return self._conversation(row.id, *begun(messages, learnt, config.system_prompt), tools)
 
     def _pair(self, row: Row) -> Text | Conversation:
         config, value = self.config, checked_row(row.value)
@@ -210,18 +209,12 @@ class Encoder:
         if not completion.strip():
             raise Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
-            return self._joined(row.id, prompt, completion)
+            return Text.joined(row.id, prompt, completion)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        if config.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": config.system_prompt})
-        return self._conversation(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
-
-    @staticmethod
-    def _joined(id_: str, prompt: str, completion: str) -> Text:
-        return Text(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+        return self._conversation(row.id, *begun(messages, [False, True], config.system_prompt), None)
 
     def _conversation(
-        self, id_: str, messages: list[Message], learnt: list[bool], tools: list[object] | None, key: str
+        self, id_: str, messages: list[Message], learnt: list[bool], key: str, tools: list[object] | None
     ) -> Conversation:
         template = self._template_of(tools)
         try:
@@ -245,21 +238,15 @@ class Encoder:
 
         Each template (with and without tools) gets one request for all of its conversations.
         """
-        conversations = [one for one in rows if isinstance(one, Conversation)]
-        written: dict[int, list[Written] | TemplateProblem] = {}
+        texts: list[list[Text] | TemplateProblem] = [[one] if isinstance(one, Text) else [] for one in rows]
+        conversations = [(i, one) for i, one in enumerate(rows) if isinstance(one, Conversation)]
         for with_tools in (False, True):
-            batch = [one for one in conversations if bool(one.tools) == with_tools]
+            batch = [(i, one) for i, one in conversations if bool(one.tools) == with_tools]
             if batch:
-                requests = [(one.messages, one.learnt, one.tools) for one in batch]
-                answers = self._template_of(batch[0].tools).write_learnt(requests)
-                written |= {id(one): answer for one, answer in zip(batch, answers, strict=True)}
-        texts: list[list[Text] | TemplateProblem] = []
-        for one in rows:
-            if isinstance(one, Text):
-                texts.append([one])
-            else:
-                answer = written[id(one)]
-                texts.append(answer if isinstance(answer, TemplateProblem) else self._texts(one, answer))
+                requests = [(one.messages, one.learnt, one.tools) for _, one in batch]
+                answers = self._template_of(batch[0][1].tools).write_learnt(requests)
+                for (i, one), answer in zip(batch, answers, strict=True):
+                    texts[i] = answer if isinstance(answer, TemplateProblem) else self._texts(one, answer)
         return texts
 
     def _texts(self, row: Conversation, written: list[Written]) -> list[Text]:
@@ -274,28 +261,22 @@ class Encoder:
     # --- Text as tokens -----------------------------------------------------------------------------------------------
 
     def _as_tokens(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        return (self._plain if self._template is None else self._written)(texts)
-
-    def _plain(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield bos, prompt, completion and eos: encoded apart, so that generation gives a prompt the same tokens."""
-        cut = [one.spans[0][0] for one in texts]
-        prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
-        completions = self.tokenizer.encode_batch([one.text[at:] for one, at in zip(texts, cut)])
-        for prompt, completion in zip(prompts, completions):
-            ids = [self.tokenizer.bos_id, *prompt, *completion, self.tokenizer.eos_id]
-            yield ids, [i > len(prompt) for i in range(len(ids))]
-
-    def _written(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        assert self._template is not None
+        if self._template is None:
+            # Prompt and completion are encoded apart, so that generation gives a prompt the same tokens.
+            cut = [one.spans[0][0] for one in texts]
+            prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
+            completions = self.tokenizer.encode_batch([one.text[at:] for one, at in zip(texts, cut)])
+            for prompt, completion in zip(prompts, completions):
+                ids = [self.tokenizer.bos_id, *prompt, *completion, self.tokenizer.eos_id]
+                yield ids, [i > len(prompt) for i in range(len(ids))]
+            return
         for one, encoding in zip(texts, self._template.encode([one.text for one in texts])):
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
             starts, ends = ([place[side] for place in encoding.offsets] for side in (0, 1))
             ordered = starts == sorted(starts) and ends == sorted(ends)
             for start, end in one.spans:
-                inside: Sequence[int]
-                if ordered:  # a search: looking at all places for each of very many turns would take too long
-                    inside = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
-                else:
+                inside: Sequence[int] = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
+                if not ordered:  # else a search: looking at all places for each of very many turns takes too long
                     inside = [i for i in range(len(starts)) if ends[i] > start and starts[i] < end]
                 self._straddling += bool(inside) and starts[inside[0]] < start
                 for i in inside:
@@ -313,10 +294,9 @@ class Encoder:
         room = self.config.sequence_length + 1
         if end > room and (self.config.too_long == "refuse" or True not in learnt[:room]):
             raise Unusable(f"longer than sequence_length = {self.config.sequence_length}")
-        cut = end > room
-        end = min(end, room)
-        end -= learnt[:end][::-1].index(True)
-        return Example(ids[:end], learnt[:end], key, cut)
+        kept = min(end, room)
+        kept -= learnt[:kept][::-1].index(True)
+        return Example(ids[:kept], learnt[:kept], key, cut=end > room)
 
     def _counted(self, one: Example) -> Example:
         """Count, for `remarks`, an example that is used, and return it."""

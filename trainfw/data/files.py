@@ -94,24 +94,28 @@ class Finder:
             saved = is_saved_dataset(path)
             inputs = [InputPath(path, path.name, SAVED)] if saved else self._all(path, ("**", "*"), name)
         elif os.path.lexists(path):
-            inputs = [self._named(path, name)]
+            if odd := _odd(path):
+                leads = f" to {odd[1]}" if odd[1] else ""
+                raise UserError(f"source {name!r} is a {odd[0]}{leads}; expected a file or a directory")
+            kind, suffix = file_kind(path)
+            if kind not in self._kinds:
+                also = "" if ".txt" in self._kinds else " as rows of examples"
+                hint = did_you_mean(suffix, self._kinds)
+                raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
+            inputs = [InputPath(path, path.name, kind)]
         elif glob.has_magic(name):
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             inputs = self._all(root, path.relative_to(root).parts, name)
         else:
             raise _not_there(path, name)
-        return [one for one in inputs if self._is_new(one)]
-
-    def _named(self, path: Path, name: str) -> InputPath:
-        if odd := _odd(path):
-            kind, detail = odd
-            raise UserError(f"source {name!r} is a {kind}{detail and f' to {detail}'}; expected a file or a directory")
-        kind, suffix = file_kind(path)
-        if kind not in self._kinds:
-            also = "" if ".txt" in self._kinds else " as rows of examples"
-            hint = did_you_mean(suffix, self._kinds)
-            raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
-        return InputPath(path, path.name, kind)
+        new = []
+        for one in inputs:
+            if (real := os.path.realpath(one.path)) in self._reached:
+                self.skipped.add("reached twice", one.name)
+            else:
+                self._reached.add(real)
+                new.append(one)
+        return new
 
     def _all(self, root: Path, pattern: _Pattern, name: str) -> list[InputPath]:
         before, inputs = self.skipped.counts.copy(), []
@@ -160,14 +164,6 @@ class Finder:
             else:
                 entered.add(real)
                 yield from self._walk(path, deeper, entered)
-
-    def _is_new(self, path: InputPath) -> bool:
-        real = os.path.realpath(path.path)
-        if real in self._reached:
-            self.skipped.add("reached twice", path.name)
-            return False
-        self._reached.add(real)
-        return True
 
 
 def file_kind(path: Path) -> tuple[str, str]:

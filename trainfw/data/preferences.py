@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from trainfw.data.examples import Conversation, Encoder, Example, Text
 from trainfw.data.messages import (
     Unusable,
-    check_not_empty,
+    begun,
+    check_something_learnt,
     checked_message,
     checked_row,
     checked_text,
-    content_of,
     is_learnt,
     system_beside,
     tools_beside,
@@ -88,7 +88,7 @@ class PairEncoder(Encoder):
         if self._template is None:
             if keys := [key for key in CONVERSATION if row.get(key)]:
                 raise Unusable(f"{keys[0]!r} beside the texts, which is for a chat template to write")
-            return [self._joined(id_, prompt, side) for side in sides]
+            return [Text.joined(id_, prompt, side) for side in sides]
         turns = [[{"role": "assistant", "content": side}] for side in sides]
         return self._conversations(id_, row, [{"role": "user", "content": prompt}], turns, [[True], [True]])
 
@@ -134,12 +134,10 @@ class PairEncoder(Encoder):
         learnt: Sequence[list[bool]],
     ) -> Sequence[Conversation]:
         prompt = [*system_beside(row), *prompt]
-        if self.config.system_prompt is not None and prompt[0]["role"] not in ("system", "developer"):
-            prompt = [{"role": "system", "content": self.config.system_prompt}, *prompt]
-        key = next((content_of(message) for message in prompt if message["role"] == "user"), content_of(prompt[0]))
-        unlearnt, tools = [False] * len(prompt), tools_beside(row)
+        prompt, unlearnt, key = begun(prompt, [False] * len(prompt), self.config.system_prompt)
+        tools = tools_beside(row)
         return [
-            self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], tools, key)
+            self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], key, tools)
             for side, flags in zip(sides, learnt)
         ]
 
@@ -151,16 +149,13 @@ def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> No
     for does, message in (("begins", messages[0]), ("ends", messages[-1])):
         if message["role"] != "assistant":
             raise Unusable(f"{field!r}, after the prompt, {does} with a message of {message['role']}, not of assistant")
-    if not any(learnt):
-        raise Unusable("no message of assistant to learn")
-    check_not_empty(messages, learnt)
+    check_something_learnt(messages, learnt, _LEARNT)
 
 
 def _only(written: list[Text] | TemplateProblem) -> Text:
     if isinstance(written, TemplateProblem):
         raise Unusable(str(written))
     if len(written) > 1:
-        raise Unusable(
-            "several examples of one side, since the chat template writes a turn differently once others follow"
-        )
+        why = "since the chat template writes a turn differently once others follow"
+        raise Unusable(f"several examples of one side, {why}")
     return written[0]

@@ -71,7 +71,12 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
 def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each line, a JSON object; blank lines are skipped."""
     for line, data in _lines(path):
-        yield f":{line}", document(_parsed(data, path, line), columns, f"{path}, line {line}")
+        text, where = decode_utf8(data, path, line), f"{path}, line {line}"
+        try:
+            row = json.loads(text, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
+            raise not_json(error, where, text) from error
+        yield f":{line}", document(row, columns, where)
 
 
 def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
@@ -122,14 +127,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield line, data
 
 
-def _parsed(data: bytes, path: Path, line: int) -> object:
-    text = decode_utf8(data, path, line)
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
-        raise not_json(error, f"{path}, line {line}", text) from error
-
-
 # --- Parquet and saved datasets ---------------------------------------------------------------------------------------
 
 
@@ -156,9 +153,7 @@ def _examples(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tup
 
 
 READERS: dict[str, Reader] = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".py": read_text,
+    **dict.fromkeys((".txt", ".md", ".py"), read_text),
     ".jsonl": read_jsonl,
     ".parquet": functools.partial(_documents, parquet_rows),
     ".json": read_json,
@@ -230,6 +225,6 @@ def _checked_text(value: object, column: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    if value is None or isinstance(value, NotText):
-        return "null" if value is None else value.kind
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+    if value is None:
+        return "null"
+    return value.kind if isinstance(value, NotText) else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -150,18 +149,18 @@ def columns_of(config: DataConfig) -> Columns:
 def _python_stdlib(task: str | None = None, max_characters: int | None = None) -> Source:
     """Return the library's files as documents, or as the rows of a task, which its own tests (if installed) add to."""
     root = Path(sysconfig.get_path("stdlib"))
-    excluded = STDLIB_EXCLUDED if task is None else STDLIB_EXCLUDED - STDLIB_TESTS
-    read = read_python if task is None else functools.partial(_read_task, task)
+    excluded, name = (STDLIB_EXCLUDED, STDLIB) if task is None else (STDLIB_EXCLUDED - STDLIB_TESTS, task)
+    read: Reader = read_python if task is None else lambda path, _: read_task(path, name)
     inputs = []
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - excluded)
         for path in sorted(Path(directory, file) for file in files if file.endswith(".py")):
-            name = path.relative_to(root).as_posix()
-            if not name.startswith(STDLIB_BUILT_HERE):
-                inputs.append(Input(path, name, read))
+            place = path.relative_to(root).as_posix()
+            if not place.startswith(STDLIB_BUILT_HERE):
+                inputs.append(Input(path, place, read))
     if not inputs:
         raise UserError(f"source {STDLIB}: this Python keeps no .py files in {root}; name files of your own")
-    return Source(tuple(inputs), (), f"{task or STDLIB} {sys.version}", max_characters)
+    return Source(tuple(inputs), (), f"{name} {sys.version}", max_characters)
 
 
 @contextlib.contextmanager
@@ -181,7 +180,3 @@ def _ends(path: Path, size: int, block: int = 2**16) -> str:
         first = file.read(block)
         file.seek(max(size - block, 0))
         return hashlib.blake2b(first + file.read(block), digest_size=16).hexdigest()
-
-
-def _read_task(task: str, path: Path, _columns: Columns) -> Iterator[tuple[str, Any]]:
-    return read_task(path, task)
