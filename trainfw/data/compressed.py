@@ -66,7 +66,7 @@ class _Gzip:
         return getattr(self._inner, name)
 
 
-_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # as `zstd --long=31` writes
+_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # as `zstd --long=31` writes
 _KINDS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any]]] = {
     "gzip": (re.compile(rb"\x1f\x8b\x08"), _Gzip),
     "bzip2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),

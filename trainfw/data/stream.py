@@ -26,6 +26,8 @@ class StreamIterator(EndlessBatches):
     anew and read up to there, which `report` says, and what it then gave must be what it gave before.
     """
 
+    _digest: str  # of all documents that were read, each after the hash before it
+
     def __init__(
         self,
         given: Any,

@@ -250,7 +250,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
     text = _read(file, named=file == path)
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    files = TokenizerFiles(*(_json_object(file.parent / name) for name in names), where=str(file.parent))
+    config, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
+    files = TokenizerFiles(config, special_tokens_map, added_tokens, str(file.parent))
     backend = _backend(text, files, file)
     settings, template = files.settings(), file.parent / "chat_template.jinja"
     if os.path.lexists(template):

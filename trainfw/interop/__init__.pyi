@@ -14,7 +14,6 @@ from .paths import read_model_config as read_model_config
 from .peft import is_peft as is_peft
 from .peft import peft_copies as peft_copies
 from .peft import peft_fields as peft_fields
-from .peft import peft_problem as peft_problem
 from .peft import read_peft as read_peft
 from .peft import save_peft as save_peft
 from .saving import Saved as Saved

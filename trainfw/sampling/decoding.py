@@ -108,22 +108,15 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
     states = tuple(gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
     layers = _views(states, model.config.num_layers)
-    joined: tuple[dict[str, jax.Array], ...] = ({},) * len(layers)
+    joined: tuple[dict[str, jax.Array], ...] = tuple({} for _ in layers)
     if kernels is not None and (groups := _joinable(model)):
         join = jax.jit(kernels.joined, static_argnums=1)
-        kernels_of = [
-            {_name(path): v.get_value() for state in layer for path, v in nnx.to_flat_state(state)} for layer in layers
-        ]
-        joined = tuple(
-            {
+        for layer, products in zip(layers, joined):
+            of = {_name(path): v.get_value() for state in layer for path, v in nnx.to_flat_state(state)}
+            for group in groups:
                 # One row takes a kernel as it lies: no copy.
-                " ".join(group): (join if rows > 1 or len(group) > 1 else kernels.joined)(
-                    [of[f"{path}.kernel"] for path in group], rows
-                )
-                for group in groups
-            }
-            for of in kernels_of
-        )
+                make = join if rows > 1 or len(group) > 1 else kernels.joined
+                products[" ".join(group)] = make([of[f"{path}.kernel"] for path in group], rows)
         names = {f"{path}.kernel" for group in groups for path in group}
         layers = tuple(tuple(_without(state, names) for state in layer) for layer in layers)
     weights = DecodingWeights(layers, joined)
@@ -169,14 +162,13 @@ def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
 
 def _joinable(model: Transformer) -> list[tuple[str, ...]]:
     """List the groups of linear maps, by path, that are plain matrices in float32 without adapters."""
-    joinable = []
-    for owner, groups in _GROUPS.items():
-        module = getattr(model.layers, owner)
-        for names in () if isinstance(module, MoE) else groups:
-            linears = [getattr(module, name) for name in names]
-            if all(_plain(linear) for linear in linears):
-                joinable.append(tuple(f"{owner}.{name}" for name in names))
-    return joinable
+    modules = {owner: getattr(model.layers, owner) for owner in _GROUPS}
+    return [
+        tuple(f"{owner}.{name}" for name in names)
+        for owner, module in modules.items()
+        for names in (() if isinstance(module, MoE) else _GROUPS[owner])
+        if all(_plain(getattr(module, name)) for name in names)
+    ]
 
 
 def _plain(linear: Linear) -> bool:
@@ -238,10 +230,12 @@ def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) ->
         paths = [path.split(".") for path in key.split()]
         owners = [getattr(layer, owner) for owner, _ in paths]
         linears = [getattr(owner, name) for owner, (_, name) in zip(owners, paths)]
-        widths = [linear.kernel.get_value().shape[-1] for linear in linears]
         product = _once(functools.partial(_product, kernels, w))
-        for owner, (_, name), linear, part in zip(owners, paths, linears, _slices(widths)):
-            setattr(owner, name, _Part(product, part, linear.bias))
+        start = 0
+        for owner, (_, name), linear in zip(owners, paths, linears):
+            end = start + linear.kernel.get_value().shape[-1]
+            setattr(owner, name, _Part(product, slice(start, end), linear.bias))
+            start = end
 
 
 def _product(kernels: Any, w: jax.Array, x: jax.Array) -> jax.Array:
@@ -257,11 +251,6 @@ class _Part:
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)[:, self.part].reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-
-def _slices(widths: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(widths).tolist()
-    return [slice(end - width, end) for width, end in zip(widths, ends)]
 
 
 def _once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -15,7 +15,7 @@ from trainfw.adapters import AdapterConfig
 from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
-from trainfw.formats import FLOATS
+from trainfw.formats import FLOATS, Tensors
 from trainfw.interop import (
     ModelSource,
     ParameterTensors,
@@ -71,19 +71,17 @@ def export_model(
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
         return _export_adapter(source, out, step)
-    return taking_the_next(lambda: _export_model(source, out, format, dtype, step, progress), step)
 
+    def export() -> str:
+        base = open_base(source, step)
+        check_tokenizer(source, base.config)
+        if format == "gguf":
+            return _write_gguf(base, source, out, dtype)
+        if isinstance(base, ModelSource):
+            return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
+        return write_model(base, source, out, dtype, progress)
 
-def _export_model(
-    source: str, out: str, format: Format, dtype: str | None, step: int | None, progress: Progress | None
-) -> str:
-    base = open_base(source, step)
-    check_tokenizer(source, base.config)
-    if format == "gguf":
-        return _write_gguf(base, source, out, dtype, progress)
-    if isinstance(base, ModelSource):
-        return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
-    return write_model(base, source, out, dtype, progress)
+    return taking_the_next(export, step)
 
 
 def merge_adapter(
@@ -131,8 +129,7 @@ def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
     options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
     return (
         f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
-        f"BitsAndBytesConfig({options}), "
-        f"or let `trainfw merge {run} --out MODEL` make one model of both"
+        f"BitsAndBytesConfig({options}), or let `trainfw merge {run} --out MODEL` make one model of both"
     )
 
 
@@ -180,7 +177,7 @@ def write_model(
     return str(saved)
 
 
-def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
     kind = (dtype or "float16").lower()
     if kind not in _QUANTIZATIONS:
         raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
@@ -188,11 +185,11 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: 
         raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
     config = decoder_config(base.config, source)
     huggingface = config_to_huggingface(config, extra=_extra(base, source))
-    tensors = (
-        base.used()
-        if isinstance(base, ModelSource)
-        else ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
-    )
+    tensors: Tensors
+    if isinstance(base, ModelSource):
+        tensors = base.used()
+    else:
+        tensors = ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
@@ -248,11 +245,8 @@ def _extra(base: Weights, source: str) -> dict[str, object]:
 
 def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """Return a run's tokenizer, changed to start texts like the run's documents: with bos, unless they were chats."""
-    if not is_run(source):
-        return tokenizer
-    if run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]:
-        return tokenizer
-    return tokenizer.starting_texts()
+    alike = not is_run(source) or run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]
+    return tokenizer if alike else tokenizer.starting_texts()
 
 
 def _companions(source: str, base: Weights, opened: Weights | None = None) -> Callable[[Path], None]:
@@ -272,11 +266,8 @@ def _companions(source: str, base: Weights, opened: Weights | None = None) -> Ca
             written = _as_trained(tokenizer, source)
             if not (directory / "tokenizer.json").exists() or written is not tokenizer:
                 written.save(directory)
-        file = directory / GENERATION
-        if file.exists():
-            tokens = read_json(file)
-        else:
-            tokens = {key: _extra(opened, source).get(key) for key in ("bos_token_id", "eos_token_id")}
+        file, names = directory / GENERATION, ("bos_token_id", "eos_token_id")
+        tokens = read_json(file) if file.exists() else {name: _extra(opened, source).get(name) for name in names}
         if tokenizer is not None and not isinstance(base, ModelSource):
             named = tokens.get("eos_token_id")
             stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]

@@ -39,7 +39,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"no {file}: a GGUF file holds the model's tokenizer")
-    form, settings = _json(file), _json(directory / "tokenizer_config.json", absent={})
+    form, settings = _json(file), _json(directory / "tokenizer_config.json")
     model = form.get("model") or {}
     if model.get("type") != "BPE":
         raise UserError(f"{file}: a {model.get('type')} tokenizer has no place in a GGUF file: expected BPE")
@@ -63,25 +63,27 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         metadata = _sentencepiece(file, form, tokens, types, merges, ids)
+    elif merges:
+        metadata = {
+            f"{_GGML}.model": "gpt2",
+            f"{_GGML}.pre": _pre_tokenizer(file, form),
+            f"{_GGML}.merges": [" ".join(merge) for merge in merges],
+            f"{_GGML}.add_space_prefix": False,
+        }
     else:
-        metadata = _byte_level(file, form, tokens, types, merges)
+        raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
     metadata |= {f"{_GGML}.tokens": tokens, f"{_GGML}.token_type": types}
-    roles = _json(directory / "special_tokens_map.json", absent={}) | settings
-    names = {}
-    for role, key in ROLES.items():
-        name = roles.get(role)
-        name = name.get("content") if isinstance(name, dict) else name
-        if name in ids:
-            names[role] = name
-            metadata[f"{_GGML}.{key}"] = ids[name]
+    roles = _json(directory / "special_tokens_map.json") | settings
+    contents = {role: name.get("content") if isinstance(name, dict) else name for role, name in roles.items()}
+    names = {role: contents[role] for role in ROLES if contents.get(role) in ids}
+    metadata |= {f"{_GGML}.{ROLES[role]}": ids[name] for role, name in names.items()}
     eos = metadata.get(f"{_GGML}.eos_token_id")
-    stops = _json(directory / "generation_config.json", absent={}).get("eos_token_id")
+    stops = _json(directory / "generation_config.json").get("eos_token_id")
     others = [id_ for id_ in (stops if isinstance(stops, list) else [stops]) if id_ not in (None, eos)]
     if len(others) > len(STOPS):
-        listed = ", ".join(map(str, others))
         raise UserError(
-            f"{directory}: generation stops at the tokens {listed} besides eos, and a GGUF file has a place for "
-            f"{len(STOPS)}: take some out of generation_config.json's eos_token_id"
+            f"{directory}: generation stops at the tokens {', '.join(map(str, others))} besides eos, and a GGUF file "
+            f"has a place for {len(STOPS)}: take some out of generation_config.json's eos_token_id"
         )
     metadata |= {f"{_GGML}.{key}": id_ for key, id_ in zip(STOPS, others)}
     before, after = _around(form.get("post_processor"))
@@ -93,31 +95,14 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     return metadata
 
 
-def _byte_level(
-    file: Path, form: dict[str, object], tokens: list[str], types: list[int], merges: list[tuple[str, ...]]
-) -> dict[str, object]:
-    if not merges:
-        raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
-    return {
-        f"{_GGML}.model": "gpt2",
-        f"{_GGML}.pre": _pre_tokenizer(file, form),
-        f"{_GGML}.merges": [" ".join(merge) for merge in merges],
-        f"{_GGML}.add_space_prefix": False,
-    }
-
-
 def _pre_tokenizer(file: Path, form: dict[str, Any]) -> str:
     """Return the name by which llama.cpp cuts text like this tokenizer. Raises UserError where it has none."""
     normalizer = (form.get("normalizer") or {}).get("type")
     steps = canonical(form.get("pre_tokenizer"))
     whole = form["model"].get("ignore_merges", False)
-    alike = [
-        name
-        for name, pre in PRE_TOKENIZERS.items()
-        if canonical(pre.form) == steps and normalizer in (None, pre.normalizer)
-    ]
-    for name in sorted(alike, key=lambda name: PRE_TOKENIZERS[name].normalizer != normalizer):
-        if PRE_TOKENIZERS[name].ignore_merges or not whole:
+    for name, pre in sorted(PRE_TOKENIZERS.items(), key=lambda item: item[1].normalizer != normalizer):
+        cuts_alike = canonical(pre.form) == steps and normalizer in (None, pre.normalizer)
+        if cuts_alike and (pre.ignore_merges or not whole):
             return name
     raise UserError(
         f"{file}: llama.cpp has no name for how this tokenizer cuts text, and would cut it otherwise; "
@@ -156,11 +141,8 @@ def _sentencepiece(
             "which is all that a GGUF file can say"
         )
     scores = [0.0] * len(tokens)
-    for token, rank in ranks.items():
+    for token, rank in (dict.fromkeys(needed, len(ranks)) | ranks).items():
         scores[ids[token]] = -float(rank)
-    for token, id_ in plain.items():
-        if token not in ranks and types[id_] == NORMAL:
-            scores[id_] = -float(len(ranks))
     return {
         f"{_GGML}.model": "llama",
         f"{_GGML}.pre": "default",
@@ -181,24 +163,21 @@ def _space_prefix(file: Path, form: dict[str, Any]) -> bool:
         case None, {"type": "Metaspace", "replacement": "▁"}:
             # Texts that start with a space differ from llama.cpp, as with files of llama.cpp's own converter.
             return form["pre_tokenizer"].get("prepend_scheme", "always") != "never"
-    raise UserError(
-        f"{file}: byte_fallback without SentencePiece's spaces ({SPACE}): llama.cpp would cut text otherwise"
-    )
+    problem = f"byte_fallback without SentencePiece's spaces ({SPACE})"
+    raise UserError(f"{file}: {problem}: llama.cpp would cut text otherwise")
 
 
 def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
     """Return the special tokens that a post-processor puts before and after a text."""
-    before: set[str] = set()
-    after: set[str] = set()
+    sides: tuple[set[str], set[str]] = set(), set()
     for step in (post or {}).get("processors") or [post or {}]:
-        if step.get("type") == "TemplateProcessing":
-            seen = before
-            for piece in step.get("single") or ():
-                if "Sequence" in piece:
-                    seen = after
-                else:
-                    seen.add(piece["SpecialToken"]["id"])
-    return before, after
+        after = False
+        for piece in (step.get("single") or ()) if step.get("type") == "TemplateProcessing" else ():
+            if "Sequence" in piece:
+                after = True
+            else:
+                sides[after].add(piece["SpecialToken"]["id"])
+    return sides
 
 
 def _chat_template(directory: Path, settings: dict[str, object]) -> str | None:
@@ -211,5 +190,5 @@ def _chat_template(directory: Path, settings: dict[str, object]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _json(file: Path, absent: dict[str, Any] | None = None) -> dict[str, Any]:
-    return absent if absent is not None and not file.is_file() else read_json(file, TOKENIZER_LIMIT)
+def _json(file: Path) -> dict[str, Any]:
+    return read_json(file, TOKENIZER_LIMIT) if file.is_file() else {}
