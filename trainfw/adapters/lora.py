@@ -14,9 +14,6 @@ from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
 from trainfw.parallel import all_reduce, axis_index, gather_weight
 from trainfw.quantization import Quantized
 
-_SPLIT_INPUTS = ("heads", "mlp")
-"""Names of input dims that are split over `tensor` in a product."""
-
 
 class LoRA(nnx.Module):
     """A low-rank update: y + s (x A) B; with a magnitude m, by columns, (m / |W + s A B|) (y + s (x A) B).
@@ -54,15 +51,14 @@ class LoRA(nnx.Module):
 
     def _dropout(self, x: jax.Array) -> jax.Array:
         part = axis_index("tensor") if self._splits_inputs else jnp.int32(0)
-        key = active_inputs().draws(self.salt, part) if self.dropout else None
-        if key is None:
+        if not self.dropout or (key := active_inputs().draws(self.salt, part)) is None:
             return x
         mask = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
         return jnp.where(mask, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
 
     @property
     def _splits_inputs(self) -> bool:
-        return self.lora_a.axes[-2] in _SPLIT_INPUTS
+        return self.lora_a.axes[-2] in ("heads", "mlp")  # split over `tensor` in a product
 
     def _factor(self, kernel: jax.Array | Quantized) -> jax.Array:
         """Return m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
