@@ -20,6 +20,8 @@ Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
 ReadRows = Callable[[Path, Choose], Iterator[dict[str, Any]]]
 """Function that yields the rows of the table at a path, with the chosen columns."""
+SAVED = "/"
+"""Kind of a saved dataset, which is a directory."""
 _Convert = Callable[[Any], Any]
 _TEXT = ("string", "large_string", "string_view")
 

@@ -126,6 +126,10 @@ def prepare_tokens(config: DataConfig, rows: Sequence[Any]) -> PreparedData:
     return PreparedData(train, validation, tokenizer, None, f"{train.digest} {validation.digest}")
 
 
+_Tokenised = tuple[str, list[int], str, list[bool] | None]
+"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
+
+
 class _Cache:
     """The directory of one source's tokens, which is made, and made again where it is damaged."""
 
@@ -174,7 +178,7 @@ class _Cache:
         remove()
         partial.mkdir()
         with about("source"), removed_by_signal(remove):
-            digests = _build(partial, self._fingerprint, self._config, source, self._tokenizer, self._progress)
+            digests = self._build(partial, source)
         if self._digests and digests != self._digests:
             raise UserError(f"what its source gives now is other data (digests {digests}, not {self._digests})")
         sync_tree(partial)
@@ -223,6 +227,78 @@ class _Cache:
         gzip = meta["gzip_bits_per_byte"] if validation.num_bytes >= GZIP_BYTES else None
         remarks = tuple(meta["remarks"])
         return PreparedData(train, validation, tokenizer, gzip, self._fingerprint, refused, remarks), ""
+
+    def _build(self, directory: Path, source: Source) -> list[str]:
+        """Write both splits and return their digests."""
+        config, tokenizer, progress = self._config, self._tokenizer, self._progress
+        if tokenizer is None:
+            assert config.tokenizer.vocab_size is not None
+            texts = (document.text for document in self._documents(source))
+            training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
+            tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, progress)
+        tokenizer.save(directory / "tokenizer")
+
+        gzip = zlib.compressobj(level=9, wbits=31)
+        gzip_bytes = 0
+        encoder: Encoder | None = None
+        tokenised, thing, group = self._tokenised(source, tokenizer), "document", 1
+        if config.format != "text":
+            pairs = config.format == "preferences"
+            encoder = (PairEncoder if pairs else Encoder)(config, tokenizer)
+            tokenised = self._encoded(source, encoder)
+            thing, group = ("pair", 2) if pairs else ("example", 1)
+        new = functools.partial(StoreWriter, directory, examples=encoder is not None, group=group)
+        with ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(new(split, tokenizer.vocab_size, self._fingerprint))
+                for split in ("train", "validation")
+            }
+            for key, ids, text, learnt in tokenised:
+                data = text.encode()
+                held_out = is_held_out(key, config.validation_fraction)
+                writers["validation" if held_out else "train"].append(ids, len(data), learnt)
+                if held_out:
+                    gzip_bytes += len(gzip.compress(data))
+            gzip_bytes += len(gzip.flush())
+
+        infos = {split: writer.info() for split, writer in writers.items()}
+        refused = () if encoder is None else encoder.refusals.summary()
+        total = sum(info.num_documents // info.group for info in infos.values())
+        if not total and refused:
+            raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
+        for split, info in infos.items():
+            if info.num_documents == 0:
+                more = f"{thing}s{' (of JSONL and Parquet, each row is one)' if encoder is None else ''}"
+                raise UserError(
+                    f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
+                    f"{thing}(s); change the fraction, or give more {more}"
+                )
+        meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
+            "tokenizer": tokenizer.fingerprint(),
+            "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
+            "refused": [asdict(one) for one in refused],
+            "remarks": () if encoder is None else encoder.remarks(),
+        }
+        meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
+        (directory / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
+        return [info.digest for info in infos.values()]
+
+    def _documents(self, source: Source) -> Iterator[Document]:
+        return itertools.islice(source.documents(), self._config.max_documents)
+
+    def _tokenised(self, source: Source, tokenizer: Tokenizer) -> Iterator[_Tokenised]:
+        documents = reported(self._documents(source), "Tokenising", source.num_documents(), self._progress)
+        texts = (document.text for document in documents)
+        while batch := list(first_bytes(texts, BATCH_BYTES)):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+                yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
+
+    def _encoded(self, source: Source, encoder: Encoder) -> Iterator[_Tokenised]:
+        rows = reported(itertools.islice(source.rows(), self._config.max_documents), "Tokenising", None, self._progress)
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            for one in encoder.encode(batch):
+                text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
+                yield one.key, one.ids, text, one.learnt
 
 
 def _digest(meta: dict[str, object]) -> str:
@@ -275,94 +351,3 @@ def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None
         settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
         state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings, stop_ids(tokenizer)]
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-
-
-def _build(
-    directory: Path,
-    fingerprint: str,
-    config: DataConfig,
-    source: Source,
-    tokenizer: Tokenizer | None,
-    progress: Progress | None,
-) -> list[str]:
-    """Write both splits and return their digests."""
-    if tokenizer is None:
-        assert config.tokenizer.vocab_size is not None
-        texts = (document.text for document in _documents(config, source))
-        training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
-        tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, progress)
-    tokenizer.save(directory / "tokenizer")
-
-    gzip = zlib.compressobj(level=9, wbits=31)
-    gzip_bytes = 0
-    encoder: Encoder | None = None
-    tokenised, thing, group = _tokenised(config, source, tokenizer, progress), "document", 1
-    if config.format != "text":
-        pairs = config.format == "preferences"
-        encoder = (PairEncoder if pairs else Encoder)(config, tokenizer)
-        tokenised = _encoded(config, source, encoder, progress)
-        thing, group = ("pair", 2) if pairs else ("example", 1)
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(
-                StoreWriter(
-                    directory, split, tokenizer.vocab_size, fingerprint, examples=encoder is not None, group=group
-                )
-            )
-            for split in ("train", "validation")
-        }
-        for key, ids, text, learnt in tokenised:
-            data = text.encode()
-            held_out = is_held_out(key, config.validation_fraction)
-            writers["validation" if held_out else "train"].append(ids, len(data), learnt)
-            if held_out:
-                gzip_bytes += len(gzip.compress(data))
-        gzip_bytes += len(gzip.flush())
-
-    infos = {split: writer.info() for split, writer in writers.items()}
-    refused = () if encoder is None else encoder.refusals.summary()
-    total = sum(info.num_documents // info.group for info in infos.values())
-    if not total and refused:
-        raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
-    for split, info in infos.items():
-        if info.num_documents == 0:
-            more = f"{thing}s{' (of JSONL and Parquet, each row is one)' if encoder is None else ''}"
-            raise UserError(
-                f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
-                f"{thing}(s); change the fraction, or give more {more}"
-            )
-    meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
-        "tokenizer": tokenizer.fingerprint(),
-        "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
-        "refused": [asdict(one) for one in refused],
-        "remarks": () if encoder is None else encoder.remarks(),
-    }
-    meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
-    (directory / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
-    return [info.digest for info in infos.values()]
-
-
-_Tokenised = tuple[str, list[int], str, list[bool] | None]
-"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
-
-
-def _tokenised(
-    config: DataConfig, source: Source, tokenizer: Tokenizer, progress: Progress | None
-) -> Iterator[_Tokenised]:
-    documents = reported(_documents(config, source), "Tokenising", source.num_documents(), progress)
-    texts = (document.text for document in documents)
-    while batch := list(first_bytes(texts, BATCH_BYTES)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-            yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
-
-
-def _encoded(config: DataConfig, source: Source, encoder: Encoder, progress: Progress | None) -> Iterator[_Tokenised]:
-    rows = reported(itertools.islice(source.rows(), config.max_documents), "Tokenising", None, progress)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        for one in encoder.encode(batch):
-            text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
-            yield one.key, one.ids, text, one.learnt
-
-
-def _documents(config: DataConfig, source: Source) -> Iterator[Document]:
-    return itertools.islice(source.documents(), config.max_documents)

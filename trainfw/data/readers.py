@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.arrow import NotText, ReadRows, parquet_rows, saved_dataset_rows
+from trainfw.data.arrow import SAVED, NotText, ReadRows, parquet_rows, saved_dataset_rows
 from trainfw.data.compressed import LIMIT, open_plain
-from trainfw.data.files import SAVED
 from trainfw.data.json_values import WrittenTwice, json_values, not_json, unique
 from trainfw.errors import UserError, did_you_mean
 from trainfw.utf8 import decode_utf8, without_mark

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainfw.data.config import STDLIB, TASK_SOURCES, DataConfig
-from trainfw.data.files import Finder
+from trainfw.data.files import Finder, Input
 from trainfw.data.readers import READERS, ROW_READERS, Columns, Reader, read_python, read_text, why_no_rows
 from trainfw.data.stdlib import read_task
 from trainfw.errors import UserError
@@ -47,15 +47,6 @@ class Row(NamedTuple):
 
     id: str
     value: Any
-
-
-@dataclass(frozen=True)
-class Input:
-    """A file (or a saved dataset's directory) and how to read it; `name` is its path within its source."""
-
-    path: Path
-    name: str
-    read: Reader
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def open_source(config: DataConfig) -> Source:
     if STDLIB in names:
         raise UserError(f"source: {STDLIB} cannot be mixed with other sources")
     finder = Finder(readers, lambda path, kind: why_no_rows(path, columns) if kind == ".json" else None)
-    inputs = [Input(path, name, readers[kind]) for one in names for path, name, kind in finder.find(one)]
+    inputs = [one for name in names for one in finder.find(name)]
     return Source(tuple(inputs), columns, skipped=str(finder.skipped))
 
 

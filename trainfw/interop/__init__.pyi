@@ -21,5 +21,4 @@ from .saving import copy_model as copy_model
 from .saving import new_directory as new_directory
 from .saving import save_model as save_model
 from .source import ModelSource as ModelSource
-from .source import load_params as load_params
 from .source import open_model as open_model

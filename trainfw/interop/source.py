@@ -219,27 +219,6 @@ def _open_tensors(path: Path, kind: str) -> Tensors:
     return SafetensorsTensors(path)
 
 
-def load_params(
-    source: ModelSource,
-    abstract: Mapping[str, object],
-    layer_order: Sequence[int] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, object]:
-    """Load the parameters as nested dicts of arrays (`nnx.to_pure_dict`), in the dtypes and shardings of `abstract`.
-
-    They are loaded one at a time: the host holds about the largest part of a device.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(dict(abstract))[0]
-    sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]
-    total, done, arrays = sum(sizes) // 2**20, 0, []
-    for (keys, leaf), size in zip(leaves, sizes):
-        arrays.append(source.read(".".join(str(key.key) for key in keys), leaf, layer_order))
-        done += size
-        if progress is not None:
-            progress("loading, MB", done // 2**20, total)
-    return jax.tree.unflatten(jax.tree.structure(dict(abstract)), arrays)
-
-
 def _some(names: set[str]) -> str:
     """List the first few names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

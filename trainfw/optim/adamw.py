@@ -44,6 +44,5 @@ def two_moments(name: str, shape: tuple[int, ...], parts: int) -> int:
 
 
 ADAMW = Optimizer(
-    make_adamw,
-    Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments),
+    make_adamw, Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments)
 )

@@ -6,9 +6,8 @@ layer's weights out of the stacked ones, which takes most of its time; here each
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,10 +35,7 @@ from trainfw.models import (
 
 Tree = TypeVar("Tree")
 
-_GROUPS = {
-    "attention": (("query", "key", "value"), ("output",)),
-    "mlp": (("gate", "up"), ("down",)),
-}
+_GROUPS = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate", "up"), ("down",))}
 """Groups of a layer's linear maps that share an input."""
 
 
@@ -230,36 +226,32 @@ def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) ->
         paths = [path.split(".") for path in key.split()]
         owners = [getattr(layer, owner) for owner, _ in paths]
         linears = [getattr(owner, name) for owner, (_, name) in zip(owners, paths)]
-        product = _once(functools.partial(_product, kernels, w))
-        start = 0
+        product, start = _Product(kernels, w), 0
         for owner, (_, name), linear in zip(owners, paths, linears):
             end = start + linear.kernel.get_value().shape[-1]
             setattr(owner, name, _Part(product, slice(start, end), linear.bias))
             start = end
 
 
-def _product(kernels: Any, w: jax.Array, x: jax.Array) -> jax.Array:
-    return kernels.product(x.reshape(-1, x.shape[-1]), w)
+class _Product:
+    """A product with joined kernels, computed once for the same argument."""
+
+    def __init__(self, kernels: Any, w: jax.Array):
+        self.kernels, self.w = kernels, w
+        self.last: tuple[jax.Array, jax.Array] | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.last is None or self.last[0] is not x:
+            self.last = x, self.kernels.product(x.reshape(-1, x.shape[-1]), self.w)
+        return self.last[1]
 
 
 class _Part:
     """A linear map whose results are some columns of a product."""
 
-    def __init__(self, product: Callable[[jax.Array], jax.Array], part: slice, bias: nnx.Param | None):
+    def __init__(self, product: _Product, part: slice, bias: nnx.Param | None):
         self.product, self.part, self.bias = product, part, bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)[:, self.part].reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-
-def _once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Return a function that calls `function` once for the same argument."""
-    last: list[tuple[jax.Array, jax.Array]] = []
-
-    def call(x: jax.Array) -> jax.Array:
-        if not last or last[0][0] is not x:
-            last[:] = [(x, function(x))]
-        return last[0][1]
-
-    return call

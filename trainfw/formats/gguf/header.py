@@ -148,17 +148,12 @@ def _joined(part: Header, count: int) -> Header:
     return Header(files[0], parts[0].metadata, tensors)
 
 
-@dataclass
 class _Walk:
     """A position in the header, with reads that stay inside the file."""
 
-    file: Path
-    stream: BinaryIO
-
-    def __post_init__(self) -> None:
-        self.size = os.fstat(self.stream.fileno()).st_size
-        self.data = self.stream.read(MAX_HEADER)
-        self.at = 0
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.size, self.at = file, os.fstat(stream.fileno()).st_size, 0
+        self.data = stream.read(MAX_HEADER)
 
     def fail(self, problem: str) -> UserError:
         return UserError(f"{self.file}: {problem} (at byte {self.at} of {self.size})")
