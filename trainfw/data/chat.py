@@ -106,9 +106,9 @@ class ChatTemplate:
         """Fields of `templates.Template`, as long as the tokens that end a turn are unknown."""
         return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
+    def _ask(self, what: str, *arguments: Any) -> Any:
         with self._blamed():
-            return helper.call(f"templates:{function}", self._fields, *arguments)
+            return helper.call("templates:ask", self._fields, what, *arguments)
 
     @contextlib.contextmanager
     def _blamed(self) -> Iterator[None]:

@@ -8,21 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainfw.data import messages as checks
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
-from trainfw.data.messages import (
-    MEANINGFUL,
-    Unusable,
-    begun,
-    check_something_learnt,
-    checked_message,
-    checked_row,
-    checked_text,
-    is_learnt,
-    strings_in,
-    system_beside,
-    tools_beside,
-)
 from trainfw.data.sources import Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import Message, Span, TemplateProblem, Written
@@ -126,7 +114,7 @@ class Encoder:
         for row in rows:
             try:
                 usable.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), row.id)
         texts: list[Text] = []
         for one, written in zip(usable, self._as_texts(usable), strict=True):
@@ -138,7 +126,7 @@ class Encoder:
         for text, (ids, learnt) in zip(texts, self._as_tokens(texts), strict=True):
             try:
                 yield self._counted(self._fitted(ids, learnt, text.key))
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), text.id)
 
     def remarks(self) -> tuple[str, ...]:
@@ -176,56 +164,56 @@ class Encoder:
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
-            lead = "warning: " if MEANINGFUL & set(self._unread) else ""
+            lead = "warning: " if checks.MEANINGFUL & set(self._unread) else ""
             lines.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
         return tuple(lines)
 
     # --- A row as text ------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Row) -> Conversation:
-        config, value = self.config, checked_row(row.value)
+        config, value = self.config, checks.checked_row(row.value)
         field = config.messages_field
         messages = value.get(field)
         if not isinstance(messages, list) or not messages:
-            raise Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
-        messages = [*system_beside(value), *(checked_message(message) for message in messages)]
-        learnt = [is_learnt(message, config.loss_on) for message in messages]
-        tools = tools_beside(value)
-        check_something_learnt(messages, learnt, config.loss_on)
-        return self._conversation(row.id, *begun(messages, learnt, config.system_prompt), tools)
+            raise checks.Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
+        messages = [*checks.system_beside(value), *(checks.checked_message(message) for message in messages)]
+        learnt = [checks.is_learnt(message, config.loss_on) for message in messages]
+        tools = checks.tools_beside(value)
+        checks.check_something_learnt(messages, learnt, config.loss_on)
+        return self._conversation(row.id, *checks.begun(messages, learnt, config.system_prompt), tools)
 
     def _pair(self, row: Row) -> Text | Conversation:
-        config, value = self.config, checked_row(row.value)
+        config, value = self.config, checks.checked_row(row.value)
         texts = []
         for field in (config.prompt_field, config.completion_field):
             if field not in value:
-                raise Unusable(f"no {field!r}")
+                raise checks.Unusable(f"no {field!r}")
             if isinstance(value[field], list):
-                raise Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
+                raise checks.Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
             if not isinstance(value[field], str):
-                raise Unusable(f"{field!r} is not text")
-            texts.append(checked_text(value[field], repr(field)))
+                raise checks.Unusable(f"{field!r} is not text")
+            texts.append(checks.checked_text(value[field], repr(field)))
         prompt, completion = texts
         if not completion.strip():
-            raise Unusable(f"{config.completion_field!r} is empty")
+            raise checks.Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
             return Text.joined(row.id, prompt, completion)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return self._conversation(row.id, *begun(messages, [False, True], config.system_prompt), None)
+        return self._conversation(row.id, *checks.begun(messages, [False, True], config.system_prompt), None)
 
     def _conversation(
         self, id_: str, messages: list[Message], learnt: list[bool], key: str, tools: list[object] | None
     ) -> Conversation:
         template = self._template_of(tools)
         try:
-            for text in strings_in([messages, tools]):
-                checked_text(text, "a message")
+            for text in checks.strings_in([messages, tools]):
+                checks.checked_text(text, "a message")
                 if marker := template.marker_pattern.search(text):
                     is_special = marker[0] in self.tokenizer.special_tokens
                     why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
-                    raise Unusable(f"a message holds {marker[0]!r}, which {why}")
+                    raise checks.Unusable(f"a message holds {marker[0]!r}, which {why}")
         except RecursionError:
-            raise Unusable("a message is nested too deeply") from None
+            raise checks.Unusable("a message is nested too deeply") from None
         return Conversation(id_, messages, learnt, tools, key)
 
     def _template_of(self, tools: list[object] | None) -> ChatTemplate:
@@ -288,12 +276,12 @@ class Encoder:
         if learnt:
             learnt[0] = False  # nothing comes before it
         if True not in learnt:
-            raise Unusable("nothing to learn")
+            raise checks.Unusable("nothing to learn")
         end = len(learnt) - learnt[::-1].index(True)
         # The last token is predicted, and never an input.
         room = self.config.sequence_length + 1
         if end > room and (self.config.too_long == "refuse" or True not in learnt[:room]):
-            raise Unusable(f"longer than sequence_length = {self.config.sequence_length}")
+            raise checks.Unusable(f"longer than sequence_length = {self.config.sequence_length}")
         kept = min(end, room)
         kept -= learnt[:kept][::-1].index(True)
         return Example(ids[:kept], learnt[:kept], key, cut=end > room)

@@ -119,7 +119,7 @@ class Template:
         return self._compiled[1].used  # compiling it finds the tags
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
         """Render the conversation as text. Raises TemplateProblem where the template refuses it."""
         compiled, _ = self._compiled
@@ -196,17 +196,10 @@ def _raise(message: str) -> None:
 _template = functools.lru_cache(maxsize=8)(Template)
 
 
-def has_generation_tags(fields: tuple[object, ...]) -> bool:
-    """Compile the template and tell whether it has such tags. Raises UserError where it cannot be read."""
-    return _template(*fields).has_generation_tags
-
-
-def render(fields: tuple[Any, ...], messages: list[Message], add_generation_prompt: bool, tools: Any) -> str:
-    return _template(*fields).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-
-
-def check_context(fields: tuple[Any, ...], messages: list[Message], tools: Any) -> None:
-    _template(*fields).check_context(messages, tools)
+def ask(fields: tuple[Any, ...], what: str, *arguments: Any) -> Any:
+    """Return an attribute of the template, or what its method returns."""
+    asked = getattr(_template(*fields), what)
+    return asked(*arguments) if arguments else asked
 
 
 def write(fields: tuple[Any, ...], messages: list[Message], learnt: list[bool], tools: Any) -> list[dict[str, Any]]:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
+from trainfw import interop
 from trainfw.adapters import AdapterConfig
 from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
 from trainfw.formats import FLOATS, Tensors
-from trainfw.interop import (
-    ModelSource,
-    ParameterTensors,
-    config_to_huggingface,
-    copy_model,
-    decoder_config,
-    is_peft,
-    open_model,
-    parameter_shapes,
-    save_gguf,
-    save_model,
-    save_peft,
-    window_note,
-)
 from trainfw.json_text import read_json
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.open import (
@@ -77,8 +66,9 @@ def export_model(
         check_tokenizer(source, base.config)
         if format == "gguf":
             return _write_gguf(base, source, out, dtype)
-        if isinstance(base, ModelSource):
-            return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
+        if isinstance(base, interop.ModelSource):
+            companions = functools.partial(_Beside(source, base).write, trained=False)
+            return str(interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress))
         return write_model(base, source, out, dtype, progress)
 
     return taking_the_next(export, step)
@@ -110,13 +100,14 @@ def merge_adapter(
 
 
 def _export_adapter(source: str, out: str, step: int | None) -> str:
-    if is_peft(source):
+    if interop.is_peft(source):
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use format hf")
     recipe = run_recipe(source)
     adapter = read_adapter(source, recipe.model, step)
-    save_peft(out, adapter.config, adapter.arrays, decoder_config(recipe.model, source), recipe.model.from_)
+    model = interop.decoder_config(recipe.model, source)
+    interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
     return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
@@ -147,7 +138,7 @@ def _stops_elsewhere(run: str, base: str | None) -> str:
 
 def _reader(base: Weights) -> Callable[[str], np.ndarray]:
     """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
-    shapes = parameter_shapes(base.config)
+    shapes = interop.parameter_shapes(base.config)
     return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
 
 
@@ -165,15 +156,10 @@ def write_model(
     Args:
         origin: what is at `source`, where the weights are no more those.
     """
-    saved = save_model(
-        out,
-        decoder_config(base.config, source),
-        _reader(base),
-        dtype=dtype or base.dtype,
-        extra=_extra(origin or base, source),
-        companions=_companions(source, base, origin),
-        progress=progress,
-    )
+    beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
+    dtype, extra = dtype or base.dtype, beside.extra()
+    read, companions = _reader(base), beside.write
+    saved = interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
     return str(saved)
 
 
@@ -183,38 +169,25 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
         raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
     if Path(out).exists():
         raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
-    config = decoder_config(base.config, source)
-    huggingface = config_to_huggingface(config, extra=_extra(base, source))
+    config = interop.decoder_config(base.config, source)
+    huggingface = interop.config_to_huggingface(config, extra=_Beside(source, base).extra())
     tensors: Tensors
-    if isinstance(base, ModelSource):
+    if isinstance(base, interop.ModelSource):
         tensors = base.used()
     else:
-        tensors = ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+        tensors = interop.ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         try:
-            save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+            interop.save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
         except UserError as error:  # about copies of the tokenizer's files: name the files themselves
             own = Path(source) / "tokenizer" if is_run(source) else source
             raise UserError(str(error).replace(directory, str(own))) from error
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
-    return written + window_note(config)
-
-
-def _origin(base: Weights, source: str) -> ModelSource | None:
-    """Return the model on disk that config.json and further files come from; None where there is none."""
-    if isinstance(base, MergedBase):
-        return _origin(base.base, source)
-    if isinstance(base, ModelSource):
-        return base
-    try:
-        start = run_recipe(source).model.from_
-        return None if start is None or is_run(start) else open_model(start)
-    except UserError:  # it may be gone since the run began
-        return None
+    return written + interop.window_note(config)
 
 
 def _tokenizer(source: str) -> Tokenizer | None:
@@ -227,48 +200,66 @@ def _tokenizer(source: str) -> Tokenizer | None:
         return None
 
 
-def _same_tokenizer(source: str, origin: ModelSource) -> bool:
-    """Tell whether a run's tokenizer is that of the model which it started from."""
-    own, original = _tokenizer(source), _tokenizer(str(origin.path))
-    return own is None or (original is not None and original.fingerprint() == own.fingerprint())
-
-
-def _extra(base: Weights, source: str) -> dict[str, object]:
-    """Return keys of config.json: the origin's, and the tokens that begin and end a text."""
-    origin = _origin(base, source)
-    extra = {} if origin is None else dict(origin.huggingface)
-    if origin is None or not _same_tokenizer(source, origin):
-        tokenizer = load_tokenizer(source)
-        extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
-    return extra
-
-
 def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """Return a run's tokenizer, changed to start texts like the run's documents: with bos, unless they were chats."""
     alike = not is_run(source) or run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]
     return tokenizer if alike else tokenizer.starting_texts()
 
 
-def _companions(source: str, base: Weights, opened: Weights | None = None) -> Callable[[Path], None]:
-    """Return a function that writes the tokenizer of `source` into a directory, with the origin's other files.
+@dataclass(frozen=True)
+class _Beside:
+    """Files beside a model's weights: the tokenizer of `source`, and those of the model that it came from."""
 
-    These are written only where the tokenizer is the origin's. generation_config.json of a trained model names all
-    tokens at which generation stops here.
-    """
-    opened = opened or base
-    origin = _origin(opened, source)
+    source: str
+    base: Weights
+    """What is at `source`."""
 
-    def write(directory: Path) -> None:
-        if origin is not None and _same_tokenizer(source, origin):
-            origin.copy_companions(directory)
-        tokenizer = _tokenizer(source)
-        if tokenizer is not None:
-            written = _as_trained(tokenizer, source)
+    @cached_property
+    def origin(self) -> interop.ModelSource | None:
+        """Model on disk that config.json and further files come from; None where there is none."""
+        base = self.base.base if isinstance(self.base, MergedBase) else self.base
+        if isinstance(base, interop.ModelSource):
+            return base
+        try:
+            start = run_recipe(self.source).model.from_
+            return None if start is None or is_run(start) else interop.open_model(start)
+        except UserError:  # it may be gone since the run began
+            return None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return _tokenizer(self.source)
+
+    @cached_property
+    def shares_tokenizer(self) -> bool:
+        """Flag: there is an origin, which has no other tokenizer than `source`."""
+        if self.origin is None or self.tokenizer is None:
+            return self.origin is not None
+        original = _tokenizer(str(self.origin.path))
+        return original is not None and original.fingerprint() == self.tokenizer.fingerprint()
+
+    def extra(self) -> dict[str, object]:
+        """Return keys of config.json: the origin's, and the tokens that begin and end a text."""
+        extra = {} if self.origin is None else dict(self.origin.huggingface)
+        if not self.shares_tokenizer:
+            tokenizer = load_tokenizer(self.source)
+            extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+        return extra
+
+    def write(self, directory: Path, *, trained: bool = True) -> None:
+        """Write the tokenizer into a directory, and the origin's other files where it is the origin's.
+
+        generation_config.json of a `trained` model names all tokens at which generation stops here.
+        """
+        if self.origin is not None and self.shares_tokenizer:
+            self.origin.copy_companions(directory)
+        if (tokenizer := self.tokenizer) is not None:
+            written = _as_trained(tokenizer, self.source)
             if not (directory / "tokenizer.json").exists() or written is not tokenizer:
                 written.save(directory)
         file, names = directory / GENERATION, ("bos_token_id", "eos_token_id")
-        tokens = read_json(file) if file.exists() else {name: _extra(opened, source).get(name) for name in names}
-        if tokenizer is not None and not isinstance(base, ModelSource):
+        tokens = read_json(file) if file.exists() else {name: self.extra().get(name) for name in names}
+        if tokenizer is not None and trained:
             named = tokens.get("eos_token_id")
             stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]
             stops = list(dict.fromkeys(id_ for id_ in stops if id_ is not None))
@@ -276,5 +267,3 @@ def _companions(source: str, base: Weights, opened: Weights | None = None) -> Ca
         elif file.exists():
             return
         file.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
-
-    return write
