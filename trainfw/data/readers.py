@@ -129,26 +129,23 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 # --- Parquet and saved datasets ---------------------------------------------------------------------------------------
 
 
-def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Yield the document of each row of a table."""
+def _chosen(read_rows: ReadRows, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the columns of each row of a table; all but the first column may be absent."""
 
     def choose(present: list[str]) -> list[str]:
-        _check_column(columns[0], present, str(path), "column")
-        return [columns[0]]
+        _check_column(columns[0], present, str(path), "column", option)
+        return [column for column in columns if column in present]
 
-    for number, row in enumerate(read_rows(path, choose)):
+    return enumerate(read_rows(path, choose))
+
+
+def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    for number, row in _chosen(read_rows, path, columns, "text_field"):
         yield f"#{number}", _checked_text(row[columns[0]], columns[0], f"{path}, row {number}")
 
 
 def _examples(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
-    """Yield the example of each row of a table."""
-
-    def choose(present: list[str]) -> list[str]:
-        first, *others = columns  # a row that lacks one of the others is counted later
-        _check_column(first, present, str(path), "column", _FIELD_KEYS)
-        return [first, *(column for column in others if column in present)]
-
-    return ((f"#{number}", row) for number, row in enumerate(read_rows(path, choose)))
+    return ((f"#{number}", row) for number, row in _chosen(read_rows, path, columns, _FIELD_KEYS))
 
 
 READERS: dict[str, Reader] = {

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from trainfw import interop
 from trainfw.adapters import AdapterConfig
@@ -20,6 +22,7 @@ from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_i
 from trainfw.errors import UserError, did_you_mean
 from trainfw.formats import FLOATS, Tensors
 from trainfw.json_text import read_json
+from trainfw.models import FamilyConfig, LanguageModel
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.open import (
     Base,
@@ -267,3 +270,46 @@ class _Beside:
         elif file.exists():
             return
         file.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """The weights of a model as they are now."""
+
+    config: FamilyConfig
+    arrays: Mapping[str, jax.Array]
+    """Arrays by our names."""
+
+    @property
+    def dtype(self) -> str:
+        return str(self.arrays["embedding.table"].dtype)
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        array = self.arrays[name] if layer_order is None else self.arrays[name][jnp.asarray(layer_order)]
+        return array.astype(like.dtype)
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """A path that a model was loaded from: the `origin` of a loaded model."""
+
+    path: str
+    step: int | None
+
+    def save(self, model: LanguageModel, directory: str, dtype: str | None) -> str:
+        """Write `model` as a Hugging Face directory, and say what was written (see `LanguageModel.save`)."""
+        if model.adapter_names:
+            raise UserError(
+                f"a model with the adapters {', '.join(model.adapter_names)} beside it has no form of its own: save it "
+                "without them, or merge one (`trainfw merge`)"
+            )
+        of_adapter = is_run(self.path) and run_recipe(self.path).adapter is not None
+        opened = merge(self.path, None, self.step) if of_adapter else open_base(self.path, self.step)
+        check_tokenizer(self.path, opened.config)
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        arrays = {".".join(map(str, path)): variable.get_value() for path, variable in state}
+        weights: Weights = InMemory(model.config, arrays)
+        if isinstance(opened, MergedBase):
+            held = {name: np.asarray(array) for name, array in arrays.items() if ".adapter." in name}
+            weights = replace(opened, adapter=replace(opened.adapter, arrays=held))
+        return write_model(weights, self.path, directory, dtype, origin=opened)

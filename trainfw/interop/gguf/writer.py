@@ -246,8 +246,6 @@ def _encode(values: np.ndarray, stored: StoredTensor) -> bytes:
         limit = 65504.0 * (127 if stored.type == "Q8_0" else 1)
         if (worst := float(np.abs(values).max(initial=0))) > limit:
             raise UserError(f"tensor {stored.name} has a value of {worst:g}, beyond {stored.type}: use BF16 or F32")
-    if stored.type in ("F32", "F16"):
-        return values.astype({"F32": "<f4", "F16": "<f2"}[stored.type]).tobytes()
     return quants.quantize(values, GGMLQuantizationType[stored.type]).tobytes()
 
 
