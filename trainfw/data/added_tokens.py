@@ -107,17 +107,6 @@ class TokenizerFiles:
             if key not in (*_LISTS, "added_tokens_decoder")  # tokenizer.json holds these, once all tokens are added
         }
 
-    def _special(self) -> set[str]:
-        """Return the tokens that count as special in added_tokens.json: roles that are plain text, or in the map."""
-        roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
-        named = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
-        return {one for one in named if isinstance(one, str)} | {
-            one["content"]
-            for key, value in self.special_tokens_map.items()
-            for one in (value if key == _LISTS[0] else [value] if key in _ROLES else [])
-            if isinstance(one, Mapping) and "content" in one
-        }
-
     def _by_id(self, before: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
         """Return the tokens for which the files name an id."""
         if self._listed is not None:
@@ -128,7 +117,15 @@ class TokenizerFiles:
         for name, id_ in self.added_tokens.items():
             if not isinstance(id_, int) or id_ < 0:
                 raise UserError(f"{self.where}: added_tokens.json: {name!r} = {str(id_)[:40]!r}: expected its id")
-        special = self._special()
+        # Special are roles that are plain text, or in the map.
+        roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
+        plain = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
+        special = {one for one in plain if isinstance(one, str)} | {
+            one["content"]
+            for key, value in self.special_tokens_map.items()
+            for one in (value if key == _LISTS[0] else [value] if key in _ROLES else [])
+            if isinstance(one, Mapping) and "content" in one
+        }
         return {
             id_: AddedToken(name, normalized=name not in special, special=name in special)
             for name, id_ in self.added_tokens.items()

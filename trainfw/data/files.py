@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +19,6 @@ from trainfw.data.readers import Reader
 from trainfw.errors import UserError, did_you_mean
 
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
-_MANY = {
-    "directory": "directories",
-    "directory reached twice": "directories reached twice",
-    "directory that cannot be read": "directories that cannot be read",
-    "dangling link": "dangling links",
-    **{kind: f"{kind}s" for kind in _SPECIAL.values()},
-}
-"""Plurals of the kinds of skipped files that have one."""
 _SHOWN = 12
 """Most kinds of skipped files that are listed."""
 _Pattern = tuple[str, ...]
@@ -56,11 +49,16 @@ class Skipped:
         """Return a line such as `3 files skipped: 2 .csv, 1 suffixless (README)`; empty where there are none."""
         total = self.counts.total()
         shown = [
-            f"{n:,} {_MANY.get(kind, kind) if n > 1 else kind}{self._first[kind]}"
+            f"{n:,} {_several(kind) if n > 1 else kind}{self._first[kind]}"
             for kind, n in self.counts.most_common(_SHOWN)
         ]
         more = ", ..." if len(self.counts) > _SHOWN else ""
         return f"{total:,} file{'s' * (total > 1)} skipped: {', '.join(shown)}{more}" if total else ""
+
+
+def _several(kind: str) -> str:
+    kind = re.sub("^directory", "directories", kind)
+    return f"{kind}s" if kind in ("dangling link", *_SPECIAL.values()) else kind
 
 
 class Finder:

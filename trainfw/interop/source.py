@@ -63,10 +63,6 @@ class ModelSource:
             counts[str(info.dtype)] += info.size
         return counts.most_common(1)[0][0] if counts else "float32"
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(info.size for info in self.used().infos.values())
-
     def fingerprint(self) -> str:
         """Return a hash of names, shapes, dtypes and sampled values of every tensor that the model uses."""
         return self.used().fingerprint()

@@ -142,7 +142,10 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
     for role, ggml_role in TOKEN_ROLES.items():
         id_ = header.get(f"tokenizer.ggml.{ggml_role}_token_id", int, config["vocab_size"])
         config[f"{role}_token_id"] = id_ if 0 <= id_ < config["vocab_size"] else None
-    config["torch_dtype"] = _dtype(header)
+    sizes: Counter[str] = Counter()  # numbers of elements, by the dtype as which `GGUFTensors` reads them
+    for stored in header.tensors.values():
+        sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)
+    config["torch_dtype"] = sizes.most_common(1)[0][0]
     return config
 
 
@@ -215,11 +218,3 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
         f"rope.freq_base = {theta:g} with a factor of {' or '.join(f'{f:g}' for f in LLAMA3_FACTORS)}, "
         "the only scaling by frequency that is supported"
     )
-
-
-def _dtype(header: Header) -> str:
-    """Return the dtype of most elements, as `GGUFTensors` reads them."""
-    sizes: Counter[str] = Counter()
-    for stored in header.tensors.values():
-        sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)
-    return sizes.most_common(1)[0][0]
