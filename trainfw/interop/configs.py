@@ -111,7 +111,12 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
     family = _family(config)
     config = {key: value for key, value in config.items() if _counts(key, family)}
     hf = {**DEFAULTS, **family.defaults, **config}
-    _check_nulls(hf, family)
+    # A null in the place of a value: only in a few keys it means that something is off.
+    off = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
+    off |= set() if family.sliding == "every" else {"sliding_window"}
+    for key, default in (DEFAULTS | dict(family.defaults)).items():
+        if hf[key] is None and key not in off:
+            raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
     if hf["model_type"] == "gemma3_text" and hf.get("attn_logit_softcapping"):  # Transformers ignores it
         raise UserError(f"config.json: attn_logit_softcapping = {hf['attn_logit_softcapping']} of a gemma3_text")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
@@ -203,16 +208,6 @@ def _family(config: Mapping[str, Any]) -> Family:
     if model_type not in FAMILIES:
         raise UserError(f"config.json: model_type {short(model_type)} is not supported{one_of(model_type, FAMILIES)}")
     return FAMILIES[model_type]
-
-
-def _check_nulls(hf: Mapping[str, object], family: Family) -> None:
-    """Raise UserError for a null in the place of a value: only in a few keys it means that something is off."""
-    none = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
-    if family.sliding != "every":
-        none.add("sliding_window")
-    for key, default in (DEFAULTS | dict(family.defaults)).items():
-        if hf[key] is None and key not in none:
-            raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
 
 
 def _check_types(config: Mapping[str, object], where: str) -> None:

@@ -120,14 +120,3 @@ class ParameterTensors(Tensors):
             assert value.shape == shape, f"{path}: shape {value.shape}, but the model has {shape}"
             self._held = path, value
         return self._held[1]
-
-
-class PartOf(Tensors):
-    """Some of a checkpoint's tensors, in an order of their own."""
-
-    def __init__(self, tensors: Tensors, names: Sequence[str]):
-        self._tensors = tensors
-        self.infos: Mapping[str, TensorInfo] = {name: tensors.infos[name] for name in names}
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        return self._tensors.read(name, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 from trainfw.errors import UserError, did_you_mean
 from trainfw.formats import INDEX, SINGLE, SafetensorsTensors, Tensors, row_blocks
 from trainfw.interop.configs import config_from_huggingface, unread_keys
-from trainfw.interop.mapping import Parameter, PartOf, parameters
+from trainfw.interop.mapping import Parameter, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.json_text import TOKENIZER_LIMIT, json_object, read_member
 from trainfw.models import ModelConfig
@@ -69,7 +70,9 @@ class ModelSource:
 
     def used(self) -> Tensors:
         """Return the tensors that the model uses, in the order of our parameters, without a copy of a tied table."""
-        return PartOf(self.tensors, [name for parameter in self.parameters.values() for _, name in parameter.names()])
+        used = copy.copy(self.tensors)
+        used.infos = {name: self.tensors.infos[name] for each in self.parameters.values() for _, name in each.names()}
+        return used
 
     def check(self) -> None:
         """Compare names and shapes of the tensors with the config; read no more than a few values.
