@@ -92,21 +92,18 @@ class Encoder:
         self.refusals = Refusals()
         self._unread: Counter[str] = Counter()
         self._unmet: Counter[str] = Counter()
-        self._rows_apart = self._cut = self._untagged = self._straddling = 0
-        self._turns = self._stopping = 0
+        self._rows_apart = self._cut = self._untagged = self._straddling = self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
         self._template = ChatTemplate.of(tokenizer, config.date) if config.writes_turns else None
-        self._with_tools = self._template
-        if config.writes_turns:
-            with_tools = ChatTemplate.of(tokenizer, config.date, tools=True)
-            if with_tools != self._template:
-                self._with_tools = with_tools
-            if self._template is None:
-                other = "" if config.format == "chat" else "set chat_template: false, or "
-                raise UserError(
-                    f"format: {config.format}: the tokenizer has no chat template; {other}put one beside its "
-                    f"tokenizer.json: chat_template.jinja, or the key chat_template of tokenizer_config.json"
-                )
+        self._with_tools = ChatTemplate.of(tokenizer, config.date, tools=True) if config.writes_turns else None
+        if self._with_tools == self._template:
+            self._with_tools = self._template  # what is known of one is known of both
+        if config.writes_turns and self._template is None:
+            other = "" if config.format == "chat" else "set chat_template: false, or "
+            raise UserError(
+                f"format: {config.format}: the tokenizer has no chat template; {other}put one beside its "
+                f"tokenizer.json: chat_template.jinja, or the key chat_template of tokenizer_config.json"
+            )
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Yield the examples of the rows that can be used; `refusals` counts the others."""
@@ -155,8 +152,8 @@ class Encoder:
             turns = _plural(self._untagged, "turn")
             lines.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
         if self._cut:
-            length = self.config.sequence_length
-            lines.append(f"{_plural(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn")
+            length = f"sequence_length = {self.config.sequence_length}"
+            lines.append(f"{_plural(self._cut, 'example')} cut at {length}, before the end of a turn")
         if self._rows_apart:
             lines.append(
                 f"several examples of {_plural(self._rows_apart, 'row')}, since the chat template writes a turn "
@@ -184,7 +181,6 @@ class Encoder:
 
     def _pair(self, row: Row) -> Text | Conversation:
         config, value = self.config, checks.checked_row(row.value)
-        texts = []
         for field in (config.prompt_field, config.completion_field):
             if field not in value:
                 raise checks.Unusable(f"no {field!r}")
@@ -192,8 +188,8 @@ class Encoder:
                 raise checks.Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
             if not isinstance(value[field], str):
                 raise checks.Unusable(f"{field!r} is not text")
-            texts.append(checks.checked_text(value[field], repr(field)))
-        prompt, completion = texts
+            checks.check_text(value[field], repr(field))
+        prompt, completion = value[config.prompt_field], value[config.completion_field]
         if not completion.strip():
             raise checks.Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
@@ -207,7 +203,7 @@ class Encoder:
         template = self._template_of(tools)
         try:
             for text in checks.strings_in([messages, tools]):
-                checks.checked_text(text, "a message")
+                checks.check_text(text, "a message")
                 if marker := template.marker_pattern.search(text):
                     is_special = marker[0] in self.tokenizer.special_tokens
                     why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"

@@ -116,13 +116,12 @@ def check_something_learnt(messages: Sequence[Message], learnt: Sequence[bool], 
             raise Unusable("a message to learn is empty")
 
 
-def checked_text(text: str, name: str) -> str:
-    """Return the text. Raises Unusable where UTF-8 cannot write it."""
+def check_text(text: str, name: str) -> None:
+    """Raise Unusable where UTF-8 cannot write the text."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Unusable(f"{name} has a lone surrogate") from None
-    return text
 
 
 def strings_in(value: object) -> Iterator[str]:

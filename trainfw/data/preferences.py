@@ -54,12 +54,10 @@ class PairEncoder(Encoder):
                 raise checks.Unusable(f"no {field!r}")
             if not isinstance(value[field], str | list):
                 raise checks.Unusable(f"{field!r} is neither text nor a list of messages")
-        chosen, rejected = (value[field] for field in self._fields)
-        if type(chosen) is not type(rejected):
+        sides = [value[field] for field in self._fields]
+        if type(sides[0]) is not type(sides[1]):
             raise checks.Unusable("of {!r} and {!r}, one is text and the other a list".format(*self._fields))
-        if isinstance(chosen, str):
-            return self._of_texts(row.id, value, chosen, rejected)
-        return self._of_messages(row.id, value, chosen, rejected)
+        return (self._of_texts if isinstance(sides[0], str) else self._of_messages)(row.id, value, *sides)
 
     def _check_differ(self, chosen: object, rejected: object) -> None:
         if chosen == rejected:
@@ -73,7 +71,7 @@ class PairEncoder(Encoder):
                 f"no {field!r}" if prompt is None else f"{field!r} is not text, as {self._fields[0]!r} is"
             )
         for name, text in zip((field, *self._fields), (prompt, *sides)):
-            checks.checked_text(text, repr(name))
+            checks.check_text(text, repr(name))
             if not text.strip() and name != field:
                 raise checks.Unusable(f"{name!r} is empty")
         self._check_differ(*sides)

@@ -17,21 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trainfw import backends
-from trainfw.models import (
-    AdapterInputs,
-    Context,
-    DecoderLayer,
-    Frozen,
-    HeadCache,
-    KVCache,
-    Linear,
-    MoE,
-    Transformer,
-    gather_weights,
-    softcap,
-    use_inputs,
-)
+from trainfw import backends, models
 
 Tree = TypeVar("Tree")
 
@@ -44,7 +30,7 @@ _GROUPS = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate
 class LayerCaches:
     """Keys and values of the tokens decoded so far, as in `KVCache`, but with arrays for each layer."""
 
-    layers: tuple[HeadCache, ...]
+    layers: tuple[models.HeadCache, ...]
     length: jax.Array
     first_B: jax.Array | None
 
@@ -67,7 +53,7 @@ class DecodingWeights:
     """Joined kernels of each layer, by the names of `_GROUPS`, in the form of the backend's products; may be empty."""
 
 
-def decodes_by_layer(model: Transformer) -> bool:
+def decodes_by_layer(model: models.Transformer) -> bool:
     """Tell whether `decode_token` suits this model: all of it is in the memory of one CPU.
 
     On other devices each layer's weights would be copies, in memory that models fill.
@@ -79,11 +65,11 @@ def decodes_by_layer(model: Transformer) -> bool:
     return len(devices) == 1 and backends.is_host(devices.pop())
 
 
-_prepared: weakref.WeakKeyDictionary[Transformer, tuple[Any, list[Any], DecodingWeights]]
+_prepared: weakref.WeakKeyDictionary[models.Transformer, tuple[Any, list[Any], DecodingWeights]]
 _prepared = weakref.WeakKeyDictionary()
 
 
-def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
+def decoding_weights(model: models.Transformer, rows: int) -> DecodingWeights:
     """Return the weights in the form for decoding so many rows.
 
     They are kept with the model for the next call with the same arrays, one form at a time: another number of rows,
@@ -102,7 +88,7 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     del prepared
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
-    states = tuple(gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
+    states = tuple(models.gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
     layers = _views(states, model.config.num_layers)
     joined: tuple[dict[str, jax.Array], ...] = tuple({} for _ in layers)
     if kernels is not None and (groups := _joinable(model)):
@@ -156,40 +142,40 @@ def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
     )
 
 
-def _joinable(model: Transformer) -> list[tuple[str, ...]]:
+def _joinable(model: models.Transformer) -> list[tuple[str, ...]]:
     """List the groups of linear maps, by path, that are plain matrices in float32 without adapters."""
     modules = {owner: getattr(model.layers, owner) for owner in _GROUPS}
     return [
         tuple(f"{owner}.{name}" for name in names)
         for owner, module in modules.items()
-        for names in (() if isinstance(module, MoE) else _GROUPS[owner])
+        for names in (() if isinstance(module, models.MoE) else _GROUPS[owner])
         if all(_plain(getattr(module, name)) for name in names)
     ]
 
 
-def _plain(linear: Linear) -> bool:
+def _plain(linear: models.Linear) -> bool:
     kernel = linear.kernel.get_value()
-    frozen_narrow = isinstance(linear.kernel, Frozen) and getattr(kernel, "dtype", None) != jnp.float32
+    frozen_narrow = isinstance(linear.kernel, models.Frozen) and getattr(kernel, "dtype", None) != jnp.float32
     return linear.adapter is None and isinstance(kernel, jax.Array) and not frozen_narrow
 
 
-def by_layer(cache: KVCache, length: int) -> LayerCaches:
+def by_layer(cache: models.KVCache, length: int) -> LayerCaches:
     """Convert a cache of stacked layers to one with arrays for each layer and with room for `length` tokens."""
     more = length - cache.keys_LBTKh.shape[2]
     pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
     keys, values = (jnp.pad(x, pad) for x in (cache.keys_LBTKh, cache.values_LBTKh))
     layers = tuple(
-        HeadCache(keys[i].transpose(0, 2, 3, 1), values[i].transpose(0, 2, 1, 3)) for i in range(keys.shape[0])
+        models.HeadCache(keys[i].transpose(0, 2, 3, 1), values[i].transpose(0, 2, 1, 3)) for i in range(keys.shape[0])
     )
     return LayerCaches(layers, cache.length, cache.first_B)
 
 
 def decode_token(
-    model: Transformer,
+    model: models.Transformer,
     weights: tuple[Any, Any],
     tokens_B: jax.Array,
     cache: LayerCaches,
-    adapters: AdapterInputs | None,
+    adapters: models.AdapterInputs | None,
 ) -> tuple[jax.Array, LayerCaches]:
     """Return (logits_BV of the token after each row's newest, the cache with the newest tokens).
 
@@ -201,11 +187,11 @@ def decode_token(
     positions_BS = cache.length[None, None]
     if cache.first_B is not None:
         positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
-    context = Context(model.turns(positions_BS), start=cache.length, first_B=cache.first_B)
+    context = models.Context(model.turns(positions_BS), start=cache.length, first_B=cache.first_B)
     kernels = decoding_kernels(model.compute_dtype, rows)
     x_BSD, graphdef = model.embed(tokens_B[:, None]), nnx.split(model.layers, nnx.Param, ...)[0]
     caches = []
-    with use_inputs(adapters):
+    with models.use_inputs(adapters):
         for states, joined, layer_cache, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
             layer: Any = nnx.merge(graphdef, *states)
             _join(layer, joined, kernels)
@@ -214,13 +200,13 @@ def decode_token(
     x_BSD = model.final_norm(x_BSD)
     w, dims = model.head_weight()
     if kernels is not None and rows > 1 and dims == "vd":
-        logits_BV = softcap(kernels.columns(x_BSD[:, 0], w), config.final_softcap)
+        logits_BV = models.softcap(kernels.columns(x_BSD[:, 0], w), config.final_softcap)
     else:
         logits_BV = model.logits(x_BSD)[:, 0]
     return logits_BV, LayerCaches(tuple(caches), cache.length + 1, cache.first_B)
 
 
-def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
+def _join(layer: models.DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
     """Let the linear maps of each group compute one product together."""
     for key, w in joined.items():
         paths = [path.split(".") for path in key.split()]

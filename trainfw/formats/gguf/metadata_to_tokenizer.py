@@ -7,17 +7,7 @@ from typing import Any
 
 from trainfw.errors import UserError, short
 from trainfw.formats.gguf.header import Header, known_or_refuse
-from trainfw.formats.gguf.token_types import (
-    ALIASES,
-    CONTROL,
-    PRE_TOKENIZERS,
-    ROLES,
-    SPACE,
-    STOPS,
-    UNKNOWN,
-    USER_DEFINED,
-    implied_merges,
-)
+from trainfw.formats.gguf.token_types import ALIASES, PRE_TOKENIZERS, ROLES, SPACE, STOPS, Kind, implied_merges
 
 _GGML = "tokenizer.ggml"
 MAX_TOKENS, MAX_TOKEN, MAX_LETTERS = 1 << 19, 1_000, 1 << 22
@@ -52,9 +42,9 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
     kinds = dict(zip(tokens, types))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     form["added_tokens"] = [
-        {"id": id_, "content": token, **flags, "special": kinds.get(token) != USER_DEFINED}
+        {"id": id_, "content": token, **flags, "special": kinds.get(token) != Kind.USER_DEFINED}
         for id_, token in enumerate(tokens)
-        if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values() or id_ in stops
+        if kinds.get(token) in (Kind.CONTROL, Kind.USER_DEFINED) or token in settings.values() or id_ in stops
     ]
     # llama.cpp's own defaults: without these keys, SentencePiece models start with bos.
     add_bos = header.get(f"{_GGML}.add_bos_token", bool, build is _sentencepiece) and "bos_token" in settings
@@ -109,10 +99,11 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings
     ids = {token: id_ for id_, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise UserError(f"{header.file}: {_GGML}.tokens has a run of spaces twice")
-    plain = {id_ for id_, kind in enumerate(types) if kind not in (CONTROL, UNKNOWN)} if types else set(ids.values())
+    kinds = types or [Kind.NORMAL] * len(tokens)
+    plain = {id_ for id_, kind in enumerate(kinds) if kind not in (Kind.CONTROL, Kind.UNKNOWN)}
     # Gemma's merges follow the order of its tokens, not their scores.
     ranks = {token: float(id_) if gemma else -scores[id_] for token, id_ in ids.items() if id_ in plain}
-    unknown = settings.get("unk_token") or next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
+    first = next((token for token, kind in zip(tokens, kinds) if kind == Kind.UNKNOWN), None)
     to_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -123,7 +114,9 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings
     else:
         normalizer = from_space
     merges = implied_merges({token: id_ for token, id_ in ids.items() if id_ in plain}, ranks, header.file)
-    model = _bpe(tokens, [*map(list, merges)], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = _bpe(
+        tokens, [*map(list, merges)], unk_token=settings.get("unk_token") or first, fuse_unk=True, byte_fallback=True
+    )
     return _form(model, normalizer=normalizer, pre_tokenizer=None, decoder={"type": "Sequence", "decoders": decoders})
 
 

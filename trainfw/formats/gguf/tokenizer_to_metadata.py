@@ -6,20 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.errors import UserError
-from trainfw.formats.gguf.token_types import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    ROLES,
-    SPACE,
-    STOPS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    canonical,
-    implied_merges,
-)
+from trainfw.formats.gguf.token_types import PRE_TOKENIZERS, ROLES, SPACE, STOPS, Kind, canonical, implied_merges
 from trainfw.json_text import TOKENIZER_LIMIT, read_json
 from trainfw.utf8 import read_utf8
 
@@ -53,13 +40,13 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
             f"{file}: {len(ids)} tokens with ids to {max(ids.values())}: the model's embedding has {vocab_size} rows"
         )
     tokens = [f"[PAD{id_}]" for id_ in range(vocab_size)]
-    types = [UNUSED] * vocab_size
+    types: list[int] = [Kind.UNUSED] * vocab_size
     for token, id_ in ids.items():
-        tokens[id_], types[id_] = token, NORMAL
+        tokens[id_], types[id_] = token, Kind.NORMAL
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{file}: two tokens of one name, counting [PAD<id>] for the rows that none has")
     for added in form["added_tokens"]:
-        types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
+        types[added["id"]] = Kind.CONTROL if added.get("special") else Kind.USER_DEFINED
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         metadata = _sentencepiece(file, form, tokens, types, merges, ids)
@@ -72,7 +59,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
         }
     else:
         raise UserError(f"{file}: a tokenizer without merges, which llama.cpp does not read")
-    metadata |= {f"{_GGML}.tokens": tokens, f"{_GGML}.token_type": types}
+    metadata |= {f"{_GGML}.tokens": tokens, f"{_GGML}.token_type": [*map(int, types)]}
     roles = _json(directory / "special_tokens_map.json") | settings
     contents = {role: name.get("content") if isinstance(name, dict) else name for role, name in roles.items()}
     names = {role: contents[role] for role in ROLES if contents.get(role) in ids}
@@ -122,16 +109,16 @@ def _sentencepiece(
     if missing := [name for name in bytes_ if name not in ids]:
         raise UserError(f"{file}: byte_fallback without {len(missing)} of the 256 byte tokens <0x00> to <0xFF>")
     for name in bytes_:
-        types[ids[name]] = BYTE
+        types[ids[name]] = Kind.BYTE
     if (unknown := form["model"].get("unk_token")) in ids:
-        types[ids[unknown]] = UNKNOWN
+        types[ids[unknown]] = Kind.UNKNOWN
     # The rank of a token is where it first comes in the merges; llama.cpp merges the best score first.
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
     # llama.cpp merges any two pieces that make a token; merges of user-defined tokens may be listed or not.
-    plain = {token: id_ for token, id_ in ids.items() if types[id_] in (NORMAL, BYTE, USER_DEFINED)}
-    needed = {token: 0.0 for token, id_ in plain.items() if types[id_] == NORMAL}
+    plain = {token: id_ for token, id_ in ids.items() if types[id_] in (Kind.NORMAL, Kind.BYTE, Kind.USER_DEFINED)}
+    needed = {token: 0.0 for token, id_ in plain.items() if types[id_] == Kind.NORMAL}
     order = [ranks[left + right] for left, right in merges]
     each = [implied_merges(plain, of, file) for of in (needed, dict.fromkeys(plain, 0.0))]
     least, most = map(set, each)

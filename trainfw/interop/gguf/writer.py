@@ -94,8 +94,7 @@ def save_gguf(
     metadata |= {"general.name": title, "general.file_type": _FILE_TYPES[quantization]}
     metadata |= tokenizer_metadata(tokenizer_dir, config.vocab_size)
     for role, ggml_role in TOKEN_ROLES.items():
-        id_ = huggingface.get(f"{role}_token_id")
-        if type(id_) is int:
+        if type(id_ := huggingface.get(f"{role}_token_id")) is int:
             metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
     _check_read_back(file, name, metadata, writes, divisors, config)
     with writing(file) as partial:
@@ -105,11 +104,9 @@ def save_gguf(
             kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
             if value != []:  # which the format does not have
                 writer.add_key_value(key, value, kind)
-        for write in writes:
-            kind = gguf.GGMLQuantizationType[write.stored.type]
-            writer.add_tensor_info(
-                write.stored.name, write.stored.shape, np.dtype(np.float32), write.stored.nbytes, raw_dtype=kind
-            )
+        for stored in (write.stored for write in writes):
+            kind = gguf.GGMLQuantizationType[stored.type]
+            writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float32), stored.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -139,13 +136,9 @@ def _metadata(name: str, model_type: str, config: ModelConfig) -> dict[str, obje
         values["context_length"] = min(config.max_position, config.sliding_window)
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_scaling.factor)}
-    values |= {
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-    }
+    heads = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    values |= {"attention.head_count_kv": config.num_kv_heads, **dict.fromkeys(heads, config.head_dim)}
+    values["vocab_size"] = config.vocab_size
     return {
         "general.type": "model",
         **{f"{name}.{key}": value for key, value in values.items()},
