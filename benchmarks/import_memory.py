@@ -65,7 +65,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> None:
         return rng.integers(0x3C00, 0x3C80, node.shape, np.uint16).view(ml_dtypes.bfloat16)
 
     saved = save_model(directory, config, read, dtype="bfloat16", max_shard_size=int(gigabytes * 1e9 / 6))
-    print(f"{saved.num_parameters:,} parameters in {len(list(directory.glob('*.safetensors')))} files", flush=True)
+    print(f"{saved} in {len(list(directory.glob('*.safetensors')))} files", flush=True)
 
 
 def memory() -> dict[str, int]:

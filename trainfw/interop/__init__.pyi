@@ -16,7 +16,6 @@ from .peft import peft_copies as peft_copies
 from .peft import peft_fields as peft_fields
 from .peft import read_peft as read_peft
 from .peft import save_peft as save_peft
-from .saving import Saved as Saved
 from .saving import copy_model as copy_model
 from .saving import new_directory as new_directory
 from .saving import save_model as save_model

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,6 @@ MAX_SHARD_SIZE = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Facts about a model that was written; its str is a line about it."""
-
-    directory: Path
-    family: str
-    dtype: str
-    num_parameters: int
-    nbytes: int
-    """Bytes of the tensors."""
-
-    def __str__(self) -> str:
-        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.1f} MB"
-        return f"{self.directory}: {self.family}, {self.num_parameters:,} parameters, {self.dtype}, {size}"
-
-
 def save_model(
     directory: str | os.PathLike[str],
     config: ModelConfig,
@@ -51,8 +34,10 @@ def save_model(
     companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
-) -> Saved:
+) -> str:
     """Write our parameters as a Hugging Face directory: config.json, safetensors, and the files of `companions`.
+
+    Returns a line about the model.
 
     Args:
         read: function that returns a whole parameter by its path (`layers.attention.query.kernel`), an array of NumPy
@@ -79,8 +64,8 @@ def copy_model(
     companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
-) -> Saved:
-    """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json.
+) -> str:
+    """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json; return a line.
 
     The tensors that the model uses are copied bit for bit, unless `dtype` is another than theirs. A few megabytes are
     in memory at a time. `companions` replaces `source.copy_companions`.
@@ -107,7 +92,7 @@ def _save(
     companions: Callable[[Path], None] | None,
     max_shard_size: int,
     progress: Progress | None,
-) -> Saved:
+) -> str:
     infos = {name: TensorInfo(info.shape, cast_to or info.dtype) for name, info in tensors.infos.items()}
     shards, done, total = _shards(infos, max_shard_size), 0, sum(info.nbytes for info in infos.values())
     count = len(shards)
@@ -134,7 +119,8 @@ def _save(
         if companions is not None:
             companions(temporary)
     parameters = sum(info.size for info in infos.values())
-    return Saved(Path(directory), huggingface["model_type"], dtype, parameters, total)
+    size = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
+    return f"{Path(directory)}: {huggingface['model_type']}, {parameters:,} parameters, {dtype}, {size}"
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:

@@ -71,7 +71,7 @@ def export_model(
             return _write_gguf(base, source, out, dtype)
         if isinstance(base, interop.ModelSource):
             companions = functools.partial(_Beside(source, base).write, trained=False)
-            return str(interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress))
+            return interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress)
         return write_model(base, source, out, dtype, progress)
 
     return taking_the_next(export, step)
@@ -162,8 +162,7 @@ def write_model(
     beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
     dtype, extra = dtype or base.dtype, beside.extra()
     read, companions = _reader(base), beside.write
-    saved = interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
-    return str(saved)
+    return interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
 
 
 def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
