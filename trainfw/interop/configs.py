@@ -235,7 +235,14 @@ def _experts(config: Mapping[str, object], hf: Mapping[str, object], moe: Mappin
 
 def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
     """Return `global` or `sliding` for each layer. Raises UserError where `layer_types` and the family disagree."""
-    listed, layers = _layer_types(hf), range(hf["num_hidden_layers"])
+    listed, layers = hf.get("layer_types"), range(hf["num_hidden_layers"])
+    for name in listed or ():
+        if not isinstance(name, str) or name not in _LAYER_TYPES:
+            known = ", ".join(_LAYER_TYPES)
+            raise UserError(f"config.json: layer_types: {short(name)} is not supported; one of: {known}")
+    if listed is not None and len(listed) != len(layers):
+        raise UserError(f"config.json: layer_types has {len(listed)} entries for {len(layers)} layers")
+    listed = listed and [_LAYER_TYPES[name] for name in listed]
     unused = "use_sliding_window" in family.defaults and not hf["use_sliding_window"]
     if family.sliding == "never" or hf.get("sliding_window") is None or unused:
         kinds = ["global"] * len(layers)
@@ -255,18 +262,6 @@ def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
             f"{hf['model_type']} with {windows} has {kinds.count('sliding')}"
         )
     return kinds
-
-
-def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
-    if hf.get("layer_types") is None:
-        return None
-    listed, count = hf["layer_types"], hf["num_hidden_layers"]
-    if unknown := [name for name in listed if not isinstance(name, str) or name not in _LAYER_TYPES]:
-        known = ", ".join(_LAYER_TYPES)
-        raise UserError(f"config.json: layer_types: {short(unknown[0])} is not supported; one of: {known}")
-    if len(listed) != count:
-        raise UserError(f"config.json: layer_types has {len(listed)} entries for {count} layers")
-    return [_LAYER_TYPES[name] for name in listed]
 
 
 def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
@@ -290,7 +285,14 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     if kind not in ("default", "linear", "llama3") or local_kind != "default":
         odd = short(local_kind if kind in ("default", "linear", "llama3") else kind)
         raise UserError(f"config.json: rope_scaling of type {odd} is not supported; one of: linear, llama3")
-    _check_replaced(config, whole)
+    parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
+    for key in ("rope_theta", *_SCALING) if scaling else ():
+        # Transformers ignores all `rope_parameters` where there is a `rope_scaling`.
+        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
+            raise UserError(
+                f"config.json: rope_parameters.{key} = {parameters[key]!r}, but rope_scaling, which counts in its "
+                "place, has none; keep one of the two"
+            )
     for name, rope in (whole | sliding).items():
         for key, value in rope.items():
             if value and key not in _EXPECTED:
@@ -311,17 +313,6 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     if keys:
         fields["rope_scaling"] = {"kind": kind, **{_SCALING[key]: value for key, value in values.items()}}
     return fields
-
-
-def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of `rope_parameters` that Transformers ignores, as `rope_scaling` replaces them."""
-    parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
-    for key in ("rope_theta", *_SCALING) if scaling else ():
-        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
-            raise UserError(
-                f"config.json: rope_parameters.{key} = {parameters[key]!r}, but rope_scaling, which counts in its "
-                "place, has none; keep one of the two"
-            )
 
 
 def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
