@@ -214,7 +214,7 @@ class _Beside:
 
     source: str
     base: Weights
-    """What is at `source`."""
+    """Weights that are at `source`."""
 
     @cached_property
     def origin(self) -> interop.ModelSource | None:
