@@ -14,6 +14,10 @@ from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
 from trainfw.parallel import all_reduce, axis_index, gather_weight
 from trainfw.quantization import Quantized
 
+Product = Callable[..., jax.Array]
+"""Function of x, a kernel and what else a linear map hands on."""
+Kernel = jax.Array | Quantized
+
 
 class LoRA(nnx.Module):
     """A low-rank update: y + s (x A) B; with a magnitude m, by columns, (m / |W + s A B|) (y + s (x A) B).
@@ -29,14 +33,7 @@ class LoRA(nnx.Module):
         self.lora_a, self.lora_b, self.magnitude = a, b, nnx.data(magnitude)
         self.scale, self.dropout, self.salt = scale, dropout, zlib.crc32(name.encode())
 
-    def __call__(
-        self,
-        product: Callable[..., jax.Array],
-        x: jax.Array,
-        y: jax.Array,
-        kernel: jax.Array | Quantized,
-        *others: object,
-    ) -> jax.Array:
+    def __call__(self, product: Product, x: jax.Array, y: jax.Array, kernel: Kernel, *others: object) -> jax.Array:
         dropped = self._dropout(x)
         a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
         narrow = checkpoint_name(product(dropped, a, *others) * self.scale, PRODUCT)
@@ -60,7 +57,7 @@ class LoRA(nnx.Module):
     def _splits_inputs(self) -> bool:
         return self.lora_a.axes[-2] in ("heads", "mlp")  # split over `tensor` in a product
 
-    def _factor(self, kernel: jax.Array | Quantized) -> jax.Array:
+    def _factor(self, kernel: Kernel) -> jax.Array:
         """Return m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
         assert self.magnitude is not None
         wide = jax.lax.stop_gradient(dense(kernel, jnp.float32) + self.delta())
@@ -111,14 +108,7 @@ class Bank(nnx.Module):
     def __init__(self, a: nnx.Variable, b: nnx.Variable, factor: nnx.Variable | None):
         self.a, self.b, self.factor = a, b, nnx.data(factor)
 
-    def __call__(
-        self,
-        product: Callable[..., jax.Array],
-        x: jax.Array,
-        y: jax.Array,
-        kernel: jax.Array | Quantized,
-        *others: object,
-    ) -> jax.Array:
+    def __call__(self, product: Product, x: jax.Array, y: jax.Array, kernel: Kernel, *others: object) -> jax.Array:
         rows_B = active_inputs().rows_B
         assert rows_B is not None, "a bank of adapters is asked without rows"
         a, b = (jnp.take(part[...], rows_B, axis=0, mode="clip").astype(x.dtype) for part in (self.a, self.b))

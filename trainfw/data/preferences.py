@@ -80,7 +80,7 @@ class PairEncoder(Encoder):
                 raise checks.Unusable(f"{keys[0]!r} beside the texts, which is for a chat template to write")
             return [Text.joined(id_, prompt, side) for side in sides]
         turns = [[{"role": "assistant", "content": side}] for side in sides]
-        return self._conversations(id_, row, [{"role": "user", "content": prompt}], turns, [[True], [True]])
+        return self._conversations(id_, row, [{"role": "user", "content": prompt}], zip(turns, [[True], [True]]))
 
     def _of_messages(self, id_: str, row: dict[str, object], *answers: list[object]) -> Sequence[Conversation]:
         if self._template is None:
@@ -101,7 +101,7 @@ class PairEncoder(Encoder):
             raise checks.Unusable(f"no {self.config.prompt_field!r}, and {names} begin with no message in common")
         for field, side, flags in zip(self._fields, sides, learnt):
             _check_answer(field, side, flags)
-        return self._conversations(id_, row, prompt, sides, learnt)
+        return self._conversations(id_, row, prompt, zip(sides, learnt))
 
     def _prompt(self, row: dict[str, object]) -> list[Message]:
         """Return the messages of the row's prompt; none where it has none."""
@@ -118,20 +118,12 @@ class PairEncoder(Encoder):
         return messages
 
     def _conversations(
-        self,
-        id_: str,
-        row: dict[str, object],
-        prompt: list[Message],
-        sides: Sequence[list[Message]],
-        learnt: Sequence[list[bool]],
+        self, id_: str, row: dict[str, object], prompt: list[Message], sides: Iterable[tuple[list[Message], list[bool]]]
     ) -> Sequence[Conversation]:
         prompt = [*checks.system_beside(row), *prompt]
         prompt, unlearnt, key = checks.begun(prompt, [False] * len(prompt), self.config.system_prompt)
         tools = checks.tools_beside(row)
-        return [
-            self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], key, tools)
-            for side, flags in zip(sides, learnt)
-        ]
+        return [self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], key, tools) for side, flags in sides]
 
 
 def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> None:

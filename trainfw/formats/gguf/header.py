@@ -218,20 +218,18 @@ class _Walk:
             if key in metadata:
                 raise self.fail(f"metadata key {short(key)} comes twice")
             metadata[key] = self.value(self.scalar("I"))
-        infos = [self.tensor() for _ in range(num_tensors)]
+        infos = []  # name, shape, number of the type, offset from the start of the data
+        for _ in range(num_tensors):
+            name, rank = self.string(), self.scalar("I")
+            if not 1 <= rank <= MAX_DIMS:
+                raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
+            shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
+            infos.append((name, shape, self.scalar("I"), self.scalar("Q")))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise UserError(f"{self.file}: general.alignment = {short(alignment)}: expected a power of two")
         start = -(-self.at // alignment) * alignment
         return Header(self.file, metadata, self.placed(infos, start, alignment))
-
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Read a tensor's name, shape, number of the type, and offset from the start of the data."""
-        name, rank = self.string(), self.scalar("I")
-        if not 1 <= rank <= MAX_DIMS:
-            raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
-        shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
-        return name, shape, self.scalar("I"), self.scalar("Q")
 
     def placed(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int

@@ -49,7 +49,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
         types[added["id"]] = Kind.CONTROL if added.get("special") else Kind.USER_DEFINED
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
-        metadata = _sentencepiece(file, form, tokens, types, merges, ids)
+        metadata = _sentencepiece(file, form, types, merges, ids)
     elif merges:
         metadata = {
             f"{_GGML}.model": "gpt2",
@@ -98,12 +98,7 @@ def _pre_tokenizer(file: Path, form: dict[str, Any]) -> str:
 
 
 def _sentencepiece(
-    file: Path,
-    form: dict[str, Any],
-    tokens: list[str],
-    types: list[int],
-    merges: list[tuple[str, ...]],
-    ids: dict[str, int],
+    file: Path, form: dict[str, Any], types: list[int], merges: list[tuple[str, ...]], ids: dict[str, int]
 ) -> dict[str, Any]:
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     if missing := [name for name in bytes_ if name not in ids]:
@@ -127,7 +122,7 @@ def _sentencepiece(
             f"{file}: not a SentencePiece tokenizer: its merges are not those that its vocabulary implies, "
             "which is all that a GGUF file can say"
         )
-    scores = [0.0] * len(tokens)
+    scores = [0.0] * len(types)
     for token, rank in (dict.fromkeys(needed, len(ranks)) | ranks).items():
         scores[ids[token]] = -float(rank)
     return {

@@ -96,7 +96,10 @@ def save_gguf(
     for role, ggml_role in TOKEN_ROLES.items():
         if type(id_ := huggingface.get(f"{role}_token_id")) is int:
             metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
-    _check_read_back(file, name, metadata, writes, divisors, config)
+    # llama.cpp would run the model that the file is read back as.
+    stored = {write.stored.name: write.stored for write in writes}
+    header = Header(file, {**metadata, "general.architecture": name}, stored)
+    _check_same(name, config, config_from_huggingface(config_of(header, divisors)))
     with writing(file) as partial:
         writer = gguf.GGUFWriter(partial, name)
         for key, value in metadata.items():
@@ -104,9 +107,9 @@ def save_gguf(
             kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
             if value != []:  # which the format does not have
                 writer.add_key_value(key, value, kind)
-        for stored in (write.stored for write in writes):
-            kind = gguf.GGMLQuantizationType[stored.type]
-            writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float32), stored.nbytes, raw_dtype=kind)
+        for each in stored.values():
+            kind = gguf.GGMLQuantizationType[each.type]
+            writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -193,18 +196,9 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
     return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
 
 
-def _check_read_back(
-    file: Path,
-    name: str,
-    metadata: Mapping[str, object],
-    writes: list[_Write],
-    divisors: np.ndarray | None,
-    config: ModelConfig,
-) -> None:
-    """Raise UserError where the file would be read back as another model: llama.cpp would run that one."""
-    stored = {write.stored.name: write.stored for write in writes}
-    header = Header(file, {**metadata, "general.architecture": name}, stored)
-    back = config_from_huggingface(config_of(header, divisors)).model_dump()
+def _check_same(name: str, config: ModelConfig, read: ModelConfig) -> None:
+    """Raise UserError where a model is read back as another one."""
+    back = read.model_dump()
     for key, value in config.model_dump().items():
         numbers = isinstance(value, float | int) and isinstance(back[key], float | int)
         same = math.isclose(back[key], value, rel_tol=1e-6) if numbers else back[key] == value
