@@ -44,14 +44,19 @@ class Text:
 
     def __init__(self, text: str, steps: Steps):
         self.text, self.steps = text, steps
+        self.letters: dict[str, int] = {}
+        for place, letter in enumerate(text):
+            self.letters[letter] = self.letters.get(letter, 0) | 1 << place
         self._places: dict[re.Pattern[str], int] = {}
         steps.spend(1 + len(text))
 
-    def where(self, pattern: re.Pattern[str]) -> int:
+    def where(self, pattern: re.Pattern[str], width: int) -> int:
         """Return the places at which a pattern of one letter, or of none, matches."""
         if pattern not in self._places:
-            self.steps.spend(1 + len(self.text) // 16)
-            self._places[pattern] = _union(1 << found.start() for found in pattern.finditer(self.text))
+            self.steps.spend(1 + len(self.letters))
+            letters = (places for letter, places in self.letters.items() if pattern.match(letter))
+            anchors = (1 << found.start() for found in pattern.finditer(self.text))
+            self._places[pattern] = _union(letters if width else anchors)
         return self._places[pattern]
 
 
@@ -125,9 +130,12 @@ class Expression:
         return match
 
     def _part(self, code: Any, value: Any) -> _Match:
+        if code is codes.LITERAL:
+            letter = chr(value)
+            return lambda text, places: (places & text.letters.get(letter, 0)) << 1
         if code in _ONE_LETTER or code in (codes.AT, codes.FAILURE):
             pattern, width = self._compiled(code, value), code in _ONE_LETTER
-            return lambda text, places: (places & text.where(pattern)) << width
+            return lambda text, places: (places & text.where(pattern, width)) << width
         if code is codes.BRANCH:
             choices = [self._sequence(choice) for choice in value[1]]
             return lambda text, places: _union(choice(text, places) for choice in choices)
@@ -149,7 +157,7 @@ class Expression:
 
             def rest(text: Text, places: int) -> int:
                 """Match in one step: the sum carries from each place to the end of its run of letters."""
-                run = text.where(letters)
+                run = text.where(letters, 1)
                 return ((places & run) + run) ^ run | places
         else:
 
