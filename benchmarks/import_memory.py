@@ -65,7 +65,7 @@ def write_checkpoint(directory: Path, gigabytes: float) -> None:
         return rng.integers(0x3C00, 0x3C80, node.shape, np.uint16).view(ml_dtypes.bfloat16)
 
     saved = save_model(directory, config, read, dtype="bfloat16", max_shard_size=int(gigabytes * 1e9 / 6))
-    print(f"{saved.num_parameters:,} parameters in {len(list(directory.glob('*.safetensors')))} files", flush=True)
+    print(f"{saved} in {len(list(directory.glob('*.safetensors')))} files", flush=True)
 
 
 def memory() -> dict[str, int]:
@@ -86,7 +86,7 @@ def load(source: Path, dtype: str) -> dict[str, int]:
     import jax
 
     from trainfw import load_recipe
-    from trainfw.interop import load_params, open_model
+    from trainfw.interop import open_model
     from trainfw.program import build_program
 
     model = open_model(source)
@@ -99,7 +99,8 @@ def load(source: Path, dtype: str) -> dict[str, int]:
     jax.block_until_ready([jax.device_put(0.0, device) for device in jax.devices()])
     reset()
     before = memory()["VmRSS"]
-    arrays = jax.tree.leaves(load_params(model, wanted))
+    leaves = jax.tree_util.tree_leaves_with_path(wanted)
+    arrays = [model.read(".".join(str(key.key) for key in keys), leaf) for keys, leaf in leaves]
     peak = memory()["VmHWM"]
     held = sum(part.data.nbytes for array in arrays for part in array.addressable_shards)
     largest = max(array.nbytes for array in arrays)

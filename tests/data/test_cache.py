@@ -193,7 +193,7 @@ def test_progress(config: DataConfig) -> None:
 def _prepare_slowly(config: DataConfig, builds: str) -> None:
     from trainfw.data import cache
 
-    build = cache._build
+    build = cache._Cache._build
 
     def slow(*arguments: object) -> None:
         with open(builds, "a") as file:
@@ -201,7 +201,7 @@ def _prepare_slowly(config: DataConfig, builds: str) -> None:
         time.sleep(0.5)
         build(*arguments)  # type: ignore[arg-type]
 
-    cache._build = slow  # type: ignore[assignment]
+    cache._Cache._build = slow  # type: ignore[assignment,method-assign]
     cache.prepare(config)
 
 

@@ -125,5 +125,5 @@ def test_what_is_named_is_read_or_refused(mixed: Path, tmp_path: Path) -> None:
 def test_git_lfs_pointers_are_not_the_files(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl", "a.json", "a.parquet", "a.md.gz"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
-        with pytest.raises(UserError, match=f"{name}: is a Git LFS pointer, not the file itself; .*git lfs pull"):
+        with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS, not the file itself, .*git lfs pull"):
             _texts(_open(tmp_path / name))

@@ -43,7 +43,7 @@ def test_rows_in_memory_are_cached_until_one_changes(corpus, config, monkeypatch
     whole = texts(corpus)
     first = prepare(config, source=memory_source(whole, config))
     with monkeypatch.context() as once:
-        once.setattr("trainfw.data.cache._build", None)
+        once.setattr("trainfw.data.cache._Cache._build", None)
         assert prepare(config, source=memory_source(list(whole), config)).fingerprint == first.fingerprint
     whole[7] += "!"
     assert prepare(config, source=memory_source(whole, config)).train.digest != first.train.digest

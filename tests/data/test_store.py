@@ -134,13 +134,13 @@ def test_damage_in_the_middle_is_mended_once_and_said(fresh, caplog, monkeypatch
     undamaged = train_iterator(prepare(config).train, config, global_batch_size=2)
     expected = [next(undamaged) for _ in range(20)]
     undamaged.close()
-    builds, build = [], cache._build
+    builds, build = [], cache._Cache._build
 
     def counted(*arguments: object) -> list[str]:
         builds.append(arguments)
         return build(*arguments)
 
-    monkeypatch.setattr(cache, "_build", counted)
+    monkeypatch.setattr(cache._Cache, "_build", counted)
     data, of_another_process = prepare(config), prepare(config)
     tokens = directory / "train.tokens"
     tokens.write_bytes(bytes(tokens.stat().st_size))

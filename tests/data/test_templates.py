@@ -76,7 +76,7 @@ def test_many_renderings_share_the_time(helper, monkeypatch, tmp_path):
     )
     assert template.render(CHAT) == ""
     with pytest.raises(LimitError, match="takes more than 1 seconds"):
-        helper.call_each("templates:render", template._fields, [(CHAT, False, None)] * 1000)
+        helper.call_each("templates:ask", template._fields, [("render", CHAT, False, None)] * 1000)
 
 
 def test_a_conversation_that_is_nested_too_deeply(helper, tmp_path):

@@ -19,10 +19,17 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import tiny_recipe
 from tests.interop.references import MODELS, SEQUENCE, logits_of, reference, save, tensors_in
 from trainfw.errors import UserError
-from trainfw.interop import ModelSource, load_params, model_kind, open_model, read_model_config
+from trainfw.interop import ModelSource, model_kind, open_model, read_model_config
 from trainfw.models import abstract_model
 from trainfw.paths import resolve_path
 from trainfw.program import build_program
+
+
+def load_params(source: ModelSource, wanted: object, layer_order: tuple[int, ...] | None = None) -> dict:
+    def read(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return source.read(".".join(str(key.key) for key in keys), leaf, layer_order)
+
+    return jax.tree_util.tree_map_with_path(read, wanted)
 
 
 def load(source: ModelSource) -> nnx.Module:

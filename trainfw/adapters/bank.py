@@ -23,18 +23,16 @@ def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig
     """
     modules = adaptable(model)
     chosen = {name: targets(config, modules) for name, (config, _) in adapters.items()}
-    names: dict[str, None] = {}
+    linears: dict[str, Linear] = {}
     for name, sizes in chosen.items():
         for module in sizes:
-            if not isinstance(modules[module], Linear) or not module.startswith("layers."):
-                target = "the experts' " * isinstance(modules[module], ExpertLinear) + module
-                raise UserError(
-                    f"adapter {name}: adapts {target}; in a batch with others only linear maps can be, not that"
-                )
-            names[module] = None
-    for module in names:
-        linear = modules[module]
-        assert isinstance(linear, Linear)
+            linear = modules[module]
+            if not isinstance(linear, Linear) or not module.startswith("layers."):
+                target = "the experts' " * isinstance(linear, ExpertLinear) + module
+                only = "in a batch with others only linear maps can be, not that"
+                raise UserError(f"adapter {name}: adapts {target}; {only}")
+            linears[module] = linear
+    for module, linear in linears.items():
         linear.adapter = _bank(module, linear, [(*adapters[name], chosen[name].get(module)) for name in adapters])
     model.adapter_names = tuple(adapters)
 

@@ -14,8 +14,9 @@ from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
 from trainfw.parallel import all_reduce, axis_index, gather_weight
 from trainfw.quantization import Quantized
 
-_SPLIT_INPUTS = ("heads", "mlp")
-"""Names of input dims that are split over `tensor` in a product."""
+Product = Callable[..., jax.Array]
+"""Function of x, a kernel and what else a linear map hands on."""
+Kernel = jax.Array | Quantized
 
 
 class LoRA(nnx.Module):
@@ -32,14 +33,7 @@ class LoRA(nnx.Module):
         self.lora_a, self.lora_b, self.magnitude = a, b, nnx.data(magnitude)
         self.scale, self.dropout, self.salt = scale, dropout, zlib.crc32(name.encode())
 
-    def __call__(
-        self,
-        product: Callable[..., jax.Array],
-        x: jax.Array,
-        y: jax.Array,
-        kernel: jax.Array | Quantized,
-        *others: object,
-    ) -> jax.Array:
+    def __call__(self, product: Product, x: jax.Array, y: jax.Array, kernel: Kernel, *others: object) -> jax.Array:
         dropped = self._dropout(x)
         a, b = (part[...].astype(x.dtype) for part in (self.lora_a, self.lora_b))
         narrow = checkpoint_name(product(dropped, a, *others) * self.scale, PRODUCT)
@@ -54,17 +48,16 @@ class LoRA(nnx.Module):
 
     def _dropout(self, x: jax.Array) -> jax.Array:
         part = axis_index("tensor") if self._splits_inputs else jnp.int32(0)
-        key = active_inputs().draws(self.salt, part) if self.dropout else None
-        if key is None:
+        if not self.dropout or (key := active_inputs().draws(self.salt, part)) is None:
             return x
         mask = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
         return jnp.where(mask, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
 
     @property
     def _splits_inputs(self) -> bool:
-        return self.lora_a.axes[-2] in _SPLIT_INPUTS
+        return self.lora_a.axes[-2] in ("heads", "mlp")  # split over `tensor` in a product
 
-    def _factor(self, kernel: jax.Array | Quantized) -> jax.Array:
+    def _factor(self, kernel: Kernel) -> jax.Array:
         """Return m / |W + s A B| of each column, f32; only m has a gradient (arXiv:2402.09353, section 4.3)."""
         assert self.magnitude is not None
         wide = jax.lax.stop_gradient(dense(kernel, jnp.float32) + self.delta())
@@ -115,14 +108,7 @@ class Bank(nnx.Module):
     def __init__(self, a: nnx.Variable, b: nnx.Variable, factor: nnx.Variable | None):
         self.a, self.b, self.factor = a, b, nnx.data(factor)
 
-    def __call__(
-        self,
-        product: Callable[..., jax.Array],
-        x: jax.Array,
-        y: jax.Array,
-        kernel: jax.Array | Quantized,
-        *others: object,
-    ) -> jax.Array:
+    def __call__(self, product: Product, x: jax.Array, y: jax.Array, kernel: Kernel, *others: object) -> jax.Array:
         rows_B = active_inputs().rows_B
         assert rows_B is not None, "a bank of adapters is asked without rows"
         a, b = (jnp.take(part[...], rows_B, axis=0, mode="clip").astype(x.dtype) for part in (self.a, self.b))

@@ -40,8 +40,7 @@ def attach(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
     chosen = targets(config, modules)
     freeze(model)
     for name, (rank, alpha) in chosen.items():
-        module = modules[name]
-        weight = weight_of(module)
+        weight = weight_of(module := modules[name])
         shape, axes = weight.get_value().shape, tuple(weight.axes)
         if config.kind == "dora" and not isinstance(module, Linear):
             raise UserError(f"kind = 'dora': is for linear maps, not {name}; choose other targets, or lora")
@@ -75,8 +74,7 @@ def targets(config: AdapterConfig, names: Collection[str]) -> dict[str, tuple[in
         chosen.update(matching)
     sizes = {name: (config.rank, config.alpha) for name in names if name in chosen}
     for pattern, other in config.patterns.items():
-        matching = _matching(pattern, sizes)
-        if not matching:
+        if not (matching := _matching(pattern, sizes)):
             raise UserError(f"patterns: {pattern!r} matches none of the targets{did_you_mean(pattern, list(sizes))}")
         for name in matching:
             rank, alpha = sizes[name]

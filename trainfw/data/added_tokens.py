@@ -18,8 +18,6 @@ from trainfw.errors import UserError
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 """Keys of special tokens without a role: the newer, and the older."""
-_IN_TOKENIZER = {*_LISTS, "added_tokens_decoder"}
-"""Keys whose tokens and flags tokenizer.json itself holds, once all tokens are added to it."""
 _LONGEST = 1000
 """Most letters of an added token, as in a GGUF file: a template writes it again and again."""
 _ID = re.compile(r"[0-9]{1,20}", re.ASCII).fullmatch
@@ -51,23 +49,22 @@ class TokenizerFiles:
         row of the embedding) than the files name.
         """
         own, extra = self._extra()
-        named = self._named({**self.roles(), **own})
+        roles = {**self.roles(), **own}
+        order = sorted(roles, key=lambda key: _ROLES.index(key) if key in _ROLES else len(_ROLES))
+        named = [_token(roles[key], f"{self.where}: {key}") for key in order if _is_role(key, roles[key])]
         before = backend.get_added_tokens_decoder()
         by_id = self._by_id(before)
         same = {repr(token) for token in before.values()}
         added = [by_id[id_] for id_ in sorted(by_id) if repr(by_id[id_]) not in same]
         present = {token.content for token in (*before.values(), *added)}
         # A token with two roles is added twice: the flags of the second count.
-        added += [token for token in (*(token for _, token in named), *extra) if token.content not in present]
-        roles = {token.content for _, token in named}
+        added += [token for token in (*named, *extra) if token.content not in present]
         for token in added:
-            token.special = token.special or token.content in roles
-        for token in (*before.values(), *added):
-            if len(token.content) > _LONGEST:
-                text = f"{token.content[:20]!r} and so on"
-                raise UserError(
-                    f"{self.where}: {text}: a token has {_LONGEST} letters at most, not {len(token.content):,}"
-                )
+            token.special = token.special or token.content in {one.content for one in named}
+        for text in (token.content for token in (*before.values(), *added)):
+            if len(text) > _LONGEST:
+                shown = f"{text[:20]!r} and so on"
+                raise UserError(f"{self.where}: {shown}: a token has {_LONGEST} letters at most, not {len(text):,}")
         backend.add_tokens(added)
         for id_, token in by_id.items():
             if (actual := backend.token_to_id(token.content)) != id_:
@@ -76,11 +73,6 @@ class TokenizerFiles:
     @property
     def _listed(self) -> object:
         return self.config.get("added_tokens_decoder")
-
-    def _named(self, roles: Mapping[str, object]) -> list[tuple[str, AddedToken]]:
-        """Return (role, token) pairs: the usual roles in the order of `_ROLES`, then a model's own."""
-        keys = [*(key for key in _ROLES if key in roles), *(key for key in roles if key not in _ROLES)]
-        return [(key, _token(roles[key], f"{self.where}: {key}")) for key in keys if _is_role(key, roles[key])]
 
     def _extra(self) -> tuple[dict[str, object], list[AddedToken]]:
         """Return the model's own roles, and the special tokens without a role, from the newer key or the older."""
@@ -109,19 +101,10 @@ class TokenizerFiles:
     def settings(self) -> dict[str, Any]:
         """Return the tokenizer_config.json that belongs beside a tokenizer.json with all tokens."""
         own, _ = self._extra()
-        settings = {key: value for key, value in {**self.roles(), **own}.items() if key not in _IN_TOKENIZER}
-        roles = {key for key, value in settings.items() if _is_role(key, value) and isinstance(value, Mapping)}
-        return {key: value["content"] if key in roles else value for key, value in settings.items()}
-
-    def _special(self) -> set[str]:
-        """Return the tokens that count as special in added_tokens.json: roles that are plain text, or in the map."""
-        roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
-        named = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
-        return {one for one in named if isinstance(one, str)} | {
-            one["content"]
-            for key, value in self.special_tokens_map.items()
-            for one in (value if key == _LISTS[0] else [value] if key in _ROLES else [])
-            if isinstance(one, Mapping) and "content" in one
+        return {
+            key: value["content"] if _is_role(key, value) and isinstance(value, Mapping) else value
+            for key, value in {**self.roles(), **own}.items()
+            if key not in (*_LISTS, "added_tokens_decoder")  # tokenizer.json holds these, once all tokens are added
         }
 
     def _by_id(self, before: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
@@ -134,7 +117,15 @@ class TokenizerFiles:
         for name, id_ in self.added_tokens.items():
             if not isinstance(id_, int) or id_ < 0:
                 raise UserError(f"{self.where}: added_tokens.json: {name!r} = {str(id_)[:40]!r}: expected its id")
-        special = self._special()
+        # Special are roles that are plain text, or in the map.
+        roles, listed = self.roles(), self.config.get(_LISTS[0]) or self.config.get(_LISTS[1])
+        plain = [roles.get(key) for key in _ROLES] + (listed if isinstance(listed, list) else [])
+        special = {one for one in plain if isinstance(one, str)} | {
+            one["content"]
+            for key, value in self.special_tokens_map.items()
+            for one in (value if key == _LISTS[0] else [value] if key in _ROLES else [])
+            if isinstance(one, Mapping) and "content" in one
+        }
         return {
             id_: AddedToken(name, normalized=name not in special, special=name in special)
             for name, id_ in self.added_tokens.items()
@@ -153,9 +144,7 @@ def _token(value: object, where: str, *, special: bool = True) -> AddedToken:
         return AddedToken(value, special=special)
     if isinstance(value, Mapping):
         flags = {key: flag for key, flag in value.items() if key not in ("__type", "content", "id")}
-        right = isinstance(value.get("content"), str) and all(
-            key in _FLAGS and isinstance(flag, bool) for key, flag in flags.items()
-        )
-        if right:
+        right = all(key in _FLAGS and isinstance(flag, bool) for key, flag in flags.items())
+        if right and isinstance(value.get("content"), str):
             return AddedToken(value["content"], **{"special": special, **flags})
     raise UserError(f"{where}: {str(value)[:60]!r}: expected a token's text, or an object with `content`")

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.compressed import check_pointer
 from trainfw.errors import UserError, pip_install
+from trainfw.paths import check_file
 
 Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
 ReadRows = Callable[[Path, Choose], Iterator[dict[str, Any]]]
 """Function that yields the rows of the table at a path, with the chosen columns."""
+SAVED = "/"
+"""Kind of a saved dataset, which is a directory."""
 _Convert = Callable[[Any], Any]
+_TEXT = ("string", "large_string", "string_view")
 
 
 class NotText:
@@ -41,8 +44,7 @@ class NotText:
 
 def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
     """Yield the rows of a Parquet file. Raises UserError where it is none."""
-    with path.open("rb") as head:
-        check_pointer(head.read(128), path)
+    check_file(path, named=True)
     with _reading(path, "a Parquet file"):
         import pyarrow.parquet
 
@@ -59,13 +61,11 @@ def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
             if "train" not in dataset:
-                splits = ", ".join(dataset)
-                raise UserError(
-                    f"{path}: no `train` split; name one split's directory, such as {path}/SPLIT ({splits})"
-                )
+                splits = f"such as {path}/SPLIT ({', '.join(dataset)})"
+                raise UserError(f"{path}: no `train` split; name one split's directory, {splits}")
             dataset = dataset["train"]
-        columns = choose(dataset.column_names)
-        yield from _rows(dataset.select_columns(columns).with_format("arrow").iter(batch_size=1024))
+        chosen = dataset.select_columns(choose(dataset.column_names))
+        yield from _rows(chosen.with_format("arrow").iter(batch_size=1024))
 
 
 @contextlib.contextmanager
@@ -100,22 +100,17 @@ def _converter(kind: Any) -> _Convert | None:
     if types.is_struct(kind):
         fields = {field.name: _converter(field.type) for field in kind}
         return lambda value: {k: _converted(fields[k], one) for k, one in value.items() if one is not None}
-    if types.is_map(kind) and _is_text(kind.key_type):
+    if types.is_map(kind) and str(kind.key_type) in _TEXT:
         items = _converter(kind.item_type)
         return lambda value: {key: _converted(items, one) for key, one in value}
     if types.is_nested(kind) and hasattr(kind, "value_type"):  # the kinds of lists
         inner = _converter(kind.value_type)
         return inner and (lambda value: [_converted(inner, one) for one in value])
-    if _is_text(kind) or any(of(kind) for of in (types.is_integer, types.is_floating, types.is_boolean, types.is_null)):
+    plain = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    if str(kind) in _TEXT or any(is_plain(kind) for is_plain in plain):
         return None
     return lambda _: NotText(str(kind))
 
 
 def _converted(convert: _Convert | None, value: object) -> object:
     return value if convert is None or value is None else convert(value)
-
-
-def _is_text(kind: object) -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or str(kind) == "string_view"

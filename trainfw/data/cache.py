@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from trainfw.data.progress import Progress, reported
 from trainfw.data.python_rows import RowSource, held_tokens, source_of, tokens_of
 from trainfw.data.sources import Document, Source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
-from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, first_bytes, load_tokenizer, train_bpe
 from trainfw.errors import RunError, UserError, about
 from trainfw.json_text import read_json
 from trainfw.paths import cache_dir, resolve_path
@@ -37,8 +37,8 @@ from trainfw.unfinished import removed_by_signal, sync, sync_tree
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
 """Version of the tokens of examples, to be raised with any change to them."""
-BATCH_CHARACTERS = 1_000_000
-"""Characters tokenised at once: enough for every core, little enough for any memory."""
+BATCH_BYTES = 1_000_000
+"""Bytes of text tokenised at once: enough for every core, little enough for any memory."""
 BATCH_ROWS = 1000
 """Examples tokenised at once."""
 GZIP_BYTES = 2**15
@@ -70,19 +70,15 @@ class PreparedData:
     def notes(self) -> list[str]:
         """Describe the data in lines: files that were not read, numbers of examples, refused rows."""
         damage = f"warning: the token cache was damaged, and was made again: {self.damage}" if self.damage else ""
-        return [note for note in (damage, self.skipped) if note] + self._counts()
-
-    def _counts(self) -> list[str]:
+        files = [note for note in (damage, self.skipped) if note]
         if self.train.learnt is None:
-            return []
+            return files
         refused = sum(one.count for one in self.refused)
         train, validation = (store.num_documents // store.group for store in (self.train, self.validation))
         things = "pairs" if self.train.group == 2 else "examples"
         counts = f"{train:,} {things} to train on, {validation:,} held out"
-        lines = [counts]
-        if refused:
-            lines = [f"{counts}; {refused:,} row{'s' * (refused > 1)} refused:", *(f"  {one}" for one in self.refused)]
-        return [*lines, *self.remarks]
+        counts += f"; {refused:,} row{'s' * (refused > 1)} refused:" if refused else ""
+        return [*files, counts, *(f"  {one}" for one in self.refused), *self.remarks]
 
 
 def prepare(
@@ -125,10 +121,13 @@ def prepare_tokens(config: DataConfig, rows: Sequence[Any]) -> PreparedData:
         if not splits[held_out]:
             raise UserError(f"validation_fraction = {config.validation_fraction}: the {name} split is empty")
     train, validation = (
-        held_tokens(splits[side], lambda tokens: len(tokenizer.decode(tokens.tolist()).encode()))
-        for side in (False, True)
+        held_tokens(side, lambda tokens: len(tokenizer.decode(tokens.tolist()).encode())) for side in splits.values()
     )
     return PreparedData(train, validation, tokenizer, None, f"{train.digest} {validation.digest}")
+
+
+_Tokenised = tuple[str, list[int], str, list[bool] | None]
+"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
 
 
 class _Cache:
@@ -155,15 +154,13 @@ class _Cache:
                 with self._lock():
                     data, damage = self._open()
                     if data is None:  # else it was made while this process waited
-                        self._make(source, self._tokenizer)
+                        self._make(source)
                         data, new_damage = self._open()
-                        if data is None:
-                            raise OSError(f"it was just written, and is damaged: {new_damage}")
+            if data is None:
+                raise OSError(f"it was just written, and is damaged: {new_damage}")
         except OSError as error:  # from the cache only: a source raises UserError
-            raise UserError(
-                f"cannot write the token cache in {self._root}: {error.strerror or error}; name another in "
-                "data.cache_dir"
-            ) from error
+            problem = f"cannot write the token cache in {self._root}: {error.strerror or error}"
+            raise UserError(f"{problem}; name another in data.cache_dir") from error
         self._tokenizer = data.tokenizer
         self._digests = [data.train.digest, data.validation.digest]
         return replace(data, damage=damage)
@@ -171,19 +168,19 @@ class _Cache:
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return held(self._root / f"{self._fingerprint}.lock", "the token cache", self._progress)
 
-    def _make(self, source: Source, tokenizer: Tokenizer | None, digests: Sequence[str] = ()) -> None:
+    def _make(self, source: Source) -> None:
         """Write the whole cache anew; the old one stays until the new one is on the disk.
 
-        Raises UserError where `digests` are given and the new ones differ.
+        Raises UserError where its digests differ from those that were returned before.
         """
         partial = self._root / f"{self._fingerprint}.partial"
         remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
         remove()
         partial.mkdir()
         with about("source"), removed_by_signal(remove):
-            new_digests = _build(partial, self._fingerprint, self._config, source, tokenizer, self._progress)
-        if digests and new_digests != digests:
-            raise UserError(f"what its source gives now is other data (digests {new_digests}, not {digests})")
+            digests = self._build(partial, source)
+        if self._digests and digests != self._digests:
+            raise UserError(f"what its source gives now is other data (digests {digests}, not {self._digests})")
         sync_tree(partial)
         shutil.rmtree(self._directory, ignore_errors=True)
         partial.rename(self._directory)
@@ -199,7 +196,7 @@ class _Cache:
             with self._mending, self._lock():
                 if not is_whole():
                     log.warning("%s; making the cache again from its source", problem)
-                    self._make(self._in_memory or source_of(self._config), self._tokenizer, self._digests)
+                    self._make(self._in_memory or source_of(self._config))
                     log.warning("%s is whole again", self._directory)
         except (UserError, OSError) as error:
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
@@ -214,7 +211,9 @@ class _Cache:
         if not directory.exists():
             return None, ""
         try:
-            meta = _read_meta(directory / "meta.json")
+            meta: dict[str, Any] = read_json(directory / "meta.json")
+            if meta.pop("digest", None) != _digest(meta):
+                raise ValueError(f"{directory / 'meta.json'} is not what was written")
             train, validation = (
                 StoreInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
                 for split in ("train", "validation")
@@ -229,18 +228,77 @@ class _Cache:
         remarks = tuple(meta["remarks"])
         return PreparedData(train, validation, tokenizer, gzip, self._fingerprint, refused, remarks), ""
 
+    def _build(self, directory: Path, source: Source) -> list[str]:
+        """Write both splits and return their digests."""
+        config, tokenizer, progress = self._config, self._tokenizer, self._progress
+        if tokenizer is None:
+            assert config.tokenizer.vocab_size is not None
+            texts = (document.text for document in self._documents(source))
+            training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
+            tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, progress)
+        tokenizer.save(directory / "tokenizer")
 
-def _read_meta(file: Path) -> dict[str, Any]:
-    """Read meta.json. Raises OSError or ValueError where it is not what `_write_meta` wrote."""
-    meta = read_json(file)
-    if meta.pop("digest", None) != _digest(meta):
-        raise ValueError(f"{file} is not what was written")
-    return meta
+        gzip = zlib.compressobj(level=9, wbits=31)
+        gzip_bytes = 0
+        encoder: Encoder | None = None
+        tokenised, thing, group = self._tokenised(source, tokenizer), "document", 1
+        if config.format != "text":
+            pairs = config.format == "preferences"
+            encoder = (PairEncoder if pairs else Encoder)(config, tokenizer)
+            tokenised = self._encoded(source, encoder)
+            thing, group = ("pair", 2) if pairs else ("example", 1)
+        new = functools.partial(StoreWriter, directory, examples=encoder is not None, group=group)
+        with ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(new(split, tokenizer.vocab_size, self._fingerprint))
+                for split in ("train", "validation")
+            }
+            for key, ids, text, learnt in tokenised:
+                data = text.encode()
+                held_out = is_held_out(key, config.validation_fraction)
+                writers["validation" if held_out else "train"].append(ids, len(data), learnt)
+                if held_out:
+                    gzip_bytes += len(gzip.compress(data))
+            gzip_bytes += len(gzip.flush())
 
+        infos = {split: writer.info() for split, writer in writers.items()}
+        refused = () if encoder is None else encoder.refusals.summary()
+        total = sum(info.num_documents // info.group for info in infos.values())
+        if not total and refused:
+            raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
+        for split, info in infos.items():
+            if info.num_documents == 0:
+                more = f"{thing}s{' (of JSONL and Parquet, each row is one)' if encoder is None else ''}"
+                raise UserError(
+                    f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
+                    f"{thing}(s); change the fraction, or give more {more}"
+                )
+        meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
+            "tokenizer": tokenizer.fingerprint(),
+            "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
+            "refused": [asdict(one) for one in refused],
+            "remarks": () if encoder is None else encoder.remarks(),
+        }
+        meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
+        (directory / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
+        return [info.digest for info in infos.values()]
 
-def _write_meta(file: Path, meta: dict[str, object]) -> None:
-    meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
-    file.write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
+    def _documents(self, source: Source) -> Iterator[Document]:
+        return itertools.islice(source.documents(), self._config.max_documents)
+
+    def _tokenised(self, source: Source, tokenizer: Tokenizer) -> Iterator[_Tokenised]:
+        documents = reported(self._documents(source), "Tokenising", source.num_documents(), self._progress)
+        texts = (document.text for document in documents)
+        while batch := list(first_bytes(texts, BATCH_BYTES)):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+                yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
+
+    def _encoded(self, source: Source, encoder: Encoder) -> Iterator[_Tokenised]:
+        rows = reported(itertools.islice(source.rows(), self._config.max_documents), "Tokenising", None, self._progress)
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            for one in encoder.encode(batch):
+                text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
+                yield one.key, one.ids, text, one.learnt
 
 
 def _digest(meta: dict[str, object]) -> str:
@@ -274,18 +332,14 @@ def ready_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Return the tokenizer, unless it is still to be trained."""
     if config.tokenizer.name == "bpe":
         return None
-    if config.tokenizer.name == "bytes":
-        return byte_tokenizer()
-    assert config.tokenizer.path is not None
-    return load_tokenizer(config.tokenizer.path)
+    return byte_tokenizer() if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
 
 
 def _dated(config: DataConfig, tokenizer: Tokenizer | None) -> DataConfig:
     """Return the config with a date where the data depends on one, and without where it does not."""
     template = ChatTemplate.of(tokenizer) if tokenizer is not None and config.format != "text" else None
-    clock = template is not None and template.has_clock
-    date = (config.date or datetime.date.today().isoformat()) if clock else None
-    return config.model_copy(update={"date": date})
+    clock = template is not None and "strftime_now" in template.source
+    return config.model_copy(update={"date": config.date or datetime.date.today().isoformat() if clock else None})
 
 
 def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> str:
@@ -297,105 +351,3 @@ def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None
         settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
         state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings, stop_ids(tokenizer)]
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-
-
-def _build(
-    directory: Path,
-    fingerprint: str,
-    config: DataConfig,
-    source: Source,
-    tokenizer: Tokenizer | None,
-    progress: Progress | None,
-) -> list[str]:
-    """Write both splits and return their digests."""
-    examples = config.format != "text"
-    if tokenizer is None:
-        assert not examples
-        assert config.tokenizer.vocab_size is not None
-        texts = (document.text for document in _documents(config, source))
-        training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
-        tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, progress)
-    tokenizer.save(directory / "tokenizer")
-
-    gzip = zlib.compressobj(level=9, wbits=31)
-    gzip_bytes = 0
-    pairs = config.format == "preferences"
-    encoder = (PairEncoder if pairs else Encoder)(config, tokenizer) if examples else None
-    tokenised = (
-        _tokenised(config, source, tokenizer, progress)
-        if encoder is None
-        else _encoded(config, source, encoder, progress)
-    )
-    new_store = functools.partial(StoreWriter, examples=examples, group=2 if pairs else 1)
-    with ExitStack() as stack:
-        train, validation = (
-            stack.enter_context(new_store(directory, split, tokenizer.vocab_size, fingerprint))
-            for split in ("train", "validation")
-        )
-        for key, ids, text, learnt in tokenised:
-            data = text.encode()
-            held_out = is_held_out(key, config.validation_fraction)
-            (validation if held_out else train).append(ids, len(data), learnt)
-            if held_out:
-                gzip_bytes += len(gzip.compress(data))
-        gzip_bytes += len(gzip.flush())
-
-    infos = {"train": train.info(), "validation": validation.info()}
-    refused = () if encoder is None else encoder.refusals.summary()
-    total = sum(info.num_documents // info.group for info in infos.values())
-    if not total and refused:
-        raise UserError("no row of the source can be used:" + "".join(f"\n  {one}" for one in refused))
-    thing = "pair" if pairs else "example" if examples else "document"
-    for split, info in infos.items():
-        if info.num_documents == 0:
-            raise UserError(
-                f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
-                f"{thing}(s); change the fraction, or give more "
-                f"{thing}s{'' if examples else ' (of JSONL and Parquet, each row is one)'}"
-            )
-    meta = {split: asdict(info) for split, info in infos.items()} | {
-        "tokenizer": tokenizer.fingerprint(),
-        "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
-        "refused": [asdict(one) for one in refused],
-        "remarks": () if encoder is None else encoder.remarks(),
-    }
-    _write_meta(directory / "meta.json", meta)
-    return [info.digest for info in infos.values()]
-
-
-_Tokenised = tuple[str, list[int], str, list[bool] | None]
-"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
-
-
-def _tokenised(
-    config: DataConfig, source: Source, tokenizer: Tokenizer, progress: Progress | None
-) -> Iterator[_Tokenised]:
-    documents = reported(_documents(config, source), "Tokenising", source.num_documents(), progress)
-    for texts in _batches(document.text for document in documents):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-            yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
-
-
-def _encoded(config: DataConfig, source: Source, encoder: Encoder, progress: Progress | None) -> Iterator[_Tokenised]:
-    rows = reported(itertools.islice(source.rows(), config.max_documents), "Tokenising", None, progress)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        for one in encoder.encode(batch):
-            text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
-            yield one.key, one.ids, text, one.learnt
-
-
-def _documents(config: DataConfig, source: Source) -> Iterator[Document]:
-    return itertools.islice(source.documents(), config.max_documents)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

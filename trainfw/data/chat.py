@@ -57,31 +57,6 @@ class ChatTemplate:
         except UserError:
             return None
 
-    @property
-    def has_clock(self) -> bool:
-        """Flag: the template may ask for the day."""
-        return "strftime_now" in self.source
-
-    @cached_property
-    def _variables(self) -> dict[str, object]:
-        """bos_token, eos_token and the like."""
-        backend = self.tokenizer.backend
-        variables: dict[str, Any] = {}
-        for name, id_ in {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}.items():
-            if name == "eos_token" or self.tokenizer.bos_id != self.tokenizer.eos_id:
-                variables[name] = backend.id_to_token(id_)
-        for name, value in self.tokenizer.settings.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                variables[name] = text
-        return variables
-
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of the special tokens, by their text."""
-        added = self.tokenizer.backend.get_added_tokens_decoder()
-        return {token.content: id_ for id_, token in added.items() if token.special}
-
     @cached_property
     def has_generation_tags(self) -> bool:
         """Flag: the template itself marks what the model writes. Raises UserError for one that cannot be read."""
@@ -106,7 +81,8 @@ class ChatTemplate:
         One request to the helper serves all of them, since each needs many renderings.
         """
         with self._blamed():
-            answers = helper.call_each("templates:write", self._fields_of_turns, conversations)
+            fields = (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
+            answers = helper.call_each("templates:write", fields, conversations)
         return [
             TemplateProblem(str(one)) if isinstance(one, Problem) else [Written.of(written) for written in one]
             for one in answers
@@ -115,15 +91,19 @@ class ChatTemplate:
     @cached_property
     def _fields(self) -> tuple[object, ...]:
         """Fields of `templates.Template`, as long as the tokens that end a turn are unknown."""
-        return self.source, tuple(self._variables.items()), self.date, "(?!)", "(?!)"
+        tokenizer = self.tokenizer
+        variables: dict[str, object] = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id)}
+        if tokenizer.bos_id != tokenizer.eos_id:
+            variables["bos_token"] = tokenizer.backend.id_to_token(tokenizer.bos_id)
+        for name, value in tokenizer.settings.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                variables[name] = text
+        return self.source, tuple(variables.items()), self.date, "(?!)", "(?!)"
 
-    @cached_property
-    def _fields_of_turns(self) -> tuple[object, ...]:
-        return (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
-
-    def _ask(self, function: str, *arguments: Any) -> Any:
+    def _ask(self, what: str, *arguments: Any) -> Any:
         with self._blamed():
-            return helper.call(f"templates:{function}", self._fields, *arguments)
+            return helper.call("templates:ask", self._fields, what, *arguments)
 
     @contextlib.contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -148,12 +128,12 @@ class ChatTemplate:
     def markers(self) -> dict[str, int]:
         """Ids of the tokens that no message may hold, by their text: special tokens, and other added tokens that the
         template writes around a message."""
-        return self.special_tokens | self.around_turns
+        return self.tokenizer.special_tokens | self.around_turns
 
-    @property
+    @cached_property
     def around_turns(self) -> dict[str, int]:
         """Ids of the added tokens, special or not, that the template writes between turns or at their end, by text."""
-        return self._structure[0]
+        return self._contents((*self._added_after(_TURNS), *self.end_ids))
 
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
@@ -161,52 +141,47 @@ class ChatTemplate:
         return _any_of(self.markers)
 
     @cached_property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end a turn of the assistant."""
-        return self._structure[1]
-
-    @cached_property
     def end_pattern(self) -> re.Pattern[str]:
         """Pattern of the tokens that end a turn, or at which the tokenizer's files stop generation."""
-        return _any_of(self._contents({*self.end_ids, *self._stops}))
-
-    @property
-    def _stops(self) -> set[int]:
-        return {self.tokenizer.eos_id, *self.tokenizer.stop_ids}
+        return _any_of(self._contents({*self.end_ids, self.tokenizer.eos_id, *self.tokenizer.stop_ids}))
 
     def _contents(self, ids: Iterable[int]) -> dict[str, int]:
         added = self.tokenizer.backend.get_added_tokens_decoder()
         return {added[id_].content: id_ for id_ in ids if id_ in added}
 
     @cached_property
-    def _structure(self) -> tuple[dict[str, int], tuple[int, ...]]:
-        """Added tokens between turns, and the ids of those that end a turn of the assistant.
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a turn of the assistant.
 
         The text after a turn's content may go on with the next turn's header: the first token there at which generation
         stops ends the turn, or else the first one.
         """
-        words = [f"{SENTINEL}{i}q" for i in range(3)]
-        turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": word} for i, word in enumerate(words)]
-        between = self._added_after(turns, words[1])
-        after = self._added_after(turns[:2], words[1])
-        ends = [id_ for id_ in after if id_ in self._stops][:1] or after[:1]
-        call = {"type": "function", "function": {"name": "f", "arguments": {"x": words[1]}}}
-        after = self._added_after([turns[0], {**turns[1], "content": "", "tool_calls": [call]}], words[1])
-        ends += [id_ for id_ in after if id_ in self._stops or id_ in ends][:1] or after[-1:]
-        return self._contents((*between, *ends)), tuple(dict.fromkeys(ends))
+        stops = {self.tokenizer.eos_id, *self.tokenizer.stop_ids}
+        after = self._added_after(_TURNS[:2])
+        ends = [id_ for id_ in after if id_ in stops][:1] or after[:1]
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": _WORD}}}
+        after = self._added_after([_TURNS[0], {**_TURNS[1], "content": "", "tool_calls": [call]}])
+        ends += [id_ for id_ in after if id_ in stops or id_ in ends][:1] or after[-1:]
+        return tuple(dict.fromkeys(ends))
 
-    def _added_after(self, messages: Sequence[Message], word: str) -> list[int]:
-        """Return the ids of the added tokens after `word`; none where the template does not write it."""
+    def _added_after(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the added tokens after `_WORD`; none where the template does not write it."""
         try:
             text = self.render(messages)
         except TemplateProblem:
             return []
-        if word not in text:
+        if _WORD not in text:
             return []
-        start = text.rindex(word) + len(word)
+        start = text.rindex(_WORD) + len(_WORD)
         added = self.tokenizer.backend.get_added_tokens_decoder()
         encoding = self.encode([text])[0]
         return [id_ for id_, (left, _) in zip(encoding.ids, encoding.offsets) if left >= start and id_ in added]
+
+
+_WORD = f"{SENTINEL}1q"
+_TURNS: list[Message] = [
+    {"role": role, "content": f"{SENTINEL}{i}q"} for i, role in enumerate(("user", "assistant", "user"))
+]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

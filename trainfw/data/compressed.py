@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainfw.errors import UserError
+from trainfw.paths import check_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -24,7 +25,6 @@ SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 LIMIT = 2**30
 """Most bytes of one document, line or value: more would not fit into memory as tokens."""
 
-_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _BLOCK = 2**18
 """Bytes read, and bytes decompressed at most, at once: compressed data may become a million times as long."""
 _MEMORY = 2**30
@@ -34,13 +34,13 @@ _MEMORY = 2**30
 def open_plain(path: Path) -> BinaryIO:
     """Open a file as bytes, decompressed where its first bytes say that it is compressed, whatever its name.
 
-    Raises UserError for a Git LFS pointer, and for an empty file with the suffix of a compression; reading raises it
+    Raises UserError as `check_file` does, and for an empty file with the suffix of a compression; reading raises it
     where the data are damaged or end too early, with the last line before that. Raises OSError as `open` does.
     """
+    check_file(path, named=True)
     file = path.open("rb")
-    head = file.read(len(_POINTER))
+    head = file.read(32)
     file.seek(0)
-    check_pointer(head, path)
     for name, (magic, make) in _KINDS.items():
         if magic.match(head):
             return io.BufferedReader(_Decompressed(file, path, name, make), _BLOCK)
@@ -48,12 +48,6 @@ def open_plain(path: Path) -> BinaryIO:
         file.close()
         raise UserError(f"{path}: is empty, which no compressed file is: was it cut short?")
     return file
-
-
-def check_pointer(head: bytes, path: Path) -> None:
-    """Raise UserError where a file begins like the pointer that Git LFS puts in the place of a file not fetched."""
-    if head.startswith(_POINTER):
-        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`")
 
 
 class _Gzip:
@@ -68,24 +62,19 @@ class _Gzip:
         self.needs_input = not self._inner.unconsumed_tail and len(plain) < max_length
         return plain
 
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
+    def __getattr__(self, name: str) -> Any:  # eof, unused_data
+        return getattr(self._inner, name)
 
 
-def _zstandard() -> Any:
-    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # as `zstd --long=31` writes
-
-
+_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # as `zstd --long=31` writes
 _KINDS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any]]] = {
     "gzip": (re.compile(rb"\x1f\x8b\x08"), _Gzip),
     "bzip2": (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
     "xz": (re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY)),
-    "Zstandard": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstandard),
+    "Zstandard": (
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        lambda: zstd.ZstdDecompressor(None, _WINDOW),
+    ),
 }
 """First bytes of each kind (for Zstandard also those of a skippable frame), and the decompressor of one stream."""
 
@@ -117,21 +106,17 @@ class _Decompressed(io.RawIOBase):
     def _next(self, length: int) -> bytes:
         """Return some decompressed bytes, `length` at most; none at the end."""
         while True:
+            data = b""
             if self._stream.eof:
-                rest = self._stream.unused_data.lstrip(b"\0")
-                while not rest and (block := self._file.read(_BLOCK)):
-                    rest = block.lstrip(b"\0")
-                if not rest:
+                data = self._stream.unused_data.lstrip(b"\0")
+                while not data and (block := self._file.read(_BLOCK)):
+                    data = block.lstrip(b"\0")
+                if not data:
                     return b""
                 self._stream = self._make()
-                plain = self._stream.decompress(rest, length)
-            elif self._stream.needs_input:
-                if not (block := self._file.read(_BLOCK)):
-                    raise EOFError("it was cut short")
-                plain = self._stream.decompress(block, length)
-            else:
-                plain = self._stream.decompress(b"", length)
-            if plain:
+            elif self._stream.needs_input and not (data := self._file.read(_BLOCK)):
+                raise EOFError("it was cut short")
+            if plain := self._stream.decompress(data, length):
                 return plain
 
     def close(self) -> None:

@@ -19,8 +19,6 @@ TASK_SOURCES = {
 }
 """Formats of the built-in tasks."""
 
-_PREFERENCE_FIELDS = ("chosen_field", "rejected_field", "pairs_per_row")
-
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
 
@@ -132,15 +130,17 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _fields_fit_the_format(self) -> DataConfig:
-        tasks = [name for name in TASK_SOURCES if name in self._sources]
-        if tasks and len(self._sources) > 1:
-            invalid("source", f"source: {tasks[0]} cannot be mixed with other sources")
-        if tasks and self.format != TASK_SOURCES[tasks[0]]:
-            kind = "preferences" if TASK_SOURCES[tasks[0]] == "preferences" else "prompts and completions"
-            invalid("format", f"source: {tasks[0]} is of {kind}: set `format: {TASK_SOURCES[tasks[0]]}`")
-        for name in ("prompt", "completion", "chosen", "rejected") if tasks else ():
-            if getattr(self, f"{name}_field") != name:
-                invalid(f"{name}_field", f"{name}_field does not change source: {tasks[0]}")
+        sources = [self.source] if isinstance(self.source, str) else self.source
+        tasks = [name for name in TASK_SOURCES if name in sources]
+        for task in tasks[:1]:
+            if len(sources) > 1:
+                invalid("source", f"source: {task} cannot be mixed with other sources")
+            if self.format != (needed := TASK_SOURCES[task]):
+                kind = "preferences" if needed == "preferences" else "prompts and completions"
+                invalid("format", f"source: {task} is of {kind}: set `format: {needed}`")
+            for name in ("prompt", "completion", "chosen", "rejected"):
+                if getattr(self, f"{name}_field") != name:
+                    invalid(f"{name}_field", f"{name}_field does not change source: {task}")
         if self.max_characters is not None and not tasks:
             invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
         if self.format != "text" and self.tokenizer.name == "bpe":
@@ -150,7 +150,14 @@ class DataConfig(Config):
         if self.format not in ("prompt_completion", "preferences") and not self.chat_template:
             formats = "`format: prompt_completion` and `preferences`"
             invalid("chat_template", f"`false` is for {formats}, but format is {self.format!r}")
-        self._check_preferences()
+        if self.format == "preferences":
+            if self.chosen_field == self.rejected_field:
+                invalid("rejected_field", f"{self.rejected_field!r} is chosen_field too: expected another key")
+            if self.prompt_field in (self.chosen_field, self.rejected_field):
+                invalid("prompt_field", f"{self.prompt_field!r} is of an answer too: expected another key")
+        for name in () if self.format == "preferences" else ("chosen_field", "rejected_field", "pairs_per_row"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                invalid(name, f"{name} is for `format: preferences`, but format is {self.format!r}")
         if self.system_prompt is not None and (self.format == "text" or not self.chat_template):
             invalid("system_prompt", "system_prompt is written by a chat template; this recipe uses none")
         if self.date is not None:
@@ -163,22 +170,7 @@ class DataConfig(Config):
             invalid("too_long", f"too_long is for {formats}: text is cut into rows")
         return self
 
-    def _check_preferences(self) -> None:
-        if self.format != "preferences":
-            for name in _PREFERENCE_FIELDS:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    invalid(name, f"{name} is for `format: preferences`, but format is {self.format!r}")
-            return
-        if self.chosen_field == self.rejected_field:
-            invalid("rejected_field", f"{self.rejected_field!r} is chosen_field too: expected another key")
-        if self.prompt_field in (self.chosen_field, self.rejected_field):
-            invalid("prompt_field", f"{self.prompt_field!r} is of an answer too: expected another key")
-
     @property
     def writes_turns(self) -> bool:
         """Flag: a chat template writes the examples."""
         return self.format != "text" and self.chat_template
-
-    @property
-    def _sources(self) -> list[str]:
-        return [self.source] if isinstance(self.source, str) else self.source

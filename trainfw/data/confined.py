@@ -66,25 +66,20 @@ class LimitError(UnusableError):
 class _Work:
     """The request that is being answered, and its limits."""
 
-    def __init__(self) -> None:
-        self._size, self._end = 0, 0.0
-
-    def begin(self, size: int) -> None:
-        """Take up a request of `size` bytes."""
-        self._size = size
-        self.begin_piece()
+    size, _end = 0, 0.0
+    """Bytes of the request."""
 
     def begin_piece(self) -> None:
         """Begin one piece of the request: the kernel ends the helper when the piece's time is used up."""
-        used, more = time.process_time(), PIECE_SECONDS + BYTE_SECONDS * self._size
+        used, more = time.process_time(), PIECE_SECONDS + BYTE_SECONDS * self.size
         self._end = min(self._end or used + BURST_SECONDS, used + BURST_SECONDS) + more
-        if resource is not None and self._size:
+        if resource is not None and self.size:
             resource.setrlimit(resource.RLIMIT_CPU, (int(self._end) + 1, resource.RLIM_INFINITY))
 
     def check_written(self, text: str) -> str:
         """Return the text that a piece wrote. Raises LimitError for one that is too long."""
-        most = OUTPUT + OUTPUT_PER_BYTE * self._size
-        if self._size and len(text) > most:
+        most = OUTPUT + OUTPUT_PER_BYTE * self.size
+        if self.size and len(text) > most:
             raise LimitError(f"writes {len(text):,} characters, and {most:,} are allowed for what it was given")
         return text
 
@@ -98,8 +93,7 @@ def main() -> None:
 
     Batches are pickled, and so are a request's arguments. Answers are JSON, since untrusted work makes them.
     """
-    for name, value in json.loads(sys.argv[1]).items():
-        globals()[name] = value
+    globals().update(json.loads(sys.argv[1]))
     if resource is not None:
         with contextlib.suppress(ValueError, OSError):  # macOS knows no limit of the address space
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -121,7 +115,8 @@ def _answers(batch: bytes, shared_values: dict[int, object]) -> bytes:
         shared_values.setdefault(key, shared)
         module, _, function = name.partition(":")
         for request in requests:
-            work.begin(len(request))
+            work.size = len(request)
+            work.begin_piece()
             work_on = getattr(importlib.import_module(f"trainfw.data.{module}"), function)
             try:
                 answers.append(("done", work_on(shared_values[key], *pickle.loads(request))))
@@ -130,21 +125,17 @@ def _answers(batch: bytes, shared_values: dict[int, object]) -> bytes:
         return json.dumps(answers).encode()
     except MemoryError:
         answers = [("limit", f"needs more than {MEMORY >> 20:,} MB of memory")]
-    except LimitError as error:
-        answers = [("limit", str(error))]
-    except UnusableError as error:
-        answers = [("unusable", str(error))]
-    except UserError as error:
-        answers = [("refused", str(error))]
-    except Exception:
-        answers = [("failed", traceback.format_exc())]
+    except Exception as error:
+        kind = next((kind for kind, error_class in _ERRORS.items() if isinstance(error, error_class)), "failed")
+        answers = [(kind, traceback.format_exc() if kind == "failed" else str(error))]
     return json.dumps(answers).encode()
 
 
-# --- In the process that asks -----------------------------------------------------------------------------------------
-
-
 _ERRORS = {"limit": LimitError, "unusable": UnusableError, "refused": UserError}
+"""Outcomes that end a batch, and their errors, the narrowest first."""
+
+
+# --- In the process that asks -----------------------------------------------------------------------------------------
 
 
 class Helper:
@@ -207,6 +198,7 @@ class Helper:
         """End the helper."""
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
+            self._answers.close()
             self._socket.close()
             process.kill()
             process.wait()
@@ -223,28 +215,19 @@ class Helper:
             start_new_session=True,  # Ctrl-C is for the command, which ends its helper
         )
         far_end.close()
-        self._socket, self._owner, self._keys = near_end, os.getpid(), {}
+        self._socket, self._answers = near_end, near_end.makefile("rb")
+        self._owner, self._keys = os.getpid(), {}
 
     def _exchange(self, request: bytes) -> list[tuple[str, object]]:
-        deadline = time.monotonic() + WALL_SECONDS
         try:
             self._socket.settimeout(WALL_SECONDS)
             self._socket.sendall(_LENGTH.pack(len(request)) + request)
-            size = _LENGTH.unpack(self._receive(_LENGTH.size, deadline))[0]
-            return list(json.loads(self._receive(size, deadline)))
+            [size] = _LENGTH.unpack(self._answers.read(_LENGTH.size))
+            return list(json.loads(self._answers.read(size)))
         except TimeoutError:
             raise LimitError(f"gave no answer within {WALL_SECONDS:g} seconds") from None
-        except OSError:
+        except (OSError, struct.error, json.JSONDecodeError):  # it ended before its answer did
             raise LimitError(self._how_it_ended()) from None
-
-    def _receive(self, size: int, deadline: float) -> bytearray:
-        data = bytearray()
-        while len(data) < size:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            if not (part := self._socket.recv(min(size - len(data), 2**20))):
-                raise ConnectionResetError
-            data += part
-        return data
 
     def _how_it_ended(self) -> str:
         assert self._process is not None

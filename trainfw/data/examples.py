@@ -8,21 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainfw.data import messages as checks
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
-from trainfw.data.messages import (
-    MEANINGFUL,
-    Unusable,
-    check_not_empty,
-    checked_message,
-    checked_row,
-    checked_text,
-    content_of,
-    is_learnt,
-    strings_in,
-    system_beside,
-    tools_beside,
-)
 from trainfw.data.sources import Row
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.data.turns import Message, Span, TemplateProblem, Written
@@ -80,6 +68,10 @@ class Text:
     spans: list[Span]
     key: str
 
+    @classmethod
+    def joined(cls, id_: str, prompt: str, completion: str) -> Text:
+        return cls(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -100,21 +92,18 @@ class Encoder:
         self.refusals = Refusals()
         self._unread: Counter[str] = Counter()
         self._unmet: Counter[str] = Counter()
-        self._rows_apart = self._cut = self._untagged = self._straddling = 0
-        self._turns = self._stopping = 0
+        self._rows_apart = self._cut = self._untagged = self._straddling = self._turns = self._stopping = 0
         self._stops = stop_ids(tokenizer)
-        self._template: ChatTemplate | None = None
-        self._with_tools: ChatTemplate | None = None
-        if config.writes_turns:
-            self._template = ChatTemplate.of(tokenizer, config.date)
-            with_tools = ChatTemplate.of(tokenizer, config.date, tools=True)
-            self._with_tools = self._template if with_tools == self._template else with_tools
-            if self._template is None:
-                other = "" if config.format == "chat" else "set chat_template: false, or "
-                raise UserError(
-                    f"format: {config.format}: the tokenizer has no chat template; {other}put one beside its "
-                    f"tokenizer.json: chat_template.jinja, or the key chat_template of tokenizer_config.json"
-                )
+        self._template = ChatTemplate.of(tokenizer, config.date) if config.writes_turns else None
+        self._with_tools = ChatTemplate.of(tokenizer, config.date, tools=True) if config.writes_turns else None
+        if self._with_tools == self._template:
+            self._with_tools = self._template  # what is known of one is known of both
+        if config.writes_turns and self._template is None:
+            other = "" if config.format == "chat" else "set chat_template: false, or "
+            raise UserError(
+                f"format: {config.format}: the tokenizer has no chat template; {other}put one beside its "
+                f"tokenizer.json: chat_template.jinja, or the key chat_template of tokenizer_config.json"
+            )
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Yield the examples of the rows that can be used; `refusals` counts the others."""
@@ -122,7 +111,7 @@ class Encoder:
         for row in rows:
             try:
                 usable.append(self._chat(row) if self.config.format == "chat" else self._pair(row))
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), row.id)
         texts: list[Text] = []
         for one, written in zip(usable, self._as_texts(usable), strict=True):
@@ -134,7 +123,7 @@ class Encoder:
         for text, (ids, learnt) in zip(texts, self._as_tokens(texts), strict=True):
             try:
                 yield self._counted(self._fitted(ids, learnt, text.key))
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), text.id)
 
     def remarks(self) -> tuple[str, ...]:
@@ -163,8 +152,8 @@ class Encoder:
             turns = _plural(self._untagged, "turn")
             lines.append(f"{turns} of the assistant outside the template's {{% generation %}} tags: not learnt")
         if self._cut:
-            length = self.config.sequence_length
-            lines.append(f"{_plural(self._cut, 'example')} cut at sequence_length = {length}, before the end of a turn")
+            length = f"sequence_length = {self.config.sequence_length}"
+            lines.append(f"{_plural(self._cut, 'example')} cut at {length}, before the end of a turn")
         if self._rows_apart:
             lines.append(
                 f"several examples of {_plural(self._rows_apart, 'row')}, since the chat template writes a turn "
@@ -172,67 +161,55 @@ class Encoder:
             )
         if self._unread:
             keys = ", ".join(f"{key} ({count:,})" for key, count in self._unread.most_common(8))
-            lead = "warning: " if MEANINGFUL & set(self._unread) else ""
+            lead = "warning: " if checks.MEANINGFUL & set(self._unread) else ""
             lines.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
         return tuple(lines)
 
     # --- A row as text ------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Row) -> Conversation:
-        config, value = self.config, checked_row(row.value)
+        config, value = self.config, checks.checked_row(row.value)
         field = config.messages_field
         messages = value.get(field)
         if not isinstance(messages, list) or not messages:
-            raise Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
-        messages = [*system_beside(value), *(checked_message(message) for message in messages)]
-        learnt = [is_learnt(message, config.loss_on) for message in messages]
-        tools = tools_beside(value)
-        if not any(learnt):
-            raise Unusable(f"no message of {' or '.join(config.loss_on)} to learn")
-        check_not_empty(messages, learnt)
-        if config.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-            messages, learnt = [{"role": "system", "content": config.system_prompt}, *messages], [False, *learnt]
-        key = next((content_of(m) for m in messages if m["role"] == "user"), content_of(messages[0]))
-        return self._conversation(row.id, messages, learnt, tools, key)
+            raise checks.Unusable(f"{field!r} is not a list of messages" if field in value else f"no {field!r}")
+        messages = [*checks.system_beside(value), *(checks.checked_message(message) for message in messages)]
+        learnt = [checks.is_learnt(message, config.loss_on) for message in messages]
+        tools = checks.tools_beside(value)
+        checks.check_something_learnt(messages, learnt, config.loss_on)
+        return self._conversation(row.id, *checks.begun(messages, learnt, config.system_prompt), tools)
 
     def _pair(self, row: Row) -> Text | Conversation:
-        config, value = self.config, checked_row(row.value)
-        texts = []
+        config, value = self.config, checks.checked_row(row.value)
         for field in (config.prompt_field, config.completion_field):
             if field not in value:
-                raise Unusable(f"no {field!r}")
+                raise checks.Unusable(f"no {field!r}")
             if isinstance(value[field], list):
-                raise Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
+                raise checks.Unusable(f"{field!r} is a list: put both into one of messages, for format: chat")
             if not isinstance(value[field], str):
-                raise Unusable(f"{field!r} is not text")
-            texts.append(checked_text(value[field], repr(field)))
-        prompt, completion = texts
+                raise checks.Unusable(f"{field!r} is not text")
+            checks.check_text(value[field], repr(field))
+        prompt, completion = value[config.prompt_field], value[config.completion_field]
         if not completion.strip():
-            raise Unusable(f"{config.completion_field!r} is empty")
+            raise checks.Unusable(f"{config.completion_field!r} is empty")
         if self._template is None:
-            return self._joined(row.id, prompt, completion)
+            return Text.joined(row.id, prompt, completion)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        if config.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": config.system_prompt})
-        return self._conversation(row.id, messages, [m["role"] == "assistant" for m in messages], None, prompt)
-
-    @staticmethod
-    def _joined(id_: str, prompt: str, completion: str) -> Text:
-        return Text(id_, prompt + completion, [(len(prompt), len(prompt + completion))], prompt)
+        return self._conversation(row.id, *checks.begun(messages, [False, True], config.system_prompt), None)
 
     def _conversation(
-        self, id_: str, messages: list[Message], learnt: list[bool], tools: list[object] | None, key: str
+        self, id_: str, messages: list[Message], learnt: list[bool], key: str, tools: list[object] | None
     ) -> Conversation:
         template = self._template_of(tools)
         try:
-            for text in strings_in([messages, tools]):
-                checked_text(text, "a message")
+            for text in checks.strings_in([messages, tools]):
+                checks.check_text(text, "a message")
                 if marker := template.marker_pattern.search(text):
-                    is_special = marker[0] in template.special_tokens
+                    is_special = marker[0] in self.tokenizer.special_tokens
                     why = "is a special token of the tokenizer" if is_special else "marks turns in the chat template"
-                    raise Unusable(f"a message holds {marker[0]!r}, which {why}")
+                    raise checks.Unusable(f"a message holds {marker[0]!r}, which {why}")
         except RecursionError:
-            raise Unusable("a message is nested too deeply") from None
+            raise checks.Unusable("a message is nested too deeply") from None
         return Conversation(id_, messages, learnt, tools, key)
 
     def _template_of(self, tools: list[object] | None) -> ChatTemplate:
@@ -245,21 +222,15 @@ class Encoder:
 
         Each template (with and without tools) gets one request for all of its conversations.
         """
-        conversations = [one for one in rows if isinstance(one, Conversation)]
-        written: dict[int, list[Written] | TemplateProblem] = {}
+        texts: list[list[Text] | TemplateProblem] = [[one] if isinstance(one, Text) else [] for one in rows]
+        conversations = [(i, one) for i, one in enumerate(rows) if isinstance(one, Conversation)]
         for with_tools in (False, True):
-            batch = [one for one in conversations if bool(one.tools) == with_tools]
+            batch = [(i, one) for i, one in conversations if bool(one.tools) == with_tools]
             if batch:
-                requests = [(one.messages, one.learnt, one.tools) for one in batch]
-                answers = self._template_of(batch[0].tools).write_learnt(requests)
-                written |= {id(one): answer for one, answer in zip(batch, answers, strict=True)}
-        texts: list[list[Text] | TemplateProblem] = []
-        for one in rows:
-            if isinstance(one, Text):
-                texts.append([one])
-            else:
-                answer = written[id(one)]
-                texts.append(answer if isinstance(answer, TemplateProblem) else self._texts(one, answer))
+                requests = [(one.messages, one.learnt, one.tools) for _, one in batch]
+                answers = self._template_of(batch[0][1].tools).write_learnt(requests)
+                for (i, one), answer in zip(batch, answers, strict=True):
+                    texts[i] = answer if isinstance(answer, TemplateProblem) else self._texts(one, answer)
         return texts
 
     def _texts(self, row: Conversation, written: list[Written]) -> list[Text]:
@@ -274,28 +245,22 @@ class Encoder:
     # --- Text as tokens -----------------------------------------------------------------------------------------------
 
     def _as_tokens(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        return (self._plain if self._template is None else self._written)(texts)
-
-    def _plain(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Yield bos, prompt, completion and eos: encoded apart, so that generation gives a prompt the same tokens."""
-        cut = [one.spans[0][0] for one in texts]
-        prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
-        completions = self.tokenizer.encode_batch([one.text[at:] for one, at in zip(texts, cut)])
-        for prompt, completion in zip(prompts, completions):
-            ids = [self.tokenizer.bos_id, *prompt, *completion, self.tokenizer.eos_id]
-            yield ids, [i > len(prompt) for i in range(len(ids))]
-
-    def _written(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
-        assert self._template is not None
+        if self._template is None:
+            # Prompt and completion are encoded apart, so that generation gives a prompt the same tokens.
+            cut = [one.spans[0][0] for one in texts]
+            prompts = self.tokenizer.encode_batch([one.text[:at] for one, at in zip(texts, cut)])
+            completions = self.tokenizer.encode_batch([one.text[at:] for one, at in zip(texts, cut)])
+            for prompt, completion in zip(prompts, completions):
+                ids = [self.tokenizer.bos_id, *prompt, *completion, self.tokenizer.eos_id]
+                yield ids, [i > len(prompt) for i in range(len(ids))]
+            return
         for one, encoding in zip(texts, self._template.encode([one.text for one in texts])):
             ids, learnt = encoding.ids, [False] * len(encoding.ids)
             starts, ends = ([place[side] for place in encoding.offsets] for side in (0, 1))
             ordered = starts == sorted(starts) and ends == sorted(ends)
             for start, end in one.spans:
-                inside: Sequence[int]
-                if ordered:  # a search: looking at all places for each of very many turns would take too long
-                    inside = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
-                else:
+                inside: Sequence[int] = range(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
+                if not ordered:  # else a search: looking at all places for each of very many turns takes too long
                     inside = [i for i in range(len(starts)) if ends[i] > start and starts[i] < end]
                 self._straddling += bool(inside) and starts[inside[0]] < start
                 for i in inside:
@@ -307,16 +272,15 @@ class Encoder:
         if learnt:
             learnt[0] = False  # nothing comes before it
         if True not in learnt:
-            raise Unusable("nothing to learn")
+            raise checks.Unusable("nothing to learn")
         end = len(learnt) - learnt[::-1].index(True)
         # The last token is predicted, and never an input.
         room = self.config.sequence_length + 1
         if end > room and (self.config.too_long == "refuse" or True not in learnt[:room]):
-            raise Unusable(f"longer than sequence_length = {self.config.sequence_length}")
-        cut = end > room
-        end = min(end, room)
-        end -= learnt[:end][::-1].index(True)
-        return Example(ids[:end], learnt[:end], key, cut)
+            raise checks.Unusable(f"longer than sequence_length = {self.config.sequence_length}")
+        kept = min(end, room)
+        kept -= learnt[:kept][::-1].index(True)
+        return Example(ids[:kept], learnt[:kept], key, cut=end > room)
 
     def _counted(self, one: Example) -> Example:
         """Count, for `remarks`, an example that is used, and return it."""

@@ -5,42 +5,33 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from trainfw.data.arrow import SAVED
 from trainfw.data.compressed import SUFFIXES
 from trainfw.data.config import STDLIB, TASK_SOURCES
+from trainfw.data.readers import Reader
 from trainfw.errors import UserError, did_you_mean
 
-SAVED = "/"
-"""Kind of a saved dataset, which is a directory."""
-
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
-_MANY = {
-    "directory": "directories",
-    "directory reached twice": "directories reached twice",
-    "directory that cannot be read": "directories that cannot be read",
-    "dangling link": "dangling links",
-    **{kind: f"{kind}s" for kind in _SPECIAL.values()},
-}
-"""Plurals of the kinds of skipped files that have one."""
 _SHOWN = 12
 """Most kinds of skipped files that are listed."""
 _Pattern = tuple[str, ...]
 """Parts of a glob."""
 
 
-class InputPath(NamedTuple):
-    """A file, or the directory of a saved dataset."""
+class Input(NamedTuple):
+    """A file, or the directory of a saved dataset, and how to read it."""
 
     path: Path
     name: str
     """Path within the source."""
-    kind: str
-    """Suffix in lower case, without that of a compression, or `SAVED`."""
+    read: Reader
 
 
 class Skipped:
@@ -58,11 +49,16 @@ class Skipped:
         """Return a line such as `3 files skipped: 2 .csv, 1 suffixless (README)`; empty where there are none."""
         total = self.counts.total()
         shown = [
-            f"{n:,} {_MANY.get(kind, kind) if n > 1 else kind}{self._first[kind]}"
+            f"{n:,} {_several(kind) if n > 1 else kind}{self._first[kind]}"
             for kind, n in self.counts.most_common(_SHOWN)
         ]
         more = ", ..." if len(self.counts) > _SHOWN else ""
         return f"{total:,} file{'s' * (total > 1)} skipped: {', '.join(shown)}{more}" if total else ""
+
+
+def _several(kind: str) -> str:
+    kind = re.sub("^directory", "directories", kind)
+    return f"{kind}s" if kind in ("dangling link", *_SPECIAL.values()) else kind
 
 
 class Finder:
@@ -72,54 +68,59 @@ class Finder:
     that is reached twice is read once: a glob and a name that overlap do not ask to learn a file twice.
     """
 
-    def __init__(self, kinds: Iterable[str], why_not: Callable[[Path, str], str | None]):
+    def __init__(self, readers: Mapping[str, Reader], why_not: Callable[[Path, str], str | None]):
         """Begin a search.
 
         Args:
-            kinds: the kinds to read.
+            readers: the readers of the kinds to read.
             why_not: called with the path and the kind of a file that a glob matched; returns why it is not read, or
                 None where it is.
         """
         self.skipped = Skipped()
-        self._kinds = [kind for kind in kinds if kind != SAVED]
+        self._readers, self._kinds = readers, [kind for kind in readers if kind != SAVED]
         self._why_not = why_not
         self._reached: set[str] = set()
 
-    def find(self, name: str) -> list[InputPath]:
+    def find(self, name: str) -> list[Input]:
         """Return the inputs that `name` stands for, in order. Raises UserError where it stands for none."""
         path = Path(os.path.expanduser(name))
         if not name:
             raise UserError("source: a name is empty; expected the path of a file or a directory")
-        if os.path.isdir(path):
-            saved = is_saved_dataset(path)
-            inputs = [InputPath(path, path.name, SAVED)] if saved else self._all(path, ("**", "*"), name)
+        if is_saved_dataset(path):
+            inputs = [Input(path, path.name, self._readers[SAVED])]
+        elif os.path.isdir(path):
+            inputs = self._all(path, ("**", "*"), name)
         elif os.path.lexists(path):
-            inputs = [self._named(path, name)]
+            if odd := _odd(path):
+                leads = f" to {odd[1]}" if odd[1] else ""
+                raise UserError(f"source {name!r} is a {odd[0]}{leads}; expected a file or a directory")
+            kind, suffix = file_kind(path)
+            if kind not in self._kinds:
+                also = "" if ".txt" in self._kinds else " as rows of examples"
+                hint = did_you_mean(suffix, self._kinds)
+                raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
+            inputs = [Input(path, path.name, self._readers[kind])]
         elif glob.has_magic(name):
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             inputs = self._all(root, path.relative_to(root).parts, name)
         else:
             raise _not_there(path, name)
-        return [one for one in inputs if self._is_new(one)]
+        new = []
+        for one in inputs:
+            if (real := os.path.realpath(one.path)) in self._reached:
+                self.skipped.add("reached twice", one.name)
+            else:
+                self._reached.add(real)
+                new.append(one)
+        return new
 
-    def _named(self, path: Path, name: str) -> InputPath:
-        if odd := _odd(path):
-            kind, detail = odd
-            raise UserError(f"source {name!r} is a {kind}{detail and f' to {detail}'}; expected a file or a directory")
-        kind, suffix = file_kind(path)
-        if kind not in self._kinds:
-            also = "" if ".txt" in self._kinds else " as rows of examples"
-            hint = did_you_mean(suffix, self._kinds)
-            raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
-        return InputPath(path, path.name, kind)
-
-    def _all(self, root: Path, pattern: _Pattern, name: str) -> list[InputPath]:
+    def _all(self, root: Path, pattern: _Pattern, name: str) -> list[Input]:
         before, inputs = self.skipped.counts.copy(), []
         for path in self._walk(root, {pattern}, {os.path.realpath(root)}):
             shown = path.relative_to(root).as_posix()
             kind, suffix = file_kind(path)
             if os.path.isdir(path):
-                inputs.append(InputPath(path, shown, SAVED))
+                inputs.append(Input(path, shown, self._readers[SAVED]))
             elif odd := _odd(path):
                 self.skipped.add(odd[0], f"{shown} -> {odd[1]}" if odd[1] else shown)
             elif kind not in self._kinds:
@@ -127,7 +128,7 @@ class Finder:
             elif reason := self._why_not(path, kind):
                 self.skipped.add(f"{suffix} without rows", f"{shown}: {reason}")
             else:
-                inputs.append(InputPath(path, shown, kind))
+                inputs.append(Input(path, shown, self._readers[kind]))
         if not inputs:
             others = sorted(self.skipped.counts - before)
             if not others and pattern != ("**", "*"):
@@ -160,14 +161,6 @@ class Finder:
             else:
                 entered.add(real)
                 yield from self._walk(path, deeper, entered)
-
-    def _is_new(self, path: InputPath) -> bool:
-        real = os.path.realpath(path.path)
-        if real in self._reached:
-            self.skipped.add("reached twice", path.name)
-            return False
-        self._reached.add(real)
-        return True
 
 
 def file_kind(path: Path) -> tuple[str, str]:

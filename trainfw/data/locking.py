@@ -47,11 +47,20 @@ def held(file: Path, what: str, progress: Progress | None = None) -> Iterator[No
 def _acquire(lock: FileLock, holder: Path, what: str, progress: Progress | None) -> None:
     waited = silent = 0.0
     warned, last, checked = False, "", time.monotonic()
-    while not _taken(lock):
-        time.sleep(POLL_SECONDS)
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            return
+        except Timeout:
+            time.sleep(POLL_SECONDS)
+        except NotImplementedError as error:
+            raise UserError(f"{lock.lock_file}: this file system has no locks") from error
         now = time.monotonic()
         gap, checked = min(now - checked, 2 * POLL_SECONDS), now  # this process may have been stopped itself
-        beat = _beat(holder)
+        try:  # the holder's name, and a number that grows while it works
+            beat = holder.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            beat = ""
         waited, silent = waited + gap, silent + gap if beat == last else 0.0
         if beat != last and progress is not None:
             progress(f"Waiting for {what}: seconds", int(waited), None)
@@ -65,24 +74,6 @@ def _acquire(lock: FileLock, holder: Path, what: str, progress: Progress | None)
                 f"{what}: {owner} holds {lock.lock_file} and has done nothing for {SILENT_SECONDS:g} s: it is "
                 "stopped, or hangs; let it go on, or end it"
             )
-
-
-def _taken(lock: FileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    except NotImplementedError as error:
-        raise UserError(f"{lock.lock_file}: this file system has no locks") from error
-    return True
-
-
-def _beat(holder: Path) -> str:
-    """Read the holder's name and a number that grows while the holder works; empty where none are written."""
-    try:
-        return holder.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 @contextlib.contextmanager

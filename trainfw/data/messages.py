@@ -60,25 +60,31 @@ def system_beside(row: dict[str, object]) -> list[Message]:
     for key in CONVERSATION[2:]:
         if row.get(key):
             raise Unusable(f"{key!r} beside the messages is not read, and may change what the template writes")
-    system = row.get("system")
-    if system is None or system == "":
-        return []
-    if not isinstance(system, str):
+    if not isinstance(system := row.get("system"), str | None):
         raise Unusable("'system' is not text")
-    return [{"role": "system", "content": system}]
+    return [{"role": "system", "content": system}] if system else []
 
 
 def tools_beside(row: dict[str, object]) -> list[object] | None:
     """Return the tools that stand beside the messages, None where there are none."""
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
+    if not isinstance(tools := row.get("tools"), list | None):
         raise Unusable("'tools' is not a list")
     return tools
 
 
+def begun(
+    messages: list[Message], learnt: list[bool], system_prompt: str | None
+) -> tuple[list[Message], list[bool], str]:
+    """Return a conversation and its flags after `system_prompt`, unless it has a system message of its own; and the
+    text that decides its split, the first user message's."""
+    if system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+        messages, learnt = [{"role": "system", "content": system_prompt}, *messages], [False, *learnt]
+    first = next((message for message in messages if message["role"] == "user"), messages[0])
+    return messages, learnt, first.get("content", "")
+
+
 _SWITCHES = ("weight", "train", "training", "loss")
 """Keys that mark a message as learnt or not: OpenAI's fine-tuning format, Axolotl (two keys) and ms-swift."""
-
 MEANINGFUL = {
     *("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"),
     *("loss_weight", "loss_mask", "mask", "masked", "trainable", "train_detail", "training_detail"),
@@ -101,24 +107,21 @@ def is_learnt(message: Message, roles: Sequence[str]) -> bool:
     return learnt
 
 
-def content_of(message: Message) -> str:
-    """Return the text of a message, empty where it only calls tools."""
-    return message.get("content", "")
+def check_something_learnt(messages: Sequence[Message], learnt: Sequence[bool], roles: Sequence[str]) -> None:
+    """Raise Unusable where no message is to be learnt, or one that holds neither text nor calls of tools."""
+    if not any(learnt):
+        raise Unusable(f"no message of {' or '.join(roles)} to learn")
+    for message, flag in zip(messages, learnt):
+        if flag and not message.get("content", "").strip() and not message.get("tool_calls"):
+            raise Unusable("a message to learn is empty")
 
 
-def check_not_empty(messages: Sequence[Message], learnt: Sequence[bool]) -> None:
-    """Raise Unusable where a message to learn holds neither text nor calls of tools."""
-    if any(flag and not content_of(m).strip() and not m.get("tool_calls") for m, flag in zip(messages, learnt)):
-        raise Unusable("a message to learn is empty")
-
-
-def checked_text(text: str, name: str) -> str:
-    """Return the text. Raises Unusable where UTF-8 cannot write it."""
+def check_text(text: str, name: str) -> None:
+    """Raise Unusable where UTF-8 cannot write the text."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Unusable(f"{name} has a lone surrogate") from None
-    return text
 
 
 def strings_in(value: object) -> Iterator[str]:

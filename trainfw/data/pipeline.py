@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,32 +23,54 @@ READ_THREADS = 2
 """Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
 
 
-class TrainIterator(Iterator[Batch]):
+class EndlessBatches(Iterator[Batch], abc.ABC):
+    """Batches of rows in one endless order, some of which are left out."""
+
+    _next_row: int
+    _skipped: frozenset[int] = frozenset()
+
+    def __init__(self, global_batch_size: int) -> None:
+        self._global_batch_size = global_batch_size
+
+    def __next__(self) -> Batch:
+        self._pass_skipped()
+        return self._take()
+
+    @property
+    def next_row(self) -> int:
+        """First row of the next batch, counted in the endless order."""
+        self._pass_skipped()
+        return self._next_row
+
+    def skip(self, rows: Iterable[int]) -> None:
+        """Leave out every batch that holds one of these rows of the endless order, now and after `set_state`."""
+        self._skipped = frozenset(rows)
+
+    def _pass_skipped(self) -> None:
+        while not self._skipped.isdisjoint(range(self._next_row, self._next_row + self._global_batch_size)):
+            self._take()
+
+    @abc.abstractmethod
+    def _take(self) -> Batch:
+        """Return the next batch, skipped or not."""
+
+
+class TrainIterator(EndlessBatches):
     """Training batches without end; see `train_iterator`."""
 
     def __init__(
         self, rows: AnyRows, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
     ) -> None:
-        self._global_batch_size = global_batch_size
-        self._process_index = process_index
-        self._process_count = process_count
+        super().__init__(global_batch_size)
+        self._share = slice(process_index, None, process_count)
         self._prefetch = config.prefetch
         self._order = _order(rows, config)
-        self._skipped: frozenset[int] = frozenset()
         stream = grain.MapDataset.source(rows)
         if config.shuffle:
             # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
             stream = stream.shuffle(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
         self._stream = stream.repeat()
         self._seek(0)
-
-    def __next__(self) -> Batch:
-        self._pass_skipped()
-        return self._take()
-
-    def _pass_skipped(self) -> None:
-        while not self._skipped.isdisjoint(range(self._next_row, self._next_row + self._global_batch_size)):
-            self._take()
 
     def _take(self) -> Batch:
         batch = next(self._batches)
@@ -68,16 +91,6 @@ class TrainIterator(Iterator[Batch]):
         self.close()
         self._seek(state["next_row"])
 
-    @property
-    def next_row(self) -> int:
-        """First row of the next batch, counted in the endless order."""
-        self._pass_skipped()
-        return self._next_row
-
-    def skip(self, rows: Iterable[int]) -> None:
-        """Leave out every batch that holds one of these rows of the endless order, now and after `set_state`."""
-        self._skipped = frozenset(rows)
-
     def restart(self) -> None:
         """Go back to the beginning."""
         self.close()
@@ -88,13 +101,11 @@ class TrainIterator(Iterator[Batch]):
         self._batches.close()
 
     def _seek(self, next_row: int) -> None:
-        share = self._global_batch_size // self._process_count
-        batches = self._stream[next_row:].batch(share, drop_remainder=True)
-        # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
-        own_batches = batches[self._process_index :: self._process_count]
+        batches = self._stream[next_row:].batch(self._global_batch_size // self._share.step, drop_remainder=True)
         threads = min(READ_THREADS, self._prefetch)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-        self._batches = iter(own_batches.to_iter_dataset(options))
+        # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
+        self._batches = iter(batches[self._share].to_iter_dataset(options))
         self._next_row = next_row
 
 
@@ -129,15 +140,16 @@ def validation_batches(
     share = _check_share(global_batch_size, process_count)
     rows = open_rows(store, config)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
-    return (_batch(rows, start, share) for start in starts[:max_batches])
 
+    def batches() -> Iterator[Batch]:
+        for start in starts[:max_batches]:
+            batch = empty(share, *rows.shape)
+            for i, index in enumerate(range(start, min(start + share, len(rows)))):
+                for name, values in rows[index].items():
+                    batch[name][i] = values
+            yield batch
 
-def _batch(rows: AnyRows, start: int, size: int) -> Batch:
-    batch = empty(size, *rows.shape)
-    for i, index in enumerate(range(start, min(start + size, len(rows)))):
-        for name, values in rows[index].items():
-            batch[name][i] = values
-    return batch
+    return batches()
 
 
 def _check_share(global_batch_size: int, process_count: int) -> int:

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from trainfw.data import messages as checks
 from trainfw.data.examples import Conversation, Encoder, Example, Text
-from trainfw.data.messages import (
-    Unusable,
-    check_not_empty,
-    checked_message,
-    checked_row,
-    checked_text,
-    content_of,
-    is_learnt,
-    system_beside,
-    tools_beside,
-)
 from trainfw.data.sources import CONVERSATION, Row
 from trainfw.data.turns import Message, TemplateProblem
 
@@ -31,22 +21,22 @@ class PairEncoder(Encoder):
         for row in rows:
             try:
                 sides += self._sides(row)
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), row.id)
         texts: list[Text] = []
         written = self._as_texts(sides)
         for i in range(0, len(sides), 2):
             try:
                 texts += [_only(one) for one in written[i : i + 2]]
-            except Unusable as problem:
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), sides[i].id)
         tokens = list(self._as_tokens(texts))
         for i in range(0, len(texts), 2):
             try:
                 chosen, rejected = (self._fitted(*tokens[j], texts[j].key) for j in (i, i + 1))
                 if chosen.ids == rejected.ids:  # spaces that the template strips, or what was cut
-                    raise Unusable("both sides are the same as tokens")
-            except Unusable as problem:
+                    raise checks.Unusable("both sides are the same as tokens")
+            except checks.Unusable as problem:
                 self.refusals.add(str(problem), texts[i].id)
             else:
                 yield self._counted(chosen)
@@ -58,45 +48,47 @@ class PairEncoder(Encoder):
 
     def _sides(self, row: Row) -> Sequence[Text | Conversation]:
         """Return the chosen side and the rejected."""
-        value = checked_row(row.value)
+        value = checks.checked_row(row.value)
         for field in self._fields:
             if value.get(field) is None:
-                raise Unusable(f"no {field!r}")
+                raise checks.Unusable(f"no {field!r}")
             if not isinstance(value[field], str | list):
-                raise Unusable(f"{field!r} is neither text nor a list of messages")
-        chosen, rejected = (value[field] for field in self._fields)
-        if type(chosen) is not type(rejected):
-            raise Unusable("of {!r} and {!r}, one is text and the other a list".format(*self._fields))
-        if isinstance(chosen, str):
-            return self._of_texts(row.id, value, chosen, rejected)
-        return self._of_messages(row.id, value, chosen, rejected)
+                raise checks.Unusable(f"{field!r} is neither text nor a list of messages")
+        sides = [value[field] for field in self._fields]
+        if type(sides[0]) is not type(sides[1]):
+            raise checks.Unusable("of {!r} and {!r}, one is text and the other a list".format(*self._fields))
+        return (self._of_texts if isinstance(sides[0], str) else self._of_messages)(row.id, value, *sides)
 
     def _check_differ(self, chosen: object, rejected: object) -> None:
         if chosen == rejected:
-            raise Unusable("{!r} and {!r} are equal".format(*self._fields))
+            raise checks.Unusable("{!r} and {!r} are equal".format(*self._fields))
 
     def _of_texts(self, id_: str, row: dict[str, object], *sides: str) -> Sequence[Text | Conversation]:
         field = self.config.prompt_field
         prompt = row.get(field)
         if not isinstance(prompt, str):
-            raise Unusable(f"no {field!r}" if prompt is None else f"{field!r} is not text, as {self._fields[0]!r} is")
+            raise checks.Unusable(
+                f"no {field!r}" if prompt is None else f"{field!r} is not text, as {self._fields[0]!r} is"
+            )
         for name, text in zip((field, *self._fields), (prompt, *sides)):
-            checked_text(text, repr(name))
+            checks.check_text(text, repr(name))
             if not text.strip() and name != field:
-                raise Unusable(f"{name!r} is empty")
+                raise checks.Unusable(f"{name!r} is empty")
         self._check_differ(*sides)
         if self._template is None:
             if keys := [key for key in CONVERSATION if row.get(key)]:
-                raise Unusable(f"{keys[0]!r} beside the texts, which is for a chat template to write")
-            return [self._joined(id_, prompt, side) for side in sides]
+                raise checks.Unusable(f"{keys[0]!r} beside the texts, which is for a chat template to write")
+            return [Text.joined(id_, prompt, side) for side in sides]
         turns = [[{"role": "assistant", "content": side}] for side in sides]
-        return self._conversations(id_, row, [{"role": "user", "content": prompt}], turns, [[True], [True]])
+        return self._conversations(id_, row, [{"role": "user", "content": prompt}], zip(turns, [[True], [True]]))
 
     def _of_messages(self, id_: str, row: dict[str, object], *answers: list[object]) -> Sequence[Conversation]:
         if self._template is None:
-            raise Unusable(f"{self._fields[0]!r} is a list of messages, which `chat_template: false` does not write")
-        sides = [[checked_message(message) for message in answer] for answer in answers]
-        learnt = [[is_learnt(message, _LEARNT) for message in side] for side in sides]
+            raise checks.Unusable(
+                f"{self._fields[0]!r} is a list of messages, which `chat_template: false` does not write"
+            )
+        sides = [[checks.checked_message(message) for message in answer] for answer in answers]
+        learnt = [[checks.is_learnt(message, _LEARNT) for message in side] for side in sides]
         self._check_differ(*sides)
         prompt = self._prompt(row)
         if not prompt:
@@ -106,10 +98,10 @@ class PairEncoder(Encoder):
             sides, learnt = [side[shared:] for side in sides], [flags[shared:] for flags in learnt]
         if not prompt:
             names = "{!r} and {!r}".format(*self._fields)
-            raise Unusable(f"no {self.config.prompt_field!r}, and {names} begin with no message in common")
+            raise checks.Unusable(f"no {self.config.prompt_field!r}, and {names} begin with no message in common")
         for field, side, flags in zip(self._fields, sides, learnt):
             _check_answer(field, side, flags)
-        return self._conversations(id_, row, prompt, sides, learnt)
+        return self._conversations(id_, row, prompt, zip(sides, learnt))
 
     def _prompt(self, row: dict[str, object]) -> list[Message]:
         """Return the messages of the row's prompt; none where it has none."""
@@ -119,48 +111,37 @@ class PairEncoder(Encoder):
             return []
         if not isinstance(prompt, list) or not prompt:
             advice = "" if prompt == [] else "; where these are whole conversations, name another prompt_field"
-            raise Unusable(f"{field!r} is not a list of messages, as {self._fields[0]!r} is{advice}")
-        messages = [checked_message(message) for message in prompt]
+            raise checks.Unusable(f"{field!r} is not a list of messages, as {self._fields[0]!r} is{advice}")
+        messages = [checks.checked_message(message) for message in prompt]
         for message in messages:
-            is_learnt(message, _LEARNT)  # takes its marks out of it: nothing of a prompt is learnt
+            checks.is_learnt(message, _LEARNT)  # takes its marks out of it: nothing of a prompt is learnt
         return messages
 
     def _conversations(
-        self,
-        id_: str,
-        row: dict[str, object],
-        prompt: list[Message],
-        sides: Sequence[list[Message]],
-        learnt: Sequence[list[bool]],
+        self, id_: str, row: dict[str, object], prompt: list[Message], sides: Iterable[tuple[list[Message], list[bool]]]
     ) -> Sequence[Conversation]:
-        prompt = [*system_beside(row), *prompt]
-        if self.config.system_prompt is not None and prompt[0]["role"] not in ("system", "developer"):
-            prompt = [{"role": "system", "content": self.config.system_prompt}, *prompt]
-        key = next((content_of(message) for message in prompt if message["role"] == "user"), content_of(prompt[0]))
-        unlearnt, tools = [False] * len(prompt), tools_beside(row)
-        return [
-            self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], tools, key)
-            for side, flags in zip(sides, learnt)
-        ]
+        prompt = [*checks.system_beside(row), *prompt]
+        prompt, unlearnt, key = checks.begun(prompt, [False] * len(prompt), self.config.system_prompt)
+        tools = checks.tools_beside(row)
+        return [self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], key, tools) for side, flags in sides]
 
 
 def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> None:
-    """Raise Unusable unless the messages are an answer of the assistant that has something to learn."""
+    """Raise checks.Unusable unless the messages are an answer of the assistant that has something to learn."""
     if not messages:
-        raise Unusable(f"{field!r} holds no message after the prompt")
+        raise checks.Unusable(f"{field!r} holds no message after the prompt")
     for does, message in (("begins", messages[0]), ("ends", messages[-1])):
         if message["role"] != "assistant":
-            raise Unusable(f"{field!r}, after the prompt, {does} with a message of {message['role']}, not of assistant")
-    if not any(learnt):
-        raise Unusable("no message of assistant to learn")
-    check_not_empty(messages, learnt)
+            raise checks.Unusable(
+                f"{field!r}, after the prompt, {does} with a message of {message['role']}, not of assistant"
+            )
+    checks.check_something_learnt(messages, learnt, _LEARNT)
 
 
 def _only(written: list[Text] | TemplateProblem) -> Text:
     if isinstance(written, TemplateProblem):
-        raise Unusable(str(written))
+        raise checks.Unusable(str(written))
     if len(written) > 1:
-        raise Unusable(
-            "several examples of one side, since the chat template writes a turn differently once others follow"
-        )
+        why = "since the chat template writes a turn differently once others follow"
+        raise checks.Unusable(f"several examples of one side, {why}")
     return written[0]

@@ -132,11 +132,8 @@ def tokens_of(row: Any) -> np.ndarray | None:
 
 def held_tokens(documents: Iterable[np.ndarray], num_bytes: Callable[[np.ndarray], int]) -> TokenStore:
     """Return a store in memory of documents that are tokenised already, with their own markers."""
-    whole = hashlib.blake2b(digest_size=16)
-    kept, size = [], 0
-    for tokens in documents:
-        kept.append(tokens)
-        size += num_bytes(tokens)
+    kept, whole = list(documents), hashlib.blake2b(digest_size=16)
+    for tokens in kept:
         whole.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
-    lengths = np.array([0, *map(len, kept)], np.int64)
-    return TokenStore(np.concatenate([np.zeros(0, np.int32), *kept]), np.cumsum(lengths), size, whole.hexdigest())
+    ends, size = np.cumsum([0, *map(len, kept)], dtype=np.int64), sum(map(num_bytes, kept))
+    return TokenStore(np.concatenate([np.zeros(0, np.int32), *kept]), ends, size, whole.hexdigest())

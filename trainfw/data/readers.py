@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.arrow import NotText, ReadRows, parquet_rows, saved_dataset_rows
+from trainfw.data.arrow import SAVED, NotText, ReadRows, parquet_rows, saved_dataset_rows
 from trainfw.data.compressed import LIMIT, open_plain
-from trainfw.data.files import SAVED
 from trainfw.data.json_values import WrittenTwice, json_values, not_json, unique
 from trainfw.errors import UserError, did_you_mean
 from trainfw.utf8 import decode_utf8, without_mark
@@ -71,7 +70,12 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
 def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each line, a JSON object; blank lines are skipped."""
     for line, data in _lines(path):
-        yield f":{line}", document(_parsed(data, path, line), columns, f"{path}, line {line}")
+        text, where = decode_utf8(data, path, line), f"{path}, line {line}"
+        try:
+            row = json.loads(text, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
+            raise not_json(error, where, text) from error
+        yield f":{line}", document(row, columns, where)
 
 
 def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
@@ -122,43 +126,30 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield line, data
 
 
-def _parsed(data: bytes, path: Path, line: int) -> object:
-    text = decode_utf8(data, path, line)
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
-        raise not_json(error, f"{path}, line {line}", text) from error
-
-
 # --- Parquet and saved datasets ---------------------------------------------------------------------------------------
 
 
-def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
-    """Yield the document of each row of a table."""
+def _chosen(read_rows: ReadRows, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the columns of each row of a table; all but the first column may be absent."""
 
     def choose(present: list[str]) -> list[str]:
-        _check_column(columns[0], present, str(path), "column")
-        return [columns[0]]
+        _check_column(columns[0], present, str(path), "column", option)
+        return [column for column in columns if column in present]
 
-    for number, row in enumerate(read_rows(path, choose)):
+    return enumerate(read_rows(path, choose))
+
+
+def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    for number, row in _chosen(read_rows, path, columns, "text_field"):
         yield f"#{number}", _checked_text(row[columns[0]], columns[0], f"{path}, row {number}")
 
 
 def _examples(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
-    """Yield the example of each row of a table."""
-
-    def choose(present: list[str]) -> list[str]:
-        first, *others = columns  # a row that lacks one of the others is counted later
-        _check_column(first, present, str(path), "column", _FIELD_KEYS)
-        return [first, *(column for column in others if column in present)]
-
-    return ((f"#{number}", row) for number, row in enumerate(read_rows(path, choose)))
+    return ((f"#{number}", row) for number, row in _chosen(read_rows, path, columns, _FIELD_KEYS))
 
 
 READERS: dict[str, Reader] = {
-    ".txt": read_text,
-    ".md": read_text,
-    ".py": read_text,
+    **dict.fromkeys((".txt", ".md", ".py"), read_text),
     ".jsonl": read_jsonl,
     ".parquet": functools.partial(_documents, parquet_rows),
     ".json": read_json,
@@ -230,6 +221,6 @@ def _checked_text(value: object, column: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    if value is None or isinstance(value, NotText):
-        return "null" if value is None else value.kind
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+    if value is None:
+        return "null"
+    return value.kind if isinstance(value, NotText) else f"{type(value).__name__} {str(value)[:40]!r}"

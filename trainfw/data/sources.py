@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainfw.data.config import STDLIB, TASK_SOURCES, DataConfig
-from trainfw.data.files import Finder
+from trainfw.data.files import Finder, Input
 from trainfw.data.readers import READERS, ROW_READERS, Columns, Reader, read_python, read_text, why_no_rows
 from trainfw.data.stdlib import read_task
 from trainfw.errors import UserError
@@ -48,15 +47,6 @@ class Row(NamedTuple):
 
     id: str
     value: Any
-
-
-@dataclass(frozen=True)
-class Input:
-    """A file (or a saved dataset's directory) and how to read it; `name` is its path within its source."""
-
-    path: Path
-    name: str
-    read: Reader
 
 
 @dataclass(frozen=True)
@@ -131,7 +121,7 @@ def open_source(config: DataConfig) -> Source:
     if STDLIB in names:
         raise UserError(f"source: {STDLIB} cannot be mixed with other sources")
     finder = Finder(readers, lambda path, kind: why_no_rows(path, columns) if kind == ".json" else None)
-    inputs = [Input(path, name, readers[kind]) for one in names for path, name, kind in finder.find(one)]
+    inputs = [one for name in names for one in finder.find(name)]
     return Source(tuple(inputs), columns, skipped=str(finder.skipped))
 
 
@@ -150,18 +140,18 @@ def columns_of(config: DataConfig) -> Columns:
 def _python_stdlib(task: str | None = None, max_characters: int | None = None) -> Source:
     """Return the library's files as documents, or as the rows of a task, which its own tests (if installed) add to."""
     root = Path(sysconfig.get_path("stdlib"))
-    excluded = STDLIB_EXCLUDED if task is None else STDLIB_EXCLUDED - STDLIB_TESTS
-    read = read_python if task is None else functools.partial(_read_task, task)
+    excluded, name = (STDLIB_EXCLUDED, STDLIB) if task is None else (STDLIB_EXCLUDED - STDLIB_TESTS, task)
+    read: Reader = read_python if task is None else lambda path, _: read_task(path, name)
     inputs = []
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - excluded)
         for path in sorted(Path(directory, file) for file in files if file.endswith(".py")):
-            name = path.relative_to(root).as_posix()
-            if not name.startswith(STDLIB_BUILT_HERE):
-                inputs.append(Input(path, name, read))
+            place = path.relative_to(root).as_posix()
+            if not place.startswith(STDLIB_BUILT_HERE):
+                inputs.append(Input(path, place, read))
     if not inputs:
         raise UserError(f"source {STDLIB}: this Python keeps no .py files in {root}; name files of your own")
-    return Source(tuple(inputs), (), f"{task or STDLIB} {sys.version}", max_characters)
+    return Source(tuple(inputs), (), f"{name} {sys.version}", max_characters)
 
 
 @contextlib.contextmanager
@@ -181,7 +171,3 @@ def _ends(path: Path, size: int, block: int = 2**16) -> str:
         first = file.read(block)
         file.seek(max(size - block, 0))
         return hashlib.blake2b(first + file.read(block), digest_size=16).hexdigest()
-
-
-def _read_task(task: str, path: Path, _columns: Columns) -> Iterator[tuple[str, Any]]:
-    return read_task(path, task)

@@ -32,11 +32,10 @@ def summaries(text: str) -> Iterator[Pair]:
         doc = ast.get_docstring(node)
         assert doc is not None and not isinstance(node, ast.Module)  # noqa: PT018
         first, _, rest = doc.partition("\n")
-        body = [part for part in node.body[1:] if not _says_nothing(part)]
-        if len(first.split()) not in _WORDS or (rest and rest.split("\n")[0].strip()) or not body:
+        breaks_off, empty = rest.partition("\n")[0].strip(), all(map(_says_nothing, node.body[1:]))
+        if len(first.split()) not in _WORDS or breaks_off or empty:
             continue
-        source = _without_docstrings(lines, node)
-        if source is not None:
+        if (source := _without_docstrings(lines, node)) is not None:
             yield node.lineno, source, first.strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import os
@@ -10,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -67,10 +67,8 @@ class StoredArray:
         """Return the place of `value` among the ascending numbers, after those equal to it (as NumPy's arrays do)."""
         assert side == "right"
         after = bisect.bisect_right(range(self._num_blocks), value, key=lambda index: self._block(index)[0])
-        if after == 0:
-            return 0
-        within = self._block(after - 1).searchsorted(value, side="right")
-        return (after - 1) * self._per_block + int(within)
+        last = max(after - 1, 0)
+        return last * self._per_block + int(self._block(last).searchsorted(value, side="right"))
 
     def _open(self) -> None:
         descriptor = _Descriptor(self._file)
@@ -80,13 +78,12 @@ class StoredArray:
         self._descriptor = descriptor
 
     def _mended(self, index: int) -> np.ndarray:
-        numbers = self._read(index)
-        if numbers is None:
-            problem = f"{self._file}: block {index} of {self._num_blocks} is damaged"
-            self._mend(problem, lambda: self._read_anew(index) is not None)
-            numbers = self._read_anew(index)
-            if numbers is None:
-                raise RunError(f"{problem}, and was again once it had been written anew; look at the disk")
+        if (numbers := self._read(index)) is not None:
+            return numbers
+        problem = f"{self._file}: block {index} of {self._num_blocks} is damaged"
+        self._mend(problem, lambda: self._read_anew(index) is not None)
+        if (numbers := self._read_anew(index)) is None:
+            raise RunError(f"{problem}, and was again once it had been written anew; look at the disk")
         return numbers
 
     def _read_anew(self, index: int) -> np.ndarray | None:
@@ -229,25 +226,17 @@ class _BlockWriter:
         self._index += 1
 
 
-class StoreWriter:
-    """Writer of documents, or of `examples`, to a store's files, which are whole once the `with` block has ended."""
+class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
+    """Writer of documents, or of `examples`, to a store's files, which are whole once the `with` block has ended.
+
+    Args:
+        identity: name of the data: a block under another name counts as damage.
+        group: number of examples that belong together.
+    """
 
     def __init__(
-        self,
-        directory: Path,
-        split: str,
-        vocab_size: int,
-        identity: str,
-        *,
-        examples: bool = False,
-        group: int = 1,
+        self, directory: Path, split: str, vocab_size: int, identity: str, *, examples: bool = False, group: int = 1
     ) -> None:
-        """Open the files.
-
-        Args:
-            identity: name of the data: a block under another name counts as damage.
-            group: number of examples that belong together.
-        """
         self._group = group
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._tokens = _BlockWriter(directory / f"{split}.tokens", identity)
@@ -277,21 +266,10 @@ class StoreWriter:
             self._hash.update(mask)
 
     def info(self) -> StoreInfo:
-        return StoreInfo(
-            self._dtype.name,
-            self._num_tokens,
-            self._num_documents,
-            self._num_bytes,
-            self._hash.hexdigest(),
-            self._learnt is not None,
-            self._group,
-        )
+        counts = (self._num_tokens, self._num_documents, self._num_bytes)
+        return StoreInfo(self._dtype.name, *counts, self._hash.hexdigest(), self._learnt is not None, self._group)
 
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._tokens.close()
-        self._offsets.close()
-        if self._learnt is not None:
-            self._learnt.close()
+    def __exit__(self, *_: object) -> None:
+        for file in (self._tokens, self._offsets, self._learnt):
+            if file is not None:
+                file.close()

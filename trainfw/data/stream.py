@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from trainfw import backends
 from trainfw.data.config import DataConfig
-from trainfw.data.pipeline import Batch
+from trainfw.data.pipeline import Batch, EndlessBatches
 from trainfw.data.python_rows import tokens_of
 from trainfw.data.rows import FIELDS, Rows
 from trainfw.data.store import TokenStore
@@ -18,7 +18,7 @@ from trainfw.data.tokenizer import Tokenizer
 from trainfw.errors import RunError, UserError
 
 
-class StreamIterator(Iterator[Batch]):
+class StreamIterator(EndlessBatches):
     """Training batches of a stream; the interface is `TrainIterator`'s.
 
     Every process reads the whole stream and keeps its share of each batch. A state says how many documents were read
@@ -26,8 +26,7 @@ class StreamIterator(Iterator[Batch]):
     anew and read up to there, which `report` says, and what it then gave must be what it gave before.
     """
 
-    _digest: str
-    """Hash of all documents that were read, each after the hash before it."""
+    _digest: str  # of all documents that were read, each after the hash before it
 
     def __init__(
         self,
@@ -41,16 +40,11 @@ class StreamIterator(Iterator[Batch]):
         report: Callable[[str], None],
     ) -> None:
         self._given, self._config, self._tokenizer, self._report = given, config, tokenizer, report
-        self._global_batch_size = global_batch_size
+        super().__init__(global_batch_size)
         share = global_batch_size // process_count
-        self._mine = slice(process_index * share, (process_index + 1) * share)
-        self._skipped: frozenset[int] = frozenset()
+        self._mine = range(process_index * share, (process_index + 1) * share)
         self._used = False
         self._begin()
-
-    def __next__(self) -> Batch:
-        self._pass_skipped()
-        return self._take()
 
     def get_state(self) -> dict[str, Any]:
         """Return where the last batch ended. JSON-serialisable, the same in every process.
@@ -88,16 +82,6 @@ class StreamIterator(Iterator[Batch]):
         self._documents, self._digest, self._next_row = state["documents"], state["digest"], state["next_row"]
         self._tokens, self._starts = (np.array(part, np.int64) for part in state["held"])
 
-    @property
-    def next_row(self) -> int:
-        """Return the row of the stream that comes first in the next batch."""
-        self._pass_skipped()
-        return self._next_row
-
-    def skip(self, rows: Iterable[int]) -> None:
-        """Leave out the batches in which any of these rows is, now and after `set_state`."""
-        self._skipped = frozenset(rows)
-
     def restart(self) -> None:
         """Go back to the beginning."""
         if self._documents:
@@ -113,31 +97,29 @@ class StreamIterator(Iterator[Batch]):
                 "the data is an iterator, which cannot go back to its beginning; hand over a function that makes one"
             )
         self._source, self._used = iter(source), False
-        self._documents, self._next_row = 0, 0
-        self._digest = ""
+        self._documents, self._next_row, self._digest = 0, 0, ""
         self._tokens, self._starts = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def _order(self) -> str:
         return f"stream of rows of {self._config.sequence_length}, {self._tokenizer.fingerprint()}"
-
-    def _pass_skipped(self) -> None:
-        while not self._skipped.isdisjoint(range(self._next_row, self._next_row + self._global_batch_size)):
-            self._take()
 
     def _take(self) -> Batch:
         length = self._config.sequence_length
         needed = self._global_batch_size * length + 1  # and the last input's target
         tokens, starts, size = [self._tokens], [self._starts], len(self._tokens)
         while size < needed:
-            document = self._encoded(self._draw())
-            tokens.append(document)
+            document = self._draw()
+            if isinstance(document, str):
+                ids = self._tokenizer.encode(document)
+                document = np.array([self._tokenizer.bos_id, *ids, self._tokenizer.eos_id])
+            tokens.append(document.astype(np.int64))
             starts.append(np.array([size], np.int64))
             size += len(document)
         whole, begins = np.concatenate(tokens), np.concatenate(starts)
         ends = begins[begins < needed]
         store = TokenStore(whole[:needed], np.append(ends if len(ends) and not ends[0] else [0, *ends], needed), 0, "")
         rows = Rows(store, length)
-        mine = [rows[index] for index in range(self._global_batch_size)[self._mine]]
+        mine = [rows[index] for index in self._mine]
         self._tokens, self._starts = whole[needed - 1 :], begins[begins >= needed - 1] - (needed - 1)
         self._next_row += self._global_batch_size
         return {name: np.stack([row[name] for row in mine]) for name in FIELDS}
@@ -161,9 +143,3 @@ class StreamIterator(Iterator[Batch]):
         self._digest = hashlib.blake2b(self._digest.encode() + data, digest_size=16).hexdigest()
         self._documents += 1
         return document
-
-    def _encoded(self, document: str | np.ndarray) -> np.ndarray:
-        if isinstance(document, str):
-            ids = self._tokenizer.encode(document)
-            return np.array([self._tokenizer.bos_id, *ids, self._tokenizer.eos_id], np.int64)
-        return document.astype(np.int64)

@@ -84,37 +84,26 @@ class Template:
     """Regular expressions for the tokens that no message may hold, and for those that end a turn."""
 
     @cached_property
-    def _environment(self) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-        return jinja2.sandbox.ImmutableSandboxedEnvironment(
+    def _compiled(self) -> tuple[jinja2.Template, _Generation]:
+        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-
-    @property
-    def _generation(self) -> _Generation:
-        return next(one for one in self._environment.extensions.values() if isinstance(one, _Generation))
-
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        # As Transformers does (utils/chat_template_utils.py), so that the text is the same.
-        environment = self._environment
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["dict"] = _Dict()
         environment.globals["namespace"] = _Namespace
-        environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
+        day = None if self.date is None else datetime.fromisoformat(self.date)
+        environment.globals["strftime_now"] = lambda form: (day or datetime.now()).strftime(form)
         # The same conversation is the same text.
-        environment.filters.pop("random", None)  # gone already where a template that cannot be read is tried again
-        environment.globals.pop("lipsum", None)
+        del environment.filters["random"], environment.globals["lipsum"]
         try:
-            return environment.from_string(self.source)
+            template = environment.from_string(self.source)
         except MemoryError:
             raise
         except Exception as error:  # Python's compiler reads what Jinja writes, and has limits of its own
             raise UserError(f"cannot be read: {_line(error)}") from error
-
-    @property
-    def _now(self) -> datetime:
-        return datetime.now() if self.date is None else datetime.fromisoformat(self.date)
+        return template, next(one for one in environment.extensions.values() if isinstance(one, _Generation))
 
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
@@ -127,14 +116,13 @@ class Template:
     @property
     def has_generation_tags(self) -> bool:
         """Flag: the template itself marks what the model writes."""
-        self._compiled  # noqa: B018  compiling it finds the tags
-        return self._generation.used
+        return self._compiled[1].used  # compiling it finds the tags
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: list[object] | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[object] | None = None
     ) -> str:
         """Render the conversation as text. Raises TemplateProblem where the template refuses it."""
-        compiled = self._compiled
+        compiled, _ = self._compiled
         work.begin_piece()
         try:
             text = compiled.render(
@@ -157,23 +145,22 @@ class Template:
 
         Returns None where marks change the text.
         """
-        self._generation.marks = _MARKS
+        _, generation = self._compiled
+        generation.marks = _MARKS
         try:
             marked = self.render(messages, tools=tools)
         finally:
-            self._generation.marks = ("", "")
+            generation.marks = ("", "")
         text = ""
-        spans: list[list[int]] = []
+        ends: list[int] = []
         for i, part in enumerate(re.split("(" + "|".join(_MARKS) + ")", marked)):
             if i % 2 == 0:
                 text += part
-            elif part != _MARKS[len(spans) and len(spans[-1]) % 2]:
+            elif part != _MARKS[len(ends) % 2]:
                 return None  # tags within tags, or cut by the template
-            elif part == _MARKS[0]:
-                spans.append([len(text)])
             else:
-                spans[-1].append(len(text))
-        return [(start, end) for start, end in spans] if text == plain else None
+                ends.append(len(text))
+        return list(zip(ends[::2], ends[1::2], strict=True)) if text == plain else None
 
     def check_context(self, messages: Sequence[Message], tools: list[object] | None = None) -> None:
         """Raise TemplateProblem where the template has no place for a message that is not the assistant's."""
@@ -209,17 +196,10 @@ def _raise(message: str) -> None:
 _template = functools.lru_cache(maxsize=8)(Template)
 
 
-def has_generation_tags(fields: tuple[object, ...]) -> bool:
-    """Compile the template and tell whether it has such tags. Raises UserError where it cannot be read."""
-    return _template(*fields).has_generation_tags
-
-
-def render(fields: tuple[Any, ...], messages: list[Message], add_generation_prompt: bool, tools: Any) -> str:
-    return _template(*fields).render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-
-
-def check_context(fields: tuple[Any, ...], messages: list[Message], tools: Any) -> None:
-    _template(*fields).check_context(messages, tools)
+def ask(fields: tuple[Any, ...], what: str, *arguments: Any) -> Any:
+    """Return an attribute of the template, or what its method returns."""
+    asked = getattr(_template(*fields), what)
+    return asked(*arguments) if arguments else asked
 
 
 def write(fields: tuple[Any, ...], messages: list[Message], learnt: list[bool], tools: Any) -> list[dict[str, Any]]:

@@ -87,14 +87,19 @@ class Tokenizer:
         """Largest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, by their text."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: id_ for id_, token in added.items() if token.special}
+
     def past(self, rows: int) -> list[tuple[int, str]]:
         """Return (id, token) of the tokens of text that have no row in an embedding of so many rows.
 
         Special tokens, which only a chat template writes, are left out.
         """
-        added = self.backend.get_added_tokens_decoder()
-        special = {id_ for id_, token in added.items() if token.special}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        special = self.special_tokens.values()
         return sorted((id_, token) for token, id_ in vocabulary.items() if id_ >= rows and id_ not in special)
 
     @property
@@ -147,17 +152,12 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **self.settings,
-        }
-        settings["eos_token"] = self.backend.id_to_token(self.eos_id)
+        usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings = usual | self.settings | {"eos_token": self.backend.id_to_token(self.eos_id)}
         if self.bos_id != self.eos_id:
             settings["bos_token"] = self.backend.id_to_token(self.bos_id)
         write_text(directory / "tokenizer.json", self.backend.to_str(pretty=True))
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        write_text(directory / "tokenizer_config.json", text + "\n")
+        write_text(directory / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         if set(self.stop_ids) - {self.eos_id}:
             stops = {"eos_token_id": list(dict.fromkeys([self.eos_id, *self.stop_ids]))}
             write_text(directory / GENERATION, json.dumps(stops, indent=2) + "\n")
@@ -193,13 +193,9 @@ class TextStream:
 
 def vocab_size(config: TokenizerConfig) -> int:
     """Return the vocabulary's size before any data is read."""
-    if config.name == "bytes":
-        return BYTE_VOCAB_SIZE
-    if config.name == "bpe":
-        assert config.vocab_size is not None
-        return config.vocab_size
-    assert config.path is not None
-    return load_tokenizer(config.path).vocab_size
+    if config.path is not None:
+        return load_tokenizer(config.path).vocab_size
+    return BYTE_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -224,12 +220,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=_byte_names(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=_byte_names(), show_progress=False
     )
-    sample = _first_bytes(texts, BPE_SAMPLE_BYTES)
+    sample = first_bytes(texts, BPE_SAMPLE_BYTES)
     backend.train_from_iterator(reported(sample, "Training the tokenizer", None, progress), trainer)
     tokenizer = Tokenizer(backend, bos_id=0, eos_id=1)  # special tokens come first
     if tokenizer.vocab_size < vocab_size:
@@ -257,18 +250,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise UserError(f"no tokenizer at {file}: expected a tokenizer.json, or a directory that holds one")
     text = _read(file, named=file == path)
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    settings, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
-    files = TokenizerFiles(settings, special_tokens_map, added_tokens, str(file.parent))
+    config, special_tokens_map, added_tokens = (_json_object(file.parent / name) for name in names)
+    files = TokenizerFiles(config, special_tokens_map, added_tokens, str(file.parent))
     backend = _backend(text, files, file)
-    settings = files.settings()
-    template = file.parent / "chat_template.jinja"
+    settings, template = files.settings(), file.parent / "chat_template.jinja"
     if os.path.lexists(template):
         settings["chat_template"] = _read(template)
     else:
         template = file.parent / names[0]
-    advice = f"name it as eos_token in {file.parent / 'tokenizer_config.json'}"
-    stops = _stop_ids(file.parent)
-    return Tokenizer(backend, *_document_ids(backend, files.roles(), file, advice), settings, stops, template)
+    ids = _document_ids(backend, files.roles(), file, f"name it as eos_token in {file.parent / names[0]}")
+    return Tokenizer(backend, *ids, settings, _stop_ids(file.parent), template)
 
 
 def _from_gguf(file: Path) -> Tokenizer:
@@ -321,8 +312,14 @@ def _stop_ids(directory: Path) -> tuple[int, ...]:
 
 def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, object], file: Path, advice: str) -> tuple[int, int]:
     """Return the ids of bos and eos. Raises UserError, with `advice`, where no token ends a document."""
-    eos = _special_id(backend, roles.get("eos_token"), _USUAL_EOS)
-    bos = _special_id(backend, roles.get("bos_token"), _USUAL_BOS)
+    found: list[int | None] = []
+    for role, usual in (("bos_token", _USUAL_BOS), ("eos_token", _USUAL_EOS)):
+        named = roles.get(role)
+        if isinstance(named, dict):  # a serialised AddedToken
+            named = named.get("content")
+        names = [named] if isinstance(named, str) else usual
+        found.append(next((id_ for name in names if (id_ := backend.token_to_id(name)) is not None), None))
+    bos, eos = found
     if eos is None:
         raise UserError(
             f"{file}: no token that ends a document; {advice} "
@@ -331,23 +328,16 @@ def _document_ids(backend: tokenizers.Tokenizer, roles: dict[str, object], file:
     return eos if bos is None else bos, eos
 
 
-def _special_id(backend: tokenizers.Tokenizer, named: object, usual: Iterable[str]) -> int | None:
-    if isinstance(named, dict):  # a serialised AddedToken
-        named = named.get("content")
-    names = [named] if isinstance(named, str) else usual
-    return next((id_ for name in names if (id_ := backend.token_to_id(name)) is not None), None)
-
-
 def _json_object(path: Path) -> dict[str, Any]:
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    seen = 0
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Yield the next texts, until they have so many bytes."""
     for text in texts:
         yield text
-        seen += len(text.encode())
-        if seen >= limit:
+        limit -= len(text.encode())
+        if limit <= 0:
             return
 
 

@@ -32,7 +32,11 @@ def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
     Raises UnusableError where the library fails at any of these, UserError for tokens that are described amiss.
     """
     backend = opened(text)
-    _check_ids(backend)
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    by_id = {id_: token for token, id_ in vocabulary.items()}
+    for token, id_ in vocabulary.items():
+        if by_id[id_] != token:  # the library would write only one of them
+            raise UnusableError(f"the tokens {token[:60]!r} and {by_id[id_][:60]!r} have one id, {id_}")
     if files is not None:
         files.add_to(backend)
     largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
@@ -60,16 +64,6 @@ def opened(text: str) -> tokenizers.Tokenizer:
     """Open the tokenizer in the text of a tokenizer.json. Raises UnusableError where there is none."""
     with guarded("not a tokenizer.json that can be read"):
         return tokenizers.Tokenizer.from_str(text)
-
-
-def _check_ids(backend: tokenizers.Tokenizer) -> None:
-    """Raise UnusableError where two tokens of the model share an id: the library writes only one of them."""
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    by_id = {id_: token for token, id_ in vocabulary.items()}
-    if len(by_id) < len(vocabulary):
-        one = next(token for token, id_ in vocabulary.items() if by_id[id_] != token)
-        id_ = vocabulary[one]
-        raise UnusableError(f"the tokens {one[:60]!r} and {by_id[id_][:60]!r} have one id, {id_}")
 
 
 @contextlib.contextmanager

@@ -59,10 +59,6 @@ class _Turn:
     unmet: str = ""
 
     @property
-    def message(self) -> str:
-        return self.text[self.start :]
-
-    @property
     def span(self) -> Span:
         return self.start, len(self.text)
 
@@ -82,18 +78,17 @@ def write_learnt(
 
     Raises TemplateProblem where the template leaves out something to learn, or its place cannot be told.
     """
-    whole = template.render(messages, tools=tools)
+    conversation = _Conversation(template, messages, tools)
+    whole = conversation.whole
     template.check_context(messages, tools)
-    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i, is_learnt in enumerate(learnt) if is_learnt]
-    if template.has_generation_tags and set(wanted) <= set(assistant):
-        tagged = _tagged(template, messages, wanted, assistant, whole, tools)
-        if tagged is not None:
-            return [tagged]
+    tagged = conversation.tagged(wanted)
+    if tagged is not None:
+        return [tagged]
     spans, unmet, apart = [], [], []
     for i in wanted:
-        turn = _turn(template, messages, i, whole, tools)
-        place = _place(template, messages, i, turn, whole, tools)
+        turn = conversation.turn(i)
+        place = conversation.place(i, turn)
         unmet += [turn.unmet] if turn.unmet else []
         if place is None:
             apart.append(Written(turn.text, [turn.span]))
@@ -103,98 +98,117 @@ def write_learnt(
     return [replace(written[0], unmet=tuple(unmet)), *written[1:]]
 
 
-def _tagged(
-    template: Template,
-    messages: Sequence[Message],
-    wanted: list[int],
-    assistant: list[int],
-    text: str,
-    tools: list[object] | None,
-) -> Written | None:
-    """Return the text with the spans that the template's tags give.
+class _Conversation:
+    """A conversation that a template writes, whole (`whole`) and in parts."""
 
-    Returns None where it is not clear to which messages they belong (unless all are learnt), or where they leave out
-    something of a message, such as the thoughts of earlier turns.
-    """
-    spans = template.generated(text, messages, tools)
-    if spans is None:
-        return None
-    if len(spans) == len(assistant):
-        spans = [span for span, i in zip(spans, assistant) if i in wanted]
-        for span, i in zip(spans, wanted):
-            through = template.render(messages[: i + 1], tools=tools)
-            try:
-                _check_written(template, messages[: i + 1], through, text[slice(*span)], tools)
-            except TemplateProblem:
-                return None
-    elif wanted != assistant:
-        return None
-    ended = [(start, start + len(_ended(template, text[start:end]))) for start, end in spans]
-    return Written(text, ended, untagged=max(len(assistant) - len(spans), 0) if wanted == assistant else 0)
+    def __init__(self, template: Template, messages: Sequence[Message], tools: list[object] | None) -> None:
+        self.template, self.messages, self.tools = template, messages, tools
+        self.whole = self.text(messages)
 
+    def text(self, messages: Sequence[Message]) -> str:
+        return self.template.render(messages, tools=self.tools)
 
-def _turn(template: Template, messages: Sequence[Message], i: int, whole: str, tools: list[object] | None) -> _Turn:
-    through = whole if i + 1 == len(messages) else template.render(messages[: i + 1], tools=tools)
-    prompt = ""
-    if messages[i]["role"] == "assistant":
-        prompt = _try(template, messages[:i], tools, prompt=True)
-    unmet = ""
-    if prompt and through.startswith(prompt):
-        start = len(prompt)
-    else:
-        start = _content_start(template, messages, i, through, tools)
-        unmet = prompt.removeprefix(_try(template, messages[:i], tools, prompt=False))
-    turn = _ended(template, through[start:])
-    _check_written(template, messages[: i + 1], through, turn, tools)
-    return _Turn(through[:start] + turn, start, unmet)
+    def part(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """Render messages, or return nothing where the template refuses them, as some do without any message."""
+        try:
+            return self.template.render(messages, tools=self.tools, add_generation_prompt=prompt)
+        except TemplateProblem:
+            return ""
 
+    def tagged(self, wanted: list[int]) -> Written | None:
+        """Return the text with the spans that the template's tags give; None where it has no tags.
 
-def _try(template: Template, messages: Sequence[Message], tools: list[object] | None, *, prompt: bool) -> str:
-    """Render messages, or return nothing where the template refuses them, as some do without any message."""
-    try:
-        return template.render(messages, tools=tools, add_generation_prompt=prompt)
-    except TemplateProblem:
-        return ""
+        Returns None also where it is not clear to which messages they belong (unless all are learnt), or where they
+        leave out something of a message, such as the thoughts of earlier turns.
+        """
+        assistant = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not self.template.has_generation_tags or not set(wanted) <= set(assistant):
+            return None
+        spans = self.template.generated(self.whole, self.messages, self.tools)
+        if spans is None:
+            return None
+        if len(spans) == len(assistant):
+            spans = [span for span, i in zip(spans, assistant) if i in wanted]
+            for span, i in zip(spans, wanted):
+                through = self.text(self.messages[: i + 1])
+                try:
+                    self.check_written(i, through, self.whole[slice(*span)])
+                except TemplateProblem:
+                    return None
+        elif wanted != assistant:
+            return None
+        ended = [(start, start + len(self.ended(self.whole[start:end]))) for start, end in spans]
+        untagged = max(len(assistant) - len(spans), 0) if wanted == assistant else 0
+        return Written(self.whole, ended, untagged=untagged)
 
+    def turn(self, i: int) -> _Turn:
+        through = self.whole if i + 1 == len(self.messages) else self.text(self.messages[: i + 1])
+        assistant = self.messages[i]["role"] == "assistant"
+        prompt = self.part(self.messages[:i], prompt=True) if assistant else ""
+        unmet = ""
+        if prompt and through.startswith(prompt):
+            start = len(prompt)
+        else:
+            start = self.content_start(i, through)
+            unmet = prompt.removeprefix(self.part(self.messages[:i], prompt=False))
+        turn = self.ended(through[start:])
+        self.check_written(i, through, turn)
+        return _Turn(through[:start] + turn, start, unmet)
 
-def _content_start(
-    template: Template, messages: Sequence[Message], i: int, through: str, tools: list[object] | None
-) -> int:
-    shown = {**messages[i], "content": SENTINEL}
-    header, mark, _ = template.render([*messages[:i], shown], tools=tools).rpartition(SENTINEL)
-    every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(messages[: i + 1])]
-    is_last = template.render(every, tools=tools).rpartition(SENTINEL)[2].startswith(f"{i}q")
-    if not mark or not is_last or not through.startswith(header):
-        raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
-    return len(header)
+    def content_start(self, i: int, through: str) -> int:
+        header, mark, _ = self.text([*self.messages[:i], {**self.messages[i], "content": SENTINEL}]).rpartition(
+            SENTINEL
+        )
+        every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(self.messages[: i + 1])]
+        is_last = self.text(every).rpartition(SENTINEL)[2].startswith(f"{i}q")
+        if not mark or not is_last or not through.startswith(header):
+            raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
+        return len(header)
 
+    def ended(self, turn: str) -> str:
+        """Cut off what follows the token that ends the turn, which the model is not to write."""
+        if end := self.template.end_pattern.search(turn):
+            return turn[: end.end()]
+        ends = [match.end() for match in self.template.marker_pattern.finditer(turn)]
+        return turn[: ends[-1]] if ends and not turn[ends[-1] :].strip() else turn
 
-def _ended(template: Template, turn: str) -> str:
-    """Cut off what follows the token that ends the turn, which the model is not to write."""
-    if end := template.end_pattern.search(turn):
-        return turn[: end.end()]
-    ends = [match.end() for match in template.marker_pattern.finditer(turn)]
-    return turn[: ends[-1]] if ends and not turn[ends[-1] :].strip() else turn
+    def check_written(self, i: int, through: str, turn: str) -> None:
+        """Raise TemplateProblem where the template leaves out something of message i, which is to be learnt.
 
+        Args:
+            through: the conversation up to and with this message, as text.
+            turn: the part of that text which is the message's.
+        """
+        message = self.messages[i]
+        if not self.template.marker_pattern.sub("", turn).strip():
+            raise TemplateProblem("the chat template writes nothing of a message to learn")
+        if message.get("tool_calls"):
+            bare = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+            if self.part([*self.messages[:i], bare], prompt=False) == through:
+                raise TemplateProblem("the chat template writes nothing of tool_calls to learn")
+        if not _holds(turn, message.get("content") or ""):
+            raise TemplateProblem("the chat template leaves out something of a message to learn")
 
-def _check_written(
-    template: Template, messages: Sequence[Message], through: str, turn: str, tools: list[object] | None
-) -> None:
-    """Raise TemplateProblem where the template leaves out something of the last message, which is to be learnt.
-
-    Args:
-        through: the conversation up to and with this message, as text.
-        turn: the part of that text which is the message's.
-    """
-    *before, message = messages
-    if not template.marker_pattern.sub("", turn).strip():
-        raise TemplateProblem("the chat template writes nothing of a message to learn")
-    if message.get("tool_calls"):
-        bare = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
-        if _try(template, [*before, bare], tools, prompt=False) == through:
-            raise TemplateProblem("the chat template writes nothing of tool_calls to learn")
-    if not _holds(turn, message.get("content") or ""):
-        raise TemplateProblem("the chat template leaves out something of a message to learn")
+    def place(self, i: int, turn: _Turn) -> Span | None:
+        """Return the turn's span in the whole conversation; None where it is written differently there."""
+        if self.whole.startswith(turn.text):
+            return turn.span
+        before, message, after = self.messages[:i], self.messages[i], self.messages[i + 1 :]
+        if not (message.get("content") or "").strip():
+            return None
+        mark = f"{SENTINEL}0q"
+        last, among = (self.text([*before, marked(message), *rest]) for rest in ((), after))
+        # A mark that changes other text does not show the turn's place.
+        if among.count(mark) != 1 or among.replace(mark, "") != self.whole or last.count(mark) != 1:
+            return None
+        start = among.index(mark) - (last.index(mark) - turn.start)
+        end = start + len(turn.text) - turn.start
+        header = ""  # the text that the template puts before a turn of the assistant, if it has such a prompt
+        if message["role"] == "assistant":
+            without, prompt = (self.part(before, prompt=prompt) for prompt in (False, True))
+            header = prompt.removeprefix(without) if prompt.startswith(without) else ""
+        same = self.whole[start:end] == turn.text[turn.start :] and self.whole[:start].endswith(header)
+        return (start, end) if same else None
 
 
 def _holds(text: str, content: str) -> bool:
@@ -207,31 +221,3 @@ def _holds(text: str, content: str) -> bool:
             return False
         at = start + len(word)
     return True
-
-
-def _place(
-    template: Template, messages: Sequence[Message], i: int, turn: _Turn, whole: str, tools: list[object] | None
-) -> Span | None:
-    """Return the turn's span in the whole conversation; None where it is written differently there."""
-    if whole.startswith(turn.text):
-        return turn.span
-    if not (messages[i].get("content") or "").strip():
-        return None
-    message, mark = marked(messages[i]), f"{SENTINEL}0q"
-    last = template.render([*messages[:i], message], tools=tools)
-    among = template.render([*messages[:i], message, *messages[i + 1 :]], tools=tools)
-    # A mark that changes other text does not show the turn's place.
-    if among.count(mark) != 1 or among.replace(mark, "") != whole or last.count(mark) != 1:
-        return None
-    start = among.index(mark) - (last.index(mark) - turn.start)
-    end = start + len(turn.message)
-    same = whole[start:end] == turn.message and whole[:start].endswith(_header(template, messages, i, tools))
-    return (start, end) if same else None
-
-
-def _header(template: Template, messages: Sequence[Message], i: int, tools: list[object] | None) -> str:
-    """Return the text that the template puts before a turn of the assistant; empty where it has no such prompt."""
-    if messages[i]["role"] != "assistant":
-        return ""
-    before, prompt = (_try(template, messages[:i], tools, prompt=prompt) for prompt in (False, True))
-    return prompt.removeprefix(before) if prompt.startswith(before) else ""

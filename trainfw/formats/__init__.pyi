@@ -1,6 +1,7 @@
 from .gguf.header import Header as Header
 from .gguf.header import StoredTensor as StoredTensor
 from .gguf.header import gguf_library as gguf_library
+from .gguf.header import known_or_refuse as known_or_refuse
 from .gguf.header import read_header as read_header
 from .gguf.metadata_to_tokenizer import huggingface_tokenizer as huggingface_tokenizer
 from .gguf.tokenizer_to_metadata import tokenizer_metadata as tokenizer_metadata

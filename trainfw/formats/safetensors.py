@@ -6,10 +6,10 @@ Format: https://github.com/huggingface/safetensors#format. Eight bytes give the 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,9 @@ class SafetensorsTensors(Tensors):
     """
 
     def __init__(self, directory: str | os.PathLike[str], single: str = SINGLE):
-        self.directory = Path(directory)
-        self._places = self._open(single)
+        directory = Path(directory)
+        whole = single != SINGLE or os.path.lexists(directory / single)
+        self._places = read_header(directory / single) if whole else _sharded(directory)
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -71,44 +72,38 @@ class SafetensorsTensors(Tensors):
                 os.close(descriptor)
         return out
 
-    def _open(self, single: str) -> dict[str, _Place]:
-        index = self.directory / INDEX
-        if single != SINGLE or os.path.lexists(self.directory / single):
-            return read_header(self.directory / single)
-        named = self._index(index)
-        places: dict[str, _Place] = {}
-        for shard in sorted(set(named.values())):
-            file = self.directory / shard
-            if not os.path.lexists(file):
-                raise UserError(f"{index}: names shard {shard!r}, which is not there: the download is not complete")
-            for name, place in read_header(file).items():
-                if name in places:
-                    raise UserError(f"{file}: tensor {name} is in {places[name].file.name} too")
-                if name not in named:
-                    raise UserError(f"{file}: holds tensor {name}, which {INDEX} does not name")
-                places[name] = place
-        for name, shard in named.items():
-            if name not in places:
-                raise UserError(f"{index}: tensor {name} is not in {shard}, where it should be")
-            if places[name].file.name != shard:
-                raise UserError(f"{index}: tensor {name} is in {places[name].file.name}, not in {shard}")
-        return places
 
-    def _index(self, index: Path) -> dict[str, str]:
-        """Read the shard of every tensor from the index."""
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index}: expected weight_map, an object of tensor names and the files that hold them")
-        _check_names(index, shards)
-        for name, shard in shards.items():
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _plain(shard):
-                raise UserError(
-                    f"{index}: tensor {name} is said to be in {short(shard)}; expected the name of a .safetensors file "
-                    "in this directory"
-                )
-        return shards
+def _sharded(directory: Path) -> dict[str, _Place]:
+    """Return the places of the tensors in the shards that the index names."""
+    index = directory / INDEX
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{index}: expected weight_map, an object of tensor names and the files that hold them")
+    _check_names(index, named)
+    for name, shard in named.items():
+        if not isinstance(shard, str) or not _SHARD(shard) or not shard.isprintable():
+            expected = "the name of a .safetensors file in this directory"
+            raise UserError(f"{index}: tensor {name} is said to be in {short(shard)}; expected {expected}")
+    places: dict[str, _Place] = {}
+    for shard in sorted(set(named.values())):
+        file = directory / shard
+        if not os.path.lexists(file):
+            raise UserError(f"{index}: names shard {shard!r}, which is not there: the download is not complete")
+        for name, place in read_header(file).items():
+            if name in places:
+                raise UserError(f"{file}: tensor {name} is in {places[name].file.name} too")
+            if name not in named:
+                raise UserError(f"{file}: holds tensor {name}, which {INDEX} does not name")
+            places[name] = place
+    for name, shard in named.items():
+        if name not in places:
+            raise UserError(f"{index}: tensor {name} is not in {shard}, where it should be")
+        if places[name].file.name != shard:
+            raise UserError(f"{index}: tensor {name} is in {places[name].file.name}, not in {shard}")
+    return places
 
 
+_SHARD = re.compile(r"[^/\\:]{0,243}\.safetensors").fullmatch
 MAX_NAME = 500
 """Most letters of a tensor's name."""
 
@@ -118,10 +113,6 @@ def _check_names(file: Path, names: Iterable[str]) -> None:
     for name in names:
         if len(name) > MAX_NAME or not name.isprintable():
             raise UserError(f"{file}: tensor {short(name)}: expected a name of at most {MAX_NAME} printable letters")
-
-
-def _plain(name: str) -> bool:
-    return name.isprintable() and len(name) < 256 and not set(name) & {"/", "\\", ":"}
 
 
 def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -175,16 +166,20 @@ def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) 
 def read_header(file: Path) -> dict[str, _Place]:
     """Read the place of every tensor in a safetensors file. Raises UserError where the header does not fit it."""
     check_file(file)
-    with _readable(file), open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size < 8:
-            raise UserError(f"{file}: is {size} bytes: not a safetensors file, or cut short")
-        length = int.from_bytes(stream.read(8), "little")
-        if length > LIMIT:
-            raise UserError(f"{file}: says that its header has {length:,} bytes; expected {LIMIT:,} at most")
-        if length > size - 8:
-            raise UserError(f"{file}: says that its header has {length:,} bytes, but the file has {size:,}: cut short?")
-        header = parse_json(stream.read(length), f"{file}: header")
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size < 8:
+                raise UserError(f"{file}: is {size} bytes: not a safetensors file, or cut short")
+            length = int.from_bytes(stream.read(8), "little")
+            says = f"says that its header has {length:,} bytes"
+            if length > LIMIT:
+                raise UserError(f"{file}: {says}; expected {LIMIT:,} at most")
+            if length > size - 8:
+                raise UserError(f"{file}: {says}, but the file has {size:,}: cut short?")
+            header = parse_json(stream.read(length), f"{file}: header")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{file}: {_METADATA}: expected an object of strings")
@@ -192,14 +187,6 @@ def read_header(file: Path) -> dict[str, _Place]:
     places = {name: _place(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_layout(file, places, 8 + length, size)
     return places
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _place(file: Path, name: str, entry: object, data: int, size: int) -> _Place:

@@ -88,11 +88,10 @@ def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return values
     with np.errstate(over="ignore"):
         result = values.astype(dtype)
-    if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(values.dtype).max:
-        lost = np.isinf(result) & np.isfinite(values)
-        if lost.any():
-            value = float(values[lost].flat[0])
-            raise UserError(f"tensor {name} holds {value:g}, which {dtype} cannot; choose bfloat16 or float32")
+    narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(values.dtype).max
+    if narrower and (lost := np.isinf(result) & np.isfinite(values)).any():
+        value = float(values[lost].flat[0])
+        raise UserError(f"tensor {name} holds {value:g}, which {dtype} cannot; choose bfloat16 or float32")
     return result
 
 
@@ -101,12 +100,7 @@ def row_blocks(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK) -> Ite
     if math.prod(shape) * itemsize <= limit or not shape:
         yield tuple(slice(0, length) for length in shape)
         return
-    row = math.prod(shape[1:]) * itemsize
-    if row > limit:
-        for i in range(shape[0]):
-            for rest in row_blocks(shape[1:], itemsize, limit):
-                yield (slice(i, i + 1), *rest)
-        return
-    step = max(limit // row, 1)
+    step = max(limit // (math.prod(shape[1:]) * itemsize), 1)
     for start in range(0, shape[0], step):
-        yield (slice(start, min(start + step, shape[0])), *(slice(0, length) for length in shape[1:]))
+        for rest in row_blocks(shape[1:], itemsize, limit):  # one, unless a row is longer than `limit`
+            yield (slice(start, min(start + step, shape[0])), *rest)

@@ -14,13 +14,10 @@ from .paths import read_model_config as read_model_config
 from .peft import is_peft as is_peft
 from .peft import peft_copies as peft_copies
 from .peft import peft_fields as peft_fields
-from .peft import peft_problem as peft_problem
 from .peft import read_peft as read_peft
 from .peft import save_peft as save_peft
-from .saving import Saved as Saved
 from .saving import copy_model as copy_model
 from .saving import new_directory as new_directory
 from .saving import save_model as save_model
 from .source import ModelSource as ModelSource
-from .source import load_params as load_params
 from .source import open_model as open_model

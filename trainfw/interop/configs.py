@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -77,8 +77,8 @@ _COMPUTES_NOTHING = {
     *("num_return_sequences", "max_length"),
     *("length_penalty", "repetition_penalty", "pretraining_tp", "router_aux_loss_coef", "_sliding_window_pattern"),
 }
-_RUNNING = ("dispatch", "capacity_factor", "balance_loss", "z_loss")
-"""Fields about how a mixture of experts runs and is trained, which do not change what it computes."""
+_COMPUTED = ("num_experts", "experts_per_token", "normalize_weights", "shared_intermediate_size")
+"""Fields of a mixture of experts that decide what it computes; others are about how it runs and is trained."""
 
 
 _FIELDS = {
@@ -111,7 +111,12 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
     family = _family(config)
     config = {key: value for key, value in config.items() if _counts(key, family)}
     hf = {**DEFAULTS, **family.defaults, **config}
-    _check_nulls(hf, family)
+    # A null in the place of a value: only in a few keys it means that something is off.
+    off = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
+    off |= set() if family.sliding == "every" else {"sliding_window"}
+    for key, default in (DEFAULTS | dict(family.defaults)).items():
+        if hf[key] is None and key not in off:
+            raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
     if hf["model_type"] == "gemma3_text" and hf.get("attn_logit_softcapping"):  # Transformers ignores it
         raise UserError(f"config.json: attn_logit_softcapping = {hf['attn_logit_softcapping']} of a gemma3_text")
     if missing := [key for key in _REQUIRED if hf.get(key) is None]:
@@ -127,10 +132,11 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
     own, other = sorted(("hidden_act", "hidden_activation"), key=lambda key: key not in family.defaults)
     activation = _agreed({own: hf[own], other: config.get(other)})
     if activation not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json: activation {short(activation)} is not supported; one of: {', '.join(_ACTIVATIONS)}"
-        )
-    pattern = _period(_layer_kinds(hf, family))
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"config.json: activation {short(activation)} is not supported; one of: {known}")
+    kinds = _layer_kinds(hf, family)
+    # The shortest list that, repeated, gives all of them.
+    pattern = kinds[: next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])]
     fields = {
         **{field: hf[key] for field, key in _FIELDS.items()},
         "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
@@ -204,16 +210,6 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def _check_nulls(hf: Mapping[str, object], family: Family) -> None:
-    """Raise UserError for a null in the place of a value: only in a few keys it means that something is off."""
-    none = {"attn_logit_softcapping", "final_logit_softcapping", "rope_theta"}
-    if family.sliding != "every":
-        none.add("sliding_window")
-    for key, default in (DEFAULTS | dict(family.defaults)).items():
-        if hf[key] is None and key not in none:
-            raise UserError(f"config.json: {key} = null: expected {_EXPECTED[key][0]}, such as {default!r}")
-
-
 def _check_types(config: Mapping[str, object], where: str) -> None:
     for key, value in config.items():
         if value is None or key not in _EXPECTED:
@@ -239,12 +235,19 @@ def _experts(config: Mapping[str, object], hf: Mapping[str, object], moe: Mappin
 
 def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
     """Return `global` or `sliding` for each layer. Raises UserError where `layer_types` and the family disagree."""
-    listed, layers = _layer_types(hf), range(hf["num_hidden_layers"])
+    listed, layers = hf.get("layer_types"), range(hf["num_hidden_layers"])
+    for name in listed or ():
+        if not isinstance(name, str) or name not in _LAYER_TYPES:
+            known = ", ".join(_LAYER_TYPES)
+            raise UserError(f"config.json: layer_types: {short(name)} is not supported; one of: {known}")
+    if listed is not None and len(listed) != len(layers):
+        raise UserError(f"config.json: layer_types has {len(listed)} entries for {len(layers)} layers")
+    listed = listed and [_LAYER_TYPES[name] for name in listed]
     unused = "use_sliding_window" in family.defaults and not hf["use_sliding_window"]
     if family.sliding == "never" or hf.get("sliding_window") is None or unused:
-        kinds = ["global" for _ in layers]
+        kinds = ["global"] * len(layers)
     elif family.sliding == "always":
-        kinds = ["sliding" for _ in layers]
+        kinds = ["sliding"] * len(layers)
     elif listed is not None:
         kinds = listed
     elif family.sliding == "every":
@@ -252,33 +255,13 @@ def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:
     else:
         kinds = ["sliding" if i >= hf["max_window_layers"] else "global" for i in layers]
     if listed not in (None, kinds):
-        keys = [key for key in ("sliding_window", "use_sliding_window") if key in hf]
-        windows = ", ".join(f"{key} = {hf[key]}" for key in keys) or "no sliding_window"
+        given = [f"{key} = {hf[key]}" for key in ("sliding_window", "use_sliding_window") if key in hf]
+        windows = ", ".join(given) or "no sliding_window"
         raise UserError(
             f"config.json: layer_types has {listed.count('sliding')} sliding layers of {len(listed)}, but "
             f"{hf['model_type']} with {windows} has {kinds.count('sliding')}"
         )
     return kinds
-
-
-def _layer_types(hf: Mapping[str, Any]) -> list[str] | None:
-    if hf.get("layer_types") is None:
-        return None
-    if unknown := [name for name in hf["layer_types"] if not isinstance(name, str) or name not in _LAYER_TYPES]:
-        raise UserError(
-            f"config.json: layer_types: {short(unknown[0])} is not supported; one of: {', '.join(_LAYER_TYPES)}"
-        )
-    if len(hf["layer_types"]) != hf["num_hidden_layers"]:
-        raise UserError(
-            f"config.json: layer_types has {len(hf['layer_types'])} entries for {hf['num_hidden_layers']} layers"
-        )
-    return [_LAYER_TYPES[name] for name in hf["layer_types"]]
-
-
-def _period(kinds: Sequence[str]) -> list[str]:
-    """Return the shortest list that, repeated, gives `kinds`."""
-    length = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[: len(kinds) - n])
-    return list(kinds[:length])
 
 
 def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
@@ -299,15 +282,21 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
         _agreed({f"{name}.rope_type": _rope_type(name, rope) for name, rope in dicts.items() if rope}) or "default"
         for dicts in (whole, sliding)
     )
-    for each, supported in ((kind, ("default", "linear", "llama3")), (local_kind, ("default",))):
-        if each not in supported:
-            raise UserError(f"config.json: rope_scaling of type {short(each)} is not supported; one of: linear, llama3")
-    _check_replaced(config, whole)
-    for name, rope in (whole | sliding).items():
-        if unknown := [key for key, value in rope.items() if value and key not in _EXPECTED]:
+    if kind not in ("default", "linear", "llama3") or local_kind != "default":
+        odd = short(local_kind if kind in ("default", "linear", "llama3") else kind)
+        raise UserError(f"config.json: rope_scaling of type {odd} is not supported; one of: linear, llama3")
+    parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
+    for key in ("rope_theta", *_SCALING) if scaling else ():
+        # Transformers ignores all `rope_parameters` where there is a `rope_scaling`.
+        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
             raise UserError(
-                f"config.json: {name}.{short(unknown[0])[1:-1]} = {short(rope[unknown[0]])} is not supported"
+                f"config.json: rope_parameters.{key} = {parameters[key]!r}, but rope_scaling, which counts in its "
+                "place, has none; keep one of the two"
             )
+    for name, rope in (whole | sliding).items():
+        for key, value in rope.items():
+            if value and key not in _EXPECTED:
+                raise UserError(f"config.json: {name}.{short(key)[1:-1]} = {short(value)} is not supported")
     if (value_of("partial_rotary_factor", whole | sliding, "partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("config.json: partial_rotary_factor is not supported")
     fields: dict[str, Any] = {"rope_theta": value_of("rope_theta", beside="rope_theta") or hf["rope_theta"]}
@@ -326,17 +315,6 @@ def _rope(config: Mapping[str, Any], hf: Mapping[str, Any], *, local: bool) -> d
     return fields
 
 
-def _check_replaced(config: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Raise UserError for a value of `rope_parameters` that Transformers ignores, as `rope_scaling` replaces them."""
-    parameters, scaling = whole.get("rope_parameters", {}), whole["rope_scaling"]
-    for key in ("rope_theta", *_SCALING) if scaling else ():
-        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
-            raise UserError(
-                f"config.json: rope_parameters.{key} = {parameters[key]!r}, but rope_scaling, which counts in its "
-                "place, has none; keep one of the two"
-            )
-
-
 def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the rotary settings of all layers (or the global ones), and of the sliding ones, by where they stand."""
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
@@ -346,11 +324,10 @@ def _rope_dicts(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         raise UserError(f"config.json: rope_parameters: expected {expected}, as {config.get('model_type')} has them")
     if not parted:
         return {"rope_parameters": parameters, "rope_scaling": scaling}, {}
-    nested = {f"rope_parameters.{name}": parameters.get(name) or {} for name in _LAYER_TYPES}
     if extra := [key for key, value in parameters.items() if value and key not in _LAYER_TYPES]:
         raise UserError(f"config.json: rope_parameters.{extra[0]} is beside {' and '.join(_LAYER_TYPES)}, not in them")
-    first, second = nested.items()
-    return {first[0]: first[1], "rope_scaling": scaling}, {second[0]: second[1]}
+    whole, sliding = ({f"rope_parameters.{name}": parameters.get(name) or {}} for name in _LAYER_TYPES)
+    return whole | {"rope_scaling": scaling}, sliding
 
 
 def _rope_type(name: str, rope: Mapping[str, Any]) -> str:
@@ -380,21 +357,20 @@ def config_to_huggingface(config: ModelConfig, *, extra: Mapping[str, Any] | Non
         return extra
     other_keys = {key: value for key, value in extra.items() if key not in _DESCRIBES}
     families = sorted(FAMILIES, key=lambda name: name != extra.get("model_type"))
-    best: tuple[str, list[str]] | None = None
+    all_differences: dict[str, list[str]] = {}
     for name in families:
-        written = {**_TOKENS, **other_keys, **_written(config, name)}
-        differences = _differences(config, written)
-        if not differences:
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        written = {**tokens, **other_keys, **_written(config, name)}
+        if not (differences := _differences(config, written)):
             return written
-        if best is None or len(differences) < len(best[1]):
-            best = name, differences
-    assert best is not None
+        all_differences[name] = differences
+    nearest = min(families, key=lambda name: len(all_differences[name]))
+    different = "; ".join(all_differences[nearest])
     raise UserError(
-        f"no Hugging Face family has a model like this; the nearest, {best[0]}, would differ in {'; '.join(best[1])}"
+        f"no Hugging Face family has a model like this; the nearest, {nearest}, would differ in {different}"
     )
 
 
-_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _DESCRIBES = {
     *_EXPECTED,
     *("architectures", "transformers_version"),
@@ -415,14 +391,12 @@ def _essence(config: ModelConfig) -> dict[str, object]:
     """Return the fields that decide what a model computes, each in one spelling."""
     fields = config.model_dump(exclude={"preset", "from_", "layer_pattern", "moe"})
     slides = "sliding" in config.layer_kinds
-    moe = config.moe.model_dump(exclude=set(_RUNNING)) if config.moe is not None else {}
     return {
         **fields,
         "layer_kinds": config.layer_kinds,
         "sliding_window": config.sliding_window if slides else None,
         "query_scale": config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
-        **{f"moe.{key}": moe.get(key) for key in ("num_experts", "experts_per_token", "normalize_weights")},
-        "moe.shared_intermediate_size": moe.get("shared_intermediate_size"),
+        **{f"moe.{key}": None if config.moe is None else getattr(config.moe, key) for key in _COMPUTED},
     }
 
 
@@ -470,9 +444,8 @@ def _sliding_written(config: ModelConfig, family: Family) -> dict[str, object]:
         written["use_sliding_window"] = slides
     if family.sliding in ("from", "every"):
         written["layer_types"] = [names[kind] for kind in kinds]
-    first = kinds.index("sliding") if slides else len(kinds)
     if family.sliding == "from":
-        written["max_window_layers"] = first
+        written["max_window_layers"] = kinds.index("sliding") if slides else len(kinds)
     if family.sliding == "every":
         written["sliding_window"] = config.sliding_window or 4096  # Transformers requires a number
     if "sliding_window_pattern" in family.reads:  # Transformers 4 knows no layer_types
@@ -491,10 +464,10 @@ def _rope_written(config: ModelConfig, *, nested: bool) -> dict[str, object]:
         fields = config.rope_scaling.model_dump(exclude_none=True)
         scaling = {"rope_type": fields["kind"], **{k: fields[own] for k, own in _SCALING.items() if own in fields}}
     rope = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
-    written = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
-    if not nested:
-        return {"rope_parameters": rope, **written}
-    local = 1e4 if config.rope_local_theta is None else config.rope_local_theta
-    sliding = {"rope_theta": local, "rope_type": "default"}
-    parameters = {"full_attention": rope, "sliding_attention": sliding}
-    return {"rope_parameters": parameters, "rope_local_base_freq": local, **written}
+    written = {"rope_parameters": rope, "rope_theta": config.rope_theta, "rope_scaling": scaling}
+    if nested:
+        local = 1e4 if config.rope_local_theta is None else config.rope_local_theta
+        sliding = {"rope_theta": local, "rope_type": "default"}
+        written["rope_parameters"] = {"full_attention": rope, "sliding_attention": sliding}
+        written["rope_local_base_freq"] = local
+    return written

@@ -10,7 +10,8 @@ import functools
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from re import _compiler as compiler  # type: ignore[attr-defined]
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -46,22 +47,17 @@ class Text:
         self.letters: dict[str, int] = {}
         for place, letter in enumerate(text):
             self.letters[letter] = self.letters.get(letter, 0) | 1 << place
-        self._places: dict[Any, int] = {}
+        self._places: dict[re.Pattern[str], int] = {}
         steps.spend(1 + len(text))
 
-    def before(self, letters: _Letters) -> int:
-        """Return the places before one of these letters."""
-        if letters not in self._places:
-            self.steps.spend(letters.cost * len(self.letters))
-            self._places[letters] = _union(places for letter, places in self.letters.items() if letters.holds(letter))
-        return self._places[letters]
-
-    def where(self, holds: Callable[[str, int], bool]) -> int:
-        """Return the places for which a test is true."""
-        if holds not in self._places:
-            self.steps.spend(len(self.text) + 1)
-            self._places[holds] = _union(1 << place for place in range(len(self.text) + 1) if holds(self.text, place))
-        return self._places[holds]
+    def where(self, pattern: re.Pattern[str], width: int) -> int:
+        """Return the places at which a pattern of one letter, or of none, matches."""
+        if pattern not in self._places:
+            self.steps.spend(1 + len(self.letters))
+            letters = (places for letter, places in self.letters.items() if pattern.match(letter))
+            anchors = (1 << found.start() for found in pattern.finditer(self.text))
+            self._places[pattern] = _union(letters if width else anchors)
+        return self._places[pattern]
 
 
 _Match = Callable[[Text, int], int]
@@ -89,6 +85,7 @@ class Expression:
                 parsed = parser.parse(pattern)
             if parsed.state.flags & ~re.UNICODE:
                 raise self._refusal("flags")
+            self._state = parsed.state
             self._match = self._sequence(parsed)
             # Most expressions are plain names: these match in one way only, and `re` is faster.
             plain = all(code in (codes.LITERAL, codes.ANY) for code, _ in parsed)
@@ -136,12 +133,9 @@ class Expression:
         if code is codes.LITERAL:
             letter = chr(value)
             return lambda text, places: (places & text.letters.get(letter, 0)) << 1
-        if code in _ONE_LETTER:
-            letters = _letters(code, value)
-            return lambda text, places: (places & text.before(letters)) << 1
-        if code is codes.AT and value in _PLACES:
-            holds = _PLACES[value]
-            return lambda text, places: places & text.where(holds)
+        if code in _ONE_LETTER or code in (codes.AT, codes.FAILURE):
+            pattern, width = self._compiled(code, value), code in _ONE_LETTER
+            return lambda text, places: (places & text.where(pattern, width)) << width
         if code is codes.BRANCH:
             choices = [self._sequence(choice) for choice in value[1]]
             return lambda text, places: _union(choice(text, places) for choice in choices)
@@ -151,18 +145,19 @@ class Expression:
             return self._repeat(*value)
         if code in (codes.ASSERT, codes.ASSERT_NOT):
             return self._around(*value, wanted=code is codes.ASSERT)
-        if code is codes.FAILURE:
-            return lambda text, places: 0
         raise self._refusal(_REFUSED.get(code, str(code).lower()))
+
+    def _compiled(self, code: Any, value: Any) -> re.Pattern[str]:
+        return compiler.compile(parser.SubPattern(self._state, [(code, value)]))
 
     def _repeat(self, least: int, most: int, parsed: Any) -> _Match:
         once = self._sequence(parsed)
         if most == codes.MAXREPEAT and len(parsed) == 1 and parsed[0][0] in _ONE_LETTER:
-            letters = _letters(*parsed[0])
+            letters = self._compiled(*parsed[0])
 
             def rest(text: Text, places: int) -> int:
                 """Match in one step: the sum carries from each place to the end of its run of letters."""
-                run = text.before(letters)
+                run = text.where(letters, 1)
                 return ((places & run) + run) ^ run | places
         else:
 
@@ -194,70 +189,14 @@ class Expression:
                 return bool(inner(text, 1 << place))
             return place >= width and bool(inner(text, 1 << place - width) >> place & 1)
 
-        return lambda text, places: _union(1 << place for place in _each(places) if holds(text, place) is wanted)
+        def match(text: Text, places: int) -> int:
+            each = (place for place in range(places.bit_length()) if places >> place & 1)
+            return _union(1 << place for place in each if holds(text, place) is wanted)
+
+        return match
 
 
-class _Letters:
-    """A set of letters: one, all but one, or those in brackets."""
-
-    def __init__(self, items: tuple[tuple[object, object], ...]):
-        self._negated = items[0][0] is codes.NEGATE
-        self._tests = [_LETTERS[code](value) for code, value in items[self._negated :]]
-        self.cost = len(items)
-
-    def holds(self, letter: str) -> bool:
-        return any(test(letter) for test in self._tests) is not self._negated
-
-
-@functools.lru_cache(256)
-def _shared(items: tuple[tuple[object, object], ...]) -> _Letters:
-    return _Letters(items)
-
-
-def _letters(code: Any, value: Any) -> _Letters:
-    return _shared(tuple(value) if code is codes.IN else ((code, value),))
-
-
-def _is(value: int) -> Callable[[str], bool]:
-    return lambda letter: ord(letter) == value
-
-
-def _in_range(bounds: tuple[int, int]) -> Callable[[str], bool]:
-    return lambda letter: bounds[0] <= ord(letter) <= bounds[1]
-
-
-def _word(letter: str) -> bool:
-    return letter.isalnum() or letter == "_"
-
-
-def _boundary(text: str, place: int) -> bool:
-    return (place > 0 and _word(text[place - 1])) is not (place < len(text) and _word(text[place]))
-
-
-_CATEGORIES: dict[Any, Callable[[str], bool]] = {
-    codes.CATEGORY_DIGIT: str.isdecimal,
-    codes.CATEGORY_SPACE: str.isspace,
-    codes.CATEGORY_WORD: _word,
-    codes.CATEGORY_NOT_DIGIT: lambda letter: not letter.isdecimal(),
-    codes.CATEGORY_NOT_SPACE: lambda letter: not letter.isspace(),
-    codes.CATEGORY_NOT_WORD: lambda letter: not _word(letter),
-}
-_LETTERS: dict[Any, Callable[[Any], Callable[[str], bool]]] = {
-    codes.LITERAL: _is,
-    codes.NOT_LITERAL: lambda value: lambda letter: ord(letter) != value,
-    codes.ANY: lambda _: lambda letter: letter != "\n",
-    codes.RANGE: _in_range,
-    codes.CATEGORY: lambda value: _CATEGORIES[value],
-}
-_ONE_LETTER = {*_LETTERS, codes.IN}
-_PLACES: dict[Any, Callable[[str, int], bool]] = {
-    codes.AT_BEGINNING: lambda text, place: place == 0,
-    codes.AT_BEGINNING_STRING: lambda text, place: place == 0,
-    codes.AT_END: lambda text, place: text[place:] in ("", "\n"),
-    codes.AT_END_STRING: lambda text, place: place == len(text),
-    codes.AT_BOUNDARY: _boundary,
-    codes.AT_NON_BOUNDARY: lambda text, place: bool(text) and not _boundary(text, place),
-}
+_ONE_LETTER = {codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN}
 _REFUSED = {
     codes.GROUPREF: "references to groups",
     codes.GROUPREF_EXISTS: "conditions",
@@ -269,10 +208,3 @@ _REFUSED = {
 
 def _union(sets: Iterable[int]) -> int:
     return functools.reduce(operator.or_, sets, 0)
-
-
-def _each(places: int) -> Iterator[int]:
-    """Yield the places in a set."""
-    while places:
-        yield (places & -places).bit_length() - 1
-        places &= places - 1

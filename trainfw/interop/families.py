@@ -57,10 +57,7 @@ _POST_NORMS = _norms(
 )
 _GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _MLP = _linears("layers.mlp", "mlp", _GATED)
-_EXPERTS = (
-    *_linears("layers.mlp", "mlp", {"router": "gate"}),
-    *_linears("layers.mlp", "mlp.experts.{expert}", _GATED),
-)
+_EXPERTS = (*_linears("layers.mlp", "mlp", {"router": "gate"}), *_linears("layers.mlp", "mlp.experts.{expert}", _GATED))
 _MIXTRAL_EXPERTS = (
     *_linears("layers.mlp", "block_sparse_moe", {"router": "gate"}),
     *_linears("layers.mlp", "block_sparse_moe.experts.{expert}", {"gate": "w1", "up": "w3", "down": "w2"}),
@@ -115,10 +112,7 @@ _GEMMA_READS = _BIAS_READS | {
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", writes={**_NO_BIAS, "mlp_bias": False}, reads=_BIAS_READS | {"mlp_bias"}),
     "mistral": Family(
-        "MistralForCausalLM",
-        defaults={"sliding_window": 4096},
-        sliding="always",
-        reads=frozenset({"sliding_window"}),
+        "MistralForCausalLM", defaults={"sliding_window": 4096}, sliding="always", reads=frozenset({"sliding_window"})
     ),
     "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}, _QWEN_WINDOW, sliding="from", reads=_WINDOW_READS),
     "qwen3": Family(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,10 +34,6 @@ class Parameter:
         shape = self.shape[self.stacked :]
         return shape[::-1] if self.row.transpose else shape
 
-    @property
-    def tensor_count(self) -> int:
-        return math.prod(self.shape[: self.stacked])
-
     def name(self, place: Sequence[int]) -> str:
         """Return the name of the tensor at a place of the stacked dims: (layer,) or (layer, expert)."""
         return self.row.tensor.format(**dict(zip(("layer", "expert"), place)))
@@ -49,11 +44,7 @@ class Parameter:
             yield place, self.name(place)
 
     def read(
-        self,
-        tensors: Tensors,
-        index: tuple[slice, ...],
-        dtype: np.dtype,
-        layer_order: Sequence[int] | None = None,
+        self, tensors: Tensors, index: tuple[slice, ...], dtype: np.dtype, layer_order: Sequence[int] | None = None
     ) -> np.ndarray:
         """Read a part of the parameter from those parts of its tensors, a few megabytes at a time.
 
@@ -62,9 +53,7 @@ class Parameter:
         """
         bounds = bounds_of(index, self.shape)
         out = np.empty([stop - start for start, stop in bounds], dtype)
-        within = bounds[self.stacked :]
-        if self.row.transpose:
-            within = within[::-1]
+        within = bounds[self.stacked :][:: -1 if self.row.transpose else 1]
         sizes = tuple(stop - start for start, stop in within)
         for place in itertools.product(*(range(*bound) for bound in bounds[: self.stacked])):
             target = out[tuple(i - start for i, (start, _) in zip(place, bounds))]
@@ -131,14 +120,3 @@ class ParameterTensors(Tensors):
             assert value.shape == shape, f"{path}: shape {value.shape}, but the model has {shape}"
             self._held = path, value
         return self._held[1]
-
-
-class PartOf(Tensors):
-    """Some of a checkpoint's tensors, in an order of their own."""
-
-    def __init__(self, tensors: Tensors, names: Sequence[str]):
-        self._tensors = tensors
-        self.infos: Mapping[str, TensorInfo] = {name: tensors.infos[name] for name in names}
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        return self._tensors.read(name, index)

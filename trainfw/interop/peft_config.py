@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,18 +99,15 @@ def read_peft_config(file: Path) -> PeftConfig:
         use_rslora=flag("use_rslora"),
         use_dora=flag("use_dora"),
         _steps=steps,
-        _targeted=_named(file, "target_modules", config, steps),
-        _excluded=_named(file, "exclude_modules", {"exclude_modules": []} | config, steps),
+        _targeted=_named(file, "target_modules", config.get("target_modules"), steps),
+        _excluded=_named(file, "exclude_modules", config.get("exclude_modules") or [], steps),
         _ranks=patterns("rank_pattern", _checked_rank),
         _alphas=patterns("alpha_pattern", _checked_alpha),
     )
 
 
-def _named(file: Path, key: str, config: Mapping[str, object], steps: Steps) -> Callable[[str], bool]:
+def _named(file: Path, key: str, names: object, steps: Steps) -> Callable[[str], bool]:
     """Return a test of modules' names: `key` lists ends of names, or is a regular expression."""
-    names = config.get(key)
-    if key == "exclude_modules" and not names:
-        names = []
     if names == "all-linear":
         return lambda module: module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
     if isinstance(names, str):
@@ -119,12 +115,8 @@ def _named(file: Path, key: str, config: Mapping[str, object], steps: Steps) -> 
         return lambda module: expression.matches(Text(module, steps))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: {key} = {short(names)}: expected a list of names")
-    ends = frozenset(names)
-    return lambda module: any(end in ends for end in itertools.accumulate(reversed(module.split(".")), _before))
-
-
-def _before(end: str, part: str) -> str:
-    return f"{part}.{end}"
+    ends = tuple(f".{name}" for name in names)
+    return lambda module: f".{module}".endswith(ends)
 
 
 def _checked_rank(key: str, value: object) -> int:

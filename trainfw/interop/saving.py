@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,6 @@ MAX_SHARD_SIZE = 2 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Facts about a model that was written; its str is a line about it."""
-
-    directory: Path
-    family: str
-    dtype: str
-    num_parameters: int
-    nbytes: int
-    """Bytes of the tensors."""
-
-    def __str__(self) -> str:
-        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.1f} MB"
-        return f"{self.directory}: {self.family}, {self.num_parameters:,} parameters, {self.dtype}, {size}"
-
-
 def save_model(
     directory: str | os.PathLike[str],
     config: ModelConfig,
@@ -51,8 +34,10 @@ def save_model(
     companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
-) -> Saved:
+) -> str:
     """Write our parameters as a Hugging Face directory: config.json, safetensors, and the files of `companions`.
+
+    Returns a line about the model.
 
     Args:
         read: function that returns a whole parameter by its path (`layers.attention.query.kernel`), an array of NumPy
@@ -79,16 +64,17 @@ def copy_model(
     companions: Callable[[Path], None] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
-) -> Saved:
-    """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json.
+) -> str:
+    """Write the model of a source as a Hugging Face directory, with its tokenizer and its config.json; return a line.
 
     The tensors that the model uses are copied bit for bit, unless `dtype` is another than theirs. A few megabytes are
     in memory at a time. `companions` replaces `source.copy_companions`.
     """
     cast_to = None if dtype is None else _float(dtype)
     huggingface = config_to_huggingface(source.config, extra=source.huggingface)
-    tensors, dtype, companions = source.used(), dtype or source.dtype, companions or source.copy_companions
-    return _save(directory, huggingface, tensors, dtype, cast_to, companions, max_shard_size, progress)
+    companions = companions or source.copy_companions
+    dtype = dtype or source.dtype
+    return _save(directory, huggingface, source.used(), dtype, cast_to, companions, max_shard_size, progress)
 
 
 def _float(dtype: str) -> np.dtype:
@@ -106,48 +92,35 @@ def _save(
     companions: Callable[[Path], None] | None,
     max_shard_size: int,
     progress: Progress | None,
-) -> Saved:
+) -> str:
     infos = {name: TensorInfo(info.shape, cast_to or info.dtype) for name, info in tensors.infos.items()}
-    nbytes = sum(info.nbytes for info in infos.values())
+    shards, done, total = _shards(infos, max_shard_size), 0, sum(info.nbytes for info in infos.values())
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     # Transformers 4 reads torch_dtype.
     huggingface = {**huggingface, "dtype": dtype, "torch_dtype": dtype}
-    with new_directory(directory, nbytes) as temporary:
+    with new_directory(directory, total) as temporary:
         (temporary / "config.json").write_text(json.dumps(huggingface, indent=2, sort_keys=True) + "\n", "utf-8")
-        _write_tensors(temporary, tensors, infos, cast_to, max_shard_size, progress)
+        for file, names in zip(files, shards):
+            with open(temporary / file, "wb") as stream:
+                stream.write(_header({name: infos[name] for name in names}))
+                for name in names:
+                    for part in chunks(tensors, name, cast_to):
+                        if not np.isfinite(part).all():
+                            raise UserError(f"tensor {name} has values that are not finite: nothing is written")
+                        stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+                        done += part.nbytes
+                    if progress is not None:
+                        progress("writing, MB", done // 2**20, total // 2**20)
+        if count > 1:
+            placed = {name: file for file, names in zip(files, shards) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         if companions is not None:
             companions(temporary)
     parameters = sum(info.size for info in infos.values())
-    return Saved(Path(directory), huggingface["model_type"], dtype, parameters, nbytes)
-
-
-def _write_tensors(
-    directory: Path,
-    tensors: Tensors,
-    infos: Mapping[str, TensorInfo],
-    cast_to: np.dtype | None,
-    max_shard_size: int,
-    progress: Progress | None,
-) -> None:
-    """Write the safetensors files: the header of each, then its values in order."""
-    shards = _shards(infos, max_shard_size)
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    total, done = sum(info.nbytes for info in infos.values()), 0
-    for file, names in zip(files, shards):
-        with open(directory / file, "wb") as stream:
-            stream.write(_header({name: infos[name] for name in names}))
-            for name in names:
-                for part in chunks(tensors, name, cast_to):
-                    if not np.isfinite(part).all():
-                        raise UserError(f"tensor {name} has values that are not finite: nothing is written")
-                    stream.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-                    done += part.nbytes
-                if progress is not None:
-                    progress("writing, MB", done // 2**20, total // 2**20)
-    if len(files) > 1:
-        placed = {name: file for file, names in zip(files, shards) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    size = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
+    return f"{Path(directory)}: {huggingface['model_type']}, {parameters:,} parameters, {dtype}, {size}"
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
@@ -184,13 +157,12 @@ def new_directory(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
     for `nbytes`.
     """
     target = Path(path)
-    if not str(path) or str(path) == ".":
+    if str(path) in ("", "."):
         raise UserError(f"{path or 'the path'}: expected the path of a new directory")
-    if target.is_symlink() or target.exists():
-        if not target.is_dir() or target.is_symlink():
-            raise UserError(f"{target}: exists and is no directory; choose another path")
-        if any(target.iterdir()):
-            raise UserError(f"{target}: exists and is not empty; nothing is overwritten, choose another path")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target}: exists and is no directory; choose another path")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target}: exists and is not empty; nothing is overwritten, choose another path")
     with contextlib.ExitStack() as stack:
         try:
             temporary = stack.enter_context(writing(target, directory=True))

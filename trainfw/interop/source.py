@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 from trainfw.errors import UserError, did_you_mean
 from trainfw.formats import INDEX, SINGLE, SafetensorsTensors, Tensors, row_blocks
 from trainfw.interop.configs import config_from_huggingface, unread_keys
-from trainfw.interop.mapping import Parameter, PartOf, parameters
+from trainfw.interop.mapping import Parameter, parameters
 from trainfw.interop.paths import PICKLES, blamed, model_kind, pickle_error, read_huggingface
 from trainfw.json_text import TOKENIZER_LIMIT, json_object, read_member
 from trainfw.models import ModelConfig
@@ -62,34 +64,28 @@ class ModelSource:
             counts[str(info.dtype)] += info.size
         return counts.most_common(1)[0][0] if counts else "float32"
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(info.size for info in self.used().infos.values())
-
     def fingerprint(self) -> str:
         """Return a hash of names, shapes, dtypes and sampled values of every tensor that the model uses."""
         return self.used().fingerprint()
 
     def used(self) -> Tensors:
         """Return the tensors that the model uses, in the order of our parameters, without a copy of a tied table."""
-        return PartOf(self.tensors, [name for parameter in self.parameters.values() for _, name in parameter.names()])
+        used = copy.copy(self.tensors)
+        used.infos = {name: self.tensors.infos[name] for each in self.parameters.values() for _, name in each.names()}
+        return used
 
     def check(self) -> None:
         """Compare names and shapes of the tensors with the config; read no more than a few values.
 
         Raises UserError, with the tensors' names, where some are missing, unknown or of another shape.
         """
-        with blamed(self.path):
-            self._check()
-
-    def _check(self) -> None:
         infos = self.tensors.infos
-        needed = sum(parameter.tensor_count for parameter in self.parameters.values())
+        needed = sum(math.prod(parameter.shape[: parameter.stacked]) for parameter in self.parameters.values())
         if needed > 2 * len(infos) + 1000:  # before so many names are made
             raise UserError(f"config.json needs {needed:,} tensors, and the checkpoint has {len(infos):,}")
         shapes = {name: p.tensor_shape for p in self.parameters.values() for _, name in p.names()}
         if missing := set(shapes) - set(infos):
-            hint = _prefixed(missing, infos)
+            hint = _prefixed(missing, set(infos))
             classes = str(self.huggingface.get("architectures"))[:80]
             if missing == {_HEAD} and "Classification" in classes:
                 raise UserError(f"checkpoint: no tensor {_HEAD}: {classes} is a classifier, and no language model")
@@ -97,8 +93,13 @@ class ModelSource:
                 hint = "; or its head is the embedding table: tie_word_embeddings: true"
             elif any(name.endswith("experts.gate_up_proj") for name in infos):
                 hint = "; experts are stored in one tensor: save_pretrained(..., save_original_format=True) parts them"
-            raise UserError(f"checkpoint: no tensor {_some(missing)}{_near(missing, set(infos) - set(shapes))}{hint}")
-        if extra := {name for name in set(infos) - set(shapes) if not self._ignorable(name)}:
+            spare = sorted(set(infos) - set(shapes))  # if few are left over, one may be misspelled
+            near = did_you_mean(min(missing), spare) if 0 < len(spare) <= 3 else ""
+            raise UserError(f"checkpoint: no tensor {_some(missing)}{near}{hint}")
+        # Ignored are a second copy of a tied table, and the rotary frequencies of an old checkpoint.
+        tied = {_HEAD} if self.config.tie_embeddings else set()
+        extra = {name for name in set(infos) - set(shapes) - tied if not name.endswith("rotary_emb.inv_freq")}
+        if extra:
             raise UserError(f"checkpoint: the model has no place for tensor {_some(extra)}")
         for name, shape in shapes.items():
             if infos[name].shape != shape:
@@ -108,10 +109,6 @@ class ModelSource:
                 f"checkpoint: tensor {_HEAD} differs from {_TABLE} (in row {row}), but config.json says that they are "
                 "one: set tie_word_embeddings: false, and both are kept"
             )
-
-    def _ignorable(self, name: str) -> bool:
-        """Tell whether a tensor is a second copy of a tied table, or the rotary frequencies of an old checkpoint."""
-        return (name == _HEAD and self.config.tie_embeddings) or name.endswith("rotary_emb.inv_freq")
 
     def _differing_row(self, one: str, other: str) -> int | None:
         """Return the first row in which two tensors differ in a bit, comparing a few megabytes at a time."""
@@ -175,11 +172,10 @@ def _companion(file: Path) -> bytes:
         value = json_object(data, file)
         if file.name == "tokenizer.json" and not isinstance(value.get("model"), dict):
             raise UserError(f"{file}: expected a tokenizer, with a model")
-    elif file.suffix == ".model":  # SentencePiece's protobuf: its first field is a list, of pieces
-        if not data.startswith(b"\n"):
-            raise UserError(f"{file}: expected a model of SentencePiece")
-    else:
+    elif file.suffix != ".model":
         decode_utf8(data, file)
+    elif not data.startswith(b"\n"):  # SentencePiece's protobuf: its first field is a list, of pieces
+        raise UserError(f"{file}: expected a model of SentencePiece")
     return data
 
 
@@ -200,7 +196,7 @@ def open_model(path: str | Path) -> ModelSource:
         huggingface = read_huggingface(resolved)
         config = config_from_huggingface(huggingface)
         source = ModelSource(resolved, config, huggingface, _open_tensors(resolved, kind))
-    source.check()
+        source.check()
     if kind == "huggingface" and (unread := unread_keys(huggingface)):
         warnings.warn(
             f"{resolved}/config.json: not read: {', '.join(unread)} (Transformers' {source.family} computes nothing by "
@@ -216,58 +212,26 @@ def _open_tensors(path: Path, kind: str) -> Tensors:
 
         return GGUFTensors(path)
     if not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):
-        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
-        if pickles:
+        if pickles := sorted(file for file in path.iterdir() if file.suffix in PICKLES):
             raise pickle_error(pickles[0])
         raise UserError(f"{path}: has no weights: expected {SINGLE}, or {INDEX} and its shards")
     return SafetensorsTensors(path)
 
 
-def load_params(
-    source: ModelSource,
-    abstract: Mapping[str, object],
-    layer_order: Sequence[int] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, object]:
-    """Load the parameters as nested dicts of arrays (`nnx.to_pure_dict`), in the dtypes and shardings of `abstract`.
-
-    They are loaded one at a time: the host holds about the largest part of a device.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(dict(abstract))[0]
-    sizes = [leaf.size * np.dtype(leaf.dtype).itemsize for _, leaf in leaves]
-    total, done, arrays = sum(sizes) // 2**20, 0, []
-    for (keys, leaf), size in zip(leaves, sizes):
-        arrays.append(source.read(".".join(str(key.key) for key in keys), leaf, layer_order))
-        done += size
-        if progress is not None:
-            progress("loading, MB", done // 2**20, total)
-    return jax.tree.unflatten(jax.tree.structure(dict(abstract)), arrays)
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _some(names: set[str]) -> str:
     """List the first few names, and the number of the others."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(name[:200] for name in ordered[:limit]) + more
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:200] for name in sorted(names)[:3]) + more
 
 
-def _prefixed(missing: Iterable[str], present: Iterable[str]) -> str:
+def _prefixed(missing: set[str], present: set[str]) -> str:
     """Return advice if all missing names are present with one prefix, or without `model.`; else nothing."""
-    missing, present = set(missing), set(present)
     first = min(missing)
     prefixes = {name.removesuffix(first) for name in present if name.endswith(f".{first}")}
     # `all` stops at the first name that is absent: a file may have as many prefixes as names.
     if shared := sorted(prefix for prefix in prefixes if all(prefix + name in present for name in missing)):
-        return (
-            f"; the same {len(missing)} are there under {shared[0][:80]!r}, of what wrapped the model when saved: "
-            "save the model within"
-        )
+        under = f"; the same {len(missing)} are there under {shared[0][:80]!r}"
+        return f"{under}, of what wrapped the model when saved: save the model within"
     if {name.removeprefix("model.") for name in missing} <= present - missing:
         return "; the same are there without 'model.': saved without its head's class; save ...ForCausalLM"
     return ""
-
-
-def _near(missing: Iterable[str], spare: Iterable[str]) -> str:
-    """Return a hint at a misspelled name, if few tensors are left over."""
-    spare = sorted(spare)
-    return did_you_mean(min(missing), spare) if 0 < len(spare) <= 3 else ""

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainfw.optim.traits import Optimizer, Params, Traits
+from trainfw.optim.traits import Decays, Optimizer, Rate, Traits
 
 if TYPE_CHECKING:
     import optax
@@ -12,16 +11,14 @@ if TYPE_CHECKING:
     from trainfw.optim.config import OptimizerConfig
 
 
-def _make(config: OptimizerConfig, steps: int, decays: Callable[[Params], Params]) -> optax.GradientTransformation:
+def _make(config: OptimizerConfig, rate: Rate, decays: Decays) -> optax.GradientTransformation:
     import optax
-
-    from trainfw.optim.schedule import make_schedule
 
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+        optax.scale_by_learning_rate(rate()),
     )
 
 

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainfw.optim.traits import Optimizer, Params, Traits
+from trainfw.optim.traits import Decays, Optimizer, Rate, Traits
 
 if TYPE_CHECKING:
     import optax
@@ -13,21 +12,13 @@ if TYPE_CHECKING:
 
 
 def make_adamw(
-    config: OptimizerConfig, steps: int, decays: Callable[[Params], Params], peak: float | None = None
+    config: OptimizerConfig, rate: Rate, decays: Decays, peak: float | None = None
 ) -> optax.GradientTransformation:
     """Return AdamW, at the recipe's learning rate or at another `peak`."""
     import optax
 
-    from trainfw.optim.schedule import make_schedule
-
-    return optax.adamw(
-        make_schedule(config, steps, peak),
-        config.b1,
-        config.b2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
+    moments = (config.b1, config.b2, config.epsilon)
+    return optax.adamw(rate(peak), *moments, weight_decay=config.weight_decay, mask=decays)
 
 
 def largest_ratio(config: OptimizerConfig, step: int, size: int) -> float:
@@ -53,6 +44,5 @@ def two_moments(name: str, shape: tuple[int, ...], parts: int) -> int:
 
 
 ADAMW = Optimizer(
-    make_adamw,
-    Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments),
+    make_adamw, Traits(whole_matrices=False, may_overflow=False, largest_update=largest_ratio, state_bytes=two_moments)
 )

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from trainfw.optim.traits import Optimizer, Params, Traits
+from trainfw.optim.traits import Decays, Optimizer, Rate, Traits
 
 if TYPE_CHECKING:
     import optax
@@ -12,13 +11,10 @@ if TYPE_CHECKING:
     from trainfw.optim.config import OptimizerConfig
 
 
-def _make(config: OptimizerConfig, steps: int, decays: Callable[[Params], Params]) -> optax.GradientTransformation:
+def _make(config: OptimizerConfig, rate: Rate, decays: Decays) -> optax.GradientTransformation:
     import optax
 
-    from trainfw.optim.schedule import make_schedule
-
-    schedule = make_schedule(config, steps)
-    return optax.lion(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
+    return optax.lion(rate(), config.b1, config.b2, weight_decay=config.weight_decay, mask=decays)
 
 
 LION = Optimizer(

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trainfw.optim.adamw import largest_ratio, make_adamw, two_moments
-from trainfw.optim.traits import Optimizer, Params, Traits
+from trainfw.optim.traits import Decays, Optimizer, Params, Rate, Traits
 
 if TYPE_CHECKING:
     import optax
@@ -13,59 +12,43 @@ if TYPE_CHECKING:
     from trainfw.optim.config import OptimizerConfig
 
 
-def _make(config: OptimizerConfig, steps: int, decays: Callable[[Params], Params]) -> optax.GradientTransformation:
-    import optax
-    from optax.contrib import scale_by_muon
-
-    from trainfw.optim.schedule import make_schedule
-
-    matrices = optax.chain(
-        _on_whole_matrices(scale_by_muon(beta=config.b1, weight_dimension_numbers=_stacked_matrices)),
-        _match_adam_rms(),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
-    )
-    others = make_adamw(config, steps, decays, config.adam_learning_rate)
-    return optax.partition({"matrix": matrices, "other": others}, _labels)
-
-
-def _labels(params: Params) -> Params:
+def _make(config: OptimizerConfig, rate: Rate, decays: Decays) -> optax.GradientTransformation:
     import jax
-
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "matrix" if path[0].key == "layers" and path[-1].key == "kernel" else "other", params
-    )
-
-
-def _stacked_matrices(params: Params) -> Params:
-    """The layers' matrices are stacked along a leading dim, which Muon is to treat as a batch."""
-    import jax
-    from optax.contrib import MuonDimensionNumbers
-
-    return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params)
-
-
-def _on_whole_matrices(muon: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Orthogonalise whole matrices, the layers dealt out among devices."""
     import optax
+    from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
     from trainfw.parallel import by_layer
 
-    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+    # The layers' matrices are stacked along a leading dim, which Muon is to treat as a batch.
+    muon = scale_by_muon(
+        beta=config.b1,
+        weight_dimension_numbers=lambda params: jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), params),
+    )
+
+    def orthogonalise(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        """Orthogonalise whole matrices, the layers dealt out among devices."""
         return by_layer(muon.update, updates, state)
 
-    return optax.GradientTransformation(muon.init, update)
+    def match_adam(updates: Params, params: Params | None = None) -> Params:
+        """Give Muon's orthogonal updates the root mean square of AdamW's typical ones, 0.2, whatever the shape.
 
+        So that one learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982, equation 4).
+        """
+        return jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape[-2:])) * u, updates)
 
-def _match_adam_rms() -> optax.GradientTransformation:
-    """Give Muon's orthogonal updates the root mean square of AdamW's typical ones, 0.2, whatever the shape.
+    def labels(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "matrix" if path[0].key == "layers" and path[-1].key == "kernel" else "other", params
+        )
 
-    So that one learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982, equation 4).
-    """
-    import jax
-    import optax
-
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape[-2:])) * u, updates))
+    matrices = optax.chain(
+        optax.GradientTransformation(muon.init, orthogonalise),
+        optax.stateless(match_adam),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(rate()),
+    )
+    others = make_adamw(config, rate, decays, config.adam_learning_rate)
+    return optax.partition({"matrix": matrices, "other": others}, labels)
 
 
 def _state_bytes(name: str, shape: tuple[int, ...], parts: int) -> int:

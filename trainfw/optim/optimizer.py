@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from jax.sharding import NamedSharding
 from trainfw.errors import UserError
 from trainfw.optim.config import OptimizerConfig
 from trainfw.optim.registry import OPTIMIZERS
-from trainfw.optim.schedule import make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
 from trainfw.pieces import is_own, make_piece
 
@@ -25,18 +25,27 @@ def make_optimizer(
     `norm`; left out, clipping computes it.
     """
 
-    def decays(params: Params) -> Params:
-        return _decay_mask(params, config.weight_decay_exclude)
+    exclude = config.weight_decay_exclude
 
+    def decays(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not any(fnmatch.fnmatch(_name(path), pattern) for pattern in exclude), params
+        )
+
+    rate = functools.partial(make_schedule, config, steps)
     if own is None and not is_own(config.name):
-        optimizer = OPTIMIZERS[config.name].make(config, steps, decays)
+        optimizer = OPTIMIZERS[config.name].make(config, rate, decays)
     else:
-        optimizer = _made(config, own, make_schedule(config, steps))
+        optimizer = _made(config, own, rate())
     if config.clip_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
 
     def init(params: Params) -> Any:
-        _check_patterns(params, config.weight_decay_exclude)
+        names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for pattern in exclude:
+            # The defaults suit every model: one without biases is no mistake.
+            if pattern not in OptimizerConfig().weight_decay_exclude and not fnmatch.filter(names, pattern):
+                raise UserError(f"weight_decay_exclude: {pattern!r} matches none of the parameters {', '.join(names)}")
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
@@ -44,15 +53,12 @@ def make_optimizer(
 
 def _made(config: OptimizerConfig, own: OwnOptimizer | None, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return somebody's own transformation. Raises UserError, which begins with `name`, where it is none."""
-    if own is None:
-        made = make_piece(config.name, config.options, schedule)
-    elif callable(own):
-        made = own(schedule)
-    else:
+    if not (own is None or callable(own)):
         raise UserError(
             f"name = {config.name!r}: expected a function of the learning rate, such as `lambda rate: "
             "optax.sgd(rate)`, so that the recipe's schedule holds and is logged"
         )
+    made = make_piece(config.name, config.options, schedule) if own is None else own(schedule)
     if not (hasattr(made, "init") and hasattr(made, "update")):
         raise UserError(
             f"name = {config.name!r}: returns a {type(made).__name__} of the learning rate; expected an Optax "
@@ -83,12 +89,8 @@ def optimizer_shardings(
     A moment of a parameter's own shape is sharded as the parameter. Scalars, and Adafactor's factored moments
     (a row or a column of a matrix), are replicated.
     """
-    of_param = {
-        _keys(path): (param.shape, sharding)
-        for (path, param), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    of_param = {_keys(path): (param.shape, sharding) for (path, param), sharding in leaves}
 
     def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         # A moment sits in the state under the keys of its parameter, behind the optimizer's own.
@@ -110,15 +112,28 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(key.key) for key in path)
 
 
-def _decay_mask(params: Params, exclude: list[str]) -> Params:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(fnmatch.fnmatch(_name(path), pattern) for pattern in exclude), params
-    )
+def make_schedule(config: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
+    """Learning rate by step, for a run of `steps` steps: linear warmup, then the configured shape.
 
-
-def _check_patterns(params: Params, exclude: list[str]) -> None:
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern in exclude:
-        # The defaults suit every model: one without biases is no mistake.
-        if pattern not in OptimizerConfig().weight_decay_exclude and not fnmatch.filter(names, pattern):
-            raise UserError(f"weight_decay_exclude: {pattern!r} matches none of the parameters {', '.join(names)}")
+    Step 0's update already learns: warmup runs from peak / (warmup_steps + 1), not from 0.
+    """
+    peak = config.learning_rate if peak is None else peak
+    final = peak * config.final_fraction
+    rest = max(steps - config.warmup_steps, 1)
+    decay = config.decay_steps or min(max(steps // 10, 1), rest)
+    if decay > rest:
+        raise UserError(f"decay_steps = {decay} is longer than the {rest} steps after warmup")
+    after: optax.Schedule
+    match config.schedule:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+        case "linear":
+            after = optax.linear_schedule(peak, final, rest)
+        case "wsd":
+            after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])

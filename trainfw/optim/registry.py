@@ -24,16 +24,13 @@ def traits_of(config: OptimizerConfig, own: OwnOptimizer | None = None) -> Trait
 
 def state_bytes(config: OptimizerConfig, name: str, shape: tuple[int, ...], parts: int) -> int:
     """Return the bytes of state on one core, counters left out, of a parameter that is cut into `parts`."""
-    known = traits_of(config).state_bytes
-    return _held_bytes(config, name, shape, parts) if known is None else known(name, shape, parts)
-
-
-def _held_bytes(config: OptimizerConfig, name: str, shape: tuple[int, ...], parts: int) -> int:
-    """Return the same by the shapes of the state: what has the parameter's own is cut as it is, the rest is whole."""
+    if (known := traits_of(config).state_bytes) is not None:
+        return known(name, shape, parts)
     import jax
 
     from trainfw.optim.optimizer import make_optimizer
 
+    # Of the state's shapes, what has the parameter's own is cut as it is, and the rest is whole.
     params: Any = jax.ShapeDtypeStruct(shape, "float32")
     for key in reversed(name.split(".")):
         params = {key: params}

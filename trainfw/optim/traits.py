@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 Params: TypeAlias = Any
 """A nested dict of arrays; a parameter's name is its keys joined by dots."""
+Decays: TypeAlias = Callable[[Params], Params]
+"""Function that tells which parameters decay."""
+Rate: TypeAlias = "Callable[..., optax.Schedule]"
+"""Function from a peak, by default the recipe's, to the learning rate by step."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Traits:
 class Optimizer:
     """An optimizer of ours: its update, and its traits."""
 
-    make: Callable[[OptimizerConfig, int, Callable[[Params], Params]], optax.GradientTransformation]
-    """(config, steps of the run, function that tells which parameters decay) -> the update, without clipping."""
+    make: Callable[[OptimizerConfig, Rate, Decays], optax.GradientTransformation]
+    """Function that returns the update, without clipping."""
     traits: Traits
 
 

@@ -6,9 +6,8 @@ layer's weights out of the stacked ones, which takes most of its time; here each
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,28 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trainfw import backends
-from trainfw.models import (
-    AdapterInputs,
-    Context,
-    DecoderLayer,
-    Frozen,
-    HeadCache,
-    KVCache,
-    Linear,
-    MoE,
-    Transformer,
-    gather_weights,
-    softcap,
-    use_inputs,
-)
+from trainfw import backends, models
 
 Tree = TypeVar("Tree")
 
-_GROUPS = {
-    "attention": (("query", "key", "value"), ("output",)),
-    "mlp": (("gate", "up"), ("down",)),
-}
+_GROUPS = {"attention": (("query", "key", "value"), ("output",)), "mlp": (("gate", "up"), ("down",))}
 """Groups of a layer's linear maps that share an input."""
 
 
@@ -48,7 +30,7 @@ _GROUPS = {
 class LayerCaches:
     """Keys and values of the tokens decoded so far, as in `KVCache`, but with arrays for each layer."""
 
-    layers: tuple[HeadCache, ...]
+    layers: tuple[models.HeadCache, ...]
     length: jax.Array
     first_B: jax.Array | None
 
@@ -71,7 +53,7 @@ class DecodingWeights:
     """Joined kernels of each layer, by the names of `_GROUPS`, in the form of the backend's products; may be empty."""
 
 
-def decodes_by_layer(model: Transformer) -> bool:
+def decodes_by_layer(model: models.Transformer) -> bool:
     """Tell whether `decode_token` suits this model: all of it is in the memory of one CPU.
 
     On other devices each layer's weights would be copies, in memory that models fill.
@@ -83,11 +65,11 @@ def decodes_by_layer(model: Transformer) -> bool:
     return len(devices) == 1 and backends.is_host(devices.pop())
 
 
-_prepared: weakref.WeakKeyDictionary[Transformer, tuple[Any, list[Any], DecodingWeights]]
+_prepared: weakref.WeakKeyDictionary[models.Transformer, tuple[Any, list[Any], DecodingWeights]]
 _prepared = weakref.WeakKeyDictionary()
 
 
-def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
+def decoding_weights(model: models.Transformer, rows: int) -> DecodingWeights:
     """Return the weights in the form for decoding so many rows.
 
     They are kept with the model for the next call with the same arrays, one form at a time: another number of rows,
@@ -106,24 +88,17 @@ def decoding_weights(model: Transformer, rows: int) -> DecodingWeights:
     del prepared
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
-    states = tuple(gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
+    states = tuple(models.gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
     layers = _views(states, model.config.num_layers)
-    joined: tuple[dict[str, jax.Array], ...] = ({},) * len(layers)
+    joined: tuple[dict[str, jax.Array], ...] = tuple({} for _ in layers)
     if kernels is not None and (groups := _joinable(model)):
         join = jax.jit(kernels.joined, static_argnums=1)
-        kernels_of = [
-            {_name(path): v.get_value() for state in layer for path, v in nnx.to_flat_state(state)} for layer in layers
-        ]
-        joined = tuple(
-            {
+        for layer, products in zip(layers, joined):
+            of = {_name(path): v.get_value() for state in layer for path, v in nnx.to_flat_state(state)}
+            for group in groups:
                 # One row takes a kernel as it lies: no copy.
-                " ".join(group): (join if rows > 1 or len(group) > 1 else kernels.joined)(
-                    [of[f"{path}.kernel"] for path in group], rows
-                )
-                for group in groups
-            }
-            for of in kernels_of
-        )
+                make = join if rows > 1 or len(group) > 1 else kernels.joined
+                products[" ".join(group)] = make([of[f"{path}.kernel"] for path in group], rows)
         names = {f"{path}.kernel" for group in groups for path in group}
         layers = tuple(tuple(_without(state, names) for state in layer) for layer in layers)
     weights = DecodingWeights(layers, joined)
@@ -167,41 +142,40 @@ def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
     )
 
 
-def _joinable(model: Transformer) -> list[tuple[str, ...]]:
+def _joinable(model: models.Transformer) -> list[tuple[str, ...]]:
     """List the groups of linear maps, by path, that are plain matrices in float32 without adapters."""
-    joinable = []
-    for owner, groups in _GROUPS.items():
-        module = getattr(model.layers, owner)
-        for names in () if isinstance(module, MoE) else groups:
-            linears = [getattr(module, name) for name in names]
-            if all(_plain(linear) for linear in linears):
-                joinable.append(tuple(f"{owner}.{name}" for name in names))
-    return joinable
+    modules = {owner: getattr(model.layers, owner) for owner in _GROUPS}
+    return [
+        tuple(f"{owner}.{name}" for name in names)
+        for owner, module in modules.items()
+        for names in (() if isinstance(module, models.MoE) else _GROUPS[owner])
+        if all(_plain(getattr(module, name)) for name in names)
+    ]
 
 
-def _plain(linear: Linear) -> bool:
+def _plain(linear: models.Linear) -> bool:
     kernel = linear.kernel.get_value()
-    frozen_narrow = isinstance(linear.kernel, Frozen) and getattr(kernel, "dtype", None) != jnp.float32
+    frozen_narrow = isinstance(linear.kernel, models.Frozen) and getattr(kernel, "dtype", None) != jnp.float32
     return linear.adapter is None and isinstance(kernel, jax.Array) and not frozen_narrow
 
 
-def by_layer(cache: KVCache, length: int) -> LayerCaches:
+def by_layer(cache: models.KVCache, length: int) -> LayerCaches:
     """Convert a cache of stacked layers to one with arrays for each layer and with room for `length` tokens."""
     more = length - cache.keys_LBTKh.shape[2]
     pad = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
     keys, values = (jnp.pad(x, pad) for x in (cache.keys_LBTKh, cache.values_LBTKh))
     layers = tuple(
-        HeadCache(keys[i].transpose(0, 2, 3, 1), values[i].transpose(0, 2, 1, 3)) for i in range(keys.shape[0])
+        models.HeadCache(keys[i].transpose(0, 2, 3, 1), values[i].transpose(0, 2, 1, 3)) for i in range(keys.shape[0])
     )
     return LayerCaches(layers, cache.length, cache.first_B)
 
 
 def decode_token(
-    model: Transformer,
+    model: models.Transformer,
     weights: tuple[Any, Any],
     tokens_B: jax.Array,
     cache: LayerCaches,
-    adapters: AdapterInputs | None,
+    adapters: models.AdapterInputs | None,
 ) -> tuple[jax.Array, LayerCaches]:
     """Return (logits_BV of the token after each row's newest, the cache with the newest tokens).
 
@@ -213,11 +187,11 @@ def decode_token(
     positions_BS = cache.length[None, None]
     if cache.first_B is not None:
         positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
-    context = Context(model.turns(positions_BS), start=cache.length, first_B=cache.first_B)
+    context = models.Context(model.turns(positions_BS), start=cache.length, first_B=cache.first_B)
     kernels = decoding_kernels(model.compute_dtype, rows)
     x_BSD, graphdef = model.embed(tokens_B[:, None]), nnx.split(model.layers, nnx.Param, ...)[0]
     caches = []
-    with use_inputs(adapters):
+    with models.use_inputs(adapters):
         for states, joined, layer_cache, kind in zip(*weights, cache.layers, config.layer_kinds, strict=True):
             layer: Any = nnx.merge(graphdef, *states)
             _join(layer, joined, kernels)
@@ -226,51 +200,44 @@ def decode_token(
     x_BSD = model.final_norm(x_BSD)
     w, dims = model.head_weight()
     if kernels is not None and rows > 1 and dims == "vd":
-        logits_BV = softcap(kernels.columns(x_BSD[:, 0], w), config.final_softcap)
+        logits_BV = models.softcap(kernels.columns(x_BSD[:, 0], w), config.final_softcap)
     else:
         logits_BV = model.logits(x_BSD)[:, 0]
     return logits_BV, LayerCaches(tuple(caches), cache.length + 1, cache.first_B)
 
 
-def _join(layer: DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
+def _join(layer: models.DecoderLayer, joined: dict[str, jax.Array], kernels: object) -> None:
     """Let the linear maps of each group compute one product together."""
     for key, w in joined.items():
         paths = [path.split(".") for path in key.split()]
         owners = [getattr(layer, owner) for owner, _ in paths]
         linears = [getattr(owner, name) for owner, (_, name) in zip(owners, paths)]
-        widths = [linear.kernel.get_value().shape[-1] for linear in linears]
-        product = _once(functools.partial(_product, kernels, w))
-        for owner, (_, name), linear, part in zip(owners, paths, linears, _slices(widths)):
-            setattr(owner, name, _Part(product, part, linear.bias))
+        product, start = _Product(kernels, w), 0
+        for owner, (_, name), linear in zip(owners, paths, linears):
+            end = start + linear.kernel.get_value().shape[-1]
+            setattr(owner, name, _Part(product, slice(start, end), linear.bias))
+            start = end
 
 
-def _product(kernels: Any, w: jax.Array, x: jax.Array) -> jax.Array:
-    return kernels.product(x.reshape(-1, x.shape[-1]), w)
+class _Product:
+    """A product with joined kernels, computed once for the same argument."""
+
+    def __init__(self, kernels: Any, w: jax.Array):
+        self.kernels, self.w = kernels, w
+        self.last: tuple[jax.Array, jax.Array] | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.last is None or self.last[0] is not x:
+            self.last = x, self.kernels.product(x.reshape(-1, x.shape[-1]), self.w)
+        return self.last[1]
 
 
 class _Part:
     """A linear map whose results are some columns of a product."""
 
-    def __init__(self, product: Callable[[jax.Array], jax.Array], part: slice, bias: nnx.Param | None):
+    def __init__(self, product: _Product, part: slice, bias: nnx.Param | None):
         self.product, self.part, self.bias = product, part, bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.product(x)[:, self.part].reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
-
-
-def _slices(widths: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(widths).tolist()
-    return [slice(end - width, end) for width, end in zip(widths, ends)]
-
-
-def _once(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Return a function that calls `function` once for the same argument."""
-    last: list[tuple[jax.Array, jax.Array]] = []
-
-    def call(x: jax.Array) -> jax.Array:
-        if not last or last[0][0] is not x:
-            last[:] = [(x, function(x))]
-        return last[0][1]
-
-    return call

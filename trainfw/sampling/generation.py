@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -94,7 +95,11 @@ def generate(
     ends = {*eos_ids} if eos_id is None else {eos_id, *eos_ids}
     if model.adapter_names:
         raise UserError("this model has several adapters: generate_batch takes one for each prompt")
-    return _generate(model, prompt, max_tokens, ends, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    length = _power_of_two(len(prompt))
+    room = _power_of_two(length + max_tokens) - length
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    drawn = _drawn(model, [prompt], max_tokens, room, None, seed, sampling)
+    return itertools.takewhile(lambda token: token not in ends, (token for (token,) in drawn))
 
 
 def generate_batch(
@@ -128,7 +133,7 @@ def generate_batch(
     open_rows = set(range(len(rows)))
     inputs = _adapter_inputs(model, len(rows), adapters)
     room = -(-max_tokens // 16) * 16
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for drawn in _drawn(model, rows, max_tokens, room, inputs, seed, sampling):
         for i in list(open_rows):
             if drawn[i] in ends:
@@ -175,17 +180,6 @@ def _check(
         raise UserError(f"max_tokens = {max_tokens}: the prompt and these tokens exceed {_LONGEST:,}")
 
 
-def _generate(
-    model: Transformer, prompt: list[int], max_tokens: int, ends: set[int], seed: int, **sampling: object
-) -> Iterator[int]:
-    length = _power_of_two(len(prompt))
-    room = _power_of_two(length + max_tokens) - length
-    for (token,) in _drawn(model, [prompt], max_tokens, room, None, seed, sampling):
-        if token in ends:
-            return
-        yield token
-
-
 def _drawn(
     model: Transformer,
     rows: list[list[int]],
@@ -193,14 +187,14 @@ def _drawn(
     room: int,
     adapters: AdapterInputs | None,
     seed: int,
-    sampling: dict[str, object],
+    sampling: Mapping[str, object],
 ) -> Iterator[list[int]]:
     """Yield the next token of every row, again and again.
 
     Args:
         room: number of tokens that the cache has room for, besides the padded rows.
     """
-    sampling = sampling | {"chosen_by": backends.current().top_k}
+    sampling = {**sampling, "chosen_by": backends.current().top_k}
     graphdef, params = nnx.split(model)
     by_layers = max_tokens > 1 and decodes_by_layer(model)
     key = jax.random.key(seed)
@@ -257,8 +251,7 @@ def _by_layers(
 ) -> Callable[..., tuple[jax.Array, LayerCaches]]:
     """Return the counterpart of `_extend_batch` on a CPU: (tokens_B, cache, key, count) -> (next tokens_B, cache)."""
     prepared = decoding_weights(model, rows)
-    weights = (params, prepared.layers, prepared.joined, adapters)
-    leaves, structure = jax.tree.flatten(weights)
+    leaves, structure = jax.tree.flatten((params, prepared.layers, prepared.joined, adapters))
     kernels = decoding_kernels(model.compute_dtype, rows)
     options = {} if kernels is None else kernels.compiler_options(rows)
     step = _layers_step(graphdef, structure, tuple(sampling.items()), tuple(options.items()))

@@ -1,4 +1,5 @@
 from .export import Format as Format
+from .export import LoadedFrom as LoadedFrom
 from .export import export_model as export_model
 from .export import merge_adapter as merge_adapter
 from .frozen_storage import Tree as Tree
@@ -7,15 +8,14 @@ from .frozen_storage import count_weights as count_weights
 from .frozen_storage import kept_shardings as kept_shardings
 from .frozen_storage import kept_weight as kept_weight
 from .frozen_storage import named as named
-from .loaded import LoadedFrom as LoadedFrom
 from .open import Base as Base
 from .open import MergedBase as MergedBase
+from .open import PromptForm as PromptForm
 from .open import check_tokenizer as check_tokenizer
+from .open import end_tokens as end_tokens
 from .open import is_run as is_run
 from .open import merge as merge
 from .open import open_base as open_base
 from .open import other_base as other_base
+from .open import prompt_form as prompt_form
 from .open import read_adapter as read_adapter
-from .prompts import PromptForm as PromptForm
-from .prompts import end_tokens as end_tokens
-from .prompts import prompt_form as prompt_form

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from trainfw import interop
 from trainfw.adapters import AdapterConfig
 from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
-from trainfw.formats import FLOATS
-from trainfw.interop import (
-    ModelSource,
-    ParameterTensors,
-    config_to_huggingface,
-    copy_model,
-    decoder_config,
-    is_peft,
-    open_model,
-    parameter_shapes,
-    save_gguf,
-    save_model,
-    save_peft,
-    window_note,
-)
+from trainfw.formats import FLOATS, Tensors
 from trainfw.json_text import read_json
+from trainfw.models import FamilyConfig, LanguageModel
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.open import (
     Base,
@@ -71,19 +63,18 @@ def export_model(
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
         return _export_adapter(source, out, step)
-    return taking_the_next(lambda: _export_model(source, out, format, dtype, step, progress), step)
 
+    def export() -> str:
+        base = open_base(source, step)
+        check_tokenizer(source, base.config)
+        if format == "gguf":
+            return _write_gguf(base, source, out, dtype)
+        if isinstance(base, interop.ModelSource):
+            companions = functools.partial(_Beside(source, base).write, trained=False)
+            return interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress)
+        return write_model(base, source, out, dtype, progress)
 
-def _export_model(
-    source: str, out: str, format: Format, dtype: str | None, step: int | None, progress: Progress | None
-) -> str:
-    base = open_base(source, step)
-    check_tokenizer(source, base.config)
-    if format == "gguf":
-        return _write_gguf(base, source, out, dtype, progress)
-    if isinstance(base, ModelSource):
-        return str(copy_model(base, out, dtype=dtype, companions=_companions(source, base), progress=progress))
-    return write_model(base, source, out, dtype, progress)
+    return taking_the_next(export, step)
 
 
 def merge_adapter(
@@ -112,13 +103,14 @@ def merge_adapter(
 
 
 def _export_adapter(source: str, out: str, step: int | None) -> str:
-    if is_peft(source):
+    if interop.is_peft(source):
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use format hf")
     recipe = run_recipe(source)
     adapter = read_adapter(source, recipe.model, step)
-    save_peft(out, adapter.config, adapter.arrays, decoder_config(recipe.model, source), recipe.model.from_)
+    model = interop.decoder_config(recipe.model, source)
+    interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
     return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
@@ -131,8 +123,7 @@ def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
     options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
     return (
         f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
-        f"BitsAndBytesConfig({options}), "
-        f"or let `trainfw merge {run} --out MODEL` make one model of both"
+        f"BitsAndBytesConfig({options}), or let `trainfw merge {run} --out MODEL` make one model of both"
     )
 
 
@@ -150,7 +141,7 @@ def _stops_elsewhere(run: str, base: str | None) -> str:
 
 def _reader(base: Weights) -> Callable[[str], np.ndarray]:
     """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
-    shapes = parameter_shapes(base.config)
+    shapes = interop.parameter_shapes(base.config)
     return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
 
 
@@ -168,56 +159,37 @@ def write_model(
     Args:
         origin: what is at `source`, where the weights are no more those.
     """
-    saved = save_model(
-        out,
-        decoder_config(base.config, source),
-        _reader(base),
-        dtype=dtype or base.dtype,
-        extra=_extra(origin or base, source),
-        companions=_companions(source, base, origin),
-        progress=progress,
-    )
-    return str(saved)
+    beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
+    dtype, extra = dtype or base.dtype, beside.extra()
+    read, companions = _reader(base), beside.write
+    return interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
 
 
-def _write_gguf(base: Base, source: str, out: str, dtype: str | None, progress: Progress | None) -> str:
+def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
     kind = (dtype or "float16").lower()
     if kind not in _QUANTIZATIONS:
         raise UserError(f"dtype {dtype!r}: expected one of GGUF's{did_you_mean(kind, _QUANTIZATIONS)}")
     if Path(out).exists():
         raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
-    config = decoder_config(base.config, source)
-    huggingface = config_to_huggingface(config, extra=_extra(base, source))
-    tensors = (
-        base.used()
-        if isinstance(base, ModelSource)
-        else ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
-    )
+    config = interop.decoder_config(base.config, source)
+    huggingface = interop.config_to_huggingface(config, extra=_Beside(source, base).extra())
+    tensors: Tensors
+    if isinstance(base, interop.ModelSource):
+        tensors = base.used()
+    else:
+        tensors = interop.ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)
         try:
-            save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
+            interop.save_gguf(out, huggingface, tensors, directory, quantization=_QUANTIZATIONS[kind])  # type: ignore[arg-type]
         except UserError as error:  # about copies of the tokenizer's files: name the files themselves
             own = Path(source) / "tokenizer" if is_run(source) else source
             raise UserError(str(error).replace(directory, str(own))) from error
     count = sum(info.size for info in tensors.infos.values())
     size = Path(out).stat().st_size / 1e6
     written = f"{out}: {huggingface['model_type']}, {count:,} parameters, {_QUANTIZATIONS[kind]}, {size:.1f} MB"
-    return written + window_note(config)
-
-
-def _origin(base: Weights, source: str) -> ModelSource | None:
-    """Return the model on disk that config.json and further files come from; None where there is none."""
-    if isinstance(base, MergedBase):
-        return _origin(base.base, source)
-    if isinstance(base, ModelSource):
-        return base
-    try:
-        start = run_recipe(source).model.from_
-        return None if start is None or is_run(start) else open_model(start)
-    except UserError:  # it may be gone since the run began
-        return None
+    return written + interop.window_note(config)
 
 
 def _tokenizer(source: str) -> Tokenizer | None:
@@ -230,54 +202,66 @@ def _tokenizer(source: str) -> Tokenizer | None:
         return None
 
 
-def _same_tokenizer(source: str, origin: ModelSource) -> bool:
-    """Tell whether a run's tokenizer is that of the model which it started from."""
-    own, original = _tokenizer(source), _tokenizer(str(origin.path))
-    return own is None or (original is not None and original.fingerprint() == own.fingerprint())
-
-
-def _extra(base: Weights, source: str) -> dict[str, object]:
-    """Return keys of config.json: the origin's, and the tokens that begin and end a text."""
-    origin = _origin(base, source)
-    extra = {} if origin is None else dict(origin.huggingface)
-    if origin is None or not _same_tokenizer(source, origin):
-        tokenizer = load_tokenizer(source)
-        extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
-    return extra
-
-
 def _as_trained(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """Return a run's tokenizer, changed to start texts like the run's documents: with bos, unless they were chats."""
-    if not is_run(source):
-        return tokenizer
-    if run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]:
-        return tokenizer
-    return tokenizer.starting_texts()
+    alike = not is_run(source) or run_recipe(source).data.writes_turns or tokenizer.prefix_ids == [tokenizer.bos_id]
+    return tokenizer if alike else tokenizer.starting_texts()
 
 
-def _companions(source: str, base: Weights, opened: Weights | None = None) -> Callable[[Path], None]:
-    """Return a function that writes the tokenizer of `source` into a directory, with the origin's other files.
+@dataclass(frozen=True)
+class _Beside:
+    """Files beside a model's weights: the tokenizer of `source`, and those of the model that it came from."""
 
-    These are written only where the tokenizer is the origin's. generation_config.json of a trained model names all
-    tokens at which generation stops here.
-    """
-    opened = opened or base
-    origin = _origin(opened, source)
+    source: str
+    base: Weights
+    """Weights that are at `source`."""
 
-    def write(directory: Path) -> None:
-        if origin is not None and _same_tokenizer(source, origin):
-            origin.copy_companions(directory)
-        tokenizer = _tokenizer(source)
-        if tokenizer is not None:
-            written = _as_trained(tokenizer, source)
+    @cached_property
+    def origin(self) -> interop.ModelSource | None:
+        """Model on disk that config.json and further files come from; None where there is none."""
+        base = self.base.base if isinstance(self.base, MergedBase) else self.base
+        if isinstance(base, interop.ModelSource):
+            return base
+        try:
+            start = run_recipe(self.source).model.from_
+            return None if start is None or is_run(start) else interop.open_model(start)
+        except UserError:  # it may be gone since the run began
+            return None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return _tokenizer(self.source)
+
+    @cached_property
+    def shares_tokenizer(self) -> bool:
+        """Flag: there is an origin, which has no other tokenizer than `source`."""
+        if self.origin is None or self.tokenizer is None:
+            return self.origin is not None
+        original = _tokenizer(str(self.origin.path))
+        return original is not None and original.fingerprint() == self.tokenizer.fingerprint()
+
+    def extra(self) -> dict[str, object]:
+        """Return keys of config.json: the origin's, and the tokens that begin and end a text."""
+        extra = {} if self.origin is None else dict(self.origin.huggingface)
+        if not self.shares_tokenizer:
+            tokenizer = load_tokenizer(self.source)
+            extra |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+        return extra
+
+    def write(self, directory: Path, *, trained: bool = True) -> None:
+        """Write the tokenizer into a directory, and the origin's other files where it is the origin's.
+
+        generation_config.json of a `trained` model names all tokens at which generation stops here.
+        """
+        if self.origin is not None and self.shares_tokenizer:
+            self.origin.copy_companions(directory)
+        if (tokenizer := self.tokenizer) is not None:
+            written = _as_trained(tokenizer, self.source)
             if not (directory / "tokenizer.json").exists() or written is not tokenizer:
                 written.save(directory)
-        file = directory / GENERATION
-        if file.exists():
-            tokens = read_json(file)
-        else:
-            tokens = {key: _extra(opened, source).get(key) for key in ("bos_token_id", "eos_token_id")}
-        if tokenizer is not None and not isinstance(base, ModelSource):
+        file, names = directory / GENERATION, ("bos_token_id", "eos_token_id")
+        tokens = read_json(file) if file.exists() else {name: self.extra().get(name) for name in names}
+        if tokenizer is not None and trained:
             named = tokens.get("eos_token_id")
             stops = [*(named if isinstance(named, list) else [named]), *stop_ids(tokenizer)]
             stops = list(dict.fromkeys(id_ for id_ in stops if id_ is not None))
@@ -286,4 +270,45 @@ def _companions(source: str, base: Weights, opened: Weights | None = None) -> Ca
             return
         file.write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
 
-    return write
+
+@dataclass(frozen=True)
+class InMemory:
+    """The weights of a model as they are now."""
+
+    config: FamilyConfig
+    arrays: Mapping[str, jax.Array]
+    """Arrays by our names."""
+
+    @property
+    def dtype(self) -> str:
+        return str(self.arrays["embedding.table"].dtype)
+
+    def read(self, name: str, like: jax.ShapeDtypeStruct, layer_order: Sequence[int] | None = None) -> jax.Array:
+        array = self.arrays[name] if layer_order is None else self.arrays[name][jnp.asarray(layer_order)]
+        return array.astype(like.dtype)
+
+
+@dataclass(frozen=True)
+class LoadedFrom:
+    """A path that a model was loaded from: the `origin` of a loaded model."""
+
+    path: str
+    step: int | None
+
+    def save(self, model: LanguageModel, directory: str, dtype: str | None) -> str:
+        """Write `model` as a Hugging Face directory, and say what was written (see `LanguageModel.save`)."""
+        if model.adapter_names:
+            raise UserError(
+                f"a model with the adapters {', '.join(model.adapter_names)} beside it has no form of its own: save it "
+                "without them, or merge one (`trainfw merge`)"
+            )
+        of_adapter = is_run(self.path) and run_recipe(self.path).adapter is not None
+        opened = merge(self.path, None, self.step) if of_adapter else open_base(self.path, self.step)
+        check_tokenizer(self.path, opened.config)
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        arrays = {".".join(map(str, path)): variable.get_value() for path, variable in state}
+        weights: Weights = InMemory(model.config, arrays)
+        if isinstance(opened, MergedBase):
+            held = {name: np.asarray(array) for name, array in arrays.items() if ".adapter." in name}
+            weights = replace(opened, adapter=replace(opened.adapter, arrays=held))
+        return write_model(weights, self.path, directory, dtype, origin=opened)

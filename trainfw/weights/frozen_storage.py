@@ -29,9 +29,8 @@ def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
     for pattern in () if recipe.adapter is None else recipe.adapter.exclude:
         if not any(_matches(name, pattern) for name in matrices):
             raise UserError(f"exclude: {pattern!r} matches none of the matrices{did_you_mean(pattern, matrices)}")
-    return jax.tree.unflatten(
-        jax.tree.structure(frozen), [kept_weight(name, weight, recipe) for name, weight in weights]
-    )
+    kept = [kept_weight(name, weight, recipe) for name, weight in weights]
+    return jax.tree.unflatten(jax.tree.structure(frozen), kept)
 
 
 def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantized:
@@ -61,9 +60,10 @@ def kept_shardings(variables: nnx.State, recipe: Recipe, rules: Rules) -> Tree:
     def sharding(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Quantized):
             return rules.weight_sharding(name, leaf.shape, axes[name], "parameters")
-        quantised = recipe.adapter is not None and leaf.low is not None
-        scales = f"scales (one for each adapter.block = {recipe.adapter.block})" if quantised else "scales"  # type: ignore[union-attr]
-        low, step = (f"{name}, {part}" if quantised else None for part in ("low", "step"))
+        scales, low, step = "scales", None, None
+        if recipe.adapter is not None and leaf.low is not None:
+            scales = f"scales (one for each adapter.block = {recipe.adapter.block})"
+            low, step = f"{name}, low", f"{name}, step"
         titles = Quantized(f"{name}, codes", f"{name}, {scales}", low, step, dim=leaf.dim)  # type: ignore[arg-type]
         return jax.tree.map(
             lambda part, title, names: rules.weight_sharding(title, part.shape, names, "parameters"),

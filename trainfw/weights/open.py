@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
-from trainfw.data import ChatTemplate, Tokenizer, UnusableError, load_tokenizer
+from trainfw.data import ChatTemplate, Tokenizer, UnusableError, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
 from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
 from trainfw.models import FamilyConfig, abstract_model, dense
@@ -116,7 +116,7 @@ class MergedBase:
     def config(self) -> FamilyConfig:
         """Config of the base; untied, where the embedding has an adapter, which is not for the head."""
         untied = self._tied and "embedding" in self._sizes
-        return self.base.config.model_copy(update={"tie_embeddings": False}) if untied else self.base.config
+        return self.base.config.model_copy(update={"tie_embeddings": False} if untied else {})
 
     @cached_property
     def _tied(self) -> bool:
@@ -172,28 +172,22 @@ def check_tokenizer(path: str | Path, config: FamilyConfig, tokenizer: Tokenizer
         if (resolve_path(path) / "tokenizer.json").is_file():
             warnings.warn(f"{error}; the weights come without a tokenizer that can be used", stacklevel=1)
         return
-    rows = config.vocab_size
-    past = sorted({*tokenizer.past(rows), *((id_, token) for token, id_ in _around_turns(tokenizer) if id_ >= rows)})
-    if past:
-        id_, token = past[0]
+    rows, last = config.vocab_size, tokenizer.vocab_size - 1
+    template = ChatTemplate.usable(tokenizer)
+    around = {} if template is None else template.around_turns
+    if past := {*tokenizer.past(rows), *((id_, token) for token, id_ in around.items() if id_ >= rows)}:
+        id_, token = min(past)
         raise UserError(
-            f"{path}: its tokenizer has ids to {tokenizer.vocab_size - 1:,}, but its embedding has "
-            f"{config.vocab_size:,} rows: none for {token!r} ({id_:,}). Make them, with Transformers' "
-            "model.resize_token_embeddings(len(tokenizer)), or "
-            "take those tokens out of tokenizer.json"
+            f"{path}: its tokenizer has ids to {last:,}, but its embedding has {rows:,} rows: none for {token!r} "
+            f"({id_:,}). Make them, with Transformers' model.resize_token_embeddings(len(tokenizer)), or take those "
+            "tokens out of tokenizer.json"
         )
-    if tokenizer.vocab_size > rows:
-        id_ = tokenizer.vocab_size - 1
+    if last >= rows:
         warnings.warn(
-            f"{path}: its tokenizer has special tokens to {tokenizer.backend.id_to_token(id_)!r} ({id_:,}), past the "
+            f"{path}: its tokenizer has special tokens to {tokenizer.backend.id_to_token(last)!r} ({last:,}), past the "
             f"{rows:,} rows of its embedding: a text with them is refused",
             stacklevel=1,
         )
-
-
-def _around_turns(tokenizer: Tokenizer) -> Iterable[tuple[str, int]]:
-    template = ChatTemplate.usable(tokenizer)
-    return () if template is None else template.around_turns.items()
 
 
 def is_run(path: str | Path) -> bool:
@@ -244,15 +238,13 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
     if is_peft(path):
         config, arrays = read_peft(resolve_path(path), decoder_config(model, path))
         adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
-        _check_shapes(adapter, model)
-        return adapter
-    if not is_run(path):
+    elif not is_run(path):
         raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
-    recipe = run_recipe(path)
-    if recipe.adapter is None:
+    elif (trained := run_recipe(path).adapter) is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
-    arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
-    adapter = Adapter(recipe.adapter, arrays, base, path)
+    else:
+        arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
+        adapter = Adapter(trained, arrays, base, path)
     _check_shapes(adapter, model)
     return adapter
 
@@ -295,3 +287,44 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameter
         return SavedParameters(directory / str(steps[-1] if step is None else step), identity)
 
     return taking_the_next(opened, step)
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """Default form of a model's prompts, which is that of its training data."""
+
+    chat: bool = False
+    system_prompt: str | None = None
+    starts: bool = False
+    """Flag: a text starts with bos, as the documents of a run do; else with the tokenizer's own prefix."""
+
+    def encode(
+        self, tokenizer: Tokenizer, text: str, *, chat: bool | None = None, system_prompt: str | None = None
+    ) -> list[int]:
+        """Encode a prompt: as a turn of the user by the chat template, or as text after bos or the tokenizer's prefix.
+
+        Raises UserError for a system prompt without the template, and where there is no template.
+        """
+        if self.chat if chat is None else chat:
+            return chat_prompt(tokenizer, text, system_prompt or self.system_prompt)
+        if system_prompt is not None:
+            raise UserError("system_prompt (--system): goes with chat (--chat)")
+        begin = [tokenizer.bos_id] if self.starts or not text else tokenizer.prefix_ids
+        return [*begin, *tokenizer.encode(text)]
+
+    def echo(self, text: str, chat: bool | None) -> str:
+        """Return the text that the model's answer continues: the prompt, or nothing for a chat."""
+        return "" if (self.chat if chat is None else chat) else text
+
+
+def prompt_form(path: str) -> PromptForm:
+    """Return the form of the data that a run was trained on; plain text for other models."""
+    if not is_run(path):
+        return PromptForm()
+    data = load_recipe(resolve_path(path) / "recipe.yaml").data
+    return PromptForm(data.writes_turns, data.system_prompt, starts=True)
+
+
+def end_tokens(tokenizer: Tokenizer) -> set[int]:
+    """Return the ids that end a text: the end of a document, and of a turn in a chat."""
+    return set(stop_ids(tokenizer))

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -128,10 +128,8 @@ def _joined(part: Header, count: int) -> Header:
     """Join the headers of all parts: the first has the metadata, each has tensors. Raises UserError for gaps."""
     name = re.fullmatch(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", part.file.name)
     if name is None or int(name[3]) != count:
-        raise UserError(
-            f"{part.file}: is one of {count} parts, which are found by their names; expected "
-            f"NAME-00001-of-{count:05}.gguf and so on"
-        )
+        names = f"NAME-00001-of-{count:05}.gguf and so on"
+        raise UserError(f"{part.file}: is one of {count} parts, which are found by their names; expected {names}")
     files = [part.file.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)]
     if missing := [file.name for file in files if not os.path.lexists(file)]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -139,30 +137,23 @@ def _joined(part: Header, count: int) -> Header:
     tensors: dict[str, StoredTensor] = {}
     parts = [_read_part(file, named=file == part.file) for file in files]
     for number, each in enumerate(parts):
-        place = each.get("split.no", int, -1), each.get("split.count", int, -1)
-        if place != (number, count):
-            raise UserError(
-                f"{each.file}: split.no and split.count = {place}: expected {(number, count)}, as its name says"
-            )
+        place, expected = (each.get("split.no", int, -1), each.get("split.count", int, -1)), (number, count)
+        if place != expected:
+            raise UserError(f"{each.file}: split.no and split.count = {place}: expected {expected}, as its name says")
         if twice := tensors.keys() & each.tensors.keys():
             raise UserError(f"{each.file}: tensor {short(min(twice))} is in {tensors[min(twice)].file.name} too")
         tensors |= each.tensors
-    if (expected := parts[0].get("split.tensors.count", int, len(tensors))) != len(tensors):
-        raise UserError(f"{files[0]}: its {count} parts have {len(tensors)} tensors, and {expected} are expected")
+    if (total := parts[0].get("split.tensors.count", int, len(tensors))) != len(tensors):
+        raise UserError(f"{files[0]}: its {count} parts have {len(tensors)} tensors, and {total} are expected")
     return Header(files[0], parts[0].metadata, tensors)
 
 
-@dataclass
 class _Walk:
     """A position in the header, with reads that stay inside the file."""
 
-    file: Path
-    stream: BinaryIO
-
-    def __post_init__(self) -> None:
-        self.size = os.fstat(self.stream.fileno()).st_size
-        self.data = self.stream.read(MAX_HEADER)
-        self.at = 0
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.size, self.at = file, os.fstat(stream.fileno()).st_size, 0
+        self.data = stream.read(MAX_HEADER)
 
     def fail(self, problem: str) -> UserError:
         return UserError(f"{self.file}: {problem} (at byte {self.at} of {self.size})")
@@ -182,29 +173,13 @@ class _Walk:
         return struct.unpack(f"<{code}", self.read(struct.calcsize(f"<{code}")))[0]
 
     def string(self) -> str:
-        length = self.scalar("Q")
+        length = int.from_bytes(self.read(8), "little")
         if length > MAX_STRING:
             raise self.fail(f"text of {length} bytes: expected {MAX_STRING} at most")
         try:
             return self.read(length).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.fail(f"text that is not UTF-8: {error.reason}") from error
-
-    def strings(self, count: int) -> Iterator[str]:
-        """Read `count` strings, without a call for each: a vocabulary has hundreds of thousands."""
-        length_at, end = struct.Struct("<Q").unpack_from, len(self.data)
-        for _ in range(count):
-            start = self.at + 8
-            length = length_at(self.data, self.at)[0] if start <= end else end
-            if length > MAX_STRING or start + length > end:
-                yield self.string()  # raises the error
-                continue
-            try:
-                text = self.data[start : start + length].decode()
-            except UnicodeDecodeError:
-                text = self.string()
-            self.at = start + length
-            yield text
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -219,7 +194,7 @@ class _Walk:
         if count > MAX_ELEMENTS:
             raise self.fail(f"a list of {count} elements: expected {MAX_ELEMENTS} at most")
         if kind == _STRING:
-            return [*self.strings(count)]
+            return [self.string() for _ in range(count)]
         code = _SCALARS[kind]
         return list(struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize(f"<{code}"))))
 
@@ -243,20 +218,18 @@ class _Walk:
             if key in metadata:
                 raise self.fail(f"metadata key {short(key)} comes twice")
             metadata[key] = self.value(self.scalar("I"))
-        infos = [self.tensor() for _ in range(num_tensors)]
+        infos = []  # name, shape, number of the type, offset from the start of the data
+        for _ in range(num_tensors):
+            name, rank = self.string(), self.scalar("I")
+            if not 1 <= rank <= MAX_DIMS:
+                raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
+            shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
+            infos.append((name, shape, self.scalar("I"), self.scalar("Q")))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise UserError(f"{self.file}: general.alignment = {short(alignment)}: expected a power of two")
         start = -(-self.at // alignment) * alignment
         return Header(self.file, metadata, self.placed(infos, start, alignment))
-
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Read a tensor's name, shape, number of the type, and offset from the start of the data."""
-        name, rank = self.string(), self.scalar("I")
-        if not 1 <= rank <= MAX_DIMS:
-            raise self.fail(f"tensor {short(name)} has {rank} dims: expected 1 to {MAX_DIMS}")
-        shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
-        return name, shape, self.scalar("I"), self.scalar("Q")
 
     def placed(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int

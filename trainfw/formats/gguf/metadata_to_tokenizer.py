@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from trainfw.errors import UserError, short
 from trainfw.formats.gguf.header import Header, known_or_refuse
-from trainfw.formats.gguf.token_types import (
-    ALIASES,
-    CONTROL,
-    PRE_TOKENIZERS,
-    ROLES,
-    SPACE,
-    STOPS,
-    UNKNOWN,
-    USER_DEFINED,
-    implied_merges,
-)
+from trainfw.formats.gguf.token_types import ALIASES, PRE_TOKENIZERS, ROLES, SPACE, STOPS, Kind, implied_merges
 
 _GGML = "tokenizer.ggml"
 MAX_TOKENS, MAX_TOKEN, MAX_LETTERS = 1 << 19, 1_000, 1 << 22
@@ -39,30 +30,28 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
     if types and len(types) != len(tokens):
         raise UserError(f"{header.file}: {_GGML}.token_type has {len(types)} elements, tokens has {len(tokens)}")
     _check_vocabulary(header, tokens)
-    settings: dict[str, Any] = {}
     named = {}
     for key in (*ROLES.values(), *STOPS):
         if (id_ := header.get(f"{_GGML}.{key}", int, NONE)) != NONE:
             if not 0 <= id_ < len(tokens):
                 raise UserError(f"{header.file}: {_GGML}.{key} = {id_}: the vocabulary has {len(tokens)} tokens")
             named[key] = id_
-    settings |= {role: tokens[named[key]] for role, key in ROLES.items() if key in named}
+    settings: dict[str, Any] = {role: tokens[named[key]] for role, key in ROLES.items() if key in named}
     stops = tuple(named[key] for key in STOPS if key in named)
     form = build(header, tokens, types, settings)
     kinds = dict(zip(tokens, types))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     form["added_tokens"] = [
-        {"id": id_, "content": token, **flags, "special": kinds.get(token) != USER_DEFINED}
+        {"id": id_, "content": token, **flags, "special": kinds.get(token) != Kind.USER_DEFINED}
         for id_, token in enumerate(tokens)
-        if kinds.get(token) in (CONTROL, USER_DEFINED) or token in settings.values() or id_ in stops
+        if kinds.get(token) in (Kind.CONTROL, Kind.USER_DEFINED) or token in settings.values() or id_ in stops
     ]
     # llama.cpp's own defaults: without these keys, SentencePiece models start with bos.
     add_bos = header.get(f"{_GGML}.add_bos_token", bool, build is _sentencepiece) and "bos_token" in settings
     add_eos = header.get(f"{_GGML}.add_eos_token", bool, False) and "eos_token" in settings
-    ids = {token: id_ for id_, token in enumerate(tokens)}
-    ends = [settings["bos_token"]] if add_bos else [], [settings["eos_token"]] if add_eos else []
     if add_bos or add_eos:
-        form["post_processor"] = _template(*ends, ids)
+        bos, eos = [settings["bos_token"]] * add_bos, [settings["eos_token"]] * add_eos
+        form["post_processor"] = _template(bos, eos, {token: id_ for id_, token in enumerate(tokens)})
     settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos}
     if "tokenizer.chat_template" in header.metadata:
         settings["chat_template"] = header.get("tokenizer.chat_template", str)
@@ -75,20 +64,16 @@ def _check_vocabulary(header: Header, tokens: list[str]) -> None:
         raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
     longest, letters = max(tokens, key=len), sum(map(len, tokens))
     if len(longest) > MAX_TOKEN:
-        raise UserError(
-            f"{header.file}: {_GGML}.tokens has {short(longest)}, of {len(longest):,} letters: expected "
-            f"{MAX_TOKEN:,} at most"
-        )
+        has = f"{short(longest)}, of {len(longest):,} letters"
+        raise UserError(f"{header.file}: {_GGML}.tokens has {has}: expected {MAX_TOKEN:,} at most")
     if letters > MAX_LETTERS:
         raise UserError(f"{header.file}: {_GGML}.tokens has {letters:,} letters: expected {MAX_LETTERS:,} at most")
-    seen: set[str] = set()
-    for token in tokens:
-        if token in seen:
-            raise UserError(f"{header.file}: {_GGML}.tokens has {short(token)} twice")
-        seen.add(token)
+    if len(set(tokens)) < len(tokens):
+        twice, _ = Counter(tokens).most_common(1)[0]
+        raise UserError(f"{header.file}: {_GGML}.tokens has {short(twice)} twice")
 
 
-def _byte_level(header: Header, tokens: list[str], types: list[int], settings: dict[str, object]) -> dict[str, object]:
+def _byte_level(header: Header, tokens: list[str], _types: list[int], _settings: dict[str, Any]) -> dict[str, object]:
     name = header.get(f"{_GGML}.pre", str, "default")
     names = {**PRE_TOKENIZERS, **{alias: PRE_TOKENIZERS[of] for alias, of in ALIASES.items()}}
     pre = known_or_refuse(header, f"{_GGML}.pre", names) if name != "default" else PRE_TOKENIZERS[name]
@@ -96,18 +81,15 @@ def _byte_level(header: Header, tokens: list[str], types: list[int], settings: d
     vocabulary = set(tokens)
     for merge in merges:
         if len(merge) != 2 or not vocabulary.issuperset((*merge, "".join(merge))):
-            raise UserError(
-                f"{header.file}: {_GGML}.merges has {short(' '.join(merge))}: expected two tokens that make one"
-            )
+            shown = short(" ".join(merge))
+            raise UserError(f"{header.file}: {_GGML}.merges has {shown}: expected two tokens that make one")
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     normalizer = {"type": pre.normalizer} if pre.normalizer else None
     model = _bpe(tokens, merges, ignore_merges=pre.ignore_merges)
     return _form(model, normalizer=normalizer, pre_tokenizer=dict(pre.form), decoder=byte_level)
 
 
-def _sentencepiece(
-    header: Header, tokens: list[str], types: list[int], settings: dict[str, object]
-) -> dict[str, object]:
+def _sentencepiece(header: Header, tokens: list[str], types: list[int], settings: dict[str, Any]) -> dict[str, object]:
     gemma = header.architecture.startswith("gemma")
     # llama.cpp's converter writes a token that is a run of spaces with plain spaces.
     tokens[:] = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
@@ -117,10 +99,11 @@ def _sentencepiece(
     ids = {token: id_ for id_, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise UserError(f"{header.file}: {_GGML}.tokens has a run of spaces twice")
-    plain = {id_ for id_, kind in enumerate(types) if kind not in (CONTROL, UNKNOWN)} if types else set(ids.values())
+    kinds = types or [Kind.NORMAL] * len(tokens)
+    plain = {id_ for id_, kind in enumerate(kinds) if kind not in (Kind.CONTROL, Kind.UNKNOWN)}
     # Gemma's merges follow the order of its tokens, not their scores.
     ranks = {token: float(id_) if gemma else -scores[id_] for token, id_ in ids.items() if id_ in plain}
-    unknown = settings.get("unk_token") or next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
+    first = next((token for token, kind in zip(tokens, kinds) if kind == Kind.UNKNOWN), None)
     to_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -131,7 +114,9 @@ def _sentencepiece(
     else:
         normalizer = from_space
     merges = implied_merges({token: id_ for token, id_ in ids.items() if id_ in plain}, ranks, header.file)
-    model = _bpe(tokens, [*map(list, merges)], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = _bpe(
+        tokens, [*map(list, merges)], unk_token=settings.get("unk_token") or first, fuse_unk=True, byte_fallback=True
+    )
     return _form(model, normalizer=normalizer, pre_tokenizer=None, decoder={"type": "Sequence", "decoders": decoders})
 
 
@@ -143,13 +128,8 @@ def _form(model: dict[str, Any], **parts: dict[str, Any] | None) -> dict[str, An
 def _bpe(tokens: list[str], merges: list[list[str]], **changes: object) -> dict[str, object]:
     return {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
         **changes,
         "vocab": {token: id_ for id_, token in enumerate(tokens)},
         "merges": merges,
@@ -159,11 +139,13 @@ def _bpe(tokens: list[str], merges: list[list[str]], **changes: object) -> dict[
 def _template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[str, object]:
     """Return the post-processor that puts special tokens around a text."""
 
-    def special(tokens: list[str]) -> list[dict[str, object]]:
-        return [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
-
     def text(name: str) -> list[dict[str, object]]:
-        return [*special(before), {"Sequence": {"id": name, "type_id": 0}}, *special(after)]
+        kinds = [
+            *(("SpecialToken", one) for one in before),
+            ("Sequence", name),
+            *(("SpecialToken", one) for one in after),
+        ]
+        return [{kind: {"id": id_, "type_id": 0}} for kind, id_ in kinds]
 
     return {
         "type": "TemplateProcessing",

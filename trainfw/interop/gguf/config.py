@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from trainfw.config import SMALLEST
-from trainfw.errors import UserError, one_of, short
-from trainfw.formats import Header, StoredTensor, read_header
+from trainfw.errors import UserError, short
+from trainfw.formats import Header, known_or_refuse, read_header
 from trainfw.interop.families import FAMILIES
 from trainfw.interop.gguf.tensor_names import (
     ARCHITECTURES,
     KEYS,
-    MIXTRAL_KEYS,
     ROPE_FREQS,
     Architecture,
     Key,
+    keys_of,
     llama3_divisors,
 )
 
@@ -46,8 +46,13 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
     header = read_header(file)
     if unread := _unread_keys(header):
         warnings.warn(f"{header.file}: not read: {', '.join(unread)[:400]}", stacklevel=1)  # once, whoever reads it
-    stored = header.tensors.get(ROPE_FREQS)
-    return config_of(header, None if stored is None else _floats(header, stored))
+    stored, divisors = header.tensors.get(ROPE_FREQS), None
+    if stored is not None:
+        if stored.type != "F32" or len(stored.shape) != 1 or stored.nbytes > 1 << 20:
+            found = f"tensor {stored.name} is {stored.type} of shape {stored.shape}"
+            raise UserError(f"{header.file}: {found}: expected F32")
+        divisors = np.fromfile(stored.file, "<f4", stored.shape[0], offset=stored.offset)
+    return config_of(header, divisors)
 
 
 _OTHER_KEYS = (
@@ -92,26 +97,20 @@ def _unread_keys(header: Header) -> list[str]:
 
 def architecture_of(header: Header) -> Architecture:
     """Return the table of a file's architecture. Raises UserError, with the architectures, for an unknown one."""
-    name = header.architecture
-    if name not in ARCHITECTURES:
-        raise UserError(
-            f"{header.file}: general.architecture = {short(name)} is not supported{one_of(name, ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
+    return known_or_refuse(header, "general.architecture", ARCHITECTURES)
 
 
 def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
     """Return the config.json for a header; see `gguf_config`. `rope_freqs` is the tensor of this name, if any."""
     name, architecture = header.architecture, architecture_of(header)
     family = _family(header, architecture)
-    keys = (*KEYS, *architecture.keys, *(MIXTRAL_KEYS if family == "mixtral" else ()))
     config: dict[str, Any] = {
         "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         **architecture.constants,
     }
-    for key in keys:
-        if key.gguf == "feed_forward_length" and "expert_feed_forward_length" in {other.gguf for other in keys}:
+    for key in keys_of(name, family):
+        if key.gguf == "feed_forward_length" and name == "qwen3moe":
             # The size of layers that are no mixture, of which there are none: some files leave it out.
             config[key.huggingface] = header.size(f"{name}.{key.gguf}", header.size(f"{name}.embedding_length"))
             continue
@@ -123,8 +122,7 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
             raise UserError(f"{header.file}: {name}.{count} = {value}: expected {limit} at most")
     config["num_key_value_heads"] = header.size(f"{name}.attention.head_count_kv", heads)
     config["head_dim"] = _head_dim(header, config["hidden_size"], heads)
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
+    if (embedding := header.tensors.get("token_embd.weight")) is None:
         raise UserError(f"{header.file}: no tensor token_embd.weight")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
@@ -144,7 +142,10 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
     for role, ggml_role in TOKEN_ROLES.items():
         id_ = header.get(f"tokenizer.ggml.{ggml_role}_token_id", int, config["vocab_size"])
         config[f"{role}_token_id"] = id_ if 0 <= id_ < config["vocab_size"] else None
-    config["torch_dtype"] = _dtype(header)
+    sizes: Counter[str] = Counter()  # numbers of elements, by the dtype as which `GGUFTensors` reads them
+    for stored in header.tensors.values():
+        sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)
+    config["torch_dtype"] = sizes.most_common(1)[0][0]
     return config
 
 
@@ -178,10 +179,8 @@ def _head_dim(header: Header, hidden: int, heads: int) -> int:
         raise UserError(f"{header.file}: {name}.embedding_length = {hidden} does not divide by {heads} heads")
     head_dim = header.size(f"{name}.attention.key_length", hidden // heads or 1)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if header.size(f"{name}.{key}", head_dim) != head_dim:
-            raise UserError(
-                f"{header.file}: {name}.{key} = {header.size(f'{name}.{key}')} is not supported: heads of {head_dim}"
-            )
+        if (size := header.size(f"{name}.{key}", head_dim)) != head_dim:
+            raise UserError(f"{header.file}: {name}.{key} = {size} is not supported: heads of {head_dim}")
     if head_dim % 2:
         raise UserError(f"{header.file}: heads of {head_dim}: rotary embeddings turn pairs")
     return head_dim
@@ -193,14 +192,12 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
     factors = [f"{name}.rope.{key}" for key in ("scaling.factor", "scale_linear")]
     values = [header.get(key, float) for key in factors if key in header.metadata]
     if len(set(values)) > 1:
-        raise UserError(
-            f"{header.file}: {factors[0]} = {values[0]:g}, but {factors[1]} = {values[1]:g}: one of them only"
-        )
+        both = f"{factors[0]} = {values[0]:g}, but {factors[1]} = {values[1]:g}"
+        raise UserError(f"{header.file}: {both}: one of them only")
     factor = values[0] if values else 1.0
     if kind not in ("none", "linear"):
-        raise UserError(
-            f"{header.file}: {name}.rope.scaling.type = {short(kind)} is not supported; one of: none, linear"
-        )
+        given = f"{name}.rope.scaling.type = {short(kind)}"
+        raise UserError(f"{header.file}: {given} is not supported; one of: none, linear")
     if factor < 0:
         raise UserError(f"{header.file}: {name}.rope.scaling.factor = {factor}: expected 0 or more")
     # llama.cpp takes a factor without a type as linear, and 0 as none.
@@ -221,17 +218,3 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
         f"rope.freq_base = {theta:g} with a factor of {' or '.join(f'{f:g}' for f in LLAMA3_FACTORS)}, "
         "the only scaling by frequency that is supported"
     )
-
-
-def _dtype(header: Header) -> str:
-    """Return the dtype of most elements, as `GGUFTensors` reads them."""
-    sizes: Counter[str] = Counter()
-    for stored in header.tensors.values():
-        sizes[_DTYPES.get(stored.type, "float32")] += math.prod(stored.shape)
-    return sizes.most_common(1)[0][0]
-
-
-def _floats(header: Header, stored: StoredTensor) -> np.ndarray:
-    if stored.type != "F32" or len(stored.shape) != 1 or stored.nbytes > 1 << 20:
-        raise UserError(f"{header.file}: tensor {stored.name} is {stored.type} of shape {stored.shape}: expected F32")
-    return np.fromfile(stored.file, "<f4", stored.shape[0], offset=stored.offset)

@@ -64,32 +64,27 @@ class GGUFTensors(Tensors):
                 )
             self._add(rows[pattern], stored, layer, experts)
         _refuse_unreadable(self.header)
-        self.infos: Mapping[str, TensorInfo] = {name: self._info(place) for name, place in self._places.items()}
+        self.infos: Mapping[str, TensorInfo] = {}
+        for name, place in self._places.items():
+            shape, kind = place.stored.shape, "F32" if place.row.plus_one else place.stored.type
+            dtype = _DTYPES.get(kind, _DTYPES["F32"]).newbyteorder("=")
+            self.infos[name] = TensorInfo(shape[1:] if len(shape) == 3 else shape, dtype)
 
     def _add(self, row: Row, stored: StoredTensor, layer: int | None, experts: int | None) -> None:
         per_expert = "{expert}" in row.huggingface
+        has = f"{self.header.file}: tensor {stored.name} has shape {stored.shape}"
         if per_expert and (len(stored.shape) != 3 or stored.shape[0] != experts):
-            raise UserError(
-                f"{self.header.file}: tensor {stored.name} has shape {stored.shape}: expected ({experts}, ...) "
-                "for as many experts"
-            )
+            raise UserError(f"{has}: expected ({experts}, ...) for as many experts")
         if not per_expert and len(stored.shape) > 2:
-            raise UserError(f"{self.header.file}: tensor {stored.name} has shape {stored.shape}: expected 2 dims or 1")
+            raise UserError(f"{has}: expected 2 dims or 1")
         heads = self._heads[row.heads] if row.heads is not None else None
         if heads is not None and (len(stored.shape) != 2 or stored.shape[0] % (2 * heads)):
-            raise UserError(
-                f"{self.header.file}: tensor {stored.name} has shape {stored.shape}: expected {heads} heads"
-            )
+            raise UserError(f"{has}: expected {heads} heads")
         if len(self._places) > MAX_TENSORS:
             raise UserError(f"{self.header.file}: more than {MAX_TENSORS:,} tensors, each expert's by itself")
         for expert in range(stored.shape[0] if per_expert else 1):
             name = row.huggingface.format(layer=layer, expert=expert)
             self._places[name] = _Place(stored, row, expert * stored.shape[1] if per_expert else 0, heads)
-
-    def _info(self, place: _Place) -> TensorInfo:
-        shape = place.stored.shape
-        dtype = np.dtype(np.float32) if place.row.plus_one else _DTYPES.get(place.stored.type, np.dtype(np.float32))
-        return TensorInfo(shape[1:] if len(shape) == 3 else shape, dtype.newbyteorder("="))
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         info, place = self.infos[name], self._places[name]

@@ -124,7 +124,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Architectures by `general.architecture`; keys as in gguf's constants.py and llama.cpp's convert_hf_to_gguf.py."""
 
-MIXTRAL_KEYS = _expert_keys("num_local_experts")
+
+def keys_of(architecture: str, family: str) -> tuple[Key, ...]:
+    """Return the metadata keys of a family's models in a GGUF file of an architecture."""
+    mixtral = _expert_keys("num_local_experts") if family == "mixtral" else ()
+    return (*KEYS, *ARCHITECTURES[architecture].keys, *mixtral)
 
 
 @functools.cache
@@ -138,21 +142,19 @@ def rows_of(architecture: str, family: str) -> tuple[Row, ...]:
     for row in FAMILIES[family].rows:
         module, _, leaf = row.path.rpartition(".")
         module = module.rpartition(".")[2]
-        if (leaf == "bias" and "qkv_bias" not in fields) or (module in _HEAD_NORMS and "qk_norm" not in fields):
+        if leaf == "bias" and "qkv_bias" not in fields:
+            continue
+        if module in ("query_norm", "key_norm") and "qk_norm" not in fields:
             continue
         name, _, suffix = row.tensor.rpartition(".")
         # The library has no name for a head of Gemma, whose published models all tie it.
-        stored = (
-            "output" if name == "lm_head" else names.get_name(name.replace("{layer}", "0").replace(".{expert}", ""))
-        )
+        known = name.replace("{layer}", "0").replace(".{expert}", "")
+        stored = "output" if name == "lm_head" else names.get_name(known)
         assert stored is not None, f"{architecture}: the gguf library has no name for {row.tensor}"
         heads: Any = module if architecture == "llama" and module in ("query", "key") else None
         plus_one = leaf == "scale" and "zero_centered_norm" in fields
         rows.append(Row(f"{stored.replace('blk.0.', 'blk.{layer}.')}.{suffix}", row.tensor, heads, plus_one))
     return tuple(rows)
-
-
-_HEAD_NORMS = ("query_norm", "key_norm")
 
 
 def template(name: str) -> tuple[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,9 @@ from trainfw.interop.configs import config_from_huggingface
 from trainfw.interop.gguf.config import TOKEN_ROLES, config_of
 from trainfw.interop.gguf.tensor_names import (
     ARCHITECTURES,
-    KEYS,
-    MIXTRAL_KEYS,
     ROPE_FREQS,
-    Architecture,
     Row,
+    keys_of,
     llama3_divisors,
     rows_of,
     to_pairs,
@@ -73,25 +72,34 @@ def save_gguf(
     if quantization not in get_args(Quantization):
         raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
     gguf = gguf_library()
-    name, architecture = _architecture(huggingface)
+    families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
+    family = huggingface.get("model_type", "")
+    if family not in families:
+        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
+    name = families[family]
     config = config_from_huggingface(huggingface)
-    if config.num_kv_heads != config.num_heads and not architecture.grouped_heads:
+    if config.num_kv_heads != config.num_heads and not ARCHITECTURES[name].grouped_heads:
         raise UserError(
             f"llama.cpp cannot run this model: in architecture {name}, {config.num_heads} query heads need as many key "
             f"heads, not {config.num_kv_heads}"
         )
     divisors = _divisors(config)
-    writes = _writes(rows_of(name, huggingface["model_type"]), config, tensors, quantization)
+    writes = _writes(rows_of(name, family), config, tensors, quantization)
     if divisors is not None:
         writes.append(_Write(_stored(ROPE_FREQS, divisors.shape, "F32"), Row(ROPE_FREQS, ""), ()))
-    metadata = _metadata(name, architecture, huggingface, config)
-    metadata |= {"general.name": _title(huggingface, file), "general.file_type": _FILE_TYPES[quantization]}
+    metadata = _metadata(name, huggingface["model_type"], config)
+    title = str(huggingface.get("_name_or_path") or file.stem)
+    if family == "mistral" and "mistral" not in title.lower():
+        title = f"mistral {title}"  # it has Llama's architecture in llama.cpp: only this name tells them apart
+    metadata |= {"general.name": title, "general.file_type": _FILE_TYPES[quantization]}
     metadata |= tokenizer_metadata(tokenizer_dir, config.vocab_size)
     for role, ggml_role in TOKEN_ROLES.items():
-        id_ = huggingface.get(f"{role}_token_id")
-        if type(id_) is int:
+        if type(id_ := huggingface.get(f"{role}_token_id")) is int:
             metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
-    _check_read_back(file, name, metadata, writes, divisors, config)
+    # llama.cpp would run the model that the file is read back as.
+    stored = {write.stored.name: write.stored for write in writes}
+    header = Header(file, {**metadata, "general.architecture": name}, stored)
+    _check_same(name, config, config_from_huggingface(config_of(header, divisors)))
     with writing(file) as partial:
         writer = gguf.GGUFWriter(partial, name)
         for key, value in metadata.items():
@@ -99,11 +107,9 @@ def save_gguf(
             kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
             if value != []:  # which the format does not have
                 writer.add_key_value(key, value, kind)
-        for write in writes:
-            kind = gguf.GGMLQuantizationType[write.stored.type]
-            writer.add_tensor_info(
-                write.stored.name, write.stored.shape, np.dtype(np.float32), write.stored.nbytes, raw_dtype=kind
-            )
+        for each in stored.values():
+            kind = gguf.GGMLQuantizationType[each.type]
+            writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -122,24 +128,10 @@ def save_gguf(
                 _pad(out, alignment)
 
 
-def _architecture(huggingface: Mapping[str, object]) -> tuple[str, Architecture]:
-    families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
-    family = huggingface.get("model_type", "")
-    if family not in families:
-        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
-    return families[family], ARCHITECTURES[families[family]]
-
-
-def _metadata(
-    name: str, architecture: Architecture, huggingface: Mapping[str, object], config: ModelConfig
-) -> dict[str, object]:
-    keys = (*architecture.keys, *(MIXTRAL_KEYS if huggingface["model_type"] == "mixtral" else ()))
+def _metadata(name: str, model_type: str, config: ModelConfig) -> dict[str, object]:
     values: dict[str, Any] = {}
-    for key in (*KEYS, *keys):
-        value: Any = config
-        for part in key.field.split("."):
-            value = getattr(value, part)
-        if value is not None:
+    for key in keys_of(name, model_type):
+        if (value := operator.attrgetter(key.field)(config)) is not None:
             values[key.gguf] = key.kind(value)
     if name == "llama" and config.sliding_window is not None:
         # llama.cpp attends to all tokens in this architecture: within the window that is the same.
@@ -147,13 +139,9 @@ def _metadata(
         values["context_length"] = min(config.max_position, config.sliding_window)
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_scaling.factor)}
-    values |= {
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-    }
+    heads = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    values |= {"attention.head_count_kv": config.num_kv_heads, **dict.fromkeys(heads, config.head_dim)}
+    values["vocab_size"] = config.vocab_size
     return {
         "general.type": "model",
         **{f"{name}.{key}": value for key, value in values.items()},
@@ -166,11 +154,8 @@ def _divisors(config: ModelConfig) -> np.ndarray | None:
     rope = config.rope_scaling
     if rope is None or rope.kind != "llama3":
         return None
-    low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
-    assert low is not None
-    assert high is not None
-    assert original is not None
-    return llama3_divisors(config.head_dim, config.rope_theta, rope.factor, low, high, original)
+    fields: Any = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position)
+    return llama3_divisors(config.head_dim, config.rope_theta, *fields)
 
 
 def _writes(rows: Sequence[Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[_Write]:
@@ -211,28 +196,15 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
     return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
 
 
-def _check_read_back(
-    file: Path,
-    name: str,
-    metadata: Mapping[str, object],
-    writes: list[_Write],
-    divisors: np.ndarray | None,
-    config: ModelConfig,
-) -> None:
-    """Raise UserError where the file would be read back as another model: llama.cpp would run that one."""
-    stored = {write.stored.name: write.stored for write in writes}
-    header = Header(file, {**metadata, "general.architecture": name}, stored)
-    back = config_from_huggingface(config_of(header, divisors)).model_dump()
+def _check_same(name: str, config: ModelConfig, read: ModelConfig) -> None:
+    """Raise UserError where a model is read back as another one."""
+    back = read.model_dump()
     for key, value in config.model_dump().items():
-        if key not in _WITHOUT_EFFECT and back[key] != value and not _close(back[key], value):
-            raise UserError(
-                f"llama.cpp cannot run this model: in architecture {name}, {key} is {back[key]}, not {value}"
-            )
-
-
-def _close(left: Any, right: Any) -> bool:
-    numbers = isinstance(left, float | int) and isinstance(right, float | int)
-    return numbers and math.isclose(left, right, rel_tol=1e-6)
+        numbers = isinstance(value, float | int) and isinstance(back[key], float | int)
+        same = math.isclose(back[key], value, rel_tol=1e-6) if numbers else back[key] == value
+        if key not in _WITHOUT_EFFECT and not same:
+            different = f"{key} is {back[key]}, not {value}"
+            raise UserError(f"llama.cpp cannot run this model: in architecture {name}, {different}")
 
 
 def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
@@ -261,19 +233,11 @@ def _encode(values: np.ndarray, stored: StoredTensor) -> bytes:
         limit = 65504.0 * (127 if stored.type == "Q8_0" else 1)
         if (worst := float(np.abs(values).max(initial=0))) > limit:
             raise UserError(f"tensor {stored.name} has a value of {worst:g}, beyond {stored.type}: use BF16 or F32")
-    if stored.type in ("F32", "F16"):
-        return values.astype({"F32": "<f4", "F16": "<f2"}[stored.type]).tobytes()
     return quants.quantize(values, GGMLQuantizationType[stored.type]).tobytes()
 
 
 def _pad(out: BinaryIO, alignment: int) -> None:
     out.write(bytes(-out.tell() % alignment))
-
-
-def _title(huggingface: Mapping[str, object], file: Path) -> str:
-    title = str(huggingface.get("_name_or_path") or file.stem)
-    # Mistral has Llama's architecture in llama.cpp: only this name tells them apart.
-    return f"mistral {title}" if huggingface["model_type"] == "mistral" and "mistral" not in title.lower() else title
 
 
 def window_note(config: ModelConfig) -> str:
