@@ -52,7 +52,6 @@ def test_a_result_that_is_lost_is_a_failure(redirect):
     assert (result.returncode, result.stderr) == (1, LOST[redirect])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", quicker([1, 2], [1]))
 def test_a_run_goes_on_without_its_log(tmp_path, processes):
     run = tmp_path / "run"

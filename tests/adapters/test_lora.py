@@ -146,7 +146,6 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "adapter"), COMBINATIONS)
 def test_every_layout_trains_the_same_adapter(tmp_path, layout, adapter):
     parallel, train = LAYOUTS[layout]
@@ -169,7 +168,6 @@ def test_every_layout_trains_the_same_adapter(tmp_path, layout, adapter):
     assert losses[1][-1][0] < losses[1][0][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [pytest.param("capacity", marks=pytest.mark.long), "dropless"])
 def test_experts_have_adapters_of_their_own(tmp_path, dispatch):
     losses = {}

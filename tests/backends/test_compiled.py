@@ -73,7 +73,6 @@ def runs(tmp_path) -> Runs:
     return Runs(tmp_path)
 
 
-@pytest.mark.slow
 def test_what_was_compiled_computes_the_same_bits(runs):
     said, without = runs.run(JAX_ENABLE_COMPILATION_CACHE="false")
     assert said == {"hits": 0, "directory": None}

@@ -43,7 +43,6 @@ def test_alone():
     assert backends.heard("y", 0.01) is None
 
 
-@pytest.mark.slow
 def test_two_processes():
     port = str(_free_port())
     both = [
@@ -64,7 +63,6 @@ backends.connect(Wiring(index, 2, "localhost", "a test", port), seconds)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("index", "why"),
     [

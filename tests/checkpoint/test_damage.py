@@ -258,7 +258,6 @@ def fill(disk):
 
 
 @needs_tmpfs
-@pytest.mark.slow
 def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path, small_disk):
     """Full for a while, then not: the run ends well, and its losses are those of one that never saw it."""
     recipe = tiny_recipe(tmp_path, "train.steps=12", "checkpoint={every: 2, max_failures: 10}")

@@ -91,7 +91,6 @@ def run_here(recipe, run, **options):
     return heard.notes
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_a_store(server, prefix, tmp_path):
     """In a new directory, as on another machine; bit for bit; and what it holds can be used."""
     overrides = ["checkpoint.every=4", "checkpoint.keep_last=1", "optimizer.schedule=constant"]
@@ -138,7 +137,6 @@ def test_a_copy_from_a_store_is_a_checkpoint(server, tmp_path):
         SavedParameters(tmp_path / "run" / "checkpoints" / "8")
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
     path = write_recipe(tmp_path, train={"steps": 8}, checkpoint={"every": 4})
@@ -156,7 +154,6 @@ def test_two_processes_write_one_checkpoint(server, prefix, tmp_path):
     assert list(losses(tmp_path / "run")) == list(range(1, 13))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_what_a_kill_leaves_is_no_checkpoint(server, prefix, tmp_path):
     """Killed while objects of a checkpoint are there, but not all."""
@@ -185,7 +182,6 @@ def unfinished(server, prefix):
     return {key[0] for key in keys} - {key[0] for key in keys if key[1:] == ["commit_success.txt"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     quicker(["missing", "other bytes", "shorter"], ["other bytes"]),
@@ -216,7 +212,6 @@ def read(server, key, bucket=BUCKET):
     return server.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
 
-@pytest.mark.slow
 def test_a_store_that_does_not_answer_fails_the_save_and_not_the_run(server, prefix, tmp_path):
     class Stopping(Heard):
         def row(self, row, steps):

@@ -72,7 +72,6 @@ def test_bad_input(name, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_recipe_for_64_cores(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL, data={"source": ["nowhere/*.txt"]}, train={"global_batch_size": 16})
@@ -94,7 +93,6 @@ def test_muon_and_remat_on_a_mesh(tmp_path):
     assert "note: op-reduce-precision-noop" in result.stdout
 
 
-@pytest.mark.slow
 def test_a_recipe_that_does_not_fit(tmp_path):
     recipe = write_recipe(tmp_path, model=MODEL | {"num_layers": 4, "intermediate_size": 2**24})
     result = trainfw("check", str(recipe), "hardware.topology=trn2.3xlarge", "--json", code=1)
@@ -135,7 +133,6 @@ def test_a_compiler_that_agrees(tmp_path):
     assert str(tmp_path) not in file.read_text()
 
 
-@pytest.mark.slow
 def test_a_compiler_that_refuses(tmp_path):
     result = checked_with(tmp_path, "train=refused,evaluate=out_of_memory", 1)
     assert "error: dtype-f8e4m3fn: " in result.stdout

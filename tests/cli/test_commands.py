@@ -34,7 +34,6 @@ def test_launch_local_hands_on_what_is_accepted(tmp_path, monkeypatch):
     assert commands[0][-2:] == ["--accept", "train"]
 
 
-@pytest.mark.slow
 def test_train_generate_and_eval(tmp_path):
     recipe = str(write_recipe(tmp_path))
     run = str(tmp_path / "runs" / "tiny")
@@ -46,7 +45,6 @@ def test_train_generate_and_eval(tmp_path):
     assert "bits per byte" in trainfw("eval", run)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_train_as_neuron_gives_the_same_losses(tmp_path):
     recipe = str(write_recipe(tmp_path))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from tests.helpers import write_recipe
 from trainfw.hlo import parse_module
 from trainfw.hlo.renumbering import MOST, instruction_ids
@@ -17,7 +15,6 @@ def export_hlo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_modules_and_their_commands(tmp_path):
     out = tmp_path / "deep" / "hlo"
     result = export_hlo(str(write_recipe(tmp_path)), "--hardware", "trn2.3xlarge", "--out", str(out))

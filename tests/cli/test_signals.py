@@ -78,7 +78,6 @@ with leaving_at_once() as leaving:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("where", "ends"), [("reads", 143), ("comes to steps", 75)])
 def test_where_one_is_stopped_before_its_first_step_the_other_leaves(where, ends):
     port = str(_free_port())

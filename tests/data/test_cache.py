@@ -205,7 +205,6 @@ def _prepare_slowly(config: DataConfig, builds: str) -> None:
     cache.prepare(config)
 
 
-@pytest.mark.slow
 def test_one_of_many_processes_builds(config: DataConfig, tmp_path: Path) -> None:
     builds = tmp_path / "builds"
     spawn = multiprocessing.get_context("spawn")

@@ -150,7 +150,6 @@ def test_one_row_is_enough() -> None:
     assert [next(iterator)["tokens"][0, :5].tolist() for _ in range(3)] == [[1, 2, 3, 4, 0]] * 3
 
 
-@pytest.mark.slow
 def test_a_process_ends_while_reading_ahead() -> None:
     code = """
 import numpy as np

@@ -58,7 +58,6 @@ def tokenizer_dir(tmp_path_factory):
     return byte_level(tmp_path_factory.mktemp("tokenizer"), size=320)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", quicker(MODELS, ["llama, llama3 scaling", "mistral, sliding", "olmoe", "gemma3, linear scaling"])
 )
@@ -75,7 +74,6 @@ def test_logits_of_every_family(name, tmp_path, tokenizer_dir):
         assert difference < 1e-3 * np.abs(expected).max(), difference
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seed"), [("byte-level", 10), ("sentencepiece", 5)])  # seeds without near ties
 def test_greedy_tokens_of_a_tiny_llama(kind, seed, tmp_path, tokenizer_dir):
     directory = tokenizer_dir if kind == "byte-level" else sentencepiece(tmp_path / "tokenizer", prefix=True, size=400)
@@ -91,7 +89,6 @@ def test_greedy_tokens_of_a_tiny_llama(kind, seed, tmp_path, tokenizer_dir):
         assert_greedy_tokens_agree(model, llama, prompt, 48)
 
 
-@pytest.mark.slow
 @pytest.mark.long  # test_smollm2.py has a merged adapter of it there
 def test_greedy_tokens_of_smollm2(tmp_path):
     source = smollm2_file()

@@ -154,7 +154,6 @@ def ours(model, prompt, count):
 PROMPT = [256, *b"document 3: 1 + 2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.long), "dora"])
 def test_an_adapter_trained_here_is_the_same_in_peft(base, tmp_path, kind):
     loaded = recipe(base, tmp_path, f"adapter.kind={kind}")
@@ -186,7 +185,6 @@ def shapes(config):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapter", quicker(ADAPTERS, ["rslora, patterns", "embeddings and head"]))
 def test_an_adapter_of_peft_is_the_same_here(base, tmp_path, adapter):
     model = written(base, tmp_path / "peft", **ADAPTERS[adapter])

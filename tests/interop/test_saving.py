@@ -65,7 +65,6 @@ def test_import_and_export_are_bitwise(name, dtype, tmp_path):
     np.testing.assert_array_equal(logits[1:], [logits[0], logits[0]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", quicker(FAMILIES, ["gemma3", "qwen3_moe"]))
 def test_transformers_writes_on_as_we_do(name, tmp_path):
     theirs = save(tmp_path / "theirs", name)

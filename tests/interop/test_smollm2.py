@@ -17,7 +17,6 @@ from trainfw.interop import copy_model, open_model, save_peft
 from trainfw.sampling import generate
 from trainfw.weights import export_model, merge_adapter, read_adapter
 
-pytestmark = pytest.mark.slow
 TEXT = "The capital of France is Paris. The capital of Italy is"
 
 

@@ -55,7 +55,6 @@ def test_logits_match_transformers(name, tmp_path):
 FAMILIES = ["llama, llama3 scaling", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe", "olmoe"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())

@@ -13,8 +13,6 @@ import pytest
 
 from tests.helpers import losses, write_recipe
 
-pytestmark = pytest.mark.slow
-
 
 def command(recipe, run, *overrides):
     launch = [sys.executable, "-m", "trainfw", "launch", "local", str(recipe), "--processes", "2"]

@@ -17,7 +17,6 @@ from tests.helpers import losses, write_recipe
 SCRIPT = Path(__file__).parent / "slurm.sh"
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         os.geteuid() != 0 or shutil.which("slurmctld") is None,
         reason="needs root and Debian's slurm-wlm: tests/launch/slurm.sh install",

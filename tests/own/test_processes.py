@@ -29,7 +29,6 @@ except trainfw.RunError as error:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fails", quicker([False, True], [False]))
 def test_all_stop_at_the_step_at_which_one_asks(tmp_path, fails):
     recipe = write_recipe(tmp_path, parallel={"data": 2})

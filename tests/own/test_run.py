@@ -51,7 +51,6 @@ def run(directory, *overrides, objective=DOUBLED, data=ROWS, scale=1.0, **more):
     return train(recipe, run_dir=directory, devices=jax.devices()[:1], **pieces, **more)
 
 
-@pytest.mark.slow
 def test_a_run_stopped_by_a_callback_goes_on_as_one_never_stopped(tmp_path):
     whole, part, kept, stops = tmp_path / "whole", tmp_path / "part", Kept(), StopsAt(3)
     run(whole)
@@ -82,14 +81,12 @@ def test_a_run_stopped_by_a_callback_goes_on_as_one_never_stopped(tmp_path):
     assert model.config == load_recipe(part).model
 
 
-@pytest.mark.slow
 def test_a_callback_that_fails_ends_the_run_with_its_last_step_saved(tmp_path):
     with pytest.raises(RunError, match=r"callback StopsAt at step 2: step: KeyError: 'x'; what was saved is kept"):
         run(tmp_path / "run", callbacks=[StopsAt(2, KeyError("x"))])
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
-@pytest.mark.slow
 def test_a_run_on_a_stream_reads_it_again_and_goes_on(tmp_path):
     settings = ("train.validation_batches=0",)
     run(tmp_path / "whole", *settings, data=lambda: iter(ROWS))
@@ -102,7 +99,6 @@ def test_a_run_on_a_stream_reads_it_again_and_goes_on(tmp_path):
         run(tmp_path / "other", data=iter(ROWS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", quicker(["own_loss", "own_data", "own_optimizer"], ["own_loss"]))
 def test_the_scripts_run(tmp_path, name):
     command = [sys.executable, str(RECIPES / f"{name}.py"), str(write_recipe(tmp_path)), f"name={name}"]

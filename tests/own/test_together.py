@@ -32,7 +32,6 @@ def as_toy(monkeypatch):
     backends.prepare()
 
 
-@pytest.mark.slow
 def test_all_together_on_four_devices(tmp_path, as_toy):
     file = tmp_path / "own.yaml"
     file.write_text(yaml.safe_dump(RECIPE))
@@ -45,7 +44,6 @@ def test_all_together_on_four_devices(tmp_path, as_toy):
     assert learnt[4] < learnt[1]
 
 
-@pytest.mark.slow
 def test_all_together_are_planned_and_checked(tmp_path):
     chip = {"hardware": {"topology": "trn2.3xlarge"}, "train": {"compute_dtype": "bfloat16"}}
     recipe = load_recipe(RECIPE, ON_FOUR | chip)

@@ -139,7 +139,6 @@ def test_it_is_full_attention(**example):
     check(**example)
 
 
-@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(context=st.sampled_from([1, 2, 4, 8]), **EXAMPLES)
 def test_it_is_full_attention_whatever_the_size(**example):
@@ -208,7 +207,7 @@ def test_in_a_rematerialised_scan_it_has_the_same_gradient():
         np.testing.assert_allclose(again, saved, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", [2, 8])
 def test_the_ring_permutes_in_full_circles_only(context):
     arrays = inputs(2 * context)
     whole = [(i, (i + 1) % context) for i in range(context)]

@@ -142,7 +142,6 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_state(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scan", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_remat_trades_memory_for_recomputation(scan, tmp_path):
     """What the compiled step says of itself: from none to full fewer temporary bytes, and more FLOPs.

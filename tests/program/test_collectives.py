@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import tiny_recipe
+from tests.helpers import quicker, tiny_recipe
 from trainfw import build_program
 from trainfw.hardware import load_topology
 from trainfw.hlo import Collective, collectives_of, partition
@@ -51,8 +51,7 @@ LAYOUTS = {
     "expert-context-tensor": f"expert=2 context=2 tensor=2 remat=full {MOE}",
     "fsdp-context-tensor": "fsdp=2 context=2 tensor=2 remat=full",
 }
-QUICK = {"fsdp", "tensor-fsdp"}
-SLOW = {"pipeline-expert"}
+QUICK = {"fsdp", "tensor-fsdp", "pipeline-expert"}
 """The others are for `--all`."""
 TRAIN = {"remat", "scan_layers", "accumulation_steps"}
 
@@ -79,13 +78,7 @@ def summary(collectives: list[Collective], program) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow] if name in SLOW else [pytest.mark.long])
-        for name in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize("name", quicker(LAYOUTS, QUICK))
 def test_collectives_of_a_layout(name, tmp_path, capfd):
     program = build_program(tiny_recipe(tmp_path, *overrides(LAYOUTS[name])))
     collectives = collectives_of(

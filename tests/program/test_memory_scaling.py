@@ -8,8 +8,6 @@ import pytest
 from tests.helpers import tiny_recipe
 from trainfw import build_program
 
-pytestmark = pytest.mark.slow
-
 
 def compiled(tmp_path, devices: int, *overrides: str):
     """(program, bytes of arguments, bytes of temporaries) on one device."""

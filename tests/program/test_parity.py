@@ -30,7 +30,7 @@ def here() -> list:
     assert {row.name for row in rows} >= QUICK
 
     def marks(i: int, row) -> list:
-        return [] if row.name in QUICK else [pytest.mark.slow, *([] if i % 10 == 0 else [pytest.mark.long])]
+        return [] if row.name in QUICK or i % 10 == 0 else [pytest.mark.long]
 
     return [pytest.param(row, id=row.name, marks=marks(i, row)) for i, row in enumerate(rows)]
 
@@ -45,7 +45,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, parity.__file__, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_sixteen_devices_agree_with_one():
     ran = run("--filter", "16 devices")
@@ -119,7 +118,6 @@ def test_the_loss_falls(one_device):
         assert losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.long] if i else []) for i in range(10)])
 def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path):
     order = np.random.default_rng(seed).permutation(np.array(jax.devices()))
@@ -130,7 +128,6 @@ def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path)
         np.testing.assert_allclose(train(program, jax.device_put(state, shardings))[0], one_device[name][0], rtol=3e-6)
 
 
-@pytest.mark.slow
 def test_a_placed_mesh_trains_alike(one_device, tmp_path):
     # Tensor's pairs lie half a chip apart: cores 0, 4, 1, 5, ...
     overrides = ["hardware={topology: %s, lnc: 1}" % chip_of_halves(tmp_path), "parallel.tensor=2"]  # noqa: UP031
@@ -139,7 +136,6 @@ def test_a_placed_mesh_trains_alike(one_device, tmp_path):
     np.testing.assert_allclose(train(program, program.init())[0], one_device["random"][0], rtol=3e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     [
@@ -158,7 +154,6 @@ def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=3e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", [pytest.param(name, marks=pytest.mark.long) for name in ("lion", "adafactor", "muon")]
 )

@@ -45,7 +45,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["each its half", *(pytest.param(n, marks=pytest.mark.long) for n in list(LAYOUTS)[1:])]
 )

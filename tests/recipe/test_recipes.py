@@ -25,7 +25,6 @@ TRAINED = {"llama3.1-405b-trn2-ultraservers"}
 """The largest ones; the others are for `--all`."""
 
 
-@pytest.mark.slow
 def test_the_custom_loop_runs(tmp_path):
     script = Path(__file__).parents[2] / "recipes" / "custom_loop.py"
     output = subprocess.run(
@@ -38,7 +37,6 @@ def test_the_custom_loop_runs(tmp_path):
     assert "import " in output.splitlines()[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", quicker(FOR_NEURON, CHECKED))
 def test_recipes_for_neuron_check_clean(name):
     # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory.
@@ -58,7 +56,6 @@ def form(name: str) -> tuple[object, ...]:
     return (*axes, recipe.parallel.interleave, recipe.model.moe is None, recipe.train.scan_layers, recipe.train.remat)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", quicker({form(name): name for name in FOR_NEURON if name not in ALIKE}.values(), TRAINED)
 )

@@ -211,7 +211,6 @@ def console(file, directory) -> list[str]:
     return [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian: apt-get install chromium)")
 def test_a_browser_has_nothing_to_say(page, tmp_path):
     file = tmp_path / "page.html"
@@ -222,7 +221,6 @@ def test_a_browser_has_nothing_to_say(page, tmp_path):
     assert any("x.png" in line for line in console(file, tmp_path))
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_as_typed(tmp_path):
     recipe = write_recipe(tmp_path, hardware={"topology": "h100-8"})

@@ -23,8 +23,6 @@ from trainfw.models import AdapterInputs, ModelConfig
 from trainfw.sampling import generate_batch
 from trainfw.weights import export_model, merge_adapter, read_adapter
 
-pytestmark = pytest.mark.slow
-
 CONFIG = ModelConfig(
     vocab_size=258, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True
 )

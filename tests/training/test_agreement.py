@@ -85,7 +85,6 @@ cli.main()
 """
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path):
     recipe = write_recipe(tmp_path, parallel={"data": 2})
     (tmp_path / "other").mkdir()

@@ -16,8 +16,6 @@ import pytest
 from tests.helpers import losses, write_recipe
 from trainfw.launch import launch_local
 
-pytestmark = pytest.mark.slow
-
 STEPS = 100
 
 # `trainfw`, but each row that is trained on is written down with its place in the run's order.

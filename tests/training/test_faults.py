@@ -14,8 +14,6 @@ from trainfw.data import TrainIterator
 from trainfw.training import RunDirectory
 from trainfw.training.session import Session
 
-pytestmark = pytest.mark.slow
-
 
 def run_it(recipe, run, **kwargs):
     heard = Heard()

@@ -106,7 +106,6 @@ def test_no_optimizer_exceeds_its_largest_update(name, scales, betas):
             assert np.max(np.abs(update)) <= 1.01e-2 * traits_of(config).largest_update(config, step, update.size)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("as_neuron")
 def test_a_run_on_neuron_looks_at_the_first_step_of_each_session(tmp_path, monkeypatch):
     looked = []
@@ -125,7 +124,6 @@ def test_a_run_on_neuron_looks_at_the_first_step_of_each_session(tmp_path, monke
         assert loss == pytest.approx(found, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("as_neuron")
 def test_a_spoilt_first_step_ends_the_run_and_saves_nothing(tmp_path, monkeypatch):
     step = Session._step

@@ -212,7 +212,6 @@ def test_mfu_is_model_flops_over_the_peak(tmp_path, monkeypatch):
     assert sum("MFU is model FLOPs" in note for note in reporter.notes) == 1
 
 
-@pytest.mark.slow
 def test_a_run_without_donation_has_the_same_losses_and_one_state_at_a_time(tmp_path, monkeypatch):
     states = []
     step = Session._step

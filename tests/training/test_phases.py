@@ -6,8 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from trainfw.recipe import WatchdogConfig
 from trainfw.training.phases import Phases
 
@@ -50,7 +48,6 @@ def test_the_time_for_which_the_process_was_stopped_is_given_back():
     assert any(phases._overdue(now + 5049 + second) for second in range(20))
 
 
-@pytest.mark.slow
 def test_it_prints_the_phase_the_step_and_the_stacks():
     script = HANGS.format(hang="threading.Event().wait()")
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -59,7 +56,6 @@ def test_it_prints_the_phase_the_step_and_the_stacks():
     assert "in where_it_hangs" in ran.stderr
 
 
-@pytest.mark.slow
 def test_what_moves_is_left_alone():
     script = HANGS.format(hang="[(time.sleep(0.2), phases.moved()) for _ in range(10)]")
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

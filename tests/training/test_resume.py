@@ -305,7 +305,6 @@ def wait_until(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_kill_9_at_a_random_moment(tmp_path):
     recipe = write_recipe(
@@ -326,7 +325,6 @@ def test_kill_9_at_a_random_moment(tmp_path):
     assert len(losses(tmp_path / "killed")) == 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signum", quicker([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_signal_saves_and_resumes(signum, tmp_path):
     recipe = write_recipe(tmp_path, train={"steps": 2000}, checkpoint={"every": 0})

@@ -13,7 +13,6 @@ import trainfw
 from tests.helpers import tiny_recipe
 from trainfw import UserError
 
-pytestmark = pytest.mark.slow
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 12))
 
 

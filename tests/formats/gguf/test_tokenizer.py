@@ -149,7 +149,6 @@ def test_a_vocabulary_is_read_or_refused_in_seconds(name):
     assert time.thread_time() - start < 5
 
 
-@pytest.mark.slow
 def test_smollm2_is_cut_as_transformers_and_llama_cpp_cut_it():
     file = smollm2_file()
     ours = load_tokenizer(file)

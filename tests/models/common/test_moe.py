@@ -235,7 +235,7 @@ def on_mesh(sizes: dict[str, int], config: ModelConfig, x_BSD: jax.Array, probe_
         pytest.param({"expert": 4}, marks=pytest.mark.long),
         {"expert": 2, "tensor": 2},
         {"data": 2, "context": 2},
-        pytest.param({"expert": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"expert": 2, "context": 2, "tensor": 2},
         pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.long),
     ],
     ids=lambda sizes: " ".join(f"{axis}={size}" for axis, size in sizes.items()),
@@ -327,7 +327,6 @@ def test_routing_is_in_f32_whatever_the_dtype_of_the_rest():
     jax.tree.map(np.testing.assert_array_equal, stats, exact)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_scanned_and_unrolled_layers_of_experts_agree(dispatch):
     tokens_BS = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)

@@ -142,7 +142,6 @@ def loss_and_gradients(config: ModelConfig, shape: tuple[int, int] = (2, 9), **o
     return jax.jit(jax.value_and_grad(loss)), pure
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -170,7 +169,6 @@ def test_unrolled_layers_are_traced_once_for_each_kind(remat, monkeypatch):
     assert len(traced) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_remat_does_what_its_name_says(scan_layers):
     # A batch whose activations outweigh the weights.
@@ -223,7 +221,6 @@ def test_a_packed_document_reads_as_it_does_alone(model):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_decoding_agrees_with_the_whole_sequence(scan_layers):
     model = build(small(), scan_layers=scan_layers)

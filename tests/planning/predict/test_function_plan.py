@@ -115,7 +115,6 @@ def test_what_no_time_is_known_for_is_refused(what):
         trainfw.plan(*arguments, **settings)
 
 
-@pytest.mark.slow
 def test_a_training_step_is_read_as_its_recipe_is(tmp_path):
     recipe = tiny_recipe(tmp_path, f"hardware.topology={CHIP}", "parallel.fsdp=2", "parallel.tensor=2")
     analysis, program, _ = analyse(recipe)
@@ -127,7 +126,6 @@ def test_a_training_step_is_read_as_its_recipe_is(tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_a_recipe_is_planned_and_checked_on_devices_that_are_simulated_for_it(tmp_path):
     code = f"""
 import trainfw

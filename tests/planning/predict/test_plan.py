@@ -106,7 +106,6 @@ def test_what_cannot_be_planned_is_said_before_anything_is_compiled(tmp_path):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_as_typed(tmp_path):
     recipe = str(write_recipe(tmp_path, hardware={"topology": "trn2.48xlarge"}, train={"global_batch_size": 64}))

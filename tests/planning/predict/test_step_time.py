@@ -227,7 +227,6 @@ def counted(analysis: Analysis) -> tuple[dict[Matmul, int], dict[Transfer, int]]
     return products, {replace(t, times=1): t.times for t in analysis.transfers}
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(("sizes", "most"), [({"fsdp": 8}, 4), ({"data": 2, "fsdp": 4}, 4)])
 def test_a_shorter_fsdp_tells_of_the_longer(tmp_path, sizes, most):
@@ -266,7 +265,6 @@ print("agree")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_two_replicas_tell_of_five_hundred(tmp_path):
     recipe = tmp_path / "recipe.yaml"

@@ -185,7 +185,6 @@ def test_a_command_that_finds_it_in_the_cache_needs_no_jax(tmp_path, compilation
     assert json.loads(ran.stdout) == made.to_json()
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_two_commands_at_once(tmp_path, plans):
     hardware = ("hardware.topology=trn2.3xlarge", "train.compute_dtype=bfloat16")
@@ -254,7 +253,6 @@ def test_state_that_does_not_divide_among_all_is_said_before_it_is_compiled(tmp_
     assert not told
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "most"),
     [
@@ -303,7 +301,6 @@ print("agree")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_an_fsdp_of_512_tells_of_2048(tmp_path, plans):
     overrides = ["hardware={topology: trn2-ultraserver, count: 8}", "parallel.fsdp=2048", "model.hidden_size=2048"]

@@ -88,7 +88,6 @@ def test_without_donation_the_state_is_held_twice(tmp_path, overrides):
     assert lengthened.categories["state_out"] == sum(array.bytes_on(longer) for array in kept.state)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
@@ -143,7 +142,6 @@ def test_activations_are_the_inputs_of_layers_with_full_remat(tmp_path):
     assert inputs <= table.saved_activations <= table.categories["activations"]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_without_remat_the_backward_pass_finds_all_it_needs(tmp_path):
     saved = []

@@ -196,7 +196,6 @@ def test_counts():
     assert parse_counts("16,1,4,4") == (1, 4, 16)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_as_typed(tmp_path):
     recipe = str(write_recipe(tmp_path, hardware={"topology": "h100-8"}))

@@ -189,7 +189,6 @@ def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
         assert counted[key] == sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "remat", "shards"),
     [
