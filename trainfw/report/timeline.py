@@ -9,16 +9,6 @@ from xml.sax.saxutils import escape, quoteattr
 
 from trainfw.hardware import duration
 
-STYLE = """
-.lane { display: grid; grid-template-columns: 116px 1fr; align-items: center; margin: 4px 0; font-size: 13px }
-.track { position: relative; height: 26px; border-radius: 4px; overflow: hidden; background: var(--soft) }
-.track i { position: absolute; top: 0; height: 100%; min-width: 1px; font: 600 12px/26px system-ui, sans-serif;
-  color: #fff; text-align: center; overflow: hidden; white-space: nowrap }
-.track i.hidden { opacity: 0.45 } .track i.phase { color: var(--text); box-shadow: inset -1px 0 0 var(--page) }
-.track i.forward { background: var(--line) } .track i.backward { background: var(--phase) }
-.track i.update { background: var(--line) } .track u { position: absolute; top: 0; height: 100%; width: 1px;
-  background: var(--quiet) }
-"""
 _THIN = 1e-3
 """Share of a drawing below which a lane is left out, and half of that a block: neither could be seen."""
 _MOST_TURNS = 64
@@ -32,18 +22,15 @@ def step_lane(timeline: Any) -> Iterator[str]:
     Args:
         timeline: a `trainfw.planning.Timeline`.
     """
-    forward, backward, update = timeline.phases
-    many = timeline.microbatches
-    at = 0.0
-    blocks = []
+    forward, backward, update = (stretch.seconds for stretch in timeline.phases)
+    many, at, blocks = timeline.microbatches, 0.0, []
     if many > _MOST_TURNS:
-        at = many * (forward.seconds + backward.seconds)
-        blocks.append(_phase("backward", f"{many} x (forward, backward)", 0.0, at, timeline.seconds))
-    for turn in range(many if many <= _MOST_TURNS else 0):
-        for stretch, name in ((forward, ""), (backward, str(turn + 1))):
-            blocks.append(_phase(stretch.phase, name, at, stretch.seconds, timeline.seconds))
-            at += stretch.seconds
-    blocks.append(_phase("update", "", at, update.seconds, timeline.seconds))
+        pieces = [("backward", f"{many} x (forward, backward)", many * (forward + backward))]
+    else:
+        pieces = [p for turn in range(many) for p in (("forward", "", forward), ("backward", str(turn + 1), backward))]
+    for phase, name, seconds in [*pieces, ("update", "", update)]:
+        blocks.append(_phase(phase, name, at, seconds, timeline.seconds))
+        at += seconds
     yield _lane("the step", blocks, f"the step: {many} microbatches, and the update")
     yield _ticks(timeline.seconds)
 
