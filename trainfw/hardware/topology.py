@@ -40,6 +40,11 @@ class Dimension:
     """Dotted name of the kind of link, such as `links.neuronlink`: its figures are `<link>.bandwidth`, `.latency`."""
     description: str
 
+    @property
+    def wraps(self) -> bool:
+        """Tell whether a link of its own joins the last place to the first."""
+        return self.kind == "ring" and self.size > 2
+
     def distance(self, a: int, b: int) -> int:
         """Count the hops between two places along it."""
         if self.kind == "ring":
@@ -191,7 +196,7 @@ class Topology:
                 if dim.kind == "switch":
                     if dim.size > 1:
                         yield Link(chip, f"{dim.name} switch {chip - at * stride}", dim.name, dim.bandwidth)
-                elif at + 1 < dim.size or (dim.kind == "ring" and dim.size > 2):
+                elif at + 1 < dim.size or dim.wraps:
                     yield Link(chip, chip + ((at + 1) % dim.size - at) * stride, dim.name, dim.bandwidth)
 
 

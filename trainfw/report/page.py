@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from trainfw.hardware import duration, in_any_unit, in_seconds
 from trainfw.report.svg import topology_svg
-from trainfw.report.text import amount, doubtful_figures
+from trainfw.report.text import doubtful_figures, rate_in_words
 from trainfw.report.timeline import ON_CORES, lanes, step_lane
 from trainfw.report.where import COLOURS, axes_of_dim, kind_in_words
 
@@ -112,8 +112,7 @@ def _links(plan: Any) -> dict[str, Any]:
         shares = [busy[dim.name][name] for name in shown]
         if rest:
             shares.append(sum(busy[dim.name][name] for name in rest))
-        per = {"chip": "core", "ring": "link", "line": "link"}.get(dim.kind, "chip")
-        about = f"{kind_in_words(dim)}, {amount(dim.bandwidth, 'B/s')} a {per}"
+        about = f"{kind_in_words(dim)}, {rate_in_words(dim)}"
         dims.append((dim.name, about, axes_of_dim(plan.placement, dim.name), shares, sum(busy[dim.name].values())))
     return {"heads": [*shown, *([f"{len(rest)} others"] if rest else [])], "dims": dims}
 

@@ -95,7 +95,8 @@ def transfer_seconds(
             case "all-to-all" | "ragged-all-to-all":
                 moved, detour = across, _detour(piece, topology)
             case _:  # a permute goes one way
-                moved, detour = size, 2.0 if _is_ring(piece, topology) else 1.0
+                dim = topology.dim(piece.dim)
+                moved, detour = size, 2.0 if dim.wraps and piece.size == dim.size else 1.0
         levels.append(Level(piece.dim, piece.name, moved, moved * detour / piece.bandwidth / rates[piece.dim]))
         inner *= piece.size
     if transfer.kind in ("collective-permute", "collective-broadcast"):
@@ -128,11 +129,6 @@ def link_utilisation(
 def _efficiency(piece: Piece, topology: Topology) -> float:
     figure = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
     return 1.0 if figure is None else figure.number
-
-
-def _is_ring(piece: Piece, topology: Topology) -> bool:
-    dim = topology.dim(piece.dim)
-    return dim.kind == "ring" and piece.size == dim.size > 2
 
 
 def _detour(piece: Piece, topology: Topology) -> float:
