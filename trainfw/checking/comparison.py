@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trainfw import backends
@@ -15,7 +16,7 @@ from trainfw.checking.compiler import (
     run_compiler,
 )
 from trainfw.checking.compiler_output import Outcome, no_module, read_run
-from trainfw.checking.differences import difference_report, find_differences
+from trainfw.checking.differences import Difference, difference_report, find_differences
 from trainfw.checking.report import Report
 from trainfw.hlo import Exported
 
@@ -24,63 +25,64 @@ if TYPE_CHECKING:
     from trainfw.recipe import Recipe
 
 
+@dataclass(frozen=True)
 class Comparison:
     """Verdicts of neuronx-cc on a recipe's steps, beside those of `check`."""
 
-    def __init__(
-        self,
-        version: str,
-        flags: list[str],
-        report: Report,
-        modules: dict[str, Exported | str],
-        outcomes: dict[str, Outcome],
-    ) -> None:
-        self._version, self._flags, self._report = version, flags, report
-        self._modules, self._outcomes = modules, outcomes
-        self._differences = find_differences(report, outcomes, modules)
-        self.passed = all(outcome.verdict == "passed" for outcome in outcomes.values())
+    version: str
+    flags: list[str]
+    report: Report
+    modules: dict[str, Exported | str]
+    outcomes: dict[str, Outcome]
+
+    @functools.cached_property
+    def differences(self) -> list[Difference]:
+        return find_differences(self.report, self.outcomes, self.modules)
+
+    @property
+    def passed(self) -> bool:
+        return all(outcome.verdict == "passed" for outcome in self.outcomes.values())
 
     def difference_report(self, recipe: Recipe) -> dict[str, object]:
         """Give what `trainfw check --report-difference` writes."""
-        return difference_report(
-            recipe, self._report, self._outcomes, self._modules, version=self._version, flags=self._flags
-        )
+        said = self.report, self.outcomes, self.modules
+        return difference_report(recipe, *said, version=self.version, flags=self.flags)
 
     def to_json(self) -> dict[str, object]:
         """Give plain data, which `trainfw check --compiler --json` adds to the report's, whose `ok` it replaces."""
         return {
-            "ok": self._report.ok and self.passed,
+            "ok": self.report.ok and self.passed,
             "compiler": {
-                "version": self._version,
-                "flags": self._flags,
+                "version": self.version,
+                "flags": self.flags,
                 "ok": self.passed,
-                "verdicts": {name: outcome.verdict for name, outcome in self._outcomes.items()},
-                "findings": [f.to_json() for outcome in self._outcomes.values() for f in outcome.findings],
-                "differences": [asdict(difference) for difference in self._differences],
+                "verdicts": {name: outcome.verdict for name, outcome in self.outcomes.items()},
+                "findings": [f.to_json() for outcome in self.outcomes.values() for f in outcome.findings],
+                "differences": [asdict(difference) for difference in self.differences],
             },
         }
 
     def text(self, expected: str) -> str:
         """Say it as `trainfw check` prints it; `expected` is the version of neuronx-cc in the SDK checked for."""
-        parts = [str(finding) for outcome in self._outcomes.values() for finding in outcome.findings]
-        width = max(map(len, self._outcomes))
+        parts = [str(finding) for outcome in self.outcomes.values() for finding in outcome.findings]
+        width = max(map(len, self.outcomes))
         verdict = "clean" if self.passed else "refused"
-        if not self.passed and not any(outcome.verdict == "refused" for outcome in self._outcomes.values()):
+        if not self.passed and not any(outcome.verdict == "refused" for outcome in self.outcomes.values()):
             verdict = "failed"
-        lines = [f"{name:{width}}  {outcome}" for name, outcome in self._outcomes.items()]
-        if not self._version.startswith(expected):
+        lines = [f"{name:{width}}  {outcome}" for name, outcome in self.outcomes.items()]
+        if not self.version.startswith(expected):
             lines.append(f"(the SDK that was checked for has neuronx-cc {expected})")
-        parts.append("\n".join([f"neuronx-cc {self._version}", *(f"    {line}" for line in lines)]))
-        if self._differences:
-            parts.append("where they differ\n" + "\n".join(f"    {d}" for d in map(_indented, self._differences)))
+        parts.append("\n".join([f"neuronx-cc {self.version}", *(f"    {line}" for line in lines)]))
+        if self.differences:
+            parts.append("where they differ\n" + "\n".join(f"    {d}" for d in map(_indented, self.differences)))
         parts.append(f"{verdict}: neuronx-cc, {self._agreement()}")
         return "\n\n".join(parts)
 
     def _agreement(self) -> str:
-        silent = sorted(n for n, outcome in self._outcomes.items() if outcome.verdict not in ("passed", "refused"))
+        silent = sorted(n for n, outcome in self.outcomes.items() if outcome.verdict not in ("passed", "refused"))
         said = [f"no verdict on {', '.join(silent)}"] if silent else []
-        if self._differences:
-            said.append(f"{len(self._differences)} difference{'s' * (len(self._differences) > 1)} from what check says")
+        if self.differences:
+            said.append(f"{len(self.differences)} difference{'s' * (len(self.differences) > 1)} from what check says")
         return ", ".join(said) or "which agrees with check"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,18 @@ if TYPE_CHECKING:
 
 _LISTED = {
     *("bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8"),
-    *("float8_e5m2", "float8_e4m3", "float8_e3m4"),
+    *("float8_e5m2", "float8_e4m3", "float8_e3m4", "float0"),
 }
+_DTYPES = {
+    "float64": "dtype-f64",
+    "complex.*": "dtype-complex",
+    "u?int64": "dtype-int64",
+    ".*fnuz": "dtype-f8fnuz",
+    "float8_e4m3fn": "dtype-f8e4m3fn",
+    "float4_e2m1fn": "dtype-f4",
+    ".*": "dtype-unlisted",
+}
+"""Form of a dtype that is not listed -> its rule."""
 _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 
@@ -151,22 +162,8 @@ def _read(eqn: core.JaxprEqn) -> Iterator[tuple[str, str]]:
 
 def _dtype(variable: core.Var) -> Iterator[tuple[str, str]]:
     dtype = str(getattr(variable.aval, "dtype", "bool"))
-    rule = None
-    if dtype == "float64":
-        rule = "dtype-f64"
-    elif dtype.startswith("complex"):
-        rule = "dtype-complex"
-    elif dtype in ("int64", "uint64"):
-        rule = "dtype-int64"
-    elif dtype.endswith("fnuz"):
-        rule = "dtype-f8fnuz"
-    elif dtype == "float8_e4m3fn":
-        rule = "dtype-f8e4m3fn"
-    elif dtype == "float4_e2m1fn":
-        rule = "dtype-f4"
-    elif dtype not in _LISTED and "<" not in dtype and dtype != "float0":  # `key<rbg>` is a type of JAX alone
-        rule = "dtype-unlisted"
-    if rule is not None:
+    if dtype not in _LISTED and "<" not in dtype:  # `key<rbg>` is a type of JAX alone
+        rule = next(rule for pattern, rule in _DTYPES.items() if re.fullmatch(pattern, dtype))
         yield rule, f"makes {_shape(variable)}"
 
 

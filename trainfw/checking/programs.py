@@ -291,9 +291,8 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
                 found += read_arguments(reading.arguments)
             memories.append(memory)
         findings += [replace(finding, program=reading.name) for finding in found]
-    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     return Report(
-        hardware=units,
+        hardware=topology.in_words,
         cores=topology.cores,
         sdk=sdk.version if neuron else None,
         findings=merged(on_target(findings, Target.of(topology, sdk))),
@@ -324,7 +323,7 @@ def begin(
             traced = _trace(name, function, arguments, mesh, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
-                finding = Finding("shape-dynamic", _first_line(error), _raised_at(error))
+                finding = Finding("shape-dynamic", first_line(error), _raised_at(error))
                 return lambda: Reading(name, (finding,), None)
             raise
         if neuron and (symbolic := read_symbolic(traced.jaxpr)):
@@ -374,7 +373,7 @@ def _trace(
             if _is_about_shapes(error):
                 raise
             raise UserError(
-                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {_first_line(error)}"
+                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {first_line(error)}"
             ) from error
         traced = getattr(traced, "traced", traced)  # what flax.nnx.jit wraps
         if not isinstance(traced, jax.stages.Traced):
@@ -417,7 +416,7 @@ def _lowered_findings(traced: jax.stages.Traced, name: str, found: set[str]) -> 
     except (NotImplementedError, ValueError) as error:
         if not found & {"control-callback", "control-checkify"}:
             place, origin = place_of_failure(error)
-            failure = [Finding("op-no-lowering", _first_line(error), place, origin=origin)]
+            failure = [Finding("op-no-lowering", first_line(error), place, origin=origin)]
         try:
             lowered = traced.lower(lowering_platforms=("cpu",))
         except (NotImplementedError, ValueError) as other:
@@ -437,7 +436,7 @@ def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | N
             traced.lower(lowering_platforms=("neuron",))
         except (NotImplementedError, ValueError) as other:
             _raise_what_is_wrong_anywhere(name, error, other)
-        return None, _first_line(error)
+        return None, first_line(error)
 
 
 def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
@@ -447,7 +446,7 @@ def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
     try:
         partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return None, _first_line(error)
+        return None, first_line(error)
     if partitioned.compiled is None and not is_partitioned(partitioned.module):
         return None, "XLA gave up before it had partitioned the program"
     return partitioned, ""
@@ -456,7 +455,7 @@ def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
 def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception) -> None:
     """Raise a failure that is the same for two platforms: then it is of the program, not of what one of them lacks."""
     if isinstance(error, ValueError) and type(error) is type(other) and str(error) == str(other):
-        raise UserError(f"{name} cannot be lowered for any device: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be lowered for any device: {first_line(error)}") from error
 
 
 # --- Devices --------------------------------------------------------------------------------------
@@ -514,13 +513,13 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
     def number(version: str) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
-    low, high = sdk.jax
-    if not number(low) <= number(jax.__version__) <= number(high):
-        yield Finding("sdk-version", f"checked with JAX {jax.__version__}; SDK {sdk.version} supports {low} to {high}")
-    low, high = sdk.python
     python = "{}.{}".format(*sys.version_info)
-    if not number(low) <= number(python) <= number(high):
-        yield Finding("sdk-python", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
+    for rule, name, version, (low, high) in (
+        ("sdk-version", "JAX", jax.__version__, sdk.jax),
+        ("sdk-python", "Python", python, sdk.python),
+    ):
+        if not number(low) <= number(version) <= number(high):
+            yield Finding(rule, f"checked with {name} {version}; SDK {sdk.version} supports {low} to {high}")
 
 
 def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
@@ -564,5 +563,5 @@ def _raised_at(error: BaseException) -> Place | None:
     return user_place(reversed(frames))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,14 +67,21 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        where = str(self.place) if self.place else self.op_name or f"{self.program or 'the program'} as a whole"
         times = f" ({self.count} operations)" if self.count > 1 else ""
-        named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
-        note = f"\n    note     {self.note}" if self.note else ""
-        return (
-            f"{self.severity}: {self.rule}: {where}\n    {self.message}{times}{named}\n"
-            f"    rule     {RULES[self.rule].summary}{note}\n    instead  {self.instead}\n    source   {self.source}"
-        )
+        rows = {"rule": RULES[self.rule].summary, "note": self.note, "instead": self.instead, "source": self.source}
+        return finding_text(self, self.severity, f"{self.message}{times}", rows)
+
+
+def finding_text(finding: Any, severity: str, message: str, rows: Mapping[str, str]) -> str:
+    """Lay out a finding of `check` or of the compiler: where it is, what is there, and further rows that say something.
+
+    Args:
+        finding: has `rule`, `place`, `op_name` and `program`.
+    """
+    place, name, whole = finding.place, finding.op_name, finding.program or "the program"
+    rows = {"in": name if place else "", **rows}
+    head = f"{severity}: {finding.rule}: {place or name or f'{whole} as a whole'}"
+    return "\n".join([head, f"    {message}", *(f"    {key:8} {text}" for key, text in rows.items() if text)])
 
 
 @dataclass(frozen=True)

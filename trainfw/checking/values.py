@@ -167,16 +167,12 @@ def _computed(op: Any, ranges: list[Range]) -> Range | None:
 
 def _compared(direction: str, left: Range, right: Range) -> bool | None:
     """Compare where the result is the same for all elements; None where it is not."""
-    match direction:
-        case "LT":
-            return True if left.high < right.low else False if left.low >= right.high else None
-        case "GE":
-            return True if left.low >= right.high else False if left.high < right.low else None
-        case "GT":
-            return True if left.low > right.high else False if left.high <= right.low else None
-        case "LE":
-            return True if left.high <= right.low else False if left.low > right.high else None
-    return None
+    if direction in ("GT", "LE"):
+        left, right = right, left
+    below = True if left.high < right.low else False if left.low >= right.high else None
+    if below is None or direction not in ("LT", "GT", "LE", "GE"):
+        return None
+    return below if direction in ("LT", "GT") else not below
 
 
 def _constant_range(op: Any) -> Range | None:
@@ -211,10 +207,7 @@ def terminator(region: Any) -> Any:
 
 def argument_of(value: Any, region: Any) -> int | None:
     """Find which argument of a region's block a value is; None for none."""
-    for number, argument in enumerate(region.blocks[0].arguments):
-        if argument == value:
-            return number
-    return None
+    return next((number for number, own in enumerate(region.blocks[0].arguments) if own == value), None)
 
 
 def _returned(call: Any, value: Any) -> Any:
