@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
 from trainfw.backends import ATTENDED, ROTATED
-from trainfw.errors import UserError, did_you_mean
 from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
 from trainfw.models.common.layers import PRODUCT, Linear, gather_weights
 from trainfw.models.family import ModelOptions, Remat
@@ -125,12 +124,6 @@ def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs, *
     return nnx.merge(graphdef, stacked)
 
 
-def check_remat(remat: str) -> None:
-    """Raises UserError for a policy that does not exist."""
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, REMAT_POLICIES)}")
-
-
 def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
     """`step`, recomputed in the backward pass as `remat` says; weights are gathered again whatever it says."""
     rules = active_rules()
@@ -224,9 +217,6 @@ def run_stack(
         x, rest_outs = unrolled(x, rest, kinds[groups * period :])
         outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
     return x, outs
-
-
-# --- A model's layers, wherever they lie ---------------------------------------------------------
 
 
 @dataclass(frozen=True)

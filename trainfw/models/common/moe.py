@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainfw.backends import Backend
 from trainfw.models.common.layers import MLP, PRODUCT, Linear, adapted_product, gate_with, normal
 from trainfw.models.common.top_k import choose_top_k, top_k_problem
 from trainfw.models.decoder.config import ModelConfig, MoEConfig
+from trainfw.models.layer_shapes import Experts
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -83,6 +84,9 @@ def routing_problem(config: ModelConfig, backend: Backend) -> str | None:
     return None if config.moe is None else top_k_problem(config.moe.experts_per_token, backend)
 
 
+_expert_product = functools.partial(jnp.einsum, "eni,eio->eno")
+
+
 class ExpertLinear(nnx.Module):
     """The kernels (E, in, out) of one linear map in every expert, f32."""
 
@@ -97,10 +101,6 @@ class ExpertLinear(nnx.Module):
         if sizes_E is None:
             return adapted_product(self, _expert_product, x)
         return adapted_product(self, jax.lax.ragged_dot, x, sizes_E)
-
-
-def _expert_product(x_Eni: jax.Array, w_Eio: jax.Array) -> jax.Array:
-    return jnp.einsum("eni,eio->eno", x_Eni, w_Eio)
 
 
 class MoE(nnx.Module):
@@ -206,8 +206,9 @@ class MoE(nnx.Module):
         `expert` of E * C rows each way.
         """
         T, D = x_TD.shape
-        E, devices = self.config.num_experts, axis_size("expert")
-        C = capacity(self.config, T)
+        config, devices = self.config, axis_size("expert")
+        E = config.num_experts
+        C = Experts(E, config.experts_per_token, config.capacity_factor).slots(T)
         slots_TK, tokens_EC, choices_EC = assign_slots(experts_TK, E, C)
         rows = take_rows(x_TD, tokens_EC.reshape(-1), slots_TK)
         x_ECD = all_to_all(rows.reshape(E, C, D), "expert", 0, 1)
@@ -244,12 +245,6 @@ class MoE(nnx.Module):
         y_ND = self.down(hidden_NF, sizes_E)
         y_TD = weigh(take_rows(y_ND, place_N, choices_N[:, None]), weights_TK)
         return reduce_scatter(y_TD, "expert", 0)
-
-
-def capacity(config: MoEConfig, tokens: int) -> int:
-    """C: slots of every expert for the choices of `tokens` tokens."""
-    needed = tokens * config.experts_per_token / config.num_experts * config.capacity_factor
-    return min(max(math.ceil(needed), 1), tokens)
 
 
 def weigh(rows_ND: jax.Array, weights_TK: jax.Array) -> jax.Array:
