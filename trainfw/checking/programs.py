@@ -349,9 +349,6 @@ def begin(
     return finish
 
 
-# --- Tracing, lowering, partitioning --------------------------------------------------------------
-
-
 def _trace(
     name: str,
     function: jax.stages.Wrapped,
@@ -440,7 +437,6 @@ def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | N
 
 
 def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
-    """Partition the program, or say why XLA cannot build it for a CPU."""
     import jax
 
     try:
@@ -458,11 +454,7 @@ def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception)
         raise UserError(f"{name} cannot be lowered for any device: {first_line(error)}") from error
 
 
-# --- Devices --------------------------------------------------------------------------------------
-
-
 def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
-    """Return the device of each partition."""
     import jax
 
     count = partitioned.module.num_partitions
@@ -481,7 +473,6 @@ def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.shar
 def _mesh_of(
     devices: list[jax.Device], partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh | None:
-    """Make a mesh of these devices in their order, after whose axes groups can be named."""
     import jax
 
     compiled = partitioned.compiled
@@ -539,7 +530,6 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
 
 
 def _leaves(traced: jax.stages.Traced, arguments: tuple[object, ...]) -> list[jax.ShapeDtypeStruct]:
-    """Return the arrays among the arguments, in the order in which the compiled function takes them."""
     import jax
 
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]

@@ -77,7 +77,6 @@ def _inside(op: ir.Operation) -> Iterator[ir.Operation]:
 
 
 def _location(location: Any) -> tuple[list[Place], str]:
-    """Return the stack frames of an operation, innermost first, and its name."""
     frames: list[Place] = []
     name = ""
     left = [location]
@@ -155,7 +154,6 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 
 
 def _read_split(op: ir.Operation) -> Iterator[tuple[str, str]]:
-    """Read the rules on operations that a partitioner has to split over several cores."""
     if op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):
         yield "gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"
 
@@ -210,7 +208,6 @@ def _read_custom_call(op: ir.Operation) -> Iterator[tuple[str, str]]:
 
 
 def _form_problem(target: str, op: ir.Operation) -> str:
-    """Say what neuronx-cc refuses of a microscaling call's form; empty for nothing."""
     count = 1 if target == "QuantizeMX" else 4
     if len(op.operands) != count:
         return f"with {len(op.operands)} arrays; expected {count}"
@@ -225,7 +222,6 @@ def _form_problem(target: str, op: ir.Operation) -> str:
 
 
 def _quantize_problem(op: ir.Operation) -> str:
-    """Say what is refused of a QuantizeMX that has one operand."""
     if len(op.results) != 2:
         return f"with {len(op.results)} results; expected 2"
     source, quantized = op.operands[0], op.results[0]
@@ -248,9 +244,6 @@ def _quantized_dim(op: Any) -> int:
             return int(op.attributes["mhlo.backend_config"]["dim"].value)
         return int(json.loads(op.attributes["backend_config"].value)["dim"])
     return -1
-
-
-# --- Operations ----------------------------------------------------------------------------------
 
 
 def _reduces(op: Any) -> bool:
@@ -284,7 +277,6 @@ def _large(op: Any, attribute: str) -> list[int]:
 
 
 def _trip_count(op: Any, arguments: Arguments) -> int | None:
-    """Count the trips of a `stablehlo.while`, where they are known when compiling."""
     condition, body = op.regions
     test, update = owner_of(terminator(condition).operands[0]), terminator(body)
     if test is None or test.name != "stablehlo.compare":
@@ -310,9 +302,6 @@ def _trip_count(op: Any, arguments: Arguments) -> int | None:
     if limit is None or start is None or step is None:
         return None
     return count_trips(start, limit, step, direction)
-
-
-# --- Values --------------------------------------------------------------------------------------
 
 
 def _constant(value: Any) -> float | None:
@@ -352,7 +341,6 @@ def _bits(value: ir.Value) -> int:
 
 
 def _dims(op: ir.Operation, name: str) -> list[int]:
-    """Read a list of dims in a gather's or scatter's numbers."""
     from jaxlib.mlir.dialects import stablehlo
 
     if op.name == "stablehlo.gather":

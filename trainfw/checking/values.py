@@ -65,9 +65,6 @@ def forget() -> None:
     range_of.cache_clear()
 
 
-# --- Scalars --------------------------------------------------------------------------------------
-
-
 @functools.cache  # a value may be reached in many ways
 def integer_of(value: Any, arguments: Arguments) -> int | None:
     """Compute the value of an integer scalar; None where it is not known when compiling.
@@ -106,9 +103,6 @@ def integer_of(value: Any, arguments: Arguments) -> int | None:
         branch = op.regions[min(max(index, 0), len(op.regions) - 1)]
         return integer_of(terminator(branch).operands[0], arguments)
     return None
-
-
-# --- Arrays ---------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -189,9 +183,6 @@ def _constant_range(op: Any) -> Range | None:
         return None
     numbers = [int(elements[i]) for i in range(len(elements))]
     return Range(min(numbers), max(numbers), False)
-
-
-# --- The graph ------------------------------------------------------------------------------------
 
 
 def owner_of(value: Any) -> Any | None:

@@ -104,8 +104,6 @@ class Figure(Claim):
 
 
 def _of(expected: str) -> AfterValidator:
-    """Refuse figures of another dimension."""
-
     def check(figure: Figure) -> Figure:
         if parsed(figure.value)[1] != expected:
             invalid("value", f"{figure.value!r}: expected {expected}{units(expected)}")

@@ -282,7 +282,6 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
 
 
 def _check_range(name: str, chip: ChipFile) -> None:
-    """Raise UserError where a chip's efficiency is not in its own range."""
     value, around = chip.matmul_efficiency, chip.matmul_efficiency_range
     if around is None or (value is not None and around.low <= value.number <= around.high):
         return
@@ -366,7 +365,6 @@ def _read_topology(name: str) -> dict[str, Any]:
 
 
 def _figures(tree: Figure | dict[str, Any] | BaseModel, prefix: str = "") -> Iterator[tuple[str, Figure]]:
-    """List every Figure in a tree of models and dicts, by dotted name."""
     if isinstance(tree, Figure):
         yield prefix, tree
     elif isinstance(tree, dict | BaseModel):

@@ -321,9 +321,6 @@ def _among_stages(own: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)
 
 
-# --- Weights gathered a layer ahead --------------------------------------------------------------
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _prefetched(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
@@ -421,7 +418,6 @@ def _room(num_layers: int, one: Any) -> Any:
 
 
 def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
-    """The first `at` layers and the others."""
     # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
     leaves, tree = jax.tree.flatten(stacked)
     cut = [jax.lax.split(leaf, (at, leaf.shape[0] - at)) for leaf in leaves]

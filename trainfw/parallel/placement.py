@@ -252,9 +252,6 @@ def _covered(topology: Topology, axis: str, group: list[int]) -> tuple[Piece, ..
     return tuple(pieces)
 
 
-# The search -------------------------------------------------------------------------------------------------------
-
-
 def _assignments(
     topology: Topology, layout: Layout, promising: Callable[[Assignment], bool] = lambda part: True
 ) -> Iterator[Assignment]:
@@ -401,9 +398,6 @@ def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
     return dim.bandwidth if dim.kind == "chip" else dim.bandwidth * links / hops / topology.cores_per_chip
 
 
-# The order --------------------------------------------------------------------------------------------------------
-
-
 def _order(
     topology: Topology,
     layout: Layout,
@@ -476,9 +470,6 @@ def _closed(topology: Topology, groups: np.ndarray) -> bool:
     chips = groups // topology.cores_per_chip
     pairs = {(int(a), int(b)) for row in chips for a, b in zip(row, [*row[1:], row[0]], strict=True)}
     return all(topology.chip_distance(a, b) <= 1 for a, b in pairs)
-
-
-# When there is none -------------------------------------------------------------------------------------------------
 
 
 def _no_order(topology: Topology, layout: Layout) -> str:

@@ -229,7 +229,6 @@ _ring.defvjp(_forward, _backward)
 
 
 def _attend(form: _Form, sums: _Sums, query: _Queries, key: _Keys) -> _Sums:
-    """Add these queries' products with these keys to the sums."""
     sums, query = _in_turn(sums, query)
     highest, total, values = sums
     scores = _mask(form, query, key, _product("bskgh,btkh->bkgst", query[0], key[0]))
@@ -253,7 +252,6 @@ def _gradients(form: _Form, query: Any, key: _Keys) -> tuple[jax.Array, tuple[ja
 
 
 def _mask(form: _Form, query: _Queries, key: _Keys, products: jax.Array) -> jax.Array:
-    """Compute the scores of queries and keys."""
     scores = products * form.scale
     if form.softcap is not None:
         scores = form.softcap * jnp.tanh(scores / form.softcap)

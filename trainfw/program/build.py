@@ -176,7 +176,6 @@ def _state(
 
 
 def _batch(place: Fit, schema: Schema) -> Batch:
-    """Return the abstract arrays of a global batch."""
     arrays = {}
     for name, field in schema.fields.items():
         shape = schema.shape(name)

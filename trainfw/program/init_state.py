@@ -132,7 +132,6 @@ def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: 
 
 
 def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
-    """The adapter of `adapter.from`."""
     arrays = _fitting_adapter(recipe, abstract)
 
     def placed(name: str, like: Any) -> jax.Array:

@@ -67,7 +67,6 @@ class Update:
         return TrainState(state.step + 1, updated, opt_state, state.rng, state.frozen, guard), metrics
 
     def _judged(self, metrics: Metrics, guard: Any) -> tuple[jax.Array, Any]:
-        """Return (whether the step is bad, the guard after it)."""
         values = jnp.stack([metrics["loss"].total / metrics["loss"].count, metrics["grad_norm"].total])
         bad = ~jnp.all(jnp.isfinite(values))
         if "update_norm" in metrics:

@@ -31,7 +31,6 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
     inside: list[str] = []
 
     def contents(level: int, place: int) -> list[Line]:
-        """Return the text of a box: its name, its cores, and their places along the axes."""
         chips = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
         cores = range(place * chips * topology.cores_per_chip, (place + 1) * chips * topology.cores_per_chip)
         held = levels[level] if levels else []
@@ -43,7 +42,6 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         ]
 
     def style(dim: Dimension, stride: int, a: int, b: int) -> str:
-        """Choose the colour of the link between places `a` and `b` of a level, each of `stride` chips."""
         if placement is None:
             return ""
         axes = axes_between(placement, positions, a * stride, b * stride)

@@ -263,7 +263,6 @@ class _Picture:
             return left + chip % row * pitch
 
         def top(rack: int) -> float:
-            """Return the top of the chips of a rack."""
             start = y + rack * (deep + apart)
             mirrored = rack % 2 and two
             return start + ((short_port + bar) if mirrored else (bar + long_port))

@@ -147,16 +147,13 @@ def _detour(piece: Piece, topology: Topology) -> float:
 
 def _latency(kind: str, size: float, pieces: list[Piece], topology: Topology) -> tuple[float, str]:
     """(seconds, algorithms): a stage inside the instance and one outside it, twice for an all-reduce."""
-    inside = [piece for piece in pieces if topology.dim(piece.dim).inside_instance]
-    outside = [piece for piece in pieces if not topology.dim(piece.dim).inside_instance]
     seconds, names = 0.0, []
-    for stage in (inside, outside):
-        if not stage:
-            continue
-        name, hops = _algorithm(kind, size, stage, topology, inside=stage is inside)
-        rounds = 2 if kind == "all-reduce" else 1
-        seconds += rounds * hops * max(piece.latency for piece in stage)
-        names.append(name)
+    for inside in (True, False):
+        if stage := [piece for piece in pieces if topology.dim(piece.dim).inside_instance == inside]:
+            name, hops = _algorithm(kind, size, stage, topology, inside=inside)
+            rounds = 2 if kind == "all-reduce" else 1
+            seconds += rounds * hops * max(piece.latency for piece in stage)
+            names.append(name)
     return seconds, " + ".join(names)
 
 
@@ -185,6 +182,24 @@ def _algorithm(kind: str, size: float, pieces: list[Piece], topology: Topology, 
     if in_chip == topology.cores_per_chip > 1:
         return "KangaRing", ranks // 2
     return "Ring", ranks - 1
+
+
+def transfers_json(
+    transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False
+) -> list[dict[str, object]]:
+    """Give collectives as plain data, with the phase of a step that each is in."""
+    return [
+        {
+            **({"phase": transfer.phase} if phases else {}),
+            "kind": transfer.kind,
+            "axes": list(transfer.axes),
+            "dtype": transfer.dtype,
+            "bytes": transfer.bytes,
+            "times": transfer.times,
+            "seconds": taken.seconds,
+        }
+        for transfer, taken in transfers
+    ]
 
 
 def transfer_lines(transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False) -> Iterator[str]:

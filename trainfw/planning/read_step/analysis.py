@@ -235,7 +235,6 @@ def check_rates(recipe: Recipe, topology: Topology) -> None:
 
 
 def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
-    """Raise UserError where a program for `simulated` would not tell of `layout`."""
     if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
     if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
@@ -400,7 +399,6 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
 
 
 def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
-    """A collective, once."""
     kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
     # Some groups are parts of an axis, such as of cores that share a head of keys and values.
     axes = collective.axes(mesh) or collective.spanned(mesh)
@@ -408,7 +406,6 @@ def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
 
 
 def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
-    """A dot, once."""
     left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
 
     def size(shape: tuple[int, ...], key: str) -> int:

@@ -297,7 +297,6 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
 
 
 def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
-    """List the mesh axes of each dim of a PartitionSpec."""
     return tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec)
 
 
@@ -497,7 +496,6 @@ class _Known:
 
 
 def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
-    """Name the dims of every parameter, in the order of the state's leaves."""
     import jax
     from flax import nnx
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trainfw.parallel import Layout
@@ -91,7 +91,7 @@ class Spares:
     """Share of time in which enough units work; without, the job waits for a repair."""
     goodput: float
     """Share of the wall time that trains, with the suggested checkpoints."""
-    per_unit: float
+    goodput_per_rented_chip: float
     """`goodput`, times units needed over units rented."""
 
 
@@ -133,7 +133,7 @@ class Goodput:
     @property
     def best(self) -> Spares:
         """Return the row whose spares give most work a rented unit."""
-        return max(self.spares, key=lambda spares: spares.per_unit)
+        return max(self.spares, key=lambda spares: spares.goodput_per_rented_chip)
 
     @property
     def first_spare(self) -> float:
@@ -163,15 +163,7 @@ class Goodput:
             "suggested_checkpoint_every": self.suggested,
             "goodput_at_suggested": self.goodput_suggested,
             "units_down": self.down,
-            "spares": [
-                {
-                    "spares": option.spares,
-                    "availability": option.availability,
-                    "goodput": option.goodput,
-                    "goodput_per_rented_chip": option.per_unit,
-                }
-                for option in self.spares
-            ],
+            "spares": [asdict(option) for option in self.spares],
             "best_spares": self.best.spares,
             "first_spare_gain": self.first_spare,
         }

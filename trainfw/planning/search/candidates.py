@@ -197,7 +197,6 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
 
 
 def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, object]]:
-    """List the settings of `fsdp_shards` that may fit."""
     if layout.fsdp == 1:  # nothing is split
         yield {}
         return
@@ -208,7 +207,6 @@ def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict
 
 
 def _room(topology: Topology) -> float:
-    """Return the bytes that an estimate may take."""
     return math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
 
 
@@ -257,7 +255,6 @@ def _reason(error: UserError) -> str:
 
 
 def _devices(recipe: Recipe, layout: Layout) -> int:
-    """Count the devices that are simulated to compile it."""
     return math.prod(simulated_recipe(recipe, layout)[1].sizes.values())
 
 

@@ -216,7 +216,6 @@ def _capacity(survey: Survey) -> float:
 
 
 def _fits(made: Plan, room: float = 1.0) -> bool:
-    """Tell whether a plan takes no more than `room` of a core's memory."""
     capacity = made.memory.capacity
     return capacity is None or made.memory.total <= room * capacity
 
