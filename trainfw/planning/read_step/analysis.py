@@ -133,17 +133,9 @@ class Analysis:
     def flops(self) -> float:
         return sum(matmul.flops for matmul in self.matmuls)
 
-    @property
-    def streamed_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed)
-
-    @property
-    def attention_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "attention")
-
-    @property
-    def update_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "update")
+    def streamed_bytes(self, kind: StreamedKind | None = None) -> float:
+        """Sum up what passes through memory, of one kind or of all."""
+        return sum(streamed.bytes for streamed in self.streamed if kind in (None, streamed.kind))
 
 
 def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SIMULATED) -> tuple[Recipe, Layout]:
@@ -152,8 +144,7 @@ def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SI
     At most `REPLICAS` along `data`, and where that is still more than `most` devices, a shorter `fsdp` too. Both
     axes share out the batch, so a core's rows, and with them its products and activations, stay as they are.
     """
-    data = math.gcd(layout.data, REPLICAS) if layout.data > 1 else 1
-    data = data if data > 1 else layout.data
+    data = REPLICAS if layout.data % REPLICAS == 0 else layout.data
     fsdp = layout.fsdp
     while fsdp % 2 == 0 and fsdp > 2 and math.prod((layout.sizes | {"data": data, "fsdp": fsdp}).values()) > most:
         fsdp //= 2
@@ -218,20 +209,14 @@ def simulated_cores(recipe: Recipe) -> int:
 
 def check_rates(recipe: Recipe, topology: Topology) -> None:
     """Raise UserError where `topology` lacks a rate without which no step of `recipe` has a time."""
-    dtype = recipe.train.compute_dtype
-    known = {
-        f"chip.peak_flops.{dtype}": topology.peak_flops(dtype),
-        "chip.hbm_bandwidth": topology.hbm_bandwidth,
-    }
-    if missing := [key for key, rate in known.items() if rate is None]:
+    missing = [f"chip.peak_flops.{recipe.train.compute_dtype}", "chip.hbm_bandwidth"]
+    if missing := [key for key in missing if key not in topology.figures]:
         how = (
             "; measure this machine's with `python benchmarks/machine.py --hardware mine.yaml` and plan for "
             "hardware.topology=mine.yaml"
         )
-        raise recipe.error(
-            "hardware.topology",
-            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if topology.is_cpu else ''}",
-        )
+        why = f"a plan needs rates, and no source gives its {' and '.join(missing)}{how * topology.is_cpu}"
+        raise recipe.error("hardware.topology", why)
 
 
 def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
@@ -340,13 +325,15 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         )
         for phase, name in _loops(module, work).items()
     )
+    in_loss = any(is_within(instruction.op_name, LOSS) for instruction, _ in module.instructions())
     return Analysis(
         layout=layout,
         matmuls=tuple(replace(matmul, times=times) for matmul, times in matmuls.items()),
         transfers=tuple(replace(transfer, times=times) for transfer, times in transfers.items()),
         streamed=tuple(replace(piece, bytes=float(size)) for piece, size in streamed.items()),
         loops=tuple(loops),
-        unrecognised=_unrecognised(module, scores),
+        # Without these scopes a part of the program is taken for something else.
+        unrecognised=(*[ATTENTION] * (not scores), *[LOSS] * (not in_loss)),
     )
 
 
@@ -434,23 +421,11 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
 
 def _scores(module: Module) -> set[int]:
     """Return the numbers of elements that attention scores have, on one device."""
-    sizes = set()
-    for name in module.times:
-        computation = module.computations[name]
-        for dot in computation.instructions.values():
-            if dot.opcode == "dot" and (product := _matmul(computation, dot, "forward")).attention:
-                m, n, k = product.m, product.n, product.k
-                sizes.add(product.batch * max(m * k, n * k, m * n))
-    return sizes
-
-
-def _unrecognised(module: Module, scores: set[int]) -> tuple[str, ...]:
-    """List the scopes without which the analysis takes a part of the program for something else."""
-    in_loss = any(
-        is_within(i.op_name, LOSS) for name in module.times for i in module.computations[name].instructions.values()
-    )
-    found = {ATTENTION: bool(scores), LOSS: in_loss}
-    return tuple(scope for scope, present in found.items() if not present)
+    computations = [module.computations[name] for name in module.times]
+    products = [
+        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
+    ]
+    return {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}
 
 
 _FREE = {
@@ -489,15 +464,15 @@ def _streamed(
     # Forward and backward are under jax.grad, but for the zeros that they start from.
     whole: StreamedKind = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
     if instruction.opcode == "dynamic-update-slice":  # in place
-        part = _shape_bytes(computation, instruction.operands[1])
+        written = computation.instructions.get(instruction.operands[1].partition("#")[0])
+        part = 0 if written is None else written.bytes
         found[whole] = 2 * part
         return found, part
-    arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
+    arrays = [instruction, *(computation.instructions[name] for name in _reads(computation, instruction))]
     for array in arrays:
-        if array is not None:
-            of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
-            found["attention" if of_scores and whole == "model" else whole] += array.bytes
-    return found, max((array.bytes for array in arrays if array is not None), default=0)
+        of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
+        found["attention" if of_scores and whole == "model" else whole] += array.bytes
+    return found, max(array.bytes for array in arrays)
 
 
 def _written(computation: Computation, instruction: Instruction) -> bool:
@@ -543,17 +518,8 @@ def _reads(computation: Computation, instruction: Instruction) -> set[str]:
         seen.add(name)
         if operand.opcode in ("constant", "iota"):
             continue
-        if (
-            operand.opcode in ("slice", "dynamic-slice")
-            or operand.opcode not in _FUSED
-            or _written(computation, operand)
-        ):
+        if operand.opcode in ("slice", "dynamic-slice") or _written(computation, operand):
             found.add(name)
         else:
             pending.extend(operand.operands)
     return found
-
-
-def _shape_bytes(computation: Computation, name: str) -> int:
-    operand = computation.instructions.get(name.partition("#")[0])
-    return 0 if operand is None else operand.bytes

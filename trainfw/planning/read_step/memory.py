@@ -134,11 +134,6 @@ class MemoryTable:
         return self.compiled_temporaries - self.corrected_bytes
 
     @property
-    def saved_activations(self) -> int:
-        """Sum of the activations that the forward pass leaves for the backward pass."""
-        return sum(value.bytes for value in self.largest if value.saved and value.category == "activations")
-
-    @property
     def headroom(self) -> int | None:
         """Subtract the total from the capacity; less than zero where the step does not fit."""
         return None if self.capacity is None else self.capacity - self.total
@@ -168,20 +163,16 @@ class MemoryTable:
         if "state_out" in sizes:
             sizes["state_out"] = sum(array.bytes_on(layout) for array in self.state)
             compiled += sizes["state_out"] - self.categories["state_out"]
+        exact = replace(self, categories=sizes, arguments=arguments, compiled_temporaries=compiled)
         times = layout.fsdp // simulated.fsdp
         if times == 1:
-            return replace(self, categories=sizes, arguments=arguments, compiled_temporaries=compiled)
-        largest = []
-        saved = 0
-        for value in self.largest:
-            less = value.bytes - value.bytes // times if value.shard else 0
-            sizes[value.category] -= less
-            saved += less
-            largest.append(replace(value, bytes=value.bytes - less))
+            return exact
+        largest = [replace(value, bytes=value.bytes // times) if value.shard else value for value in self.largest]
+        for value, shorter in zip(self.largest, largest, strict=True):
+            sizes[value.category] -= value.bytes - shorter.bytes
+        saved = sum(value.bytes for value in self.largest) - sum(value.bytes for value in largest)
         return replace(
-            self,
-            categories=sizes,
-            arguments=arguments,
+            exact,
             compiled_temporaries=compiled - saved,
             largest=tuple(sorted(largest, key=lambda value: -value.bytes)),
             note=f"Compiled for fsdp({simulated.fsdp}), {times} times shorter: state is exact, and shards of weights "
@@ -310,11 +301,8 @@ def _occupied(assignment: Assignment) -> int:
 
 
 def _running(change: Mapping[int, int]) -> dict[int, int]:
-    total, at = 0, {}
-    for time in sorted(change):
-        total += change[time]
-        at[time] = total
-    return at
+    times = sorted(change)
+    return dict(zip(times, itertools.accumulate(change[time] for time in times)))
 
 
 def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int, tuple[Held, ...]]:
@@ -340,9 +328,8 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
         last = max(buffer.until for buffer, _ in sized)
         for buffer, _ in sized:
             places[buffer.offset, buffer.bytes].append((buffer.start, last))
-        times = sorted({time for buffer, _ in sized for time in (buffer.start, buffer.end + 1)})
         before = 0
-        for time in times:
+        for time in sorted({time for buffer, _ in sized for time in (buffer.start, buffer.end + 1)}):
             size = max((size for buffer, size in sized if buffer.start <= time <= buffer.end), default=0)
             change[time] += size - before
             before = size

@@ -10,8 +10,8 @@ little again, and the unrolled form of the best.
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -152,16 +152,17 @@ def search_layouts(
         scan = candidate.recipe.train.scan_layers
         took[scan] = max(took.get(scan, 0.0), time.monotonic() - begun)
         plans.append((candidate, made))
-        unfit = _unfit(made)
-        said = f" ({unfit})" if unfit else ""
-        progress(f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{said}")
+        progress(
+            f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{_unfit(made, ' ({})')}"
+        )
         return made
+
+    same = operator.attrgetter("remat", "scan_layers")
 
     def hopeless(candidate: Candidate) -> bool:
         return any(
             not _fits(made, ROOM)
-            and other.recipe.train.remat == candidate.recipe.train.remat
-            and other.recipe.train.scan_layers == candidate.recipe.train.scan_layers
+            and same(other.recipe.train) == same(candidate.recipe.train)
             and other.estimate.memory <= candidate.estimate.memory
             for other, made in plans
         )
@@ -220,17 +221,17 @@ def _fits(made: Plan, room: float = 1.0) -> bool:
     return capacity is None or made.memory.total <= room * capacity
 
 
-def _unfit(made: Plan) -> str:
-    """Why it cannot win; nothing where it can."""
+def _unfit(made: Plan, form: str) -> str:
+    """Why it cannot win, in this form; nothing where it can."""
     if _fits(made, ROOM):
         return ""
-    return f"fits, with less than {1 - ROOM:.0%} to spare" if _fits(made) else "does not fit"
+    return form.format(f"fits, with less than {1 - ROOM:.0%} to spare" if _fits(made) else "does not fit")
 
 
 def _lines(found: Found) -> Iterator[str]:
     survey = found.survey
-    units = f"{survey.topology.count} x {survey.topology.name}" if survey.topology.count > 1 else survey.topology.name
-    yield f"{survey.recipe.name} on {units}: {survey.topology.cores:,} cores, global batch and data as the recipe says"
+    cores = f"{survey.topology.in_words}: {survey.topology.cores:,} cores"
+    yield f"{survey.recipe.name} on {cores}, global batch and data as the recipe says"
     yield (
         f"{survey.legal:,} legal candidates (layout, sharding, microbatches, remat, stack), "
         f"estimated in {survey.seconds:.1f} s by formula; {len(found.plans)} compiled"
@@ -253,18 +254,15 @@ def _lines(found: Found) -> Iterator[str]:
     yield ""
     yield f"    {'step':>8}  {'est.':>8}  {'GiB/core':>8}  {'est.':>6}  what it changes"
     front = found.pareto
-    rows = [("pareto", pair) for pair in front] + [
-        ("", pair) for pair in found.plans if all(pair[1] is not made for _, made in front)
-    ]
-    for group, pairs in itertools.groupby(rows, key=lambda row: row[0]):
-        yield "the Pareto set of step time and memory" if group else "compiled too"
-        for _, (candidate, made) in pairs:
+    rest = [pair for pair in found.plans if all(pair[1] is not made for _, made in front)]
+    for title, pairs in (("the Pareto set of step time and memory", front), ("compiled too", rest)):
+        if pairs:
+            yield title
+        for candidate, made in pairs:
             mark = "*" if found.winner is not None and made is found.winner[1] else " "
             size = f"{made.memory.total / 2**30:8.2f}  {candidate.estimate.memory / 2**30:6.1f}"
-            unfit = _unfit(made)
-            said = f"  ({unfit})" if unfit else ""
             speed = f"{made.time.seconds:8.4g}  {candidate.estimate.seconds:8.4g}"
-            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{said}"
+            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{_unfit(made, '  ({})')}"
     yield ""
     if found.winner is None:
         yield f"nothing that was compiled fits in memory with {1 - ROOM:.0%} to spare: no winner"
@@ -276,14 +274,10 @@ def _lines(found: Found) -> Iterator[str]:
         yield f"  the run: {made.chip_hours:,.0f} chip-hours{price} (hardware stays, so cost follows step time)"
     if found.own is not None and found.own is not made:
         seconds, saved = found.own.time.seconds, found.own.memory.total - made.memory.total
-        unfit = _unfit(found.own)
-        said = f"; the recipe as it is {unfit}" if unfit else ""
-        faster = "less" if made.time.seconds < seconds else "more"
-        yield (
-            f"  {abs(1 - made.time.seconds / seconds):.1%} {faster} time a step "
-            f"than the recipe as it is ({seconds:.4g} s), "
-            f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'} a core{said}"
-        )
+        time_saved = f"{abs(1 - made.time.seconds / seconds):.1%} {'less' if made.time.seconds < seconds else 'more'}"
+        memory_saved = f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'}"
+        said = _unfit(found.own, "; the recipe as it is {}")
+        yield f"  {time_saved} time a step than the recipe as it is ({seconds:.4g} s), {memory_saved} a core{said}"
 
 
 def _changes(survey: Survey, candidate: Candidate) -> str:
