@@ -49,9 +49,10 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bo
         return False
     candidate, made = found.winner
     recipe = candidate.recipe.model_copy(update={"name": f"{found.survey.recipe.name}-planned"})
-    original, base = load_recipe(source), find_recipe(source).resolve()
-    tree: dict[str, Any] = {"extends": _path_from(file, base), "name": recipe.name}
-    before, chosen = original.model_dump(), settings(recipe)
+    here, base = file.resolve().parent, find_recipe(source).resolve()
+    extends = str(base.relative_to(here) if base.is_relative_to(here) else base)
+    tree: dict[str, Any] = {"extends": extends, "name": recipe.name}
+    before, chosen = load_recipe(source).model_dump(), settings(recipe)
     for section, values in recipe.model_dump().items():
         if not isinstance(values, dict):
             continue
@@ -79,9 +80,3 @@ def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bo
     if not same:
         write_text(file, head + recipe.to_yaml())
     return True
-
-
-def _path_from(file: Path, base: Path) -> str:
-    """`base` as `file` names it: relative where it lies beside or below."""
-    here = file.resolve().parent
-    return str(base.relative_to(here)) if base.is_relative_to(here) else str(base)
