@@ -11,7 +11,6 @@ from .objective import Objective as Objective
 from .objective import Sums as Sums
 from .objective import metrics_of as metrics_of
 from .preference import Preference as Preference
-from .registry import TokenOptions as TokenOptions
 from .registry import check_objective as check_objective
 from .registry import make_objective as make_objective
 from .schema import Field as Field

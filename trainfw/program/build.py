@@ -14,7 +14,6 @@ from trainfw.objectives import (
     Objective,
     ObjectiveConfig,
     Schema,
-    TokenOptions,
     check_objective,
     make_objective,
 )
@@ -133,14 +132,14 @@ def name_pieces(recipe: Recipe, objective: Objective | None, optimizer: OwnOptim
 
 def objective_of(recipe: Recipe) -> Objective:
     """Return what a recipe's model learns. Raises UserError where somebody's own objective cannot be made."""
-    options = TokenOptions(
-        chunk=recipe.train.loss_chunk,
-        mask_documents=recipe.data.mask_documents,
-        z_loss=recipe.train.z_loss,
-        pairs_per_row=recipe.data.pairs_per_row,
-    )
     with recipe.blamed("objective"):
-        return make_objective(recipe.objective, options)
+        return make_objective(
+            recipe.objective,
+            chunk=recipe.train.loss_chunk,
+            mask_documents=recipe.data.mask_documents,
+            z_loss=recipe.train.z_loss,
+            pairs_per_row=recipe.data.pairs_per_row,
+        )
 
 
 def _state(

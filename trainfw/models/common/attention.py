@@ -113,11 +113,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, width, kv_width = (
-            config.hidden_size,
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
+        D, width, kv_width = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         std, bias = config.init_std, config.qkv_bias
         self.query = Linear((D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
         self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
