@@ -110,9 +110,8 @@ def export_steps(program: Program, progress: Callable[[str], None] = lambda _: N
     return modules
 
 
-def compiles_at_once(count: int, free: int | None = None) -> int:
+def compiles_at_once(count: int, free: int) -> int:
     """Count how many of `count` compiles run at once: as many as free host memory has room for, and one at least."""
-    free = free_memory() if free is None else free
     return max(1, min(count, free // (GIB_EACH * 2**30)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import itertools
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -87,9 +88,9 @@ def _in_function(name: str, outcome: Outcome, own: list[Finding], module: Export
         yield Difference(name, said.rule, None, "nothing", "failed", scrubbed(said.message), ())
     elif outcome.verdict == "passed":
         for finding in errors:
-            if code := _names_code(finding.rule):
+            if code := re.search(r"NCC_[A-Z]+\d+", RULES[finding.rule].source):
                 hlo = _excerpt(module, _instructions(module, finding))
-                yield Difference(name, finding.rule, code, "error", "passed it", scrubbed(finding.message), hlo)
+                yield Difference(name, finding.rule, code[0], "error", "passed it", scrubbed(finding.message), hlo)
 
 
 def _own(report: Report, name: str) -> list[Finding]:
@@ -126,16 +127,15 @@ def difference_report(
 
 def scrubbed(text: str) -> str:
     """Drop paths from a text, but for the names of files, and the names of this user, this host and EC2's."""
-    text = _SLASHED.sub(_without_directories, text)
-    text = _INSTANCE.sub("<host>", text)
+
+    def without_directories(word: re.Match[str]) -> str:
+        return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
+
+    text = _INSTANCE.sub("<host>", _SLASHED.sub(without_directories, text))
     for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
     return text
-
-
-def _without_directories(word: re.Match[str]) -> str:
-    return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
 
 def _function(report: Report, name: str, outcome: Outcome) -> dict[str, object]:
@@ -171,35 +171,25 @@ def _finding(finding: Finding | CompilerFinding, severity: str) -> dict[str, obj
     }
 
 
-def _names_code(rule: str) -> str | None:
-    found = re.search(r"NCC_[A-Z]+\d+", RULES[rule].source)
-    return found[0] if found else None
-
-
 def _instructions(module: Exported | str, finding: Finding) -> list[str]:
     """Find the instructions of a finding of `check`: those at its place and of its name."""
     if isinstance(module, str) or not (finding.op_name or finding.place):
         return []
     everything = (i for computation in module.module.computations.values() for i in computation.instructions.values())
-    return [
-        i.name
-        for i in everything
-        if (not finding.op_name or i.op_name == finding.op_name) and (not finding.place or i.place == finding.place)
-    ]
+    wanted = finding.op_name, finding.place
+    return [i.name for i in everything if wanted == (finding.op_name and i.op_name, finding.place and i.place)]
 
 
 def _excerpt(module: Exported | str, names: list[str]) -> tuple[str, ...]:
     if isinstance(module, str) or not any(names):
         return ()
-    wanted = set(names)
-    lines = (line for line in module.text.splitlines() if (match := _LINE.match(line)) and match[1] in wanted)
-    short = []
-    for line in lines:
+    lines = (line for line in module.text.splitlines() if (match := _LINE.match(line)) and match[1] in names)
+
+    def short(line: str) -> str:
         bare = re.sub(r", (?:metadata|backend_config|frontend_attributes|sharding)=\{.*", "", line.strip())
-        short.append(scrubbed(bare if len(bare) <= _MOST_LETTERS else f"{bare[: _MOST_LETTERS - 3]}..."))
-        if len(short) == _MOST_LINES:
-            break
-    return tuple(short)
+        return scrubbed(bare if len(bare) <= _MOST_LETTERS else f"{bare[: _MOST_LETTERS - 3]}...")
+
+    return tuple(map(short, itertools.islice(lines, _MOST_LINES)))
 
 
 def _keys(recipe: Recipe) -> Iterator[tuple[str, object]]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -545,12 +546,8 @@ def _is_split(leaf: object) -> bool:
 
 
 def _raised_at(error: BaseException) -> Place | None:
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(Place(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    return user_place(reversed(frames))
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return user_place(Place(frame.f_code.co_filename, line) for frame, line in reversed(frames))
 
 
 def first_line(error: BaseException) -> str:

@@ -221,17 +221,10 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def _cells(rows: Iterable[CollectiveSum]) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
-    cells += [
-        (
-            f"{row.kind}, scattered" if row.scattered else row.kind,
-            "part of an axis" if row.axes is None else ", ".join(row.axes),
-            row.dtype,
-            str(row.group_size),
-            f"{row.count:,}",
-            _size(row.bytes),
-        )
-        for row in rows
-    ]
+    for row in rows:
+        kind = f"{row.kind}, scattered" if row.scattered else row.kind
+        axes = "part of an axis" if row.axes is None else ", ".join(row.axes)
+        cells.append((kind, axes, row.dtype, str(row.group_size), f"{row.count:,}", _size(row.bytes)))
     return cells
 
 
