@@ -74,7 +74,7 @@ class Comparison:
             lines.append(f"(the SDK that was checked for has neuronx-cc {expected})")
         parts.append("\n".join([f"neuronx-cc {self.version}", *(f"    {line}" for line in lines)]))
         if self.differences:
-            parts.append("where they differ\n" + "\n".join(f"    {d}" for d in map(_indented, self.differences)))
+            parts.append("\n".join(["where they differ", *map(str, self.differences)]).replace("\n", "\n    "))
         parts.append(f"{verdict}: neuronx-cc, {self._agreement()}")
         return "\n\n".join(parts)
 
@@ -84,10 +84,6 @@ class Comparison:
         if self.differences:
             said.append(f"{len(self.differences)} difference{'s' * (len(self.differences) > 1)} from what check says")
         return ", ".join(said) or "which agrees with check"
-
-
-def _indented(text: object) -> str:
-    return str(text).replace("\n", "\n    ")
 
 
 def compare_with_compiler(

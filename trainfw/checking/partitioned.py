@@ -94,29 +94,25 @@ def memory_of(
 
 def read_arguments(arguments: Sequence[object]) -> Iterator[Finding]:
     if len(arguments) > _MANY_ARGUMENTS:
-        yield Finding(
-            "arguments-many",
-            f"{len(arguments)} arrays; {_MANY_ARGUMENTS} were measured to take 8 ms a call, 512 418 ms",
-        )
+        message = f"{len(arguments)} arrays; {_MANY_ARGUMENTS} were measured to take 8 ms a call, 512 418 ms"
+        yield Finding("arguments-many", message)
 
 
 def read_memory(memory: Memory) -> Iterator[Finding]:
     if memory.capacity is None:
         return
-    gib = 2**30
-    needed = memory.arguments + memory.overhead
+    needed, temporaries = memory.arguments + memory.overhead, memory.temporaries or 0
+    sizes = (memory.arguments, memory.overhead, memory.capacity, temporaries, needed)
+    arguments, overhead, core, taken, beside = (f"{size / 2**30:.2f} GiB" for size in sizes)
     if needed > memory.capacity:
-        yield Finding(
-            "memory-arguments",
-            f"{memory.arguments / gib:.2f} GiB of state and inputs and {memory.overhead / gib:.2f} GiB of runtime on a "
-            f"core of {memory.capacity / gib:.2f} GiB",
-        )
-    elif memory.temporaries is not None and needed + memory.temporaries > memory.capacity:
+        message = f"{arguments} of state and inputs and {overhead} of runtime on a core of {core}"
+        yield Finding("memory-arguments", message)
+    elif needed + temporaries > memory.capacity:
         yield Finding(
             "memory-temporaries",
-            f"{memory.temporaries / gib:.2f} GiB of temporaries beside {needed / gib:.2f} GiB of state, inputs and "
-            f"runtime, on a core of {memory.capacity / gib:.2f} GiB; the temporaries are what XLA's CPU compiler "
-            f"takes, which widens bf16 to f32 and so overstates; `trainfw plan` counts them as the program asked for",
+            f"{taken} of temporaries beside {beside} of state, inputs and runtime, on a core of {core}; the "
+            "temporaries are what XLA's CPU compiler takes, which widens bf16 to f32 and so overstates; `trainfw plan` "
+            "counts them as the program asked for",
         )
 
 

@@ -232,10 +232,10 @@ def _step(body: Computation, index: int) -> int | None:
     if update is None or update.opcode not in ("add", "subtract"):
         return None
     own = [body.element(operand, _parameter(body)) == index for operand in update.operands]
-    if own == [True, False]:
-        step = body.integer(update.operands[1])
-        return -step if step is not None and update.opcode == "subtract" else step
-    return body.integer(update.operands[0]) if own == [False, True] and update.opcode == "add" else None
+    step = body.integer(update.operands[own.index(False)]) if sorted(own) == [False, True] else None
+    if update.opcode == "subtract":
+        return -step if step is not None and own[0] else None
+    return step
 
 
 def count_trips(start: int, limit: int, step: int, direction: str) -> int | None:

@@ -146,10 +146,6 @@ def token_nats(head: Head, x_ND: jax.Array, w: jax.Array, targets_N: jax.Array) 
     return jax.lax.scan(step, None, parts)[1].reshape(-1)
 
 
-def _nats_forward(head: Head, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return token_nats(head, *arrays), arrays
-
-
 def _nats_backward(head: Head, kept: tuple[jax.Array, ...], cotangent_N: jax.Array) -> tuple[Any, ...]:
     # Devices along tensor each have their share of the loss, and so of its gradient by the same tokens.
     weight_N = cotangent_N * axis_size("tensor")
@@ -157,7 +153,7 @@ def _nats_backward(head: Head, kept: tuple[jax.Array, ...], cotangent_N: jax.Arr
     return (*_by_chunk(head, 0.0, x_ND, w, targets_N, weight_N)[1], None)
 
 
-token_nats.defvjp(_nats_forward, _nats_backward)
+token_nats.defvjp(lambda head, *arrays: (token_nats(head, *arrays), arrays), _nats_backward)
 
 
 def loss_chunks(tokens: int, chunk: int) -> int:

@@ -184,16 +184,7 @@ def _swap(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) 
     return _exchange(on, index, buffer, value)
 
 
-def _swap_forward(
-    on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    return _exchange(on, index, buffer, value), (on, index)
-
-
-def _swap_backward(
-    where: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
-) -> tuple[None, None, jax.Array, jax.Array]:
-    return None, None, *_swap(*where, *grads)
-
-
-_swap.defvjp(_swap_forward, _swap_backward)
+_swap.defvjp(
+    lambda on, index, buffer, value: (_exchange(on, index, buffer, value), (on, index)),
+    lambda where, grads: (None, None, *_swap(*where, *grads)),
+)

@@ -93,14 +93,10 @@ def _use(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> ja
     return whole
 
 
-def _use_forward(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
-    return whole, None
-
-
 def _use_backward(names: tuple[str | None, ...], _: None, grad: jax.Array) -> tuple[jax.Array, None]:
     rules = active_rules()
     assert rules is not None
     return _scattered(grad, names, rules), None
 
 
-_use.defvjp(_use_forward, _use_backward)
+_use.defvjp(lambda part, whole, names: (whole, None), _use_backward)

@@ -101,7 +101,5 @@ def _chart(
 
 
 def _short(value: float) -> str:
-    for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:,.0f}{suffix}"
-    return f"{value:g}"
+    suffix, scale = next((pair for pair in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= pair[1]), ("", 1))
+    return f"{value / scale:,.0f}{suffix}" if suffix else f"{value:g}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from trainfw.planning.read_step.analysis import compile_step, read
 from trainfw.report import plan_page
 from trainfw.scopes import ATTENTION, LOSS, LOSS_GRADIENT
 
-ATTENDING = sys.modules["trainfw.models.common.attention"]
+ATTENDING = importlib.import_module("trainfw.models.common.attention")
 
 FORMS: dict[str, tuple[list[str], float]] = {
     "plain": (["parallel.fsdp=2"], 2 + 4),

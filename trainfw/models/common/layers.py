@@ -173,12 +173,6 @@ def gate_with(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Arr
     return (wide * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def _gate_forward(
-    activation: Activation, gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return gate_with(activation, gate, up), (gate, up)
-
-
 def _gate_backward(
     activation: Activation, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -186,7 +180,7 @@ def _gate_backward(
     return transpose(cotangent)
 
 
-gate_with.defvjp(_gate_forward, _gate_backward)
+gate_with.defvjp(lambda activation, *kept: (gate_with(activation, *kept), kept), _gate_backward)
 
 
 class MLP(nnx.Module):

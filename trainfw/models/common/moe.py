@@ -269,16 +269,12 @@ def _rows(x_RD: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where((index < x_RD.shape[0])[..., None], taken, jnp.zeros((), x_RD.dtype))
 
 
-def _take_forward(x_RD: jax.Array, index_N: jax.Array, back_RJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _rows(x_RD, index_N), back_RJ
-
-
 def _take_backward(back_RJ: jax.Array, grad_ND: jax.Array) -> tuple[jax.Array, None, None]:
     grad_RJD = _rows(grad_ND, back_RJ).astype(jnp.float32)
     return jnp.sum(grad_RJD, axis=1).astype(grad_ND.dtype), None, None
 
 
-take_rows.defvjp(_take_forward, _take_backward)
+take_rows.defvjp(lambda x_RD, index_N, back_RJ: (_rows(x_RD, index_N), back_RJ), _take_backward)
 
 
 def assign_slots(experts_TK: jax.Array, E: int, C: int) -> tuple[jax.Array, jax.Array, jax.Array]:
