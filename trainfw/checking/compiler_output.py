@@ -73,7 +73,6 @@ class CompilerFinding:
     instruction: str = ""
     """The module's instruction that the message names."""
     version: str = ""
-    """The compiler's version."""
 
     @property
     def instead(self) -> str:
@@ -108,7 +107,6 @@ class Outcome:
     verdict: Verdict
     findings: tuple[CompilerFinding, ...]
     messages: tuple[Message, ...] = ()
-    """Messages that have a code."""
     run: Run | None = None
     """Run of the compiler; None where there was no module to compile."""
 

@@ -226,7 +226,6 @@ class Reading:
     """The arrays among them, in the order in which the compiled function takes them; None for one without shapes."""
     partitioned: Partitioned | None = None
     devices: tuple[Any, ...] = ()
-    """The device of each partition."""
     mesh: Any | None = None
     """A mesh of these, after whose axes groups can be named."""
 

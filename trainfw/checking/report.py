@@ -17,7 +17,6 @@ class Finding:
 
     rule: str
     message: str
-    """Text that says what is there, in this program."""
     place: Place | None = None
     """The line of user code; None where there is none (an argument, the program as a whole)."""
     op_name: str = ""

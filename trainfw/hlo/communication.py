@@ -38,7 +38,6 @@ class Collective:
     bytes: int
     """Bytes of the whole buffer on one device, each time: what an all-gather returns, what a reduce-scatter takes."""
     times: int
-    """Number of runs in one run of the module."""
     groups: Groups
     """Devices that take part together; empty for a permute."""
     pairs: tuple[tuple[int, int], ...]

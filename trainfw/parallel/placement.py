@@ -499,18 +499,10 @@ def nearest_legal(topology: Topology, layout: Layout) -> Layout | None:
         steps = [abs(math.log(sizes[axis] / layout.sizes[axis])) for axis in axes]
         return sum(steps), max(steps)
 
-    for sizes in sorted(_sizes(topology.cores, axes), key=change):
+    cores = topology.cores
+    every = (dict.fromkeys(axes, 1) | division for division in _divisions(cores, tuple((a, cores) for a in axes)))
+    for sizes in sorted(every, key=change):
         candidate = dataclasses.replace(layout, **sizes)
         if next(_assignments(topology, candidate), None) is not None:
             return candidate
     return None
-
-
-def _sizes(product: int, axes: list[str]) -> Iterator[dict[str, int]]:
-    if len(axes) == 1:
-        yield {axes[0]: product}
-        return
-    for size in range(1, product + 1):
-        if product % size == 0:
-            for rest in _sizes(product // size, axes[1:]):
-                yield {axes[0]: size, **rest}

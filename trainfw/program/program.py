@@ -29,7 +29,6 @@ class Function:
 
     name: str
     jitted: Any = field(repr=False)
-    """The jax.stages.Wrapped."""
     arguments: tuple[Any, ...] = field(repr=False)
     """Pytrees of ShapeDtypeStructs with shardings: what it is compiled for."""
 
@@ -63,7 +62,6 @@ class Program:
     fit: Fit
     models: ModelSet
     traits: Traits
-    """The optimizer's."""
     abstract_state: TrainState
     """ShapeDtypeStructs with shardings."""
     abstract_batch: Batch

@@ -53,7 +53,6 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
     A figure of `plan.to_json()` stands in a `<data>` element with its value in full, and its key in `data-key`.
     """
     found = plan.to_json()
-
     filled = template("page.html").render(
         plan=plan,
         found=found,
@@ -63,8 +62,8 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
         drawing=Markup(topology_svg(plan.topology, plan.placement)),
         links=_links(plan),
         memory_notes=[line for line in plan.memory.lines() if line.endswith(".")],  # rows of its table end with a share
-        step=Markup("\n".join(step_lane(plan.timeline))),
-        lanes=lambda stretches: Markup("\n".join(lanes(stretches, _colour, plan.part_label))),
+        step=step_lane(plan.timeline),
+        lanes=lambda stretches: lanes(stretches, _colour, plan.part_label),
         parts=sorted(found["step_time_parts_seconds"].items(), key=lambda item: -item[1]),
         transfers=[(i, *pair) for i, pair in enumerate(plan.transfers)],
         doubts=[line.plain.rstrip() for line in doubtful_figures(plan.topology)],

@@ -43,7 +43,6 @@ class MoEStats:
     z: jax.Array
     """Sum over tokens in the mask of logsumexp(logits)**2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     tokens: jax.Array
-    """Tokens in the mask."""
     dropped: jax.Array
     """Choices that found no slot."""
     load_E: jax.Array

@@ -39,7 +39,6 @@ class Stretch:
 
     phase: Phase
     times: int
-    """Runs in a step."""
     segments: tuple[Segment, ...]
 
     @property
@@ -55,7 +54,6 @@ class Timeline:
     phases: tuple[Stretch, ...]
     """Forward and backward of one microbatch, then the update."""
     loops: tuple[Stretch, ...]
-    """One turn of each loop over layers, where there are loops."""
 
     def __repr__(self) -> str:
         return f"<Timeline: {self.microbatches} microbatches, {self.seconds:.3g} s a step>"

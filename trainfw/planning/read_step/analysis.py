@@ -97,7 +97,6 @@ class Operation:
 
     of: Literal["matmuls", "transfers", "streamed"]
     index: int
-    """Index among the analysis's own."""
     share: float
     """Share of its time in a step."""
 
@@ -108,7 +107,6 @@ class Loop:
 
     phase: Phase
     times: int
-    """Runs in a step."""
     operations: tuple[Operation, ...]
     """Operations as the program lists them, each after what it needs; a compiler may choose another such order."""
 
@@ -161,11 +159,9 @@ class Simulation:
     """Program that is compiled to plan a recipe."""
 
     layout: Layout
-    """Layout of the recipe, on all of its cores."""
     recipe: Recipe
     """The one that is compiled, perhaps of a shorter layout."""
     simulated: Layout
-    """Layout that is compiled."""
     rules: str | None
     """Name of the backend whose restrictions hold on the hardware (see `Topology.rules`)."""
     stands_in: bool

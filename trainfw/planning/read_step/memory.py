@@ -123,7 +123,6 @@ class MemoryTable:
     runtime: str = CATEGORIES["runtime"]
     """Name of the runtime that takes what is under that key."""
     note: str = ""
-    """Note on it, for the terminal."""
 
     @property
     def total(self) -> int:

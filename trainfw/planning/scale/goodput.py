@@ -102,7 +102,6 @@ class Goodput:
     units: int
     instances: int
     mtbf: float
-    """Mean time between failures of the job, in seconds."""
     state_bytes: int
     """Bytes of a checkpoint: parameters and optimizer state, once."""
     copy: float

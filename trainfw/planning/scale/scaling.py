@@ -33,7 +33,6 @@ class Row:
     plan: Plan | None
     goodput: Goodput | None
     problem: str = ""
-    """Why there is no plan."""
 
     @property
     def data_share(self) -> float:

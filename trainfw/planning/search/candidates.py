@@ -40,7 +40,6 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Candidate:
     recipe: Recipe
-    """The recipe with the candidate's settings."""
     layout: Layout
     estimate: Estimate
 
@@ -68,7 +67,6 @@ class Survey:
     dropped: Counter[str]
     """Reason -> how many layouts cannot be."""
     too_large: int
-    """Candidates estimated not to fit."""
     seconds: float
     """Seconds that the analytic pass took."""
 
