@@ -419,9 +419,8 @@ def _room(num_layers: int, one: Any) -> Any:
 
 def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
     # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
-    leaves, tree = jax.tree.flatten(stacked)
-    cut = [jax.lax.split(leaf, (at, leaf.shape[0] - at)) for leaf in leaves]
-    return jax.tree.unflatten(tree, [head for head, _ in cut]), jax.tree.unflatten(tree, [tail for _, tail in cut])
+    cut = jax.tree.map(lambda a: tuple(jax.lax.split(a, (at, a.shape[0] - at))), stacked)
+    return jax.tree.transpose(jax.tree.structure(stacked), jax.tree.structure((0, 0)), cut)
 
 
 def _unstack(stacked: Any, num_layers: int) -> list[Any]:

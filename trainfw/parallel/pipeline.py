@@ -163,12 +163,13 @@ def _where(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
 
 def _swap_trees(on: jax.Array, index: jax.Array, buffers: Tree, values: Tree) -> tuple[Tree, Tree]:
     """Apply `_swap` to each array; integers have no gradient."""
-    leaves, tree = jax.tree.flatten(buffers)
-    swapped = [
-        (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
-        for buffer, value in zip(leaves, jax.tree.leaves(values), strict=True)
-    ]
-    return jax.tree.unflatten(tree, [b for b, _ in swapped]), jax.tree.unflatten(tree, [v for _, v in swapped])
+
+    def swap(buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
+
+    return jax.tree.transpose(
+        jax.tree.structure(buffers), jax.tree.structure((0, 0)), jax.tree.map(swap, buffers, values)
+    )
 
 
 def _exchange(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:

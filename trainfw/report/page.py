@@ -88,9 +88,10 @@ def template(file: str) -> Any:
     files = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals |= {"GIB": 2**30, "FEW": _FEW, "SHORT": _SHORT, "ON_CORES": ON_CORES}
-    for function in (duration, in_seconds, in_any_unit, _percent, _size, _hours, _words, _colour, _bound, _about_bound):
+    for function in (duration, in_seconds, in_any_unit, _percent, _size, _hours, _colour, _heat_colour, _bound):
         made.globals[function.__name__.lstrip("_")] = function
-    made.globals |= {"memory_colour": lambda key: MEMORY_COLOURS.get(key, _GREY), "heat_colour": _heat_colour}
+    made.globals["memory_colour"] = lambda key: MEMORY_COLOURS.get(key, _GREY)
+    made.globals["words"] = lambda key: "other temporaries" if key == "other" else key.replace("_", " ")
     return made.get_template(file)
 
 
@@ -116,10 +117,6 @@ def _links(plan: Any) -> dict[str, Any]:
     return {"heads": [*shown, *([f"{len(rest)} others"] if rest else [])], "dims": dims}
 
 
-def _words(key: str) -> str:
-    return "other temporaries" if key == "other" else key.replace("_", " ")
-
-
 def _colour(key: str) -> str:
     """Choose the colour of an axis or of a part of a step; a collective has that of its first axis."""
     return PART_COLOURS.get(key) or COLOURS.get(key.split("+")[0], _GREY)
@@ -130,14 +127,12 @@ def _heat_colour(share: float) -> str:
     return f"rgba({_HEAT}, {0.08 + 0.84 * math.sqrt(min(1.0, share)):.3f})"
 
 
-def _bound(what: str) -> str:
-    return {"hbm": "HBM"}.get(what, f"{what.removeprefix('links.')} links" if what.startswith("links.") else what)
+_BOUND = {"compute": ("compute", "matrix products at their rate"), "hbm": ("HBM", "the bandwidth of device memory")}
 
 
-def _about_bound(what: str) -> str:
-    return {"compute": "matrix products at their rate", "hbm": "the bandwidth of device memory"}.get(
-        what, "the dim whose links take longest"
-    )
+def _bound(what: str) -> tuple[str, str]:
+    """Name what bounds a step, and say what it is."""
+    return _BOUND.get(what, (f"{what.removeprefix('links.')} links", "the dim whose links take longest"))
 
 
 def _percent(share: float) -> str:

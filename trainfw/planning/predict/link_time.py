@@ -79,7 +79,10 @@ def transfer_seconds(
     """
     topology = placement.topology
     pieces = pieces_of(transfer.axes, placement)
-    rates = {piece.dim: (speed or {}).get(piece.dim, 1.0) * _efficiency(piece, topology) for piece in pieces}
+    rates = {}
+    for piece in pieces:
+        share = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
+        rates[piece.dim] = (speed or {}).get(piece.dim, 1.0) * (1.0 if share is None else share.number)
     size = float(transfer.bytes)
     levels = []
     inner = 1
@@ -124,11 +127,6 @@ def link_utilisation(
         for level in transfer_seconds(transfer, placement, speed).levels:
             busy[level.dim] += level.seconds * transfer.times
     return {dim.name: busy[dim.name] / step_seconds for dim in placement.topology.dims if dim.size > 1}
-
-
-def _efficiency(piece: Piece, topology: Topology) -> float:
-    figure = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
-    return 1.0 if figure is None else figure.number
 
 
 def _detour(piece: Piece, topology: Topology) -> float:
@@ -205,19 +203,11 @@ def transfers_json(
 def transfer_lines(transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False) -> Iterator[str]:
     """Lay out the first collectives as a table, with the phase of a step that each is in, and say how many are left."""
     heads = ("collective", "in", "over", "dtype", "MB", "times", "a step" if phases else "in all", "algorithm")
-    rows = [heads] + [
-        (
-            transfer.kind,
-            transfer.phase,
-            ", ".join(transfer.axes),
-            transfer.dtype,
-            f"{transfer.bytes / 1e6:,.1f}",
-            f"{transfer.times:,}",
-            duration(taken.seconds * transfer.times),
-            taken.algorithm,
-        )
-        for transfer, taken in transfers[:_MOST_LISTED]
-    ]
+    rows = [heads]
+    for transfer, taken in transfers[:_MOST_LISTED]:
+        size, times = f"{transfer.bytes / 1e6:,.1f}", f"{transfer.times:,}"
+        what = (transfer.kind, transfer.phase, ", ".join(transfer.axes), transfer.dtype)
+        rows.append((*what, size, times, duration(taken.seconds * transfer.times), taken.algorithm))
     shown = rows if phases else [(row[0], *row[2:]) for row in rows]
     yield from (f"  {line}" for line in table(shown, "<<<<>>><" if phases else "<<<>>><"))
     if len(transfers) > _MOST_LISTED:

@@ -291,11 +291,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"remat       {_REMAT[plan.recipe.train.remat]}"
     if plan.layout.pipeline > 1:
         yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
-    tokens = plan.tokens_per_step * plan.recipe.train.steps
-    cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
-    steps = plan.recipe.train.steps
+    cost, steps = "" if plan.dollars is None else f", ${plan.dollars:,.0f}", plan.recipe.train.steps
     hours = f"{plan.chip_hours:,.0f}" if plan.chip_hours >= 100 else f"{plan.chip_hours:.3g}"
-    yield f"the run     {steps:,} steps, {_count(tokens)} tokens: {hours} chip-hours{cost}"
+    yield f"the run     {steps:,} steps, {_count(plan.tokens_per_step * steps)} tokens: {hours} chip-hours{cost}"
     yield ""
     yield "where a step goes"
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):

@@ -334,11 +334,8 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
 
 
 _Work: TypeAlias = Matmul | Transfer | Streamed
-_OF: dict[type, Literal["matmuls", "transfers", "streamed"]] = {
-    Matmul: "matmuls",
-    Transfer: "transfers",
-    Streamed: "streamed",
-}
+_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
+_OF: dict[type, _Of] = {Matmul: "matmuls", Transfer: "transfers", Streamed: "streamed"}
 
 
 def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:

@@ -272,17 +272,10 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
     categories = {"params": "parameters", "frozen": "parameters", "opt_state": "optimizer_state"}
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = _axes(leaf.sharding.spec)
-        found.append(
-            StateArray(
-                name=name.removeprefix("params."),
-                category=categories.get(name.partition(".")[0], "other"),
-                dims=tuple(leaf.shape),
-                itemsize=leaf.dtype.itemsize,
-                axes=axes + ((),) * (len(leaf.shape) - len(axes)),
-            )
-        )
+        name, axes = jax.tree_util.keystr(path, simple=True, separator="."), _axes(leaf.sharding.spec)
+        axes += ((),) * (len(leaf.shape) - len(axes))
+        category = categories.get(name.partition(".")[0], "other")
+        found.append(StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes))
     return tuple(found)
 
 
@@ -428,6 +421,7 @@ class _Known:
     @classmethod
     def of(cls, program: Program) -> _Known:
         import jax
+        from flax import nnx
         from jax.sharding import NamedSharding
 
         from trainfw.objectives import loss_chunks
@@ -442,19 +436,16 @@ class _Known:
                 return {_key(shape)}, set()
             return {_key(shape[1:])}, {_key((*stack, *shape[1:])) for stack in several}
 
-        shards: set[tuple[int, ...]] = set()
-        stacks: set[tuple[int, ...]] = set()
-        whole: set[tuple[int, ...]] = set()
-        others: set[tuple[int, ...]] = set()
+        shards, stacks, whole, others = (set[tuple[int, ...]]() for _ in range(4))
         params = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
-        names = _dim_names(program)
-        for (path, leaf), kept, dims in zip(params, jax.tree.leaves(program.grad_shardings), names, strict=True):
+        weights = jax.tree.leaves(program.models.variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        for (path, leaf), kept, weight in zip(params, jax.tree.leaves(program.grad_shardings), weights, strict=True):
             one, stacked = forms(path, kept.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
             if "fsdp" not in itertools.chain(*_axes(kept.spec)):
                 others |= one | stacked
-            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, dims, in_use=True))
+            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         for path, part, dims in _frozen_arrays(program):
             used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
@@ -479,14 +470,6 @@ class _Known:
 
     def is_logits(self, dims: tuple[int, ...]) -> bool:
         return _key(dims) == self.logits
-
-
-def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
-    import jax
-    from flax import nnx
-
-    leaves = jax.tree.leaves(program.models.variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [weight.axes for weight in leaves]
 
 
 def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tuple[str | None, ...]]]:

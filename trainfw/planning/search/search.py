@@ -200,8 +200,9 @@ def _unrolled(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[C
     """
     program = [candidate for candidate in survey.candidates if not candidate.recipe.train.scan_layers]
     wanted = []
+    capacity = math.inf if survey.topology.hbm_size is None else survey.topology.hbm_size * ROOM
     for remat in ("none", "dots"):
-        wanted += [c for c in program if c.recipe.train.remat == remat and c.estimate.memory <= _capacity(survey)][:1]
+        wanted += [c for c in program if c.recipe.train.remat == remat and c.estimate.memory <= capacity][:1]
     best = next((candidate for candidate, made in _ranked(survey, plans) if _fits(made, ROOM)), None)
     if best is not None:
         wanted += [c for c in program if same_but_stack(c, best)]
@@ -210,10 +211,6 @@ def _unrolled(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[C
 
 def _ranked(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[tuple[Candidate, Plan]]:
     return sorted(plans, key=lambda pair: objective_key(survey.objective, pair[1].time.seconds, pair[1].memory.total))
-
-
-def _capacity(survey: Survey) -> float:
-    return math.inf if survey.topology.hbm_size is None else survey.topology.hbm_size * ROOM
 
 
 def _fits(made: Plan, room: float = 1.0) -> bool:
@@ -282,9 +279,5 @@ def _lines(found: Found) -> Iterator[str]:
 
 def _changes(survey: Survey, candidate: Candidate) -> str:
     mine, theirs = settings(candidate.recipe), settings(survey.own.recipe if survey.own else survey.recipe)
-    changed = [f"{key}={_said(value)}" for key, value in mine.items() if value != theirs[key]]
+    changed = [f"{key}={str(value).lower()}" for key, value in mine.items() if value != theirs[key]]
     return " ".join(changed) or "nothing: the recipe as it is"
-
-
-def _said(value: object) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()
