@@ -88,11 +88,6 @@ def _check_rising(sizes: list[PositiveInt]) -> None:
         invalid("sizes", f"{sizes}: expected two or more, each larger than the one before")
 
 
-def _check_rising(sizes: list[PositiveInt]) -> None:
-    if sorted(set(sizes)) != sizes or len(sizes) < 2:
-        invalid("sizes", f"{sizes}: expected two or more, each larger than the one before")
-
-
 class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 

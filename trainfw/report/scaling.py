@@ -83,7 +83,7 @@ def _chart(
         value = f"{y:,.0f} tokens/s" if logarithmic else f"{y:.1%}"
         return across(x), up(math.log10(max(y, 1e-30)) if logarithmic else y), f"{x:,.0f} chips, {name}: {value}"
 
-    drawn = [
+    drawn: list[dict[str, Any]] = [
         {"name": name, "colour": colour, "dashed": dashed, "points": [placed(name, x, y) for x, y in points]}
         for name, colour, dashed, points in lines
     ]
