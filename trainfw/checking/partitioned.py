@@ -27,12 +27,7 @@ _MANY_ARGUMENTS = 128
 def read_partitioned(
     module: Module, cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology, sdk: Sdk
 ) -> list[Finding]:
-    """List the findings in a partitioned module.
-
-    Args:
-        cores: the physical core of each partition.
-        mesh: names the axes of groups in messages.
-    """
+    """List the findings in a partitioned module: `cores` of its partitions, in groups named by the axes of `mesh`."""
     found = collectives_of(module)
     return [
         *_integer_reductions(found, mesh),

@@ -239,11 +239,7 @@ class Reading:
 def check_program(
     program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
-    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`.
-
-    Args:
-        progress: told what is being done.
-    """
+    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
     return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
@@ -313,8 +309,7 @@ def begin(
 ) -> Callable[[], Reading]:
     """Read a jitted function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
 
-    Args:
-        neuron: read for Neuron's rules, and not for memory and collectives alone.
+    `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
     found: list[Finding] = []
     progress(f"tracing {name}")

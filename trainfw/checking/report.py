@@ -72,11 +72,7 @@ class Finding:
 
 
 def finding_text(finding: Any, severity: str, message: str, rows: Mapping[str, str]) -> str:
-    """Lay out a finding of `check` or of the compiler: where it is, what is there, and further rows that say something.
-
-    Args:
-        finding: has `rule`, `place`, `op_name` and `program`.
-    """
+    """Lay out a `Finding` or `CompilerFinding`: where it is, what is there, and further rows that say something."""
     place, name, whole = finding.place, finding.op_name, finding.program or "the program"
     rows = {"in": name if place else "", **rows}
     head = f"{severity}: {finding.rule}: {place or name or f'{whole} as a whole'}"

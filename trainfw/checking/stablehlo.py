@@ -170,10 +170,8 @@ def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 def _past_the_end(op: Any, mapped: list[int], arguments: Arguments) -> str:
     """Say where a gather's or scatter's places count up past the end of the operand; empty where not known to.
 
-    The compiler compares places with the dim, whatever the size of the window that is read at each.
-
-    Args:
-        mapped: the operand's dim that each component of an index is for.
+    The compiler compares places with the dim, whatever the size of the window that is read at each. `mapped` are the
+    operand's dims that the components of an index are for.
     """
     shape, indices = op.operands[0].type.shape, op.operands[len(op.operands) // 2 if len(op.operands) > 2 else 1]
     made = owner_of(indices)

@@ -48,11 +48,7 @@ class Arguments(NamedTuple):
 
 
 def arguments_of(operands: Sequence[Any], arguments: Arguments) -> Arguments:
-    """List the known values of operands, for the function that is called with them.
-
-    Args:
-        arguments: those of the function that calls it.
-    """
+    """List the known values of operands, for the function that is called with them; `arguments` are the caller's."""
     return Arguments(
         tuple(integer_of(operand, arguments) for operand in operands),
         tuple(range_of(operand, arguments) for operand in operands),
@@ -67,11 +63,7 @@ def forget() -> None:
 
 @functools.cache  # a value may be reached in many ways
 def integer_of(value: Any, arguments: Arguments) -> int | None:
-    """Compute the value of an integer scalar; None where it is not known when compiling.
-
-    Args:
-        arguments: those of the function that it is in.
-    """
+    """Compute the value of an integer scalar in a function called with `arguments`; None where it is not known."""
     from jaxlib.mlir import ir
 
     if getattr(value.type, "rank", 0):
@@ -107,11 +99,7 @@ def integer_of(value: Any, arguments: Arguments) -> int | None:
 
 @functools.cache
 def range_of(value: Any, arguments: Arguments) -> Range | None:
-    """Find the range of an array of integers (or booleans); None where it is not known exactly.
-
-    Args:
-        arguments: those of the function that it is in.
-    """
+    """Find the range of an array of integers (or booleans), as `integer_of`; None where it is not known exactly."""
     from jaxlib.mlir import ir
 
     if not isinstance(getattr(value.type, "element_type", None), ir.IntegerType):

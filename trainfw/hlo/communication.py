@@ -142,9 +142,7 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
 def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
     """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
-    Args:
-        mesh: a jax Mesh, or its axis names and sizes, outermost first.
-        groups: of device places in the flattened mesh; the order inside a group, and of groups, does not matter.
+    Devices are numbered by place in the flattened mesh; the order inside a group, and of groups, does not matter.
     """
     sizes = _sizes(mesh)
     first = [_place(device, sizes) for device in groups[0]]

@@ -76,10 +76,8 @@ def gathered_attention(
 ) -> jax.Array:
     """Compute the result of `ring_attention` from keys and values gathered along `axis`: more memory, one exchange.
 
-    Early queries are given early keys only: three quarters of the products.
-
-    Args:
-        attend: `attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)`.
+    Early queries are given early keys only: three quarters of the products. `attend` is called as
+    `attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)`.
     """
     queries = (q_BSHh, indices_S[None], segment_ids_BS)
     everyone = jax.tree.map(lambda x: all_gather(x, axis, 1), (k_BSKh, v_BSKh, indices_S[None], segment_ids_BS))

@@ -72,11 +72,7 @@ class TransferTime:
 def transfer_seconds(
     transfer: Transfer, placement: Placement | MeshPlacement, speed: Mapping[str, float] | None = None
 ) -> TransferTime:
-    """The time of one run of `transfer` on the links of `placement`.
-
-    Args:
-        speed: of links, as a multiple of the topology's figure, by dim.
-    """
+    """The time of one run of `transfer` on the links of `placement`, whose `speed` by dim multiplies their figures."""
     topology = placement.topology
     pieces = pieces_of(transfer.axes, placement)
     rates = {}

@@ -448,8 +448,7 @@ def _streamed(
     A kernel is an operation that is not fused, or a fused one whose result something not fused takes (reductions take
     elementwise results as they come). It writes its result, and reads what it reaches through fused operations.
 
-    Args:
-        scores: arrays of so many elements are attention scores.
+    Arrays of as many elements as `scores` has are attention's.
     """
     found: Counter[StreamedKind] = Counter()
     if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):

@@ -364,12 +364,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
 
 
 def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: bool) -> str:
-    """Name what a temporary is for.
-
-    Args:
-        op_name: of the operation whose result it is.
-        kept: whether it is held while the backward pass runs.
-    """
+    """Name what a temporary of operation `op_name` is for; `kept` is held while the backward pass runs."""
     if buffer.shape is None or op_name.startswith("state"):
         return "other"
     if op_name.startswith("batch"):

@@ -21,11 +21,9 @@ def default_out(recipe: Recipe) -> Path:
 
 
 def check_out(file: Path, source: str | os.PathLike[str], *, named: bool) -> None:
-    """Raises UserError where the winner cannot go to `file`: before the search, not after it.
+    """Raises UserError where the winner, which extends `source`, cannot go to `file`: before the search, not after it.
 
-    Args:
-        source: the recipe that it is to extend.
-        named: whether the user named `file`; else it must not be there yet.
+    Where the user has not `named` it, it must not be there yet.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--out {file}: expected a file in a directory that exists")
