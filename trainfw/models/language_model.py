@@ -12,9 +12,8 @@ from flax import nnx
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.frozen import Frozen, dense
 from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
-from trainfw.models.common.matmul import softcap, wide_einsum
+from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
 from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
 from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, gather_sequence

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.models.common.frozen import Frozen, dense, frozen_product
-from trainfw.models.common.matmul import matmul
+from trainfw.models.common.matmul import Frozen, dense, frozen_product, matmul
 from trainfw.models.decoder.config import Activation
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
