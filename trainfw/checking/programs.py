@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -204,13 +205,9 @@ def _called(
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     if mesh is not None and jitted is not fn:  # a jitted function may say itself how its arguments are split
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        for_all = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
         arguments = jax.tree.map(
-            lambda leaf: (
-                leaf
-                if not hasattr(leaf, "shape") or _is_split(leaf)
-                else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-            ),
-            arguments,
+            lambda a: for_all(a.shape, a.dtype) if hasattr(a, "shape") and not _is_split(a) else a, arguments
         )
     return getattr(fn, "__name__", "function"), jitted, arguments, mesh
 
@@ -337,9 +334,8 @@ def begin(
         if partitioned is None:
             return Reading(name, (*found, Finding("not-partitioned", problem)), leaves)
         devices = _devices(partitioned, traced, mesh)
-        return Reading(
-            name, tuple(found), leaves, partitioned, tuple(devices), _mesh_of(devices, partitioned, traced, mesh)
-        )
+        named = _mesh_of(devices, partitioned, traced, mesh)
+        return Reading(name, tuple(found), leaves, partitioned, tuple(devices), named)
 
     return finish
 
@@ -481,15 +477,14 @@ def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[i
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
     import jax
 
+    from trainfw.parallel import physical_order
+
     devices = list(devices)
-    everything = sorted({*jax.devices(), *devices}, key=lambda d: (d.process_index, d.id))
-    rank = {device: number for number, device in enumerate(everything)}
+    rank = {device: number for number, device in enumerate(physical_order([*{*jax.devices(), *devices}]))}
     cores = [rank[device] for device in devices]
     if max(cores) >= topology.cores:
-        raise UserError(
-            f"the mesh has device {max(cores)}, but {topology.count} x {topology.name} has {topology.cores} cores "
-            f"(0 to {topology.cores - 1})"
-        )
+        have = f"{topology.count} x {topology.name} has {topology.cores} cores (0 to {topology.cores - 1})"
+        raise UserError(f"the mesh has device {max(cores)}, but {have}")
     return cores
 
 

@@ -302,10 +302,9 @@ def _contiguous(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignme
             yield so_far
         for axis in wanted:
             for size in range(2, wanted[axis] + 1) if axis not in so_far else ():
-                if wanted[axis] % size == 0 and topology.cores_per_instance // start % size == 0:
-                    pieces = cut(start, size)
-                    if pieces is not None:
-                        yield from extend(start * size, so_far | {axis: pieces})
+                fits = wanted[axis] % size == 0 and topology.cores_per_instance // start % size == 0
+                if fits and (pieces := cut(start, size)) is not None:
+                    yield from extend(start * size, so_far | {axis: pieces})
 
     yield from extend(1, {})
 
@@ -399,10 +398,7 @@ def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
 
 
 def _order(
-    topology: Topology,
-    layout: Layout,
-    assignment: Assignment,
-    reflected: tuple[str, ...] = PERMUTED_AXES,
+    topology: Topology, layout: Layout, assignment: Assignment, reflected: tuple[str, ...] = PERMUTED_AXES
 ) -> np.ndarray:
     """List the physical core of every place in the mesh. Axes of `reflected` go back and forth: neighbours stay so."""
     import numpy as np

@@ -32,14 +32,9 @@ class Rules:
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        overrides: Mapping[str, Sequence[str]] | None = None,
-        fsdp_shards: Sharded = "parameters",
+        self, mesh: Mesh, overrides: Mapping[str, Sequence[str]] | None = None, fsdp_shards: Sharded = "parameters"
     ):
-        self.mesh = mesh
-        self.fsdp_shards = fsdp_shards
-        self.table = SPLIT_RULES | GATHERED_RULES
+        self.mesh, self.fsdp_shards, self.table = mesh, fsdp_shards, SPLIT_RULES | GATHERED_RULES
         for name, axes in (overrides or {}).items():
             if name in SPLIT_RULES:
                 raise UserError(

@@ -110,10 +110,7 @@ class Program:
 
     @property
     def train_step(self) -> Any:
-        """Jitted (state, batch) -> (state, metrics); the state is donated, unless the recipe says otherwise.
-
-        `compile_train_step` is what trains.
-        """
+        """Jitted (state, batch) -> (state, metrics); the state is donated, unless the recipe says otherwise."""
         return self.functions["train"].jitted
 
     @property

@@ -138,10 +138,11 @@ class Attention(nnx.Module):
         q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
         window = config.sliding_window if kind == "sliding" else None
         scale = config.query_scale or config.head_dim**-0.5
+        softcap = config.attention_softcap
         if isinstance(cache, HeadCache):
             cache = cache.extended(k_BTKh, v_BTKh, context.start)
             mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)
-            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=softcap)
             return self.output(o_BSHh.reshape(B, S, -1)), cache
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
@@ -149,22 +150,13 @@ class Attention(nnx.Module):
             cache = (k_BTKh, v_BTKh)
         if axis_size("context") > 1:
             over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
-            o_BSHh = over_context(
-                q_BSHh,
-                k_BTKh,
-                v_BTKh,
-                axis="context",
-                indices_S=local_indices(S),
-                segment_ids_BS=context.segment_ids_BS,
-                window=window,
-                scale=scale,
-                softcap=config.attention_softcap,
-            )
-            return self.output(o_BSHh.reshape(B, S, -1)), cache
-        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
-        run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
-        with jax.named_scope(ATTENTION):
-            o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            places = {"axis": "context", "indices_S": local_indices(S), "segment_ids_BS": context.segment_ids_BS}
+            o_BSHh = over_context(q_BSHh, k_BTKh, v_BTKh, **places, window=window, scale=scale, softcap=softcap)
+        else:
+            mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
+            run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
+            with jax.named_scope(ATTENTION):
+                o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache
 
     def _kernel(
@@ -188,11 +180,11 @@ class Attention(nnx.Module):
         return backends.resolve("attention", request, backends.current()).call or attend
 
     def _norm(self, axis: str, width: int) -> RMSNorm | None:
-        if not self.config.qk_norm:
+        config = self.config
+        if not config.qk_norm:
             return None
-        together = self.config.qk_norm == "all_heads"
-        size, split = (width, axis) if together else (self.config.head_dim, "norm")
-        return RMSNorm(size, eps=self.config.norm_eps, zero_centered=self.config.zero_centered_norm, axis=split)
+        size, split = (width, axis) if config.qk_norm == "all_heads" else (config.head_dim, "norm")
+        return RMSNorm(size, eps=config.norm_eps, zero_centered=config.zero_centered_norm, axis=split)
 
     def _heads(self, x_BSW: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """x_BSHh, each head or all of them together normalised."""

@@ -183,10 +183,8 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
     mtbf = figure["reliability.instance_mtbf"] / instances
     share = functools.partial(checkpoint_goodput, copy=copy, mtbf=mtbf, restart=restart, write=write)
 
-    steps = recipe.train.steps
-    every = recipe.checkpoint.every or steps
-    best = max(daly_interval(copy, mtbf), write)
-    suggested = min(max(1, round(best / step_seconds)), steps)
+    steps, daly = recipe.train.steps, daly_interval(copy, mtbf)
+    suggested = min(max(1, round(max(daly, write) / step_seconds)), steps)
     ours = share(suggested * step_seconds)
     down = instances * figure["reliability.repair"] / figure["reliability.instance_mtbf"]
     return Goodput(
@@ -199,9 +197,9 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
         read=read,
         restart=restart,
         young=young_interval(copy, mtbf),
-        daly=daly_interval(copy, mtbf),
+        daly=daly,
         every=recipe.checkpoint.every,
-        goodput_every=share(min(every, steps) * step_seconds),
+        goodput_every=share(min(recipe.checkpoint.every or steps, steps) * step_seconds),
         suggested=suggested,
         goodput_suggested=ours,
         down=down,

@@ -155,16 +155,12 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
 
 def parse_counts(text: str) -> tuple[int, ...]:
     """`1,4,16` as counts of units, fewest first. Raises UserError for what is no such list."""
-    words = [word for word in re.split(r"[\s,;]+", text) if word]
-    numbers = {int(word) for word in words if word.isascii() and word.isdigit() and len(word) < 10}
-    counts = sorted(number for number in numbers if 0 < number <= MAX_COUNT)
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text) or len(counts) < len(set(words)):
-        nearest = counts if len(counts) > 1 else [n for n in (*counts, 1, 4, 16) if n >= max(counts, default=1)]
-        nearest = sorted(set(nearest))
-        raise UserError(
-            f"--scale {text!r}: expected counts of units from 1 to {MAX_COUNT:,} with commas between them, such as "
-            f"{','.join(map(str, nearest))}"
-        )
+    words = {word for word in re.split(r"[\s,;]+", text) if word}
+    counts = sorted({int(word) for word in words if re.fullmatch("[0-9]{1,9}", word) and 0 < int(word) <= MAX_COUNT})
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text) or len(counts) < len(words):
+        nearest = counts if len(counts) > 1 else sorted({n for n in (*counts, 1, 4, 16) if n >= max(counts, default=1)})
+        how = f"counts of units from 1 to {MAX_COUNT:,} with commas between them, such as {','.join(map(str, nearest))}"
+        raise UserError(f"--scale {text!r}: expected {how}")
     return tuple(counts)
 
 
