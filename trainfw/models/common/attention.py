@@ -150,8 +150,8 @@ class Attention(nnx.Module):
             cache = (k_BTKh, v_BTKh)
         if axis_size("context") > 1:
             over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
-            places = {"axis": "context", "indices_S": local_indices(S), "segment_ids_BS": context.segment_ids_BS}
-            o_BSHh = over_context(q_BSHh, k_BTKh, v_BTKh, **places, window=window, scale=scale, softcap=softcap)
+            placed = functools.partial(over_context, indices_S=local_indices(S), segment_ids_BS=context.segment_ids_BS)
+            o_BSHh = placed(q_BSHh, k_BTKh, v_BTKh, axis="context", window=window, scale=scale, softcap=softcap)
         else:
             mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
             run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
