@@ -189,7 +189,7 @@ def elementwise_rate(size: int, say: Callable[[str], None]) -> float:
     moved = taken = 0.0
     for name, (function, arrays) in parts.items():
         jitted = jax.jit(function)
-        all_bytes = read(partition(jitted.lower(*arrays)).module, None, Layout()).streamed_bytes
+        all_bytes = read(partition(jitted.lower(*arrays)).module, None, Layout()).streamed_bytes()
         each = seconds(lambda f=jitted, a=arrays: f(*a))
         say(f"{name:13} {size / 2**20:4.0f} MiB: {all_bytes / each / 1e9:6.1f} GB/s")
         moved, taken = moved + all_bytes, taken + each

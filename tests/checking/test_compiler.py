@@ -18,7 +18,7 @@ import pytest
 
 from tests.checking import stand_in
 from trainfw import load_recipe
-from trainfw.checking import RULES, Finding, Report, find_compiler
+from trainfw.checking import RULES, Comparison, Finding, Report, find_compiler
 from trainfw.checking.compiler import (
     GIB_EACH,
     Run,
@@ -30,7 +30,7 @@ from trainfw.checking.compiler import (
     run_compiler,
 )
 from trainfw.checking.compiler_output import Message, Outcome, read_messages, read_run, rule_of
-from trainfw.checking.differences import difference_report, find_differences, scrubbed
+from trainfw.checking.differences import find_differences, scrubbed
 from trainfw.errors import UserError
 from trainfw.hlo import Exported, export
 
@@ -306,9 +306,8 @@ def test_differences(tmp_path, monkeypatch, exported):
 def test_the_report_of_differences(tmp_path, monkeypatch, exported):
     refused = compiled(tmp_path, monkeypatch, exported, "refused")
     recipe = load_recipe("quickstart", ["hardware.topology=trn2.3xlarge"])
-    written = difference_report(
-        recipe, report(), {"step": refused}, {"step": exported}, version="2.28", flags=["--dump=/home/me/dump"]
-    )
+    compared = Comparison("2.28", ["--dump=/home/me/dump"], report(), {"step": exported}, {"step": refused})
+    written = compared.difference_report(recipe)
     text = json.dumps(written)
     assert "/home" not in text
     assert str(tmp_path) not in text

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from trainfw.hlo import collectives_of, partition
 from trainfw.parallel import Layout, make_mesh, reorder_layers, stage_order
-from trainfw.parallel.order import _mover
+from trainfw.parallel.pipeline import _mover
 
 ORDER = stage_order(8, 2, 2)
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import random_batches, tiny_recipe
 from trainfw import backends, build_program
-from trainfw.program import init_on_host as host
+from trainfw.program import init_state as host
 
 
 @pytest.fixture

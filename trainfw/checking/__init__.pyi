@@ -1,8 +1,8 @@
-from .comparison import Comparison as Comparison
-from .comparison import compare_with_compiler as compare_with_compiler
 from .compiler import command_of as command_of
 from .compiler import export_steps as export_steps
 from .compiler import find_compiler as find_compiler
+from .differences import Comparison as Comparison
+from .differences import compare_with_compiler as compare_with_compiler
 from .partitioned import memory_of as memory_of
 from .programs import Reading as Reading
 from .programs import check as check

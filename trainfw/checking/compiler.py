@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainfw import backends
-from trainfw.checking.programs import steps_of
+from trainfw.checking.programs import first_line, steps_of
 from trainfw.errors import UserError
 from trainfw.hlo import Exported, export
 from trainfw.unfinished import removed_by_signal, scratch_directory
@@ -106,13 +106,12 @@ def export_steps(program: Program, progress: Callable[[str], None] = lambda _: N
             lowered = function.trace(*arguments).lower(lowering_platforms=("neuron",))
             modules[name] = export(lowered, backends.current().compiler_options)
         except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-            modules[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            modules[name] = first_line(error)
     return modules
 
 
-def compiles_at_once(count: int, free: int | None = None) -> int:
+def compiles_at_once(count: int, free: int) -> int:
     """Count how many of `count` compiles run at once: as many as free host memory has room for, and one at least."""
-    free = free_memory() if free is None else free
     return max(1, min(count, free // (GIB_EACH * 2**30)))
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainfw.checking.compiler import GIB_EACH, MEMORY, Run, last_lines
-from trainfw.checking.rules import RULES, Rule
+from trainfw.checking.report import finding_text
+from trainfw.checking.rules import RULES, SEVERITIES, Rule
 from trainfw.hlo import Instruction, Module, Place
 
 Verdict = Literal["passed", "refused", "failed", "out of memory", "timed out", "not compiled"]
@@ -72,7 +73,6 @@ class CompilerFinding:
     instruction: str = ""
     """The module's instruction that the message names."""
     version: str = ""
-    """The compiler's version."""
 
     @property
     def instead(self) -> str:
@@ -94,14 +94,10 @@ class CompilerFinding:
         }
 
     def __str__(self) -> str:
-        where = str(self.place) if self.place else self.op_name or f"{self.program} as a whole"
-        message = self.message.replace("\n", "\n    ")
-        named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
-        rule = f"\n    rule     {RULES[self.rule].summary}" if self.rule in RULES else ""
-        return (
-            f"error: {self.rule}: {where}\n    {message}{named}{rule}\n    instead  {self.instead}\n"
-            f"    source   neuronx-cc {self.version}, of {self.program}"
-        )
+        source = f"neuronx-cc {self.version}, of {self.program}"
+        rule = RULES[self.rule].summary if self.rule in RULES else ""
+        rows = {"rule": rule, "instead": self.instead, "source": source}
+        return finding_text(self, "error", self.message.replace("\n", "\n    "), rows)
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,6 @@ class Outcome:
     verdict: Verdict
     findings: tuple[CompilerFinding, ...]
     messages: tuple[Message, ...] = ()
-    """Messages that have a code."""
     run: Run | None = None
     """Run of the compiler; None where there was no module to compile."""
 
@@ -192,31 +187,19 @@ def rule_of(message: Message, found: Iterable[str] = ()) -> Rule | None:
     named = [rule for rule in RULES.values() if re.search(rf"\b{message.code}\b", f"{rule.source} {rule.summary}")]
     if operator := _REFUSED_OPERATOR.search(message.text):
         named = [rule for rule in named if _plain(operator[1]) in _plain(f"{rule.id} {rule.summary}")]
-    order = ("error", "warning", "note")
-    return min(named, key=lambda rule: (rule.id not in set(found), order.index(rule.severity)), default=None)
+    return min(named, key=lambda rule: (rule.id not in set(found), SEVERITIES.index(rule.severity)), default=None)
 
 
 def _finding(
     name: str, message: Message, instructions: Mapping[str, Instruction], found: set[str], version: str
 ) -> CompilerFinding:
     rule = rule_of(message, found)
-    blamed = _blamed(message.text, instructions)
-    return CompilerFinding(
-        rule.id if rule else "compiler",
-        f"{message.code}: {message.text}",
-        name,
-        message.code,
-        blamed.place if blamed else None,
-        blamed.op_name if blamed else "",
-        blamed.name if blamed else "",
-        version,
-    )
-
-
-def _blamed(text: str, instructions: Mapping[str, Instruction]) -> Instruction | None:
-    """Find the instruction of the module that a message names: one that it writes out first, not its operands."""
-    named = [*re.findall(r"%([\w.\-]+)\s*=", text), *re.findall(r"[%\"']([\w.\-]+)", text)]
-    return next((instructions[name] for name in named if name in instructions), None)
+    # The instruction that the message writes out first, not its operands.
+    named = [*re.findall(r"%([\w.\-]+)\s*=", message.text), *re.findall(r"[%\"']([\w.\-]+)", message.text)]
+    blamed = next((instructions[name] for name in named if name in instructions), None)
+    of_module = (blamed.place, blamed.op_name, blamed.name) if blamed else (None, "", "")
+    text = f"{message.code}: {message.text}"
+    return CompilerFinding(rule.id if rule else "compiler", text, name, message.code, *of_module, version)
 
 
 def _plain(text: str) -> str:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib.metadata
+import itertools
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainfw.checking.compiler import last_lines
-from trainfw.checking.compiler_output import CompilerFinding, Outcome
+from trainfw import backends
+from trainfw.checking.compiler import (
+    GIB_EACH,
+    compiler_version,
+    compiles_at_once,
+    export_steps,
+    find_compiler,
+    free_memory,
+    last_lines,
+    run_compiler,
+)
+from trainfw.checking.compiler_output import CompilerFinding, Outcome, no_module, read_run
 from trainfw.checking.report import Finding, Report
 from trainfw.checking.rules import RULES, SEVERITIES
 from trainfw.hlo import Exported
 
 if TYPE_CHECKING:
+    from trainfw.program import Program
     from trainfw.recipe import Recipe
 
 FORMAT = 1
@@ -87,55 +100,130 @@ def _in_function(name: str, outcome: Outcome, own: list[Finding], module: Export
         yield Difference(name, said.rule, None, "nothing", "failed", scrubbed(said.message), ())
     elif outcome.verdict == "passed":
         for finding in errors:
-            if code := _names_code(finding.rule):
+            if code := re.search(r"NCC_[A-Z]+\d+", RULES[finding.rule].source):
                 hlo = _excerpt(module, _instructions(module, finding))
-                yield Difference(name, finding.rule, code, "error", "passed it", scrubbed(finding.message), hlo)
+                yield Difference(name, finding.rule, code[0], "error", "passed it", scrubbed(finding.message), hlo)
 
 
 def _own(report: Report, name: str) -> list[Finding]:
     return [finding for finding in report.findings if name in finding.programs]
 
 
-def difference_report(
-    recipe: Recipe,
-    report: Report,
-    outcomes: Mapping[str, Outcome],
-    modules: Mapping[str, Exported | str],
-    *,
-    version: str,
-    flags: list[str],
-) -> dict[str, object]:
-    """Make what `--report-difference` writes, as plain data.
+@dataclass(frozen=True)
+class Comparison:
+    """Verdicts of neuronx-cc on a recipe's steps, beside those of `check`."""
+
+    version: str
+    flags: list[str]
+    report: Report
+    modules: dict[str, Exported | str]
+    outcomes: dict[str, Outcome]
+
+    @functools.cached_property
+    def differences(self) -> list[Difference]:
+        return find_differences(self.report, self.outcomes, self.modules)
+
+    @property
+    def passed(self) -> bool:
+        return all(outcome.verdict == "passed" for outcome in self.outcomes.values())
+
+    def difference_report(self, recipe: Recipe) -> dict[str, object]:
+        """Give what `trainfw check --report-difference` writes; of the recipe, keys that shape the program."""
+        versions = {name: _version(name) for name in ("trainfw", "jax", "jaxlib")}
+        return {
+            "format": FORMAT,
+            "versions": {**versions, "neuronx-cc": self.version},
+            "sdk": self.report.sdk,
+            "hardware": self.report.hardware,
+            "cores": self.report.cores,
+            "flags": [scrubbed(flag) for flag in self.flags],
+            "recipe": dict(_keys(recipe)),
+            "functions": {name: _function(self.report, name, outcome) for name, outcome in self.outcomes.items()},
+            "differences": [asdict(difference) for difference in self.differences],
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """Give plain data, which `trainfw check --compiler --json` adds to the report's, whose `ok` it replaces."""
+        return {
+            "ok": self.report.ok and self.passed,
+            "compiler": {
+                "version": self.version,
+                "flags": self.flags,
+                "ok": self.passed,
+                "verdicts": {name: outcome.verdict for name, outcome in self.outcomes.items()},
+                "findings": [f.to_json() for outcome in self.outcomes.values() for f in outcome.findings],
+                "differences": [asdict(difference) for difference in self.differences],
+            },
+        }
+
+    def text(self, expected: str) -> str:
+        """Say it as `trainfw check` prints it; `expected` is the version of neuronx-cc in the SDK checked for."""
+        parts = [str(finding) for outcome in self.outcomes.values() for finding in outcome.findings]
+        width = max(map(len, self.outcomes))
+        verdict = "clean" if self.passed else "refused"
+        if not self.passed and not any(outcome.verdict == "refused" for outcome in self.outcomes.values()):
+            verdict = "failed"
+        lines = [f"{name:{width}}  {outcome}" for name, outcome in self.outcomes.items()]
+        if not self.version.startswith(expected):
+            lines.append(f"(the SDK that was checked for has neuronx-cc {expected})")
+        parts.append("\n".join([f"neuronx-cc {self.version}", *(f"    {line}" for line in lines)]))
+        if self.differences:
+            parts.append("\n".join(["where they differ", *map(str, self.differences)]).replace("\n", "\n    "))
+        parts.append(f"{verdict}: neuronx-cc, {self._agreement()}")
+        return "\n\n".join(parts)
+
+    def _agreement(self) -> str:
+        silent = sorted(n for n, outcome in self.outcomes.items() if outcome.verdict not in ("passed", "refused"))
+        said = [f"no verdict on {', '.join(silent)}"] if silent else []
+        if self.differences:
+            said.append(f"{len(self.differences)} difference{'s' * (len(self.differences) > 1)} from what check says")
+        return ", ".join(said) or "which agrees with check"
+
+
+def compare_with_compiler(
+    program: Program, flags: list[str], timeout: float, report: Report, progress: Callable[[str], None] = lambda _: None
+) -> Comparison:
+    """Compile the steps of a `trainfw.Program` with the neuronx-cc on PATH, and compare that with a check of them.
 
     Args:
-        recipe: the trainfw.Recipe, of which keys that shape the program are kept.
-        version: of the compiler.
+        flags: of the compiler, as `trainfw.backends.compiler_flags` gives them.
+        timeout: seconds, of each compile.
+
+    Raises UserError where there is no compiler. A signal ends it: see `run_compiler`.
     """
-    return {
-        "format": FORMAT,
-        "versions": {**{name: _version(name) for name in ("trainfw", "jax", "jaxlib")}, "neuronx-cc": version},
-        "sdk": report.sdk,
-        "hardware": report.hardware,
-        "cores": report.cores,
-        "flags": [scrubbed(flag) for flag in flags],
-        "recipe": dict(_keys(recipe)),
-        "functions": {name: _function(report, name, outcome) for name, outcome in outcomes.items()},
-        "differences": [asdict(d) for d in find_differences(report, outcomes, modules)],
-    }
+    compiler = find_compiler()
+    version = compiler_version(compiler)
+    modules = export_steps(program, progress)
+    backends.release_freed_memory()
+    protos = {name: module.proto for name, module in modules.items() if not isinstance(module, str)}
+    free = free_memory()
+    at_once = compiles_at_once(len(protos), free)
+    progress(
+        f"neuronx-cc {version}: {at_once} at once ({free / 2**30:.1f} GiB free; a compile may take "
+        f"{GIB_EACH}), {timeout:,.0f} s each at most"
+    )
+    runs = run_compiler(compiler, protos, flags, timeout=timeout, at_once=at_once, progress=progress)
+    outcomes: dict[str, Outcome] = {}
+    for name, module in modules.items():
+        if isinstance(module, str):
+            outcomes[name] = no_module(name, module)
+            continue
+        broken = [finding.rule for finding in report.findings if name in finding.programs]
+        outcomes[name] = read_run(name, runs[name], module.module, version=version, timeout=timeout, found=broken)
+    return Comparison(version, flags, report, modules, outcomes)
 
 
 def scrubbed(text: str) -> str:
     """Drop paths from a text, but for the names of files, and the names of this user, this host and EC2's."""
-    text = _SLASHED.sub(_without_directories, text)
-    text = _INSTANCE.sub("<host>", text)
+
+    def without_directories(word: re.Match[str]) -> str:
+        return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
+
+    text = _INSTANCE.sub("<host>", _SLASHED.sub(without_directories, text))
     for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
     return text
-
-
-def _without_directories(word: re.Match[str]) -> str:
-    return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
 
 def _function(report: Report, name: str, outcome: Outcome) -> dict[str, object]:
@@ -171,35 +259,25 @@ def _finding(finding: Finding | CompilerFinding, severity: str) -> dict[str, obj
     }
 
 
-def _names_code(rule: str) -> str | None:
-    found = re.search(r"NCC_[A-Z]+\d+", RULES[rule].source)
-    return found[0] if found else None
-
-
 def _instructions(module: Exported | str, finding: Finding) -> list[str]:
     """Find the instructions of a finding of `check`: those at its place and of its name."""
     if isinstance(module, str) or not (finding.op_name or finding.place):
         return []
     everything = (i for computation in module.module.computations.values() for i in computation.instructions.values())
-    return [
-        i.name
-        for i in everything
-        if (not finding.op_name or i.op_name == finding.op_name) and (not finding.place or i.place == finding.place)
-    ]
+    wanted = finding.op_name, finding.place
+    return [i.name for i in everything if wanted == (finding.op_name and i.op_name, finding.place and i.place)]
 
 
 def _excerpt(module: Exported | str, names: list[str]) -> tuple[str, ...]:
     if isinstance(module, str) or not any(names):
         return ()
-    wanted = set(names)
-    lines = (line for line in module.text.splitlines() if (match := _LINE.match(line)) and match[1] in wanted)
-    short = []
-    for line in lines:
+    lines = (line for line in module.text.splitlines() if (match := _LINE.match(line)) and match[1] in names)
+
+    def short(line: str) -> str:
         bare = re.sub(r", (?:metadata|backend_config|frontend_attributes|sharding)=\{.*", "", line.strip())
-        short.append(scrubbed(bare if len(bare) <= _MOST_LETTERS else f"{bare[: _MOST_LETTERS - 3]}..."))
-        if len(short) == _MOST_LINES:
-            break
-    return tuple(short)
+        return scrubbed(bare if len(bare) <= _MOST_LETTERS else f"{bare[: _MOST_LETTERS - 3]}...")
+
+    return tuple(map(short, itertools.islice(lines, _MOST_LINES)))
 
 
 def _keys(recipe: Recipe) -> Iterator[tuple[str, object]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,18 @@ if TYPE_CHECKING:
 
 _LISTED = {
     *("bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8"),
-    *("float8_e5m2", "float8_e4m3", "float8_e3m4"),
+    *("float8_e5m2", "float8_e4m3", "float8_e3m4", "float0"),
 }
+_DTYPES = {
+    "float64": "dtype-f64",
+    "complex.*": "dtype-complex",
+    "u?int64": "dtype-int64",
+    ".*fnuz": "dtype-f8fnuz",
+    "float8_e4m3fn": "dtype-f8e4m3fn",
+    "float4_e2m1fn": "dtype-f4",
+    ".*": "dtype-unlisted",
+}
+"""Form of a dtype that is not listed -> its rule."""
 _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 
@@ -53,51 +65,45 @@ def meshes_in(closed: core.ClosedJaxpr) -> list[jax.sharding.Mesh | jax.sharding
     import jax
 
     meshes: dict[Any, None] = {}
-
-    def visit(jaxpr: core.Jaxpr) -> None:
-        for eqn in jaxpr.eqns:
-            for name, value in eqn.params.items():
-                if name == "mesh" and isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
-                    meshes.setdefault(value)
-                for part in value if isinstance(value, tuple) else (value,):
-                    if isinstance(part, jax.sharding.NamedSharding):
-                        meshes.setdefault(part.mesh)
-            for inner in sub_jaxprs(eqn):
-                visit(inner)
-
-    visit(closed.jaxpr)
+    for name, value in (item for eqn in _equations(closed.jaxpr) for item in eqn.params.items()):
+        if name == "mesh" and isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+            meshes.setdefault(value)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, jax.sharding.NamedSharding):
+                meshes.setdefault(part.mesh)
     return [mesh for mesh in meshes if not mesh.empty]
 
 
 def targets_in(closed: core.ClosedJaxpr) -> set[str]:
     """Return the targets of the custom calls (jax.ffi.ffi_call) in a jax.core.ClosedJaxpr."""
-    found, left = set(), [closed.jaxpr]
-    while left:
-        for eqn in left.pop().eqns:
-            found.add(str(eqn.params.get("target_name", "")))
-            left += sub_jaxprs(eqn)
-    return found
+    return {str(eqn.params.get("target_name", "")) for eqn in _equations(closed.jaxpr)}
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in sub_jaxprs(eqn):
+            yield from _equations(inner)
 
 
 def eqn_place(eqn: Any) -> Place | None:
     """Return the user's line that made an equation; None inside JAX's own jitted functions."""
     from jax._src import source_info_util
 
-    traceback = eqn.source_info.traceback
-    if traceback is None:
+    if eqn.source_info.traceback is None:
         return None
-    return user_place(Place(frame.file_name, frame.start_line) for frame in source_info_util.user_frames(traceback))
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    return user_place(Place(frame.file_name, frame.start_line) for frame in frames)
 
 
 def place_of_failure(error: BaseException) -> tuple[Place | None, str]:
     """Find the place in user code of the operation that JAX failed to lower, and the call on that line that made it."""
-    place, origin, traceback = None, "", error.__traceback__
-    while traceback is not None:
+    place, origin = None, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
         # JAX lowers equation by equation, each inside the lowering of the one that contains it.
-        eqn = traceback.tb_frame.f_locals.get("eqn")
+        eqn = frame.f_locals.get("eqn")
         if hasattr(eqn, "source_info") and (own := eqn_place(eqn)):
             place, origin = own, _origin(eqn)
-        traceback = traceback.tb_next
     return place, origin
 
 
@@ -151,22 +157,8 @@ def _read(eqn: core.JaxprEqn) -> Iterator[tuple[str, str]]:
 
 def _dtype(variable: core.Var) -> Iterator[tuple[str, str]]:
     dtype = str(getattr(variable.aval, "dtype", "bool"))
-    rule = None
-    if dtype == "float64":
-        rule = "dtype-f64"
-    elif dtype.startswith("complex"):
-        rule = "dtype-complex"
-    elif dtype in ("int64", "uint64"):
-        rule = "dtype-int64"
-    elif dtype.endswith("fnuz"):
-        rule = "dtype-f8fnuz"
-    elif dtype == "float8_e4m3fn":
-        rule = "dtype-f8e4m3fn"
-    elif dtype == "float4_e2m1fn":
-        rule = "dtype-f4"
-    elif dtype not in _LISTED and "<" not in dtype and dtype != "float0":  # `key<rbg>` is a type of JAX alone
-        rule = "dtype-unlisted"
-    if rule is not None:
+    if dtype not in _LISTED and "<" not in dtype:  # `key<rbg>` is a type of JAX alone
+        rule = next(rule for pattern, rule in _DTYPES.items() if re.fullmatch(pattern, dtype))
         yield rule, f"makes {_shape(variable)}"
 
 

@@ -27,12 +27,7 @@ _MANY_ARGUMENTS = 128
 def read_partitioned(
     module: Module, cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology, sdk: Sdk
 ) -> list[Finding]:
-    """List the findings in a partitioned module.
-
-    Args:
-        cores: the physical core of each partition.
-        mesh: names the axes of groups in messages.
-    """
+    """List the findings in a partitioned module: `cores` of its partitions, in groups named by the axes of `mesh`."""
     found = collectives_of(module)
     return [
         *_integer_reductions(found, mesh),
@@ -73,12 +68,11 @@ def memory_of(
 
     Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
     """
-    compiled = partitioned.compiled if partitioned is not None else None
-    chosen: list[Any] = []
-    if compiled is not None:
-        import jax
+    import jax
 
-        chosen = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda sharding: sharding is None)
+    compiled = partitioned.compiled if partitioned is not None else None
+    of_inputs = () if compiled is None else compiled.input_shardings[0]
+    chosen: list[Any] = jax.tree.leaves(of_inputs, is_leaf=lambda sharding: sharding is None)
     if len(chosen) != len(arguments):
         chosen = [None] * len(arguments)
     size = 0
@@ -86,8 +80,8 @@ def memory_of(
         sharding = leaf.sharding or sharding
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         size += math.prod(shape) * _itemsize(leaf.dtype)
-    temporaries = None
     analysis = compiled.memory_analysis() if compiled is not None else None
+    temporaries = None
     if analysis is not None:
         temporaries = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(size, sdk.core_overhead(topology), temporaries, topology.hbm_size)
@@ -95,29 +89,25 @@ def memory_of(
 
 def read_arguments(arguments: Sequence[object]) -> Iterator[Finding]:
     if len(arguments) > _MANY_ARGUMENTS:
-        yield Finding(
-            "arguments-many",
-            f"{len(arguments)} arrays; {_MANY_ARGUMENTS} were measured to take 8 ms a call, 512 418 ms",
-        )
+        message = f"{len(arguments)} arrays; {_MANY_ARGUMENTS} were measured to take 8 ms a call, 512 418 ms"
+        yield Finding("arguments-many", message)
 
 
 def read_memory(memory: Memory) -> Iterator[Finding]:
     if memory.capacity is None:
         return
-    gib = 2**30
-    needed = memory.arguments + memory.overhead
+    needed, temporaries = memory.arguments + memory.overhead, memory.temporaries or 0
+    sizes = (memory.arguments, memory.overhead, memory.capacity, temporaries, needed)
+    arguments, overhead, core, taken, beside = (f"{size / 2**30:.2f} GiB" for size in sizes)
     if needed > memory.capacity:
-        yield Finding(
-            "memory-arguments",
-            f"{memory.arguments / gib:.2f} GiB of state and inputs and {memory.overhead / gib:.2f} GiB of runtime on a "
-            f"core of {memory.capacity / gib:.2f} GiB",
-        )
-    elif memory.temporaries is not None and needed + memory.temporaries > memory.capacity:
+        message = f"{arguments} of state and inputs and {overhead} of runtime on a core of {core}"
+        yield Finding("memory-arguments", message)
+    elif needed + temporaries > memory.capacity:
         yield Finding(
             "memory-temporaries",
-            f"{memory.temporaries / gib:.2f} GiB of temporaries beside {needed / gib:.2f} GiB of state, inputs and "
-            f"runtime, on a core of {memory.capacity / gib:.2f} GiB; the temporaries are what XLA's CPU compiler "
-            f"takes, which widens bf16 to f32 and so overstates; `trainfw plan` counts them as the program asked for",
+            f"{taken} of temporaries beside {beside} of state, inputs and runtime, on a core of {core}; the "
+            "temporaries are what XLA's CPU compiler takes, which widens bf16 to f32 and so overstates; `trainfw plan` "
+            "counts them as the program asked for",
         )
 
 
@@ -125,12 +115,8 @@ def _integer_reductions(found: list[Collective], mesh: jax.sharding.Mesh | None)
     for collective in found:
         integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
         if collective.kind in ("all-reduce", "reduce-scatter") and integers:
-            shape = integers[0]
-            yield _finding(
-                f"collective-integer-{collective.kind}",
-                f"{collective.kind} of {shape.dtype}[{','.join(map(str, shape.dims))}] over {_among(collective, mesh)}",
-                collective,
-            )
+            message = f"{collective.kind} of {integers[0]} over {_among(collective, mesh)}"
+            yield _finding(f"collective-integer-{collective.kind}", message, collective)
 
 
 def _groups(
@@ -142,30 +128,25 @@ def _groups(
     by_groups: dict[Any, list[Collective]] = defaultdict(list)
     for collective in found:
         by_groups[_key(collective)].append(collective)
-    for users in by_groups.values():
-        first = users[0]
-        rule, why = None, None
+    for first, *others in by_groups.values():
         if first.pairs:
             problem = permute_problem(topology, [(cores[a], cores[b]) for a, b in first.pairs])
-            if problem is not None:
-                rule, why = f"permute-{problem[0]}", problem[1]
+            rule, why = ("", None) if problem is None else (f"permute-{problem[0]}", problem[1])
         else:
             problems = (group_problem(topology, [cores[device] for device in group]) for group in first.groups)
-            rule, why = "collective-group", next((problem for problem in problems if problem), None)
-        if rule is not None and why is not None:
+            rule, why = "collective-group", next(filter(None, problems), None)
+        if why is not None:
+            users = (first, *others)
             kinds = ", ".join(dict.fromkeys(user.kind for user in users))
             yield _finding(rule, f"{kinds} over {_among(first, mesh)}: {why}", first, len(users))
 
 
 def _communicators(found: list[Collective], mesh: jax.sharding.Mesh | None, sdk: Sdk) -> Iterator[Finding]:
-    sets: dict[Any, Collective] = {}
-    for collective in found:
-        if collective.groups:
-            sets.setdefault(_key(collective), collective)
-    if len(sets) > sdk.communicators:
-        users = list(sets.values())
+    # The first of each.
+    users = list({_key(collective): collective for collective in reversed(found) if collective.groups}.values())[::-1]
+    if len(users) > sdk.communicators:
         names = "; ".join(_among(collective, mesh) for collective in users)
-        message = f"{len(sets)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}"
+        message = f"{len(users)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}"
         yield _finding("communicators", message, users[sdk.communicators])  # the first that is too many
 
 
@@ -195,8 +176,7 @@ def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:
         for shape in instruction.shapes:
             if shape.bytes >= limit and (shape.dtype, shape.dims) not in known:
                 known.add((shape.dtype, shape.dims))
-                described = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
-                message = f"{instruction.opcode} makes {described}, {shape.bytes / gb:.1f} GB on one core"
+                message = f"{instruction.opcode} makes {shape}, {shape.bytes / gb:.1f} GB on one core"
                 yield Finding("buffer-intermediate", message, instruction.place, instruction.op_name)
 
 

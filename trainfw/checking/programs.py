@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -203,13 +205,9 @@ def _called(
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     if mesh is not None and jitted is not fn:  # a jitted function may say itself how its arguments are split
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        for_all = functools.partial(jax.ShapeDtypeStruct, sharding=replicated)
         arguments = jax.tree.map(
-            lambda leaf: (
-                leaf
-                if not hasattr(leaf, "shape") or _is_split(leaf)
-                else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-            ),
-            arguments,
+            lambda a: for_all(a.shape, a.dtype) if hasattr(a, "shape") and not _is_split(a) else a, arguments
         )
     return getattr(fn, "__name__", "function"), jitted, arguments, mesh
 
@@ -225,7 +223,6 @@ class Reading:
     """The arrays among them, in the order in which the compiled function takes them; None for one without shapes."""
     partitioned: Partitioned | None = None
     devices: tuple[Any, ...] = ()
-    """The device of each partition."""
     mesh: Any | None = None
     """A mesh of these, after whose axes groups can be named."""
 
@@ -239,11 +236,7 @@ class Reading:
 def check_program(
     program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
-    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`.
-
-    Args:
-        progress: told what is being done.
-    """
+    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
     return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
@@ -291,9 +284,8 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
                 found += read_arguments(reading.arguments)
             memories.append(memory)
         findings += [replace(finding, program=reading.name) for finding in found]
-    units = f"{topology.count} x {topology.name}" if topology.count > 1 else topology.name
     return Report(
-        hardware=units,
+        hardware=topology.in_words,
         cores=topology.cores,
         sdk=sdk.version if neuron else None,
         findings=merged(on_target(findings, Target.of(topology, sdk))),
@@ -314,8 +306,7 @@ def begin(
 ) -> Callable[[], Reading]:
     """Read a jitted function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
 
-    Args:
-        neuron: read for Neuron's rules, and not for memory and collectives alone.
+    `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
     found: list[Finding] = []
     progress(f"tracing {name}")
@@ -324,7 +315,7 @@ def begin(
             traced = _trace(name, function, arguments, mesh, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
-                finding = Finding("shape-dynamic", _first_line(error), _raised_at(error))
+                finding = Finding("shape-dynamic", first_line(error), _raised_at(error))
                 return lambda: Reading(name, (finding,), None)
             raise
         if neuron and (symbolic := read_symbolic(traced.jaxpr)):
@@ -343,14 +334,10 @@ def begin(
         if partitioned is None:
             return Reading(name, (*found, Finding("not-partitioned", problem)), leaves)
         devices = _devices(partitioned, traced, mesh)
-        return Reading(
-            name, tuple(found), leaves, partitioned, tuple(devices), _mesh_of(devices, partitioned, traced, mesh)
-        )
+        named = _mesh_of(devices, partitioned, traced, mesh)
+        return Reading(name, tuple(found), leaves, partitioned, tuple(devices), named)
 
     return finish
-
-
-# --- Tracing, lowering, partitioning --------------------------------------------------------------
 
 
 def _trace(
@@ -374,7 +361,7 @@ def _trace(
             if _is_about_shapes(error):
                 raise
             raise UserError(
-                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {_first_line(error)}"
+                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {first_line(error)}"
             ) from error
         traced = getattr(traced, "traced", traced)  # what flax.nnx.jit wraps
         if not isinstance(traced, jax.stages.Traced):
@@ -417,7 +404,7 @@ def _lowered_findings(traced: jax.stages.Traced, name: str, found: set[str]) -> 
     except (NotImplementedError, ValueError) as error:
         if not found & {"control-callback", "control-checkify"}:
             place, origin = place_of_failure(error)
-            failure = [Finding("op-no-lowering", _first_line(error), place, origin=origin)]
+            failure = [Finding("op-no-lowering", first_line(error), place, origin=origin)]
         try:
             lowered = traced.lower(lowering_platforms=("cpu",))
         except (NotImplementedError, ValueError) as other:
@@ -437,17 +424,16 @@ def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | N
             traced.lower(lowering_platforms=("neuron",))
         except (NotImplementedError, ValueError) as other:
             _raise_what_is_wrong_anywhere(name, error, other)
-        return None, _first_line(error)
+        return None, first_line(error)
 
 
 def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
-    """Partition the program, or say why XLA cannot build it for a CPU."""
     import jax
 
     try:
         partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return None, _first_line(error)
+        return None, first_line(error)
     if partitioned.compiled is None and not is_partitioned(partitioned.module):
         return None, "XLA gave up before it had partitioned the program"
     return partitioned, ""
@@ -456,14 +442,10 @@ def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
 def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception) -> None:
     """Raise a failure that is the same for two platforms: then it is of the program, not of what one of them lacks."""
     if isinstance(error, ValueError) and type(error) is type(other) and str(error) == str(other):
-        raise UserError(f"{name} cannot be lowered for any device: {_first_line(error)}") from error
-
-
-# --- Devices --------------------------------------------------------------------------------------
+        raise UserError(f"{name} cannot be lowered for any device: {first_line(error)}") from error
 
 
 def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
-    """Return the device of each partition."""
     import jax
 
     count = partitioned.module.num_partitions
@@ -482,7 +464,6 @@ def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.shar
 def _mesh_of(
     devices: list[jax.Device], partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh | None:
-    """Make a mesh of these devices in their order, after whose axes groups can be named."""
     import jax
 
     compiled = partitioned.compiled
@@ -496,15 +477,14 @@ def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[i
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
     import jax
 
+    from trainfw.parallel import physical_order
+
     devices = list(devices)
-    everything = sorted({*jax.devices(), *devices}, key=lambda d: (d.process_index, d.id))
-    rank = {device: number for number, device in enumerate(everything)}
+    rank = {device: number for number, device in enumerate(physical_order([*{*jax.devices(), *devices}]))}
     cores = [rank[device] for device in devices]
     if max(cores) >= topology.cores:
-        raise UserError(
-            f"the mesh has device {max(cores)}, but {topology.count} x {topology.name} has {topology.cores} cores "
-            f"(0 to {topology.cores - 1})"
-        )
+        have = f"{topology.count} x {topology.name} has {topology.cores} cores (0 to {topology.cores - 1})"
+        raise UserError(f"the mesh has device {max(cores)}, but {have}")
     return cores
 
 
@@ -514,13 +494,13 @@ def _versions(sdk: Sdk) -> Iterable[Finding]:
     def number(version: str) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
-    low, high = sdk.jax
-    if not number(low) <= number(jax.__version__) <= number(high):
-        yield Finding("sdk-version", f"checked with JAX {jax.__version__}; SDK {sdk.version} supports {low} to {high}")
-    low, high = sdk.python
     python = "{}.{}".format(*sys.version_info)
-    if not number(low) <= number(python) <= number(high):
-        yield Finding("sdk-python", f"checked with Python {python}; SDK {sdk.version} supports {low} to {high}")
+    for rule, name, version, (low, high) in (
+        ("sdk-version", "JAX", jax.__version__, sdk.jax),
+        ("sdk-python", "Python", python, sdk.python),
+    ):
+        if not number(low) <= number(version) <= number(high):
+            yield Finding(rule, f"checked with {name} {version}; SDK {sdk.version} supports {low} to {high}")
 
 
 def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
@@ -540,7 +520,6 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
 
 
 def _leaves(traced: jax.stages.Traced, arguments: tuple[object, ...]) -> list[jax.ShapeDtypeStruct]:
-    """Return the arrays among the arguments, in the order in which the compiled function takes them."""
     import jax
 
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
@@ -556,13 +535,9 @@ def _is_split(leaf: object) -> bool:
 
 
 def _raised_at(error: BaseException) -> Place | None:
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(Place(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    return user_place(reversed(frames))
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return user_place(Place(frame.f_code.co_filename, line) for frame, line in reversed(frames))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ class Finding:
 
     rule: str
     message: str
-    """Text that says what is there, in this program."""
     place: Place | None = None
     """The line of user code; None where there is none (an argument, the program as a whole)."""
     op_name: str = ""
@@ -67,14 +66,17 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        where = str(self.place) if self.place else self.op_name or f"{self.program or 'the program'} as a whole"
         times = f" ({self.count} operations)" if self.count > 1 else ""
-        named = f"\n    in       {self.op_name}" if self.place and self.op_name else ""
-        note = f"\n    note     {self.note}" if self.note else ""
-        return (
-            f"{self.severity}: {self.rule}: {where}\n    {self.message}{times}{named}\n"
-            f"    rule     {RULES[self.rule].summary}{note}\n    instead  {self.instead}\n    source   {self.source}"
-        )
+        rows = {"rule": RULES[self.rule].summary, "note": self.note, "instead": self.instead, "source": self.source}
+        return finding_text(self, self.severity, f"{self.message}{times}", rows)
+
+
+def finding_text(finding: Any, severity: str, message: str, rows: Mapping[str, str]) -> str:
+    """Lay out a `Finding` or `CompilerFinding`: where it is, what is there, and further rows that say something."""
+    place, name, whole = finding.place, finding.op_name, finding.program or "the program"
+    rows = {"in": name if place else "", **rows}
+    head = f"{severity}: {finding.rule}: {place or name or f'{whole} as a whole'}"
+    return "\n".join([head, f"    {message}", *(f"    {key:8} {text}" for key, text in rows.items() if text)])
 
 
 @dataclass(frozen=True)
@@ -214,17 +216,10 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def _cells(rows: Iterable[CollectiveSum]) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = [("collective", "axes", "dtype", "groups of", "times", "bytes a core")]
-    cells += [
-        (
-            f"{row.kind}, scattered" if row.scattered else row.kind,
-            "part of an axis" if row.axes is None else ", ".join(row.axes),
-            row.dtype,
-            str(row.group_size),
-            f"{row.count:,}",
-            _size(row.bytes),
-        )
-        for row in rows
-    ]
+    for row in rows:
+        kind = f"{row.kind}, scattered" if row.scattered else row.kind
+        axes = "part of an axis" if row.axes is None else ", ".join(row.axes)
+        cells.append((kind, axes, row.dtype, str(row.group_size), f"{row.count:,}", _size(row.bytes)))
     return cells
 
 

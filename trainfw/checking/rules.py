@@ -4,7 +4,7 @@ import functools
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -74,24 +74,13 @@ class When(Config):
         )
 
     @property
-    def keys(self) -> set[Key]:
-        asked: dict[Key, object] = {
-            "chip": self.chips,
-            "LNC": self.lnc,
-            "SDK": self.sdk,
-            "libneuronxla": self.libneuronxla,
-        }
-        return {key for key, value in asked.items() if value}
+    def keys(self) -> dict[Key, object]:
+        """Conditions by what they are on."""
+        asked: list[object] = [" ".join(self.chips), self.lnc, self.sdk, self.libneuronxla]
+        return {key: value for key, value in zip(KEYS, asked, strict=True) if value}
 
     def __str__(self) -> str:
-        return ", ".join(
-            [
-                *([" ".join(self.chips)] if self.chips else []),
-                *([f"LNC {self.lnc}"] if self.lnc else []),
-                *([f"SDK {self.sdk}"] if self.sdk else []),
-                *([f"libneuronxla {self.libneuronxla}"] if self.libneuronxla else []),
-            ]
-        )
+        return ", ".join(f"{value}" if key == "chip" else f"{key} {value}" for key, value in self.keys.items())
 
 
 class Case(Config):
@@ -158,24 +147,18 @@ class Rule(Config):
 
     def describe(self, width: int = 80) -> str:
         """Wrap text into lines of at most `width` columns, longer words aside."""
-        lines = [f"{self.severity:7}  {self.id}"]
-        lines += _indented(self.summary, width)
-        if self.keyed_on:
-            lines += _indented(f"keyed on {', '.join(self.keyed_on)}", width)
+        texts = [self.summary, f"keyed on {', '.join(self.keyed_on)}" if self.keyed_on else ""]
         for case in self.cases:
             note = f" ({case.note})" if case.note else ""
             said = "does not count" if case.severity == "none" else case.severity or self.severity
-            lines += _indented(f"{said} on {case.when}{note}", width, deeper="  ")
-        if self.note:
-            lines += _indented(f"note: {self.note}", width)
-        return "\n".join([*lines, *_indented(f"source: {self.source}", width)])
-
-
-def _indented(text: str, width: int, deeper: str = "") -> list[str]:
-    first = " " * 9 + deeper
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=first, break_long_words=False, break_on_hyphens=False
-    )
+            texts.append(f"  {said} on {case.when}{note}")
+        texts += [f"note: {self.note}" if self.note else "", f"source: {self.source}"]
+        lines = [f"{self.severity:7}  {self.id}"]
+        for text in texts:
+            first = " " * (9 + len(text) - len(text.lstrip()))
+            wrapper = textwrap.TextWrapper(width, first, first, break_long_words=False, break_on_hyphens=False)
+            lines += wrapper.wrap(text.lstrip())
+        return "\n".join(lines)
 
 
 def within(version: str, bound: str | None) -> bool:
@@ -192,12 +175,7 @@ def _load(name: str) -> Any:
     return yaml.safe_load(resources.files(__package__).joinpath(name).read_text())
 
 
-def _rules() -> Iterator[Rule]:
-    for name, fields in _load("rules.yaml").items():
-        yield Rule.model_validate({"id": name, **fields})
-
-
-RULES: dict[str, Rule] = {rule.id: rule for rule in _rules()}
+RULES = {name: Rule.model_validate({"id": name, **fields}) for name, fields in _load("rules.yaml").items()}
 
 
 @functools.cache

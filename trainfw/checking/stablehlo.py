@@ -34,7 +34,8 @@ _MX_TYPES = ("f8E5M2", "f8E4M3FN")
 
 def read_stablehlo(module: Any) -> list[Finding]:
     """List findings in a module as `lowered.compiler_ir("stablehlo")` gives it, of rules that count on any target."""
-    functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in _functions(module)}
+    named = (op for op in module.body.operations if op.operation.name == "func.func")
+    functions = {str(op.attributes["sym_name"]).strip('"'): op.operation for op in named}
     findings: list[Finding] = []
     seen: set[Any] = set()
     partitions = module.operation.attributes
@@ -56,17 +57,15 @@ def read_stablehlo(module: Any) -> list[Finding]:
                 known = arguments_of(op.operands, arguments)
                 visit(str(op.attributes["callee"]).lstrip("@").strip('"'), place, origin, known, split)
                 continue
-            found = [*_read(op, arguments), *(_read_split(op) if split else ())]
+            found = [*_read(op, arguments)]
+            if split and op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):  # it is to be split
+                found.append(("gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"))
             findings.extend(Finding(rule, message, place, op_name, origin=origin) for rule, message in found)
             walk(op, place, origin, arguments, split and op.name != "sdy.manual_computation")
 
     visit("main", None, "", Arguments(), several)
     forget()  # what keeps the module
     return findings
-
-
-def _functions(module: ir.Module) -> Iterator[ir.OpView]:
-    return (op for op in module.body.operations if op.operation.name == "func.func")
 
 
 def _inside(op: ir.Operation) -> Iterator[ir.Operation]:
@@ -77,7 +76,6 @@ def _inside(op: ir.Operation) -> Iterator[ir.Operation]:
 
 
 def _location(location: Any) -> tuple[list[Place], str]:
-    """Return the stack frames of an operation, innermost first, and its name."""
     frames: list[Place] = []
     name = ""
     left = [location]
@@ -97,7 +95,7 @@ def _location(location: Any) -> tuple[list[Place], str]:
 
 def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
     dialect, _, name = op.name.partition(".")
-    if not all(_is_static(value.type) for value in (*op.operands, *op.results)):
+    if not all(getattr(value.type, "has_static_shape", True) for value in (*op.operands, *op.results)):
         yield "shape-dynamic", f"{name} of a dynamic shape"
     if dialect == "chlo":  # decomposed into stablehlo, all but these
         if name == "top_k":
@@ -154,12 +152,6 @@ def _read(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
         yield "op-unlisted", f"{op.name} of {_type(op.operands[0]) if len(op.operands) else 'nothing'}"
 
 
-def _read_split(op: ir.Operation) -> Iterator[tuple[str, str]]:
-    """Read the rules on operations that a partitioner has to split over several cores."""
-    if op.name == "stablehlo.gather" and _dims(op, "operand_batching_dims"):
-        yield "gather-batched", f"gathers from {_type(op.operands[0])} with batching dims"
-
-
 def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
     update = owner_of(terminator(op.regions[0]).operands[0])
     combining = update.name.rpartition(".")[2] if update is not None else ""
@@ -178,10 +170,8 @@ def _read_scatter(op: Any, arguments: Arguments) -> Iterator[tuple[str, str]]:
 def _past_the_end(op: Any, mapped: list[int], arguments: Arguments) -> str:
     """Say where a gather's or scatter's places count up past the end of the operand; empty where not known to.
 
-    The compiler compares places with the dim, whatever the size of the window that is read at each.
-
-    Args:
-        mapped: the operand's dim that each component of an index is for.
+    The compiler compares places with the dim, whatever the size of the window that is read at each. `mapped` are the
+    operand's dims that the components of an index are for.
     """
     shape, indices = op.operands[0].type.shape, op.operands[len(op.operands) // 2 if len(op.operands) > 2 else 1]
     made = owner_of(indices)
@@ -210,7 +200,6 @@ def _read_custom_call(op: ir.Operation) -> Iterator[tuple[str, str]]:
 
 
 def _form_problem(target: str, op: ir.Operation) -> str:
-    """Say what neuronx-cc refuses of a microscaling call's form; empty for nothing."""
     count = 1 if target == "QuantizeMX" else 4
     if len(op.operands) != count:
         return f"with {len(op.operands)} arrays; expected {count}"
@@ -225,7 +214,6 @@ def _form_problem(target: str, op: ir.Operation) -> str:
 
 
 def _quantize_problem(op: ir.Operation) -> str:
-    """Say what is refused of a QuantizeMX that has one operand."""
     if len(op.results) != 2:
         return f"with {len(op.results)} results; expected 2"
     source, quantized = op.operands[0], op.results[0]
@@ -250,9 +238,6 @@ def _quantized_dim(op: Any) -> int:
     return -1
 
 
-# --- Operations ----------------------------------------------------------------------------------
-
-
 def _reduces(op: Any) -> bool:
     """Tell whether a reduce_precision has fewer bits than the dtype of its operand."""
     kept = int(op.attributes["exponent_bits"]), int(op.attributes["mantissa_bits"])
@@ -262,11 +247,9 @@ def _reduces(op: Any) -> bool:
 
 def _sorts_simply(op: Any) -> bool:
     decision = owner_of(terminator(op.regions[0]).operands[0])
-    return (
-        decision is not None
-        and decision.name == "stablehlo.compare"
-        and any(f" {direction}" in str(decision.attributes["comparison_direction"]) for direction in _COMPARISONS)
-    )
+    if decision is None or decision.name != "stablehlo.compare":
+        return False
+    return any(f" {direction}" in str(decision.attributes["comparison_direction"]) for direction in _COMPARISONS)
 
 
 def _is_known_power(op: ir.Operation) -> bool:
@@ -284,7 +267,6 @@ def _large(op: Any, attribute: str) -> list[int]:
 
 
 def _trip_count(op: Any, arguments: Arguments) -> int | None:
-    """Count the trips of a `stablehlo.while`, where they are known when compiling."""
     condition, body = op.regions
     test, update = owner_of(terminator(condition).operands[0]), terminator(body)
     if test is None or test.name != "stablehlo.compare":
@@ -298,21 +280,15 @@ def _trip_count(op: Any, arguments: Arguments) -> int | None:
         direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
     if index is None:
         return None
-    limit, start, step = integer_of(bound, arguments), integer_of(op.operands[index], arguments), None
+    limit, start = integer_of(bound, arguments), integer_of(op.operands[index], arguments)
     made = owner_of(update.operands[index])
-    if made is not None and made.name in ("stablehlo.add", "stablehlo.subtract"):
-        own = [argument_of(operand, body) == index for operand in made.operands]
-        if own == [True, False]:
-            step = integer_of(made.operands[1], arguments)
-            step = -step if step is not None and made.name == "stablehlo.subtract" else step
-        elif own == [False, True] and made.name == "stablehlo.add":
-            step = integer_of(made.operands[0], arguments)
-    if limit is None or start is None or step is None:
+    if made is None or made.name not in ("stablehlo.add", "stablehlo.subtract"):
         return None
-    return count_trips(start, limit, step, direction)
-
-
-# --- Values --------------------------------------------------------------------------------------
+    own = [argument_of(operand, body) == index for operand in made.operands]
+    step = integer_of(made.operands[own.index(False)], arguments) if sorted(own) == [False, True] else None
+    if made.name == "stablehlo.subtract":
+        step = -step if step is not None and own[0] else None
+    return None if limit is None or start is None or step is None else count_trips(start, limit, step, direction)
 
 
 def _constant(value: Any) -> float | None:
@@ -352,16 +328,11 @@ def _bits(value: ir.Value) -> int:
 
 
 def _dims(op: ir.Operation, name: str) -> list[int]:
-    """Read a list of dims in a gather's or scatter's numbers."""
     from jaxlib.mlir.dialects import stablehlo
 
     if op.name == "stablehlo.gather":
         return list(getattr(stablehlo.GatherDimensionNumbers(op.attributes["dimension_numbers"]), name))
     return list(getattr(stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"]), name))
-
-
-def _is_static(type_: ir.Type) -> bool:
-    return getattr(type_, "has_static_shape", True)
 
 
 def _type(value: ir.Value) -> str:

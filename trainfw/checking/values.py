@@ -48,11 +48,7 @@ class Arguments(NamedTuple):
 
 
 def arguments_of(operands: Sequence[Any], arguments: Arguments) -> Arguments:
-    """List the known values of operands, for the function that is called with them.
-
-    Args:
-        arguments: those of the function that calls it.
-    """
+    """List the known values of operands, for the function that is called with them; `arguments` are the caller's."""
     return Arguments(
         tuple(integer_of(operand, arguments) for operand in operands),
         tuple(range_of(operand, arguments) for operand in operands),
@@ -65,16 +61,9 @@ def forget() -> None:
     range_of.cache_clear()
 
 
-# --- Scalars --------------------------------------------------------------------------------------
-
-
 @functools.cache  # a value may be reached in many ways
 def integer_of(value: Any, arguments: Arguments) -> int | None:
-    """Compute the value of an integer scalar; None where it is not known when compiling.
-
-    Args:
-        arguments: those of the function that it is in.
-    """
+    """Compute the value of an integer scalar in a function called with `arguments`; None where it is not known."""
     from jaxlib.mlir import ir
 
     if getattr(value.type, "rank", 0):
@@ -108,16 +97,9 @@ def integer_of(value: Any, arguments: Arguments) -> int | None:
     return None
 
 
-# --- Arrays ---------------------------------------------------------------------------------------
-
-
 @functools.cache
 def range_of(value: Any, arguments: Arguments) -> Range | None:
-    """Find the range of an array of integers (or booleans); None where it is not known exactly.
-
-    Args:
-        arguments: those of the function that it is in.
-    """
+    """Find the range of an array of integers (or booleans), as `integer_of`; None where it is not known exactly."""
     from jaxlib.mlir import ir
 
     if not isinstance(getattr(value.type, "element_type", None), ir.IntegerType):
@@ -167,16 +149,12 @@ def _computed(op: Any, ranges: list[Range]) -> Range | None:
 
 def _compared(direction: str, left: Range, right: Range) -> bool | None:
     """Compare where the result is the same for all elements; None where it is not."""
-    match direction:
-        case "LT":
-            return True if left.high < right.low else False if left.low >= right.high else None
-        case "GE":
-            return True if left.low >= right.high else False if left.high < right.low else None
-        case "GT":
-            return True if left.low > right.high else False if left.high <= right.low else None
-        case "LE":
-            return True if left.high <= right.low else False if left.low > right.high else None
-    return None
+    if direction in ("GT", "LE"):
+        left, right = right, left
+    below = True if left.high < right.low else False if left.low >= right.high else None
+    if below is None or direction not in ("LT", "GT", "LE", "GE"):
+        return None
+    return below if direction in ("LT", "GT") else not below
 
 
 def _constant_range(op: Any) -> Range | None:
@@ -195,9 +173,6 @@ def _constant_range(op: Any) -> Range | None:
     return Range(min(numbers), max(numbers), False)
 
 
-# --- The graph ------------------------------------------------------------------------------------
-
-
 def owner_of(value: Any) -> Any | None:
     """Find the operation that makes a value; None for an argument of a block."""
     owner = value.owner
@@ -211,10 +186,7 @@ def terminator(region: Any) -> Any:
 
 def argument_of(value: Any, region: Any) -> int | None:
     """Find which argument of a region's block a value is; None for none."""
-    for number, argument in enumerate(region.blocks[0].arguments):
-        if argument == value:
-            return number
-    return None
+    return next((number for number, own in enumerate(region.blocks[0].arguments) if own == value), None)
 
 
 def _returned(call: Any, value: Any) -> Any:

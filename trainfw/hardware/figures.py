@@ -27,12 +27,7 @@ def quantity(text: object) -> float:
 
     Raises ValueError for anything else.
     """
-    return _parsed(text)[0]
-
-
-def dimension(text: object) -> str:
-    """Name a quantity's dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`. Raises as `quantity`."""
-    return _parsed(text)[1]
+    return parsed(text)[0]
 
 
 def units(of: str) -> str:
@@ -40,7 +35,8 @@ def units(of: str) -> str:
     return "" if "" in _UNITS[of] else f" ({', '.join(_UNITS[of])})"
 
 
-def _parsed(text: object) -> tuple[float, str]:
+def parsed(text: object) -> tuple[float, str]:
+    """Parse as `quantity` does, and name the dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`."""
     match = _QUANTITY.fullmatch(str(text))
     if match is None or match[2] not in _SCALES:
         raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(filter(None, _SCALES))}")
@@ -81,7 +77,10 @@ class Claim(Config):
 
     @model_validator(mode="after")
     def _is_a_quantity(self) -> Claim:
-        _checked(self.value)
+        try:
+            quantity(self.value)
+        except ValueError as error:
+            invalid("value", str(error))
         return self
 
 
@@ -104,18 +103,9 @@ class Figure(Claim):
         return bool(self.also) or any(word in self.note for word in ("assumed", "derived", "may mean"))
 
 
-def _checked(value: object) -> None:
-    try:
-        quantity(value)
-    except ValueError as error:
-        invalid("value", str(error))
-
-
 def _of(expected: str) -> AfterValidator:
-    """Refuse figures of another dimension."""
-
     def check(figure: Figure) -> Figure:
-        if dimension(figure.value) != expected:
+        if parsed(figure.value)[1] != expected:
             invalid("value", f"{figure.value!r}: expected {expected}{units(expected)}")
         return figure
 
@@ -128,10 +118,9 @@ def _is_a_share(figure: Figure) -> Figure:
     return figure
 
 
-_PLAIN = next(iter(_UNITS))
 Size = Annotated[Figure, _of("bytes")]
 Rate = Annotated[Figure, _of("bytes/s")]
 Flops = Annotated[Figure, _of("FLOP/s")]
 Seconds = Annotated[Figure, _of("seconds")]
-Number = Annotated[Figure, _of(_PLAIN)]
+Number = Annotated[Figure, _of("a plain number")]
 Share = Annotated[Number, AfterValidator(_is_a_share)]

@@ -59,8 +59,7 @@ class MatmulRatesFile(Config):
     @model_validator(mode="after")
     def _is_a_cube(self) -> MatmulRatesFile:
         count = len(self.sizes)
-        if sorted(set(self.sizes)) != self.sizes or count < 2:
-            invalid("sizes", f"{self.sizes}: expected two or more, each larger than the one before")
+        _check_rising(self.sizes)
         for dtype, cube in self.rates.items():
             if {len(cube), *map(len, cube), *(len(row) for plane in cube for row in plane)} != {count}:
                 invalid(f"rates.{dtype}", f"expected {count} x {count} x {count} rates, one for each of sizes")
@@ -78,11 +77,15 @@ class ElementwiseRatesFile(Config):
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> ElementwiseRatesFile:
-        if sorted(set(self.sizes)) != self.sizes or len(self.sizes) < 2:
-            invalid("sizes", f"{self.sizes}: expected two or more, each larger than the one before")
+        _check_rising(self.sizes)
         if len(self.rates) != len(self.sizes):
             invalid("rates", f"expected {len(self.sizes)}, one for each of sizes")
         return self
+
+
+def _check_rising(sizes: list[PositiveInt]) -> None:
+    if sorted(set(sizes)) != sizes or len(sizes) < 2:
+        invalid("sizes", f"{sizes}: expected two or more, each larger than the one before")
 
 
 class ChipFile(Config):
@@ -140,11 +143,6 @@ class SplitFile(Config):
     parts: tuple[str, str] = Field(strict=False)
     order: list[list[int]]
     """[outer][inner] -> index along the dimension."""
-
-    @property
-    def size(self) -> int:
-        """Sum up the size of the dimension that it cuts."""
-        return sum(map(len, self.order))
 
 
 class GroupsFile(Config):

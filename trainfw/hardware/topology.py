@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.hardware.figures import Figure, dimension, quantity, units
+from trainfw.hardware.figures import Figure, parsed, units
 from trainfw.hardware.schema import ChipFile, GroupsFile, KubernetesFile, LinkFile, SplitFile, TopologyFile
 
 MAX_COUNT = 2**20
@@ -39,6 +39,11 @@ class Dimension:
     link: str
     """Dotted name of the kind of link, such as `links.neuronlink`: its figures are `<link>.bandwidth`, `.latency`."""
     description: str
+
+    @property
+    def wraps(self) -> bool:
+        """Tell whether a link of its own joins the last place to the first."""
+        return self.kind == "ring" and self.size > 2
 
     def distance(self, a: int, b: int) -> int:
         """Count the hops between two places along it."""
@@ -95,7 +100,6 @@ class Topology:
     def __repr__(self) -> str:
         return f"<Topology: {self.in_words}, {self.chips:,} chips, {self.cores:,} cores>"
 
-    # Sizes ------------------------------------------------------------------------------------------------------
     @property
     def cores_per_chip(self) -> int:
         return self.chip.cores // self.lnc
@@ -126,22 +130,22 @@ class Topology:
         """Tell whether a machine of CPU alone is this hardware, rather than simulates it."""
         return self.device_kinds == ("cpu",)
 
-    # Rates ------------------------------------------------------------------------------------------------------
     def peak_flops(self, dtype: str) -> float | None:
         """Return the dense peak of one core in FLOP/s, or None where no source gives it (never a guess)."""
-        figure = self.figures.get(f"chip.peak_flops.{dtype}")
-        return None if figure is None else figure.number / self.cores_per_chip
+        return self._of_core(f"chip.peak_flops.{dtype}")
 
     @property
     def hbm_size(self) -> float | None:
         """Return the bytes of device memory of one core."""
-        figure = self.figures.get("chip.hbm_size")
-        return None if figure is None else figure.number / self.cores_per_chip
+        return self._of_core("chip.hbm_size")
 
     @property
     def hbm_bandwidth(self) -> float | None:
         """Return the bytes/s of one core's share of the chip's memory."""
-        figure = self.figures.get("chip.hbm_bandwidth")
+        return self._of_core("chip.hbm_bandwidth")
+
+    def _of_core(self, key: str) -> float | None:
+        figure = self.figures.get(key)
         return None if figure is None else figure.number / self.cores_per_chip
 
     @property
@@ -154,7 +158,6 @@ class Topology:
         """Tell whether a recipe's `hardware.parameters` gave this figure."""
         return figure in self.figures and self.figures[figure].source == _REPLACED
 
-    # Geometry ---------------------------------------------------------------------------------------------------
     def dim(self, name: str) -> Dimension:
         return next(dim for dim in self.dims if dim.name == name)
 
@@ -182,25 +185,6 @@ class Topology:
             hops += dim.distance(x, y)
         return hops
 
-    def neighbours(self, chip: int) -> list[int]:
-        """List the chips of the same unit one hop away, in the order up, left, down, right of the last two dimensions.
-
-        (The order in which `neuron-ls` lists them; further dimensions follow.)
-        """
-        dims = [dim for dim in self.chip_dims if dim.kind != "network"]
-        strides = [math.prod(d.size for d in dims[i + 1 :]) for i in range(len(dims))]
-        found: dict[int, None] = {}
-        inner = list(zip(dims, strides))[-2:]
-        outer = list(zip(dims, strides))[:-2]
-        for step, pairs in ((-1, inner), (1, inner), (-1, outer), (1, outer)):
-            for dim, stride in pairs:
-                at = chip // stride % dim.size
-                for to in range(dim.size) if dim.kind == "switch" else (at + step,):
-                    to = to % dim.size if dim.kind == "ring" else to
-                    if 0 <= to < dim.size and dim.distance(at, to) == 1:
-                        found[chip + (to - at) * stride] = None
-        return list(found)
-
     def links(self) -> Iterator[Link]:
         """List every link inside one unit, once. A switch counts one link for each chip it serves."""
         dims = [dim for dim in self.chip_dims if dim.kind != "network"]
@@ -212,7 +196,7 @@ class Topology:
                 if dim.kind == "switch":
                     if dim.size > 1:
                         yield Link(chip, f"{dim.name} switch {chip - at * stride}", dim.name, dim.bandwidth)
-                elif at + 1 < dim.size or (dim.kind == "ring" and dim.size > 2):
+                elif at + 1 < dim.size or dim.wraps:
                     yield Link(chip, chip + ((at + 1) % dim.size - at) * stride, dim.name, dim.bandwidth)
 
 
@@ -284,7 +268,9 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         chip=chip,
         dims=tuple(dims),
         # A split of the cores of a chip is written for one LNC.
-        splits={dim.name: tuple(s for s in file.splits.get(dim.name, ()) if s.size == dim.size) for dim in dims},
+        splits={
+            d.name: tuple(s for s in file.splits.get(d.name, ()) if sum(map(len, s.order)) == d.size) for d in dims
+        },
         groups=None if file.groups is None else tuple(file.groups[lnc]),
         rules=file.rules,
         core_links=tuple((a, b) for a, b in file.core_links if lnc == next(iter(chip.device_kinds))),
@@ -296,7 +282,6 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
 
 
 def _check_range(name: str, chip: ChipFile) -> None:
-    """Raise UserError where a chip's efficiency is not in its own range."""
     value, around = chip.matmul_efficiency, chip.matmul_efficiency_range
     if around is None or (value is not None and around.low <= value.number <= around.high):
         return
@@ -310,11 +295,11 @@ def _check_range(name: str, chip: ChipFile) -> None:
 def _check_replacement(key: str, value: str, figure: Figure) -> None:
     """Raise UserError where `value` cannot stand in place of the figure."""
     try:
-        number = quantity(value)
+        number, given = parsed(value)
     except ValueError as error:
         raise UserError(f"parameters.{key} = {error}") from None
-    expected = dimension(figure.value)
-    if dimension(value) != expected:
+    expected = parsed(figure.value)[1]
+    if given != expected:
         raise UserError(f"parameters.{key} = {value!r}: expected {expected}{units(expected)}, such as {figure.value}")
     if key.endswith("efficiency") and not 0 < number <= 1:
         raise UserError(f"parameters.{key} = {value!r}: expected a share, more than 0 and at most 1")
@@ -380,23 +365,18 @@ def _read_topology(name: str) -> dict[str, Any]:
 
 
 def _figures(tree: Figure | dict[str, Any] | BaseModel, prefix: str = "") -> Iterator[tuple[str, Figure]]:
-    """List every Figure in a tree of models and dicts, by dotted name."""
     if isinstance(tree, Figure):
         yield prefix, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
+    elif isinstance(tree, dict | BaseModel):
+        for key, value in tree.items() if isinstance(tree, dict) else tree:  # a model lists its fields
             yield from _figures(value, f"{prefix}.{key}".lstrip("."))
-    elif hasattr(tree, "model_fields_set"):
-        for key in type(tree).model_fields:
-            yield from _figures(getattr(tree, key), f"{prefix}.{key}".lstrip("."))
 
 
 @functools.cache
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Return the dense peak of one device in FLOP/s at `dtype`, or None where no source gives it (never a guess)."""
     for name in topology_names():
-        chip = load_topology(name).chip
-        for lnc in chip.device_kinds:
-            if device_kind in chip.device_kinds[lnc]:
+        for lnc, kinds in load_topology(name).chip.device_kinds.items():
+            if device_kind in kinds:
                 return load_topology(name, lnc=lnc).peak_flops(dtype)
     return None

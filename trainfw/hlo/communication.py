@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainfw.hlo.groups import Groups, parse_groups, parse_pairs
 from trainfw.hlo.module import Computation, Instruction, Module
 
@@ -36,7 +38,6 @@ class Collective:
     bytes: int
     """Bytes of the whole buffer on one device, each time: what an all-gather returns, what a reduce-scatter takes."""
     times: int
-    """Number of runs in one run of the module."""
     groups: Groups
     """Devices that take part together; empty for a permute."""
     pairs: tuple[tuple[int, int], ...]
@@ -141,9 +142,7 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
 def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
     """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
-    Args:
-        mesh: a jax Mesh, or its axis names and sizes, outermost first.
-        groups: of device places in the flattened mesh; the order inside a group, and of groups, does not matter.
+    Devices are numbered by place in the flattened mesh; the order inside a group, and of groups, does not matter.
     """
     sizes = _sizes(mesh)
     first = [_place(device, sizes) for device in groups[0]]
@@ -154,11 +153,9 @@ def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequen
 @functools.lru_cache(maxsize=256)
 def _lines(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> frozenset[frozenset[int]]:
     """List every group of devices that differ along `axes` alone."""
-    lines: dict[tuple[int, ...], list[int]] = {}
-    for device in range(math.prod(size for _, size in sizes)):
-        place = _place(device, dict(sizes))
-        lines.setdefault(tuple(at for axis, at in place.items() if axis not in axes), []).append(device)
-    return frozenset(map(frozenset, lines.values()))
+    shape, along = [size for _, size in sizes], [number for number, (axis, _) in enumerate(sizes) if axis in axes]
+    devices = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), along, range(-len(along), 0))
+    return frozenset(map(frozenset, devices.reshape(-1, math.prod(shape[number] for number in along)).tolist()))
 
 
 def _sizes(mesh: jax.sharding.Mesh | Mapping[str, int]) -> dict[str, int]:
@@ -173,9 +170,9 @@ def _place(device: int, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _bytes(kind: str, instruction: Instruction, group_size: int) -> int:
-    started = instruction.opcode.endswith("-start")
-    # The start of an asynchronous collective returns its operand beside its result.
-    result = max(s.bytes for s in instruction.shapes) if started else instruction.bytes
+    result = instruction.bytes
+    if instruction.opcode.endswith("-start"):  # it returns its operand beside its result
+        result = max(shape.bytes for shape in instruction.shapes)
     return result * group_size if kind == "reduce-scatter" else result
 
 

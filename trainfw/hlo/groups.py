@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -36,22 +38,13 @@ def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", text))
 
 
-def transposed(values: Sequence[int], shape: Sequence[int], order: Sequence[int]) -> list[int]:
-    """Transpose `values`, seen as an array of `shape`, and flatten them."""
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    places = [0]
-    for dim in order:
-        places = [place + i * strides[dim] for place in places for i in range(shape[dim])]
-    return [values[place] for place in places]
-
-
 def _iota(text: str) -> Groups:
     match = _IOTA.match(text)
     if match is None:
         raise ValueError(f"replica groups {text!r}: no form of HLO that is known")
     dims, shape, order = (_numbers(part or "") for part in match.groups())
-    devices = transposed(range(math.prod(shape)), shape, order or range(len(shape)))
-    return _cut(devices, dims[-1] if len(dims) > 1 else len(devices))
+    devices = range(math.prod(shape))
+    return _cut(devices, shape, order, dims[-1] if len(dims) > 1 else len(devices))
 
 
 def _along_axes(text: str) -> Groups:
@@ -75,20 +68,21 @@ def _along_axes(text: str) -> Groups:
         shape.append(whole // done)
     inner = [chosen[name, before] for name, before, _ in wanted]
     outer = [dim for dim in range(len(shape)) if dim not in inner]
-    return _cut(transposed(devices, shape, outer + inner), math.prod(shape[dim] for dim in inner))
+    return _cut(devices, shape, outer + inner, math.prod(shape[dim] for dim in inner))
 
 
 def _devices(text: str, count: int) -> Sequence[int]:
     """Return the devices of a mesh in its order: `[16,4]T(1,0)`, an iota transposed, or a list of them."""
     match = _TRANSPOSED.match(text)
     if match is not None and (match[2] or "<=" in text):
-        shape = _numbers(match[1])
-        return transposed(range(count), shape, _numbers(match[2] or "") or range(len(shape)))
+        return _cut(range(count), _numbers(match[1]), _numbers(match[2] or ""), count)[0]
     return _numbers(text.strip("[]{}"))
 
 
-def _cut(devices: Sequence[int], size: int) -> Groups:
-    return tuple(tuple(devices[i : i + size]) for i in range(0, len(devices), size))
+def _cut(devices: Sequence[int], shape: Sequence[int], order: Sequence[int], size: int) -> Groups:
+    """Cut devices that stand in an array of `shape` into groups of `size`, the array transposed to `order` before."""
+    rows = np.asarray(devices).reshape(shape).transpose(order or None).reshape(-1, size)
+    return tuple(map(tuple, rows.tolist()))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

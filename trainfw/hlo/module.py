@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,13 +36,13 @@ class Shape:
     def bytes(self) -> int:
         return math.prod(self.dims) * bits(self.dtype) // 8
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
 
 def bits(dtype: str) -> int:
     """Count the bits of one element: `bf16` 16, `s4` 4, `f8e4m3fn` 8."""
-    if dtype in _BITS:
-        return _BITS[dtype]
-    digits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
-    return int(digits[: next((i for i, c in enumerate(digits) if not c.isdigit()), len(digits))])
+    return _BITS[dtype] if dtype in _BITS else int(re.findall(r"\d+", dtype)[0])
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,8 @@ class Computation:
         if source.opcode in _FOLDED:
             values = [self.integer(operand) for operand in source.operands]
             return None if None in values else _FOLDED[source.opcode](*values)
-        if source.opcode != "constant" or source.literal is None:
-            return None
-        try:
-            return int(source.literal)
-        except ValueError:
-            return None
+        whole = source.opcode == "constant" and re.fullmatch(r"-?\d+", source.literal or "")
+        return int(source.literal or "") if whole else None
 
 
 @dataclass(frozen=True)
@@ -235,10 +232,10 @@ def _step(body: Computation, index: int) -> int | None:
     if update is None or update.opcode not in ("add", "subtract"):
         return None
     own = [body.element(operand, _parameter(body)) == index for operand in update.operands]
-    if own == [True, False]:
-        step = body.integer(update.operands[1])
-        return -step if step is not None and update.opcode == "subtract" else step
-    return body.integer(update.operands[0]) if own == [False, True] and update.opcode == "add" else None
+    step = body.integer(update.operands[own.index(False)]) if sorted(own) == [False, True] else None
+    if update.opcode == "subtract":
+        return -step if step is not None and own[0] else None
+    return step
 
 
 def count_trips(start: int, limit: int, step: int, direction: str) -> int | None:

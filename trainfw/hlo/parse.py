@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from trainfw.hlo.places import Place, user_place
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_LAYOUT = re.compile(r"\{[^}]*\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
@@ -75,14 +77,9 @@ def _numbers(text: str) -> dict[str, int]:
 
 
 def _computation(name: str, lines: Iterator[str], places: _Places) -> Computation:
-    instructions: dict[str, Instruction] = {}
-    for line in lines:
-        if line.startswith("}"):
-            break
-        instruction = _instruction(_COMMENT.sub("", line), places)
-        if instruction is not None:
-            instructions[instruction.name] = instruction
-    return Computation(name, instructions)
+    own = itertools.takewhile(lambda line: not line.startswith("}"), lines)
+    found = (_instruction(_COMMENT.sub("", line), places) for line in own)
+    return Computation(name, {instruction.name: instruction for instruction in found if instruction is not None})
 
 
 def _instruction(line: str, places: _Places) -> Instruction | None:
@@ -92,7 +89,7 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
     shape_end = _closing(line, match.end()) if line[match.end()] == "(" else line.index(" ", match.end())
     shapes = tuple(
         Shape(dtype, tuple(int(dim.strip("<=?")) for dim in dims.split(",") if dim.strip("<=? ")))
-        for dtype, dims in _ARRAY.findall(_without_layouts(line[match.end() : shape_end]))
+        for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", line[match.end() : shape_end]))
     )
     opening = line.index("(", shape_end)
     end = _closing(line, opening)
@@ -100,11 +97,9 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
     attributes = dict(_attributes(line[end:]))
     metadata = attributes.pop("metadata", "")
     op_name, frame, source = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME, _SOURCE))
-    place = None
+    place = None if source is None else Place(source[1], int(source[2] or 0))
     if frame is not None:
         place = places[int(frame[1])]
-    elif source is not None:
-        place = Place(source[1], int(source[2] or 0))
     return Instruction(
         name=match[2],
         opcode=opcode,
@@ -118,26 +113,15 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
     )
 
 
-def _without_layouts(shape: str) -> str:
-    return re.sub(r"\{[^}]*\}", "", shape)
-
-
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
     """Split `, a=b, c={d, e=f}` into (a, b), (c, {d, e=f})."""
-    start = 0
-    parts = []
-    for i, c, depth in _unquoted(text, 0):
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    parts.append(text[start:])
+    ends = [i for i, c, depth in _unquoted(text, 0) if c == "," and depth == 0]
     pending: tuple[str, str] | None = None
-    for part in parts:
-        key, equals, value = part.strip().partition("=")
+    for start, end in itertools.pairwise([-1, *ends, len(text)]):
+        part = text[start + 1 : end].strip()
+        key, equals, value = part.partition("=")
         if pending is not None and key == "device_ids":  # of the mesh whose axes are named after them
-            yield pending[0], f"{pending[1]}, {part.strip()}"
-            pending = None
-            continue
+            pending, equals = (pending[0], f"{pending[1]}, {part}"), ""
         if pending is not None:
             yield pending
         pending = (key, value) if equals else None

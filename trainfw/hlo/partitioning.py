@@ -100,11 +100,8 @@ def _compile(
 
 
 def _assignment(directory: Path) -> Assignment | None:
-    kinds = ("*after_optimizations-buffer-assignment.txt", "*after_optimizations-live-range.txt")
-    found = [sorted(directory.glob(kind)) for kind in kinds]
-    if not all(found):
-        return None
-    return parse_assignment(*(paths[-1].read_text() for paths in found))
+    found = [sorted(directory.glob(f"*after_optimizations-{kind}.txt")) for kind in ("buffer-assignment", "live-range")]
+    return parse_assignment(*(paths[-1].read_text() for paths in found)) if all(found) else None
 
 
 @contextlib.contextmanager

@@ -3,10 +3,6 @@ from .common.adapter_inputs import active_inputs as active_inputs
 from .common.adapter_inputs import use_inputs as use_inputs
 from .common.attention import Context as Context
 from .common.attention import HeadCache as HeadCache
-from .common.frozen import Frozen as Frozen
-from .common.frozen import dense as dense
-from .common.frozen import freeze as freeze
-from .common.frozen import frozen_product as frozen_product
 from .common.layers import MLP as MLP
 from .common.layers import PRODUCT as PRODUCT
 from .common.layers import Embedding as Embedding
@@ -14,6 +10,10 @@ from .common.layers import Linear as Linear
 from .common.layers import RMSNorm as RMSNorm
 from .common.layers import gather_weights as gather_weights
 from .common.layers import lookup as lookup
+from .common.matmul import Frozen as Frozen
+from .common.matmul import dense as dense
+from .common.matmul import freeze as freeze
+from .common.matmul import frozen_product as frozen_product
 from .common.matmul import over_rows as over_rows
 from .common.matmul import softcap as softcap
 from .common.moe import ExpertLinear as ExpertLinear

@@ -161,9 +161,8 @@ _PARTS = (
 def load_family(name: str) -> Family:
     """Return the family of this name, or `package.module:Name`. Raises UserError where there is none."""
     if name not in FAMILIES and not is_own(name):
-        near = nearest(name, FAMILIES)
+        near, known = nearest(name, FAMILIES), ", ".join(FAMILIES)
         meant = f"; did you mean {near!r}?" if near else ""
-        known = ", ".join(FAMILIES)
         raise UserError(f"family = {name!r}: unknown family; expected {known}, or package.module:Name{meant}")
     path, expected = FAMILIES.get(name, name), "trainfw.models.Family"
     family: Family = make_piece(path, {}, key="family", methods=_PARTS, expected=expected)
@@ -192,9 +191,7 @@ class _ByFamily:
 
 
 def _validated(section: Any, default: Any) -> Any:
-    name = section.family if isinstance(section, FamilyConfig) else None
-    if isinstance(section, dict):
-        name = section.get("family")
+    name = section.get("family") if isinstance(section, dict) else getattr(section, "family", None)
     if not isinstance(name, str) or name == DEFAULT_FAMILY:
         return default(section)
     try:

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, did_you_mean
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.frozen import Frozen, dense
 from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
-from trainfw.models.common.matmul import softcap, wide_einsum
+from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
 from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
-from trainfw.models.layer_stack import LayerStack, check_remat, gather_sequence
+from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, gather_sequence
 
 HeadDims: TypeAlias = Literal["vd", "dv"]
 """Order of the output head's dims: vocabulary and hidden size. A gradient in another order would be transposed."""
@@ -92,7 +91,8 @@ class LanguageModel(nnx.Module):
     head: Linear | None
 
     def __init__(self, config: FamilyConfig, options: ModelOptions):
-        check_remat(options.remat)
+        if options.remat not in REMAT_POLICIES:
+            raise UserError(f"remat: unknown policy {options.remat!r}{did_you_mean(options.remat, REMAT_POLICIES)}")
         self.config, self.options = config, options
         self.adapter_names: tuple[str, ...] = ()
         """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
@@ -160,18 +160,8 @@ class LanguageModel(nnx.Module):
         segment_ids_BS: jax.Array | None = None,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """logits_BSV, f32. The arguments are those of `hidden_states`."""
-        return self.logits(self.hidden_states(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS))
-
-    def hidden_states(
-        self,
-        tokens_BS: jax.Array,
-        *,
-        segment_ids_BS: jax.Array | None = None,
-        positions_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return x_BSD of `forward`, without the stats."""
-        return self.forward(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS)[0]
+        """logits_BSV, f32. The arguments are those of `TokenModel.forward`."""
+        return self.logits(self.forward(tokens_BS, segment_ids_BS=segment_ids_BS, positions_BS=positions_BS)[0])
 
     def forward(
         self,
@@ -194,7 +184,7 @@ class LanguageModel(nnx.Module):
         return self.final_norm(x_BSD), stats
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
-        """logits_BSV, f32, from what `hidden_states` returns; the vocabulary is split over `tensor`."""
+        """logits_BSV, f32, from the hidden states of `forward`; the vocabulary is split over `tensor`."""
         w, dims = self.head_weight()
         logits_BSV = wide_einsum(f"bsd,{dims}->bsv", gather_sequence(x_BSD), w)
         return softcap(logits_BSV, self.final_softcap)

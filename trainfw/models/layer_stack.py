@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
 from trainfw.backends import ATTENDED, ROTATED
-from trainfw.errors import UserError, did_you_mean
 from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
 from trainfw.models.common.layers import PRODUCT, Linear, gather_weights
 from trainfw.models.family import ModelOptions, Remat
@@ -125,12 +124,6 @@ def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs, *
     return nnx.merge(graphdef, stacked)
 
 
-def check_remat(remat: str) -> None:
-    """Raises UserError for a policy that does not exist."""
-    if remat not in REMAT_POLICIES:
-        raise UserError(f"remat: unknown policy {remat!r}{did_you_mean(remat, REMAT_POLICIES)}")
-
-
 def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
     """`step`, recomputed in the backward pass as `remat` says; weights are gathered again whatever it says."""
     rules = active_rules()
@@ -224,9 +217,6 @@ def run_stack(
         x, rest_outs = unrolled(x, rest, kinds[groups * period :])
         outs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outs, rest_outs)
     return x, outs
-
-
-# --- A model's layers, wherever they lie ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -331,9 +321,6 @@ def _among_stages(own: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)
 
 
-# --- Weights gathered a layer ahead --------------------------------------------------------------
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _prefetched(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
@@ -431,11 +418,9 @@ def _room(num_layers: int, one: Any) -> Any:
 
 
 def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
-    """The first `at` layers and the others."""
     # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
-    leaves, tree = jax.tree.flatten(stacked)
-    cut = [jax.lax.split(leaf, (at, leaf.shape[0] - at)) for leaf in leaves]
-    return jax.tree.unflatten(tree, [head for head, _ in cut]), jax.tree.unflatten(tree, [tail for _, tail in cut])
+    cut = jax.tree.map(lambda a: tuple(jax.lax.split(a, (at, a.shape[0] - at))), stacked)
+    return jax.tree.transpose(jax.tree.structure(stacked), jax.tree.structure((0, 0)), cut)
 
 
 def _unstack(stacked: Any, num_layers: int) -> list[Any]:

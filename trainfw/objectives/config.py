@@ -32,7 +32,7 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _fields_fit_the_name(self) -> ObjectiveConfig:
-        own = self.is_own
+        own = is_own(self.name)
         if not own and self.name not in OBJECTIVES:
             meant = did_you_mean(self.name, OBJECTIVES)
             invalid("name", f"unknown objective; one of {', '.join(OBJECTIVES)}, or package.module:Name{meant}")
@@ -43,11 +43,6 @@ class ObjectiveConfig(Config):
         if self.options and not own:
             invalid("options", f"options are for an objective of your own, but name is {self.name!r}")
         return self
-
-    @property
-    def is_own(self) -> bool:
-        """Tell whether it is somebody's own, `package.module:Name`."""
-        return is_own(self.name)
 
     @property
     def reads_pairs(self) -> bool:

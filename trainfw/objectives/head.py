@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from trainfw.models import HeadDims, over_rows
-from trainfw.parallel import all_max, all_reduce, axis_index, axis_size
+from trainfw.models import HeadDims, TokenModel, over_rows, softcap
+from trainfw.parallel import all_gather, all_max, all_reduce, axis_index, axis_size
 from trainfw.scopes import LOSS, LOSS_GRADIENT
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+class Head(NamedTuple):
+    """How logits are made of hidden states and the head's weight, and of how many tokens at a time."""
+
+    dims: HeadDims
+    softcap: float | None
+    learns: bool
+    chunk: int
+
+    def logits(self, x_nD: jax.Array, w: jax.Array) -> jax.Array:
+        logits_nV = jnp.einsum(f"nd,{self.dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
+        return softcap(logits_nV, self.softcap)
+
+    def rows(self, w: jax.Array) -> jax.Array:
+        """Number the rows of the vocabulary that this device has, i32[V]."""
+        count = w.shape[self.dims.index("v")]
+        return axis_index("tensor") * count + jnp.arange(count, dtype=jnp.int32)
+
+
+def head_inputs(model: TokenModel, x_BSD: jax.Array, chunk: int) -> tuple[Head, jax.Array, jax.Array]:
+    """Return (the model's head, the hidden states x_ND of all tokens, the head's weight)."""
+    x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
+    weight, dims = model.head_weight()
+    return Head(dims, model.final_softcap, model.head_learns, chunk), x_ND, weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def cross_entropy(
-    x_ND: jax.Array,
-    w: jax.Array,
-    targets_N: jax.Array,
-    mask_N: jax.Array,
-    chunk: int,
-    z_loss: float,
-    softcap: float | None,
-    head_learns: bool,
-    dims: HeadDims,
+    head: Head, z_loss: float, x_ND: jax.Array, w: jax.Array, targets_N: jax.Array, mask_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(nats + z_loss * log(Z)^2, nats), summed over the tokens; only the first has a gradient.
 
@@ -31,33 +48,26 @@ def cross_entropy(
     tokens exist at a time. Where a gradient is wanted it is computed along with them, so that they are neither kept
     nor computed twice (Hsu et al., Liger Kernel, arXiv:2410.10989, section 3.2).
     """
-    return _by_chunk(x_ND, w, targets_N, mask_N, chunk, z_loss, softcap, head_learns, dims, differentiate=False)[0]
+    return _by_chunk(head, z_loss, x_ND, w, targets_N, mask_N, differentiate=False)[0]
 
 
 def _by_chunk(
+    head: Head,
+    z_loss: float,
     x_ND: jax.Array,
     w: jax.Array,
     targets_N: jax.Array,
     mask_N: jax.Array,
-    chunk: int,
-    z_loss: float,
-    softcap: float | None,
-    head_learns: bool,
-    dims: HeadDims,
     *,
-    differentiate: bool,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None] | None]:
-    """The sums, and the gradients (dx_ND, dw or None) of the first."""
-    chunks = loss_chunks(x_ND.shape[0], chunk)
-    rows = w.shape[dims.index("v")]
-    row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
+    differentiate: bool = True,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    """The sums, and where they are wanted the gradients (dx_ND, dw or None) of the first."""
+    chunks, row_V = loss_chunks(x_ND.shape[0], head.chunk), head.rows(w)
 
     @jax.named_scope(LOSS)
     def step(sums: Any, part: Any) -> tuple[Any, Any]:
         x_nD, targets_n, mask_n = part
-        logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            logits_nV = softcap * jnp.tanh(logits_nV / softcap)
+        logits_nV = head.logits(x_nD, w)
         top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
         exp_nV = jnp.exp(logits_nV - top_n[:, None])
         hit_nV = row_V == targets_n[:, None]
@@ -74,21 +84,21 @@ def _by_chunk(
             return (sums[0] + objective, sums[1] + nats, None), None
         of_z_n = mask_n * (1.0 + 2.0 * z_loss * log_z_n)
         d_nV = exp_nV * (of_z_n / z_n)[:, None] - jnp.where(hit_nV, mask_n[:, None], 0.0)
-        if softcap is not None:
-            d_nV = d_nV * (1.0 - jnp.square(logits_nV / softcap))
+        if head.softcap is not None:
+            d_nV = d_nV * (1.0 - jnp.square(logits_nV / head.softcap))
         d_nV = d_nV.astype(x_nD.dtype)
         dw = None
         with jax.named_scope(LOSS_GRADIENT):
             # In float32 first, as every backend sums it.
-            dx_nD = jnp.einsum(f"nv,{dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
-            if head_learns:
-                dw = over_rows(d_nV, x_nD) if dims == "vd" else over_rows(x_nD, d_nV)
+            dx_nD = jnp.einsum(f"nv,{head.dims}->nd", d_nV, w, preferred_element_type=jnp.float32).astype(x_nD.dtype)
+            if head.learns:
+                dw = over_rows(d_nV, x_nD) if head.dims == "vd" else over_rows(x_nD, d_nV)
                 dw = dw if sums[2] is None else sums[2] + dw
         return (sums[0] + objective, sums[1] + nats, dw), dx_nD
 
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N, mask_N))
     sums: Any = (jnp.float32(0), jnp.float32(0), None)
-    if chunks == 1 or (differentiate and head_learns):
+    if chunks == 1 or (differentiate and head.learns):
         # The first by itself: a gradient as large as the head is then not cleared to be added to. Without one, no
         # scan waits for it, and the logits of two chunks would be there at once.
         first, parts = (jax.tree.map(lambda a, part=part: a[part], parts) for part in (0, slice(1, None)))
@@ -100,86 +110,52 @@ def _by_chunk(
         sums, dx = jax.lax.scan(step, sums, parts)
     objective, nats, dw = sums
     if not differentiate:
-        return (objective, nats), None
+        return (objective, nats), (x_ND, None)
     return (objective, nats), (dx.reshape(x_ND.shape), None if dw is None else dw.astype(w.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def token_nats(
-    x_ND: jax.Array,
-    w: jax.Array,
-    targets_N: jax.Array,
-    chunk: int,
-    softcap: float | None,
-    head_learns: bool,
-    dims: HeadDims,
-) -> jax.Array:
+def _backward(head: Head, z_loss: float, grads: Any, cotangents: Any) -> tuple[Any, ...]:
+    # Devices along tensor return equal shares of one sum, so the cotangent of all of them is theirs together.
+    of_all = cotangents[0] * axis_size("tensor")
+    return (*(None if g is None else (g * of_all).astype(g.dtype) for g in grads), None, None)
+
+
+cross_entropy.defvjp(_by_chunk, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_nats(head: Head, x_ND: jax.Array, w: jax.Array, targets_N: jax.Array) -> jax.Array:
     """Return -log p of each target, f32[N], the same on all devices along `tensor`.
 
     A loss of them is ordinary JAX: its gradient by them weighs the tokens, and what is differentiated is then the fused
     sum of `cross_entropy` with these weights. The logits of `chunk` tokens exist at a time, and are computed twice.
     """
-    rows = w.shape[dims.index("v")]
-    row_V = axis_index("tensor") * rows + jnp.arange(rows, dtype=jnp.int32)
+    chunks, row_V = loss_chunks(x_ND.shape[0], head.chunk), head.rows(w)
 
     @jax.named_scope(LOSS)
     def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x_nD, targets_n = part
-        logits_nV = jnp.einsum(f"nd,{dims}->nv", x_nD, w, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            logits_nV = softcap * jnp.tanh(logits_nV / softcap)
+        logits_nV = head.logits(x_nD, w)
         top_n = all_max(jnp.max(logits_nV, axis=-1), "tensor")
         z_n = jnp.sum(jnp.exp(logits_nV - top_n[:, None]), axis=-1)
         target_n = jnp.sum(jnp.where(row_V == targets_n[:, None], logits_nV, 0.0), axis=-1)
         z_n, target_n = all_reduce(jnp.stack([z_n, target_n]), "tensor")
         return None, top_n + jnp.log(z_n) - target_n
 
-    chunks = loss_chunks(x_ND.shape[0], chunk)
     parts = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), (x_ND, targets_N))
     return jax.lax.scan(step, None, parts)[1].reshape(-1)
 
 
-def _nats_forward(
-    x_ND: jax.Array, w: jax.Array, targets_N: jax.Array, *static: Any
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return token_nats(x_ND, w, targets_N, *static), (x_ND, w, targets_N)
-
-
-def _nats_backward(
-    chunk: int, softcap: float | None, head_learns: bool, dims: HeadDims, kept: Any, cotangent_N: jax.Array
-) -> tuple[Any, ...]:
+def _nats_backward(head: Head, kept: tuple[jax.Array, ...], cotangent_N: jax.Array) -> tuple[Any, ...]:
     # Devices along tensor each have their share of the loss, and so of its gradient by the same tokens.
     weight_N = cotangent_N * axis_size("tensor")
     x_ND, w, targets_N = kept
-    _, grads = _by_chunk(x_ND, w, targets_N, weight_N, chunk, 0.0, softcap, head_learns, dims, differentiate=True)
-    assert grads is not None
-    return (*grads, None)
+    return (*_by_chunk(head, 0.0, x_ND, w, targets_N, weight_N)[1], None)
 
 
-token_nats.defvjp(_nats_forward, _nats_backward)
+token_nats.defvjp(lambda head, *arrays: (token_nats(head, *arrays), arrays), _nats_backward)
 
 
 def loss_chunks(tokens: int, chunk: int) -> int:
     """Into how many equal parts a device's tokens go for their loss, of `chunk` tokens at most."""
     return next(n for n in range(-(-tokens // chunk), tokens + 1) if tokens % n == 0)
-
-
-def _forward(*args: Any) -> tuple[Any, Any]:
-    return _by_chunk(*args, differentiate=True)
-
-
-def _backward(
-    chunk: int,
-    z_loss: float,
-    softcap: float | None,
-    head_learns: bool,
-    dims: HeadDims,
-    grads: Any,
-    cotangents: Any,
-) -> tuple[Any, ...]:
-    # Devices along tensor return equal shares of one sum, so the cotangent of all of them is theirs together.
-    of_all = cotangents[0] * axis_size("tensor")
-    return (*(None if g is None else (g * of_all).astype(g.dtype) for g in grads), None, None)
-
-
-cross_entropy.defvjp(_forward, _backward)

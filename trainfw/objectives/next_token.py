@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from trainfw.models import TokenModel
-from trainfw.objectives.head import cross_entropy
-from trainfw.objectives.metrics import Mean, Sums
-from trainfw.objectives.objective import Batch, Draw
+from trainfw.objectives.head import cross_entropy, head_inputs
+from trainfw.objectives.objective import Batch, Draw, Mean, Sums
 from trainfw.objectives.schema import Schema, token_rows
-from trainfw.parallel import all_gather, axis_size
+from trainfw.parallel import axis_size
 
 
 @dataclass(frozen=True)
@@ -45,20 +44,9 @@ class NextToken:
             mask_BS=batch["loss_mask"],
             adapters=draw.adapters,
         )
-        x_ND = all_gather(x_BSD, "tensor", 1).reshape(-1, x_BSD.shape[-1])
-        mask_N = batch["loss_mask"].reshape(-1)
-        weight, dims = model.head_weight()
-        objective, nats = cross_entropy(
-            x_ND,
-            weight,
-            batch["targets"].reshape(-1),
-            mask_N,
-            self.chunk,
-            self.z_loss if draw.training else 0.0,
-            model.final_softcap,
-            model.head_learns,
-            dims,
-        )
+        head, x_ND, weight = head_inputs(model, x_BSD, self.chunk)
+        mask_N, z_loss = batch["loss_mask"].reshape(-1), self.z_loss if draw.training else 0.0
+        objective, nats = cross_entropy(head, z_loss, x_ND, weight, batch["targets"].reshape(-1), mask_N)
         share = 1.0 / axis_size("tensor")
         objective, sums = objective * share, {"loss": Mean(nats * share, jnp.sum(mask_N) * share)}
         if stats is None:

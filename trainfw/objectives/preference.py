@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from trainfw.models import MoEStats, TokenModel
-from trainfw.objectives.head import token_nats
-from trainfw.objectives.metrics import Mean, Sums
-from trainfw.objectives.objective import Batch, Draw
+from trainfw.objectives.head import head_inputs, token_nats
+from trainfw.objectives.objective import Batch, Draw, Mean, Sums
 from trainfw.objectives.schema import Schema, token_rows
-from trainfw.parallel import all_gather, all_reduce, axis_size
+from trainfw.parallel import all_reduce, axis_size
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo"]
 _WITH_REFERENCE = ("dpo", "ipo")
@@ -125,8 +124,6 @@ def _nats(
         mask_BS=weight_RS,
         adapters=draw.adapters,
     )
-    x_ND = all_gather(x_RSD, "tensor", 1).reshape(-1, x_RSD.shape[-1])
-    weight, dims = model.head_weight()
-    nats_N = token_nats(x_ND, weight, rows["targets"].reshape(-1), chunk, model.final_softcap, model.head_learns, dims)
+    nats_N = token_nats(*head_inputs(model, x_RSD, chunk), rows["targets"].reshape(-1))
     nats_RK = jnp.einsum("rs,rsk->rk", nats_N.reshape(weight_RS.shape), member_RSK)
     return all_reduce(nats_RK, "context"), router

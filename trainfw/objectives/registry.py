@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 from trainfw.objectives.config import ObjectiveConfig
@@ -13,28 +12,16 @@ _PARTS = ("schema", "loss", "roles", "unit")
 _EXPECTED = "trainfw.objectives.Objective"
 
 
-@dataclass(frozen=True)
-class TokenOptions:
-    """Settings of a recipe's other sections that losses of tokens read."""
-
-    chunk: int
-    """Tokens on a device whose logits exist at a time."""
-    mask_documents: bool
-    """A token attends to its own document only."""
-    z_loss: float
-    """Coefficient of log(Z)^2."""
-    pairs_per_row: int
-
-
-def make_objective(config: ObjectiveConfig, options: TokenOptions) -> Objective:
-    """Return what a model learns. Raises UserError where somebody's own cannot be made."""
+def make_objective(
+    config: ObjectiveConfig, *, chunk: int, mask_documents: bool, z_loss: float, pairs_per_row: int
+) -> Objective:
+    """Return what a model learns; see `NextToken` and `Preference`. Raises UserError where one's own cannot be made."""
     if is_own(config.name):
         made = make_piece(config.name, config.options, methods=("schema", "loss"), expected=_EXPECTED)
         return check_objective(made, config.name)
     if config.name == "next_token":
-        return NextToken(options.chunk, options.mask_documents, options.z_loss)
-    kind = cast(PreferenceLoss, config.name)
-    return Preference(kind, config.beta_or_default, config.margin, options.pairs_per_row, options.chunk)
+        return NextToken(chunk, mask_documents, z_loss)
+    return Preference(cast(PreferenceLoss, config.name), config.beta_or_default, config.margin, pairs_per_row, chunk)
 
 
 def check_objective(made: Any, name: str) -> Objective:

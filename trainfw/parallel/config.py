@@ -80,11 +80,11 @@ class ParallelConfig(Config):
 
     @model_validator(mode="after")
     def _sizes_make_sense(self) -> ParallelConfig:
-        for axis in AXES:
-            size = getattr(self, axis)
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
             if size == 0 or size < -1 or size > INT32:
                 invalid(axis, f"{axis} = {size}: expected a positive size, or -1 to fill")
-        filled = [axis for axis in AXES if getattr(self, axis) == -1]
+        filled = [axis for axis, size in sizes.items() if size == -1]
         if len(filled) > 1:
             invalid(filled[1], f"only one axis may be -1, but {' and '.join(filled)} are")
         if self.interleave > 1 and self.pipeline == 1:

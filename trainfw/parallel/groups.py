@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from trainfw.backends import for_topology
-from trainfw.hardware import Topology, load_topology
+from trainfw.hardware import Dimension, Topology, load_topology
 
 
 def group_problem(topology: Topology, cores: Sequence[int]) -> str | None:
@@ -34,19 +34,19 @@ def group_problem(topology: Topology, cores: Sequence[int]) -> str | None:
                 f"not the same local cores on every instance: {_ranges(local)} of instance {first}, "
                 f"{_ranges(theirs)} of instance {instance}"
             )
-    if len(local) == 1 or topology.groups is None or frozenset(local) in documented_groups(topology):
+    documented = documented_groups(topology.name, topology.lnc)
+    if len(local) == 1 or topology.groups is None or frozenset(local) in documented:
         return None
     n, low = len(local), min(local)
     contiguous = max(local) - low + 1 == n
-    sizes = sorted({len(group) for group in documented_groups(topology)})
+    sizes = sorted({len(group) for group in documented})
     where = f"{_ranges(local)} of an instance"
     if n not in sizes:
         return f"{n} cores ({where}): the sizes that documents list are {', '.join(map(str, sizes))}"
     if contiguous and low % n:
         return f"not aligned: {where}, whose first is not a multiple of {n}"
-    listed = sorted(sorted(group) for group in documented_groups(topology) if len(group) == n)
-    shapes = " or ".join(_ranges(group) for group in [next(g for g in listed if low in g)])
-    return f"{'' if contiguous else 'not contiguous: '}{where}; of {n} cores with core {low} documents list {shapes}"
+    listed = _ranges(min(sorted(group) for group in documented if len(group) == n and low in group))
+    return f"{'' if contiguous else 'not contiguous: '}{where}; of {n} cores with core {low} documents list {listed}"
 
 
 def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tuple[str, str] | None:
@@ -74,13 +74,9 @@ def permute_problem(topology: Topology, pairs: Sequence[tuple[int, int]]) -> tup
     return None
 
 
-def documented_groups(topology: Topology) -> frozenset[frozenset[int]]:
-    """List every set of an instance's local cores that has a documented shape."""
-    return _documented(topology.name, topology.lnc)
-
-
 @functools.cache
-def _documented(name: str, lnc: int) -> frozenset[frozenset[int]]:
+def documented_groups(name: str, lnc: int) -> frozenset[frozenset[int]]:
+    """List every set of local cores of a topology's instance that has a documented shape."""
     topology = load_topology(name, lnc=lnc)
     return frozenset(
         group for table in topology.groups or () for parts in table.cover for group in _shape(topology, parts)
@@ -89,30 +85,24 @@ def _documented(name: str, lnc: int) -> frozenset[frozenset[int]]:
 
 def _shape(topology: Topology, parts: Iterable[str]) -> Iterator[frozenset[int]]:
     """List every set of local cores that varies over these dims (or parts of dims) alone."""
-    ways: list[list[list[int]]] = []
-    for dim in topology.dims:
-        if dim.inside_instance:
-            ways.append(_places(topology, dim.name, dim.size, [p for p in parts if p.partition(".")[0] == dim.name]))
-    sizes = [dim.size for dim in topology.dims if dim.inside_instance]
+    inside = [dim for dim in topology.dims if dim.inside_instance]
+    ways = [_places(topology, dim, [p for p in parts if p.partition(".")[0] == dim.name]) for dim in inside]
     for choice in itertools.product(*ways):
         cores = [0]
-        for size, places in zip(sizes, choice, strict=True):
-            cores = [core * size + place for core in cores for place in places]
+        for dim, places in zip(inside, choice, strict=True):
+            cores = [core * dim.size + place for core in cores for place in places]
         yield frozenset(cores)
 
 
-def _places(topology: Topology, dim: str, size: int, parts: list[str]) -> list[list[int]]:
+def _places(topology: Topology, dim: Dimension, parts: list[str]) -> list[list[int]]:
     """List the sets of places along a dim that vary over `parts` of it."""
     if not parts:
-        return [[place] for place in range(size)]
-    if parts == [dim]:
-        return [list(range(size))]
-    if len(parts) == 2:
-        return [list(range(size))]
+        return [[place] for place in range(dim.size)]
+    if parts == [dim.name] or len(parts) == 2:
+        return [list(range(dim.size))]
     part = parts[0].partition(".")[2]
-    split = topology.split(dim, part)
-    inner = part == split.parts[1]
-    return split.order if inner else [list(column) for column in zip(*split.order, strict=True)]
+    split = topology.split(dim.name, part)
+    return split.order if part == split.parts[1] else [list(column) for column in zip(*split.order, strict=True)]
 
 
 def _cycles(to: dict[int, int]) -> Iterator[list[int]]:
@@ -129,13 +119,19 @@ def _cycles(to: dict[int, int]) -> Iterator[list[int]]:
 
 def _ranges(cores: Iterable[int]) -> str:
     """Write cores as `cores 0-15, 48-63`, shortened where it is long."""
-    runs: list[list[int]] = []
-    for core in sorted(cores):
-        if runs and runs[-1][1] == core - 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    shown = runs(cores)
+    several = len(shown) > 1 or "-" in shown[0]
     if len(shown) > 6:
         shown = [*shown[:4], "...", shown[-1]]
-    return f"core{'s' * (len(runs) > 1 or runs[0][0] != runs[0][1])} {', '.join(shown)}"
+    return f"core{'s' * several} {', '.join(shown)}"
+
+
+def runs(numbers: Iterable[int]) -> list[str]:
+    """Write each run of numbers that follow each other: `0-3`, `7`."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return [str(a) if a == b else f"{a}-{b}" for a, b in found]

@@ -27,22 +27,17 @@ class Layout:
         """
         sizes = {axis: getattr(config, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        hint = _simulate(fixed, num_devices) if simulate else "; change parallel.<axis>"
-        spelled = " * ".join(f"{axis}({size})" for axis, size in sizes.items())
         fill = [axis for axis, size in sizes.items() if size == -1]
-        if fill and num_devices % fixed == 0:
-            sizes[fill[0]] = num_devices // fixed
-        elif fill:
-            raise UserError(
-                f"{spelled}: the fixed axes multiply to {fixed:,}, which does not divide {num_devices:,} "
-                f"device{'s' * (num_devices != 1)}{hint}"
-            )
-        elif fixed != num_devices:
-            raise UserError(
-                f"{spelled} = {fixed:,}, but there {'is' if num_devices == 1 else 'are'} {num_devices:,} "
-                f"device{'s' * (num_devices != 1)}{hint}"
-            )
-        return cls(**sizes)
+        if num_devices % fixed if fill else num_devices != fixed:
+            spelled = " * ".join(f"{axis}({size})" for axis, size in sizes.items())
+            devices = f"{num_devices:,} device{'s' * (num_devices != 1)}"
+            hint = _simulate(fixed, num_devices) if simulate else "; change parallel.<axis>"
+            if fill:
+                wrong = f": the fixed axes multiply to {fixed:,}, which does not divide {devices}"
+            else:
+                wrong = f" = {fixed:,}, but there {'is' if num_devices == 1 else 'are'} {devices}"
+            raise UserError(f"{spelled}{wrong}{hint}")
+        return cls(**sizes | dict.fromkeys(fill, num_devices // fixed))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -65,9 +60,7 @@ class Layout:
         parts = shards * accumulation_steps
         if rows % parts == 0:
             return ""
-        nearest = sorted({max(rows // parts, 1) * parts, (rows // parts + 1) * parts})
-        batches = " or ".join(f"{n:,}" for n in (nearest if rows > parts else nearest[:1]))
-        ways = f"the nearest that do: {batches}"
+        ways = f"the nearest that do: {_nearest_multiples(rows, parts)}"
         if rows % shards == 0:
             each = rows // shards
             fewer = next(n for n in range(min(accumulation_steps, each), 0, -1) if each % n == 0)
@@ -101,9 +94,13 @@ def context_problem(length: int, context: int, tensor: int) -> str:
     over = [f"2 * context({context})"] * (context > 1)
     if tensor > 1:
         over.append(f"context({context}) * tensor({tensor})" if context > 1 else f"tensor({tensor})")
-    nearest = sorted({max(length // parts, 1) * parts, (length // parts + 1) * parts})
-    lengths = " or ".join(f"{n:,}" for n in (nearest if length > parts else nearest[:1]))
+    lengths = _nearest_multiples(length, parts)
     return f"does not divide over {' and over '.join(over)}; the nearest lengths that do: {lengths}"
+
+
+def _nearest_multiples(size: int, parts: int) -> str:
+    """Write the multiples below and above; `parts` itself where nothing is below."""
+    return " or ".join(f"{n * parts:,}" for n in ((size // parts, size // parts + 1) if size > parts else (1,)))
 
 
 def layers_problem(num_layers: int, stages: int, chunks: int, period: int = 1) -> str:

@@ -6,11 +6,13 @@ Praxis and MaxText, without separate steps for the backward pass: that is the tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
 
 from trainfw.parallel.collectives import axis_index, axis_size, ring_shift
 
@@ -112,6 +114,45 @@ def stage_order(num_layers: int, stages: int, chunks: int) -> tuple[int, ...]:
     )
 
 
+def reorder_layers(tree: Tree, held: Sequence[int], wanted: Sequence[int], *, donate: bool = False) -> Tree:
+    """Reorder the stacked layers of a pytree of arrays from the order `held` to the order `wanted`.
+
+    Both list the layer at each place. Stacked is what lies under a key `layers` with as many rows: parameters, and what
+    an optimizer keeps of them. Each array keeps its sharding and is moved by itself, so that no more than one is ever
+    whole along `layers` on a device. With `donate` the arrays of `tree` are given up.
+    """
+    if tuple(held) == tuple(wanted):
+        return tree
+    place = {layer: i for i, layer in enumerate(held)}
+    places = tuple(place[layer] for layer in wanted)
+
+    def moved(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
+        if leaf.shape[:1] != (len(places),) or all(getattr(key, "key", None) != "layers" for key in path):
+            return leaf
+        return _mover(places, leaf.sharding, donate)(leaf)
+
+    return jax.tree_util.tree_map_with_path(moved, tree)
+
+
+@functools.lru_cache
+def _mover(places: tuple[int, ...], sharding: Sharding, donate: bool) -> Callable[[jax.Array], jax.Array]:
+    axes = sharding.spec[0] if isinstance(sharding, NamedSharding) and len(sharding.spec) else None
+
+    def move(part: jax.Array) -> jax.Array:
+        if axes is None:
+            return part[jnp.asarray(places)]
+        # Explicitly: the partitioner would permute in ways that are no ring.
+        whole = jax.lax.all_gather(part, axes, axis=0, tiled=True)
+        start = jax.lax.axis_index(axes) * len(part)
+        return whole[jax.lax.dynamic_slice_in_dim(jnp.asarray(places), start, len(part))]
+
+    function = move
+    if isinstance(sharding, NamedSharding):
+        spec = sharding.spec
+        function = jax.shard_map(move, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(function, out_shardings=sharding, donate_argnums=(0,) if donate else ())
+
+
 def _shift(tree: Tree) -> Tree:
     return jax.tree.map(lambda a: ring_shift(a, AXIS), tree)
 
@@ -122,12 +163,13 @@ def _where(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
 
 def _swap_trees(on: jax.Array, index: jax.Array, buffers: Tree, values: Tree) -> tuple[Tree, Tree]:
     """Apply `_swap` to each array; integers have no gradient."""
-    leaves, tree = jax.tree.flatten(buffers)
-    swapped = [
-        (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
-        for buffer, value in zip(leaves, jax.tree.leaves(values), strict=True)
-    ]
-    return jax.tree.unflatten(tree, [b for b, _ in swapped]), jax.tree.unflatten(tree, [v for _, v in swapped])
+
+    def swap(buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
+
+    return jax.tree.transpose(
+        jax.tree.structure(buffers), jax.tree.structure((0, 0)), jax.tree.map(swap, buffers, values)
+    )
 
 
 def _exchange(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,16 +185,7 @@ def _swap(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) 
     return _exchange(on, index, buffer, value)
 
 
-def _swap_forward(
-    on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    return _exchange(on, index, buffer, value), (on, index)
-
-
-def _swap_backward(
-    where: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
-) -> tuple[None, None, jax.Array, jax.Array]:
-    return None, None, *_swap(*where, *grads)
-
-
-_swap.defvjp(_swap_forward, _swap_backward)
+_swap.defvjp(
+    lambda on, index, buffer, value: (_exchange(on, index, buffer, value), (on, index)),
+    lambda where, grads: (None, None, *_swap(*where, *grads)),
+)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -78,6 +78,15 @@ class AxisPlacement:
     """Reason why Neuron refuses its groups. (None in what `place` returns.)"""
     documented: bool
     """True where documents list its groups, rather than merely not speaking against them."""
+
+
+@dataclass(frozen=True)
+class MeshPlacement:
+    """The pieces of the hardware that the axes of a mesh cover."""
+
+    topology: Topology
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """Axis -> these, innermost first."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,7 +185,7 @@ def place(topology: Topology, layout: Layout, traffic: Mapping[str, float] | Non
     if not best:
         raise UserError(_no_order(topology, layout))
     orders = [_order(topology, layout, assignment) for assignment in best]
-    chosen = min(range(len(best)), key=lambda i: _moved(orders[i]))
+    chosen = min(range(len(best)), key=lambda i: int((orders[i].ravel() != range(topology.cores)).sum()))
     return Placement(
         topology=topology,
         layout=layout,
@@ -203,7 +212,44 @@ def seconds_per_byte(pieces: tuple[Piece, ...]) -> float:
     return seconds
 
 
-# The search -------------------------------------------------------------------------------------------------------
+def place_mesh(topology: Topology, axes: Sequence[str], cores: np.ndarray) -> MeshPlacement:
+    """Find what each axis of a given mesh covers: its devices stand for cores by number, and nothing is searched.
+
+    Args:
+        axes: names of the mesh's axes.
+        cores: the core of every place in the mesh, shaped like it.
+
+    Raises UserError for an axis whose groups are no rows, or boxes, of cores.
+    """
+    import numpy as np
+
+    pieces = {}
+    for number, axis in enumerate(axes):
+        size = cores.shape[number]
+        if size > 1:
+            groups = np.unique(np.moveaxis(cores, number, -1).reshape(-1, size), axis=0)
+            found = [_covered(topology, axis, group) for group in groups.tolist()]
+            pieces[axis] = min(found, key=lambda group: min(piece.bandwidth for piece in group))  # all wait for it
+    return MeshPlacement(topology, pieces)
+
+
+def _covered(topology: Topology, axis: str, group: list[int]) -> tuple[Piece, ...]:
+    places = [topology.coordinates(core) for core in group]
+    along = {dim.name: sorted({place[dim.name] for place in places}) for dim in topology.dims}
+    steps = {name: {b - a for a, b in itertools.pairwise(spots)} for name, spots in along.items()}
+    if math.prod(map(len, along.values())) != len(group) or any(len(step) > 1 for step in steps.values()):
+        raise UserError(
+            f"mesh axis {axis!r}: its devices stand for cores {', '.join(map(str, group[:8]))}"
+            f"{', ...' * (len(group) > 8)} of {topology.name}, which are no row or box of cores at even steps, and no "
+            "time is known for collectives among such; order the mesh's devices by core"
+        )
+    pieces = []
+    for dim in (dim for dim in reversed(topology.dims) if len(along[dim.name]) > 1):
+        size, (step,) = len(along[dim.name]), steps[dim.name]
+        name = f"{dim.name}.{size}@{step}"
+        whole = size == dim.size
+        pieces.append(_part(topology, dim.name) if whole else _apart(topology, dim, name, size, step, step))
+    return tuple(pieces)
 
 
 def _assignments(
@@ -256,10 +302,9 @@ def _contiguous(topology: Topology, wanted: dict[str, int]) -> Iterator[Assignme
             yield so_far
         for axis in wanted:
             for size in range(2, wanted[axis] + 1) if axis not in so_far else ():
-                if wanted[axis] % size == 0 and topology.cores_per_instance // start % size == 0:
-                    pieces = cut(start, size)
-                    if pieces is not None:
-                        yield from extend(start * size, so_far | {axis: pieces})
+                fits = wanted[axis] % size == 0 and topology.cores_per_instance // start % size == 0
+                if fits and (pieces := cut(start, size)) is not None:
+                    yield from extend(start * size, so_far | {axis: pieces})
 
     yield from extend(1, {})
 
@@ -324,15 +369,18 @@ def _part(topology: Topology, name: str) -> Piece:
     dim_name, _, part = name.partition(".")
     dim = topology.dim(dim_name)
     if not part:
-        links = 2 if dim.kind == "ring" and dim.size > 2 else 1
-        return Piece(name, dim_name, dim.size, 1, _rate(topology, dim, links, 1), dim.latency)
+        return Piece(name, dim_name, dim.size, 1, _rate(topology, dim, 2 if dim.wraps else 1, 1), dim.latency)
     split = topology.split(dim_name, part)
     inner = part == split.parts[1]
     places = split.order[0] if inner else [row[0] for row in split.order]
-    hops = max(1, dim.distance(places[0], places[1]))
-    # Half way around a ring there are two ways to go.
-    links = 2 if dim.kind == "ring" and 2 * hops == dim.size else 1
-    return Piece(name, dim_name, len(places), 0, _rate(topology, dim, links, hops), dim.latency)
+    return _apart(topology, dim, name, len(places), 0, places[1] - places[0])
+
+
+def _apart(topology: Topology, dim: Dimension, name: str, size: int, stride: int, step: int) -> Piece:
+    """Make the piece of `size` places of a dim, each `step` from the next."""
+    hops = max(1, dim.distance(0, step))
+    links = 2 if dim.kind == "ring" and 2 * hops == dim.size else 1  # half way around there are two ways to go
+    return Piece(name, dim.name, size, stride, _rate(topology, dim, links, hops), dim.latency)
 
 
 def _mixed(topology: Topology, dim: Dimension, size: int, stride: int) -> Piece:
@@ -349,14 +397,8 @@ def _rate(topology: Topology, dim: Dimension, links: int, hops: int) -> float:
     return dim.bandwidth if dim.kind == "chip" else dim.bandwidth * links / hops / topology.cores_per_chip
 
 
-# The order --------------------------------------------------------------------------------------------------------
-
-
 def _order(
-    topology: Topology,
-    layout: Layout,
-    assignment: Assignment,
-    reflected: tuple[str, ...] = PERMUTED_AXES,
+    topology: Topology, layout: Layout, assignment: Assignment, reflected: tuple[str, ...] = PERMUTED_AXES
 ) -> np.ndarray:
     """List the physical core of every place in the mesh. Axes of `reflected` go back and forth: neighbours stay so."""
     import numpy as np
@@ -385,19 +427,14 @@ def _order(
     return np.broadcast_to(core, tuple(layout.sizes.values()))
 
 
-def _moved(order: np.ndarray) -> int:
-    import numpy as np
-
-    return int(np.count_nonzero(order.ravel() != np.arange(order.size)))
-
-
 def _describe(
     topology: Topology, layout: Layout, axis: str, pieces: tuple[Piece, ...], order: np.ndarray
 ) -> AxisPlacement:
     along = AXES.index(axis)
-    groups = _distinct(topology, _groups(order, along))
+    groups = _groups(topology, order, along)
     problem = next((p for p in map(functools.partial(group_problem, topology), groups.tolist()) if p), None)
-    walk = _distinct(topology, _groups(_order(topology, layout, {axis: pieces}, reflected=(axis,)), along))
+    walk = _groups(topology, _order(topology, layout, {axis: pieces}, reflected=(axis,)), along)
+    chips = {int(core) // topology.cores_per_chip for core in groups[0]}
     return AxisPlacement(
         axis=axis,
         size=layout.sizes[axis],
@@ -405,7 +442,7 @@ def _describe(
         pieces=pieces,
         ring=_closed(topology, walk),
         permutes=_closed(topology, groups),
-        hops=_diameter(topology, groups[0].tolist()),
+        hops=max(topology.chip_distance(min(chips), chip) for chip in chips),
         bandwidth=min(piece.bandwidth for piece in pieces),
         latency=max(piece.latency for piece in pieces),
         problem=problem,
@@ -413,18 +450,14 @@ def _describe(
     )
 
 
-def _groups(order: np.ndarray, along: int) -> np.ndarray:
-    """List the physical cores of every group of one axis: (groups, size of the axis)."""
+def _groups(topology: Topology, order: np.ndarray, along: int) -> np.ndarray:
+    """List the physical cores of the groups of one axis that differ by more than the unit they begin in.
+
+    (groups, size of the axis); one unit is like another.
+    """
     import numpy as np
 
-    return np.moveaxis(order, along, -1).reshape(-1, order.shape[along])
-
-
-def _distinct(topology: Topology, groups: np.ndarray) -> np.ndarray:
-    """Select the groups that differ by more than the unit they begin in: one unit is like another."""
-    import numpy as np
-
-    unit = topology.cores // topology.count
+    groups, unit = np.moveaxis(order, along, -1).reshape(-1, order.shape[along]), topology.cores // topology.count
     return np.unique(groups - groups.min(axis=1, keepdims=True) // unit * unit, axis=0)
 
 
@@ -433,14 +466,6 @@ def _closed(topology: Topology, groups: np.ndarray) -> bool:
     chips = groups // topology.cores_per_chip
     pairs = {(int(a), int(b)) for row in chips for a, b in zip(row, [*row[1:], row[0]], strict=True)}
     return all(topology.chip_distance(a, b) <= 1 for a, b in pairs)
-
-
-def _diameter(topology: Topology, group: list[int]) -> int:
-    chips = sorted({core // topology.cores_per_chip for core in group})
-    return max((topology.chip_distance(a, b) for a in chips[:1] for b in chips), default=0)
-
-
-# When there is none -------------------------------------------------------------------------------------------------
 
 
 def _no_order(topology: Topology, layout: Layout) -> str:
@@ -470,18 +495,10 @@ def nearest_legal(topology: Topology, layout: Layout) -> Layout | None:
         steps = [abs(math.log(sizes[axis] / layout.sizes[axis])) for axis in axes]
         return sum(steps), max(steps)
 
-    for sizes in sorted(_sizes(topology.cores, axes), key=change):
+    cores = topology.cores
+    every = (dict.fromkeys(axes, 1) | division for division in _divisions(cores, tuple((a, cores) for a in axes)))
+    for sizes in sorted(every, key=change):
         candidate = dataclasses.replace(layout, **sizes)
         if next(_assignments(topology, candidate), None) is not None:
             return candidate
     return None
-
-
-def _sizes(product: int, axes: list[str]) -> Iterator[dict[str, int]]:
-    if len(axes) == 1:
-        yield {axes[0]: product}
-        return
-    for size in range(1, product + 1):
-        if product % size == 0:
-            for rest in _sizes(product // size, axes[1:]):
-                yield {axes[0]: size, **rest}

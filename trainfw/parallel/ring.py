@@ -76,10 +76,8 @@ def gathered_attention(
 ) -> jax.Array:
     """Compute the result of `ring_attention` from keys and values gathered along `axis`: more memory, one exchange.
 
-    Early queries are given early keys only: three quarters of the products.
-
-    Args:
-        attend: `attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)`.
+    Early queries are given early keys only: three quarters of the products. `attend` is called as
+    `attend(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)`.
     """
     queries = (q_BSHh, indices_S[None], segment_ids_BS)
     everyone = jax.tree.map(lambda x: all_gather(x, axis, 1), (k_BSKh, v_BSKh, indices_S[None], segment_ids_BS))
@@ -229,7 +227,6 @@ _ring.defvjp(_forward, _backward)
 
 
 def _attend(form: _Form, sums: _Sums, query: _Queries, key: _Keys) -> _Sums:
-    """Add these queries' products with these keys to the sums."""
     sums, query = _in_turn(sums, query)
     highest, total, values = sums
     scores = _mask(form, query, key, _product("bskgh,btkh->bkgst", query[0], key[0]))
@@ -253,7 +250,6 @@ def _gradients(form: _Form, query: Any, key: _Keys) -> tuple[jax.Array, tuple[ja
 
 
 def _mask(form: _Form, query: _Queries, key: _Keys, products: jax.Array) -> jax.Array:
-    """Compute the scores of queries and keys."""
     scores = products * form.scale
     if form.softcap is not None:
         scores = form.softcap * jnp.tanh(scores / form.softcap)

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel.config import AXES, GATHERED_RULES, SPLIT_RULES, Sharded
-from trainfw.parallel.layout import nearest_divisors
+from trainfw.parallel.layout import Layout, nearest_divisors
+from trainfw.parallel.placement import Placement
 
 
 class Rules:
@@ -30,14 +32,9 @@ class Rules:
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        overrides: Mapping[str, Sequence[str]] | None = None,
-        fsdp_shards: Sharded = "parameters",
+        self, mesh: Mesh, overrides: Mapping[str, Sequence[str]] | None = None, fsdp_shards: Sharded = "parameters"
     ):
-        self.mesh = mesh
-        self.fsdp_shards = fsdp_shards
-        self.table = SPLIT_RULES | GATHERED_RULES
+        self.mesh, self.fsdp_shards, self.table = mesh, fsdp_shards, SPLIT_RULES | GATHERED_RULES
         for name, axes in (overrides or {}).items():
             if name in SPLIT_RULES:
                 raise UserError(
@@ -162,3 +159,19 @@ def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
     out_specs = jax.tree.map(spec, jax.eval_shape(function, *trees))
     mapped = jax.shard_map(function, mesh=rules.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated), mapped(*trees))
+
+
+def physical_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Sort devices by host and then by number on it: the physical numbering of cores, as a topology numbers them.
+
+    Processes are numbered by their hosts' place (see `backends.connect`), so no more than this is needed.
+    """
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def make_mesh(layout: Layout, devices: Sequence[jax.Device], placement: Placement | None = None) -> Mesh:
+    """Make the mesh of `layout` over `devices`: in their order, last axis fastest, or placed on their topology."""
+    shape = tuple(layout.sizes.values())
+    arranged = np.asarray(devices) if placement is None else np.asarray(physical_order(devices))[placement.order]
+    # Auto: the partitioner propagates shardings from the constraints; explicit types are JAX's newer default.
+    return Mesh(arranged.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -62,9 +62,8 @@ def gather_weight(
         x = _use(weight.part.astype(dtype), jax.lax.stop_gradient(weight.whole).astype(dtype), tuple(names))
     else:
         x = weight.astype(dtype or weight.dtype)
-        if rules.fsdp_shards == "parameters":
-            for dim, name in enumerate(names):
-                x = all_gather(x, rules.gathered(name), dim)
+        for dim, name in enumerate(names if rules.fsdp_shards == "parameters" else ()):
+            x = all_gather(x, rules.gathered(name), dim)
     if num_kv_heads is not None and "kv_heads" in names and axis_size("tensor") > num_kv_heads:
         dim = names.index("kv_heads")
         x = all_gather(x, "tensor", dim)
@@ -77,10 +76,15 @@ def gather_weight(
 def reduce_gradient(grad: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
     """Sum a gradient as the optimizer takes it, from the parts that `gather_weight` leaves on every device."""
     if rules.fsdp_shards == "optimizer":
-        for dim, name in enumerate(names):
-            grad = reduce_scatter(grad, rules.gathered(name), dim)
+        grad = _scattered(grad, names, rules)
     held = {axis for name in names for axis in rules.axes(name)}
     return all_reduce(grad, [axis for axis in rules.mesh.axis_names if axis not in held])
+
+
+def _scattered(grad: jax.Array, names: Sequence[str | None], rules: Rules) -> jax.Array:
+    for dim, name in enumerate(names):
+        grad = reduce_scatter(grad, rules.gathered(name), dim)
+    return grad
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -89,16 +93,10 @@ def _use(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> ja
     return whole
 
 
-def _use_forward(part: jax.Array, whole: jax.Array, names: tuple[str | None, ...]) -> tuple[jax.Array, None]:
-    return whole, None
-
-
 def _use_backward(names: tuple[str | None, ...], _: None, grad: jax.Array) -> tuple[jax.Array, None]:
     rules = active_rules()
     assert rules is not None
-    for dim, name in enumerate(names):
-        grad = reduce_scatter(grad, rules.gathered(name), dim)
-    return grad, None
+    return _scattered(grad, names, rules), None
 
 
-_use.defvjp(_use_forward, _use_backward)
+_use.defvjp(lambda part, whole, names: (whole, None), _use_backward)

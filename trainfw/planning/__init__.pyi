@@ -43,7 +43,7 @@ from .search.candidates import Candidate as Candidate
 from .search.candidates import Survey as Survey
 from .search.candidates import survey as survey
 from .search.search import Found as Found
+from .search.search import check_out as check_out
+from .search.search import default_out as default_out
 from .search.search import search_layouts as search_layouts
-from .search.write_recipe import check_out as check_out
-from .search.write_recipe import default_out as default_out
-from .search.write_recipe import write_winner as write_winner
+from .search.search import write_winner as write_winner

@@ -8,19 +8,35 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from trainfw.objectives import Batch, Metrics, Objective, Schema, TokenOptions, make_objective
-from trainfw.optim import OwnOptimizer, make_optimizer, make_schedule, optimizer_shardings, traits_of
+from trainfw.objectives import (
+    Batch,
+    Metrics,
+    Objective,
+    ObjectiveConfig,
+    Schema,
+    check_objective,
+    make_objective,
+)
+from trainfw.optim import (
+    OptimizerConfig,
+    OwnOptimizer,
+    make_optimizer,
+    make_schedule,
+    optimizer_shardings,
+    traits_of,
+)
+from trainfw.pieces import name_of, options_of
 from trainfw.program.fit import Fit, fit
-from trainfw.program.functions import Function, Functions
 from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state
 from trainfw.program.models import ModelSet, model_set
-from trainfw.program.own_pieces import name_pieces
-from trainfw.program.program import Program
-from trainfw.program.skip_bad_steps import start_guard
+from trainfw.program.program import Function, Functions, Program
 from trainfw.program.state import TrainState
-from trainfw.program.update import Update
+from trainfw.program.update import Update, start_guard
 from trainfw.recipe import Recipe, expect_recipe
+
+_RATES = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "clip_norm")
+"""Keys of `optimizer` that hold whatever the optimizer is."""
 
 
 def build_program(
@@ -60,14 +76,8 @@ def build_program(
         update_shardings = models.shardings(place.rules, "optimizer")
     abstract_state, draw, start = _state(recipe, place, models, transformation, update_shardings)
     abstract_batch = _batch(place, schema)
-    gradient_sums, metrics = _on_mesh(
-        LocalComputation(recipe, place, models, objective),
-        batch=_shardings(abstract_batch),
-        params=_shardings(abstract_state.params),
-        frozen=_shardings(abstract_state.frozen),
-        gradients=grad_shardings,
-        updates=update_shardings,
-    )
+    local = LocalComputation(recipe, place, models, objective)
+    gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
         recipe=recipe,
         rules=place.rules,
@@ -103,16 +113,32 @@ def build_program(
     return program
 
 
+def name_pieces(recipe: Recipe, objective: Objective | None, optimizer: OwnOptimizer | None) -> Recipe:
+    """Return a recipe that names the pieces which a script hands over, with the values that they were made with.
+
+    So what a run records is true, and another piece is seen when it goes on. Raises UserError where one is none.
+    """
+    changed: dict[str, Any] = {}
+    if objective is not None:
+        changed["objective"] = ObjectiveConfig(name=name_of(objective), options=options_of(objective))
+        with recipe.blamed("objective"):
+            check_objective(objective, changed["objective"].name)
+    if optimizer is not None:
+        kept = {key: getattr(recipe.optimizer, key) for key in _RATES}
+        changed["optimizer"] = OptimizerConfig(name=name_of(optimizer), options=options_of(optimizer), **kept)
+    return recipe.model_copy(update=changed) if changed else recipe
+
+
 def objective_of(recipe: Recipe) -> Objective:
     """Return what a recipe's model learns. Raises UserError where somebody's own objective cannot be made."""
-    options = TokenOptions(
-        chunk=recipe.train.loss_chunk,
-        mask_documents=recipe.data.mask_documents,
-        z_loss=recipe.train.z_loss,
-        pairs_per_row=recipe.data.pairs_per_row,
-    )
     with recipe.blamed("objective"):
-        return make_objective(recipe.objective, options)
+        return make_objective(
+            recipe.objective,
+            chunk=recipe.train.loss_chunk,
+            mask_documents=recipe.data.mask_documents,
+            z_loss=recipe.train.z_loss,
+            pairs_per_row=recipe.data.pairs_per_row,
+        )
 
 
 def _state(
@@ -148,7 +174,6 @@ def _state(
 
 
 def _batch(place: Fit, schema: Schema) -> Batch:
-    """Return the abstract arrays of a global batch."""
     arrays = {}
     for name, field in schema.fields.items():
         shape = schema.shape(name)
@@ -163,11 +188,12 @@ def _wholes(place: Fit) -> bool:
 
 
 def _on_mesh(
-    local: LocalComputation, *, batch: Any, params: Any, frozen: Any, gradients: Any, updates: Any
+    local: LocalComputation, state: TrainState, batch: Batch, gradients: Any, updates: Any
 ) -> tuple[Callable[..., tuple[Any, Metrics]], Callable[..., Metrics]]:
-    """Return the gradients' sums and the metrics of all devices, of arrays with these shardings."""
-    specs, update_specs, grad_specs, frozen_specs, batch_specs = (
-        jax.tree.map(lambda sharding: sharding.spec, tree) for tree in (params, updates, gradients, frozen, batch)
+    """Return the gradients' sums and the metrics of all devices; of the former, and of updates, these are shardings."""
+    trees = *map(_shardings, (state.params, state.frozen, batch)), gradients, updates
+    specs, frozen_specs, batch_specs, grad_specs, update_specs = (
+        jax.tree.map(lambda sharding: sharding.spec, tree) for tree in trees
     )
     mesh, wholes = local.fit.mesh, _wholes(local.fit)
     sums = on_every_device(

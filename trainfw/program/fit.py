@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from trainfw import backends
+from trainfw.hardware import Topology
 from trainfw.models import family_of
 from trainfw.parallel import Layout, Placement, Rules, make_mesh, place, stage_order, use_rules
 from trainfw.recipe import Recipe, layout_problems
@@ -44,7 +45,7 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
     """Return a recipe's place on `devices`; `stands_in` as in `build_program`. Raises UserError where it has none."""
     topology, backend = recipe.hardware.load(), backends.current()
     device_kind = None if topology is None else topology.device_kinds[0]
-    layout = _layout(recipe, len(devices))
+    layout = _layout(recipe, topology, len(devices))
     check_layout(recipe, layout, device_kind)
     with recipe.blamed("parallel"):
         placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
@@ -71,18 +72,13 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
     )
 
 
-def _layout(recipe: Recipe, num_devices: int) -> Layout:
-    hardware = recipe.hardware
-    topology = hardware.load()
-    if topology is not None:
-        expected = topology.cores
-        if expected != num_devices:
-            raise recipe.error(
-                "hardware.topology",
-                f"{hardware.count} of it is {expected} devices, but this is {num_devices}; "
-                f"simulate them with --devices {expected} (trainfw.simulate), or set hardware.topology=null to run on "
-                "what there is",
-            )
+def _layout(recipe: Recipe, topology: Topology | None, num_devices: int) -> Layout:
+    if topology is not None and topology.cores != num_devices:
+        raise recipe.error(
+            "hardware.topology",
+            f"{topology.count} of it is {topology.cores} devices, but this is {num_devices}; simulate them with "
+            f"--devices {topology.cores} (trainfw.simulate), or set hardware.topology=null to run on what there is",
+        )
     with recipe.blamed("parallel"):
         return Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
 

@@ -51,7 +51,7 @@ class LocalComputation:
             return self.loss(params, frozen, part[0], Draw(training=True, key=key, ids_B=part[1]))
 
         with self.fit.tracing():
-            ids = None if key is None else _row_ids(_rows(batch))
+            ids = None if key is None else _row_ids(next(iter(batch.values())).shape[0])
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
             alone = recipe.train.accumulation_steps > 1 and self.fit.mesh.size == 1
             used = self._narrowed(params) if alone and backends.current().casts_once else params
@@ -124,10 +124,6 @@ def on_every_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out
     if mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _rows(batch: Batch) -> int:
-    return int(next(iter(batch.values())).shape[0])
 
 
 def _row_ids(rows: int) -> jax.Array:

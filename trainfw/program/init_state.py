@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +15,14 @@ from trainfw import backends
 from trainfw.adapters import config_targets
 from trainfw.data import Progress
 from trainfw.errors import UserError
-from trainfw.program.init_on_host import init_on_host
 from trainfw.program.models import ModelSet
 from trainfw.program.state import TrainState
 from trainfw.quantization import Quantized
 from trainfw.recipe import Recipe
 from trainfw.weights import Tree, kept_weight, named, open_base, read_adapter
+
+_AT_ONCE = 8 * 2**30
+"""Bytes of state that the host computes before it hands them on."""
 
 
 def initial_state(
@@ -64,12 +67,44 @@ def initial_frozen(
 def _computed(compute: Callable[[], Any], abstract: Any) -> Any:
     shardings, backend = _shardings(abstract), backends.current()
     if backend.host_init:
-        run = init_on_host(compute, shardings, backend.init_options)
+        run = _init_on_host(compute, shardings, backend.init_options)
     else:
         run = jax.jit(compute, out_shardings=shardings, compiler_options=backend.init_options)
     computed = run()
     backends.release_freed_memory()  # of compiling
     return computed
+
+
+def _init_on_host(
+    init: Callable[[], TrainState], shardings: TrainState, compiler_options: dict[str, str]
+) -> Callable[[], TrainState]:
+    """`init` computed on the host's CPU and placed by `shardings`, for devices that cannot draw random numbers well.
+
+    Every process computes the whole, about 8 GiB (or one array, if that is larger) at a time, and keeps its part.
+    """
+    abstract, tree = jax.tree.flatten(jax.eval_shape(init))
+    parts: list[list[int]] = [[]]
+    size = 0
+    for i, leaf in enumerate(abstract):
+        size += leaf.size * leaf.dtype.itemsize
+        if size > _AT_ONCE and parts[-1]:
+            parts.append([])
+            size = leaf.size * leaf.dtype.itemsize
+        parts[-1].append(i)
+
+    def run() -> TrainState:
+        leaves: list[Any] = list(jax.tree.leaves(shardings))
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            for part in parts:
+                # What a part does not return is not computed for it.
+                compute = jax.jit(
+                    lambda part=part: [jax.tree.leaves(init())[i] for i in part], compiler_options=compiler_options
+                )
+                for i, value in zip(part, map(np.asarray, compute()), strict=True):
+                    leaves[i] = jax.make_array_from_callback(value.shape, leaves[i], value.__getitem__)
+        return jax.tree.unflatten(tree, leaves)
+
+    return run
 
 
 def _shardings(abstract: Any) -> Any:
@@ -82,33 +117,29 @@ def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: 
     with recipe.blamed("model.from"):
         base = open_base(recipe.model.from_)
         names = named(abstract)
-        leaves = []
+        leaves: list[Any] = []
         for number, (name, like) in enumerate(names, start=1):
-            leaves.append(_stored(recipe, base.read, name, like, layer_order))
+            if isinstance(like, Quantized):
+                wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.codes.sharding)
+                keep = jax.jit(functools.partial(kept_weight, name, recipe=recipe), out_shardings=_shardings(like))
+                leaves.append(keep(base.read(name, wide, layer_order)))
+            else:
+                leaves.append(base.read(name, like, layer_order))
             if progress is not None:
                 progress(f"reading {recipe.model.from_}, arrays", number, len(names))
     tree = jax.tree.structure(abstract, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return jax.tree.unflatten(tree, leaves)
 
 
-def _stored(recipe: Recipe, read: Callable[..., jax.Array], name: str, like: Any, layer_order: Sequence[int]) -> Any:
-    if not isinstance(like, Quantized):
-        return read(name, like, layer_order)
-    wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.codes.sharding)
-    keep = jax.jit(lambda weight: kept_weight(name, weight, recipe), out_shardings=_shardings(like))
-    return keep(read(name, wide, layer_order))
-
-
 def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
-    """The adapter of `adapter.from`."""
     arrays = _fitting_adapter(recipe, abstract)
-    leaves = []
-    for name, like in named(abstract):
+
+    def placed(name: str, like: Any) -> jax.Array:
         value = arrays[name].astype(like.dtype)
-        if name.startswith("layers."):
-            value = value[np.asarray(layer_order)]
-        leaves.append(jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        value = value[np.asarray(layer_order)] if name.startswith("layers.") else value
+        return jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__)
+
+    return jax.tree.unflatten(jax.tree.structure(abstract), [placed(*pair) for pair in named(abstract)])
 
 
 def check_sources(recipe: Recipe, abstract: TrainState) -> None:
@@ -128,16 +159,12 @@ def _fitting_adapter(recipe: Recipe, abstract: Tree) -> dict[str, np.ndarray]:
             adapter.check_base(open_base(recipe.model.from_), recipe.model.from_)
         wanted = dict(named(abstract))
         for name in sorted(set(adapter.arrays) ^ set(wanted)):
-            there = name in adapter.arrays
-            raise UserError(
-                f"{adapter.path}: {name} is {'' if there else 'not '}in it, but {'not ' if there else ''}in this "
-                f"recipe's adapter; its config is {adapter.config.model_dump(exclude_defaults=True)}"
-            )
+            where = "in it, but not in" if name in adapter.arrays else "not in it, but in"
+            config = adapter.config.model_dump(exclude_defaults=True)
+            raise UserError(f"{adapter.path}: {name} is {where} this recipe's adapter; its config is {config}")
         for name, like in wanted.items():
-            if adapter.arrays[name].shape != like.shape:
-                raise UserError(
-                    f"{adapter.path}: {name} has shape {adapter.arrays[name].shape}; this recipe's has {like.shape}"
-                )
+            if (shape := adapter.arrays[name].shape) != like.shape:
+                raise UserError(f"{adapter.path}: {name} has shape {shape}; this recipe's has {like.shape}")
         ours, theirs = (config_targets(config, recipe.model) for config in (recipe.adapter, adapter.config))
         for name, size in theirs.items():
             scales = recipe.adapter.scale(*ours[name]), adapter.config.scale(*size)

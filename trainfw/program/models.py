@@ -93,9 +93,9 @@ def model_set(recipe: Recipe, fit: Fit, roles: Sequence[str]) -> ModelSet:
     own = {} if recipe.adapter is None else {"base": base}
     if not roles:  # nothing more is traced
         return ModelSet(recipe, fit, graphdef, variables, graphdef, own, ())
-    frozen_graphdef, _, whole = nnx.split(  # type: ignore[misc]
-        nnx.eval_shape(lambda: _frozen(recipe, fit, key)), nnx.Param, Frozen
-    )
+    bare = nnx.eval_shape(lambda: _bare(recipe, fit, nnx.Rngs(key)))
+    freeze(bare)
+    frozen_graphdef, _, whole = nnx.split(bare, nnx.Param, Frozen)  # type: ignore[misc]
     frozen = own or dict.fromkeys(roles, whole)
     return ModelSet(recipe, fit, graphdef, variables, frozen_graphdef, frozen, tuple(roles))
 
@@ -106,12 +106,6 @@ def _make(recipe: Recipe, fit: Fit, key: jax.Array) -> Any:
     if recipe.adapter is not None:
         with recipe.blamed("adapter"):
             attach(model, recipe.adapter, rngs)
-    return model
-
-
-def _frozen(recipe: Recipe, fit: Fit, key: jax.Array) -> Any:
-    model = _bare(recipe, fit, nnx.Rngs(key))
-    freeze(model)
     return model
 
 

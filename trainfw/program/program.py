@@ -10,17 +10,45 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from trainfw import backends
 from trainfw.models import flops_per_token
 from trainfw.objectives import Batch, Objective, Schema
 from trainfw.optim import Traits
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
-from trainfw.program.functions import Functions
 from trainfw.program.models import ModelSet
-from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
+from trainfw.program.update import start_guard
 from trainfw.recipe import Recipe
 from trainfw.weights import count_weights
+
+
+@dataclass(frozen=True)
+class Function:
+    """One jitted entry of a program, which is run, planned, checked and measured."""
+
+    name: str
+    jitted: Any = field(repr=False)
+    arguments: tuple[Any, ...] = field(repr=False)
+    """Pytrees of ShapeDtypeStructs with shardings: what it is compiled for."""
+
+    def trace(self) -> jax.stages.Traced:
+        """Return it traced for its arguments."""
+        return self.jitted.trace(*self.arguments)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Return it lowered for its arguments."""
+        return self.jitted.lower(*self.arguments)
+
+    def compile(self) -> Any:
+        """Return it compiled ahead of time with the backend's options."""
+        compiled = self.lower().compile(compiler_options={**backends.current().compiler_options})
+        backends.release_freed_memory()
+        return compiled
+
+
+Functions = Mapping[str, Function]
+"""Functions by name: `train` (state, batch) -> (state, metrics); `evaluate` (params, frozen, batch) -> metrics."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +62,6 @@ class Program:
     fit: Fit
     models: ModelSet
     traits: Traits
-    """The optimizer's."""
     abstract_state: TrainState
     """ShapeDtypeStructs with shardings."""
     abstract_batch: Batch
@@ -83,10 +110,7 @@ class Program:
 
     @property
     def train_step(self) -> Any:
-        """Jitted (state, batch) -> (state, metrics); the state is donated, unless the recipe says otherwise.
-
-        `compile_train_step` is what trains.
-        """
+        """Jitted (state, batch) -> (state, metrics); the state is donated, unless the recipe says otherwise."""
         return self.functions["train"].jitted
 
     @property

@@ -19,7 +19,6 @@ class TrainState:
     params: Any
     """Nested dict of float32 arrays: what learns."""
     opt_state: Any
-    """Optax's state."""
     rng: Any
     """Key data for what a step draws (the step folds its number in)."""
     frozen: Any = field(default_factory=dict)

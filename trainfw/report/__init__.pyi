@@ -1,6 +1,6 @@
 from .drawing import draw_topology as draw_topology
-from .notebook import findings_page as findings_page
-from .notebook import framed as framed
+from .page import findings_page as findings_page
+from .page import framed as framed
 from .page import plan_page as plan_page
 from .scaling import scaling_section as scaling_section
 from .svg import topology_svg as topology_svg

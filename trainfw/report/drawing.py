@@ -9,7 +9,7 @@ from rich.text import Text
 
 from trainfw.hardware import Dimension, Topology
 from trainfw.parallel import Placement
-from trainfw.report.text import WIDTH, amount
+from trainfw.report.text import WIDTH, rate_in_words
 from trainfw.report.where import COLOURS, axes_between, axes_of_dim, chunks, kind_in_words, mesh_positions, spans
 
 _MOST_BOXES = 24
@@ -31,7 +31,6 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
     inside: list[str] = []
 
     def contents(level: int, place: int) -> list[Line]:
-        """Return the text of a box: its name, its cores, and their places along the axes."""
         chips = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
         cores = range(place * chips * topology.cores_per_chip, (place + 1) * chips * topology.cores_per_chip)
         held = levels[level] if levels else []
@@ -43,7 +42,6 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         ]
 
     def style(dim: Dimension, stride: int, a: int, b: int) -> str:
-        """Choose the colour of the link between places `a` and `b` of a level, each of `stride` chips."""
         if placement is None:
             return ""
         axes = axes_between(placement, positions, a * stride, b * stride)
@@ -54,7 +52,7 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         yield from _Canvas(width).row([contents(0, 0)], None, None).lines()
     for level, held in enumerate(levels):
         stride = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
-        title = " x ".join(f"{dim.name} ({kind_in_words(dim)}, {_rate(dim)})" for dim in held)
+        title = " x ".join(f"{dim.name} ({kind_in_words(dim)}, {rate_in_words(dim)})" for dim in held)
         yield Text(f"{title}{', inside ' + ', '.join(inside) if inside else ''}", style="bold")
         inside.append(f"{'unit' if held[0].kind == 'network' else held[0].name} 0")
         size = math.prod(dim.size for dim in held)
@@ -72,12 +70,8 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         if size > len(boxes):
             yield Text(f"  ... and {size - len(boxes)} more")
         yield Text()
-    if any(dim.kind == "ring" and dim.size > 2 for dim in dims):
+    if any(dim.wraps for dim in dims):
         yield Text("╌ ╎  the link goes on: to the next line of boxes, or around to the other end", style="dim")
-
-
-def _rate(dim: Dimension) -> str:
-    return f"{amount(dim.bandwidth, 'B/s')} a {'link' if dim.kind in ('ring', 'line') else 'chip'}"
 
 
 class _Canvas:
@@ -117,7 +111,7 @@ class _Canvas:
         tall = len(boxes[0]) + 2
         switch = dim is not None and dim.kind in ("switch", "network")
         pitch = width + 4 + (1 if switch else 3)
-        ring = dim is not None and dim.kind == "ring" and dim.size > 2
+        ring = dim is not None and dim.wraps
         y = 0
         lines = math.ceil(len(boxes) / max(1, (self.columns - 8) // pitch))
         for line in chunks(range(len(boxes)), math.ceil(len(boxes) / lines)):
@@ -155,12 +149,8 @@ class _Canvas:
         """Draw boxes of two dims of rings or lines; links that wrap leave at the edges."""
         width = max(len(text) for row in boxes for contents in row for text, _ in contents)
         tall = len(boxes[0][0]) + 2
-        rows, columns = dims[0].size, dims[1].size
+        (rows, wraps_down), (columns, wraps_across) = ((dim.size, dim.wraps) for dim in dims)
         pitch = width + 4 + 3
-
-        def wraps(dim: Dimension) -> bool:
-            return dim.kind == "ring" and dim.size > 2
-
         for r, row in enumerate(boxes):
             for c, contents in enumerate(row):
                 y, x, here = 1 + r * (tall + 1), 4 + c * pitch, r * columns + c
@@ -168,16 +158,16 @@ class _Canvas:
                 middle = x + width // 2 + 2
                 right, below = r * columns + (c + 1) % columns, (r + 1) % rows * columns + c
                 left, above = r * columns + (c - 1) % columns, (r - 1) % rows * columns + c
-                if c + 1 < columns or wraps(dims[1]):
+                if c + 1 < columns or wraps_across:
                     self.put(y + 1, x + width + 3, "├" + ("───" if c + 1 < columns else "╌╌"), across(here, right))
-                if c or wraps(dims[1]):
+                if c or wraps_across:
                     self.put(y + 1, x, "┤", across(left, here))
                     if not c:
                         self.put(y + 1, x - 2, "╌╌", across(left, here))
-                if r + 1 < rows or wraps(dims[0]):
+                if r + 1 < rows or wraps_down:
                     self.put(y + tall - 1, middle, "┬", down(here, below))
                     self.put(y + tall, middle, "│" if r + 1 < rows else "╎", down(here, below))
-                if r or wraps(dims[0]):
+                if r or wraps_down:
                     self.put(y, middle, "┴", down(above, here))
                     if not r:
                         self.put(y - 1, middle, "╎", down(above, here))

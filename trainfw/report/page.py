@@ -1,4 +1,4 @@
-"""A plan as one HTML page that loads nothing: no scripts, no fonts, no pictures but inline SVG."""
+"""HTML pages that load nothing: no scripts, no fonts, no pictures but inline SVG. And such pages in a notebook."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trainfw.hardware import duration
+from trainfw.hardware import duration, in_any_unit, in_seconds
 from trainfw.report.svg import topology_svg
-from trainfw.report.text import amount, doubtful_figures
-from trainfw.report.timeline import ON_CORES, STYLE, lanes, step_lane
+from trainfw.report.text import doubtful_figures, rate_in_words
+from trainfw.report.timeline import ON_CORES, lanes, step_lane
 from trainfw.report.where import COLOURS, axes_of_dim, kind_in_words
 
 PART_COLOURS = {"matmul": "#3f66b0", "attention": "#7a8fd0", "memory": "#7d8794", "optimizer": "#a7afb9"}
@@ -52,34 +53,45 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
     A figure of `plan.to_json()` stands in a `<data>` element with its value in full, and its key in `data-key`.
     """
     found = plan.to_json()
-
-    def drawn(stretches: Sequence[Any]) -> Markup:
-        return Markup("\n".join(lanes(stretches, _colour, plan.part_label)))
-
-    return template("page.html").render(
+    filled = template("page.html").render(
         plan=plan,
         found=found,
         changes=changes,
         further=Markup(further),
-        units=f"{plan.topology.count} x {plan.topology.name}" if plan.topology.count > 1 else plan.topology.name,
+        units=plan.topology.in_words,
         drawing=Markup(topology_svg(plan.topology, plan.placement)),
         links=_links(plan),
         memory_notes=[line for line in plan.memory.lines() if line.endswith(".")],  # rows of its table end with a share
-        step=Markup("\n".join(step_lane(plan.timeline))),
-        lanes=drawn,
+        step=step_lane(plan.timeline),
+        lanes=lambda stretches: lanes(stretches, _colour, plan.part_label),
         parts=sorted(found["step_time_parts_seconds"].items(), key=lambda item: -item[1]),
-        transfers=[(i, transfer, taken) for i, (transfer, taken) in enumerate(plan.transfers)],
+        transfers=[(i, *pair) for i, pair in enumerate(plan.transfers)],
         doubts=[line.plain.rstrip() for line in doubtful_figures(plan.topology)],
     )
+    return str(filled)
+
+
+def findings_page(
+    verdict: str, findings: Sequence[Sequence[str]], collectives: Sequence[Sequence[str]], memory: str
+) -> str:
+    """Fill the page of a check: tables whose first rows are their heads, and the memory of a core in lines."""
+    tables = {"findings": findings, "collectives": collectives}
+    return str(template("findings.html").render(verdict=verdict, memory=memory, **tables))
+
+
+def framed(page: str, height: int = 560) -> str:
+    """Put a page in a frame of its own, so that its style does not reach the notebook's."""
+    return f'<iframe srcdoc={quoteattr(page)} style="width:100%;height:{height}px;border:0"></iframe>'
 
 
 def template(file: str) -> Any:
     files = FileSystemLoader(Path(__file__).parent)
     made = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.globals |= {"GIB": 2**30, "FEW": _FEW, "SHORT": _SHORT, "ON_CORES": ON_CORES, "lane_style": Markup(STYLE)}
-    made.globals |= {"duration": duration, "percent": _percent, "size": _size, "hours": _hours, "words": _words}
-    made.globals |= {"colour": _colour, "memory_colour": _memory_colour, "heat_colour": _heat_colour}
-    made.globals |= {"bound": _bound, "about_bound": _about_bound}
+    made.globals |= {"GIB": 2**30, "FEW": _FEW, "SHORT": _SHORT, "ON_CORES": ON_CORES}
+    for function in (duration, in_seconds, in_any_unit, _percent, _size, _hours, _colour, _heat_colour, _bound):
+        made.globals[function.__name__.lstrip("_")] = function
+    made.globals["memory_colour"] = lambda key: MEMORY_COLOURS.get(key, _GREY)
+    made.globals["words"] = lambda key: "other temporaries" if key == "other" else key.replace("_", " ")
     return made.get_template(file)
 
 
@@ -100,14 +112,9 @@ def _links(plan: Any) -> dict[str, Any]:
         shares = [busy[dim.name][name] for name in shown]
         if rest:
             shares.append(sum(busy[dim.name][name] for name in rest))
-        per = {"chip": "core", "ring": "link", "line": "link"}.get(dim.kind, "chip")
-        about = f"{kind_in_words(dim)}, {amount(dim.bandwidth, 'B/s')} a {per}"
+        about = f"{kind_in_words(dim)}, {rate_in_words(dim)}"
         dims.append((dim.name, about, axes_of_dim(plan.placement, dim.name), shares, sum(busy[dim.name].values())))
     return {"heads": [*shown, *([f"{len(rest)} others"] if rest else [])], "dims": dims}
-
-
-def _words(key: str) -> str:
-    return "other temporaries" if key == "other" else key.replace("_", " ")
 
 
 def _colour(key: str) -> str:
@@ -115,23 +122,17 @@ def _colour(key: str) -> str:
     return PART_COLOURS.get(key) or COLOURS.get(key.split("+")[0], _GREY)
 
 
-def _memory_colour(key: str) -> str:
-    return MEMORY_COLOURS.get(key, _GREY)
-
-
 def _heat_colour(share: float) -> str:
     """Shade by the square root, so that a few per cent show."""
     return f"rgba({_HEAT}, {0.08 + 0.84 * math.sqrt(min(1.0, share)):.3f})"
 
 
-def _bound(what: str) -> str:
-    return {"hbm": "HBM"}.get(what, f"{what.removeprefix('links.')} links" if what.startswith("links.") else what)
+_BOUND = {"compute": ("compute", "matrix products at their rate"), "hbm": ("HBM", "the bandwidth of device memory")}
 
 
-def _about_bound(what: str) -> str:
-    return {"compute": "matrix products at their rate", "hbm": "the bandwidth of device memory"}.get(
-        what, "the dim whose links take longest"
-    )
+def _bound(what: str) -> tuple[str, str]:
+    """Name what bounds a step, and say what it is."""
+    return _BOUND.get(what, (f"{what.removeprefix('links.')} links", "the dim whose links take longest"))
 
 
 def _percent(share: float) -> str:

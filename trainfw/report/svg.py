@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 from trainfw.hardware import Dimension, Topology
 from trainfw.parallel import Placement
-from trainfw.report.text import amount
+from trainfw.report.text import amount, rate_in_words
 from trainfw.report.where import COLOURS, axes_between, axes_of_dim, kind_in_words, mesh_positions, part_in_words, spans
 
-_WIDTH, _MARGIN = 1200, 40
+_WIDTH, _MARGIN, _GREY = 1200, 40, "#8a94a0"
 _STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
 .background { fill: #ffffff } .quiet { fill: #59636e }
@@ -43,24 +43,19 @@ class _Picture:
         self.parts: list[str] = []
 
     def draw(self) -> str:
-        of = f"{self.topology.count} x " if self.topology.count > 1 else ""
-        self.text(_MARGIN, 38, f"{of}{self.topology.name}", size=20, weight="bold")
+        self.text(_MARGIN, 38, self.topology.in_words, size=20, weight="bold")
         each = self.topology.cores_per_chip
         about = f"{self.topology.description}; {each} core{'s' * (each > 1)} a chip"
         self.text(_MARGIN, 60, about if self.placement is None else f"{about}; {self.placement.layout}", quiet=True)
         rings = all(dim.kind in ("ring", "line") for dim in self.dims)
         y = self.torus(96) if rings else self.switched(96)
-        if self.topology.count > 1:
-            y = self.network(y + 24)
-        y = self.legend(y + 34)
+        y = self.legend((self.network(y + 24) if self.topology.count > 1 else y) + 34)
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}" width="{_WIDTH}" height="{y:.0f}" '
-            f'role="img" aria-label="{_quoted(self.topology.name)}">'
+            f'role="img" aria-label={quoteattr(self.topology.name)}>'
         )
         background = f'<rect class="background" width="{_WIDTH}" height="{y:.0f}"/>'
         return "\n".join([head, f"<style>{_STYLE}</style>", background, *self.parts, "</svg>", ""])
-
-    # Elements -------------------------------------------------------------------------------------------------------
 
     def text(
         self,
@@ -69,14 +64,13 @@ class _Picture:
         text: str,
         size: float = 13,
         anchor: str = "start",
+        *,
         quiet: bool = False,
         weight: str = "normal",
     ) -> None:
         quieter = ' class="quiet"' if quiet else ""
-        self.parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}"'
-            f"{quieter}>{escape(text)}</text>"
-        )
+        style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}"{quieter}'
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
 
     def rect(self, kind: str, x: float, y: float, width: float, height: float, round_: float = 4) -> None:
         self.parts.append(
@@ -92,17 +86,14 @@ class _Picture:
 
     def line(self, path: str, axes: list[str], kind: str = "link", width: float = 2.5, dots: str = "") -> None:
         """Draw a link in the colour of its first axis, dashed with the others'."""
-        for i, name in enumerate(axes[:3]):
-            colour = COLOURS.get(name) or self.hues.get(name, "#8a94a0")
-            dash = "" if not i else f' stroke-dasharray="{4 * (3 - i)} {4 + 4 * i}"'
-            self.parts.append(
-                f'<path class="{kind if not i else "also"}" d="{path}" stroke="{colour}" stroke-width="{width}" '
-                f'fill="none"{dash}/>'
-            )
+        colours = [COLOURS.get(name) or self.hues.get(name, _GREY) for name in axes[:3]]
+        for i, colour in enumerate(colours):
+            dash = f' stroke-dasharray="{4 * (3 - i)} {4 + 4 * i}"' if i else ""
+            stroke = f'stroke="{colour}" stroke-width="{width}" fill="none"{dash}'
+            self.parts.append(f'<path class="{"also" if i else kind}" d="{path}" {stroke}/>')
         for dot in dots.split():
             x, y = dot.split(",")
-            colour = COLOURS.get(axes[0]) or self.hues.get(axes[0], "#8a94a0")
-            self.parts.append(f'<circle cx="{x}" cy="{y}" r="{width}" fill="{colour}"/>')
+            self.parts.append(f'<circle cx="{x}" cy="{y}" r="{width}" fill="{colours[0]}"/>')
 
     def axes(self, dim: Dimension, a: int, b: int | None = None) -> list[str]:
         """List the axes that colour the link from chip `a` to chip `b`, or into a switch."""
@@ -150,14 +141,12 @@ class _Picture:
                 shade = 0.4 + 0.6 * int(where[core]) / int(where.max())
                 edge = f' stroke="{COLOURS[inside[1]]}" stroke-width="{side / 7:.1f}"' if len(inside) > 1 else ""
             else:
-                colour, shade, edge = (self.hues.get("core", "#8a94a0") if not self.placement else "#8a94a0"), 0.75, ""
+                colour, shade, edge = _GREY if self.placement else self.hues.get("core", _GREY), 0.75, ""
             self.parts.append(
                 f'<rect x="{x + side * (i % across + 0.08):.1f}" y="{y + side * (i // across + 0.08):.1f}" '
                 f'width="{side * 0.84:.1f}" height="{side * 0.84:.1f}" rx="1.5" fill="{colour}" '
                 f'fill-opacity="{shade:.2f}"{edge}/>'
             )
-
-    # Rings and tori -------------------------------------------------------------------------------------------------
 
     def torus(self, y: float) -> float:
         """Draw grids of chips side by side, equal places joined by a ribbon; return the y of its lower end."""
@@ -167,8 +156,8 @@ class _Picture:
         if len(inner) == 2:
             rows, columns = inner[0].size, inner[1].size
         else:
-            columns = max(1, math.ceil(self.chips / 2)) if self.chips > 6 else self.chips
-            rows = math.ceil(self.chips / columns)
+            rows = 2 if self.chips > 6 else 1
+            columns = math.ceil(self.chips / rows)
         between = 44.0
         frame = (_WIDTH - 2 * _MARGIN - (copies - 1) * between) / copies
         stub = 12.0 if copies > 1 else 20.0
@@ -247,7 +236,7 @@ class _Picture:
                 axes = self.axes(dim, copy * each + i, (copy + 1) * each + i)
                 self.line(f"M{x + frame:.1f} {at:.1f}H{frames[copy + 1]:.1f}", axes, width=1.6)
         low = y + tall
-        if dim.kind == "ring" and dim.size > 2:
+        if dim.wraps:
             for i in range(each):
                 axes = self.axes(dim, (dim.size - 1) * each + i, i)
                 start, end, depth = frames[-1] + frame - 14 - 3 * i, frames[0] + 14 + 3 * i, 8 + 3 * (each - i)
@@ -255,8 +244,6 @@ class _Picture:
             low += 8 + 1.5 * each
         label = f"{dim.name}: {each} links of {amount(dim.bandwidth, 'B/s')} from each to the next, chip to equal chip"
         self.note(_WIDTH / 2, low + 12, label, anchor="middle")
-
-    # Switches -------------------------------------------------------------------------------------------------------
 
     def switched(self, y: float) -> float:
         """Draw chips in a row between the switches that they have ports into; a second rack mirrored below."""
@@ -276,7 +263,6 @@ class _Picture:
             return left + chip % row * pitch
 
         def top(rack: int) -> float:
-            """Return the top of the chips of a rack."""
             start = y + rack * (deep + apart)
             mirrored = rack % 2 and two
             return start + ((short_port + bar) if mirrored else (bar + long_port))
@@ -323,8 +309,6 @@ class _Picture:
             self.note(_WIDTH / 2, middle if racks > 1 else y + deep + 20, "; ".join(labels), anchor="middle")
         return y + racks * deep + (racks - 1) * apart
 
-    # Below the unit -------------------------------------------------------------------------------------------------
-
     def network(self, y: float) -> float:
         dim = self.topology.dims[0]
         shown = min(dim.size, _MOST_UNITS)
@@ -345,22 +329,16 @@ class _Picture:
         return y + 76
 
     def legend(self, y: float) -> float:
-        if self.placement is None:
-            rows = []
-            for dim in self.topology.dims:
-                per = {"chip": "core", "ring": "link", "line": "link"}.get(dim.kind, "chip")
-                rate = f"{amount(dim.bandwidth, 'B/s')} a {per}"
-                rows.append((self.hues[dim.name], dim.name, kind_in_words(dim), rate, dim.description))
-        else:
-            rows = []
-            for axis in self.placement.axes:
-                words = ", ".join(map(part_in_words, axis.parts))
-                where = f"on {words if len(words) < 48 else ', '.join(axis.parts)}"
-                hops = f"{axis.hops} hop{'s' * (axis.hops > 1)}"
-                way = f"{'a' if axis.ring else 'no'} ring, {hops} at most"
-                rate = f"{amount(axis.bandwidth, 'B/s')} a core"
-                about = way if axis.hops else "inside a chip"
-                rows.append((COLOURS[axis.axis], f"{axis.axis} = {axis.size}", where, rate, about))
+        rows = [
+            (self.hues[dim.name], dim.name, kind_in_words(dim), rate_in_words(dim), dim.description)
+            for dim in (self.topology.dims if self.placement is None else ())
+        ]
+        for axis in self.placement.axes if self.placement is not None else ():
+            words = ", ".join(map(part_in_words, axis.parts))
+            where = f"on {words if len(words) < 48 else ', '.join(axis.parts)}"
+            way = f"{'a' if axis.ring else 'no'} ring, {axis.hops} hop{'s' * (axis.hops > 1)} at most"
+            rate, about = f"{amount(axis.bandwidth, 'B/s')} a core", way if axis.hops else "inside a chip"
+            rows.append((COLOURS[axis.axis], f"{axis.axis} = {axis.size}", where, rate, about))
         for colour, name, where, rate, about in rows:
             self.parts.append(f'<rect x="{_MARGIN}" y="{y - 11:.1f}" width="14" height="14" rx="3" fill="{colour}"/>')
             self.text(_MARGIN + 24, y, name, weight="bold")
@@ -368,11 +346,7 @@ class _Picture:
             self.text(_MARGIN + 510, y, rate)
             self.text(_MARGIN + 670, y, about, quiet=True)
             y += 23
-        wraps = any(dim.kind == "ring" and dim.size > 2 for dim in self.dims[-2:])
-        ends = " A dot ends a link that goes around to the other side." if wraps and len(self.dims) > 1 else ""
+        wraps = len(self.dims) > 1 and any(dim.wraps for dim in self.dims[-2:])
+        ends = " A dot ends a link that goes around to the other side." if wraps else ""
         self.text(_MARGIN, y + 2, f"Bandwidth in one direction.{ends}", size=12, quiet=True)
         return y + 20
-
-
-def _quoted(text: str) -> str:
-    return escape(text, {'"': "&quot;"})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from trainfw.hardware import Topology, load_topology, topology_names
+from trainfw.hardware import Dimension, Topology, load_topology, topology_names
 from trainfw.parallel import Placement
 from trainfw.report.where import COLOURS, kind_in_words, part_in_words
 
@@ -29,6 +29,12 @@ def amount(value: float, unit: str) -> str:
     return f"{value:,.2f}".rstrip("0").rstrip(".") + f" {prefix}{unit}"
 
 
+def rate_in_words(dim: Dimension) -> str:
+    """Write `46.4 GB/s a link`."""
+    per = {"chip": "core", "ring": "link", "line": "link"}.get(dim.kind, "chip")
+    return f"{amount(dim.bandwidth, 'B/s')} a {per}"
+
+
 def list_topologies() -> Iterator[Text]:
     """Write a line for each topology."""
     names = topology_names()
@@ -46,8 +52,7 @@ def list_topologies() -> Iterator[Text]:
 
 def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Text]:
     """Describe the parts of a topology, with rates and links."""
-    of = "" if topology.count == 1 else f"{topology.count} x "
-    yield Text.assemble((f"{of}{topology.name}", "bold"), f": {topology.description}")
+    yield Text.assemble((topology.in_words, "bold"), f": {topology.description}")
     lnc = f" (LNC {topology.lnc}: {topology.lnc} of {topology.chip.cores} physical cores each)"
     instances = f", {topology.instances} instances" if topology.instances > 1 else ""
     yield Text(
@@ -59,14 +64,11 @@ def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Tex
     kinds = ", ".join(topology.device_kinds) or "no document names it"
     yield _row("device kind", f"{kinds} (in JAX)")
     peaks = [key.rpartition(".")[2] for key in topology.figures if key.startswith("chip.peak_flops.")]
-    for dtype in peaks:
-        peak = topology.peak_flops(dtype)
-        assert peak is not None
-        in_all = amount(peak * topology.cores, "FLOP/s")
-        yield _row(f"peak {dtype}", f"{amount(peak, 'FLOP/s')} a core, {in_all} in all")
     if not peaks:
         yield _row("peak", "not known")
-    for label, value, unit in (("HBM", topology.hbm_size, "B"), ("HBM bandwidth", topology.hbm_bandwidth, "B/s")):
+    figures = [(f"peak {dtype}", topology.peak_flops(dtype), "FLOP/s") for dtype in peaks]
+    figures += [("HBM", topology.hbm_size, "B"), ("HBM bandwidth", topology.hbm_bandwidth, "B/s")]
+    for label, value, unit in figures:
         if value is not None:
             yield _row(label, f"{amount(value, unit)} a core, {amount(value * topology.cores, unit)} in all")
     if "host_memory" in topology.figures:
@@ -74,9 +76,7 @@ def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Tex
     yield Text()
     yield Text("dims, outermost first (bandwidth in one direction, latency of a hop)", style="bold")
     for dim in topology.dims:
-        per = {"chip": "a core", "ring": "a link", "line": "a link"}.get(dim.kind, "a chip")
-        rate = f"{amount(dim.bandwidth, 'B/s')} {per}"
-        text = f"  {dim.name:8} {kind_in_words(dim):15} {rate:19} {dim.latency * 1e6:5g} us  "
+        text = f"  {dim.name:8} {kind_in_words(dim):15} {rate_in_words(dim):19} {dim.latency * 1e6:5g} us  "
         for line in textwrap.wrap(dim.description, max(width - len(text), 20), break_on_hyphens=False):
             yield Text(text + line)
             text = " " * len(text)
@@ -114,9 +114,10 @@ def describe_placement(placement: Placement) -> Iterator[Text]:
     yield Text(head, style="dim")
     for axis, on in zip(placement.axes, lies, strict=True):
         legal = axis.problem or ("legal" if axis.documented else "legal*")
+        ring, permutes = ("yes" if holds else "no" for holds in (axis.ring, axis.permutes))
         yield Text.assemble(
             (f"  {axis.axis:8}", COLOURS[axis.axis]),
-            f" {axis.size:5}  {on:{width}}  {_yes(axis.ring):4}  {_yes(axis.permutes):8}  {axis.hops:4}  "
+            f" {axis.size:5}  {on:{width}}  {ring:4}  {permutes:8}  {axis.hops:4}  "
             f"{amount(axis.bandwidth, 'B/s'):>11}  {legal}",
         )
     for part in dict.fromkeys(part for axis in placement.axes for part in axis.parts):
@@ -124,10 +125,6 @@ def describe_placement(placement: Placement) -> Iterator[Text]:
             yield Text(f"  {part}: {part_in_words(part)}", style="dim")
     if not all(axis.documented for axis in placement.axes):
         yield Text("  * no document lists which groups may be formed here; none speaks against these", style="dim")
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _row(label: str, text: str) -> Text:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from trainfw.hardware import Dimension
-from trainfw.parallel import AXES, Placement
+from trainfw.parallel import AXES, Placement, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,15 +47,9 @@ def axes_of_dim(placement: Placement, dim: str) -> list[str]:
 
 def spans(numbers: Iterable[int], most: int = 11) -> str:
     """Write `0-3`, `0-3,12-15`, or how many there are when that is longer than `most` characters."""
-    ordered = sorted(set(map(int, numbers)))
-    runs: list[list[int]] = []
-    for number in ordered:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return text if len(text) <= most else f"{len(ordered)} of them"
+    distinct = set(map(int, numbers))
+    text = ",".join(runs(distinct))
+    return text if len(text) <= most else f"{len(distinct)} of them"
 
 
 def chunks(items: Sequence, size: int) -> list[Sequence]:

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainfw.models.common.frozen import frozen_product
-from trainfw.models.common.matmul import matmul
+from trainfw.models.common.matmul import frozen_product, matmul
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -17,8 +17,9 @@ from trainfw.backends import simulated
 from trainfw.checking import check
 from trainfw.models import ModelConfig, ModelOptions, MoE, Transformer, dispatch_problem, routing_problem
 from trainfw.models.common import moe
-from trainfw.models.common.moe import assign_slots, capacity
+from trainfw.models.common.moe import assign_slots
 from trainfw.models.common.top_k import iterative_top_k
+from trainfw.models.layer_shapes import Experts
 from trainfw.parallel import Layout, Rules, all_reduce, axis_size, make_mesh, use_rules
 
 D, F, E, K = 8, 12, 8, 3
@@ -169,7 +170,8 @@ def test_first_choices_find_slots_before_second_ones():
     ("factor", "count", "slots"), [(1.0, 16, 6), (1.25, 16, 8), (0.01, 16, 1), (9.0, 16, 16), (1.25, 1, 1)]
 )
 def test_capacity_is_rounded_up_and_bounded(factor, count, slots):
-    assert capacity(model_config(capacity_factor=factor).moe, count) == slots
+    moe = model_config(capacity_factor=factor).moe
+    assert Experts(moe.num_experts, moe.experts_per_token, moe.capacity_factor).slots(count) == slots
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

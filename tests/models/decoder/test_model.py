@@ -235,7 +235,7 @@ def test_decoding_agrees_with_the_whole_sequence(scan_layers):
 
 def test_bfloat16_computes_in_bfloat16_and_returns_f32_logits():
     model = build(small(), compute_dtype="bfloat16")
-    x_BSD, logits = nnx.jit(lambda model, t: (model.hidden_states(t), model(t)))(model, tokens(2, 12))
+    x_BSD, logits = nnx.jit(lambda model, t: (model.forward(t)[0], model(t)))(model, tokens(2, 12))
     assert x_BSD.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     exact = run(build(small()), tokens(2, 12))

@@ -127,7 +127,7 @@ def test_attention_is_told_apart(tmp_path):
     assert sum(m.flops for m in attention if m.backward) == 4 * once
     tokens, matrices = rows * LENGTH, LAYERS * LAYER + D * VOCAB
     assert sum(m.flops for m in analysis.matmuls if not m.attention) == 6 * tokens * matrices
-    assert 0 < analysis.attention_bytes < analysis.streamed_bytes - analysis.update_bytes
+    assert 0 < analysis.streamed_bytes("attention") < analysis.streamed_bytes() - analysis.streamed_bytes("update")
 
 
 # Time ---------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from trainfw.planning.read_step.analysis import compile_step, read
 from trainfw.report import plan_page
 from trainfw.scopes import ATTENTION, LOSS, LOSS_GRADIENT
 
-ATTENDING = sys.modules["trainfw.models.common.attention"]
+ATTENDING = importlib.import_module("trainfw.models.common.attention")
 
 FORMS: dict[str, tuple[list[str], float]] = {
     "plain": (["parallel.fsdp=2"], 2 + 4),
@@ -78,7 +78,7 @@ def test_every_form_of_attention_is_found(step):
     devices = step.layout.fsdp * step.layout.context * step.layout.pipeline
     flops = devices * sum(matmul.flops for matmul in found.matmuls if matmul.attention)
     assert flops == step.products * layers * rows * heads * 2 * length * length * width
-    assert found.attention_bytes > 0
+    assert found.streamed_bytes("attention") > 0
 
 
 def test_letters_of_einsums_are_not_read(step):
@@ -91,7 +91,7 @@ def test_a_part_without_its_scope_is_not_passed_over(step, gone, missed):
     full, found = step.analysed(), step.analysed(lambda op_name: re.sub(rf"\b{gone}\b", "another", op_name))
     assert set(found.unrecognised) == missed
     assert found.flops == full.flops
-    assert (found.attention_bytes == 0) == (gone == ATTENTION)
+    assert (found.streamed_bytes("attention") == 0) == (gone == ATTENTION)
 
 
 def test_products_of_the_losss_gradient_are_told_from_the_forward_ones(step):

@@ -147,7 +147,7 @@ def test_at_scale_the_file_system_and_spares_count(recipe):
     assert found.best.spares > found.down > 3
     assert found.spares[0].availability < 0.01 < 0.95 < found.best.availability
     assert found.with_failures == found.best.goodput == found.best.availability * found.goodput_suggested
-    assert found.best.per_unit == max(option.per_unit for option in found.spares)
+    assert found.best.goodput_per_rented_chip == max(option.goodput_per_rented_chip for option in found.spares)
 
 
 def test_figures_are_the_recipes_to_replace(recipe):

@@ -79,8 +79,8 @@ def test_fsdp_that_spans_units_cannot_shrink(tmp_path):
 
 def test_a_topology_without_a_network(tmp_path):
     rungs = ladder(tiny_recipe(tmp_path, "hardware.topology=trn2.3xlarge"), (1, 4), strong=False)
-    assert [rung.recipe is None for rung in rungs] == [False, True]
-    assert "no network joins them" in rungs[1].problem
+    assert not isinstance(rungs[1], str)
+    assert "no network joins them" in rungs[4]
 
 
 def test_few_replicas_are_compiled_for_many(recipe):

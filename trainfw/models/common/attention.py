@@ -1,8 +1,12 @@
-"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache."""
+"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache.
+
+Rotary embeddings are in the half-rotation layout of Hugging Face checkpoints.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -16,8 +20,7 @@ from trainfw import backends
 from trainfw.models.common.layers import Linear, RMSNorm
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.common.matmul import wide_einsum
-from trainfw.models.common.rope import apply_rope
-from trainfw.models.decoder.config import LayerKind, ModelConfig
+from trainfw.models.decoder.config import LayerKind, ModelConfig, RopeScaling
 from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
 from trainfw.scopes import ATTENTION
 
@@ -113,11 +116,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D, width, kv_width = (
-            config.hidden_size,
-            config.num_heads * config.head_dim,
-            config.num_kv_heads * config.head_dim,
-        )
+        D, width, kv_width = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         std, bias = config.init_std, config.qkv_bias
         self.query = Linear((D, width), ("embed", "heads"), std=std, bias=bias, rngs=rngs)
         self.key = Linear((D, kv_width), ("embed", "kv_heads"), std=std, bias=bias, rngs=rngs)
@@ -139,10 +138,11 @@ class Attention(nnx.Module):
         q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
         window = config.sliding_window if kind == "sliding" else None
         scale = config.query_scale or config.head_dim**-0.5
+        softcap = config.attention_softcap
         if isinstance(cache, HeadCache):
             cache = cache.extended(k_BTKh, v_BTKh, context.start)
             mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)
-            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=softcap)
             return self.output(o_BSHh.reshape(B, S, -1)), cache
         if cache is not None:
             k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
@@ -150,22 +150,13 @@ class Attention(nnx.Module):
             cache = (k_BTKh, v_BTKh)
         if axis_size("context") > 1:
             over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
-            o_BSHh = over_context(
-                q_BSHh,
-                k_BTKh,
-                v_BTKh,
-                axis="context",
-                indices_S=local_indices(S),
-                segment_ids_BS=context.segment_ids_BS,
-                window=window,
-                scale=scale,
-                softcap=config.attention_softcap,
-            )
-            return self.output(o_BSHh.reshape(B, S, -1)), cache
-        mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
-        run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
-        with jax.named_scope(ATTENTION):
-            o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=config.attention_softcap)
+            placed = functools.partial(over_context, indices_S=local_indices(S), segment_ids_BS=context.segment_ids_BS)
+            o_BSHh = placed(q_BSHh, k_BTKh, v_BTKh, axis="context", window=window, scale=scale, softcap=softcap)
+        else:
+            mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
+            run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
+            with jax.named_scope(ATTENTION):
+                o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)
         return self.output(o_BSHh.reshape(B, S, -1)), cache
 
     def _kernel(
@@ -189,11 +180,11 @@ class Attention(nnx.Module):
         return backends.resolve("attention", request, backends.current()).call or attend
 
     def _norm(self, axis: str, width: int) -> RMSNorm | None:
-        if not self.config.qk_norm:
+        config = self.config
+        if not config.qk_norm:
             return None
-        together = self.config.qk_norm == "all_heads"
-        size, split = (width, axis) if together else (self.config.head_dim, "norm")
-        return RMSNorm(size, eps=self.config.norm_eps, zero_centered=self.config.zero_centered_norm, axis=split)
+        size, split = (width, axis) if config.qk_norm == "all_heads" else (config.head_dim, "norm")
+        return RMSNorm(size, eps=config.norm_eps, zero_centered=config.zero_centered_norm, axis=split)
 
     def _heads(self, x_BSW: jax.Array, norm: RMSNorm | None) -> jax.Array:
         """x_BSHh, each head or all of them together normalised."""
@@ -202,3 +193,37 @@ class Attention(nnx.Module):
             x_BSW = norm(x_BSW)
         x_BSHh = x_BSW.reshape(*x_BSW.shape[:2], -1, self.config.head_dim)
         return x_BSHh if norm is None or together else norm(x_BSHh)
+
+
+def rope_frequencies(config: ModelConfig, kind: LayerKind) -> jax.Array:
+    """Radians per position of each pair, f32[h / 2], in layers of this kind."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    if kind == "sliding" and config.rope_local_theta is not None:
+        return config.rope_local_theta**-exponents
+    frequencies = config.rope_theta**-exponents
+    return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
+
+
+def _scale(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1 (github.com/meta-llama/llama-models, apply_scaling): by how often a pair turns in the original length.
+    original, low, high = scaling.original_max_position, scaling.low_freq_factor, scaling.high_freq_factor
+    assert original is not None and low is not None and high is not None  # noqa: PT018
+    turns = original * frequencies / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rope_turns(positions_BS: jax.Array, config: ModelConfig, kind: LayerKind) -> tuple[jax.Array, jax.Array]:
+    """The cosine and sine of every pair's angle at every position: f32[B, S, h / 2] each."""
+    angles = positions_BS.astype(jnp.float32)[..., None] * rope_frequencies(config, kind)
+    # Once: XLA would compute them again for every head of every layer that they are fused into.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
+def apply_rope(x_BSHh: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the pairs (i, i + h / 2) of every head, in f32; the result has the dtype of `x_BSHh`."""
+    cos, sin = (t[:, :, None, :] for t in turns)
+    first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHh.dtype)

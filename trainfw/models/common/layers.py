@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.models.common.frozen import Frozen, dense, frozen_product
-from trainfw.models.common.matmul import matmul
+from trainfw.models.common.matmul import Frozen, dense, frozen_product, matmul
 from trainfw.models.decoder.config import Activation
 from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
@@ -173,12 +172,6 @@ def gate_with(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Arr
     return (wide * up.astype(jnp.float32)).astype(gate.dtype)
 
 
-def _gate_forward(
-    activation: Activation, gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return gate_with(activation, gate, up), (gate, up)
-
-
 def _gate_backward(
     activation: Activation, kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -186,7 +179,7 @@ def _gate_backward(
     return transpose(cotangent)
 
 
-gate_with.defvjp(_gate_forward, _gate_backward)
+gate_with.defvjp(lambda activation, *kept: (gate_with(activation, *kept), kept), _gate_backward)
 
 
 class MLP(nnx.Module):

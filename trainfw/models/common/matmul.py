@@ -1,14 +1,18 @@
-"""Matrix products, in forms that backends multiply and differentiate well."""
+"""Matrix products, in forms that backends multiply and differentiate well; and weights that do not learn."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from trainfw import backends
-from trainfw.quantization import fp8_matmul
+from trainfw.quantization import Quantized, dequantize, fp8_matmul
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -47,13 +51,62 @@ def wide_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _forward(spec: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return wide_einsum(spec, x, y), (x, y)
-
-
 def _backward(spec: str, operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     _, back = jax.vjp(functools.partial(jnp.einsum, spec), *operands)
     return back(cotangent.astype(operands[0].dtype))
 
 
-wide_einsum.defvjp(_forward, _backward)
+wide_einsum.defvjp(lambda spec, *operands: (wide_einsum(spec, *operands), operands), _backward)
+
+
+class Frozen(nnx.Variable):
+    """A weight with neither gradient nor optimizer state: an array of any float dtype, or `Quantized`."""
+
+
+def dense(weight: jax.Array | Quantized, dtype: Any) -> jax.Array:
+    """The weight in `dtype`."""
+    return dequantize(weight, dtype) if isinstance(weight, Quantized) else weight.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def frozen_product(
+    product: Callable[..., jax.Array], x: jax.Array, weight: jax.Array | Quantized, *others: Any
+) -> jax.Array:
+    """`product(x, weight in the dtype of x, *others)`, linear in x; only x has a gradient.
+
+    What the backward pass keeps is the weight as it is stored: it is widened again there, one weight at a time.
+    """
+    return product(x, dense(weight, x.dtype), *others)
+
+
+def _frozen_backward(product: Callable[..., jax.Array], kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    like, weight, others = kept
+    wide = dense(weight, like.dtype)
+    # Its gradient rather than its transpose: a product may be a kernel that has only the former. Being linear, it has
+    # the same one at zero, where nothing is computed for it.
+    _, transpose = jax.vjp(lambda x: product(x, wide, *others), jnp.zeros(like.shape, like.dtype))
+    return (*transpose(cotangent), None, *(None for _ in others))
+
+
+frozen_product.defvjp(
+    lambda product, x, weight, *others: (
+        frozen_product(product, x, weight, *others),
+        (_Shape(x.shape, x.dtype), weight, others),
+    ),
+    _frozen_backward,
+)
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turn every `nnx.Param` of a module into a `Frozen`, in place."""
+    for _, owner in nnx.iter_modules(module):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, nnx.Param):
+                setattr(owner, name, Frozen(value.get_value(), **value.get_metadata()))

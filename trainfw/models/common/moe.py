@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainfw.backends import Backend
 from trainfw.models.common.layers import MLP, PRODUCT, Linear, adapted_product, gate_with, normal
 from trainfw.models.common.top_k import choose_top_k, top_k_problem
 from trainfw.models.decoder.config import ModelConfig, MoEConfig
+from trainfw.models.layer_shapes import Experts
 from trainfw.parallel import all_gather, all_reduce, all_to_all, axis_index, axis_size, reduce_scatter
 
 BLOCK = 128
@@ -42,7 +43,6 @@ class MoEStats:
     z: jax.Array
     """Sum over tokens in the mask of logsumexp(logits)**2 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     tokens: jax.Array
-    """Tokens in the mask."""
     dropped: jax.Array
     """Choices that found no slot."""
     load_E: jax.Array
@@ -83,6 +83,9 @@ def routing_problem(config: ModelConfig, backend: Backend) -> str | None:
     return None if config.moe is None else top_k_problem(config.moe.experts_per_token, backend)
 
 
+_expert_product = functools.partial(jnp.einsum, "eni,eio->eno")
+
+
 class ExpertLinear(nnx.Module):
     """The kernels (E, in, out) of one linear map in every expert, f32."""
 
@@ -97,10 +100,6 @@ class ExpertLinear(nnx.Module):
         if sizes_E is None:
             return adapted_product(self, _expert_product, x)
         return adapted_product(self, jax.lax.ragged_dot, x, sizes_E)
-
-
-def _expert_product(x_Eni: jax.Array, w_Eio: jax.Array) -> jax.Array:
-    return jnp.einsum("eni,eio->eno", x_Eni, w_Eio)
 
 
 class MoE(nnx.Module):
@@ -206,8 +205,9 @@ class MoE(nnx.Module):
         `expert` of E * C rows each way.
         """
         T, D = x_TD.shape
-        E, devices = self.config.num_experts, axis_size("expert")
-        C = capacity(self.config, T)
+        config, devices = self.config, axis_size("expert")
+        E = config.num_experts
+        C = Experts(E, config.experts_per_token, config.capacity_factor).slots(T)
         slots_TK, tokens_EC, choices_EC = assign_slots(experts_TK, E, C)
         rows = take_rows(x_TD, tokens_EC.reshape(-1), slots_TK)
         x_ECD = all_to_all(rows.reshape(E, C, D), "expert", 0, 1)
@@ -246,12 +246,6 @@ class MoE(nnx.Module):
         return reduce_scatter(y_TD, "expert", 0)
 
 
-def capacity(config: MoEConfig, tokens: int) -> int:
-    """C: slots of every expert for the choices of `tokens` tokens."""
-    needed = tokens * config.experts_per_token / config.num_experts * config.capacity_factor
-    return min(max(math.ceil(needed), 1), tokens)
-
-
 def weigh(rows_ND: jax.Array, weights_TK: jax.Array) -> jax.Array:
     """y_TD: each token's k rows times its k weights, added up in f32; in the dtype of the rows."""
     rows_TKD = rows_ND.reshape(*weights_TK.shape, -1).astype(jnp.float32)
@@ -274,16 +268,12 @@ def _rows(x_RD: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where((index < x_RD.shape[0])[..., None], taken, jnp.zeros((), x_RD.dtype))
 
 
-def _take_forward(x_RD: jax.Array, index_N: jax.Array, back_RJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _rows(x_RD, index_N), back_RJ
-
-
 def _take_backward(back_RJ: jax.Array, grad_ND: jax.Array) -> tuple[jax.Array, None, None]:
     grad_RJD = _rows(grad_ND, back_RJ).astype(jnp.float32)
     return jnp.sum(grad_RJD, axis=1).astype(grad_ND.dtype), None, None
 
 
-take_rows.defvjp(_take_forward, _take_backward)
+take_rows.defvjp(lambda x_RD, index_N, back_RJ: (_rows(x_RD, index_N), back_RJ), _take_backward)
 
 
 def assign_slots(experts_TK: jax.Array, E: int, C: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -98,7 +98,6 @@ def _heaviest(x_V: jax.Array, weights_V: jax.Array, enough: float) -> jax.Array:
     places_V = jnp.arange(x_V.size, dtype=jnp.float32)
 
     def through(bits: jax.Array) -> jax.Array:
-        """Mark those that come before the equal at an index."""
         return above_V | (equal_V & (places_V < bits.astype(jnp.float32)))
 
     last = _largest_bits(24, lambda bits: weight(through(bits)) < enough).astype(jnp.float32)

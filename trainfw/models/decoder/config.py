@@ -39,12 +39,9 @@ class RopeScaling(Config):
             given = getattr(self, name) is not None
             if given != (self.kind == "llama3"):
                 invalid(name, f"{name} {'does not apply to' if given else 'is required by'} kind: {self.kind}")
-        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
-            invalid(
-                "low_freq_factor",
-                f"low_freq_factor = {self.low_freq_factor:g} must be less than "
-                f"high_freq_factor = {self.high_freq_factor:g}",
-            )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low and high and low >= high:
+            invalid("low_freq_factor", f"low_freq_factor = {low:g} must be less than high_freq_factor = {high:g}")
         return self
 
 
@@ -75,11 +72,8 @@ class MoEConfig(Config):
 
     @model_validator(mode="after")
     def _choices_are_enough(self) -> MoEConfig:
-        if self.experts_per_token > self.num_experts:
-            invalid(
-                "experts_per_token",
-                f"experts_per_token = {self.experts_per_token} is more than num_experts = {self.num_experts}",
-            )
+        if (k := self.experts_per_token) > self.num_experts:
+            invalid("experts_per_token", f"experts_per_token = {k} is more than num_experts = {self.num_experts}")
         return self
 
 
@@ -148,9 +142,8 @@ class ModelConfig(FamilyConfig):
         preset = data.get("preset")
         if isinstance(preset, str):
             if preset not in load_presets():
-                plain = re.sub(
-                    r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", preset.rpartition("/")[2].lower()
-                )  # the Hub's
+                hub = preset.rpartition("/")[2].lower()
+                plain = re.sub(r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", hub)
                 invalid("preset", f"unknown preset {preset!r}{did_you_mean(plain, load_presets())}")
             data = _merged(load_presets()[preset], data)
         hidden, heads = data.get("hidden_size"), data.get("num_heads")
@@ -162,10 +155,8 @@ class ModelConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> ModelConfig:
-        if self.num_heads % self.num_kv_heads:
-            invalid(
-                "num_kv_heads", f"num_heads = {self.num_heads} does not divide by num_kv_heads = {self.num_kv_heads}"
-            )
+        if self.num_heads % (kv := self.num_kv_heads):
+            invalid("num_kv_heads", f"num_heads = {self.num_heads} does not divide by num_kv_heads = {kv}")
         if self.head_dim % 2:
             invalid("head_dim", f"head_dim = {self.head_dim} is odd, but rotary embeddings turn pairs")
         slides = "sliding" in self.layer_kinds
@@ -209,11 +200,9 @@ def _merged(preset: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 def load_presets() -> dict[str, dict[str, Any]]:
     """The presets by name, as plain fields of `ModelConfig` (presets.yaml; where its figures come from is dropped)."""
     presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
-    return {
-        name: {key: value for key, value in fields.items() if key != "source"}
-        for name, fields in presets.items()
-        if not name.startswith(".")
-    }
+    for fields in presets.values():
+        fields.pop("source", None)
+    return {name: fields for name, fields in presets.items() if not name.startswith(".")}
 
 
 def preset_names() -> list[str]:

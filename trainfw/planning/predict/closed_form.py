@@ -215,12 +215,10 @@ def _loaded(recipe: Recipe, layout: Layout) -> float:
 
 def _passes(recipe: Recipe, layout: Layout) -> float:
     """Count how often remat runs a layer forward: again for its gradient, of whole stages for the layers after it."""
-    match recipe.train.remat:
-        case "stage" if layout.pipeline > 1:
-            return 3.0 - 1 / _chunk(recipe, layout)
-        case "full" | "stage":
-            return 2.0
-    return 1.0
+    remat = recipe.train.remat
+    if remat == "stage" and layout.pipeline > 1:
+        return 3.0 - 1 / _chunk(recipe, layout)
+    return 2.0 if remat in ("full", "stage") else 1.0
 
 
 def _chunk(recipe: Recipe, layout: Layout) -> float:

@@ -13,7 +13,7 @@ from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
 from trainfw.hlo import Module, collectives_of
 from trainfw.parallel import Layout, place_mesh
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines, transfers_json
 from trainfw.planning.predict.step_time import Assumptions, WorkTime, part_label, work_time
 from trainfw.planning.read_step.analysis import Matmul, Transfer, read
 from trainfw.planning.read_step.memory import corrected_temporaries
@@ -49,7 +49,7 @@ class FunctionPlan:
     @property
     def transfers(self) -> list[tuple[Transfer, TransferTime]]:
         """Every collective with the time of one run, the longest in all first."""
-        return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+        return self.time.longest
 
     @property
     def bytes_per_core(self) -> int:
@@ -78,17 +78,7 @@ class FunctionPlan:
             },
             "memory_capacity_bytes": self.memory.capacity,
             "fits": self.fits,
-            "collectives": [
-                {
-                    "kind": transfer.kind,
-                    "axes": list(transfer.axes),
-                    "dtype": transfer.dtype,
-                    "bytes": transfer.bytes,
-                    "times": transfer.times,
-                    "seconds": taken.seconds,
-                }
-                for transfer, taken in self.transfers
-            ],
+            "collectives": transfers_json(self.transfers),
             "assumptions": list(self.time.assumptions),
         }
 
@@ -172,11 +162,8 @@ def _lines(plan: FunctionPlan) -> Iterator[str]:
     yield "A prediction: the function has not run."
     if memory.capacity is not None:
         free = (memory.capacity - plan.bytes_per_core) / _GIB
-        yield (
-            f"fits: a core has {free:,.2f} GiB to spare."
-            if plan.fits
-            else (f"DOES NOT FIT: a core needs {-free:,.2f} GiB more than it has.")
-        )
+        short = f"DOES NOT FIT: a core needs {-free:,.2f} GiB more than it has."
+        yield f"fits: a core has {free:,.2f} GiB to spare." if plan.fits else short
     yield ""
     yield f"time      {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
     yield f"FLOPs     {plan.flops:.3g} a core"

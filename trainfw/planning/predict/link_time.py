@@ -72,14 +72,13 @@ class TransferTime:
 def transfer_seconds(
     transfer: Transfer, placement: Placement | MeshPlacement, speed: Mapping[str, float] | None = None
 ) -> TransferTime:
-    """The time of one run of `transfer` on the links of `placement`.
-
-    Args:
-        speed: of links, as a multiple of the topology's figure, by dim.
-    """
+    """The time of one run of `transfer` on the links of `placement`, whose `speed` by dim multiplies their figures."""
     topology = placement.topology
     pieces = pieces_of(transfer.axes, placement)
-    rates = {piece.dim: (speed or {}).get(piece.dim, 1.0) * _efficiency(piece, topology) for piece in pieces}
+    rates = {}
+    for piece in pieces:
+        share = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
+        rates[piece.dim] = (speed or {}).get(piece.dim, 1.0) * (1.0 if share is None else share.number)
     size = float(transfer.bytes)
     levels = []
     inner = 1
@@ -95,7 +94,8 @@ def transfer_seconds(
             case "all-to-all" | "ragged-all-to-all":
                 moved, detour = across, _detour(piece, topology)
             case _:  # a permute goes one way
-                moved, detour = size, 2.0 if _is_ring(piece, topology) else 1.0
+                dim = topology.dim(piece.dim)
+                moved, detour = size, 2.0 if dim.wraps and piece.size == dim.size else 1.0
         levels.append(Level(piece.dim, piece.name, moved, moved * detour / piece.bandwidth / rates[piece.dim]))
         inner *= piece.size
     if transfer.kind in ("collective-permute", "collective-broadcast"):
@@ -125,16 +125,6 @@ def link_utilisation(
     return {dim.name: busy[dim.name] / step_seconds for dim in placement.topology.dims if dim.size > 1}
 
 
-def _efficiency(piece: Piece, topology: Topology) -> float:
-    figure = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
-    return 1.0 if figure is None else figure.number
-
-
-def _is_ring(piece: Piece, topology: Topology) -> bool:
-    dim = topology.dim(piece.dim)
-    return dim.kind == "ring" and piece.size == dim.size > 2
-
-
 def _detour(piece: Piece, topology: Topology) -> float:
     """Return how many times longer an all-to-all takes than its own bytes would, for those that cores pass on.
 
@@ -151,16 +141,13 @@ def _detour(piece: Piece, topology: Topology) -> float:
 
 def _latency(kind: str, size: float, pieces: list[Piece], topology: Topology) -> tuple[float, str]:
     """(seconds, algorithms): a stage inside the instance and one outside it, twice for an all-reduce."""
-    inside = [piece for piece in pieces if topology.dim(piece.dim).inside_instance]
-    outside = [piece for piece in pieces if not topology.dim(piece.dim).inside_instance]
     seconds, names = 0.0, []
-    for stage in (inside, outside):
-        if not stage:
-            continue
-        name, hops = _algorithm(kind, size, stage, topology, inside=stage is inside)
-        rounds = 2 if kind == "all-reduce" else 1
-        seconds += rounds * hops * max(piece.latency for piece in stage)
-        names.append(name)
+    for inside in (True, False):
+        if stage := [piece for piece in pieces if topology.dim(piece.dim).inside_instance == inside]:
+            name, hops = _algorithm(kind, size, stage, topology, inside=inside)
+            rounds = 2 if kind == "all-reduce" else 1
+            seconds += rounds * hops * max(piece.latency for piece in stage)
+            names.append(name)
     return seconds, " + ".join(names)
 
 
@@ -191,22 +178,32 @@ def _algorithm(kind: str, size: float, pieces: list[Piece], topology: Topology, 
     return "Ring", ranks - 1
 
 
+def transfers_json(
+    transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False
+) -> list[dict[str, object]]:
+    """Give collectives as plain data, with the phase of a step that each is in."""
+    return [
+        {
+            **({"phase": transfer.phase} if phases else {}),
+            "kind": transfer.kind,
+            "axes": list(transfer.axes),
+            "dtype": transfer.dtype,
+            "bytes": transfer.bytes,
+            "times": transfer.times,
+            "seconds": taken.seconds,
+        }
+        for transfer, taken in transfers
+    ]
+
+
 def transfer_lines(transfers: Sequence[tuple[Transfer, TransferTime]], *, phases: bool = False) -> Iterator[str]:
     """Lay out the first collectives as a table, with the phase of a step that each is in, and say how many are left."""
     heads = ("collective", "in", "over", "dtype", "MB", "times", "a step" if phases else "in all", "algorithm")
-    rows = [heads] + [
-        (
-            transfer.kind,
-            transfer.phase,
-            ", ".join(transfer.axes),
-            transfer.dtype,
-            f"{transfer.bytes / 1e6:,.1f}",
-            f"{transfer.times:,}",
-            duration(taken.seconds * transfer.times),
-            taken.algorithm,
-        )
-        for transfer, taken in transfers[:_MOST_LISTED]
-    ]
+    rows = [heads]
+    for transfer, taken in transfers[:_MOST_LISTED]:
+        size, times = f"{transfer.bytes / 1e6:,.1f}", f"{transfer.times:,}"
+        what = (transfer.kind, transfer.phase, ", ".join(transfer.axes), transfer.dtype)
+        rows.append((*what, size, times, duration(taken.seconds * transfer.times), taken.algorithm))
     shown = rows if phases else [(row[0], *row[2:]) for row in rows]
     yield from (f"  {line}" for line in table(shown, "<<<<>>><" if phases else "<<<>>><"))
     if len(transfers) > _MOST_LISTED:

@@ -13,7 +13,7 @@ from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.predict.closed_form import bubble_of
 from trainfw.planning.predict.function_plan import FunctionPlan, plan_function
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines
+from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines, transfers_json
 from trainfw.planning.predict.step_time import Assumptions, StepTime, assumptions_of, part_label, step_time
 from trainfw.planning.predict.timeline import Timeline, timeline
 from trainfw.planning.read_step.analysis import Analysis, Transfer
@@ -57,7 +57,7 @@ class Plan:
     @property
     def transfers(self) -> list[tuple[Transfer, TransferTime]]:
         """Every collective with the time of one run, the longest in a step first."""
-        return sorted(self.time.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+        return self.time.longest
 
     @property
     def bubble(self) -> float:
@@ -140,18 +140,7 @@ class Plan:
             "memory_bytes_per_core": self.memory.to_json(),
             "memory_capacity_bytes_per_core": self.topology.hbm_size,
             "fits": self.fits,
-            "collectives": [
-                {
-                    "phase": transfer.phase,
-                    "kind": transfer.kind,
-                    "axes": list(transfer.axes),
-                    "dtype": transfer.dtype,
-                    "bytes": transfer.bytes,
-                    "times": transfer.times,
-                    "seconds": taken.seconds,
-                }
-                for transfer, taken in self.transfers
-            ],
+            "collectives": transfers_json(self.transfers, phases=True),
             "chip_hours": self.chip_hours,
             "dollars": self.dollars,
             "unrecognised": self.unrecognised,
@@ -272,19 +261,13 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
         (kernel, analysis, replace(base, attention="fused")),
         (hidden, analysis, replace(base, overlap=1.0)),
     ]
-    if recipe.train.accumulation_steps > 1:
-        parts = recipe.train.accumulation_steps
-        gathered = [
-            replace(transfer, times=max(1, transfer.times // 2))
-            if "fsdp" in transfer.axes and transfer.phase != "update"
-            else transfer
-            for transfer in analysis.transfers
-        ]
-        larger = replace(analysis, transfers=tuple(gathered))
+    if (parts := recipe.train.accumulation_steps) > 1:
+        halved = [(t, "fsdp" in t.axes and t.phase != "update") for t in analysis.transfers]
+        transfers = (replace(t, times=max(1, t.times // 2)) if half else t for t, half in halved)
         text = (
             f"microbatches twice as large (train.accumulation_steps={parts // 2}), which gather weights half as often"
         )
-        changes.append((text, larger, base))
+        changes.append((text, replace(analysis, transfers=tuple(transfers)), base))
     found = [(text, saved(changed, assumed)) for text, changed, assumed in changes]
     return sorted((pair for pair in found if pair[1] > 0.005 * plan.time.seconds), key=lambda pair: -pair[1])
 
@@ -308,11 +291,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"remat       {_REMAT[plan.recipe.train.remat]}"
     if plan.layout.pipeline > 1:
         yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
-    tokens = plan.tokens_per_step * plan.recipe.train.steps
-    cost = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
-    steps = plan.recipe.train.steps
+    cost, steps = "" if plan.dollars is None else f", ${plan.dollars:,.0f}", plan.recipe.train.steps
     hours = f"{plan.chip_hours:,.0f}" if plan.chip_hours >= 100 else f"{plan.chip_hours:.3g}"
-    yield f"the run     {steps:,} steps, {_count(tokens)} tokens: {hours} chip-hours{cost}"
+    yield f"the run     {steps:,} steps, {_count(plan.tokens_per_step * steps)} tokens: {hours} chip-hours{cost}"
     yield ""
     yield "where a step goes"
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):

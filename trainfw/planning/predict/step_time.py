@@ -8,6 +8,7 @@ Not in it: the input pipeline (read ahead), checkpoints, what a host takes to la
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -92,6 +93,11 @@ class WorkTime:
     assumptions: tuple[str, ...]
     """Words for people."""
 
+    @property
+    def longest(self) -> list[tuple[Transfer, TransferTime]]:
+        """The transfers, those that take longest in all first."""
+        return sorted(self.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
+
     def __repr__(self) -> str:
         ends = f"from {duration(self.low)} to {duration(self.high)}"
         return f"<{type(self).__name__}: {duration(self.seconds)} ({ends}), bound by {self.bound_by}>"
@@ -132,15 +138,12 @@ def step_time(
     """
     assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
-    attention = (
-        "attention is a fused kernel: its scores stay on chip, the upper half is skipped"
-        if assumed.attention == "fused"
-        else "attention is the XLA form: its scores, S x S, go through memory"
-    )
-    said = [
-        *([attention] if ATTENTION not in analysis.unrecognised else []),
-        f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for",
-    ]
+    attention = {
+        "fused": "attention is a fused kernel: its scores stay on chip, the upper half is skipped",
+        "xla": "attention is the XLA form: its scores, S x S, go through memory",
+    }[assumed.attention]
+    said = [attention] * (ATTENTION not in analysis.unrecognised)
+    said += [f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for"]
     work = work_time(analysis, placement, assumed, said, _of_fused(recipe, analysis.layout))
     tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
@@ -166,22 +169,14 @@ def work_time(
     Raises UserError where the hardware has no figure for a rate that this takes.
     """
     topology = placement.topology
-    may = beside or _beside
-    middle = _Step(analysis, placement, of_fused, may, assumed)
+    added_up = functools.partial(_added_up, analysis, placement, of_fused, beside or _beside)
+    middle = added_up(assumed)
     slower, faster = efficiency_range(topology)
     slow = {dim.name: 0.5 for dim in topology.dims if topology.figures[f"{dim.link}.bandwidth"].doubtful}
-    low = _Step(analysis, placement, of_fused, may, replace(assumed, overlap=1.0), faster)
-    high = _Step(analysis, placement, of_fused, may, replace(assumed, overlap=0.0), slower, slow)
-    return WorkTime(
-        seconds=middle.seconds,
-        low=min(low.seconds, middle.seconds),  # sums in another order
-        high=max(high.seconds, middle.seconds),
-        parts=middle.parts,
-        hidden=middle.hidden,
-        bound_by=middle.bound_by,
-        transfers=middle.transfers,
-        products=middle.products,
-        streamed=middle.streamed,
+    return replace(
+        middle,
+        low=min(added_up(replace(assumed, overlap=1.0), faster).seconds, middle.seconds),  # sums in another order
+        high=max(added_up(replace(assumed, overlap=0.0), slower, slow).seconds, middle.seconds),
         assumptions=tuple(_words(topology, assumed, said, slow, analysis)),
     )
 
@@ -202,66 +197,65 @@ def efficiency_range(topology: Topology) -> tuple[float, float]:
     return slower, faster
 
 
-class _Step:
-    """One set of figures, added up."""
-
-    def __init__(
-        self,
-        analysis: Analysis,
-        placement: Placement | MeshPlacement,
-        of_fused: tuple[float, float],
-        may_hide: Callable[[Transfer], bool],
-        assumed: Assumptions,
-        efficiency: float = 1.0,
-        speed: Mapping[str, float] | None = None,
-    ):
-        topology = placement.topology
-        fused = assumed.attention == "fused"
-        products: defaultdict[str, float] = defaultdict(float)
-        each = []
-        on_memory = 0.0
-        for matmul in analysis.matmuls:
-            compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency, of_fused)
-            each.append(max(compute, streaming))
-            products["attention" if matmul.attention else "matmul"] += each[-1]
-            on_memory += streaming if streaming > compute else 0.0
-        self.products = tuple(each)
-        self.streamed = tuple(
-            0.0 if fused and s.kind == "attention" else s.bytes / _elementwise_rate(topology, s.array)
-            for s in analysis.streamed
-        )
-        streamed: defaultdict[str, float] = defaultdict(float)
-        for piece, seconds in zip(analysis.streamed, self.streamed, strict=True):
-            streamed[piece.kind] += seconds
-        collectives: defaultdict[str, float] = defaultdict(float)
-        by_dim: defaultdict[str, float] = defaultdict(float)
-        self.transfers = tuple((t, transfer_seconds(t, placement, speed)) for t in analysis.transfers)
-        for transfer, time in self.transfers:
-            collectives["+".join(transfer.axes)] += time.seconds * transfer.times
-            for level in time.levels:
-                by_dim[level.dim] += level.seconds * transfer.times
-        beside: defaultdict[str, float] = defaultdict(float)
-        for transfer, time in self.transfers:
-            if may_hide(transfer):
-                beside["+".join(transfer.axes)] += time.seconds * transfer.times
-        # No more can be hidden than there are products to hide it behind.
-        wanted = assumed.overlap * sum(beside.values())
-        share = assumed.overlap * min(1.0, sum(products.values()) / wanted) if wanted else 0.0
-        self.hidden = {axes: seconds * share for axes, seconds in beside.items()}
-        self.parts = {
-            "matmul": products["matmul"],
-            "attention": products["attention"] + streamed["attention"],
-            "memory": streamed["model"],
-            "optimizer": streamed["update"],
-            **{axes: seconds - self.hidden.get(axes, 0.0) for axes, seconds in collectives.items()},
-        }
-        self.seconds = sum(self.parts.values())
-        busy = {
-            "compute": sum(products.values()) - on_memory,
-            "hbm": on_memory + sum(self.streamed),
-            **{f"links.{dim}": seconds for dim, seconds in by_dim.items()},
-        }
-        self.bound_by = max(busy, key=lambda what: busy[what])
+def _added_up(
+    analysis: Analysis,
+    placement: Placement | MeshPlacement,
+    of_fused: tuple[float, float],
+    may_hide: Callable[[Transfer], bool],
+    assumed: Assumptions,
+    efficiency: float = 1.0,
+    speed: Mapping[str, float] | None = None,
+) -> WorkTime:
+    """Add up one set of figures; as if it were certain."""
+    topology = placement.topology
+    by_kind: dict[str, defaultdict[str, float]] = {
+        kind: defaultdict(float) for kind in ("products", "streamed", "collectives", "beside", "busy")
+    }
+    of_products, of_streamed, collectives, beside, busy = by_kind.values()
+    products, on_memory = [], 0.0
+    for matmul in analysis.matmuls:
+        compute, streaming = _matmul_seconds(matmul, topology, assumed, efficiency, of_fused)
+        products.append(max(compute, streaming))
+        of_products["attention" if matmul.attention else "matmul"] += products[-1]
+        on_memory += streaming if streaming > compute else 0.0
+    streamed = []
+    for piece in analysis.streamed:
+        on_chip = assumed.attention == "fused" and piece.kind == "attention"
+        streamed.append(0.0 if on_chip else piece.bytes / _elementwise_rate(topology, piece.array))
+        of_streamed[piece.kind] += streamed[-1]
+    transfers = [(transfer, transfer_seconds(transfer, placement, speed)) for transfer in analysis.transfers]
+    busy |= {"compute": sum(of_products.values()) - on_memory, "hbm": on_memory + sum(streamed)}
+    for transfer, time in transfers:
+        axes = "+".join(transfer.axes)
+        collectives[axes] += time.seconds * transfer.times
+        if may_hide(transfer):
+            beside[axes] += time.seconds * transfer.times
+        for level in time.levels:
+            busy[f"links.{level.dim}"] += level.seconds * transfer.times
+    # No more can be hidden than there are products to hide it behind.
+    wanted = assumed.overlap * sum(beside.values())
+    share = assumed.overlap * min(1.0, sum(of_products.values()) / wanted) if wanted else 0.0
+    hidden = {axes: seconds * share for axes, seconds in beside.items()}
+    parts = {
+        "matmul": of_products["matmul"],
+        "attention": of_products["attention"] + of_streamed["attention"],
+        "memory": of_streamed["model"],
+        "optimizer": of_streamed["update"],
+        **{axes: seconds - hidden.get(axes, 0.0) for axes, seconds in collectives.items()},
+    }
+    seconds = sum(parts.values())
+    return WorkTime(
+        seconds=seconds,
+        low=seconds,
+        high=seconds,
+        parts=parts,
+        hidden=hidden,
+        bound_by=max(busy, key=lambda what: busy[what]),
+        transfers=tuple(transfers),
+        products=tuple(products),
+        streamed=tuple(streamed),
+        assumptions=(),
+    )
 
 
 def _beside(transfer: Transfer) -> bool:
@@ -341,8 +335,8 @@ def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "b
 def _measured(topology: Topology, dtype: str) -> tuple[list[int], list[list[list[float]]]] | None:
     """Sizes, and the chip's rates at them."""
     measured = topology.chip.matmul_rates
-    found = [] if measured is None else [measured.rates[n] for n in _DTYPES.get(dtype, ()) if n in measured.rates]
-    return (measured.sizes, found[0]) if measured is not None and found else None
+    names = [] if measured is None else [name for name in _DTYPES.get(dtype, ()) if name in measured.rates]
+    return (measured.sizes, measured.rates[names[0]]) if measured is not None and names else None
 
 
 def _interpolated(sizes: Sequence[int], cube: Sequence[Sequence[Sequence[float]]], at: Sequence[int]) -> float:
@@ -360,11 +354,8 @@ def _between(sizes: Sequence[int], size: int) -> tuple[tuple[int, float], tuple[
 
 
 def _hlo_peak(topology: Topology, dtype: str) -> float:
-    for name in _DTYPES.get(dtype, ()):
-        peak = topology.peak_flops(name)
-        if peak is not None:
-            return peak
-    return _peak(topology, _DTYPES.get(dtype, (dtype,))[-1])
+    names = _DTYPES.get(dtype, (dtype,))
+    return _peak(topology, next((name for name in names if topology.peak_flops(name) is not None), names[-1]))
 
 
 def _peak(topology: Topology, dtype: str) -> float:
@@ -396,25 +387,19 @@ def _words(
     figure = topology.figures.get("chip.matmul_efficiency")
     shares = {dim.name: topology.figures.get(f"{dim.link}.efficiency") for dim in topology.dims}
     less = [f"{share.number:.0%} of it along {name}" for name, share in shares.items() if share is not None]
-    measured = topology.chip.matmul_rates
-    share, (slower, faster) = 1.0 if figure is None else figure.number, efficiency_range(topology)
-    products = (
-        f"matrix products of even shapes reach {share:.0%} of the peak"
-        + (f" ({figure.note or figure.source})" if figure is not None else "")
-        + (f", in the range {share * slower:.0%} to {share * faster:.0%}" if figure is not None else "")
-        if measured is None
-        else f"matrix products run at the rates of their shapes ({measured.source})"
-    )
-    elementwise = topology.chip.elementwise_rates
+    measured, elementwise = topology.chip.matmul_rates, topology.chip.elementwise_rates
+    products = f"reach {1 if figure is None else figure.number:.0%} of the peak"
+    if figure is not None:
+        low, high = (figure.number * end for end in efficiency_range(topology))
+        products += f" ({figure.note or figure.source}), in the range {low:.0%} to {high:.0%}"
+    products = f"matrix products of even shapes {products}"
+    if measured is not None:
+        products = f"matrix products run at the rates of their shapes ({measured.source})"
+    rate = "full bandwidth of memory" if elementwise is None else f"rates of their sizes ({elementwise.source})"
     words = [
         products,
         *said,
-        "elementwise operations are fused into what uses them, and run at "
-        + (
-            "the full bandwidth of memory"
-            if elementwise is None
-            else f"the rates of their sizes ({elementwise.source})"
-        ),
+        f"elementwise operations are fused into what uses them, and run at the {rate}",
         "collectives reach the full bandwidth of their links" + (f", but {', '.join(less)}" if less else ""),
     ]
     if any(matmul.mixed for matmul in analysis.matmuls):

@@ -39,7 +39,6 @@ class Stretch:
 
     phase: Phase
     times: int
-    """Runs in a step."""
     segments: tuple[Segment, ...]
 
     @property
@@ -55,7 +54,6 @@ class Timeline:
     phases: tuple[Stretch, ...]
     """Forward and backward of one microbatch, then the update."""
     loops: tuple[Stretch, ...]
-    """One turn of each loop over layers, where there are loops."""
 
     def __repr__(self) -> str:
         return f"<Timeline: {self.microbatches} microbatches, {self.seconds:.3g} s a step>"
@@ -84,11 +82,11 @@ def timeline(analysis: Analysis, time: StepTime, microbatches: int) -> Timeline:
     phases = []
     for phase in PHASES:
         times = 1 if phase == "update" else microbatches
-        found = [_scaled(piece, 1 / times) for pieces in work.values() for piece in pieces if piece.phase == phase]
+        found = [piece.scaled(1 / times) for pieces in work.values() for piece in pieces if piece.phase == phase]
         found.sort(key=lambda w: (streams.index(w.stream) if w.stream in streams else 2, parts.index(w.part)))
         phases.append(Stretch(phase, times, tuple(_laid(found))))
     loops = [
-        Stretch(loop.phase, loop.times, tuple(_laid(_scaled(work[o.of][o.index], o.share) for o in loop.operations)))
+        Stretch(loop.phase, loop.times, tuple(_laid(work[o.of][o.index].scaled(o.share) for o in loop.operations)))
         for loop in analysis.loops
     ]
     return Timeline(microbatches, tuple(phases), tuple(loops))
@@ -107,16 +105,15 @@ class _Work:
     hidden: float = 0.0
     """Seconds beside matrix products."""
 
+    def scaled(self, share: float) -> _Work:
+        return replace(self, waited=self.waited * share, hidden=self.hidden * share)
+
 
 def _links(transfer: Transfer, seconds: float, time: StepTime) -> _Work:
     axes = "+".join(transfer.axes)
     hidden = time.hidden.get(axes, 0.0)
     share = hidden / (hidden + time.parts[axes]) if hidden else 0.0
     return _Work(transfer.phase, axes, axes, seconds * (1 - share), seconds * share)
-
-
-def _scaled(work: _Work, share: float) -> _Work:
-    return replace(work, waited=work.waited * share, hidden=work.hidden * share)
 
 
 def _laid(work: Iterable[_Work]) -> Iterator[Segment]:
@@ -133,12 +130,8 @@ def _laid(work: Iterable[_Work]) -> Iterator[Segment]:
         now += seconds
     yield from segments
     products = [segment for segment in segments if segment.stream == "tensor engine"]
-    whole = sum(segment.seconds for segment in products)
+    places = [(product.start, product.seconds) for product in products] or [(0.0, 1.0)]
+    whole = sum(length for _, length in places)
     for (stream, part), seconds in hidden.items():
-        if seconds and not products:
-            yield Segment(stream, part, 0.0, seconds, hidden=True)
-        elif seconds:
-            yield from (
-                Segment(stream, part, product.start, seconds * product.seconds / whole, hidden=True)
-                for product in products
-            )
+        if seconds:
+            yield from (Segment(stream, part, at, seconds * long / whole, hidden=True) for at, long in places)

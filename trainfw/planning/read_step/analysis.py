@@ -97,7 +97,6 @@ class Operation:
 
     of: Literal["matmuls", "transfers", "streamed"]
     index: int
-    """Index among the analysis's own."""
     share: float
     """Share of its time in a step."""
 
@@ -108,7 +107,6 @@ class Loop:
 
     phase: Phase
     times: int
-    """Runs in a step."""
     operations: tuple[Operation, ...]
     """Operations as the program lists them, each after what it needs; a compiler may choose another such order."""
 
@@ -133,17 +131,9 @@ class Analysis:
     def flops(self) -> float:
         return sum(matmul.flops for matmul in self.matmuls)
 
-    @property
-    def streamed_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed)
-
-    @property
-    def attention_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "attention")
-
-    @property
-    def update_bytes(self) -> float:
-        return sum(streamed.bytes for streamed in self.streamed if streamed.kind == "update")
+    def streamed_bytes(self, kind: StreamedKind | None = None) -> float:
+        """Sum up what passes through memory, of one kind or of all."""
+        return sum(streamed.bytes for streamed in self.streamed if kind in (None, streamed.kind))
 
 
 def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SIMULATED) -> tuple[Recipe, Layout]:
@@ -152,8 +142,7 @@ def simulated_recipe(recipe: Recipe, layout: Layout, most: int = backends.MAX_SI
     At most `REPLICAS` along `data`, and where that is still more than `most` devices, a shorter `fsdp` too. Both
     axes share out the batch, so a core's rows, and with them its products and activations, stay as they are.
     """
-    data = math.gcd(layout.data, REPLICAS) if layout.data > 1 else 1
-    data = data if data > 1 else layout.data
+    data = REPLICAS if layout.data % REPLICAS == 0 else layout.data
     fsdp = layout.fsdp
     while fsdp % 2 == 0 and fsdp > 2 and math.prod((layout.sizes | {"data": data, "fsdp": fsdp}).values()) > most:
         fsdp //= 2
@@ -170,11 +159,9 @@ class Simulation:
     """Program that is compiled to plan a recipe."""
 
     layout: Layout
-    """Layout of the recipe, on all of its cores."""
     recipe: Recipe
     """The one that is compiled, perhaps of a shorter layout."""
     simulated: Layout
-    """Layout that is compiled."""
     rules: str | None
     """Name of the backend whose restrictions hold on the hardware (see `Topology.rules`)."""
     stands_in: bool
@@ -218,24 +205,17 @@ def simulated_cores(recipe: Recipe) -> int:
 
 def check_rates(recipe: Recipe, topology: Topology) -> None:
     """Raise UserError where `topology` lacks a rate without which no step of `recipe` has a time."""
-    dtype = recipe.train.compute_dtype
-    known = {
-        f"chip.peak_flops.{dtype}": topology.peak_flops(dtype),
-        "chip.hbm_bandwidth": topology.hbm_bandwidth,
-    }
-    if missing := [key for key, rate in known.items() if rate is None]:
+    missing = [f"chip.peak_flops.{recipe.train.compute_dtype}", "chip.hbm_bandwidth"]
+    if missing := [key for key in missing if key not in topology.figures]:
         how = (
             "; measure this machine's with `python benchmarks/machine.py --hardware mine.yaml` and plan for "
             "hardware.topology=mine.yaml"
         )
-        raise recipe.error(
-            "hardware.topology",
-            f"a plan needs rates, and no source gives its {' and '.join(missing)}{how if topology.is_cpu else ''}",
-        )
+        why = f"a plan needs rates, and no source gives its {' and '.join(missing)}{how * topology.is_cpu}"
+        raise recipe.error("hardware.topology", why)
 
 
 def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
-    """Raise UserError where a program for `simulated` would not tell of `layout`."""
     if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
         raise recipe.error("train.global_batch_size", problem)
     if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
@@ -341,22 +321,21 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         )
         for phase, name in _loops(module, work).items()
     )
+    in_loss = any(is_within(instruction.op_name, LOSS) for instruction, _ in module.instructions())
     return Analysis(
         layout=layout,
         matmuls=tuple(replace(matmul, times=times) for matmul, times in matmuls.items()),
         transfers=tuple(replace(transfer, times=times) for transfer, times in transfers.items()),
         streamed=tuple(replace(piece, bytes=float(size)) for piece, size in streamed.items()),
         loops=tuple(loops),
-        unrecognised=_unrecognised(module, scores),
+        # Without these scopes a part of the program is taken for something else.
+        unrecognised=(*[ATTENTION] * (not scores), *[LOSS] * (not in_loss)),
     )
 
 
 _Work: TypeAlias = Matmul | Transfer | Streamed
-_OF: dict[type, Literal["matmuls", "transfers", "streamed"]] = {
-    Matmul: "matmuls",
-    Transfer: "transfers",
-    Streamed: "streamed",
-}
+_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
+_OF: dict[type, _Of] = {Matmul: "matmuls", Transfer: "transfers", Streamed: "streamed"}
 
 
 def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
@@ -400,7 +379,6 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
 
 
 def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
-    """A collective, once."""
     kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
     # Some groups are parts of an axis, such as of cores that share a head of keys and values.
     axes = collective.axes(mesh) or collective.spanned(mesh)
@@ -408,7 +386,6 @@ def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
 
 
 def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
-    """A dot, once."""
     left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
 
     def size(shape: tuple[int, ...], key: str) -> int:
@@ -437,23 +414,11 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
 
 def _scores(module: Module) -> set[int]:
     """Return the numbers of elements that attention scores have, on one device."""
-    sizes = set()
-    for name in module.times:
-        computation = module.computations[name]
-        for dot in computation.instructions.values():
-            if dot.opcode == "dot" and (product := _matmul(computation, dot, "forward")).attention:
-                m, n, k = product.m, product.n, product.k
-                sizes.add(product.batch * max(m * k, n * k, m * n))
-    return sizes
-
-
-def _unrecognised(module: Module, scores: set[int]) -> tuple[str, ...]:
-    """List the scopes without which the analysis takes a part of the program for something else."""
-    in_loss = any(
-        is_within(i.op_name, LOSS) for name in module.times for i in module.computations[name].instructions.values()
-    )
-    found = {ATTENTION: bool(scores), LOSS: in_loss}
-    return tuple(scope for scope, present in found.items() if not present)
+    computations = [module.computations[name] for name in module.times]
+    products = [
+        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
+    ]
+    return {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}
 
 
 _FREE = {
@@ -483,8 +448,7 @@ def _streamed(
     A kernel is an operation that is not fused, or a fused one whose result something not fused takes (reductions take
     elementwise results as they come). It writes its result, and reads what it reaches through fused operations.
 
-    Args:
-        scores: arrays of so many elements are attention scores.
+    Arrays of as many elements as `scores` has are attention's.
     """
     found: Counter[StreamedKind] = Counter()
     if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
@@ -492,15 +456,15 @@ def _streamed(
     # Forward and backward are under jax.grad, but for the zeros that they start from.
     whole: StreamedKind = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
     if instruction.opcode == "dynamic-update-slice":  # in place
-        part = _shape_bytes(computation, instruction.operands[1])
+        written = computation.instructions.get(instruction.operands[1].partition("#")[0])
+        part = 0 if written is None else written.bytes
         found[whole] = 2 * part
         return found, part
-    arrays = [instruction, *(computation.instructions.get(name) for name in _reads(computation, instruction))]
+    arrays = [instruction, *(computation.instructions[name] for name in _reads(computation, instruction))]
     for array in arrays:
-        if array is not None:
-            of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
-            found["attention" if of_scores and whole == "model" else whole] += array.bytes
-    return found, max((array.bytes for array in arrays if array is not None), default=0)
+        of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
+        found["attention" if of_scores and whole == "model" else whole] += array.bytes
+    return found, max(array.bytes for array in arrays)
 
 
 def _written(computation: Computation, instruction: Instruction) -> bool:
@@ -546,17 +510,8 @@ def _reads(computation: Computation, instruction: Instruction) -> set[str]:
         seen.add(name)
         if operand.opcode in ("constant", "iota"):
             continue
-        if (
-            operand.opcode in ("slice", "dynamic-slice")
-            or operand.opcode not in _FUSED
-            or _written(computation, operand)
-        ):
+        if operand.opcode in ("slice", "dynamic-slice") or _written(computation, operand):
             found.add(name)
         else:
             pending.extend(operand.operands)
     return found
-
-
-def _shape_bytes(computation: Computation, name: str) -> int:
-    operand = computation.instructions.get(name.partition("#")[0])
-    return 0 if operand is None else operand.bytes

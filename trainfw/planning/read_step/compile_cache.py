@@ -94,7 +94,6 @@ def compiled(
 
 
 def _compile(found: Simulation, recipe: Recipe, progress: Callable[[str], None]) -> Compiled:
-    """Compile the step for the simulated layout, and read it."""
     program = simulated_program(found)
     with recipe.blamed("parallel"):
         for array in state_arrays(program):  # said before anything is compiled
@@ -102,9 +101,6 @@ def _compile(found: Simulation, recipe: Recipe, progress: Callable[[str], None])
     partitioned = compile_step(program, progress)
     analysis = read(partitioned.module, program.mesh, found.simulated)
     return Compiled(analysis, memory_table(program, partitioned))
-
-
-# --- The cache -----------------------------------------------------------------------------------
 
 
 def _key(found: Simulation, backend: backends.Backend) -> str:
@@ -128,7 +124,6 @@ def _key(found: Simulation, backend: backends.Backend) -> str:
 
 @functools.cache
 def _code() -> str:
-    """A hash of this package's sources."""
     package = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

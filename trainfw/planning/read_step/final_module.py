@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from trainfw.hlo import Buffer, Instruction, Module
 from trainfw.planning.read_step.op_names import is_backward
@@ -56,11 +56,9 @@ class Final:
         """Return what a value was before this instruction: (name, index, "same" | "moved" | "cast" | "widened")."""
         home, instruction = self._home[name], self._instruction(name)
         if instruction.opcode == "get-tuple-element":
-            return instruction.operands[0].partition("#")[0], int(instruction.attributes["index"]), "same"
-        if instruction.opcode == "tuple":
-            return (*_operand(instruction.operands[index]), "same")
-        if instruction.opcode == "bitcast":
-            return (*_operand(instruction.operands[0]), "same")
+            return _operand(instruction.operands[0])[0], int(instruction.attributes["index"]), "same"
+        if instruction.opcode in ("tuple", "bitcast"):
+            return (*_operand(instruction.operands[index if instruction.opcode == "tuple" else 0]), "same")
         if instruction.opcode == "parameter" and home.name in self._loops:
             return self._loops[home.name], index, "same"
         if instruction.opcode == "while":
@@ -70,16 +68,14 @@ class Final:
             while source is not None and source.opcode == "get-tuple-element":
                 inner = self._instruction(source.operands[0].partition("#")[0])
                 if inner.opcode == "parameter" and int(source.attributes["index"]) == index:
-                    return (*_element(instruction.operands[0], index), "same")
+                    return _operand(instruction.operands[0])[0], index, "same"
                 if inner.opcode != "while":
                     break
                 before = self._step(inner.name, int(source.attributes["index"]))
                 source = None if before is None else self._trace_in(body.name, before)
             return None
         inside = self._inside(instruction)
-        if not instruction.operands or not all(i.opcode in _MOVES | {"convert", "parameter"} for i in inside):
-            return None
-        if instruction.opcode == "parameter" or len(instruction.operands) != 1:
+        if len(instruction.operands) != 1 or not all(i.opcode in _MOVES | {"convert", "parameter"} for i in inside):
             return None
         converts = [i for i in inside if i.opcode == "convert"]
         kind = "moved"
@@ -100,25 +96,22 @@ class Final:
 
     def value(self, name: str, index: int) -> tuple[str, int]:
         """The instruction that made the value that this one holds, casts that the compiler added undone."""
+        *_, last = self._before(name, index, ("same", "widened"))
+        return last
+
+    def _before(self, name: str, index: int, how: Collection[str]) -> Iterator[tuple[str, int]]:
+        """A value and those that it was before, as long as they are related in one of these ways."""
         seen = set()
         while (name, index) not in seen:
             seen.add((name, index))
+            yield name, index
             before = self._step(name, index)
-            if before is None or before[2] in ("moved", "cast"):
-                break
-            name, index = before[:2]
-        return name, index
+            if before is not None and before[2] in how:
+                name, index = before[:2]
 
     def _chain(self, name: str, index: int) -> Iterator[Instruction]:
         """An instruction and those before it, as long as they hold the same elements."""
-        seen = set()
-        while (name, index) not in seen:
-            seen.add((name, index))
-            yield self._instruction(name)
-            before = self._step(name, index)
-            if before is None:
-                break
-            name, index = before[:2]
+        return (self._instruction(name) for name, _ in self._before(name, index, ("same", "widened", "moved", "cast")))
 
     def origin(self, name: str, index: int) -> Instruction:
         """Find the instruction that computed a value's elements: no copy, cast or loop that only carries it."""
@@ -172,7 +165,3 @@ class Final:
 def _operand(text: str) -> tuple[str, int]:
     name, _, index = text.partition("#")
     return name, int(index or 0)
-
-
-def _element(text: str, index: int) -> tuple[str, int]:
-    return text.partition("#")[0], index

@@ -123,7 +123,6 @@ class MemoryTable:
     runtime: str = CATEGORIES["runtime"]
     """Name of the runtime that takes what is under that key."""
     note: str = ""
-    """Note on it, for the terminal."""
 
     @property
     def total(self) -> int:
@@ -132,11 +131,6 @@ class MemoryTable:
     @property
     def temporaries(self) -> int:
         return self.compiled_temporaries - self.corrected_bytes
-
-    @property
-    def saved_activations(self) -> int:
-        """Sum of the activations that the forward pass leaves for the backward pass."""
-        return sum(value.bytes for value in self.largest if value.saved and value.category == "activations")
 
     @property
     def headroom(self) -> int | None:
@@ -168,20 +162,16 @@ class MemoryTable:
         if "state_out" in sizes:
             sizes["state_out"] = sum(array.bytes_on(layout) for array in self.state)
             compiled += sizes["state_out"] - self.categories["state_out"]
+        exact = replace(self, categories=sizes, arguments=arguments, compiled_temporaries=compiled)
         times = layout.fsdp // simulated.fsdp
         if times == 1:
-            return replace(self, categories=sizes, arguments=arguments, compiled_temporaries=compiled)
-        largest = []
-        saved = 0
-        for value in self.largest:
-            less = value.bytes - value.bytes // times if value.shard else 0
-            sizes[value.category] -= less
-            saved += less
-            largest.append(replace(value, bytes=value.bytes - less))
+            return exact
+        largest = [replace(value, bytes=value.bytes // times) if value.shard else value for value in self.largest]
+        for value, shorter in zip(self.largest, largest, strict=True):
+            sizes[value.category] -= value.bytes - shorter.bytes
+        saved = sum(value.bytes for value in self.largest) - sum(value.bytes for value in largest)
         return replace(
-            self,
-            categories=sizes,
-            arguments=arguments,
+            exact,
             compiled_temporaries=compiled - saved,
             largest=tuple(sorted(largest, key=lambda value: -value.bytes)),
             note=f"Compiled for fsdp({simulated.fsdp}), {times} times shorter: state is exact, and shards of weights "
@@ -282,22 +272,14 @@ def state_arrays(program: Program) -> tuple[StateArray, ...]:
     categories = {"params": "parameters", "frozen": "parameters", "opt_state": "optimizer_state"}
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        axes = _axes(leaf.sharding.spec)
-        found.append(
-            StateArray(
-                name=name.removeprefix("params."),
-                category=categories.get(name.partition(".")[0], "other"),
-                dims=tuple(leaf.shape),
-                itemsize=leaf.dtype.itemsize,
-                axes=axes + ((),) * (len(leaf.shape) - len(axes)),
-            )
-        )
+        name, axes = jax.tree_util.keystr(path, simple=True, separator="."), _axes(leaf.sharding.spec)
+        axes += ((),) * (len(leaf.shape) - len(axes))
+        category = categories.get(name.partition(".")[0], "other")
+        found.append(StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes))
     return tuple(found)
 
 
 def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
-    """List the mesh axes of each dim of a PartitionSpec."""
     return tuple((dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec)
 
 
@@ -311,11 +293,8 @@ def _occupied(assignment: Assignment) -> int:
 
 
 def _running(change: Mapping[int, int]) -> dict[int, int]:
-    total, at = 0, {}
-    for time in sorted(change):
-        total += change[time]
-        at[time] = total
-    return at
+    times = sorted(change)
+    return dict(zip(times, itertools.accumulate(change[time] for time in times)))
 
 
 def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int, tuple[Held, ...]]:
@@ -341,9 +320,8 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
         last = max(buffer.until for buffer, _ in sized)
         for buffer, _ in sized:
             places[buffer.offset, buffer.bytes].append((buffer.start, last))
-        times = sorted({time for buffer, _ in sized for time in (buffer.start, buffer.end + 1)})
         before = 0
-        for time in times:
+        for time in sorted({time for buffer, _ in sized for time in (buffer.start, buffer.end + 1)}):
             size = max((size for buffer, size in sized if buffer.start <= time <= buffer.end), default=0)
             change[time] += size - before
             before = size
@@ -386,12 +364,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
 
 
 def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: bool) -> str:
-    """Name what a temporary is for.
-
-    Args:
-        op_name: of the operation whose result it is.
-        kept: whether it is held while the backward pass runs.
-    """
+    """Name what a temporary of operation `op_name` is for; `kept` is held while the backward pass runs."""
     if buffer.shape is None or op_name.startswith("state"):
         return "other"
     if op_name.startswith("batch"):
@@ -443,6 +416,7 @@ class _Known:
     @classmethod
     def of(cls, program: Program) -> _Known:
         import jax
+        from flax import nnx
         from jax.sharding import NamedSharding
 
         from trainfw.objectives import loss_chunks
@@ -457,19 +431,16 @@ class _Known:
                 return {_key(shape)}, set()
             return {_key(shape[1:])}, {_key((*stack, *shape[1:])) for stack in several}
 
-        shards: set[tuple[int, ...]] = set()
-        stacks: set[tuple[int, ...]] = set()
-        whole: set[tuple[int, ...]] = set()
-        others: set[tuple[int, ...]] = set()
+        shards, stacks, whole, others = (set[tuple[int, ...]]() for _ in range(4))
         params = jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
-        names = _dim_names(program)
-        for (path, leaf), kept, dims in zip(params, jax.tree.leaves(program.grad_shardings), names, strict=True):
+        weights = jax.tree.leaves(program.models.variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        for (path, leaf), kept, weight in zip(params, jax.tree.leaves(program.grad_shardings), weights, strict=True):
             one, stacked = forms(path, kept.shard_shape(leaf.shape))
             shards |= one
             stacks |= stacked - one
             if "fsdp" not in itertools.chain(*_axes(kept.spec)):
                 others |= one | stacked
-            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, dims, in_use=True))
+            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         for path, part, dims in _frozen_arrays(program):
             used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
@@ -494,15 +465,6 @@ class _Known:
 
     def is_logits(self, dims: tuple[int, ...]) -> bool:
         return _key(dims) == self.logits
-
-
-def _dim_names(program: Program) -> list[tuple[str | None, ...]]:
-    """Name the dims of every parameter, in the order of the state's leaves."""
-    import jax
-    from flax import nnx
-
-    leaves = jax.tree.leaves(program.models.variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [weight.axes for weight in leaves]
 
 
 def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tuple[str | None, ...]]]:

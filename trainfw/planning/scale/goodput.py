@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from trainfw.parallel import Layout
@@ -91,7 +91,7 @@ class Spares:
     """Share of time in which enough units work; without, the job waits for a repair."""
     goodput: float
     """Share of the wall time that trains, with the suggested checkpoints."""
-    per_unit: float
+    goodput_per_rented_chip: float
     """`goodput`, times units needed over units rented."""
 
 
@@ -102,7 +102,6 @@ class Goodput:
     units: int
     instances: int
     mtbf: float
-    """Mean time between failures of the job, in seconds."""
     state_bytes: int
     """Bytes of a checkpoint: parameters and optimizer state, once."""
     copy: float
@@ -133,7 +132,7 @@ class Goodput:
     @property
     def best(self) -> Spares:
         """Return the row whose spares give most work a rented unit."""
-        return max(self.spares, key=lambda spares: spares.per_unit)
+        return max(self.spares, key=lambda spares: spares.goodput_per_rented_chip)
 
     @property
     def first_spare(self) -> float:
@@ -163,15 +162,7 @@ class Goodput:
             "suggested_checkpoint_every": self.suggested,
             "goodput_at_suggested": self.goodput_suggested,
             "units_down": self.down,
-            "spares": [
-                {
-                    "spares": option.spares,
-                    "availability": option.availability,
-                    "goodput": option.goodput,
-                    "goodput_per_rented_chip": option.per_unit,
-                }
-                for option in self.spares
-            ],
+            "spares": [asdict(option) for option in self.spares],
             "best_spares": self.best.spares,
             "first_spare_gain": self.first_spare,
         }
@@ -192,10 +183,8 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
     mtbf = figure["reliability.instance_mtbf"] / instances
     share = functools.partial(checkpoint_goodput, copy=copy, mtbf=mtbf, restart=restart, write=write)
 
-    steps = recipe.train.steps
-    every = recipe.checkpoint.every or steps
-    best = max(daly_interval(copy, mtbf), write)
-    suggested = min(max(1, round(best / step_seconds)), steps)
+    steps, daly = recipe.train.steps, daly_interval(copy, mtbf)
+    suggested = min(max(1, round(max(daly, write) / step_seconds)), steps)
     ours = share(suggested * step_seconds)
     down = instances * figure["reliability.repair"] / figure["reliability.instance_mtbf"]
     return Goodput(
@@ -208,9 +197,9 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
         read=read,
         restart=restart,
         young=young_interval(copy, mtbf),
-        daly=daly_interval(copy, mtbf),
+        daly=daly,
         every=recipe.checkpoint.every,
-        goodput_every=share(min(every, steps) * step_seconds),
+        goodput_every=share(min(recipe.checkpoint.every or steps, steps) * step_seconds),
         suggested=suggested,
         goodput_suggested=ours,
         down=down,

@@ -26,17 +26,6 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A count of units to plan for."""
-
-    count: int
-    recipe: Recipe | None
-    """Recipe that would run there."""
-    problem: str = ""
-    """Why nothing would."""
-
-
-@dataclass(frozen=True)
 class Row:
     """Prediction for one count of units."""
 
@@ -44,7 +33,6 @@ class Row:
     plan: Plan | None
     goodput: Goodput | None
     problem: str = ""
-    """Why there is no plan."""
 
     @property
     def data_share(self) -> float:
@@ -96,7 +84,7 @@ class Scaling:
         assert row.plan is not None
         assert row.goodput is not None
         hours = 24 * self.days(row) * row.plan.topology.chips
-        return _over(hours, row.goodput.best.per_unit) if failures else hours
+        return _over(hours, row.goodput.best.goodput_per_rented_chip) if failures else hours
 
     def to_json(self) -> dict[str, object]:
         """Plain data with stable keys; a row without a plan has `count` and its `problem` alone.
@@ -167,16 +155,12 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
 
 def parse_counts(text: str) -> tuple[int, ...]:
     """`1,4,16` as counts of units, fewest first. Raises UserError for what is no such list."""
-    words = [word for word in re.split(r"[\s,;]+", text) if word]
-    numbers = {int(word) for word in words if word.isascii() and word.isdigit() and len(word) < 10}
-    counts = sorted(number for number in numbers if 0 < number <= MAX_COUNT)
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text) or len(counts) < len(set(words)):
-        nearest = counts if len(counts) > 1 else [n for n in (*counts, 1, 4, 16) if n >= max(counts, default=1)]
-        nearest = sorted(set(nearest))
-        raise UserError(
-            f"--scale {text!r}: expected counts of units from 1 to {MAX_COUNT:,} with commas between them, such as "
-            f"{','.join(map(str, nearest))}"
-        )
+    words = {word for word in re.split(r"[\s,;]+", text) if word}
+    counts = sorted({int(word) for word in words if re.fullmatch("[0-9]{1,9}", word) and 0 < int(word) <= MAX_COUNT})
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text) or len(counts) < len(words):
+        nearest = counts if len(counts) > 1 else sorted({n for n in (*counts, 1, 4, 16) if n >= max(counts, default=1)})
+        how = f"counts of units from 1 to {MAX_COUNT:,} with commas between them, such as {','.join(map(str, nearest))}"
+        raise UserError(f"--scale {text!r}: expected {how}")
     return tuple(counts)
 
 
@@ -217,25 +201,24 @@ def at_count(recipe: Recipe, count: int, *, strong: bool) -> Recipe:
     )
 
 
-def ladder(recipe: Recipe, counts: Sequence[int], *, strong: bool) -> tuple[Rung, ...]:
-    """List what would run on each count of units, or why nothing would; compiles nothing."""
-    rungs = []
+def ladder(recipe: Recipe, counts: Sequence[int], *, strong: bool) -> dict[int, Recipe | str]:
+    """List by count of units the recipe that would run there, or why none would; compiles nothing."""
+    rungs: dict[int, Recipe | str] = {}
     for count in counts:
         try:
             sized = at_count(recipe, count, strong=strong)
             sized.hardware.load()
             simulated_cores(_compiled_in_place_of(sized))
+            rungs[count] = sized
         except UserError as error:
-            rungs.append(Rung(count, None, str(error)))
-        else:
-            rungs.append(Rung(count, sized))
-    return tuple(rungs)
+            rungs[count] = str(error)
+    return rungs
 
 
 def scaling_cores(recipe: Recipe, counts: Sequence[int]) -> int:
     """Devices that a process must simulate for `scale`."""
-    rungs = [*ladder(recipe, counts, strong=False), *ladder(recipe, counts, strong=True)]
-    return max((simulated_cores(_compiled_in_place_of(r.recipe)) for r in rungs if r.recipe is not None), default=1)
+    rungs = [sized for strong in (False, True) for sized in ladder(recipe, counts, strong=strong).values()]
+    return max((simulated_cores(_compiled_in_place_of(r)) for r in rungs if not isinstance(r, str)), default=1)
 
 
 def scale_out(
@@ -252,24 +235,24 @@ def scale_out(
     """
     steps: dict[str, Compiled] = {}
 
-    def row(rung: Rung, name: str) -> Row:
-        if rung.recipe is None:
-            return Row(rung.count, None, None, rung.problem)
-        small = _compiled_in_place_of(rung.recipe)
+    def row(count: int, sized: Recipe | str, name: str) -> Row:
+        if isinstance(sized, str):
+            return Row(count, None, None, sized)
+        small = _compiled_in_place_of(sized)
         key = str((small.train.global_batch_size, small.train.accumulation_steps, small.parallel.data))
         if key not in steps:
             steps[key] = compiled(small, progress, simulate=simulate, fresh=fresh)
         step = steps[key]
-        layout = replace(step.analysis.layout, data=rung.recipe.parallel.data)
+        layout = replace(step.analysis.layout, data=sized.parallel.data)
         try:
-            plan = planned(rung.recipe, replace(step, analysis=replace(step.analysis, layout=layout)))
+            plan = planned(sized, replace(step, analysis=replace(step.analysis, layout=layout)))
         except UserError as error:
-            return Row(rung.count, None, None, str(error))
-        progress(f"{name}, {rung.count:,}: {plan.tokens_per_second:,.0f} tokens/s")
-        return Row(rung.count, plan, goodput_of(rung.recipe, plan.topology, plan.layout, plan.time.seconds))
+            return Row(count, None, None, str(error))
+        progress(f"{name}, {count:,}: {plan.tokens_per_second:,.0f} tokens/s")
+        return Row(count, plan, goodput_of(sized, plan.topology, plan.layout, plan.time.seconds))
 
-    weak = tuple(row(rung, "weak") for rung in ladder(recipe, counts, strong=False))
-    strong = tuple(row(rung, "strong") for rung in ladder(recipe, counts, strong=True))
+    weak = tuple(row(*rung, "weak") for rung in ladder(recipe, counts, strong=False).items())
+    strong = tuple(row(*rung, "strong") for rung in ladder(recipe, counts, strong=True).items())
     return Scaling(recipe, weak, strong)
 
 
@@ -279,9 +262,6 @@ def _compiled_in_place_of(recipe: Recipe) -> Recipe:
     if data <= REPLICAS or count * REPLICAS % data:
         return recipe
     return at_count(recipe, count * REPLICAS // data, strong=False)
-
-
-# Text -----------------------------------------------------------------------------------------------------------
 
 
 def _lines(found: Scaling) -> Iterator[str]:
@@ -349,19 +329,11 @@ def _run_table(found: Scaling, rows: Sequence[Row], cost: str) -> list[str]:
         if plan is None or one is None:
             continue
         price = found.recipe.hardware.dollars_per_chip_hour or 1
-        cells.append(
-            (
-                f"{row.count:,}",
-                in_seconds(plan.time.low),
-                in_seconds(plan.time.high),
-                f"{plan.memory.total / _GIB:.1f}",
-                f"{row.data_share:.1%}",
-                f"{one.with_failures:.1%}",
-                f"{_over(found.days(row), one.with_failures):,.2f}",
-                f"{found.chip_hours(row, failures=True) * price:,.0f}",
-                "" if plan.fits else "DOES NOT FIT",
-            )
-        )
+        times = (in_seconds(plan.time.low), in_seconds(plan.time.high))
+        shares = (f"{plan.memory.total / _GIB:.1f}", f"{row.data_share:.1%}", f"{one.with_failures:.1%}")
+        days = f"{_over(found.days(row), one.with_failures):,.2f}"
+        whole = f"{found.chip_hours(row, failures=True) * price:,.0f}"
+        cells.append((f"{row.count:,}", *times, *shares, days, whole, "" if plan.fits else "DOES NOT FIT"))
     return table(cells, ">>>>>>>><")
 
 
@@ -369,14 +341,9 @@ def _checkpoint_table(made: Sequence[Goodput]) -> list[str]:
     heads = ("units", "MTBF", "restart", "stall", "interval", "every", "goodput", "best", "goodput")
     cells = [
         (
-            f"{one.units:,}",
-            *(in_any_unit(seconds) for seconds in (one.mtbf, one.restart)),
-            in_seconds(one.copy),
-            in_any_unit(one.daly),
-            f"{one.every:,}" if one.every else "end",
-            f"{one.goodput_every:.1%}",
-            f"{one.suggested:,}",
-            f"{one.goodput_suggested:.1%}",
+            *(f"{one.units:,}", in_any_unit(one.mtbf), in_any_unit(one.restart), in_seconds(one.copy)),
+            *(in_any_unit(one.daly), f"{one.every:,}" if one.every else "end", f"{one.goodput_every:.1%}"),
+            *(f"{one.suggested:,}", f"{one.goodput_suggested:.1%}"),
         )
         for one in made
     ]
@@ -387,13 +354,9 @@ def _spares_table(made: Sequence[Goodput]) -> list[str]:
     heads = ("units", "down", "0", "1", "2", "3", "one buys", "best", "goodput", "a chip")
     cells = [
         (
-            f"{one.units:,}",
-            f"{one.down:.2f}",
-            *(f"{option.goodput:.1%}" for option in one.spares[:4]),
-            _gain(one.first_spare),
-            f"{one.best.spares:,}",
-            f"{one.with_failures:.1%}",
-            f"{one.best.per_unit:.1%}",
+            *(f"{one.units:,}", f"{one.down:.2f}", *(f"{option.goodput:.1%}" for option in one.spares[:4])),
+            f"+{one.first_spare:.1%}" if one.first_spare < 10 else f"{one.first_spare + 1:,.0f}x",
+            *(f"{one.best.spares:,}", f"{one.with_failures:.1%}", f"{one.best.goodput_per_rented_chip:.1%}"),
         )
         for one in made
     ]
@@ -402,7 +365,3 @@ def _spares_table(made: Sequence[Goodput]) -> list[str]:
 
 def _over(time: float, goodput: float) -> float:
     return time / goodput if goodput else math.inf
-
-
-def _gain(share: float) -> str:
-    return f"+{share:.1%}" if share < 10 else f"{share + 1:,.0f}x"

@@ -40,7 +40,6 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Candidate:
     recipe: Recipe
-    """The recipe with the candidate's settings."""
     layout: Layout
     estimate: Estimate
 
@@ -68,7 +67,6 @@ class Survey:
     dropped: Counter[str]
     """Reason -> how many layouts cannot be."""
     too_large: int
-    """Candidates estimated not to fit."""
     seconds: float
     """Seconds that the analytic pass took."""
 
@@ -94,13 +92,11 @@ class Survey:
         program = scanned(self.candidates)
         front = pareto(program, lambda c: (c.estimate.seconds, c.estimate.memory))
         best = program[: most - most // 3]
-        others = sorted((c for c in front if c not in best), key=lambda c: self.key(c.estimate))
+        others = [c for c in front if c not in best]
+        others.sort(key=lambda c: objective_key(self.objective, c.estimate.seconds, c.estimate.memory))
         chosen = [*best, *others[: most - len(best)]]
         rest = (c for c in program if c not in chosen)
         return [*chosen, *itertools.islice(rest, most - len(chosen))]
-
-    def key(self, found: Estimate) -> tuple[float, float]:
-        return objective_key(self.objective, found.seconds, found.memory)
 
 
 def survey(recipe: Recipe, objective: str = "time") -> Survey:
@@ -117,14 +113,12 @@ def survey(recipe: Recipe, objective: str = "time") -> Survey:
     if recipe.objective.name != "next_token":
         raise recipe.error("objective.name", "a search knows what next_token takes alone; plan the recipe without one")
     check_rates(recipe, topology)
-    started = time.monotonic()
-    dropped: Counter[str] = Counter()
-    candidates = []
+    started, dropped, candidates = time.monotonic(), Counter[str](), []
     for layout in layouts(topology.cores, recipe):
         try:
             placement = _legal(recipe, topology, layout)
         except UserError as error:
-            dropped[_reason(error)] += 1
+            dropped[str(error).partition(":")[0]] += 1
             continue
         if _too_large(recipe, layout):
             dropped[f"not compiled: needs more than the {backends.MAX_SIMULATED:,} devices that are simulated"] += 1
@@ -155,8 +149,7 @@ def layouts(cores: int, recipe: Recipe) -> Iterator[Layout]:
         left, rest = divmod(cores, pipeline * expert * context)
         for tensor in _divisors(left) if not rest else ():
             for fsdp in _divisors(left // tensor):
-                data = left // tensor // fsdp
-                yield Layout(pipeline, data, fsdp, expert, context, tensor)
+                yield Layout(pipeline, left // tensor // fsdp, fsdp, expert, context, tensor)
 
 
 def _others(recipe: Recipe) -> dict[str, list[int]]:
@@ -168,17 +161,13 @@ def _others(recipe: Recipe) -> dict[str, list[int]]:
     model, length = recipe.model, recipe.data.sequence_length
     chunks, period, units = recipe.parallel.interleave, model.layer_period, recipe.hardware.count
     experts = [limit.size for limit in family_of(model).limits(model) if limit.dim == "experts"]
+    stages = [n for n in _divisors(units) if n <= MOST_STAGES]
     tried = {
-        "pipeline": [n for n in _divisors(units) if n <= MOST_STAGES],
+        "pipeline": [n for n in stages if not layers_problem(model.num_layers, n, chunks, period)],
         "expert": [n for n in POWERS if experts and all(size % n == 0 for size in experts)],
-        "context": list(POWERS) if length >= LONG else [],
+        "context": [n for n in POWERS if length >= LONG and not context_problem(length, n, 1)],
     }
-    legal = {
-        "pipeline": [n for n in tried["pipeline"] if not layers_problem(model.num_layers, n, chunks, period)],
-        "expert": tried["expert"],
-        "context": [n for n in tried["context"] if not context_problem(length, n, 1)],
-    }
-    return {axis: sorted({1, max(getattr(recipe.parallel, axis), 1), *sizes}) for axis, sizes in legal.items()}
+    return {axis: sorted({1, max(getattr(recipe.parallel, axis), 1), *sizes}) for axis, sizes in tried.items()}
 
 
 def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Recipe]:
@@ -197,7 +186,6 @@ def _programs(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[Re
 
 
 def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict[str, object]]:
-    """List the settings of `fsdp_shards` that may fit."""
     if layout.fsdp == 1:  # nothing is split
         yield {}
         return
@@ -208,7 +196,6 @@ def _shards(recipe: Recipe, topology: Topology, layout: Layout) -> Iterator[dict
 
 
 def _room(topology: Topology) -> float:
-    """Return the bytes that an estimate may take."""
     return math.inf if topology.hbm_size is None else topology.hbm_size * MARGIN
 
 
@@ -252,12 +239,7 @@ def _legal(recipe: Recipe, topology: Topology, layout: Layout, *, own: bool = Fa
     return placement
 
 
-def _reason(error: UserError) -> str:
-    return str(error).partition(":")[0]
-
-
 def _devices(recipe: Recipe, layout: Layout) -> int:
-    """Count the devices that are simulated to compile it."""
     return math.prod(simulated_recipe(recipe, layout)[1].sizes.values())
 
 
@@ -276,26 +258,19 @@ def _divisors(number: int) -> list[int]:
 def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T]:
     """List the items that no other equals in both values and beats in one; of equals the first."""
     kept: list[T] = []
-    least = math.inf
     for item in sorted(items, key=of):  # stable
-        if of(item)[1] < least:
+        if not kept or of(item)[1] < of(kept[-1])[1]:
             kept.append(item)
-            least = of(item)[1]
     return kept
 
 
 def settings(recipe: Recipe) -> dict[str, object]:
     """Return the values that a search may change, by dotted key."""
-    parallel, train = recipe.parallel, recipe.train
-    return {
-        **{f"parallel.{axis}": getattr(parallel, axis) for axis in AXES},
-        "parallel.interleave": parallel.interleave,
-        "parallel.pipeline_microbatches": parallel.pipeline_microbatches,
-        "parallel.fsdp_shards": parallel.fsdp_shards,
-        "train.accumulation_steps": train.accumulation_steps,
-        "train.remat": train.remat,
-        "train.scan_layers": train.scan_layers,
+    keys = {
+        "parallel": (*AXES, "interleave", "pipeline_microbatches", "fsdp_shards"),
+        "train": ("accumulation_steps", "remat", "scan_layers"),
     }
+    return {f"{name}.{key}": getattr(getattr(recipe, name), key) for name, found in keys.items() for key in found}
 
 
 def scanned(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -10,12 +10,17 @@ little again, and the unrolled form of the best.
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainfw.errors import UserError
 from trainfw.planning.predict.plan import Plan, plan
@@ -30,6 +35,8 @@ from trainfw.planning.search.candidates import (
     scanned,
     settings,
 )
+from trainfw.recipe import Recipe, find_recipe, load_recipe
+from trainfw.unfinished import write_text
 
 LIMIT = 200.0
 """Seconds after which no further candidate is compiled."""
@@ -152,16 +159,17 @@ def search_layouts(
         scan = candidate.recipe.train.scan_layers
         took[scan] = max(took.get(scan, 0.0), time.monotonic() - begun)
         plans.append((candidate, made))
-        unfit = _unfit(made)
-        said = f" ({unfit})" if unfit else ""
-        progress(f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{said}")
+        progress(
+            f"  {made.time.seconds:.3g} s a step, {made.memory.total / 2**30:.1f} GiB a core{_unfit(made, ' ({})')}"
+        )
         return made
+
+    same = operator.attrgetter("remat", "scan_layers")
 
     def hopeless(candidate: Candidate) -> bool:
         return any(
             not _fits(made, ROOM)
-            and other.recipe.train.remat == candidate.recipe.train.remat
-            and other.recipe.train.scan_layers == candidate.recipe.train.scan_layers
+            and same(other.recipe.train) == same(candidate.recipe.train)
             and other.estimate.memory <= candidate.estimate.memory
             for other, made in plans
         )
@@ -199,8 +207,9 @@ def _unrolled(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[C
     """
     program = [candidate for candidate in survey.candidates if not candidate.recipe.train.scan_layers]
     wanted = []
+    capacity = math.inf if survey.topology.hbm_size is None else survey.topology.hbm_size * ROOM
     for remat in ("none", "dots"):
-        wanted += [c for c in program if c.recipe.train.remat == remat and c.estimate.memory <= _capacity(survey)][:1]
+        wanted += [c for c in program if c.recipe.train.remat == remat and c.estimate.memory <= capacity][:1]
     best = next((candidate for candidate, made in _ranked(survey, plans) if _fits(made, ROOM)), None)
     if best is not None:
         wanted += [c for c in program if same_but_stack(c, best)]
@@ -211,27 +220,22 @@ def _ranked(survey: Survey, plans: Sequence[tuple[Candidate, Plan]]) -> list[tup
     return sorted(plans, key=lambda pair: objective_key(survey.objective, pair[1].time.seconds, pair[1].memory.total))
 
 
-def _capacity(survey: Survey) -> float:
-    return math.inf if survey.topology.hbm_size is None else survey.topology.hbm_size * ROOM
-
-
 def _fits(made: Plan, room: float = 1.0) -> bool:
-    """Tell whether a plan takes no more than `room` of a core's memory."""
     capacity = made.memory.capacity
     return capacity is None or made.memory.total <= room * capacity
 
 
-def _unfit(made: Plan) -> str:
-    """Why it cannot win; nothing where it can."""
+def _unfit(made: Plan, form: str) -> str:
+    """Why it cannot win, in this form; nothing where it can."""
     if _fits(made, ROOM):
         return ""
-    return f"fits, with less than {1 - ROOM:.0%} to spare" if _fits(made) else "does not fit"
+    return form.format(f"fits, with less than {1 - ROOM:.0%} to spare" if _fits(made) else "does not fit")
 
 
 def _lines(found: Found) -> Iterator[str]:
     survey = found.survey
-    units = f"{survey.topology.count} x {survey.topology.name}" if survey.topology.count > 1 else survey.topology.name
-    yield f"{survey.recipe.name} on {units}: {survey.topology.cores:,} cores, global batch and data as the recipe says"
+    cores = f"{survey.topology.in_words}: {survey.topology.cores:,} cores"
+    yield f"{survey.recipe.name} on {cores}, global batch and data as the recipe says"
     yield (
         f"{survey.legal:,} legal candidates (layout, sharding, microbatches, remat, stack), "
         f"estimated in {survey.seconds:.1f} s by formula; {len(found.plans)} compiled"
@@ -254,18 +258,15 @@ def _lines(found: Found) -> Iterator[str]:
     yield ""
     yield f"    {'step':>8}  {'est.':>8}  {'GiB/core':>8}  {'est.':>6}  what it changes"
     front = found.pareto
-    rows = [("pareto", pair) for pair in front] + [
-        ("", pair) for pair in found.plans if all(pair[1] is not made for _, made in front)
-    ]
-    for group, pairs in itertools.groupby(rows, key=lambda row: row[0]):
-        yield "the Pareto set of step time and memory" if group else "compiled too"
-        for _, (candidate, made) in pairs:
+    rest = [pair for pair in found.plans if all(pair[1] is not made for _, made in front)]
+    for title, pairs in (("the Pareto set of step time and memory", front), ("compiled too", rest)):
+        if pairs:
+            yield title
+        for candidate, made in pairs:
             mark = "*" if found.winner is not None and made is found.winner[1] else " "
             size = f"{made.memory.total / 2**30:8.2f}  {candidate.estimate.memory / 2**30:6.1f}"
-            unfit = _unfit(made)
-            said = f"  ({unfit})" if unfit else ""
             speed = f"{made.time.seconds:8.4g}  {candidate.estimate.seconds:8.4g}"
-            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{said}"
+            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{_unfit(made, '  ({})')}"
     yield ""
     if found.winner is None:
         yield f"nothing that was compiled fits in memory with {1 - ROOM:.0%} to spare: no winner"
@@ -277,21 +278,78 @@ def _lines(found: Found) -> Iterator[str]:
         yield f"  the run: {made.chip_hours:,.0f} chip-hours{price} (hardware stays, so cost follows step time)"
     if found.own is not None and found.own is not made:
         seconds, saved = found.own.time.seconds, found.own.memory.total - made.memory.total
-        unfit = _unfit(found.own)
-        said = f"; the recipe as it is {unfit}" if unfit else ""
-        faster = "less" if made.time.seconds < seconds else "more"
-        yield (
-            f"  {abs(1 - made.time.seconds / seconds):.1%} {faster} time a step "
-            f"than the recipe as it is ({seconds:.4g} s), "
-            f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'} a core{said}"
-        )
+        time_saved = f"{abs(1 - made.time.seconds / seconds):.1%} {'less' if made.time.seconds < seconds else 'more'}"
+        memory_saved = f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'}"
+        said = _unfit(found.own, "; the recipe as it is {}")
+        yield f"  {time_saved} time a step than the recipe as it is ({seconds:.4g} s), {memory_saved} a core{said}"
 
 
 def _changes(survey: Survey, candidate: Candidate) -> str:
     mine, theirs = settings(candidate.recipe), settings(survey.own.recipe if survey.own else survey.recipe)
-    changed = [f"{key}={_said(value)}" for key, value in mine.items() if value != theirs[key]]
+    changed = [f"{key}={str(value).lower()}" for key, value in mine.items() if value != theirs[key]]
     return " ".join(changed) or "nothing: the recipe as it is"
 
 
-def _said(value: object) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()
+def default_out(recipe: Recipe) -> Path:
+    """Return the path at which the winner is written when none is given."""
+    return Path(f"{recipe.name}-planned.yaml")
+
+
+def check_out(file: Path, source: str | os.PathLike[str], *, named: bool) -> None:
+    """Raises UserError where the winner, which extends `source`, cannot go to `file`: before the search, not after it.
+
+    Where the user has not `named` it, it must not be there yet.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--out {file}: expected a file in a directory that exists")
+    if file.exists() and file.samefile(find_recipe(source)):
+        raise UserError(f"--out {file}: is the recipe itself, which the one to write extends; name another file")
+    if file.exists() and not named:
+        raise UserError(f"{file}: already there; name it with --out {file} to replace it, or name another")
+
+
+def write_winner(found: Found, source: str | os.PathLike[str], file: Path) -> bool:
+    """Write the winner to `file`, as a recipe that extends `source` (a path, or the name of a bundled recipe).
+
+    Returns whether it was written: not where it is the recipe as it is.
+
+    What overrides said is in it too. Where an extension cannot say it (it merges sections, and removes nothing), the
+    recipe is written in full. Raises UserError where nothing fits, and where the file cannot be written.
+    """
+    if found.winner is None:
+        raise UserError("nothing that was compiled fits in memory with some to spare: no recipe is written")
+    if found.unchanged:
+        return False
+    candidate, made = found.winner
+    recipe = candidate.recipe.model_copy(update={"name": f"{found.survey.recipe.name}-planned"})
+    here, base = file.resolve().parent, find_recipe(source).resolve()
+    extends = str(base.relative_to(here) if base.is_relative_to(here) else base)
+    tree: dict[str, Any] = {"extends": extends, "name": recipe.name}
+    before, chosen = load_recipe(source).model_dump(), settings(recipe)
+    for section, values in recipe.model_dump().items():
+        if not isinstance(values, dict):
+            continue
+        all_of_it = section == "model" and values["preset"] != before["model"]["preset"]
+        said = {
+            key: value
+            for key, value in values.items()
+            if all_of_it or value != before[section][key] or f"{section}.{key}" in chosen
+        }
+        if said:
+            tree[section] = said
+    head = (
+        f"# Best by {found.survey.objective} of {len(found.plans)} layouts and programs that were compiled, out of "
+        f"{found.survey.legal:,} that are legal: trainfw plan --search\n# Predicted: {made.time.seconds:.3g} s a step, "
+        f"{made.memory.total / 2**30:.2f} GiB a core. Nothing was measured on this hardware.\n"
+    )
+    try:
+        write_text(file, head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+    try:
+        same = load_recipe(file) == recipe
+    except UserError:
+        same = False
+    if not same:
+        write_text(file, head + recipe.to_yaml())
+    return True
