@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import random_batches, tiny_recipe
 from trainfw import build_program
-from trainfw.program.update import judge, start_guard
+from trainfw.program.skip_bad_steps import judge, start_guard
 
 
 def run(values, sigma):

@@ -1,9 +1,9 @@
 from .config import OptimizerConfig as OptimizerConfig
 from .optimizer import make_optimizer as make_optimizer
-from .optimizer import make_schedule as make_schedule
 from .optimizer import optimizer_shardings as optimizer_shardings
 from .registry import OPTIMIZERS as OPTIMIZERS
 from .registry import state_bytes as state_bytes
 from .registry import traits_of as traits_of
+from .schedule import make_schedule as make_schedule
 from .traits import OwnOptimizer as OwnOptimizer
 from .traits import Traits as Traits

@@ -20,6 +20,8 @@ from .layout import context_problem as context_problem
 from .layout import layers_problem as layers_problem
 from .layout import microbatches_problem as microbatches_problem
 from .layout import nearest_divisors as nearest_divisors
+from .mesh import make_mesh as make_mesh
+from .mesh import physical_order as physical_order
 from .pipeline import chunk_of as chunk_of
 from .pipeline import pipelined as pipelined
 from .pipeline import reorder_layers as reorder_layers
@@ -39,8 +41,6 @@ from .ring import zigzag_order as zigzag_order
 from .rules import Rules as Rules
 from .rules import active_rules as active_rules
 from .rules import by_layer as by_layer
-from .rules import make_mesh as make_mesh
-from .rules import physical_order as physical_order
 from .rules import use_rules as use_rules
 from .weights import GATHERED as GATHERED
 from .weights import Replica as Replica

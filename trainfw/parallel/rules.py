@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.parallel.config import AXES, GATHERED_RULES, SPLIT_RULES, Sharded
-from trainfw.parallel.layout import Layout, nearest_divisors
-from trainfw.parallel.placement import Placement
+from trainfw.parallel.layout import nearest_divisors
 
 
 class Rules:
@@ -159,19 +157,3 @@ def by_layer(function: Callable[..., Any], *trees: Any) -> Any:
     out_specs = jax.tree.map(spec, jax.eval_shape(function, *trees))
     mapped = jax.shard_map(function, mesh=rules.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, replicated), mapped(*trees))
-
-
-def physical_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Sort devices by host and then by number on it: the physical numbering of cores, as a topology numbers them.
-
-    Processes are numbered by their hosts' place (see `backends.connect`), so no more than this is needed.
-    """
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
-
-
-def make_mesh(layout: Layout, devices: Sequence[jax.Device], placement: Placement | None = None) -> Mesh:
-    """Make the mesh of `layout` over `devices`: in their order, last axis fastest, or placed on their topology."""
-    shape = tuple(layout.sizes.values())
-    arranged = np.asarray(devices) if placement is None else np.asarray(physical_order(devices))[placement.order]
-    # Auto: the partitioner propagates shardings from the constraints; explicit types are JAX's newer default.
-    return Mesh(arranged.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -31,8 +31,9 @@ from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state
 from trainfw.program.models import ModelSet, model_set
 from trainfw.program.program import Function, Functions, Program
+from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
-from trainfw.program.update import Update, start_guard
+from trainfw.program.update import Update
 from trainfw.recipe import Recipe, expect_recipe
 
 _RATES = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "clip_norm")

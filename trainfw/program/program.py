@@ -17,8 +17,8 @@ from trainfw.optim import Traits
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
+from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
-from trainfw.program.update import start_guard
 from trainfw.recipe import Recipe
 from trainfw.weights import count_weights
 

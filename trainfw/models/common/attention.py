@@ -1,12 +1,8 @@
-"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache.
-
-Rotary embeddings are in the half-rotation layout of Hugging Face checkpoints.
-"""
+"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,7 +16,8 @@ from trainfw import backends
 from trainfw.models.common.layers import Linear, RMSNorm
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.common.matmul import wide_einsum
-from trainfw.models.decoder.config import LayerKind, ModelConfig, RopeScaling
+from trainfw.models.common.rope import apply_rope
+from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
 from trainfw.scopes import ATTENTION
 
@@ -193,37 +190,3 @@ class Attention(nnx.Module):
             x_BSW = norm(x_BSW)
         x_BSHh = x_BSW.reshape(*x_BSW.shape[:2], -1, self.config.head_dim)
         return x_BSHh if norm is None or together else norm(x_BSHh)
-
-
-def rope_frequencies(config: ModelConfig, kind: LayerKind) -> jax.Array:
-    """Radians per position of each pair, f32[h / 2], in layers of this kind."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    if kind == "sliding" and config.rope_local_theta is not None:
-        return config.rope_local_theta**-exponents
-    frequencies = config.rope_theta**-exponents
-    return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
-
-
-def _scale(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    # Llama 3.1 (github.com/meta-llama/llama-models, apply_scaling): by how often a pair turns in the original length.
-    original, low, high = scaling.original_max_position, scaling.low_freq_factor, scaling.high_freq_factor
-    assert original is not None and low is not None and high is not None  # noqa: PT018
-    turns = original * frequencies / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
-
-
-def rope_turns(positions_BS: jax.Array, config: ModelConfig, kind: LayerKind) -> tuple[jax.Array, jax.Array]:
-    """The cosine and sine of every pair's angle at every position: f32[B, S, h / 2] each."""
-    angles = positions_BS.astype(jnp.float32)[..., None] * rope_frequencies(config, kind)
-    # Once: XLA would compute them again for every head of every layer that they are fused into.
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
-
-
-def apply_rope(x_BSHh: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + h / 2) of every head, in f32; the result has the dtype of `x_BSHh`."""
-    cos, sin = (t[:, :, None, :] for t in turns)
-    first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHh.dtype)

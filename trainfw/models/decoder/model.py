@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.attention import Attention, Context, HeadCache, LayerCache, rope_turns
+from trainfw.models.common.attention import Attention, Context, HeadCache, LayerCache
 from trainfw.models.common.layers import MLP, Embedding, Linear, RMSNorm
 from trainfw.models.common.moe import MoE, MoEStats
+from trainfw.models.common.rope import rope_turns
 from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.models.family import ModelOptions
 from trainfw.models.language_model import LanguageModel, abstract_model
