@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import equations, random_batches, tiny_recipe, write_recipe
+from tests.helpers import equations, quicker, random_batches, tiny_recipe, write_recipe
 from trainfw import UserError, build_program, load_recipe
 from trainfw.models import AdapterInputs
 from trainfw.quantization import Quantized
@@ -86,7 +86,7 @@ def test_no_gradient_of_the_base_is_computed(tmp_path):
     assert not weights & dots(program_of(tmp_path, train={"loss_chunk": 128}))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", quicker(["none", "dots", "full"], ["full"]))
 def test_quantised_weights_are_widened_one_at_a_time(tmp_path, remat):
     """No array in the compiled step is a stack of all layers' weights in a float dtype."""
     program = program_of(tmp_path, {"base": "nf4", "block": 32}, train={"remat": remat})
@@ -266,7 +266,7 @@ def test_quantised_weights_are_nodes_of_the_state(tmp_path):
     assert program.num_frozen == program_of(tmp_path).num_frozen
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", quicker(["float32", "bfloat16"], ["bfloat16"]))
 def test_dots_does_no_product_of_a_frozen_kernel_again(tmp_path, dtype):
     """Products with feed-forward kernels; `full` does those of gate and up once more."""
 

@@ -4,10 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file
 
 import trainfw
@@ -50,10 +52,11 @@ def test_logits_and_tokens_are_those_of_transformers(model, tmp_path):
         expected = theirs(torch.tensor([prompt])).logits.numpy()
     found = np.asarray(loaded(np.array([prompt])))
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    tokens = greedy(theirs, prompt, 64)
-    assert list(generate(loaded, prompt, max_tokens=64, temperature=0.0)) == tokens
+    tokens = greedy(theirs, prompt, 16)
+    assert list(generate(loaded, prompt, max_tokens=16, temperature=0.0)) == tokens
     straight, _ = trainfw.load_model(smollm2_file())
-    np.testing.assert_array_equal(np.asarray(straight(np.array([prompt]))), found)
+    for ours, same in zip(jax.tree.leaves(nnx.state(straight)), jax.tree.leaves(nnx.state(loaded)), strict=True):
+        np.testing.assert_array_equal(ours, same)
     # What Transformers itself writes of it is read as the same, and written again bit for bit.
     theirs.save_pretrained(tmp_path / "theirs")
     assert open_model(tmp_path / "theirs").fingerprint() == open_model(model).fingerprint()

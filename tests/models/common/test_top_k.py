@@ -121,7 +121,9 @@ def test_small_k_draws_the_very_token(top_k, top_p):
     np.testing.assert_array_equal(drawn[0](keys), drawn[1](keys))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.6), (MOST_ROUNDS + 1, None), (100, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [pytest.param(None, 0.6, marks=pytest.mark.long), (MOST_ROUNDS + 1, None), (100, 0.9)]
+)
 def test_other_draws_follow_the_same_distribution(top_k, top_p):
     logits_V = jnp.where(jnp.arange(300) < 6, 0.4 * jnp.arange(300), -4.0)
     keys = jax.random.split(jax.random.key(5), 20_000)

@@ -6,6 +6,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import quicker
 from trainfw.errors import UserError
 from trainfw.models import ModelConfig, ModelOptions, Transformer, abstract_model, count_parameters, preset_names
 from trainfw.models.decoder.model import DecoderLayer
@@ -146,7 +147,7 @@ def loss_and_gradients(config: ModelConfig, shape: tuple[int, int] = (2, 9), **o
     "config",
     [
         ModelConfig(preset="tiny", num_layers=5, sliding_window=3, layer_pattern=["sliding", "global"]),
-        ModelConfig(preset="tiny", num_layers=3),
+        pytest.param(ModelConfig(preset="tiny", num_layers=3), marks=pytest.mark.long),
         ModelConfig(preset="tiny", sliding_window=3, layer_pattern=["sliding", "global", "global"]),
     ],
     ids=["two periods and a layer", "layers alike", "less than a period"],
@@ -169,7 +170,7 @@ def test_unrolled_layers_are_traced_once_for_each_kind(remat, monkeypatch):
     assert len(traced) == 2
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", quicker([True, False], [True]))
 def test_remat_does_what_its_name_says(scan_layers):
     # A batch whose activations outweigh the weights.
     config = ModelConfig(preset="tiny", vocab_size=64, num_layers=4)
@@ -221,7 +222,7 @@ def test_a_packed_document_reads_as_it_does_alone(model):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", quicker([True, False], [True]))
 def test_decoding_agrees_with_the_whole_sequence(scan_layers):
     model = build(small(), scan_layers=scan_layers)
     whole = tokens(2, 12)
