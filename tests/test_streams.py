@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.helpers import quicker, write_recipe
+from tests.helpers import write_recipe
 
 NEWS = """
 import trainfw.cli as cli
@@ -52,7 +52,8 @@ def test_a_result_that_is_lost_is_a_failure(redirect):
     assert (result.returncode, result.stderr) == (1, LOST[redirect])
 
 
-@pytest.mark.parametrize("processes", quicker([1, 2], [1]))
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_goes_on_without_its_log(tmp_path, processes):
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)

@@ -96,6 +96,7 @@ def test_quantised_weights_are_widened_one_at_a_time(tmp_path, remat):
     assert re.findall(r"f32\[(?:1,)?64,160\]", text)
 
 
+@pytest.mark.long
 def test_unrolled_layers_keep_no_copies_of_frozen_weights(tmp_path):
     """The step's memory beside its arguments grows with the layers' inputs, not with their weights."""
     taken, frozen = [], []
@@ -168,7 +169,8 @@ def test_every_layout_trains_the_same_adapter(tmp_path, layout, adapter):
     assert losses[1][-1][0] < losses[1][0][0]
 
 
-@pytest.mark.parametrize("dispatch", [pytest.param("capacity", marks=pytest.mark.long), "dropless"])
+@pytest.mark.long
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
 def test_experts_have_adapters_of_their_own(tmp_path, dispatch):
     losses = {}
     for devices in (1, 4):

@@ -13,7 +13,7 @@ import boto3
 import jax
 import pytest
 
-from tests.helpers import Heard, losses, quicker, tiny_recipe, write_recipe
+from tests.helpers import Heard, losses, tiny_recipe, write_recipe
 from trainfw import RunError, UserError, load_model
 from trainfw.checkpoint import CheckpointConfig, SavedParameters, locate, steps_in
 from trainfw.launch.local import _free_port
@@ -182,9 +182,10 @@ def unfinished(server, prefix):
     return {key[0] for key in keys} - {key[0] for key in keys if key[1:] == ["commit_success.txt"]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change",
-    quicker(["missing", "other bytes", "shorter"], ["other bytes"]),
+    ["missing", "other bytes", "shorter"],
 )
 def test_a_damaged_object_is_seen(server, prefix, tmp_path, change):
     recipe = tiny_recipe(tmp_path, "train.steps=8", "checkpoint.every=4", place(prefix))
@@ -212,6 +213,7 @@ def read(server, key, bucket=BUCKET):
     return server.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
 
+@pytest.mark.long
 def test_a_store_that_does_not_answer_fails_the_save_and_not_the_run(server, prefix, tmp_path):
     class Stopping(Heard):
         def row(self, row, steps):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import in_two_processes, losses, quicker, write_recipe
+from tests.helpers import in_two_processes, losses, write_recipe
 
 WORKER = """
 import sys
@@ -29,7 +29,8 @@ except trainfw.RunError as error:
 """
 
 
-@pytest.mark.parametrize("fails", quicker([False, True], [False]))
+@pytest.mark.long
+@pytest.mark.parametrize("fails", [False, True])
 def test_all_stop_at_the_step_at_which_one_asks(tmp_path, fails):
     recipe = write_recipe(tmp_path, parallel={"data": 2})
     code = WORKER.replace("FAILS", 'raise KeyError("x")' if fails else "pass")

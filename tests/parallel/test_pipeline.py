@@ -117,7 +117,7 @@ def check(stages, count, chunks, **options):
         close(actual, expected)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 3), st.booleans())
 def test_stages_compute_what_one_device_does(stages, count, chunks, remat):
     check(stages, count, chunks, remat=remat)

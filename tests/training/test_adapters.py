@@ -92,6 +92,7 @@ def test_another_base_is_refused_and_nothing_is_harmed(tmp_path, base):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.long
 def test_an_adapter_goes_on_from_another(tmp_path, base):
     first = train(tmp_path, base, "first", "train.steps=4", adapter={"targets": ["layers.mlp.*"]}).run_dir
     export_model(str(first), str(tmp_path / "peft"), format="peft")

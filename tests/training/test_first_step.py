@@ -106,6 +106,7 @@ def test_no_optimizer_exceeds_its_largest_update(name, scales, betas):
             assert np.max(np.abs(update)) <= 1.01e-2 * traits_of(config).largest_update(config, step, update.size)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("as_neuron")
 def test_a_run_on_neuron_looks_at_the_first_step_of_each_session(tmp_path, monkeypatch):
     looked = []

@@ -267,6 +267,7 @@ def test_checkpoints_that_are_gone_are_missed(stopped, tmp_path):
     assert "had reached step 8; it starts anew, from step 0" in str(heard.notes)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_a_copy_with_another_recipe_is_said(stopped, tmp_path):
     copies = [tmp_path / name for name in "ab"]
     notes = []

@@ -58,6 +58,7 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.long
 def test_what_can_be_accepted_fits_what_was_saved(tmp_path):
     seen = set()
     for name, (base, text) in ACCEPTED.items():

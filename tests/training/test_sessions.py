@@ -76,6 +76,7 @@ def test_a_clock_that_is_set_between_sessions_counts_no_years(tmp_path, monkeypa
     assert str(found).endswith("; not counted: 1 restart, for the clock was set meanwhile") == started_anew
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_in_the_middle_of_a_run_harms_nothing(tmp_path, monkeypatch):
     clock, jumps = time.time, {3: YEARS, 5: -2 * YEARS}
 

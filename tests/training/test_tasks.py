@@ -119,6 +119,7 @@ def held_out(directory: Path) -> list[str]:
     return [row["prompt"] for row in rows if row["completion"] and is_held_out(row["prompt"], 0.2)]
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_what_was_before(evaluated, monkeypatch):
     directory, first, _ = evaluated
     metrics = (directory / "run" / "metrics.jsonl").read_bytes()

@@ -51,6 +51,7 @@ def test_the_weights_are_those_in_memory(run, tmp_path):
     assert not np.allclose(logits(again), before)
 
 
+@pytest.mark.long
 def test_an_adapter_is_merged(run, tmp_path):
     trainfw.load_model(run)[0].save(tmp_path / "base")
     adapted = tiny_recipe(tmp_path, "train.steps=2", f"model.from={tmp_path / 'base'}", "adapter={rank: 2, alpha: 4}")

@@ -32,7 +32,7 @@ def results(run, dtype, S, K, G, softcap, window, lengths):
     return [np.asarray(x, np.float32) for x in jax.jit(run_all)(q, k, v)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     S=st.integers(1, 300),
     K=st.integers(1, 3),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from tests.helpers import tiny_recipe
+from tests.helpers import quicker, tiny_recipe
 from trainfw import backends, load_recipe
 from trainfw.backends import load_sdk
 from trainfw.hardware import load_topology
@@ -62,7 +62,11 @@ def check_sums(table):
 
 
 @pytest.mark.parametrize(
-    "overrides", [LAYOUTS["fsdp-tensor"], ("adapter={rank: 4, base: float32}", "parallel.fsdp=4", "parallel.data=2")]
+    "overrides",
+    quicker(
+        [LAYOUTS["fsdp-tensor"], ("adapter={rank: 4, base: float32}", "parallel.fsdp=4", "parallel.data=2")],
+        [LAYOUTS["fsdp-tensor"]],
+    ),
 )
 def test_without_donation_the_state_is_held_twice(tmp_path, overrides):
     overrides = (*SHAPE, "train.global_batch_size=16", *overrides)

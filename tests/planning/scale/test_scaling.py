@@ -104,6 +104,7 @@ def test_steps_are_compiled_once_for_each_number_of_rows(found):
     assert sum("compiling" in text for text in told) == 4
 
 
+@pytest.mark.long
 def test_rows_are_the_plans_of_what_runs_there(found):
     made, _ = found
     assert [row.count for row in made.weak] == [row.count for row in made.strong] == list(SCALED)
