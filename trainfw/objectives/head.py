@@ -14,7 +14,7 @@ from trainfw.scopes import LOSS, LOSS_GRADIENT
 
 
 class Head(NamedTuple):
-    """How logits are made of hidden states and the head's weight, and of how many tokens at a time."""
+    """Output head as the losses see it: logits are made of hidden states and its weight, of some tokens at a time."""
 
     dims: HeadDims
     softcap: float | None
