@@ -126,6 +126,7 @@ def test_sigterm_to_the_launcher_saves_in_all(straight, tmp_path):
     assert losses(run) == expected
 
 
+@pytest.mark.long
 def test_bad_input_ends_all_without_a_traceback(straight, tmp_path):
     recipe, _, run = straight
     ran = subprocess.run(command(recipe, run, "train.seed=3"), capture_output=True, text=True)

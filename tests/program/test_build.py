@@ -271,6 +271,7 @@ def test_evaluation_does_not_depend_on_microbatches(tmp_path):
     assert float(found[0].count) == float(found[1].count)
 
 
+@pytest.mark.long
 def test_weights_cast_once_a_step_give_the_same_bits(tmp_path, monkeypatch):
     # As on a GPU; the router of a mixture of experts is used in float32.
     found = []
@@ -291,6 +292,7 @@ def test_weights_cast_once_a_step_give_the_same_bits(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.long
 def test_unrolled_layers_of_microbatches_get_the_gradients_of_scanned_ones(tmp_path):
     found = []
     for scan in ("true", "false"):

@@ -20,19 +20,14 @@ QUICK = {
     "llama fsdp=2 context=2 tensor=2 remat=full accumulation_steps=4",
     "gemma pipeline=2 context=2 tensor=2 context_attention=gathered accumulation_steps=2",
     "llama dpo pipeline=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
-    "llama dpo lora context=2 fsdp=4 accumulation_steps=2",
+    "mixtral expert=2 tensor=4 scan_layers=false",
 }
 
 
 def here() -> list:
-    """One in ten are part of the quicker suite, as are those on 16 devices below."""
-    rows = [row for row in parity.combinations() if row.devices <= HERE]
-    assert {row.name for row in rows} >= QUICK
-
-    def marks(i: int, row) -> list:
-        return [] if row.name in QUICK or i % 10 == 0 else [pytest.mark.long]
-
-    return [pytest.param(row, id=row.name, marks=marks(i, row)) for i, row in enumerate(rows)]
+    rows = {row.name: row for row in parity.combinations() if row.devices <= HERE}
+    assert rows.keys() >= QUICK
+    return [pytest.param(row, id=name, marks=[] if name in QUICK else pytest.mark.long) for name, row in rows.items()]
 
 
 @pytest.mark.parametrize("row", here())
@@ -54,6 +49,7 @@ def test_sixteen_devices_agree_with_one():
     assert ran.stdout.splitlines()[-1] == f"{rows} of {rows} agree (limit 1e-05)"
 
 
+@pytest.mark.long
 def test_a_filter_that_fits_no_row_is_refused():
     ran = run("--filter", "tensr=2")
     assert ran.returncode == 2
@@ -118,7 +114,8 @@ def test_the_loss_falls(one_device):
         assert losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.parametrize("seed", [pytest.param(i, marks=[pytest.mark.long] if i else []) for i in range(10)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
 def test_the_order_of_devices_does_not_matter(seed, start, one_device, tmp_path):
     order = np.random.default_rng(seed).permutation(np.array(jax.devices()))
     program = program_of(tmp_path, list(order), ["parallel={fsdp: 2, context: 2, tensor: 2}", "train.remat=full"])
@@ -136,14 +133,8 @@ def test_a_placed_mesh_trains_alike(one_device, tmp_path):
     np.testing.assert_allclose(train(program, program.init())[0], one_device["random"][0], rtol=3e-6)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "parameters",
-        pytest.param("gradients", marks=pytest.mark.long),
-        pytest.param("optimizer", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["parameters", "gradients", "optimizer"])
 def test_what_fsdp_shards_changes_no_numbers(stage, one_device, tmp_path):
     overrides = ["parallel={data: 2, fsdp: 2, tensor: 2, fsdp_shards: %s}" % stage, "train.accumulation_steps=2"]  # noqa: UP031
     program = program_of(tmp_path, jax.devices(), overrides)

@@ -102,7 +102,7 @@ def test_unrolled_layers_gather_for_the_next(tmp_path):
         assert sum(count < products for count in between) == GATHERS  # those of the first layer to run
 
 
-@pytest.mark.parametrize(("scan", "times"), [("true", 1), ("false", LAYERS - 1)])
+@pytest.mark.parametrize(("scan", "times"), [("true", 1), pytest.param("false", LAYERS - 1, marks=pytest.mark.long)])
 def test_they_are_scheduled_before_the_layers_products(scan, times, tmp_path):
     text = partitioned(tmp_path, f"train.scan_layers={scan}").compiled.as_text()
     assert "is_scheduled=true" in text

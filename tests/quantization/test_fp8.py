@@ -98,6 +98,7 @@ def losses(tmp_path, *overrides, steps=40, devices=1):
 FP8 = "train.matmul_dtype=fp8"
 
 
+@pytest.mark.long
 def test_its_loss_is_that_of_bfloat16(tmp_path):
     wide, narrow = losses(tmp_path), losses(tmp_path, FP8)
     assert wide[-1] < wide[0] - 1.0
@@ -110,7 +111,9 @@ def test_its_loss_is_that_of_bfloat16(tmp_path):
     ("devices", "how"),
     [
         (4, ("parallel={fsdp: 2, tensor: 2}",)),
-        (1, ("train.scan_layers=false", "train.remat=dots", "train.accumulation_steps=2")),
+        pytest.param(
+            *(1, ("train.scan_layers=false", "train.remat=dots", "train.accumulation_steps=2")), marks=pytest.mark.long
+        ),
     ],
 )
 def test_however_it_runs_its_loss_is_the_same_to_the_rounding(tmp_path, devices, how):

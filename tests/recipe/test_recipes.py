@@ -20,9 +20,7 @@ FOR_NEURON = [name for name in bundled_recipes() if "-trn" in name and load_reci
 
 ALIKE = {"llama2-7b-trn2-ultraserver", "qwen3-8b-trn2-ultraserver"}
 """Recipes that others are like, in layout and model."""
-CHECKED = {"llama3.1-405b-trn2-ultraservers"}
-TRAINED = {"llama3.1-405b-trn2-ultraservers"}
-"""The largest ones; the others are for `--all`."""
+LARGEST = "llama3.1-405b-trn2-ultraservers"
 
 
 def test_the_custom_loop_runs(tmp_path):
@@ -37,7 +35,7 @@ def test_the_custom_loop_runs(tmp_path):
     assert "import " in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", quicker(FOR_NEURON, CHECKED))
+@pytest.mark.parametrize("name", quicker(FOR_NEURON, [LARGEST]))
 def test_recipes_for_neuron_check_clean(name):
     # Unrolled layers are compiled one by one, and are all alike: four say what all would, but for their memory.
     shallow = not load_recipe(name).train.scan_layers
@@ -56,9 +54,8 @@ def form(name: str) -> tuple[object, ...]:
     return (*axes, recipe.parallel.interleave, recipe.model.moe is None, recipe.train.scan_layers, recipe.train.remat)
 
 
-@pytest.mark.parametrize(
-    "name", quicker({form(name): name for name in FOR_NEURON if name not in ALIKE}.values(), TRAINED)
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", {form(name): name for name in FOR_NEURON if name not in ALIKE}.values())
 def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
     write_recipe(tmp_path)  # for its text, which changes with nothing, and is learnt from the first steps
     text = [f"data.source={tmp_path}/text/*.txt", "data.validation_fraction=0.2"]

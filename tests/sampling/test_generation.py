@@ -9,6 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import quicker
 from trainfw.errors import UserError
 from trainfw.models import ModelConfig, ModelOptions, Transformer
 from trainfw.sampling import generate, generate_batch, sample
@@ -184,7 +185,7 @@ def logits_by_layer(built, tokens_BS, length, first_B=None):
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", quicker([1, 3, 17], [3]))
 @pytest.mark.parametrize("name", SHAPES)
 def test_decoding_by_layers_is_decoding(name, rows):
     built = shaped(name)
@@ -196,6 +197,7 @@ def test_decoding_by_layers_is_decoding(name, rows):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.long
 def test_decoding_by_layers_computes_in_the_models_dtype():
     built = shaped("tied", compute_dtype="bfloat16")
     tokens_BS = jax.random.randint(jax.random.key(0), (2, 10), 0, 64)
