@@ -15,9 +15,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from trainfw.confined import LimitError, UnusableError, helper
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
-from trainfw.data.confined import LimitError, UnusableError, helper
 from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
@@ -277,7 +277,7 @@ def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.
     digest = hashlib.blake2b(f"{text}\0{files}".encode(errors="surrogatepass")).digest()
     try:
         if digest not in _tried:
-            helper.call("trials:try_tokenizer", None, text, files)
+            helper.call("data.trials:try_tokenizer", None, text, files)
             _tried.add(digest)
         backend = opened(text)
     except LimitError as error:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import tokenizers
 
+from trainfw.confined import UnusableError
 from trainfw.data.added_tokens import TokenizerFiles
-from trainfw.data.confined import UnusableError
 from trainfw.errors import UserError
 
 MOST_IDS = 2**24

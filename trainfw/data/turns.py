@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trainfw.data.confined import Problem
+from trainfw.confined import Problem
 
 if TYPE_CHECKING:
     from trainfw.data.templates import Template

@@ -16,7 +16,8 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
-from trainfw.data import ChatTemplate, Tokenizer, UnusableError, chat_prompt, load_tokenizer, stop_ids
+from trainfw.confined import UnusableError
+from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
 from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
 from trainfw.models import FamilyConfig, abstract_model, dense
