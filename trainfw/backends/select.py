@@ -292,7 +292,7 @@ def current() -> Backend:
     if platform == "cpu":
         from trainfw.backends.cpu.lowering import leave_saved
 
-        leave_saved(_on_its_own)
+        leave_saved(lambda: _as_backend is None)
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(
@@ -308,11 +308,6 @@ def _of_chip(backend: Backend, device_kind: str | None) -> Backend:
     """Add to a backend what a kind of chip takes besides."""
     known = backend.name == NEURON.name and device_kind in _NATIVE_TOP_K
     return replace(backend, top_k="native") if known else backend
-
-
-def _on_its_own() -> bool:
-    """Tell whether the CPU stands for no other backend."""
-    return _as_backend is None
 
 
 def is_host(device: jax.Device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import importlib.metadata
@@ -220,7 +221,10 @@ def scrubbed(text: str) -> str:
         return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
     text = _INSTANCE.sub("<host>", _SLASHED.sub(without_directories, text))
-    for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
+    user = ""
+    with contextlib.suppress(KeyError, OSError, ImportError):  # no such user in a container
+        user = getpass.getuser()
+    for name, instead in ((socket.gethostname(), "<host>"), (user, "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
     return text
@@ -305,10 +309,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # a clone, put on the path
         return "unknown"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # no such user in a container
-        return ""

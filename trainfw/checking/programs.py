@@ -369,19 +369,13 @@ def _trace(
         return traced
 
     traced = trace()
-    if not _lacks_devices(traced):
+    abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
+    if not (abstract and all(abstract) and jax.sharding.get_mesh().empty):
         return traced
     if mesh is None:
         raise UserError(f"{name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
     context.enter_context(jax.set_mesh(mesh))
     return trace()
-
-
-def _lacks_devices(traced: jax.stages.Traced) -> bool:
-    import jax
-
-    abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
-    return bool(abstract) and all(abstract) and jax.sharding.get_mesh().empty
 
 
 def _is_about_shapes(error: Exception) -> bool:

@@ -242,7 +242,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = resolve_path(path)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        form, settings, stops = huggingface_tokenizer(read_header(path))
+        backend = _backend(json.dumps(form), None, path)
+        ids = _document_ids(backend, settings, path, "give tokenizer.ggml.eos_token_id")
+        return Tokenizer(backend, *ids, settings, stops, path)
     if (path / "recipe.yaml").is_file():
         path = path / "tokenizer"
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -260,13 +263,6 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         template = file.parent / names[0]
     ids = _document_ids(backend, files.roles(), file, f"name it as eos_token in {file.parent / names[0]}")
     return Tokenizer(backend, *ids, settings, _stop_ids(file.parent), template)
-
-
-def _from_gguf(file: Path) -> Tokenizer:
-    form, settings, stops = huggingface_tokenizer(read_header(file))
-    backend = _backend(json.dumps(form), None, file)
-    ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
-    return Tokenizer(backend, *ids, settings, stops, file)
 
 
 def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.Tokenizer:

@@ -255,7 +255,12 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     if count > 1:
         assert file.network is not None
         dims.insert(0, placed("network", count, "network", False, "network", file.network))
-    _check_range(name, chip)
+    middle, around = chip.matmul_efficiency, chip.matmul_efficiency_range
+    if around is not None and (middle is None or not around.low <= middle.number <= around.high):
+        raise UserError(
+            f"topology {name!r}: chip.matmul_efficiency_range: {around.low} to {around.high}: expected a range around "
+            f"chip.matmul_efficiency = {None if middle is None else middle.value}"
+        )
     if chip.cores > lnc:
         if chip.on_chip is None:
             raise UserError(f"topology {name!r}: chip.on_chip: is required, between the {chip.cores} cores of a chip")
@@ -278,17 +283,6 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         totals=file.totals,
         sources=tuple(file.sources),
         kubernetes=file.kubernetes,
-    )
-
-
-def _check_range(name: str, chip: ChipFile) -> None:
-    value, around = chip.matmul_efficiency, chip.matmul_efficiency_range
-    if around is None or (value is not None and around.low <= value.number <= around.high):
-        return
-    given = None if value is None else value.value
-    raise UserError(
-        f"topology {name!r}: chip.matmul_efficiency_range: {around.low} to {around.high}: expected a range around "
-        f"chip.matmul_efficiency = {given}"
     )
 
 

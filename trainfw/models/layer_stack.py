@@ -193,7 +193,10 @@ def run_stack(
         # What is fixed goes into the checkpoint whole: the backward pass would else keep a copy of every layer's.
         step = checkpointed(one_of, remat, scanned=scanned)
         outs = []
-        for i, (kind, (params_i, own_i)) in enumerate(zip(kinds, _unstack((params, own), len(kinds)), strict=True)):
+        leaves, tree = jax.tree.flatten((params, own), is_leaf=_is_unstacked)
+        parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
+        for i, kind in enumerate(kinds):
+            params_i, own_i = jax.tree.unflatten(tree, [part[i] for part in parts])
             if sharded:  # or all layers' weights are gathered at the start
                 x, (params_i, fixed) = jax.lax.optimization_barrier((x, (params_i, fixed)))
             x, out = step(x, (params_i, fixed), shared, own_i, (i, kind))
@@ -421,9 +424,3 @@ def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
     # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
     cut = jax.tree.map(lambda a: tuple(jax.lax.split(a, (at, a.shape[0] - at))), stacked)
     return jax.tree.transpose(jax.tree.structure(stacked), jax.tree.structure((0, 0)), cut)
-
-
-def _unstack(stacked: Any, num_layers: int) -> list[Any]:
-    leaves, tree = jax.tree.flatten(stacked, is_leaf=_is_unstacked)
-    parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
-    return [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(num_layers)]

@@ -89,7 +89,11 @@ def decoding_weights(model: models.Transformer, rows: int) -> DecodingWeights:
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
     states = tuple(models.gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
-    layers = _views(states, model.config.num_layers)
+    # On a CPU, NumPy's views of an array and JAX's of these share its memory.
+    leaves, structure = jax.tree.flatten(states)
+    (device,) = leaves[0].devices()
+    hosts, count = [np.asarray(leaf) for leaf in leaves], model.config.num_layers
+    layers = tuple(jax.tree.unflatten(structure, [jax.device_put(h[i], device) for h in hosts]) for i in range(count))
     joined: tuple[dict[str, jax.Array], ...] = tuple({} for _ in layers)
     if kernels is not None and (groups := _joinable(model)):
         join = jax.jit(kernels.joined, static_argnums=1)
@@ -130,16 +134,6 @@ def _available_memory() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
-def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
-    """Cut a stacked tree into its layers. On a CPU, NumPy's views of an array and JAX's of these share its memory."""
-    (device,) = jax.tree.leaves(tree)[0].devices()
-    leaves, structure = jax.tree.flatten(tree)
-    hosts = [np.asarray(leaf) for leaf in leaves]
-    return tuple(
-        jax.tree.unflatten(structure, [jax.device_put(host[i], device) for host in hosts]) for i in range(count)
-    )
 
 
 def _joinable(model: models.Transformer) -> list[tuple[str, ...]]:

@@ -244,19 +244,19 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
     elif (trained := run_recipe(path).adapter) is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
     else:
-        arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
-        adapter = Adapter(trained, arrays, base, path)
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def read() -> Adapter:
+            saved = open_checkpoint(path, step)
+            arrays = {
+                name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
+                for name, (shape, dtype) in saved.arrays.items()
+            }
+            return Adapter(trained, arrays, saved.meta.get("base"), path)
+
+        adapter = taking_the_next(read, step)
     _check_shapes(adapter, model)
     return adapter
-
-
-def _read_arrays(saved: SavedParameters) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {
-        name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
-        for name, (shape, dtype) in saved.arrays.items()
-    }
-    return arrays, saved.meta.get("base")
 
 
 def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:

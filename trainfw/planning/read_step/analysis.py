@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
-from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.hlo import Computation, Instruction, Module, Partitioned, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
@@ -188,7 +188,14 @@ def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation
     small, simulated = simulated_recipe(recipe, layout, most)
     found = Simulation(layout, small, simulated, topology.rules, not topology.is_cpu)
     if simulated != layout:
-        _check_shortened(recipe, layout, simulated)
+        if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
+            raise recipe.error("train.global_batch_size", problem)
+        if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
+            raise recipe.error(
+                "optimizer.name",
+                f"{layout} is compiled for fsdp({simulated.fsdp}), and an update of whole matrices "
+                f"does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
+            )
     if found.cores > backends.MAX_SIMULATED:
         raise recipe.error(
             "parallel",
@@ -213,17 +220,6 @@ def check_rates(recipe: Recipe, topology: Topology) -> None:
         )
         why = f"a plan needs rates, and no source gives its {' and '.join(missing)}{how * topology.is_cpu}"
         raise recipe.error("hardware.topology", why)
-
-
-def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
-    if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
-        raise recipe.error("train.global_batch_size", problem)
-    if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
-        raise recipe.error(
-            "optimizer.name",
-            f"{layout} is compiled for fsdp({simulated.fsdp}), and an update of whole matrices "
-            f"does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
-        )
 
 
 def analyse(
@@ -302,7 +298,11 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
             if instruction.opcode == "dot":
                 work[name].append((_matmul(computation, instruction, phase), 1))
             elif instruction.name in collectives:
-                work[name].append((_transfer(collectives[instruction.name], mesh, phase), 1))
+                found = collectives[instruction.name]
+                kind = "reduce-scatter" if found.kind == "all-reduce" and found.scattered else found.kind
+                # Some groups are parts of an axis, such as of cores that share a head of keys and values.
+                axes = found.axes(mesh) or found.spanned(mesh)
+                work[name].append((Transfer(kind, axes, found.dtype, found.bytes, 1, phase), 1))
             else:
                 sizes, largest = _streamed(computation, instruction, scores)
                 array = 1 << (largest - 1).bit_length() if largest else 0
@@ -376,13 +376,6 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
         if phase != "update" and flops > most.get(phase, (0.0, ""))[0]:
             most[phase] = flops, name
     return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
-
-
-def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
-    kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
-    # Some groups are parts of an axis, such as of cores that share a head of keys and values.
-    axes = collective.axes(mesh) or collective.spanned(mesh)
-    return Transfer(kind, axes, collective.dtype, collective.bytes, 1, phase)
 
 
 def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
