@@ -6,8 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from trainfw.hlo.module import Computation, Instruction, Module, Shape
-from trainfw.hlo.places import Place, user_place
+from trainfw.hlo.module import Computation, Instruction, Module, Place, Shape, user_place
 
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
