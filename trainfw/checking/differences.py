@@ -21,7 +21,6 @@ from trainfw.checking.compiler import (
     compiles_at_once,
     export_steps,
     find_compiler,
-    free_memory,
     last_lines,
     run_compiler,
 )
@@ -197,7 +196,7 @@ def compare_with_compiler(
     modules = export_steps(program, progress)
     backends.release_freed_memory()
     protos = {name: module.proto for name, module in modules.items() if not isinstance(module, str)}
-    free = free_memory()
+    free = backends.free_memory()
     at_once = compiles_at_once(len(protos), free)
     progress(
         f"neuronx-cc {version}: {at_once} at once ({free / 2**30:.1f} GiB free; a compile may take "

@@ -139,7 +139,7 @@ class _Case:
 
 
 def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
-    """Count what one core computes and moves in a step, in closed form: `analyse` without a compiler."""
+    """Count what one core computes and moves in a step, in closed form: `read_step.analysis` without a compiler."""
     case = _Case(recipe, layout)
     train, shapes, tensor, tokens, width = case.train, case.shapes, case.tensor, case.tokens, case.width
     # A stage runs every row of the pipeline through its layers, and rows of no consequence while it idles.

@@ -222,25 +222,6 @@ def check_rates(recipe: Recipe, topology: Topology) -> None:
         raise recipe.error("hardware.topology", why)
 
 
-def analyse(
-    recipe: Recipe, progress: Callable[[str], None] = lambda _: None, *, most: int = backends.MAX_SIMULATED
-) -> tuple[Analysis, Program, Partitioned]:
-    """Compile the training step of `recipe` for its topology on simulated devices, which this process must have.
-
-    Args:
-        progress: told what is being done.
-        most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
-
-    Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError as
-    `simulation` does.
-    """
-    found = simulation(recipe, most)
-    program = simulated_program(found)
-    partitioned = compile_step(program, progress)
-    analysis = read(partitioned.module, program.mesh, found.simulated)
-    return lengthened(analysis, found.simulated, found.layout), program, partitioned
-
-
 def simulated_program(found: Simulation) -> Program:
     """The program to compile, on devices of this process. Raises UserError where it has too few."""
     import jax
