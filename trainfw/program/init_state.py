@@ -43,7 +43,15 @@ def initial_state(
     if recipe.adapter is None:
         params = _read(recipe, abstract.params, layer_order, progress)
     elif recipe.adapter.from_ is not None:
-        params = _read_adapter(recipe, abstract.params, layer_order)
+        arrays = _fitting_adapter(recipe, abstract.params)
+
+        def placed(name: str, like: Any) -> jax.Array:
+            value = arrays[name].astype(like.dtype)
+            value = value[np.asarray(layer_order)] if name.startswith("layers.") else value
+            return jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__)
+
+        leaves = [placed(*pair) for pair in named(abstract.params)]
+        params = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
     else:
         params = _computed(lambda: draw()[0], abstract.params)
         if recipe.adapter.kind == "dora":
@@ -129,17 +137,6 @@ def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: 
                 progress(f"reading {recipe.model.from_}, arrays", number, len(names))
     tree = jax.tree.structure(abstract, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return jax.tree.unflatten(tree, leaves)
-
-
-def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
-    arrays = _fitting_adapter(recipe, abstract)
-
-    def placed(name: str, like: Any) -> jax.Array:
-        value = arrays[name].astype(like.dtype)
-        value = value[np.asarray(layer_order)] if name.startswith("layers.") else value
-        return jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__)
-
-    return jax.tree.unflatten(jax.tree.structure(abstract), [placed(*pair) for pair in named(abstract)])
 
 
 def check_sources(recipe: Recipe, abstract: TrainState) -> None:
