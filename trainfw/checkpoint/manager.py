@@ -246,24 +246,20 @@ class Checkpoints:
         last = -1 if whole is None else whole
         aside = [later for later in steps if later > last] + stores.strangers_in(self.directory)
         if exchange("aside", bool(aside)) != [False] * count:
-            self._move_aside(aside, report)
+            strangers = stores.strangers_in(self.directory)
+            for step in aside if index == 0 else ():
+                target = stores.damaged_beside(self.directory) / str(step)
+                while target.exists():
+                    target = target.with_name(target.name + "-again")
+                if step in strangers:
+                    report(f"warning: {self.directory / str(step)} is no checkpoint; moved to {target}")
+                stores.move(self.directory / str(step), target)
+            exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
+            if self._opened is not None:
+                self._opened.reload()
         if not self._read_only:
             self._opened = self._manager  # only whole checkpoints are left for it to read
         return whole
-
-    def _move_aside(self, steps: list[int], report: Callable[[str], None]) -> None:
-        """Move these out of the way of the checkpoints that are to be saved."""
-        strangers = stores.strangers_in(self.directory)
-        for step in steps if jax.process_index() == 0 else ():
-            target = stores.damaged_beside(self.directory) / str(step)
-            while target.exists():
-                target = target.with_name(target.name + "-again")
-            if step in strangers:
-                report(f"warning: {self.directory / str(step)} is no checkpoint; moved to {target}")
-            stores.move(self.directory / str(step), target)
-        exchange("damaged", None, _MOVE_SECONDS)  # moved, for all to see
-        if self._opened is not None:
-            self._opened.reload()
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any, dict[str, Any]]:
         """Restore (params, rest, meta) of a step, laid out as the given abstract arrays. Raises RunError."""

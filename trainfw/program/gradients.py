@@ -58,7 +58,14 @@ class LocalComputation:
             ids = None if key is None else place * rows + jnp.arange(rows, dtype=jnp.int32)
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
             alone = recipe.train.accumulation_steps > 1 and self.fit.mesh.size == 1
-            used = self._narrowed(params) if alone and backends.current().casts_once else params
+            used = params
+            if alone and backends.current().casts_once:  # the layers' matrices, in the dtype in which they are used
+                narrow = [
+                    w.axes[0] == "layers" and len(w.axes) > 2 and not w.get_metadata().get("wide")
+                    for w in self._weights()
+                ]
+                flags = jax.tree.unflatten(jax.tree.structure(params), narrow)
+                used = jax.tree.map(lambda x, yes: x.astype(recipe.train.compute_dtype) if yes else x, params, flags)
             # Or the layers' gradients are stacked for each microbatch.
             apart = alone and not recipe.train.scan_layers and "layers" in params
             if apart:
@@ -92,15 +99,6 @@ class LocalComputation:
         names = [weight.axes for weight in self._weights()]
         leaves = (jax.tree.leaves(t) for t in (tree, *trees))
         return jax.tree.unflatten(jax.tree.structure(tree), map(function, names, *leaves))
-
-    def _narrowed(self, params: Any) -> Any:
-        """Return the layers' matrices in the dtype in which alone they are used."""
-        stacked = [
-            w.axes[0] == "layers" and len(w.axes) > 2 and not w.get_metadata().get("wide") for w in self._weights()
-        ]
-        flags = jax.tree.unflatten(jax.tree.structure(params), stacked)
-        dtype = self.recipe.train.compute_dtype
-        return jax.tree.map(lambda x, yes: x.astype(dtype) if yes else x, params, flags)
 
     def _weights(self) -> list[Any]:
         return jax.tree.leaves(self.models.variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
