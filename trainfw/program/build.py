@@ -12,7 +12,7 @@ from trainfw import objectives, optim
 from trainfw.pieces import name_of, options_of
 from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import LocalComputation, on_every_device
-from trainfw.program.init_state import initial_frozen, initial_state
+from trainfw.program.init_state import initial_frozen, initial_state, shardings_of
 from trainfw.program.models import ModelSet, model_set
 from trainfw.program.program import Function, Functions, Program
 from trainfw.program.skip_bad_steps import start_guard
@@ -89,7 +89,7 @@ def build_program(
         functions=_functions(update, metrics, abstract_state, abstract_batch),
         gradients=jax.jit(
             lambda params, frozen, batch: update.gradients(params, frozen, batch),
-            in_shardings=_shardings((abstract_state.params, abstract_state.frozen, abstract_batch)),
+            in_shardings=shardings_of((abstract_state.params, abstract_state.frozen, abstract_batch)),
             out_shardings=(update_shardings, place.rules.replicated),
         ),
     )
@@ -176,7 +176,7 @@ def _on_mesh(
     local: LocalComputation, state: TrainState, batch: objectives.Batch, gradients: Any, updates: Any
 ) -> tuple[Callable[..., tuple[Any, objectives.Metrics]], Callable[..., objectives.Metrics]]:
     """Return the gradients' sums and the metrics of all devices; of the former, and of updates, these are shardings."""
-    trees = *map(_shardings, (state.params, state.frozen, batch)), gradients, updates
+    trees = *map(shardings_of, (state.params, state.frozen, batch)), gradients, updates
     specs, frozen_specs, batch_specs, grad_specs, update_specs = (
         jax.tree.map(lambda sharding: sharding.spec, tree) for tree in trees
     )
@@ -204,16 +204,12 @@ def _functions(
     evaluated = (state.params, state.frozen, batch)
     train = jax.jit(
         train_step,
-        in_shardings=_shardings((state, batch)),
-        out_shardings=(_shardings(state), replicated),
+        in_shardings=shardings_of((state, batch)),
+        out_shardings=(shardings_of(state), replicated),
         donate_argnums=(0,) if update.recipe.backend.donate else (),
     )
-    evaluate = jax.jit(eval_step, in_shardings=_shardings(evaluated), out_shardings=replicated)
+    evaluate = jax.jit(eval_step, in_shardings=shardings_of(evaluated), out_shardings=replicated)
     return {
         "train": Function("train", train, (state, batch)),
         "evaluate": Function("evaluate", evaluate, evaluated),
     }
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -97,13 +97,7 @@ def save_gguf(
     # llama.cpp would run the model that the file is read back as.
     stored = {write.stored.name: write.stored for write in writes}
     header = Header(file, {**metadata, "general.architecture": name}, stored)
-    back = config_from_huggingface(config_of(header, divisors)).model_dump()
-    for key, value in config.model_dump().items():
-        numbers = isinstance(value, float | int) and isinstance(back[key], float | int)
-        same = math.isclose(back[key], value, rel_tol=1e-6) if numbers else back[key] == value
-        if key not in _WITHOUT_EFFECT and not same:
-            different = f"{key} is {back[key]}, not {value}"
-            raise UserError(f"llama.cpp cannot run this model: in architecture {name}, {different}")
+    _check_same(name, config, config_from_huggingface(config_of(header, divisors)))
     with writing(file) as partial:
         writer = gguf.GGUFWriter(partial, name)
         for key, value in metadata.items():
@@ -198,6 +192,17 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
 
     block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
+
+
+def _check_same(name: str, config: ModelConfig, read: ModelConfig) -> None:
+    """Raise UserError where a model is read back as another one."""
+    back = read.model_dump()
+    for key, value in config.model_dump().items():
+        numbers = isinstance(value, float | int) and isinstance(back[key], float | int)
+        same = math.isclose(back[key], value, rel_tol=1e-6) if numbers else back[key] == value
+        if key not in _WITHOUT_EFFECT and not same:
+            different = f"{key} is {back[key]}, not {value}"
+            raise UserError(f"llama.cpp cannot run this model: in architecture {name}, {different}")
 
 
 def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
