@@ -169,15 +169,12 @@ class Comparison:
         parts.append("\n".join([f"neuronx-cc {self.version}", *(f"    {line}" for line in lines)]))
         if self.differences:
             parts.append("\n".join(["where they differ", *map(str, self.differences)]).replace("\n", "\n    "))
-        parts.append(f"{verdict}: neuronx-cc, {self._agreement()}")
-        return "\n\n".join(parts)
-
-    def _agreement(self) -> str:
         silent = sorted(n for n, outcome in self.outcomes.items() if outcome.verdict not in ("passed", "refused"))
         said = [f"no verdict on {', '.join(silent)}"] if silent else []
         if self.differences:
             said.append(f"{len(self.differences)} difference{'s' * (len(self.differences) > 1)} from what check says")
-        return ", ".join(said) or "which agrees with check"
+        parts.append(f"{verdict}: neuronx-cc, {', '.join(said) or 'which agrees with check'}")
+        return "\n\n".join(parts)
 
 
 def compare_with_compiler(

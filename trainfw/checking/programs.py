@@ -308,6 +308,8 @@ def begin(
 
     `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
+    import jax
+
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
@@ -329,13 +331,16 @@ def begin(
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
 
     def finish() -> Reading:
-        leaves = tuple(_leaves(traced, arguments))
+        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+        taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in taken]:
+            leaves = taken
         partitioned, problem = begun.result() if begun is not None else (None, why)
         if partitioned is None:
-            return Reading(name, (*found, Finding("not-partitioned", problem)), leaves)
+            return Reading(name, (*found, Finding("not-partitioned", problem)), tuple(leaves))
         devices = _devices(partitioned, traced, mesh)
         named = _mesh_of(devices, partitioned, traced, mesh)
-        return Reading(name, tuple(found), leaves, partitioned, tuple(devices), named)
+        return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
 
     return finish
 
@@ -511,15 +516,6 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
     elif isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.typeof(leaf).dtype, sharding=sharding)
-
-
-def _leaves(traced: jax.stages.Traced, arguments: tuple[object, ...]) -> list[jax.ShapeDtypeStruct]:
-    import jax
-
-    leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
-    taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
-    same = [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in taken]
-    return leaves if same else taken
 
 
 def _is_split(leaf: object) -> bool:

@@ -60,7 +60,11 @@ def build_program(
         grad_shardings = models.shardings(place.rules, "gradients")
         update_shardings = models.shardings(place.rules, "optimizer")
     abstract_state, draw, start = _state(recipe, place, models, transformation, update_shardings)
-    abstract_batch = _batch(place, schema)
+    abstract_batch = {}
+    for name, field in schema.fields.items():
+        shape, dims = schema.shape(name), [dim if dim in ("batch", "sequence") else None for dim in field.dims]
+        sharding = place.rules.sharding("batch", shape, tuple(dims))
+        abstract_batch[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     local = LocalComputation(recipe, place, models, objective)
     gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
@@ -156,15 +160,6 @@ def _state(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
     return abstract, draw, start
-
-
-def _batch(place: Fit, schema: objectives.Schema) -> objectives.Batch:
-    arrays = {}
-    for name, field in schema.fields.items():
-        shape = schema.shape(name)
-        dims = tuple(dim if dim in ("batch", "sequence") else None for dim in field.dims)
-        arrays[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=place.rules.sharding("batch", shape, dims))
-    return arrays
 
 
 def _wholes(place: Fit) -> bool:

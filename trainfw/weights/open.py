@@ -255,14 +255,8 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
             return Adapter(trained, arrays, saved.meta.get("base"), path)
 
         adapter = taking_the_next(read, step)
-    _check_shapes(adapter, model)
-    return adapter
-
-
-def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
-    expected = config_targets(adapter.config, model)
     modules = adaptable(abstract_model(model))
-    for name, (rank, _) in expected.items():
+    for name, (rank, _) in config_targets(adapter.config, model).items():
         shape = weight_of(modules[name]).get_value().shape
         shapes = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
         if adapter.config.kind == "dora":
@@ -271,7 +265,8 @@ def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
             array = adapter.arrays.get(f"{name}.adapter.{part}")
             if array is None or array.shape != part_shape:
                 state = "missing" if array is None else f"of shape {array.shape}"
-                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {state}; this base takes {part_shape}")
+                raise UserError(f"{path}: {name}.adapter.{part} is {state}; this base takes {part_shape}")
+    return adapter
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:

@@ -266,7 +266,11 @@ def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysi
 
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """The analysis of a partitioned module on `mesh`."""
-    scores = _scores(module)
+    computations = [module.computations[name] for name in module.times]
+    products = [
+        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
+    ]
+    scores = {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}  # elements on a device
     collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
     work: dict[str, list[tuple[_Work, int]]] = {}
     totals: Counter[_Work] = Counter()
@@ -384,15 +388,6 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         backward=is_within(dot.op_name, LOSS_GRADIENT) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
-
-
-def _scores(module: Module) -> set[int]:
-    """Return the numbers of elements that attention scores have, on one device."""
-    computations = [module.computations[name] for name in module.times]
-    products = [
-        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
-    ]
-    return {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}
 
 
 _FREE = {
