@@ -339,7 +339,11 @@ def begin(
         if partitioned is None:
             return Reading(name, (*found, Finding("not-partitioned", problem)), tuple(leaves))
         devices = _devices(partitioned, traced, mesh)
-        named = _mesh_of(devices, partitioned, traced, mesh)
+        step = partitioned.compiled
+        shardings = jax.tree.leaves((step.input_shardings, step.output_shardings)) if step is not None else []
+        meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+        concrete = [m for m in (mesh, *meshes_in(traced.jaxpr), *meshes) if isinstance(m, jax.sharding.Mesh)]
+        named = next((m for m in concrete if list(m.devices.flat) == devices), None)
         return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
 
     return finish
@@ -458,18 +462,6 @@ def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.shar
     if count == 1:
         return jax.devices()[:1]
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
-
-
-def _mesh_of(
-    devices: list[jax.Device], partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None
-) -> jax.sharding.Mesh | None:
-    import jax
-
-    compiled = partitioned.compiled
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)) if compiled is not None else []
-    meshes = [mesh, *meshes_in(traced.jaxpr), *(s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))]
-    concrete = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
-    return next((mesh for mesh in concrete if list(mesh.devices.flat) == devices), None)
 
 
 def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
