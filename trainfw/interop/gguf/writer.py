@@ -78,13 +78,8 @@ def save_gguf(
     divisors = _divisors(config)
     writes = _writes(tensor_names.rows_of(name, family), config, tensors, quantization)
     if divisors is not None:
-        writes.append(
-            _Write(
-                _stored(tensor_names.ROPE_FREQS, divisors.shape, "F32"),
-                tensor_names.Row(tensor_names.ROPE_FREQS, ""),
-                (),
-            )
-        )
+        factors = _stored(tensor_names.ROPE_FREQS, divisors.shape, "F32")
+        writes.append(_Write(factors, tensor_names.Row(tensor_names.ROPE_FREQS, ""), ()))
     metadata = _metadata(name, huggingface["model_type"], config)
     title = str(huggingface.get("_name_or_path") or file.stem)
     if family == "mistral" and "mistral" not in title.lower():
@@ -117,8 +112,7 @@ def save_gguf(
             out.seek(0, os.SEEK_END)
             _pad(out, alignment)
             for write in writes:
-                if write.stored.name == tensor_names.ROPE_FREQS:
-                    assert divisors is not None
+                if divisors is not None and write.stored.name == tensor_names.ROPE_FREQS:
                     out.write(divisors.astype("<f4").tobytes())
                 else:
                     for values in _values(write, tensors):
