@@ -32,7 +32,7 @@ ROWS = [
     ["hardware"],
     ["config", "formats", "yaml_text"],
     ["json_text"],
-    ["names", "paths", "pieces", "scopes", "signals", "streams", "tables", "unfinished", "utf8", "version"],
+    ["confined", "names", "paths", "pieces", "scopes", "signals", "streams", "tables", "unfinished", "utf8", "version"],
     ["errors"],
 ]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

@@ -42,18 +42,23 @@ def json_object(data: bytes, file: Path) -> dict[str, object]:
     return parse_json(data, str(file))
 
 
+class WrittenTwice(ValueError):
+    """An object with a key that is written twice: some readers take the first value, others the last."""
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of JSON (as `object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise WrittenTwice(f"key {twice[:40]!r} is written twice")
+    return value
+
+
 def parse_json(data: bytes, what: str) -> dict[str, object]:
     """Parse an object. Keys written twice, NaN and infinity are refused, since readers differ on what they mean, and
     so are halves of surrogate pairs, which no file and no terminal takes.
     """
-
-    def objects(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"key {key[:80]!r} is written twice")
-            found[key] = value
-        return found
 
     def constants(text: str) -> object:
         raise ValueError(f"{text} is not a number")
@@ -64,9 +69,7 @@ def parse_json(data: bytes, what: str) -> dict[str, object]:
         return value
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=objects, parse_constant=constants, parse_float=floats
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constants, parse_float=floats)
         _check_depth(value)
         if _SURROGATE.search(data):  # a pair, or half of one
             json.dumps(value, ensure_ascii=False).encode()

@@ -42,7 +42,14 @@ def writing(target: Path, *, directory: bool = False) -> Iterator[Path]:
 
     try:
         _make_parents(target.parent, made)
-        _remove_leftovers(target)
+        for name in filter(_partial(target).fullmatch, os.listdir(target.parent)):
+            with contextlib.suppress(OSError):
+                left = os.open(target.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _locked(left):
+                        _remove(target.parent / name)
+                finally:
+                    os.close(left)
         temporary, lock = _make(target, directory)
         with removed_by_signal(remove):
             yield temporary
@@ -136,17 +143,6 @@ def _locked(descriptor: int) -> bool | None:
 def _partial(target: Path) -> re.Pattern[str]:
     """Match the names that `_make` gives."""
     return re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}")
-
-
-def _remove_leftovers(target: Path) -> None:
-    for name in filter(_partial(target).fullmatch, os.listdir(target.parent)):
-        with contextlib.suppress(OSError):
-            lock = os.open(target.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                if _locked(lock):
-                    _remove(target.parent / name)
-            finally:
-                os.close(lock)
 
 
 def _remove(path: Path) -> None:

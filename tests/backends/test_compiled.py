@@ -147,7 +147,7 @@ def test_a_full_disk_is_no_matter(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
     store.put("a", b"value")
     assert store.get("a") is None
     assert not list(tmp_path.iterdir())

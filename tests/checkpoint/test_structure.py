@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import Heard, tiny_recipe
 from trainfw import RunError, UserError, train
 from trainfw.checkpoint import CheckpointConfig, Checkpoints, check_name
-from trainfw.checkpoint.structure import find_absent, shapes_of
+from trainfw.checkpoint.manager import find_absent, shapes_of
 
 PARAMS = {"a": {"kernel": jnp.arange(12.0).reshape(3, 4)}, "b": jnp.zeros((), jnp.bfloat16)}
 REST = {"step": jnp.int32(3), "opt_state": (PARAMS, None, {}, ()), "rng": jnp.arange(2, dtype=jnp.uint32)}

@@ -124,21 +124,22 @@ def test_interrupted_build_leaves_nothing_in_the_way(config: DataConfig, monkeyp
 
 def test_what_counts_as_whole_is_on_the_disk(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, os.rename
 
     def sync(descriptor: int) -> None:
         synced.append(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
-    def move(path: Path, target: Path) -> Path:
-        files = [path, *path.rglob("*")]
-        assert len(files) > 5
-        assert {file.stat().st_ino for file in files} <= {*synced}
-        synced.clear()
-        return rename(path, target)
+    def move(path: Path, target: Path) -> None:
+        if path.is_dir():
+            files = [path, *path.rglob("*")]
+            assert len(files) > 5
+            assert {file.stat().st_ino for file in files} <= {*synced}
+            synced.clear()
+        rename(path, target)
 
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(Path, "rename", move)
+    monkeypatch.setattr(os, "rename", move)
     prepare(config)
     assert synced == [Path(config.cache_dir or "").stat().st_ino]
 

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from trainfw.data import ChatTemplate, confined
-from trainfw.data.confined import Helper, LimitError
+from trainfw import confined
+from trainfw.confined import Helper, LimitError
+from trainfw.data import ChatTemplate
 from trainfw.data.turns import TemplateProblem
 from trainfw.errors import UserError
 
@@ -76,7 +77,7 @@ def test_many_renderings_share_the_time(helper, monkeypatch, tmp_path):
     )
     assert template.render(CHAT) == ""
     with pytest.raises(LimitError, match="takes more than 1 seconds"):
-        helper.call_each("templates:ask", template._fields, [("render", CHAT, False, None)] * 1000)
+        helper.call_each("data.templates:ask", template._fields, [("render", CHAT, False, None)] * 1000)
 
 
 def test_a_conversation_that_is_nested_too_deeply(helper, tmp_path):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from trainfw.data import confined, load_tokenizer
-from trainfw.data.confined import Helper
+from trainfw import confined
+from trainfw.confined import Helper
+from trainfw.data import load_tokenizer
 from trainfw.data.tokenizer import byte_tokenizer
 from trainfw.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 from trainfw.hardware import load_topology, topology_names
 from trainfw.parallel import Layout, place
 from trainfw.report import amount, describe_placement, describe_topology, doubtful_figures, draw_topology, topology_svg
-from trainfw.report.where import COLOURS, spans
+from trainfw.report.text import COLOURS, spans
 
 SVG = "{http://www.w3.org/2000/svg}"
 EACH = [

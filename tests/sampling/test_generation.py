@@ -212,7 +212,7 @@ def test_weights_to_decode_with_are_views_where_memory_is_short(model, monkeypat
     tokens = list(generate(model, [1, 2, 3], max_tokens=6, temperature=0))
     copied = decoding.decoding_weights(model, 1)
     assert copied.joined[0]
-    monkeypatch.setattr(decoding, "_available_memory", lambda: 0)
+    monkeypatch.setattr(decoding.backends, "free_memory", lambda: 0)
     viewed = decoding.decoding_weights(model, 1)
     assert not viewed.joined[0]
     stacked = model.layers.mlp.gate.kernel.get_value()

@@ -21,6 +21,7 @@ from .kernels import Kernel as Kernel
 from .kernels import own_kernels as own_kernels
 from .kernels import resolve as resolve
 from .memory import compute_inline as compute_inline
+from .memory import free_memory as free_memory
 from .memory import keep_freed_memory as keep_freed_memory
 from .memory import release_freed_memory as release_freed_memory
 from .memory import start_is_kept as start_is_kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from jax._src import compilation_cache  # its public face cannot be given anothe
 from jax._src.compilation_cache_interface import CacheInterface
 
 from trainfw.paths import cache_dir
+from trainfw.unfinished import writing
 
 MOST_BYTES = 2**30
 """Bytes on disk at most; the entry that was not used for longest goes first. A training step takes some MB."""
@@ -92,7 +92,8 @@ class Executables(CacheInterface):
     def put(self, key: str, value: bytes) -> None:
         """Write an entry. Where the disk is full the run goes on without it, with a warning."""
         try:
-            self._write(key, _digest(value) + value)
+            with writing(self._file(key)) as partial:
+                partial.write_bytes(_digest(value) + value)
             self._trim()
         except OSError as error:
             warnings.warn(
@@ -102,17 +103,6 @@ class Executables(CacheInterface):
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}.executable"
-
-    def _write(self, key: str, data: bytes) -> None:
-        self._path.mkdir(parents=True, exist_ok=True, mode=0o700)  # someone may have emptied the cache
-        descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=self._path)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(data)
-            os.replace(name, self._file(key))
-        except BaseException:
-            os.unlink(name)
-            raise
 
     def _trim(self) -> None:
         found = []

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 """Parameters of mallopt(3), from glibc's malloc.h."""
@@ -76,3 +77,16 @@ def release_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory() -> int:
+    """Count the bytes that may still be taken, on this machine or in this container; 0 where nothing says."""
+    found = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = min(found, max(limit - taken, 0))
+    return found

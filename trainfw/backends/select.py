@@ -202,7 +202,11 @@ def prepare(
         if wiring.order == "launcher's" and topology is not None and topology.instances > topology.count:
             wiring = number_by_place(wiring, read_place(topology.instances // topology.count))
         environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
-        _tell_jax()
+        if "jax" in sys.modules:  # and has read the environment
+            import jax
+
+            for name in ("jax_platforms", "jax_default_prng_impl"):
+                jax.config.update(name, os.environ[name.upper()])
     else:  # of a GPU's memory jax takes three quarters if nothing is said
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
@@ -239,15 +243,6 @@ def check_platforms() -> None:
             f"{variable} = {value!r}: jax has no such platform here{meant}; it has {', '.join(found)}; without the "
             "variable it takes the best"
         ) from error
-
-
-def _tell_jax() -> None:
-    """Set in an imported jax what it has already read of the environment."""
-    if "jax" in sys.modules:
-        import jax
-
-        for name in ("jax_platforms", "jax_default_prng_impl"):
-            jax.config.update(name, os.environ[name.upper()])
 
 
 def _simulate(devices: int | None) -> None:
@@ -292,7 +287,7 @@ def current() -> Backend:
     if platform == "cpu":
         from trainfw.backends.cpu.lowering import leave_saved
 
-        leave_saved(_on_its_own)
+        leave_saved(lambda: _as_backend is None)
     if _as_backend is not None:
         if platform != "cpu":
             raise UserError(
@@ -308,11 +303,6 @@ def _of_chip(backend: Backend, device_kind: str | None) -> Backend:
     """Add to a backend what a kind of chip takes besides."""
     known = backend.name == NEURON.name and device_kind in _NATIVE_TOP_K
     return replace(backend, top_k="native") if known else backend
-
-
-def _on_its_own() -> bool:
-    """Tell whether the CPU stands for no other backend."""
-    return _as_backend is None
 
 
 def is_host(device: jax.Device) -> bool:

@@ -115,19 +115,6 @@ def compiles_at_once(count: int, free: int) -> int:
     return max(1, min(count, free // (GIB_EACH * 2**30)))
 
 
-def free_memory() -> int:
-    """Count the bytes that may still be taken, on this machine or in this container; 0 where nothing says."""
-    found = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        found = min(found, max(limit - taken, 0))
-    return found
-
-
 def run_compiler(
     compiler: str,
     modules: Mapping[str, bytes],

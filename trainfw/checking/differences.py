@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import importlib.metadata
@@ -20,7 +21,6 @@ from trainfw.checking.compiler import (
     compiles_at_once,
     export_steps,
     find_compiler,
-    free_memory,
     last_lines,
     run_compiler,
 )
@@ -169,15 +169,12 @@ class Comparison:
         parts.append("\n".join([f"neuronx-cc {self.version}", *(f"    {line}" for line in lines)]))
         if self.differences:
             parts.append("\n".join(["where they differ", *map(str, self.differences)]).replace("\n", "\n    "))
-        parts.append(f"{verdict}: neuronx-cc, {self._agreement()}")
-        return "\n\n".join(parts)
-
-    def _agreement(self) -> str:
         silent = sorted(n for n, outcome in self.outcomes.items() if outcome.verdict not in ("passed", "refused"))
         said = [f"no verdict on {', '.join(silent)}"] if silent else []
         if self.differences:
             said.append(f"{len(self.differences)} difference{'s' * (len(self.differences) > 1)} from what check says")
-        return ", ".join(said) or "which agrees with check"
+        parts.append(f"{verdict}: neuronx-cc, {', '.join(said) or 'which agrees with check'}")
+        return "\n\n".join(parts)
 
 
 def compare_with_compiler(
@@ -196,7 +193,7 @@ def compare_with_compiler(
     modules = export_steps(program, progress)
     backends.release_freed_memory()
     protos = {name: module.proto for name, module in modules.items() if not isinstance(module, str)}
-    free = free_memory()
+    free = backends.free_memory()
     at_once = compiles_at_once(len(protos), free)
     progress(
         f"neuronx-cc {version}: {at_once} at once ({free / 2**30:.1f} GiB free; a compile may take "
@@ -220,7 +217,10 @@ def scrubbed(text: str) -> str:
         return word[0] if _NO_PATH.fullmatch(word[0]) else f"<path>/{word[0].rstrip('/').rpartition('/')[2]}"
 
     text = _INSTANCE.sub("<host>", _SLASHED.sub(without_directories, text))
-    for name, instead in ((socket.gethostname(), "<host>"), (_user(), "<user>")):
+    user = ""
+    with contextlib.suppress(KeyError, OSError, ImportError):  # no such user in a container
+        user = getpass.getuser()
+    for name, instead in ((socket.gethostname(), "<host>"), (user, "<user>")):
         if len(name) > 2:
             text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", instead, text)
     return text
@@ -305,10 +305,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # a clone, put on the path
         return "unknown"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # no such user in a container
-        return ""

@@ -29,12 +29,20 @@ def read_partitioned(
 ) -> list[Finding]:
     """List the findings in a partitioned module: `cores` of its partitions, in groups named by the axes of `mesh`."""
     found = collectives_of(module)
-    return [
-        *_integer_reductions(found, mesh),
-        *_groups(found, cores, mesh, topology),
-        *_communicators(found, mesh, sdk),
-        *_buffers(module, sdk),
-    ]
+    findings = []
+    for collective in found:
+        integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
+        if collective.kind in ("all-reduce", "reduce-scatter") and integers:
+            message = f"{collective.kind} of {integers[0]} over {_among(collective, mesh)}"
+            findings.append(_finding(f"collective-integer-{collective.kind}", message, collective))
+    findings += _groups(found, cores, mesh, topology)
+    # The first of each communicator.
+    users = list({_key(collective): collective for collective in reversed(found) if collective.groups}.values())[::-1]
+    if len(users) > sdk.communicators:
+        names = "; ".join(_among(collective, mesh) for collective in users)
+        message = f"{len(users)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}"
+        findings.append(_finding("communicators", message, users[sdk.communicators]))  # the first that is too many
+    return [*findings, *_buffers(module, sdk)]
 
 
 def is_partitioned(module: Module) -> bool:
@@ -111,14 +119,6 @@ def read_memory(memory: Memory) -> Iterator[Finding]:
         )
 
 
-def _integer_reductions(found: list[Collective], mesh: jax.sharding.Mesh | None) -> Iterator[Finding]:
-    for collective in found:
-        integers = [shape for shape in collective.instruction.shapes if shape.dtype[0] in "su"]
-        if collective.kind in ("all-reduce", "reduce-scatter") and integers:
-            message = f"{collective.kind} of {integers[0]} over {_among(collective, mesh)}"
-            yield _finding(f"collective-integer-{collective.kind}", message, collective)
-
-
 def _groups(
     found: list[Collective], cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology
 ) -> Iterator[Finding]:
@@ -139,15 +139,6 @@ def _groups(
             users = (first, *others)
             kinds = ", ".join(dict.fromkeys(user.kind for user in users))
             yield _finding(rule, f"{kinds} over {_among(first, mesh)}: {why}", first, len(users))
-
-
-def _communicators(found: list[Collective], mesh: jax.sharding.Mesh | None, sdk: Sdk) -> Iterator[Finding]:
-    # The first of each.
-    users = list({_key(collective): collective for collective in reversed(found) if collective.groups}.values())[::-1]
-    if len(users) > sdk.communicators:
-        names = "; ".join(_among(collective, mesh) for collective in users)
-        message = f"{len(users)} sets of groups, of {sdk.communicators} that SDK {sdk.version} allows: {names}"
-        yield _finding("communicators", message, users[sdk.communicators])  # the first that is too many
 
 
 def _buffers(module: Module, sdk: Sdk) -> Iterator[Finding]:

@@ -308,6 +308,8 @@ def begin(
 
     `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
+    import jax
+
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
@@ -329,13 +331,20 @@ def begin(
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
 
     def finish() -> Reading:
-        leaves = tuple(_leaves(traced, arguments))
+        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+        taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in taken]:
+            leaves = taken
         partitioned, problem = begun.result() if begun is not None else (None, why)
         if partitioned is None:
-            return Reading(name, (*found, Finding("not-partitioned", problem)), leaves)
+            return Reading(name, (*found, Finding("not-partitioned", problem)), tuple(leaves))
         devices = _devices(partitioned, traced, mesh)
-        named = _mesh_of(devices, partitioned, traced, mesh)
-        return Reading(name, tuple(found), leaves, partitioned, tuple(devices), named)
+        step = partitioned.compiled
+        shardings = jax.tree.leaves((step.input_shardings, step.output_shardings)) if step is not None else []
+        meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
+        concrete = [m for m in (mesh, *meshes_in(traced.jaxpr), *meshes) if isinstance(m, jax.sharding.Mesh)]
+        named = next((m for m in concrete if list(m.devices.flat) == devices), None)
+        return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
 
     return finish
 
@@ -369,19 +378,13 @@ def _trace(
         return traced
 
     traced = trace()
-    if not _lacks_devices(traced):
+    abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
+    if not (abstract and all(abstract) and jax.sharding.get_mesh().empty):
         return traced
     if mesh is None:
         raise UserError(f"{name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
     context.enter_context(jax.set_mesh(mesh))
     return trace()
-
-
-def _lacks_devices(traced: jax.stages.Traced) -> bool:
-    import jax
-
-    abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
-    return bool(abstract) and all(abstract) and jax.sharding.get_mesh().empty
 
 
 def _is_about_shapes(error: Exception) -> bool:
@@ -461,18 +464,6 @@ def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.shar
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
 
 
-def _mesh_of(
-    devices: list[jax.Device], partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None
-) -> jax.sharding.Mesh | None:
-    import jax
-
-    compiled = partitioned.compiled
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)) if compiled is not None else []
-    meshes = [mesh, *meshes_in(traced.jaxpr), *(s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))]
-    concrete = [mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh)]
-    return next((mesh for mesh in concrete if list(mesh.devices.flat) == devices), None)
-
-
 def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
     import jax
@@ -517,15 +508,6 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
     elif isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.typeof(leaf).dtype, sharding=sharding)
-
-
-def _leaves(traced: jax.stages.Traced, arguments: tuple[object, ...]) -> list[jax.ShapeDtypeStruct]:
-    import jax
-
-    leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
-    taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
-    same = [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in taken]
-    return leaves if same else taken
 
 
 def _is_split(leaf: object) -> bool:

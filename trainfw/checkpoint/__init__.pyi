@@ -8,10 +8,10 @@ from .identity import read_identity as read_identity
 from .identity import saved_recipe as saved_recipe
 from .identity import write_identity as write_identity
 from .manager import Checkpoints as Checkpoints
+from .manifest import Damage as Damage
 from .manifest import find_mismatch as find_mismatch
 from .manifest import read_manifest as read_manifest
 from .manifest import read_meta as read_meta
-from .meta import Damage as Damage
 from .saved import SavedParameters as SavedParameters
 from .stores import Directory as Directory
 from .stores import check_name as check_name

@@ -49,7 +49,10 @@ def locate(run: Path, config: CheckpointConfig) -> Directory:
     except ImportError:
         needs = f"needs the package {library}: {pip_install(extra)}"
         raise UserError(f"checkpoint.directory = {config.directory}: {needs}") from None
-    _list_afresh()
+    import fsspec
+
+    for store in STORES:  # no cache of listings: TensorStore and other processes write past fsspec
+        fsspec.config.conf.setdefault(store, {}).setdefault("use_listings_cache", False)
     if scheme == "s3":
         _teach_orbax()
     return cast(Path, epath.Path(config.directory.rstrip("/")))
@@ -221,15 +224,6 @@ def _filesystem(directory: Directory) -> Any:
     import fsspec
 
     return fsspec.filesystem(urlsplit(str(directory)).scheme)
-
-
-@functools.cache
-def _list_afresh() -> None:
-    """Turn off fsspec's cache of listings: TensorStore and other processes write past fsspec."""
-    import fsspec
-
-    for scheme in STORES:
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 @functools.cache

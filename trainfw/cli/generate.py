@@ -31,7 +31,16 @@ def generate(
     ] = None,
 ) -> None:
     """Write on from prompts. With a run, a model, or a model and several adapters."""
-    adapters = _named(adapter or [])
+    adapters: dict[str, str] = {}
+    for text in adapter or []:
+        called, equals, path = text.partition("=")
+        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", called):
+            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
+        if called in adapters or called == "base":
+            raise UserError(
+                f"--adapter {text!r}: {called!r} is {'taken' if called in adapters else 'the model itself'}"
+            )
+        adapters[called] = path
     for text in prompt:
         try:
             text.encode()
@@ -67,18 +76,6 @@ def generate(
     for (name, text), ids in zip(chosen, written, strict=True):
         show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
         show(tokenizer.decode(ids) + "\n")
-
-
-def _named(adapters: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for text in adapters:
-        name, equals, path = text.partition("=")
-        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
-        if name in named or name == "base":
-            raise UserError(f"--adapter {text!r}: {name!r} is {'taken' if name in named else 'the model itself'}")
-        named[name] = path
-    return named
 
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:

@@ -9,7 +9,6 @@ from .chat import chat_prompt as chat_prompt
 from .chat import stop_ids as stop_ids
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
-from .confined import UnusableError as UnusableError
 from .examples import Refused as Refused
 from .pipeline import Batch as Batch
 from .pipeline import TrainIterator as TrainIterator

@@ -32,7 +32,7 @@ from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, first_bytes, load_
 from trainfw.errors import RunError, UserError, about
 from trainfw.json_text import read_json
 from trainfw.paths import cache_dir, resolve_path
-from trainfw.unfinished import removed_by_signal, sync, sync_tree
+from trainfw.unfinished import sync_tree, writing
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
@@ -173,18 +173,13 @@ class _Cache:
 
         Raises UserError where its digests differ from those that were returned before.
         """
-        partial = self._root / f"{self._fingerprint}.partial"
-        remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
-        remove()
-        partial.mkdir()
-        with about("source"), removed_by_signal(remove):
-            digests = self._build(partial, source)
-        if self._digests and digests != self._digests:
-            raise UserError(f"what its source gives now is other data (digests {digests}, not {self._digests})")
-        sync_tree(partial)
-        shutil.rmtree(self._directory, ignore_errors=True)
-        partial.rename(self._directory)
-        sync(self._root)
+        with writing(self._directory, directory=True) as partial:
+            with about("source"):
+                digests = self._build(partial, source)
+            if self._digests and digests != self._digests:
+                raise UserError(f"what its source gives now is other data (digests {digests}, not {self._digests})")
+            sync_tree(partial)
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
         """Make the cache again while it is in use, unless another thread or process has.

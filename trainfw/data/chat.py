@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from trainfw.data.confined import Problem, UnusableError, helper
+from trainfw.confined import Problem, UnusableError, helper
 from trainfw.data.tokenizer import FAILS, Tokenizer
 from trainfw.data.trials import guarded
 from trainfw.data.turns import SENTINEL, Message, TemplateProblem, Written
@@ -82,7 +82,7 @@ class ChatTemplate:
         """
         with self._blamed():
             fields = (*self._fields[:3], self.marker_pattern.pattern, self.end_pattern.pattern)
-            answers = helper.call_each("templates:write", fields, conversations)
+            answers = helper.call_each("data.templates:write", fields, conversations)
         return [
             TemplateProblem(str(one)) if isinstance(one, Problem) else [Written.of(written) for written in one]
             for one in answers
@@ -103,7 +103,7 @@ class ChatTemplate:
 
     def _ask(self, what: str, *arguments: Any) -> Any:
         with self._blamed():
-            return helper.call("templates:ask", self._fields, what, *arguments)
+            return helper.call("data.templates:ask", self._fields, what, *arguments)
 
     @contextlib.contextmanager
     def _blamed(self) -> Iterator[None]:

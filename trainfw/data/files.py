@@ -104,7 +104,15 @@ class Finder:
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             inputs = self._all(root, path.relative_to(root).parts, name)
         else:
-            raise _not_there(path, name)
+            try:
+                os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except (OSError, ValueError) as error:  # a name too long, no right to look, a NUL in it
+                raise UserError(f"source {name!r}: {getattr(error, 'strerror', None) or error}") from None
+            siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+            hint = did_you_mean(str(path), [STDLIB, *TASK_SOURCES, *siblings])
+            raise UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
         new = []
         for one in inputs:
             if (real := os.path.realpath(one.path)) in self._reached:
@@ -183,18 +191,6 @@ def _odd(path: Path) -> tuple[str, str] | None:
     except OSError as error:
         return ("dangling link", os.readlink(path)) if os.path.islink(path) else (error.strerror or "missing file", "")
     return None if stat.S_ISREG(mode) else (_SPECIAL.get(stat.S_IFMT(mode), "special file"), "")
-
-
-def _not_there(path: Path, name: str) -> UserError:
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # a name too long, no right to look, a NUL in it
-        return UserError(f"source {name!r}: {getattr(error, 'strerror', None) or error}")
-    siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    hint = did_you_mean(str(path), [STDLIB, *TASK_SOURCES, *siblings])
-    return UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
 
 
 def _after(patterns: set[_Pattern], name: str) -> set[_Pattern]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from trainfw.data.compressed import LIMIT, open_plain
 from trainfw.errors import UserError
+from trainfw.json_text import unique
 from trainfw.utf8 import without_mark
 
 _BLOCK = 2**20
@@ -47,19 +48,6 @@ def not_json(error: Exception, where: str, text: str) -> UserError:
     """Return the error for a text that is not JSON."""
     problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return UserError(f"{where}: not JSON ({problem}): {text[:60].rstrip()}")
-
-
-class WrittenTwice(ValueError):
-    """An object with a key that is written twice: some readers take the first value, others the last."""
-
-
-def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object of JSON (as `object_pairs_hook`). Raises WrittenTwice for a key that is written twice."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
-        raise WrittenTwice(f"key {twice[:40]!r} is written twice")
-    return value
 
 
 class _JsonText:

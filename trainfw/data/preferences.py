@@ -100,7 +100,14 @@ class PairEncoder(Encoder):
             names = "{!r} and {!r}".format(*self._fields)
             raise checks.Unusable(f"no {self.config.prompt_field!r}, and {names} begin with no message in common")
         for field, side, flags in zip(self._fields, sides, learnt):
-            _check_answer(field, side, flags)
+            if not side:
+                raise checks.Unusable(f"{field!r} holds no message after the prompt")
+            for does, role in (("begins", side[0]["role"]), ("ends", side[-1]["role"])):
+                if role != "assistant":
+                    raise checks.Unusable(
+                        f"{field!r}, after the prompt, {does} with a message of {role}, not of assistant"
+                    )
+            checks.check_something_learnt(side, flags, _LEARNT)
         return self._conversations(id_, row, prompt, zip(sides, learnt))
 
     def _prompt(self, row: dict[str, object]) -> list[Message]:
@@ -124,18 +131,6 @@ class PairEncoder(Encoder):
         prompt, unlearnt, key = checks.begun(prompt, [False] * len(prompt), self.config.system_prompt)
         tools = checks.tools_beside(row)
         return [self._conversation(id_, [*prompt, *side], [*unlearnt, *flags], key, tools) for side, flags in sides]
-
-
-def _check_answer(field: str, messages: list[Message], learnt: list[bool]) -> None:
-    """Raise checks.Unusable unless the messages are an answer of the assistant that has something to learn."""
-    if not messages:
-        raise checks.Unusable(f"{field!r} holds no message after the prompt")
-    for does, message in (("begins", messages[0]), ("ends", messages[-1])):
-        if message["role"] != "assistant":
-            raise checks.Unusable(
-                f"{field!r}, after the prompt, {does} with a message of {message['role']}, not of assistant"
-            )
-    checks.check_something_learnt(messages, learnt, _LEARNT)
 
 
 def _only(written: list[Text] | TemplateProblem) -> Text:

@@ -12,8 +12,9 @@ from typing import Any
 
 from trainfw.data.arrow import SAVED, NotText, ReadRows, parquet_rows, saved_dataset_rows
 from trainfw.data.compressed import LIMIT, open_plain
-from trainfw.data.json_values import WrittenTwice, json_values, not_json, unique
+from trainfw.data.json_values import json_values, not_json
 from trainfw.errors import UserError, did_you_mean
+from trainfw.json_text import WrittenTwice, unique
 from trainfw.utf8 import decode_utf8, without_mark
 
 Columns = tuple[str, ...]

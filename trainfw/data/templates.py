@@ -18,7 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from trainfw.data.confined import work
+from trainfw.confined import work
 from trainfw.data.turns import SENTINEL, Message, Span, TemplateProblem, marked, write_learnt
 from trainfw.errors import UserError
 

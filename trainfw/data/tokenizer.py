@@ -15,9 +15,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from trainfw.confined import LimitError, UnusableError, helper
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
-from trainfw.data.confined import LimitError, UnusableError, helper
 from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
@@ -242,7 +242,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = resolve_path(path)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        form, settings, stops = huggingface_tokenizer(read_header(path))
+        backend = _backend(json.dumps(form), None, path)
+        ids = _document_ids(backend, settings, path, "give tokenizer.ggml.eos_token_id")
+        return Tokenizer(backend, *ids, settings, stops, path)
     if (path / "recipe.yaml").is_file():
         path = path / "tokenizer"
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -262,13 +265,6 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return Tokenizer(backend, *ids, settings, _stop_ids(file.parent), template)
 
 
-def _from_gguf(file: Path) -> Tokenizer:
-    form, settings, stops = huggingface_tokenizer(read_header(file))
-    backend = _backend(json.dumps(form), None, file)
-    ids = _document_ids(backend, settings, file, "give tokenizer.ggml.eos_token_id")
-    return Tokenizer(backend, *ids, settings, stops, file)
-
-
 def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.Tokenizer:
     """Open the tokenizer in the text of a tokenizer.json, with the tokens that the files beside it add.
 
@@ -277,7 +273,7 @@ def _backend(text: str, files: TokenizerFiles | None, file: Path) -> tokenizers.
     digest = hashlib.blake2b(f"{text}\0{files}".encode(errors="surrogatepass")).digest()
     try:
         if digest not in _tried:
-            helper.call("trials:try_tokenizer", None, text, files)
+            helper.call("data.trials:try_tokenizer", None, text, files)
             _tried.add(digest)
         backend = opened(text)
     except LimitError as error:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import tokenizers
 
+from trainfw.confined import UnusableError
 from trainfw.data.added_tokens import TokenizerFiles
-from trainfw.data.confined import UnusableError
 from trainfw.errors import UserError
 
 MOST_IDS = 2**24
@@ -45,7 +45,13 @@ def try_tokenizer(_: None, text: str, files: TokenizerFiles | None) -> None:
     backend.no_truncation()
     backend.no_padding()
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder)
-    for probe in _probes([json.loads(part.__getstate__()) for part in parts if part is not None]):
+    texts = _strings([json.loads(part.__getstate__()) for part in parts if part is not None])
+    pieces = sorted({piece for text in texts for piece in (text[:20], *re.findall(r"\w", text))})
+    # Repetitions of a short text, alone and with another end: expressions are slowest at these, and one is tried only
+    # where a text has all characters that it asks for.
+    end = "!" + "".join(piece for piece in pieces if len(piece) == 1)[:100] + "1a \n"
+    repeated = [(seed * _LENGTH)[:_LENGTH] for seed in (*_SEEDS, *pieces[:200]) if seed]
+    for probe in (text + after for text in repeated for after in ("", "!", end)):
         for special in (True, False):
             backend.encode_special_tokens = special
             with guarded(f"the tokenizer fails at {probe[:20]!r} and so on"):
@@ -75,16 +81,6 @@ def guarded(problem: str) -> Iterator[None]:
         raise
     except BaseException as error:  # the library raises bare Exception, and panics, which are no Exception
         raise UnusableError(f"{problem}: {' '.join(str(error)[:200].split())}") from error
-
-
-def _probes(parts: list[object]) -> Iterator[str]:
-    """Yield repetitions of a short text, alone and with another end: expressions are slowest at these."""
-    pieces = sorted({piece for text in _strings(parts) for piece in (text[:20], *re.findall(r"\w", text))})
-    # An expression is tried only where a text has all characters that it asks for.
-    end = "!" + "".join(piece for piece in pieces if len(piece) == 1)[:100] + "1a \n"
-    for seed in filter(None, (*_SEEDS, *pieces[:200])):
-        repeated = (seed * _LENGTH)[:_LENGTH]
-        yield from (repeated, repeated + "!", repeated + end)
 
 
 def _strings(value: object) -> Iterator[str]:

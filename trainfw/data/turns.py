@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trainfw.data.confined import Problem
+from trainfw.confined import Problem
 
 if TYPE_CHECKING:
     from trainfw.data.templates import Template
@@ -149,21 +149,17 @@ class _Conversation:
         if prompt and through.startswith(prompt):
             start = len(prompt)
         else:
-            start = self.content_start(i, through)
+            bare = [*self.messages[:i], {**self.messages[i], "content": SENTINEL}]
+            header, mark, _ = self.text(bare).rpartition(SENTINEL)
+            every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(self.messages[: i + 1])]
+            is_last = self.text(every).rpartition(SENTINEL)[2].startswith(f"{i}q")
+            if not mark or not is_last or not through.startswith(header):
+                raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
+            start = len(header)
             unmet = prompt.removeprefix(self.part(self.messages[:i], prompt=False))
         turn = self.ended(through[start:])
         self.check_written(i, through, turn)
         return _Turn(through[:start] + turn, start, unmet)
-
-    def content_start(self, i: int, through: str) -> int:
-        header, mark, _ = self.text([*self.messages[:i], {**self.messages[i], "content": SENTINEL}]).rpartition(
-            SENTINEL
-        )
-        every = [{**message, "content": f"{SENTINEL}{j}q"} for j, message in enumerate(self.messages[: i + 1])]
-        is_last = self.text(every).rpartition(SENTINEL)[2].startswith(f"{i}q")
-        if not mark or not is_last or not through.startswith(header):
-            raise TemplateProblem("the chat template writes a turn so that its beginning cannot be told")
-        return len(header)
 
     def ended(self, turn: str) -> str:
         """Cut off what follows the token that ends the turn, which the model is not to write."""

@@ -185,7 +185,15 @@ def read_header(file: Path) -> dict[str, _Place]:
         raise UserError(f"{file}: {_METADATA}: expected an object of strings")
     _check_names(file, header)
     places = {name: _place(file, name, entry, 8 + length, size) for name, entry in header.items()}
-    _check_layout(file, places, 8 + length, size)
+    end, previous = 8 + length, ""  # tensors fill the file, each byte once: other bytes could be anything
+    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].info.nbytes)):
+        if place.start < end:
+            raise UserError(f"{file}: tensors {previous} and {name} overlap")
+        if place.start > end:
+            raise UserError(f"{file}: {place.start - end:,} bytes before tensor {name} belong to no tensor")
+        end, previous = place.start + place.info.nbytes, name
+    if end != size:
+        raise UserError(f"{file}: {size - end:,} bytes at the end belong to no tensor")
     return places
 
 
@@ -214,16 +222,3 @@ def _place(file: Path, name: str, entry: object, data: int, size: int) -> _Place
 
 def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _check_layout(file: Path, places: Mapping[str, _Place], data: int, size: int) -> None:
-    """Raise UserError unless tensors fill the file, each byte once: other bytes could be anything."""
-    end, previous = data, ""
-    for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].info.nbytes)):
-        if place.start < end:
-            raise UserError(f"{file}: tensors {previous} and {name} overlap")
-        if place.start > end:
-            raise UserError(f"{file}: {place.start - end:,} bytes before tensor {name} belong to no tensor")
-        end, previous = place.start + place.info.nbytes, name
-    if end != size:
-        raise UserError(f"{file}: {size - end:,} bytes at the end belong to no tensor")

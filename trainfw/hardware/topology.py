@@ -243,7 +243,17 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     for key, value in parameters:
         if key not in figures:
             raise UserError(f"parameters.{key}: {name} has no such figure{did_you_mean(key, figures)}")
-        _check_replacement(key, value, figures[key])
+        try:
+            number, given = parsed(value)
+        except ValueError as error:
+            raise UserError(f"parameters.{key} = {error}") from None
+        expected, says = parsed(figures[key].value)[1], f"parameters.{key} = {value!r}: expected"
+        if given != expected:
+            raise UserError(f"{says} {expected}{units(expected)}, such as {figures[key].value}")
+        if key.endswith("efficiency") and not 0 < number <= 1:
+            raise UserError(f"{says} a share, more than 0 and at most 1")
+        if number == 0 and not key.endswith(".latency"):
+            raise UserError(f"{says} more than 0")
         figures[key] = figures[key].model_copy(update={"value": value, "source": _REPLACED})
 
     def placed(name: str, size: int, kind: str, inside: bool, link: str, about: LinkFile) -> Dimension:
@@ -255,7 +265,12 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     if count > 1:
         assert file.network is not None
         dims.insert(0, placed("network", count, "network", False, "network", file.network))
-    _check_range(name, chip)
+    middle, around = chip.matmul_efficiency, chip.matmul_efficiency_range
+    if around is not None and (middle is None or not around.low <= middle.number <= around.high):
+        raise UserError(
+            f"topology {name!r}: chip.matmul_efficiency_range: {around.low} to {around.high}: expected a range around "
+            f"chip.matmul_efficiency = {None if middle is None else middle.value}"
+        )
     if chip.cores > lnc:
         if chip.on_chip is None:
             raise UserError(f"topology {name!r}: chip.on_chip: is required, between the {chip.cores} cores of a chip")
@@ -279,32 +294,6 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         sources=tuple(file.sources),
         kubernetes=file.kubernetes,
     )
-
-
-def _check_range(name: str, chip: ChipFile) -> None:
-    value, around = chip.matmul_efficiency, chip.matmul_efficiency_range
-    if around is None or (value is not None and around.low <= value.number <= around.high):
-        return
-    given = None if value is None else value.value
-    raise UserError(
-        f"topology {name!r}: chip.matmul_efficiency_range: {around.low} to {around.high}: expected a range around "
-        f"chip.matmul_efficiency = {given}"
-    )
-
-
-def _check_replacement(key: str, value: str, figure: Figure) -> None:
-    """Raise UserError where `value` cannot stand in place of the figure."""
-    try:
-        number, given = parsed(value)
-    except ValueError as error:
-        raise UserError(f"parameters.{key} = {error}") from None
-    expected = parsed(figure.value)[1]
-    if given != expected:
-        raise UserError(f"parameters.{key} = {value!r}: expected {expected}{units(expected)}, such as {figure.value}")
-    if key.endswith("efficiency") and not 0 < number <= 1:
-        raise UserError(f"parameters.{key} = {value!r}: expected a share, more than 0 and at most 1")
-    if number == 0 and not key.endswith(".latency"):
-        raise UserError(f"parameters.{key} = {value!r}: expected more than 0")
 
 
 def _files(name: str) -> tuple[TopologyFile, ChipFile]:

@@ -8,14 +8,14 @@ from .groups import parse_groups as parse_groups
 from .module import Computation as Computation
 from .module import Instruction as Instruction
 from .module import Module as Module
+from .module import Place as Place
 from .module import Shape as Shape
 from .module import count_trips as count_trips
+from .module import is_library as is_library
+from .module import user_place as user_place
 from .parse import parse_module as parse_module
 from .partitioning import Exported as Exported
 from .partitioning import Partitioned as Partitioned
 from .partitioning import export as export
 from .partitioning import partition as partition
 from .partitioning import without_compilation_cache as without_compilation_cache
-from .places import Place as Place
-from .places import is_library as is_library
-from .places import user_place as user_place

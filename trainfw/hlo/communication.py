@@ -95,10 +95,13 @@ def _collective(
     group_size = max(map(len, groups), default=1)
     if not pairs and group_size < 2:
         return None
+    largest = max(instruction.shapes, key=lambda shape: shape.bytes)
+    # What is started returns its operand beside its result.
+    size = largest.bytes if instruction.opcode.endswith("-start") else instruction.bytes
     return Collective(
         kind=kind,
-        dtype=max(instruction.shapes, key=lambda shape: shape.bytes).dtype,
-        bytes=_bytes(kind, instruction, group_size),
+        dtype=largest.dtype,
+        bytes=size * group_size if kind == "reduce-scatter" else size,
         times=times,
         groups=groups,
         pairs=pairs,
@@ -167,13 +170,6 @@ def _place(device: int, sizes: dict[str, int]) -> dict[str, int]:
     for axis in reversed(sizes):
         device, place[axis] = divmod(device, sizes[axis])
     return place
-
-
-def _bytes(kind: str, instruction: Instruction, group_size: int) -> int:
-    result = instruction.bytes
-    if instruction.opcode.endswith("-start"):  # it returns its operand beside its result
-        result = max(shape.bytes for shape in instruction.shapes)
-    return result * group_size if kind == "reduce-scatter" else result
 
 
 def _longest_chain(pairs: Iterable[tuple[int, int]]) -> int:

@@ -28,7 +28,11 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
     if text.startswith("mesh["):
         return _along_axes(text)
     if text.startswith("["):
-        return _iota(text)
+        if (match := _IOTA.match(text)) is None:
+            raise ValueError(f"replica groups {text!r}: no form of HLO that is known")
+        dims, shape, order = (_numbers(part or "") for part in match.groups())
+        devices = range(math.prod(shape))
+        return _cut(devices, shape, order, dims[-1] if len(dims) > 1 else len(devices))
     groups = [_numbers(group) for group in re.findall(r"\{([\d,\s]*)\}", text[1:-1])]
     return tuple(groups) or (tuple(range(num_partitions)),)
 
@@ -36,15 +40,6 @@ def parse_groups(text: str, num_partitions: int) -> Groups:
 def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
     """Return the (source, target) pairs of `source_target_pairs={{0,1},{1,0}}`."""
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),\s*(\d+)\}", text))
-
-
-def _iota(text: str) -> Groups:
-    match = _IOTA.match(text)
-    if match is None:
-        raise ValueError(f"replica groups {text!r}: no form of HLO that is known")
-    dims, shape, order = (_numbers(part or "") for part in match.groups())
-    devices = range(math.prod(shape))
-    return _cut(devices, shape, order, dims[-1] if len(dims) > 1 else len(devices))
 
 
 def _along_axes(text: str) -> Groups:

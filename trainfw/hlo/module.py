@@ -5,12 +5,43 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import os
 import re
+import sysconfig
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from trainfw.hlo.places import Place
+LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "chex", "orbax", "einops", "numpy"})
+"""Packages whose frames are never where somebody made a mistake in their own program."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A line of Python."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@functools.cache
+def is_library(file: str) -> bool:
+    """Tell whether a file belongs to Python itself or to one of LIBRARIES."""
+    parts = file.split(os.sep)
+    for installed in ("site-packages", "dist-packages"):
+        if installed in parts:
+            return parts[parts.index(installed) + 1] in LIBRARIES
+    return file.startswith((sysconfig.get_path("stdlib") + os.sep, "<frozen"))
+
+
+def user_place(frames: Iterable[Place]) -> Place | None:
+    """Choose the innermost of `frames` (given innermost first) in user code, else the innermost; None of none."""
+    frames = list(frames)
+    return next((frame for frame in frames if not is_library(frame.file)), frames[0] if frames else None)
+
 
 _FOLDED: dict[str, Callable[..., int]] = {
     "convert": int,

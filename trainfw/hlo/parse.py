@@ -6,8 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from trainfw.hlo.module import Computation, Instruction, Module, Shape
-from trainfw.hlo.places import Place, user_place
+from trainfw.hlo.module import Computation, Instruction, Module, Place, Shape, user_place
 
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -41,10 +40,11 @@ def parse_module(text: str) -> Module:
         elif match := _HEADER.match(line):
             table = None
             places = places or _Places(tables)
-            computation = _computation(match[2], lines, places)
-            computations[computation.name] = computation
+            own = itertools.takewhile(lambda line: not line.startswith("}"), lines)
+            found = [_instruction(_COMMENT.sub("", line), places) for line in own]
+            computations[match[2]] = Computation(match[2], {one.name: one for one in found if one is not None})
             if match[1]:
-                entry = computation.name
+                entry = match[2]
     return Module(name, int(partitions[1]) if partitions else 1, entry, computations)
 
 
@@ -74,12 +74,6 @@ class _Places:
 
 def _numbers(text: str) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", text)}
-
-
-def _computation(name: str, lines: Iterator[str], places: _Places) -> Computation:
-    own = itertools.takewhile(lambda line: not line.startswith("}"), lines)
-    found = (_instruction(_COMMENT.sub("", line), places) for line in own)
-    return Computation(name, {instruction.name: instruction for instruction in found if instruction is not None})
 
 
 def _instruction(line: str, places: _Places) -> Instruction | None:

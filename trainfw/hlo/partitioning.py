@@ -53,7 +53,10 @@ def partition(lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | 
     """
     with scratch_directory() as directory:
         compiled, text = _compile(lowered, Path(directory), compiler_options)
-        return Partitioned(parse_module(text.read_text()), compiled, _assignment(Path(directory)))
+        kinds = ("buffer-assignment", "live-range")
+        found = [sorted(Path(directory).glob(f"*after_optimizations-{kind}.txt")) for kind in kinds]
+        assignment = parse_assignment(*(paths[-1].read_text() for paths in found)) if all(found) else None
+        return Partitioned(parse_module(text.read_text()), compiled, assignment)
 
 
 def export(lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] | None = None) -> Exported:
@@ -97,11 +100,6 @@ def _compile(
     if not texts and failure is not None:
         raise failure
     return compiled, texts[-1]
-
-
-def _assignment(directory: Path) -> Assignment | None:
-    found = [sorted(directory.glob(f"*after_optimizations-{kind}.txt")) for kind in ("buffer-assignment", "live-range")]
-    return parse_assignment(*(paths[-1].read_text() for paths in found)) if all(found) else None
 
 
 @contextlib.contextmanager

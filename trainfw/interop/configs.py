@@ -148,8 +148,15 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
         **_rope(config, hf, local="sliding" in pattern),
         **family.fields,
     }
-    if "moe" in fields:
-        fields |= _experts(config, hf, fields["moe"])
+    if "moe" in fields:  # dispatched as in Transformers
+        if hf.get("decoder_sparse_step", 1) != 1:
+            raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
+        # Transformers 5 writes num_local_experts for every family.
+        names = ("num_experts", "num_local_experts")
+        count = _agreed({key: config.get(key) for key in names}) or next(hf[key] for key in names if hf.get(key))
+        experts = {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"], "dispatch": "dropless"}
+        fields["moe"] = {**experts, "normalize_weights": bool(hf.get("norm_topk_prob")), **fields["moe"]}
+        fields["intermediate_size"] = hf.get("moe_intermediate_size") or hf["intermediate_size"]
     if hf.get("head_dim") is not None:
         fields["head_dim"] = hf["head_dim"]
     if hf.get("query_pre_attn_scalar") is not None:
@@ -219,18 +226,6 @@ def _check_types(config: Mapping[str, object], where: str) -> None:
             raise UserError(f"{where}: {key} = {short(value)}: expected {expected}")
         if isinstance(value, dict):
             _check_types(value, f"{where}: {key}")
-
-
-def _experts(config: Mapping[str, object], hf: Mapping[str, object], moe: Mapping[str, object]) -> dict[str, object]:
-    """Return the fields of a mixture of experts. Its dispatch is `dropless`, as in Transformers."""
-    if hf.get("decoder_sparse_step", 1) != 1:
-        raise UserError(f"config.json: decoder_sparse_step = {hf['decoder_sparse_step']} is not supported")
-    # Transformers 5 writes num_local_experts for every family.
-    names = ("num_experts", "num_local_experts")
-    count = _agreed({key: config.get(key) for key in names}) or next(hf[key] for key in names if hf.get(key))
-    experts = {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"], "dispatch": "dropless"}
-    experts["normalize_weights"] = bool(hf.get("norm_topk_prob"))
-    return {"intermediate_size": hf.get("moe_intermediate_size") or hf["intermediate_size"], "moe": {**experts, **moe}}
 
 
 def _layer_kinds(hf: Mapping[str, Any], family: Family) -> list[str]:

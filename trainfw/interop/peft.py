@@ -50,7 +50,7 @@ def read_peft(path: str | os.PathLike[str], model: ModelConfig) -> tuple[Adapter
     adapted = {module for module, _ in stored.names}
     for name, by_layer in places.items():
         missing = [module for module in by_layer.values() if module not in adapted]
-        if len(missing) == len(by_layer) and not any(stored.config.targets(module) for module in missing):
+        if len(missing) == len(by_layer) and not any(module in stored.sizes for module in missing):
             continue
         if missing:
             raise UserError(f"{stored.file}: {name} has no adapter in {missing[0]}; expected one in every layer")
@@ -114,6 +114,12 @@ class _Stored:
         self.config = read_peft_config(self.file.with_name(CONFIG))
         self.tensors = SafetensorsTensors(path, WEIGHTS)
         self.names: dict[tuple[str, str], str] = {}
+        modules = {
+            name.removeprefix(_PREFIX).removesuffix(f".{part}") for name in self.tensors.infos for part in _PARTS
+        }
+        if model is not None:
+            modules.update(module for layers in _places(model).values() for module in layers.values())
+        self.sizes = self.config.sizes(modules)
         for name, info in self.tensors.infos.items():
             whole = name.removeprefix(_PREFIX)
             if whole in _COPIES:
@@ -129,7 +135,7 @@ class _Stored:
             module = whole.removesuffix(f".{part}")
             if not part or module.rpartition(".")[2] not in _MODULES:
                 raise self.no_place(name)
-            if not self.config.targets(module):
+            if module not in self.sizes:
                 raise UserError(f"{self.file}: tensor {name[:200]} is of a module that {CONFIG} does not target")
             if self.config.use_dora and module.endswith("embed_tokens"):
                 config = self.file.with_name(CONFIG)
@@ -177,7 +183,7 @@ class _Stored:
 
     def size(self, module: str, stored_rank: int) -> tuple[int, float]:
         """Return rank and alpha of one module's adapter. Raises UserError where its tensors have another rank."""
-        rank, alpha = self.config.size(module)
+        rank, alpha = self.sizes[module]
         if stored_rank != rank:
             raise UserError(f"{self.file.parent}: {module} has rank {stored_rank}, but {CONFIG} says {rank}")
         return rank, alpha

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from trainfw.config import INT32, SMALLEST
+from trainfw.confined import LimitError, Problem, helper
 from trainfw.errors import UserError, short
-from trainfw.interop.expressions import MAX_TEXT, Expression, Steps, Text
 from trainfw.json_text import read_json
+
+_Value = TypeVar("_Value")
 
 CONFIG = "adapter_config.json"
 _READ = (
@@ -33,34 +36,80 @@ A B out of it."""
 class PeftConfig:
     """A LoRA adapter as PEFT describes it; both `use_dora` and `use_rslora` mean DoRA scaled as rsLoRA."""
 
+    file: Path
     rank: int
     alpha: float
     dropout: float
     use_rslora: bool
     use_dora: bool
-    _steps: Steps
-    _targeted: Callable[[str], bool]
-    _excluded: Callable[[str], bool]
-    _ranks: list[tuple[Expression, int]]
-    _alphas: list[tuple[Expression, float]]
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
 
     @property
     def kind(self) -> Literal["lora", "rslora", "dora"]:
         return "dora" if self.use_dora else "rslora" if self.use_rslora else "lora"
 
-    def targets(self, module: str) -> bool:
-        """Tell whether PEFT puts an adapter on a module of this name."""
-        return len(module) <= MAX_TEXT and self._targeted(module) and not self._excluded(module)
+    def sizes(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """Return rank and alpha of the adapter of each module of these names on which PEFT puts one.
 
-    def size(self, module: str) -> tuple[int, float]:
-        """Return rank and alpha of a module's adapter: as in PEFT, those of the first pattern that matches its name,
-        whole or after a dot."""
-        text = Text(module, self._steps)
-        starts = sum(1 << place + 1 for place, letter in enumerate(module) if letter == ".") | 1
-        rank = next((rank for pattern, rank in self._ranks if pattern.matches(text, starts)), self.rank)
-        alpha = next((alpha for pattern, alpha in self._alphas if pattern.matches(text, starts)), self.alpha)
-        # Our DoRA scales by alpha / r.
-        return rank, alpha * rank**0.5 if self.use_dora and self.use_rslora else alpha
+        They are those of the first pattern that matches its name, whole or after a dot. Raises UserError for what is no
+        regular expression, or takes too long to match.
+        """
+        names = list(modules)
+        targeted = self._named("target_modules", self.target_modules, names)
+        excluded = set(self._named("exclude_modules", self.exclude_modules, list(targeted)))
+        names = [name for name in targeted if name not in excluded]
+        ranks = self._matches("rank_pattern", self.rank_pattern, names)
+        alphas = self._matches("alpha_pattern", self.alpha_pattern, names)
+        found = {}
+        for name in names:
+            rank, alpha = ranks.get(name, self.rank), alphas.get(name, self.alpha)
+            # Our DoRA scales by alpha / r.
+            found[name] = rank, alpha * rank**0.5 if self.use_dora and self.use_rslora else alpha
+        return found
+
+    def _named(self, key: str, named: str | list[str], modules: list[str]) -> Collection[str]:
+        """Return the modules that `key` names: it lists ends of names, or is a regular expression."""
+        if named == "all-linear":
+            return [name for name in modules if name.rpartition(".")[2] not in ("embed_tokens", "lm_head")]
+        if isinstance(named, str):
+            return self._matches(key, {named: True}, modules, "{}")
+        ends = tuple(f".{end}" for end in named)
+        return [name for name in modules if f".{name}".endswith(ends)]
+
+    def _matches(
+        self, key: str, values: Mapping[str, _Value], modules: Collection[str], form: str = r"(.*\.)?({})$"
+    ) -> dict[str, _Value]:
+        """Return, by each module that an expression matches, the value of the first one; PEFT puts it in this form."""
+        if not values:
+            return {}
+        try:
+            found = helper.call("interop.peft_config:first_matches", None, form, list(values), list(modules))
+        except Problem as problem:
+            raise UserError(f"{self.file}: {key}: {problem}") from None
+        except LimitError as error:
+            advice = "simplify its regular expressions, or list the names"
+            raise UserError(f"{self.file}: {key}: the search for them {error}; {advice}") from None
+        each = list(values.values())
+        return {name: each[place] for name, place in found.items()}
+
+
+def first_matches(_: None, form: str, patterns: list[str], texts: list[str]) -> dict[str, int]:
+    """Return the place of the first expression that matches each text, in the helper: expressions may take forever.
+
+    Raises Problem for what is no regular expression.
+    """
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(form.format(pattern)))
+        except (re.error, OverflowError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise Problem(f"{short(pattern)} is not a regular expression: {why}") from None
+    found = {text: next((i for i, each in enumerate(compiled) if each.fullmatch(text)), None) for text in texts}
+    return {text: place for text, place in found.items() if place is not None}
 
 
 def read_peft_config(file: Path) -> PeftConfig:
@@ -79,44 +128,34 @@ def read_peft_config(file: Path) -> PeftConfig:
             f"({', '.join(_KEEP_THE_BASE)}): A and B belong to a changed base, which the file does not hold; "
             "PEFT's save_pretrained(DIR, path_initial_model_for_weight_conversion=START) makes them those of the base"
         )
-    steps = Steps(str(file))
 
     def flag(key: str) -> bool:
         if not isinstance(value := config.get(key), bool | None):
             raise UserError(f"{file}: {key} = {short(value)}: expected true or false")
         return bool(value)
 
-    def patterns(key: str, check: Callable[[str, Any], Any]) -> list[tuple[Expression, Any]]:
+    def names(key: str, value: object) -> str | list[str]:
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise UserError(f"{file}: {key} = {short(value)}: expected a list of names")
+
+    def patterns(key: str, check: Callable[[str, object], _Value]) -> dict[str, _Value]:
         if not isinstance(values := config.get(key), dict | None):
             raise UserError(f"{file}: {key} = {short(values)}: expected an object")
-        values = {p: check(f"{file}: {key}.{short(p)[1:-1]}", value) for p, value in (values or {}).items()}
-        return [(Expression(pattern, f"{file}: {key}", steps), value) for pattern, value in values.items()]
+        return {p: check(f"{file}: {key}.{short(p)[1:-1]}", value) for p, value in (values or {}).items()}
 
     return PeftConfig(
+        file=file,
         rank=_checked_rank(f"{file}: r", config.get("r")),
         alpha=_checked_alpha(f"{file}: lora_alpha", config.get("lora_alpha")),
         dropout=_checked_dropout(f"{file}: lora_dropout", config.get("lora_dropout")),
         use_rslora=flag("use_rslora"),
         use_dora=flag("use_dora"),
-        _steps=steps,
-        _targeted=_named(file, "target_modules", config.get("target_modules"), steps),
-        _excluded=_named(file, "exclude_modules", config.get("exclude_modules") or [], steps),
-        _ranks=patterns("rank_pattern", _checked_rank),
-        _alphas=patterns("alpha_pattern", _checked_alpha),
+        target_modules=names("target_modules", config.get("target_modules")),
+        exclude_modules=names("exclude_modules", config.get("exclude_modules") or []),
+        rank_pattern=patterns("rank_pattern", _checked_rank),
+        alpha_pattern=patterns("alpha_pattern", _checked_alpha),
     )
-
-
-def _named(file: Path, key: str, names: object, steps: Steps) -> Callable[[str], bool]:
-    """Return a test of modules' names: `key` lists ends of names, or is a regular expression."""
-    if names == "all-linear":
-        return lambda module: module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
-    if isinstance(names, str):
-        expression = Expression(names, f"{file}: {key}", steps)
-        return lambda module: expression.matches(Text(module, steps))
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{file}: {key} = {short(names)}: expected a list of names")
-    ends = tuple(f".{name}" for name in names)
-    return lambda module: f".{module}".endswith(ends)
 
 
 def _checked_rank(key: str, value: object) -> int:

@@ -16,20 +16,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core.primitives import all_gather_p
 
+from trainfw import parallel
 from trainfw.backends import ATTENDED, ROTATED
 from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
 from trainfw.models.common.layers import PRODUCT, Linear, gather_weights
 from trainfw.models.family import ModelOptions, Remat
-from trainfw.parallel import (
-    GATHERED,
-    active_rules,
-    all_gather,
-    axis_index,
-    axis_size,
-    chunk_of,
-    pipelined,
-    reduce_scatter,
-)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -40,19 +31,19 @@ INPUT = "a layer's input"
 
 def gather_sequence(x_BSD: jax.Array) -> jax.Array:
     """Return the whole sequence of which each device along `tensor` has a part: before a layer's own products."""
-    return all_gather(x_BSD, "tensor", 1)
+    return parallel.all_gather(x_BSD, "tensor", 1)
 
 
 def scatter_sequence(y_BSD: jax.Array) -> jax.Array:
     """Return the sum of what devices along `tensor` have computed, to each its part of the sequence: after them."""
-    return checkpoint_name(reduce_scatter(y_BSD, "tensor", 1), REDUCED)
+    return checkpoint_name(parallel.reduce_scatter(y_BSD, "tensor", 1), REDUCED)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     """A policy of `jax.checkpoint`: everything is kept but gathered weights."""
     if primitive is all_gather_p:
         return params["axis_name"] == ("tensor",)  # of activations
-    return params.get("name") != GATHERED
+    return params.get("name") != parallel.GATHERED
 
 
 def _kernel_results(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -126,7 +117,7 @@ def init_stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs, *
 
 def checkpointed(step: Callable[..., Any], remat: Remat, *, scanned: bool) -> Callable[..., Any]:
     """`step`, recomputed in the backward pass as `remat` says; weights are gathered again whatever it says."""
-    rules = active_rules()
+    rules = parallel.active_rules()
     if remat == "none" and (rules is None or rules.mesh.size == 1):
         return step
     # Outside a loop XLA would merge the recomputation with the original and save nothing: hence prevent_cse.
@@ -179,7 +170,7 @@ def run_stack(
     """
     if prefetch and remat in ("full", "stage") and own is None and len(kinds) > 1 and (period == 1 or not scan):
         return _prefetched(layer, kinds, scan, x, params, fixed, shared)
-    rules = active_rules()
+    rules = parallel.active_rules()
     sharded = rules is not None and rules.mesh.size > 1
 
     traced_once = jax.jit(layer.__call__, static_argnums=4)  # as in `Layer.traced_once`
@@ -193,7 +184,10 @@ def run_stack(
         # What is fixed goes into the checkpoint whole: the backward pass would else keep a copy of every layer's.
         step = checkpointed(one_of, remat, scanned=scanned)
         outs = []
-        for i, (kind, (params_i, own_i)) in enumerate(zip(kinds, _unstack((params, own), len(kinds)), strict=True)):
+        leaves, tree = jax.tree.flatten((params, own), is_leaf=_is_unstacked)
+        parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
+        for i, kind in enumerate(kinds):
+            params_i, own_i = jax.tree.unflatten(tree, [part[i] for part in parts])
             if sharded:  # or all layers' weights are gathered at the start
                 x, (params_i, fixed) = jax.lax.optimization_barrier((x, (params_i, fixed)))
             x, out = step(x, (params_i, fixed), shared, own_i, (i, kind))
@@ -260,14 +254,14 @@ class LayerStack:
             inputs = None if of_rows is None else AdapterInputs(rows_B=of_rows[0], ids_B=of_rows[1], key=key)
             return self._run(graphdef, params, x_BSD, (context(side), inputs), own)
 
-        if axis_size("pipeline") == 1:
+        if parallel.axis_size("pipeline") == 1:
             return run(x_BSD, params, (side, of_rows))
 
         options = self.options
         # The microbatches of this device, and its chunks of layers.
         split = functools.partial(jax.tree.map, lambda a: a.reshape(-1, options.microbatch_rows, *a.shape[1:]))
-        x_kBSD, outs = pipelined(
-            lambda chunk, x_BSD, side: run(x_BSD, chunk_of(params, chunk, options.interleave), side),
+        x_kBSD, outs = parallel.pipelined(
+            lambda chunk, x_BSD, side: run(x_BSD, parallel.chunk_of(params, chunk, options.interleave), side),
             split(x_BSD),
             split((side, of_rows)),
             chunks=options.interleave,
@@ -282,7 +276,7 @@ class LayerStack:
         numbers_L = None
         if adapters is not None and adapters.key is not None:
             count = stack_size((learning, frozen))
-            numbers_L = axis_index("pipeline") * count + jnp.arange(count, dtype=jnp.int32)
+            numbers_L = parallel.axis_index("pipeline") * count + jnp.arange(count, dtype=jnp.int32)
         return graphdef, (learning, (frozen, numbers_L))
 
     def _run(self, graphdef: Any, params: Any, x_BSD: jax.Array, shared: Any, own: Any) -> tuple[jax.Array, Any]:
@@ -317,8 +311,8 @@ class LayerStack:
 def _among_stages(own: jax.Array) -> jax.Array:
     """Put a stage's values of its layers (chunks, layers, ...) in their place among all, with zeros elsewhere."""
     own = own.reshape(-1, *own.shape[2:])
-    everyone = jnp.zeros((axis_size("pipeline") * own.shape[0], *own.shape[1:]), own.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(everyone, own, axis_index("pipeline") * own.shape[0], 0)
+    everyone = jnp.zeros((parallel.axis_size("pipeline") * own.shape[0], *own.shape[1:]), own.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(everyone, own, parallel.axis_index("pipeline") * own.shape[0], 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -421,9 +415,3 @@ def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
     # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
     cut = jax.tree.map(lambda a: tuple(jax.lax.split(a, (at, a.shape[0] - at))), stacked)
     return jax.tree.transpose(jax.tree.structure(stacked), jax.tree.structure((0, 0)), cut)
-
-
-def _unstack(stacked: Any, num_layers: int) -> list[Any]:
-    leaves, tree = jax.tree.flatten(stacked, is_leaf=_is_unstacked)
-    parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
-    return [jax.tree.unflatten(tree, [p[i] for p in parts]) for i in range(num_layers)]

@@ -14,7 +14,7 @@ from trainfw.scopes import LOSS, LOSS_GRADIENT
 
 
 class Head(NamedTuple):
-    """Output head as the losses see it: logits are made of hidden states and its weight, of some tokens at a time."""
+    """Settings by which logits are made of hidden states and the head's weight, `chunk` tokens at a time."""
 
     dims: HeadDims
     softcap: float | None

@@ -65,7 +65,9 @@ class Preference:
         completions, an estimate of the divergence on texts that are not the model's own.
         """
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-        member_RSK = self._members(rows)
+        number_K = jnp.arange(1, self.pairs_per_row + 1, dtype=jnp.int32)
+        # Which tokens count for each pair of a row.
+        member_RSK = (rows["segment_ids"][..., None] == number_K) * rows["loss_mask"][..., None]
         count_RK = all_reduce(jnp.sum(member_RSK, 1), "context")
         pairs, per_token_RK = batch["tokens"].shape[0], 1.0 / jnp.maximum(count_RK, 1.0)
         # The routers' losses are means over a pair's tokens, as the loss counts pairs.
@@ -92,11 +94,6 @@ class Preference:
         if router is None:
             return sums["loss"].total, sums
         return sums["loss"].total + jnp.sum(router.loss()), sums | {"router": router}
-
-    def _members(self, rows: Batch) -> jax.Array:
-        """Return which tokens count for each pair of a row, f32 (rows, sequence, pairs_per_row)."""
-        number_K = jnp.arange(1, self.pairs_per_row + 1, dtype=jnp.int32)
-        return (rows["segment_ids"][..., None] == number_K) * rows["loss_mask"][..., None]
 
     def _losses(self, likelihood_B2K: jax.Array, mean_B2K: jax.Array) -> jax.Array:
         """Return the loss of each pair, of its log-likelihoods (or of L - R) and of their means over tokens."""

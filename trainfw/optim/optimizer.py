@@ -37,7 +37,18 @@ def make_optimizer(
     if own is None and not is_own(config.name):
         optimizer = OPTIMIZERS[config.name].make(config, rate, decays)
     else:
-        optimizer = _made(config, own, rate())
+        wrong = f"name = {config.name!r}: "
+        if not (own is None or callable(own)):
+            raise UserError(
+                f"{wrong}expected a function of the learning rate, such as `lambda rate: optax.sgd(rate)`, so that the "
+                "recipe's schedule holds and is logged"
+            )
+        optimizer = make_piece(config.name, config.options, rate()) if own is None else own(rate())
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise UserError(
+                f"{wrong}returns a {type(optimizer).__name__} of the learning rate; expected an Optax transformation, "
+                "which has init and update"
+            )
     if config.clip_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
 
@@ -50,22 +61,6 @@ def make_optimizer(
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
-
-
-def _made(config: OptimizerConfig, own: OwnOptimizer | None, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Return somebody's own transformation. Raises UserError, which begins with `name`, where it is none."""
-    if not (own is None or callable(own)):
-        raise UserError(
-            f"name = {config.name!r}: expected a function of the learning rate, such as `lambda rate: "
-            "optax.sgd(rate)`, so that the recipe's schedule holds and is logged"
-        )
-    made = make_piece(config.name, config.options, schedule) if own is None else own(schedule)
-    if not (hasattr(made, "init") and hasattr(made, "update")):
-        raise UserError(
-            f"name = {config.name!r}: returns a {type(made).__name__} of the learning rate; expected an Optax "
-            "transformation, which has init and update"
-        )
-    return made
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:

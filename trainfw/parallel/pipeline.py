@@ -67,7 +67,13 @@ def pipelined(
         What stage 0 received instead is then done, and takes that place: the ring brings it home.
         """
         group, step = jnp.divmod(jnp.int32(t), stages * chunks)
-        buffer, slot = _swap_trees(step == 0, group, buffer, slot)
+
+        def swap(buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+            exchange = _swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange  # integers have no gradient
+            return exchange(step == 0, group, buffer, value)
+
+        trees = jax.tree.structure(buffer), jax.tree.structure((0, 0))
+        buffer, slot = jax.tree.transpose(*trees, jax.tree.map(swap, buffer, slot))
         enters = (step < stages) & (place == 0)
         return buffer, _shift(_where(enters, received, slot)), _where(enters, slot, received)
 
@@ -159,17 +165,6 @@ def _shift(tree: Tree) -> Tree:
 
 def _where(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def _swap_trees(on: jax.Array, index: jax.Array, buffers: Tree, values: Tree) -> tuple[Tree, Tree]:
-    """Apply `_swap` to each array; integers have no gradient."""
-
-    def swap(buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (_swap if jnp.issubdtype(buffer.dtype, jnp.inexact) else _exchange)(on, index, buffer, value)
-
-    return jax.tree.transpose(
-        jax.tree.structure(buffers), jax.tree.structure((0, 0)), jax.tree.map(swap, buffers, values)
-    )
 
 
 def _exchange(on: jax.Array, index: jax.Array, buffer: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -192,7 +192,9 @@ def _backward(form: _Form, saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     q, k, v, indices, segments, out, logs = saved
     size = axis_size(form.axis)
     rows = _parts((_grouped(q, k), indices[None], segments, _grouped(cotangent, k), _grouped(out, k)), size)
-    queries = [(row[:3], row[3], log, _dots(row[3], row[4])) for row, log in zip(rows, logs, strict=True)]
+    products = [row[3].astype(jnp.float32) * row[4].astype(jnp.float32) for row in rows]
+    dots = [jnp.moveaxis(product.sum(axis=-1), 1, -1) for product in products]
+    queries = [(row[:3], row[3], log, dot) for row, log, dot in zip(rows, logs, dots, strict=True)]
     keys: _Keys = (k, v, indices[None], segments)
     arriving = _shift(keys, form)
     halves = _parts(keys, size)
@@ -263,11 +265,6 @@ def _seen(query: _Queries, key: _Keys, window: int | None) -> jax.Array:
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _dots(x_BSKGh: jax.Array, y_BSKGh: jax.Array) -> jax.Array:
-    products = x_BSKGh.astype(jnp.float32) * y_BSKGh.astype(jnp.float32)
-    return jnp.moveaxis(products.sum(axis=-1), 1, -1)
 
 
 def _grouped(x_BSHh: jax.Array, k_BSKh: jax.Array) -> jax.Array:

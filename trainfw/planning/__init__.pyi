@@ -21,7 +21,6 @@ from .read_step.analysis import Analysis as Analysis
 from .read_step.analysis import Matmul as Matmul
 from .read_step.analysis import Streamed as Streamed
 from .read_step.analysis import Transfer as Transfer
-from .read_step.analysis import analyse as analyse
 from .read_step.analysis import simulated_cores as simulated_cores
 from .read_step.analysis import simulated_recipe as simulated_recipe
 from .read_step.compile_cache import Compiled as Compiled

@@ -8,27 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from trainfw.objectives import (
-    Batch,
-    Metrics,
-    Objective,
-    ObjectiveConfig,
-    Schema,
-    check_objective,
-    make_objective,
-)
-from trainfw.optim import (
-    OptimizerConfig,
-    OwnOptimizer,
-    make_optimizer,
-    make_schedule,
-    optimizer_shardings,
-    traits_of,
-)
+from trainfw import objectives, optim
 from trainfw.pieces import name_of, options_of
 from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import LocalComputation, on_every_device
-from trainfw.program.init_state import initial_frozen, initial_state
+from trainfw.program.init_state import initial_frozen, initial_state, shardings_of
 from trainfw.program.models import ModelSet, model_set
 from trainfw.program.program import Function, Functions, Program
 from trainfw.program.skip_bad_steps import start_guard
@@ -44,8 +28,8 @@ def build_program(
     recipe: Recipe,
     devices: Sequence[jax.Device] | None = None,
     *,
-    objective: Objective | None = None,
-    optimizer: OwnOptimizer | None = None,
+    objective: objectives.Objective | None = None,
+    optimizer: optim.OwnOptimizer | None = None,
     stands_in: bool | None = None,
 ) -> Program:
     """Turn a recipe and devices (default: all) into the program. Compiles and allocates nothing.
@@ -61,7 +45,7 @@ def build_program(
     recipe = name_pieces(expect_recipe(recipe), objective, optimizer)
     place = fit(recipe, jax.devices() if devices is None else devices, stands_in)
     with recipe.blamed("optimizer"):
-        traits = traits_of(recipe.optimizer, optimizer)
+        traits = optim.traits_of(recipe.optimizer, optimizer)
     if recipe.adapter is not None and traits.kernels_alone:
         raise recipe.error(
             "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
@@ -70,13 +54,17 @@ def build_program(
     schema = objective.schema(recipe.train.global_batch_size, recipe.data.sequence_length)
     models = model_set(recipe, place, objective.roles)
     with recipe.blamed("optimizer"):
-        transformation = make_optimizer(recipe.optimizer, recipe.train.steps, optimizer)
-        schedule = make_schedule(recipe.optimizer, recipe.train.steps)
+        transformation = optim.make_optimizer(recipe.optimizer, recipe.train.steps, optimizer)
+        schedule = optim.make_schedule(recipe.optimizer, recipe.train.steps)
     with recipe.blamed("parallel"):
         grad_shardings = models.shardings(place.rules, "gradients")
         update_shardings = models.shardings(place.rules, "optimizer")
     abstract_state, draw, start = _state(recipe, place, models, transformation, update_shardings)
-    abstract_batch = _batch(place, schema)
+    abstract_batch = {}
+    for name, field in schema.fields.items():
+        shape, dims = schema.shape(name), [dim if dim in ("batch", "sequence") else None for dim in field.dims]
+        sharding = place.rules.sharding("batch", shape, tuple(dims))
+        abstract_batch[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     local = LocalComputation(recipe, place, models, objective)
     gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
@@ -105,7 +93,7 @@ def build_program(
         functions=_functions(update, metrics, abstract_state, abstract_batch),
         gradients=jax.jit(
             lambda params, frozen, batch: update.gradients(params, frozen, batch),
-            in_shardings=_shardings((abstract_state.params, abstract_state.frozen, abstract_batch)),
+            in_shardings=shardings_of((abstract_state.params, abstract_state.frozen, abstract_batch)),
             out_shardings=(update_shardings, place.rules.replicated),
         ),
     )
@@ -114,26 +102,26 @@ def build_program(
     return program
 
 
-def name_pieces(recipe: Recipe, objective: Objective | None, optimizer: OwnOptimizer | None) -> Recipe:
+def name_pieces(recipe: Recipe, objective: objectives.Objective | None, optimizer: optim.OwnOptimizer | None) -> Recipe:
     """Return a recipe that names the pieces which a script hands over, with the values that they were made with.
 
     So what a run records is true, and another piece is seen when it goes on. Raises UserError where one is none.
     """
     changed: dict[str, Any] = {}
     if objective is not None:
-        changed["objective"] = ObjectiveConfig(name=name_of(objective), options=options_of(objective))
+        changed["objective"] = objectives.ObjectiveConfig(name=name_of(objective), options=options_of(objective))
         with recipe.blamed("objective"):
-            check_objective(objective, changed["objective"].name)
+            objectives.check_objective(objective, changed["objective"].name)
     if optimizer is not None:
         kept = {key: getattr(recipe.optimizer, key) for key in _RATES}
-        changed["optimizer"] = OptimizerConfig(name=name_of(optimizer), options=options_of(optimizer), **kept)
+        changed["optimizer"] = optim.OptimizerConfig(name=name_of(optimizer), options=options_of(optimizer), **kept)
     return recipe.model_copy(update=changed) if changed else recipe
 
 
-def objective_of(recipe: Recipe) -> Objective:
+def objective_of(recipe: Recipe) -> objectives.Objective:
     """Return what a recipe's model learns. Raises UserError where somebody's own objective cannot be made."""
     with recipe.blamed("objective"):
-        return make_objective(
+        return objectives.make_objective(
             recipe.objective,
             chunk=recipe.train.loss_chunk,
             mask_documents=recipe.data.mask_documents,
@@ -163,7 +151,7 @@ def _state(
     shardings = TrainState(
         step=rules.replicated,
         params=param_shardings,
-        opt_state=optimizer_shardings(optimizer, shapes.params, update_shardings, rules.replicated),
+        opt_state=optim.optimizer_shardings(optimizer, shapes.params, update_shardings, rules.replicated),
         rng=rules.replicated,
         frozen=frozen_shardings,
         guard=jax.tree.map(lambda _: rules.replicated, shapes.guard),
@@ -174,25 +162,16 @@ def _state(
     return abstract, draw, start
 
 
-def _batch(place: Fit, schema: Schema) -> Batch:
-    arrays = {}
-    for name, field in schema.fields.items():
-        shape = schema.shape(name)
-        dims = tuple(dim if dim in ("batch", "sequence") else None for dim in field.dims)
-        arrays[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=place.rules.sharding("batch", shape, dims))
-    return arrays
-
-
 def _wholes(place: Fit) -> bool:
     """Tell whether parameters are whole on every device, and gradients are not."""
     return place.rules.fsdp_shards == "gradients" and place.mesh.size > 1
 
 
 def _on_mesh(
-    local: LocalComputation, state: TrainState, batch: Batch, gradients: Any, updates: Any
-) -> tuple[Callable[..., tuple[Any, Metrics]], Callable[..., Metrics]]:
+    local: LocalComputation, state: TrainState, batch: objectives.Batch, gradients: Any, updates: Any
+) -> tuple[Callable[..., tuple[Any, objectives.Metrics]], Callable[..., objectives.Metrics]]:
     """Return the gradients' sums and the metrics of all devices; of the former, and of updates, these are shardings."""
-    trees = *map(_shardings, (state.params, state.frozen, batch)), gradients, updates
+    trees = *map(shardings_of, (state.params, state.frozen, batch)), gradients, updates
     specs, frozen_specs, batch_specs, grad_specs, update_specs = (
         jax.tree.map(lambda sharding: sharding.spec, tree) for tree in trees
     )
@@ -206,28 +185,26 @@ def _on_mesh(
     return sums, on_every_device(local.metrics, mesh, (specs, frozen_specs, batch_specs), P())
 
 
-def _functions(update: Update, metrics: Callable[..., Metrics], state: TrainState, batch: Batch) -> Functions:
+def _functions(
+    update: Update, metrics: Callable[..., objectives.Metrics], state: TrainState, batch: objectives.Batch
+) -> Functions:
     replicated = update.rules.replicated
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: objectives.Batch) -> tuple[TrainState, objectives.Metrics]:
         return update.train_step(state, batch)
 
-    def eval_step(params: Any, frozen: Any, batch: Batch) -> Metrics:
+    def eval_step(params: Any, frozen: Any, batch: objectives.Batch) -> objectives.Metrics:
         return metrics(params, frozen, batch)
 
     evaluated = (state.params, state.frozen, batch)
     train = jax.jit(
         train_step,
-        in_shardings=_shardings((state, batch)),
-        out_shardings=(_shardings(state), replicated),
+        in_shardings=shardings_of((state, batch)),
+        out_shardings=(shardings_of(state), replicated),
         donate_argnums=(0,) if update.recipe.backend.donate else (),
     )
-    evaluate = jax.jit(eval_step, in_shardings=_shardings(evaluated), out_shardings=replicated)
+    evaluate = jax.jit(eval_step, in_shardings=shardings_of(evaluated), out_shardings=replicated)
     return {
         "train": Function("train", train, (state, batch)),
         "evaluate": Function("evaluate", evaluate, evaluated),
     }
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

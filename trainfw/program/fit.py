@@ -10,7 +10,6 @@ import jax
 from jax.sharding import Mesh
 
 from trainfw import backends
-from trainfw.hardware import Topology
 from trainfw.models import family_of
 from trainfw.parallel import Layout, Placement, Rules, make_mesh, place, stage_order, use_rules
 from trainfw.recipe import Recipe, layout_problems
@@ -45,7 +44,14 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
     """Return a recipe's place on `devices`; `stands_in` as in `build_program`. Raises UserError where it has none."""
     topology, backend = recipe.hardware.load(), backends.current()
     device_kind = None if topology is None else topology.device_kinds[0]
-    layout = _layout(recipe, topology, len(devices))
+    if topology is not None and topology.cores != len(devices):
+        raise recipe.error(
+            "hardware.topology",
+            f"{topology.count} of it is {topology.cores} devices, but this is {len(devices)}; simulate them with "
+            f"--devices {topology.cores} (trainfw.simulate), or set hardware.topology=null to run on what there is",
+        )
+    with recipe.blamed("parallel"):
+        layout = Layout.resolve(recipe.parallel, len(devices), simulate=topology is None)
     check_layout(recipe, layout, device_kind)
     with recipe.blamed("parallel"):
         placement = None if topology is None else place(topology, layout, recipe.parallel.traffic)
@@ -58,6 +64,8 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
         rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards)
+    microbatches = recipe.parallel.pipeline_microbatches
+    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
     if stands_in is None:
         stands_in = backend.simulated or (topology is not None and not topology.is_cpu)
     return Fit(
@@ -65,22 +73,11 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
         placement=placement,
         mesh=mesh,
         rules=rules,
-        microbatch_rows=_microbatch_rows(recipe, layout),
+        microbatch_rows=rows * layout.pipeline // microbatches if microbatches is not None else 1,
         layer_order=stage_order(recipe.model.num_layers, layout.pipeline, recipe.parallel.interleave),
         own_kernels=not backend.on_host or not stands_in,
         device_kind=device_kind,
     )
-
-
-def _layout(recipe: Recipe, topology: Topology | None, num_devices: int) -> Layout:
-    if topology is not None and topology.cores != num_devices:
-        raise recipe.error(
-            "hardware.topology",
-            f"{topology.count} of it is {topology.cores} devices, but this is {num_devices}; simulate them with "
-            f"--devices {topology.cores} (trainfw.simulate), or set hardware.topology=null to run on what there is",
-        )
-    with recipe.blamed("parallel"):
-        return Layout.resolve(recipe.parallel, num_devices, simulate=topology is None)
 
 
 def check_layout(recipe: Recipe, layout: Layout, device_kind: str | None) -> None:
@@ -90,12 +87,3 @@ def check_layout(recipe: Recipe, layout: Layout, device_kind: str | None) -> Non
     with backends.standing_for(device_kind):
         for field, why in family_of(recipe.model).backend_problems(recipe.model, backends.current()):
             raise recipe.error(f"model.{field}", why)
-
-
-def _microbatch_rows(recipe: Recipe, layout: Layout) -> int:
-    """Return the rows of one of a pipeline's microbatches; 1 where the recipe says nothing of them."""
-    microbatches = recipe.parallel.pipeline_microbatches
-    if microbatches is None:
-        return 1
-    rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
-    return rows * layout.pipeline // microbatches

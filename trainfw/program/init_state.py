@@ -43,12 +43,20 @@ def initial_state(
     if recipe.adapter is None:
         params = _read(recipe, abstract.params, layer_order, progress)
     elif recipe.adapter.from_ is not None:
-        params = _read_adapter(recipe, abstract.params, layer_order)
+        arrays = _fitting_adapter(recipe, abstract.params)
+
+        def placed(name: str, like: Any) -> jax.Array:
+            value = arrays[name].astype(like.dtype)
+            value = value[np.asarray(layer_order)] if name.startswith("layers.") else value
+            return jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__)
+
+        leaves = [placed(*pair) for pair in named(abstract.params)]
+        params = jax.tree.unflatten(jax.tree.structure(abstract.params), leaves)
     else:
         params = _computed(lambda: draw()[0], abstract.params)
         if recipe.adapter.kind == "dora":
-            params = jax.jit(models.measured, out_shardings=_shardings(abstract.params))(params, frozen)
-    return jax.jit(start, out_shardings=_shardings(abstract), donate_argnums=(0, 1))(params, frozen)
+            params = jax.jit(models.measured, out_shardings=shardings_of(abstract.params))(params, frozen)
+    return jax.jit(start, out_shardings=shardings_of(abstract), donate_argnums=(0, 1))(params, frozen)
 
 
 def initial_frozen(
@@ -65,7 +73,7 @@ def initial_frozen(
 
 
 def _computed(compute: Callable[[], Any], abstract: Any) -> Any:
-    shardings, backend = _shardings(abstract), backends.current()
+    shardings, backend = shardings_of(abstract), backends.current()
     if backend.host_init:
         run = _init_on_host(compute, shardings, backend.init_options)
     else:
@@ -107,7 +115,7 @@ def _init_on_host(
     return run
 
 
-def _shardings(abstract: Any) -> Any:
+def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
@@ -121,7 +129,7 @@ def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: 
         for number, (name, like) in enumerate(names, start=1):
             if isinstance(like, Quantized):
                 wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.codes.sharding)
-                keep = jax.jit(functools.partial(kept_weight, name, recipe=recipe), out_shardings=_shardings(like))
+                keep = jax.jit(functools.partial(kept_weight, name, recipe=recipe), out_shardings=shardings_of(like))
                 leaves.append(keep(base.read(name, wide, layer_order)))
             else:
                 leaves.append(base.read(name, like, layer_order))
@@ -129,17 +137,6 @@ def _read(recipe: Recipe, abstract: Tree, layer_order: Sequence[int], progress: 
                 progress(f"reading {recipe.model.from_}, arrays", number, len(names))
     tree = jax.tree.structure(abstract, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return jax.tree.unflatten(tree, leaves)
-
-
-def _read_adapter(recipe: Recipe, abstract: Tree, layer_order: Sequence[int]) -> Tree:
-    arrays = _fitting_adapter(recipe, abstract)
-
-    def placed(name: str, like: Any) -> jax.Array:
-        value = arrays[name].astype(like.dtype)
-        value = value[np.asarray(layer_order)] if name.startswith("layers.") else value
-        return jax.make_array_from_callback(value.shape, like.sharding, value.__getitem__)
-
-    return jax.tree.unflatten(jax.tree.structure(abstract), [placed(*pair) for pair in named(abstract)])
 
 
 def check_sources(recipe: Recipe, abstract: TrainState) -> None:

@@ -112,8 +112,6 @@ def _by_key(overrides: Sequence[str] | Mapping[str, object], written: str) -> It
         key, found, text = override.partition("=")
         if not found or not all(key.split(".")):
             raise UserError(f"{written}: {override!r}: expected key=value, such as train.steps=50")
-        if len(key) > yaml_text.MOST_KEY:
-            raise UserError(f"{written}: {show(key)}: is too long for a key")
         yield key, yaml_text.load(text, f"{written}: {key}", lines=False)
 
 

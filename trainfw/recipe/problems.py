@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any, get_args
 
 from trainfw.errors import did_you_mean, nearest
@@ -43,7 +42,9 @@ def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMI
             choices = [part.strip("' ") for part in re.split(r", | or ", error["ctx"]["expected"])]
             if type(None) in get_args(keys(family).get(key)):
                 choices.append("null")
-            return f"{at}{key} = {show(value)}: expected one of {', '.join(choices)}{_nearest(value, choices)}"
+            known, near = VALUES.get(str(value).lower()), did_you_mean(str(value), choices)
+            hint = f"; did you mean {known!r}?" if known in choices else near if "mean" in near else ""
+            return f"{at}{key} = {show(value)}: expected one of {', '.join(choices)}{hint}"
         case "string_pattern_mismatch" if key in _IN_WORDS:
             return f"{at}{key} = {show(value)}: expected {_IN_WORDS[key]}"
         case "model_type" | "model_attributes_type":
@@ -111,11 +112,3 @@ def _our_section(section: str) -> str:
     sections = {valid.rpartition(".")[0] for valid in keys()}
     section = SECTIONS.get(section, section)
     return section if section in sections else nearest(section, sections - {""}) or ""
-
-
-def _nearest(value: object, choices: Sequence[str]) -> str:
-    known = VALUES.get(str(value).lower())
-    if known in choices:
-        return f"; did you mean {known!r}?"
-    near = did_you_mean(str(value), choices)
-    return near if "mean" in near else ""

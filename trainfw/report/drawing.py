@@ -9,8 +9,17 @@ from rich.text import Text
 
 from trainfw.hardware import Dimension, Topology
 from trainfw.parallel import Placement
-from trainfw.report.text import WIDTH, rate_in_words
-from trainfw.report.where import COLOURS, axes_between, axes_of_dim, chunks, kind_in_words, mesh_positions, spans
+from trainfw.report.text import (
+    COLOURS,
+    WIDTH,
+    axes_between,
+    axes_of_dim,
+    chunks,
+    kind_in_words,
+    mesh_positions,
+    rate_in_words,
+    spans,
+)
 
 _MOST_BOXES = 24
 Line = tuple[str, str]

@@ -7,8 +7,17 @@ from xml.sax.saxutils import escape, quoteattr
 
 from trainfw.hardware import Dimension, Topology
 from trainfw.parallel import Placement
-from trainfw.report.text import amount, rate_in_words
-from trainfw.report.where import COLOURS, axes_between, axes_of_dim, kind_in_words, mesh_positions, part_in_words, spans
+from trainfw.report.text import (
+    COLOURS,
+    amount,
+    axes_between,
+    axes_of_dim,
+    kind_in_words,
+    mesh_positions,
+    part_in_words,
+    rate_in_words,
+    spans,
+)
 
 _WIDTH, _MARGIN, _GREY = 1200, 40, "#8a94a0"
 _STYLE = """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -77,7 +76,7 @@ def decoding_weights(model: models.Transformer, rows: int) -> DecodingWeights:
     dtype. Joined kernels are copies: they take as much memory again, if the machine has it to spare.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
-    spare = size < _available_memory() // 4
+    spare = size < backends.free_memory() // 4
     kernels = decoding_kernels(model.compute_dtype, rows) if spare else None
     kind = model.compute_dtype, 0 if kernels is None else min(rows, 2)
     sources = jax.tree.leaves(nnx.state(model))
@@ -89,7 +88,11 @@ def decoding_weights(model: models.Transformer, rows: int) -> DecodingWeights:
     dtype = jnp.dtype(model.compute_dtype)
     _, learning, frozen = nnx.split(model.layers, nnx.Param, ...)  # type: ignore[misc]
     states = tuple(models.gather_weights(state, dtype, model.num_kv_heads) for state in (learning, frozen))
-    layers = _views(states, model.config.num_layers)
+    # On a CPU, NumPy's views of an array and JAX's of these share its memory.
+    leaves, structure = jax.tree.flatten(states)
+    (device,) = leaves[0].devices()
+    hosts, count = [np.asarray(leaf) for leaf in leaves], model.config.num_layers
+    layers = tuple(jax.tree.unflatten(structure, [jax.device_put(h[i], device) for h in hosts]) for i in range(count))
     joined: tuple[dict[str, jax.Array], ...] = tuple({} for _ in layers)
     if kernels is not None and (groups := _joinable(model)):
         join = jax.jit(kernels.joined, static_argnums=1)
@@ -121,25 +124,6 @@ def _without(state: nnx.State, names: set[str]) -> nnx.State:
 def decoding_kernels(dtype: str, rows: int) -> Any:
     """Return the backend's products of so many rows, a module such as `backends.cpu.decoding`; None without any."""
     return backends.resolve("decoding", backends.DecodingRequest(dtype, rows), backends.current()).call
-
-
-def _available_memory() -> int:
-    """Return the available memory in bytes, as the kernel states it; 0 where it does not."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
-def _views(tree: Tree, count: int) -> tuple[Tree, ...]:
-    """Cut a stacked tree into its layers. On a CPU, NumPy's views of an array and JAX's of these share its memory."""
-    (device,) = jax.tree.leaves(tree)[0].devices()
-    leaves, structure = jax.tree.flatten(tree)
-    hosts = [np.asarray(leaf) for leaf in leaves]
-    return tuple(
-        jax.tree.unflatten(structure, [jax.device_put(host[i], device) for host in hosts]) for i in range(count)
-    )
 
 
 def _joinable(model: models.Transformer) -> list[tuple[str, ...]]:

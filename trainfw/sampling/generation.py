@@ -16,14 +16,7 @@ from flax import nnx
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.models import MOST_ROUNDS, AdapterInputs, KVCache, LanguageModel, Transformer, iterative_top_k, likeliest
-from trainfw.sampling.decoding import (
-    LayerCaches,
-    by_layer,
-    decode_token,
-    decodes_by_layer,
-    decoding_kernels,
-    decoding_weights,
-)
+from trainfw.sampling import decoding
 
 _LONGEST = 2**20
 _SAMPLING = ("temperature", "top_k", "top_p", "chosen_by")
@@ -196,7 +189,7 @@ def _drawn(
     """
     sampling = {**sampling, "chosen_by": backends.current().top_k}
     graphdef, params = nnx.split(model)
-    by_layers = max_tokens > 1 and decodes_by_layer(model)
+    by_layers = max_tokens > 1 and decoding.decodes_by_layer(model)
     key = jax.random.key(seed)
     length = _power_of_two(max(map(len, rows)))
     padded = np.zeros((len(rows), length), np.int32)
@@ -248,11 +241,11 @@ def _extend_batch(
 
 def _by_layers(
     model: Transformer, graphdef: Any, params: Any, rows: int, adapters: AdapterInputs | None, sampling: dict[str, Any]
-) -> Callable[..., tuple[jax.Array, LayerCaches]]:
+) -> Callable[..., tuple[jax.Array, decoding.LayerCaches]]:
     """Return the counterpart of `_extend_batch` on a CPU: (tokens_B, cache, key, count) -> (next tokens_B, cache)."""
-    prepared = decoding_weights(model, rows)
+    prepared = decoding.decoding_weights(model, rows)
     leaves, structure = jax.tree.flatten((params, prepared.layers, prepared.joined, adapters))
-    kernels = decoding_kernels(model.compute_dtype, rows)
+    kernels = decoding.decoding_kernels(model.compute_dtype, rows)
     options = {} if kernels is None else kernels.compiler_options(rows)
     step = _layers_step(graphdef, structure, tuple(sampling.items()), tuple(options.items()))
     return functools.partial(step, leaves)
@@ -265,17 +258,17 @@ def _layers_step(
     """Compile the step of `_by_layers`. It takes the weights as leaves: passing trees of them takes 2 ms."""
 
     def step(
-        leaves: list[jax.Array], tokens_B: jax.Array, cache: LayerCaches, key: jax.Array, count: jax.Array
-    ) -> tuple[jax.Array, LayerCaches]:
+        leaves: list[jax.Array], tokens_B: jax.Array, cache: decoding.LayerCaches, key: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, decoding.LayerCaches]:
         params, layers, joined, adapters = jax.tree.unflatten(structure, leaves)
         model = nnx.merge(graphdef, params)
-        logits_BV, cache = decode_token(model, (layers, joined), tokens_B, cache, adapters)
+        logits_BV, cache = decoding.decode_token(model, (layers, joined), tokens_B, cache, adapters)
         return _samples(logits_BV, jax.random.fold_in(key, count), dict(sampling)), cache
 
     return jax.jit(step, donate_argnums=2, compiler_options=dict(options))
 
 
-_by_layer = jax.jit(by_layer, static_argnums=1)
+_by_layer = jax.jit(decoding.by_layer, static_argnums=1)
 
 
 def _samples(logits_BV: jax.Array, key: jax.Array, sampling: dict[str, Any]) -> jax.Array:

@@ -132,7 +132,15 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     for package in ("trainfw", *_PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             code[package] = importlib.metadata.version(package)
-    return {"code": code, "environment": _environment(), "recipe": given}
+    environment = {
+        f"{name} {flag.partition('=')[0]}": flag.partition("=")[2]
+        for name in _FLAGS
+        for flag in sorted(os.environ.get(name, "").split())
+        if not flag.startswith(_DUMPS)
+    }
+    environment |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    environment |= {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
+    return {"code": code, "environment": environment, "recipe": given}
 
 
 def program_facts(program: Program) -> dict[str, Any]:
@@ -168,17 +176,6 @@ def _source_digest() -> str:
     for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml")):
         whole.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode() + file.read_bytes())
     return whole.hexdigest()
-
-
-def _environment() -> dict[str, Any]:
-    flags = {
-        f"{name} {flag.partition('=')[0]}": flag.partition("=")[2]
-        for name in _FLAGS
-        for flag in sorted(os.environ.get(name, "").split())
-        if not flag.startswith(_DUMPS)
-    }
-    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    return flags | variables | {name: str(getattr(jax.config, name, None)) for name in _OPTIONS}
 
 
 @contextlib.contextmanager

@@ -155,7 +155,13 @@ def load_model(
         base = open_base(path)
         tokenizer = load_tokenizer(path)
         check_tokenizer(path, base.config, tokenizer)
-        model = _loaded(base, dtype or "float32")
+        graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype or "float32"), nnx.Param)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        values = []
+        for place, variable in nnx.to_flat_state(variables):
+            abstract = jax.ShapeDtypeStruct(variable.shape, dtype or "float32", sharding=sharding)
+            values.append((place, base.read(".".join(map(str, place)), abstract)))
+        model = nnx.merge(graphdef, nnx.from_flat_state(values))
     else:
         run = RunDirectory.existing(path)
         settings = [f"train.compute_dtype={dtype}"] if dtype else []
@@ -194,17 +200,6 @@ def _frozen(run: RunDirectory, program: Program) -> Any:
     """Return what is frozen in a run. Raises UserError where it is no longer what it was trained on."""
     check_base(program.recipe, run, run.steps()[-1])
     return program.load_frozen()
-
-
-def _loaded(base: Base, dtype: str) -> LanguageModel:
-    """A model of a base's weights, on the first device."""
-    graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype), nnx.Param)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    values = [
-        (path, base.read(".".join(map(str, path)), jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)))
-        for path, variable in nnx.to_flat_state(variables)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 def evaluate(

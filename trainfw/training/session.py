@@ -170,7 +170,11 @@ class Session:
             row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
-                state, metrics = self._step(train_step, state, batch)
+                after, metrics = train_step(state, batch)
+                if not self.recipe.backend.donate:
+                    for leaf in jax.tree.leaves(state):
+                        leaf.delete()  # others, up the stack, hold it too
+                state = after
             if first is not None:
                 check_first_step(first, state, metrics, f"first step/{step}")
             step += 1
@@ -204,14 +208,6 @@ class Session:
         first = FirstStep(self.recipe, state, loss, self.program.traits)
         self.last_completed = time.monotonic()  # this is no part of the step's time
         return first
-
-    def _step(self, train_step: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        """The next state, in which `state` is used up, donated or not."""
-        after, metrics = train_step(state, batch)
-        if not self.recipe.backend.donate:
-            for leaf in jax.tree.leaves(state):
-                leaf.delete()  # others, up the stack, hold it too
-        return after, metrics
 
     def _leave(self, state: TrainState, step: int, stop: Stop) -> str:
         """Save, unless that was done; return why a callback stops the run. Raises Interrupted where a signal does."""
@@ -266,23 +262,20 @@ class Session:
         last = self._last_saved()
         kept = f"step {last} is the last one saved" if last else "nothing was saved"
         if policy == "stop":
-            raise RunError(f"{bad}{self.faults.limit}; {kept}; {self._advice(bad, last)}")
+            rate = f"optimizer.learning_rate={self.recipe.optimizer.learning_rate / 10:.3g}"
+            others = " or ".join(f"faults.{bad.kind}={other}" for other in ("skip", "rollback") if other != bad.policy)
+            again, spoilt = "start again", ""
+            if last:
+                again, rate = "go on from there", f"{rate} --accept optimizer.learning_rate"
+                spoilt = f"; if it comes again, start another run ({self.run.another(self.recipe)})"
+            raise RunError(
+                f"{bad}{self.faults.limit}; {kept}; look at the data, or {again} by the same command with a lower "
+                f"learning rate ({rate}) or without such steps ({others}){spoilt}"
+            )
         if policy == "rollback":
             self.reporter.note(f"warning: {bad}; going back to {f'step {last}' if last else 'the start'}")
             raise _RollBack
         self.reporter.note(f"warning: {bad}; skipped")
-
-    def _advice(self, bad: BadStep, last: int | None) -> str:
-        """Return what may help, as it is to be added to the command."""
-        rate = f"optimizer.learning_rate={self.recipe.optimizer.learning_rate / 10:.3g}"
-        if last:
-            rate += " --accept optimizer.learning_rate"
-        others = " or ".join(f"faults.{bad.kind}={policy}" for policy in ("skip", "rollback") if policy != bad.policy)
-        spoilt = f"; if it comes again, start another run ({self.run.another(self.recipe)})" if last else ""
-        return (
-            f"look at the data, or {'go on from there' if last else 'start again'} by the same command with a lower "
-            f"learning rate ({rate}) or without such steps ({others}){spoilt}"
-        )
 
     def _roll_back(self) -> tuple[TrainState, int]:
         """The state of the last checkpoint, and its step; what came after it is forgotten."""

@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 from trainfw import interop
-from trainfw.adapters import AdapterConfig
 from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
@@ -113,30 +112,20 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
     interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
-    return written + _kept_elsewhere(source, adapter.config) + _stops_elsewhere(source, recipe.model.from_)
-
-
-def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
-    """Return a note if the base was quantised while the adapter was trained, which PEFT's form does not record."""
-    if adapter.base not in ("int8", "nf4"):
-        return ""
-    options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
-    return (
-        f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
-        f"BitsAndBytesConfig({options}), or let `trainfw merge {run} --out MODEL` make one model of both"
-    )
-
-
-def _stops_elsewhere(run: str, base: str | None) -> str:
-    """Return a note if the base's files do not stop generation at all tokens that training taught to end with."""
-    stops = stop_ids(load_tokenizer(run))
+    if (kept := adapter.config.base) in ("int8", "nf4"):  # which PEFT's form does not record
+        options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if kept == "nf4" else "load_in_8bit=True"
+        written += (
+            f"\nnote: trained on the base in {kept}: load it alike in Transformers, with quantization_config="
+            f"BitsAndBytesConfig({options}), or let `trainfw merge {source} --out MODEL` make one model of both"
+        )
+    stops, base = stop_ids(load_tokenizer(source)), recipe.model.from_
     tokenizer = _tokenizer(base) if base is not None and not is_run(base) else None
-    if tokenizer is None or set(stops) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
-        return ""
-    return (
-        f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
-        f"generate(..., eos_token_id={list(stops)})"
-    )
+    if tokenizer is not None and not set(stops) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
+        written += (
+            f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
+            f"generate(..., eos_token_id={list(stops)})"
+        )
+    return written
 
 
 def _reader(base: Weights) -> Callable[[str], np.ndarray]:

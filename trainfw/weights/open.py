@@ -16,7 +16,8 @@ from flax import nnx
 
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
-from trainfw.data import ChatTemplate, Tokenizer, UnusableError, chat_prompt, load_tokenizer, stop_ids
+from trainfw.confined import UnusableError
+from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
 from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
 from trainfw.models import FamilyConfig, abstract_model, dense
@@ -243,25 +244,19 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
     elif (trained := run_recipe(path).adapter) is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
     else:
-        arrays, base = taking_the_next(lambda: _read_arrays(open_checkpoint(path, step)), step)
-        adapter = Adapter(trained, arrays, base, path)
-    _check_shapes(adapter, model)
-    return adapter
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
+        def read() -> Adapter:
+            saved = open_checkpoint(path, step)
+            arrays = {
+                name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
+                for name, (shape, dtype) in saved.arrays.items()
+            }
+            return Adapter(trained, arrays, saved.meta.get("base"), path)
 
-def _read_arrays(saved: SavedParameters) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = {
-        name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
-        for name, (shape, dtype) in saved.arrays.items()
-    }
-    return arrays, saved.meta.get("base")
-
-
-def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
-    expected = config_targets(adapter.config, model)
+        adapter = taking_the_next(read, step)
     modules = adaptable(abstract_model(model))
-    for name, (rank, _) in expected.items():
+    for name, (rank, _) in config_targets(adapter.config, model).items():
         shape = weight_of(modules[name]).get_value().shape
         shapes = {"lora_a": (*shape[:-1], rank), "lora_b": (*shape[:-2], rank, shape[-1])}
         if adapter.config.kind == "dora":
@@ -270,7 +265,8 @@ def _check_shapes(adapter: Adapter, model: FamilyConfig) -> None:
             array = adapter.arrays.get(f"{name}.adapter.{part}")
             if array is None or array.shape != part_shape:
                 state = "missing" if array is None else f"of shape {array.shape}"
-                raise UserError(f"{adapter.path}: {name}.adapter.{part} is {state}; this base takes {part_shape}")
+                raise UserError(f"{path}: {name}.adapter.{part} is {state}; this base takes {part_shape}")
+    return adapter
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import trainfw
 from tests.helpers import tiny_recipe, write_recipe
+from tests.planning.analysing import analyse
 from trainfw import UserError
 from trainfw.hardware import load_topology
-from trainfw.planning import analyse
 
 CHIP = "trn2.3xlarge"
 ROWS, INNER, WIDE = 256, 512, 1024

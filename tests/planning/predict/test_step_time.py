@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from tests.helpers import tiny_recipe
+from tests.planning.analysing import analyse
 from trainfw import Recipe, UserError
 from trainfw.hardware import Topology, load_topology
 from trainfw.models import flops_per_token
 from trainfw.parallel import Layout, place
-from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, analyse, shape_efficiency, step_time
+from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, shape_efficiency, step_time
 from trainfw.planning.predict.step_time import EFFICIENCY_SPREAD, efficiency_range
 
 TRN2, H100 = "trn2.48xlarge", "h100-8"
@@ -252,11 +253,12 @@ _REPLICAS = """
 import dataclasses, sys
 from trainfw import backends, load_recipe
 backends.prepare(2048)
+from tests.planning.analysing import analyse
 from trainfw.planning.read_step import analysis
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
-small = analysis.analyse(recipe)[0]
+small = analyse(recipe)[0]
 analysis.REPLICAS = 512
-whole, program, _ = analysis.analyse(recipe)
+whole, program, _ = analyse(recipe)
 assert program.mesh.size == 2048, program.mesh
 for one, other in ((small.matmuls, whole.matmuls), (small.transfers, whole.transfers)):
     assert sorted(map(repr, one)) == sorted(map(repr, other)), (one, other)

@@ -13,11 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import quicker, tiny_recipe, write_recipe
+from tests.planning.analysing import analyse
 from trainfw import UserError, load_recipe
 from trainfw.cli import app
 from trainfw.hardware import load_topology
 from trainfw.parallel import Layout, place
-from trainfw.planning import analyse, check_out, default_out, search_layouts, survey, write_winner
+from trainfw.planning import check_out, default_out, search_layouts, survey, write_winner
 from trainfw.planning.predict.closed_form import closed_analysis, closed_memory, state_bytes
 from trainfw.planning.search.candidates import layouts, pareto, settings
 from trainfw.program import build_program

@@ -29,7 +29,18 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
     types = header.items(f"{_GGML}.token_type", int) if f"{_GGML}.token_type" in header.metadata else []
     if types and len(types) != len(tokens):
         raise UserError(f"{header.file}: {_GGML}.token_type has {len(types)} elements, tokens has {len(tokens)}")
-    _check_vocabulary(header, tokens)
+    # Sizes whose tokenizer takes minutes to build are refused.
+    if len(tokens) > MAX_TOKENS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
+    longest, letters = max(tokens, key=len), sum(map(len, tokens))
+    if len(longest) > MAX_TOKEN:
+        has = f"{short(longest)}, of {len(longest):,} letters"
+        raise UserError(f"{header.file}: {_GGML}.tokens has {has}: expected {MAX_TOKEN:,} at most")
+    if letters > MAX_LETTERS:
+        raise UserError(f"{header.file}: {_GGML}.tokens has {letters:,} letters: expected {MAX_LETTERS:,} at most")
+    if len(set(tokens)) < len(tokens):
+        twice, _ = Counter(tokens).most_common(1)[0]
+        raise UserError(f"{header.file}: {_GGML}.tokens has {short(twice)} twice")
     named = {}
     for key in (*ROLES.values(), *STOPS):
         if (id_ := header.get(f"{_GGML}.{key}", int, NONE)) != NONE:
@@ -56,21 +67,6 @@ def huggingface_tokenizer(header: Header) -> tuple[dict[str, object], dict[str, 
     if "tokenizer.chat_template" in header.metadata:
         settings["chat_template"] = header.get("tokenizer.chat_template", str)
     return form, settings, stops
-
-
-def _check_vocabulary(header: Header, tokens: list[str]) -> None:
-    """Raise UserError for a token that is listed twice, and for sizes whose tokenizer takes minutes to build."""
-    if len(tokens) > MAX_TOKENS:
-        raise UserError(f"{header.file}: {_GGML}.tokens has {len(tokens):,} tokens: expected {MAX_TOKENS:,} at most")
-    longest, letters = max(tokens, key=len), sum(map(len, tokens))
-    if len(longest) > MAX_TOKEN:
-        has = f"{short(longest)}, of {len(longest):,} letters"
-        raise UserError(f"{header.file}: {_GGML}.tokens has {has}: expected {MAX_TOKEN:,} at most")
-    if letters > MAX_LETTERS:
-        raise UserError(f"{header.file}: {_GGML}.tokens has {letters:,} letters: expected {MAX_LETTERS:,} at most")
-    if len(set(tokens)) < len(tokens):
-        twice, _ = Counter(tokens).most_common(1)[0]
-        raise UserError(f"{header.file}: {_GGML}.tokens has {short(twice)} twice")
 
 
 def _byte_level(header: Header, tokens: list[str], _types: list[int], _settings: dict[str, Any]) -> dict[str, object]:

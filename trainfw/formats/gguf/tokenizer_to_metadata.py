@@ -77,7 +77,13 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, object]:
     for flag, role, there in (("add_bos_token", "bos_token", before), ("add_eos_token", "eos_token", after)):
         given = settings.get(flag)
         metadata[f"{_GGML}.{flag}"] = bool(names.get(role) in there if given is None else given)
-    if template := _chat_template(directory, settings):
+    template = settings.get("chat_template")
+    if (jinja := directory / "chat_template.jinja").is_file():
+        template = read_utf8(jinja)
+    elif isinstance(template, list):  # several by name
+        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    if template and isinstance(template, str):
         metadata["tokenizer.chat_template"] = template
     return metadata
 
@@ -160,16 +166,6 @@ def _around(post: dict[str, Any] | None) -> tuple[set[str], set[str]]:
             else:
                 sides[after].add(piece["SpecialToken"]["id"])
     return sides
-
-
-def _chat_template(directory: Path, settings: dict[str, object]) -> str | None:
-    if (file := directory / "chat_template.jinja").is_file():
-        return read_utf8(file)
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
-        template = defaults[-1].get("template") if defaults else None
-    return template if isinstance(template, str) else None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -14,15 +14,7 @@ from trainfw.config import SMALLEST
 from trainfw.errors import UserError, short
 from trainfw.formats import Header, known_or_refuse, read_header
 from trainfw.interop.families import FAMILIES
-from trainfw.interop.gguf.tensor_names import (
-    ARCHITECTURES,
-    KEYS,
-    ROPE_FREQS,
-    Architecture,
-    Key,
-    keys_of,
-    llama3_divisors,
-)
+from trainfw.interop.gguf import tensor_names
 
 MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
 
@@ -46,7 +38,7 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
     header = read_header(file)
     if unread := _unread_keys(header):
         warnings.warn(f"{header.file}: not read: {', '.join(unread)[:400]}", stacklevel=1)  # once, whoever reads it
-    stored, divisors = header.tensors.get(ROPE_FREQS), None
+    stored, divisors = header.tensors.get(tensor_names.ROPE_FREQS), None
     if stored is not None:
         if stored.type != "F32" or len(stored.shape) != 1 or stored.nbytes > 1 << 20:
             found = f"tensor {stored.name} is {stored.type} of shape {stored.shape}"
@@ -81,7 +73,7 @@ def _unread_keys(header: Header) -> list[str]:
     Raises UserError for other unknown keys that are set: llama.cpp may compute another model by them.
     """
     name, architecture = header.architecture, architecture_of(header)
-    read = {*_OTHER_KEYS, *(key.gguf for key in (*KEYS, *architecture.keys))}
+    read = {*_OTHER_KEYS, *(key.gguf for key in (*tensor_names.KEYS, *architecture.keys))}
     without_effect = _WITHOUT_EFFECT | {"attention.sliding_window_pattern": (0, architecture.window_pattern)}
     unread = []
     for key, value in header.metadata.items():
@@ -95,9 +87,9 @@ def _unread_keys(header: Header) -> list[str]:
     return sorted(unread)
 
 
-def architecture_of(header: Header) -> Architecture:
+def architecture_of(header: Header) -> tensor_names.Architecture:
     """Return the table of a file's architecture. Raises UserError, with the architectures, for an unknown one."""
-    return known_or_refuse(header, "general.architecture", ARCHITECTURES)
+    return known_or_refuse(header, "general.architecture", tensor_names.ARCHITECTURES)
 
 
 def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
@@ -109,7 +101,7 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
         "model_type": family,
         **architecture.constants,
     }
-    for key in keys_of(name, family):
+    for key in tensor_names.keys_of(name, family):
         if key.gguf == "feed_forward_length" and name == "qwen3moe":
             # The size of layers that are no mixture, of which there are none: some files leave it out.
             config[key.huggingface] = header.size(f"{name}.{key.gguf}", header.size(f"{name}.embedding_length"))
@@ -149,7 +141,7 @@ def config_of(header: Header, rope_freqs: np.ndarray | None) -> dict[str, Any]:
     return config
 
 
-def _family(header: Header, architecture: Architecture) -> str:
+def _family(header: Header, architecture: tensor_names.Architecture) -> str:
     """Return Transformers' model_type."""
     if header.architecture != "llama":
         return architecture.families[0]
@@ -159,7 +151,7 @@ def _family(header: Header, architecture: Architecture) -> str:
     return "mistral" if mistral or header.get("llama.attention.sliding_window", int, 0) else "llama"
 
 
-def _value(header: Header, name: str, key: Key) -> Any:
+def _value(header: Header, name: str, key: tensor_names.Key) -> Any:
     if key.kind is int:
         return header.size(name, key.default)
     value = header.get(name, float, key.default)
@@ -210,11 +202,11 @@ def _rope_scaling(header: Header, rope_freqs: np.ndarray | None, config: dict[st
         if (rope_freqs == 1).all():
             return None
         for candidate in LLAMA3_FACTORS:
-            expected = llama3_divisors(head_dim, theta, candidate, *LLAMA3.values())
+            expected = tensor_names.llama3_divisors(head_dim, theta, candidate, *LLAMA3.values())
             if np.allclose(rope_freqs, expected, rtol=1e-4, atol=0):
                 return {"rope_type": "llama3", "factor": candidate, **LLAMA3}
     raise UserError(
-        f"{header.file}: {ROPE_FREQS} is not what llama3's rotary scaling gives for heads of {head_dim} and "
-        f"rope.freq_base = {theta:g} with a factor of {' or '.join(f'{f:g}' for f in LLAMA3_FACTORS)}, "
+        f"{header.file}: {tensor_names.ROPE_FREQS} is not what llama3's rotary scaling gives for heads of {head_dim} "
+        f"and rope.freq_base = {theta:g} with a factor of {' or '.join(f'{f:g}' for f in LLAMA3_FACTORS)}, "
         "the only scaling by frequency that is supported"
     )

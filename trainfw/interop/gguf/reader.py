@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from trainfw.errors import UserError
-from trainfw.formats import Header, StoredTensor, TensorInfo, Tensors, bounds_of, read_header
+from trainfw.formats import StoredTensor, TensorInfo, Tensors, bounds_of, read_header
 from trainfw.interop.gguf.config import architecture_of, gguf_config
 from trainfw.interop.gguf.tensor_names import ROPE_FREQS, Row, rows_of, template, to_halves
 
@@ -63,7 +63,16 @@ class GGUFTensors(Tensors):
                     f"{name[:80]!r}"
                 )
             self._add(rows[pattern], stored, layer, experts)
-        _refuse_unreadable(self.header)
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+        types = {stored.type: stored.name for stored in self.header.tensors.values() if stored.type not in _DTYPES}
+        for kind, name in types.items():
+            number = GGMLQuantizationType[kind]
+            try:
+                quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
+            except NotImplementedError as error:
+                problem = f"tensor {name} has type {kind}, which cannot be dequantised"
+                raise UserError(f"{self.header.file}: {problem}") from error
         self.infos: Mapping[str, TensorInfo] = {}
         for name, place in self._places.items():
             shape, kind = place.stored.shape, "F32" if place.row.plus_one else place.stored.type
@@ -120,16 +129,3 @@ class GGUFTensors(Tensors):
         if stored.type in _DTYPES:
             return data.view(_DTYPES[stored.type]).reshape(stop - start, -1)
         return quants.dequantize(data.reshape(stop - start, row_bytes), GGMLQuantizationType[stored.type])
-
-
-def _refuse_unreadable(header: Header) -> None:
-    """Raise UserError where a tensor has a type that the `gguf` library does not dequantise."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-
-    types = {stored.type: stored.name for stored in header.tensors.values() if stored.type not in _DTYPES}
-    for kind, name in types.items():
-        number = GGMLQuantizationType[kind]
-        try:
-            quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
-        except NotImplementedError as error:
-            raise UserError(f"{header.file}: tensor {name} has type {kind}, which cannot be dequantised") from error

@@ -15,16 +15,8 @@ import numpy as np
 from trainfw.errors import UserError, did_you_mean, one_of
 from trainfw.formats import Header, StoredTensor, Tensors, gguf_library, tokenizer_metadata
 from trainfw.interop.configs import config_from_huggingface
+from trainfw.interop.gguf import tensor_names
 from trainfw.interop.gguf.config import TOKEN_ROLES, config_of
-from trainfw.interop.gguf.tensor_names import (
-    ARCHITECTURES,
-    ROPE_FREQS,
-    Row,
-    keys_of,
-    llama3_divisors,
-    rows_of,
-    to_pairs,
-)
 from trainfw.models import ModelConfig
 from trainfw.unfinished import writing
 
@@ -41,7 +33,7 @@ class _Write:
     """One tensor of the file, and the checkpoint's tensors that it is made of."""
 
     stored: StoredTensor
-    row: Row
+    row: tensor_names.Row
     sources: tuple[str, ...]
     """Names in the checkpoint: several experts, or one tensor."""
     heads: int | None = None
@@ -72,21 +64,22 @@ def save_gguf(
     if quantization not in get_args(Quantization):
         raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
     gguf = gguf_library()
-    families = {family: name for name, each in ARCHITECTURES.items() for family in each.families}
+    families = {family: name for name, each in tensor_names.ARCHITECTURES.items() for family in each.families}
     family = huggingface.get("model_type", "")
     if family not in families:
         raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
     name = families[family]
     config = config_from_huggingface(huggingface)
-    if config.num_kv_heads != config.num_heads and not ARCHITECTURES[name].grouped_heads:
+    if config.num_kv_heads != config.num_heads and not tensor_names.ARCHITECTURES[name].grouped_heads:
         raise UserError(
             f"llama.cpp cannot run this model: in architecture {name}, {config.num_heads} query heads need as many key "
             f"heads, not {config.num_kv_heads}"
         )
     divisors = _divisors(config)
-    writes = _writes(rows_of(name, family), config, tensors, quantization)
+    writes = _writes(tensor_names.rows_of(name, family), config, tensors, quantization)
     if divisors is not None:
-        writes.append(_Write(_stored(ROPE_FREQS, divisors.shape, "F32"), Row(ROPE_FREQS, ""), ()))
+        factors = _stored(tensor_names.ROPE_FREQS, divisors.shape, "F32")
+        writes.append(_Write(factors, tensor_names.Row(tensor_names.ROPE_FREQS, ""), ()))
     metadata = _metadata(name, huggingface["model_type"], config)
     title = str(huggingface.get("_name_or_path") or file.stem)
     if family == "mistral" and "mistral" not in title.lower():
@@ -119,8 +112,7 @@ def save_gguf(
             out.seek(0, os.SEEK_END)
             _pad(out, alignment)
             for write in writes:
-                if write.stored.name == ROPE_FREQS:
-                    assert divisors is not None
+                if divisors is not None and write.stored.name == tensor_names.ROPE_FREQS:
                     out.write(divisors.astype("<f4").tobytes())
                 else:
                     for values in _values(write, tensors):
@@ -130,7 +122,7 @@ def save_gguf(
 
 def _metadata(name: str, model_type: str, config: ModelConfig) -> dict[str, object]:
     values: dict[str, Any] = {}
-    for key in keys_of(name, model_type):
+    for key in tensor_names.keys_of(name, model_type):
         if (value := operator.attrgetter(key.field)(config)) is not None:
             values[key.gguf] = key.kind(value)
     if name == "llama" and config.sliding_window is not None:
@@ -155,10 +147,10 @@ def _divisors(config: ModelConfig) -> np.ndarray | None:
     if rope is None or rope.kind != "llama3":
         return None
     fields: Any = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position)
-    return llama3_divisors(config.head_dim, config.rope_theta, *fields)
+    return tensor_names.llama3_divisors(config.head_dim, config.rope_theta, *fields)
 
 
-def _writes(rows: Sequence[Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[_Write]:
+def _writes(rows: Sequence[tensor_names.Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[_Write]:
     """List the file's tensors in order. Raises UserError where the checkpoint has other names or shapes."""
     heads: dict[str | None, int | None] = {"query": config.num_heads, "key": config.num_kv_heads, None: None}
     num_experts = 0 if config.moe is None else config.moe.num_experts
@@ -220,7 +212,7 @@ def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
         for start in range(0, info.shape[0], step):
             stop = min(start + step, info.shape[0])
             values = tensors.read(source, (slice(start, stop),)).astype(np.float32)
-            yield values if write.heads is None else to_pairs(values, (stop - start) // group)
+            yield values if write.heads is None else tensor_names.to_pairs(values, (stop - start) // group)
 
 
 def _encode(values: np.ndarray, stored: StoredTensor) -> bytes:

@@ -145,7 +145,11 @@ class ModelConfig(FamilyConfig):
                 hub = preset.rpartition("/")[2].lower()
                 plain = re.sub(r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", hub)
                 invalid("preset", f"unknown preset {preset!r}{did_you_mean(plain, load_presets())}")
-            data = _merged(load_presets()[preset], data)
+            fields = load_presets()[preset]
+            parts = [source["moe"] for source in (fields, data) if isinstance(source.get("moe"), dict)]
+            data = fields | data
+            if len(parts) == 2:  # of `moe` one by one, since it says how to run as well
+                data["moe"] = parts[0] | parts[1]
         hidden, heads = data.get("hidden_size"), data.get("num_heads")
         if "head_dim" not in data and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             if hidden % heads:
@@ -186,14 +190,6 @@ class ModelConfig(FamilyConfig):
         if self.moe is None or self.moe.dispatch != "capacity":
             return ""
         return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"
-
-
-def _merged(preset: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """The preset's fields, overridden by `data`; those of `moe` one by one, since it says how to run as well."""
-    merged, ours, theirs = preset | data, preset.get("moe"), data.get("moe")
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        merged["moe"] = ours | theirs
-    return merged
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from trainfw.models.common.moe import MoE, MoEStats
 from trainfw.models.common.rope import rope_turns
 from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.models.family import ModelOptions
-from trainfw.models.language_model import LanguageModel, abstract_model
+from trainfw.models.language_model import LanguageModel
 from trainfw.models.layer_stack import gather_sequence, init_stack, scatter_sequence
 
 
@@ -150,12 +150,3 @@ class Transformer(LanguageModel):
         """Rotary cosines and sines at these positions, by kind of layer."""
         # In order of first use, not a set's: every process must trace the same program.
         return {kind: rope_turns(positions_BS, self.config, kind) for kind in dict.fromkeys(self.config.layer_kinds)}
-
-
-def count_parameters(config: ModelConfig, *, active: bool = False) -> int:
-    """Parameters of the model, a tied table counted once; `active`: those of one token's experts only."""
-    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
-    if not active or config.moe is None:
-        return total
-    idle = config.moe.num_experts - config.moe.experts_per_token
-    return total - config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size

@@ -11,7 +11,7 @@ reported, are plans.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trainfw.backends import load_sdk
 from trainfw.hardware import Topology
@@ -63,19 +63,90 @@ def estimate(recipe: Recipe, placement: Placement) -> Estimate:
     return Estimate(seconds, sum(closed_memory(recipe, placement.layout, placement.topology).values()))
 
 
+class _Case:
+    """A recipe in a layout, and the sizes on one core that a step is counted by."""
+
+    def __init__(self, recipe: Recipe, layout: Layout):
+        self.recipe, self.layout, self.model, self.train = recipe, layout, recipe.model, recipe.train
+        self.shapes = model_shapes(recipe)
+        self.tensor, self.microbatch_count = layout.tensor, self.train.accumulation_steps
+        self.width = self.model.hidden_size
+        self.length = recipe.data.sequence_length // layout.context
+        self.mine = self.train.global_batch_size // layout.batch_shards
+        self.rows = self.mine // self.microbatch_count
+        self.tokens = self.rows * self.length
+        self.dtype, self.narrow = ("bf16", 2) if self.train.compute_dtype == "bfloat16" else ("f32", 4)
+        self.among = layout.fsdp * layout.expert * layout.context
+        """Cores that share what the default rules split of a weight's `embed` dim."""
+        self.shards: Sharded = recipe.parallel.fsdp_shards if self.among > 1 else "parameters"  # all of one part
+        # In one of P stages, a core has 1/P of the layers, P times the rows, and computes on nothing while it idles.
+        self.loaded = 1.0 / (1.0 - bubble_of(recipe, layout))
+        """Times that a row of a core's own passes a layer of the model on that core: once without a pipeline."""
+        self.runs = round(self.model.num_layers * self.microbatch_count * self.loaded)
+        self.chunk = self.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
+        """Layers in one of a stage's chunks."""
+        # Remat runs a layer again for its gradient, and of whole stages for the layers after it.
+        self.passes = 2.0 if self.train.remat in ("full", "stage") else 1.0
+        if self.train.remat == "stage" and layout.pipeline > 1:
+            self.passes = 3.0 - 1 / self.chunk
+        self.feed_forwards = [self._of(part) for part in self.shapes.feed_forwards]
+        """(matrices, rows of each, width) of the feed-forward layers that run side by side on one core."""
+        self.forward = sum(matrices * m * inner for matrices, m, inner in self.feed_forwards)
+        self.share = sum(4 * weight.elements / self.parts(weight) for weight in self.shapes.weights)
+
+    def _of(self, part: FeedForward) -> tuple[int, int, int]:
+        if part.experts is None:
+            return 1, self.tokens, part.width // self.tensor
+        rows = part.experts.slots(self.tokens) * self.layout.expert
+        return part.experts.number // self.layout.expert, rows, part.width // self.tensor
+
+    def parts(self, weight: Weight, *, replicated: bool = False) -> int:
+        """Parts of a weight; `replicated`: where it is whole on all cores that could share it."""
+        stages = self.layout.pipeline if weight.kind.startswith("layers") else 1
+        among = 1 if replicated else self.among
+        return stages * (1, self.tensor, among * self.tensor, among)[weight.split]
+
+    def used(self, weight: Weight) -> int:
+        """Elements of a core's part of a matrix where it is used, of one layer if it is stacked."""
+        layers = weight.shape[0] if weight.is_matrix else 1
+        experts = self.layout.expert if weight.kind == "layers.experts" else 1
+        return weight.elements // layers // experts // self.tensor
+
+    def kept(self) -> float:
+        """Bytes that a layer keeps of a microbatch for the backward pass."""
+        shapes, tensor, each = self.shapes, self.tensor, self.tokens * self.narrow
+        stream, forward = self.width // tensor, self.forward / self.tokens
+        both = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // tensor
+        match self.train.remat:
+            case "none":
+                scores = self.tokens * self.length * shapes.num_heads // tensor
+                return each * (10 * stream + 5 * forward + 4 * both) + scores * (4 + self.narrow)
+            case "dots":
+                return each * (2 * stream + 2 * forward + both)
+            case "stage" if self.layout.pipeline > 1:
+                return each * stream / self.chunk
+            case _:
+                return each * stream
+
+    def state(self) -> dict[str, int]:
+        parameters, optimizer = 0, 0
+        for weight in self.shapes.weights:
+            parts = self.parts(weight)
+            kept = parts if self.shards == "parameters" else self.parts(weight, replicated=True)
+            parameters += 4 * weight.elements // kept
+            optimizer += state_bytes_of(self.recipe.optimizer, weight.kind, weight.shape, parts)
+        return {"parameters": parameters, "optimizer_state": optimizer}
+
+
 def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
-    """Count what one core computes and moves in a step, in closed form: `analyse` without a compiler."""
-    model, train, shapes = recipe.model, recipe.train, model_shapes(recipe)
-    tensor, parts = layout.tensor, train.accumulation_steps
-    length = recipe.data.sequence_length // layout.context
-    rows = train.global_batch_size // layout.batch_shards // parts
+    """Count what one core computes and moves in a step, in closed form: `read_step.analysis` without a compiler."""
+    case = _Case(recipe, layout)
+    train, shapes, tensor, tokens, width = case.train, case.shapes, case.tensor, case.tokens, case.width
     # A stage runs every row of the pipeline through its layers, and rows of no consequence while it idles.
-    loaded = _loaded(recipe, layout)
-    tokens, runs, again = rows * length, round(model.num_layers * parts * loaded), train.remat != "none"
-    dtype, narrow = ("bf16", 2) if train.compute_dtype == "bfloat16" else ("f32", 4)
-    width, vocabulary = model.hidden_size, model.vocab_size // tensor
+    runs, passes, parts, again = case.runs, case.passes, case.microbatch_count, train.remat != "none"
+    dtype, narrow, rows, length = case.dtype, case.narrow, case.rows, case.length
+    vocabulary = case.model.vocab_size // tensor
     heads, kv_heads = shapes.num_heads // tensor, max(shapes.num_kv_heads // tensor, 1)  # some share one
-    passes = _passes(recipe, layout)
     attention_widths = [heads * shapes.head_dim, *2 * [kv_heads * shapes.head_dim]]
 
     def product(m: int, n: int, k: int, times: int, *, out: int = narrow, batch: int = 1) -> None:
@@ -86,7 +157,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     # (matrices, rows of each, width in, width out, whether what it returns is never needed again)
     maps = [(1, tokens, width, out, False) for out in attention_widths]
     maps += [(1, tokens, heads * shapes.head_dim, width, False)]
-    for matrices, m, inner in _feed_forwards(recipe, layout, tokens):
+    for matrices, m, inner in case.feed_forwards:
         maps += [*2 * [(matrices, m, width, inner, False)], (matrices, m, inner, width, True)]
     for matrices, m, into, out, last in maps:
         product(m, out, into, round(runs * (passes - (last and passes > 1))), batch=matrices)
@@ -111,30 +182,26 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         size, name = scores * score_size + ends * end_size, "f32" if end_size == 4 else dtype
         batch = rows * kv_heads
         matmuls.append(Matmul(batch, m, n, k, name, times, bytes=size, attention=True, backward=backward))
-    share = sum(4 * w.elements / _parts(w, layout) for w in shapes.weights)
     once, beside = _MOVED[train.remat]
     stream = width // tensor  # of a sequence that is split over tensor
-    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens))
-    moved = narrow * (tokens * (once * stream + beside * sum(attention_widths[:2])) + beside * forward)
+    moved = narrow * (tokens * (once * stream + beside * sum(attention_widths[:2])) + beside * case.forward)
     if train.scan_layers:
-        moved += _STACKED * _kept(recipe, layout)
+        moved += _STACKED * case.kept()
     attention = _MOVED_SCORES[train.remat][0 if train.scan_layers else 1] * scores * 4.0 * runs
-    update = share * (10.5 + 4.4 * parts)
-    whole = _MOVED_WHOLE[_shards(recipe, layout)] * state_bytes(recipe, layout)["parameters"]
-    of_weights = parts * (_MOVED_WEIGHTS * share + whole)
+    whole = _MOVED_WHOLE[case.shards] * case.state()["parameters"]
     return Analysis(
         layout=layout,
         matmuls=tuple(matmuls),
-        transfers=tuple(_transfers(recipe, layout, tokens, narrow, dtype)),
+        transfers=tuple(_transfers(case)),
         streamed=(
-            Streamed("model", moved * runs + of_weights),
+            Streamed("model", moved * runs + parts * (_MOVED_WEIGHTS * case.share + whole)),
             Streamed("attention", attention),
-            Streamed("update", update, "update"),
+            Streamed("update", case.share * (10.5 + 4.4 * parts), "update"),
         ),
     )
 
 
-def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: str) -> Iterator[Transfer]:
+def _transfers(case: _Case) -> Iterator[Transfer]:
     """The collectives of a step.
 
     Over the axes that share weights: these gathered in every microbatch, forward and backward, or once a step where
@@ -142,12 +209,12 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     the gradients, once. Over tensor, activations gathered and scattered. Over context, keys and values passed around,
     and over pipeline, what a stage hands to the next.
     """
-    model, train, shards, shapes = recipe.model, recipe.train, _shards(recipe, layout), model_shapes(recipe)
-    parts, width, tensor = train.accumulation_steps, model.hidden_size, layout.tensor
-    runs = round(model.num_layers * parts * _loaded(recipe, layout))
-    passes = _passes(recipe, layout)
+    recipe, layout, model, train, shapes = case.recipe, case.layout, case.model, case.train, case.shapes
+    parts, width, tensor, tokens = case.microbatch_count, case.width, case.tensor, case.tokens
+    shards, dtype, narrow, runs, passes = case.shards, case.dtype, case.narrow, case.runs, case.passes
     # Weights are used for a microbatch at a time; a pipeline's has more rows than a core's own, or fewer.
-    uses = round(runs * _microbatches(recipe, layout) / layout.pipeline)
+    microbatches = _microbatches(recipe, layout)
+    uses = round(runs * microbatches / layout.pipeline)
     among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
     copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
     layers = [w for w in shapes.weights if w.is_matrix]
@@ -156,7 +223,7 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
         for weight in layers:
             # Experts stay where they are; the rest of the axes shares each.
             axes = tuple(axis for axis in among if axis != "expert") if weight.kind == "layers.experts" else among
-            size = narrow * _used(weight, layout)
+            size = narrow * case.used(weight)
             if axes and shards == "parameters":
                 yield Transfer("all-gather", axes, dtype, size, round(max(passes, 2) * uses))
             if axes and shards != "optimizer":
@@ -171,14 +238,14 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
         for weight in shapes.weights:
             if weight.split == 2 and shards != "parameters":  # updated in shares, and put together again
                 stacked = model.num_layers // layout.pipeline if weight.is_matrix else 1
-                whole = 4 * _used(weight, layout) * stacked
+                whole = 4 * case.used(weight) * stacked
                 yield Transfer("all-gather", among, "f32", whole, 1)
                 if shards == "optimizer":
                     yield Transfer("reduce-scatter", among, "f32", whole, 1, "update")
     for weight in shapes.weights:
         axes = tuple(axis for axis in copies if axis == "data" or not weight.is_matrix)
         if axes and weight.split == 2:
-            kept = 4 * weight.elements // _parts(weight, layout)
+            kept = 4 * weight.elements // case.parts(weight)
             yield Transfer("all-reduce", axes, "f32", kept, 1, "update")
     if shapes.experts is not None and layout.expert > 1:  # to the experts and back, forward and backward
         slots, again = shapes.experts.number * shapes.experts.slots(tokens), train.remat in ("full", "stage")
@@ -190,7 +257,6 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
         yield Transfer("collective-permute", ("context",), dtype, narrow * each, 2 * turns * (2 + again))
         yield Transfer("collective-permute", ("context",), "f32", 4 * each, 2 * runs * layout.context)
     if layout.pipeline > 1:  # two rings, forward and backward
-        microbatches = _microbatches(recipe, layout)
         turns = parts * (microbatches * recipe.parallel.interleave + layout.pipeline - 1)
         each = tokens * layout.pipeline // microbatches
         yield Transfer("collective-permute", ("pipeline",), dtype, narrow * each * width // tensor, 4 * turns)
@@ -203,27 +269,6 @@ def _transfers(recipe: Recipe, layout: Layout, tokens: int, narrow: int, dtype: 
     scattered = round(runs * (4 if passes == 1 else 1 + 2 * passes)) + 2 * parts
     yield Transfer("all-gather", ("tensor",), dtype, whole, gathered)
     yield Transfer("reduce-scatter", ("tensor",), dtype, whole, scattered)
-
-
-def _loaded(recipe: Recipe, layout: Layout) -> float:
-    """Count how often a row of a core's own passes a layer of the model on that core: once without a pipeline.
-
-    In one of P stages, it has 1/P of the layers, P times the rows, and computes on nothing while it idles.
-    """
-    return 1.0 / (1.0 - bubble_of(recipe, layout))
-
-
-def _passes(recipe: Recipe, layout: Layout) -> float:
-    """Count how often remat runs a layer forward: again for its gradient, of whole stages for the layers after it."""
-    remat = recipe.train.remat
-    if remat == "stage" and layout.pipeline > 1:
-        return 3.0 - 1 / _chunk(recipe, layout)
-    return 2.0 if remat in ("full", "stage") else 1.0
-
-
-def _chunk(recipe: Recipe, layout: Layout) -> float:
-    """Layers in one of a stage's chunks."""
-    return recipe.model.num_layers / (layout.pipeline * recipe.parallel.interleave)
 
 
 def _microbatches(recipe: Recipe, layout: Layout) -> int:
@@ -241,66 +286,31 @@ def bubble_of(recipe: Recipe, layout: Layout) -> float:
 
 def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[str, int]:
     """Bytes on one core in closed form: state exactly, the rest by formula."""
-    model, train, shapes = recipe.model, recipe.train, model_shapes(recipe)
-    length, tensor = recipe.data.sequence_length // layout.context, layout.tensor
-    mine = train.global_batch_size // layout.batch_shards
-    rows, narrow = mine // train.accumulation_steps, 2 if train.compute_dtype == "bfloat16" else 4
-    tokens, width = rows * length, model.hidden_size
-    forward = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, tokens)) / tokens
-    scores = rows * (shapes.num_heads // tensor) * length * length
+    case = _Case(recipe, layout)
+    train, tokens, narrow, width, tensor = case.train, case.tokens, case.narrow, case.width, case.tensor
+    scores = case.rows * (case.shapes.num_heads // tensor) * case.length * case.length
     # Of a pipeline, what a stage keeps of the rows of all stages, in its share of the layers: as much as of its own.
-    layers = model.num_layers * _loaded(recipe, layout)
-    state, shards = state_bytes(recipe, layout), _shards(recipe, layout)
-    share = sum(4 * w.elements / _parts(w, layout) for w in shapes.weights)
-    layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * forward)
-    logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (model.vocab_size // tensor)
-    gathers = _among(layout) > 1 and shards == "parameters"
-    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * model.vocab_size * width / tensor
+    layers, state = case.model.num_layers * case.loaded, case.state()
+    layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * (case.forward / tokens))
+    logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (case.model.vocab_size // tensor)
+    gathers = case.among > 1 and case.shards == "parameters"
+    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * case.model.vocab_size * width / tensor
     if gathers:  # two layers at a time, where they are gathered ahead
-        gathered += 2 * narrow * sum(_used(w, layout) for w in shapes.weights if w.is_matrix)
+        gathered += 2 * narrow * sum(case.used(w) for w in case.shapes.weights if w.is_matrix)
     return {
         **state,
         **({} if recipe.backend.donate else {"state_out": sum(state.values())}),
-        "gradients": round(_HELD_STATE * share + _HELD_WHOLE[shards] * state["parameters"]),
-        "activations": round(_kept(recipe, layout) * layers + max(layer, logits)),
+        "gradients": round(_HELD_STATE * case.share + _HELD_WHOLE[case.shards] * state["parameters"]),
+        "activations": round(case.kept() * layers + max(layer, logits)),
         "collective_buffers": round(gathered),
-        "data": 5 * 4 * mine * length,
+        "data": 5 * 4 * case.mine * case.length,
         "runtime": load_sdk(recipe.hardware.sdk).core_overhead(topology),
     }
 
 
-def _kept(recipe: Recipe, layout: Layout) -> float:
-    """Bytes that a layer keeps of a microbatch for the backward pass."""
-    train, tensor, shapes = recipe.train, layout.tensor, model_shapes(recipe)
-    length = recipe.data.sequence_length // layout.context
-    rows = train.global_batch_size // layout.batch_shards // train.accumulation_steps
-    narrow = 2 if train.compute_dtype == "bfloat16" else 4
-    each = rows * length * narrow
-    stream = recipe.model.hidden_size // tensor
-    both = (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim // tensor
-    slots = sum(matrices * m * inner for matrices, m, inner in _feed_forwards(recipe, layout, rows * length))
-    forward = slots / (rows * length)
-    match train.remat:
-        case "none":
-            scores = rows * length * length * shapes.num_heads // tensor
-            return each * (10 * stream + 5 * forward + 4 * both) + scores * (4 + narrow)
-        case "dots":
-            return each * (2 * stream + 2 * forward + both)
-        case "stage" if layout.pipeline > 1:
-            return each * stream / _chunk(recipe, layout)
-        case _:
-            return each * stream
-
-
 def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Bytes of parameters and optimizer state on one core, counters left out, by the default rules of sharding."""
-    parameters, optimizer = 0, 0
-    kept = layout if _shards(recipe, layout) == "parameters" else replace(layout, fsdp=1, expert=1, context=1)
-    for weight in model_shapes(recipe).weights:
-        elements, parts = weight.elements, _parts(weight, layout)
-        parameters += 4 * elements // _parts(weight, kept)
-        optimizer += state_bytes_of(recipe.optimizer, weight.kind, weight.shape, parts)
-    return {"parameters": parameters, "optimizer_state": optimizer}
+    return _Case(recipe, layout).state()
 
 
 def model_shapes(recipe: Recipe) -> ModelShapes:
@@ -310,36 +320,3 @@ def model_shapes(recipe: Recipe) -> ModelShapes:
         why = "this family does not give the shapes (Family.shapes) that a step is estimated by"
         raise recipe.error("model.family", f"{why}; plan the recipe instead")
     return shapes
-
-
-def _shards(recipe: Recipe, layout: Layout) -> Sharded:
-    return recipe.parallel.fsdp_shards if _among(layout) > 1 else "parameters"  # all of one part
-
-
-def _among(layout: Layout) -> int:
-    """Cores that share what the default rules split of a weight's `embed` dim."""
-    return layout.fsdp * layout.expert * layout.context
-
-
-def _parts(weight: Weight, layout: Layout) -> int:
-    stages = layout.pipeline if weight.kind.startswith("layers") else 1
-    return stages * (1, layout.tensor, _among(layout) * layout.tensor, _among(layout))[weight.split]
-
-
-def _used(weight: Weight, layout: Layout) -> int:
-    """Elements of a core's part of a matrix where it is used, of one layer if it is stacked."""
-    layers = weight.shape[0] if weight.is_matrix else 1
-    experts = layout.expert if weight.kind == "layers.experts" else 1
-    return weight.elements // layers // experts // layout.tensor
-
-
-def _feed_forwards(recipe: Recipe, layout: Layout, tokens: int) -> list[tuple[int, int, int]]:
-    """(matrices, rows of each, width) of the feed-forward layers that run side by side on one core."""
-
-    def of(part: FeedForward) -> tuple[int, int, int]:
-        if part.experts is None:
-            return 1, tokens, part.width // layout.tensor
-        rows = part.experts.slots(tokens) * layout.expert
-        return part.experts.number // layout.expert, rows, part.width // layout.tensor
-
-    return [of(part) for part in model_shapes(recipe).feed_forwards]

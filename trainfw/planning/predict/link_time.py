@@ -100,8 +100,15 @@ def transfer_seconds(
         inner *= piece.size
     if transfer.kind in ("collective-permute", "collective-broadcast"):
         levels = [max(levels, key=lambda level: level.seconds)] if levels else []
-    latency, algorithm = _latency(transfer.kind, size, pieces, topology)
-    return TransferTime(sum(level.seconds for level in levels) + latency, latency, tuple(levels), algorithm)
+    # A stage inside the instance and one outside it, twice for an all-reduce.
+    latency, algorithms, rounds = 0.0, [], 2 if transfer.kind == "all-reduce" else 1
+    for inside in (True, False):
+        if stage := [piece for piece in pieces if topology.dim(piece.dim).inside_instance == inside]:
+            name, hops = _algorithm(transfer.kind, size, stage, topology, inside=inside)
+            latency += rounds * hops * max(piece.latency for piece in stage)
+            algorithms.append(name)
+    seconds = sum(level.seconds for level in levels) + latency
+    return TransferTime(seconds, latency, tuple(levels), " + ".join(algorithms))
 
 
 def pieces_of(axes: Iterable[str], placement: Placement | MeshPlacement) -> list[Piece]:
@@ -137,18 +144,6 @@ def _detour(piece: Piece, topology: Topology) -> float:
         return 1.0
     crossing = (n // 2) * ((n + 1) // 2)  # pairs of places, across the middle
     return crossing / (n - 1)
-
-
-def _latency(kind: str, size: float, pieces: list[Piece], topology: Topology) -> tuple[float, str]:
-    """(seconds, algorithms): a stage inside the instance and one outside it, twice for an all-reduce."""
-    seconds, names = 0.0, []
-    for inside in (True, False):
-        if stage := [piece for piece in pieces if topology.dim(piece.dim).inside_instance == inside]:
-            name, hops = _algorithm(kind, size, stage, topology, inside=inside)
-            rounds = 2 if kind == "all-reduce" else 1
-            seconds += rounds * hops * max(piece.latency for piece in stage)
-            names.append(name)
-    return seconds, " + ".join(names)
 
 
 def _algorithm(kind: str, size: float, pieces: list[Piece], topology: Topology, *, inside: bool) -> tuple[str, int]:

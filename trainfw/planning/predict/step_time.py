@@ -313,10 +313,14 @@ def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "b
     Either operand may be the one that stays. Loading it takes a quarter of the cycles and runs in the background.
     Source: the cost model in the chip's `tensor_engine.source`. 1 where the chip names no engine.
     """
-    measured = _measured(topology, dtype)
-    if measured is not None:
-        sizes, cube = measured
-        return _interpolated(sizes, cube, (m, n, k)) / topology.cores_per_chip / _hlo_peak(topology, dtype)
+    measured = topology.chip.matmul_rates
+    rates = {} if measured is None else measured.rates
+    if measured is not None and (names := [name for name in _DTYPES.get(dtype, ()) if name in rates]):
+        # Linear in the logarithms of sizes and rates.
+        corners = itertools.product(*(_between(measured.sizes, size) for size in (m, n, k)))
+        cube = rates[names[0]]
+        rate = math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))
+        return rate / topology.cores_per_chip / _hlo_peak(topology, dtype)
     engine = topology.chip.tensor_engine
     if engine is None:
         return 1.0
@@ -330,19 +334,6 @@ def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "b
 
     free = max(padded(m, engine.columns) * passing(n), padded(n, engine.columns) * passing(m))
     return padded(k, engine.rows) * free
-
-
-def _measured(topology: Topology, dtype: str) -> tuple[list[int], list[list[list[float]]]] | None:
-    """Sizes, and the chip's rates at them."""
-    measured = topology.chip.matmul_rates
-    names = [] if measured is None else [name for name in _DTYPES.get(dtype, ()) if name in measured.rates]
-    return (measured.sizes, measured.rates[names[0]]) if measured is not None and names else None
-
-
-def _interpolated(sizes: Sequence[int], cube: Sequence[Sequence[Sequence[float]]], at: Sequence[int]) -> float:
-    """The rate at `at`, linear in the logarithms of sizes and rates."""
-    corners = itertools.product(*(_between(sizes, size) for size in at))
-    return math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))
 
 
 def _between(sizes: Sequence[int], size: int) -> tuple[tuple[int, float], tuple[int, float]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
-from trainfw.hlo import Collective, Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.hlo import Computation, Instruction, Module, Partitioned, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
@@ -188,7 +188,14 @@ def simulation(recipe: Recipe, most: int = backends.MAX_SIMULATED) -> Simulation
     small, simulated = simulated_recipe(recipe, layout, most)
     found = Simulation(layout, small, simulated, topology.rules, not topology.is_cpu)
     if simulated != layout:
-        _check_shortened(recipe, layout, simulated)
+        if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
+            raise recipe.error("train.global_batch_size", problem)
+        if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
+            raise recipe.error(
+                "optimizer.name",
+                f"{layout} is compiled for fsdp({simulated.fsdp}), and an update of whole matrices "
+                f"does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
+            )
     if found.cores > backends.MAX_SIMULATED:
         raise recipe.error(
             "parallel",
@@ -213,36 +220,6 @@ def check_rates(recipe: Recipe, topology: Topology) -> None:
         )
         why = f"a plan needs rates, and no source gives its {' and '.join(missing)}{how * topology.is_cpu}"
         raise recipe.error("hardware.topology", why)
-
-
-def _check_shortened(recipe: Recipe, layout: Layout, simulated: Layout) -> None:
-    if problem := layout.batch_problem(recipe.train.global_batch_size, recipe.train.accumulation_steps):
-        raise recipe.error("train.global_batch_size", problem)
-    if simulated.fsdp < layout.fsdp and traits_of(recipe.optimizer).whole_matrices:
-        raise recipe.error(
-            "optimizer.name",
-            f"{layout} is compiled for fsdp({simulated.fsdp}), and an update of whole matrices "
-            f"does not shrink in step; let data be longer and fsdp shorter, or take another optimizer",
-        )
-
-
-def analyse(
-    recipe: Recipe, progress: Callable[[str], None] = lambda _: None, *, most: int = backends.MAX_SIMULATED
-) -> tuple[Analysis, Program, Partitioned]:
-    """Compile the training step of `recipe` for its topology on simulated devices, which this process must have.
-
-    Args:
-        progress: told what is being done.
-        most: devices to compile for at most, as far as shortening `data` and `fsdp` goes.
-
-    Returns the analysis at full size, with the (perhaps shortened) program and its compilation. Raises UserError as
-    `simulation` does.
-    """
-    found = simulation(recipe, most)
-    program = simulated_program(found)
-    partitioned = compile_step(program, progress)
-    analysis = read(partitioned.module, program.mesh, found.simulated)
-    return lengthened(analysis, found.simulated, found.layout), program, partitioned
 
 
 def simulated_program(found: Simulation) -> Program:
@@ -289,7 +266,11 @@ def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysi
 
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """The analysis of a partitioned module on `mesh`."""
-    scores = _scores(module)
+    computations = [module.computations[name] for name in module.times]
+    products = [
+        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
+    ]
+    scores = {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}  # elements on a device
     collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
     work: dict[str, list[tuple[_Work, int]]] = {}
     totals: Counter[_Work] = Counter()
@@ -302,7 +283,11 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
             if instruction.opcode == "dot":
                 work[name].append((_matmul(computation, instruction, phase), 1))
             elif instruction.name in collectives:
-                work[name].append((_transfer(collectives[instruction.name], mesh, phase), 1))
+                found = collectives[instruction.name]
+                kind = "reduce-scatter" if found.kind == "all-reduce" and found.scattered else found.kind
+                # Some groups are parts of an axis, such as of cores that share a head of keys and values.
+                axes = found.axes(mesh) or found.spanned(mesh)
+                work[name].append((Transfer(kind, axes, found.dtype, found.bytes, 1, phase), 1))
             else:
                 sizes, largest = _streamed(computation, instruction, scores)
                 array = 1 << (largest - 1).bit_length() if largest else 0
@@ -378,13 +363,6 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
     return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
 
 
-def _transfer(collective: Collective, mesh: object, phase: Phase) -> Transfer:
-    kind = "reduce-scatter" if collective.kind == "all-reduce" and collective.scattered else collective.kind
-    # Some groups are parts of an axis, such as of cores that share a head of keys and values.
-    axes = collective.axes(mesh) or collective.spanned(mesh)
-    return Transfer(kind, axes, collective.dtype, collective.bytes, 1, phase)
-
-
 def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
     left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
 
@@ -410,15 +388,6 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         backward=is_within(dot.op_name, LOSS_GRADIENT) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
         phase=phase,
     )
-
-
-def _scores(module: Module) -> set[int]:
-    """Return the numbers of elements that attention scores have, on one device."""
-    computations = [module.computations[name] for name in module.times]
-    products = [
-        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
-    ]
-    return {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}
 
 
 _FREE = {

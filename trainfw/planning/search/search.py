@@ -257,7 +257,7 @@ def _lines(found: Found) -> Iterator[str]:
     yield "A prediction: nothing here was measured on this hardware. (est.: by formula, before compiling)"
     yield ""
     yield f"    {'step':>8}  {'est.':>8}  {'GiB/core':>8}  {'est.':>6}  what it changes"
-    front = found.pareto
+    front, own = found.pareto, settings(survey.own.recipe if survey.own else survey.recipe)
     rest = [pair for pair in found.plans if all(pair[1] is not made for _, made in front)]
     for title, pairs in (("the Pareto set of step time and memory", front), ("compiled too", rest)):
         if pairs:
@@ -266,7 +266,9 @@ def _lines(found: Found) -> Iterator[str]:
             mark = "*" if found.winner is not None and made is found.winner[1] else " "
             size = f"{made.memory.total / 2**30:8.2f}  {candidate.estimate.memory / 2**30:6.1f}"
             speed = f"{made.time.seconds:8.4g}  {candidate.estimate.seconds:8.4g}"
-            yield f"  {mark} {speed}  {size}  {_changes(survey, candidate)}{_unfit(made, '  ({})')}"
+            changed = [f"{k}={str(v).lower()}" for k, v in settings(candidate.recipe).items() if v != own[k]]
+            what = " ".join(changed) or "nothing: the recipe as it is"
+            yield f"  {mark} {speed}  {size}  {what}{_unfit(made, '  ({})')}"
     yield ""
     if found.winner is None:
         yield f"nothing that was compiled fits in memory with {1 - ROOM:.0%} to spare: no winner"
@@ -282,12 +284,6 @@ def _lines(found: Found) -> Iterator[str]:
         memory_saved = f"{abs(saved) / 2**30:.2f} GiB {'less' if saved > 0 else 'more'}"
         said = _unfit(found.own, "; the recipe as it is {}")
         yield f"  {time_saved} time a step than the recipe as it is ({seconds:.4g} s), {memory_saved} a core{said}"
-
-
-def _changes(survey: Survey, candidate: Candidate) -> str:
-    mine, theirs = settings(candidate.recipe), settings(survey.own.recipe if survey.own else survey.recipe)
-    changed = [f"{key}={str(value).lower()}" for key, value in mine.items() if value != theirs[key]]
-    return " ".join(changed) or "nothing: the recipe as it is"
 
 
 def default_out(recipe: Recipe) -> Path:

@@ -43,7 +43,7 @@ BATCH = 2**22
 WALL_SECONDS = 300.0
 """Seconds until a helper that does not answer is given up, though it uses no processor time (it was stopped)."""
 
-_COMMAND = [sys.executable, "-P", "-c", "from trainfw.data.confined import main; main()"]
+_COMMAND = [sys.executable, "-P", "-c", "from trainfw.confined import main; main()"]
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
 
@@ -117,7 +117,7 @@ def _answers(batch: bytes, shared_values: dict[int, object]) -> bytes:
         for request in requests:
             work.size = len(request)
             work.begin_piece()
-            work_on = getattr(importlib.import_module(f"trainfw.data.{module}"), function)
+            work_on = getattr(importlib.import_module(f"trainfw.{module}"), function)
             try:
                 answers.append(("done", work_on(shared_values[key], *pickle.loads(request))))
             except Problem as error:
@@ -148,7 +148,7 @@ class Helper:
         self._keys: dict[Any, int] = {}
 
     def call(self, function: str, shared: Any, *arguments: Any) -> Any:
-        """Run `trainfw.data.MODULE.FUNCTION(shared, *arguments)` in the helper and return its result, through JSON.
+        """Run `trainfw.MODULE.FUNCTION(shared, *arguments)` in the helper and return its result, through JSON.
 
         Args:
             function: "MODULE:FUNCTION".
