@@ -111,6 +111,7 @@ def stream(given, index=0, count=1, length=16, said=None):
         global_batch_size=4,
         process_index=index,
         process_count=count,
+        vocab_size=258,
         report=[].append if said is None else said.append,
     )
 

@@ -87,6 +87,42 @@ def test_a_callback_that_fails_ends_the_run_with_its_last_step_saved(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
+def broken():
+    yield from ROWS[:40]
+    raise ValueError("no more")
+
+
+class Unheard(Kept):
+    def write(self, rows):
+        super().write(rows)
+        if any(row["step"] == 3 for row in rows):
+            raise RuntimeError("HTTP 503")
+
+
+@pytest.mark.parametrize("what", ["a stream that ends", "a stream that fails", "a logger"])
+def test_what_was_learnt_is_saved_when_a_scripts_own_code_fails(tmp_path, what):
+    endless = ("train.steps=500", "train.validation_batches=0", "checkpoint.every=1000")
+    overrides, more, said = {
+        "a stream that ends": (endless, {"data": lambda: iter(ROWS[:40])}, "the data has ended after 40 documents"),
+        "a stream that fails": (endless, {"data": broken}, "data: ValueError: no more; what was saved is kept"),
+        "a logger": ((), {"loggers": [Unheard()]}, "HTTP 503"),
+    }[what]
+    with pytest.raises(RunError, match=said):
+        run(tmp_path / "run", *overrides, **more)
+    (saved,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert max(losses(tmp_path / "run")) == saved > 0
+
+
+PAST = [[300, number] * 20 for number in range(60)]
+
+
+@pytest.mark.parametrize("data", [PAST, lambda: iter(PAST)], ids=["rows", "stream"])
+def test_tokens_past_the_embedding_are_refused(tmp_path, data):
+    overrides = ("train.validation_batches=0",) if callable(data) else ()
+    with pytest.raises(UserError, match=r"has token 300; expected ids below model.vocab_size = 258"):
+        run(tmp_path / "run", *overrides, data=data)
+
+
 def test_a_run_on_a_stream_reads_it_again_and_goes_on(tmp_path):
     settings = ("train.validation_batches=0",)
     run(tmp_path / "whole", *settings, data=lambda: iter(ROWS))

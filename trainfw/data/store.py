@@ -165,7 +165,7 @@ class TokenStore:
     @property
     def largest_id(self) -> int:
         """Largest id of all tokens, all of which are read."""
-        return max(int(piece.max()) for piece in _pieces(self.tokens))
+        return max((int(piece.max()) for piece in _pieces(self.tokens)), default=0)
 
 
 def _pieces(numbers: Numbers) -> Iterator[np.ndarray]:

@@ -37,9 +37,11 @@ class StreamIterator(EndlessBatches):
         global_batch_size: int,
         process_index: int,
         process_count: int,
+        vocab_size: int,
         report: Callable[[str], None],
     ) -> None:
         self._given, self._config, self._tokenizer, self._report = given, config, tokenizer, report
+        self._vocab_size = vocab_size
         super().__init__(global_batch_size)
         share = global_batch_size // process_count
         self._mine = range(process_index * share, (process_index + 1) * share)
@@ -112,6 +114,11 @@ class StreamIterator(EndlessBatches):
             if isinstance(document, str):
                 ids = self._tokenizer.encode(document)
                 document = np.array([self._tokenizer.bos_id, *ids, self._tokenizer.eos_id])
+            if document.size and (largest := document.max()) >= self._vocab_size:
+                raise UserError(
+                    f"source: document {self._documents - 1} has token {largest}; expected ids below "
+                    f"model.vocab_size = {self._vocab_size}"
+                )
             tokens.append(document.astype(np.int64))
             starts.append(np.array([size], np.int64))
             size += len(document)

@@ -53,20 +53,26 @@ class Callbacks:
     def tell(self, event: str, step: int, *data: Any) -> None:
         """Call every callback; the first that returns a reason, or fails, asks for a stop."""
         for callback in self._callbacks:
-            name = name_of(callback).partition(":")[2]
+            asks = f"{name_of(callback).partition(':')[2]} at step {step}"
             try:
-                reason, failed = getattr(callback, event)(step, *data), False
+                reason = getattr(callback, event)(step, *data)
             except Exception as error:
-                reason, failed = f"{event}: {type(error).__name__}: {error}", True
-                self._error = self._error or error
-            if reason and self.asked is None:
-                self.asked = Asked(f"{name} at step {step}: {reason}", failed)
+                self.failed(f"callback {asks}: {event}: {type(error).__name__}: {error}", error)
+            else:
+                if reason and self.asked is None:
+                    self.asked = Asked(f"{asks}: {reason}")
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Ask for a stop because a script's own code failed: what was learnt is saved before `refuse` says so."""
+        self._error = self._error or error
+        if self.asked is None:
+            self.asked = Asked(what, failed=True)
 
     def failure(self) -> str:
         """Return what has failed here; empty where nothing has."""
         return self.asked.reason if self.asked is not None and self.asked.failed else ""
 
     def refuse(self, failures: Sequence[str]) -> None:
-        """Raise RunError where a callback of any process has failed."""
+        """Raise RunError where a script's own code has failed in any process."""
         if said := next(filter(None, failures), ""):
-            raise RunError(f"callback {said}; what was saved is kept") from self._error
+            raise RunError(f"{said}; what was saved is kept") from self._error

@@ -154,6 +154,8 @@ class MetricsLog:
         others = [_Feed(logger, resumed_step) for logger in (TensorBoard(run), *loggers)]
         self._feeds = [self._file, *others] if writes else []
         self._failed = False
+        self.failure: RunError | None = None
+        """Failure of a script's own logger, which gets no more rows."""
         self._validations: list[dict[str, Any]] | None = None
         """The first row of a validation and the last, or none; None where metrics.jsonl is to be read for them."""
 
@@ -193,17 +195,20 @@ class MetricsLog:
             self.catch_up()
 
     def catch_up(self, *, durable: bool = False) -> None:
-        """Write what was not taken before. Warns, once, where it is not taken now. Raises RunError of a logger's own.
+        """Write what was not taken before. Warns, once, where it is not taken now.
 
         Args:
             durable: all rows are then on disk, or it was said.
         """
         problem = ""
-        for feed in self._feeds:
+        for feed in tuple(self._feeds):
             try:
                 feed.catch_up(durable=durable)
             except OSError as error:
                 problem = problem or error.strerror or str(error)
+            except RunError as error:
+                self.failure = self.failure or error
+                self._feeds.remove(feed)
         if problem and not self._failed:
             self._reporter.note(f"warning: {self._run}: metrics cannot be written: {problem}; they are kept for later")
         if self._failed and not problem:

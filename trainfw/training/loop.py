@@ -263,7 +263,10 @@ def _prepare_data(recipe: Recipe, own: Any, reporter: Reporter, progress: Progre
         return data
     rows, vocabulary = recipe.model.vocab_size, data.tokenizer.vocab_size
     # Special tokens past the embedding harm nobody unless the template writes them.
-    largest = max(store.largest_id for store in (data.train, data.validation)) if vocabulary > rows else 0
+    look = vocabulary > rows or own is not None  # a script's own tokens need not be the tokenizer's
+    largest = max(store.largest_id for store in (data.train, data.validation)) if look else 0
+    if own is not None and largest >= max(rows, vocabulary):
+        raise recipe.error("data.source", f"has token {largest}; expected ids below model.vocab_size = {rows}")
     if vocabulary > rows and (data.tokenizer.past(rows) or largest >= rows):
         problem = f"is smaller than the vocabulary of data.tokenizer; expected {vocabulary} or more"
         raise recipe.error("model.vocab_size", problem)

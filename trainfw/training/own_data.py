@@ -55,4 +55,7 @@ def open_batches(
     with recipe.blamed("data"):
         if given is None or data.is_rows(given):
             return data.train_iterator(prepared.train, recipe.data, **batch)
-        return data.StreamIterator(given, recipe.data, prepared.tokenizer, report=report, **batch)
+        vocabulary = recipe.model.vocab_size
+        return data.StreamIterator(
+            given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch
+        )

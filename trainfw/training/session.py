@@ -15,7 +15,7 @@ import jax
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints
 from trainfw.data import StreamIterator, TrainIterator
-from trainfw.errors import RunError
+from trainfw.errors import RunError, UserError
 from trainfw.hardware import peak_flops
 from trainfw.objectives import Metrics
 from trainfw.program import TrainState
@@ -167,7 +167,16 @@ class Session:
                 stop.request(self.callbacks.asked)
             if stop.turn():
                 return state, step, self._leave(state, step, stop)
-            row, batch = self.batches.next_row, self.program.shard_batch(next(self.batches))
+            row = self.batches.next_row
+            try:
+                batch = self.program.shard_batch(next(self.batches))
+            except Exception as error:
+                # Of several processes others may have more, and no save is made by one alone.
+                if not step or jax.process_count() > 1:
+                    raise
+                known = isinstance(error, RunError | UserError)
+                self.callbacks.failed(str(error) if known else f"data: {type(error).__name__}: {error}", error)
+                continue
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
                 after, metrics = train_step(state, batch)
@@ -322,6 +331,8 @@ class Session:
         self.checkpoints.check()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logged.items()}
         self.log.write(finite)  # JSON has no NaN
+        if self.log.failure is not None:
+            self.callbacks.failed(str(self.log.failure), self.log.failure)
         self.reporter.row(logged, self.recipe.train.steps)
 
     def _save(self, step: int, state: TrainState) -> None:
