@@ -135,7 +135,7 @@ def test_a_run_on_a_stream_reads_it_again_and_goes_on(tmp_path):
         run(tmp_path / "other", data=iter(ROWS))
 
 
-@pytest.mark.parametrize("name", quicker(["own_loss", "own_data", "own_optimizer"], ["own_loss"]))
+@pytest.mark.parametrize("name", quicker(["own_model", "own_loss", "own_data", "own_optimizer"], ["own_model"]))
 def test_the_scripts_run(tmp_path, name):
     command = [sys.executable, str(RECIPES / f"{name}.py"), str(write_recipe(tmp_path)), f"name={name}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
