@@ -31,24 +31,17 @@ class Shift(nnx.Module):
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
-class ShiftModel(LanguageModel):
-    """An embedding, a stack of layers and a head; scanning, remat and FSDP are the base class's."""
-
-    def __init__(self, config, options, rngs):
-        super().__init__(config, options)
-        size = config.hidden_size
-        self.embedding = Embedding(config.vocab_size, size, std=0.05, rngs=rngs)
-        self.layers = init_stack(lambda rngs: Shift(size, rngs), config.num_layers, rngs)
-        self.final_norm, self.head = RMSNorm(size, eps=1e-5), None  # the head is the embedding's table
-
-
 class Shifts(Family):
     """What trainfw asks of a kind of model: its config, how it is made, what divides over devices, its FLOPs."""
 
     config = FamilyConfig
 
     def build(self, config, options, rngs):
-        return ShiftModel(config, options, rngs)
+        model, size = LanguageModel(config, options), config.hidden_size  # which scans, recomputes and shards layers
+        model.embedding = Embedding(config.vocab_size, size, std=0.05, rngs=rngs)
+        model.layers = init_stack(lambda rngs: Shift(size, rngs), config.num_layers, rngs)
+        model.final_norm, model.head = RMSNorm(size, eps=1e-5), None  # the head is the embedding's table
+        return model
 
     def limits(self, config):
         yield Limit("hidden_size", config.hidden_size, "embed")
