@@ -99,8 +99,7 @@ def _run(
             )
     except training.Interrupted as stop:
         backends.end_together()
-        what = "saved; the same command resumes" if stop.step else "with nothing to save; the same command starts again"
-        say(f"stopped by {stop}, {what}", err=True)
+        say(f"stopped by {stop}", err=True)
         raise typer.Exit(128 + stop.signum) from None
 
 

@@ -41,7 +41,8 @@ class Interrupted(Exception):
     """A signal: the run is saved at `step`, or has nothing to save where that is 0."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"{signal.Signals(signum).name} at step {step}")
+        what = "saved; the same command resumes" if step else "with nothing to save; the same command starts again"
+        super().__init__(f"{signal.Signals(signum).name} at step {step}, {what}")
         self.signum, self.step = signum, step
 
 
