@@ -77,12 +77,14 @@ class Mixer(nnx.Module):
 class Block(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         D = config.hidden_size
+        self.bias = nnx.Param(jnp.zeros(D), axes=("bias",))  # a dim name of the family's own
         self.mixer, self.mixer_norm, self.mlp_norm = Mixer(config, rngs), RMSNorm(D, eps=EPS), RMSNorm(D, eps=EPS)
         self.mlp = MLP(D, D * config.expansion, activation="silu", std=STD, rngs=rngs)
 
     def __call__(self, x_BSD, places):
         x_BSD = x_BSD + scatter_sequence(self.mixer(gather_sequence(self.mixer_norm(x_BSD)), places))
-        return x_BSD + scatter_sequence(self.mlp(gather_sequence(self.mlp_norm(x_BSD))))
+        h_BSD = self.mlp_norm(x_BSD) + self.bias[...].astype(x_BSD.dtype)
+        return x_BSD + scatter_sequence(self.mlp(gather_sequence(h_BSD)))
 
 
 class Model(LanguageModel):
@@ -107,6 +109,9 @@ class LinearAttention(Family):
         yield Limit("hidden_size", config.hidden_size * config.expansion, "mlp")
         yield Limit("hidden_size", config.hidden_size, "embed")
         yield Limit("vocab_size", config.vocab_size, "vocab", pads=True)
+
+    def dims(self, config):
+        return {"bias": ("fsdp",)}
 
     def unspread(self, config):
         return {"context": "a memory is of the whole sequence", "expert": "there are no experts; use fsdp"}

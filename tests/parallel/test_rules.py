@@ -48,3 +48,15 @@ def test_rules_can_be_replaced():
     assert not rules({"embed": [], "expert_embed": []}, fsdp=2).gathers
     with pytest.raises(UserError, match=r"mlp = .*: this dim is always split over tensor; rules can be given for"):
         rules({"mlp": []})
+
+
+def test_a_family_declares_dim_names_of_its_own():
+    mesh = make_mesh(Layout(fsdp=2, tensor=2), jax.devices()[:4])
+    own = {"memory": ("fsdp",)}
+    assert Rules(mesh, own=own).spec("w", (8, 16), ("memory", "mlp")) == P(("fsdp",), ("tensor",))
+    assert Rules(mesh, own=own).gathered("memory") == ("fsdp",)
+    assert Rules(mesh, {"memory": []}, own=own).spec("w", (8, 16), ("memory", "mlp")) == P(None, ("tensor",))
+    with pytest.raises(UserError, match="memroy: unknown dim name; did you mean 'memory'"):
+        Rules(mesh, {"memroy": []}, own=own)
+    with pytest.raises(UserError, match="embed: a family declares this dim name"):
+        Rules(mesh, own={"embed": ()})

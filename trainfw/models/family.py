@@ -98,7 +98,7 @@ class Limit:
     size: int
     """The number that is to divide, `field` or a multiple of it."""
     dim: str
-    """A name of the rules table (`SPLIT_RULES`, `GATHERED_RULES`)."""
+    """A name of the rules table (`SPLIT_RULES`, `GATHERED_RULES`), or one of the family's own."""
     shared: bool = False
     """Fewer than the devices will do, where each is shared by as many."""
     pads: bool = False
@@ -136,6 +136,10 @@ class Family(Protocol):
         """
         ...
 
+    def dims(self, config: Any) -> Mapping[str, tuple[str, ...]]:
+        """Declare dim names of the family's own: the mesh axes along which weights are kept split, and gathered."""
+        return {}
+
     def unspread(self, config: Any) -> Mapping[str, str]:
         """Return the mesh axes over which the model must not be spread, each with the reason.
 
@@ -153,7 +157,7 @@ class Family(Protocol):
 
 
 _PARTS = (
-    "config", "decodes", "build", "limits", "flops_per_token", "tiny", "unspread", "backend_problems", "shapes",
+    "config", "decodes", "build", "limits", "flops_per_token", "tiny", "dims", "unspread", "backend_problems", "shapes",
 )  # fmt: skip
 
 

@@ -25,22 +25,30 @@ class Rules:
     """The rules table of one layout on one mesh.
 
     Args:
-        overrides: dim name -> mesh axes, in place of those of `GATHERED_RULES`.
+        overrides: dim name -> mesh axes, in place of those of `GATHERED_RULES` and `own`.
         fsdp_shards: see `ParallelConfig`.
+        own: dim name -> mesh axes along which weights are kept split, of names that a family declares.
     """
 
     def __init__(
-        self, mesh: Mesh, overrides: Mapping[str, Sequence[str]] | None = None, fsdp_shards: Sharded = "parameters"
+        self,
+        mesh: Mesh,
+        overrides: Mapping[str, Sequence[str]] | None = None,
+        fsdp_shards: Sharded = "parameters",
+        own: Mapping[str, Sequence[str]] | None = None,
     ):
         self.mesh, self.fsdp_shards, self.table = mesh, fsdp_shards, SPLIT_RULES | GATHERED_RULES
-        for name, axes in (overrides or {}).items():
+        own = own or {}
+        if known := sorted(own.keys() & self.table.keys()):
+            raise UserError(f"{known[0]}: a family declares this dim name, which is trainfw's own")
+        for name, axes in (*own.items(), *(overrides or {}).items()):
             if name in SPLIT_RULES:
                 raise UserError(
                     f"{name} = {list(axes)}: this dim is always split over {' and '.join(SPLIT_RULES[name])}; "
-                    f"rules can be given for {', '.join(GATHERED_RULES)}"
+                    f"rules can be given for {', '.join((*GATHERED_RULES, *own))}"
                 )
-            if name not in self.table:
-                raise UserError(f"{name}: unknown dim name{did_you_mean(name, GATHERED_RULES)}")
+            if name not in self.table and name not in own:
+                raise UserError(f"{name}: unknown dim name{did_you_mean(name, (*GATHERED_RULES, *own))}")
             for axis in axes:
                 if axis not in AXES:
                     raise UserError(f"{name} = {list(axes)}: unknown axis {axis!r}{did_you_mean(axis, AXES)}")
@@ -59,7 +67,7 @@ class Rules:
     @property
     def gathers(self) -> bool:
         """Tell whether layers gather weights at all."""
-        return self.fsdp_shards == "parameters" and any(map(self.gathered, GATHERED_RULES))
+        return self.fsdp_shards == "parameters" and any(map(self.gathered, self.table))
 
     def spec(
         self, array: str, shape: Sequence[int], names: Sequence[str | None], *, in_use: bool = False
@@ -80,7 +88,7 @@ class Rules:
                 if axis in used:
                     raise UserError(
                         f"{array}: dims {used[axis]!r} and {name!r} are both sharded over mesh axis {axis!r}; "
-                        f"change parallel.rules.{used[axis] if used[axis] in GATHERED_RULES else name}"
+                        f"change parallel.rules.{used[axis] if used[axis] not in SPLIT_RULES else name}"
                     )
                 used[axis] = str(name)
             parts = math.prod(self.mesh.shape[a] for a in axes)

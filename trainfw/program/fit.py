@@ -63,7 +63,8 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
         )
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
-        rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards)
+        own = family_of(recipe.model).dims(recipe.model)
+        rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, own)
     microbatches = recipe.parallel.pipeline_microbatches
     rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
     if stands_in is None:

@@ -49,8 +49,9 @@ def _of_model(recipe: Recipe, layout: parallel.Layout) -> Iterator[LayoutProblem
     for axis, why in family.unspread(recipe.model).items():
         if layout.sizes[axis] > 1:
             yield LayoutProblem(f"parallel.{axis}", f"the model is not to be spread over {axis}", why)
+    rules = parallel.SPLIT_RULES | parallel.GATHERED_RULES | dict(family.dims(recipe.model)) | recipe.parallel.rules
     for limit in family.limits(recipe.model):
-        axes = tuple(recipe.parallel.rules.get(limit.dim, (parallel.SPLIT_RULES | parallel.GATHERED_RULES)[limit.dim]))
+        axes = tuple(rules[limit.dim])
         parts = math.prod(layout.sizes.get(axis, 1) for axis in axes)  # of an axis that is none, the rules tell
         if limit.size % parts and not (limit.shared and parts % limit.size == 0):
             used = [axis for axis in axes if layout.sizes.get(axis, 1) > 1]
