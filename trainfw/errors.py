@@ -17,6 +17,8 @@ class UserError(ValueError):
 
     field = ""
     """Field to blame, of the section of a recipe that the raising code was given; see `about`."""
+    placed = False
+    """It says already which key is to blame, and where that was written."""
 
 
 class RunError(RuntimeError):

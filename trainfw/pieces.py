@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.errors import UserError
+from trainfw.errors import RunError, UserError
 
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*")
 
@@ -61,6 +63,25 @@ def check_parts(made: Any, key: str, name: str, parts: Sequence[str], expected: 
     if lacking := [part for part in parts if not hasattr(made, part)]:
         raise UserError(f"{key} = {name!r}: has no {' and no '.join(lacking)}; expected a {expected}")
     return made
+
+
+@contextlib.contextmanager
+def running(key: str, name: str, part: str) -> Iterator[None]:
+    """While a part of somebody's own piece runs inside: what it raises is a UserError, which begins with `key`.
+
+    It names the last line of the piece's own code, or of what that called, outside of trainfw and installed packages.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        ours = (str(Path(__file__).parent), "site-packages", "dist-packages", "<frozen")
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not any(part in frame.filename for part in ours)]
+        at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{key} = {name!r}: its {part} raises {type(error).__name__}: {said}{at}") from error
 
 
 def name_of(piece: Any) -> str:

@@ -1,6 +1,8 @@
 from .config import OBJECTIVES as OBJECTIVES
 from .config import PREFERENCES as PREFERENCES
 from .config import ObjectiveConfig as ObjectiveConfig
+from .contract import check_returned as check_returned
+from .contract import check_schema as check_schema
 from .head import loss_chunks as loss_chunks
 from .next_token import NextToken as NextToken
 from .objective import Batch as Batch

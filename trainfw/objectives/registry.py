@@ -3,12 +3,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from trainfw.objectives.config import ObjectiveConfig
+from trainfw.objectives.contract import check_parts_of
 from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
-from trainfw.pieces import check_parts, is_own, make_piece
+from trainfw.pieces import is_own, make_piece
 
-_PARTS = ("schema", "loss", "roles", "unit")
 _EXPECTED = "trainfw.objectives.Objective"
 
 
@@ -26,5 +26,6 @@ def make_objective(
 
 def check_objective(made: Any, name: str) -> Objective:
     """Return somebody's own objective. Raises UserError, which begins with `name`, where it is none."""
-    objective: Objective = check_parts(made, "name", name, _PARTS, _EXPECTED)
+    check_parts_of(made, name)
+    objective: Objective = made
     return objective

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from trainfw import objectives, optim
-from trainfw.pieces import name_of, options_of
+from trainfw.pieces import is_own, name_of, options_of, running
 from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state, shardings_of
@@ -51,7 +51,7 @@ def build_program(
             "optimizer.name", "updates whole kernels, of which an adapter trains none; use adamw or lion"
         )
     objective = objective_of(recipe) if objective is None else objective
-    schema = objective.schema(recipe.train.global_batch_size, recipe.data.sequence_length)
+    schema = _schema(recipe, objective)
     models = model_set(recipe, place, objective.roles)
     with recipe.blamed("optimizer"):
         transformation = optim.make_optimizer(recipe.optimizer, recipe.train.steps, optimizer)
@@ -109,9 +109,9 @@ def name_pieces(recipe: Recipe, objective: objectives.Objective | None, optimize
     """
     changed: dict[str, Any] = {}
     if objective is not None:
-        changed["objective"] = objectives.ObjectiveConfig(name=name_of(objective), options=options_of(objective))
         with recipe.blamed("objective"):
-            objectives.check_objective(objective, changed["objective"].name)
+            objectives.check_objective(objective, name_of(objective))
+        changed["objective"] = objectives.ObjectiveConfig(name=name_of(objective), options=options_of(objective))
     if optimizer is not None:
         kept = {key: getattr(recipe.optimizer, key) for key in _RATES}
         changed["optimizer"] = optim.OptimizerConfig(name=name_of(optimizer), options=options_of(optimizer), **kept)
@@ -128,6 +128,18 @@ def objective_of(recipe: Recipe) -> objectives.Objective:
             z_loss=recipe.train.z_loss,
             pairs_per_row=recipe.data.pairs_per_row,
         )
+
+
+def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schema:
+    """Return the arrays of a batch. Raises UserError where somebody's own objective reads others than there are."""
+    name, sizes = recipe.objective.name, (recipe.train.global_batch_size, recipe.data.sequence_length)
+    if not is_own(name):
+        return objective.schema(*sizes)
+    with recipe.blamed("objective"):
+        with running("name", name, "schema"):
+            schema = objective.schema(*sizes)
+        objectives.check_schema(schema, name, *sizes, recipe.group)
+    return schema
 
 
 def _state(

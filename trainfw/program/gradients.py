@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from trainfw import backends
 from trainfw.models import restack, unstack
-from trainfw.objectives import Batch, Draw, Metrics, Objective, Sums, metrics_of
+from trainfw.objectives import Batch, Draw, Metrics, Objective, Sums, check_returned, metrics_of
 from trainfw.parallel import Replica, all_reduce, axis_index, axis_size, reduce_gradient
+from trainfw.pieces import is_own, running
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
 from trainfw.recipe import Recipe
@@ -32,7 +33,13 @@ class LocalComputation:
 
     def loss(self, params: Any, frozen: Any, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the objective's loss of one microbatch, and its sums."""
-        return self.objective.loss(self.models.models(params, frozen), batch, draw)
+        models, name = self.models.models(params, frozen), self.recipe.objective.name
+        if not is_own(name):
+            return self.objective.loss(models, batch, draw)
+        with self.recipe.blamed("objective"):
+            with running("name", name, "loss"):
+                returned: object = self.objective.loss(models, batch, draw)
+            return check_returned(returned, name, self.objective.unit)
 
     def gradients(
         self, params: Any, wholes: Any, frozen: Any, batch: Batch, key: jax.Array | None

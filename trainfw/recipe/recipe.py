@@ -111,11 +111,15 @@ class Recipe(Config):
             text = str(error)
             first = re.match(r"[a-z_0-9.]+(?= =|:| ')", text)
             named = f"{key}.{first[0].removeprefix(f'{key}.')}" if first else ""
+            if error.placed:
+                raise
             if first and named in keys(self.model.family):
                 key, text = named, text[first.end() :]
             else:
                 key, text = f"{key}.{error.field}" if error.field else key, f": {text}"
-            raise UserError(f"{where(key, self._sources, text)}{key}{text}") from error
+            placed = UserError(f"{where(key, self._sources, text)}{key}{text}")
+            placed.placed = True
+            raise placed from error
 
     def to_yaml(self) -> str:
         """Write the resolved recipe, every key written out; it loads back to the same recipe."""
