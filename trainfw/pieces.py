@@ -67,7 +67,8 @@ def name_of(piece: Any) -> str:
     """Return `package.module:Name` of a function or a class, or of an object's class."""
     if isinstance(piece, functools.partial):
         return name_of(piece.func)
-    kind = piece if hasattr(piece, "__qualname__") else type(piece)
+    # A generator has a __qualname__ and no module.
+    kind = piece if hasattr(piece, "__qualname__") and hasattr(piece, "__module__") else type(piece)
     module = kind.__module__
     return f"{_main() if module == '__main__' else module}:{kind.__qualname__}"
 

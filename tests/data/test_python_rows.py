@@ -97,6 +97,7 @@ def test_what_is_no_data_is_said():
     with pytest.raises(UserError, match=r"has splits 'train', 'test'; expected rows, such as data\['train'\]"):
         data_name({"train": [], "test": []})
     assert (data_name([]), data_name(iter([]))) == ("in-memory:list", "in-memory:list_iterator")
+    assert data_name(row for row in "ab") == "in-memory:generator"
 
 
 DOCUMENTS = [f"document {n} " * (1 + n % 4) for n in range(60)]
