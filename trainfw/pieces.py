@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.errors import UserError
+from trainfw.errors import RunError, UserError
 
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_<][\w.<>]*")
 
@@ -26,12 +27,24 @@ def load_piece(name: str, key: str = "name") -> Any:
     """Return what `package.module:Name` names. Raises UserError, which begins with `key`, where there is none."""
     module, _, path = name.partition(":")
     try:
-        return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        with blaming(f"{key} = {name!r}: cannot be made", but=(ImportError, AttributeError)):
+            return functools.reduce(getattr, path.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{key} = {name!r}: cannot be made: {error}; expected a module on Python's path, or the piece itself from "
             "the script that has it"
         ) from error
+
+
+@contextlib.contextmanager
+def blaming(said: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Raise UserError, which begins with `said`, for what somebody's own code raises inside: sys.exit(), too."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (UserError, RunError, *but)):
+            raise
+        raise UserError(f"{said}: {type(error).__name__}: {error}") from error
 
 
 def make_piece(
@@ -51,7 +64,8 @@ def make_piece(
         raise UserError(f"{key} = {name!r}: is a {type(piece).__name__}; expected a class, a {expected}")
     check_parts(piece, key, name, methods, expected)
     try:
-        return piece(*arguments, **options)
+        with blaming(f"{key} = {name!r}: cannot be made", but=(TypeError,)):
+            return piece(*arguments, **options)
     except TypeError as error:
         raise UserError(f"{key} = {name!r}: cannot be made: {error}") from error
 
