@@ -45,6 +45,12 @@ def short(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def expect(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raise UserError, which names an argument of a call and shows its value, unless what is expected of it holds."""
+    if not holds:
+        raise UserError(f"{name} = {short(value)}: expected {expected}")
+
+
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
     """Blame `field` of a section for a UserError inside, unless it names one itself (`Recipe.blamed` reads it)."""

@@ -20,10 +20,13 @@ def cache_dir() -> Path:
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "trainfw"
 
 
-def path_text(path: object) -> str:
-    """Check a path that Python code handed over. Raises UserError for what is none."""
-    if not isinstance(path, str | os.PathLike) or isinstance(text := os.fspath(path), bytes):
-        raise UserError(f"path = {path!r:.60}: expected the path of a run or a model, a str or pathlib.Path")
+def path_text(path: object, name: str = "path", expected: str = "the path of a run or a model") -> str:
+    """Check a path that Python code handed over as `name`. Raises UserError for what is none."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise UserError(f"{name} = {path!r:.60}: expected {expected}, a str or pathlib.Path")
+    if "\0" in text:
+        raise UserError(f"{name} = {text!r:.60} holds a NUL character")
     return text
 
 
@@ -35,8 +38,6 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     text = path_text(path)
     if not text:
         raise UserError("model: the path is empty")
-    if "\0" in text:
-        raise UserError(f"model: {text!r} holds a NUL character")
     if not text.startswith(PACKAGE):
         return Path(os.path.expanduser(text))
     name = text[len(PACKAGE) :]

@@ -28,12 +28,24 @@ def load_piece(name: str, key: str = "name") -> Any:
     """Return what `package.module:Name` names. Raises UserError, which begins with `key`, where there is none."""
     module, _, path = name.partition(":")
     try:
-        return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        with blaming(f"{key} = {name!r}: cannot be made", but=(ImportError, AttributeError)):
+            return functools.reduce(getattr, path.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{key} = {name!r}: cannot be made: {error}; expected a module on Python's path, or the piece itself from "
             "the script that has it"
         ) from error
+
+
+@contextlib.contextmanager
+def blaming(said: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Raise UserError, which begins with `said`, for what somebody's own code raises inside: sys.exit(), too."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (UserError, RunError, *but)):
+            raise
+        raise UserError(f"{said}: {type(error).__name__}: {error}") from error
 
 
 def make_piece(
@@ -53,7 +65,8 @@ def make_piece(
         raise UserError(f"{key} = {name!r}: is a {type(piece).__name__}; expected a class, a {expected}")
     check_parts(piece, key, name, methods, expected)
     try:
-        return piece(*arguments, **options)
+        with blaming(f"{key} = {name!r}: cannot be made", but=(TypeError,)):
+            return piece(*arguments, **options)
     except TypeError as error:
         raise UserError(f"{key} = {name!r}: cannot be made: {error}") from error
 
@@ -88,7 +101,8 @@ def name_of(piece: Any) -> str:
     """Return `package.module:Name` of a function or a class, or of an object's class."""
     if isinstance(piece, functools.partial):
         return name_of(piece.func)
-    kind = piece if hasattr(piece, "__qualname__") else type(piece)
+    # A generator has a __qualname__ and no module.
+    kind = piece if hasattr(piece, "__qualname__") and hasattr(piece, "__module__") else type(piece)
     module = kind.__module__
     return f"{_main() if module == '__main__' else module}:{kind.__qualname__}"
 

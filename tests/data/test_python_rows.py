@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.own.pieces import OTHERS
 from trainfw import UserError
 from trainfw.data import (
     DataConfig,
@@ -97,6 +98,38 @@ def test_what_is_no_data_is_said():
     with pytest.raises(UserError, match=r"has splits 'train', 'test'; expected rows, such as data\['train'\]"):
         data_name({"train": [], "test": []})
     assert (data_name([]), data_name(iter([]))) == ("in-memory:list", "in-memory:list_iterator")
+    assert data_name(row for row in "ab") == "in-memory:generator"
+
+
+NO_SOURCES = {
+    "nothing": "gives None; expected rows",
+    "number": "gives 3; expected rows",
+    "letters": "gives 'letters'; expected rows",
+    "fails": "ZeroDivisionError",
+    "fails_late": "LookupError: no more",
+    "leaves": "SystemExit: 0",
+    "broken": "has a lone surrogate at character 3",
+}
+
+
+@pytest.mark.parametrize("name", NO_SOURCES)
+def test_a_function_that_gives_no_rows_is_refused_by_name(name, tmp_path):
+    config = DataConfig(source=f"tests.own.pieces:{name}", sequence_length=8, cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=rf"tests.own.pieces:{name}.*{NO_SOURCES[name]}"):
+        prepare(config)
+    with pytest.raises(UserError, match=NO_SOURCES[name]):
+        next(stream(OTHERS[name]))
+
+
+def test_a_type_is_no_rows():
+    with pytest.raises(
+        UserError, match=r"source = builtins:list: is a class; expected rows, which list\(...\) may hold"
+    ):
+        data_name(list)
+
+
+def test_empty_documents_are_left_out_of_a_stream_as_of_rows():
+    same(taken(stream(["", *DOCUMENTS[:5], "", *DOCUMENTS[5:]]), 3), taken(stream(DOCUMENTS), 3))
 
 
 DOCUMENTS = [f"document {n} " * (1 + n % 4) for n in range(60)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import optax
@@ -35,3 +36,21 @@ class Doubled:
 def rows():
     """Give the same rows every time."""
     return ({"text": f"number {number} and {number * number}", "other": number} for number in range(300))
+
+
+def fails_late():
+    yield {"text": "one"}
+    raise LookupError("no more")
+
+
+OTHERS = {
+    "nothing": lambda: None,
+    "number": lambda: 3,
+    "letters": lambda: "letters",
+    "fails": lambda: 1 / 0,
+    "fails_late": fails_late,
+    "leaves": lambda: sys.exit(0),
+    "broken": lambda: ["whole", "bro\udc00ken"],
+}
+"""Functions that are no good as a source."""
+globals().update(OTHERS)

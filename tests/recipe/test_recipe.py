@@ -270,6 +270,17 @@ HANDED_OVER = {
         "expected the path of a file, a bundled recipe's name, a dict or a trainfw.Recipe",
     ),
     "a string of overrides": (lambda: load_recipe("quickstart", "name=x"), "expected a list of key=value"),
+    "a number of overrides": (lambda: load_recipe("quickstart", 5), "overrides = 5: expected a list of key=value"),
+    "overrides of a recipe": (lambda: load_recipe(load_recipe("quickstart"), 0), "overrides = 0: expected a list"),
+    "an iterator of overrides": (
+        lambda: load_recipe("quickstart", (key for key in ["train.steps=5"])),
+        "expected a list of key=value",
+    ),
+    "a string to simulate": (lambda: trainfw.simulate("4"), "devices = '4': expected a positive number"),
+    "a part of a device": (lambda: trainfw.simulate(2.5), "devices = 2.5: expected a positive number"),
+    "nothing to simulate": (lambda: trainfw.simulate(None), "devices = None: expected a positive number"),
+    "a yes to simulate": (lambda: trainfw.simulate(True), "devices = True: expected a positive number"),
+    "a number for a backend": (lambda: trainfw.simulate(4, as_backend=3), "as_backend = 3: expected the name"),
     "a dataset": (
         lambda: load_recipe({"extends": "quickstart", "data": {"source": Dataset()}}),
         "data.source: is a tests.Dataset; expected its path: save_to_disk(DIRECTORY)",

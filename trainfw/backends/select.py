@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from trainfw.backends.memory import share_freed_memory
 from trainfw.backends.neuron import environment, plugin
 from trainfw.backends.neuron.numbering import number_by_place
 from trainfw.backends.neuron.place import read_place
-from trainfw.errors import UserError, did_you_mean, nearest
+from trainfw.errors import UserError, did_you_mean, expect, nearest
 from trainfw.hardware import HardwareConfig, Topology
 from trainfw.pieces import is_own, load_piece
 
@@ -138,7 +139,15 @@ def simulate(devices: int, *, as_backend: str | None = None) -> None:
 
     Raises UserError where jax has already started with another number of devices.
     """
+    _expect_number(devices)
     prepare(devices, as_backend)
+
+
+def _expect_number(devices: object) -> None:
+    fits = (
+        isinstance(devices, numbers.Integral) and not isinstance(devices, bool) and 1 <= int(devices) <= MAX_SIMULATED
+    )
+    expect("devices", devices, fits, f"a positive number of simulated CPU devices, {MAX_SIMULATED} at most")
 
 
 def lend(devices: int) -> None:
@@ -185,6 +194,7 @@ def prepare(
     once, where the environment contradicts itself or the hardware, and where JAX_PLATFORMS asks for what is not there.
     """
     global _as_backend, _lent
+    expect("as_backend", as_backend, as_backend is None or isinstance(as_backend, str), "the name of a backend")
     if as_backend is not None and is_own(as_backend):
         own = load_piece(as_backend)
         register(own)
@@ -193,9 +203,8 @@ def prepare(
         raise UserError(
             f"as_backend = {as_backend!r} (--as): is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"
         )
-    if devices is not None and not 1 <= devices <= MAX_SIMULATED:
-        expected = f"expected a positive number of simulated CPU devices, {MAX_SIMULATED} at most"
-        raise UserError(f"devices = {devices} (--devices): {expected}")
+    if devices is not None:
+        _expect_number(devices)
     topology = hardware.load() if hardware is not None else None
     wiring = read_wiring(os.environ, topology) if hardware is not None else Wiring()
     if devices is None and as_backend is None and plugin.on_neuron(os.environ):

@@ -17,8 +17,8 @@ from trainfw.data.config import DataConfig
 from trainfw.data.readers import document, example
 from trainfw.data.sources import Source, columns_of, open_source
 from trainfw.data.store import TokenStore
-from trainfw.errors import UserError
-from trainfw.pieces import is_own, load_piece, name_of
+from trainfw.errors import UserError, short
+from trainfw.pieces import blaming, is_own, load_piece, name_of
 
 IN_MEMORY = "in-memory:"
 """Prefix by which a recipe names a source that a script hands over; its kind follows."""
@@ -43,7 +43,7 @@ class RowSource(Source):
             if not self.text:
                 yield where, example(row, self.columns)
             else:
-                yield where, row if isinstance(row, str) else document(row, self.columns, where)
+                yield where, document({self.columns[0]: row} if isinstance(row, str) else row, self.columns, where)
 
     def fingerprint(self) -> str:
         """Changes when a row does: all of them are read for it."""
@@ -82,10 +82,25 @@ def row_source(name: str, give: Callable[[], Iterable[Any]], config: DataConfig,
         inputs=(),
         columns=columns_of(config),
         name=name,
-        give=lambda: itertools.islice(give(), config.max_documents),
+        give=lambda: itertools.islice(_each(name, give), config.max_documents),
         text=config.format == "text",
         count=count if config.max_documents is None else None,
     )
+
+
+def begin_rows(name: str, give: Callable[[], object]) -> Iterator[Any]:
+    """Begin the rows that a function gives. Raises UserError, which names the source, where it fails or gives none."""
+    with blaming(f"source = {name!r}"):
+        rows = give()
+        if isinstance(rows, str | bytes | Mapping | type) or not (hasattr(rows, "__iter__") or is_rows(rows)):
+            raise UserError(f"source = {name!r}: gives {short(rows, 40)}; expected rows, or an iterator of them")
+        return iter(rows)  # type: ignore[call-overload]
+
+
+def _each(name: str, give: Callable[[], object]) -> Iterator[Any]:
+    """Yield the rows that a function gives. Raises UserError, which names the source, where its code fails."""
+    with blaming(f"source = {name!r}"):
+        yield from begin_rows(name, give)
 
 
 def data_name(given: Any) -> str:
@@ -98,6 +113,8 @@ def data_name(given: Any) -> str:
             f"source = {kind}: has splits {', '.join(map(repr, list(given)[:6]))}; expected rows, such as "
             "data['train'] (what is held out is chosen by data.validation_fraction)"
         )
+    if isinstance(given, type) and is_rows(given):
+        raise UserError(f"source = {kind}: is a class; expected rows, which {given.__name__}(...) may hold")
     if not (is_rows(given) or callable(given) or hasattr(given, "__iter__")):
         raise UserError(f"source = {kind}: expected rows, an iterator of them, or a function that returns one")
     return IN_MEMORY + kind.removeprefix("builtins:")

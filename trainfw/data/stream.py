@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,15 @@ import numpy as np
 from trainfw import backends
 from trainfw.data.config import DataConfig
 from trainfw.data.pipeline import Batch, EndlessBatches
-from trainfw.data.python_rows import tokens_of
+from trainfw.data.python_rows import begin_rows, data_name, tokens_of
 from trainfw.data.rows import FIELDS, Rows
 from trainfw.data.store import TokenStore
 from trainfw.data.tokenizer import Tokenizer
 from trainfw.errors import RunError, UserError
+from trainfw.pieces import blaming
+
+_END = object()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class StreamIterator(EndlessBatches):
@@ -42,6 +47,7 @@ class StreamIterator(EndlessBatches):
     ) -> None:
         self._given, self._config, self._tokenizer, self._report = given, config, tokenizer, report
         self._vocab_size = vocab_size
+        self._name = data_name(given)
         super().__init__(global_batch_size)
         share = global_batch_size // process_count
         self._mine = range(process_index * share, (process_index + 1) * share)
@@ -93,12 +99,12 @@ class StreamIterator(EndlessBatches):
         """End it."""
 
     def _begin(self) -> None:
-        source = self._given() if callable(self._given) else iter(self._given)
+        source = begin_rows(self._name, self._given if callable(self._given) else lambda: self._given)
         if self._used and source is self._given:
             raise RunError(
                 "the data is an iterator, which cannot go back to its beginning; hand over a function that makes one"
             )
-        self._source, self._used = iter(source), False
+        self._source, self._used = source, False
         self._documents, self._next_row, self._digest = 0, 0, ""
         self._tokens, self._starts = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
@@ -112,6 +118,8 @@ class StreamIterator(EndlessBatches):
         while size < needed:
             document = self._draw()
             if isinstance(document, str):
+                if not document:  # dropped from rows in memory, too
+                    continue
                 ids = self._tokenizer.encode(document)
                 document = np.array([self._tokenizer.bos_id, *ids, self._tokenizer.eos_id])
             if document.size and (largest := document.max()) >= self._vocab_size:
@@ -134,18 +142,20 @@ class StreamIterator(EndlessBatches):
     def _draw(self) -> str | np.ndarray:
         """Return the next document, and count it."""
         self._used = True
-        try:
-            row = next(self._source)
-        except StopIteration:
+        with blaming(f"source = {self._name!r}"):
+            row: Any = next(self._source, _END)
+        if row is _END:
             raise RunError(
                 f"the data has ended after {self._documents:,} documents, {self._next_row:,} rows of "
                 f"{self._config.sequence_length} tokens; give more of it, or rows in memory, which are read again"
-            ) from None
+            )
         document = tokens_of(row)
         if document is None:
             document = row.get(self._config.text_field) if isinstance(row, Mapping) else row
         if not isinstance(document, str | np.ndarray):
             raise UserError(f"source: document {self._documents} is {str(row)[:40]!r}; expected text, or token ids")
+        if isinstance(document, str) and (found := _SURROGATE.search(document)):
+            raise UserError(f"source: document {self._documents} has a lone surrogate at character {found.start()}")
         data = document.encode() if isinstance(document, str) else document.tobytes()
         self._digest = hashlib.blake2b(self._digest.encode() + data, digest_size=16).hexdigest()
         self._documents += 1

@@ -17,6 +17,7 @@ from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
 from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
 from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, gather_sequence
+from trainfw.paths import path_text
 
 HeadDims: TypeAlias = Literal["vd", "dv"]
 """Order of the output head's dims: vocabulary and hidden size. A gradient in another order would be transposed."""
@@ -114,7 +115,7 @@ class LanguageModel(nnx.Module):
         """
         if self.origin is None:
             raise UserError("save: expected a model that trainfw.load_model returned, whose tokenizer is known")
-        return self.origin.save(self, os.fspath(directory), dtype)
+        return self.origin.save(self, path_text(directory, "directory", "where to write the model"), dtype)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         """x_BSD, the first layer's input, its sequence split over `tensor`."""

@@ -44,7 +44,7 @@ def load_recipe(
     Raises UserError naming file, line, key, value, what was expected and the nearest valid key.
     """
     if isinstance(path, Recipe):
-        if not overrides:
+        if isinstance(overrides, Sequence | Mapping) and not overrides:
             return path
         tree, sources, path = path.model_dump(), dict(path._sources), "recipe"
     elif isinstance(path, Mapping):
@@ -103,7 +103,7 @@ def _by_key(overrides: Sequence[str] | Mapping[str, object], written: str) -> It
                 raise UserError(f"{written}: {show(key)}: expected a key, such as 'train.steps'")
             yield key, value
         return
-    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides):
+    if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
         raise UserError(
             f"overrides = {show(overrides)}: expected a list of key=value, such as ['train.steps=50'], or a dict, such "
             "as {'train.steps': 50}"

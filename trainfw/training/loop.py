@@ -18,6 +18,7 @@ from trainfw.optim import OwnOptimizer
 from trainfw.program import Program, TrainState, build_program, check_sources, name_pieces
 from trainfw.recipe import Recipe, RecipeLike, load_recipe
 from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
+from trainfw.training.arguments import Given
 from trainfw.training.base import check_base
 from trainfw.training.callbacks import Callback, Callbacks
 from trainfw.training.compiling import Compiling
@@ -28,7 +29,7 @@ from trainfw.training.outcome import Outcome
 from trainfw.training.own_data import name_data, open_batches, prepare_data
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
-from trainfw.training.resuming import Changed, check_accept, covers, cut_changes, cut_of
+from trainfw.training.resuming import Changed, covers, cut_changes, cut_of
 from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
@@ -43,8 +44,8 @@ def train(
     objective: Objective | None = None,
     optimizer: OwnOptimizer | None = None,
     data: Any = None,
-    callbacks: Sequence[Callback] = (),
-    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] | None = (),
+    loggers: Sequence[Logger] | None = (),
     devices: Sequence[jax.Device] | None = None,
     run_dir: str | Path | None = None,
     resume: Resume = "auto",
@@ -69,31 +70,13 @@ def train(
     when a signal stopped it after a checkpoint. A process that hangs exits (`watchdog` in the recipe).
     """
     backends.refuse_lent()
+    callbacks, loggers = () if callbacks is None else callbacks, () if loggers is None else loggers
+    reporter = Reporter() if reporter is None else reporter
+    given = Given(objective, optimizer, data, callbacks, loggers, devices, run_dir, resume, accept, reporter, approve)
     recipe = name_data(name_pieces(load_recipe(recipe), objective, optimizer), data)
-    accept = [accept] if isinstance(accept, str) else list(accept)
-    check_accept(accept)
-    reporter = reporter or Reporter()
-    given = _Given(objective, optimizer, data, callbacks, loggers, devices, run_dir, resume, accept, reporter, approve)
     backends.compute_inline()
     with Phases(recipe.watchdog) as phases:
         return _train(_agree(recipe, given), given, phases)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """Arguments of `train` beside the recipe."""
-
-    objective: Objective | None
-    optimizer: OwnOptimizer | None
-    data: Any
-    callbacks: Sequence[Callback]
-    loggers: Sequence[Logger]
-    devices: Sequence[jax.Device] | None
-    run_dir: str | Path | None
-    resume: Resume
-    accept: Sequence[str]
-    reporter: Reporter
-    approve: Callable[[Program], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +91,7 @@ class _Agreed:
     """Seconds that a process waits for the others."""
 
 
-def _agree(recipe: Recipe, given: _Given) -> _Agreed:
+def _agree(recipe: Recipe, given: Given) -> _Agreed:
     """Check what can be checked before anything is opened; the recipe of the result's program has a date."""
     patience = max(recipe.watchdog.start_seconds, recipe.watchdog.compile_seconds) or _FOR_EVER
     with agreeing("recipe") as facts:
@@ -130,7 +113,7 @@ def _agree(recipe: Recipe, given: _Given) -> _Agreed:
     return _Agreed(run, program, base, resumed_step, patience)
 
 
-def _train(agreed: _Agreed, given: _Given, phases: Phases) -> Result:
+def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
     def progress(description: str, completed: int, total: int | None) -> None:
         phases.moved()
         reporter.progress(description, completed, total)
@@ -199,7 +182,7 @@ def _train(agreed: _Agreed, given: _Given, phases: Phases) -> Result:
         return _to_the_end(session, train_step, state, resumed_step)
 
 
-def _program(recipe: Recipe, given: _Given, resumed_step: int | None) -> Program:
+def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
     """Build the program, and look at it."""
     backend = backends.current()
     if backend.on_host:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfw import data
 from trainfw.errors import UserError
+from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
 
@@ -39,9 +40,11 @@ def prepare_data(recipe: Recipe, given: Any, progress: data.Progress) -> data.Pr
             raise UserError("tokenizer.name: `bpe` trains on text that is all there; name a file")
         nothing = data.held_tokens((), len)
         return data.PreparedData(nothing, nothing, tokenizer, None, "stream")
-    if not len(given):
-        raise UserError("source: has no rows")
-    if config.format == "text" and data.tokens_of(given[0]) is not None:
+    with blaming(f"source = {data.data_name(given)!r}"):
+        if not len(given):
+            raise UserError("source: has no rows")
+        of_tokens = config.format == "text" and data.tokens_of(given[0]) is not None
+    if of_tokens:
         return data.prepare_tokens(config, given)
     return data.prepare(config, source=data.memory_source(given, config), progress=progress)
 
