@@ -39,12 +39,15 @@ from .family import ModelOptions as ModelOptions
 from .family import ModelSection as ModelSection
 from .family import family_of as family_of
 from .family import flops_per_token as flops_per_token
+from .family import limits_of as limits_of
 from .family import load_family as load_family
+from .family import unspread_of as unspread_of
 from .language_model import HeadDims as HeadDims
 from .language_model import LanguageModel as LanguageModel
 from .language_model import TokenModel as TokenModel
 from .language_model import TokenPlaces as TokenPlaces
 from .language_model import abstract_model as abstract_model
+from .language_model import build_model as build_model
 from .layer_shapes import FeedForward as FeedForward
 from .layer_shapes import ModelShapes as ModelShapes
 from .layer_shapes import Weight as Weight
