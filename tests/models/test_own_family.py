@@ -249,3 +249,43 @@ def test_a_family_that_is_none_is_refused(recipe_file):
     }.items():
         with pytest.raises(UserError, match=said):
             load_recipe(recipe_file, [f"model.family={name}"])
+
+
+class Changed(LinearAttention):
+    """A family whose parts a test changes."""
+
+
+class WithPlainParameter(Model):
+    def __init__(self, config: Config, options, rngs: nnx.Rngs):
+        super().__init__(config, options, rngs)
+        self.extra = nnx.Param(jnp.ones(3))
+
+
+def test_parts_that_break_the_contract_are_refused(recipe_file, monkeypatch):
+    def fails(*_):
+        raise KeyError("lost")
+
+    name = NAME.replace("LinearAttention", "Changed")
+    recipe_file.write_text(recipe_file.read_text().replace(NAME, name))
+    recipe = load_recipe(recipe_file)
+    for part, made, said in (
+        ("limits", lambda *_: None, "its limits raises TypeError: 'NoneType' object is not iterable"),
+        ("limits", fails, r"its limits raises KeyError: 'lost' \(.*test_own_family.py:\d+\)"),
+        ("limits", lambda *_: [Limit("num_memories", 4, "headz")], "expected a dim of the rules; did you mean 'heads'"),
+        ("limits", lambda *_: [Limit("num_heads", 4, "heads")], "has no attribute 'num_heads'"),
+        ("limits", lambda *_: [Limit("num_memories", 0, "heads")], "expected a size above zero"),
+        ("unspread", lambda *_: {"contxt": "why"}, r"its unspread says .*; expected mesh axes; did you mean 'context'"),
+        ("flops_per_token", lambda *_: -1.0, "its flops_per_token says -1.0; expected a number above zero"),
+        ("flops_per_token", lambda *_: None, "its flops_per_token raises TypeError: float"),
+        ("build", lambda *_: None, "its build returns a NoneType; expected an nnx.Module that is a"),
+        ("build", fails, "its build raises KeyError: 'lost'"),
+        (
+            "build",
+            WithPlainParameter,
+            r"its build returns extra, a Param of shape \(3,\) with axes None; expected",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Changed, part, staticmethod(made))
+            with pytest.raises(UserError, match=rf"^\S*recipe.yaml:\d+: model.family = '{name}': .*{said}"):
+                build_program(recipe, jax.devices()[:1])

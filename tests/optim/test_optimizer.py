@@ -151,3 +151,42 @@ def test_clipping_is_optaxs(scale, handed):
     moments, expected_moments = (jax.tree.leaves(optax.tree.get(s, "mu")) for s in (state, expected_state))
     for a, b in zip(jax.tree.leaves(updates) + moments, jax.tree.leaves(expected) + expected_moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-12)
+
+
+def test_an_optimizer_of_ones_own_is_held_to_its_contract():
+    params = {"w": jnp.ones((2, 3))}
+
+    def fails(*_):
+        raise KeyError("lost")
+
+    def made(update, init=lambda params: jnp.zeros(1)):
+        return lambda rate: optax.GradientTransformation(init, update)
+
+    for own, said in (
+        (fails, r"^name = 'optax:own': its function raises KeyError: 'lost' \(.*test_optimizer.py:\d+\)"),
+        (lambda rate: None, "returns a NoneType of the learning rate; expected an Optax transformation"),
+        (made(fails, fails), "its init raises KeyError: 'lost'"),
+        (made(fails, lambda params: "abc"), r"its init returns \['str'\] in a tree; expected arrays alone"),
+        (made(fails), "its update raises KeyError: 'lost'"),
+        (optax.lbfgs, "its update raises TypeError: .*value"),
+        (made(lambda g, s, p: None), r"its update returns a NoneType; expected \(updates, state\)"),
+        (
+            made(lambda g, s, p: ({"x": g["w"]}, s)),
+            r"updates\['w'\] of nothing; expected \[2, 3\], as in the gradients",
+        ),
+        (made(lambda g, s, p: ({"w": g["w"][:1]}, s)), r"returns updates\['w'\] of \[1, 3\]; expected \[2, 3\]"),
+        (made(lambda g, s, p: (g, jnp.zeros(2))), r"returns state of float32\[2\]; expected float32\[1\], as before"),
+        (made(lambda g, s, p: (g, s.astype(int))), r"returns state of int32\[1\]; expected float32\[1\]"),
+        (made(lambda g, s, p: (g, None)), r"returns state of nothing; expected float32\[1\]"),
+        (
+            made(lambda g, s, p: (g, tuple(s)), lambda p: [jnp.zeros(1)]),
+            r"state in PyTreeDef\(\(\*,\)\); expected PyTree",
+        ),
+    ):
+
+        def step(params, own=own):
+            optimizer = make_optimizer(OptimizerConfig(name="optax:own", clip_norm=None), 10, own)
+            return optimizer.update(params, optimizer.init(params), params)
+
+        with pytest.raises(UserError, match=said):
+            jax.eval_shape(step, params)

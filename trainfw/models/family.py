@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -11,8 +13,9 @@ from pydantic import Field, SerializeAsAny
 from pydantic_core import core_schema
 
 from trainfw.config import Config, Dim, invalid
-from trainfw.errors import UserError, nearest
-from trainfw.pieces import is_own, make_piece
+from trainfw.errors import UserError, did_you_mean, nearest, short
+from trainfw.parallel import AXES, GATHERED_RULES, SPLIT_RULES
+from trainfw.pieces import is_own, make_piece, running
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -181,8 +184,48 @@ def family_of(config: FamilyConfig) -> Family:
 
 
 def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
-    """Count the FLOPs of training a model, forward and backward, on one token of sequences of that length."""
-    return family_of(config).flops_per_token(config, sequence_length)
+    """Count the FLOPs of training a model, forward and backward, on one token of sequences of that length.
+
+    Raises UserError, as the next two, where what its family says is none.
+    """
+    with running("model.family", config.family, "flops_per_token"):
+        count = float(family_of(config).flops_per_token(config, sequence_length))
+    if not 0 < count < math.inf:
+        raise _wrong(config, "flops_per_token", count, "a number above zero")
+    return count
+
+
+def limits_of(config: FamilyConfig) -> list[Limit]:
+    """List what of a model is divided over mesh axes."""
+    dims = SPLIT_RULES | GATHERED_RULES | dims_of(config)
+    with running("model.family", config.family, "limits"):
+        limits = list(family_of(config).limits(config))
+        for limit in limits:
+            operator.attrgetter(limit.field)(config)
+            if limit.dim not in dims:
+                raise _wrong(config, "limits", limit, f"a dim of the rules{did_you_mean(str(limit.dim), dims)}")
+            if not (isinstance(limit.size, int) and limit.size > 0):
+                raise _wrong(config, "limits", limit, "a size above zero")
+    return limits
+
+
+def dims_of(config: FamilyConfig) -> dict[str, tuple[str, ...]]:
+    """Return the mesh axes of dim names that a family declares."""
+    with running("model.family", config.family, "dims"):
+        return {name: tuple(axes) for name, axes in family_of(config).dims(config).items()}
+
+
+def unspread_of(config: FamilyConfig) -> Mapping[str, str]:
+    """Return the mesh axes over which a model must not be spread, each with the reason."""
+    with running("model.family", config.family, "unspread"):
+        unspread = dict(family_of(config).unspread(config))
+    if unknown := [axis for axis in unspread if axis not in AXES]:
+        raise _wrong(config, "unspread", unspread, f"mesh axes{did_you_mean(str(unknown[0]), AXES)}")
+    return unspread
+
+
+def _wrong(config: FamilyConfig, part: str, value: object, expected: str) -> UserError:
+    return UserError(f"model.family = {config.family!r}: its {part} says {short(value)}; expected {expected}")
 
 
 class _ByFamily:

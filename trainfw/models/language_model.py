@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError, did_you_mean, short
 from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
 from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
@@ -18,6 +18,7 @@ from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
 from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, gather_sequence
 from trainfw.paths import path_text
+from trainfw.pieces import is_own, running
 
 HeadDims: TypeAlias = Literal["vd", "dv"]
 """Order of the output head's dims: vocabulary and hidden size. A gradient in another order would be transposed."""
@@ -212,4 +213,25 @@ def abstract_model(config: FamilyConfig, **options: Any) -> Any:
 
     `options` are those of `ModelOptions`.
     """
-    return nnx.eval_shape(lambda: family_of(config).build(config, ModelOptions(**options), nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build_model(config, ModelOptions(**options), nnx.Rngs(0)))
+
+
+def build_model(config: FamilyConfig, options: ModelOptions, rngs: nnx.Rngs) -> Any:
+    """Return the model of a config, a `TokenModel`. Raises UserError where somebody's own family makes none."""
+    family = family_of(config)
+    if not is_own(config.family):
+        return family.build(config, options, rngs)
+    with running("model.family", config.family, "build"):
+        model: Any = family.build(config, options, rngs)
+    wrong = f"model.family = {config.family!r}: its build returns "
+    if not (isinstance(model, nnx.Module) and hasattr(model, "forward") and hasattr(model, "head_weight")):
+        raise UserError(f"{wrong}a {type(model).__name__}; expected an nnx.Module that is a trainfw.models.TokenModel")
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        axes, name = variable.get_metadata().get("axes"), ".".join(map(str, path))
+        if not (isinstance(variable, nnx.Param) and isinstance(axes, tuple) and len(axes) == len(variable.shape)):
+            kind, shape = type(variable).__name__, tuple(variable.shape)
+            raise UserError(
+                f"{wrong}{name}, a {kind} of shape {shape} with axes {short(axes)}; expected an nnx.Param with a name "
+                'for each of its dims, as in nnx.Param(value, axes=("embed", "mlp"))'
+            )
+    return model

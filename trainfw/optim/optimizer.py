@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, short
 from trainfw.optim.config import OptimizerConfig
 from trainfw.optim.registry import OPTIMIZERS
 from trainfw.optim.schedule import make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
-from trainfw.pieces import is_own, make_piece
+from trainfw.pieces import is_own, make_piece, running
 
 
 def make_optimizer(
@@ -43,12 +43,14 @@ def make_optimizer(
                 f"{wrong}expected a function of the learning rate, such as `lambda rate: optax.sgd(rate)`, so that the "
                 "recipe's schedule holds and is logged"
             )
-        optimizer = make_piece(config.name, config.options, rate()) if own is None else own(rate())
+        with running("name", config.name, "function"):
+            optimizer = make_piece(config.name, config.options, rate()) if own is None else own(rate())
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise UserError(
                 f"{wrong}returns a {type(optimizer).__name__} of the learning rate; expected an Optax transformation, "
                 "which has init and update"
             )
+        optimizer = _held_to_its_contract(optimizer, config.name)
     if config.clip_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
 
@@ -61,6 +63,50 @@ def make_optimizer(
         return optimizer.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+def _held_to_its_contract(own: optax.GradientTransformation, name: str) -> optax.GradientTransformationExtraArgs:
+    """Return somebody's own transformation, which raises UserError, while it is traced, where another would fail later.
+
+    An update has the shapes of the gradients, and a state those of the one before it.
+    """
+    run, wrong = optax.with_extra_args_support(own).update, f"name = {name!r}: its "
+
+    def init(params: Params) -> Any:
+        with running("name", name, "init"):
+            state = own.init(params)
+        _described(state, f"{wrong}init")
+        return state
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        with running("name", name, "update"):
+            returned: object = run(updates, state, params, **extra)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise UserError(f"{wrong}update returns a {type(returned).__name__}; expected (updates, state)")
+        for what, before, after in (("updates", updates, returned[0]), ("state", state, returned[1])):
+            had, has = (_described(tree, f"{wrong}update", what == "state") for tree in (before, after))
+            like = "in the gradients" if what == "updates" else "before"
+            for place in (place for place in (*had, *has) if had.get(place) != has.get(place)):
+                now, was = (one.get(place, "nothing") for one in (has, had))
+                raise UserError(f"{wrong}update returns {what}{place} of {now}; expected {was}, as {like}")
+            trees: list[object] = [jax.tree.structure(tree) for tree in (before, after)]
+            if trees[0] != trees[1]:
+                raise UserError(f"{wrong}update returns {what} in {short(trees[1])}; expected {short(trees[0])}")
+        return returned
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _described(tree: Any, wrong: str, dtypes: bool = True) -> dict[str, str]:
+    """Return the shape of every array, and its dtype, by its place. Raises UserError where one is no array."""
+    try:
+        return {
+            jax.tree_util.keystr(path): f"{jnp.result_type(leaf) if dtypes else ''}{list(jnp.shape(leaf))}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+    except (TypeError, ValueError):
+        kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(tree)})
+        raise UserError(f"{wrong} returns {short(kinds)} in a tree; expected arrays alone") from None
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:

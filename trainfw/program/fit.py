@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from trainfw import backends
-from trainfw.models import family_of
+from trainfw.models import dims_of, family_of, flops_per_token
 from trainfw.parallel import Layout, Placement, Rules, make_mesh, place, stage_order, use_rules
 from trainfw.recipe import Recipe, layout_problems
 
@@ -63,8 +63,7 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
         )
     mesh = make_mesh(layout, devices, placement)
     with recipe.blamed("parallel.rules"):
-        own = family_of(recipe.model).dims(recipe.model)
-        rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, own)
+        rules = Rules(mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, dims_of(recipe.model))
     microbatches = recipe.parallel.pipeline_microbatches
     rows = recipe.train.global_batch_size // (layout.batch_shards * recipe.train.accumulation_steps)
     if stands_in is None:
@@ -83,7 +82,10 @@ def fit(recipe: Recipe, devices: Sequence[jax.Device], stands_in: bool | None) -
 
 def check_layout(recipe: Recipe, layout: Layout, device_kind: str | None) -> None:
     """Raise UserError where the model or the batch do not divide, or the backend cannot compute the model."""
-    for problem in layout_problems(recipe, layout):
+    with recipe.blamed("model"):
+        problem = next(layout_problems(recipe, layout), None)
+        flops_per_token(recipe.model, recipe.data.sequence_length)  # refused here, where it is no number
+    if problem is not None:
         raise recipe.error(problem.key, problem.text)
     with backends.standing_for(device_kind):
         for field, why in family_of(recipe.model).backend_problems(recipe.model, backends.current()):

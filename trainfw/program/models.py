@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.adapters import attach, with_magnitudes
-from trainfw.models import Frozen, ModelOptions, TokenModel, family_of, freeze
+from trainfw.models import Frozen, ModelOptions, TokenModel, build_model, freeze
 from trainfw.parallel import Rules, Sharded
 from trainfw.program.fit import Fit
 from trainfw.recipe import Recipe
@@ -120,4 +120,5 @@ def _bare(recipe: Recipe, fit: Fit, rngs: nnx.Rngs) -> Any:
         microbatch_rows=fit.microbatch_rows,
         interleave=recipe.parallel.interleave,
     )
-    return family_of(recipe.model).build(recipe.model, options, rngs)
+    with recipe.blamed("model"):
+        return build_model(recipe.model, options, rngs)

@@ -52,7 +52,7 @@ class Update:
         grads, metrics = self.gradients(state.params, state.frozen, batch, key)
         # A device updates the share of which it keeps the optimizer's state, and only then is it gathered again.
         params = jax.lax.with_sharding_constraint(state.params, self.shardings)
-        with use_rules(self.rules):
+        with use_rules(self.rules), self.recipe.blamed("optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, params, norm=metrics["grad_norm"].total)
         if self.traits.may_overflow:  # a norm is a pass over the updates
             metrics["update_norm"] = Mean(optax.global_norm(updates), 1.0)

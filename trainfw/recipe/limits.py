@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainfw import parallel
-from trainfw.models import Limit, family_of
+from trainfw.models import Limit, dims_of, limits_of, unspread_of
 from trainfw.recipe.recipe import Recipe
 
 
@@ -45,12 +45,11 @@ def layout_problems(
 
 
 def _of_model(recipe: Recipe, layout: parallel.Layout) -> Iterator[LayoutProblem]:
-    family = family_of(recipe.model)
-    for axis, why in family.unspread(recipe.model).items():
+    for axis, why in unspread_of(recipe.model).items():
         if layout.sizes[axis] > 1:
             yield LayoutProblem(f"parallel.{axis}", f"the model is not to be spread over {axis}", why)
-    rules = parallel.SPLIT_RULES | parallel.GATHERED_RULES | dict(family.dims(recipe.model)) | recipe.parallel.rules
-    for limit in family.limits(recipe.model):
+    rules = parallel.SPLIT_RULES | parallel.GATHERED_RULES | dims_of(recipe.model) | recipe.parallel.rules
+    for limit in limits_of(recipe.model):
         axes = tuple(rules[limit.dim])
         parts = math.prod(layout.sizes.get(axis, 1) for axis in axes)  # of an axis that is none, the rules tell
         if limit.size % parts and not (limit.shared and parts % limit.size == 0):

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from trainfw import backends
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
-from trainfw.models import family_of
+from trainfw.models import limits_of
 from trainfw.optim import traits_of
 from trainfw.parallel import AXES, Layout, Placement, Sharded, context_problem, layers_problem, place
 from trainfw.planning.predict.closed_form import Estimate, estimate, model_shapes, state_bytes
@@ -160,7 +160,7 @@ def _others(recipe: Recipe) -> dict[str, list[int]]:
     """
     model, length = recipe.model, recipe.data.sequence_length
     chunks, period, units = recipe.parallel.interleave, model.layer_period, recipe.hardware.count
-    experts = [limit.size for limit in family_of(model).limits(model) if limit.dim == "experts"]
+    experts = [limit.size for limit in limits_of(model) if limit.dim == "experts"]
     stages = [n for n in _divisors(units) if n <= MOST_STAGES]
     tried = {
         "pipeline": [n for n in stages if not layers_problem(model.num_layers, n, chunks, period)],
