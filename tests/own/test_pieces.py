@@ -146,6 +146,31 @@ def test_a_logger_gets_every_row_as_data_and_late_ones_again(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "loss": 0.5}
 
 
+class Bare:
+    """All that a logger has to have; it changes what it gets."""
+
+    def write(self, rows):
+        for row in rows:
+            row.clear()
+
+    def rewind(self, step): ...
+
+
+class Unclosed(Bare):
+    def close(self):
+        raise AttributeError("no file")
+
+
+def test_a_logger_has_rows_of_its_own_and_need_not_have_an_end(tmp_path):
+    heard, row = Heard(), {"step": 1, "loss": 1.0}
+    log = MetricsLog(RunDirectory(tmp_path), None, heard, loggers=[Bare(), Unclosed()])
+    log.write(row)
+    log.catch_up(durable=True)
+    log.close()
+    assert row == {"step": 1, "loss": 1.0}
+    assert heard.notes == ["warning: logger tests.own.test_pieces:Unclosed: AttributeError: no file"]
+
+
 def test_a_backend_of_ones_own_is_simulated_by_its_name(monkeypatch):
     for known in ("BACKENDS", "SIMULATED"):
         monkeypatch.setattr(select, known, dict(getattr(select, known)))
