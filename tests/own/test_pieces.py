@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -14,10 +15,11 @@ import pytest
 
 from tests.helpers import Heard, random_batches, tiny_recipe
 from tests.own.pieces import TOY, Doubled, scaled_signs
-from trainfw import RunError, UserError, backends, build_program
+from trainfw import Callback, RunError, UserError, backends, build_program
 from trainfw.backends import select
 from trainfw.optim import OptimizerConfig, Traits, make_optimizer, state_bytes, traits_of
 from trainfw.pieces import is_own, name_of, options_of
+from trainfw.training.callbacks import Callbacks
 from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.run_directory import RunDirectory
 
@@ -154,6 +156,22 @@ class Bare:
             row.clear()
 
     def rewind(self, step): ...
+
+
+class Leaves(Callback, Bare):
+    def step(self, step, metrics):
+        sys.exit(0)
+
+    def rewind(self, step):
+        sys.exit(0)
+
+
+def test_a_piece_that_leaves_has_failed(tmp_path):
+    callbacks = Callbacks([Leaves()])
+    callbacks.tell("step", 3, {})
+    assert callbacks.failure() == "Leaves at step 3: step: SystemExit: 0"
+    with pytest.raises(RunError, match=r"logger tests.own.test_pieces:Leaves: SystemExit: 0"):
+        MetricsLog(RunDirectory(tmp_path), 3, Heard(), loggers=[Leaves()]).catch_up()
 
 
 class Unclosed(Bare):

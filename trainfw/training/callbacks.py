@@ -48,7 +48,7 @@ class Callbacks:
         self._callbacks = callbacks
         self.asked: Asked | None = None
         """A stop that a callback of this process asked for, of all."""
-        self._error: Exception | None = None
+        self._error: Exception | SystemExit | None = None
 
     def tell(self, event: str, step: int, *data: Any) -> None:
         """Call every callback; the first that returns a reason, or fails, asks for a stop."""
@@ -56,7 +56,7 @@ class Callbacks:
             name = name_of(callback).partition(":")[2]
             try:
                 reason, failed = getattr(callback, event)(step, *data), False
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # to leave would be to end well
                 reason, failed = f"{event}: {type(error).__name__}: {error}", True
                 self._error = self._error or error
             if reason and self.asked is None:

@@ -265,7 +265,7 @@ class _Feed:
             yield
         except OSError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # to leave would be to end well
             self.pending.clear()
             raise RunError(f"logger {name_of(self.logger)}: {type(error).__name__}: {error}") from error
 
