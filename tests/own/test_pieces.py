@@ -18,7 +18,7 @@ from tests.own.pieces import TOY, Doubled, scaled_signs
 from trainfw import Callback, RunError, UserError, backends, build_program
 from trainfw.backends import select
 from trainfw.optim import OptimizerConfig, Traits, make_optimizer, state_bytes, traits_of
-from trainfw.pieces import is_own, name_of, options_of
+from trainfw.pieces import is_own, load_piece, name_of, options_of
 from trainfw.training.callbacks import Callbacks
 from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.run_directory import RunDirectory
@@ -146,6 +146,14 @@ def test_a_logger_gets_every_row_as_data_and_late_ones_again(tmp_path):
     kept.fails = None
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "loss": 0.5}
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(0)", "1 / 0", "def"])
+def test_a_module_that_cannot_be_imported_is_refused_by_name(code, tmp_path, monkeypatch):
+    (tmp_path / "no_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^source = 'no_module:rows': cannot be made: \w+: "):
+        load_piece("no_module:rows", "source")
 
 
 class Bare:
