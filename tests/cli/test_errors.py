@@ -207,6 +207,12 @@ ARGUMENTS = {
     "accept of no key": (["train", "quickstart", "--accept", "lr"], "did you mean 'optimizer.learning_rate'?"),
     "accept of a shape": (["launch", "local", "quickstart", "--accept", "adapter.rank"], "cannot change in a run"),
     "a key as an option": (["train", "quickstart", "--steps", "50"], "take no dashes: train.steps=50\n"),
+    "a section as an option": (
+        ["train", "quickstart", "--hardware", "trn2.3xlarge"],
+        "hardware is a section of a recipe, whose keys take no dashes, such as hardware.topology=trn2.3xlarge\n",
+    ),
+    "hardware to plan for": (["plan", "quickstart", "--hardware", "trn2.3x"], "did you mean 'trn2.3xlarge'?"),
+    "a count to plan for": (["plan", "quickstart", "--count", "2"], "needs hardware.topology"),
     "a whole key as an option": (["plan", "quickstart", "--train.steps", "50"], "take no dashes: train.steps=50\n"),
     "a key with its value": (
         ["train", "q", "--optimizer.learning_rate=1e-3"],

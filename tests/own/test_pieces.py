@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -14,10 +15,11 @@ import pytest
 
 from tests.helpers import Heard, random_batches, tiny_recipe
 from tests.own.pieces import TOY, Doubled, scaled_signs
-from trainfw import RunError, UserError, backends, build_program
+from trainfw import Callback, RunError, UserError, backends, build_program
 from trainfw.backends import select
 from trainfw.optim import OptimizerConfig, Traits, make_optimizer, state_bytes, traits_of
-from trainfw.pieces import is_own, name_of, options_of
+from trainfw.pieces import is_own, load_piece, name_of, options_of
+from trainfw.training.callbacks import Callbacks
 from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.run_directory import RunDirectory
 
@@ -144,6 +146,55 @@ def test_a_logger_gets_every_row_as_data_and_late_ones_again(tmp_path):
     kept.fails = None
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 5, "loss": 0.5}
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(0)", "1 / 0", "def"])
+def test_a_module_that_cannot_be_imported_is_refused_by_name(code, tmp_path, monkeypatch):
+    (tmp_path / "no_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^source = 'no_module:rows': cannot be made: \w+: "):
+        load_piece("no_module:rows", "source")
+
+
+class Bare:
+    """All that a logger has to have; it changes what it gets."""
+
+    def write(self, rows):
+        for row in rows:
+            row.clear()
+
+    def rewind(self, step): ...
+
+
+class Leaves(Callback, Bare):
+    def step(self, step, metrics):
+        sys.exit(0)
+
+    def rewind(self, step):
+        sys.exit(0)
+
+
+def test_a_piece_that_leaves_has_failed(tmp_path):
+    callbacks = Callbacks([Leaves()])
+    callbacks.tell("step", 3, {})
+    assert callbacks.failure() == "Leaves at step 3: step: SystemExit: 0"
+    with pytest.raises(RunError, match=r"logger tests.own.test_pieces:Leaves: SystemExit: 0"):
+        MetricsLog(RunDirectory(tmp_path), 3, Heard(), loggers=[Leaves()]).catch_up()
+
+
+class Unclosed(Bare):
+    def close(self):
+        raise AttributeError("no file")
+
+
+def test_a_logger_has_rows_of_its_own_and_need_not_have_an_end(tmp_path):
+    heard, row = Heard(), {"step": 1, "loss": 1.0}
+    log = MetricsLog(RunDirectory(tmp_path), None, heard, loggers=[Bare(), Unclosed()])
+    log.write(row)
+    log.catch_up(durable=True)
+    log.close()
+    assert row == {"step": 1, "loss": 1.0}
+    assert heard.notes == ["warning: logger tests.own.test_pieces:Unclosed: AttributeError: no file"]
 
 
 def test_a_backend_of_ones_own_is_simulated_by_its_name(monkeypatch):

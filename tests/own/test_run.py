@@ -81,6 +81,17 @@ def test_a_run_stopped_by_a_callback_goes_on_as_one_never_stopped(tmp_path):
     assert model.config == load_recipe(part).model
 
 
+class Never(Callback):
+    def validation(self, step, validation, state):
+        return "not worth it"
+
+
+def test_a_run_stopped_before_its_first_step_says_that_nothing_is_saved(tmp_path):
+    heard = Heard()
+    assert run(tmp_path / "run", callbacks=[Never()], reporter=heard).step == 0
+    assert heard.notes[-1] == "stopped by Never at step 0: not worth it; no step is done, and nothing is saved"
+
+
 def test_a_callback_that_fails_ends_the_run_with_its_last_step_saved(tmp_path):
     with pytest.raises(RunError, match=r"callback StopsAt at step 2: step: KeyError: 'x'; what was saved is kept"):
         run(tmp_path / "run", callbacks=[StopsAt(2, KeyError("x"))])

@@ -255,7 +255,7 @@ HANDED_OVER = {
     "a mesh with a recipe to check": (lambda: trainfw.check("quickstart", mesh=3), "mesh: goes with a function"),
     "no hardware to check for": (
         lambda: trainfw.check("quickstart"),
-        "hardware.topology = null: nothing to check for; name it with hardware= (--hardware): cpu",
+        "hardware.topology = null: nothing to check for; expected one of cpu",
     ),
     "more cores than devices to check on": (
         lambda: trainfw.check("quickstart", hardware="trn2.48xlarge"),
@@ -287,7 +287,7 @@ HANDED_OVER = {
     ),
     "what is to be accepted": (
         lambda: trainfw.train(load_recipe("quickstart"), accept="optimizer.lr"),
-        "accept (--accept) optimizer.lr: unknown key; did you mean 'optimizer.learning_rate'",
+        "accept: optimizer.lr: unknown key; did you mean 'optimizer.learning_rate'",
     ),
 }
 

@@ -144,7 +144,7 @@ def test_other_losses_are_accepted_by_key_and_written_down(straight, stopped, tm
     assert [resumed[step] for step in (1, 2, 3, 4)] == [expected[step] for step in (1, 2, 3, 4)]
     assert all(resumed[step] != expected[step] for step in (6, 7, 8))
     assert "at step 4; optimizer.learning_rate was 0.003, is 0.0001 (accepted); train.global_batch_size was 8" in notes
-    assert "accept (--accept) train.z_loss: nothing to accept" in notes
+    assert "accept: train.z_loss: nothing to accept" in notes
     assert changed == {"optimizer.learning_rate": [0.003, 0.0001], "train.global_batch_size": [8, 16]}
     rows = [json.loads(line) for line in (tmp_path / "run" / "run" / "metrics.jsonl").read_text().splitlines()]
     tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}

@@ -39,6 +39,8 @@ def test_others_read_what_is_written(run, tmp_path):
     assert text.decode(tokenizer.encode("def f(x)")) == "def f(x)"
     with pytest.raises(UserError, match="model"):
         again.save(tmp_path / "model")
+    with pytest.raises(UserError, match=r"^directory = 3: expected where to write the model, a str or pathlib.Path"):
+        model.save(3)
 
 
 def test_the_weights_are_those_in_memory(run, tmp_path):

@@ -149,13 +149,13 @@ def topology_to_check(recipe: Recipe) -> Topology:
     topology = recipe.hardware.load()
     if topology is None:
         names = ", ".join(topology_names())
-        raise recipe.error("hardware.topology", f"nothing to check for; name it with hardware= (--hardware): {names}")
+        raise recipe.error("hardware.topology", f"nothing to check for; expected one of {names}")
     if topology.cores > backends.MAX_SIMULATED:
         most = backends.MAX_SIMULATED
         raise recipe.error(
             "hardware.count",
             f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
-            f"try count={most * topology.count // topology.cores} (--count)",
+            f"try count={most * topology.count // topology.cores}",
         )
     return topology
 

@@ -9,7 +9,7 @@ import typer
 from trainfw import backends, checking
 from trainfw.cli.options import Count, Hardware, Overrides, check_page
 from trainfw.cli.signals import leaving_at_once
-from trainfw.cli.simulated import build_for, compiler_options, load_for
+from trainfw.cli.simulated import build_for, compiler_options, load_simulated
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
 from trainfw.unfinished import write_text
@@ -61,7 +61,7 @@ def check(
     if not 0 < compiler_timeout < float("inf"):
         raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
     check_page("--report-difference", report_difference)
-    loaded, topology = load_for(recipe, overrides or (), hardware, count)
+    loaded, topology = load_simulated(recipe, overrides or (), hardware, count)
     flags = compiler_options(loaded, topology) if compiler else []
     if compiler:
         checking.find_compiler()  # before half a minute of work

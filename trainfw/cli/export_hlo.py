@@ -8,7 +8,7 @@ from trainfw import checking
 from trainfw import recipe as recipes
 from trainfw.cli.options import Count, Hardware, OutPath, Overrides, RecipePath
 from trainfw.cli.signals import leaving_at_once
-from trainfw.cli.simulated import build_for, compiler_options, load_for
+from trainfw.cli.simulated import build_for, compiler_options, load_simulated
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import RunError, UserError
 from trainfw.unfinished import writing
@@ -24,7 +24,7 @@ def export_hlo(
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise UserError(f"--out {out}: exists; nothing is overwritten")
-    loaded, topology = load_for(recipe, overrides or (), hardware, count)
+    loaded, topology = load_simulated(recipe, overrides or (), hardware, count)
     flags = compiler_options(loaded, topology)
     with (
         Clock() as progress,

@@ -73,6 +73,9 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
     if not value and following and not following[0].startswith("--") and "=" not in following[0]:
         value = following[0]
     key, _, note = key.partition(" ")
+    if first := next((name for name in known if name.startswith(f"{key}.")), None):
+        said = f"{key} is a section of a recipe, whose keys take no dashes, such as {first}={value or 'VALUE'}"
+        return f"No such option: {option}; {said}"
     # Beside a note, a value would be of another kind than ours.
     said = f"{key}=VALUE {note}" if note else f"{key}={value or 'VALUE'}"
     return f"No such option: {option}; keys of a recipe take no dashes: {said}"
@@ -81,6 +84,16 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
 def load(recipe: str, overrides: Sequence[str] | None) -> recipes.Recipe:
     """Load the recipe that a command line names."""
     return recipes.load_recipe(recipe, overrides or (), written=recipes.COMMAND_LINE)
+
+
+def load_for(recipe: str, overrides: Sequence[str] | None, hardware: str | None, count: int | None) -> recipes.Recipe:
+    """Load a recipe for its own hardware, or for what the command line names."""
+    chosen = list(overrides or ())
+    if hardware is not None:
+        chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
+    elif count is not None:
+        chosen.append(f"hardware.count={count}")
+    return load(recipe, chosen)
 
 
 def check_page(option: str, file: Path | None) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from trainfw import planning
 from trainfw import recipe as recipes
-from trainfw.cli.options import Overrides, RecipePath, check_page, load
+from trainfw.cli.options import Count, Hardware, Overrides, RecipePath, check_page, load_for
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
 from trainfw.unfinished import write_text
@@ -17,6 +17,8 @@ from trainfw.unfinished import write_text
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
+    hardware: Hardware = None,
+    count: Count = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page to look at.")
@@ -51,7 +53,7 @@ def plan(
     if search and scale is not None:
         raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
     counts = () if scale is None else planning.parse_counts(scale)
-    loaded = load(recipe, overrides)
+    loaded = load_for(recipe, overrides, hardware, count)
     if search:
         _search(loaded, recipe, objective, out, json_)
         return

@@ -6,23 +6,18 @@ from collections.abc import Callable, Sequence
 
 from trainfw import backends, checking, hardware, program
 from trainfw import recipe as recipes
-from trainfw.cli.options import load
+from trainfw.cli.options import load_for
 from trainfw.errors import UserError
 
 
-def load_for(
+def load_simulated(
     recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None
 ) -> tuple[recipes.Recipe, hardware.Topology]:
     """Load a recipe for its own hardware, or for what the command line names.
 
     Raises UserError where neither names a topology, and for one of more cores than can be simulated.
     """
-    chosen = list(overrides)
-    if hardware is not None:
-        chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
-    elif count is not None:
-        chosen.append(f"hardware.count={count}")
-    loaded = load(recipe, chosen)
+    loaded = load_for(recipe, overrides, hardware, count)
     return loaded, checking.topology_to_check(loaded)
 
 

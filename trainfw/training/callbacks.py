@@ -48,7 +48,7 @@ class Callbacks:
         self._callbacks = callbacks
         self.asked: Asked | None = None
         """A stop that a callback of this process asked for, of all."""
-        self._error: Exception | None = None
+        self._error: Exception | SystemExit | None = None
 
     def tell(self, event: str, step: int, *data: Any) -> None:
         """Call every callback; the first that returns a reason, or fails, asks for a stop."""
@@ -56,13 +56,13 @@ class Callbacks:
             asks = f"{name_of(callback).partition(':')[2]} at step {step}"
             try:
                 reason = getattr(callback, event)(step, *data)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # to leave would be to end well
                 self.failed(f"callback {asks}: {event}: {type(error).__name__}: {error}", error)
             else:
                 if reason and self.asked is None:
                     self.asked = Asked(f"{asks}: {reason}")
 
-    def failed(self, what: str, error: Exception) -> None:
+    def failed(self, what: str, error: Exception | SystemExit) -> None:
         """Ask for a stop because a script's own code failed: what was learnt is saved before `refuse` says so."""
         self._error = self._error or error
         if self.asked is None:

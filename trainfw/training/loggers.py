@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trainfw.errors import RunError
@@ -218,12 +218,17 @@ class MetricsLog:
     def close(self) -> None:
         """Try a last time; a full disk here must not hide why the run ended."""
         if any(feed.pending or feed.drop_after is not None for feed in self._feeds):
-            self.catch_up()
+            self._ending(self.catch_up)
         if lost := max((len(feed.pending) for feed in self._feeds), default=0):
             self._reporter.note(f"warning: {self._run}: {lost} rows of metrics are lost")
         for feed in self._feeds:
-            with contextlib.suppress(OSError):
-                feed.logger.close()
+            self._ending(feed.close)
+
+    def _ending(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except RunError as error:
+            self._reporter.note(f"warning: {error}")
 
 
 class _Feed:
@@ -243,18 +248,29 @@ class _Feed:
 
     def catch_up(self, *, durable: bool) -> None:
         """Tell it. Raises OSError where it takes nothing now, RunError where it fails otherwise."""
-        try:
+        with self._own_code():
             if self.drop_after is not None:
                 self.logger.rewind(self.drop_after)
                 self.drop_after = None
             if self.pending:
-                self.logger.write(tuple(self.pending))
+                self.logger.write(tuple(dict(row) for row in self.pending))  # theirs to change
                 self.pending.clear()
-            if durable:
+            if durable and hasattr(self.logger, "sync"):
                 self.logger.sync()
+
+    def close(self) -> None:
+        """End it. Raises RunError where it fails otherwise than by the system's word."""
+        with contextlib.suppress(OSError), self._own_code():
+            if hasattr(self.logger, "close"):
+                self.logger.close()
+
+    @contextlib.contextmanager
+    def _own_code(self) -> Iterator[None]:
+        try:
+            yield
         except OSError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # to leave would be to end well
             self.pending.clear()
             raise RunError(f"logger {name_of(self.logger)}: {type(error).__name__}: {error}") from error
 

@@ -300,7 +300,7 @@ def _say_start(
     for key in accept:
         if not any(covers([key], other) for other in changed):
             why = "the run starts" if resumed_step is None else "nothing of it differs from the run's"
-            reporter.note(f"accept (--accept) {key}: nothing to accept, {why}")
+            reporter.note(f"accept: {key}: nothing to accept, {why}")
 
 
 def _state_at(

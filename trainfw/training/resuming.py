@@ -149,15 +149,15 @@ def check_accept(accept: Sequence[str]) -> None:
     """Raise UserError for what `--accept` does not take: no key, or one that cannot change."""
     for key in accept:
         if not key.isprintable():
-            raise UserError(f"accept (--accept) {key!r:.60}: expected a key of the recipe")
+            raise UserError(f"accept: {key!r:.60}: expected a key of the recipe")
         if "=" in key:
             name = key.partition("=")[0]
-            raise UserError(f"accept (--accept) {key}: expected a key alone: {name}, beside {key}")
+            raise UserError(f"accept: {key}: expected a key alone: {name}, beside {key}")
         if key not in keys():
-            raise UserError(f"accept (--accept) {key}: unknown key{nearest_key(key)}")
+            raise UserError(f"accept: {key}: unknown key{nearest_key(key)}")
         effects = [EFFECTS[other] for other in EFFECTS if covers([key], other)]
         if all(effect in _WHY for effect in effects):
-            raise UserError(f"accept (--accept) {key}: {_WHY[effects[0]]}")
+            raise UserError(f"accept: {key}: {_WHY[effects[0]]}")
 
 
 def cut_of(recipe: Recipe, layout: Layout) -> dict[str, Any]:

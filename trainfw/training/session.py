@@ -138,7 +138,7 @@ class Session:
         self.callbacks.tell("end", steps, state)
         self.callbacks.refuse([self.callbacks.failure()])
         how = f"stopped by {stopped}" if stopped else f"done: step {steps}"
-        self.reporter.note(f"{how}, saved in {self.run}")
+        self.reporter.note(f"{how}, saved in {self.run}" if steps else f"{how}; no step is done, and nothing is saved")
         return Result(self.run.path, steps, validation, sample, evaluation, stopped)
 
     def _validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
