@@ -115,7 +115,7 @@ def test_what_was_learnt_is_saved_when_a_scripts_own_code_fails(tmp_path, what):
     endless = ("train.steps=500", "train.validation_batches=0", "checkpoint.every=1000")
     overrides, more, said = {
         "a stream that ends": (endless, {"data": lambda: iter(ROWS[:40])}, "the data has ended after 40 documents"),
-        "a stream that fails": (endless, {"data": broken}, "data: ValueError: no more; what was saved is kept"),
+        "a stream that fails": (endless, {"data": broken}, "ValueError: no more; what was saved is kept"),
         "a logger": ((), {"loggers": [Unheard()]}, "HTTP 503"),
     }[what]
     with pytest.raises(RunError, match=said):
