@@ -89,14 +89,12 @@ def test_the_next_prepare_ends_a_simulation():
 @pytest.mark.usefixtures("as_neuron")
 def test_a_simulation_is_for_the_cpu_only(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(
-        UserError, match=r"as_backend = 'neuron' \(--as\): is for the CPU, but jax is already running on 'gpu'"
-    ):
+    with pytest.raises(UserError, match=r"as_backend = 'neuron': is for the CPU, but jax is already running on 'gpu'"):
         backends.current()
 
 
 def test_only_known_backends_are_simulated():
-    with pytest.raises(UserError, match=r"as_backend = 'neurom' \(--as\): .*did you mean 'neuron'"):
+    with pytest.raises(UserError, match=r"as_backend = 'neurom': .*did you mean 'neuron'"):
         backends.prepare(as_backend="neurom")
 
 

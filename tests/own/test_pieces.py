@@ -207,7 +207,7 @@ def test_a_backend_of_ones_own_is_simulated_by_its_name(monkeypatch):
         backends.prepare(as_backend="toy")
         with pytest.raises(UserError, match="backend 'neuron': trainfw has one for 'neuron' already"):
             backends.register(replace(TOY, name="neuron"))
-        with pytest.raises(UserError, match=r"as_backend = .toys. \(--as\): is not a backend .*; did you mean .toy.\?"):
+        with pytest.raises(UserError, match=r"as_backend = .toys.: is not a backend .*; did you mean .toy.\?"):
             backends.prepare(as_backend="toys")
     finally:
         backends.prepare()

@@ -201,7 +201,7 @@ def prepare(
         as_backend = own.name
     if as_backend is not None and as_backend not in SIMULATED:
         raise UserError(
-            f"as_backend = {as_backend!r} (--as): is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"
+            f"as_backend = {as_backend!r}: is not a backend to simulate{did_you_mean(as_backend, SIMULATED)}"
         )
     if devices is not None:
         _expect_number(devices)
@@ -299,9 +299,7 @@ def current() -> Backend:
         leave_saved(lambda: _as_backend is None)
     if _as_backend is not None:
         if platform != "cpu":
-            raise UserError(
-                f"as_backend = {_as_backend!r} (--as): is for the CPU, but jax is already running on {platform!r}"
-            )
+            raise UserError(f"as_backend = {_as_backend!r}: is for the CPU, but jax is already running on {platform!r}")
         return _of_chip(simulated(_as_backend), _device_kind.get())
     if platform not in BACKENDS:
         raise UserError(f"platform {platform!r}: trainfw has no backend for it; it has {', '.join(BACKENDS)}")
