@@ -211,11 +211,7 @@ def prepare(
         if wiring.order == "launcher's" and topology is not None and topology.instances > topology.count:
             wiring = number_by_place(wiring, read_place(topology.instances // topology.count))
         environment.apply(hardware or HardwareConfig(), wiring, layout=layout or {}, scan_layers=scan_layers)
-        if "jax" in sys.modules:  # and has read the environment
-            import jax
-
-            for name in ("jax_platforms", "jax_default_prng_impl"):
-                jax.config.update(name, os.environ[name.upper()])
+        _tell_jax()
     else:  # of a GPU's memory jax takes three quarters if nothing is said
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     # XLA's own warnings (such as about the CPU the cache was compiled on) are not for users of recipes.
@@ -252,6 +248,15 @@ def check_platforms() -> None:
             f"{variable} = {value!r}: jax has no such platform here{meant}; it has {', '.join(found)}; without the "
             "variable it takes the best"
         ) from error
+
+
+def _tell_jax() -> None:
+    """Set in an imported jax what it has already read of the environment."""
+    if "jax" in sys.modules:
+        import jax
+
+        for name in ("jax_platforms", "jax_default_prng_impl"):
+            jax.config.update(name, os.environ[name.upper()])
 
 
 def _simulate(devices: int | None) -> None:
