@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import yaml
 from trainfw import Recipe, load_recipe
 from trainfw.checking.jaxpr import sub_jaxprs
 from trainfw.launch.local import _free_port
+from trainfw.models import ModelConfig, abstract_model
 from trainfw.training import Reporter
 
 # Compiles a tiny step in a third of the time. XLA ends a process for a flag that it does not know, as newer ones do.
@@ -74,6 +76,18 @@ def chip_of_halves(directory: Path) -> Path:
     path = directory / "chip.yaml"
     path.write_text(yaml.safe_dump(topology))
     return path
+
+
+def count_parameters(config: ModelConfig, *, active: bool = False) -> int:
+    """Parameters of a model, a tied table counted once; `active`: those of one token's experts only."""
+    import jax  # after conftest.py has set what it reads
+    from flax import nnx
+
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+    if not active or config.moe is None:
+        return total
+    idle = config.moe.num_experts - config.moe.experts_per_token
+    return total - config.num_layers * idle * 3 * config.hidden_size * config.intermediate_size
 
 
 def losses(run: Path) -> dict[int, float | None]:

@@ -60,7 +60,7 @@ def test_what_is_accepted_is_handed_on():
     assert command(job(accept=["optimizer.learning_rate", "train"]).script()).endswith(
         " --accept optimizer.learning_rate --accept train"
     )
-    with pytest.raises(UserError, match=r"accept \(--accept\) adapter\.rank: cannot change in a run"):
+    with pytest.raises(UserError, match=r"accept: adapter\.rank: cannot change in a run"):
         job(accept=["adapter.rank"])
 
 

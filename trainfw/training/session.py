@@ -180,11 +180,7 @@ class Session:
                 continue
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
-                after, metrics = train_step(state, batch)
-                if not self.recipe.backend.donate:
-                    for leaf in jax.tree.leaves(state):
-                        leaf.delete()  # others, up the stack, hold it too
-                state = after
+                state, metrics = self._step(train_step, state, batch)
             if first is not None:
                 check_first_step(first, state, metrics, f"first step/{step}")
             step += 1
@@ -209,6 +205,14 @@ class Session:
         self._save_last(steps, state)  # while a signal still cannot cut it short
         self._all_saved(stop)
         return state, steps, None
+
+    def _step(self, train_step: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Return the next state, in which `state` is used up, donated or not, and the metrics."""
+        after, metrics = train_step(state, batch)
+        if not self.recipe.backend.donate:
+            for leaf in jax.tree.leaves(state):
+                leaf.delete()  # others, up the stack, hold it too
+        return after, metrics
 
     def _before_first(self, state: TrainState, batch: Any) -> FirstStep:
         self.to_check = False

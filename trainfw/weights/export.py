@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from trainfw import interop
+from trainfw.adapters import AdapterConfig
 from trainfw.checkpoint import taking_the_next
 from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_ids
 from trainfw.errors import UserError, did_you_mean
@@ -112,12 +113,7 @@ def _export_adapter(source: str, out: str, step: int | None) -> str:
     interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())
     written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
-    if (kept := adapter.config.base) in ("int8", "nf4"):  # which PEFT's form does not record
-        options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if kept == "nf4" else "load_in_8bit=True"
-        written += (
-            f"\nnote: trained on the base in {kept}: load it alike in Transformers, with quantization_config="
-            f"BitsAndBytesConfig({options}), or let `trainfw merge {source} --out MODEL` make one model of both"
-        )
+    written += _kept_elsewhere(source, adapter.config)
     stops, base = stop_ids(load_tokenizer(source)), recipe.model.from_
     tokenizer = _tokenizer(base) if base is not None and not is_run(base) else None
     if tokenizer is not None and not set(stops) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
@@ -301,3 +297,14 @@ class LoadedFrom:
             held = {name: np.asarray(array) for name, array in arrays.items() if ".adapter." in name}
             weights = replace(opened, adapter=replace(opened.adapter, arrays=held))
         return write_model(weights, self.path, directory, dtype, origin=opened)
+
+
+def _kept_elsewhere(run: str, adapter: AdapterConfig) -> str:
+    """Return a note if the base was quantised while the adapter was trained, which PEFT's form does not record."""
+    if adapter.base not in ("int8", "nf4"):
+        return ""
+    options = "load_in_4bit=True, bnb_4bit_quant_type='nf4'" if adapter.base == "nf4" else "load_in_8bit=True"
+    return (
+        f"\nnote: trained on the base in {adapter.base}: load it alike in Transformers, with quantization_config="
+        f"BitsAndBytesConfig({options}), or let `trainfw merge {run} --out MODEL` make one model of both"
+    )

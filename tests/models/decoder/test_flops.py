@@ -1,6 +1,7 @@
 import pytest
 
-from trainfw.models import ModelConfig, count_parameters, flops_per_token
+from tests.helpers import count_parameters
+from trainfw.models import ModelConfig, flops_per_token
 
 
 def test_matrices_are_counted_once_and_lookups_never():

@@ -6,9 +6,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import quicker
+from tests.helpers import count_parameters, quicker
 from trainfw.errors import UserError
-from trainfw.models import ModelConfig, ModelOptions, Transformer, abstract_model, count_parameters, preset_names
+from trainfw.models import ModelConfig, ModelOptions, Transformer, abstract_model, preset_names
 from trainfw.models.decoder.model import DecoderLayer
 
 # Published totals: the safetensors metadata on each model's Hugging Face page (the `source` in presets.yaml), which
