@@ -364,7 +364,9 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
 
 
 def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
-    left, right = (computation.instructions[operand].shapes[0] for operand in dot.operands)
+    # An operand may be an element of a loop's result, `while.9#2`.
+    named = (operand.partition("#") for operand in dot.operands)
+    left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
 
     def size(shape: tuple[int, ...], key: str) -> int:
         dims = dot.attributes.get(key, "{}").strip("{}")
