@@ -104,23 +104,28 @@ def broken():
 
 
 class Unheard(Kept):
+    def __init__(self, key):
+        super().__init__()
+        self.key = key
+
     def write(self, rows):
         super().write(rows)
-        if any(row["step"] == 3 for row in rows):
+        if any(row["step"] >= 3 and self.key in row for row in rows):
             raise RuntimeError("HTTP 503")
 
 
-@pytest.mark.parametrize("what", ["a stream that ends", "a stream that fails", "a logger"])
+@pytest.mark.parametrize("what", ["a stream that ends", "a stream that fails", "a logger", "a logger at the end"])
 def test_what_was_learnt_is_saved_when_a_scripts_own_code_fails(tmp_path, what):
     endless = ("train.steps=500", "train.validation_batches=0", "checkpoint.every=1000")
     overrides, more, said = {
         "a stream that ends": (endless, {"data": lambda: iter(ROWS[:40])}, "the data has ended after 40 documents"),
         "a stream that fails": (endless, {"data": broken}, "ValueError: no more; what was saved is kept"),
-        "a logger": ((), {"loggers": [Unheard()]}, "HTTP 503"),
+        "a logger": ((), {"loggers": [Unheard("loss")]}, "HTTP 503"),
+        "a logger at the end": ((), {"loggers": [Unheard("validation_loss")]}, "HTTP 503"),
     }[what]
     with pytest.raises(RunError, match=said):
         run(tmp_path / "run", *overrides, **more)
-    (saved,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    saved = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert max(losses(tmp_path / "run")) == saved > 0
 
 

@@ -65,7 +65,7 @@ class Callbacks:
     def failed(self, what: str, error: Exception | SystemExit) -> None:
         """Ask for a stop because a script's own code failed: what was learnt is saved before `refuse` says so."""
         self._error = self._error or error
-        if self.asked is None:
+        if self.asked is None or not self.asked.failed:  # it is more than a stop that was asked for
             self.asked = Asked(what, failed=True)
 
     def failure(self) -> str:

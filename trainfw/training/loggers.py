@@ -207,8 +207,10 @@ class MetricsLog:
             except OSError as error:
                 problem = problem or error.strerror or str(error)
             except RunError as error:
+                self._reporter.note(f"warning: {error}; it gets no more rows")
                 self.failure = self.failure or error
                 self._feeds.remove(feed)
+                self._ending(feed.close)
         if problem and not self._failed:
             self._reporter.note(f"warning: {self._run}: metrics cannot be written: {problem}; they are kept for later")
         if self._failed and not problem:
@@ -218,7 +220,7 @@ class MetricsLog:
     def close(self) -> None:
         """Try a last time; a full disk here must not hide why the run ended."""
         if any(feed.pending or feed.drop_after is not None for feed in self._feeds):
-            self._ending(self.catch_up)
+            self.catch_up()
         if lost := max((len(feed.pending) for feed in self._feeds), default=0):
             self._reporter.note(f"warning: {self._run}: {lost} rows of metrics are lost")
         for feed in self._feeds:

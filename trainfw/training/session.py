@@ -136,6 +136,7 @@ class Session:
         if step < steps:
             self.reporter.note(str(self.sessions.goodput(steps, self.phases.so_far())))
         self.callbacks.tell("end", steps, state)
+        self._heed_loggers()  # of what was validated last
         self.callbacks.refuse([self.callbacks.failure()])
         how = f"stopped by {stopped}" if stopped else f"done: step {steps}"
         self.reporter.note(f"{how}, saved in {self.run}" if steps else f"{how}; no step is done, and nothing is saved")
@@ -336,9 +337,12 @@ class Session:
         self.checkpoints.check()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logged.items()}
         self.log.write(finite)  # JSON has no NaN
+        self._heed_loggers()
+        self.reporter.row(logged, self.recipe.train.steps)
+
+    def _heed_loggers(self) -> None:
         if self.log.failure is not None:
             self.callbacks.failed(str(self.log.failure), self.log.failure)
-        self.reporter.row(logged, self.recipe.train.steps)
 
     def _save(self, step: int, state: TrainState) -> None:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
