@@ -32,7 +32,7 @@ class Shift(nnx.Module):
 
 
 class Shifts(Family):
-    """What trainfw asks of a kind of model: its config, how it is made, what divides over devices, its FLOPs."""
+    """Kind of model, as trainfw asks for one: its config, how it is made, what divides over devices, its FLOPs."""
 
     config = FamilyConfig
 

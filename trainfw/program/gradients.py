@@ -58,21 +58,10 @@ class LocalComputation:
             return self.loss(params, frozen, part[0], Draw(training=True, key=key, ids_B=part[1]))
 
         with self.fit.tracing():
-            rows, place = next(iter(batch.values())).shape[0], jnp.int32(0)
-            for axis in ("pipeline", "data", "fsdp", "expert", "context"):
-                place = place * axis_size(axis) + axis_index(axis)
-            # Numbers of this device's rows, or parts of rows, that no other has; alike along `tensor`.
-            ids = None if key is None else place * rows + jnp.arange(rows, dtype=jnp.int32)
+            ids = None if key is None else _row_ids(next(iter(batch.values())).shape[0])
             # Along `data` sums wait until the last microbatch, and then take no more than a device's own share.
             alone = recipe.train.accumulation_steps > 1 and self.fit.mesh.size == 1
-            used = params
-            if alone and backends.current().casts_once:  # the layers' matrices, in the dtype in which they are used
-                narrow = [
-                    w.axes[0] == "layers" and len(w.axes) > 2 and not w.get_metadata().get("wide")
-                    for w in self._weights()
-                ]
-                flags = jax.tree.unflatten(jax.tree.structure(params), narrow)
-                used = jax.tree.map(lambda x, yes: x.astype(recipe.train.compute_dtype) if yes else x, params, flags)
+            used = self._narrowed(params) if alone and backends.current().casts_once else params
             # Or the layers' gradients are stacked for each microbatch.
             apart = alone and not recipe.train.scan_layers and "layers" in params
             if apart:
@@ -107,6 +96,15 @@ class LocalComputation:
         leaves = (jax.tree.leaves(t) for t in (tree, *trees))
         return jax.tree.unflatten(jax.tree.structure(tree), map(function, names, *leaves))
 
+    def _narrowed(self, params: Any) -> Any:
+        """Return the layers' matrices in the dtype in which alone they are used."""
+        stacked = [
+            w.axes[0] == "layers" and len(w.axes) > 2 and not w.get_metadata().get("wide") for w in self._weights()
+        ]
+        flags = jax.tree.unflatten(jax.tree.structure(params), stacked)
+        dtype = self.recipe.train.compute_dtype
+        return jax.tree.map(lambda x, yes: x.astype(dtype) if yes else x, params, flags)
+
     def _weights(self) -> list[Any]:
         return jax.tree.leaves(self.models.variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -133,3 +131,11 @@ def on_every_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out
     if mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _row_ids(rows: int) -> jax.Array:
+    """Return numbers of this device's rows, or parts of rows, that no other has; alike along `tensor`. i32[rows]"""
+    place = jnp.int32(0)
+    for axis in ("pipeline", "data", "fsdp", "expert", "context"):
+        place = place * axis_size(axis) + axis_index(axis)
+    return place * rows + jnp.arange(rows, dtype=jnp.int32)
