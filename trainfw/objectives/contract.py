@@ -69,7 +69,7 @@ def _array(schema: Schema, name: str) -> str:
     return f"{np.dtype(schema.fields[name].dtype)} {schema.shape(name)}"
 
 
-def check_returned(returned: Any, name: str, unit: str) -> tuple[jax.Array, Sums]:
+def check_returned(returned: object, name: str, unit: str) -> tuple[jax.Array, Sums]:
     """Return what `loss` returned while it is traced. Raises UserError, which begins with `name`, where it is wrong."""
     wrong = f"name = {name!r}: loss returns "
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
