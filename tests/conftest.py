@@ -6,6 +6,10 @@ import signal
 import tempfile
 import time
 
+# jaxlib reads it once, when it is imported: XLA's warnings of what its partitioner cannot split are to be seen here
+# (tests/program/test_collectives.py), also by workers, which inherit what is set below.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -19,8 +23,6 @@ select.CPU.init_options["xla_backend_optimization_level"] = "0"  # it comes befo
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share what one of them has compiled
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trainfw-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.03"
-# Warnings of XLA's are to be seen here: of what its partitioner cannot split (tests/program/test_collectives.py).
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 backends.prepare(8)
 import jax
 
