@@ -11,10 +11,12 @@ from .program import build_program as build_program
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
 from .training import Callback as Callback
+from .training import Drawer as Drawer
 from .training import Interrupted as Interrupted
 from .training import Logger as Logger
 from .training import Result as Result
 from .training import evaluate as evaluate
+from .training import load_drawer as load_drawer
 from .training import load_model as load_model
 from .training import train as train
 from .version import __version__ as __version__

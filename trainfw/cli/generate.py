@@ -7,30 +7,78 @@ import typer
 
 from trainfw import backends, data, sampling, training, weights
 from trainfw.cli.options import AnyModel, Step
+from trainfw.cli.pictures import draw
 from trainfw.cli.terminal import show
 from trainfw.errors import UserError
 
 
 def generate(
     model: AnyModel,
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="The text to go on from; several at once.")],
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The text to go on from, or a picture's caption or class; several at once."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Text: stop after this many tokens (default: 256).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Text: 0 always takes the likeliest token (default: 0.8).")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Text: sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Text: sample from the likeliest tokens that make up p.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same.")] = 0,
     step: Step = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--plain", help="As a user's turn by the chat template, or as text (default: as trained)."),
+        typer.Option(
+            "--chat/--plain", help="Text: as a user's turn by the chat template, or as text (default: as trained)."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="With --chat: the system prompt (default: as trained).")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="An adapter of the model; a prompt NAME=TEXT takes it."),
     ] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Pictures: the PNG file to write.")] = None,
+    count: Annotated[int | None, typer.Option(help="Pictures: how many for each prompt (default: 1).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Pictures: steps of the sampler (default: 20).")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Pictures: 1 as the model is; more, closer to the prompt (default: 4).")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Pictures: euler, heun, ddim or dpm++.")] = None,
 ) -> None:
-    """Write on from prompts. With a run, a model, or a model and several adapters."""
+    """Write on from prompts, or draw pictures. With a run, a model, or a model and several adapters."""
+    of_text = {"--max-tokens": max_tokens, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p}
+    of_text |= {"--chat": chat, "--system": system, "--adapter": adapter}
+    of_pictures = {"--out": out, "--count": count, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
+    draws = weights.is_run(model) and weights.run_recipe(model).reads_images
+    for option, value in (of_text if draws else of_pictures).items():
+        if value is not None:
+            kind = "draws pictures" if draws else "writes text"
+            raise UserError(f"{option} {value}: does not apply to {model}, which {kind}")
+    if draws:
+        draw(
+            model, prompt or [], out=out, count=count, step=step, seed=seed,
+            steps=steps, guidance=guidance, sampler=sampler,
+        )  # fmt: skip
+        return
+    if not prompt:
+        raise UserError("--prompt: expected a text to go on from")
+    max_tokens, temperature = 256 if max_tokens is None else max_tokens, 0.8 if temperature is None else temperature
+    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, chat, system, adapter)
+
+
+def _write(
+    model: str,
+    prompt: list[str],
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    step: int | None,
+    chat: bool | None,
+    system: str | None,
+    adapter: list[str] | None,
+) -> None:
     adapters: dict[str, str] = {}
     for text in adapter or []:
         called, equals, path = text.partition("=")

@@ -67,6 +67,18 @@ class PreparedData:
     damage: str = ""
     """Damage for which the cache was made again; empty if there was none."""
 
+    def facts(self) -> dict[str, str]:
+        """Return what all processes of a run must have alike."""
+        return {
+            "digest of the training data": self.train.digest,
+            "digest of the held-out data": self.validation.digest,
+            "digest of the tokenizer": self.tokenizer.fingerprint(),
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write what the use of a model takes: the tokenizer, as `tokenizer/`."""
+        self.tokenizer.save(directory / "tokenizer")
+
     def notes(self) -> list[str]:
         """Describe the data in lines: files that were not read, numbers of examples, refused rows."""
         damage = f"warning: the token cache was damaged, and was made again: {self.damage}" if self.damage else ""

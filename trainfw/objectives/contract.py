@@ -16,7 +16,8 @@ from trainfw.pieces import check_parts
 
 RESERVED = frozenset(
     {
-        *("step", "step_time_seconds", "tokens_per_second", "mfu", "grad_norm", "learning_rate", "tokens", "goodput"),
+        *("step", "step_time_seconds", "tokens_per_second", "images_per_second", "mfu", "grad_norm", "learning_rate"),
+        *("tokens", "images", "goodput"),
         *("update_norm", "spike", "skipped_steps", "rollbacks", "perplexity", "bits_per_byte"),
         *("neuroncore_utilization", "neuroncores_in_use", "device_memory_bytes", "execution_errors"),
     }

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw import objectives, optim
 from trainfw.pieces import is_own, name_of, options_of, running
+from trainfw.program.denoise import DENOISED, Inputs, LocalDenoising
 from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import LocalComputation, on_every_device
 from trainfw.program.init_state import initial_frozen, initial_state, shardings_of
@@ -66,6 +67,7 @@ def build_program(
         sharding = place.rules.sharding("batch", shape, tuple(dims))
         abstract_batch[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     local = LocalComputation(recipe, place, models, objective)
+    functions_of_images = _denoise(local, abstract_state, abstract_batch) if recipe.reads_images else {}
     gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
         recipe=recipe,
@@ -90,7 +92,7 @@ def build_program(
         grad_shardings=grad_shardings,
         init=functools.partial(initial_state, models, abstract_state, draw, start),
         load_frozen=functools.partial(initial_frozen, models, abstract_state, draw),
-        functions=_functions(update, metrics, abstract_state, abstract_batch),
+        functions=_functions(update, metrics, abstract_state, abstract_batch) | functions_of_images,
         gradients=jax.jit(
             lambda params, frozen, batch: update.gradients(params, frozen, batch),
             in_shardings=shardings_of((abstract_state.params, abstract_state.frozen, abstract_batch)),
@@ -132,7 +134,7 @@ def objective_of(recipe: Recipe) -> objectives.Objective:
 
 def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schema:
     """Return the arrays of a batch. Raises UserError where somebody's own objective reads others than there are."""
-    name, sizes = recipe.objective.name, (recipe.train.global_batch_size, recipe.data.sequence_length)
+    name, sizes = recipe.objective.name, (recipe.train.global_batch_size, recipe.sequence_length)
     if not is_own(name):
         return objective.schema(*sizes)
     with recipe.blamed("objective"):
@@ -195,6 +197,25 @@ def _on_mesh(
         (update_specs, P()),
     )
     return sums, on_every_device(local.metrics, mesh, (specs, frozen_specs, batch_specs), P())
+
+
+def _denoise(local: LocalComputation, state: TrainState, batch: objectives.Batch) -> Functions:
+    """Return the function `denoise` of a batch's images, of which each device computes its rows."""
+    rules = local.fit.rules
+    inputs = {name: batch[name] for name in DENOISED if name in batch}
+    if len(inputs) > 2:  # there is a condition
+        inputs["guidance"] = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated)
+    arguments = state.params, state.frozen, inputs
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+    predicted = on_every_device(
+        LocalDenoising(local.fit, local.models), local.fit.mesh, specs, inputs["image"].sharding.spec
+    )
+
+    def denoise(params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
+        return predicted(params, frozen, inputs)
+
+    jitted = jax.jit(denoise, in_shardings=shardings_of(arguments), out_shardings=inputs["image"].sharding)
+    return {"denoise": Function("denoise", jitted, arguments)}
 
 
 def _functions(

@@ -84,7 +84,7 @@ def check_layout(recipe: Recipe, layout: Layout, device_kind: str | None) -> Non
     """Raise UserError where the model or the batch do not divide, or the backend cannot compute the model."""
     with recipe.blamed("model"):
         problem = next(layout_problems(recipe, layout), None)
-        flops_per_token(recipe.model, recipe.data.sequence_length)  # refused here, where it is no number
+        flops_per_token(recipe.model, recipe.sequence_length)  # refused here, where it is no number
     if problem is not None:
         raise recipe.error(problem.key, problem.text)
     with backends.standing_for(device_kind):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from trainfw import backends
 from trainfw.models import flops_per_token
-from trainfw.objectives import Batch, Objective, Schema
+from trainfw.objectives import Batch, Objective, Schema, drawn
 from trainfw.optim import Traits
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
@@ -21,6 +21,10 @@ from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 from trainfw.weights import count_weights
+
+
+_HELD_OUT = 2**32
+"""Added to the seed for what is drawn for held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Function:
         return compiled
 
 
-Functions = Mapping[str, Function]
-"""Functions by name: `train` (state, batch) -> (state, metrics); `evaluate` (params, frozen, batch) -> metrics."""
+Functions = dict[str, Function]
+"""Functions by name: `train` (state, batch) -> (state, metrics); `evaluate` (params, frozen, batch) -> metrics; of
+models of images, `denoise` (params, frozen, inputs) -> prediction."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,8 +153,12 @@ class Program:
         """Return the state's frozen weights, likewise."""
         return {role: self.in_true_order(tree) for role, tree in frozen.items()}
 
-    def shard_batch(self, local_batch: Mapping[str, np.ndarray]) -> Batch:
-        """Return this process's rows (B / processes of each array) as its part of the global batch."""
+    def shard_batch(self, local_batch: Mapping[str, np.ndarray], *, training: bool = True) -> Batch:
+        """Return this process's rows (B / processes of each array) as its part of the global batch.
+
+        What the objective draws for them is added; that of validation is not that of training.
+        """
+        local_batch = drawn(self.objective, local_batch, self.recipe.train.seed + (0 if training else _HELD_OUT))
         share, shares = self.batch_share
         first = share * self.schema.sizes["batch"] // shares
         context = self.layout.context
@@ -216,7 +225,7 @@ class Program:
         A frozen weight takes two thirds of one that learns: its product, and the gradient of its input. A frozen model
         in another role than the base takes a third: its forward pass.
         """
-        whole = flops_per_token(self.recipe.model, self.recipe.data.sequence_length)
+        whole = flops_per_token(self.recipe.model, self.recipe.sequence_length)
         learner = whole
         if self.recipe.adapter is not None:
             learner = whole * 2 / 3 + 6 * self.num_parameters

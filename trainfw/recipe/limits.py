@@ -33,10 +33,13 @@ def layout_problems(
         accumulation_steps: in place of the recipe's.
     """
     yield from _of_model(recipe, layout)
-    length, model = recipe.data.sequence_length, recipe.model
+    length, model = recipe.sequence_length, recipe.model
     if problem := parallel.context_problem(length, layout.context, layout.tensor):
-        reason = f"data.sequence_length = {length:,} does not divide over context and tensor"
-        yield LayoutProblem("data.sequence_length", reason, problem)
+        # Of a picture's patches its size is to blame.
+        key, size = ("model.image_size", model.image_size) if recipe.reads_images else ("data.sequence_length", length)
+        what = f"of {length:,} patches, a number that " if recipe.reads_images else ""
+        reason = f"{key} = {size:,} does not divide over context and tensor"
+        yield LayoutProblem(key, reason, what + problem)
     chunks = recipe.parallel.interleave if layout.pipeline > 1 else 1
     if problem := parallel.layers_problem(model.num_layers, layout.pipeline, chunks, model.layer_period):
         reason = f"model.num_layers = {model.num_layers} does not divide over pipeline"

@@ -22,9 +22,10 @@ from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
 from trainfw.models import DEFAULT_FAMILY, FamilyConfig, ModelSection, family_of, load_family
-from trainfw.objectives import ObjectiveConfig
+from trainfw.objectives import DIFFUSION, OBJECTIVES, ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
+from trainfw.pieces import is_own
 from trainfw.recipe.run_config import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 from trainfw.recipe.sources import Sources, leaves, show, where
 
@@ -63,10 +64,27 @@ class Recipe(Config):
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
-        for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", self.evaluation)):
+        self._reads_what_there_is()
+        evaluates = None if self.reads_images else self.evaluation
+        for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", evaluates)):
             if asked is not None and not family_of(self.model).decodes:
                 invalid(key, f"needs text of the model, and family {self.model.family!r} draws none: set it to null")
         return self
+
+    def _reads_what_there_is(self) -> None:
+        """Check that family, objective and data are all of pictures, or none is."""
+        images, family = self.reads_images, self.model.family
+        metric = None if self.evaluation is None else self.evaluation.metric
+        if metric is not None and images != (metric in ("class_accuracy", "retrieval")):
+            suits = "class_accuracy or retrieval" if images else "rouge_l, chrf or exact_match"
+            invalid("evaluation.metric", f"{metric!r} does not suit model.family {family!r}: set it to {suits}")
+        if images != (self.data.format == "images"):
+            form = "images" if images else "text, chat, prompt_completion or preferences"
+            things = "pictures" if images else "text"
+            invalid("data.format", f"{self.data.format}, but model.family {family!r} learns from {things}: set it to {form}")
+        if not is_own(self.objective.name) and images != self.objective.reads_images:
+            names = DIFFUSION if images else [name for name in OBJECTIVES if name not in DIFFUSION]
+            invalid("objective.name", f"{self.objective.name!r} does not suit model.family {family!r}: one of {', '.join(names)}")
 
     @property
     def group(self) -> int:
@@ -74,9 +92,24 @@ class Recipe(Config):
         return 2 if self.data.format == "preferences" else 1
 
     @property
+    def reads_images(self) -> bool:
+        """Tell whether its model learns from pictures; otherwise it does from tokens."""
+        return family_of(self.model).reads == "images"
+
+    @property
+    def sequence_length(self) -> int:
+        """Count the places in a row: of tokens, or of the patches of a picture."""
+        return self.model.num_patches or self.data.sequence_length
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """Name what a run's progress is counted in, `token` or `image`, and how many are in a step."""
+        return ("image", self.train.global_batch_size) if self.reads_images else ("token", self.tokens_per_step)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Count the places for a token in a global batch."""
-        return self.train.global_batch_size * self.group * self.data.sequence_length
+        """Count the places for a token, or a patch, in a global batch."""
+        return self.train.global_batch_size * self.group * self.sequence_length
 
     def __repr__(self) -> str:
         model, train = getattr(self.model, "preset", None) or self.model.from_ or self.model.family, self.train

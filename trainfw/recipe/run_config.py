@@ -8,18 +8,21 @@ from trainfw.config import INT32, Config, Dim, PositiveInt, invalid
 
 
 class EvaluationConfig(Config):
-    """Evaluation of the model's answers to held-out prompts, before the first step and after the last.
+    """Evaluation of the model's answers to held-out prompts, or of its pictures, before the first step and after the
+    last.
 
-    Needs `data.format: chat` (the last turn that is learnt is the reference), `prompt_completion`, or `preferences`
-    (what was chosen is the reference).
+    Answers need `data.format: chat` (the last turn that is learnt is the reference), `prompt_completion`, or
+    `preferences` (what was chosen is the reference).
     """
 
-    metric: Literal["rouge_l", "chrf", "exact_match"] = "rouge_l"
+    metric: Literal["rouge_l", "chrf", "exact_match", "class_accuracy", "retrieval"] = "rouge_l"
     """`rouge_l`: F1 of the longest common subsequence of words, without case and punctuation (Lin, "ROUGE", 2004).
     `chrf`: F2 of character n-grams up to 6 (Popović, "chrF", 2015). `exact_match`: whether every character is right.
-    Each from 0 to 1, averaged over the examples."""
+    Of pictures, `class_accuracy`: whether a classifier that learnt from held-out ones takes it for its class;
+    `retrieval`: whether the held-out picture of its caption is among the ten nearest to it. Each from 0 to 1, averaged
+    over the examples."""
     examples: PositiveInt = 64
-    """Number of held-out examples, spread over all of them."""
+    """Number of held-out examples, spread over all of them, or of pictures."""
     max_tokens: Dim = 48
     """Tokens the model may write; it takes the likeliest each time."""
     batch_size: Dim = 16
@@ -64,6 +67,8 @@ class TrainConfig(Config):
     """Prompt after which the model writes a sample when the run ends."""
     sample_tokens: int = Field(default=64, ge=1, le=2**20)
     """Tokens of that sample."""
+    sample_images: int = Field(default=16, ge=0, le=4096)
+    """Of a model of images: pictures drawn at every validation, as one in samples/ of the run and in TensorBoard."""
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:

@@ -1,9 +1,13 @@
 from .agreement import agree as agree
 from .callbacks import Callback as Callback
+from .drawing import Drawer as Drawer
+from .drawing import encode_png as encode_png
+from .drawing import grid as grid
+from .drawing import load_drawer as load_drawer
 from .evaluation import Validation as Validation
 from .evaluation import evaluate as evaluate
-from .evaluation import load_model as load_model
 from .inputs import check_inputs as check_inputs
+from .loading import load_model as load_model
 from .loggers import Logger as Logger
 from .loop import Interrupted as Interrupted
 from .loop import Result as Result

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 
 from trainfw import backends
-from trainfw.data import PreparedData
+from trainfw.data import Prepared
 from trainfw.errors import PeerError, RunError, UserError
 from trainfw.program import Program
 from trainfw.recipe import Recipe, leaves
@@ -66,7 +66,7 @@ _HEARD_SECONDS = 10.0
 """Seconds that the first process, which keeps what all have said, stays for the others to hear why the run ends."""
 
 
-def agree(program: Program, data: PreparedData | None = None, *, timeout: float = 3600.0) -> None:
+def agree(program: Program, data: Prepared | None = None, *, timeout: float = 3600.0) -> None:
     """Compare, of several processes, what their steps compute: for a loop of your own; `train` does so itself.
 
     Every process calls this. `timeout` is in seconds. Raises UserError, in every process, naming the first thing in
@@ -158,14 +158,8 @@ def program_facts(program: Program) -> dict[str, Any]:
     }
 
 
-def data_facts(data: PreparedData) -> dict[str, Any]:
-    return {
-        "data": {
-            "digest of the training data": data.train.digest,
-            "digest of the held-out data": data.validation.digest,
-            "digest of the tokenizer": data.tokenizer.fingerprint(),
-        }
-    }
+def data_facts(data: Prepared) -> dict[str, Any]:
+    return {"data": data.facts()}
 
 
 @functools.cache

@@ -3,30 +3,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
-from flax import nnx
 
-from trainfw.adapters import attach_bank
-from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
-from trainfw.data import PreparedData, Progress, Tokenizer, load_tokenizer, open_rows, prepare, validation_batches
+from trainfw.data import Prepared, PreparedData, Progress, load_tokenizer, open_rows, prepare, read_classes, validation_batches
 from trainfw.errors import RunError, UserError
-from trainfw.models import LanguageModel, abstract_model
-from trainfw.objectives import Mean, Objective, ObjectiveConfig
-from trainfw.optim import OptimizerConfig
-from trainfw.paths import path_text
-from trainfw.pieces import is_own
+from trainfw.objectives import Mean, Objective
 from trainfw.program import Program, build_program
-from trainfw.recipe import Recipe, load_recipe, override_keys
-from trainfw.training.base import check_base
+from trainfw.recipe import load_recipe, override_keys
 from trainfw.training.inputs import check_inputs
+from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params, without_own
 from trainfw.training.reporter import Reporter
+from trainfw.training.run_data import prepare_images
 from trainfw.training.run_directory import RunDirectory
-from trainfw.weights import Base, LoadedFrom, check_tokenizer, is_run, open_base, read_adapter
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def validate(
     eval_step: Any,
     params: Any,
     frozen: Any,
-    data: PreparedData,
+    data: Prepared,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> Validation | None:
@@ -101,7 +93,7 @@ def validate(
     for number, batch in enumerate(batches, start=1):
         if stop():
             return None
-        metrics = eval_step(params, frozen, program.shard_batch(batch))
+        metrics = eval_step(params, frozen, program.shard_batch(batch, training=False))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
         for name, mean in metrics.items():
             totals[name] = totals.get(name, Mean(0.0, 0.0)) + Mean(float(mean.total), float(mean.count))
@@ -112,94 +104,23 @@ def validate(
     loss, count = total.value(), int(total.count)
     if not math.isfinite(loss):
         raise RunError(f"validation: the loss is {loss}: the parameters are no longer finite, or overflow in the model")
-    of_text, held_out = unit == "token", data.validation
-    bits = loss * held_out.num_targets / max(held_out.num_bytes, 1) / math.log(2)
+    bits, complete = None, limit is None or everything <= limit
+    if isinstance(data, PreparedData) and unit == "token":
+        held_out = data.validation
+        bits = loss * held_out.num_targets / max(held_out.num_bytes, 1) / math.log(2)
+        complete = count == held_out.num_targets
     return Validation(
         loss=loss,
         unit=unit,
         count=count,
         metrics={name: mean.value() for name, mean in totals.items()},
-        bits_per_byte=bits if of_text else None,
-        complete=count == held_out.num_targets if of_text else limit is None or everything <= limit,
+        bits_per_byte=bits,
+        complete=complete,
     )
 
 
 # What an evaluation may be told; anything else would be silently ignored.
 _EVALUATION_KEYS = ("data", "parallel", "hardware", "model.from", "train.global_batch_size", "train.validation_batches")
-
-# Where and how a run was trained does not matter to whoever uses its model.
-_ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
-
-
-def load_model(
-    path: str | os.PathLike[str],
-    *,
-    step: int | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-) -> tuple[LanguageModel, Tokenizer]:
-    """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
-
-    Args:
-        path: a Hugging Face directory, a GGUF file, `package:NAME`, or a run; that of an adapter comes with its base.
-        step: of a run, the checkpoint (default: the latest).
-        dtype: of the parameters and of the computation; by default that of a run's training, else float32.
-        adapters: adapters of this model by name, each a run or a directory in PEFT's form. `generate_batch` then takes
-            one of them, or none, for each row.
-
-    Raises UserError for a path that holds no model, and for adapters that do not fit it.
-    """
-    path = path_text(path)
-    base: Base | None = None
-    if not is_run(path):
-        base = open_base(path)
-        tokenizer = load_tokenizer(path)
-        check_tokenizer(path, base.config, tokenizer)
-        graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype or "float32"), nnx.Param)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        values = []
-        for place, variable in nnx.to_flat_state(variables):
-            abstract = jax.ShapeDtypeStruct(variable.shape, dtype or "float32", sharding=sharding)
-            values.append((place, base.read(".".join(map(str, place)), abstract)))
-        model = nnx.merge(graphdef, nnx.from_flat_state(values))
-    else:
-        run = RunDirectory.existing(path)
-        settings = [f"train.compute_dtype={dtype}"] if dtype else []
-        recipe = load_recipe(run.recipe_file, [*_ANY_DEVICES, "train.global_batch_size=1", *settings])
-        if adapters and recipe.adapter is not None:
-            raise UserError(
-                f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}, and it among "
-                "the adapters"
-            )
-        program = build_program(_without_own(recipe, "objective", "optimizer"), jax.devices()[:1])
-        frozen = {} if recipe.adapter is None else _frozen(run, program)
-        model, tokenizer = program.model(_restore(run, program, step), frozen), load_tokenizer(path)
-    if adapters:
-        base = base or open_base(path, step)
-        read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
-        for name, adapter in read.items():
-            adapter.check_base(base, path)
-            if (kept := adapter.config.base) in ("int8", "nf4"):
-                warnings.warn(
-                    f"adapter {name} was trained on a base in {kept}; here the base is in {model.compute_dtype}, and "
-                    "it may write otherwise than its run does",
-                    stacklevel=2,
-                )
-        attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
-    model.origin = LoadedFrom(path, step)
-    return model, tokenizer
-
-
-def _without_own(recipe: Recipe, *sections: str) -> Recipe:
-    """Return a recipe of the same model, without pieces that only the script knows that trained it."""
-    others = {"objective": ObjectiveConfig(), "optimizer": OptimizerConfig()}
-    return recipe.model_copy(update={key: others[key] for key in sections if is_own(getattr(recipe, key).name)})
-
-
-def _frozen(run: RunDirectory, program: Program) -> Any:
-    """Return what is frozen in a run. Raises UserError where it is no longer what it was trained on."""
-    check_base(program.recipe, run, run.steps()[-1])
-    return program.load_frozen()
 
 
 def evaluate(
@@ -209,7 +130,7 @@ def evaluate(
     objective: Objective | None = None,
     step: int | None = None,
     reporter: Reporter | None = None,
-) -> tuple[Validation, PreparedData]:
+) -> tuple[Validation, Prepared]:
     """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
     Overrides are what `load_recipe` takes. `objective` is the one that a script trained with, where Python does not
@@ -224,37 +145,26 @@ def evaluate(
             raise UserError(f"{key}: does not change an evaluation; expected {', '.join(_EVALUATION_KEYS)}")
     # The batch changes no number here: as many rows as in training, rounded up to fit the devices.
     rows, devices = load_recipe(run.recipe_file).train.global_batch_size, jax.device_count()
-    settings = [*_ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}"]
-    if any(key.startswith("data") for key in keys):
+    settings = [*ANY_DEVICES, f"train.global_batch_size={-(-rows // devices) * devices}"]
+    images = load_recipe(run.recipe_file).reads_images
+    if not images and any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
     check_inputs(recipe)
-    program = build_program(_without_own(recipe, "optimizer"), objective=objective)
-    with recipe.blamed("data"):
-        data = prepare(recipe.data, progress=reporter.progress)
+    program = build_program(without_own(recipe, "optimizer"), objective=objective)
+    data: Prepared
+    if images:
+        data = prepare_images(recipe, reporter.progress)
+        if data.classes != read_classes(run.path):
+            raise recipe.error("data.source", f"has other classes than {run} was trained on")
+    else:
+        with recipe.blamed("data"):
+            data = prepare(recipe.data, progress=reporter.progress)
     for note in data.notes():
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")
-    if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
+    if isinstance(data, PreparedData) and data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    params, frozen = _restore(run, program, step), _frozen(run, program)
+    params, frozen = restore_params(run, program, step), frozen_of(run, program)
     validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress)
     assert validation is not None
     return validation, data
-
-
-def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
-    checkpoints = Checkpoints(
-        run.checkpoints,
-        program.recipe.checkpoint,
-        identity=read_identity(run.path),
-        layer_order=program.layer_order,
-        read_only=True,
-    )
-
-    def read() -> Any:
-        steps = run.steps()
-        if not steps or (step is not None and step not in steps):
-            raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return checkpoints.restore_params(steps[-1] if step is None else step, program.abstract_state.params)
-
-    return taking_the_next(read, step)

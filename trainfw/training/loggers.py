@@ -90,6 +90,16 @@ class TensorBoard(Logger):
             self.close()
             raise
 
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Write a picture, as the bytes of a PNG file."""
+        events = self._open()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        value = Summary.Value(tag=name, image=Summary.Image(encoded_image_string=png))
+        events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
+        events.flush()
+
     def rewind(self, step: int) -> None:
         self._hide_after = step
         self.close()
@@ -166,6 +176,13 @@ class MetricsLog:
             if _validates(row):
                 self._validations = [*self.validations()[:1], row]
             self.catch_up()
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Give a picture to loggers that take any. One that cannot be written now is not written later."""
+        for feed in self._feeds:
+            if hasattr(feed.logger, "picture"):
+                with contextlib.suppress(OSError):
+                    feed.logger.picture(step, name, png)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Give the rows of metrics.jsonl, and then those that are to come there."""

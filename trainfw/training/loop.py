@@ -11,7 +11,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import PreparedData, Progress, StreamIterator, TrainIterator, open_rows
+from trainfw.data import Prepared, Progress, StreamIterator, TrainIterator
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
@@ -26,10 +26,10 @@ from trainfw.training.faults import FaultLog
 from trainfw.training.inputs import check_inputs, check_memory
 from trainfw.training.loggers import Logger, MetricsLog
 from trainfw.training.outcome import Outcome
-from trainfw.training.own_data import name_data, open_batches, prepare_data
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import Changed, covers, cut_changes, cut_of
+from trainfw.training.run_data import name_data, open_batches, read_data
 from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
@@ -101,7 +101,7 @@ def _agree(recipe: Recipe, given: Given) -> _Agreed:
             run = RunDirectory(path, recipe.checkpoint)
         command = {"run directory": str(run.path.absolute()), "--resume": given.resume}
         facts |= recipe_facts(recipe) | {"command": command}
-    if recipe.data.format != "text" and recipe.data.date is None:  # the day that the run's chat templates are given
+    if recipe.data.format not in ("text", "images") and recipe.data.date is None:  # the day that the run's chat templates are given
         date = first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
@@ -126,7 +126,7 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         trains = (resumed_step or 0) < recipe.train.steps
         compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
         with agreeing("data", patience) as facts:
-            data = _prepare_data(recipe, given.data, reporter, progress)
+            data = read_data(recipe, given.data, reporter, progress)
             batches = open_batches(program, data, given.data, reporter.note)
             stack.enter_context(contextlib.closing(batches))
             facts |= data_facts(data)
@@ -202,9 +202,9 @@ def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
     return program
 
 
-def _open(run: RunDirectory, recipe: Recipe, data: PreparedData, resumed_step: int | None, identity: Identity) -> None:
+def _open(run: RunDirectory, recipe: Recipe, data: Prepared, resumed_step: int | None, identity: Identity) -> None:
     run.open(recipe, resumed_step, identity)
-    data.tokenizer.save(run.tokenizer)
+    data.save(run.path)
 
 
 def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
@@ -235,39 +235,6 @@ def _parameters(program: Program) -> str:
         f"{program.num_parameters:,} parameters of an adapter on {program.num_frozen:,} frozen ones "
         f"({size / program.num_frozen:.2f} bytes each)"
     )
-
-
-def _prepare_data(recipe: Recipe, own: Any, reporter: Reporter, progress: Progress) -> PreparedData:
-    """Read the data, and say what it is. Raises UserError where it has, or text may have, tokens past the embedding."""
-    with recipe.blamed("data"):
-        data = prepare_data(recipe, own, progress)
-    if not data.train.num_tokens:
-        reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
-        return data
-    rows, vocabulary = recipe.model.vocab_size, data.tokenizer.vocab_size
-    # Special tokens past the embedding harm nobody unless the template writes them.
-    look = vocabulary > rows or own is not None  # a script's own tokens need not be the tokenizer's
-    largest = max(store.largest_id for store in (data.train, data.validation)) if look else 0
-    if own is not None and largest >= max(rows, vocabulary):
-        raise recipe.error("data.source", f"has token {largest}; expected ids below model.vocab_size = {rows}")
-    if vocabulary > rows and (data.tokenizer.past(rows) or largest >= rows):
-        problem = f"is smaller than the vocabulary of data.tokenizer; expected {vocabulary} or more"
-        raise recipe.error("model.vocab_size", problem)
-    length, most = recipe.data.sequence_length, recipe.model.longest_context
-    if most is not None and length > most:
-        reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
-    for note in data.notes():
-        reporter.note(note if note.startswith("warning: ") else f"data: {note}")
-    if data.train.learnt is None:
-        size = f"{data.validation.num_bytes / data.validation.num_tokens:.2f} bytes per token"
-    else:
-        filled = open_rows(data.train, recipe.data).filled
-        learnt = data.train.num_targets / data.train.num_tokens
-        size = f"{learnt:.0%} of them learnt; rows of {recipe.data.sequence_length} are {filled:.1%} full"
-    reporter.note(
-        f"data: {data.train.num_tokens:,} tokens to train on, {data.validation.num_tokens:,} held out ({size})"
-    )
-    return data
 
 
 def _cut_changes(run: RunDirectory, program: Program, accept: Sequence[str]) -> Changed:

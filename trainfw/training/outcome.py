@@ -6,16 +6,20 @@ from typing import Any
 import jax
 
 from trainfw import backends
-from trainfw.data import PreparedData, Progress, stop_ids
+from trainfw.data import Prepared, PreparedData, PreparedImages, Progress, stop_ids
 from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
+from trainfw.recipe import EvaluationConfig
 from trainfw.sampling import generate
+from trainfw.training.drawing import Drawer, encode_png, grid, sample_prompts
 from trainfw.training.evaluation import Validation, validate
+from trainfw.training.image_tasks import ImageComparison, ImageScore, evaluate_images
 from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
+from trainfw.unfinished import writing
 
 
 class Outcome:
@@ -25,7 +29,7 @@ class Outcome:
         self,
         program: Program,
         eval_step: Callable[[], Any],
-        data: PreparedData,
+        data: Prepared,
         run: RunDirectory,
         log: MetricsLog,
         reporter: Reporter,
@@ -33,8 +37,11 @@ class Outcome:
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
         self.recipe, self.progress, self.eval_step = program.recipe, progress, eval_step
-        if jax.process_count() > 1 and (self.recipe.evaluation or self.recipe.train.sample_prompt is not None):
-            reporter.note("several processes: evaluation and the sample are left out; `trainfw generate` reads the run")
+        self._denoise: Any = None
+        train = self.recipe.train
+        asked = self.recipe.evaluation or train.sample_prompt is not None or train.sample_images
+        if jax.process_count() > 1 and asked:
+            reporter.note("several processes: evaluation and samples are left out; `trainfw generate` reads the run")
 
     def validate(self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False) -> Validation | None:
         """None where the recipe wants none, or `stop` said so."""
@@ -49,6 +56,32 @@ class Outcome:
             self.log.write(validation.row(step))
         self.reporter.note(f"validation at step {step}: {validation}")
         return validation
+
+    def draw_samples(self, state: TrainState, step: int) -> None:
+        """Draw held-out conditions of a model of images as one picture: samples/step-N.png, and in TensorBoard."""
+        count = self.recipe.train.sample_images
+        if not self.recipe.reads_images or not count or jax.process_count() > 1:
+            return
+        assert isinstance(self.data, PreparedImages)
+        file = self.run.path / "samples" / f"step-{step:06}.png"
+        if file.exists():  # of a session before this one
+            return
+        pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
+        png = encode_png(grid(pictures))
+        try:
+            with writing(file) as partial:
+                partial.write_bytes(png)
+        except OSError as error:
+            self.reporter.note(f"warning: {file} cannot be written: {error.strerror}")
+            return
+        self.log.picture(step, "samples", png)
+        self.reporter.note(f"samples at step {step}: {file}")
+
+    def _drawer(self, state: TrainState) -> Drawer:
+        assert isinstance(self.data, PreparedImages)
+        if self._denoise is None:
+            self._denoise = self.program.functions["denoise"].compile()
+        return Drawer(self.program, self._denoise, state.params, state.frozen, self.data.classes)
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))
@@ -67,6 +100,9 @@ class Outcome:
         """Evaluate as `recipe.evaluation` asks, or read it from evaluation.jsonl where that was done before."""
         config = self.recipe.evaluation
         if config is None or jax.process_count() > 1:
+            return []
+        if isinstance(self.data, PreparedImages):
+            self._evaluate_images(state, step, config)
             return []
         tasks = held_out_tasks(self.data.validation, config.examples)
         if len(done := self._evaluated(step, tasks)) == len(tasks):
@@ -94,8 +130,22 @@ class Outcome:
         keys = [(i, decode(task.prompt)) for i, task in enumerate(tasks)]
         return [found[key] for key in keys if key in found]
 
-    def compare_tasks(self, state: TrainState, steps: int) -> Comparison | None:
+    def _evaluate_images(self, state: TrainState, step: int, config: EvaluationConfig) -> ImageScore:
+        assert isinstance(self.data, PreparedImages)
+        drawer = self._drawer(state)
+        score = evaluate_images(drawer, self.data, config.metric, config.examples, self.recipe.train.seed)
+        self.log.write({"step": step, f"evaluation_{score.metric}": score.value, "evaluation_examples": score.count})
+        self.reporter.note(f"evaluation at step {step}: {score}")
+        return score
+
+    def compare_tasks(self, state: TrainState, steps: int) -> Comparison | ImageComparison | None:
         config = self.recipe.evaluation
+        if config is not None and isinstance(self.data, PreparedImages) and jax.process_count() == 1:
+            name = f"evaluation_{config.metric}"
+            before = next((row[name] for row in self.log.rows() if row["step"] == 0 and name in row), None)
+            compared = ImageComparison(before, self._evaluate_images(state, steps, config))
+            self.reporter.note(f"evaluation: {compared}")
+            return compared
         if config is None or not (after := self.evaluate(state, steps)):
             return None
         before = self._evaluated(0, held_out_tasks(self.data.validation, config.examples))

@@ -33,10 +33,12 @@ class Reporter:
         """A logged step."""
         accuracy = f"  accuracy {row['preference_accuracy']:.2f}" if "preference_accuracy" in row else ""
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        images = row.get("images_per_second")
+        speed = f"{row['tokens_per_second']:,.0f} tok/s" if images is None else f"{images:,.0f} images/s"
         self.note(
             f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}{accuracy}  "
             f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.2f}  "
-            f"{row['step_time_seconds']:.3f} s  {row['tokens_per_second']:,.0f} tok/s{mfu}"
+            f"{row['step_time_seconds']:.3f} s  {speed}{mfu}"
         )
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ _KEYS: dict[Effect, str] = {
         name model.preset model.max_position
         data.cache_dir data.prefetch
         train.accumulation_steps train.remat train.scan_layers train.loss_chunk train.log_every train.validate_every
-        train.validation_batches train.sample_prompt train.sample_tokens
+        train.validation_batches train.sample_prompt train.sample_tokens train.sample_images
         evaluation evaluation.metric evaluation.examples evaluation.max_tokens evaluation.batch_size evaluation.samples
         checkpoint.directory checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.max_failures
         faults.non_finite faults.spike faults.spike_sigma faults.most faults.replicas_every

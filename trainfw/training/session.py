@@ -23,6 +23,7 @@ from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
 from trainfw.training.faults import BadStep, FaultLog, Growth, compare_replicas, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
+from trainfw.training.image_tasks import ImageComparison
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.resuming import cut_of
@@ -54,7 +55,7 @@ class Result:
     step: int
     validation: Validation | None
     sample: str | None
-    evaluation: Comparison | None = None
+    evaluation: Comparison | ImageComparison | None = None
     stopped: str | None = None
     """Callback that stopped the run before its last step, and its reason; None where the run is done."""
 
@@ -117,9 +118,9 @@ class Session:
             self.reporter.note(
                 f"no MFU: no published dense peak of {self.program.device_kind!r} at {dtype} is known here"
                 if self.peak_flops is None
-                else f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, causal "
-                f"attention, no recomputation) over step time and the devices' dense {dtype} peak "
-                f"({self.peak_flops:.3e} FLOP/s)"
+                else f"MFU is model FLOPs ({self.program.flops_per_step:.3e} a step: forward and backward, "
+                f"{'causal ' * (not self.recipe.reads_images)}attention, no recomputation) over step time and the "
+                f"devices' dense {dtype} peak ({self.peak_flops:.3e} FLOP/s)"
             )
             if resumed_step is None:
                 with self.phases.during("validation"):
@@ -147,6 +148,8 @@ class Session:
         if self.validated is not None and self.validated[0] == step:
             return self.validated[1]
         validation = self.outcome.validate(state, step, stop)
+        if validation is not None or self.recipe.train.validation_batches == 0:
+            self.outcome.draw_samples(state, step)
         if validation is not None:
             self.validated = step, validation
             self.callbacks.tell("validation", step, validation, state)
@@ -320,16 +323,17 @@ class Session:
         so_far = self.phases.so_far()
         self.sessions.write(step, so_far)
         rows = row + self.recipe.train.global_batch_size - sum(left < row for left in self.faults.rows)
+        noun, count = self.recipe.counted
         logged = {
             "step": step,
             "loss": loss,
             "step_time_seconds": seconds,
-            "tokens_per_second": self.program.tokens_per_step / seconds,
+            f"{noun}s_per_second": count / seconds,
             "mfu": None if self.peak_flops is None else self.program.flops_per_step / seconds / self.peak_flops,
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
             **{name: mean.value() for name, mean in metrics.items() if name not in _SAID},
-            "tokens": rows * self.recipe.group * self.recipe.data.sequence_length,
+            f"{noun}s": rows * count // self.recipe.train.global_batch_size,
             "goodput": self.sessions.goodput(step, so_far).fraction,
             **self.faults.counts(),
             **self.monitor.latest(),

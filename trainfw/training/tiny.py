@@ -30,15 +30,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
     small = family_of(model).tiny(model, layers=layers, tensor=parallel.tensor)
     rows = sizes["pipeline"] * sizes["data"] * sizes["fsdp"] * sizes["expert"]
     accumulation = min(train.accumulation_steps, 2)
-    changes: dict[str, Any] = {
-        "name": f"tiny-{recipe.name}",
-        "hardware.topology": None,
-        "hardware.count": 1,
-        **{f"parallel.{axis}": size for axis, size in sizes.items()},
-        "parallel.interleave": interleave,
-        "parallel.pipeline_microbatches": None,
-        "parallel.traffic": {},
-        **{f"model.{field}": value for field, value in small.items()},
+    of_text = {
         "data.source": "python-stdlib-preferences" if pairs else "python-stdlib",
         "data.format": "preferences" if pairs else "text",
         "data.chosen_field": "chosen",
@@ -51,11 +43,22 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "data.max_characters": 150 if pairs else None,
         "data.tokenizer": {"name": "bytes"},
         "data.sequence_length": 256 if pairs else 64,
+        "train.sample_prompt": None,
+    }
+    changes: dict[str, Any] = {
+        "name": f"tiny-{recipe.name}",
+        "hardware.topology": None,
+        "hardware.count": 1,
+        **{f"parallel.{axis}": size for axis, size in sizes.items()},
+        "parallel.interleave": interleave,
+        "parallel.pipeline_microbatches": None,
+        "parallel.traffic": {},
+        **{f"model.{field}": value for field, value in small.items()},
+        **({"data.source": "digits", "train.sample_images": 0} if recipe.reads_images else of_text),
         "train.steps": 5,
         "train.log_every": 1,
         "train.validate_every": 0,
         "train.validation_batches": 0,
-        "train.sample_prompt": None,
         "train.accumulation_steps": accumulation,
         "train.global_batch_size": 2 * rows * accumulation,
         "checkpoint.directory": None,

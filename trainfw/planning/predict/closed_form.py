@@ -71,7 +71,7 @@ class _Case:
         self.shapes = model_shapes(recipe)
         self.tensor, self.microbatch_count = layout.tensor, self.train.accumulation_steps
         self.width = self.model.hidden_size
-        self.length = recipe.data.sequence_length // layout.context
+        self.length = recipe.sequence_length // layout.context
         self.mine = self.train.global_batch_size // layout.batch_shards
         self.rows = self.mine // self.microbatch_count
         self.tokens = self.rows * self.length

@@ -147,7 +147,7 @@ def step_time(
     work = work_time(analysis, placement, assumed, said, _of_fused(recipe, analysis.layout))
     tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
-    flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
+    flops = tokens * flops_per_token(recipe.model, recipe.sequence_length)
     return StepTime(**vars(work), mfu=flops / work.seconds / peak, tokens_per_second=tokens / work.seconds)
 
 

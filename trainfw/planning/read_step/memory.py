@@ -447,7 +447,7 @@ class _Known:
             whole = whole.union(*forms(path, used.shard_shape(part.shape)))
         shards |= stacks
         rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps * recipe.group
-        length = recipe.data.sequence_length // layout.context
+        length = recipe.sequence_length // layout.context
         tokens = rows * length
         chunk = tokens // loss_chunks(tokens, recipe.train.loss_chunk)
         lengths = {length, length // layout.tensor}

@@ -158,7 +158,7 @@ def _others(recipe: Recipe) -> dict[str, list[int]]:
     Stages of a pipeline where there is a slower network between units of the hardware, a whole number of units each;
     context for long sequences; expert for mixtures.
     """
-    model, length = recipe.model, recipe.data.sequence_length
+    model, length = recipe.model, recipe.sequence_length
     chunks, period, units = recipe.parallel.interleave, model.layer_period, recipe.hardware.count
     experts = [limit.size for limit in limits_of(model) if limit.dim == "experts"]
     stages = [n for n in _divisors(units) if n <= MOST_STAGES]

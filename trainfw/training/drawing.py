@@ -1,0 +1,169 @@
+"""Drawing of pictures with a model of images: a run's, or one that is being trained."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainfw import sampling
+from trainfw.data import PreparedImages, Progress, read_classes
+from trainfw.errors import UserError, did_you_mean, short
+from trainfw.objectives import DiffusionObjective
+from trainfw.program import Program, build_program
+from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
+from trainfw.training.run_data import encoder_of
+from trainfw.training.run_directory import RunDirectory
+from trainfw.training.text_encoder import HashedWords, TextEncoder
+
+_MOST_AT_ONCE = 64
+"""Pictures drawn at once by default: more take memory, and hardly less time each."""
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A model of images on the devices of its program, and what its pictures may be asked for."""
+
+    program: Program
+    denoise: Any
+    """The program's function `denoise`, compiled."""
+    params: Any
+    frozen: Any
+    classes: tuple[str, ...] = ()
+    """Names of the classes that the model draws; empty where it has none."""
+
+    def draw(
+        self,
+        prompts: Sequence[str | None],
+        *,
+        steps: int = 20,
+        guidance: float = 4.0,
+        seed: int = 0,
+        sampler: str | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Draw a picture for each prompt: u8[N, H, W, C].
+
+        Args:
+            prompts: a class's name, or a caption, as the model was trained; None for a model of neither.
+            steps: evaluations of the model, but for `heun`, which takes two for each step but the last.
+            guidance: 1 draws as the model is; more, further away from what it draws without a prompt.
+            seed: of the noise; picture i starts from the same noise whatever the others are.
+            sampler: one of `trainfw.sampling.SAMPLERS` that suits the objective; None: the objective's own.
+
+        Raises UserError for a prompt that the model has no class for, and for settings that make no sense.
+        """
+        objective = self.program.objective
+        assert isinstance(objective, DiffusionObjective)
+        conditions = self._conditions(list(prompts), progress)
+        rows = self.program.schema.sizes["batch"]
+        shape = self.program.schema.shape("image")[1:]
+        schedule = sampling.image_schedule(objective, sampler, steps)
+        pictures = np.zeros((len(prompts), *shape), np.float32)
+        for start in range(0, len(prompts), rows):
+            count = min(rows, len(prompts) - start)
+            numbers = np.minimum(np.arange(start, start + rows), len(prompts) - 1)  # the last fills up the batch
+            noise = sampling.image_noise(numbers, shape, seed)
+            inputs = {name: array[numbers] for name, array in conditions.items()}
+            drawn = sampling.draw_images(self._predict(inputs, guidance), noise, schedule, progress)
+            pictures[start : start + count] = drawn[:count]
+        return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
+
+    def _predict(self, inputs: dict[str, np.ndarray], guidance: float) -> Any:
+        like = self.program.functions["denoise"].arguments[2]
+        placed = {name: jax.device_put(array, like[name].sharding) for name, array in inputs.items()}
+        if "guidance" in like:
+            placed["guidance"] = jax.device_put(np.float32(guidance), like["guidance"].sharding)
+
+        def predict(image: Any, time: Any) -> jax.Array:
+            moved = {"image": image, "time": time}
+            moved = {name: jax.device_put(array, like[name].sharding) for name, array in moved.items()}
+            drawn: jax.Array = self.denoise(self.params, self.frozen, placed | moved)
+            return drawn
+
+        return predict
+
+    def _conditions(self, prompts: list[str | None], progress: Progress | None) -> dict[str, np.ndarray]:
+        model = self.program.recipe.model
+        given = [prompt for prompt in prompts if prompt is not None]
+        if model.conditioning == "none":
+            if given:
+                raise UserError(f"prompt {short(given[0])}: the model was trained without classes or captions; leave it out")
+            return {}
+        if len(given) < len(prompts):
+            kinds = f"one of its classes, {', '.join(self.classes[:12])}" if self.classes else "a caption"
+            raise UserError(f"prompt: the model draws {kinds}: give one (--prompt)")
+        if model.conditioning == "class":
+            for name in given:
+                if name not in self.classes:
+                    raise UserError(
+                        f"prompt {short(name)}: is no class of the model; expected one of "
+                        f"{', '.join(self.classes[:20])}{did_you_mean(name, self.classes)}"
+                    )
+            return {"label": np.array([self.classes.index(name) for name in given], np.int32)}
+        features, mask = self._encoder(given, progress)
+        return {"caption": features, "caption_mask": mask}
+
+    @cached_property
+    def _encoder(self) -> TextEncoder | HashedWords:
+        return encoder_of(self.program.recipe)
+
+
+def load_drawer(
+    path: str | os.PathLike[str], *, count: int = _MOST_AT_ONCE, step: int | None = None
+) -> Drawer:
+    """Open a run of a model of images on all devices, to draw up to `count` pictures at once.
+
+    Raises UserError where the run is of another kind, or holds no checkpoint.
+    """
+    run = RunDirectory.existing(path)
+    devices = jax.device_count()
+    rows = math.ceil(min(count, _MOST_AT_ONCE) / devices) * devices
+    recipe = load_recipe(run.recipe_file, [*ANY_DEVICES, f"train.global_batch_size={rows}"])
+    if not recipe.reads_images:
+        raise UserError(f"{path}: is a run of family {recipe.model.family!r}, which draws no pictures")
+    program = build_program(recipe)
+    params, frozen = restore_params(run, program, step), frozen_of(run, program)
+    return Drawer(program, program.functions["denoise"].compile(), params, frozen, read_classes(run.path))
+
+
+def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Join pictures (N, H, W, C) into one, row by row, with a pixel of white between them."""
+    count, height, width, channels = pictures.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    whole = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = (number // columns) * (height + 1), (number % columns) * (width + 1)
+        whole[top : top + height, left : left + width] = picture
+    return whole
+
+
+def sample_prompts(recipe: Recipe, prepared: PreparedImages, count: int) -> list[str | None]:
+    """Return prompts for a grid of samples: the classes in turn, or the first held-out captions."""
+    match recipe.model.conditioning:
+        case "none":
+            return [None] * count
+        case "class":
+            return [prepared.classes[i % len(prepared.classes)] for i in range(count)]
+    captions = [prepared.validation.caption(i) for i in range(min(count, len(prepared.validation)))]
+    return [captions[i % len(captions)] for i in range(count)]
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """Encode a picture, u8[H, W, 1 or 3], as a PNG file's bytes. Raises UserError where Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("pictures are written by Pillow: pip install 'trainfw[diffusion]'") from None
+    file = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,118 @@
+"""Loading of models for use: a run's, or those that others made."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from trainfw.adapters import attach_bank
+from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
+from trainfw.data import Tokenizer, load_tokenizer
+from trainfw.errors import UserError
+from trainfw.models import LanguageModel, abstract_model
+from trainfw.objectives import ObjectiveConfig
+from trainfw.optim import OptimizerConfig
+from trainfw.paths import path_text
+from trainfw.pieces import is_own
+from trainfw.program import Program, build_program
+from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.base import check_base
+from trainfw.training.run_directory import RunDirectory
+from trainfw.weights import Base, LoadedFrom, check_tokenizer, is_run, open_base, read_adapter
+
+# Where and how a run was trained does not matter to whoever uses its model.
+ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> tuple[LanguageModel, Tokenizer]:
+    """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
+
+    Args:
+        path: a Hugging Face directory, a GGUF file, `package:NAME`, or a run; that of an adapter comes with its base.
+        step: of a run, the checkpoint (default: the latest).
+        dtype: of the parameters and of the computation; by default that of a run's training, else float32.
+        adapters: adapters of this model by name, each a run or a directory in PEFT's form. `generate_batch` then takes
+            one of them, or none, for each row.
+
+    Raises UserError for a path that holds no model, and for adapters that do not fit it.
+    """
+    path = path_text(path)
+    base: Base | None = None
+    if not is_run(path):
+        base = open_base(path)
+        tokenizer = load_tokenizer(path)
+        check_tokenizer(path, base.config, tokenizer)
+        graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype or "float32"), nnx.Param)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        values = []
+        for place, variable in nnx.to_flat_state(variables):
+            abstract = jax.ShapeDtypeStruct(variable.shape, dtype or "float32", sharding=sharding)
+            values.append((place, base.read(".".join(map(str, place)), abstract)))
+        model = nnx.merge(graphdef, nnx.from_flat_state(values))
+    else:
+        run = RunDirectory.existing(path)
+        settings = [f"train.compute_dtype={dtype}"] if dtype else []
+        recipe = load_recipe(run.recipe_file, [*ANY_DEVICES, "train.global_batch_size=1", *settings])
+        if adapters and recipe.adapter is not None:
+            raise UserError(
+                f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}, and it among "
+                "the adapters"
+            )
+        program = build_program(without_own(recipe, "objective", "optimizer"), jax.devices()[:1])
+        frozen = {} if recipe.adapter is None else frozen_of(run, program)
+        model, tokenizer = program.model(restore_params(run, program, step), frozen), load_tokenizer(path)
+    if adapters:
+        base = base or open_base(path, step)
+        read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
+        for name, adapter in read.items():
+            adapter.check_base(base, path)
+            if (kept := adapter.config.base) in ("int8", "nf4"):
+                warnings.warn(
+                    f"adapter {name} was trained on a base in {kept}; here the base is in {model.compute_dtype}, and "
+                    "it may write otherwise than its run does",
+                    stacklevel=2,
+                )
+        attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
+    model.origin = LoadedFrom(path, step)
+    return model, tokenizer
+
+
+def without_own(recipe: Recipe, *sections: str) -> Recipe:
+    """Return a recipe of the same model, without pieces that only the script knows that trained it."""
+    others = {"objective": ObjectiveConfig(), "optimizer": OptimizerConfig()}
+    return recipe.model_copy(update={key: others[key] for key in sections if is_own(getattr(recipe, key).name)})
+
+
+def frozen_of(run: RunDirectory, program: Program) -> Any:
+    """Return what is frozen in a run. Raises UserError where it is no longer what it was trained on."""
+    check_base(program.recipe, run, run.steps()[-1])
+    return program.loadfrozen_of()
+
+
+def restore_params(run: RunDirectory, program: Program, step: int | None) -> Any:
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        program.recipe.checkpoint,
+        identity=read_identity(run.path),
+        layer_order=program.layer_order,
+        read_only=True,
+    )
+
+    def read() -> Any:
+        steps = run.steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return checkpoints.restore_params(steps[-1] if step is None else step, program.abstract_state.params)
+
+    return taking_the_next(read, step)

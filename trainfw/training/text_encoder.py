@@ -1,0 +1,98 @@
+"""A frozen text encoder: the hidden states of a language model, by which models of images are conditioned."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainfw.data import Progress
+from trainfw.errors import UserError
+from trainfw.models import family_of
+from trainfw.training.loading import load_model
+from trainfw.weights import open_base
+
+HASHED_WORDS = "hashed-words"
+"""Name of the encoder that needs no model: `HashedWords`."""
+_ROWS = 32
+"""Captions encoded at once."""
+
+
+class HashedWords:
+    """A fixed vector for each word, drawn from a normal distribution by the word's hash, in the order of the words.
+
+    Words are lower-case runs of letters and digits; it knows nothing of their meaning.
+    """
+
+    def __init__(self, length: int, size: int):
+        self._length, self._size = length, size
+        self.identity = f"{HASHED_WORDS} 1 {length} {size}"
+        self.cut = 0
+
+    def __call__(self, texts: Sequence[str], progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a `TextEncoder` does; of a text without words, one vector."""
+        features = np.zeros((len(texts), self._length, self._size), np.float32)
+        mask = np.zeros((len(texts), self._length), np.float32)
+        for row, text in enumerate(texts):
+            words = re.findall(r"[^\W_]+", text.lower()) or [""]
+            self.cut += len(words) > self._length
+            for place, word in enumerate(words[: self._length]):
+                key = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=16).digest())
+                features[row, place] = np.random.Generator(np.random.Philox(key=key)).standard_normal(self._size)
+                mask[row, place] = 1
+        return features, mask
+
+
+class TextEncoder:
+    """Hidden states of a decoder after its last norm, in float32, of the first `length` tokens of each text.
+
+    It is read once it is needed. Tokens are those of `generate`'s plain prompts: a text's own, after what the
+    tokenizer begins with.
+    """
+
+    def __init__(self, path: str, length: int, size: int):
+        """`size` is the number of features that the model of images takes. Raises UserError where it gives others."""
+        base = open_base(path)
+        if not family_of(base.config).decodes:
+            raise UserError(f"{path}: is a model of family {base.config.family!r}; expected a decoder, which reads text")
+        if base.config.hidden_size != size:
+            raise UserError(
+                f"{path}: gives {base.config.hidden_size} features a token, its hidden_size; set "
+                f"model.caption_size={base.config.hidden_size}, not {size}"
+            )
+        self._path, self._length, self._size = path, length, size
+        self.identity = f"{base.fingerprint()} {length}"
+        """Changes when the features do."""
+        self.cut = 0
+        """Texts of which tokens after the first `length` were left out."""
+
+    @cached_property
+    def _loaded(self) -> Any:
+        model, tokenizer = load_model(self._path)
+        states = jax.jit(lambda model, tokens_BT: model.forward(tokens_BT)[0].astype(jnp.float32))
+        return model, tokenizer, states
+
+    def __call__(self, texts: Sequence[str], progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (features, f32[N, T, F], and mask, f32[N, T], 1 where there is a token)."""
+        model, tokenizer, states = self._loaded
+        features = np.zeros((len(texts), self._length, self._size), np.float32)
+        mask = np.zeros((len(texts), self._length), np.float32)
+        for start in range(0, len(texts), _ROWS):
+            part = texts[start : start + _ROWS]
+            tokens = np.zeros((_ROWS, self._length), np.int32)  # padding comes last, and nothing before it sees it
+            for row, text in enumerate(part):
+                ids = [*(tokenizer.prefix_ids or [tokenizer.bos_id]), *tokenizer.encode(text)]
+                self.cut += len(ids) > self._length
+                ids = ids[: self._length]
+                tokens[row, : len(ids)] = ids
+                mask[start + row, : len(ids)] = 1
+            features[start : start + len(part)] = np.asarray(states(model, tokens))[: len(part)]
+            if progress is not None:
+                progress(f"encoding captions with {self._path}", start + len(part), len(texts))
+        return features * mask[..., None], mask
