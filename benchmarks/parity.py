@@ -34,11 +34,14 @@ from trainfw.parallel import AXES, ParallelConfig
 from trainfw.recipe import TrainConfig
 
 LIMIT = 1e-5
+IMAGE_SECTIONS = {"data": {"format": "images", "source": "digits"}, "objective": {"name": "flow_matching"}}
 PAIRS = {"pairs_per_row": 3}
 DEVICES = 16
 """The most that a row takes."""
 
 DENSE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_layers": 4, "num_heads": 8}
+IMAGES = {"family": "dit", "image_size": 16, "channels": 3, "patch_size": 2, "hidden_size": 32, "num_layers": 4}
+IMAGES |= {"num_heads": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**DENSE, "num_kv_heads": 2},
     "gemma": {
@@ -75,6 +78,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "dispatch": "dropless",
         },
     },
+    "dit": {**IMAGES, "conditioning": "class", "num_classes": 5},
+    "pixart": {**IMAGES, "conditioning": "cross", "caption_length": 6, "caption_size": 12},
 }
 TABLE: dict[str, list[str]] = {
     "llama": [
@@ -151,6 +156,24 @@ TABLE: dict[str, list[str]] = {
         "fsdp=2 expert=2 context=2 context_attention=gathered remat=dots",
         "data=2 fsdp=2 expert=2 tensor=2 fsdp_shards=optimizer accumulation_steps=2",
     ],
+    "dit": [
+        "data=8",
+        "fsdp=8 remat=full",
+        "tensor=8 remat=dots",
+        "context=8",
+        "fsdp=2 context=2 tensor=2 remat=full accumulation_steps=2",
+        "fsdp=4 tensor=2 remat=full scan_layers=false",
+        "data=2 fsdp=2 tensor=2 fsdp_shards=gradients accumulation_steps=2",
+        "pipeline=4 fsdp=2 remat=full",
+        "pipeline=2 interleave=2 context=2 tensor=2 accumulation_steps=2",
+        "lora fsdp=4 tensor=2 remat=full",
+    ],
+    "pixart": [
+        "fsdp=8 remat=full",
+        "tensor=4 context=2",
+        "pipeline=2 fsdp=2 tensor=2 remat=full accumulation_steps=2",
+        "data=2 fsdp=2 context=2 fsdp_shards=optimizer accumulation_steps=2",
+    ],
 }
 
 
@@ -215,6 +238,7 @@ def make_recipe(model: str, settings: Sequence[str]) -> Recipe:
         "name": "parity",
         "model": MODELS[model],
         "data": {"sequence_length": 32},
+        **(IMAGE_SECTIONS if "family" in MODELS[model] else {}),
         "train": {"global_batch_size": 16},
         "parallel": {"fsdp": 1},
     }

@@ -109,11 +109,34 @@ class Heard(Reporter):
         self.notes.append(text)
 
 
+def random_pictures(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Batches of random pictures with what conditions them; the last row of each counts for nothing."""
+    rng, model, rows = np.random.default_rng(seed), recipe.model, recipe.train.global_batch_size
+    batches = []
+    for step in range(steps):
+        batch: dict[str, np.ndarray] = {
+            "image": rng.uniform(-1, 1, (rows, model.image_size, model.image_size, model.channels)).astype(np.float32),
+            "weight": np.append(np.ones(rows - 1, np.float32), np.float32(0)),
+            "row": np.arange(step * rows, (step + 1) * rows),
+        }
+        if model.conditioning == "class":
+            batch["label"] = rng.integers(0, model.num_classes, rows).astype(np.int32)
+        elif model.conditioning != "none":
+            shape = (rows, model.caption_length, model.caption_size)
+            batch["caption"] = rng.normal(size=shape).astype(np.float32)
+            lengths = rng.integers(1, model.caption_length + 1, (rows, 1))
+            batch["caption_mask"] = (np.arange(model.caption_length) < lengths).astype(np.float32)
+        batches.append(batch)
+    return batches
+
+
 def random_batches(recipe: Recipe, steps: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Batches of random tokens in two documents a row, the second of random length, some padded.
 
     Of pairs, two pairs of rows in each, of which about half of the tokens are learnt.
     """
+    if recipe.reads_images:
+        return random_pictures(recipe, steps, seed)
     rng = np.random.default_rng(seed)
     shape = (recipe.train.global_batch_size * recipe.group, recipe.data.sequence_length)
     batches = []
