@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from trainfw import backends, data, sampling, training, weights
-from trainfw.cli.options import AnyModel, Step
+from trainfw.cli.options import AnyModel, Step, Which
 from trainfw.cli.terminal import show
 from trainfw.errors import UserError
 
@@ -20,6 +20,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     step: Step = None,
+    which: Which = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--plain", help="As a user's turn by the chat template, or as text (default: as trained)."),
@@ -49,7 +50,12 @@ def generate(
 
     backends.prepare()
 
-    loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
+    loaded, tokenizer = training.load_model(
+        model,
+        step=step,
+        adapters=adapters or None,
+        weights=which,  # type: ignore[arg-type]
+    )
     chosen = [_chosen(text, adapters) for text in prompt]
     form = {name: weights.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
     tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from trainfw import backends
 from trainfw.models import flops_per_token
 from trainfw.objectives import Batch, Objective, Schema
-from trainfw.optim import Traits
+from trainfw.optim import Traits, average_of
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
@@ -132,6 +132,13 @@ class Program:
         Their layers are to be in true order.
         """
         return self.models.learner(params, frozen or {})
+
+    def learnt(self, state: TrainState) -> Any:
+        """Return what is validated and sampled of a state: its parameters, or their average (`optimizer.ema`)."""
+        average = average_of(state.opt_state)
+        if average is None:
+            return state.params
+        return jax.device_put(average, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state.params))
 
     def restore_guard(self, saved: Mapping[str, Any]) -> Any:
         """Return the state's guard from a checkpoint's meta (nested lists), or a new one where that has none."""

@@ -26,7 +26,7 @@ from trainfw.training.base import check_base
 from trainfw.training.inputs import check_inputs
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
-from trainfw.weights import Base, LoadedFrom, check_tokenizer, is_run, open_base, read_adapter
+from trainfw.weights import Base, LoadedFrom, Which, check_tokenizer, is_run, open_base, read_adapter, reads_average
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Validation:
     loss is of something else than tokens."""
     complete: bool
     """All held-out data was counted. If not, bits_per_byte takes the whole split's bytes per token."""
+    ema: float | None = None
+    """Decay of the average of the weights that was validated (`optimizer.ema`); None: the weights themselves."""
 
     @property
     def perplexity(self) -> float:
@@ -65,10 +67,12 @@ class Validation:
             **of_text,
             f"validation_{self.unit}s": self.count,
             **{f"validation_{name}": value for name, value in self.metrics.items()},
+            **({} if self.ema is None else {"validation_ema": self.ema}),
         }
 
     def __str__(self) -> str:
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
+        part += "" if self.ema is None else f", by the average of the weights (ema {self.ema})"
         if self.bits_per_byte is None:
             shown = [f"loss {self.loss:.4f}"]
             for name, value in self.metrics.items():
@@ -87,10 +91,13 @@ def validate(
     data: PreparedData,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    *,
+    ema: float | None = None,
 ) -> Validation | None:
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches.
 
     `eval_step` is the program's, compiled. `stop` is asked before each batch whether to give up, and None returned.
+    `ema` is the decay of the average that `params` are, where they are one.
     """
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
@@ -121,6 +128,7 @@ def validate(
         metrics={name: mean.value() for name, mean in totals.items()},
         bits_per_byte=bits if of_text else None,
         complete=count == held_out.num_targets if of_text else limit is None or everything <= limit,
+        ema=ema,
     )
 
 
@@ -137,6 +145,7 @@ def load_model(
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    weights: Which | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
 
@@ -146,10 +155,12 @@ def load_model(
         dtype: of the parameters and of the computation; by default that of a run's training, else float32.
         adapters: adapters of this model by name, each a run or a directory in PEFT's form. `generate_batch` then takes
             one of them, or none, for each row.
+        weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`; `raw` ones of adapters, too.
 
     Raises UserError for a path that holds no model, and for adapters that do not fit it.
     """
     path = path_text(path)
+    averaged = reads_average(path, weights)
     base: Base | None = None
     if not is_run(path):
         base = open_base(path)
@@ -173,10 +184,12 @@ def load_model(
             )
         program = build_program(_without_own(recipe, "objective", "optimizer"), jax.devices()[:1])
         frozen = {} if recipe.adapter is None else _frozen(run, program)
-        model, tokenizer = program.model(_restore(run, program, step), frozen), load_tokenizer(path)
+        params = _restore(run, program, step, averaged=averaged)
+        model, tokenizer = program.model(params, frozen), load_tokenizer(path)
     if adapters:
-        base = base or open_base(path, step)
-        read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
+        base = base or open_base(path, step, weights)
+        kind: Which | None = "raw" if weights == "raw" else None
+        read = {name: read_adapter(os.fspath(at), model.config, weights=kind) for name, at in adapters.items()}
         for name, adapter in read.items():
             adapter.check_base(base, path)
             if (kept := adapter.config.base) in ("int8", "nf4"):
@@ -208,16 +221,18 @@ def evaluate(
     *,
     objective: Objective | None = None,
     step: int | None = None,
+    weights: Which | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, PreparedData]:
     """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
     Overrides are what `load_recipe` takes. `objective` is the one that a script trained with, where Python does not
-    find it by its name. Other data is read with the run's own tokenizer. Runs on all devices, by FSDP unless
-    `parallel.` overrides say otherwise.
+    find it by its name. `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Other
+    data is read with the run's own tokenizer. Runs on all devices, by FSDP unless `parallel.` overrides say otherwise.
     """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
+    averaged = reads_average(path_text(path), weights)
     keys = override_keys(overrides)
     for key in keys:
         if not key.startswith(_EVALUATION_KEYS):
@@ -236,13 +251,14 @@ def evaluate(
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")
     if data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    params, frozen = _restore(run, program, step), _frozen(run, program)
-    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress)
+    params, frozen = _restore(run, program, step, averaged=averaged), _frozen(run, program)
+    decay = recipe.optimizer.ema if averaged else None
+    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress, ema=decay)
     assert validation is not None
     return validation, data
 
 
-def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
+def _restore(run: RunDirectory, program: Program, step: int | None, *, averaged: bool) -> Any:
     checkpoints = Checkpoints(
         run.checkpoints,
         program.recipe.checkpoint,
@@ -255,6 +271,7 @@ def _restore(run: RunDirectory, program: Program, step: int | None) -> Any:
         steps = run.steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return checkpoints.restore_params(steps[-1] if step is None else step, program.abstract_state.params)
+        chosen = steps[-1] if step is None else step
+        return checkpoints.restore_params(chosen, program.abstract_state.params, averaged=averaged)
 
     return taking_the_next(read, step)
