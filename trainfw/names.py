@@ -50,6 +50,8 @@ KEYS = _by_theirs(
         "optimizer.epsilon": "adam_epsilon eps",
         "optimizer.weight_decay": "wd",
         "optimizer.clip_norm": "gradient_clipping gradient_clip gradient_clip_val grad_clip max_grad_norm max_norm",
+        "optimizer.ema": "ema_decay ema_rate ema_max_decay ema_beta",
+        "optimizer.ema (0.9999: its decay)": "use_ema ema_enable",
         # Data
         "data.source": """
             data.path data.name dataset datasets dataset_path dataset_name dataset_dir data_path data_dir data_files

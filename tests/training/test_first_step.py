@@ -33,7 +33,7 @@ def as_neuron():
 @pytest.fixture(scope="module")
 def stepped(tmp_path_factory):
     """(what was looked at before the step, the state after it, metrics)"""
-    recipe = tiny_recipe(tmp_path_factory.mktemp("run"), RATE)
+    recipe = tiny_recipe(tmp_path_factory.mktemp("run"), RATE, "optimizer.ema=0.9")
     program = build_program(recipe, jax.devices()[:2])
     state = program.init()
     batch = program.shard_batch(random_batches(recipe, 1)[0])
@@ -46,6 +46,11 @@ def stepped(tmp_path_factory):
 def with_table(state, change):
     table = change(state.params["embedding"]["table"])
     return dataclasses.replace(state, params={**state.params, "embedding": {"table": table}})
+
+
+def with_average(state, change):
+    spoilt = state.opt_state._replace(average=jax.tree.map(change, state.opt_state.average))
+    return dataclasses.replace(state, opt_state=spoilt)
 
 
 def test_a_right_step_is_right(stepped):
@@ -63,6 +68,8 @@ def test_a_right_step_is_right(stepped):
             r"embedding\.table has moved by 0\.0\d+, more than",
         ),
         (lambda s, m: (with_table(s, jnp.zeros_like), m), r"table.* has moved by"),
+        (lambda s, m: (with_average(s, lambda x: 2 * x), m), "the average of .* is not between what it was and"),
+        (lambda s, m: (with_average(s, lambda x: x * jnp.inf), m), "the average of .* is not finite"),
         (lambda s, m: (dataclasses.replace(s, step=s.step + 1), m), "it counts as step 2, after 0"),
         (lambda s, m: (dataclasses.replace(s, rng=s.rng + 1), m), "rng has changed, which does not learn"),
         (lambda s, m: (s, {**m, "loss": Mean(jnp.float32(9.0), 1.0)}), "its loss is 9, and the evaluation step's"),

@@ -27,14 +27,15 @@ LORA = "adapter={rank: 4}"
 # Another value of every key whose change can be accepted.
 ACCEPTED = {
     "moe": (
-        [MOE, "optimizer={schedule: wsd, decay_steps: 3}", "model.sliding_window=8"],
+        [MOE, "optimizer={schedule: wsd, decay_steps: 3, ema: 0.9}", "model.sliding_window=8"],
         """model.norm_eps=1e-3 model.rope_theta=7 model.rope_scaling={kind: linear, factor: 2} model.sliding_window=4
         model.layer_pattern=[global, sliding] model.attention_softcap=3 model.final_softcap=3 model.query_scale=1
         model.rope_local_theta=3 model.moe.experts_per_token=1 model.moe.normalize_weights=false
         model.moe.dispatch=dropless model.moe.capacity_factor=2 model.moe.balance_loss=1 model.moe.z_loss=1
         data.mask_documents=false optimizer.learning_rate=1 optimizer.schedule=linear optimizer.warmup_steps=1
         optimizer.decay_steps=null optimizer.final_fraction=1 optimizer.b1=0 optimizer.b2=0 optimizer.epsilon=1
-        optimizer.weight_decay=0 optimizer.weight_decay_exclude=[] optimizer.clip_norm=9 train.global_batch_size=16
+        optimizer.weight_decay=0 optimizer.weight_decay_exclude=[] optimizer.clip_norm=9 optimizer.ema=0.8
+        train.global_batch_size=16
         train.compute_dtype=bfloat16 train.z_loss=1 hardware.compiler_flags=[-O1]""",
     ),
     "muon": (["optimizer.name=muon"], "optimizer.adam_learning_rate=1 train.matmul_dtype=fp8"),
@@ -88,6 +89,7 @@ REFUSED = {
     "order": (["data.seed=7"], "data.seed: 0 there, 7 here (overrides): cannot change in a run: the tokens or"),
     "start": (["train.seed=7"], "it is read at the start alone"),
     "no clipping": (["optimizer.clip_norm=null"], "what its checkpoints hold would not fit"),
+    "an average": (["optimizer.ema=0.9"], "what its checkpoints hold would not fit"),
     "numbers": (["optimizer.b1=0.5"], "changes the losses; --accept optimizer.b1 goes on with it"),
 }
 

@@ -35,6 +35,9 @@ Tree = TypeVar("Tree")
 LAYER_ORDER = "layer_order"
 """Key of `meta` for the order of the layers, where it is not their true one."""
 
+AVERAGE = ("rest", "opt_state", "average")
+"""Place of the average that `optimizer.ema` keeps."""
+
 _CLEAR_SECONDS = 0.25
 _QUIET = 4
 """Number of looks in a row that have to find no leftovers."""
@@ -267,8 +270,8 @@ class Checkpoints:
         restored = self._in_order(restored, meta.pop(LAYER_ORDER, None))
         return restored["params"], restored["rest"], meta
 
-    def restore_params(self, step: int, params: Tree) -> Tree:
-        """Restore the parameters alone, though the run may go on meanwhile.
+    def restore_params(self, step: int, params: Tree, *, averaged: bool = False) -> Tree:
+        """Restore the parameters alone, or their average, though the run may go on meanwhile.
 
         Raises RunError also where the checkpoint is not whole, Vanished where it is gone, or was deleted meanwhile.
         """
@@ -280,23 +283,29 @@ class Checkpoints:
                 whole = (s for s in older if not find_damage(self.directory / str(s), identity=self._identity))
                 hint = next((f"; step {s} is whole" for s in whole), "")
                 raise RunError(f"{self.directory}: the checkpoint of step {step} is damaged: {problem}{hint}")
-            restored, meta = self._restore(step, params=params)
-        return self._in_order(restored["params"], meta.get(LAYER_ORDER))
+            keys, tree = AVERAGE if averaged else ("params",), params
+            for key in reversed(keys[1:]):
+                tree = {key: tree}  # type: ignore[assignment]
+            restored, meta = self._restore(step, partial=averaged, **{keys[0]: tree})
+            found: Any = restored
+            for key in keys:
+                found = found[key]
+        return self._in_order(found, meta.get(LAYER_ORDER))
 
     def _in_order(self, tree: Tree, saved: list[int] | None) -> Tree:
         wanted = self._layer_order or sorted(saved or ())
         return reorder_layers(tree, saved or sorted(wanted), wanted, donate=True)
 
-    def _restore(self, step: int, **items: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the trees of arrays by item, and `meta`."""
+    def _restore(self, step: int, *, partial: bool = False, **items: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the trees of arrays by item, and `meta`; `partial`: an item may have more than the tree asks for."""
         directory = epath.Path(self.directory / str(step))
         others = [other for other in self.steps() if other < step]
         hint = f" (to fall back to step {others[-1]}, move {step} away)" if others else ""
-        reader = ocp.StandardCheckpointHandler()
+        reader = ocp.PyTreeCheckpointHandler() if partial else ocp.StandardCheckpointHandler()
         problem = f"step {step} cannot be restored{hint}"
         with contextlib.closing(reader), failing_as(self.directory, problem, read=directory):
             meta = read_meta(directory)
-            args = {item: ocp.args.StandardRestore(tree) for item, tree in items.items()}
+            args = {item: part_of(tree) if partial else ocp.args.StandardRestore(tree) for item, tree in items.items()}
             return {item: reader.restore(directory / item, args=args[item]) for item in items}, meta
 
     def close(self) -> None:
@@ -323,6 +332,12 @@ def failing_as(directory: stores.Directory, problem: str, *, read: stores.Direct
         if read is not None:
             check_there(read)
         raise RunError(f"{directory}: {problem}: {first_line(error)}") from error
+
+
+def part_of(tree: Any) -> Any:
+    """Return what asks Orbax for these arrays of a larger tree, laid out as they are described."""
+    described = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(item=tree, restore_args=described, partial_restore=True)
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from trainfw.checkpoint.holding import Hold, check_there
 from trainfw.checkpoint.identity import Identity
-from trainfw.checkpoint.manager import LAYER_ORDER, failing_as
+from trainfw.checkpoint.manager import AVERAGE, LAYER_ORDER, failing_as, part_of
 from trainfw.checkpoint.manifest import find_damage, inventory, read_meta
 from trainfw.checkpoint.stores import Directory, in_store
 from trainfw.errors import RunError, UserError, did_you_mean
@@ -28,23 +28,27 @@ class SavedParameters:
     Args:
         directory: directory of a step.
         identity: the run that the checkpoint has to belong to, if one is known.
+        averaged: whether it is their average that is read (`optimizer.ema`).
 
     Raises RunError where it is not what was saved, Vanished where it is gone.
     """
 
-    def __init__(self, directory: Directory, identity: Identity | None = None):
+    def __init__(self, directory: Directory, identity: Identity | None = None, *, averaged: bool = False):
         self.directory = directory if in_store(directory) else directory.absolute()
         self._hold = Hold(self.directory)
         if problem := find_damage(self.directory, identity=identity):
             check_there(self.directory)
             raise RunError(f"{self.directory}: is damaged: {problem}")
+        self._item, *self._keys = AVERAGE if averaged else ("params",)
         self._reader = ocp.PyTreeCheckpointHandler()
 
     @cached_property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """(shape, dtype) of each array, by dotted name."""
         with self._failing_as("its arrays cannot be listed"):
-            tree = self._reader.metadata(self.directory / "params").tree
+            tree = self._reader.metadata(self.directory / self._item).tree
+            for key in self._keys:
+                tree = tree[key]
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "dtype"))
             return {".".join(str(key.key) for key in path): (tuple(leaf.shape), leaf.dtype) for path, leaf in leaves}
 
@@ -65,13 +69,13 @@ class SavedParameters:
         if shape != tuple(like.shape):
             raise UserError(f"{self.directory}: {name} has shape {shape}, but {tuple(like.shape)} is expected")
         item: Any = like
-        for key in reversed(name.split(".")):
+        keys = [*self._keys, *name.split(".")]
+        for key in reversed(keys):
             item = {key: item}
-        restore = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
         with self._failing_as(f"{name} cannot be read"):
-            value = self._reader.restore(self.directory / "params", args=restore)
+            value = self._reader.restore(self.directory / self._item, args=part_of(item))
+        for key in self._keys:
+            value = value[key]
         saved = self.meta.get(LAYER_ORDER)
         true = sorted(saved or layer_order or ())
         value = reorder_layers(value, saved or true, list(layer_order or true), donate=True)
@@ -84,9 +88,9 @@ class SavedParameters:
         hash."""
         digest = hashlib.blake2b(digest_size=16)
         if in_store(self.directory):
-            digest.update(json.dumps(inventory(self.directory / "params")).encode())
+            digest.update(json.dumps(inventory(self.directory / self._item)).encode())
             return digest.hexdigest()
-        for path in sorted(path for path in (self.directory / "params").rglob("*") if path.is_file()):
+        for path in sorted(path for path in (self.directory / self._item).rglob("*") if path.is_file()):
             size = path.stat().st_size
             with path.open("rb") as file:
                 digest.update(f"{path.name} {size} ".encode() + file.read(2**16))

@@ -6,7 +6,7 @@ import typer
 
 from trainfw import backends, weights
 from trainfw.cli.console import cleaning_up
-from trainfw.cli.options import AnyModel, OutPath, Step
+from trainfw.cli.options import AnyModel, OutPath, Step, Which
 from trainfw.errors import UserError
 
 
@@ -21,6 +21,7 @@ def export(
         typer.Option(help="float32, bfloat16, float16; in GGUF q8_0 too (default: as it is, in GGUF float16)."),
     ] = None,
     step: Step = None,
+    which: Which = None,
 ) -> None:
     """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
     backends.prepare()
@@ -33,6 +34,7 @@ def export(
             format=format,  # type: ignore[arg-type]
             dtype=dtype,
             step=step,
+            weights=which,  # type: ignore[arg-type]
             progress=reporter.progress,
         )
     typer.echo(written)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from trainfw import backends, data, sampling, training, weights
-from trainfw.cli.options import AnyModel, Step
+from trainfw.cli.options import AnyModel, Step, Which
 from trainfw.cli.pictures import draw
 from trainfw.cli.terminal import show
 from trainfw.errors import UserError
@@ -26,6 +26,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Text: sample from the likeliest tokens that make up p.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same.")] = 0,
     step: Step = None,
+    which: Which = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -57,13 +58,13 @@ def generate(
     if draws:
         draw(
             model, prompt or [], out=out, count=count, step=step, seed=seed,
-            steps=steps, guidance=guidance, sampler=sampler,
+            which=which, steps=steps, guidance=guidance, sampler=sampler,
         )  # fmt: skip
         return
     if not prompt:
         raise UserError("--prompt: expected a text to go on from")
     max_tokens, temperature = 256 if max_tokens is None else max_tokens, 0.8 if temperature is None else temperature
-    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, chat, system, adapter)
+    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, which, chat, system, adapter)
 
 
 def _write(
@@ -75,6 +76,7 @@ def _write(
     top_p: float | None,
     seed: int,
     step: int | None,
+    which: str | None,
     chat: bool | None,
     system: str | None,
     adapter: list[str] | None,
@@ -97,7 +99,12 @@ def _write(
 
     backends.prepare()
 
-    loaded, tokenizer = training.load_model(model, step=step, adapters=adapters or None)
+    loaded, tokenizer = training.load_model(
+        model,
+        step=step,
+        adapters=adapters or None,
+        weights=which,  # type: ignore[arg-type]
+    )
     chosen = [_chosen(text, adapters) for text in prompt]
     form = {name: weights.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
     tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]

@@ -6,7 +6,7 @@ import typer
 
 from trainfw import backends, weights
 from trainfw.cli.console import cleaning_up
-from trainfw.cli.options import Dtype, OutPath, Step
+from trainfw.cli.options import Dtype, OutPath, Step, Which
 
 
 def merge(
@@ -15,9 +15,18 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The model it adapts (default: that of the run).")] = None,
     dtype: Dtype = None,
     step: Step = None,
+    which: Which = None,
 ) -> None:
     """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
     backends.prepare()
     with cleaning_up() as reporter:
-        written = weights.merge_adapter(adapter, out, base=base, dtype=dtype, step=step, progress=reporter.progress)
+        written = weights.merge_adapter(
+            adapter,
+            out,
+            base=base,
+            dtype=dtype,
+            step=step,
+            weights=which,  # type: ignore[arg-type]
+            progress=reporter.progress,
+        )
     typer.echo(written)

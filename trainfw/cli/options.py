@@ -44,6 +44,10 @@ Accept = Annotated[
 ]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
 
+Which = Annotated[
+    str | None, typer.Option("--weights", help="Of a run with optimizer.ema: ema (the average, the default) or raw.")
+]
+
 
 class RecipeCommand(TyperCommand):
     """A command that takes keys of a recipe, and answers those given as options."""

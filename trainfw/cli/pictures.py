@@ -24,6 +24,7 @@ def draw(
     out: str | None,
     count: int | None,
     step: int | None,
+    which: str | None,
     seed: int,
     **settings: object,
 ) -> None:
@@ -43,7 +44,7 @@ def draw(
     backends.prepare()
     reporter = make_reporter()
     try:
-        drawer = training.load_drawer(run, count=len(asked), step=step)
+        drawer = training.load_drawer(run, count=len(asked), step=step, weights=which)  # type: ignore[arg-type]
         pictures = drawer.draw(
             asked,
             seed=seed,

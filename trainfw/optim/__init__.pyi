@@ -1,4 +1,5 @@
 from .config import OptimizerConfig as OptimizerConfig
+from .ema import average_of as average_of
 from .optimizer import make_optimizer as make_optimizer
 from .optimizer import optimizer_shardings as optimizer_shardings
 from .registry import OPTIMIZERS as OPTIMIZERS

@@ -49,6 +49,9 @@ class OptimizerConfig(Config):
     """Patterns of parameter names (`layers.mlp.up.kernel`) that do not decay."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Scale gradients down to this global norm; null: never."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of what learns, such as 0.9999; null: none. The average is what is
+    validated, sampled, exported and loaded."""
 
     @model_validator(mode="after")
     def _combinations(self) -> OptimizerConfig:

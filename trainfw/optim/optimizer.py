@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from trainfw.errors import UserError, short
 from trainfw.optim.config import OptimizerConfig
+from trainfw.optim.ema import with_average
 from trainfw.optim.registry import OPTIMIZERS
 from trainfw.optim.schedule import make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
@@ -20,7 +21,7 @@ from trainfw.pieces import is_own, make_piece, running
 def make_optimizer(
     config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping, the optimizer, decoupled weight decay and the schedule, as one Optax transformation.
+    """Clipping, the optimizer, decoupled weight decay, the schedule and the average, as one Optax transformation.
 
     `own` is one that a script hands over in the place of the recipe's. `update` takes the gradients' global norm as
     `norm`; left out, clipping computes it.
@@ -53,6 +54,8 @@ def make_optimizer(
         optimizer = _held_to_its_contract(optimizer, config.name)
     if config.clip_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_norm), optimizer)
+    if config.ema is not None:
+        optimizer = with_average(optimizer, config.ema)
 
     def init(params: Params) -> Any:
         names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from trainfw.optim.adafactor import ADAFACTOR
@@ -25,7 +26,7 @@ def traits_of(config: OptimizerConfig, own: OwnOptimizer | None = None) -> Trait
 def state_bytes(config: OptimizerConfig, name: str, shape: tuple[int, ...], parts: int) -> int:
     """Return the bytes of state on one core, counters left out, of a parameter that is cut into `parts`."""
     if (known := traits_of(config).state_bytes) is not None:
-        return known(name, shape, parts)
+        return known(name, shape, parts) + (0 if config.ema is None else 4 * math.prod(shape) // parts)
     import jax
 
     from trainfw.optim.optimizer import make_optimizer

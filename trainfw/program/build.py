@@ -21,7 +21,7 @@ from trainfw.program.state import TrainState
 from trainfw.program.update import Update
 from trainfw.recipe import Recipe, expect_recipe
 
-_RATES = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "clip_norm")
+_RATES = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "clip_norm", "ema")
 """Keys of `optimizer` that hold whatever the optimizer is."""
 
 

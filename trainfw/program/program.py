@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from trainfw import backends
 from trainfw.models import flops_per_token
-from trainfw.objectives import Batch, Objective, Schema, drawn
-from trainfw.optim import Traits
+from trainfw.objectives import Batch, Objective, Schema, drawn_batch
+from trainfw.optim import Traits, average_of
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
@@ -138,6 +138,13 @@ class Program:
         """
         return self.models.learner(params, frozen or {})
 
+    def learnt(self, state: TrainState) -> Any:
+        """Return what is validated and sampled of a state: its parameters, or their average (`optimizer.ema`)."""
+        average = average_of(state.opt_state)
+        if average is None:
+            return state.params
+        return jax.device_put(average, jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state.params))
+
     def restore_guard(self, saved: Mapping[str, Any]) -> Any:
         """Return the state's guard from a checkpoint's meta (nested lists), or a new one where that has none."""
         if not self.abstract_state.guard:
@@ -158,7 +165,7 @@ class Program:
 
         What the objective draws for them is added; that of validation is not that of training.
         """
-        local_batch = drawn(self.objective, local_batch, self.recipe.train.seed + (0 if training else _HELD_OUT))
+        local_batch = drawn_batch(self.objective, local_batch, self.recipe.train.seed + (0 if training else _HELD_OUT))
         share, shares = self.batch_share
         first = share * self.schema.sizes["batch"] // shares
         context = self.layout.context

@@ -17,12 +17,14 @@ from trainfw import sampling
 from trainfw.data import PreparedImages, Progress, read_classes
 from trainfw.errors import UserError, did_you_mean, short
 from trainfw.objectives import DiffusionObjective
+from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
 from trainfw.training.run_data import encoder_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.text_encoder import HashedWords, TextEncoder
+from trainfw.weights import Which, reads_average
 
 _MOST_AT_ONCE = 64
 """Pictures drawn at once by default: more take memory, and hardly less time each."""
@@ -118,11 +120,15 @@ class Drawer:
 
 
 def load_drawer(
-    path: str | os.PathLike[str], *, count: int = _MOST_AT_ONCE, step: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    count: int = _MOST_AT_ONCE,
+    step: int | None = None,
+    weights: Which | None = None,
 ) -> Drawer:
     """Open a run of a model of images on all devices, to draw up to `count` pictures at once.
 
-    Raises UserError where the run is of another kind, or holds no checkpoint.
+    `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Raises UserError where the run is of another kind, or holds no checkpoint.
     """
     run = RunDirectory.existing(path)
     devices = jax.device_count()
@@ -131,7 +137,8 @@ def load_drawer(
     if not recipe.reads_images:
         raise UserError(f"{path}: is a run of family {recipe.model.family!r}, which draws no pictures")
     program = build_program(recipe)
-    params, frozen = restore_params(run, program, step), frozen_of(run, program)
+    averaged = reads_average(path_text(path), weights)
+    params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
     return Drawer(program, program.functions["denoise"].compile(), params, frozen, read_classes(run.path))
 
 

@@ -12,6 +12,7 @@ import jax
 from trainfw.data import Prepared, PreparedData, Progress, load_tokenizer, open_rows, prepare, read_classes, validation_batches
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Mean, Objective
+from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import load_recipe, override_keys
 from trainfw.training.inputs import check_inputs
@@ -19,6 +20,7 @@ from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params, wit
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_data import prepare_images
 from trainfw.training.run_directory import RunDirectory
+from trainfw.weights import Which, reads_average
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Validation:
     loss is of something else than tokens."""
     complete: bool
     """All held-out data was counted. If not, bits_per_byte takes the whole split's bytes per token."""
+    ema: float | None = None
+    """Decay of the average of the weights that was validated (`optimizer.ema`); None: the weights themselves."""
 
     @property
     def perplexity(self) -> float:
@@ -57,10 +61,12 @@ class Validation:
             **of_text,
             f"validation_{self.unit}s": self.count,
             **{f"validation_{name}": value for name, value in self.metrics.items()},
+            **({} if self.ema is None else {"validation_ema": self.ema}),
         }
 
     def __str__(self) -> str:
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
+        part += "" if self.ema is None else f", by the average of the weights (ema {self.ema})"
         if self.bits_per_byte is None:
             shown = [f"loss {self.loss:.4f}"]
             for name, value in self.metrics.items():
@@ -79,10 +85,13 @@ def validate(
     data: Prepared,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    *,
+    ema: float | None = None,
 ) -> Validation | None:
     """Evaluate on the held-out split, or on its first `train.validation_batches` batches.
 
     `eval_step` is the program's, compiled. `stop` is asked before each batch whether to give up, and None returned.
+    `ema` is the decay of the average that `params` are, where they are one.
     """
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
@@ -116,6 +125,7 @@ def validate(
         metrics={name: mean.value() for name, mean in totals.items()},
         bits_per_byte=bits,
         complete=complete,
+        ema=ema,
     )
 
 
@@ -129,16 +139,18 @@ def evaluate(
     *,
     objective: Objective | None = None,
     step: int | None = None,
+    weights: Which | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Validation, Prepared]:
     """Validate a run's checkpoint on its held-out documents, or on those of another source with `data.` overrides.
 
     Overrides are what `load_recipe` takes. `objective` is the one that a script trained with, where Python does not
-    find it by its name. Other data is read with the run's own tokenizer. Runs on all devices, by FSDP unless
-    `parallel.` overrides say otherwise.
+    find it by its name. `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Other
+    data is read with the run's own tokenizer. Runs on all devices, by FSDP unless `parallel.` overrides say otherwise.
     """
     reporter = reporter or Reporter()
     run = RunDirectory.existing(path)
+    averaged = reads_average(path_text(path), weights)
     keys = override_keys(overrides)
     for key in keys:
         if not key.startswith(_EVALUATION_KEYS):
@@ -164,7 +176,8 @@ def evaluate(
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")
     if isinstance(data, PreparedData) and data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
-    params, frozen = restore_params(run, program, step), frozen_of(run, program)
-    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress)
+    params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
+    decay = recipe.optimizer.ema if averaged else None
+    validation = validate(program, program.compile_eval_step(), params, frozen, data, reporter.progress, ema=decay)
     assert validation is not None
     return validation, data

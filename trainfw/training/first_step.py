@@ -12,7 +12,7 @@ import numpy as np
 from trainfw import backends
 from trainfw.errors import RunError
 from trainfw.objectives import Metrics
-from trainfw.optim import Traits, traits_of
+from trainfw.optim import Traits, average_of, traits_of
 from trainfw.program import TrainState
 from trainfw.recipe import Recipe
 
@@ -31,8 +31,9 @@ class FirstStep:
     compute the step twice would take a second compilation and twice the memory. So what must hold of a right step is
     looked at: the loss is that of validation's program, compiled anyway, on the same batch; the step is counted, and
     what does not learn is what it was; parameters are finite, some have moved, and none by more than the optimizer
-    can. Of each array it sees up to 4,096 numbers of this process's first part, and of the optimizer's moments none:
-    wrong ones show in a later update only, by faults of the loss.
+    can; an average of them (`optimizer.ema`) lies between what it was and what they are. Of each array it sees up to
+    4,096 numbers of this process's first part, and of the optimizer's moments none: wrong ones show in a later update
+    only, by faults of the loss.
 
     Args:
         loss: of the batch, by the evaluation step; None where there is none, or it is not to be compared.
@@ -46,6 +47,7 @@ class FirstStep:
         self.near = _NEAR[train.matmul_dtype if train.matmul_dtype in _NEAR else train.compute_dtype]
         self.step = int(_numbers(state.step)[0])
         self.params, self.kept = _samples(state.params), _kept(state)
+        self.average = _samples(average_of(state.opt_state))
 
     def problem(self, state: TrainState, metrics: Metrics) -> str | None:
         """Say what cannot be of the state after the step; None for nothing. Of a bad step, nothing is said."""
@@ -59,7 +61,9 @@ class FirstStep:
         for name, after in _kept(state).items():
             if after.tobytes() != self.kept[name].tobytes():
                 return f"{name} has changed, which does not learn"
-        return self._moved(_samples(state.params), {name: leaf.size for name, leaf in _leaves(state.params)}, metrics)
+        params = _samples(state.params)
+        sizes = {name: leaf.size for name, leaf in _leaves(state.params)}
+        return self._moved(params, sizes, metrics) or self._averaged(state, params)
 
     def _moved(self, after: dict[str, np.ndarray], sizes: dict[str, int], metrics: Metrics) -> str | None:
         config, moved = self.optimizer, False
@@ -78,6 +82,19 @@ class FirstStep:
         skipped = "spike" in metrics and metrics["spike"].value()
         if not moved and not skipped and metrics["grad_norm"].value() > 0 and rate >= 1e-6:
             return "no parameter has changed"
+        return None
+
+    def _averaged(self, state: TrainState, params: dict[str, np.ndarray]) -> str | None:
+        average, learnt = average_of(state.opt_state), dict(_leaves(state.params))
+        for name, leaf in _leaves(average):
+            after, before, new = _numbers(leaf), self.average[name], params[name]
+            if not np.all(np.isfinite(after)):
+                return f"the average of {name} is not finite"
+            if leaf.sharding != learnt[name].sharding:
+                continue  # parameters are whole where the average is not: the numbers are of other places
+            slack = 1e-6 * np.maximum(np.abs(before), np.abs(new))
+            if np.any((after < np.minimum(before, new) - slack) | (after > np.maximum(before, new) + slack)):
+                return f"the average of {name} is not between what it was and what {name} is"
         return None
 
 

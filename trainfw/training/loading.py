@@ -23,7 +23,7 @@ from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.run_directory import RunDirectory
-from trainfw.weights import Base, LoadedFrom, check_tokenizer, is_run, open_base, read_adapter
+from trainfw.weights import Base, LoadedFrom, Which, check_tokenizer, is_run, open_base, read_adapter, reads_average
 
 # Where and how a run was trained does not matter to whoever uses its model.
 ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
@@ -35,6 +35,7 @@ def load_model(
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    weights: Which | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """A model on one device, and its tokenizer: `model(token_ids_BS) -> logits_BSV`, f32.
 
@@ -44,10 +45,12 @@ def load_model(
         dtype: of the parameters and of the computation; by default that of a run's training, else float32.
         adapters: adapters of this model by name, each a run or a directory in PEFT's form. `generate_batch` then takes
             one of them, or none, for each row.
+        weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`; `raw` ones of adapters, too.
 
     Raises UserError for a path that holds no model, and for adapters that do not fit it.
     """
     path = path_text(path)
+    averaged = reads_average(path, weights)
     base: Base | None = None
     if not is_run(path):
         base = open_base(path)
@@ -71,10 +74,12 @@ def load_model(
             )
         program = build_program(without_own(recipe, "objective", "optimizer"), jax.devices()[:1])
         frozen = {} if recipe.adapter is None else frozen_of(run, program)
-        model, tokenizer = program.model(restore_params(run, program, step), frozen), load_tokenizer(path)
+        params = restore_params(run, program, step, averaged=averaged)
+        model, tokenizer = program.model(params, frozen), load_tokenizer(path)
     if adapters:
-        base = base or open_base(path, step)
-        read = {name: read_adapter(os.fspath(where), model.config) for name, where in adapters.items()}
+        base = base or open_base(path, step, weights)
+        kind: Which | None = "raw" if weights == "raw" else None
+        read = {name: read_adapter(os.fspath(at), model.config, weights=kind) for name, at in adapters.items()}
         for name, adapter in read.items():
             adapter.check_base(base, path)
             if (kept := adapter.config.base) in ("int8", "nf4"):
@@ -100,7 +105,7 @@ def frozen_of(run: RunDirectory, program: Program) -> Any:
     return program.loadfrozen_of()
 
 
-def restore_params(run: RunDirectory, program: Program, step: int | None) -> Any:
+def restore_params(run: RunDirectory, program: Program, step: int | None, *, averaged: bool) -> Any:
     checkpoints = Checkpoints(
         run.checkpoints,
         program.recipe.checkpoint,
@@ -113,6 +118,7 @@ def restore_params(run: RunDirectory, program: Program, step: int | None) -> Any
         steps = run.steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return checkpoints.restore_params(steps[-1] if step is None else step, program.abstract_state.params)
+        chosen = steps[-1] if step is None else step
+        return checkpoints.restore_params(chosen, program.abstract_state.params, averaged=averaged)
 
     return taking_the_next(read, step)

@@ -33,6 +33,7 @@ from trainfw.training.run_data import name_data, open_batches, read_data
 from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
+from trainfw.weights import average_note
 
 _FOR_EVER = 7 * 86400.0
 """Seconds that a process waits for the others to read data and compile, where no watchdog says how long."""
@@ -191,6 +192,10 @@ def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
     check_memory(program)
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
+        sources = {"model.from": recipe.model.from_, "adapter.from": recipe.adapter and recipe.adapter.from_}
+        for key, path in sources.items():
+            if path is not None and (note := average_note(path)):
+                given.reporter.note(f"{key}: of {path}, {note}; `trainfw export --weights raw` has the others")
     count, processes = program.mesh.size, jax.process_count()
     given.reporter.note(
         f"{recipe.name}: {_parameters(program)} on {count} {backend.platform} "

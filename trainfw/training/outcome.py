@@ -37,6 +37,8 @@ class Outcome:
     ):
         self.program, self.data, self.run, self.log, self.reporter = program, data, run, log, reporter
         self.recipe, self.progress, self.eval_step = program.recipe, progress, eval_step
+        self.ema = self.recipe.optimizer.ema
+        self.by = "" if self.ema is None else " by the average of the weights"
         self._denoise: Any = None
         train = self.recipe.train
         asked = self.recipe.evaluation or train.sample_prompt is not None or train.sample_images
@@ -47,8 +49,9 @@ class Outcome:
         """None where the recipe wants none, or `stop` said so."""
         if self.recipe.train.validation_batches == 0:
             return None
+        params = self.program.learnt(state)
         validation = validate(
-            self.program, self.eval_step(), state.params, state.frozen, self.data, self.progress, stop
+            self.program, self.eval_step(), params, state.frozen, self.data, self.progress, stop, ema=self.ema
         )
         if validation is None:
             return None
@@ -81,7 +84,7 @@ class Outcome:
         assert isinstance(self.data, PreparedImages)
         if self._denoise is None:
             self._denoise = self.program.functions["denoise"].compile()
-        return Drawer(self.program, self._denoise, state.params, state.frozen, self.data.classes)
+        return Drawer(self.program, self._denoise, self.program.learnt(state), state.frozen, self.data.classes)
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))
@@ -92,7 +95,7 @@ class Outcome:
             self.reporter.note(f"bits per held-out byte: {before:.3f} {then}, {now:.3f} now{gzip}")
             return
         for name, value in validation.row(self.recipe.train.steps).items():
-            if name in first and isinstance(value, float):
+            if name in first and isinstance(value, float) and name != "validation_ema":
                 title = name.removeprefix("validation_").replace("_", " ")
                 self.reporter.note(f"held-out {title}: {first[name]:.3f} {then}, {value:.3f} now")
 
@@ -114,8 +117,11 @@ class Outcome:
         except OSError as error:
             self.reporter.note(f"warning: {self.run.evaluation_file} cannot be written: {error.strerror}")
         score = mean_score(rows, config.metric)
-        self.log.write({"step": step, f"evaluation_{config.metric}": score, "evaluation_examples": len(rows)})
-        self.reporter.note(f"evaluation at step {step}: {config.metric} {score:.3f} on {len(rows)} held-out examples")
+        average = {} if self.ema is None else {"evaluation_ema": self.ema}
+        row = {"step": step, f"evaluation_{config.metric}": score, "evaluation_examples": len(rows), **average}
+        self.log.write(row)
+        said = f"{config.metric} {score:.3f} on {len(rows)} held-out examples{self.by}"
+        self.reporter.note(f"evaluation at step {step}: {said}")
         return rows
 
     def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
@@ -158,7 +164,7 @@ class Outcome:
     def _model(self, state: TrainState) -> LanguageModel:
         """The model on one device, to generate with."""
         device = backends.host_device() if backends.current().host_generate else jax.devices()[0]
-        params, frozen = (jax.device_put(part, device) for part in (state.params, state.frozen))
+        params, frozen = (jax.device_put(part, device) for part in (self.program.learnt(state), state.frozen))
         return self.program.model(self.program.in_true_order(params), self.program.frozen_in_true_order(frozen))
 
     def sample(self, state: TrainState) -> str | None:
@@ -173,5 +179,5 @@ class Outcome:
             eos_ids=stop_ids(tokenizer),
         )
         sample = tokenizer.decode(list(tokens))
-        self.reporter.note(f"sample:\n{prompt}{sample}")
+        self.reporter.note(f"sample{self.by}:\n{prompt}{sample}")
         return sample

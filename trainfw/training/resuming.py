@@ -53,7 +53,7 @@ _KEYS: dict[Effect, str] = {
         objective.name objective.beta objective.margin objective.options
         optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
         optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
-        optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm
+        optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm optimizer.ema
         train.global_batch_size train.compute_dtype train.matmul_dtype train.z_loss
         hardware.compiler_flags
     """,
@@ -98,7 +98,7 @@ class Change:
 
     @property
     def effect(self) -> Effect:
-        if self.key == "optimizer.clip_norm" and None in (self.before, self.now):
+        if self.key in ("optimizer.clip_norm", "optimizer.ema") and None in (self.before, self.now):
             return "state"  # a stage of the optimizer, with a place of its own in the state
         return effect_of(self.key)
 

@@ -28,6 +28,8 @@ from trainfw.weights.open import (
     Base,
     MergedBase,
     Weights,
+    Which,
+    average_note,
     check_tokenizer,
     is_run,
     merge,
@@ -47,6 +49,7 @@ def export_model(
     format: Format = "hf",
     dtype: str | None = None,
     step: int | None = None,
+    weights: Which | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Write a run's model or adapter, or any model, and return a line about it.
@@ -56,16 +59,17 @@ def export_model(
         out: a new directory; with `gguf`, a new file.
         format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run that trained one.
         dtype: dtype of the weights; by default the source's, and in GGUF float16. GGUF takes q8_0 as well.
+        weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
 
     Raises UserError, and writes nothing, where the format has no form for it.
     """
     if format == "peft":
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
-        return _export_adapter(source, out, step)
+        return _noted(_export_adapter(source, out, step, weights), source, weights)
 
     def export() -> str:
-        base = open_base(source, step)
+        base = open_base(source, step, weights)
         check_tokenizer(source, base.config)
         if format == "gguf":
             return _write_gguf(base, source, out, dtype)
@@ -74,7 +78,7 @@ def export_model(
             return interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress)
         return write_model(base, source, out, dtype, progress)
 
-    return taking_the_next(export, step)
+    return _noted(taking_the_next(export, step), source, weights)
 
 
 def merge_adapter(
@@ -84,6 +88,7 @@ def merge_adapter(
     base: str | None = None,
     dtype: str | None = None,
     step: int | None = None,
+    weights: Which | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Merge an adapter into its base, write the model as a Hugging Face directory, and return a line about it.
@@ -92,23 +97,29 @@ def merge_adapter(
         adapter: a run of an adapter, or a directory in PEFT's form.
         base: the base model; by default that of the run.
         dtype: dtype of the weights; by default the base's.
+        weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
 
     Raises UserError where the base is unknown, or another than the adapter was trained on.
     """
-    merged = merge(adapter, base, step)
+    merged = merge(adapter, base, step, weights)
     source = adapter if merged.recipe is not None else base
     assert source is not None
     check_tokenizer(source, merged.config)
-    return write_model(merged, source, out, dtype, progress)
+    return _noted(write_model(merged, source, out, dtype, progress), adapter, weights)
 
 
-def _export_adapter(source: str, out: str, step: int | None) -> str:
+def _noted(written: str, source: str, weights: Which | None) -> str:
+    note = average_note(source, weights)
+    return f"{written}\nnote: {note}" if note else written
+
+
+def _export_adapter(source: str, out: str, step: int | None, weights: Which | None) -> str:
     if interop.is_peft(source):
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
         raise UserError(f"{source}: is no run of an adapter, which is what PEFT's form holds; use format hf")
     recipe = run_recipe(source)
-    adapter = read_adapter(source, recipe.model, step)
+    adapter = read_adapter(source, recipe.model, step, weights)
     model = interop.decoder_config(recipe.model, source)
     interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
     count = sum(array.size for array in adapter.arrays.values())

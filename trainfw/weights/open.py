@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from trainfw.models import FamilyConfig, abstract_model, dense
 from trainfw.paths import resolve_path
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.weights.frozen_storage import kept_weight
+
+Which = Literal["ema", "raw"]
+"""Weights of a run that keeps an average of them (`optimizer.ema`): that, or those that learn."""
 
 
 class Weights(Protocol):
@@ -203,8 +206,35 @@ def run_recipe(path: str | Path) -> Recipe:
     return load_recipe(resolve_path(path) / "recipe.yaml")
 
 
-def open_base(path: str, step: int | None = None) -> Base:
-    """Open the weights at a path. Raises UserError where there is no model, and for a run of an adapter."""
+def reads_average(path: str, weights: Which | None = None) -> bool:
+    """Tell whether it is the average that is read at a path: where there is one, unless `raw` weights are asked for.
+
+    Raises UserError where `ema` is asked for, and there is none.
+    """
+    if weights not in (None, *get_args(Which)):
+        raise UserError(f"weights {weights!r} (--weights): expected {' or '.join(get_args(Which))}")
+    averages = is_run(path) and run_recipe(path).optimizer.ema is not None
+    if weights == "ema" and not averages:
+        raise UserError(
+            f"weights 'ema' (--weights): {path} has no average of its weights, as a run of optimizer.ema has"
+        )
+    return averages and weights != "raw"
+
+
+def average_note(path: str, weights: Which | None = None) -> str:
+    """Return a line that says which weights were read, of a run that keeps an average; else nothing."""
+    if not is_run(path) or (decay := run_recipe(path).optimizer.ema) is None:
+        return ""
+    averaged = reads_average(path, weights)
+    return f"the average of the weights (optimizer.ema = {decay})" if averaged else "the weights themselves, no average"
+
+
+def open_base(path: str, step: int | None = None, weights: Which | None = None) -> Base:
+    """Open the weights at a path: of a run, their average where it keeps one, unless `weights` says otherwise.
+
+    Raises UserError where there is no model, and for a run of an adapter.
+    """
+    averaged = reads_average(path, weights)
     if not is_run(path):
         return open_model(path)
     recipe = run_recipe(path)
@@ -213,11 +243,13 @@ def open_base(path: str, step: int | None = None) -> Base:
             f"{path}: is a run of an adapter on {recipe.model.from_ or 'a drawn model'}; "
             f"`trainfw merge {path} --out MODEL` makes a model of both"
         )
-    return RunBase(recipe.model, open_checkpoint(path, step))
+    return RunBase(recipe.model, open_checkpoint(path, step, averaged=averaged))
 
 
-def merge(adapter_path: str, base_path: str | None = None, step: int | None = None) -> MergedBase:
-    """Open an adapter (a run, or a directory in PEFT's form) merged into its base.
+def merge(
+    adapter_path: str, base_path: str | None = None, step: int | None = None, weights: Which | None = None
+) -> MergedBase:
+    """Open an adapter (a run, or a directory in PEFT's form) merged into its base. `weights` are the adapter's.
 
     Raises UserError where the base is neither given nor known, or is another than the adapter was trained on.
     """
@@ -229,13 +261,14 @@ def merge(adapter_path: str, base_path: str | None = None, step: int | None = No
         reason = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
         raise UserError(f"{adapter_path}: {reason}; name one with base (--base)")
     base = open_base(base_path)
-    adapter = read_adapter(adapter_path, base.config, step)
+    adapter = read_adapter(adapter_path, base.config, step, weights)
     adapter.check_base(base, base_path)
     return MergedBase(base, adapter, recipe)
 
 
-def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Adapter:
+def read_adapter(path: str, model: FamilyConfig, step: int | None = None, weights: Which | None = None) -> Adapter:
     """Read an adapter of a model of this shape, from a run or a directory in PEFT's form. Raises UserError."""
+    averaged = reads_average(path, weights)
     if is_peft(path):
         config, arrays = read_peft(resolve_path(path), decoder_config(model, path))
         adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
@@ -247,7 +280,7 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
         host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def read() -> Adapter:
-            saved = open_checkpoint(path, step)
+            saved = open_checkpoint(path, step, averaged=averaged)
             arrays = {
                 name: np.asarray(saved.read(name, jax.ShapeDtypeStruct(shape, dtype, sharding=host)))
                 for name, (shape, dtype) in saved.arrays.items()
@@ -269,8 +302,11 @@ def read_adapter(path: str, model: FamilyConfig, step: int | None = None) -> Ada
     return adapter
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameters:
-    """Open a run's checkpoint, `step` or the latest. Raises UserError if there is none, RunError if it is damaged."""
+def open_checkpoint(path: str | Path, step: int | None = None, *, averaged: bool = False) -> SavedParameters:
+    """Open a run's checkpoint, `step` or the latest, or the average in it.
+
+    Raises UserError if there is none, RunError if it is damaged.
+    """
     identity = read_identity(resolve_path(path))
     directory = locate(resolve_path(path), run_recipe(path).checkpoint)
 
@@ -280,7 +316,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> SavedParameter
             raise UserError(f"{path}: holds no checkpoint yet")
         if step is not None and step not in steps:
             raise UserError(f"{path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        return SavedParameters(directory / str(steps[-1] if step is None else step), identity)
+        return SavedParameters(directory / str(steps[-1] if step is None else step), identity, averaged=averaged)
 
     return taking_the_next(opened, step)
 

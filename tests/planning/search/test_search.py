@@ -182,7 +182,8 @@ def test_experts_are_counted_as_they_are_sharded(tmp_path, shared):
 
 @pytest.mark.parametrize("stage", ["gradients", "optimizer"])
 def test_state_is_counted_by_what_fsdp_shards(tmp_path, stage):
-    recipe = tiny_recipe(tmp_path, "parallel.fsdp=4", "parallel.tensor=2", f"parallel.fsdp_shards={stage}")
+    layout = ("parallel.fsdp=4", "parallel.tensor=2", f"parallel.fsdp_shards={stage}")
+    recipe = tiny_recipe(tmp_path, *layout, "optimizer.ema=0.999")
     state = build_program(recipe, jax.devices()).abstract_state
     counted = state_bytes(recipe, Layout(fsdp=4, tensor=2))
     for key, tree in (("parameters", state.params), ("optimizer_state", state.opt_state)):

@@ -189,6 +189,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         moved += _STACKED * case.kept()
     attention = _MOVED_SCORES[train.remat][0 if train.scan_layers else 1] * scores * 4.0 * runs
     whole = _MOVED_WHOLE[case.shards] * case.state()["parameters"]
+    averages = 0 if recipe.optimizer.ema is None else 2  # read and written
     return Analysis(
         layout=layout,
         matmuls=tuple(matmuls),
@@ -196,7 +197,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
         streamed=(
             Streamed("model", moved * runs + parts * (_MOVED_WEIGHTS * case.share + whole)),
             Streamed("attention", attention),
-            Streamed("update", case.share * (10.5 + 4.4 * parts), "update"),
+            Streamed("update", case.share * (10.5 + averages + 4.4 * parts), "update"),
         ),
     )
 
