@@ -129,7 +129,18 @@ def objective_of(recipe: Recipe) -> objectives.Objective:
             mask_documents=recipe.data.mask_documents,
             z_loss=recipe.train.z_loss,
             pairs_per_row=recipe.data.pairs_per_row,
+            image=_image_shape(recipe),
         )
+
+
+def _image_shape(recipe: Recipe) -> objectives.ImageShape | None:
+    """Return the sizes of the images that a recipe's model reads; None where it reads tokens."""
+    model: Any = recipe.model
+    if not recipe.reads_images:
+        return None
+    names = ("conditioning", "caption_length", "caption_size")
+    given = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    return objectives.ImageShape(model.image_size, model.channels, recipe.sequence_length, **given)
 
 
 def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schema:
@@ -140,7 +151,8 @@ def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schem
     with recipe.blamed("objective"):
         with running("name", name, "schema"):
             schema = objective.schema(*sizes)
-        objectives.check_schema(schema, name, *sizes, recipe.group)
+        image, draws = _image_shape(recipe), hasattr(objective, "drawn")
+        objectives.check_schema(schema, name, *sizes, recipe.group, image=image, draws=draws)
     return schema
 
 

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from trainfw import backends
 from trainfw.models import flops_per_token
-from trainfw.objectives import Batch, Objective, Schema, drawn_batch
+from trainfw.objectives import Batch, Objective, Schema, check_drawn, drawn_batch
 from trainfw.optim import Traits, average_of
 from trainfw.parallel import Layout, Placement, Rules, reorder_layers, zigzag_order
+from trainfw.pieces import is_own
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
 from trainfw.program.skip_bad_steps import start_guard
@@ -165,7 +166,11 @@ class Program:
 
         What the objective draws for them is added; that of validation is not that of training.
         """
-        local_batch = drawn_batch(self.objective, local_batch, self.recipe.train.seed + (0 if training else _HELD_OUT))
+        seed, name = self.recipe.train.seed + (0 if training else _HELD_OUT), self.recipe.objective.name
+        with self.recipe.blamed("objective"):
+            local_batch = drawn_batch(self.objective, local_batch, seed)
+            if is_own(name):
+                check_drawn(local_batch, self.schema, name)
         share, shares = self.batch_share
         first = share * self.schema.sizes["batch"] // shares
         context = self.layout.context
