@@ -334,7 +334,7 @@ def failing_as(directory: stores.Directory, problem: str, *, read: stores.Direct
         raise RunError(f"{directory}: {problem}: {first_line(error)}") from error
 
 
-def part_of(tree: Any) -> Any:
+def part_of(tree: object) -> ocp.args.CheckpointArgs:
     """Return what asks Orbax for these arrays of a larger tree, laid out as they are described."""
     described = ocp.checkpoint_utils.construct_restore_args(tree)
     return ocp.args.PyTreeRestore(item=tree, restore_args=described, partial_restore=True)

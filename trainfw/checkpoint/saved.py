@@ -39,7 +39,8 @@ class SavedParameters:
         if problem := find_damage(self.directory, identity=identity):
             check_there(self.directory)
             raise RunError(f"{self.directory}: is damaged: {problem}")
-        self._item, *self._keys = AVERAGE if averaged else ("params",)
+        self._item, *keys = AVERAGE if averaged else ("params",)
+        self._keys: list[str] = keys
         self._reader = ocp.PyTreeCheckpointHandler()
 
     @cached_property

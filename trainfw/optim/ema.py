@@ -16,7 +16,7 @@ class Averaging(NamedTuple):
 
     inner: Any
     """State of the optimizer itself."""
-    count: jax.Array
+    steps: jax.Array
     """Updates so far, an int32 scalar."""
     average: Params
     """Average of the parameters, in float32, sharded as the optimizer's other state is."""
@@ -34,18 +34,18 @@ def with_average(optimizer: optax.GradientTransformation, decay: float) -> optax
         # A buffer of its own: parameters and average are both donated to a step.
         return Averaging(optimizer.init(params), jnp.int32(0), jax.tree.map(jnp.copy, params))
 
-    def update(updates: Params, state: Averaging, params: Params = None, **extra: Any) -> tuple[Params, Averaging]:
+    def update(updates: Params, state: Averaging, params: Params = None, **extra: object) -> tuple[Params, Averaging]:
         updates, inner = run(updates, state.inner, params, **extra)
         # The share of the new parameters: 1 - 0.9999 by float32 would be off by 1 in 1,700.
-        share = jnp.maximum(1.0 - decay, 9.0 / (10.0 + state.count.astype(jnp.float32)))
-        share = jnp.where(state.count == 0, 1.0, share)
+        share = jnp.maximum(1.0 - decay, 9.0 / (10.0 + state.steps.astype(jnp.float32)))
+        share = jnp.where(state.steps == 0, 1.0, share)
         new = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + share * (p - a), state.average, new)
-        return updates, Averaging(inner, optax.safe_increment(state.count), average)
+        return updates, Averaging(inner, optax.safe_increment(state.steps), average)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def average_of(opt_state: Any) -> Params | None:
+def average_of(opt_state: object) -> Params | None:
     """Return the average that an optimizer's state holds; None where it keeps none."""
     return opt_state.average if isinstance(opt_state, Averaging) else None

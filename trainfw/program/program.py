@@ -21,7 +21,7 @@ from trainfw.program.models import ModelSet
 from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
-from trainfw.weights import count_weights
+from trainfw.weights import Tree, count_weights
 
 
 _HELD_OUT = 2**32
@@ -139,7 +139,7 @@ class Program:
         """
         return self.models.learner(params, frozen or {})
 
-    def learnt(self, state: TrainState) -> Any:
+    def learnt(self, state: TrainState) -> Tree:
         """Return what is validated and sampled of a state: its parameters, or their average (`optimizer.ema`)."""
         average = average_of(state.opt_state)
         if average is None:

@@ -192,8 +192,8 @@ def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
     check_memory(program)
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
-        sources = {"model.from": recipe.model.from_, "adapter.from": recipe.adapter and recipe.adapter.from_}
-        for key, path in sources.items():
+        adapter = None if recipe.adapter is None else recipe.adapter.from_
+        for key, path in (("model.from", recipe.model.from_), ("adapter.from", adapter)):
             if path is not None and (note := average_note(path)):
                 given.reporter.note(f"{key}: of {path}, {note}; `trainfw export --weights raw` has the others")
     count, processes = program.mesh.size, jax.process_count()
