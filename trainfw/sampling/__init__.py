@@ -1,4 +1,4 @@
-"""Drawing text from a model."""
+"""Drawing text and images from a model."""
 
 import lazy_loader
 
