@@ -159,8 +159,8 @@ class ImageInfo:
         if self.caption_bytes is not None:
             kinds |= {"text": (np.uint8, self.caption_bytes), "ends": (np.int64, self.count + 1)}
         arrays = open_arrays(directory, split, kinds, identity, mend)
-        others = (arrays.get(kind) for kind in ("labels", "text", "ends"))
-        return ImageStore(arrays["pixels"], shape, self.digest, *others)
+        labels, text, ends = (arrays.get(kind) for kind in ("labels", "text", "ends"))
+        return ImageStore(arrays["pixels"], shape, self.digest, labels, text, ends)
 
 
 def open_arrays(
