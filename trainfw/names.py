@@ -60,6 +60,10 @@ KEYS = _by_theirs(
         "data.format": "dataset_format dataset_type data.type",
         "data.text_field": "dataset_text_field text_column",
         "data.messages_field": "field_messages",
+        "data.image_field": "image_column",
+        "data.caption_field": "caption_column",
+        "data.label_field": "label_column",
+        "data.flip": "random_flip horizontal_flip",
         "data.sequence_length": """
             max_seq_length max_seq_len max_length seq_len seq_length sequence_len context_length cutoff_len block_size
             max_target_length

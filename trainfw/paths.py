@@ -70,7 +70,7 @@ def check_file(file: Path, *, named: bool = False) -> None:
         )
     if not file.exists():
         raise UserError(f"{file}: no such file")
-    if not named and (target := _leaves(file)) is not None:
+    if not named and file.is_symlink() and (target := outside(file, file.parent)) is not None:
         raise UserError(
             f"{file}: is a link to {target}, outside of the model's directory: whoever made the model may so have any "
             "file of this machine read or copied; put the file itself there"
@@ -83,12 +83,10 @@ def check_file(file: Path, *, named: bool = False) -> None:
                 raise UserError(f"{file}: is a pointer of Git LFS, not the file itself, which `git lfs pull` fetches")
 
 
-def _leaves(file: Path) -> Path | None:
-    """Return where a file of a model's directory truly lies; None if in that directory, or in the store of its Hugging
-    Face cache (`snapshots/COMMIT/FILE` -> `blobs/HASH`)."""
-    if not file.is_symlink():
-        return None
-    directory, target = file.parent.resolve(), file.resolve()
+def outside(file: Path, directory: Path) -> Path | None:
+    """Return where a file truly lies; None if below the directory, or in the store of that directory's Hugging Face
+    cache (`snapshots/COMMIT/FILE` -> `blobs/HASH`)."""
+    directory, target = directory.resolve(), file.resolve()
     stores = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
     return None if any(target.is_relative_to(place) for place in (directory, *stores)) else target
 

@@ -22,6 +22,30 @@ def test_tokenizer_combinations(values: dict, message: str) -> None:
         TokenizerConfig(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "digits", "format": "images", "sequence_length": 8}, "sequence_length is for the formats of text"),
+        ({"source": "digits", "format": "images", "text_field": "x"}, "text_field is for the formats of text"),
+        ({"source": "digits", "format": "images", "system_prompt": "x"}, "system_prompt is for the formats of text"),
+        ({"source": "digits", "format": "images", "loss_on": ["user"]}, "loss_on is for `format: chat`"),
+        ({"source": "digits", "format": "images", "pairs_per_row": 2}, "pairs_per_row is for `format: preferences`"),
+        ({"source": "digits", "format": "images", "label_field": "x"}, "label_field does not change source: digits"),
+        ({"source": ["digits", "x"], "format": "images"}, "source: digits cannot be mixed with other sources"),
+        ({"format": "images"}, "source: python-stdlib is text; `format: images` has digits and emoji, or name files"),
+        ({"source": "emoji", "sequence_length": 8}, "source: emoji is of pictures: set `format: images`"),
+        ({"sequence_length": 8, "flip": True}, "flip is for `format: images`, but format is 'text'"),
+        ({"format": "chat", "sequence_length": 8, "caption_field": "x"}, "caption_field is for `format: images`"),
+        ({}, "is required"),
+    ],
+)
+def test_keys_of_text_and_of_pictures(values: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(**values)
+    config = DataConfig(source="digits", format="images", flip=True)
+    assert DataConfig(**config.model_dump()) == config
+
+
 def test_every_field_is_described() -> None:
     schema = DataConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):

@@ -10,6 +10,13 @@ from .chat import stop_ids as stop_ids
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
 from .examples import Refused as Refused
+from .images.captions import CaptionEncoder as CaptionEncoder
+from .images.prepared import Prepared as Prepared
+from .images.prepared import PreparedImages as PreparedImages
+from .images.prepared import prepare_images as prepare_images
+from .images.prepared import read_classes as read_classes
+from .images.store import ImageRows as ImageRows
+from .images.store import ImageStore as ImageStore
 from .pipeline import Batch as Batch
 from .pipeline import TrainIterator as TrainIterator
 from .pipeline import train_iterator as train_iterator

@@ -44,17 +44,27 @@ class NotText:
 
 def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
     """Yield the rows of a Parquet file. Raises UserError where it is none."""
+    return _rows(parquet_tables(path, choose))
+
+
+def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
+    """Yield the rows of a directory written by Hugging Face `save_to_disk`, of its split `train` if it has several."""
+    return _rows(saved_dataset_tables(path, choose))
+
+
+def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Any]:
+    """Yield a Parquet file as tables of so many `rows`. Raises UserError where it is none."""
     check_file(path, named=True)
     with _reading(path, "a Parquet file"):
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names)
-            yield from _rows(file.iter_batches(columns=columns, batch_size=1024))
+            yield from file.iter_batches(columns=columns, batch_size=rows)
 
 
-def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
-    """Yield the rows of a directory written by Hugging Face `save_to_disk`, of its split `train` if it has several."""
+def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Any]:
+    """Yield a directory written by `save_to_disk` (see `saved_dataset_rows`) as tables of so many `rows`."""
     with _reading(path, "a saved dataset"):
         import datasets
 
@@ -65,7 +75,7 @@ def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]
                 raise UserError(f"{path}: no `train` split; name one split's directory, {splits}")
             dataset = dataset["train"]
         chosen = dataset.select_columns(choose(dataset.column_names))
-        yield from _rows(chosen.with_format("arrow").iter(batch_size=1024))
+        yield from chosen.with_format("arrow").iter(batch_size=rows)
 
 
 @contextlib.contextmanager

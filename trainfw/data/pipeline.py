@@ -11,13 +11,14 @@ import grain
 import numpy as np
 
 from trainfw.data.config import DataConfig
-from trainfw.data.rows import AnyRows, PairRows, empty, open_rows
+from trainfw.data.images.store import ImageRows, ImageStore
+from trainfw.data.rows import RowSet, open_rows
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""The arrays named in `rows.FIELDS`, each (B, S), or (B, 2, S) of pairs: B is this process's share of the global
-batch."""
+"""The arrays named in `rows.FIELDS`, each (B, S), or (B, 2, S) of pairs; or those of `ImageRows`. B is this process's
+share of the global batch."""
 
 READ_THREADS = 2
 """Reading a row is a page or two from disk and a little NumPy: more threads only contend for the interpreter."""
@@ -59,7 +60,7 @@ class TrainIterator(EndlessBatches):
     """Training batches without end; see `train_iterator`."""
 
     def __init__(
-        self, rows: AnyRows, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
+        self, rows: RowSet, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
     ) -> None:
         super().__init__(global_batch_size)
         self._share = slice(process_index, None, process_count)
@@ -69,7 +70,7 @@ class TrainIterator(EndlessBatches):
         if config.shuffle:
             # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
             stream = stream.shuffle(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
-        self._stream = stream.repeat()
+        self._stream = rows.endless(stream.repeat())
         self._seek(0)
 
     def _take(self) -> Batch:
@@ -85,8 +86,8 @@ class TrainIterator(EndlessBatches):
         """Go on from `state`, with any number of processes. Raises UserError where it is of another order of rows."""
         if state["order"] != self._order:
             raise UserError(
-                "the data has changed since this state was saved (its text, tokenizer, sequence_length, shuffle or "
-                "seed), so its place means nothing here; restore the data, or start a new run"
+                "the data has changed since this state was saved (its text, tokenizer, sequence_length, shuffle, "
+                "flip or seed), so its place means nothing here; restore the data, or start a new run"
             )
         self.close()
         self._seek(state["next_row"])
@@ -110,7 +111,12 @@ class TrainIterator(EndlessBatches):
 
 
 def train_iterator(
-    store: TokenStore, config: DataConfig, *, global_batch_size: int, process_index: int = 0, process_count: int = 1
+    store: TokenStore | ImageStore,
+    config: DataConfig,
+    *,
+    global_batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> TrainIterator:
     """Iterate over this process's share of batches, global_batch_size / process_count rows each, without end.
 
@@ -119,13 +125,13 @@ def train_iterator(
     divide, or there are too few rows for one.
     """
     _check_share(global_batch_size, process_count)
-    rows = open_rows(store, config)
+    rows = _rows(store, config)
     rows.require(global_batch_size)
     return TrainIterator(rows, config, global_batch_size, process_index, process_count)
 
 
 def validation_batches(
-    store: TokenStore,
+    store: TokenStore | ImageStore,
     config: DataConfig,
     *,
     global_batch_size: int,
@@ -133,17 +139,17 @@ def validation_batches(
     process_count: int = 1,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this process's share of one pass in order; rows of zeros (`loss_mask` 0) fill up the last batch.
+    """Yield this process's share of one pass in order; rows of zeros (`loss_mask`, `weight`) fill up the last batch.
 
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
     share = _check_share(global_batch_size, process_count)
-    rows = open_rows(store, config)
+    rows = _rows(store, config)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
 
     def batches() -> Iterator[Batch]:
         for start in starts[:max_batches]:
-            batch = empty(share, *rows.shape)
+            batch = rows.empty(share)
             for i, index in enumerate(range(start, min(start + share, len(rows)))):
                 for name, values in rows[index].items():
                     batch[name][i] = values
@@ -159,8 +165,10 @@ def _check_share(global_batch_size: int, process_count: int) -> int:
     return share
 
 
-def _order(rows: AnyRows, config: DataConfig) -> str:
-    state = f"{rows.store.digest} {rows.sequence_length} {config.shuffle} {config.seed if config.shuffle else None}"
-    if isinstance(rows, PairRows):
-        state += f" {rows.pairs_per_row}"
+def _rows(store: TokenStore | ImageStore, config: DataConfig) -> RowSet:
+    return ImageRows(store, config) if isinstance(store, ImageStore) else open_rows(store, config)
+
+
+def _order(rows: RowSet, config: DataConfig) -> str:
+    state = rows.order(f"{config.shuffle} {config.seed if config.shuffle else None}")
     return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

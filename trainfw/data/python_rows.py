@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainfw.data.config import DataConfig
+from trainfw.data.images.sources import open_pictures
 from trainfw.data.readers import document, example
 from trainfw.data.sources import Source, columns_of, open_source
 from trainfw.data.store import TokenStore
@@ -62,6 +63,8 @@ class RowSource(Source):
 
 def source_of(config: DataConfig) -> Source:
     """Return the source that `config.source` names: files, a built-in one, or a function `package.module:name`."""
+    if config.format == "images":
+        return open_pictures(config)
     name = config.source if isinstance(config.source, str) else config.source[0] if len(config.source) == 1 else ""
     if name.startswith(IN_MEMORY):
         raise UserError(

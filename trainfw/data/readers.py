@@ -81,10 +81,15 @@ def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
 
 def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the example of each line; `Unreadable` for a line that is no JSON object."""
+    return ((place, example(value, columns)) for place, value in read_jsonl_values(path))
+
+
+def read_jsonl_values(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield the value of each line; `Unreadable` for a line that is no JSON."""
     for line, data in _lines(path):
         row: Any
         try:
-            row = example(json.loads(data.decode(), object_pairs_hook=unique), columns)
+            row = json.loads(data.decode(), object_pairs_hook=unique)
         except UnicodeDecodeError:
             row = Unreadable("not UTF-8")
         except WrittenTwice as error:
@@ -134,7 +139,7 @@ def _chosen(read_rows: ReadRows, path: Path, columns: Columns, option: str) -> I
     """Yield the number and the columns of each row of a table; all but the first column may be absent."""
 
     def choose(present: list[str]) -> list[str]:
-        _check_column(columns[0], present, str(path), "column", option)
+        check_column(columns[0], present, str(path), "column", option)
         return [column for column in columns if column in present]
 
     return enumerate(read_rows(path, choose))
@@ -173,7 +178,7 @@ ROW_READERS: dict[str, Reader] = {
 
 
 def example(row: object, columns: Columns) -> object:
-    """Return an object's values of these columns; `Unreadable` where it lacks the first; no object as it is."""
+    """Return an object's values of these columns; `Unreadable` where it lacks the first. What is no object is left."""
     if not isinstance(row, dict):
         return row
     if columns[0] not in row:
@@ -187,11 +192,11 @@ def document(row: object, columns: Columns, where: str) -> str:
     [column] = columns
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with a {column!r} key, found {_kind(row)}")
-    _check_column(column, list(row), where, "key")
+    check_column(column, list(row), where, "key")
     return _checked_text(row[column], column, where)
 
 
-def _check_column(column: str, present: list[str], where: str, word: str, option: str = "text_field") -> None:
+def check_column(column: str, present: list[str], where: str, word: str, option: str = "text_field") -> None:
     """Raise UserError, with the nearest name, where a column is not among those that are there.
 
     Args:

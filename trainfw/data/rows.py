@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import abc
 import bisect
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +18,26 @@ FIELDS = {
     "loss_mask": np.float32,  # 1 where the target continues the input's document, else 0
 }
 """The arrays of a row, each (S,), or (2, S) of pairs, and their types."""
+
+
+class RowSet(Protocol):
+    """Rows that batches are made of, each a dict of arrays."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def empty(self, count: int) -> dict[str, np.ndarray]:
+        """Return the arrays of `count` rows that count for nothing."""
+
+    def endless(self, stream: Any) -> Any:
+        """Return the endless stream (Grain's) of these rows with what depends on a row's number in it."""
+
+    def order(self, visited: str) -> str:
+        """Identify the rows and their order, `visited` being the way in which they are shuffled."""
+
+    def require(self, count: int) -> None:
+        """Raise UserError unless there are `count` rows at least."""
 
 
 class AnyRows(abc.ABC):
@@ -48,6 +69,18 @@ class AnyRows(abc.ABC):
 
     @abc.abstractmethod
     def _row(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def empty(self, count: int) -> dict[str, np.ndarray]:
+        """Return the arrays of `count` rows of padding, each (count, *shape)."""
+        return empty(count, *self.shape)
+
+    def endless(self, stream: Any) -> Any:
+        """Return the stream as it is: nothing depends on a row's number."""
+        return stream
+
+    def order(self, visited: str) -> str:
+        """Identify the rows and their order, `visited` being the way in which they are shuffled."""
+        return f"{self.store.digest} {self.sequence_length} {visited}"
 
     def require(self, count: int) -> None:
         """Raise UserError unless there are `count` rows at least."""
@@ -173,6 +206,9 @@ class PairRows(ExampleRows):
     @property
     def shape(self) -> tuple[int, ...]:
         return (2, self.sequence_length)
+
+    def order(self, visited: str) -> str:
+        return f"{super().order(visited)} {self.pairs_per_row}"
 
     def _row(self, index: int) -> dict[str, np.ndarray]:
         chosen, rejected = (self._join(2 * self.groups(index) + side) for side in (0, 1))

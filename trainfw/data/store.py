@@ -200,7 +200,7 @@ class StoreInfo:
         return TokenStore(num_bytes=self.num_bytes, digest=self.digest, group=self.group, **arrays)
 
 
-class _BlockWriter:
+class BlockWriter:
     """Writer of a file of blocks, which `close` completes."""
 
     def __init__(self, file: Path, identity: str) -> None:
@@ -219,6 +219,7 @@ class _BlockWriter:
     def close(self) -> None:
         if self._rest:
             self._put(bytes(self._rest))
+            self._rest.clear()
         self._file.close()
 
     def _put(self, payload: bytes) -> None:
@@ -239,9 +240,9 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     ) -> None:
         self._group = group
         self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-        self._tokens = _BlockWriter(directory / f"{split}.tokens", identity)
-        self._offsets = _BlockWriter(directory / f"{split}.offsets", identity)
-        self._learnt = _BlockWriter(directory / f"{split}.learnt", identity) if examples else None
+        self._tokens = BlockWriter(directory / f"{split}.tokens", identity)
+        self._offsets = BlockWriter(directory / f"{split}.offsets", identity)
+        self._learnt = BlockWriter(directory / f"{split}.learnt", identity) if examples else None
         self._hash = hashlib.blake2b(digest_size=16)
         self._num_tokens = self._num_documents = self._num_bytes = 0
         self._offsets.write(np.int64(0).tobytes())

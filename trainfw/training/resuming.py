@@ -38,7 +38,7 @@ _KEYS: dict[Effect, str] = {
     "compared": """
         model.from
         data.source data.text_field data.messages_field data.prompt_field data.completion_field
-        data.chosen_field data.rejected_field
+        data.chosen_field data.rejected_field data.image_field data.caption_field data.label_field
         data.tokenizer.name data.tokenizer.path data.tokenizer.vocab_size
     """,
     "longer": "train.steps",
@@ -68,6 +68,7 @@ _KEYS: dict[Effect, str] = {
     "order": """
         data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters
         data.pairs_per_row data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
+        data.flip
     """,
     "start": "model.init_std adapter.from train.seed",
 }

@@ -1,0 +1,272 @@
+"""Cache of pictures: they are decoded once, and again only when something has changed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainfw.data.cache import PreparedData
+from trainfw.data.cache_directory import CacheDirectory, fingerprint_of, is_held_out, write_meta
+from trainfw.data.config import DataConfig
+from trainfw.data.examples import Refusals, Refused
+from trainfw.data.images.captions import CaptionEncoder, encode_captions
+from trainfw.data.images.decoding import decode_all
+from trainfw.data.images.sources import PictureSource, open_pictures
+from trainfw.data.images.store import ImageInfo, ImageStore, ImageWriter
+from trainfw.data.messages import Unusable, check_text
+from trainfw.data.progress import Progress, reported
+from trainfw.data.readers import Unreadable
+from trainfw.data.sources import Row
+from trainfw.errors import UserError, about, expect
+from trainfw.json_text import read_json
+from trainfw.unfinished import write_text
+
+FORMAT_VERSION = 1
+LONGEST_NAME = 200
+"""Most characters of a class's name."""
+CLASSES_FILE = "classes.json"
+
+Condition = Literal["label", "caption"]
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """Both splits, decoded, and the names of their classes."""
+
+    train: ImageStore
+    validation: ImageStore
+    classes: tuple[str, ...]
+    """Names of the classes in the order of their numbers; empty where there are none."""
+    fingerprint: str
+    """Hash of the inputs and of every option that shapes the pictures."""
+    refused: tuple[Refused, ...] = ()
+    """Pictures that could not be used, and why."""
+    remarks: tuple[str, ...] = ()
+    """Further lines about the pictures."""
+    skipped: str = ""
+    """Files of the source that were not read, by kind; empty if there are none."""
+    damage: str = ""
+    """Damage for which a cache was made again; empty if there was none."""
+    encoder: str = ""
+    """Identity of the encoder that made the captions' features; empty without one."""
+    cut: int = 0
+    """Captions that were cut short."""
+
+    def notes(self) -> list[str]:
+        """Describe the data in lines: files that were not read, numbers of pictures, refused ones."""
+        damage = f"warning: the cache of pictures was damaged, and was made again: {self.damage}" if self.damage else ""
+        refused = sum(one.count for one in self.refused)
+        height, width, channels = self.train.shape
+        kind = f"{height} x {width}, {'grey' if channels == 1 else 'in colour'}"
+        classes = f", of {len(self.classes)} classes" if self.classes else ""
+        captions = ", with captions" if self.train.text is not None else ""
+        counts = (
+            f"{len(self.train):,} pictures to train on, {len(self.validation):,} held out ({kind}{classes}{captions})"
+        )
+        counts += f"; {refused:,} refused:" if refused else ""
+        cut = f"{self.cut:,} captions cut at the encoder's length" if self.cut else ""
+        lines = [damage, self.skipped, counts, *(f"  {one}" for one in self.refused), *self.remarks, cut]
+        return [line for line in lines if line]
+
+    def facts(self) -> dict[str, str]:
+        """Name what all processes of a run must have alike."""
+        return {
+            "digest of the training data": self.train.digest,
+            "digest of the held-out data": self.validation.digest,
+            "encoder of the captions": self.encoder,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Write the names of the classes, where there are classes, into a run's directory."""
+        if self.classes:
+            write_text(directory / CLASSES_FILE, json.dumps({"classes": self.classes}, indent=2, ensure_ascii=False))
+
+
+Prepared = PreparedData | PreparedImages
+
+
+def read_classes(directory: Path) -> tuple[str, ...]:
+    """Return the names of the classes that `save` wrote; none where there is no such file.
+
+    Raises UserError where the file is something else.
+    """
+    file = directory / CLASSES_FILE
+    if not file.exists():
+        return ()
+    names = read_json(file).get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: expected the names of classes, {{'classes': [...]}}")
+    return tuple(names)
+
+
+def prepare_images(
+    config: DataConfig,
+    *,
+    size: int,
+    channels: int,
+    condition: Condition | None = None,
+    encoder: CaptionEncoder | None = None,
+    progress: Progress | None = None,
+) -> PreparedImages:
+    """Return both splits of the pictures that `config` names, from the cache unless something has changed.
+
+    Pictures are scaled to `size` on their shorter side and cut to the middle square. Any number of processes may call
+    this at once; one of them builds the cache. Raises UserError where the source cannot be read, no picture of it can
+    be used, a split would be empty, or the cache cannot be written.
+
+    Args:
+        channels: 3 for colours, 1 for grey.
+        condition: the thing that every picture must have, others being refused: a class, or a caption. By default
+            classes are kept if all pictures have one, and captions likewise.
+        encoder: the encoder of captions, which every picture must have then.
+    """
+    expect("size", size, 0 < size <= 2**13, "from 1 to 8,192 pixels")
+    expect("channels", channels, channels in (1, 3), "3 for colours, or 1 for grey")
+    with about("source"):
+        source = open_pictures(config)
+        cache = _ImageCache(config, source, (size, size, channels), "caption" if encoder else condition, progress)
+    data, damage = cache.prepared(source)
+    data = replace(data, skipped=source.skipped, damage=damage)
+    if encoder is None:
+        return data
+    captions = encode_captions(config, data.train, data.validation, encoder, progress)
+    return replace(
+        data,
+        train=replace(data.train, features=captions.train),
+        validation=replace(data.validation, features=captions.validation),
+        damage="; ".join(filter(None, (damage, captions.damage))),
+        encoder=encoder.identity,
+        cut=captions.cut,
+    )
+
+
+class _ImageCache(CacheDirectory[PreparedImages, PictureSource]):
+    """The directory of one source's pictures, in one size."""
+
+    what = "cache of pictures"
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: PictureSource,
+        shape: tuple[int, int, int],
+        condition: Condition | None,
+        progress: Progress | None,
+    ) -> None:
+        options = [shape, condition, config.validation_fraction, config.max_documents]
+        fingerprint = fingerprint_of(["images", FORMAT_VERSION, source.fingerprint(), *options])
+        super().__init__(config, fingerprint, progress)
+        self._shape, self._condition = shape, condition
+
+    def _source_again(self) -> PictureSource:
+        return open_pictures(self._config)
+
+    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[PreparedImages, list[str]]:
+        train, validation = (
+            ImageInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
+            for split in ("train", "validation")
+        )
+        refused = tuple(Refused(**one) for one in meta["refused"])
+        classes, remarks = tuple(meta["classes"]), tuple(meta["remarks"])
+        data = PreparedImages(train, validation, classes, self._fingerprint, refused, remarks)
+        return data, [train.digest, validation.digest]
+
+    def _build(self, directory: Path, source: PictureSource) -> list[str]:
+        refusals = Refusals()
+        with ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(ImageWriter(directory, split, self._fingerprint, self._shape))
+                for split in ("train", "validation")
+            }
+            size, channels = self._shape[1:]
+            rows = self._usable(source, refusals)
+            decoded = decode_all(rows, size, channels)
+            for row, one in reported(decoded, "Decoding pictures", source.num_documents(), self._progress):
+                if isinstance(one, str):
+                    refusals.add(one, row.id)
+                else:
+                    held_out = is_held_out(one.key, self._config.validation_fraction)
+                    label, caption = _checked_label(row.value.label), _checked_caption(row.value.caption)
+                    writers["validation" if held_out else "train"].append(one.image, label, caption)
+            classes, captions, remarks = self._conditions(writers.values())
+            infos = {split: writer.finish(classes, captions) for split, writer in writers.items()}
+        self._check(infos, refusals)
+        meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
+            "classes": classes,
+            "refused": [asdict(one) for one in refusals.summary()],
+            "remarks": [*remarks, *filter(None, [source.credit])],
+        }
+        write_meta(directory, meta)
+        return [info.digest for info in infos.values()]
+
+    def _usable(self, source: PictureSource, refusals: Refusals) -> Iterable[Row]:
+        """Yield the pictures with a class and a caption that can be used, and count the others."""
+        for row in itertools.islice(source.rows(), self._config.max_documents):
+            try:
+                if isinstance(row.value, Unreadable):
+                    raise Unusable(row.value.reason)
+                label, caption = _checked_label(row.value.label), _checked_caption(row.value.caption)
+                if (label if self._condition == "label" else caption if self._condition else "") is None:
+                    raise Unusable(f"no {'class' if self._condition == 'label' else 'caption'}")
+            except Unusable as problem:
+                refusals.add(str(problem), row.id)
+            else:
+                yield row
+
+    def _conditions(self, writers: Iterable[ImageWriter]) -> tuple[tuple[str, ...], bool, list[str]]:
+        """Return the classes, if all pictures have one; a flag for captions likewise; and lines on what is left out."""
+        writers, remarks = list(writers), []
+        found = {"class": [one for writer in writers for one in writer.labels]}
+        found["caption"] = [one for writer in writers for one in writer.captions]
+        for name, values in found.items():
+            if missing := values.count(None) if any(values) else 0:
+                remarks.append(f"{missing:,} pictures have no {name}: those of the others are not read")
+        classes = found["class"] if None not in found["class"] and self._condition != "caption" else []
+        names = sorted({str(name) for name in classes}, key=_by_number)
+        captions = bool(found["caption"]) and None not in found["caption"] and self._condition != "label"
+        return tuple(names), captions, remarks if self._condition is None else []
+
+    def _check(self, infos: dict[str, ImageInfo], refusals: Refusals) -> None:
+        total = sum(info.count for info in infos.values())
+        if not total:
+            refused = "".join(f"\n  {one}" for one in refusals.summary())
+            raise UserError(f"no picture of the source can be used:{refused or ' it has none'}")
+        for split, info in infos.items():
+            if not info.count:
+                raise UserError(
+                    f"validation_fraction = {self._config.validation_fraction}: the {split} split is empty, of {total} "
+                    "picture(s); change the fraction, or give more pictures"
+                )
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    """Sort numbers by size, before other names."""
+    number = name.isascii() and name.isdigit()
+    return not number, int(name) if number else 0, name
+
+
+def _checked_label(label: object) -> str | None:
+    """Return a class's name; None where there is none. Raises Unusable for what is neither name nor whole number."""
+    if label is None:
+        return None
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    if not isinstance(label, str) or not label.strip() or len(label) > LONGEST_NAME:
+        raise Unusable(f"a class that is neither a whole number nor a name of up to {LONGEST_NAME} characters")
+    check_text(label, "the class")
+    return label.strip()
+
+
+def _checked_caption(caption: object) -> str | None:
+    """Return a caption without blanks around it; None where there is none. Raises Unusable for what is no text."""
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
+        raise Unusable("a caption that is not text")
+    check_text(caption, "the caption")
+    return caption.strip() or None
