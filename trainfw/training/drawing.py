@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from trainfw import sampling
 from trainfw.data import PreparedImages, Progress, read_classes
 from trainfw.errors import UserError, did_you_mean, short
-from trainfw.objectives import DiffusionObjective
+from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
@@ -63,33 +63,50 @@ class Drawer:
 
         Raises UserError for a prompt that the model has no class for, and for settings that make no sense.
         """
-        objective = self.program.objective
-        assert isinstance(objective, DiffusionObjective)
+        schedule = getattr(self.program.objective, "schedule", None)
+        if schedule is None:
+            raise UserError("the run's objective has no schedule, by which pictures are drawn")
+        sampler = sampler or ("euler" if isinstance(schedule, FlowSchedule) else "dpm++")
+        total = len(sampling.sampler_steps(schedule, sampler, steps)) * math.ceil(len(prompts) / self._rows)
         conditions = self._conditions(list(prompts), progress)
-        rows = self.program.schema.sizes["batch"]
-        shape = self.program.schema.shape("image")[1:]
-        schedule = sampling.image_schedule(objective, sampler, steps)
+        rows, shape = self._rows, self.program.schema.shape("image")[1:]
         pictures = np.zeros((len(prompts), *shape), np.float32)
         for start in range(0, len(prompts), rows):
             count = min(rows, len(prompts) - start)
             numbers = np.minimum(np.arange(start, start + rows), len(prompts) - 1)  # the last fills up the batch
-            noise = sampling.image_noise(numbers, shape, seed)
+            noise = jax.device_put(normal_rows(seed, numbers, shape, FIRST), self._places["image"].sharding)
             inputs = {name: array[numbers] for name, array in conditions.items()}
-            drawn = sampling.draw_images(self._predict(inputs, guidance), noise, schedule, progress)
-            pictures[start : start + count] = drawn[:count]
+
+            def drawn(done: int, of: int, start: int = start) -> None:
+                if progress is not None:
+                    progress("drawing, evaluations of the model", start // rows * of + done, total)
+
+            predict = self._predict(inputs, guidance)
+            images = sampling.draw(predict, noise, schedule=schedule, sampler=sampler, steps=steps, progress=drawn)
+            pictures[start : start + count] = np.asarray(images)[:count]
         return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
 
-    def _predict(self, inputs: dict[str, np.ndarray], guidance: float) -> Any:
-        like = self.program.functions["denoise"].arguments[2]
+    @property
+    def _rows(self) -> int:
+        """Count the pictures that are drawn at once."""
+        return self.program.schema.sizes["batch"]
+
+    @property
+    def _places(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the inputs of `denoise` by name, abstract, with shardings."""
+        places: dict[str, jax.ShapeDtypeStruct] = self.program.functions["denoise"].arguments[2]
+        return places
+
+    def _predict(self, inputs: dict[str, np.ndarray], guidance: float) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+        like = self._places
         placed = {name: jax.device_put(array, like[name].sharding) for name, array in inputs.items()}
         if "guidance" in like:
             placed["guidance"] = jax.device_put(np.float32(guidance), like["guidance"].sharding)
 
-        def predict(image: Any, time: Any) -> jax.Array:
-            moved = {"image": image, "time": time}
-            moved = {name: jax.device_put(array, like[name].sharding) for name, array in moved.items()}
-            drawn: jax.Array = self.denoise(self.params, self.frozen, placed | moved)
-            return drawn
+        def predict(image: jax.Array, time: np.ndarray) -> jax.Array:
+            moved = {"image": image, "time": jax.device_put(time, like["time"].sharding)}
+            prediction: jax.Array = self.denoise(self.params, self.frozen, placed | moved)
+            return prediction
 
         return predict
 

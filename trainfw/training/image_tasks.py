@@ -63,14 +63,14 @@ def evaluate_images(drawer: Drawer, data: PreparedImages, metric: str, count: in
 def _class_accuracy(drawer: Drawer, data: PreparedImages, count: int, seed: int) -> ImageScore:
     with _needing_scikit_learn():
         from sklearn.svm import SVC
-    labels, held_out = data.validation.labels(), _pixels(data.validation)
+    labels, held_out = _labels(data.validation), _pixels(data.validation)
     if len(data.classes) < 2 or set(labels) != set(range(len(data.classes))):
         raise UserError("evaluation.metric: class_accuracy needs held-out pictures of every class, and two or more")
     classifier = SVC().fit(held_out, labels)
     asked = np.arange(count) % len(data.classes)
     drawn = drawer.draw([data.classes[i] for i in asked], seed=seed)
     right = float(np.mean(classifier.predict(_flat(drawn)) == asked))
-    real = float(np.mean(classifier.predict(_pixels(data.train)) == data.train.labels()))
+    real = float(np.mean(classifier.predict(_pixels(data.train)) == _labels(data.train)))
     beside = f"by a classifier that learnt from {len(labels):,} held-out ones, and tells {real:.3f} of the training ones"
     return ImageScore("class_accuracy", right, count, beside)
 
@@ -112,7 +112,11 @@ def _needing_scikit_learn() -> Iterator[None]:
 
 
 def _pixels(store: ImageStore) -> np.ndarray:
-    return _flat(np.stack([store[i] for i in range(len(store))]))
+    return _flat(np.stack([store.image(i) for i in range(len(store))]))
+
+
+def _labels(store: ImageStore) -> np.ndarray:
+    return np.array([store.label(i) for i in range(len(store))])
 
 
 def _flat(pictures: np.ndarray) -> np.ndarray:

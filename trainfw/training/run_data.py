@@ -90,18 +90,21 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
 
     Raises UserError where there are more classes than the model has, or no captions.
     """
-    model, encoder = recipe.model, None
-    if model.conditioning in ("cross", "joint"):
-        encoder = encoder_of(recipe)
+    model: Any = recipe.model
+    conditioning = getattr(model, "conditioning", "none")
+    encoder = encoder_of(recipe) if conditioning in ("cross", "joint") else None
+    needed: data.Condition | None = "label" if conditioning == "class" else None
     with recipe.blamed("data"):
         prepared = data.prepare_images(
-            recipe.data, size=model.image_size, channels=model.channels, encoder=encoder, progress=progress
+            recipe.data,
+            size=model.image_size,
+            channels=model.channels,
+            condition=needed,
+            encoder=encoder,
+            progress=progress,
         )
-    if model.conditioning == "class":
-        if not prepared.classes:
-            raise recipe.error("model.conditioning", "the data names no classes; set it to none, or give some")
-        if len(prepared.classes) > model.num_classes:
-            raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
+    if conditioning == "class" and len(prepared.classes) > model.num_classes:
+        raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
     return prepared
 
 
