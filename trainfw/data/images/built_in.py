@@ -24,6 +24,9 @@ _VARIATION = "\ufe0f"
 """Mark that asks for a picture rather than a glyph, which some names of files have and others lack."""
 
 
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 def open_built_in(name: str) -> PictureSource:
     """Open a built-in source. Raises UserError where its packages are not installed."""
     return _digits() if name == "digits" else _emoji()
@@ -52,7 +55,7 @@ def _read_digits(path: Path, _columns: Columns) -> Iterator[tuple[str, Picture]]
         table = np.loadtxt(file, delimiter=",")
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     for number, (image, digit) in enumerate(zip(pixels, table[:, -1])):
-        yield f"#{number}", Picture(image, label=int(digit))
+        yield f"#{number}", Picture(image, label=int(digit), caption=_DIGITS[int(digit)])
 
 
 def _emoji() -> PictureSource:

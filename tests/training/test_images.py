@@ -1,0 +1,128 @@
+"""A run of a model of images: it learns, goes on bit for bit, draws, and is evaluated."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import Heard, losses
+from trainfw import UserError, load_drawer, load_recipe, train
+from trainfw.cli import main
+from trainfw.training import evaluate, tiny_overrides
+from trainfw.training.run_directory import RunDirectory
+
+CLASSES = {"conditioning": "class", "num_classes": 10}
+CAPTIONS = {"conditioning": "cross", "caption_length": 3, "caption_size": 8, "text_encoder": "hashed-words"}
+
+
+def recipe_of(directory, model=CLASSES, *overrides):
+    tree = {
+        "name": "pictures",
+        "model": {
+            "family": "dit",
+            "image_size": 8,
+            "channels": 1,
+            "patch_size": 2,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            **model,
+        },
+        "data": {"format": "images", "source": "digits", "cache_dir": str(directory / "cache")},
+        "objective": {"name": "flow_matching"},
+        "optimizer": {"learning_rate": 3.0e-3, "ema": 0.9},
+        "train": {"steps": 6, "global_batch_size": 8, "log_every": 1, "sample_images": 4, "validation_batches": 1},
+        "checkpoint": {"every": 3},
+    }
+    return load_recipe(tree, overrides)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    heard = Heard()
+    recipe = recipe_of(place, CLASSES, "evaluation={metric: class_accuracy, examples: 20}")
+    result = train(recipe, devices=jax.devices()[:1], run_dir=place / "whole", reporter=heard)
+    return result, heard.notes
+
+
+def test_a_run_learns_evaluates_and_goes_on_bit_for_bit(place, run):
+    result, notes = run
+    first, last = (row for row in RunDirectory(result.run_dir).metrics() if "validation_loss" in row)
+    assert last["validation_loss"] < first["validation_loss"]
+    assert any("class_accuracy" in note and "before training" in note for note in notes)
+    for steps in (3, 6):
+        again = train(
+            recipe_of(place, CLASSES, f"train.steps={steps}"), devices=jax.devices()[:1], run_dir=place / "again"
+        )
+    assert losses(result.run_dir) == losses(again.run_dir)
+    assert result.validation == again.validation
+    images = [Image.open(file).size for file in sorted((result.run_dir / "samples").iterdir())]
+    assert images == [(17, 17)] * 2  # before the first step, and after the last
+
+
+def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
+    result, _ = run
+    drawer = load_drawer(result.run_dir, count=8)
+    several = drawer.draw(["7", "0", "7"], steps=3, seed=5)
+    assert several.shape == (3, 8, 8, 1)
+    assert np.array_equal(several[0], drawer.draw(["7"], steps=3, seed=5)[0])
+    assert not np.array_equal(several[0], several[2])  # other noise
+    with pytest.raises(UserError, match="is no class of the model; expected one of 0, 1, 2"):
+        drawer.draw(["x"])
+    with pytest.raises(UserError, match="sampler = 'eular'.*did you mean 'euler'"):
+        drawer.draw(["1"], sampler="eular")
+
+
+def test_generate_writes_a_grid_and_refuses_what_does_not_apply(run, tmp_path, capsys):
+    result, _ = run
+    out = tmp_path / "seven.png"
+    command = ["generate", str(result.run_dir), "--prompt", "7", "--out", str(out), "--steps", "2"]
+    assert main([*command, "--count", "4"]) == 0
+    assert Image.open(out).size == (17, 17)
+    assert "4 pictures in" in capsys.readouterr().out
+    for more, problem in (([], "exists already"), (["--temperature", "1"], "does not apply")):
+        assert main([*command, *more]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_again(run):
+    result, _ = run
+    validation, data = evaluate(result.run_dir)
+    assert validation.loss == pytest.approx(result.validation.loss, rel=1e-5)
+    assert validation.unit == "image"
+    assert data.classes == tuple("0123456789")
+
+
+def test_captions_condition_a_model(place):
+    result = train(recipe_of(place, CAPTIONS), devices=jax.devices()[:1], run_dir=place / "captions")
+    drawn = load_drawer(result.run_dir, count=8).draw(["seven", "one"], steps=2)
+    assert drawn.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ("data.format=text", "data.format"),
+        ("objective.name=next_token", "objective.name"),
+        ("evaluation={metric: rouge_l}", "evaluation.metric"),
+        ("train.sample_prompt=a", "train.sample_prompt"),
+        ("model.num_classes=9", "model.num_classes"),
+        ("model.image_size=9", "model.image_size"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_refused(place, tmp_path, changed, problem):
+    with pytest.raises(UserError, match=problem.replace(".", r"\.")):
+        train(recipe_of(place, CLASSES, changed), devices=jax.devices()[:1], run_dir=tmp_path / "run")
+
+
+def test_a_tiny_run_of_every_axis(place, tmp_path):
+    recipe = recipe_of(place, CLASSES, "parallel={data: 1, fsdp: 2, context: 2, tensor: 2}")
+    tiny = load_recipe(recipe, tiny_overrides(recipe, 8))
+    assert train(tiny, run_dir=tmp_path / "run").step == 5
