@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfw import data
 from trainfw.errors import UserError
+from trainfw.models import vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
@@ -65,7 +66,7 @@ def _note(reporter: Reporter, prepared: data.Prepared) -> None:
 
 def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: Any) -> None:
     """Raise UserError where the data has, or text may have, tokens past the embedding."""
-    rows, vocabulary = recipe.model.vocab_size, prepared.tokenizer.vocab_size
+    rows, vocabulary = vocabulary_of(recipe.model), prepared.tokenizer.vocab_size
     # Special tokens past the embedding harm nobody unless the template writes them.
     look = vocabulary > rows or own is not None  # a script's own tokens need not be the tokenizer's
     largest = max(store.largest_id for store in (prepared.train, prepared.validation)) if look else 0
@@ -150,7 +151,7 @@ def open_batches(
     with recipe.blamed("data"):
         if given is None or data.is_rows(given):
             return data.train_iterator(prepared.train, recipe.data, **batch)
-        vocabulary = recipe.model.vocab_size
+        vocabulary = vocabulary_of(recipe.model)
         return data.StreamIterator(
             given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch
         )
