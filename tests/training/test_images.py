@@ -76,7 +76,7 @@ def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
     assert not np.array_equal(several[0], several[2])  # other noise
     with pytest.raises(UserError, match="is no class of the model; expected one of 0, 1, 2"):
         drawer.draw(["x"])
-    with pytest.raises(UserError, match="sampler = 'eular'.*did you mean 'euler'"):
+    with pytest.raises(UserError, match=r"sampler = 'eular'.*did you mean 'euler'"):
         drawer.draw(["1"], sampler="eular")
 
 

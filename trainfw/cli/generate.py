@@ -47,11 +47,22 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help="Pictures: euler, heun, ddim or dpm++.")] = None,
 ) -> None:
     """Write on from prompts, or draw pictures. With a run, a model, or a model and several adapters."""
-    of_text = {"--max-tokens": max_tokens, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p}
+    of_text: dict[str, object] = {
+        "--max-tokens": max_tokens,
+        "--temperature": temperature,
+        "--top-k": top_k,
+        "--top-p": top_p,
+    }
     of_text |= {"--chat": chat, "--system": system, "--adapter": adapter}
-    of_pictures = {"--out": out, "--count": count, "--steps": steps, "--guidance": guidance, "--sampler": sampler}
+    of_pictures: dict[str, object] = {
+        "--out": out,
+        "--count": count,
+        "--steps": steps,
+        "--guidance": guidance,
+        "--sampler": sampler,
+    }
     draws = weights.is_run(model) and weights.run_recipe(model).reads_images
-    for option, value in (of_text if draws else of_pictures).items():
+    for option, value in of_text if draws else of_pictures:
         if value is not None:
             kind = "draws pictures" if draws else "writes text"
             raise UserError(f"{option} {value}: does not apply to {model}, which {kind}")

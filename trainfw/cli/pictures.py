@@ -40,7 +40,7 @@ def draw(
     if count is not None and not 1 <= count <= 4096:
         raise UserError(f"--count {count}: expected 1 to 4096")
     each = count or 1
-    asked = [prompt for prompt in prompts or [None] for _ in range(each)]
+    asked: list[str | None] = [prompt for prompt in ([*prompts] or [None]) for _ in range(each)]
     backends.prepare()
     reporter = make_reporter()
     try:
@@ -62,7 +62,6 @@ def draw(
 
 def _preview(picture: np.ndarray) -> None:
     """Show a picture in a terminal that has the colours and the room: two pixels in each character's place."""
-    import os
 
     if not sys.stdout.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
         return

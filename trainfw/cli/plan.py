@@ -90,7 +90,9 @@ def _plan_function(
         program = build_for(loaded, topology, progress)
         if name not in program.functions:
             known = ", ".join(program.functions)
-            raise UserError(f"--function {name}: the recipe's program has {known}{did_you_mean(name, program.functions)}")
+            raise UserError(
+                f"--function {name}: the recipe's program has {known}{did_you_mean(name, program.functions)}"
+            )
         function = program.functions[name]
         progress(f"compiling {name} for {program.mesh.size} cores")
         made = planning.plan_function(function.jitted, function.arguments, hardware=topology, mesh=program.mesh)

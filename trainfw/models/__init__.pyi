@@ -36,8 +36,10 @@ from .denoising import DenoisingModel as DenoisingModel
 from .dit.config import DiTConfig as DiTConfig
 from .dit.model import DiT as DiT
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
+from .family import Conditioning as Conditioning
 from .family import Family as Family
 from .family import FamilyConfig as FamilyConfig
+from .family import ImageFamilyConfig as ImageFamilyConfig
 from .family import Limit as Limit
 from .family import ModelOptions as ModelOptions
 from .family import ModelSection as ModelSection
@@ -45,6 +47,7 @@ from .family import TokenFamilyConfig as TokenFamilyConfig
 from .family import dims_of as dims_of
 from .family import family_of as family_of
 from .family import flops_per_token as flops_per_token
+from .family import image_config as image_config
 from .family import limits_of as limits_of
 from .family import load_family as load_family
 from .family import unspread_of as unspread_of

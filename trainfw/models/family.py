@@ -75,6 +75,30 @@ class TokenFamilyConfig(FamilyConfig):
     """Rows of the embedding table."""
 
 
+Conditioning: TypeAlias = Literal["none", "class", "cross", "joint"]
+
+
+class ImageFamilyConfig(FamilyConfig):
+    """The section `model` of a model of images, as far as every such family has it."""
+
+    image_size: Dim
+    """Height and width of an image: pixels, or latents of an autoencoder."""
+    channels: Dim
+    """C: channels of an image."""
+    conditioning: Conditioning = "none"
+    """Condition of an image beside the time: none; its `class`; or a caption, which patches read by `cross` attention
+    (PixArt) or which is a stream of the layers' own, `joint` with the patches (SD3)."""
+    num_classes: Dim | None = None
+    """Classes, with `class`. The table has one row more, for images whose class is left out."""
+    caption_size: Dim | None = None
+    """F: features of a caption's token, with `cross` and `joint`: hidden_size of the text encoder."""
+    caption_length: Dim | None = None
+    """T: tokens of a caption, with `cross` and `joint`: longer ones are cut, shorter ones padded."""
+    text_encoder: str | None = None
+    """Path of the decoder whose hidden states are the captions' features; or `hashed-words`, a fixed vector for each
+    word, which needs no model and knows no meanings."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Options of how a model is computed: they change time, memory and rounding, not the function.
@@ -197,6 +221,10 @@ def load_family(name: str) -> Family:
             f"family = {name!r}: its config has no vocab_size, which a model of tokens needs: extend "
             "trainfw.models.TokenFamilyConfig"
         )
+    if family.reads == "images" and not issubclass(family.config, ImageFamilyConfig):
+        raise UserError(
+            f"family = {name!r}: its config is to extend trainfw.models.ImageFamilyConfig, as it reads images"
+        )
     return family
 
 
@@ -215,6 +243,12 @@ def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
     if not 0 < count < math.inf:
         raise _wrong(config, "flops_per_token", count, "a number above zero")
     return count
+
+
+def image_config(config: FamilyConfig) -> ImageFamilyConfig:
+    """Return the config of a model of images as one."""
+    assert isinstance(config, ImageFamilyConfig)  # `load_family` has seen to it
+    return config
 
 
 def vocabulary_of(config: FamilyConfig) -> int:

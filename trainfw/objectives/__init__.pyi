@@ -1,3 +1,4 @@
+from .config import DIFFUSION as DIFFUSION
 from .config import OBJECTIVES as OBJECTIVES
 from .config import PREFERENCES as PREFERENCES
 from .config import ObjectiveConfig as ObjectiveConfig

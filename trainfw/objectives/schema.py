@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from trainfw.models import Conditioning
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,6 @@ def token_rows(batch: int, sequence: int, *, group: int | None = None) -> Schema
     fields = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), whole)
     sizes = {"batch": batch, "sequence": sequence} | ({} if group is None else {"group": group})
     return Schema(fields | {"loss_mask": Field(dims, np.float32)}, sizes)
-
-
-Conditioning: TypeAlias = Literal["none", "class", "cross", "joint"]
 
 
 @dataclass(frozen=True)

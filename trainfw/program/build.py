@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from trainfw import objectives, optim
+from trainfw.models import image_config
 from trainfw.pieces import is_own, name_of, options_of, running
 from trainfw.program.denoise import DENOISED, Inputs, LocalDenoising
 from trainfw.program.fit import Fit, fit
@@ -135,12 +136,17 @@ def objective_of(recipe: Recipe) -> objectives.Objective:
 
 def _image_shape(recipe: Recipe) -> objectives.ImageShape | None:
     """Return the sizes of the images that a recipe's model reads; None where it reads tokens."""
-    model: Any = recipe.model
     if not recipe.reads_images:
         return None
-    names = ("conditioning", "caption_length", "caption_size")
-    given = {name: getattr(model, name) for name in names if hasattr(model, name)}
-    return objectives.ImageShape(model.image_size, model.channels, recipe.sequence_length, **given)
+    model = image_config(recipe.model)
+    return objectives.ImageShape(
+        model.image_size,
+        model.channels,
+        recipe.sequence_length,
+        model.conditioning,
+        model.caption_length,
+        model.caption_size,
+    )
 
 
 def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schema:

@@ -34,7 +34,8 @@ class LocalDenoising:
                 whole = model.unpatched(model.forward(image, time, condition))
                 return whole[..., : image.shape[-1]]  # what follows is of variances
 
-            image, time, *condition = map(inputs.get, DENOISED)
+            image, time = inputs["image"], inputs["time"]
             if "guidance" not in inputs:
                 return predict(image, time, Condition())
-            return guided(predict)(image, time, Condition(*condition), inputs["guidance"])
+            condition = Condition(inputs.get("label"), inputs.get("caption"), inputs.get("caption_mask"))
+            return guided(predict)(image, time, condition, inputs["guidance"])

@@ -23,7 +23,6 @@ from trainfw.program.state import TrainState
 from trainfw.recipe import Recipe
 from trainfw.weights import Tree, count_weights
 
-
 _HELD_OUT = 2**32
 """Added to the seed for what is drawn for held-out rows."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainfw import parallel
-from trainfw.models import Limit, dims_of, limits_of, unspread_of
+from trainfw.models import Limit, dims_of, image_config, limits_of, unspread_of
 from trainfw.recipe.recipe import Recipe
 
 
@@ -36,7 +36,11 @@ def layout_problems(
     length, model = recipe.sequence_length, recipe.model
     if problem := parallel.context_problem(length, layout.context, layout.tensor):
         # Of a picture's patches its size is to blame.
-        key, size = ("model.image_size", model.image_size) if recipe.reads_images else ("data.sequence_length", length)
+        key, size = (
+            ("model.image_size", image_config(model).image_size)
+            if recipe.reads_images
+            else ("data.sequence_length", length)
+        )
         what = f"of {length:,} patches, a number that " if recipe.reads_images else ""
         reason = f"{key} = {size:,} does not divide over context and tensor"
         yield LayoutProblem(key, reason, what + problem)

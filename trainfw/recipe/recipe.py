@@ -81,10 +81,15 @@ class Recipe(Config):
         if images != (self.data.format == "images"):
             form = "images" if images else "text, chat, prompt_completion or preferences"
             things = "pictures" if images else "text"
-            invalid("data.format", f"{self.data.format}, but model.family {family!r} learns from {things}: set it to {form}")
+            invalid(
+                "data.format", f"{self.data.format}, but model.family {family!r} learns from {things}: set it to {form}"
+            )
         if not is_own(self.objective.name) and images != self.objective.reads_images:
             names = DIFFUSION if images else [name for name in OBJECTIVES if name not in DIFFUSION]
-            invalid("objective.name", f"{self.objective.name!r} does not suit model.family {family!r}: one of {', '.join(names)}")
+            invalid(
+                "objective.name",
+                f"{self.objective.name!r} does not suit model.family {family!r}: one of {', '.join(names)}",
+            )
 
     @property
     def group(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from trainfw import sampling
 from trainfw.data import PreparedImages, Progress, read_classes
 from trainfw.errors import UserError, did_you_mean, short
+from trainfw.models import image_config
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
@@ -111,11 +112,13 @@ class Drawer:
         return predict
 
     def _conditions(self, prompts: list[str | None], progress: Progress | None) -> dict[str, np.ndarray]:
-        model = self.program.recipe.model
+        model = image_config(self.program.recipe.model)
         given = [prompt for prompt in prompts if prompt is not None]
         if model.conditioning == "none":
             if given:
-                raise UserError(f"prompt {short(given[0])}: the model was trained without classes or captions; leave it out")
+                raise UserError(
+                    f"prompt {short(given[0])}: the model was trained without classes or captions; leave it out"
+                )
             return {}
         if len(given) < len(prompts):
             kinds = f"one of its classes, {', '.join(self.classes[:12])}" if self.classes else "a caption"
@@ -145,7 +148,8 @@ def load_drawer(
 ) -> Drawer:
     """Open a run of a model of images on all devices, to draw up to `count` pictures at once.
 
-    `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Raises UserError where the run is of another kind, or holds no checkpoint.
+    `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Raises UserError where the run
+    is of another kind, or holds no checkpoint.
     """
     run = RunDirectory.existing(path)
     devices = jax.device_count()
@@ -173,7 +177,7 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 def sample_prompts(recipe: Recipe, prepared: PreparedImages, count: int) -> list[str | None]:
     """Return prompts for a grid of samples: the classes in turn, or the first held-out captions."""
-    match recipe.model.conditioning:
+    match image_config(recipe.model).conditioning:
         case "none":
             return [None] * count
         case "class":

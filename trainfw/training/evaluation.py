@@ -9,7 +9,18 @@ from typing import Any
 
 import jax
 
-from trainfw.data import Prepared, PreparedData, Progress, load_tokenizer, open_rows, prepare, read_classes, validation_batches
+from trainfw.data import (
+    ImageStore,
+    Prepared,
+    PreparedData,
+    Progress,
+    TokenStore,
+    load_tokenizer,
+    open_rows,
+    prepare,
+    read_classes,
+    validation_batches,
+)
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Mean, Objective
 from trainfw.paths import path_text
@@ -46,9 +57,9 @@ class Validation:
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
-    def beside_gzip(self, data: PreparedData) -> str:
+    def beside_gzip(self, data: Prepared) -> str:
         """`; gzip -9 reaches 2.019`, where that is a comparison: of the same documents, and of enough of them."""
-        gzip = data.gzip_bits_per_byte if self.complete else None
+        gzip = data.gzip_bits_per_byte if self.complete and isinstance(data, PreparedData) else None
         return "" if gzip is None else f"; gzip -9 reaches {gzip:.3f}"
 
     def row(self, step: int) -> dict[str, Any]:
@@ -97,7 +108,8 @@ def validate(
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
     share = dict(zip(("process_index", "process_count"), program.batch_share))
     batches = validation_batches(data.validation, recipe.data, global_batch_size=rows, max_batches=limit, **share)
-    everything = -(-len(open_rows(data.validation, recipe.data)) // rows)
+    held_out = data.validation
+    everything = -(-len(held_out if isinstance(held_out, ImageStore) else open_rows(held_out, recipe.data)) // rows)
     totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
         if stop():
@@ -114,8 +126,7 @@ def validate(
     if not math.isfinite(loss):
         raise RunError(f"validation: the loss is {loss}: the parameters are no longer finite, or overflow in the model")
     bits, complete = None, limit is None or everything <= limit
-    if isinstance(data, PreparedData) and unit == "token":
-        held_out = data.validation
+    if isinstance(held_out, TokenStore) and unit == "token":
         bits = loss * held_out.num_targets / max(held_out.num_bytes, 1) / math.log(2)
         complete = count == held_out.num_targets
     return Validation(

@@ -71,7 +71,9 @@ def _class_accuracy(drawer: Drawer, data: PreparedImages, count: int, seed: int)
     drawn = drawer.draw([data.classes[i] for i in asked], seed=seed)
     right = float(np.mean(classifier.predict(_flat(drawn)) == asked))
     real = float(np.mean(classifier.predict(_pixels(data.train)) == _labels(data.train)))
-    beside = f"by a classifier that learnt from {len(labels):,} held-out ones, and tells {real:.3f} of the training ones"
+    beside = (
+        f"by a classifier that learnt from {len(labels):,} held-out ones, and tells {real:.3f} of the training ones"
+    )
     return ImageScore("class_accuracy", right, count, beside)
 
 

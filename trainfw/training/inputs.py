@@ -67,7 +67,11 @@ def check_memory(program: Program, total: int | None = None) -> None:
     tokens = program.tokens_per_step * len(program.mesh.local_devices) // program.mesh.size
     activations = tokens * recipe.model.hidden_size * 2 // passes
     for key, size, what in (
-        ("train.global_batch_size", batch + activations, f"rows of {recipe.sequence_length:,} {'patches' if recipe.reads_images else 'tokens'}"),
+        (
+            "train.global_batch_size",
+            batch + activations,
+            f"rows of {recipe.sequence_length:,} {'patches' if recipe.reads_images else 'tokens'}",
+        ),
         ("model.hidden_size", state, f"with {program.num_parameters:,} parameters and their optimizer"),
     ):
         if size > total:

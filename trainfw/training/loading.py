@@ -102,7 +102,7 @@ def without_own(recipe: Recipe, *sections: str) -> Recipe:
 def frozen_of(run: RunDirectory, program: Program) -> Any:
     """Return what is frozen in a run. Raises UserError where it is no longer what it was trained on."""
     check_base(program.recipe, run, run.steps()[-1])
-    return program.loadfrozen_of()
+    return program.load_frozen()
 
 
 def restore_params(run: RunDirectory, program: Program, step: int | None, *, averaged: bool) -> Any:

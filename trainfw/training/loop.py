@@ -102,7 +102,9 @@ def _agree(recipe: Recipe, given: Given) -> _Agreed:
             run = RunDirectory(path, recipe.checkpoint)
         command = {"run directory": str(run.path.absolute()), "--resume": given.resume}
         facts |= recipe_facts(recipe) | {"command": command}
-    if recipe.data.format not in ("text", "images") and recipe.data.date is None:  # the day that the run's chat templates are given
+    if (
+        recipe.data.format not in ("text", "images") and recipe.data.date is None
+    ):  # the day that the run's chat templates are given
         date = first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.

@@ -80,6 +80,11 @@ class Outcome:
         self.log.picture(step, "samples", png)
         self.reporter.note(f"samples at step {step}: {file}")
 
+    @property
+    def _text(self) -> PreparedData:
+        assert isinstance(self.data, PreparedData)
+        return self.data
+
     def _drawer(self, state: TrainState) -> Drawer:
         assert isinstance(self.data, PreparedImages)
         if self._denoise is None:
@@ -107,10 +112,10 @@ class Outcome:
         if isinstance(self.data, PreparedImages):
             self._evaluate_images(state, step, config)
             return []
-        tasks = held_out_tasks(self.data.validation, config.examples)
+        tasks = held_out_tasks(self._text.validation, config.examples)
         if len(done := self._evaluated(step, tasks)) == len(tasks):
             return done
-        written = evaluate_task(self._model(state), self.data.tokenizer, tasks, config, self.progress)
+        written = evaluate_task(self._model(state), self._text.tokenizer, tasks, config, self.progress)
         rows = [{"step": step, **row} for row in written]
         try:
             append_rows(self.run.evaluation_file, rows)
@@ -126,7 +131,7 @@ class Outcome:
 
     def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
         """Read these examples' rows at `step` from evaluation.jsonl, where they were made as the recipe says now."""
-        config, decode = self.recipe.evaluation, self.data.tokenizer.decode
+        config, decode = self.recipe.evaluation, self._text.tokenizer.decode
         assert config is not None
         found = {
             (row.get("example"), row.get("prompt")): row
@@ -154,7 +159,7 @@ class Outcome:
             return compared
         if config is None or not (after := self.evaluate(state, steps)):
             return None
-        before = self._evaluated(0, held_out_tasks(self.data.validation, config.examples))
+        before = self._evaluated(0, held_out_tasks(self._text.validation, config.examples))
         comparison = Comparison(config.metric, before if len(before) == len(after) else [], after)
         self.reporter.note(f"evaluation: {comparison}")
         for text in comparison.samples(config.samples):
@@ -171,7 +176,7 @@ class Outcome:
         prompt = self.recipe.train.sample_prompt
         if prompt is None or jax.process_count() > 1:
             return None
-        tokenizer = self.data.tokenizer
+        tokenizer = self._text.tokenizer
         tokens = generate(
             self._model(state),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],

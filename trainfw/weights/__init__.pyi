@@ -22,3 +22,4 @@ from .open import other_base as other_base
 from .open import prompt_form as prompt_form
 from .open import read_adapter as read_adapter
 from .open import reads_average as reads_average
+from .open import run_recipe as run_recipe

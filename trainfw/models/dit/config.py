@@ -11,21 +11,15 @@ from pydantic import PositiveFloat, model_validator
 
 from trainfw.config import Dim, invalid
 from trainfw.errors import did_you_mean
-from trainfw.models.family import FamilyConfig
-
-Conditioning = Literal["none", "class", "cross", "joint"]
+from trainfw.models.family import ImageFamilyConfig
 
 
-class DiTConfig(FamilyConfig):
+class DiTConfig(ImageFamilyConfig):
     """A diffusion transformer. `preset` gives the values of a published model; other fields override them."""
 
     family: str = "dit"
     preset: str | None = None
     """Start from a named model, for example `dit-xl/2`."""
-    image_size: Dim
-    """Height and width of an image: pixels, or latents of an autoencoder."""
-    channels: Dim
-    """C: channels of an image."""
     out_channels: Dim
     """Channels of a prediction. Left out, they are `channels`; published models of DDPM have twice as many, the second
     half for a variance."""
@@ -37,19 +31,8 @@ class DiTConfig(FamilyConfig):
     """H: heads of attention."""
     head_dim: Dim
     """h: size of a head. Left out, it is hidden_size / num_heads."""
-    conditioning: Conditioning = "none"
-    """Condition of an image beside the time: none; its `class`; or a caption, which patches read by `cross` attention
-    (PixArt) or which is a stream of the layers' own, `joint` with the patches (SD3)."""
-    num_classes: Dim | None = None
-    """Classes, with `class`. The table has one row more, for images whose class is left out."""
-    caption_size: Dim | None = None
-    """F: features of a caption's token, with `cross` and `joint`: hidden_size of the text encoder."""
-    caption_length: Dim | None = None
-    """T: tokens of a caption, with `cross` and `joint`: longer ones are cut, shorter ones padded."""
     pooled_size: Dim | None = None
     """Size of the one vector of each caption that is added to the time, with `joint`. Left out, it is caption_size."""
-    text_encoder: str | None = None
-    """Path of the decoder whose hidden states are the captions' features."""
     positions: Literal["sincos", "rotary", "none"] = "sincos"
     """Positions of patches: 2-D sines and cosines added to the first layer's input (DiT), or turns of queries and
     keys, half of a head by the row and half by the column."""
