@@ -35,13 +35,10 @@ def layout_problems(
     yield from _of_model(recipe, layout)
     length, model = recipe.sequence_length, recipe.model
     if problem := parallel.context_problem(length, layout.context, layout.tensor):
-        # Of a picture's patches its size is to blame.
-        key, size = (
-            ("model.image_size", image_config(model).image_size)
-            if recipe.reads_images
-            else ("data.sequence_length", length)
-        )
-        what = f"of {length:,} patches, a number that " if recipe.reads_images else ""
+        key, size, what = "data.sequence_length", length, ""
+        if recipe.reads_images:
+            key, size = "model.image_size", image_config(model).image_size
+            what = f"is of {length:,} patches, a number that "
         reason = f"{key} = {size:,} does not divide over context and tensor"
         yield LayoutProblem(key, reason, what + problem)
     chunks = recipe.parallel.interleave if layout.pipeline > 1 else 1
