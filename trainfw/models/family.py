@@ -222,9 +222,7 @@ def load_family(name: str) -> Family:
             "trainfw.models.TokenFamilyConfig"
         )
     if family.reads == "images" and not issubclass(family.config, ImageFamilyConfig):
-        raise UserError(
-            f"family = {name!r}: its config is to extend trainfw.models.ImageFamilyConfig, as it reads images"
-        )
+        raise UserError(f"family = {name!r}: reads images; its config is to extend trainfw.models.ImageFamilyConfig")
     return family
 
 

@@ -14,13 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers import quicker
 from trainfw.errors import UserError
-from trainfw.models import Condition, DiT, DiTConfig, ModelOptions, dims_of, flops_per_token, load_family
+from trainfw.models import Condition, DiT, DiTConfig, ModelOptions, dims_of, flops_per_token, load_family, unspread_of
+from trainfw.models.common.rope import apply_rope
+from trainfw.models.dit.model import rotary_angles
 from trainfw.parallel import Layout, Rules, all_reduce, make_mesh, reduce_gradient, use_rules
 
 KINDS = {
     "none": {"positions": "rotary", "qk_norm": True},
     "class": {"num_classes": 7},
     "cross": {"caption_size": 12, "caption_length": 6},
+    "joint": {"caption_size": 12, "caption_length": 6, "positions": "rotary", "qk_norm": True},
 }
 
 
@@ -54,6 +57,7 @@ def batch(rows: int = 4) -> dict[str, np.ndarray]:
     }
 
 
+@nnx.jit
 def predicted(model: DiT, batch) -> jax.Array:
     condition = Condition(
         label_B=batch["label"], caption_BTF=batch["caption"], caption_mask_BT=batch["mask"], keep_B=batch["keep"]
@@ -120,13 +124,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("conditioning", KINDS)
 def test_every_layout_computes_what_one_device_does(conditioning, layout):
     sizes, options = LAYOUTS[layout]
+    if conditioning == "joint" and "pipeline" in sizes:
+        assert "pipeline" in unspread_of(small(conditioning))
+        sizes = {"fsdp" if axis == "pipeline" else axis: size for axis, size in sizes.items() if axis != "fsdp"}
     value, out, grads = one_device(conditioning)
     found, others, parts = loss_and_gradients(small(conditioning), sizes, **options)
     assert found == pytest.approx(value, rel=1e-5)
     np.testing.assert_allclose(others, out, atol=1e-5 * np.abs(out).max())
     for name, grad in grads.items():
         # A softmax does not change with a bias of the keys, whose gradient is rounding.
-        size = np.abs(grads[name.replace("key.bias", "query.bias")]).max()
+        size = np.abs(grads[name.replace("key.bias", "value.bias")]).max()
         np.testing.assert_allclose(parts[name], grad, rtol=0, atol=1e-5 * size, err_msg=name)
 
 
@@ -160,7 +167,7 @@ def test_patches_are_put_together_again():
     np.testing.assert_array_equal(model.unpatched(model.patches(images)), images)
 
 
-@pytest.mark.parametrize("conditioning", ["class", "cross"])
+@pytest.mark.parametrize("conditioning", ["class", "cross", "joint"])
 def test_a_condition_that_is_left_out_is_not_read(conditioning):
     graphdef, params = disturbed(build(small(conditioning)))
     model, rows = nnx.merge(graphdef, params), batch()
@@ -170,53 +177,43 @@ def test_a_condition_that_is_left_out_is_not_read(conditioning):
     assert (np.asarray(before[::2]) != after[::2]).any(axis=(1, 2)).all()
 
 
-def test_padding_of_a_caption_is_not_read():
-    graphdef, params = disturbed(build(small("cross")))
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_padding_of_a_caption_is_not_read(conditioning):
+    graphdef, params = disturbed(build(small(conditioning)))
     model, rows = nnx.merge(graphdef, params), batch() | {"keep": np.ones(4, np.float32)}
     other = rows | {"caption": np.where(rows["mask"][..., None] > 0, rows["caption"], 9.0)}
     np.testing.assert_array_equal(predicted(model, rows), predicted(model, other))
 
 
-def test_rotary_positions_turn_by_distance():
-    # Attention of two patches depends on how far apart they are: moving an image by a patch moves what it predicts.
-    config = small("none", image_size=16, positions="rotary")
-    graphdef, params = disturbed(build(config))
-    model = nnx.merge(graphdef, params)
-    x = np.zeros((1, 16, 16, 3), np.float32)
-    x[:, 4:6, 4:6] = 1.0
-    centre, moved = (
-        model.unpatched(model.forward(image, np.array([5.0], np.float32), Condition()))
-        for image in (x, np.roll(x, (2, 2), (1, 2)))
-    )
-    assert np.abs(centre - moved).max() > 1e-3
-    without = nnx.merge(nnx.split(build(config.model_copy(update={"positions": "none"})))[0], params)
-    still, rolled = (
-        without.unpatched(without.forward(image, np.array([5.0], np.float32), Condition()))
-        for image in (x, np.roll(x, (2, 2), (1, 2)))
-    )
-    np.testing.assert_allclose(np.roll(still, (2, 2), (1, 2)), rolled, atol=1e-5)
+def test_rotary_positions_tell_patches_apart_and_are_of_distances():
+    angles = rotary_angles(small("none", image_size=16)).reshape(8, 8, 4)
+    heads = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
+    def met(query, key):
+        turned = (
+            apply_rope(x, tuple(f(angles[place])[None, None] for f in (np.cos, np.sin)))
+            for x, place in zip(heads, (query, key))
+        )
+        return float(np.sum(np.multiply(*turned)))
 
-def dataclasses_replace(config: DiTConfig) -> DiTConfig:
-    return config.model_copy(update={"positions": "none"})
+    assert met((1, 2), (4, 3)) == pytest.approx(met((3, 5), (6, 6)), rel=1e-5)
+    assert len({round(met((1, 2), place), 4) for place in ((1, 2), (2, 1), (3, 2), (2, 3), (1, 4))}) == 5
 
 
 def test_flops_count_matrices_once():
+    T = 6
     for conditioning in KINDS:
         config = small(conditioning)
-        N = config.num_patches
-        counted = 0.0
+        N, counted = config.num_patches, 0.0
         for path, param in nnx.to_flat_state(nnx.state(build(config))):
-            if path[-1] != "kernel":
+            name = ".".join(map(str, path))
+            if not name.endswith("kernel") or name.startswith("last.caption_attention.query"):
                 continue
-            once = {"time": 1 / N, "modulation": 1 / N, "caption": 6 / N}
-            rate = once.get(path[0], 1)
-            if (path[0] == "layers" and path[1] == "modulation") or path[:2] == ("final", "modulation"):
-                rate = 1 / N
-            if path[:2] == ("layers", "caption_attention") and path[2] in ("key", "value"):
-                rate = 6 / N
-            counted += math.prod(param.shape) * rate
-        attended = 4 * (N + (6 if conditioning == "cross" else 0))
+            of_image = name.startswith(("time", "modulation", "pooled")) or "modulation" in name
+            of_token = name.startswith("caption") or (".caption_" in name and conditioning == "joint")
+            of_token |= ".caption_attention.key" in name or ".caption_attention.value" in name
+            counted += math.prod(param.shape) * (1 / N if of_image else T / N if of_token else 1)
+        attended = {"cross": 4 * (N + T), "joint": 3 * (N + T) ** 2 / N + N + T}.get(conditioning, 4 * N)
         assert flops_per_token(config, N) == pytest.approx(6 * counted + 12 * 32 * attended)
 
 

@@ -90,6 +90,8 @@ class DiTConfig(ImageFamilyConfig):
                 invalid(name, f"{name} {verb} conditioning: {self.conditioning}")
         if self.text_encoder is not None and self.caption_size is None:
             invalid("text_encoder", f"text_encoder does not apply to conditioning: {self.conditioning}")
+        if self.conditioning == "joint" and self.num_layers < 2:
+            invalid("num_layers", "num_layers = 1: conditioning: joint needs 2, the last of which is of another shape")
         sincos = self.positions == "sincos"
         if sincos and self.hidden_size % 4:
             invalid("hidden_size", f"hidden_size = {self.hidden_size} is no multiple of 4, as sin-cos positions are")
@@ -101,6 +103,11 @@ class DiTConfig(ImageFamilyConfig):
         if self.largest_grid is not None and self.largest_grid < self.grid:
             invalid("largest_grid", f"largest_grid = {self.largest_grid} is less than the image's {self.grid} patches")
         return self
+
+    @property
+    def layer_kinds(self) -> tuple[Any, ...]:
+        """The kind of every layer that is stacked: with `joint` the last is of another shape, and is not."""
+        return ("layer",) * (self.num_layers - (self.conditioning == "joint"))
 
     @property
     def grid(self) -> int:
