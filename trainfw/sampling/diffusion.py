@@ -66,6 +66,7 @@ def draw(
         prediction = denoise(x, np.full(noise.shape[0], time, np.float32))
         x, carried = _advance(x, prediction, carried, np.array(factors, np.float32))
         if progress is not None:
+            jax.block_until_ready(x)
             progress(done, len(evaluations))
     return x
 
