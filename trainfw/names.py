@@ -104,6 +104,12 @@ KEYS = _by_theirs(
         "adapter.base (int8)": "load_in_8bit",
         "adapter.base": "quantization_bit",
         "adapter.from": "adapter_name_or_path",
+        # Losses of images: diffusers' training scripts
+        "objective.min_snr_gamma": "snr_gamma",
+        "objective.prediction": "prediction_type",
+        "objective.betas": "beta_schedule",
+        "objective.times": "weighting_scheme",
+        "objective.drop_condition": "proportion_empty_prompts conditioning_dropout_prob class_dropout_prob",
         # Checkpoints
         "checkpoint.every": "save_steps save_every save_interval checkpoint.interval checkpoint_period",
         "checkpoint.keep_last": "save_total_limit keep_latest_k",
@@ -184,6 +190,7 @@ VALUES = _by_theirs(
         "file": "huggingface",
         "rouge_l": "rouge",
         "exact_match": "accuracy",
+        "v": "v_prediction",
     }
 )
 """A value of theirs, in small letters -> ours, for the keys that take it."""

@@ -231,7 +231,12 @@ def test_they_are_made_as_the_model_is():
     assert made(name="ddpm", prediction="v", min_snr_gamma=5.0) == DDPM(IMAGE, "v", min_snr_gamma=5.0)
     assert reads_of(made(name="ddpm")) == "images"
     plain = ImageShape(8, 3, 16)
-    assert "keep" not in made(plain, name="ddpm").schema(4, 99).fields
+    unconditional = made(plain, name="ddpm")
+    check_drawn(unconditional.drawn(rows_of_data(), 0), unconditional.schema(4, 99), "ddpm")  # data has labels
+    captioned = made(ImageShape(8, 3, 16, "joint", caption_length=5, caption_size=7), name="flow_matching")
+    texts = {"caption": np.zeros((ROWS, 5, 7), np.float32), "caption_mask": np.ones((ROWS, 5), np.float32)}
+    check_drawn(captioned.drawn(rows_of_data() | texts, 0), captioned.schema(ROWS, 1), "flow_matching")
+    assert {"caption", "caption_mask", "keep"} <= captioned.schema(ROWS, 1).fields.keys()
     with pytest.raises(UserError, match=r"drop_condition = 0.1: expected 0: the model has no condition"):
         made(plain, name="ddpm", drop_condition=0.1)
     for name, image, said in (

@@ -1,6 +1,9 @@
 from .configs import config_from_huggingface as config_from_huggingface
 from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
+from .diffusers.scheduler import read_scheduler as read_scheduler
+from .diffusers.scheduler import scheduler_from_diffusers as scheduler_from_diffusers
+from .diffusers.scheduler import scheduler_to_diffusers as scheduler_to_diffusers
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf

@@ -56,7 +56,7 @@ class FlowMatching:
         else:
             normal_B = normal_rows(seed, batch["row"], (1,), TIME)[:, 0].astype(np.float64)
             time_B = 1.0 / (1.0 + np.exp(-(self.logit_mean + self.logit_std * normal_B)))
-        return _drawn(batch, seed, TIMES * shifted(time_B, self.shift), self.drop_condition)
+        return _drawn(batch, seed, self.image, TIMES * shifted(time_B, self.shift), self.drop_condition)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and `loss` as its mean over images."""
@@ -96,7 +96,7 @@ class DDPM:
     def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Return the batch with noise, steps and the conditions to keep, drawn for each row by its number."""
         step_B = np.floor(TIMES * uniform_rows(seed, batch["row"], TIME))
-        return _drawn(batch, seed, step_B, self.drop_condition)
+        return _drawn(batch, seed, self.image, step_B, self.drop_condition)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and `loss` as its mean over images, both with the weights of min-SNR."""
@@ -126,13 +126,13 @@ def _schema(batch: int, image: ImageShape) -> Schema:
 
 
 def _drawn(
-    batch: Mapping[str, np.ndarray], seed: int, time_B: np.ndarray, drop_condition: float
+    batch: Mapping[str, np.ndarray], seed: int, image: ImageShape, time_B: np.ndarray, drop_condition: float
 ) -> dict[str, np.ndarray]:
-    arrays, row_B = dict(batch), batch["row"]
-    del arrays["row"]
-    arrays["noise"] = normal_rows(seed, row_B, batch["image"].shape[1:], NOISE)
+    row_B = batch["row"]
+    arrays = {name: batch[name] for name in image_rows(len(row_B), image).fields}
+    arrays["noise"] = normal_rows(seed, row_B, image.shape, NOISE)
     arrays["time"] = time_B.astype(np.float32)
-    if "label" in batch or "caption" in batch:
+    if image.conditioning != "none":
         arrays["keep"] = (uniform_rows(seed, row_B, KEEP) >= drop_condition).astype(np.float32)
     return arrays
 

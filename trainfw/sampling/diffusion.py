@@ -66,6 +66,7 @@ def draw(
         prediction = denoise(x, np.full(noise.shape[0], time, np.float32))
         x, carried = _advance(x, prediction, carried, np.array(factors, np.float32))
         if progress is not None:
+            jax.block_until_ready(x)
             progress(done, len(evaluations))
     return x
 
@@ -134,7 +135,8 @@ def _flow_levels(schedule: FlowSchedule, steps: int, multistep: bool) -> list[_L
     elif multistep:  # as diffusers' DPMSolverMultistepScheduler, which gives the model whole times
         share_S = shifted(1.0 - np.linspace(1, 1 / TIMES, steps + 1), schedule.shift)[:0:-1]
     else:  # as its FlowMatchEulerDiscreteScheduler, whose last time is shifted twice
-        share_S = shifted(np.linspace(1, shifted(np.float64(1 / TIMES), schedule.shift), steps), schedule.shift)
+        least = schedule.shift / (TIMES + schedule.shift - 1)
+        share_S = shifted(np.linspace(1, least, steps), schedule.shift)
     time_S = TIMES * share_S
     if multistep and schedule.spacing == "linspace":
         time_S = np.floor(time_S)
