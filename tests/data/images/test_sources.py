@@ -108,6 +108,17 @@ def test_the_pictures_that_a_list_names_are_part_of_its_fingerprint(make, tmp_pa
     assert prepared(make("list.jsonl"))[0].fingerprint != first.fingerprint
 
 
+def test_links_into_the_store_of_a_hugging_face_cache_are_followed(make, tmp_path):
+    for i in range(COUNT):
+        write(tmp_path / "hub" / "blobs" / f"{i:040x}", encoded(i))
+        link = write(tmp_path / "hub" / "snapshots" / "1a2b" / f"{i}.png", b"")
+        link.unlink()
+        link.symlink_to(tmp_path / "hub" / "blobs" / f"{i:040x}")
+    assert prepared(make(Path("hub", "snapshots", "1a2b")))[1] == expected()
+    _, found = prepared(make(Path("hub", "snapshots", "1a2b", "1?.png")))
+    assert found == expected(*range(10, 20))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_tables_hold_pictures_as_datasets_write_them(make, tmp_path, kind):
     datasets = pytest.importorskip("datasets")

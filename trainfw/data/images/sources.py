@@ -10,11 +10,11 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from trainfw.data.arrow import SAVED, parquet_tables, saved_dataset_tables
+from trainfw.data.arrow import SAVED, Table, parquet_tables, saved_dataset_tables
 from trainfw.data.compressed import open_plain
 from trainfw.data.config import PICTURES, DataConfig
 from trainfw.data.files import Finder, Input, file_kind
@@ -139,7 +139,7 @@ def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
     return inputs, left
 
 
-def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, Any]]:
+def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Read nothing: the kinds that `Finder` looks for get their readers once their directory is known."""
     return iter(())
 
@@ -173,7 +173,7 @@ def _image_fields(columns: Columns) -> tuple[str, ...]:
     return (columns[0],) if columns[0] else ("image", "file_name")
 
 
-def _of_row(row: Mapping[str, Any], columns: Columns, directory: Path, root: Path) -> Picture | Unreadable:
+def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: Path) -> Picture | Unreadable:
     """Return the picture that a row holds or names, seen from its directory and below the root."""
     _, caption_field, label_field = columns
     field = next((name for name in _image_fields(columns) if row.get(name) is not None), None)
@@ -197,7 +197,7 @@ def _of_row(row: Mapping[str, Any], columns: Columns, directory: Path, root: Pat
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _tables(read_tables: Callable[..., Iterator[Any]], root: Path) -> Reader:
+def _tables(read_tables: Callable[..., Iterator[Table]], root: Path) -> Reader:
     def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
 
@@ -236,8 +236,8 @@ class _Member(tarfile.TarInfo):
     """Member of a tar, whose header of long names cannot fill the memory."""
 
     @classmethod
-    def frombuf(cls, *arguments: Any) -> _Member:
-        member = super().frombuf(*arguments)
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
         kinds = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES)
         if member.type in kinds and member.type != tarfile.GNUTYPE_SPARSE and member.size > _HEADER:
             raise tarfile.ReadError("a header that is too long")
