@@ -53,7 +53,7 @@ class PictureSource(Source):
     """Pictures in a fixed order, from a list of inputs."""
 
     leftover: tuple[Input, ...] = ()
-    """Pictures below a list of pictures, which are to be named by it."""
+    """Pictures below a list or a table of pictures, which are to be named by it."""
     credit: str = ""
     """Line that names the pictures' authors."""
 
@@ -66,15 +66,15 @@ class PictureSource(Source):
             yield Row(id_, value)
         for item in self.leftover:
             if os.path.realpath(item.path) not in named:
-                yield Row(item.name, Unreadable("not named by the list of pictures above it"))
+                yield Row(item.name, Unreadable("not named by the list or table of pictures above it"))
 
     def fingerprint(self) -> str:
         """Return a hash that changes with the inputs, and with the size or time of a picture that a list names."""
-        state = [super().fingerprint()]
+        state = [Source(self.inputs + self.leftover, self.columns, self.identity).fingerprint()]
         for item in self.inputs:
             if file_kind(item.path)[0] in LISTS:
                 paths = [one.data for _, one in item.read(item.path, self.columns) if isinstance(one, Picture)]
-                stats = [path.stat() for path in paths if isinstance(path, Path) and path.exists()]
+                stats = [path.stat() for path in paths if isinstance(path, Path) and os.path.isfile(path)]
                 state.append(str([(one.st_size, one.st_mtime_ns) for one in stats]))
         return "\n".join(state)
 
@@ -127,7 +127,7 @@ def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
     for stem in captions.keys() - {item.path.with_suffix("") for item in pictures}:
         finder.skipped.add(".txt without a picture", captions[stem].name)
     lists = [item for kind in LISTS for item in by_kind.pop(kind, [])]
-    under = {item.path.parent for item in lists}
+    under = {item.path.parent for item in (*lists, *by_kind.get(".parquet", []))}
     inputs = [Input(item.path, item.name, functools.partial(_read_list, root)) for item in lists]
     inputs += [Input(item.path, item.name, _READERS[kind](root)) for kind in by_kind for item in by_kind[kind]]
     left = [item for item in pictures if not under.isdisjoint(item.path.parents)]
