@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainfw.errors import UserError, pip_install
 from trainfw.paths import check_file
@@ -22,6 +22,16 @@ ReadRows = Callable[[Path, Choose], Iterator[dict[str, Any]]]
 """Function that yields the rows of the table at a path, with the chosen columns."""
 SAVED = "/"
 """Kind of a saved dataset, which is a directory."""
+
+
+class Table(Protocol):
+    """Some rows of an Arrow table."""
+
+    schema: Any
+
+    def to_pylist(self) -> list[dict[str, object]]: ...
+
+
 _Convert = Callable[[Any], Any]
 _TEXT = ("string", "large_string", "string_view")
 
@@ -52,7 +62,7 @@ def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]
     return _rows(saved_dataset_tables(path, choose))
 
 
-def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Any]:
+def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
     """Yield a Parquet file as tables of so many `rows`. Raises UserError where it is none."""
     check_file(path, named=True)
     with _reading(path, "a Parquet file"):
@@ -63,7 +73,7 @@ def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Any
             yield from file.iter_batches(columns=columns, batch_size=rows)
 
 
-def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Any]:
+def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
     """Yield a directory written by `save_to_disk` (see `saved_dataset_rows`) as tables of so many `rows`."""
     with _reading(path, "a saved dataset"):
         import datasets
@@ -91,10 +101,10 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: not {kind} that can be read: {error}") from error
 
 
-def _rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        columns = {field.name: _converter(field.type) for field in batch.schema}
-        for row in batch.to_pylist():
+def _rows(tables: Iterable[Table]) -> Iterator[dict[str, object]]:
+    for table in tables:
+        columns = {field.name: _converter(field.type) for field in table.schema}
+        for row in table.to_pylist():
             yield {name: _converted(columns[name], value) for name, value in row.items()}
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.cache_directory import CacheDirectory, fingerprint_of, is_held_out, write_meta
+from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, is_held_out, write_meta
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Encoder, Refused
@@ -148,7 +148,7 @@ class _Cache(CacheDirectory[PreparedData, Source]):
     def _source_again(self) -> Source:
         return self._in_memory or source_of(self._config)
 
-    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[PreparedData, list[str]]:
+    def _load(self, directory: Path, meta: Meta) -> tuple[PreparedData, list[str]]:
         """Open both splits.
 
         A tokenizer that was given is used as it is now: parts that do not shape tokens (a template, for text) may have
@@ -213,7 +213,7 @@ class _Cache(CacheDirectory[PreparedData, Source]):
                     f"validation_fraction = {config.validation_fraction}: the {split} split is empty, of {total} "
                     f"{thing}(s); change the fraction, or give more {more}"
                 )
-        meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
+        meta: Meta = {split: asdict(info) for split, info in infos.items()} | {
             "tokenizer": tokenizer.fingerprint(),
             "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
             "refused": [asdict(one) for one in refused],

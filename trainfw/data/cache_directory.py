@@ -24,6 +24,8 @@ from trainfw.unfinished import sync_tree, writing
 
 T = TypeVar("T")
 S = TypeVar("S")
+Meta = dict[str, Any]
+"""Record of what a directory holds, as JSON writes it."""
 
 
 class CacheDirectory(abc.ABC, Generic[T, S]):
@@ -41,7 +43,7 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
         """Digests of the splits that were returned."""
 
     @abc.abstractmethod
-    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[T, list[str]]:
+    def _load(self, directory: Path, meta: Meta) -> tuple[T, list[str]]:
         """Open what `_build` wrote, and return it with the digests of its splits.
 
         Raises OSError, ValueError, KeyError or TypeError where it is damaged.
@@ -85,7 +87,7 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
         if not self._directory.exists():
             return None, ""
         try:
-            meta: dict[str, Any] = read_json(self._directory / "meta.json")
+            meta: Meta = read_json(self._directory / "meta.json")
             if meta.pop("digest", None) != _digest(meta):
                 raise ValueError(f"{self._directory / 'meta.json'} is not what was written")
             return self._load(self._directory, meta), ""
@@ -121,7 +123,7 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
 
 
-def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+def write_meta(directory: Path, meta: Meta) -> None:
     """Write the record of what a directory holds, and a digest of the record."""
     meta = json.loads(json.dumps(meta))  # with lists for tuples, as it will be read
     (directory / "meta.json").write_text(json.dumps({**meta, "digest": _digest(meta)}, indent=2))

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import abc
 import bisect
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from trainfw.data.config import DataConfig
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
 
 FIELDS = {
     "tokens": np.int32,  # the inputs
@@ -30,7 +33,7 @@ class RowSet(Protocol):
     def empty(self, count: int) -> dict[str, np.ndarray]:
         """Return the arrays of `count` rows that count for nothing."""
 
-    def endless(self, stream: Any) -> Any:
+    def endless(self, stream: grain.MapDataset) -> grain.MapDataset:
         """Return the endless stream (Grain's) of these rows with what depends on a row's number in it."""
 
     def order(self, visited: str) -> str:
@@ -74,7 +77,7 @@ class AnyRows(abc.ABC):
         """Return the arrays of `count` rows of padding, each (count, *shape)."""
         return empty(count, *self.shape)
 
-    def endless(self, stream: Any) -> Any:
+    def endless(self, stream: grain.MapDataset) -> grain.MapDataset:
         """Return the stream as it is: nothing depends on a row's number."""
         return stream
 

@@ -129,6 +129,8 @@ def columns_of(config: DataConfig) -> Columns:
     """Return the columns that are read of a row: the text of a document, or the parts of an example."""
     if config.format == "text":
         return (config.text_field,)
+    if config.format == "images":
+        raise UserError("pictures are read from files; name them in source")
     fields = {
         "chat": (config.messages_field, *CONVERSATION),
         "prompt_completion": (config.prompt_field, config.completion_field),

@@ -21,6 +21,8 @@ BLOCK = 4096
 _CHECKSUM = 8
 _PAYLOAD = BLOCK - _CHECKSUM
 _BLOCKS_KEPT = 512
+_RUN = 4
+"""Blocks that are read at once where more follow one another, and not kept."""
 _PIECE = 2**20
 """Numbers read at once where all of a file are read."""
 
@@ -57,8 +59,10 @@ class StoredArray:
         start, stop, _ = part.indices(self._length)
         if start >= stop:
             return np.empty(0, self._dtype)
-        first = start // self._per_block
-        blocks = [self._block(index) for index in range(first, (stop - 1) // self._per_block + 1)]
+        first, last = start // self._per_block, (stop - 1) // self._per_block
+        blocks = self._run(first, last) if last - first >= _RUN else None
+        if blocks is None:
+            blocks = [self._block(index) for index in range(first, last + 1)]
         skipped = first * self._per_block
         whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return whole[start - skipped : stop - skipped]
@@ -97,9 +101,27 @@ class StoredArray:
         """Read a block's numbers, (at most `_per_block`,); None where they are not what was written."""
         descriptor = self._descriptor  # stays open, even if another thread opens the file anew meanwhile
         try:
-            data = os.pread(descriptor.number, BLOCK, index * BLOCK)
+            return self._checked(os.pread(descriptor.number, BLOCK, index * BLOCK), index)
         except OSError:
             return None
+
+    def _run(self, first: int, last: int) -> list[np.ndarray] | None:
+        """Read many blocks at once, as pictures need them; None where one of them is not what was written."""
+        descriptor = self._descriptor
+        try:
+            data = os.pread(descriptor.number, (last - first + 1) * BLOCK, first * BLOCK)
+        except OSError:
+            return None
+        blocks = []
+        for index in range(first, last + 1):
+            start = (index - first) * BLOCK
+            if (numbers := self._checked(data[start : start + BLOCK], index)) is None:
+                return None
+            blocks.append(numbers)
+        return blocks
+
+    def _checked(self, data: bytes, index: int) -> np.ndarray | None:
+        """Return the numbers of a block's bytes; None where they are not what was written."""
         count = min(self._per_block, self._length - index * self._per_block)
         payload, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
         if len(payload) != count * self._dtype.itemsize or checksum != _checksum(payload, index, self._key):

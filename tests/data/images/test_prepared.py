@@ -108,16 +108,17 @@ def test_the_cache_is_used_and_made_again_when_something_changes(classes, monkey
     assert len(others[-1].train) + len(others[-1].validation) == COUNT + 1
 
 
-def test_damage_is_mended(classes, tmp_path, caplog):
-    expected = prepare_images(classes, size=8, channels=3)
+@pytest.mark.parametrize("size", [8, 80])  # many pictures in a block, and many blocks in a picture
+def test_damage_is_mended(classes, tmp_path, caplog, size):
+    expected = prepare_images(classes, size=size, channels=3)
     before = [*shown(expected.train), *shown(expected.validation)]
-    data = prepare_images(classes, size=8, channels=3)
+    data = prepare_images(classes, size=size, channels=3)
     file = tmp_path / "cache" / data.fingerprint / "train.pixels"
     file.write_bytes(file.read_bytes()[:100] + b"\xff" + file.read_bytes()[101:])
     assert [*shown(data.train), *shown(data.validation)] == before
     assert caplog.messages[0].endswith("is damaged; making the cache again from its source")
     file.unlink()
-    mended = prepare_images(classes, size=8, channels=3)
+    mended = prepare_images(classes, size=size, channels=3)
     assert [*shown(mended.train), *shown(mended.validation)] == before
     assert mended.notes()[0].startswith("warning: the cache of pictures was damaged")
 

@@ -89,7 +89,7 @@ def test_a_list_names_pictures_below_its_own_directory_alone(make, tmp_path):
         "not an object": 1,
         "not JSON": 1,
         "'file_name' is neither a path nor a file's bytes": 1,
-        "not named by the list of pictures above it": 1,
+        "not named by the list or table of pictures above it": 1,
     }
     assert "link out of the source (link.png)" in data.skipped
     lines = [json.dumps({"picture": f"of/{i}.png", "title": f"T{i}", "kind": "ab"[i % 2]}) for i in range(COUNT)]
@@ -106,6 +106,17 @@ def test_the_pictures_that_a_list_names_are_part_of_its_fingerprint(make, tmp_pa
     first = prepared(make("list.jsonl"))[0]
     write(tmp_path / "of" / "0.png", encoded(50, size=(30, 30)))
     assert prepared(make("list.jsonl"))[0].fingerprint != first.fingerprint
+
+
+def test_links_into_the_store_of_a_hugging_face_cache_are_followed(make, tmp_path):
+    for i in range(COUNT):
+        write(tmp_path / "hub" / "blobs" / f"{i:040x}", encoded(i))
+        link = write(tmp_path / "hub" / "snapshots" / "1a2b" / f"{i}.png", b"")
+        link.unlink()
+        link.symlink_to(tmp_path / "hub" / "blobs" / f"{i:040x}")
+    assert prepared(make(Path("hub", "snapshots", "1a2b")))[1] == expected()
+    _, found = prepared(make(Path("hub", "snapshots", "1a2b", "1?.png")))
+    assert found == expected(*range(10, 20))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
@@ -140,12 +151,13 @@ def test_tables_name_pictures(make, tmp_path):
     column = [f"of/{i}.png" for i in range(COUNT)] + ["../secret.png", None]
     write(tmp_path / "secret.png", encoded(40))
     pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "pictures" / "table.parquet")
-    data, found = prepared(make(Path("pictures", "table.parquet")))
-    assert found == expected()
-    assert set(reasons(data)) == {
-        "a path that leads out of the source's directory",
-        "no 'image' or 'file_name' (see image_field)",
-    }
+    for source in (Path("pictures", "table.parquet"), "pictures"):
+        data, found = prepared(make(source))
+        assert found == expected()
+        assert set(reasons(data)) == {
+            "a path that leads out of the source's directory",
+            "no 'image' or 'file_name' (see image_field)",
+        }
 
 
 def tar_of(*members: tuple[str, bytes], suffix: str = "") -> bytes:

@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from trainfw.data.cache_directory import CacheDirectory, fingerprint_of, write_meta
+from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, write_meta
 from trainfw.data.config import DataConfig
 from trainfw.data.images.store import CaptionFeatures, ImageStore, open_arrays, write_array
 from trainfw.data.progress import Progress, reported
@@ -91,7 +91,7 @@ class _CaptionCache(CacheDirectory[_Found, CaptionEncoder]):
     def _source_again(self) -> CaptionEncoder:
         return self._encoder
 
-    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[_Found, list[str]]:
+    def _load(self, directory: Path, meta: Meta) -> tuple[_Found, list[str]]:
         (length, size), count = meta["shape"], len(self._texts)
         kinds = {"features": (np.float32, count * length * size), "mask": (np.float32, count * length)}
         arrays = open_arrays(directory, "captions", kinds, self._fingerprint, self._mend)

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trainfw.data.cache import PreparedData
-from trainfw.data.cache_directory import CacheDirectory, fingerprint_of, is_held_out, write_meta
+from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, is_held_out, write_meta
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Refusals, Refused
 from trainfw.data.images.captions import CaptionEncoder, encode_captions
@@ -166,7 +166,7 @@ class _ImageCache(CacheDirectory[PreparedImages, PictureSource]):
     def _source_again(self) -> PictureSource:
         return open_pictures(self._config)
 
-    def _load(self, directory: Path, meta: dict[str, Any]) -> tuple[PreparedImages, list[str]]:
+    def _load(self, directory: Path, meta: Meta) -> tuple[PreparedImages, list[str]]:
         train, validation = (
             ImageInfo(**meta[split]).open(directory, split, self._fingerprint, self._mend)
             for split in ("train", "validation")
@@ -196,7 +196,7 @@ class _ImageCache(CacheDirectory[PreparedImages, PictureSource]):
             classes, captions, remarks = self._conditions(writers.values())
             infos = {split: writer.finish(classes, captions) for split, writer in writers.items()}
         self._check(infos, refusals)
-        meta: dict[str, Any] = {split: asdict(info) for split, info in infos.items()} | {
+        meta: Meta = {split: asdict(info) for split, info in infos.items()} | {
             "classes": classes,
             "refused": [asdict(one) for one in refusals.summary()],
             "remarks": [*remarks, *filter(None, [source.credit])],

@@ -10,11 +10,11 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from trainfw.data.arrow import SAVED, parquet_tables, saved_dataset_tables
+from trainfw.data.arrow import SAVED, Table, parquet_tables, saved_dataset_tables
 from trainfw.data.compressed import open_plain
 from trainfw.data.config import PICTURES, DataConfig
 from trainfw.data.files import Finder, Input, file_kind
@@ -53,7 +53,7 @@ class PictureSource(Source):
     """Pictures in a fixed order, from a list of inputs."""
 
     leftover: tuple[Input, ...] = ()
-    """Pictures below a list of pictures, which are to be named by it."""
+    """Pictures below a list or a table of pictures, which are to be named by it."""
     credit: str = ""
     """Line that names the pictures' authors."""
 
@@ -66,15 +66,15 @@ class PictureSource(Source):
             yield Row(id_, value)
         for item in self.leftover:
             if os.path.realpath(item.path) not in named:
-                yield Row(item.name, Unreadable("not named by the list of pictures above it"))
+                yield Row(item.name, Unreadable("not named by the list or table of pictures above it"))
 
     def fingerprint(self) -> str:
         """Return a hash that changes with the inputs, and with the size or time of a picture that a list names."""
-        state = [super().fingerprint()]
+        state = [Source(self.inputs + self.leftover, self.columns, self.identity).fingerprint()]
         for item in self.inputs:
             if file_kind(item.path)[0] in LISTS:
                 paths = [one.data for _, one in item.read(item.path, self.columns) if isinstance(one, Picture)]
-                stats = [path.stat() for path in paths if isinstance(path, Path) and path.exists()]
+                stats = [path.stat() for path in paths if isinstance(path, Path) and os.path.isfile(path)]
                 state.append(str([(one.st_size, one.st_mtime_ns) for one in stats]))
         return "\n".join(state)
 
@@ -127,7 +127,7 @@ def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
     for stem in captions.keys() - {item.path.with_suffix("") for item in pictures}:
         finder.skipped.add(".txt without a picture", captions[stem].name)
     lists = [item for kind in LISTS for item in by_kind.pop(kind, [])]
-    under = {item.path.parent for item in lists}
+    under = {item.path.parent for item in (*lists, *by_kind.get(".parquet", []))}
     inputs = [Input(item.path, item.name, functools.partial(_read_list, root)) for item in lists]
     inputs += [Input(item.path, item.name, _READERS[kind](root)) for kind in by_kind for item in by_kind[kind]]
     left = [item for item in pictures if not under.isdisjoint(item.path.parents)]
@@ -139,7 +139,7 @@ def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
     return inputs, left
 
 
-def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, Any]]:
+def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Read nothing: the kinds that `Finder` looks for get their readers once their directory is known."""
     return iter(())
 
@@ -173,7 +173,7 @@ def _image_fields(columns: Columns) -> tuple[str, ...]:
     return (columns[0],) if columns[0] else ("image", "file_name")
 
 
-def _of_row(row: Mapping[str, Any], columns: Columns, directory: Path, root: Path) -> Picture | Unreadable:
+def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: Path) -> Picture | Unreadable:
     """Return the picture that a row holds or names, seen from its directory and below the root."""
     _, caption_field, label_field = columns
     field = next((name for name in _image_fields(columns) if row.get(name) is not None), None)
@@ -197,7 +197,7 @@ def _of_row(row: Mapping[str, Any], columns: Columns, directory: Path, root: Pat
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _tables(read_tables: Callable[..., Iterator[Any]], root: Path) -> Reader:
+def _tables(read_tables: Callable[..., Iterator[Table]], root: Path) -> Reader:
     def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
 
@@ -236,8 +236,8 @@ class _Member(tarfile.TarInfo):
     """Member of a tar, whose header of long names cannot fill the memory."""
 
     @classmethod
-    def frombuf(cls, *arguments: Any) -> _Member:
-        member = super().frombuf(*arguments)
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
         kinds = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES)
         if member.type in kinds and member.type != tarfile.GNUTYPE_SPARSE and member.size > _HEADER:
             raise tarfile.ReadError("a header that is too long")

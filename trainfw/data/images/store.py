@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainfw.data.config import DataConfig
 from trainfw.data.store import BlockWriter, Mend, Numbers, StoredArray
 from trainfw.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ class ImageStore:
     features: CaptionFeatures | None = None
 
     def __len__(self) -> int:
-        return len(self.pixels) // int(np.prod(self.shape))
+        return len(self.pixels) // math.prod(self.shape)
 
     def image(self, index: int) -> np.ndarray:
         """Return a picture, uint8 (H, W, C)."""
-        size = int(np.prod(self.shape))
+        size = math.prod(self.shape)
         return self.pixels[index * size : (index + 1) * size].reshape(self.shape)
 
     def label(self, index: int) -> int | None:
@@ -107,7 +111,7 @@ class ImageRows:
         """Return the arrays of `count` rows of weight 0."""
         return {name: np.zeros((count, *values.shape), values.dtype) for name, values in self[0].items()}
 
-    def endless(self, stream: Any) -> Any:
+    def endless(self, stream: grain.MapDataset) -> grain.MapDataset:
         """Return the endless stream of rows with their numbers in it, some of them mirrored."""
         return stream.map_with_index(self._numbered)
 
@@ -153,7 +157,7 @@ class ImageInfo:
         Raises OSError or ValueError where a file is not there, or has another size.
         """
         shape: tuple[int, int, int] = tuple(self.shape)  # type: ignore[assignment]  # a list, in JSON
-        kinds: dict[str, tuple[type, int]] = {"pixels": (np.uint8, self.count * int(np.prod(shape)))}
+        kinds: dict[str, tuple[type, int]] = {"pixels": (np.uint8, self.count * math.prod(shape))}
         if self.labels:
             kinds["labels"] = (np.int32, self.count)
         if self.caption_bytes is not None:
