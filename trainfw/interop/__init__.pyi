@@ -1,6 +1,8 @@
 from .configs import config_from_huggingface as config_from_huggingface
 from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
+from .diffusers.autoencoder import open_autoencoder as open_autoencoder
+from .diffusers.autoencoder import save_autoencoder as save_autoencoder
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf

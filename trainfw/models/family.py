@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Remat: TypeAlias = Literal["none", "dots", "full", "stage"]
 DEFAULT_FAMILY = "decoder"
-FAMILIES = {"decoder": "trainfw.models.decoder.family:Decoder"}
+FAMILIES = {
+    "decoder": "trainfw.models.decoder.family:Decoder",
+    "autoencoder": "trainfw.models.autoencoder.family:ImageAutoencoder",
+}
 """Families by the name that recipes use."""
 
 
@@ -33,12 +36,10 @@ class FamilyConfig(Config):
     """The section `model` of a recipe, as far as every family has it."""
 
     family: str = DEFAULT_FAMILY
-    """The kind of model: `decoder`, a decoder-only transformer; or your own, `package.module:Name`, whose config then
-    says which other keys there are: see `trainfw.models.Family`."""
+    """The kind of model: `decoder`, a decoder-only transformer; `autoencoder`, a convolutional one of images; or your
+    own, `package.module:Name`, whose config then says which other keys there are: see `trainfw.models.Family`."""
     from_: str | None = Field(default=None, alias="from")
     """Start from these weights: a run directory of the same family."""
-    vocab_size: Dim
-    """Rows of the embedding table."""
     hidden_size: Dim
     """D: width of the residual stream."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
@@ -60,9 +61,21 @@ class FamilyConfig(Config):
         return None
 
     @property
+    def num_patches(self) -> int | None:
+        """Patches of an image, which are the sequence of a model of images; None for a model of tokens."""
+        return None
+
+    @property
     def depends_on_cut(self) -> str:
         """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not."""
         return ""
+
+
+class TokenFamilyConfig(FamilyConfig):
+    """The section `model` of a model of tokens, as far as every such family has it."""
+
+    vocab_size: Dim
+    """Rows of the embedding table."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +132,12 @@ class Family(Protocol):
     """Class that validates the section `model`."""
     decodes: ClassVar[bool] = False
     """True where its models are `Transformer`s, or decode as they do: text can be drawn from them."""
+    reads: ClassVar[Literal["tokens", "images"]] = "tokens"
+    """Input of its models: tokens (`TokenModel`, with `vocab_size` in the config) or images (`DenoisingModel`)."""
 
     def build(self, config: Any, options: ModelOptions, rngs: nnx.Rngs) -> nnx.Module:
-        """Return the model, a `TokenModel`; its stacked layers, and nothing else, are under the name `layers`."""
+        """Return the model, a `TokenModel` or a `DenoisingModel`; its stacked layers, and nothing else, are under the
+        name `layers`."""
         ...
 
     def limits(self, config: Any) -> Iterator[Limit]:
@@ -129,7 +145,10 @@ class Family(Protocol):
         ...
 
     def flops_per_token(self, config: Any, sequence_length: int) -> float:
-        """Count the FLOPs of training, forward and backward, on one token of sequences of that length."""
+        """Count the FLOPs of training, forward and backward, on one token of sequences of that length.
+
+        Of a model of images a token is a patch, and the sequence an image.
+        """
         ...
 
     def tiny(self, config: Any, *, layers: int, tensor: int) -> dict[str, Any]:
@@ -160,7 +179,8 @@ class Family(Protocol):
 
 
 _PARTS = (
-    "config", "decodes", "build", "limits", "flops_per_token", "tiny", "dims", "unspread", "backend_problems", "shapes",
+    "config", "decodes", "reads", "build", "limits", "flops_per_token", "tiny", "dims", "unspread", "backend_problems",
+    "shapes",
 )  # fmt: skip
 
 
@@ -175,6 +195,11 @@ def load_family(name: str) -> Family:
     family: Family = make_piece(path, {}, key="family", methods=_PARTS, expected=expected)
     if not (isinstance(family.config, type) and issubclass(family.config, FamilyConfig)):
         raise UserError(f"family = {name!r}: its config is no class that extends trainfw.models.FamilyConfig")
+    if family.reads == "tokens" and "vocab_size" not in family.config.model_fields:
+        raise UserError(
+            f"family = {name!r}: its config has no vocab_size, which a model of tokens needs: extend "
+            "trainfw.models.TokenFamilyConfig"
+        )
     return family
 
 
@@ -193,6 +218,12 @@ def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
     if not 0 < count < math.inf:
         raise _wrong(config, "flops_per_token", count, "a number above zero")
     return count
+
+
+def vocabulary_of(config: FamilyConfig) -> int:
+    """Return the rows of the embedding table of a model of tokens."""
+    size: int = config.vocab_size  # type: ignore[attr-defined]  # every family that reads tokens has it
+    return size
 
 
 def limits_of(config: FamilyConfig) -> list[Limit]:

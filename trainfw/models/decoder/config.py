@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from trainfw.config import Config, Dim, PositiveInt, invalid
 from trainfw.errors import did_you_mean
-from trainfw.models.family import FamilyConfig
+from trainfw.models.family import TokenFamilyConfig
 
 Activation = Literal["silu", "gelu_tanh"]
 LayerKind = Literal["global", "sliding"]
@@ -77,7 +77,7 @@ class MoEConfig(Config):
         return self
 
 
-class ModelConfig(FamilyConfig):
+class ModelConfig(TokenFamilyConfig):
     """A decoder-only transformer. `preset` gives the values of a published model; other fields override them."""
 
     preset: str | None = None
