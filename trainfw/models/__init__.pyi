@@ -33,6 +33,8 @@ from .decoder.config import preset_names as preset_names
 from .decoder.model import DecoderLayer as DecoderLayer
 from .decoder.model import KVCache as KVCache
 from .decoder.model import Transformer as Transformer
+from .denoising import Condition as Condition
+from .denoising import DenoisingModel as DenoisingModel
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
 from .family import Family as Family
 from .family import FamilyConfig as FamilyConfig

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainfw.errors import UserError, short
-from trainfw.objectives.objective import Mean, Sums
-from trainfw.objectives.schema import Schema, token_rows
+from trainfw.objectives.objective import Mean, Objective, Sums, reads_of
+from trainfw.objectives.schema import ImageShape, Schema, image_rows, token_rows
 from trainfw.pieces import check_parts
 
 RESERVED = frozenset(
@@ -41,27 +41,72 @@ def check_parts_of(made: Any, name: str) -> None:
         )
     if not (isinstance(made.unit, str) and made.unit):
         raise UserError(f"{wrong}unit is {short(made.unit)}; expected a name, such as 'token'")
+    if reads_of(made) not in ("tokens", "images"):
+        raise UserError(f"{wrong}reads is {short(made.reads)}; expected 'tokens' or 'images'")
 
 
-def check_schema(schema: Any, name: str, batch: int, sequence: int, group: int) -> None:
+def check_reads(objective: Objective | type[Objective], name: str, image: ImageShape | None) -> None:
+    """Check that an objective reads what the model does: images, where these have a shape.
+
+    Raises UserError, which begins with `name`, where it does not.
+    """
+    if (reads := reads_of(objective)) != (needed := "tokens" if image is None else "images"):
+        raise UserError(
+            f"name = {name!r}: reads {reads}, and the model reads {needed}; expected an objective of {needed}"
+        )
+
+
+def check_schema(
+    schema: object,
+    name: str,
+    batch: int,
+    sequence: int,
+    group: int,
+    *,
+    image: ImageShape | None = None,
+    draws: bool = False,
+) -> None:
     """Check that a schema is of the rows that there are. Raises UserError, which begins with `name`, where it is not.
 
     Args:
         group: rows of tokens in each of the batch, as `data.format` makes them.
+        image: sizes of images, where these are read in place of tokens.
+        draws: the objective has `drawn`, and so may have arrays beside those of the data.
     """
     if not isinstance(schema, Schema):
         raise UserError(f"name = {name!r}: schema returns {short(schema)}; expected a trainfw.objectives.Schema")
-    rows = token_rows(batch, sequence, group=None if group == 1 else group)
+    if image is None:
+        rows = token_rows(batch, sequence, group=None if group == 1 else group)
+        expected = f"token_rows(batch, sequence{'' if group == 1 else f', group={group}'})"
+    else:
+        rows, expected = image_rows(batch, image), "image_rows(batch, image)"
     try:
         said, there = ({key: _array(s, key) for key in s.fields} for s in (schema, rows))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"name = {name!r}: schema does not describe its arrays: {error!r}") from error
-    for key in [*there, *said]:
+    for key in [*there, *(() if draws else said)]:
         if (has := said.get(key)) != (needs := there.get(key)):
-            how = "" if group == 1 else f", group={group}"
             raise UserError(
                 f"name = {name!r}: schema has {key} of {has or 'no shape'}, and the rows of data.format have it of "
-                f"{needs or 'no shape'}; expected token_rows(batch, sequence{how})"
+                f"{needs or 'no shape'}; expected {expected}"
+            )
+    for key in said:
+        if schema.fields[key].dims[:1] != ("batch",) or schema.sizes["batch"] != batch:
+            raise UserError(f"name = {name!r}: schema has {key} of {said[key]}; expected its first dim to be batch")
+
+
+def check_drawn(arrays: Mapping[str, np.ndarray], schema: Schema, name: str) -> None:
+    """Check that what an objective draws has its schema. Raises UserError, which begins with `name`, where it has not.
+
+    The number of rows may differ: a process has some of them.
+    """
+    for key in [*schema.fields, *arrays]:
+        if key not in schema.fields or key not in arrays:
+            raise UserError(f"name = {name!r}: drawn returns {sorted(arrays)}; expected {sorted(schema.fields)}")
+        has, needs = arrays[key], (np.dtype(schema.fields[key].dtype), schema.shape(key)[1:])
+        if (getattr(has, "dtype", None), getattr(has, "shape", ())[1:]) != needs:
+            raise UserError(
+                f"name = {name!r}: drawn returns {key} of {_shown(has)}; expected {needs[0]} {needs[1]} a row"
             )
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from trainfw.models import TokenModel
 from trainfw.objectives.head import cross_entropy, head_inputs
-from trainfw.objectives.objective import Batch, Draw, Mean, Sums
+from trainfw.objectives.objective import Batch, Draw, Mean, Models, Reads, Sums
 from trainfw.objectives.schema import Schema, token_rows
 from trainfw.parallel import axis_size
 
@@ -25,18 +24,19 @@ class NextToken:
     z_loss: float = 0.0
     """Coefficient of log(Z)^2, in training (PaLM, arXiv:2204.02311, section 5)."""
     unit: ClassVar[str] = "token"
+    reads: ClassVar[Reads] = "tokens"
     roles: ClassVar[tuple[str, ...]] = ()
 
     def schema(self, batch: int, sequence: int) -> Schema:
         """Return that of packed rows (`token_rows`)."""
         return token_rows(batch, sequence)
 
-    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss (nats, with z_loss * log(Z)^2 and the routers' losses added), and sums.
 
         These are `loss` (nats, without what was added) and, of a mixture of experts, `router`.
         """
-        model = models["learner"]
+        model: TokenModel = models["learner"]
         x_BSD, stats = model.forward(
             batch["tokens"],
             segment_ids_BS=batch["segment_ids"] if self.mask_documents else None,

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from trainfw.models import AdapterInputs, TokenModel
+from trainfw.models import AdapterInputs
 from trainfw.objectives.schema import Schema
 
 
@@ -52,6 +53,10 @@ def metrics_of(sums: Sums) -> Metrics:
 Batch: TypeAlias = dict[str, Any]
 """The arrays of a batch by name, as the objective's schema has them: all of a global batch, or a device's part."""
 
+Models: TypeAlias = Mapping[str, Any]
+"""`learner`, and each of an objective's roles: a `TokenModel`, or a `DenoisingModel` where images are read."""
+Reads: TypeAlias = Literal["tokens", "images"]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Draw:
 
 
 class Objective(Protocol):
-    """A loss over a batch, with the frozen models that it needs.
+    """A loss over a batch, with the frozen models that it needs; one of images is an `ImageObjective`.
 
     It is called on every device, on that device's part of everything; collectives over the mesh's axes are those of
     `trainfw.parallel`, which do nothing outside of it.
@@ -94,13 +99,44 @@ class Objective(Protocol):
         ...
 
     def schema(self, batch: int, sequence: int) -> Schema:
-        """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens."""
+        """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens.
+
+        Of images, sizes are the model's; its `sequence` is then the number of patches, which `Schema.tokens` counts.
+        """
         ...
 
-    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return this device's part of the summed loss, which is differentiated, and what is logged.
 
         `models` has `learner` and each of `roles`. The sums hold `loss`, a Mean whose count over all devices divides
         the gradients. Devices along `tensor`, which compute the same tokens, each return their share of both.
         """
         ...
+
+
+class ImageObjective(Objective, Protocol):
+    """A loss over a batch of images. One of your own is made with the model's `ImageShape`, before its options."""
+
+    reads: ClassVar[Literal["images"]]
+    """`images`; an objective that does not say reads packed tokens."""
+
+    def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+        """Return the arrays of the schema for a batch as the data gives it: on the host, before each step.
+
+        All that is random is drawn here, for each row by `seed` and its number in the endless order of rows, `row`
+        (int64), and by nothing else: it is the same on every mesh and after every resume. `row` is no array of the
+        schema. An objective of your own need not have this: its schema is then `image_rows`.
+        """
+        ...
+
+
+def reads_of(objective: Objective | type[Objective]) -> Reads:
+    """Return the rows that an objective, or a class of them, reads; tokens where it does not say."""
+    return getattr(objective, "reads", "tokens")
+
+
+def drawn_batch(objective: Objective, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Return the arrays of an objective's schema for a batch as the data gives it; see `ImageObjective.drawn`."""
+    if (drawn := getattr(objective, "drawn", None)) is not None:
+        return dict(drawn(batch, seed))
+    return {name: array for name, array in batch.items() if name != "row"}

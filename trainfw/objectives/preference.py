@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from trainfw.models import MoEStats, TokenModel
 from trainfw.objectives.head import head_inputs, token_nats
-from trainfw.objectives.objective import Batch, Draw, Mean, Sums
+from trainfw.objectives.objective import Batch, Draw, Mean, Models, Reads, Sums
 from trainfw.objectives.schema import Schema, token_rows
 from trainfw.parallel import all_reduce, axis_size
 
@@ -44,6 +43,7 @@ class Preference:
     chunk: int = 2048
     """Tokens on a device whose logits exist at a time."""
     unit: ClassVar[str] = "pair"
+    reads: ClassVar[Reads] = "tokens"
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Preference:
         """
         return token_rows(batch, sequence, group=2)
 
-    def loss(self, models: Mapping[str, TokenModel], batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
+    def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss with the routers' losses added, and sums.
 
         These are `loss`, `reward_margin` (beta times what is to be above zero: mean log-likelihoods' difference for

@@ -2,26 +2,57 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from trainfw.objectives.config import ObjectiveConfig
-from trainfw.objectives.contract import check_parts_of
+from trainfw.errors import about, expect
+from trainfw.objectives.config import PREFERENCES, ObjectiveConfig
+from trainfw.objectives.contract import check_parts_of, check_reads
+from trainfw.objectives.diffusion import DDPM, FlowMatching
 from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
-from trainfw.pieces import is_own, make_piece
+from trainfw.objectives.schema import ImageShape
+from trainfw.pieces import is_own, load_piece, make_piece
 
 _EXPECTED = "trainfw.objectives.Objective"
+_CLASSES = {
+    "next_token": NextToken,
+    **dict.fromkeys(PREFERENCES, Preference),
+    "flow_matching": FlowMatching,
+    "ddpm": DDPM,
+}
 
 
 def make_objective(
-    config: ObjectiveConfig, *, chunk: int, mask_documents: bool, z_loss: float, pairs_per_row: int
+    config: ObjectiveConfig,
+    *,
+    chunk: int,
+    mask_documents: bool,
+    z_loss: float,
+    pairs_per_row: int,
+    image: ImageShape | None = None,
 ) -> Objective:
-    """Return what a model learns; see `NextToken` and `Preference`. Raises UserError where one's own cannot be made."""
-    if is_own(config.name):
-        made = make_piece(config.name, config.options, methods=("schema", "loss"), expected=_EXPECTED)
+    """Return what a model learns; see `NextToken`, `Preference`, `FlowMatching` and `DDPM`.
+
+    Raises UserError where one's own cannot be made, or it does not read what the model does.
+
+    Args:
+        image: sizes of the images of a model that reads these.
+    """
+    own = is_own(config.name)
+    check_reads(load_piece(config.name) if own else _CLASSES[config.name], config.name, image)
+    if own:
+        images = () if image is None else (image,)
+        made = make_piece(config.name, config.options, *images, methods=("schema", "loss"), expected=_EXPECTED)
         return check_objective(made, config.name)
     if config.name == "next_token":
         return NextToken(chunk, mask_documents, z_loss)
-    return Preference(cast(PreferenceLoss, config.name), config.beta_or_default, config.margin, pairs_per_row, chunk)
+    if image is None:
+        return Preference(
+            cast(PreferenceLoss, config.name), config.beta_or_default, config.margin, pairs_per_row, chunk
+        )
+    with about("drop_condition"):
+        dropped = config.drop_condition
+        expect("drop_condition", dropped, not dropped or image.conditioning != "none", "0: the model has no condition")
+    return (FlowMatching if config.name == "flow_matching" else DDPM)(image, **config.of_images)
 
 
 def check_objective(made: Any, name: str) -> Objective:

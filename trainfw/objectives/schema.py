@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -33,7 +34,7 @@ class Schema:
 
     @property
     def tokens(self) -> int:
-        """Places for a token in a batch: the rows of all groups, each of `sequence` tokens."""
+        """Places for a token in a batch: the rows of all groups, each of `sequence` tokens (patches, of images)."""
         return math.prod(self.sizes.get(dim, 1) for dim in ("batch", "group", "sequence"))
 
 
@@ -49,3 +50,48 @@ def token_rows(batch: int, sequence: int, *, group: int | None = None) -> Schema
     fields = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), whole)
     sizes = {"batch": batch, "sequence": sequence} | ({} if group is None else {"group": group})
     return Schema(fields | {"loss_mask": Field(dims, np.float32)}, sizes)
+
+
+Conditioning: TypeAlias = Literal["none", "class", "cross", "joint"]
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Sizes of the images that a model takes, pixels or latents, and the kind of their condition."""
+
+    size: int
+    """Height and width."""
+    channels: int
+    num_patches: int
+    conditioning: Conditioning = "none"
+    """`class`: a label; `cross` and `joint`: features of a caption."""
+    caption_length: int | None = None
+    """Tokens of a caption."""
+    caption_size: int | None = None
+    """Features of a token."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, self.channels
+
+
+def image_rows(batch: int, image: ImageShape) -> Schema:
+    """Return the schema of images as data gives them, without what an objective draws for them.
+
+    `image` is float32 of (batch, height, width, channel), from -1 to 1 where it is of pixels; `weight` is float32, 0
+    for rows that only fill up a batch, else 1. With a condition there is `label`, int32, or `caption`, float32 of
+    (batch, caption, feature), and `caption_mask`, float32, 1 for its tokens.
+    """
+    fields = {"image": Field(("batch", "height", "width", "channel"), np.float32)}
+    fields["weight"] = Field(("batch",), np.float32)
+    sizes = {"batch": batch, "sequence": image.num_patches}
+    sizes |= dict(zip(("height", "width", "channel"), image.shape))
+    if image.conditioning == "class":
+        fields["label"] = Field(("batch",), np.int32)
+    elif image.conditioning != "none":
+        assert image.caption_length is not None
+        assert image.caption_size is not None
+        sizes |= {"caption": image.caption_length, "feature": image.caption_size}
+        fields["caption"] = Field(("batch", "caption", "feature"), np.float32)
+        fields["caption_mask"] = Field(("batch", "caption"), np.float32)
+    return Schema(fields, sizes)
