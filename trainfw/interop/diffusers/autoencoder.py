@@ -5,7 +5,6 @@ https://github.com/huggingface/diffusers: models/autoencoders/autoencoder_kl.py 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -114,14 +113,10 @@ def autoencoder_from_diffusers(config: Mapping[str, object]) -> AutoencoderConfi
             if not test(values[key]):
                 raise UserError(f"config.json: {key} = {short(values[key])}: expected {expected}")
     blocks = values["block_out_channels"]
-    for key, expected in (
-        ("act_fn", "silu"),
-        ("out_channels", values["in_channels"]),
-        ("down_block_types", [_DOWN] * len(blocks)),
-        ("up_block_types", [_UP] * len(blocks)),
-    ):
-        if values[key] != expected:
-            raise UserError(f"config.json: {key} = {short(values[key])} is not supported; expected {short(expected)}")
+    types = {"down_block_types": [_DOWN] * len(blocks), "up_block_types": [_UP] * len(blocks)}
+    for key, needed in {"act_fn": "silu", "out_channels": values["in_channels"], **types}.items():
+        if values[key] != needed:
+            raise UserError(f"config.json: {key} = {short(values[key])} is not supported; expected {short(needed)}")
     reduction = 2 ** (len(blocks) - 1)
     fields = {field: values[key] for key, field in _FIELDS.items()}
     # It bounds the tiles of diffusers' tiled decoding, no more: ours is to be halved between blocks.
@@ -174,7 +169,9 @@ _BEFORE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_at
 
 def tensor_name(path: str) -> str:
     """Return diffusers' name of one of our parameters, such as `encoder.down_0.residual_1.conv1.kernel`."""
-    return functools.reduce(lambda name, pair: re.sub(*pair, name), _NAMES, path)
+    for ours, theirs in _NAMES:
+        path = re.sub(ours, theirs, path)
+    return path
 
 
 def _turned(array: np.ndarray) -> np.ndarray:
@@ -254,7 +251,9 @@ def open_autoencoder(path: str | os.PathLike[str]) -> DiffusersAutoencoder:
 
 def _present(name: str, infos: Mapping[str, TensorInfo]) -> str:
     """Return the name that a file has for a tensor: diffusers' older one where it has that alone."""
-    older = functools.reduce(lambda text, pair: text.replace(f".{pair[0]}.", f".{pair[1]}."), _BEFORE.items(), name)
+    older = name
+    for new, old in _BEFORE.items():
+        older = older.replace(f".{new}.", f".{old}.")
     return older if older in infos and name not in infos else name
 
 

@@ -18,6 +18,7 @@ from trainfw.models.autoencoder.layers import (
     GroupNorm,
     Residual,
     Upsample,
+    draw_kernels,
 )
 from trainfw.models.common.layers import gather_weights
 from trainfw.models.family import ModelOptions
@@ -43,8 +44,8 @@ class Block(nnx.Module):
 class Output(nnx.Module):
     """The end of encoder and decoder: a norm, SiLU and a convolution."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs):
-        self.norm, self.conv = GroupNorm(inputs, groups), Conv(3, inputs, outputs, rngs)
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        self.norm, self.conv = GroupNorm(inputs, groups), Conv(3, inputs, outputs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         return self.conv(self.norm(x_BHWC, silu=True))
@@ -61,8 +62,9 @@ class Autoencoder(nnx.Module):
         self.config, self.options = config, options or ModelOptions()
         latent = config.latent_channels
         self.encoder, self.decoder = _encoder(config, rngs), _decoder(config, rngs)
-        self.quant_conv = Conv(1, 2 * latent, 2 * latent, rngs, split=WHOLE) if config.quant_conv else None
-        self.post_quant_conv = Conv(1, latent, latent, rngs, split=WHOLE) if config.post_quant_conv else None
+        self.quant_conv = Conv(1, 2 * latent, 2 * latent, split=WHOLE) if config.quant_conv else None
+        self.post_quant_conv = Conv(1, latent, latent, split=WHOLE) if config.post_quant_conv else None
+        draw_kernels(self, rngs)
 
     def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(mean_BHWC, logvar_BHWC) of the latents of images in [-1, 1], f32, higher and wider by `config.reduction`."""
@@ -102,33 +104,33 @@ class Autoencoder(nnx.Module):
 
 def _encoder(config: AutoencoderConfig, rngs: nnx.Rngs) -> Block:
     blocks, groups, width = config.block_channels, config.norm_groups, config.block_channels[0]
-    modules: dict[str, nnx.Module] = {"conv_in": Conv(3, config.channels, width, rngs, split=TO_BLOCK)}
+    modules: dict[str, nnx.Module] = {"conv_in": Conv(3, config.channels, width, split=TO_BLOCK)}
     for number, channels in enumerate(blocks):
-        inner = _residuals(config.layers_per_block, width, channels, groups, rngs)
+        inner = _residuals(config.layers_per_block, width, channels, groups)
         if number < len(blocks) - 1:
-            inner["downsample"] = Downsample(channels, rngs)
+            inner["downsample"] = Downsample(channels)
         modules[f"down_{number}"], width = Block(inner), channels
-    modules |= {"mid": _middle(config, rngs), "out": Output(width, 2 * config.latent_channels, groups, rngs)}
+    modules |= {"mid": _middle(config, rngs), "out": Output(width, 2 * config.latent_channels, groups)}
     return Block(modules)
 
 
 def _decoder(config: AutoencoderConfig, rngs: nnx.Rngs) -> Block:
     blocks, groups, width = config.block_channels[::-1], config.norm_groups, config.block_channels[-1]
-    modules = {"conv_in": Conv(3, config.latent_channels, width, rngs, split=TO_BLOCK), "mid": _middle(config, rngs)}
+    modules = {"conv_in": Conv(3, config.latent_channels, width, split=TO_BLOCK), "mid": _middle(config, rngs)}
     for number, channels in enumerate(blocks):
-        inner = _residuals(config.layers_per_block + 1, width, channels, groups, rngs)
+        inner = _residuals(config.layers_per_block + 1, width, channels, groups)
         if number < len(blocks) - 1:
-            inner["upsample"] = Upsample(channels, rngs)
+            inner["upsample"] = Upsample(channels)
         modules[f"up_{number}"], width = Block(inner), channels
-    return Block(modules | {"out": Output(width, config.channels, groups, rngs)})
+    return Block(modules | {"out": Output(width, config.channels, groups)})
 
 
-def _residuals(layers: int, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-    return {f"residual_{i}": Residual(outputs if i else inputs, outputs, groups, rngs) for i in range(layers)}
+def _residuals(layers: int, inputs: int, outputs: int, groups: int) -> dict[str, nnx.Module]:
+    return {f"residual_{i}": Residual(outputs if i else inputs, outputs, groups) for i in range(layers)}
 
 
 def _middle(config: AutoencoderConfig, rngs: nnx.Rngs) -> Block:
     width, groups = config.block_channels[-1], config.norm_groups
     attention = {"attention": Attention(width, groups, rngs)} if config.mid_attention else {}
-    first, last = (Residual(width, width, groups, rngs) for _ in range(2))
+    first, last = (Residual(width, width, groups) for _ in range(2))
     return Block({"residual_0": first, **attention, "residual_1": last})
