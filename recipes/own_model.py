@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import trainfw
-from trainfw.models import MLP, Embedding, Family, FamilyConfig, LanguageModel, Limit, Linear, RMSNorm, init_stack
+from trainfw.models import MLP, Embedding, Family, LanguageModel, Limit, Linear, RMSNorm, TokenFamilyConfig, init_stack
 
 
 class Shift(nnx.Module):
@@ -34,7 +34,7 @@ class Shift(nnx.Module):
 class Shifts(Family):
     """Kind of model, as trainfw asks for one: its config, how it is made, what divides over devices, its FLOPs."""
 
-    config = FamilyConfig
+    config = TokenFamilyConfig
 
     def build(self, config, options, rngs):
         model, size = LanguageModel(config, options), config.hidden_size  # which scans, recomputes and shards layers

@@ -19,11 +19,11 @@ from trainfw.models import (
     MLP,
     Embedding,
     Family,
-    FamilyConfig,
     LanguageModel,
     Limit,
     Linear,
     RMSNorm,
+    TokenFamilyConfig,
     gather_sequence,
     init_stack,
     scatter_sequence,
@@ -35,7 +35,7 @@ NAME = "tests.models.test_own_family:LinearAttention"
 STD, EPS = 0.1, 1e-5
 
 
-class Config(FamilyConfig):
+class Config(TokenFamilyConfig):
     """A model of gated linear attention."""
 
     num_memories: Dim

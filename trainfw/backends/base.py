@@ -79,7 +79,7 @@ class AttentionRequest:
     head_dim: int
     dtype: str
     causal: bool = True
-    """A query sees keys up to its own index."""
+    """A query sees keys up to its own index; else all, or those of a mask (`segments`)."""
     segments: bool = False
     """Tokens see only their own segment."""
     window: int | None = None

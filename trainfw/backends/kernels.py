@@ -73,7 +73,8 @@ def resolve(operation: str, request: Request, backend: Backend) -> Kernel:
     """Choose the implementation of `operation` for `request` on `backend`; each choice is logged once in a process.
 
     An attention kernel is called like `trainfw.models`' `attend`: (q_BSHh, k_BTKh, v_BTKh, mask_BST, *, scale,
-    softcap) -> o_BSHh, with the shapes of one device: inside shard_map wherever there is more than one.
+    softcap) -> o_BSHh, with the shapes of one device: inside shard_map wherever there is more than one. The mask is
+    None where every query sees every key.
     """
     if backend.simulated or not _own.get():
         return Kernel("XLA", None)

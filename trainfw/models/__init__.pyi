@@ -35,6 +35,8 @@ from .decoder.model import KVCache as KVCache
 from .decoder.model import Transformer as Transformer
 from .denoising import Condition as Condition
 from .denoising import DenoisingModel as DenoisingModel
+from .dit.config import DiTConfig as DiTConfig
+from .dit.model import DiT as DiT
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
 from .family import Family as Family
 from .family import FamilyConfig as FamilyConfig
@@ -48,6 +50,7 @@ from .family import flops_per_token as flops_per_token
 from .family import limits_of as limits_of
 from .family import load_family as load_family
 from .family import unspread_of as unspread_of
+from .family import vocabulary_of as vocabulary_of
 from .language_model import HeadDims as HeadDims
 from .language_model import LanguageModel as LanguageModel
 from .language_model import TokenModel as TokenModel

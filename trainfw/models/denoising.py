@@ -1,4 +1,4 @@
-"""A model that takes noise out of images, as objectives and samplers ask it."""
+"""The contract of a model that predicts how a noised image is to be denoised."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from trainfw.models.common.adapter_inputs import AdapterInputs
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Condition:
-    """Conditions of a batch of images, by the model's kind of conditioning; all None where it has none."""
+    """Conditions of the images of a batch; None where the model takes none of the kind."""
 
     label_B: jax.Array | None = None
-    """Number of each image's class, i32."""
+    """Class of each image, i32."""
     caption_BTF: jax.Array | None = None
-    """Features of each caption's tokens, f32."""
+    """Features of the captions' tokens."""
     caption_mask_BT: jax.Array | None = None
-    """1 for the tokens of a caption, 0 for what fills it up, f32."""
+    """1 for tokens of the caption, 0 for padding, f32; all of them by default."""
+    pooled_BP: jax.Array | None = None
+    """One vector of each caption, where a model reads one; the mean of its tokens by default."""
     keep_B: jax.Array | None = None
-    """0 for rows whose condition is left out, else 1, f32; None: all are kept."""
+    """0 where the row's condition is left out: its class is then the one after the last, its caption all zeros. f32."""
 
 
-class ImageConfig(Protocol):
-    """The part of a model's config that says which images it takes."""
+class ImageShape(Protocol):
+    """Shape of a model's images, as its config has it."""
 
     @property
     def image_size(self) -> int:
@@ -34,34 +36,39 @@ class ImageConfig(Protocol):
         ...
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Channels of an image; a prediction may have more, after these."""
+        ...
 
 
 class DenoisingModel(Protocol):
-    """A model of noisy images. All devices along `context` and `tensor` have whole images, each predicts its patches.
+    """A model as objectives and samplers ask it: what to learn of a noised image, patch by patch.
 
-    The pixels of a patch are in rows, the channels of a pixel beside each other.
+    Images are whole on every device along `context` and `tensor`; each device has its own patches, parts that follow
+    one another: over `context` first, and within those over `tensor`. Numbers of a patch are in the order row, column,
+    channel.
     """
 
     @property
-    def config(self) -> ImageConfig: ...
+    def config(self) -> ImageShape: ...
 
     def forward(
         self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, *, adapters: AdapterInputs | None = None
     ) -> jax.Array:
-        """Return the prediction for this device's patches, f32[B, S, O]; O counts patch * patch * out_channels.
+        """Return the prediction for this device's patches, prediction_BSO, f32.
 
         Args:
-            x_BHWC: noisy images.
-            time_B: their time, f32, from 0 (no noise) to 1000.
-            adapters: what adapters read, where the model has any that do.
+            x_BHWC: noised images.
+            time_B: f32 from 0 to 1000: the step of DDPM; 1000 times the share of noise of flow matching.
+            condition: conditions of the rows.
+            adapters: inputs of adapters, where the model has any that read them.
         """
         ...
 
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
-        """Return this device's patches of images, in the order and layout of a prediction."""
+        """Return this device's patches of images, x_BSO, in the order of the prediction."""
         ...
 
     def unpatched(self, x_BSO: jax.Array) -> jax.Array:
-        """Return whole images of the patches that the devices along `context` and `tensor` have."""
+        """Return whole images from the patches of all devices, x_BHWC."""
         ...

@@ -27,6 +27,7 @@ Remat: TypeAlias = Literal["none", "dots", "full", "stage"]
 DEFAULT_FAMILY = "decoder"
 FAMILIES = {
     "decoder": "trainfw.models.decoder.family:Decoder",
+    "dit": "trainfw.models.dit.family:DiffusionTransformer",
     "autoencoder": "trainfw.models.autoencoder.family:ImageAutoencoder",
 }
 """Families by the name that recipes use."""
@@ -36,8 +37,9 @@ class FamilyConfig(Config):
     """The section `model` of a recipe, as far as every family has it."""
 
     family: str = DEFAULT_FAMILY
-    """The kind of model: `decoder`, a decoder-only transformer; `autoencoder`, a convolutional one of images; or your
-    own, `package.module:Name`, whose config then says which other keys there are: see `trainfw.models.Family`."""
+    """The kind of model: `decoder`, a decoder-only transformer; `dit`, a diffusion transformer; `autoencoder`, a
+    convolutional one of images; or your own, `package.module:Name`, whose config then says which other keys there are:
+    see `trainfw.models.Family`."""
     from_: str | None = Field(default=None, alias="from")
     """Start from these weights: a run directory of the same family."""
     hidden_size: Dim
@@ -221,9 +223,8 @@ def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
 
 
 def vocabulary_of(config: FamilyConfig) -> int:
-    """Return the rows of the embedding table of a model of tokens."""
-    size: int = config.vocab_size  # type: ignore[attr-defined]  # every family that reads tokens has it
-    return size
+    """Return the rows of a model's embedding table; 0 for a model of images."""
+    return int(getattr(config, "vocab_size", 0))
 
 
 def limits_of(config: FamilyConfig) -> list[Limit]:

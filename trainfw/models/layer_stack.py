@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core.primitives import all_gather_p
 
 from trainfw import parallel
@@ -163,7 +164,7 @@ def run_stack(
     Args:
         params, fixed, own: pytrees of arrays with a leading layers dim; of a layer's own, only params learn, which may
             be `Unstacked` where nothing is scanned.
-        shared: a pytree of arrays that are not differentiated.
+        shared: a pytree of arrays; those that are differentiated have their gradient summed over the layers.
         kinds: static, one for each layer, repeating with `period`.
         scan: compile one period of layers and loop over it; layers that do not fill a period are unrolled after.
         prefetch: with remat "full" or "stage", gather the next layer's weights before this layer's products.
@@ -240,8 +241,9 @@ class LayerStack:
         """Every layer in order; returns the last x and the stacked outs, in the order in which the layers are.
 
         Args:
+            x_BSD: a pytree of such arrays, where layers have more than one stream.
             side: arrays with a row for each of x's, which go with it from stage to stage.
-            context: side -> what all layers share.
+            context: side -> what all layers share. Of floating arrays in it there are gradients.
             own: arrays with a leading layers dim, for a model whose layers are all here.
             adapters: what adapters read, where the model has any that do.
         """
@@ -268,7 +270,8 @@ class LayerStack:
             remat=options.remat in ("full", "stage"),
             policy=jax.checkpoint_policies.save_only_these_names(INPUT) if options.remat == "full" else None,
         )
-        return x_kBSD.reshape(x_BSD.shape), jax.tree.map(_among_stages, outs)
+        x_BSD = jax.tree.map(lambda x_k, x: x_k.reshape(x.shape), x_kBSD, x_BSD)
+        return x_BSD, jax.tree.map(_among_stages, outs)
 
     def _split(self, adapters: AdapterInputs | None) -> tuple[Any, Any]:
         """(graphdef, (what learns, (what does not, the layers' places where adapters draw by them)))"""
@@ -282,10 +285,11 @@ class LayerStack:
     def _run(self, graphdef: Any, params: Any, x_BSD: jax.Array, shared: Any, own: Any) -> tuple[jax.Array, Any]:
         """These layers, all of them or those of a stage, which begin a period of the kinds."""
         learning, (frozen, numbers_L) = params
+        dtype = jax.tree.leaves(x_BSD)[0].dtype
 
         def gather(learning: nnx.State, fixed: Any) -> Any:
             frozen, number = fixed
-            learning, frozen = (gather_weights(s, x_BSD.dtype, self.num_kv_heads) for s in (learning, frozen))
+            learning, frozen = (gather_weights(s, dtype, self.num_kv_heads) for s in (learning, frozen))
             return learning, (frozen, number)
 
         def apply(x_BSD: jax.Array, weights: Any, shared: Any, own: Any, kind: Any) -> Any:
@@ -323,12 +327,24 @@ def _prefetched(
 
     Written out, since the loops that JAX derives would keep the gathered weights for the backward pass.
     """
-    return _prefetched_forward(layer, kinds, scan, x, params, fixed, shared)[0]
+    return _prefetched_layers(layer, kinds, scan, x, params, fixed, shared)[0]
 
 
 def _prefetched_forward(
+    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: Any, params: Any, fixed: Any, shared: Any
+) -> tuple[Any, Any]:
+    """Run the layers, of arguments that say whether they are differentiated (`symbolic_zeros`)."""
+    moving = jax.tree.map(lambda primal: primal.value if primal.perturbed else None, shared)
+    still = jax.tree.map(lambda primal: None if primal.perturbed else primal.value, shared)
+    x, params, fixed, shared = jax.tree.map(lambda primal: primal.value, (x, params, fixed, shared))
+    returned, xs = _prefetched_layers(layer, kinds, scan, x, params, fixed, shared)
+    return returned, (xs, params, fixed, moving, still)
+
+
+def _prefetched_layers(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
 ) -> tuple[Any, Any]:
+    """Return what the layers return, and the input of each."""
     num_layers = len(kinds)
     layer = layer.traced_once()
 
@@ -346,47 +362,63 @@ def _prefetched_forward(
     x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
     y, out = layer.apply(x, weights, shared, None, kinds[-1])
     xs = checkpoint_name(_put(xs, num_layers - 1, x), INPUT)
-    return (y, _put(outs, num_layers - 1, out)), (xs, params, fixed, shared)
+    return (y, _put(outs, num_layers - 1, out)), xs
 
 
 def _prefetched_backward(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, kept: Any, cotangents: Any
-) -> tuple[Any, Any, None, None]:
-    xs, params, fixed, shared = kept
-    dx, of_outs = cotangents
+) -> tuple[Any, Any, None, Any]:
+    xs, params, fixed, moving, still = kept
+    dx, of_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
     num_layers = len(kinds)
     gather = jax.jit(layer.gather)
 
     @functools.partial(jax.jit, static_argnums=6)
     def back_one(
         dx: Any, x: jax.Array, weights: Any, of_out: Any, params: Any, fixed: Any, kind: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         learning, others = weights
-        _, transpose = jax.vjp(lambda x, learning: layer.apply(x, (learning, others), shared, None, kind), x, learning)
-        dx, of_weights = transpose((dx, of_out))
-        _, scatter = jax.vjp(lambda params: layer.gather(params, fixed)[0], params)
-        return dx, scatter(of_weights)[0]
 
-    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any) -> tuple[Any, Any]:
-        return back_one(dx, x, weights, _at(of_outs, i), _at(params, i), _at(fixed, i), kind)
+        def apply(x: jax.Array, learning: Any, moving: Any) -> tuple[jax.Array, Any]:
+            shared = jax.tree.map(lambda a, b: b if a is None else a, moving, still, is_leaf=lambda a: a is None)
+            return layer.apply(x, (learning, others), shared, None, kind)
+
+        _, transpose = jax.vjp(apply, x, learning, moving)
+        dx, of_weights, of_moving = transpose((dx, of_out))
+        _, scatter = jax.vjp(lambda params: layer.gather(params, fixed)[0], params)
+        return dx, scatter(of_weights)[0], of_moving
+
+    def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any, of_moving: Any) -> tuple[Any, Any, Any]:
+        dx, own, more = back_one(dx, x, weights, _at(of_outs, i), _at(params, i), _at(fixed, i), kind)
+        return dx, own, jax.tree.map(lambda total, part: total + part.astype(total.dtype), of_moving, more)
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
-        dx, weights, of_params = carry
+        dx, weights, of_params, of_moving = carry
         # The barrier also keeps what is computed again apart from what was computed before.
         dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at((params, fixed), i - 1)))
         preceding = gather(*ahead)
-        dx, own = back(dx, x, weights, i, kind)
-        return dx, preceding, _put(of_params, i, own)
+        dx, own, of_moving = back(dx, x, weights, i, kind, of_moving)
+        return dx, preceding, _put(of_params, i, own), of_moving
 
     dx, last = jax.lax.optimization_barrier((dx, _at((params, fixed), num_layers - 1)))
-    carry = (dx, gather(*last), jax.tree.map(jnp.zeros_like, params))
-    dx, weights, of_params = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
+    wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), moving)
+    carry = (dx, gather(*last), jax.tree.map(jnp.zeros_like, params), wide)
+    dx, weights, of_params, of_moving = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
     dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
-    dx, own = back(dx, x, weights, 0, kinds[0])
-    return dx, _put(of_params, 0, own), None, None
+    dx, own, of_moving = back(dx, x, weights, 0, kinds[0], of_moving)
+    of_moving = jax.tree.map(lambda a, total: total.astype(a.dtype), moving, of_moving)
+    return dx, _put(of_params, 0, own), None, of_moving
 
 
-_prefetched.defvjp(_prefetched_forward, _prefetched_backward)
+def _is_zero(cotangent: Any) -> bool:
+    return isinstance(cotangent, SymbolicZero)
+
+
+def _instantiated(cotangent: Any) -> Any:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
+
+
+_prefetched.defvjp(_prefetched_forward, _prefetched_backward, symbolic_zeros=True)
 
 
 def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds: tuple[Any, ...], *, scan: bool) -> Any:

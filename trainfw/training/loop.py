@@ -13,6 +13,7 @@ from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
 from trainfw.data import PreparedData, Progress, StreamIterator, TrainIterator, open_rows
 from trainfw.errors import RunError, UserError
+from trainfw.models import vocabulary_of
 from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
 from trainfw.program import Program, TrainState, build_program, check_sources, name_pieces
@@ -244,7 +245,7 @@ def _prepare_data(recipe: Recipe, own: Any, reporter: Reporter, progress: Progre
     if not data.train.num_tokens:
         reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
         return data
-    rows, vocabulary = recipe.model.vocab_size, data.tokenizer.vocab_size
+    rows, vocabulary = vocabulary_of(recipe.model), data.tokenizer.vocab_size
     # Special tokens past the embedding harm nobody unless the template writes them.
     look = vocabulary > rows or own is not None  # a script's own tokens need not be the tokenizer's
     largest = max(store.largest_id for store in (data.train, data.validation)) if look else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainfw import data
 from trainfw.errors import UserError
+from trainfw.models import vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
@@ -58,7 +59,7 @@ def open_batches(
     with recipe.blamed("data"):
         if given is None or data.is_rows(given):
             return data.train_iterator(prepared.train, recipe.data, **batch)
-        vocabulary = recipe.model.vocab_size
+        vocabulary = vocabulary_of(recipe.model)
         return data.StreamIterator(
             given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch
         )

@@ -20,7 +20,7 @@ from trainfw.confined import UnusableError
 from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
 from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
-from trainfw.models import FamilyConfig, abstract_model, dense
+from trainfw.models import FamilyConfig, abstract_model, dense, vocabulary_of
 from trainfw.paths import resolve_path
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.weights.frozen_storage import kept_weight
@@ -84,8 +84,8 @@ class Adapter:
             if differing := int(differs.sum()):
                 raise UserError(
                     f"{self.path}: holds the {name} of its base, which differs from {path}'s in {differing:,} of "
-                    f"{base.config.vocab_size:,} rows: it was changed or trained, and PEFT takes it. Give the model "
-                    "that it was trained on as the base, or merge the adapter with PEFT where it was made"
+                    f"{vocabulary_of(base.config):,} rows: it was changed or trained, and PEFT takes it. Give the "
+                    "model that it was trained on as the base, or merge the adapter with PEFT where it was made"
                 )
         if self.base is not None and self.base["hash"] != (actual_hash := base.fingerprint()):
             raise UserError(other_base(self.path, self.base, path, actual_hash))
@@ -173,7 +173,7 @@ def check_tokenizer(path: str | Path, config: FamilyConfig, tokenizer: Tokenizer
         if (resolve_path(path) / "tokenizer.json").is_file():
             warnings.warn(f"{error}; the weights come without a tokenizer that can be used", stacklevel=1)
         return
-    rows, last = config.vocab_size, tokenizer.vocab_size - 1
+    rows, last = vocabulary_of(config), tokenizer.vocab_size - 1
     template = ChatTemplate.usable(tokenizer)
     around = {} if template is None else template.around_turns
     if past := {*tokenizer.past(rows), *((id_, token) for token, id_ in around.items() if id_ >= rows)}:

@@ -18,8 +18,10 @@ def refuses(request: AttentionRequest) -> str | None:
     """Say why cuDNN's attention cannot do what is asked, as `jax.nn.dot_product_attention` documents and checks it."""
     if request.dtype not in ("bfloat16", "float16"):
         return f"it multiplies bfloat16 or float16, not {request.dtype}"
-    if request.cached or not request.causal or request.query_length != request.key_length:
-        return "it is taken for causal self-attention only"
+    if request.cached or request.query_length != request.key_length:
+        return "it is taken for self-attention only"
+    if not request.causal and (request.segments or request.window is not None):
+        return "without causality it is taken for attention to all keys only"
     if request.softcap is not None:
         return "it does not cap scores"
     if request.head_dim % 8 or request.head_dim > MAX_HEAD_DIM:
@@ -37,18 +39,24 @@ def load(request: AttentionRequest) -> Callable[..., Array]:
     window = None if request.window is None else (request.window - 1, 0)
 
     def attend(
-        q_BSHh: Array, k_BTKh: Array, v_BTKh: Array, mask_BST: Array, *, scale: float, softcap: float | None = None
+        q_BSHh: Array,
+        k_BTKh: Array,
+        v_BTKh: Array,
+        mask_BST: Array | None,
+        *,
+        scale: float,
+        softcap: float | None = None,
     ) -> Array:
         assert softcap is None  # refused
-        # Causal in either case: whole blocks of keys are left out. The mask, where there is more to it, is read as a
+        # Documents are causal too: whole blocks of keys are left out. The mask, where there is more to it, is read as a
         # bias of the scores, one for all heads: less than the scores would be, and cuDNN takes no segments.
         return jax.nn.dot_product_attention(
             q_BSHh,
             k_BTKh,
             v_BTKh,
-            mask=mask_BST[:, None] if request.segments else None,
+            mask=mask_BST[:, None] if request.segments and mask_BST is not None else None,
             scale=scale,
-            is_causal=True,
+            is_causal=request.causal,
             local_window_size=window,
             implementation="cudnn",
         )

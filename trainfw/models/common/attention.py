@@ -90,17 +90,21 @@ def attend(
     q_BSHh: jax.Array,
     k_BTKh: jax.Array,
     v_BTKh: jax.Array,
-    mask_BST: jax.Array,
+    mask_BST: jax.Array | None,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32."""
+    """Softmax attention, o_BSHh. Query head i reads kv head i // (H / K); scores and softmax are f32.
+
+    Without a mask every query sees every key.
+    """
     B, S, H, h = q_BSHh.shape
     q_BSKGh = q_BSHh.reshape(B, S, k_BTKh.shape[2], -1, h)
     scores_BKGST = capped(wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BTKh) * scale, softcap)
     # Finite, so that a row which sees nothing is a plain average rather than NaN.
-    scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, -1e30)
+    if mask_BST is not None:
+        scores_BKGST = jnp.where(mask_BST[:, None, None], scores_BKGST, -1e30)
     weights_BKGST = jax.nn.softmax(scores_BKGST, axis=-1).astype(v_BTKh.dtype)
     return jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKh).reshape(B, S, H, h)
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.common.matmul import Frozen, dense, frozen_product, matmul
 from trainfw.models.decoder.config import Activation
-from trainfw.parallel import all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
+from trainfw.parallel import SPLIT_RULES, all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -83,7 +83,10 @@ def adapted_product(
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias). The kernel is a matrix (in, out), cast to the dtype of x where it is used."""
+    """y = x @ kernel (+ bias). The kernel is a matrix (in, out), cast to the dtype of x where it is used.
+
+    Where its rows are split over `tensor`, y is a part of the sum, and so is the bias that it holds.
+    """
 
     def __init__(
         self,
@@ -96,14 +99,19 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = normal(rngs, shape, std, axes, wide=wide)
-        self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=axes[1:]) if bias else None
+        self.partial = SPLIT_RULES.get(axes[0]) == ("tensor",)
+        bias_axis = "norm" if self.partial else axes[1]
+        self.bias = nnx.Param(jnp.zeros(shape[1], jnp.float32), axes=(bias_axis,)) if bias else None
         self.adapter: Any = nnx.data(None)
         self.fp8 = False
         """True where the product is of 8 bits."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = adapted_product(self, matmul, x, fp8=self.fp8)
-        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(y.dtype), PRODUCT)
+        if self.bias is not None:
+            bias = self.bias[...].astype(y.dtype)
+            y = y + (bias / axis_size("tensor") if self.partial and axis_size("tensor") > 1 else bias)
+        return checkpoint_name(y, PRODUCT)
 
 
 class Embedding(nnx.Module):

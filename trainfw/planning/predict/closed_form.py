@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from trainfw.backends import load_sdk
 from trainfw.hardware import Topology
-from trainfw.models import FeedForward, ModelShapes, Weight, family_of
+from trainfw.models import FeedForward, ModelShapes, Weight, family_of, vocabulary_of
 from trainfw.optim import state_bytes as state_bytes_of
 from trainfw.parallel import Layout, Placement, Sharded, bubble
 from trainfw.planning.predict.step_time import step_time
@@ -70,7 +70,7 @@ class _Case:
         self.recipe, self.layout, self.model, self.train = recipe, layout, recipe.model, recipe.train
         self.shapes = model_shapes(recipe)
         self.tensor, self.microbatch_count = layout.tensor, self.train.accumulation_steps
-        self.width = self.model.hidden_size
+        self.width, self.vocabulary = self.model.hidden_size, vocabulary_of(self.model)
         self.length = recipe.data.sequence_length // layout.context
         self.mine = self.train.global_batch_size // layout.batch_shards
         self.rows = self.mine // self.microbatch_count
@@ -145,7 +145,7 @@ def closed_analysis(recipe: Recipe, layout: Layout) -> Analysis:
     # A stage runs every row of the pipeline through its layers, and rows of no consequence while it idles.
     runs, passes, parts, again = case.runs, case.passes, case.microbatch_count, train.remat != "none"
     dtype, narrow, rows, length = case.dtype, case.narrow, case.rows, case.length
-    vocabulary = case.model.vocab_size // tensor
+    vocabulary = case.vocabulary // tensor
     heads, kv_heads = shapes.num_heads // tensor, max(shapes.num_kv_heads // tensor, 1)  # some share one
     attention_widths = [heads * shapes.head_dim, *2 * [kv_heads * shapes.head_dim]]
 
@@ -228,7 +228,7 @@ def _transfers(case: _Case) -> Iterator[Transfer]:
                 yield Transfer("all-gather", axes, dtype, size, round(max(passes, 2) * uses))
             if axes and shards != "optimizer":
                 yield Transfer("reduce-scatter", axes, dtype, size, uses)
-        table = model.vocab_size * width // tensor
+        table = case.vocabulary * width // tensor
         for size, times in tables:
             name = "f32" if size == 4 else dtype
             if shards == "parameters":
@@ -292,9 +292,9 @@ def closed_memory(recipe: Recipe, layout: Layout, topology: Topology) -> dict[st
     # Of a pipeline, what a stage keeps of the rows of all stages, in its share of the layers: as much as of its own.
     layers, state = case.model.num_layers * case.loaded, case.state()
     layer = _HELD_SCORES * 4 * scores + narrow * tokens * (3 * width + 1.5 * (case.forward / tokens))
-    logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (case.model.vocab_size // tensor)
+    logits = _HELD_LOGITS * 4 * min(tokens, train.loss_chunk) * (case.vocabulary // tensor)
     gathers = case.among > 1 and case.shards == "parameters"
-    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * case.model.vocab_size * width / tensor
+    gathered = 0.0 if not gathers else _HELD_TABLES * 4 * case.vocabulary * width / tensor
     if gathers:  # two layers at a time, where they are gathered ahead
         gathered += 2 * narrow * sum(case.used(w) for w in case.shapes.weights if w.is_matrix)
     return {

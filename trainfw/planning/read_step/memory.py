@@ -419,6 +419,7 @@ class _Known:
         from flax import nnx
         from jax.sharding import NamedSharding
 
+        from trainfw.models import vocabulary_of
         from trainfw.objectives import loss_chunks
 
         recipe, rules, layout = program.recipe, program.rules, program.layout
@@ -457,7 +458,7 @@ class _Known:
             fsdp_shards=frozenset(shards - others),
             whole=frozenset(whole - shards),
             tokens=frozenset({*lengths, *(rows * part for part in lengths), chunk}),
-            logits=_key((chunk, recipe.model.vocab_size // layout.tensor)),
+            logits=_key((chunk, vocabulary_of(recipe.model) // layout.tensor)),
         )
 
     def has_tokens(self, dims: tuple[int, ...]) -> bool:

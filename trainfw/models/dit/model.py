@@ -1,0 +1,231 @@
+"""One family of diffusion transformers; `DiTConfig` makes it DiT or PixArt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trainfw.errors import UserError, did_you_mean
+from trainfw.models.common.adapter_inputs import AdapterInputs
+from trainfw.models.common.layers import Linear, gather_weights, gathered, normal
+from trainfw.models.denoising import Condition
+from trainfw.models.dit.config import DiTConfig
+from trainfw.models.dit.family import TIME_FEATURES
+from trainfw.models.dit.layers import Conditions, DiTLayer, Turns, glorot, linear, modulated, parts_of, table
+from trainfw.models.family import ModelOptions
+from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, init_stack
+from trainfw.parallel import all_gather, all_reduce, axis_index, axis_size
+
+FINAL_EPS = 1e-6
+"""Added to the variance in the final norm, in every published model."""
+_LONGEST_PERIOD = 10_000.0
+
+
+class TwoMaps(nnx.Module):
+    """output(activation(input(x))), with biases: of times (silu), of captions (gelu), of their vectors (silu).
+
+    Its width is split over `tensor` where `split` says so, and its devices add up what each makes of its part.
+    """
+
+    def __init__(self, size: int, hidden_size: int, std: float, rngs: nnx.Rngs, *, split: bool = False):
+        self.split, inner = split, "mlp" if split else "hidden"
+        # Of both matrices the larger dim is what is kept split.
+        self.input = linear((size, hidden_size), ("features", "mlp" if split else "embed"), rngs, std)
+        self.output = linear((hidden_size, hidden_size), (inner, "embed"), rngs, std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.input(x)
+        y = jax.nn.gelu(y, approximate=True) if self.split else jax.nn.silu(y)
+        return all_reduce(self.output(y), "tensor") if self.split else self.output(y)
+
+
+class Final(nnx.Module):
+    """A modulated norm and the map to patches, both zero at first.
+
+    The modulation is a layer's: made of the condition, or a table added to it.
+    """
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        D, out = config.hidden_size, config.patch_size**2 * config.out_channels
+        cross = config.conditioning == "cross"
+        self.modulation = None if cross else linear((D, 2 * D), ("embed", "hidden"), rngs, 0.0)
+        self.table = table(2, D, rngs) if cross else None
+        self.output = linear((D, out), ("embed", "patch"), rngs, 0.0)
+
+    def __call__(self, x_BSD: jax.Array, condition_BD: jax.Array) -> jax.Array:
+        if self.modulation is not None:
+            shift, scale = parts_of(self.modulation(jax.nn.silu(condition_BD).astype(x_BSD.dtype)), 2)
+        else:
+            assert self.table is not None
+            shift, scale = (row + condition_BD[:, None] for row in jnp.split(self.table[...], 2))
+        return self.output(modulated(x_BSD, shift, scale, FINAL_EPS)).astype(jnp.float32)
+
+
+class DiT(nnx.Module):
+    """Noised images to predictions, of the shape that the config says: a `DenoisingModel`.
+
+    All its state is `nnx.Param`, in f32, with the logical names of its dims as `axes`.
+    """
+
+    def __init__(self, config: DiTConfig, options: ModelOptions | None = None, *, rngs: nnx.Rngs):
+        options = options or ModelOptions()
+        if options.remat not in REMAT_POLICIES:
+            raise UserError(f"remat: unknown policy {options.remat!r}{did_you_mean(options.remat, REMAT_POLICIES)}")
+        self.config, self.options = config, options
+        self.adapter_names: tuple[str, ...] = ()
+        """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+        D, std = config.hidden_size, config.init_std
+        size = (config.patch_size**2 * config.channels, D)
+        self.patch = Linear(size, ("patch", "embed"), std=glorot(size), bias=True, rngs=rngs)
+        self.time = TwoMaps(TIME_FEATURES, D, std, rngs)
+        classes = config.num_classes
+        self.classes = None if classes is None else normal(rngs, (classes + 1, D), std, ("classes", "embed"))
+        cross, features = config.conditioning == "cross", config.caption_size or 0
+        self.caption = TwoMaps(features, D, std, rngs, split=True) if cross else None
+        self.modulation = linear((D, 6 * D), ("embed", "mlp"), rngs, std) if cross else None
+        fp8 = options.matmul_dtype == "fp8"
+        self.layers = init_stack(lambda rngs: DiTLayer(config, rngs), config.num_layers, rngs, fp8=fp8)
+        if fp8 and self.layers.modulation is not None:
+            self.layers.modulation.map.fp8 = False  # of one row for an image, and it scales all of its patches
+        self.final = Final(config, rngs)
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.options.compute_dtype
+
+    @property
+    def stack(self) -> LayerStack:
+        config = self.config
+        return LayerStack(self.layers, _run_layer, config.layer_kinds, config.layer_period, self.options)
+
+    def patches(self, x_BHWC: jax.Array) -> jax.Array:
+        """See `DenoisingModel`."""
+        B, H, W, C = x_BHWC.shape
+        p = self.config.patch_size
+        x = x_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        return own_part(x.reshape(B, -1, p * p * C))
+
+    def unpatched(self, x_BSO: jax.Array) -> jax.Array:
+        """See `DenoisingModel`."""
+        x_BSO = all_gather(all_gather(x_BSO, "tensor", 1), "context", 1)
+        p, grid = self.config.patch_size, self.config.grid
+        x = x_BSO.reshape(-1, grid, grid, p, p, x_BSO.shape[-1] // p**2).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(x.shape[0], grid * p, grid * p, -1)
+
+    def forward(
+        self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, *, adapters: AdapterInputs | None = None
+    ) -> jax.Array:
+        """See `DenoisingModel`."""
+        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        x_BSD = gathered(self.patch, dtype)(self.patches(x_BHWC).astype(dtype))
+        if config.positions == "sincos":
+            x_BSD = (x_BSD.astype(jnp.float32) + own_part(positions(config)[None])).astype(dtype)
+        condition_BD = self.condition(time_B, condition)
+        side = self._side(condition_BD, condition, dtype)
+        turns = self._turns() if config.positions == "rotary" else None
+        x_BSD, _ = self.stack.run(x_BSD, side, lambda side: replace(side, turns=turns), adapters=adapters)
+        return gathered(self.final, dtype)(x_BSD, condition_BD)
+
+    def condition(self, time_B: jax.Array, condition: Condition) -> jax.Array:
+        """Return the sum of what is made of the time and of the class, f32[B, D]."""
+        # DiT's frequencies as diffusers has them end a step sooner.
+        last = 1 if self.config.conditioning in ("none", "class") else 0
+        condition_BD = gathered(self.time, jnp.float32)(time_features(time_B, last))
+        if self.classes is not None:
+            label_B = _needed(condition.label_B, "label", self.config)
+            if condition.keep_B is not None:
+                label_B = jnp.where(condition.keep_B > 0.5, label_B, self.classes.shape[0] - 1)
+            # Looked up in f32, so that the gradients of a frequent class add up in f32.
+            whole = gathered_array(self.classes)
+            condition_BD = condition_BD + jnp.take(whole, label_B, axis=0, mode="clip")
+        return condition_BD
+
+    def _side(self, condition_BD: jax.Array, condition: Condition, dtype: jnp.dtype) -> Conditions:
+        """Return what layers share of each row: their modulation, or what it is made of; caption; its mask."""
+        active_BD = jax.nn.silu(condition_BD)
+        if self.modulation is None or self.caption is None:
+            return Conditions(active_BD)
+        shared_BM = all_gather(gathered(self.modulation, jnp.float32)(active_BD), "tensor", 1)
+        caption_BTF, mask_BT = kept_caption(condition, self.config)
+        return Conditions(shared_BM, gathered(self.caption, dtype)(caption_BTF.astype(dtype)), mask_BT)
+
+    def _turns(self) -> Turns:
+        angles_NP = rotary_angles(self.config)
+        mine = own_part(angles_NP[None], ("context",))
+        return jax.lax.optimization_barrier((jnp.cos(mine), jnp.sin(mine)))
+
+
+def _run_layer(
+    layer: DiTLayer, x_BSD: jax.Array, conditions: Conditions, own: None, kind: str
+) -> tuple[jax.Array, None]:
+    return layer(x_BSD, conditions), None
+
+
+def gathered_array(weight: nnx.Variable) -> jax.Array:
+    """Return a weight that no module holds as it is used, f32."""
+    ((_, whole),) = nnx.to_flat_state(gather_weights(nnx.State({"weight": weight}), jnp.dtype(jnp.float32)))
+    return whole.get_value()
+
+
+def own_part(x_BNO: jax.Array, axes: tuple[str, ...] = ("context", "tensor")) -> jax.Array:
+    """Take this device's part of a sequence that every device has whole: over the first axis, then within it."""
+    count, place = axis_size(axes), jnp.int32(0)
+    for axis in axes:
+        place = place * axis_size(axis) + axis_index(axis)
+    size = x_BNO.shape[1] // count
+    return x_BNO if count == 1 else jax.lax.dynamic_slice_in_dim(x_BNO, place * size, size, 1)
+
+
+def _needed(array: jax.Array | None, name: str, config: DiTConfig) -> jax.Array:
+    if array is None:
+        raise UserError(f"condition: a model with conditioning: {config.conditioning} needs the {name} of every image")
+    return array
+
+
+def kept_caption(condition: Condition, config: DiTConfig) -> tuple[jax.Array, jax.Array]:
+    """Return the captions' features and mask, all zeros and all kept where the condition is left out."""
+    caption_BTF, mask_BT = _needed(condition.caption_BTF, "caption", config), condition.caption_mask_BT
+    mask_BT = jnp.ones(caption_BTF.shape[:2], jnp.float32) if mask_BT is None else mask_BT
+    if condition.keep_B is None:
+        return caption_BTF, mask_BT
+    keep_B1 = condition.keep_B[:, None] > 0.5
+    return jnp.where(keep_B1[..., None], caption_BTF, 0.0), jnp.where(keep_B1, mask_BT, 1.0)
+
+
+def time_features(time_B: jax.Array, last: int) -> jax.Array:
+    """Cosines, then sines, of times at frequencies from 1 to 1/10,000, f32[B, TIME_FEATURES].
+
+    Args:
+        last: 1 where the last frequency is 1/10,000, 0 where the one after it would be.
+    """
+    half = TIME_FEATURES // 2
+    exponents = np.float32(-math.log(_LONGEST_PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half - last)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = time_B.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def positions(config: DiTConfig) -> jax.Array:
+    """Sin-cos positions of all patches, f32[N, D]: half of the numbers say the column, the others the row."""
+    grid, quarter = config.grid, config.hidden_size // 4
+    largest = config.largest_grid or grid
+    places = (np.arange(grid) + (largest - grid) // 2) * (grid / largest) / config.position_scale
+    angles = np.outer(places, _LONGEST_PERIOD ** -(np.arange(quarter) / quarter))
+    one = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+    shape = (grid, grid, 2 * quarter)
+    both = jnp.broadcast_to(one[None], shape), jnp.broadcast_to(one[:, None], shape)
+    return jnp.concatenate(both, axis=-1).reshape(grid * grid, -1)
+
+
+def rotary_angles(config: DiTConfig) -> jax.Array:
+    """Angles by which pairs of a head's numbers turn, f32[N, h / 2]: half of them by the row, half by the column."""
+    grid, quarter = config.grid, config.head_dim // 4
+    one = np.outer(np.arange(grid), _LONGEST_PERIOD ** -(np.arange(quarter) / quarter)).astype(np.float32)
+    shape = (grid, grid, quarter)
+    both = jnp.broadcast_to(one[:, None], shape), jnp.broadcast_to(one[None], shape)
+    return jnp.concatenate(both, axis=-1).reshape(grid * grid, -1)
