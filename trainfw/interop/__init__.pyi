@@ -1,6 +1,8 @@
 from .configs import config_from_huggingface as config_from_huggingface
 from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
+from .diffusers.autoencoder import open_autoencoder as open_autoencoder
+from .diffusers.autoencoder import save_autoencoder as save_autoencoder
 from .diffusers.scheduler import read_scheduler as read_scheduler
 from .diffusers.scheduler import scheduler_from_diffusers as scheduler_from_diffusers
 from .diffusers.scheduler import scheduler_to_diffusers as scheduler_to_diffusers

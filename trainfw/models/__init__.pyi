@@ -1,3 +1,5 @@
+from .autoencoder.config import AutoencoderConfig as AutoencoderConfig
+from .autoencoder.model import Autoencoder as Autoencoder
 from .common.adapter_inputs import AdapterInputs as AdapterInputs
 from .common.adapter_inputs import active_inputs as active_inputs
 from .common.adapter_inputs import use_inputs as use_inputs
@@ -37,6 +39,7 @@ from .dit.config import DiTConfig as DiTConfig
 from .dit.model import DiT as DiT
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
 from .family import Conditioning as Conditioning
+from .family import DenoisingFamilyConfig as DenoisingFamilyConfig
 from .family import Family as Family
 from .family import FamilyConfig as FamilyConfig
 from .family import ImageFamilyConfig as ImageFamilyConfig
@@ -44,6 +47,7 @@ from .family import Limit as Limit
 from .family import ModelOptions as ModelOptions
 from .family import ModelSection as ModelSection
 from .family import TokenFamilyConfig as TokenFamilyConfig
+from .family import conditioning_of as conditioning_of
 from .family import dims_of as dims_of
 from .family import family_of as family_of
 from .family import flops_per_token as flops_per_token

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 Remat: TypeAlias = Literal["none", "dots", "full", "stage"]
 DEFAULT_FAMILY = "decoder"
-FAMILIES = {"decoder": "trainfw.models.decoder.family:Decoder", "dit": "trainfw.models.dit.family:DiffusionTransformer"}
+FAMILIES = {
+    "decoder": "trainfw.models.decoder.family:Decoder",
+    "dit": "trainfw.models.dit.family:DiffusionTransformer",
+    "autoencoder": "trainfw.models.autoencoder.family:ImageAutoencoder",
+}
 """Families by the name that recipes use."""
 
 
@@ -33,8 +37,9 @@ class FamilyConfig(Config):
     """The section `model` of a recipe, as far as every family has it."""
 
     family: str = DEFAULT_FAMILY
-    """The kind of model: `decoder`, a decoder-only transformer; `dit`, a diffusion transformer; or your own,
-    `package.module:Name`, whose config then says which other keys there are: see `trainfw.models.Family`."""
+    """The kind of model: `decoder`, a decoder-only transformer; `dit`, a diffusion transformer; `autoencoder`, a
+    convolutional one of images; or your own, `package.module:Name`, whose config then says which other keys there are:
+    see `trainfw.models.Family`."""
     from_: str | None = Field(default=None, alias="from")
     """Start from these weights: a run directory of the same family."""
     hidden_size: Dim
@@ -85,6 +90,12 @@ class ImageFamilyConfig(FamilyConfig):
     """Height and width of an image: pixels, or latents of an autoencoder."""
     channels: Dim
     """C: channels of an image."""
+
+
+class DenoisingFamilyConfig(ImageFamilyConfig):
+    """The section `model` of a model that takes noise out of images (`DenoisingModel`), as far as every such family has
+    it."""
+
     conditioning: Conditioning = "none"
     """Condition of an image beside the time: none; its `class`; or a caption, which patches read by `cross` attention
     (PixArt) or which is a stream of the layers' own, `joint` with the patches (SD3)."""
@@ -247,6 +258,11 @@ def image_config(config: FamilyConfig) -> ImageFamilyConfig:
     """Return the config of a model of images as one."""
     assert isinstance(config, ImageFamilyConfig)  # `load_family` has seen to it
     return config
+
+
+def conditioning_of(config: FamilyConfig) -> Conditioning:
+    """Return the condition that a model of images is given."""
+    return config.conditioning if isinstance(config, DenoisingFamilyConfig) else "none"
 
 
 def vocabulary_of(config: FamilyConfig) -> int:

@@ -1,4 +1,5 @@
 from .config import DIFFUSION as DIFFUSION
+from .config import IMAGES as IMAGES
 from .config import OBJECTIVES as OBJECTIVES
 from .config import PREFERENCES as PREFERENCES
 from .config import ObjectiveConfig as ObjectiveConfig
@@ -28,6 +29,7 @@ from .objective import drawn_batch as drawn_batch
 from .objective import metrics_of as metrics_of
 from .objective import reads_of as reads_of
 from .preference import Preference as Preference
+from .reconstruction import Reconstruction as Reconstruction
 from .registry import check_objective as check_objective
 from .registry import make_objective as make_objective
 from .schema import Field as Field

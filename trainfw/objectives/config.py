@@ -11,17 +11,20 @@ from trainfw.pieces import is_own
 PREFERENCES = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 """Losses of pairs, each with its default beta: the papers' or TRL's."""
 DIFFUSION = ("flow_matching", "ddpm")
-"""Losses of images."""
-OBJECTIVES = ("next_token", *PREFERENCES, *DIFFUSION)
+"""Losses of models that take noise out of images."""
+IMAGES = (*DIFFUSION, "reconstruction")
+OBJECTIVES = ("next_token", *PREFERENCES, *IMAGES)
 
 Times: TypeAlias = Literal["uniform", "logit_normal"]
 Betas: TypeAlias = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Prediction: TypeAlias = Literal["epsilon", "v"]
+ReconstructionError: TypeAlias = Literal["l1", "l2"]
 _Beta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 _OF_ONE = {
     **dict.fromkeys(("times", "logit_mean", "logit_std", "shift"), ("flow_matching",)),
     **dict.fromkeys(("prediction", "betas", "beta_start", "beta_end", "min_snr_gamma"), ("ddpm",)),
     "drop_condition": DIFFUSION,
+    **dict.fromkeys(("error", "kl_weight"), ("reconstruction",)),
 }
 """Keys of images' losses, and which have them."""
 
@@ -34,8 +37,8 @@ class ObjectiveConfig(Config):
     preferences`): `dpo` and `ipo`, which compare the model with the one it starts from (with an adapter, that is the
     model without it, at no memory more); `simpo` and `orpo`, which need no other model. Of images
     (`data.format: images`): `flow_matching`, which learns the velocity of a rectified flow, and `ddpm`, which learns
-    the noise that was added in some of 1000 steps. Or your own, `package.module:Name`: see
-    `trainfw.objectives.Objective`."""
+    the noise that was added in some of 1000 steps; and `reconstruction`, of autoencoders: to make images again of their
+    latents. Or your own, `package.module:Name`: see `trainfw.objectives.Objective`."""
     beta: PositiveFloat | None = None
     """Scale of a loss of pairs. `dpo`: how close to stay to the reference (default 0.1); `ipo`: likewise, 1 / (2 beta)
     is the margin that is aimed at (0.1); `simpo`: scale of the rewards (2.0); `orpo`: weight of the odds ratio (0.1).
@@ -66,6 +69,11 @@ class ObjectiveConfig(Config):
     left out: all alike."""
     drop_condition: float | None = Field(default=None, ge=0, lt=1)
     """Share of images whose class or caption is left out in training, so that drawing can be guided (default 0.1)."""
+    error: ReconstructionError | None = None
+    """Error of `reconstruction`: of absolute differences (`l1`, default) or of squared ones (`l2`)."""
+    kl_weight: float | None = Field(default=None, ge=0)
+    """Weight in `reconstruction` of the latents' divergence from normal noise, each summed over an image (default
+    1e-6)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of your own objective, by name."""
 
@@ -100,7 +108,7 @@ class ObjectiveConfig(Config):
     @property
     def reads_images(self) -> bool:
         """Tell whether it is a loss of images; one of your own says so itself (`reads_of`)."""
-        return self.name in DIFFUSION
+        return self.name in IMAGES
 
     @property
     def of_images(self) -> dict[str, Any]:

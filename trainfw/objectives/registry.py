@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from trainfw.errors import about, expect
+from trainfw.errors import UserError, about, expect
 from trainfw.objectives.config import PREFERENCES, ObjectiveConfig
 from trainfw.objectives.contract import check_parts_of, check_reads
 from trainfw.objectives.diffusion import DDPM, FlowMatching
 from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
+from trainfw.objectives.reconstruction import Reconstruction
 from trainfw.objectives.schema import ImageShape
 from trainfw.pieces import is_own, load_piece, make_piece
 
@@ -18,6 +19,7 @@ _CLASSES = {
     **dict.fromkeys(PREFERENCES, Preference),
     "flow_matching": FlowMatching,
     "ddpm": DDPM,
+    "reconstruction": Reconstruction,
 }
 
 
@@ -30,7 +32,8 @@ def make_objective(
     pairs_per_row: int,
     image: ImageShape | None = None,
 ) -> Objective:
-    """Return what a model learns; see `NextToken`, `Preference`, `FlowMatching` and `DDPM`.
+    """Return what a model learns; see `NextToken`, `Preference`, `FlowMatching`, `DDPM` and
+    `Reconstruction`.
 
     Raises UserError where one's own cannot be made, or it does not read what the model does.
 
@@ -49,6 +52,11 @@ def make_objective(
         return Preference(
             cast(PreferenceLoss, config.name), config.beta_or_default, config.margin, pairs_per_row, chunk
         )
+    if (config.name == "reconstruction") != (image.latent_channels is not None):
+        learnt = "an autoencoder" if image.latent_channels is not None else "no autoencoder"
+        raise UserError(f"name = {config.name!r}: does not suit a model that is {learnt}")
+    if config.name == "reconstruction":
+        return Reconstruction(image, **config.of_images)
     with about("drop_condition"):
         dropped = config.drop_condition
         expect("drop_condition", dropped, not dropped or image.conditioning != "none", "0: the model has no condition")

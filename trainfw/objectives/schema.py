@@ -67,6 +67,9 @@ class ImageShape:
     """Tokens of a caption."""
     caption_size: int | None = None
     """Features of a token."""
+    latent_channels: int | None = None
+    """C of the latents that an autoencoder makes of them, of a square of `num_patches` places; None for other
+    models."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def build_program(
         sharding = place.rules.sharding("batch", shape, tuple(dims))
         abstract_batch[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     local = LocalComputation(recipe, place, models, objective)
-    functions_of_images = _denoise(local, abstract_state, abstract_batch) if recipe.reads_images else {}
+    functions_of_images = _denoise(local, abstract_state, abstract_batch) if hasattr(objective, "schedule") else {}
     gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
         recipe=recipe,
@@ -138,15 +138,10 @@ def _image_shape(recipe: Recipe) -> objectives.ImageShape | None:
     """Return the sizes of the images that a recipe's model reads; None where it reads tokens."""
     if not recipe.reads_images:
         return None
-    model = image_config(recipe.model)
-    return objectives.ImageShape(
-        model.image_size,
-        model.channels,
-        recipe.sequence_length,
-        model.conditioning,
-        model.caption_length,
-        model.caption_size,
-    )
+    model: Any = image_config(recipe.model)
+    names = ("conditioning", "caption_length", "caption_size", "latent_channels")
+    given = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    return objectives.ImageShape(model.image_size, model.channels, recipe.sequence_length, **given)
 
 
 def _schema(recipe: Recipe, objective: objectives.Objective) -> objectives.Schema:

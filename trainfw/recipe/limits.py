@@ -60,9 +60,13 @@ def _of_model(recipe: Recipe, layout: parallel.Layout) -> Iterator[LayoutProblem
             used = [axis for axis in axes if layout.sizes.get(axis, 1) > 1]
             named = " * ".join(axis for axis in axes if axis == axes[0] or axis in used)
             key, value = f"model.{limit.field}", operator.attrgetter(limit.field)(recipe.model)
-            whole = "" if limit.size == value else f"of which there are {limit.size:,} in all, "
+            if isinstance(value, tuple):  # of several sizes, each with a limit
+                whole, shown = f"of which {limit.size:,} ", f"{list(value)}"
+            else:
+                whole = "" if limit.size == value else f"of which there are {limit.size:,} in all, "
+                shown = f"{value:,}"
             verb = "is no multiple nor divisor of" if limit.shared else "does not divide over"
-            yield LayoutProblem(key, f"{key} = {value:,} {verb} {named}", whole + _why(limit, layout, used))
+            yield LayoutProblem(key, f"{key} = {shown} {verb} {named}", whole + _why(limit, layout, used))
 
 
 def _why(limit: Limit, layout: parallel.Layout, axes: list[str]) -> str:

@@ -22,7 +22,7 @@ from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
 from trainfw.models import DEFAULT_FAMILY, FamilyConfig, ModelSection, family_of, load_family
-from trainfw.objectives import DIFFUSION, OBJECTIVES, ObjectiveConfig
+from trainfw.objectives import IMAGES, OBJECTIVES, ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.pieces import is_own
@@ -85,7 +85,7 @@ class Recipe(Config):
                 "data.format", f"{self.data.format}, but model.family {family!r} learns from {things}: set it to {form}"
             )
         if not is_own(self.objective.name) and images != self.objective.reads_images:
-            names = DIFFUSION if images else [name for name in OBJECTIVES if name not in DIFFUSION]
+            names = IMAGES if images else [name for name in OBJECTIVES if name not in IMAGES]
             invalid(
                 "objective.name",
                 f"{self.objective.name!r} does not suit model.family {family!r}: one of {', '.join(names)}",

@@ -16,7 +16,7 @@ import numpy as np
 from trainfw import sampling
 from trainfw.data import PreparedImages, Progress, read_classes
 from trainfw.errors import UserError, did_you_mean, short
-from trainfw.models import image_config
+from trainfw.models import conditioning_of
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
@@ -112,9 +112,9 @@ class Drawer:
         return predict
 
     def _conditions(self, prompts: list[str | None], progress: Progress | None) -> dict[str, np.ndarray]:
-        model = image_config(self.program.recipe.model)
+        conditioning = conditioning_of(self.program.recipe.model)
         given = [prompt for prompt in prompts if prompt is not None]
-        if model.conditioning == "none":
+        if conditioning == "none":
             if given:
                 raise UserError(
                     f"prompt {short(given[0])}: the model was trained without classes or captions; leave it out"
@@ -123,7 +123,7 @@ class Drawer:
         if len(given) < len(prompts):
             kinds = f"one of its classes, {', '.join(self.classes[:12])}" if self.classes else "a caption"
             raise UserError(f"prompt: the model draws {kinds}: give one (--prompt)")
-        if model.conditioning == "class":
+        if conditioning == "class":
             for name in given:
                 if name not in self.classes:
                     raise UserError(
@@ -155,9 +155,11 @@ def load_drawer(
     devices = jax.device_count()
     rows = math.ceil(min(count, _MOST_AT_ONCE) / devices) * devices
     recipe = load_recipe(run.recipe_file, [*ANY_DEVICES, f"train.global_batch_size={rows}"])
-    if not recipe.reads_images:
-        raise UserError(f"{path}: is a run of family {recipe.model.family!r}, which draws no pictures")
     program = build_program(recipe)
+    if "denoise" not in program.functions:
+        raise UserError(
+            f"{path}: is a run of {recipe.objective.name} and family {recipe.model.family!r}, which draws none"
+        )
     averaged = reads_average(path_text(path), weights)
     params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
     return Drawer(program, program.functions["denoise"].compile(), params, frozen, read_classes(run.path))
@@ -177,7 +179,7 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 def sample_prompts(recipe: Recipe, prepared: PreparedImages, count: int) -> list[str | None]:
     """Return prompts for a grid of samples: the classes in turn, or the first held-out captions."""
-    match image_config(recipe.model).conditioning:
+    match conditioning_of(recipe.model):
         case "none":
             return [None] * count
         case "class":

@@ -63,7 +63,7 @@ class Outcome:
     def draw_samples(self, state: TrainState, step: int) -> None:
         """Draw held-out conditions of a model of images as one picture: samples/step-N.png, and in TensorBoard."""
         count = self.recipe.train.sample_images
-        if not self.recipe.reads_images or not count or jax.process_count() > 1:
+        if "denoise" not in self.program.functions or not count or jax.process_count() > 1:
             return
         assert isinstance(self.data, PreparedImages)
         file = self.run.path / "samples" / f"step-{step:06}.png"

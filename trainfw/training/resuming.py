@@ -50,7 +50,9 @@ _KEYS: dict[Effect, str] = {
         model.moe.dispatch model.moe.capacity_factor model.moe.balance_loss model.moe.z_loss
         adapter.alpha adapter.dropout adapter.base adapter.block adapter.exclude
         data.mask_documents
-        objective.name objective.beta objective.margin objective.options
+        objective.name objective.beta objective.margin objective.options objective.times objective.logit_mean
+        objective.logit_std objective.shift objective.prediction objective.betas objective.beta_start objective.beta_end
+        objective.min_snr_gamma objective.drop_condition objective.error objective.kl_weight
         optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
         optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
         optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm optimizer.ema
@@ -143,6 +145,7 @@ def effect_of(key: str) -> Effect:
     """Return the effect of the key, or of the nearest section it is in (`parallel.rules.embed`)."""
     while key not in EFFECTS:
         key = key.rpartition(".")[0]
+        assert key, "every section is listed"
     return EFFECTS[key]
 
 

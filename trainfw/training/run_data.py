@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from trainfw import data
 from trainfw.errors import UserError
-from trainfw.models import image_config, vocabulary_of
+from trainfw.models import DenoisingFamilyConfig, conditioning_of, image_config, vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
@@ -92,7 +92,7 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
     Raises UserError where there are more classes than the model has, or no captions.
     """
     model = image_config(recipe.model)
-    conditioning = model.conditioning
+    conditioning = conditioning_of(model)
     encoder = encoder_of(recipe) if conditioning in ("cross", "joint") else None
     needed: Literal["label"] | None = "label" if conditioning == "class" else None
     with recipe.blamed("data"):
@@ -104,14 +104,19 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
             encoder=encoder,
             progress=progress,
         )
-    if conditioning == "class" and len(prepared.classes) > (model.num_classes or 0):
+    if conditioning == "class" and len(prepared.classes) > (_denoising(recipe).num_classes or 0):
         raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
     return prepared
 
 
+def _denoising(recipe: Recipe) -> DenoisingFamilyConfig:
+    assert isinstance(recipe.model, DenoisingFamilyConfig)  # what has a condition is one
+    return recipe.model
+
+
 def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
     """Return the text encoder of a model of images. Raises UserError where it is none, or does not fit the model."""
-    model = image_config(recipe.model)
+    model = _denoising(recipe)
     length, size = model.caption_length, model.caption_size
     assert length is not None and size is not None  # noqa: PT018  # its config has seen to it
     with recipe.blamed("model.text_encoder"):

@@ -11,10 +11,10 @@ from pydantic import PositiveFloat, model_validator
 
 from trainfw.config import Dim, invalid
 from trainfw.errors import did_you_mean
-from trainfw.models.family import ImageFamilyConfig
+from trainfw.models.family import DenoisingFamilyConfig
 
 
-class DiTConfig(ImageFamilyConfig):
+class DiTConfig(DenoisingFamilyConfig):
     """A diffusion transformer. `preset` gives the values of a published model; other fields override them."""
 
     family: str = "dit"
