@@ -32,7 +32,7 @@ def recipe_of(directory, model=CLASSES, *overrides):
         },
         "data": {"format": "images", "source": "digits", "cache_dir": str(directory / "cache")},
         "objective": {"name": "flow_matching"},
-        "optimizer": {"learning_rate": 3.0e-3, "ema": 0.9},
+        "optimizer": {"learning_rate": 3.0e-3, "schedule": "constant", "ema": 0.9},
         "train": {"steps": 6, "global_batch_size": 8, "log_every": 1, "sample_images": 4, "validation_batches": 1},
         "checkpoint": {"every": 3},
     }
