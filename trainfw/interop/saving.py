@@ -103,7 +103,7 @@ def _save(
         (temporary / "config.json").write_text(json.dumps(huggingface, indent=2, sort_keys=True) + "\n", "utf-8")
         for file, names in zip(files, shards):
             with open(temporary / file, "wb") as stream:
-                stream.write(_header({name: infos[name] for name in names}))
+                stream.write(safetensors_header({name: infos[name] for name in names}))
                 for name in names:
                     for part in chunks(tensors, name, cast_to):
                         if not np.isfinite(part).all():
@@ -136,7 +136,7 @@ def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
     return [sorted(shard, key=lambda name: -infos[name].dtype.itemsize) for shard in shards]
 
 
-def _header(infos: Mapping[str, TensorInfo]) -> bytes:
+def safetensors_header(infos: Mapping[str, TensorInfo]) -> bytes:
     """Return the header of a file with these tensors in order, padded: values begin at a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
