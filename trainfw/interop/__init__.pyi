@@ -6,6 +6,11 @@ from .diffusers.autoencoder import save_autoencoder as save_autoencoder
 from .diffusers.scheduler import read_scheduler as read_scheduler
 from .diffusers.scheduler import scheduler_from_diffusers as scheduler_from_diffusers
 from .diffusers.scheduler import scheduler_to_diffusers as scheduler_to_diffusers
+from .diffusers.transformer import DiffusersTransformer as DiffusersTransformer
+from .diffusers.transformer import open_transformer as open_transformer
+from .diffusers.transformer import save_transformer as save_transformer
+from .diffusers.transformer_config import transformer_from_diffusers as transformer_from_diffusers
+from .diffusers.transformer_config import transformer_to_diffusers as transformer_to_diffusers
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf

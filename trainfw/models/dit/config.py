@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import PositiveFloat, model_validator
@@ -52,7 +52,7 @@ class DiTConfig(DenoisingFamilyConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _filled(cls, data: Any) -> Any:
+    def _filled(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         preset = data.get("preset")
@@ -105,7 +105,7 @@ class DiTConfig(DenoisingFamilyConfig):
         return self
 
     @property
-    def layer_kinds(self) -> tuple[Any, ...]:
+    def layer_kinds(self) -> tuple[str, ...]:
         """The kind of every layer that is stacked: with `joint` the last is of another shape, and is not."""
         return ("layer",) * (self.num_layers - (self.conditioning == "joint"))
 
@@ -120,7 +120,7 @@ class DiTConfig(DenoisingFamilyConfig):
 
 
 @functools.cache
-def load_presets() -> dict[str, dict[str, Any]]:
+def load_presets() -> dict[str, dict[str, object]]:
     """The presets by name, as plain fields of `DiTConfig` (presets.yaml; where its figures come from is dropped)."""
     presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
     for fields in presets.values():

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainfw.models.dit.config import DiTConfig
 from trainfw.models.family import Family, Limit, ModelOptions
@@ -78,8 +78,8 @@ class DiffusionTransformer(Family):
         matrices = of_patch + (of_image + of_token * length) / sequence_length
         return 6.0 * matrices + 12.0 * width * attended
 
-    def tiny(self, config: DiTConfig, *, layers: int, tensor: int) -> dict[str, Any]:
-        small: dict[str, Any] = {
+    def tiny(self, config: DiTConfig, *, layers: int, tensor: int) -> dict[str, object]:
+        small: dict[str, object] = {
             "image_size": 8 * config.patch_size,
             "hidden_size": 64,
             "intermediate_size": 64,

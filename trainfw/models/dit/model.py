@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from trainfw.models.family import ModelOptions
 from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, checkpointed, init_stack
 from trainfw.parallel import all_gather, all_reduce, axis_index, axis_size
 
+S = TypeVar("S", jax.Array, Streams)
 FINAL_EPS = 1e-6
 """Added to the variance in the final norm, in every published model."""
 _LONGEST_PERIOD = 10_000.0
@@ -202,7 +204,9 @@ class DiT(nnx.Module):
         return jax.lax.optimization_barrier((jnp.cos(mine), jnp.sin(mine)))
 
 
-def _run_layer(layer: Any, streams: Any, conditions: Conditions, own: None, kind: str) -> tuple[Any, None]:
+def _run_layer(
+    layer: Callable[[S, Conditions], S], streams: S, conditions: Conditions, own: None, kind: str
+) -> tuple[S, None]:
     return layer(streams, conditions), None
 
 
@@ -280,14 +284,19 @@ def time_features(time_B: jax.Array, last: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def position_rows(config: DiTConfig, places: np.ndarray) -> np.ndarray:
+    """Return the sines, then cosines, of places in a row or column of the largest grid, f32[n, D / 2]."""
+    grid, quarter = config.grid, config.hidden_size // 4
+    steps = places * (grid / (config.largest_grid or grid)) / config.position_scale
+    angles = np.outer(steps, _LONGEST_PERIOD ** -(np.arange(quarter) / quarter))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 def positions(config: DiTConfig) -> jax.Array:
     """Sin-cos positions of all patches, f32[N, D]: half of the numbers say the column, the others the row."""
-    grid, quarter = config.grid, config.hidden_size // 4
-    largest = config.largest_grid or grid
-    places = (np.arange(grid) + (largest - grid) // 2) * (grid / largest) / config.position_scale
-    angles = np.outer(places, _LONGEST_PERIOD ** -(np.arange(quarter) / quarter))
-    one = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
-    shape = (grid, grid, 2 * quarter)
+    grid = config.grid
+    one = jnp.asarray(position_rows(config, np.arange(grid) + ((config.largest_grid or grid) - grid) // 2))
+    shape = (grid, grid, one.shape[1])
     both = jnp.broadcast_to(one[None], shape), jnp.broadcast_to(one[:, None], shape)
     return jnp.concatenate(both, axis=-1).reshape(grid * grid, -1)
 
