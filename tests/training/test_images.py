@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers import Heard, losses
 from trainfw import UserError, load_drawer, load_recipe, train
-from trainfw.cli import main
+from trainfw.cli.generate import generate as pictures
 from trainfw.training import evaluate, tiny_overrides
 from trainfw.training.run_directory import RunDirectory
 
@@ -83,13 +83,16 @@ def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
 def test_generate_writes_a_grid_and_refuses_what_does_not_apply(run, tmp_path, capsys):
     result, _ = run
     out = tmp_path / "seven.png"
-    command = ["generate", str(result.run_dir), "--prompt", "7", "--out", str(out), "--steps", "2"]
-    assert main([*command, "--count", "4"]) == 0
+
+    def generate(**options):
+        return pictures(str(result.run_dir), prompt=["7"], out=str(out), steps=2, **options)
+
+    generate(count=4)
     assert Image.open(out).size == (17, 17)
     assert "4 pictures in" in capsys.readouterr().out
-    for more, problem in (([], "exists already"), (["--temperature", "1"], "does not apply")):
-        assert main([*command, *more]) == 2
-        assert problem in capsys.readouterr().err
+    for more, problem in (({}, "exists already"), ({"temperature": 1.0}, "does not apply")):
+        with pytest.raises(UserError, match=problem):
+            generate(**more)
 
 
 def test_a_run_is_evaluated_again(run):
