@@ -62,7 +62,7 @@ def generate(
         "--sampler": sampler,
     }
     draws = weights.is_run(model) and weights.run_recipe(model).reads_images
-    for option, value in of_text if draws else of_pictures:
+    for option, value in (of_text if draws else of_pictures).items():
         if value is not None:
             kind = "draws pictures" if draws else "writes text"
             raise UserError(f"{option} {value}: does not apply to {model}, which {kind}")

@@ -40,7 +40,8 @@ def draw(
     if count is not None and not 1 <= count <= 4096:
         raise UserError(f"--count {count}: expected 1 to 4096")
     each = count or 1
-    asked: list[str | None] = [prompt for prompt in ([*prompts] or [None]) for _ in range(each)]
+    asked: list[str | None] = [prompt for prompt in prompts for _ in range(each)]
+    asked = asked or [None] * each
     backends.prepare()
     reporter = make_reporter()
     try:
