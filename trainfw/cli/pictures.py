@@ -7,14 +7,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from trainfw import backends, training
 from trainfw.cli.console import make_reporter
 from trainfw.cli.options import check_page
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def draw(
@@ -63,6 +65,7 @@ def draw(
 
 def _preview(picture: np.ndarray) -> None:
     """Show a picture in a terminal that has the colours and the room: two pixels in each character's place."""
+    import numpy as np
 
     if not sys.stdout.isatty() or os.environ.get("COLORTERM") not in ("truecolor", "24bit"):
         return

@@ -39,6 +39,7 @@ from .dit.config import DiTConfig as DiTConfig
 from .dit.model import DiT as DiT
 from .dit.model import position_rows as position_rows
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
+from .family import FAMILIES as FAMILIES
 from .family import Conditioning as Conditioning
 from .family import DenoisingFamilyConfig as DenoisingFamilyConfig
 from .family import Family as Family

@@ -224,7 +224,7 @@ def _denoise(local: LocalComputation, state: TrainState, batch: objectives.Batch
         LocalDenoising(local.fit, local.models), local.fit.mesh, specs, inputs["image"].sharding.spec
     )
 
-    def denoise(params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
+    def denoise(params: object, frozen: object, inputs: Inputs) -> jax.Array:
         return predicted(params, frozen, inputs)
 
     jitted = jax.jit(denoise, in_shardings=shardings_of(arguments), out_shardings=inputs["image"].sharding)

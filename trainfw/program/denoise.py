@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class LocalDenoising:
     fit: Fit
     models: ModelSet
 
-    def __call__(self, params: Any, frozen: Any, inputs: Inputs) -> jax.Array:
+    def __call__(self, params: object, frozen: Mapping[str, object], inputs: Inputs) -> jax.Array:
         """Return the prediction for each image, f32 in the shape of `image`."""
         with self.fit.tracing():
             model: DenoisingModel = self.models.learner(params, frozen)

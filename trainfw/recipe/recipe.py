@@ -21,7 +21,7 @@ from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
-from trainfw.models import DEFAULT_FAMILY, FamilyConfig, ModelSection, family_of, load_family
+from trainfw.models import DEFAULT_FAMILY, FAMILIES, FamilyConfig, ModelSection, family_of, load_family
 from trainfw.objectives import IMAGES, OBJECTIVES, ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -183,9 +183,25 @@ def json_schema() -> dict[str, object]:
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    _describe_families(schema)
     described = "Another recipe that this one refines: a file, relative to this one, or a bundled recipe."
     schema["properties"] = {"extends": {"type": "string", "description": described}, **schema["properties"]}
     return schema
+
+
+def _describe_families(schema: dict[str, Any]) -> None:
+    """Let the section `model` be that of any family, in a recipe's JSON Schema."""
+    forms = [schema["properties"]["model"]]
+    for name in FAMILIES:
+        if name != DEFAULT_FAMILY:
+            config = load_family(name).config
+            form = config.model_json_schema(ref_template="#/$defs/{model}")
+            schema["$defs"] |= form.pop("$defs", {})
+            form.pop("required", None)
+            form["properties"]["family"] = {"const": name}
+            forms.append({**form, "required": ["family"]})
+    forms.append({"type": "object", "properties": {"family": {"pattern": ":"}}, "required": ["family"]})
+    schema["properties"]["model"] = {"anyOf": forms}
 
 
 @functools.cache

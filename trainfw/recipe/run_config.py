@@ -68,7 +68,7 @@ class TrainConfig(Config):
     sample_tokens: int = Field(default=64, ge=1, le=2**20)
     """Tokens of that sample."""
     sample_images: int = Field(default=16, ge=0, le=4096)
-    """Of a model of images: pictures drawn at every validation, as one in samples/ of the run and in TensorBoard."""
+    """Pictures that a model of images draws at every validation, as one in samples/ of the run and in TensorBoard."""
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:

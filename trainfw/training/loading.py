@@ -114,7 +114,7 @@ def restore_params(run: RunDirectory, program: Program, step: int | None, *, ave
         read_only=True,
     )
 
-    def read() -> Any:
+    def read() -> object:
         steps = run.steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(f"{run}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")

@@ -32,7 +32,7 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
 
 
-def read_data(recipe: Recipe, own: Any, reporter: Reporter, progress: data.Progress) -> data.Prepared:
+def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Progress) -> data.Prepared:
     """Return the data of a run, the recipe's or a script's `own`, and say what it is.
 
     Raises UserError where it cannot be read, or does not suit the model.
@@ -64,7 +64,7 @@ def _note(reporter: Reporter, prepared: data.Prepared) -> None:
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")
 
 
-def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: Any) -> None:
+def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: object) -> None:
     """Raise UserError where the data has, or text may have, tokens past the embedding."""
     rows, vocabulary = vocabulary_of(recipe.model), prepared.tokenizer.vocab_size
     # Special tokens past the embedding harm nobody unless the template writes them.
@@ -77,7 +77,7 @@ def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: Any) -> None
         raise recipe.error("model.vocab_size", problem)
 
 
-def _read_images(recipe: Recipe, own: Any, reporter: Reporter, progress: data.Progress) -> data.PreparedImages:
+def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data.Progress) -> data.PreparedImages:
     """Return the pictures of a run. Raises UserError where a class is past those of the model."""
     if own is not None:
         raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")

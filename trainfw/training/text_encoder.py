@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainfw.data import Progress
+from trainfw.data import Progress, Tokenizer
 from trainfw.errors import UserError
-from trainfw.models import family_of
+from trainfw.models import LanguageModel, family_of
 from trainfw.training.loading import load_model
 from trainfw.weights import open_base
 
@@ -75,7 +74,7 @@ class TextEncoder:
         """Texts of which tokens after the first `length` were left out."""
 
     @cached_property
-    def _loaded(self) -> Any:
+    def _loaded(self) -> tuple[LanguageModel, Tokenizer, Callable[[LanguageModel, np.ndarray], jax.Array]]:
         model, tokenizer = load_model(self._path)
         states = jax.jit(lambda model, tokens_BT: model.forward(tokens_BT)[0].astype(jnp.float32))
         return model, tokenizer, states

@@ -150,9 +150,9 @@ def _residual(side: int, layers: int, inputs: int, outputs: int) -> Iterator[Pro
 
 
 @functools.cache
-def load_presets() -> dict[str, dict[str, Any]]:
+def load_presets() -> dict[str, dict[str, object]]:
     """The presets by name, as plain fields of `AutoencoderConfig` (where their figures come from is dropped)."""
-    presets: dict[str, dict[str, Any]] = yaml.safe_load(
+    presets: dict[str, dict[str, object]] = yaml.safe_load(
         resources.files(__package__).joinpath("presets.yaml").read_text()
     )
     return {name: {k: v for k, v in fields.items() if k != "source"} for name, fields in presets.items()}

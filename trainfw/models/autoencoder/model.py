@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Autoencoder(nnx.Module):
         dtype = jnp.dtype(self.options.compute_dtype)
 
         def one(
-            x_BHWC: jax.Array, weights: nnx.State, _shared: None, _own: None, graphdef: Any
+            x_BHWC: jax.Array, weights: nnx.State, _shared: None, _own: None, graphdef: nnx.GraphDef[nnx.Module]
         ) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, gather_weights(weights, dtype))(x_BHWC), None
 
