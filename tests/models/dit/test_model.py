@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -131,9 +132,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", quicker(LAYOUTS, ["prefetched", "pipeline, tensor"]))
-@pytest.mark.parametrize("conditioning", KINDS)
-def test_every_layout_computes_what_one_device_does(conditioning, layout):
+QUICK = [("cross", "prefetched"), ("joint", "prefetched"), ("class", "pipeline, tensor")]
+
+
+@pytest.mark.parametrize("model_and_layout", quicker(itertools.product(KINDS, LAYOUTS), QUICK), ids=" ".join)
+def test_every_layout_computes_what_one_device_does(model_and_layout):
+    conditioning, layout = model_and_layout
     sizes, options = LAYOUTS[layout]
     if conditioning == "joint" and "pipeline" in sizes:
         assert "pipeline" in unspread_of(small(conditioning))
