@@ -19,6 +19,7 @@ from trainfw.models import (
     MLP,
     Embedding,
     Family,
+    FamilyConfig,
     LanguageModel,
     Limit,
     Linear,
@@ -245,10 +246,15 @@ def test_a_family_that_is_none_is_refused(recipe_file):
         "decodr": r"model.family: 'decodr': unknown family; .*did you mean 'decoder'\?",
         "nowhere:Family": "No module named 'nowhere'",
         "tests.models.test_own_family:Block": r"has no config and no decodes",
+        "tests.models.test_own_family:WithoutVocabulary": r"has no vocab_size.*TokenFamilyConfig",
         "collections:OrderedDict": r"has no config and no decodes .*expected a trainfw.models.Family",
     }.items():
         with pytest.raises(UserError, match=said):
             load_recipe(recipe_file, [f"model.family={name}"])
+
+
+class WithoutVocabulary(LinearAttention):
+    config = FamilyConfig
 
 
 class Changed(LinearAttention):

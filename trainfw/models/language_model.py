@@ -208,6 +208,13 @@ class LanguageModel(nnx.Module):
         return not isinstance(weight, Frozen) or (self.head is not None and self.head.adapter is not None)
 
 
+_PROTOCOLS = {
+    "tokens": ("TokenModel", ("forward", "head_weight")),
+    "images": ("DenoisingModel", ("forward", "patches", "unpatched")),
+}
+"""Protocols of models by what they read, and the methods of each."""
+
+
 def abstract_model(config: FamilyConfig, **options: Any) -> Any:
     """The model of a config with shapes in place of arrays, for which no memory is taken.
 
@@ -217,15 +224,19 @@ def abstract_model(config: FamilyConfig, **options: Any) -> Any:
 
 
 def build_model(config: FamilyConfig, options: ModelOptions, rngs: nnx.Rngs) -> Any:
-    """Return the model of a config, a `TokenModel`. Raises UserError where somebody's own family makes none."""
+    """Return the model of a config, a `TokenModel` or a `DenoisingModel`.
+
+    Raises UserError where somebody's own family makes none.
+    """
     family = family_of(config)
     if not is_own(config.family):
         return family.build(config, options, rngs)
     with running("model.family", config.family, "build"):
         model: Any = family.build(config, options, rngs)
     wrong = f"model.family = {config.family!r}: its build returns "
-    if not (isinstance(model, nnx.Module) and hasattr(model, "forward") and hasattr(model, "head_weight")):
-        raise UserError(f"{wrong}a {type(model).__name__}; expected an nnx.Module that is a trainfw.models.TokenModel")
+    kind, parts = _PROTOCOLS[family.reads]
+    if not (isinstance(model, nnx.Module) and all(hasattr(model, part) for part in parts)):
+        raise UserError(f"{wrong}a {type(model).__name__}; expected an nnx.Module that is a trainfw.models.{kind}")
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         axes, name = variable.get_metadata().get("axes"), ".".join(map(str, path))
         if not (isinstance(variable, nnx.Param) and isinstance(axes, tuple) and len(axes) == len(variable.shape)):

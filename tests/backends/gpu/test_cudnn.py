@@ -59,11 +59,21 @@ def test_a_window_is_told(on_hopper):
     assert '"sliding_window_length": 100' in traced.lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
 
 
+@pytest.mark.parametrize(("causal", "mask"), [(True, "CAUSAL"), (False, "NO_MASK")])
+def test_attention_to_all_keys_has_no_mask(on_hopper, causal, mask):
+    attend = cudnn.load(replace(REQUEST, causal=causal))
+    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    traced = jax.jit(lambda *x: attend(*x, None, scale=0.1)).trace(q, k, k)
+    assert f'"mask_type": "{mask}"' in traced.lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
         ({"dtype": "float32"}, "not float32"),
         ({"cached": True}, "self-attention"),
+        ({"causal": False, "segments": True}, "all keys"),
+        ({"causal": False, "window": 9}, "all keys"),
         ({"key_length": 512}, "self-attention"),
         ({"softcap": 50.0}, "cap"),
         ({"head_dim": 60}, "60 numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax
@@ -14,8 +15,19 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers import quicker
 from trainfw.errors import UserError
-from trainfw.models import Condition, DiT, DiTConfig, ModelOptions, dims_of, flops_per_token, load_family, unspread_of
+from trainfw.models import (
+    Condition,
+    DiT,
+    DiTConfig,
+    ModelOptions,
+    abstract_model,
+    dims_of,
+    flops_per_token,
+    load_family,
+    unspread_of,
+)
 from trainfw.models.common.rope import apply_rope
+from trainfw.models.dit.family import DiffusionTransformer
 from trainfw.models.dit.model import rotary_angles
 from trainfw.parallel import Layout, Rules, all_reduce, make_mesh, reduce_gradient, use_rules
 
@@ -120,9 +132,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", quicker(LAYOUTS, ["prefetched", "pipeline, tensor"]))
-@pytest.mark.parametrize("conditioning", KINDS)
-def test_every_layout_computes_what_one_device_does(conditioning, layout):
+QUICK = [("cross", "prefetched"), ("joint", "prefetched"), ("class", "pipeline, tensor")]
+
+
+@pytest.mark.parametrize("model_and_layout", quicker(itertools.product(KINDS, LAYOUTS), QUICK), ids=" ".join)
+def test_every_layout_computes_what_one_device_does(model_and_layout):
+    conditioning, layout = model_and_layout
     sizes, options = LAYOUTS[layout]
     if conditioning == "joint" and "pipeline" in sizes:
         assert "pipeline" in unspread_of(small(conditioning))
@@ -231,6 +246,19 @@ def test_fields_that_do_not_fit_are_refused():
             small("class", **dict(changes))
     with pytest.raises(UserError, match="needs the label of every image"):
         build(small("class")).forward(batch()["image"], batch()["time"], Condition())
+
+
+class Own(DiffusionTransformer):
+    """A family of images of somebody's own, whose model is none of images."""
+
+    def build(self, config, options, rngs):
+        return nnx.Linear(1, 1, rngs=rngs)
+
+
+def test_a_family_of_images_makes_a_denoising_model():
+    config = small("none").model_copy(update={"family": "tests.models.dit.test_model:Own"})
+    with pytest.raises(UserError, match=r"returns a Linear; expected an nnx.Module that is a trainfw.models.Denois"):
+        abstract_model(config)
 
 
 def test_bfloat16_is_near():

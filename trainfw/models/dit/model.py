@@ -48,7 +48,6 @@ class TwoMaps(nnx.Module):
 
     def __init__(self, size: int, hidden_size: int, std: float, rngs: nnx.Rngs, *, split: bool = False):
         self.split, inner = split, "mlp" if split else "hidden"
-        # Of both matrices the larger dim is what is kept split.
         self.input = linear((size, hidden_size), ("features", "mlp" if split else "embed"), rngs, std)
         self.output = linear((hidden_size, hidden_size), (inner, "embed"), rngs, std)
 
@@ -104,13 +103,11 @@ class DiT(nnx.Module):
         self.caption = _caption(config, rngs)
         self.pooled = TwoMaps(config.pooled_size or 0, D, std, rngs) if joint else None
         self.modulation = linear((D, 6 * D), ("embed", "mlp"), rngs, std) if cross else None
-        fp8 = options.matmul_dtype == "fp8"
-        self.layers = init_stack(lambda rngs: _layer(config, rngs), len(config.layer_kinds), rngs, fp8=fp8)
-        for _, part in nnx.iter_modules(self.layers) if fp8 else ():
-            if isinstance(part, Modulation):
-                part.map.fp8 = False  # of one row for an image, and it scales all of its patches
+        self.layers = init_stack(lambda rngs: _layer(config, rngs), len(config.layer_kinds), rngs)
         self.last = JointLayer(config, rngs, last=True) if joint else None
         """The layer after those that are stacked, which is of another shape."""
+        if options.matmul_dtype == "fp8":
+            _in_8_bits(self.layers, self.last)
         self.final = Final(config, rngs)
 
     @property
@@ -208,6 +205,17 @@ def _run_layer(
     layer: Callable[[S, Conditions], S], streams: S, conditions: Conditions, own: None, kind: str
 ) -> tuple[S, None]:
     return layer(streams, conditions), None
+
+
+def _in_8_bits(*layers: nnx.Module | None) -> None:
+    """Let maps of tokens multiply in 8 bits, and no modulation: of one row for an image, it scales all patches."""
+    for stack in layers:
+        for _, part in () if stack is None else nnx.iter_modules(stack):
+            if isinstance(part, Linear):
+                part.fp8 = True
+        for _, part in () if stack is None else nnx.iter_modules(stack):
+            if isinstance(part, Modulation):
+                part.map.fp8 = False
 
 
 def _layer(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Module:
