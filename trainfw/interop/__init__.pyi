@@ -3,6 +3,11 @@ from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
 from .diffusers.autoencoder import open_autoencoder as open_autoencoder
 from .diffusers.autoencoder import save_autoencoder as save_autoencoder
+from .diffusers.transformer import DiffusersTransformer as DiffusersTransformer
+from .diffusers.transformer import open_transformer as open_transformer
+from .diffusers.transformer import save_transformer as save_transformer
+from .diffusers.transformer_config import transformer_from_diffusers as transformer_from_diffusers
+from .diffusers.transformer_config import transformer_to_diffusers as transformer_to_diffusers
 from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf

@@ -37,6 +37,7 @@ from .denoising import Condition as Condition
 from .denoising import DenoisingModel as DenoisingModel
 from .dit.config import DiTConfig as DiTConfig
 from .dit.model import DiT as DiT
+from .dit.model import position_rows as position_rows
 from .family import DEFAULT_FAMILY as DEFAULT_FAMILY
 from .family import Family as Family
 from .family import FamilyConfig as FamilyConfig

@@ -342,8 +342,8 @@ def _prefetched_forward(
 
 
 def _prefetched_layers(
-    layer: Layer, kinds: tuple[Any, ...], scan: bool, x: jax.Array, params: Any, fixed: Any, shared: Any
-) -> tuple[Any, Any]:
+    layer: Layer, kinds: tuple[object, ...], scan: bool, x: jax.Array, params: object, fixed: object, shared: object
+) -> tuple[tuple[jax.Array, object], jax.Array]:
     """Return what the layers return, and the input of each."""
     num_layers = len(kinds)
     layer = layer.traced_once()
@@ -379,7 +379,7 @@ def _prefetched_backward(
     ) -> tuple[Any, Any, Any]:
         learning, others = weights
 
-        def apply(x: jax.Array, learning: Any, moving: Any) -> tuple[jax.Array, Any]:
+        def apply(x: jax.Array, learning: object, moving: object) -> object:
             shared = jax.tree.map(lambda a, b: b if a is None else a, moving, still, is_leaf=lambda a: a is None)
             return layer.apply(x, (learning, others), shared, None, kind)
 
@@ -410,12 +410,12 @@ def _prefetched_backward(
     return dx, _put(of_params, 0, own), None, of_moving
 
 
-def _is_zero(cotangent: Any) -> bool:
+def _is_zero(cotangent: object) -> bool:
     return isinstance(cotangent, SymbolicZero)
 
 
-def _instantiated(cotangent: Any) -> Any:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
+def _instantiated(cotangent: SymbolicZero | jax.Array) -> jax.Array:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 _prefetched.defvjp(_prefetched_forward, _prefetched_backward, symbolic_zeros=True)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from trainfw.interop.diffusers.names import NAMES, Form, Row
+from trainfw.interop.diffusers.names import NAMES, POSITIONS, Form, Row
 from trainfw.models import DiT, DiTConfig, ModelOptions
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-CLASSES = {"class": "DiTTransformer2DModel", "cross": "PixArtTransformer2DModel"}
+CLASSES = {"class": "DiTTransformer2DModel", "cross": "PixArtTransformer2DModel", "joint": "SD3Transformer2DModel"}
 
 
 def disturbed(config: DiTConfig, seed: int, **options: Any) -> DiT:
@@ -44,6 +44,15 @@ def reference(config: DiTConfig) -> Any:
         )
         for block in model.transformer_blocks:  # copies, whose gradients are then one
             block.norm1.emb = model.transformer_blocks[0].norm1.emb
+    elif config.conditioning == "joint":
+        model = diffusers.SD3Transformer2DModel(
+            **fields,
+            joint_attention_dim=config.caption_size,
+            caption_projection_dim=config.hidden_size,
+            pooled_projection_dim=config.pooled_size,
+            pos_embed_max_size=config.largest_grid,
+            qk_norm="rms_norm" if config.qk_norm else None,
+        )
     else:
         model = diffusers.PixArtTransformer2DModel(
             **fields,
@@ -78,15 +87,19 @@ def by_their_names(tree: nnx.State, config: DiTConfig, *, copies: bool = True) -
     """Our parameters, or their gradients, as diffusers' tensors."""
     found, ours = {}, flat(tree)
     for row in rows_of(config):
+        if row.path not in ours:
+            continue  # biases that only some have, the feed-forward layer that the last has not
         value = ours.pop(row.path)
         stacked = row.path.startswith("layers.")
         for layer in range(len(value) if stacked else config.num_layers if copies else 1):
             one = value[layer] if stacked else value
-            found[row.tensor.format(layer=layer)] = theirs(row.form, one, config)
+            found[row.tensor.format(layer=layer, last=config.num_layers - 1)] = theirs(row.form, one, config)
     assert not ours  # every parameter has a name
     return found
 
 
 def load(model: Any, tree: nnx.State, config: DiTConfig) -> None:
     tensors = {name: torch.tensor(np.ascontiguousarray(x)) for name, x in by_their_names(tree, config).items()}
+    if config.conditioning == "joint":
+        tensors[POSITIONS] = model.state_dict()[POSITIONS]
     model.load_state_dict(tensors, strict=True)

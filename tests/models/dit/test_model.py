@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers import quicker
 from trainfw.errors import UserError
-from trainfw.models import Condition, DiT, DiTConfig, ModelOptions, dims_of, flops_per_token, load_family
+from trainfw.models import Condition, DiT, DiTConfig, ModelOptions, dims_of, flops_per_token, load_family, unspread_of
 from trainfw.models.common.rope import apply_rope
 from trainfw.models.dit.model import rotary_angles
 from trainfw.parallel import Layout, Rules, all_reduce, make_mesh, reduce_gradient, use_rules
@@ -23,6 +23,7 @@ KINDS = {
     "none": {"positions": "rotary", "qk_norm": True},
     "class": {"num_classes": 7},
     "cross": {"caption_size": 12, "caption_length": 6},
+    "joint": {"caption_size": 12, "caption_length": 6, "positions": "rotary", "qk_norm": True},
 }
 
 
@@ -123,6 +124,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("conditioning", KINDS)
 def test_every_layout_computes_what_one_device_does(conditioning, layout):
     sizes, options = LAYOUTS[layout]
+    if conditioning == "joint" and "pipeline" in sizes:
+        assert "pipeline" in unspread_of(small(conditioning))
+        sizes = {"fsdp" if axis == "pipeline" else axis: size for axis, size in sizes.items() if axis != "fsdp"}
     value, out, grads = one_device(conditioning)
     found, others, parts = loss_and_gradients(small(conditioning), sizes, **options)
     assert found == pytest.approx(value, rel=1e-5)
@@ -163,7 +167,7 @@ def test_patches_are_put_together_again():
     np.testing.assert_array_equal(model.unpatched(model.patches(images)), images)
 
 
-@pytest.mark.parametrize("conditioning", ["class", "cross"])
+@pytest.mark.parametrize("conditioning", ["class", "cross", "joint"])
 def test_a_condition_that_is_left_out_is_not_read(conditioning):
     graphdef, params = disturbed(build(small(conditioning)))
     model, rows = nnx.merge(graphdef, params), batch()
@@ -173,8 +177,9 @@ def test_a_condition_that_is_left_out_is_not_read(conditioning):
     assert (np.asarray(before[::2]) != after[::2]).any(axis=(1, 2)).all()
 
 
-def test_padding_of_a_caption_is_not_read():
-    graphdef, params = disturbed(build(small("cross")))
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_padding_of_a_caption_is_not_read(conditioning):
+    graphdef, params = disturbed(build(small(conditioning)))
     model, rows = nnx.merge(graphdef, params), batch() | {"keep": np.ones(4, np.float32)}
     other = rows | {"caption": np.where(rows["mask"][..., None] > 0, rows["caption"], 9.0)}
     np.testing.assert_array_equal(predicted(model, rows), predicted(model, other))
@@ -196,21 +201,19 @@ def test_rotary_positions_tell_patches_apart_and_are_of_distances():
 
 
 def test_flops_count_matrices_once():
+    T = 6
     for conditioning in KINDS:
         config = small(conditioning)
-        N = config.num_patches
-        counted = 0.0
+        N, counted = config.num_patches, 0.0
         for path, param in nnx.to_flat_state(nnx.state(build(config))):
-            if path[-1] != "kernel":
+            name = ".".join(map(str, path))
+            if not name.endswith("kernel") or name.startswith("last.caption_attention.query"):
                 continue
-            once = {"time": 1 / N, "modulation": 1 / N, "caption": 6 / N}
-            rate = once.get(path[0], 1)
-            if (path[0] == "layers" and path[1] == "modulation") or path[:2] == ("final", "modulation"):
-                rate = 1 / N
-            if path[:2] == ("layers", "caption_attention") and path[2] in ("key", "value"):
-                rate = 6 / N
-            counted += math.prod(param.shape) * rate
-        attended = 4 * (N + (6 if conditioning == "cross" else 0))
+            of_image = name.startswith(("time", "modulation", "pooled")) or "modulation" in name
+            of_token = name.startswith("caption") or (".caption_" in name and conditioning == "joint")
+            of_token |= ".caption_attention.key" in name or ".caption_attention.value" in name
+            counted += math.prod(param.shape) * (1 / N if of_image else T / N if of_token else 1)
+        attended = {"cross": 4 * (N + T), "joint": 3 * (N + T) ** 2 / N + N + T}.get(conditioning, 4 * N)
         assert flops_per_token(config, N) == pytest.approx(6 * counted + 12 * 32 * attended)
 
 

@@ -18,7 +18,8 @@ class Row:
 
     path: str
     tensor: str
-    """Name with `{layer}` where there is one for each layer; of a parameter that is no layer's, they are copies."""
+    """Name with `{layer}` where there is one for each layer; of a parameter that is no layer's, they are copies.
+    `{last}` is the number of the last layer."""
     form: Form = "same"
 
 
@@ -73,5 +74,57 @@ PIXART = (
     Row("layers.table", f"{_BLOCK}.scale_shift_table"),
     Row("final.table", "scale_shift_table"),
 )
-NAMES: dict[str, tuple[Row, ...]] = {"DiTTransformer2DModel": DIT, "PixArtTransformer2DModel": PIXART}
-"""By the class that reads a directory."""
+_LAST = "transformer_blocks.{last}"
+
+
+def _joint(path: str, block: str) -> dict[str, str]:
+    """Name the maps of a layer of two streams, those too that the last layer has none of."""
+    own, caption = f"{path}.attention", f"{path}.caption_attention"
+    return {
+        f"{path}.modulation.map": f"{block}.norm1.linear",
+        f"{path}.caption_modulation.map": f"{block}.norm1_context.linear",
+        **{f"{own}.{name}": f"{block}.attn.to_{name[0]}" for name in ("query", "key", "value")},
+        f"{own}.output": f"{block}.attn.to_out.0",
+        **{f"{caption}.{name}": f"{block}.attn.add_{name[0]}_proj" for name in ("query", "key", "value")},
+        f"{caption}.output": f"{block}.attn.to_add_out",
+        f"{path}.mlp.up": f"{block}.ff.net.0.proj",
+        f"{path}.mlp.down": f"{block}.ff.net.2",
+        f"{path}.caption_mlp.up": f"{block}.ff_context.net.0.proj",
+        f"{path}.caption_mlp.down": f"{block}.ff_context.net.2",
+    }
+
+
+SD3 = (
+    *_PATCH,
+    *_linears(
+        {
+            "time.input": "time_text_embed.timestep_embedder.linear_1",
+            "time.output": "time_text_embed.timestep_embedder.linear_2",
+            "pooled.input": "time_text_embed.text_embedder.linear_1",
+            "pooled.output": "time_text_embed.text_embedder.linear_2",
+            "caption": "context_embedder",
+            **_joint("layers", _BLOCK),
+            **_joint("last", _LAST),
+            "final.modulation": "norm_out.linear",
+            "final.output": "proj_out",
+        }
+    ),
+    *(
+        Row(f"{path}.{own}_norm.scale", f"{block}.attn.{name}.weight")
+        for path, block in (("layers", _BLOCK), ("last", _LAST))
+        for own, name in {
+            "attention.query": "norm_q",
+            "attention.key": "norm_k",
+            "caption_attention.query": "norm_added_q",
+            "caption_attention.key": "norm_added_k",
+        }.items()
+    ),
+)
+POSITIONS = "pos_embed.pos_embed"
+"""Tensor of SD3 that holds the positions of the largest grid: no parameter, but computed."""
+NAMES: dict[str, tuple[Row, ...]] = {
+    "DiTTransformer2DModel": DIT,
+    "PixArtTransformer2DModel": PIXART,
+    "SD3Transformer2DModel": SD3,
+}
+"""Tables by the class that reads a directory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import PositiveFloat, model_validator
@@ -69,7 +69,7 @@ class DiTConfig(FamilyConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _filled(cls, data: Any) -> Any:
+    def _filled(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         preset = data.get("preset")
@@ -107,6 +107,8 @@ class DiTConfig(FamilyConfig):
                 invalid(name, f"{name} {verb} conditioning: {self.conditioning}")
         if self.text_encoder is not None and self.caption_size is None:
             invalid("text_encoder", f"text_encoder does not apply to conditioning: {self.conditioning}")
+        if self.conditioning == "joint" and self.num_layers < 2:
+            invalid("num_layers", "num_layers = 1: conditioning: joint needs 2, the last of which is of another shape")
         sincos = self.positions == "sincos"
         if sincos and self.hidden_size % 4:
             invalid("hidden_size", f"hidden_size = {self.hidden_size} is no multiple of 4, as sin-cos positions are")
@@ -120,6 +122,11 @@ class DiTConfig(FamilyConfig):
         return self
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer that is stacked: with `joint` the last is of another shape, and is not."""
+        return ("layer",) * (self.num_layers - (self.conditioning == "joint"))
+
+    @property
     def grid(self) -> int:
         """Patches along a side of an image."""
         return self.image_size // self.patch_size
@@ -130,7 +137,7 @@ class DiTConfig(FamilyConfig):
 
 
 @functools.cache
-def load_presets() -> dict[str, dict[str, Any]]:
+def load_presets() -> dict[str, dict[str, object]]:
     """The presets by name, as plain fields of `DiTConfig` (presets.yaml; where its figures come from is dropped)."""
     presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
     for fields in presets.values():

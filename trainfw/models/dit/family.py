@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainfw.models.dit.config import DiTConfig
 from trainfw.models.family import Family, Limit, ModelOptions
@@ -16,7 +16,7 @@ TIME_FEATURES = 256
 
 
 class DiffusionTransformer(Family):
-    """Diffusion transformers: DiT and PixArt, by configuration."""
+    """Diffusion transformers: DiT, PixArt and SD3, by configuration."""
 
     config = DiTConfig
     reads: ClassVar[Literal["tokens", "images"]] = "images"
@@ -38,12 +38,17 @@ class DiffusionTransformer(Family):
         return whole | {"patches": ("context", "tensor")}
 
     def unspread(self, config: DiTConfig) -> Mapping[str, str]:
-        return {"expert": "spreads experts, and the model has none; use fsdp"}
+        unspread = {"expert": "spreads experts, and the model has none; use fsdp"}
+        if config.conditioning == "joint":
+            unspread["pipeline"] = "the last layer of conditioning: joint is of another shape than those in stages"
+        return unspread
 
     def flops_per_token(self, config: DiTConfig, sequence_length: int) -> float:
         """Model FLOPs of training (forward and backward) on one patch of images of `sequence_length` patches.
 
             6 * N + 12 * H * h * (sum over layers of the patches, and of the caption's tokens, that a patch attends to)
+
+        With `joint` the caption's tokens attend too, whose share is added.
 
         N counts the parameters that multiply every patch: the layers' matrices, the patches' own and the final one;
         and, divided by the patches of an image, those that multiply an image once (of the time, and each layer's
@@ -56,21 +61,25 @@ class DiffusionTransformer(Family):
         attention, feed_forward = 4 * D * width, 2 * D * F
         of_patch = D * pixels * (config.channels + config.out_channels)
         of_image, of_token = D * (TIME_FEATURES + D), 0
-        attended = config.num_layers * sequence_length
+        attended: float = config.num_layers * sequence_length
         of_patch += config.num_layers * (attention + feed_forward)
+        layers, features, length = config.num_layers, config.caption_size or 0, config.caption_length or 0
         if config.conditioning == "cross":
-            assert config.caption_size is not None and config.caption_length is not None  # noqa: PT018
             of_image += 6 * D * D
-            of_token += D * (config.caption_size + D) + config.num_layers * 2 * D * width
-            of_patch += config.num_layers * 2 * D * width
-            attended += config.num_layers * config.caption_length
+            of_token += D * (features + D) + layers * 2 * D * width
+            of_patch += layers * 2 * D * width
+            attended += layers * length
         else:
-            of_image += D * (6 * D * config.num_layers + 2 * D)
-        matrices = of_patch + (of_image + of_token * (config.caption_length or 0)) / sequence_length
+            of_image += D * (6 * D * layers + 2 * D)
+        if config.conditioning == "joint":  # the last layer's caption has keys and values, and no more
+            of_image += D * (6 * D * (layers - 1) + 2 * D) + D * ((config.pooled_size or 0) + D)
+            of_token += D * features + (layers - 1) * (attention + feed_forward) + 2 * D * width
+            attended = (layers - 1) * (sequence_length + length) ** 2 / sequence_length + sequence_length + length
+        matrices = of_patch + (of_image + of_token * length) / sequence_length
         return 6.0 * matrices + 12.0 * width * attended
 
-    def tiny(self, config: DiTConfig, *, layers: int, tensor: int) -> dict[str, Any]:
-        small: dict[str, Any] = {
+    def tiny(self, config: DiTConfig, *, layers: int, tensor: int) -> dict[str, object]:
+        small: dict[str, object] = {
             "image_size": 8 * config.patch_size,
             "hidden_size": 64,
             "intermediate_size": 64,

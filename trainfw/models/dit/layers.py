@@ -82,10 +82,10 @@ class Attention(nnx.Module):
     Heads are split over `tensor`: each device returns a part of the sum over heads.
     """
 
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs, *, output_std: float | None = None):
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs, *, output: bool = True, output_std: float | None = None):
         D, width, self.head_dim = config.hidden_size, config.num_heads * config.head_dim, config.head_dim
         self.query, self.key, self.value = (linear((D, width), ("embed", "heads"), rngs) for _ in range(3))
-        self.output = linear((width, D), ("heads", "embed"), rngs, output_std)
+        self.output = linear((width, D), ("heads", "embed"), rngs, output_std) if output else None
         self.query_norm, self.key_norm = (
             RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None for _ in range(2)
         )
@@ -100,19 +100,19 @@ class Attention(nnx.Module):
         k_BTHh, v_BTHh = self._heads(self.key(x_BTD)), self._heads(self.value(x_BTD))
         return k_BTHh if self.key_norm is None else self.key_norm(k_BTHh), v_BTHh
 
-    def among_patches(self, x_BSD: jax.Array, turns: Turns | None) -> jax.Array:
-        """Let this device's patches attend to all patches, those of other devices along `context` too."""
+    def among_patches(self, x_BSD: jax.Array, turns: Turns | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BSHh of this device's patches, k_BNHh and v_BNHh of all, those of other devices along `context` too)"""
         q_BSHh = self.queries(x_BSD)
-        k_BTHh, v_BTHh = self.keys_and_values(x_BSD)
+        k_BSHh, v_BSHh = self.keys_and_values(x_BSD)
         if turns is not None:
-            q_BSHh, k_BTHh = apply_rope(q_BSHh, turns), apply_rope(k_BTHh, turns)
-        q_BSHh, k_BTHh = checkpoint_name((q_BSHh, k_BTHh), backends.ROTATED)
-        k_BTHh, v_BTHh = (all_gather(x, "context", 1) for x in (k_BTHh, v_BTHh))
-        return self.output(attended(q_BSHh, k_BTHh, v_BTHh))
+            q_BSHh, k_BSHh = apply_rope(q_BSHh, turns), apply_rope(k_BSHh, turns)
+        q_BSHh, k_BSHh = checkpoint_name((q_BSHh, k_BSHh), backends.ROTATED)
+        return q_BSHh, all_gather(k_BSHh, "context", 1), all_gather(v_BSHh, "context", 1)
 
-    def to_caption(self, x_BSD: jax.Array, caption_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        """Let this device's patches attend to the tokens of the caption, which every device has whole."""
-        return self.output(attended(self.queries(x_BSD), *self.keys_and_values(caption_BTD), mask_BT))
+    def projected(self, o_BSW: jax.Array) -> jax.Array:
+        """Map joined heads back."""
+        assert self.output is not None
+        return self.output(o_BSW)
 
     def _heads(self, x_BSW: jax.Array) -> jax.Array:
         return x_BSW.reshape(*x_BSW.shape[:2], -1, self.head_dim)
@@ -175,12 +175,13 @@ class DiTLayer(nnx.Module):
             parts = parts_of(conditions.modulation_BM + self.table[...].reshape(-1), 6)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         h_BSD = gather_sequence(modulated(x_BSD, shift, scale, self.eps))
-        x_BSD = gated(x_BSD, gate, scatter_sequence(self.attention.among_patches(h_BSD, conditions.turns)))
-        if self.caption_attention is not None:
-            caption_BTD, mask_BT = conditions.caption_BTD, conditions.caption_mask_BT
-            assert caption_BTD is not None and mask_BT is not None  # noqa: PT018
-            y_BSD = self.caption_attention.to_caption(gather_sequence(x_BSD), caption_BTD, mask_BT)
-            x_BSD = x_BSD + scatter_sequence(y_BSD)
+        o_BSW = attended(*self.attention.among_patches(h_BSD, conditions.turns))
+        x_BSD = gated(x_BSD, gate, scatter_sequence(self.attention.projected(o_BSW)))
+        if self.caption_attention is not None and conditions.caption_BTD is not None:
+            q_BSHh = self.caption_attention.queries(gather_sequence(x_BSD))
+            k_BTHh, v_BTHh = self.caption_attention.keys_and_values(conditions.caption_BTD)
+            o_BSW = attended(q_BSHh, k_BTHh, v_BTHh, conditions.caption_mask_BT)
+            x_BSD = x_BSD + scatter_sequence(self.caption_attention.projected(o_BSW))
         h_BSD = gather_sequence(modulated(x_BSD, mlp_shift, mlp_scale, self.mlp_eps))
         return gated(x_BSD, mlp_gate, scatter_sequence(self.mlp(h_BSD)))
 

@@ -1,9 +1,11 @@
-"""One family of diffusion transformers; `DiTConfig` makes it DiT or PixArt."""
+"""One family of diffusion transformers; `DiTConfig` makes it DiT, PixArt or SD3."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,28 @@ import numpy as np
 from flax import nnx
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.models.common.adapter_inputs import AdapterInputs
+from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
 from trainfw.models.common.layers import Linear, gather_weights, gathered, normal
 from trainfw.models.denoising import Condition
 from trainfw.models.dit.config import DiTConfig
 from trainfw.models.dit.family import TIME_FEATURES
-from trainfw.models.dit.layers import Conditions, DiTLayer, Turns, glorot, linear, modulated, parts_of, table
+from trainfw.models.dit.joint import JointLayer, Streams
+from trainfw.models.dit.layers import (
+    Conditions,
+    DiTLayer,
+    Modulation,
+    Turns,
+    glorot,
+    linear,
+    modulated,
+    parts_of,
+    table,
+)
 from trainfw.models.family import ModelOptions
-from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, init_stack
+from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, checkpointed, init_stack
 from trainfw.parallel import all_gather, all_reduce, axis_index, axis_size
 
+S = TypeVar("S", jax.Array, Streams)
 FINAL_EPS = 1e-6
 """Added to the variance in the final norm, in every published model."""
 _LONGEST_PERIOD = 10_000.0
@@ -52,14 +66,15 @@ class Final(nnx.Module):
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         D, out = config.hidden_size, config.patch_size**2 * config.out_channels
-        cross = config.conditioning == "cross"
+        cross, self.scale_first = config.conditioning == "cross", config.conditioning == "joint"  # as published
         self.modulation = None if cross else linear((D, 2 * D), ("embed", "hidden"), rngs, 0.0)
         self.table = table(2, D, rngs) if cross else None
         self.output = linear((D, out), ("embed", "patch"), rngs, 0.0)
 
     def __call__(self, x_BSD: jax.Array, condition_BD: jax.Array) -> jax.Array:
         if self.modulation is not None:
-            shift, scale = parts_of(self.modulation(jax.nn.silu(condition_BD).astype(x_BSD.dtype)), 2)
+            parts = parts_of(self.modulation(jax.nn.silu(condition_BD).astype(x_BSD.dtype)), 2)
+            shift, scale = parts[::-1] if self.scale_first else parts
         else:
             assert self.table is not None
             shift, scale = (row + condition_BD[:, None] for row in jnp.split(self.table[...], 2))
@@ -85,13 +100,17 @@ class DiT(nnx.Module):
         self.time = TwoMaps(TIME_FEATURES, D, std, rngs)
         classes = config.num_classes
         self.classes = None if classes is None else normal(rngs, (classes + 1, D), std, ("classes", "embed"))
-        cross, features = config.conditioning == "cross", config.caption_size or 0
-        self.caption = TwoMaps(features, D, std, rngs, split=True) if cross else None
+        cross, joint = config.conditioning == "cross", config.conditioning == "joint"
+        self.caption = _caption(config, rngs)
+        self.pooled = TwoMaps(config.pooled_size or 0, D, std, rngs) if joint else None
         self.modulation = linear((D, 6 * D), ("embed", "mlp"), rngs, std) if cross else None
         fp8 = options.matmul_dtype == "fp8"
-        self.layers = init_stack(lambda rngs: DiTLayer(config, rngs), config.num_layers, rngs, fp8=fp8)
-        if fp8 and self.layers.modulation is not None:
-            self.layers.modulation.map.fp8 = False  # of one row for an image, and it scales all of its patches
+        self.layers = init_stack(lambda rngs: _layer(config, rngs), len(config.layer_kinds), rngs, fp8=fp8)
+        for _, part in nnx.iter_modules(self.layers) if fp8 else ():
+            if isinstance(part, Modulation):
+                part.map.fp8 = False  # of one row for an image, and it scales all of its patches
+        self.last = JointLayer(config, rngs, last=True) if joint else None
+        """The layer after those that are stacked, which is of another shape."""
         self.final = Final(config, rngs)
 
     @property
@@ -121,6 +140,12 @@ class DiT(nnx.Module):
         self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, *, adapters: AdapterInputs | None = None
     ) -> jax.Array:
         """See `DenoisingModel`."""
+        with use_inputs(adapters):
+            return self._forward(x_BHWC, time_B, condition, adapters)
+
+    def _forward(
+        self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, adapters: AdapterInputs | None
+    ) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.compute_dtype)
         x_BSD = gathered(self.patch, dtype)(self.patches(x_BHWC).astype(dtype))
         if config.positions == "sincos":
@@ -128,8 +153,24 @@ class DiT(nnx.Module):
         condition_BD = self.condition(time_B, condition)
         side = self._side(condition_BD, condition, dtype)
         turns = self._turns() if config.positions == "rotary" else None
-        x_BSD, _ = self.stack.run(x_BSD, side, lambda side: replace(side, turns=turns), adapters=adapters)
+        streams: Any = x_BSD
+        if self.last is not None:
+            streams, side = (x_BSD, side.caption_BTD), replace(side, caption_BTD=None)
+        streams, _ = self.stack.run(streams, side, lambda side: replace(side, turns=turns), adapters=adapters)
+        x_BSD = streams if self.last is None else self._ended(self.last, streams, replace(side, turns=turns))
         return gathered(self.final, dtype)(x_BSD, condition_BD)
+
+    def _ended(self, last: JointLayer, streams: Streams, conditions: Conditions) -> jax.Array:
+        """Run the layer after those that are stacked."""
+        graphdef, weights = nnx.split(last)
+        dtype = jnp.dtype(self.compute_dtype)
+
+        def step(streams: Streams, weights: nnx.State, conditions: Conditions, own: None, kind: None) -> jax.Array:
+            return nnx.merge(graphdef, gather_weights(weights, dtype))(streams, conditions)[0]
+
+        run = checkpointed(step, self.options.remat, scanned=False)
+        x_BSD: jax.Array = run(streams, weights, conditions, None, None)
+        return x_BSD
 
     def condition(self, time_B: jax.Array, condition: Condition) -> jax.Array:
         """Return the sum of what is made of the time and of the class, f32[B, D]."""
@@ -143,16 +184,19 @@ class DiT(nnx.Module):
             # Looked up in f32, so that the gradients of a frequent class add up in f32.
             whole = gathered_array(self.classes)
             condition_BD = condition_BD + jnp.take(whole, label_B, axis=0, mode="clip")
+        if self.pooled is not None:
+            condition_BD = condition_BD + gathered(self.pooled, jnp.float32)(pooled_caption(condition, self.config))
         return condition_BD
 
     def _side(self, condition_BD: jax.Array, condition: Condition, dtype: jnp.dtype) -> Conditions:
         """Return what layers share of each row: their modulation, or what it is made of; caption; its mask."""
         active_BD = jax.nn.silu(condition_BD)
-        if self.modulation is None or self.caption is None:
+        if self.caption is None:
             return Conditions(active_BD)
-        shared_BM = all_gather(gathered(self.modulation, jnp.float32)(active_BD), "tensor", 1)
+        if self.modulation is not None:
+            active_BD = all_gather(gathered(self.modulation, jnp.float32)(active_BD), "tensor", 1)
         caption_BTF, mask_BT = kept_caption(condition, self.config)
-        return Conditions(shared_BM, gathered(self.caption, dtype)(caption_BTF.astype(dtype)), mask_BT)
+        return Conditions(active_BD, gathered(self.caption, dtype)(caption_BTF.astype(dtype)), mask_BT)
 
     def _turns(self) -> Turns:
         angles_NP = rotary_angles(self.config)
@@ -161,9 +205,23 @@ class DiT(nnx.Module):
 
 
 def _run_layer(
-    layer: DiTLayer, x_BSD: jax.Array, conditions: Conditions, own: None, kind: str
-) -> tuple[jax.Array, None]:
-    return layer(x_BSD, conditions), None
+    layer: Callable[[S, Conditions], S], streams: S, conditions: Conditions, own: None, kind: str
+) -> tuple[S, None]:
+    return layer(streams, conditions), None
+
+
+def _layer(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return JointLayer(config, rngs) if config.conditioning == "joint" else DiTLayer(config, rngs)
+
+
+def _caption(config: DiTConfig, rngs: nnx.Rngs) -> TwoMaps | Linear | None:
+    """Make the map of a caption's features to the hidden size, where the model has captions."""
+    if config.caption_size is None:
+        return None
+    size = (config.caption_size, config.hidden_size)
+    if config.conditioning == "joint":
+        return linear(size, ("features", "embed"), rngs, config.init_std)
+    return TwoMaps(*size, config.init_std, rngs, split=True)
 
 
 def gathered_array(weight: nnx.Variable) -> jax.Array:
@@ -187,14 +245,30 @@ def _needed(array: jax.Array | None, name: str, config: DiTConfig) -> jax.Array:
     return array
 
 
-def kept_caption(condition: Condition, config: DiTConfig) -> tuple[jax.Array, jax.Array]:
+def kept_caption(condition: Condition, config: DiTConfig) -> tuple[jax.Array, jax.Array | None]:
     """Return the captions' features and mask, all zeros and all kept where the condition is left out."""
     caption_BTF, mask_BT = _needed(condition.caption_BTF, "caption", config), condition.caption_mask_BT
-    mask_BT = jnp.ones(caption_BTF.shape[:2], jnp.float32) if mask_BT is None else mask_BT
     if condition.keep_B is None:
         return caption_BTF, mask_BT
     keep_B1 = condition.keep_B[:, None] > 0.5
-    return jnp.where(keep_B1[..., None], caption_BTF, 0.0), jnp.where(keep_B1, mask_BT, 1.0)
+    mask_BT = None if mask_BT is None else jnp.where(keep_B1, mask_BT, 1.0)
+    return jnp.where(keep_B1[..., None], caption_BTF, 0.0), mask_BT
+
+
+def pooled_caption(condition: Condition, config: DiTConfig) -> jax.Array:
+    """Return the one vector of each caption, f32[B, P]: the mean of its tokens where none is given; zero left out."""
+    pooled_BP = condition.pooled_BP
+    if pooled_BP is None:
+        if config.pooled_size != config.caption_size:
+            problem = f"pooled_size = {config.pooled_size} is not caption_size = {config.caption_size}"
+            raise UserError(f"condition: {problem}: give the pooled vector of every caption")
+        caption_BTF = _needed(condition.caption_BTF, "caption", config).astype(jnp.float32)
+        mask_BT = condition.caption_mask_BT
+        mask_BT = jnp.ones(caption_BTF.shape[:2], jnp.float32) if mask_BT is None else mask_BT
+        count_B1 = jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True), 1.0)
+        pooled_BP = jnp.sum(caption_BTF * mask_BT[..., None], axis=1) / count_B1
+    keep_B = condition.keep_B
+    return pooled_BP if keep_B is None else jnp.where(keep_B[:, None] > 0.5, pooled_BP, 0.0)
 
 
 def time_features(time_B: jax.Array, last: int) -> jax.Array:
@@ -210,14 +284,19 @@ def time_features(time_B: jax.Array, last: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def position_rows(config: DiTConfig, places: np.ndarray) -> np.ndarray:
+    """Return the sines, then cosines, of places in a row or column of the largest grid, f32[n, D / 2]."""
+    grid, quarter = config.grid, config.hidden_size // 4
+    steps = places * (grid / (config.largest_grid or grid)) / config.position_scale
+    angles = np.outer(steps, _LONGEST_PERIOD ** -(np.arange(quarter) / quarter))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 def positions(config: DiTConfig) -> jax.Array:
     """Sin-cos positions of all patches, f32[N, D]: half of the numbers say the column, the others the row."""
-    grid, quarter = config.grid, config.hidden_size // 4
-    largest = config.largest_grid or grid
-    places = (np.arange(grid) + (largest - grid) // 2) * (grid / largest) / config.position_scale
-    angles = np.outer(places, _LONGEST_PERIOD ** -(np.arange(quarter) / quarter))
-    one = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
-    shape = (grid, grid, 2 * quarter)
+    grid = config.grid
+    one = jnp.asarray(position_rows(config, np.arange(grid) + ((config.largest_grid or grid) - grid) // 2))
+    shape = (grid, grid, one.shape[1])
     both = jnp.broadcast_to(one[None], shape), jnp.broadcast_to(one[:, None], shape)
     return jnp.concatenate(both, axis=-1).reshape(grid * grid, -1)
 
