@@ -51,7 +51,6 @@ _KEYS: dict[Effect, str] = {
         adapter.alpha adapter.dropout adapter.base adapter.block adapter.exclude
         data.mask_documents
         objective.name objective.beta objective.margin objective.options
-        objective.error objective.kl_weight
         optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
         optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
         optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm

@@ -95,6 +95,13 @@ def test_many_devices_compute_what_one_does(shards, remat, tiny, expected):
         np.testing.assert_allclose(found, one, atol=2e-5 * max(float(jnp.abs(one).max()), 0.05))
 
 
+def test_latents_are_scaled_for_a_diffusion_model_and_back(tiny):
+    graphdef = nnx.split(abstract_model(config(scaling_factor=1.5305, shift_factor=0.0609)))[0]
+    model, z = nnx.merge(graphdef, tiny[1]), np.linspace(-3, 3, 32, dtype=np.float32).reshape(1, 4, 4, 2)
+    np.testing.assert_allclose(model.scaled(z), (z - 0.0609) * 1.5305, rtol=1e-6)
+    np.testing.assert_allclose(model.unscaled(model.scaled(z)), z, atol=1e-6)
+
+
 def test_it_learns(tiny):
     graphdef, weights = tiny
     images, optimizer = batch(config(), 8), optax.adam(3e-3)

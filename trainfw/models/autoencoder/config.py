@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from importlib import resources
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, PositiveFloat, model_validator
@@ -69,7 +69,7 @@ class AutoencoderConfig(FamilyConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _merge_preset(cls, data: Any) -> Any:
+    def _merge_preset(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         if "hidden_size" in data or "num_layers" in data:
@@ -109,11 +109,6 @@ class AutoencoderConfig(FamilyConfig):
     def num_patches(self) -> int:
         """Places in the latents of an image: what counts as its tokens."""
         return self.latent_size**2
-
-    @property
-    def conditioning(self) -> Literal["none"]:
-        """The kind of condition that goes with an image."""
-        return "none"
 
     def products(self) -> Iterator[Product]:
         """List the convolutions and linear maps of encoder and decoder, for one image."""
@@ -155,9 +150,9 @@ def _residual(side: int, layers: int, inputs: int, outputs: int) -> Iterator[Pro
 
 
 @functools.cache
-def load_presets() -> dict[str, dict[str, Any]]:
+def load_presets() -> dict[str, dict[str, object]]:
     """The presets by name, as plain fields of `AutoencoderConfig` (where their figures come from is dropped)."""
-    presets: dict[str, dict[str, Any]] = yaml.safe_load(
+    presets: dict[str, dict[str, object]] = yaml.safe_load(
         resources.files(__package__).joinpath("presets.yaml").read_text()
     )
     return {name: {k: v for k, v in fields.items() if k != "source"} for name, fields in presets.items()}

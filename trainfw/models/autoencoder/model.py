@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,8 +21,6 @@ from trainfw.models.autoencoder.layers import (
 from trainfw.models.common.layers import gather_weights
 from trainfw.models.family import ModelOptions
 from trainfw.models.layer_stack import checkpointed
-
-M = TypeVar("M", bound=nnx.Module)
 
 
 class Block(nnx.Module):
@@ -90,7 +86,7 @@ class Autoencoder(nnx.Module):
         dtype = jnp.dtype(self.options.compute_dtype)
 
         def one(
-            x_BHWC: jax.Array, weights: nnx.State, _shared: None, _own: None, graphdef: Any
+            x_BHWC: jax.Array, weights: nnx.State, _shared: None, _own: None, graphdef: nnx.GraphDef[nnx.Module]
         ) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, gather_weights(weights, dtype))(x_BHWC), None
 
