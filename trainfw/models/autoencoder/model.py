@@ -63,7 +63,7 @@ class Autoencoder(nnx.Module):
         draw_kernels(self, rngs)
 
     def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(mean_BHWC, logvar_BHWC) of the latents of images in [-1, 1], f32, higher and wider by `config.reduction`."""
+        """(mean_BHWC, logvar_BHWC) of the latents of images in [-1, 1], f32: `config.reduction` times smaller."""
         modules = [*self.encoder.parts(), *([] if self.quant_conv is None else [self.quant_conv])]
         mean_BHWC, logvar_BHWC = jnp.split(self._run(modules, x_BHWC), 2, axis=-1)
         return mean_BHWC, jnp.clip(logvar_BHWC, -30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution does
