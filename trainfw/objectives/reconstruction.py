@@ -48,9 +48,9 @@ class Reconstruction:
         return Schema({**rows.fields, **noise}, {**rows.sizes, **dict(zip(dims, self.latent_shape))})
 
     def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-        """Return the batch with noise, drawn for each row by its number."""
-        arrays = {name: array for name, array in batch.items() if name != "row"}
-        return arrays | {"noise": normal_rows(seed, batch["row"], self.latent_shape, NOISE)}
+        """Return images and weights, without conditions, and noise, drawn for each row by its number."""
+        noise = normal_rows(seed, batch["row"], self.latent_shape, NOISE)
+        return {"image": batch["image"], "weight": batch["weight"], "noise": noise}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and sums: `loss`, the error alone, and `kl`, the divergence in nats, of an image."""

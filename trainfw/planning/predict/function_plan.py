@@ -145,8 +145,6 @@ def _notes(name: str, module: Module) -> list[str]:
                     f"{where}: a loop runs as often as its values say, so its time is not known before; give it a "
                     "fixed number of turns (jax.lax.scan, or fori_loop between constants)"
                 )
-            if instruction.opcode == "convolution":
-                raise UserError(f"{where}: a plan has times of matrix products, and none of convolutions")
     notes = ["other operations than matrix products and collectives take the time of their memory alone"]
     if opcodes["conditional"]:
         notes.append("of each conditional, all branches count")

@@ -396,6 +396,8 @@ def _words(
     if any(matmul.mixed for matmul in analysis.matmuls):
         at = "the wider's" if assumed.mixed == "wide" else "bfloat16's"
         words.append(f"products of a float32 and a bfloat16 operand run at {at} rate")
+    if any(matmul.convolution for matmul in analysis.matmuls):
+        words.append("a convolution takes the time of the matrix product that it is: of places and windows")
     if slow:
         words.append(
             f"at the slow end, links along {', '.join(slow)} have half the bandwidth (their sources leave it open)"

@@ -8,6 +8,7 @@ along `data` are longer. Where that is still too many devices, `fsdp` is shorten
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
-from trainfw.hlo import Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.hlo import Computation, Instruction, Module, Partitioned, Shape, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
@@ -55,6 +56,8 @@ class Matmul:
     """A product with the scores, S x S, which a fused kernel never writes to memory."""
     backward: bool = False
     """Computes a gradient, in whichever phase. (What remat computes again does not.)"""
+    convolution: bool = False
+    """A convolution, as the product that it is: m places of images, n channels, k values in a window."""
     phase: Phase = "backward"
 
     @property
@@ -267,10 +270,8 @@ def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysi
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """The analysis of a partitioned module on `mesh`."""
     computations = [module.computations[name] for name in module.times]
-    products = [
-        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
-    ]
-    scores = {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}  # elements on a device
+    dots = [_matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"]
+    scores = {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in dots if p.attention}  # elements on a device
     collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
     work: dict[str, list[tuple[_Work, int]]] = {}
     totals: Counter[_Work] = Counter()
@@ -282,6 +283,8 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
             phase = phases[instruction.name]
             if instruction.opcode == "dot":
                 work[name].append((_matmul(computation, instruction, phase), 1))
+            elif instruction.opcode == "convolution":
+                work[name].append((_convolution(computation, instruction, phase), 1))
             elif instruction.name in collectives:
                 found = collectives[instruction.name]
                 kind = "reduce-scatter" if found.kind == "all-reduce" and found.scattered else found.kind
@@ -363,10 +366,42 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
     return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
 
 
-def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
+def _operands(computation: Computation, product: Instruction) -> tuple[Shape, Shape]:
     # An operand may be an element of a loop's result, `while.9#2`.
-    named = (operand.partition("#") for operand in dot.operands)
+    named = (operand.partition("#") for operand in product.operands)
     left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
+    return left, right
+
+
+def _convolution(computation: Computation, instruction: Instruction, phase: Phase) -> Matmul:
+    """The product of matrices that a convolution is. What its window meets of the padding counts too."""
+    left, right = _operands(computation, instruction)
+    of_left, of_right, _ = re.split("_|->", instruction.attributes["dim_labels"])
+    window = dict(part.split("=") for part in instruction.attributes["window"].strip("{}").split())
+    groups = max(int(instruction.attributes.get(f"{kind}_group_count", 1)) for kind in ("feature", "batch"))
+    channels = right.dims[of_right.index("o")]
+    places = math.prod(instruction.shapes[0].dims) // channels
+    if "lhs_dilate" in window:  # between the input's places there are zeros: the gradient of a stride
+        places = math.prod(left.dims) // left.dims[of_left.index("f")]
+    size = math.prod(map(int, window["size"].split("x"))) if "size" in window else 1
+    backward = is_backward(instruction.op_name) and not is_recomputed(instruction.op_name)
+    return Matmul(
+        batch=groups,
+        m=places,
+        n=channels // groups,
+        k=size * right.dims[of_right.index("i")],
+        dtype=max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims))).dtype,
+        times=1,
+        mixed=left.dtype != right.dtype,
+        bytes=left.bytes + right.bytes + instruction.bytes,
+        backward=backward,
+        convolution=True,
+        phase=phase,
+    )
+
+
+def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
+    left, right = _operands(computation, dot)
 
     def size(shape: tuple[int, ...], key: str) -> int:
         dims = dot.attributes.get(key, "{}").strip("{}")
