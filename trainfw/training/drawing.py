@@ -21,8 +21,9 @@ from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.latents import LatentCodec
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
-from trainfw.training.run_data import encoder_of
+from trainfw.training.run_data import codec_of, encoder_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.text_encoder import HashedWords, TextEncoder
 from trainfw.weights import Which, reads_average
@@ -85,6 +86,8 @@ class Drawer:
             predict = self._predict(inputs, guidance)
             images = sampling.draw(predict, noise, schedule=schedule, sampler=sampler, steps=steps, progress=drawn)
             pictures[start : start + count] = np.asarray(images)[:count]
+        if self._codec is not None:
+            pictures = self._codec.decode(pictures)
         return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
 
     @property
@@ -133,6 +136,10 @@ class Drawer:
             return {"label": np.array([self.classes.index(name) for name in given], np.int32)}
         features, mask = self._encoder(given, progress)
         return {"caption": features, "caption_mask": mask}
+
+    @cached_property
+    def _codec(self) -> LatentCodec | None:
+        return codec_of(self.program.recipe)
 
     @cached_property
     def _encoder(self) -> TextEncoder | HashedWords:
