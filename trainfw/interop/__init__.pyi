@@ -3,6 +3,8 @@ from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
 from .diffusers.autoencoder import open_autoencoder as open_autoencoder
 from .diffusers.autoencoder import save_autoencoder as save_autoencoder
+from .diffusers.models import DiffusersModel as DiffusersModel
+from .diffusers.models import open_diffusers as open_diffusers
 from .diffusers.scheduler import read_scheduler as read_scheduler
 from .diffusers.scheduler import scheduler_from_diffusers as scheduler_from_diffusers
 from .diffusers.scheduler import scheduler_to_diffusers as scheduler_to_diffusers
@@ -19,6 +21,7 @@ from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
 from .mapping import parameter_shapes as parameter_shapes
 from .paths import model_kind as model_kind
+from .paths import part_of as part_of
 from .paths import read_huggingface as read_huggingface
 from .paths import read_model_config as read_model_config
 from .peft import is_peft as is_peft

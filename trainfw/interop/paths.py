@@ -11,24 +11,30 @@ from typing import Literal
 from trainfw.errors import UserError
 from trainfw.interop.configs import config_from_huggingface
 from trainfw.json_text import read_json
-from trainfw.models import ModelConfig
+from trainfw.models import FamilyConfig
 from trainfw.paths import check_file, resolve_path
 
 CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-ModelKind = Literal["huggingface", "gguf", "run"]
+ModelKind = Literal["huggingface", "gguf", "run", "diffusers"]
+AUTOENCODER = "AutoencoderKL"
+"""Class of diffusers that an autoencoder's config.json names."""
+PARTS = {"dit": "transformer", "autoencoder": "vae"}
+"""Directories of a diffusers pipeline, by the family of the model that each holds."""
 
 
 def model_kind(path: Path) -> ModelKind:
     """Return the kind of model at a (resolved) path. Raises UserError, with what was expected, where there is none."""
     if path.is_dir():
         if os.path.lexists(path / CONFIG):
-            return "huggingface"
+            return "diffusers" if "_class_name" in read_json(path / CONFIG, limit=2**24) else "huggingface"
         if (path / "recipe.yaml").exists():
             return "run"
         if (path / "adapter_config.json").exists():
             raise UserError(f"{path}: is a PEFT adapter, not a model; give the model that it adapts")
+        if (part := part_of(path, None)) != path:
+            raise UserError(f"{path}: is a pipeline of diffusers; give the directory of one of its models, {part}")
         raise UserError(f"{path}: is no model: it has no {CONFIG} (a Hugging Face model) and no recipe.yaml (a run)")
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file or directory; models are not downloaded")
@@ -53,14 +59,29 @@ def read_huggingface(path: Path) -> dict[str, object]:
     return read_json(path / CONFIG, limit=2**24)
 
 
-def read_model_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """Read the shape of the model at a path (Hugging Face or GGUF), without weights and without JAX.
+def part_of(path: Path, family: str | None) -> Path:
+    """Return the directory, in a diffusers pipeline at a path, of the model of a family; any other path as it is."""
+    if not path.is_dir() or any(os.path.lexists(path / name) for name in (CONFIG, "recipe.yaml")):
+        return path
+    wanted = PARTS.values() if family is None else [PARTS[family]] if family in PARTS else []
+    return next((path / name for name in wanted if os.path.lexists(path / name / CONFIG)), path)
+
+
+def read_model_config(path: str | os.PathLike[str]) -> FamilyConfig:
+    """Read the shape of the model at a path (Hugging Face, GGUF or diffusers), without weights and without JAX.
 
     Its mixture of experts, if any, has the dispatch of Transformers, `dropless`.
     """
     resolved = resolve_path(path)
     with blamed(resolved):
-        return config_from_huggingface(read_huggingface(resolved))
+        if model_kind(resolved) != "diffusers":
+            return config_from_huggingface(read_huggingface(resolved))
+        from trainfw.interop.diffusers.autoencoder_config import autoencoder_from_diffusers
+        from trainfw.interop.diffusers.transformer_config import transformer_from_diffusers
+
+        config = read_json(resolved / CONFIG)
+        read = autoencoder_from_diffusers if config["_class_name"] == AUTOENCODER else transformer_from_diffusers
+        return read(config)
 
 
 @contextlib.contextmanager

@@ -192,6 +192,8 @@ def open_model(path: str | Path) -> ModelSource:
     kind = model_kind(resolved)
     if kind == "run":
         raise UserError(f"{resolved}: is a run; expected a Hugging Face directory or a .gguf file")
+    if kind == "diffusers":
+        raise UserError(f"{resolved}: is a model of diffusers, which writes no text; `trainfw export` reads it")
     with blamed(resolved):
         huggingface = read_huggingface(resolved)
         config = config_from_huggingface(huggingface)

@@ -41,7 +41,8 @@ class FamilyConfig(Config):
     convolutional one of images; or your own, `package.module:Name`, whose config then says which other keys there are:
     see `trainfw.models.Family`."""
     from_: str | None = Field(default=None, alias="from")
-    """Start from these weights: a run directory of the same family."""
+    """Start from these weights: a run directory of the same family, or a directory that diffusers reads (`dit`,
+    `autoencoder`): of the model, or of a pipeline with it."""
     hidden_size: Dim
     """D: width of the residual stream."""
     num_layers: Annotated[int, Field(ge=1, le=10_000)]

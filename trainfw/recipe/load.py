@@ -13,8 +13,8 @@ from trainfw import yaml_text
 from trainfw.checkpoint import saved_recipe
 from trainfw.config import name_problem
 from trainfw.errors import UserError
-from trainfw.interop import read_model_config
-from trainfw.models import DEFAULT_FAMILY, load_family
+from trainfw.interop import part_of, read_model_config
+from trainfw.models import DEFAULT_FAMILY, FamilyConfig, load_family
 from trainfw.paths import path_text, resolve_path
 from trainfw.recipe.files import bundled_recipes, check_sections, extended, find_recipe, merge, read, without_model
 from trainfw.recipe.problems import describe
@@ -201,12 +201,14 @@ def _from_weights(tree: dict[str, object], sources: Sources) -> dict[str, object
     required = {name for name, field in config.model_fields.items() if field.is_required()}
     if not required <= set(model):
         try:
+            source = _part_of(source, model.get("family"))
             fields = _fields_of(source, model.get("family"))
         except UserError as error:
             raise UserError(f"{where('model.from', sources)}model.from: {error}") from error
         # Dispatch and the like are not the weights': field by field.
-        tree = {**tree, "model": merge(fields, model)}
-    if isinstance(data, dict) and "tokenizer" not in data:
+        tree = {**tree, "model": merge(fields, {**model, "from": source})}
+    tokens = load_family(_family(tree)).reads == "tokens"
+    if tokens and isinstance(data, dict) and "tokenizer" not in data:
         tree = {**tree, "data": {**data, "tokenizer": {"name": "file", "path": source}}}
     return tree
 
@@ -223,14 +225,22 @@ def _from_adapter(tree: dict[str, object], sources: Sources) -> dict[str, object
         raise UserError(f"{where('adapter.from', sources)}adapter.from: {error}") from error
 
 
+def _part_of(source: str, family: str | None) -> str:
+    """Return a path; of a pipeline of diffusers, that of the one model which the family names."""
+    whole = resolve_path(source)
+    part = part_of(whole, family)
+    return source if part == whole else os.path.join(source, part.name)
+
+
 def _fields_of(source: str, family: str | None) -> dict[str, object]:
     """Read the fields of the model at a path: a run's, or those of weights."""
     refuse_recipe(source)
     run = resolve_path(source) / "recipe.yaml"
-    config = load_recipe(run).model if run.is_file() else read_model_config(source)
+    config: FamilyConfig = load_recipe(run).model if run.is_file() else read_model_config(source)
     if config.family != (family or config.family):
         raise UserError(f"{source}: is a model of family {config.family!r}, and model.family is {family!r}")
-    return config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)
+    named = {} if config.family == DEFAULT_FAMILY else {"family": config.family}
+    return {**named, **config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)}
 
 
 def _adapter_of(source: str) -> dict[str, object]:

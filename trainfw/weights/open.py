@@ -19,7 +19,16 @@ from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in,
 from trainfw.confined import UnusableError
 from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
-from trainfw.interop import decoder_config, is_peft, open_model, peft_copies, read_peft
+from trainfw.interop import (
+    decoder_config,
+    is_peft,
+    model_kind,
+    open_diffusers,
+    open_model,
+    part_of,
+    peft_copies,
+    read_peft,
+)
 from trainfw.models import FamilyConfig, abstract_model, dense, vocabulary_of
 from trainfw.paths import resolve_path
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
@@ -236,7 +245,8 @@ def open_base(path: str, step: int | None = None, weights: Which | None = None) 
     """
     averaged = reads_average(path, weights)
     if not is_run(path):
-        return open_model(path)
+        resolved = part_of(resolve_path(path), None)
+        return open_diffusers(resolved) if model_kind(resolved) == "diffusers" else open_model(path)
     recipe = run_recipe(path)
     if recipe.adapter is not None:
         raise UserError(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.interop.diffusers.autoencoders import SHAPES, first, last, make
 from trainfw.errors import UserError
 from trainfw.interop import open_autoencoder, save_autoencoder
-from trainfw.interop.diffusers.autoencoder import CONFIG, WEIGHTS, autoencoder_from_diffusers, tensor_name
+from trainfw.interop.diffusers.autoencoder import CONFIG, WEIGHTS, tensor_name
+from trainfw.interop.diffusers.autoencoder_config import autoencoder_from_diffusers
 from trainfw.models import Autoencoder
 
 CLOSE = 1e-5
