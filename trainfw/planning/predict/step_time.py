@@ -25,7 +25,7 @@ from trainfw.scopes import ATTENTION
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
-    from trainfw.parallel import Layout, MeshPlacement, Placement
+    from trainfw.parallel import MeshPlacement, Placement
     from trainfw.recipe import Recipe
 
 OVERLAPPED = "weights, gradients, stages and rings"
@@ -109,8 +109,8 @@ class StepTime(WorkTime):
     """One training step, predicted."""
 
     mfu: float
-    """Model FLOPs (forward and backward, nothing recomputed, of causal attention the half that counts) over peak, of the
-    compute dtype."""
+    """Model FLOPs (forward and backward, nothing recomputed, of causal attention the half that counts) over the peak of
+    the compute dtype."""
     tokens_per_second: float
     """Places of sequences: of images, patches."""
 
@@ -153,9 +153,8 @@ def step_time(
 def attention_words(recipe: Recipe, topology: Topology, assumed: Assumptions) -> str:
     """Say how attention is timed."""
     if assumed.attention == "xla":
-        return (
-            f"attention is the XLA form: its scores, {'S x T' if recipe.reads_images else 'S x S'}, go through memory"
-        )
+        scores = "" if recipe.reads_images else ", S x S,"
+        return f"attention is the XLA form: its scores{scores} go through memory"
     words = "attention is a fused kernel: its scores stay on chip"
     if not recipe.reads_images:
         return f"{words}, the upper half is skipped"
@@ -285,8 +284,8 @@ def _beside(transfer: Transfer) -> bool:
 def share_of_fused(recipe: Recipe, size: int = 1) -> tuple[float, float]:
     """Count what a fused kernel computes of a product with scores in the program, forward and backward.
 
-    Where the sequence is split over `size` devices, n, the program leaves out most of what is masked itself: a ring computes
-    (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
+    Where the sequence is split over n = `size` devices, the program leaves out most of what is masked itself: a ring
+    computes (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
     gathered, three quarters (see `trainfw.parallel.ring_attention`). Attention in images is not causal: all counts.
     """
     if recipe.reads_images:

@@ -389,12 +389,10 @@ def _product(computation: Computation, instruction: Instruction, phase: Phase) -
     named = (operand.partition("#") for operand in instruction.operands)
     left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
 
-    sizes = (
-        _convolved(instruction, right.dims)
-        if instruction.opcode == "convolution"
-        else _dotted(instruction, left, right)
-    )
-    batch, m, n, k = sizes
+    if instruction.opcode == "convolution":
+        batch, m, n, k = _convolved(instruction, right.dims)
+    else:
+        batch, m, n, k = _dotted(instruction, left, right)
     op_name = instruction.op_name
     wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
     return Matmul(
@@ -468,11 +466,7 @@ def _streamed(
     Arrays of as many elements as `scores` has are attention's.
     """
     found: Counter[StreamedKind] = Counter()
-    if (
-        instruction.opcode in _FREE
-        or instruction.opcode in _ELSEWHERE
-        or not _written(computation, instruction, trains)
-    ):
+    if instruction.opcode in _FREE | _ELSEWHERE or not _written(computation, instruction, trains):
         return found, 0
     # Forward and backward are under jax.grad, but for the zeros that they start from.
     of_model = _of_model(instruction, trains) or instruction.opcode == "broadcast"

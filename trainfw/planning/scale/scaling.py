@@ -98,10 +98,10 @@ class Scaling:
         `scaling.weak` and `scaling.strong` are lists of rows: `count` (units), `chips`, `cores`, `data`,
         `global_batch_size`, `accumulation_steps`, `step_time_seconds`, `step_time_range_seconds`,
         `tokens_per_second` (of images `images_per_second`), `mfu`, `efficiency` (that of a chip, over that at the
-        fewest units), `bound_by`,
-        `memory_bytes_per_core` (the total), `memory_capacity_bytes_per_core`, `data_share` (of the step, waiting for
-        collectives over data), and for the run of `scaling.tokens` (or `scaling.images`) `days`, `chip_hours`, `dollars` (steps
-        alone), `goodput`, `chip_hours_with_failures`, `dollars_with_failures` (null where the run never ends).
+        fewest units), `bound_by`, `memory_bytes_per_core` (the total), `memory_capacity_bytes_per_core`, `data_share`
+        (of the step, waiting for collectives over data), and for the run of `scaling.tokens` tokens (or
+        `scaling.images`) `days`, `chip_hours`, `dollars` (steps alone), `goodput`, `chip_hours_with_failures`,
+        `dollars_with_failures` (null where the run never ends).
 
         `goodput.weak` and `goodput.strong` have a `Goodput.to_json` for every row with a plan; `goodput.assumptions`
         are in words.
@@ -276,13 +276,11 @@ def _lines(found: Scaling) -> Iterator[str]:
     unit = found.recipe.hardware.topology
     yield f"scaling, in units of {unit}; efficiency is {found.counted[0]}/s a chip against the fewest units"
     batch = found.recipe.train.global_batch_size
+    rows_of = "images" if found.recipe.reads_images else "sequences"
     cost = "chip-hours" if found.recipe.hardware.dollars_per_chip_hour is None else "dollars"
     for rows, text in (
         (found.weak, "weak: the global batch grows with the count"),
-        (
-            found.strong,
-            f"strong: the global batch stays at {batch:,} {'images' if found.recipe.reads_images else 'sequences'}",
-        ),
+        (found.strong, f"strong: the global batch stays at {batch:,} {rows_of}"),
     ):
         yield ""
         yield f"  {text}"
