@@ -17,6 +17,7 @@ from trainfw.objectives.draws import NOISE, normal_rows
 from trainfw.objectives.objective import Batch, Draw, Mean, Models, Sums
 from trainfw.objectives.schema import Field, ImageShape, Schema, image_rows
 from trainfw.parallel import axis_size
+from trainfw.scopes import LOSS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,13 @@ class Reconstruction:
         model: Autoencoder = models["learner"]
         image, weight_B = batch["image"], batch["weight"]
         mean, logvar = model.encode(image)
-        difference = model.decode(mean + jnp.exp(logvar / 2) * batch["noise"]) - image
+        decoded = model.decode(mean + jnp.exp(logvar / 2) * batch["noise"])
+        with jax.named_scope(LOSS):
+            return self._error(decoded - image, mean, logvar, weight_B)
+
+    def _error(
+        self, difference: jax.Array, mean: jax.Array, logvar: jax.Array, weight_B: jax.Array
+    ) -> tuple[jax.Array, Sums]:
         error = jnp.abs(difference) if self.error == "l1" else jnp.square(difference)
         error_B = jnp.mean(error, axis=(1, 2, 3))
         kl_B = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))

@@ -99,7 +99,6 @@ def test_a_convolution_is_the_product_of_its_places_and_windows(stride, groups):
     forward = 2 * 2 * (8 // stride) ** 2 * 6 * 9 * (4 // groups)
     plan = trainfw.plan(jax.grad(convolved, argnums=(0, 1)), *arrays, hardware=CHIP)
     assert plan.flops == 3 * forward
-    assert all(product.convolution for product in plan.matmuls)
     assert any("convolution" in text for text in plan.time.assumptions)
 
 
