@@ -390,7 +390,7 @@ def _product(computation: Computation, instruction: Instruction, phase: Phase) -
     left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
 
     if instruction.opcode == "convolution":
-        batch, m, n, k = _convolved(instruction, right.dims)
+        batch, m, n, k = _convolved(instruction, left, right)
     else:
         batch, m, n, k = _dotted(instruction, left, right)
     op_name = instruction.op_name
@@ -423,16 +423,18 @@ def _dotted(dot: Instruction, left: Shape, right: Shape) -> tuple[int, int, int,
     return batch, m, n, k
 
 
-def _convolved(convolution: Instruction, kernel: Sequence[int]) -> tuple[int, int, int, int]:
-    """Sizes (batch, m, n, k) of the product of patches and kernel; zeros between elements take no product."""
+def _convolved(convolution: Instruction, left: Shape, right: Shape) -> tuple[int, int, int, int]:
+    """Sizes (batch, m, n, k) of the product that a convolution is. What its window meets of the padding counts too."""
     attributes = convolution.attributes
-    _, of_kernel, _ = re.split("_|->", attributes["dim_labels"])
-    groups = int(attributes.get("feature_group_count", 1))
-    outputs = kernel[of_kernel.index("o")]
-    dilated = re.search(r"lhs_dilate=([\dx]+)", attributes.get("window", ""))
-    zeros = math.prod(map(int, dilated[1].split("x"))) if dilated else 1
-    k = math.prod(kernel) // outputs // zeros // int(attributes.get("batch_group_count", 1))
-    return groups, math.prod(convolution.shapes[0].dims) // outputs, outputs // groups, max(1, k)
+    of_left, of_right, _ = re.split("_|->", attributes["dim_labels"])
+    window = dict(part.split("=") for part in attributes.get("window", "{}").strip("{}").split())
+    groups = max(int(attributes.get(f"{kind}_group_count", 1)) for kind in ("feature", "batch"))
+    channels = right.dims[of_right.index("o")]
+    places = math.prod(convolution.shapes[0].dims) // channels
+    if "lhs_dilate" in window:  # between the input's places there are zeros: the gradient of a stride
+        places = math.prod(left.dims) // left.dims[of_left.index("f")]
+    size = math.prod(map(int, window["size"].split("x"))) if "size" in window else 1
+    return groups, places, channels // groups, size * right.dims[of_right.index("i")]
 
 
 _PRODUCTS = {"dot", "convolution"}
