@@ -77,7 +77,7 @@ def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
     with pytest.raises(UserError, match="is no class of the model; expected one of 0, 1, 2"):
         drawer.draw(["x"])
     for wrong in ({"prompts": "7"}, {"prompts": []}, {"prompts": ["7"], "guidance": float("nan")}):
-        with pytest.raises(UserError, match="^(prompts|guidance) = "):
+        with pytest.raises(UserError, match=r"^(prompts|guidance) = "):
             drawer.draw(**wrong)
     with pytest.raises(UserError, match=r"sampler = 'eular'.*did you mean 'euler'"):
         drawer.draw(["1"], sampler="eular")
