@@ -31,7 +31,7 @@ def compiling(program: Program, trains: bool = True) -> Compiling:
 
 def test_data_is_read_meanwhile(tmp_path, monkeypatch):
     read = threading.Event()
-    compile_step, prepare = Program.compile_train_step, loop.prepare_data
+    compile_step, prepare = Program.compile_train_step, loop.read_data
 
     def compile_later(program):
         assert read.wait(60)
@@ -43,7 +43,7 @@ def test_data_is_read_meanwhile(tmp_path, monkeypatch):
         return data
 
     monkeypatch.setattr(Program, "compile_train_step", compile_later)
-    monkeypatch.setattr(loop, "prepare_data", prepare_first)
+    monkeypatch.setattr(loop, "read_data", prepare_first)
     recipe = tiny_recipe(tmp_path, "train.steps=1")
     train(recipe, devices=jax.devices()[:1], run_dir=tmp_path / "run")
     assert list(losses(tmp_path / "run")) == [1]
