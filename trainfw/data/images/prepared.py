@@ -137,12 +137,7 @@ def prepare_images(
     data, damage = cache.prepared(source)
     data = replace(data, skipped=source.skipped, damage=damage)
     if autoencoder is not None:
-        splits = {"train": data.train, "validation": data.validation}
-        for split, store in splits.items():
-            latents, damage = encode_images(config, store, split, autoencoder, progress)
-            store = replace(store, latents=latents, latent_shape=autoencoder.shape)
-            data = replace(data, **{split: store}, damage="; ".join(filter(None, (data.damage, damage))))
-        data = replace(data, encoder=autoencoder.identity)
+        data = _with_latents(config, data, autoencoder, progress)
     if encoder is None:
         return data
     captions = encode_captions(config, data.train, data.validation, encoder, progress)
@@ -153,6 +148,23 @@ def prepare_images(
         damage="; ".join(filter(None, (data.damage, captions.damage))),
         encoder=f"{data.encoder} {encoder.identity}".strip(),
         cut=captions.cut,
+    )
+
+
+def _with_latents(
+    config: DataConfig, data: PreparedImages, autoencoder: ImageEncoder, progress: Progress | None
+) -> PreparedImages:
+    stores, damages = [], [data.damage]
+    for split, store in (("train", data.train), ("validation", data.validation)):
+        latents, damage = encode_images(config, store, split, autoencoder, progress)
+        stores.append(replace(store, latents=latents, latent_shape=autoencoder.shape))
+        damages.append(damage)
+    return replace(
+        data,
+        train=stores[0],
+        validation=stores[1],
+        damage="; ".join(filter(None, damages)),
+        encoder=autoencoder.identity,
     )
 
 
