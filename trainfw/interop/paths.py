@@ -11,7 +11,7 @@ from typing import Literal
 from trainfw.errors import UserError
 from trainfw.interop.configs import config_from_huggingface
 from trainfw.json_text import read_json
-from trainfw.models import FamilyConfig, ModelConfig
+from trainfw.models import FamilyConfig
 from trainfw.paths import check_file, resolve_path
 
 CONFIG = "config.json"
