@@ -59,8 +59,8 @@ class AdapterConfig(Config):
     exclude: list[str] = Field(default_factory=list)
     """Patterns of names (`embedding`, `head`) that stay in bfloat16 (int8, nf4)."""
     from_: str | None = Field(default=None, alias="from")
-    """Adapter to go on from: a run, or a directory in PEFT's or (of `dit`) diffusers' form. It must have the rank and the
-    targets given here."""
+    """Adapter to go on from: a run, or a directory in PEFT's or (of `dit`) diffusers' form. It must have the rank and
+    the targets given here."""
 
     @model_validator(mode="after")
     def _quantised(self) -> AdapterConfig:

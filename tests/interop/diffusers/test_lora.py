@@ -97,5 +97,5 @@ def test_what_is_not_an_adapter_of_the_transformer_is_refused(tmp_path):
         with pytest.raises(UserError, match=name):
             read_lora(tmp_path / "lora", model.config)
     whole = AdapterConfig(targets=["time.input"])
-    with pytest.raises(UserError, match="time.input: diffusers has no adapter of it"):
+    with pytest.raises(UserError, match=r"time.input: diffusers has no adapter of it"):
         save_lora(tmp_path / "other", whole, {}, model.config)
