@@ -5,6 +5,6 @@ from __future__ import annotations
 ATTENTION = "attention_core"
 """Attention between its projections: the scores, their softmax, and the products with the values."""
 LOSS = "loss"
-"""The output head's product, and a loss of what it returns."""
+"""The output head's product and a loss of what it returns; of models of images, the error of what they predict."""
 LOSS_GRADIENT = "loss_gradient"
 """Products of the loss's gradient, which the forward pass computes beside the loss."""

@@ -76,6 +76,9 @@ def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
     assert not np.array_equal(several[0], several[2])  # other noise
     with pytest.raises(UserError, match="is no class of the model; expected one of 0, 1, 2"):
         drawer.draw(["x"])
+    for wrong in ({"prompts": "7"}, {"prompts": []}, {"prompts": ["7"], "guidance": float("nan")}):
+        with pytest.raises(UserError, match=r"^(prompts|guidance) = "):
+            drawer.draw(**wrong)
     with pytest.raises(UserError, match=r"sampler = 'eular'.*did you mean 'euler'"):
         drawer.draw(["1"], sampler="eular")
 
@@ -107,6 +110,25 @@ def test_captions_condition_a_model(place):
     result = train(recipe_of(place, CAPTIONS), devices=jax.devices()[:1], run_dir=place / "captions")
     drawn = load_drawer(result.run_dir, count=8).draw(["seven", "one"], steps=2)
     assert drawn.shape == (2, 8, 8, 1)
+
+
+def test_a_model_learns_and_draws_latents_of_an_autoencoder(place):
+    shape = {"family": "autoencoder", "image_size": 8, "channels": 1, "latent_channels": 2, "block_channels": [8, 8]}
+    tree = {
+        "model": {**shape, "norm_groups": 4, "layers_per_block": 1},
+        "data": {"format": "images", "source": "digits", "cache_dir": str(place / "cache")},
+        "objective": {"name": "reconstruction"},
+        "train": {"steps": 2, "global_batch_size": 8, "validation_batches": 1},
+    }
+    encoder = train(load_recipe(tree), devices=jax.devices()[:1], run_dir=place / "encoder")
+    assert encoder.validation.unit == "image"
+    assert not (encoder.run_dir / "samples").exists()
+    latents = {"image_size": 4, "channels": 2, "autoencoder": str(encoder.run_dir)}
+    recipe = recipe_of(place, latents, "objective.drop_condition=0")
+    result = train(recipe, devices=jax.devices()[:1], run_dir=place / "latents")
+    assert load_drawer(result.run_dir, count=8).draw([None] * 2, steps=2).shape == (2, 8, 8, 1)
+    with pytest.raises(UserError, match="makes latents of 2 channels"):
+        train(recipe_of(place, {**latents, "channels": 3}), devices=jax.devices()[:1], run_dir=place / "other")
 
 
 @pytest.mark.parametrize(

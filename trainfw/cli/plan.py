@@ -11,7 +11,7 @@ from trainfw import recipe as recipes
 from trainfw.cli.options import Count, Hardware, Overrides, RecipePath, check_page, load_for
 from trainfw.cli.simulated import build_for, load_simulated
 from trainfw.cli.terminal import Clock, say
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 from trainfw.unfinished import write_text
 
 
@@ -38,6 +38,10 @@ def plan(
     function: Annotated[
         str, typer.Option(metavar="NAME", help="The function to plan: train, evaluate, or of models of images denoise.")
     ] = "train",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="With --function denoise: runs that an image takes (default: 20)."),
+    ] = None,
     objective: Annotated[
         str, typer.Option(metavar="time|cost|memory", help="With --search: what to make small.")
     ] = "time",
@@ -56,10 +60,12 @@ def plan(
         raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
     if search and scale is not None:
         raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
+    if steps is not None and function != "denoise":
+        raise UserError("--steps goes with --function denoise")
     if function != "train":
         if search or scale is not None or html is not None or no_cache:
             raise UserError(f"--function {function}: goes without --search, --scale, --html and --no-cache")
-        _plan_function(recipe, overrides, hardware, count, function, json_)
+        _plan_function(recipe, overrides, hardware, count, function, steps, json_)
         return
     counts = () if scale is None else planning.parse_counts(scale)
     loaded = load_for(recipe, overrides, hardware, count)
@@ -83,27 +89,23 @@ def plan(
 
 
 def _plan_function(
-    recipe: str, overrides: list[str] | None, hardware: str | None, count: int | None, name: str, as_json: bool
+    recipe: str,
+    overrides: list[str] | None,
+    hardware: str | None,
+    count: int | None,
+    name: str,
+    steps: int | None,
+    as_json: bool,
 ) -> None:
     loaded, topology = load_simulated(recipe, overrides or (), hardware, count)
     with Clock() as progress:
         program = build_for(loaded, topology, progress)
-        if name not in program.functions:
-            known = ", ".join(program.functions)
-            raise UserError(
-                f"--function {name}: the recipe's program has {known}{did_you_mean(name, program.functions)}"
-            )
-        function = program.functions[name]
         progress(f"compiling {name} for {program.mesh.size} cores")
-        made = planning.plan_function(function.jitted, function.arguments, hardware=topology, mesh=program.mesh)
-    noun, rows = loaded.counted[0], loaded.train.global_batch_size
+        made = planning.plan_program_function(program, name, topology, steps or planning.DRAWING_STEPS)
     if as_json:
-        typer.echo(json.dumps(made.to_json() | {"rows": rows}, indent=2))
-        return
-    say(made)
-    say(f"\n{rows:,} rows a run: {rows / made.time.seconds:,.4g} a second")
-    if name == "denoise":
-        say(f"{rows / made.time.seconds / 20:,.4g} {noun}s a second, at 20 runs for each")
+        typer.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        say(made)
 
 
 def _search(recipe: recipes.Recipe, source: str, objective: str, out: Path | None, as_json: bool) -> None:

@@ -106,6 +106,9 @@ class DenoisingFamilyConfig(ImageFamilyConfig):
     """F: features of a caption's token, with `cross` and `joint`: hidden_size of the text encoder."""
     caption_length: Dim | None = None
     """T: tokens of a caption, with `cross` and `joint`: longer ones are cut, shorter ones padded."""
+    autoencoder: str | None = None
+    """Path of the autoencoder whose latents the images are: a diffusers directory, or a run of family `autoencoder`.
+    Pictures are encoded once, into the data cache. Null: images are the pictures themselves."""
     text_encoder: str | None = None
     """Path of the decoder whose hidden states are the captions' features; or `hashed-words`, a fixed vector for each
     word, which needs no model and knows no meanings."""

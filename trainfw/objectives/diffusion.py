@@ -17,6 +17,7 @@ from trainfw.objectives.noise import TIMES, DDPMSchedule, FlowSchedule, shifted
 from trainfw.objectives.objective import Batch, Draw, Mean, Models, Sums
 from trainfw.objectives.schema import Field, ImageShape, Schema, image_rows
 from trainfw.parallel import axis_size
+from trainfw.scopes import LOSS
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,13 @@ def _squared_error(
         keep_B=batch.get("keep") if draw.training else None,
     )
     prediction_BSO = model.forward(noisy, batch["time"], condition, adapters=draw.adapters)
+    with jax.named_scope(LOSS):
+        return _error(model, prediction_BSO, target, weight_B, batch["weight"])
+
+
+def _error(
+    model: DenoisingModel, prediction_BSO: jax.Array, target: jax.Array, weight_B: jax.Array, counted_B: jax.Array
+) -> tuple[jax.Array, Sums]:
     target_BSO = model.patches(target)
     if prediction_BSO.shape != target_BSO.shape:
         channels, (rows, patches, size) = target.shape[-1], target_BSO.shape
@@ -164,5 +172,5 @@ def _squared_error(
     error_B = jnp.sum(jnp.square(prediction_BSO - target_BSO), axis=(1, 2)) * (target.shape[0] / target.size)
     total = jnp.sum(error_B * weight_B)
     # Devices along these compute different patches of the same images.
-    count = jnp.sum(batch["weight"]) * (1.0 / (axis_size("tensor") * axis_size("context")))
+    count = jnp.sum(counted_B) * (1.0 / (axis_size("tensor") * axis_size("context")))
     return total, {"loss": Mean(total, count)}

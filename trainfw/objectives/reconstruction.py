@@ -17,6 +17,7 @@ from trainfw.objectives.draws import NOISE, normal_rows
 from trainfw.objectives.objective import Batch, Draw, Mean, Models, Sums
 from trainfw.objectives.schema import Field, ImageShape, Schema, image_rows
 from trainfw.parallel import axis_size
+from trainfw.scopes import LOSS
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,22 @@ class Reconstruction:
         return Schema({**rows.fields, **noise}, {**rows.sizes, **dict(zip(dims, self.latent_shape))})
 
     def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-        """Return the batch with noise, drawn for each row by its number."""
-        arrays = {name: array for name, array in batch.items() if name != "row"}
-        return arrays | {"noise": normal_rows(seed, batch["row"], self.latent_shape, NOISE)}
+        """Return images and weights, without conditions, and noise, drawn for each row by its number."""
+        noise = normal_rows(seed, batch["row"], self.latent_shape, NOISE)
+        return {"image": batch["image"], "weight": batch["weight"], "noise": noise}
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and sums: `loss`, the error alone, and `kl`, the divergence in nats, of an image."""
         model: Autoencoder = models["learner"]
         image, weight_B = batch["image"], batch["weight"]
         mean, logvar = model.encode(image)
-        difference = model.decode(mean + jnp.exp(logvar / 2) * batch["noise"]) - image
+        decoded = model.decode(mean + jnp.exp(logvar / 2) * batch["noise"])
+        with jax.named_scope(LOSS):
+            return self._error(decoded - image, mean, logvar, weight_B)
+
+    def _error(
+        self, difference: jax.Array, mean: jax.Array, logvar: jax.Array, weight_B: jax.Array
+    ) -> tuple[jax.Array, Sums]:
         error = jnp.abs(difference) if self.error == "l1" else jnp.square(difference)
         error_B = jnp.mean(error, axis=(1, 2, 3))
         kl_B = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))

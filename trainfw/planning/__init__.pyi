@@ -1,6 +1,8 @@
 from .predict.closed_form import Estimate as Estimate
+from .predict.function_plan import DRAWING_STEPS as DRAWING_STEPS
 from .predict.function_plan import FunctionPlan as FunctionPlan
 from .predict.function_plan import plan_function as plan_function
+from .predict.function_plan import plan_program_function as plan_program_function
 from .predict.link_time import Level as Level
 from .predict.link_time import TransferTime as TransferTime
 from .predict.link_time import link_utilisation as link_utilisation

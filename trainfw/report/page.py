@@ -33,6 +33,9 @@ MEMORY_COLOURS = {
 }
 """Blue for what the optimizer trains and keeps, orange for activations, green for collectives, grey for the rest."""
 
+_WORDS = {"other": "other temporaries", "logits_and_loss": "predictions and loss"}
+"""Words for keys that do not say it."""
+
 _HEAT = "224, 85, 47"
 _FEW = 12
 _SHORT = 2e-3
@@ -90,7 +93,7 @@ def template(file: str) -> Any:
     for function in (duration, in_seconds, in_any_unit, _percent, _size, _hours, _colour, _heat_colour, _bound):
         made.globals[function.__name__.lstrip("_")] = function
     made.globals["memory_colour"] = lambda key: MEMORY_COLOURS.get(key, _GREY)
-    made.globals["words"] = lambda key: "other temporaries" if key == "other" else key.replace("_", " ")
+    made.globals["words"] = lambda key: _WORDS.get(key, key.replace("_", " "))
     return made.get_template(file)
 
 

@@ -17,23 +17,26 @@ def scaling_section(scaling: Any) -> str:
 
     A figure of `scaling.to_json()` stands in a `<data>` element with its value in full, and its key in `data-key`.
     """
-    found = scaling.to_json()
+    found, (counted, _) = scaling.to_json(), scaling.counted
     planned = {name: [row for row in found["scaling"][name] if row["problem"] is None] for name in ("weak", "strong")}
     goodput = list(zip(planned["weak"], found["goodput"]["weak"], strict=True))
     filled = template("scaling.html").render(
         found=found,
         batch=scaling.recipe.train.global_batch_size,
+        batch_of="images" if counted == "images" else "sequences",
+        counted=counted,
+        run=scaling.counted_in_words,
         colours=_COLOURS,
-        charts=[_throughput(planned)] * any(planned.values()) + [_shares(goodput)] * bool(goodput),
+        charts=[_throughput(planned, counted)] * any(planned.values()) + [_shares(goodput)] * bool(goodput),
         goodput=goodput,
         INFINITE=math.inf,
     )
     return str(filled)
 
 
-def _throughput(planned: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Draw tokens/s by chips, both logarithmic, with the line that the fewest chips promise."""
-    curves = {name: [(row["chips"], row["tokens_per_second"]) for row in rows] for name, rows in planned.items()}
+def _throughput(planned: dict[str, list[dict[str, Any]]], counted: str) -> dict[str, Any]:
+    """Draw tokens/s (or images/s) by chips, both logarithmic, with the line that the fewest chips promise."""
+    curves = {name: [(row["chips"], row[f"{counted}_per_second"]) for row in rows] for name, rows in planned.items()}
     every = [point for points in curves.values() for point in points]
     first, last = min(every), max(x for x, _ in every)
     ideal = [first, (last, first[1] * last / first[0])]
@@ -42,7 +45,8 @@ def _throughput(planned: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     powers = range(low, max(high, low + 1) + 1)
     lines = [("ideal", "var(--quiet)", True, ideal)]
     lines += [(name, _COLOURS[name], False, points) for name, points in curves.items() if points]
-    return _chart("tokens/s by chips", [(power, _short(10.0**power)) for power in powers], lines, logarithmic=True)
+    ticks = [(power, _short(10.0**power)) for power in powers]
+    return _chart(f"{counted}/s by chips", ticks, lines, rate=f"{counted}/s")
 
 
 def _shares(goodput: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def _shares(goodput: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[st
         ("best interval, spares", _COLOURS["goodput"], False, list(zip(chips, [row["goodput"] for row, _ in goodput]))),
         ("the recipe, no spare", _COLOURS["alone"], False, list(zip(chips, alone))),
     ]
-    return _chart("goodput by chips", [(share / 4, f"{share / 4:.0%}") for share in range(5)], lines, logarithmic=False)
+    return _chart("goodput by chips", [(share / 4, f"{share / 4:.0%}") for share in range(5)], lines)
 
 
 def _chart(
@@ -62,9 +66,9 @@ def _chart(
     ticks: Sequence[tuple[float, str]],
     lines: Sequence[tuple[str, str, bool, Sequence[tuple[float, float]]]],
     *,
-    logarithmic: bool,
+    rate: str = "",
 ) -> dict[str, Any]:
-    """Place lines (name, colour, dashed, points) over chips on a logarithmic axis; `logarithmic`: values, too.
+    """Place lines (name, colour, dashed, points) over chips on a logarithmic axis; values, too, of a `rate`.
 
     Ticks are (value, or its power of 10; text).
     """
@@ -80,8 +84,8 @@ def _chart(
         return bottom - min(1.0, max(0.0, share)) * (bottom - _TOP)
 
     def placed(name: str, x: float, y: float) -> tuple[float, float, str]:
-        value = f"{y:,.0f} tokens/s" if logarithmic else f"{y:.1%}"
-        return across(x), up(math.log10(max(y, 1e-30)) if logarithmic else y), f"{x:,.0f} chips, {name}: {value}"
+        value = f"{y:,.0f} {rate}" if rate else f"{y:.1%}"
+        return across(x), up(math.log10(max(y, 1e-30)) if rate else y), f"{x:,.0f} chips, {name}: {value}"
 
     drawn: list[dict[str, Any]] = [
         {"name": name, "colour": colour, "dashed": dashed, "points": [placed(name, x, y) for x, y in points]}

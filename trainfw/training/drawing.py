@@ -15,14 +15,15 @@ import numpy as np
 
 from trainfw import sampling
 from trainfw.data import PreparedImages, Progress, read_classes
-from trainfw.errors import UserError, did_you_mean, short
+from trainfw.errors import UserError, did_you_mean, expect, short
 from trainfw.models import conditioning_of
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
+from trainfw.training.latents import LatentCodec
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
-from trainfw.training.run_data import encoder_of
+from trainfw.training.run_data import codec_of, encoder_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.text_encoder import HashedWords, TextEncoder
 from trainfw.weights import Which, reads_average
@@ -64,12 +65,18 @@ class Drawer:
 
         Raises UserError for a prompt that the model has no class for, and for settings that make no sense.
         """
+        given = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else []
+        texts = bool(given) and all(prompt is None or isinstance(prompt, str) for prompt in given)
+        expect("prompts", prompts, texts, "a list with a text for each picture, or None, such as ['7', '7']")
+        finite = isinstance(guidance, int | float) and math.isfinite(guidance)
+        expect("guidance", guidance, finite, "a number; 1 draws as the model is")
+        expect("seed", seed, isinstance(seed, int) and 0 <= seed < 2**64, "a whole number from 0 to 2**64 - 1")
         schedule = getattr(self.program.objective, "schedule", None)
         if schedule is None:
             raise UserError("the run's objective has no schedule, by which pictures are drawn")
         sampler = sampler or ("euler" if isinstance(schedule, FlowSchedule) else "dpm++")
         total = len(sampling.sampler_steps(schedule, sampler, steps)) * math.ceil(len(prompts) / self._rows)
-        conditions = self._conditions(list(prompts), progress)
+        conditions = self._conditions(given, progress)
         rows, shape = self._rows, self.program.schema.shape("image")[1:]
         pictures = np.zeros((len(prompts), *shape), np.float32)
         for start in range(0, len(prompts), rows):
@@ -85,6 +92,8 @@ class Drawer:
             predict = self._predict(inputs, guidance)
             images = sampling.draw(predict, noise, schedule=schedule, sampler=sampler, steps=steps, progress=drawn)
             pictures[start : start + count] = np.asarray(images)[:count]
+        if self._codec is not None:
+            pictures = self._codec.decode(pictures)
         return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)
 
     @property
@@ -133,6 +142,10 @@ class Drawer:
             return {"label": np.array([self.classes.index(name) for name in given], np.int32)}
         features, mask = self._encoder(given, progress)
         return {"caption": features, "caption_mask": mask}
+
+    @cached_property
+    def _codec(self) -> LatentCodec | None:
+        return codec_of(self.program.recipe)
 
     @cached_property
     def _encoder(self) -> TextEncoder | HashedWords:

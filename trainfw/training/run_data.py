@@ -11,6 +11,7 @@ from trainfw.models import DenoisingFamilyConfig, conditioning_of, image_config,
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
+from trainfw.training.latents import LatentCodec
 from trainfw.training.reporter import Reporter
 from trainfw.training.text_encoder import HASHED_WORDS, HashedWords, TextEncoder
 
@@ -94,14 +95,20 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
     model = image_config(recipe.model)
     conditioning = conditioning_of(model)
     encoder = encoder_of(recipe) if conditioning in ("cross", "joint") else None
+    codec, size, channels = codec_of(recipe), model.image_size, model.channels
+    if codec is not None:
+        size, channels = codec.image_size, codec.image_channels
+    elif channels not in (1, 3):
+        raise recipe.error("model.channels", "pictures have 3, or 1 in grey; name the model.autoencoder of latents")
     needed: Literal["label"] | None = "label" if conditioning == "class" else None
     with recipe.blamed("data"):
         prepared = data.prepare_images(
             recipe.data,
-            size=model.image_size,
-            channels=model.channels,
+            size=size,
+            channels=channels,
             condition=needed,
             encoder=encoder,
+            autoencoder=codec,
             progress=progress,
         )
     if conditioning == "class" and len(prepared.classes) > (_denoising(recipe).num_classes or 0):
@@ -112,6 +119,15 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
 def _denoising(recipe: Recipe) -> DenoisingFamilyConfig:
     assert isinstance(recipe.model, DenoisingFamilyConfig)  # what has a condition is one
     return recipe.model
+
+
+def codec_of(recipe: Recipe) -> LatentCodec | None:
+    """Return the autoencoder of a model of latents, or None. Raises UserError where it does not fit the model."""
+    model = recipe.model
+    if not isinstance(model, DenoisingFamilyConfig) or model.autoencoder is None:
+        return None
+    with recipe.blamed("model.autoencoder"):
+        return LatentCodec(model.autoencoder, model.image_size, model.channels)
 
 
 def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:

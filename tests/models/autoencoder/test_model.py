@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from pydantic import ValidationError
 
 from tests.helpers import equations
 from trainfw.checking import check
-from trainfw.models import AutoencoderConfig, abstract_model, flops_per_token, limits_of
+from trainfw.models import AutoencoderConfig, abstract_model, family_of, flops_per_token, limits_of
 from trainfw.objectives import Draw, ImageShape, Reconstruction
-from trainfw.parallel import Layout, Rules, make_mesh, reduce_gradient, use_rules
+from trainfw.parallel import Layout, ParallelConfig, Rules, make_mesh, reduce_gradient, use_rules
+from trainfw.recipe.limits import _of_model
 
 TINY = {"family": "autoencoder", "block_channels": (8, 16), "norm_groups": 4, "layers_per_block": 1, "image_size": 8}
 
@@ -91,6 +93,13 @@ def test_many_devices_compute_what_one_does(shards, remat, tiny, expected):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), sums, expected[1])
     for found, one in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected[0]), strict=True):
         np.testing.assert_allclose(found, one, atol=2e-5 * max(float(jnp.abs(one).max()), 0.05))
+
+
+def test_latents_are_scaled_for_a_diffusion_model_and_back(tiny):
+    graphdef = nnx.split(abstract_model(config(scaling_factor=1.5305, shift_factor=0.0609)))[0]
+    model, z = nnx.merge(graphdef, tiny[1]), np.linspace(-3, 3, 32, dtype=np.float32).reshape(1, 4, 4, 2)
+    np.testing.assert_allclose(model.scaled(z), (z - 0.0609) * 1.5305, rtol=1e-6)
+    np.testing.assert_allclose(model.unscaled(model.scaled(z)), z, atol=1e-6)
 
 
 def test_it_learns(tiny):
@@ -176,3 +185,21 @@ def test_values_that_do_not_fit_are_refused():
     assert "hidden_size" not in config().model_dump()
     assert AutoencoderConfig.model_validate(config().model_dump(by_alias=True)) == config()
     assert {limit.size for limit in limits_of(config())} == {8, 16}
+
+
+def test_layouts_that_it_cannot_have_are_refused():
+    recipe = SimpleNamespace(model=config(block_channels=(8, 12)), parallel=ParallelConfig())
+    for layout, said in (
+        (Layout(fsdp=8), "block_channels = [8, 12] does not divide over embed"),
+        (Layout(tensor=2), "not to be spread over tensor"),
+        (Layout(pipeline=2), "not to be spread over pipeline"),
+    ):
+        assert said.replace("embed", "fsdp") in str(list(_of_model(recipe, layout)))
+
+
+def test_it_is_made_tiny():
+    whole = AutoencoderConfig(family="autoencoder", preset="sd3-vae")
+    small = AutoencoderConfig(
+        family="autoencoder", preset="sd3-vae", **family_of(whole).tiny(whole, layers=2, tensor=1)
+    )
+    assert (small.latent_size, small.latent_channels, small.quant_conv) == (4, 16, False)

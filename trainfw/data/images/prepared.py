@@ -16,6 +16,7 @@ from trainfw.data.config import DataConfig
 from trainfw.data.examples import Refusals, Refused
 from trainfw.data.images.captions import CaptionEncoder, encode_captions
 from trainfw.data.images.decoding import decode_all
+from trainfw.data.images.latents import ImageEncoder, encode_images
 from trainfw.data.images.sources import PictureSource, open_pictures
 from trainfw.data.images.store import ImageInfo, ImageStore, ImageWriter
 from trainfw.data.messages import Unusable, check_text
@@ -53,7 +54,7 @@ class PreparedImages:
     damage: str = ""
     """Damage for which a cache was made again; empty if there was none."""
     encoder: str = ""
-    """Identity of the encoder that made the captions' features; empty without one."""
+    """Identity of the encoders that made latents and the captions' features; empty without any."""
     cut: int = 0
     """Captions that were cut short."""
 
@@ -78,7 +79,7 @@ class PreparedImages:
         return {
             "digest of the training data": self.train.digest,
             "digest of the held-out data": self.validation.digest,
-            "encoder of the captions": self.encoder,
+            "encoders of pictures and captions": self.encoder,
         }
 
     def save(self, directory: Path) -> None:
@@ -111,6 +112,7 @@ def prepare_images(
     channels: int,
     condition: Condition | None = None,
     encoder: CaptionEncoder | None = None,
+    autoencoder: ImageEncoder | None = None,
     progress: Progress | None = None,
 ) -> PreparedImages:
     """Return both splits of the pictures that `config` names, from the cache unless something has changed.
@@ -124,7 +126,9 @@ def prepare_images(
         condition: the thing that every picture must have, others being refused: a class, or a caption. By default
             classes are kept if all pictures have one, and captions likewise.
         encoder: the encoder of captions, which every picture must have then.
+        autoencoder: the encoder whose latents are learnt in the place of the pictures.
     """
+    expect("flip", config.flip, not (config.flip and autoencoder), "false: latents of mirrored pictures are not kept")
     expect("size", size, 0 < size <= 2**13, "from 1 to 8,192 pixels")
     expect("channels", channels, channels in (1, 3), "3 for colours, or 1 for grey")
     with about("source"):
@@ -132,6 +136,13 @@ def prepare_images(
         cache = _ImageCache(config, source, (size, size, channels), "caption" if encoder else condition, progress)
     data, damage = cache.prepared(source)
     data = replace(data, skipped=source.skipped, damage=damage)
+    if autoencoder is not None:
+        splits = {"train": data.train, "validation": data.validation}
+        for split, store in splits.items():
+            latents, damage = encode_images(config, store, split, autoencoder, progress)
+            store = replace(store, latents=latents, latent_shape=autoencoder.shape)
+            data = replace(data, **{split: store}, damage="; ".join(filter(None, (data.damage, damage))))
+        data = replace(data, encoder=autoencoder.identity)
     if encoder is None:
         return data
     captions = encode_captions(config, data.train, data.validation, encoder, progress)
@@ -139,8 +150,8 @@ def prepare_images(
         data,
         train=replace(data.train, features=captions.train),
         validation=replace(data.validation, features=captions.validation),
-        damage="; ".join(filter(None, (damage, captions.damage))),
-        encoder=encoder.identity,
+        damage="; ".join(filter(None, (data.damage, captions.damage))),
+        encoder=f"{data.encoder} {encoder.identity}".strip(),
         cut=captions.cut,
     )
 

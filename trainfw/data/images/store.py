@@ -57,6 +57,10 @@ class ImageStore:
     ends: Numbers | None = None
     """(pictures + 1,) int64: caption i is `text[ends[i]:ends[i + 1]]`."""
     features: CaptionFeatures | None = None
+    latents: Numbers | None = None
+    """(pictures * h * w * c,) f32: what stands for the pictures; None where they stand for themselves."""
+    latent_shape: tuple[int, int, int] | None = None
+    """(h, w, c)."""
 
     def __len__(self) -> int:
         return len(self.pixels) // math.prod(self.shape)
@@ -65,6 +69,13 @@ class ImageStore:
         """Return a picture, uint8 (H, W, C)."""
         size = math.prod(self.shape)
         return self.pixels[index * size : (index + 1) * size].reshape(self.shape)
+
+    def learnt(self, index: int) -> np.ndarray:
+        """Return what is learnt of a picture, f32 (h, w, c): its latents, or its pixels in [-1, 1]."""
+        if self.latents is None or self.latent_shape is None:
+            return self.image(index).astype(np.float32) / 127.5 - 1
+        size = int(np.prod(self.latent_shape))
+        return self.latents[index * size : (index + 1) * size].reshape(self.latent_shape)
 
     def label(self, index: int) -> int | None:
         """Return the number of a picture's class; None where there are no classes."""
@@ -99,7 +110,7 @@ class ImageRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         row = {
-            "image": self.store.image(index).astype(np.float32) / 127.5 - 1,
+            "image": self.store.learnt(index),
             "weight": np.ones((), np.float32),
             "row": np.array(index, np.int64),
         }

@@ -58,13 +58,11 @@ def tensor_name(path: str) -> str:
 
 
 def _turned(array: np.ndarray) -> np.ndarray:
-    """Turn a kernel from ours to diffusers' order of dims, or back: (h, w, in, out) and (out, in, h, w)."""
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    return array.T
+    """Turn a kernel from our order of dims, (h, w, in, out) or (in, out), to diffusers', (out, in, h, w)."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
-def _back(array: np.ndarray) -> np.ndarray:
+def _turned_back(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
@@ -93,12 +91,17 @@ class DiffusersAutoencoder:
         """Read one of our parameters. Raises UserError where the model has no such parameter."""
         if path not in self.names:
             raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.names)}")
-        values = _back(self.tensors.read(self.names[path]))
+        values = _turned_back(self.tensors.read(self.names[path]))
         return np.ascontiguousarray(cast(values, np.dtype(dtype), self.names[path]))
 
     def read(self, path: str, like: jax.ShapeDtypeStruct, layer_order: object = None) -> jax.Array:
-        """Read one of our parameters in the dtype and sharding of `like`."""
+        """Read one of our parameters in the dtype and sharding of `like`. It is in no stack: `layer_order` is not read.
+
+        Raises UserError where it has another shape.
+        """
         values = self.array(path, str(like.dtype))
+        if values.shape != tuple(like.shape):
+            raise UserError(f"{self.path}: {path} has shape {values.shape}; expected {tuple(like.shape)}")
         sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 

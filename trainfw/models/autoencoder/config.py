@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from importlib import resources
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, PositiveFloat, model_validator
@@ -69,7 +69,7 @@ class AutoencoderConfig(ImageFamilyConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _merge_preset(cls, data: Any) -> Any:
+    def _merge_preset(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         if "hidden_size" in data or "num_layers" in data:

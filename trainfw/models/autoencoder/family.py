@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from trainfw.models.autoencoder.config import AutoencoderConfig
 from trainfw.models.family import Family, Limit, ModelOptions
@@ -47,7 +47,7 @@ class ImageAutoencoder(Family):
         """
         return 6.0 * sum(product.multiplications for product in config.products()) / config.num_patches
 
-    def tiny(self, config: AutoencoderConfig, *, layers: int, tensor: int) -> dict[str, Any]:
+    def tiny(self, config: AutoencoderConfig, *, layers: int, tensor: int) -> dict[str, object]:
         blocks = min(len(config.block_channels), 3)
         channels = list(itertools.islice(itertools.chain([16, 32], itertools.repeat(32)), blocks))
         return {"image_size": 16, "block_channels": channels, "norm_groups": 8, "layers_per_block": 1}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,8 +21,6 @@ from trainfw.models.autoencoder.layers import (
 from trainfw.models.common.layers import gather_weights
 from trainfw.models.family import ModelOptions
 from trainfw.models.layer_stack import checkpointed
-
-M = TypeVar("M", bound=nnx.Module)
 
 
 class Block(nnx.Module):
@@ -67,7 +63,7 @@ class Autoencoder(nnx.Module):
         draw_kernels(self, rngs)
 
     def encode(self, x_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(mean_BHWC, logvar_BHWC) of the latents of images in [-1, 1], f32, higher and wider by `config.reduction`."""
+        """(mean_BHWC, logvar_BHWC) of the latents of images in [-1, 1], f32: `config.reduction` times smaller."""
         modules = [*self.encoder.parts(), *([] if self.quant_conv is None else [self.quant_conv])]
         mean_BHWC, logvar_BHWC = jnp.split(self._run(modules, x_BHWC), 2, axis=-1)
         return mean_BHWC, jnp.clip(logvar_BHWC, -30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution does

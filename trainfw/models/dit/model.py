@@ -175,9 +175,10 @@ class DiT(nnx.Module):
         last = 1 if self.config.conditioning in ("none", "class") else 0
         condition_BD = gathered(self.time, jnp.float32)(time_features(time_B, last))
         if self.classes is not None:
+            assert self.config.num_classes is not None
             label_B = _needed(condition.label_B, "label", self.config)
             if condition.keep_B is not None:
-                label_B = jnp.where(condition.keep_B > 0.5, label_B, self.classes.shape[0] - 1)
+                label_B = jnp.where(condition.keep_B > 0.5, label_B, self.config.num_classes)
             # Looked up in f32, so that the gradients of a frequent class add up in f32.
             whole = gathered_array(self.classes)
             condition_BD = condition_BD + jnp.take(whole, label_B, axis=0, mode="clip")

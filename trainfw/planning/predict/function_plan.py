@@ -8,19 +8,33 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainfw.backends import load_sdk
-from trainfw.checking import Memory, hardware_of_function, memory_of, read_function
-from trainfw.errors import UserError
+from trainfw.checking import Memory, Reading, hardware_of_function, memory_of, read_function
+from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology, duration
 from trainfw.hlo import Module, collectives_of
 from trainfw.parallel import Layout, place_mesh
 from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines, transfers_json
-from trainfw.planning.predict.step_time import Assumptions, WorkTime, part_label, work_time
+from trainfw.planning.predict.step_time import (
+    Assumptions,
+    WorkTime,
+    assumptions_of,
+    attention_words,
+    part_label,
+    share_of_fused,
+    work_time,
+)
 from trainfw.planning.read_step.analysis import Matmul, Transfer, read
 from trainfw.planning.read_step.memory import corrected_temporaries
 from trainfw.report import amount
 
 if TYPE_CHECKING:
     import jax
+
+    from trainfw.program import Program
+    from trainfw.recipe import Recipe
+
+DRAWING_STEPS = 20
+"""Runs of `denoise` that an image takes where nobody says how many: as many steps as samplers take by default."""
 
 _WAITED = "every collective is waited for; at the fast end, all that matrix products can hide is hidden behind them"
 _GIB = 2**30
@@ -40,6 +54,10 @@ class FunctionPlan:
     time: WorkTime
     links: Mapping[str, float]
     """Physical dim -> share of the time in which its links carry data."""
+    rows: int | None = None
+    """Rows of a recipe's batch that a run computes, of all cores together; None of any other function."""
+    steps: int | None = None
+    """Runs that an image takes to be drawn, where a run takes noise out of images."""
 
     @property
     def flops(self) -> float:
@@ -60,8 +78,19 @@ class FunctionPlan:
         """Tell whether a core has the memory, as far as its topology says."""
         return self.memory.capacity is None or self.bytes_per_core <= self.memory.capacity
 
+    @property
+    def rows_per_second(self) -> float | None:
+        return None if self.rows is None else self.rows / self.time.seconds
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images drawn a second by all cores, in `steps` runs one after the other and nothing else."""
+        return None if self.rows is None or self.steps is None else self.rows / (self.steps * self.time.seconds)
+
     def to_json(self) -> dict[str, object]:
         """Plain data with stable keys; seconds and bytes, of one core."""
+        of_recipe = {"rows": self.rows, "rows_per_second": self.rows_per_second}
+        drawn = {"steps": self.steps, "images_per_second": self.images_per_second}
         return {
             "function": self.name,
             "hardware": {"topology": self.topology.name, "count": self.topology.count, "lnc": self.topology.lnc},
@@ -80,6 +109,8 @@ class FunctionPlan:
             "fits": self.fits,
             "collectives": transfers_json(self.transfers),
             "assumptions": list(self.time.assumptions),
+            **(of_recipe if self.rows is not None else {}),
+            **(drawn if self.steps is not None else {}),
         }
 
     def __repr__(self) -> str:
@@ -103,7 +134,27 @@ def plan_function(
     Raises UserError as `check` does, and for a program that holds what no time is known for.
     """
     topology = hardware_of_function(hardware, count, lnc)
-    reading = read_function(fn, abstract_args, mesh, topology)
+    return _planned(read_function(fn, abstract_args, mesh, topology), topology)
+
+
+def plan_program_function(program: Program, name: str, topology: Topology, steps: int = DRAWING_STEPS) -> FunctionPlan:
+    """Plan one run of a function of a recipe's program, and with it drawing in `steps` runs where it is `denoise`.
+
+    Attention is as `hardware.fused_attention` says. Raises UserError as `plan_function` does, and for a function that
+    the program does not have.
+    """
+    if name not in program.functions:
+        known = f"the recipe's program has {', '.join(program.functions)}"
+        raise UserError(f"function {name!r}: {known}{did_you_mean(name, program.functions)}")
+    function, recipe = program.functions[name], program.recipe
+    reading = read_function(function.jitted, function.arguments, program.mesh, topology)
+    rows = recipe.train.global_batch_size * recipe.group
+    made = replace(_planned(reading, topology, recipe), rows=rows)
+    return replace(made, steps=steps) if name == "denoise" else made
+
+
+def _planned(reading: Reading, topology: Topology, recipe: Recipe | None = None) -> FunctionPlan:
+    """The plan of what was read, as it is, or as a part of `recipe`."""
     assert reading.partitioned is not None
     assert reading.arguments is not None
     module = reading.partitioned.module
@@ -118,9 +169,13 @@ def plan_function(
     placement = place_mesh(topology, tuple(sizes), reading.cores(topology).reshape(tuple(sizes.values())))
     if any(collective.axes(reading.mesh) is None for collective in collectives_of(module)):
         notes.append("collectives among parts of an axis are timed as among all of it")
-    attention = any(matmul.attention for matmul in analysis.matmuls)
-    said = ["attention is as the function writes it: its scores go through memory"] if attention else []
-    time = work_time(analysis, placement, Assumptions(overlap=0.0), [*said, _WAITED], beside=lambda transfer: True)
+    written = "attention is as the function writes it: its scores go through memory"
+    assumed, of_fused = Assumptions(overlap=0.0), (1.0, 1.0)
+    if recipe is not None:
+        assumed = replace(assumptions_of(recipe), overlap=0.0)
+        written, of_fused = attention_words(recipe, topology, assumed), share_of_fused(recipe)
+    said = [written] * any(matmul.attention for matmul in analysis.matmuls)
+    time = work_time(analysis, placement, assumed, [*said, _WAITED], of_fused, beside=lambda transfer: True)
     memory = memory_of(reading.arguments, reading.partitioned, topology, load_sdk())
     return FunctionPlan(
         name=reading.name,
@@ -145,9 +200,9 @@ def _notes(name: str, module: Module) -> list[str]:
                     f"{where}: a loop runs as often as its values say, so its time is not known before; give it a "
                     "fixed number of turns (jax.lax.scan, or fori_loop between constants)"
                 )
-            if instruction.opcode == "convolution":
-                raise UserError(f"{where}: a plan has times of matrix products, and none of convolutions")
     notes = ["other operations than matrix products and collectives take the time of their memory alone"]
+    if opcodes["convolution"]:
+        notes.append("convolutions take the time of matrix products of as many FLOPs, at the rate of their shape")
     if opcodes["conditional"]:
         notes.append("of each conditional, all branches count")
     if opcodes["custom-call"]:
@@ -176,6 +231,13 @@ def _lines(plan: FunctionPlan) -> Iterator[str]:
     yield "memory of a core"
     for label, size in held.items():
         yield f"  {label:25}" + ("  not known" if size is None else f"  {amount(size, 'B')}")
+    if plan.rows is not None:
+        yield ""
+        yield f"{plan.rows:,} rows a run of all cores: {plan.rows_per_second:,.4g} a second"
+    if plan.steps is not None:
+        drawn = f"{plan.images_per_second:,.4g} images/s, drawn in {plan.steps:,} runs each"
+        yield f"{drawn} (samplers take one a step, heun two)"
+        yield "  without what is before and after: the text encoder, the autoencoder, the host"
     if plan.transfers:
         yield ""
         yield from transfer_lines(plan.transfers)

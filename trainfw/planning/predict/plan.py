@@ -100,6 +100,24 @@ class Plan:
         return self.time.tokens_per_second
 
     @property
+    def unit(self) -> str:
+        """Name what a run's progress is counted in: `token` or `image`."""
+        return self.recipe.counted[0]
+
+    @property
+    def units_per_step(self) -> int:
+        return self.recipe.counted[1]
+
+    @property
+    def units_per_second(self) -> float:
+        return self.units_per_step / self.time.seconds
+
+    @property
+    def run_in_words(self) -> str:
+        """Say how much the whole run trains on: `2.1T tokens`."""
+        return f"{_count(self.units_per_step * self.recipe.train.steps)} {self.unit}s"
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs over what the cores could do at the compute dtype's dense peak."""
         return self.time.mfu
@@ -132,8 +150,8 @@ class Plan:
             "step_time_parts_seconds": dict(self.time.parts),
             "step_time_phases_seconds": {s.phase: s.seconds * s.times for s in self.timeline.phases},
             "pipeline_bubble": self.bubble,
-            "tokens_per_step": self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_second,
+            f"{self.unit}s_per_step": self.units_per_step,
+            f"{self.unit}s_per_second": self.units_per_second,
             "mfu": self.mfu,
             "bound_by": self.time.bound_by,
             "remat": self.recipe.train.remat,
@@ -257,10 +275,12 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
     base = assumptions_of(recipe)
     kernel = f"attention by a fused kernel{unmask} (plan it: hardware.fused_attention=true; on Neuron it is nkilib's)"
     hidden = f"all collectives of FSDP and data beside matrix products, where {base.overlap:.0%} is assumed"
-    changes = [
-        (kernel, analysis, replace(base, attention="fused")),
-        (hidden, analysis, replace(base, overlap=1.0)),
-    ]
+    changes = [(hidden, analysis, replace(base, overlap=1.0))]
+    if not recipe.reads_images:
+        changes.append((kernel, analysis, replace(base, attention="fused")))
+    elif plan.topology.rules != "neuron":  # where trainfw calls none that is not causal
+        kernel = "attention by a fused kernel (plan it: hardware.fused_attention=true)"
+        changes.append((kernel, analysis, replace(base, attention="fused")))
     if (parts := recipe.train.accumulation_steps) > 1:
         halved = [(t, "fsdp" in t.axes and t.phase != "update") for t in analysis.transfers]
         transfers = (replace(t, times=max(1, t.times // 2)) if half else t for t, half in halved)
@@ -285,7 +305,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"fits: a core has {size} to spare." if plan.fits else short
     yield ""
     yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
-    yield f"tokens/s    {plan.tokens_per_second:,.0f}  ({plan.tokens_per_second / topology.chips:,.0f} a chip)"
+    yield f"{plan.unit}s/s    {plan.units_per_second:,.0f}  ({plan.units_per_second / topology.chips:,.0f} a chip)"
     yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
     yield f"remat       {_REMAT[plan.recipe.train.remat]}"
@@ -293,7 +313,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"bubble      {plan.bubble:.1%} of a stage's iterations (in the step time)"
     cost, steps = "" if plan.dollars is None else f", ${plan.dollars:,.0f}", plan.recipe.train.steps
     hours = f"{plan.chip_hours:,.0f}" if plan.chip_hours >= 100 else f"{plan.chip_hours:.3g}"
-    yield f"the run     {steps:,} steps, {_count(plan.tokens_per_step * steps)} tokens: {hours} chip-hours{cost}"
+    yield f"the run     {steps:,} steps, {plan.run_in_words}: {hours} chip-hours{cost}"
     yield ""
     yield "where a step goes"
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):

@@ -25,7 +25,7 @@ from trainfw.scopes import ATTENTION
 
 if TYPE_CHECKING:
     from trainfw.hardware import Topology
-    from trainfw.parallel import Layout, MeshPlacement, Placement
+    from trainfw.parallel import MeshPlacement, Placement
     from trainfw.recipe import Recipe
 
 OVERLAPPED = "weights, gradients, stages and rings"
@@ -51,7 +51,7 @@ _FUSED_BACKWARD = 5 / 4
 
 Dao, FlashAttention-2, arXiv:2307.08691, section 3.1: 5 products where the plain backward pass has 4."""
 _CAUSAL = 1 / 2
-"""Share of the scores that a fused kernel computes: of causal attention, the half that counts (section 3.1 as well)."""
+"""Share of the scores that a fused kernel computes of causal attention: the half that counts (section 3.1 as well)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Assumptions:
     """Assumptions on how a program will run, which it does not say."""
 
     attention: Literal["xla", "fused"] = "xla"
-    """`fused`: attention is a kernel that keeps the scores on chip and skips those above the diagonal."""
+    """`fused`: attention is a kernel that keeps the scores on chip and, where it is causal, skips those above the
+    diagonal."""
     mixed: Literal["wide", "narrow"] = "wide"
     """Rate of products of two dtypes, that of either operand: compilers widen the narrow operand, unless a program is
     written with both narrow (as others' programs are: for comparing with their published times)."""
@@ -108,8 +109,10 @@ class StepTime(WorkTime):
     """One training step, predicted."""
 
     mfu: float
-    """Model FLOPs (forward and backward, causal attention, nothing recomputed) over peak, of the compute dtype."""
+    """Model FLOPs (forward and backward, nothing recomputed, of causal attention the half that counts) over the peak of
+    the compute dtype."""
     tokens_per_second: float
+    """Places of sequences: of images, patches."""
 
 
 def part_label(part: str) -> str:
@@ -138,17 +141,24 @@ def step_time(
     """
     assumed = assumptions or assumptions_of(recipe)
     topology = placement.topology
-    attention = {
-        "fused": "attention is a fused kernel: its scores stay on chip, the upper half is skipped",
-        "xla": "attention is the XLA form: its scores, S x S, go through memory",
-    }[assumed.attention]
-    said = [attention] * (ATTENTION not in analysis.unrecognised)
+    said = [attention_words(recipe, topology, assumed)] * (ATTENTION not in analysis.unrecognised)
     said += [f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for"]
-    work = work_time(analysis, placement, assumed, said, _of_fused(recipe, analysis.layout))
+    work = work_time(analysis, placement, assumed, said, share_of_fused(recipe, analysis.layout.context))
     tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
     flops = tokens * flops_per_token(recipe.model, recipe.sequence_length)
     return StepTime(**vars(work), mfu=flops / work.seconds / peak, tokens_per_second=tokens / work.seconds)
+
+
+def attention_words(recipe: Recipe, topology: Topology, assumed: Assumptions) -> str:
+    """Say how attention is timed."""
+    if assumed.attention == "xla":
+        scores = "" if recipe.reads_images else ", S x S,"
+        return f"attention is the XLA form: its scores{scores} go through memory"
+    words = "attention is a fused kernel: its scores stay on chip"
+    if not recipe.reads_images:
+        return f"{words}, the upper half is skipped"
+    return words + "; trainfw calls none on Neuron for attention that is not causal" * (topology.rules == "neuron")
 
 
 def work_time(
@@ -271,14 +281,15 @@ def _beside(transfer: Transfer) -> bool:
     return transfer.kind == "collective-permute" or transfer.axes not in (("context",), ("expert",))
 
 
-def _of_fused(recipe: Recipe, layout: Layout) -> tuple[float, float]:
+def share_of_fused(recipe: Recipe, size: int = 1) -> tuple[float, float]:
     """Count what a fused kernel computes of a product with scores in the program, forward and backward.
 
-    Where the sequence is split over `n` devices, the program leaves out most of what is masked itself: a ring computes
-    (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
-    gathered, three quarters (see `trainfw.parallel.ring_attention`).
+    Where the sequence is split over n = `size` devices, the program leaves out most of what is masked itself: a ring
+    computes (2n + 1) / 4n of it, and its backward pass makes the scores again as a kernel's would; with keys and values
+    gathered, three quarters (see `trainfw.parallel.ring_attention`). Attention in images is not causal: all counts.
     """
-    size = layout.context
+    if recipe.reads_images:
+        return 1.0, _FUSED_BACKWARD
     if size == 1:
         return _CAUSAL, _CAUSAL * _FUSED_BACKWARD
     if recipe.parallel.context_attention == "ring":

@@ -8,6 +8,7 @@ along `data` are longer. Where that is still too many devices, `fsdp` is shorten
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
-from trainfw.hlo import Computation, Instruction, Module, Partitioned, collectives_of, partition
+from trainfw.hlo import Computation, Instruction, Module, Partitioned, Shape, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
@@ -265,12 +266,16 @@ def lengthened(analysis: Analysis, simulated: Layout, layout: Layout) -> Analysi
 
 
 def read(module: Module, mesh: object, layout: Layout) -> Analysis:
-    """The analysis of a partitioned module on `mesh`."""
+    """The analysis of a partitioned module on `mesh`.
+
+    Where nothing in it is differentiated, all of it is the model's: there is no optimizer.
+    """
     computations = [module.computations[name] for name in module.times]
     products = [
-        _matmul(c, dot, "forward") for c in computations for dot in c.instructions.values() if dot.opcode == "dot"
+        _product(c, one, "forward") for c in computations for one in c.instructions.values() if one.opcode in _PRODUCTS
     ]
-    scores = {p.batch * max(p.m * p.k, p.n * p.k, p.m * p.n) for p in products if p.attention}  # elements on a device
+    scores = _scores(module, products)
+    trains = any("jvp(" in instruction.op_name for instruction, _ in module.instructions())
     collectives = {collective.instruction.name: collective for collective in collectives_of(module)}
     work: dict[str, list[tuple[_Work, int]]] = {}
     totals: Counter[_Work] = Counter()
@@ -280,8 +285,8 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         work[name] = []
         for instruction in computation.instructions.values():
             phase = phases[instruction.name]
-            if instruction.opcode == "dot":
-                work[name].append((_matmul(computation, instruction, phase), 1))
+            if instruction.opcode in _PRODUCTS:
+                work[name].append((_product(computation, instruction, phase), 1))
             elif instruction.name in collectives:
                 found = collectives[instruction.name]
                 kind = "reduce-scatter" if found.kind == "all-reduce" and found.scattered else found.kind
@@ -289,7 +294,7 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
                 axes = found.axes(mesh) or found.spanned(mesh)
                 work[name].append((Transfer(kind, axes, found.dtype, found.bytes, 1, phase), 1))
             else:
-                sizes, largest = _streamed(computation, instruction, scores)
+                sizes, largest = _streamed(computation, instruction, scores, trains=trains)
                 array = 1 << (largest - 1).bit_length() if largest else 0
                 work[name] += [(Streamed(kind, 0, phase, array), size) for kind, size in sizes.items()]
         for piece, amount in work[name]:
@@ -321,6 +326,21 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
 _Work: TypeAlias = Matmul | Transfer | Streamed
 _Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
 _OF: dict[type, _Of] = {Matmul: "matmuls", Transfer: "transfers", Streamed: "streamed"}
+
+
+def _scores(module: Module, products: Sequence[Matmul]) -> set[int]:
+    """Numbers of elements that arrays of attention's scores have on a device.
+
+    Of a product's three arrays that is the one whose exponentials are taken; where none is (a kernel takes them), the
+    largest: short rows have fewer scores than queries.
+    """
+    exponentials = {
+        math.prod(instruction.shapes[0].dims)
+        for instruction, _ in module.instructions()
+        if instruction.opcode == "exponential" and is_within(instruction.op_name, ATTENTION)
+    }
+    arrays = [{p.batch * size for size in (p.m * p.k, p.n * p.k, p.m * p.n)} for p in products if p.attention]
+    return {size for sizes in arrays for size in (sizes & exponentials or {max(sizes)})}
 
 
 def _phases(computation: Computation, *, repeated: bool) -> dict[str, Phase]:
@@ -363,18 +383,17 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
     return {phase: most[phase][1] for phase in ("forward", "backward") if phase in most}
 
 
-def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
+def _product(computation: Computation, instruction: Instruction, phase: Phase) -> Matmul:
+    """The matrix product that a `dot` is, or that a convolution is of its patches."""
     # An operand may be an element of a loop's result, `while.9#2`.
-    named = (operand.partition("#") for operand in dot.operands)
+    named = (operand.partition("#") for operand in instruction.operands)
     left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
 
-    def size(shape: tuple[int, ...], key: str) -> int:
-        dims = dot.attributes.get(key, "{}").strip("{}")
-        return math.prod(shape[int(dim)] for dim in dims.split(",") if dim)
-
-    batch, k = size(left.dims, "lhs_batch_dims"), size(left.dims, "lhs_contracting_dims")
-    elements = [math.prod(shape.dims) for shape in (left, right)]
-    m, n = (count // (batch * k) for count in elements)
+    if instruction.opcode == "convolution":
+        batch, m, n, k = _convolved(instruction, left, right)
+    else:
+        batch, m, n, k = _dotted(instruction, left, right)
+    op_name = instruction.op_name
     wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
     return Matmul(
         batch=batch,
@@ -384,14 +403,41 @@ def _matmul(computation: Computation, dot: Instruction, phase: Phase) -> Matmul:
         dtype=wider.dtype,
         times=1,
         mixed=left.dtype != right.dtype,
-        bytes=left.bytes + right.bytes + dot.bytes,
+        bytes=left.bytes + right.bytes + instruction.bytes,
         # A sum of each row, which XLA's CPU backend takes as a product, has no scores.
-        attention=m * n > 1 and is_within(dot.op_name, ATTENTION),
-        backward=is_within(dot.op_name, LOSS_GRADIENT) or (is_backward(dot.op_name) and not is_recomputed(dot.op_name)),
+        attention=m * n > 1 and is_within(op_name, ATTENTION),
+        backward=is_within(op_name, LOSS_GRADIENT) or (is_backward(op_name) and not is_recomputed(op_name)),
         phase=phase,
     )
 
 
+def _dotted(dot: Instruction, left: Shape, right: Shape) -> tuple[int, int, int, int]:
+    """Sizes (batch, m, n, k) of a `dot`."""
+
+    def size(key: str) -> int:
+        dims = dot.attributes.get(key, "{}").strip("{}")
+        return math.prod(left.dims[int(dim)] for dim in dims.split(",") if dim)
+
+    batch, k = size("lhs_batch_dims"), size("lhs_contracting_dims")
+    m, n = (math.prod(shape.dims) // (batch * k) for shape in (left, right))
+    return batch, m, n, k
+
+
+def _convolved(convolution: Instruction, left: Shape, right: Shape) -> tuple[int, int, int, int]:
+    """Sizes (batch, m, n, k) of the product that a convolution is. What its window meets of the padding counts too."""
+    attributes = convolution.attributes
+    of_left, of_right, _ = re.split("_|->", attributes["dim_labels"])
+    window = dict(part.split("=") for part in attributes.get("window", "{}").strip("{}").split())
+    groups = max(int(attributes.get(f"{kind}_group_count", 1)) for kind in ("feature", "batch"))
+    channels = right.dims[of_right.index("o")]
+    places = math.prod(convolution.shapes[0].dims) // channels
+    if "lhs_dilate" in window:  # between the input's places there are zeros: the gradient of a stride
+        places = math.prod(left.dims) // left.dims[of_left.index("f")]
+    size = math.prod(map(int, window["size"].split("x"))) if "size" in window else 1
+    return groups, places, channels // groups, size * right.dims[of_right.index("i")]
+
+
+_PRODUCTS = {"dot", "convolution"}
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "after-all"),
     *("opt-barrier", "partition-id"),
@@ -406,12 +452,12 @@ _FUSED = {
 """Operations that compilers fuse into what uses their results."""
 _SAME = {"copy", "reshape"}
 """Operations among these that leave memory as it is."""
-_ELSEWHERE = {"dot", "convolution", "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+_ELSEWHERE = {*_PRODUCTS, "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 """Counted as matrix products and transfers."""
 
 
 def _streamed(
-    computation: Computation, instruction: Instruction, scores: set[int]
+    computation: Computation, instruction: Instruction, scores: set[int], *, trains: bool
 ) -> tuple[Counter[StreamedKind], int]:
     """Bytes that the kernel which ends with an instruction reads and writes, once, by kind, and those of its largest
     array; none where none does.
@@ -422,32 +468,37 @@ def _streamed(
     Arrays of as many elements as `scores` has are attention's.
     """
     found: Counter[StreamedKind] = Counter()
-    if instruction.opcode in _FREE or instruction.opcode in _ELSEWHERE or not _written(computation, instruction):
+    if instruction.opcode in _FREE | _ELSEWHERE or not _written(computation, instruction, trains):
         return found, 0
     # Forward and backward are under jax.grad, but for the zeros that they start from.
-    whole: StreamedKind = "model" if "jvp(" in instruction.op_name or instruction.opcode == "broadcast" else "update"
+    of_model = _of_model(instruction, trains) or instruction.opcode == "broadcast"
+    whole: StreamedKind = "model" if of_model else "update"
     if instruction.opcode == "dynamic-update-slice":  # in place
         written = computation.instructions.get(instruction.operands[1].partition("#")[0])
         part = 0 if written is None else written.bytes
         found[whole] = 2 * part
         return found, part
-    arrays = [instruction, *(computation.instructions[name] for name in _reads(computation, instruction))]
+    arrays = [instruction, *(computation.instructions[name] for name in _reads(computation, instruction, trains))]
     for array in arrays:
         of_scores = len(array.shapes) == 1 and math.prod(array.shapes[0].dims) in scores
         found["attention" if of_scores and whole == "model" else whole] += array.bytes
     return found, max(array.bytes for array in arrays)
 
 
-def _written(computation: Computation, instruction: Instruction) -> bool:
+def _of_model(instruction: Instruction, trains: bool) -> bool:
+    return not trains or "jvp(" in instruction.op_name
+
+
+def _written(computation: Computation, instruction: Instruction, trains: bool) -> bool:
     if instruction.opcode not in _FUSED:
         return True
     if instruction.opcode in _SAME and not instruction.is_root:
         source = computation.instructions.get(instruction.operands[0].partition("#")[0])
-        if source is None or _written(computation, source):
+        if source is None or _written(computation, source, trains):
             return False  # nothing is left to do
     users = computation.users.get(instruction.name, ())
     # The optimizer is one kernel for each array, whatever uses its parts.
-    if len(users) > 1 and "jvp(" in instruction.op_name and _joins(computation, instruction):
+    if len(users) > 1 and _of_model(instruction, trains) and _joins(computation, instruction):
         return True
     return instruction.is_root or any(user.opcode not in _FUSED and user.opcode != "reduce" for user in users)
 
@@ -468,7 +519,7 @@ def _joins(computation: Computation, instruction: Instruction) -> bool:
         instruction = arrays[0]
 
 
-def _reads(computation: Computation, instruction: Instruction) -> set[str]:
+def _reads(computation: Computation, instruction: Instruction, trains: bool) -> set[str]:
     """Names of the written values (and inputs) that a kernel reads; of a slice, the slice."""
     found: set[str] = set()
     seen: set[str] = set()
@@ -481,7 +532,7 @@ def _reads(computation: Computation, instruction: Instruction) -> set[str]:
         seen.add(name)
         if operand.opcode in ("constant", "iota"):
             continue
-        if operand.opcode in ("slice", "dynamic-slice") or _written(computation, operand):
+        if operand.opcode in ("slice", "dynamic-slice") or _written(computation, operand, trains):
             found.add(name)
         else:
             pending.extend(operand.operands)

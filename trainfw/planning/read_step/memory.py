@@ -22,7 +22,8 @@ from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
 from trainfw.parallel import Layout, nearest_divisors
 from trainfw.planning.read_step.final_module import COLLECTIVES, Final
-from trainfw.planning.read_step.op_names import is_backward, is_forward, is_recomputed
+from trainfw.planning.read_step.op_names import is_backward, is_forward, is_recomputed, is_within
+from trainfw.scopes import LOSS
 
 if TYPE_CHECKING:
     from trainfw.program import Program
@@ -33,7 +34,7 @@ CATEGORIES = {
     "optimizer_state": "optimizer state",
     "state_out": "state written anew",
     "activations": "activations",
-    "logits_and_loss": "logits and loss",
+    "logits_and_loss": "predictions and loss",
     "collective_buffers": "collective buffers",
     "data": "data",
     "other": "other temporaries",
@@ -383,7 +384,7 @@ def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: b
         return "gradients" if (backward or carried) and not forward else "other"
     if weight:
         return "collective_buffers"
-    if known.is_logits(dims):
+    if known.is_logits(dims) or (not known.logits and is_within(op_name, LOSS)):
         return "logits_and_loss"
     if forward and kept:
         return "activations"
@@ -409,9 +410,9 @@ class _Known:
     whole: frozenset[tuple[int, ...]]
     """Shapes of parameters gathered for use."""
     tokens: frozenset[int]
-    """Sizes of dims that are places in a sequence, or tokens of a microbatch or of a chunk of the loss."""
+    """Sizes of dims that are places in a sequence, or tokens (or patches) of a microbatch or of a chunk of the loss."""
     logits: tuple[int, ...]
-    """Shape of the logits of a chunk of the loss, dims sorted."""
+    """Shape of the logits of a chunk of the loss, dims sorted; empty for a model without a vocabulary."""
 
     @classmethod
     def of(cls, program: Program) -> _Known:
@@ -450,7 +451,8 @@ class _Known:
         rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps * recipe.group
         length = recipe.sequence_length // layout.context
         tokens = rows * length
-        chunk = tokens // loss_chunks(tokens, recipe.train.loss_chunk)
+        vocabulary = vocabulary_of(recipe.model)
+        chunk = tokens // loss_chunks(tokens, recipe.train.loss_chunk) if vocabulary else tokens
         lengths = {length, length // layout.tensor}
         return cls(
             shards=frozenset(shards),
@@ -458,14 +460,14 @@ class _Known:
             fsdp_shards=frozenset(shards - others),
             whole=frozenset(whole - shards),
             tokens=frozenset({*lengths, *(rows * part for part in lengths), chunk}),
-            logits=_key((chunk, vocabulary_of(recipe.model) // layout.tensor)),
+            logits=_key((chunk, vocabulary // layout.tensor)) if vocabulary else (),
         )
 
     def has_tokens(self, dims: tuple[int, ...]) -> bool:
         return bool(self.tokens & {*dims})
 
     def is_logits(self, dims: tuple[int, ...]) -> bool:
-        return _key(dims) == self.logits
+        return bool(self.logits) and _key(dims) == self.logits
 
 
 def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tuple[str | None, ...]]]:

@@ -43,9 +43,9 @@ class Row:
 
     @property
     def per_chip(self) -> float:
-        """Tokens/s of a chip."""
+        """Tokens or images a second of a chip."""
         assert self.plan is not None
-        return self.plan.tokens_per_second / self.plan.topology.chips
+        return self.plan.units_per_second / self.plan.topology.chips
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,9 +62,15 @@ class Scaling:
         return f"<Scaling: {self.recipe.name} at {len(self.weak)} counts of its topology>"
 
     @property
-    def tokens(self) -> int:
-        """Return the tokens of the recipe's run, which every row trains on."""
-        return self.recipe.train.steps * self.recipe.tokens_per_step
+    def counted(self) -> tuple[str, int]:
+        """Return `tokens` or `images`, and how many of the recipe's run, which every row trains on."""
+        unit, count = self.recipe.counted
+        return f"{unit}s", self.recipe.train.steps * count
+
+    @property
+    def counted_in_words(self) -> str:
+        unit, count = self.counted
+        return f"{count / 1e9:,.1f}G {unit}"
 
     @property
     def assumptions(self) -> list[str]:
@@ -77,7 +83,7 @@ class Scaling:
     def days(self, row: Row) -> float:
         """Return the days of the run, counting steps alone."""
         assert row.plan is not None
-        return self.tokens / row.plan.tokens_per_second / 86400
+        return self.counted[1] / row.plan.units_per_second / 86400
 
     def chip_hours(self, row: Row, *, failures: bool) -> float:
         """Return the run's chip hours: steps alone, or with failures, suggested checkpoints and the best spares."""
@@ -91,18 +97,20 @@ class Scaling:
 
         `scaling.weak` and `scaling.strong` are lists of rows: `count` (units), `chips`, `cores`, `data`,
         `global_batch_size`, `accumulation_steps`, `step_time_seconds`, `step_time_range_seconds`,
-        `tokens_per_second`, `mfu`, `efficiency` (tokens/s of a chip, over that at the fewest units), `bound_by`,
-        `memory_bytes_per_core` (the total), `memory_capacity_bytes_per_core`, `data_share` (of the step, waiting for
-        collectives over data), and for the run of `scaling.tokens` tokens `days`, `chip_hours`, `dollars` (steps
-        alone), `goodput`, `chip_hours_with_failures`, `dollars_with_failures` (null where the run never ends).
+        `tokens_per_second` (of images `images_per_second`), `mfu`, `efficiency` (that of a chip, over that at the
+        fewest units), `bound_by`, `memory_bytes_per_core` (the total), `memory_capacity_bytes_per_core`, `data_share`
+        (of the step, waiting for collectives over data), and for the run of `scaling.tokens` tokens (or
+        `scaling.images`) `days`, `chip_hours`, `dollars` (steps alone), `goodput`, `chip_hours_with_failures`,
+        `dollars_with_failures` (null where the run never ends).
 
         `goodput.weak` and `goodput.strong` have a `Goodput.to_json` for every row with a plan; `goodput.assumptions`
         are in words.
         """
+        unit, count = self.counted
         return {
             "scaling": {
                 "unit": self.recipe.hardware.topology,
-                "tokens": self.tokens,
+                unit: count,
                 "weak": [self._row(row, self.weak) for row in self.weak],
                 "strong": [self._row(row, self.strong) for row in self.strong],
             },
@@ -129,7 +137,7 @@ class Scaling:
             "accumulation_steps": plan.recipe.train.accumulation_steps,
             "step_time_seconds": plan.time.seconds,
             "step_time_range_seconds": [plan.time.low, plan.time.high],
-            "tokens_per_second": plan.tokens_per_second,
+            f"{self.counted[0]}_per_second": plan.units_per_second,
             "mfu": plan.mfu,
             "efficiency": efficiency(row, rows),
             "bound_by": plan.time.bound_by,
@@ -149,7 +157,7 @@ class Scaling:
 
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Tokens/s of a chip, over that at the fewest units of `rows` that have a plan."""
+    """Tokens or images a second of a chip, over that at the fewest units of `rows` that have a plan."""
     return row.per_chip / next(first.per_chip for first in rows if first.plan is not None)
 
 
@@ -248,7 +256,7 @@ def scale_out(
             plan = planned(sized, replace(step, analysis=replace(step.analysis, layout=layout)))
         except UserError as error:
             return Row(count, None, None, str(error))
-        progress(f"{name}, {count:,}: {plan.tokens_per_second:,.0f} tokens/s")
+        progress(f"{name}, {count:,}: {plan.units_per_second:,.0f} {plan.unit}s/s")
         return Row(count, plan, goodput_of(sized, plan.topology, plan.layout, plan.time.seconds))
 
     weak = tuple(row(*rung, "weak") for rung in ladder(recipe, counts, strong=False).items())
@@ -266,21 +274,22 @@ def _compiled_in_place_of(recipe: Recipe) -> Recipe:
 
 def _lines(found: Scaling) -> Iterator[str]:
     unit = found.recipe.hardware.topology
-    yield f"scaling, in units of {unit}; efficiency is tokens/s a chip against the fewest units"
+    yield f"scaling, in units of {unit}; efficiency is {found.counted[0]}/s a chip against the fewest units"
     batch = found.recipe.train.global_batch_size
+    rows_of = "images" if found.recipe.reads_images else "sequences"
     cost = "chip-hours" if found.recipe.hardware.dollars_per_chip_hour is None else "dollars"
     for rows, text in (
         (found.weak, "weak: the global batch grows with the count"),
-        (found.strong, f"strong: the global batch stays at {batch:,} sequences"),
+        (found.strong, f"strong: the global batch stays at {batch:,} {rows_of}"),
     ):
         yield ""
         yield f"  {text}"
-        yield from (f"  {line}" for line in _step_table(rows))
+        yield from (f"  {line}" for line in _step_table(rows, found.counted[0]))
         yield ""
         yield from (f"  {line}" for line in _run_table(found, rows, cost))
     yield ""
     yield "  GiB: of a core; waits: of the step, for collectives over data"
-    run = f"of the run of {found.tokens / 1e9:,.1f}G tokens with failures"
+    run = f"of the run of {found.counted_in_words} with failures"
     yield f"  goodput, days and {cost}: {run}, with the best checkpoints and spares (below)"
     yield from _goodput_lines(found)
 
@@ -308,16 +317,16 @@ def _goodput_lines(found: Scaling) -> Iterator[str]:
     yield from (f"  {text}" for text in found.assumptions)
 
 
-def _step_table(rows: Sequence[Row]) -> list[str]:
+def _step_table(rows: Sequence[Row], counted: str) -> list[str]:
     cells: list[Sequence[str] | str] = [
-        ("units", "chips", "data", "batch", "step", "tokens/s", "MFU", "effic.", "bound by")
+        ("units", "chips", "data", "batch", "step", f"{counted}/s", "MFU", "effic.", "bound by")
     ]
     for row in rows:
         if (plan := row.plan) is None:
             cells.append(f"{row.count:5,}  {row.problem}")
             continue
         numbers = (row.count, plan.topology.chips, plan.layout.data, plan.recipe.train.global_batch_size)
-        speed = (in_seconds(plan.time.seconds), f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}")
+        speed = (in_seconds(plan.time.seconds), f"{plan.units_per_second:,.0f}", f"{plan.mfu:.1%}")
         cells.append((*(f"{n:,}" for n in numbers), *speed, f"{efficiency(row, rows):.1%}", plan.time.bound_by))
     return table(cells, ">>>>>>>><")
 
