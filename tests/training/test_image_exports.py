@@ -13,6 +13,7 @@ from tests.helpers import losses
 from tests.interop.diffusers.autoencoders import make
 from tests.training.test_images import recipe_of
 from trainfw import UserError, build_program, load_drawer, load_recipe, sampling, train
+from trainfw.cli.generate import generate as pictures
 from trainfw.interop import open_autoencoder, open_transformer, read_lora
 from trainfw.objectives import normal_rows
 from trainfw.weights import export_model, merge_adapter, named, read_adapter
@@ -120,6 +121,7 @@ def adapter_recipe(place, out, *overrides, **adapter):
     tree["train"] |= {"steps": 4, "sample_images": 0, "validation_batches": 0}
     tree["checkpoint"] = {"every": 2}
     tree["optimizer"] |= {"ema": None, "learning_rate": 0.03}
+    tree["objective"]["shift"] = 2.0  # as of the base, by whose schedule pictures are drawn
     return load_recipe(tree, overrides)
 
 
@@ -152,3 +154,30 @@ def test_an_adapter_learns_alike_on_meshes_goes_on_and_is_exported(place, base):
     state = build_program(loaded, jax.devices()[:1]).init()
     for name, value in named(state.params):
         np.testing.assert_array_equal(value, trained.arrays[name])
+
+
+def test_pictures_of_one_batch_take_the_adapters_that_are_chosen(place, base):
+    run, _ = base
+    runs = {}
+    for name, adapter in {
+        "a": {"targets": ["attention", "layers.modulation.map"]},
+        "b": {"kind": "dora", "rank": 3, "targets": "mlp"},
+    }.items():
+        recipe = adapter_recipe(place, run, "train.steps=2", "optimizer.learning_rate=0.3", **adapter)
+        runs[name] = train(recipe, devices=jax.devices()[:1], run_dir=place / f"adapter-{name}").run_dir
+    drawer = load_drawer(run, count=3, adapters=runs)
+    options = {"steps": 3, "seed": 1}
+    together = drawer.draw(["7", "7", "7"], adapters=["b", None, "a"], **options).astype(int)
+    alone = {name: load_drawer(path, count=3).draw(["7"] * 3, **options).astype(int) for name, path in runs.items()}
+    alone[None] = load_drawer(run, count=3).draw(["7"] * 3, **options).astype(int)
+    for number, name in enumerate(["b", None, "a"]):
+        assert np.abs(together[number] - alone[name][number]).max() <= 1  # of 255, rounded
+        others = (each for each in alone if each != name)
+        assert all(np.abs(alone[name][number] - alone[each][number]).max() > 3 for each in others)
+    with pytest.raises(UserError, match="adapters = 'c': expected one of a, b"):
+        drawer.draw(["7"], adapters=["c"])
+    out = place / "grid.png"
+    with pytest.raises(UserError, match="is a run of an adapter itself"):
+        pictures(str(runs["a"]), prompt=["7"], adapter=[f"b={runs['b']}"], out=str(out))
+    pictures(str(run), prompt=["a=7", "base=7"], adapter=[f"a={runs['a']}"], out=str(out), steps=2)
+    assert out.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from trainfw.json_text import read_json
 from trainfw.models import FamilyConfig, LanguageModel, family_of
 from trainfw.objectives import schedule_of
 from trainfw.unfinished import scratch_directory
-from trainfw.weights.export_images import export_images, is_of_images, write_images
+from trainfw.weights.export_images import export_images, is_of_images, reader_of, write_images
 from trainfw.weights.open import (
     Base,
     MergedBase,
@@ -151,12 +151,6 @@ def _export_adapter(source: str, out: str, step: int | None, weights: Which | No
     return written
 
 
-def _reader(base: Weights) -> Callable[[str], np.ndarray]:
-    """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
-    shapes = interop.parameter_shapes(base.config)
-    return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
-
-
 def write_model(
     base: Weights,
     source: str,
@@ -173,7 +167,7 @@ def write_model(
     """
     beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
     dtype, extra = dtype or base.dtype, beside.extra()
-    read, companions = _reader(base), beside.write
+    read, companions = reader_of(base), beside.write
     return interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
 
 
@@ -189,7 +183,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
     if isinstance(base, interop.ModelSource):
         tensors = base.used()
     else:
-        tensors = interop.ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+        tensors = interop.ParameterTensors(config, huggingface["model_type"], reader_of(base), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)

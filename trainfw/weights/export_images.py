@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -51,11 +53,7 @@ def write_images(base: Weights, out: str, dtype: str | None, schedule: Schedule 
     Raises UserError, and writes nothing, where diffusers has no such model.
     """
     config, dtype = base.config, dtype or base.dtype
-    shapes = interop.parameter_shapes(config)
-
-    def read(name: str) -> np.ndarray:
-        return np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
-
+    read = reader_of(base)
     with interop.new_directory(out) as temporary:
         if isinstance(config, AutoencoderConfig):
             interop.save_autoencoder(temporary / "vae", config, read, dtype=dtype)
@@ -63,16 +61,33 @@ def write_images(base: Weights, out: str, dtype: str | None, schedule: Schedule 
         elif isinstance(config, DiTConfig):
             interop.save_transformer(temporary / "transformer", config, read, dtype=dtype)
             parts = "transformer"
+            if config.autoencoder is not None:
+                _write_autoencoder(temporary / "vae", config.autoencoder, dtype)
+                parts += ", vae"
         else:
             raise UserError(f"a model of family {config.family!r} has no form in diffusers")
         if schedule is not None:
             _write_scheduler(temporary / "scheduler", schedule)
             parts += " and scheduler"
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    count = sum(math.prod(shape) for shape in interop.parameter_shapes(config).values())
     written = f"{out}: {parts} of diffusers, {count:,} parameters, {dtype}, {size / 1e6:.1f} MB"
     encoder = getattr(config, "text_encoder", None)
     return f"{written}\nnote: its captions are features of {encoder}, which is not in it" if encoder else written
+
+
+def _write_autoencoder(directory: Path, path: str, dtype: str) -> None:
+    """Write the autoencoder whose latents a model makes."""
+    base: Weights = open_base(path) if is_run(path) else interop.open_autoencoder(path)
+    config, read = base.config, reader_of(base)
+    assert isinstance(config, AutoencoderConfig), path  # else the run could not have read it
+    interop.save_autoencoder(directory, config, read, dtype=dtype)
+
+
+def reader_of(base: Weights) -> Callable[[str], np.ndarray]:
+    """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
+    shapes = interop.parameter_shapes(base.config)
+    return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
 
 
 def _write_scheduler(directory: Path, schedule: Schedule) -> None:
