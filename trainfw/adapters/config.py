@@ -7,10 +7,12 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 
+_ATTENTION = tuple(f"{at}.{to}" for at in ("layers", "last") for to in ("attention.*", "caption_attention.*"))
+_MLP = tuple(f"{at}.{of}" for at in ("layers", "last") for of in ("mlp.*", "caption_mlp.*"))
 PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": ("layers.attention.*",),
-    "mlp": ("layers.mlp.*",),
-    "all-linear": ("layers.attention.*", "layers.mlp.*"),
+    "attention": _ATTENTION,
+    "mlp": _MLP,
+    "all-linear": _ATTENTION + _MLP,
     "embeddings": ("embedding", "head"),
 }
 """Names of groups of weights to put adapters on; a router is in none of them."""
@@ -57,7 +59,8 @@ class AdapterConfig(Config):
     exclude: list[str] = Field(default_factory=list)
     """Patterns of names (`embedding`, `head`) that stay in bfloat16 (int8, nf4)."""
     from_: str | None = Field(default=None, alias="from")
-    """Adapter to go on from: a directory in PEFT's form, or a run. It must have the rank and the targets given here."""
+    """Adapter to go on from: a run, or a directory in PEFT's or (of `dit`) diffusers' form. It must have the rank and
+    the targets given here."""
 
     @model_validator(mode="after")
     def _quantised(self) -> AdapterConfig:

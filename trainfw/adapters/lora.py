@@ -96,7 +96,7 @@ class EmbeddingLoRA(nnx.Module):
 
 
 class Bank(nnx.Module):
-    """N adapters of one linear map, for generation; each row of x takes one (`AdapterInputs.rows_B`).
+    """N adapters of one linear map, for generation; each row of x (B, ..., in) takes one (`AdapterInputs.rows_B`).
 
     A row's result depends on its own adapter alone: products are by row.
 
@@ -112,7 +112,8 @@ class Bank(nnx.Module):
         rows_B = active_inputs().rows_B
         assert rows_B is not None, "a bank of adapters is asked without rows"
         a, b = (jnp.take(part[...], rows_B, axis=0, mode="clip").astype(x.dtype) for part in (self.a, self.b))
-        y = y + jnp.einsum("bsr,bro->bso", jnp.einsum("bsi,bir->bsr", x, a), b)
+        y = y + jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a), b)
         if self.factor is None:
             return y
-        return y * jnp.take(self.factor[...], rows_B, axis=0, mode="clip")[:, None].astype(y.dtype)
+        factor = jnp.take(self.factor[...], rows_B, axis=0, mode="clip").astype(y.dtype)
+        return y * factor.reshape(factor.shape[0], *(1,) * (y.ndim - 2), -1)

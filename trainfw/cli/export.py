@@ -14,8 +14,12 @@ def export(
     source: AnyModel,
     out: OutPath,
     format: Annotated[
-        str, typer.Option(help="hf (a Hugging Face directory), gguf (a file), peft (an adapter).")
-    ] = "hf",
+        str | None,
+        typer.Option(
+            help="hf (a Hugging Face directory), gguf (a file), peft (an adapter), diffusers (of images; default: by "
+            "the model, hf or diffusers)."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16, float16; in GGUF q8_0 too (default: as it is, in GGUF float16)."),
@@ -25,7 +29,7 @@ def export(
 ) -> None:
     """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
     backends.prepare()
-    if format not in get_args(weights.Format):
+    if format is not None and format not in get_args(weights.Format):
         raise UserError(f"--format {format}: expected one of {', '.join(get_args(weights.Format))}")
     with cleaning_up() as reporter:
         written = weights.export_model(

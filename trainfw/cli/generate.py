@@ -53,7 +53,7 @@ def generate(
         "--top-k": top_k,
         "--top-p": top_p,
     }
-    of_text |= {"--chat": chat, "--system": system, "--adapter": adapter}
+    of_text |= {"--chat": chat, "--system": system}
     of_pictures: dict[str, object] = {
         "--out": out,
         "--count": count,
@@ -66,16 +66,17 @@ def generate(
         if value is not None:
             kind = "draws pictures" if draws else "writes text"
             raise UserError(f"{option} {value}: does not apply to {model}, which {kind}")
+    adapters = _adapters(adapter or [])
     if draws:
         draw(
-            model, prompt or [], out=out, count=count, step=step, seed=seed,
-            which=which, steps=steps, guidance=guidance, sampler=sampler,
+            model, [_chosen(text, adapters) for text in prompt or []], out=out, count=count, step=step, seed=seed,
+            which=which, adapters=adapters, steps=steps, guidance=guidance, sampler=sampler,
         )  # fmt: skip
         return
     if not prompt:
         raise UserError("--prompt: expected a text to go on from")
     max_tokens, temperature = 256 if max_tokens is None else max_tokens, 0.8 if temperature is None else temperature
-    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, which, chat, system, adapter)
+    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, which, chat, system, adapters)
 
 
 def _write(
@@ -90,18 +91,8 @@ def _write(
     which: str | None,
     chat: bool | None,
     system: str | None,
-    adapter: list[str] | None,
+    adapters: dict[str, str],
 ) -> None:
-    adapters: dict[str, str] = {}
-    for text in adapter or []:
-        called, equals, path = text.partition("=")
-        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", called):
-            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
-        if called in adapters or called == "base":
-            raise UserError(
-                f"--adapter {text!r}: {called!r} is {'taken' if called in adapters else 'the model itself'}"
-            )
-        adapters[called] = path
     for text in prompt:
         try:
             text.encode()
@@ -142,6 +133,21 @@ def _write(
     for (name, text), ids in zip(chosen, written, strict=True):
         show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
         show(tokenizer.decode(ids) + "\n")
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Return the paths of adapters by name."""
+    adapters: dict[str, str] = {}
+    for text in given:
+        called, equals, path = text.partition("=")
+        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", called):
+            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
+        if called in adapters or called == "base":
+            raise UserError(
+                f"--adapter {text!r}: {called!r} is {'taken' if called in adapters else 'the model itself'}"
+            )
+        adapters[called] = path
+    return adapters
 
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:

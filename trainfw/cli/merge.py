@@ -10,14 +10,16 @@ from trainfw.cli.options import Dtype, OutPath, Step, Which
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run of an adapter, or one in PEFT's form.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A run of an adapter, or one in PEFT's or diffusers' form.")
+    ],
     out: OutPath,
     base: Annotated[str | None, typer.Option(help="The model it adapts (default: that of the run).")] = None,
     dtype: Dtype = None,
     step: Step = None,
     which: Which = None,
 ) -> None:
-    """Write the model that an adapter makes of its base. It is a Hugging Face directory."""
+    """Write the model that an adapter makes of its base. It is in Hugging Face's form; of images, in diffusers'."""
     backends.prepare()
     with cleaning_up() as reporter:
         written = weights.merge_adapter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 
 def draw(
     run: str,
-    prompts: Sequence[str],
+    prompts: Sequence[tuple[str | None, str]],
     *,
     out: str | None,
     count: int | None,
     step: int | None,
     which: str | None,
     seed: int,
+    adapters: Mapping[str, str],
     **settings: object,
 ) -> None:
-    """Draw `count` pictures for each prompt, or in all for a model without prompts, and write them as one PNG file."""
+    """Draw `count` pictures for each prompt, or in all for a model without prompts, and write them as one PNG file.
+
+    Args:
+        prompts: (the name of its adapter, or None; text)
+    """
     if out is None:
         raise UserError("--out: expected a file for the pictures, such as --out pictures.png")
     file = Path(out)
@@ -42,15 +47,23 @@ def draw(
     if count is not None and not 1 <= count <= 4096:
         raise UserError(f"--count {count}: expected 1 to 4096")
     each = count or 1
-    asked: list[str | None] = [prompt for prompt in prompts for _ in range(each)]
+    asked: list[str | None] = [prompt for _, prompt in prompts for _ in range(each)]
     asked = asked or [None] * each
+    chosen = [name for name, _ in prompts for _ in range(each)] or None
     backends.prepare()
     reporter = make_reporter()
     try:
-        drawer = training.load_drawer(run, count=len(asked), step=step, weights=which)  # type: ignore[arg-type]
+        drawer = training.load_drawer(
+            run,
+            count=len(asked),
+            step=step,
+            weights=which,  # type: ignore[arg-type]
+            adapters=adapters,
+        )
         pictures = drawer.draw(
             asked,
             seed=seed,
+            adapters=chosen,
             progress=reporter.progress,
             **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
         )

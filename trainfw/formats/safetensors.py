@@ -56,7 +56,12 @@ class SafetensorsTensors(Tensors):
     def __init__(self, directory: str | os.PathLike[str], single: str = SINGLE):
         directory = Path(directory)
         whole = single != SINGLE or os.path.lexists(directory / single)
-        self._places = read_header(directory / single) if whole else _sharded(directory)
+        self.metadata: Mapping[str, str] = {}
+        """Texts that the header of a file by itself has."""
+        if whole:
+            self._places, self.metadata = _read_whole_header(directory / single)
+        else:
+            self._places = _sharded(directory)
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -165,6 +170,11 @@ def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) 
 
 def read_header(file: Path) -> dict[str, _Place]:
     """Read the place of every tensor in a safetensors file. Raises UserError where the header does not fit it."""
+    return _read_whole_header(file)[0]
+
+
+def _read_whole_header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Return what `read_header` does, and the header's metadata."""
     check_file(file)
     try:
         with open(file, "rb") as stream:
@@ -194,7 +204,7 @@ def read_header(file: Path) -> dict[str, _Place]:
         end, previous = place.start + place.info.nbytes, name
     if end != size:
         raise UserError(f"{file}: {size - end:,} bytes at the end belong to no tensor")
-    return places
+    return places, metadata
 
 
 def _place(file: Path, name: str, entry: object, data: int, size: int) -> _Place:

@@ -3,6 +3,11 @@ from .configs import config_to_huggingface as config_to_huggingface
 from .configs import decoder_config as decoder_config
 from .diffusers.autoencoder import open_autoencoder as open_autoencoder
 from .diffusers.autoencoder import save_autoencoder as save_autoencoder
+from .diffusers.lora import LORA_WEIGHTS as LORA_WEIGHTS
+from .diffusers.lora import is_lora as is_lora
+from .diffusers.lora import lora_fields as lora_fields
+from .diffusers.lora import read_lora as read_lora
+from .diffusers.lora import save_lora as save_lora
 from .diffusers.models import DiffusersModel as DiffusersModel
 from .diffusers.models import open_diffusers as open_diffusers
 from .diffusers.scheduler import read_scheduler as read_scheduler

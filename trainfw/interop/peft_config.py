@@ -114,7 +114,11 @@ def first_matches(_: None, form: str, patterns: list[str], texts: list[str]) -> 
 
 def read_peft_config(file: Path) -> PeftConfig:
     """Read adapter_config.json. Raises UserError where it is no LoRA, rsLoRA or DoRA, or has senseless values."""
-    config = read_json(file)
+    return peft_config(read_json(file), file)
+
+
+def peft_config(config: Mapping[str, object], file: Path) -> PeftConfig:
+    """Return what PEFT would make by the keys of `file`. Raises UserError as `read_peft_config`."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type = {short(config.get('peft_type'))}: expected LORA")
     for key, value in config.items():

@@ -32,6 +32,7 @@ from .preference import Preference as Preference
 from .reconstruction import Reconstruction as Reconstruction
 from .registry import check_objective as check_objective
 from .registry import make_objective as make_objective
+from .registry import schedule_of as schedule_of
 from .schema import Field as Field
 from .schema import ImageShape as ImageShape
 from .schema import Schema as Schema

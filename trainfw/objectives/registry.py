@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, cast
 
 from trainfw.errors import UserError, about, expect
-from trainfw.objectives.config import PREFERENCES, ObjectiveConfig
+from trainfw.objectives.config import DIFFUSION, PREFERENCES, ObjectiveConfig
 from trainfw.objectives.contract import check_parts_of, check_reads
 from trainfw.objectives.diffusion import DDPM, FlowMatching
 from trainfw.objectives.next_token import NextToken
+from trainfw.objectives.noise import DDPMSchedule, FlowSchedule, Schedule
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.preference import Preference, PreferenceLoss
 from trainfw.objectives.reconstruction import Reconstruction
@@ -61,6 +63,15 @@ def make_objective(
         dropped = config.drop_condition
         expect("drop_condition", dropped, not dropped or image.conditioning != "none", "0: the model has no condition")
     return (FlowMatching if config.name == "flow_matching" else DDPM)(image, **config.of_images)
+
+
+def schedule_of(config: ObjectiveConfig) -> Schedule | None:
+    """Return the schedule of noise of an objective; None for one that has none, and for somebody's own."""
+    if config.name not in DIFFUSION:
+        return None
+    kind = FlowSchedule if config.name == "flow_matching" else DDPMSchedule
+    known = {field.name for field in fields(kind)}
+    return kind(**{key: value for key, value in config.of_images.items() if key in known})
 
 
 def check_objective(made: Any, name: str) -> Objective:

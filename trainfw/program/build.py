@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from trainfw import objectives, optim
-from trainfw.models import image_config
+from trainfw.models import Frozen, image_config
 from trainfw.pieces import is_own, name_of, options_of, running
 from trainfw.program.denoise import DENOISED, Inputs, LocalDenoising
 from trainfw.program.fit import Fit, fit
@@ -68,7 +70,10 @@ def build_program(
         sharding = place.rules.sharding("batch", shape, tuple(dims))
         abstract_batch[name] = jax.ShapeDtypeStruct(shape, field.dtype, sharding=sharding)
     local = LocalComputation(recipe, place, models, objective)
-    functions_of_images = _denoise(local, abstract_state, abstract_batch) if hasattr(objective, "schedule") else {}
+    functions_of_images: Functions = {}
+    if hasattr(objective, "schedule"):
+        of_state = abstract_state.params, abstract_state.frozen
+        functions_of_images = {"denoise": _denoise(place, models, of_state, abstract_batch)}
     gradient_sums, metrics = _on_mesh(local, abstract_state, abstract_batch, grad_shardings, update_shardings)
     update = Update(
         recipe=recipe,
@@ -212,23 +217,36 @@ def _on_mesh(
     return sums, on_every_device(local.metrics, mesh, (specs, frozen_specs, batch_specs), P())
 
 
-def _denoise(local: LocalComputation, state: TrainState, batch: objectives.Batch) -> Functions:
+def denoise_by_rows(program: Program, model: nnx.Module) -> tuple[Function, Any, Any]:
+    """Return `denoise` with a model of the program's shape that has a bank of adapters, and what it takes first:
+    what would learn, and what would not. The program is of one device.
+    """
+    graphdef, *parts = nnx.split(model, nnx.Param, Frozen)
+    params, base = jax.device_put(tuple(map(nnx.to_pure_dict, parts)), program.fit.rules.replicated)
+    frozen = {"base": base}
+    of_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (params, frozen))
+    weight = program.abstract_batch["weight"]
+    rows = jax.ShapeDtypeStruct(weight.shape, jnp.int32, sharding=weight.sharding)
+    models = replace(program.models, graphdef=graphdef)
+    return _denoise(program.fit, models, of_state, program.abstract_batch, adapter=rows), params, frozen
+
+
+def _denoise(
+    place: Fit, models: ModelSet, of_state: tuple[Any, Any], batch: objectives.Batch, **more: jax.ShapeDtypeStruct
+) -> Function:
     """Return the function `denoise` of a batch's images, of which each device computes its rows."""
-    rules = local.fit.rules
     inputs = {name: batch[name] for name in DENOISED if name in batch}
     if len(inputs) > 2:  # there is a condition
-        inputs["guidance"] = jax.ShapeDtypeStruct((), jnp.float32, sharding=rules.replicated)
-    arguments = state.params, state.frozen, inputs
+        inputs["guidance"] = jax.ShapeDtypeStruct((), jnp.float32, sharding=place.rules.replicated)
+    arguments = *of_state, inputs | more
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
-    predicted = on_every_device(
-        LocalDenoising(local.fit, local.models), local.fit.mesh, specs, inputs["image"].sharding.spec
-    )
+    predicted = on_every_device(LocalDenoising(place, models), place.mesh, specs, inputs["image"].sharding.spec)
 
     def denoise(params: object, frozen: object, inputs: Inputs) -> jax.Array:
         return predicted(params, frozen, inputs)
 
     jitted = jax.jit(denoise, in_shardings=shardings_of(arguments), out_shardings=inputs["image"].sharding)
-    return {"denoise": Function("denoise", jitted, arguments)}
+    return Function("denoise", jitted, arguments)
 
 
 def _functions(

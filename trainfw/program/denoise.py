@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from trainfw.models import Condition, DenoisingModel
+from trainfw.models import AdapterInputs, Condition, DenoisingModel
 from trainfw.program.fit import Fit
 from trainfw.program.models import ModelSet
 from trainfw.sampling import guided
 
 Inputs = dict[str, Any]
-"""Arrays of one call by name: `image` and `time`, those of the condition as in a batch, and `guidance` f32[]."""
+"""Arrays of one call by name: `image` and `time`, those of the condition as in a batch, and `guidance` f32[].
+
+Of a model with several adapters (`trainfw.adapters.attach_bank`) also `adapter`, i32[batch]: that of each row.
+"""
 DENOISED = ("image", "time", "label", "caption", "caption_mask")
 """Arrays of a batch that `denoise` reads."""
 
@@ -32,7 +36,11 @@ class LocalDenoising:
             model: DenoisingModel = self.models.learner(params, frozen)
 
             def predict(image: jax.Array, time: jax.Array, condition: Condition) -> jax.Array:
-                whole = model.unpatched(model.forward(image, time, condition))
+                adapters = None
+                if "adapter" in inputs:  # guided, there are as many rows again
+                    repeats = image.shape[0] // inputs["adapter"].shape[0]
+                    adapters = AdapterInputs(rows_B=jnp.tile(inputs["adapter"], repeats))
+                whole = model.unpatched(model.forward(image, time, condition, adapters=adapters))
                 return whole[..., : image.shape[-1]]  # what follows is of variances
 
             image, time = inputs["image"], inputs["time"]

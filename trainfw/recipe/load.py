@@ -14,7 +14,7 @@ from trainfw.checkpoint import saved_recipe
 from trainfw.config import name_problem
 from trainfw.errors import UserError
 from trainfw.interop import part_of, read_model_config
-from trainfw.models import DEFAULT_FAMILY, FamilyConfig, load_family
+from trainfw.models import DEFAULT_FAMILY, DiTConfig, FamilyConfig, load_family
 from trainfw.paths import path_text, resolve_path
 from trainfw.recipe.files import bundled_recipes, check_sections, extended, find_recipe, merge, read, without_model
 from trainfw.recipe.problems import describe
@@ -220,7 +220,7 @@ def _from_adapter(tree: dict[str, object], sources: Sources) -> dict[str, object
     if not isinstance(adapter, dict) or not isinstance(source, str) or {"rank", "targets"} & set(adapter):
         return tree
     try:
-        return {**tree, "adapter": {**_adapter_of(source), **adapter}}
+        return {**tree, "adapter": {**_adapter_of(source, tree.get("model")), **adapter}}
     except UserError as error:
         raise UserError(f"{where('adapter.from', sources)}adapter.from: {error}") from error
 
@@ -243,16 +243,23 @@ def _fields_of(source: str, family: str | None) -> dict[str, object]:
     return {**named, **config.model_dump(exclude={"preset", "from_"}, exclude_defaults=True)}
 
 
-def _adapter_of(source: str) -> dict[str, object]:
-    """Read the fields of the adapter at a path: a run's, or one in PEFT's form."""
+def _adapter_of(source: str, model: object) -> dict[str, object]:
+    """Read the fields of the adapter at a path: a run's, or one in PEFT's or, of a `model`, diffusers' form."""
     refuse_recipe(source)
     if not resolve_path(source).exists():
-        raise UserError(f"{source}: no such directory; expected a run of an adapter, or one in PEFT's form")
+        raise UserError(
+            f"{source}: no such directory; expected a run of an adapter, or one in PEFT's or diffusers' form"
+        )
     run = resolve_path(source) / "recipe.yaml"
     if not run.is_file():
-        from trainfw.interop import peft_fields
+        from trainfw.interop import is_lora, lora_fields, peft_fields
 
-        return peft_fields(run.parent)
+        if not is_lora(run.parent):
+            return peft_fields(run.parent)
+        try:
+            return lora_fields(run.parent, DiTConfig.model_validate(model))
+        except ValidationError:
+            raise UserError(f"{source}: is of a diffusion transformer, which this model is not") from None
     config = load_recipe(run).adapter
     if config is None:
         raise UserError(f"{source}: is a run that trained all weights, not an adapter")

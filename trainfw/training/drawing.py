@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,19 +14,20 @@ import jax
 import numpy as np
 
 from trainfw import sampling
+from trainfw.adapters import attach_bank
 from trainfw.data import PreparedImages, Progress, read_classes
 from trainfw.errors import UserError, did_you_mean, expect, short
 from trainfw.models import conditioning_of
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
-from trainfw.program import Program, build_program
+from trainfw.program import Program, build_program, denoise_by_rows
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.latents import LatentCodec
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
 from trainfw.training.run_data import codec_of, encoder_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.text_encoder import HashedWords, TextEncoder
-from trainfw.weights import Which, reads_average
+from trainfw.weights import Which, is_run, open_base, read_adapter, reads_average, run_recipe
 
 _MOST_AT_ONCE = 64
 """Pictures drawn at once by default: more take memory, and hardly less time each."""
@@ -38,11 +39,13 @@ class Drawer:
 
     program: Program
     denoise: Any
-    """The program's function `denoise`, compiled."""
+    """The program's function `denoise`, or that of a model with adapters, compiled."""
     params: Any
     frozen: Any
     classes: tuple[str, ...] = ()
     """Names of the classes that the model draws; empty where it has none."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters that pictures may be drawn with."""
 
     def draw(
         self,
@@ -52,6 +55,7 @@ class Drawer:
         guidance: float = 4.0,
         seed: int = 0,
         sampler: str | None = None,
+        adapters: Sequence[str | None] | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """Draw a picture for each prompt: u8[N, H, W, C].
@@ -62,6 +66,7 @@ class Drawer:
             guidance: 1 draws as the model is; more, further away from what it draws without a prompt.
             seed: of the noise; picture i starts from the same noise whatever the others are.
             sampler: one of `trainfw.sampling.SAMPLERS` that suits the objective; None: the objective's own.
+            adapters: the adapter of each picture, of `self.adapters`; None for the model itself.
 
         Raises UserError for a prompt that the model has no class for, and for settings that make no sense.
         """
@@ -76,7 +81,7 @@ class Drawer:
             raise UserError("the run's objective has no schedule, by which pictures are drawn")
         sampler = sampler or ("euler" if isinstance(schedule, FlowSchedule) else "dpm++")
         total = len(sampling.sampler_steps(schedule, sampler, steps)) * math.ceil(len(prompts) / self._rows)
-        conditions = self._conditions(given, progress)
+        conditions = self._conditions(given, progress) | self._chosen(adapters, len(given))
         rows, shape = self._rows, self.program.schema.shape("image")[1:]
         pictures = np.zeros((len(prompts), *shape), np.float32)
         for start in range(0, len(prompts), rows):
@@ -109,7 +114,7 @@ class Drawer:
 
     def _predict(self, inputs: dict[str, np.ndarray], guidance: float) -> Callable[[jax.Array, np.ndarray], jax.Array]:
         like = self._places
-        placed = {name: jax.device_put(array, like[name].sharding) for name, array in inputs.items()}
+        placed = {name: jax.device_put(array, like.get(name, like["time"]).sharding) for name, array in inputs.items()}
         if "guidance" in like:
             placed["guidance"] = jax.device_put(np.float32(guidance), like["guidance"].sharding)
 
@@ -119,6 +124,16 @@ class Drawer:
             return prediction
 
         return predict
+
+    def _chosen(self, adapters: Sequence[str | None] | None, count: int) -> dict[str, np.ndarray]:
+        """Return the number of each picture's adapter, where there are any; that of the model itself comes last."""
+        names = [None] * count if adapters is None else list(adapters)
+        expect("adapters", adapters, len(names) == count, f"a list of {count}, one for each prompt")
+        for name in names:
+            known = name is None or name in self.adapters
+            expect("adapters", name, known, f"one of {', '.join(self.adapters) or 'none: the model has no adapters'}")
+        places = [len(self.adapters) if name is None else self.adapters.index(name) for name in names]
+        return {"adapter": np.array(places, np.int32)} if self.adapters else {}
 
     def _conditions(self, prompts: list[str | None], progress: Progress | None) -> dict[str, np.ndarray]:
         conditioning = conditioning_of(self.program.recipe.model)
@@ -158,24 +173,47 @@ def load_drawer(
     count: int = _MOST_AT_ONCE,
     step: int | None = None,
     weights: Which | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Drawer:
-    """Open a run of a model of images on all devices, to draw up to `count` pictures at once.
+    """Open a run of a model of images on all devices (with adapters, on one), to draw up to `count` pictures at once.
 
-    `weights` of a run with `optimizer.ema` are `ema` (the average, by default) or `raw`. Raises UserError where the run
-    is of another kind, or holds no checkpoint.
+    Args:
+        weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
+        adapters: adapters of this model by name, each a run or a directory in diffusers' form, of which each picture
+            takes one, or none.
+
+    Raises UserError where the run is of another kind, or holds no checkpoint, and for adapters that do not fit it.
     """
     run = RunDirectory.existing(path)
-    devices = jax.device_count()
+    devices = 1 if adapters else jax.device_count()
     rows = math.ceil(min(count, _MOST_AT_ONCE) / devices) * devices
     recipe = load_recipe(run.recipe_file, [*ANY_DEVICES, f"train.global_batch_size={rows}"])
-    program = build_program(recipe)
+    program = build_program(recipe, jax.devices()[:devices])
     if "denoise" not in program.functions:
         raise UserError(
             f"{path}: is a run of {recipe.objective.name} and family {recipe.model.family!r}, which draws none"
         )
     averaged = reads_average(path_text(path), weights)
     params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
-    return Drawer(program, program.functions["denoise"].compile(), params, frozen, read_classes(run.path))
+    classes = read_classes(run.path)
+    if not adapters:
+        return Drawer(program, program.functions["denoise"].compile(), params, frozen, classes)
+    if recipe.adapter is not None:
+        raise UserError(f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}")
+    model, base = program.model(params, frozen), open_base(path_text(path), step, weights)
+    kind: Which | None = "raw" if weights == "raw" else None
+    read = {name: read_adapter(path_text(at), recipe.model, weights=kind) for name, at in adapters.items()}
+    learnt = recipe.objective.name, recipe.objective.prediction
+    for name, adapter in read.items():
+        adapter.check_base(base, path_text(path))
+        objective = run_recipe(adapter.path).objective if is_run(adapter.path) else recipe.objective
+        if (objective.name, objective.prediction) != learnt:
+            raise UserError(
+                f"adapter {name}: was trained by {objective.name}, and the model by {recipe.objective.name}"
+            )
+    attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
+    denoise, params, frozen = denoise_by_rows(program, model)
+    return Drawer(program, denoise.compile(), params, frozen, classes, tuple(read))
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,10 @@ from trainfw.data import GENERATION, Progress, Tokenizer, load_tokenizer, stop_i
 from trainfw.errors import UserError, did_you_mean
 from trainfw.formats import FLOATS, Tensors
 from trainfw.json_text import read_json
-from trainfw.models import FamilyConfig, LanguageModel
+from trainfw.models import FamilyConfig, LanguageModel, family_of
+from trainfw.objectives import schedule_of
 from trainfw.unfinished import scratch_directory
+from trainfw.weights.export_images import export_images, is_of_images, reader_of, write_images
 from trainfw.weights.open import (
     Base,
     MergedBase,
@@ -38,7 +40,7 @@ from trainfw.weights.open import (
     run_recipe,
 )
 
-Format = Literal["hf", "gguf", "peft"]
+Format = Literal["hf", "gguf", "peft", "diffusers"]
 _QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
@@ -46,7 +48,7 @@ def export_model(
     source: str,
     out: str,
     *,
-    format: Format = "hf",
+    format: Format | None = None,
     dtype: str | None = None,
     step: int | None = None,
     weights: Which | None = None,
@@ -57,12 +59,21 @@ def export_model(
     Args:
         source: a run, or any path that `model.from` takes.
         out: a new directory; with `gguf`, a new file.
-        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run that trained one.
+        format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run that trained one;
+            `diffusers`, a model of images or its adapter, of which it is the default, as `hf` is of others.
         dtype: dtype of the weights; by default the source's, and in GGUF float16. GGUF takes q8_0 as well.
         weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
 
     Raises UserError, and writes nothing, where the format has no form for it.
     """
+    images = is_of_images(source)
+    if format is not None and images != (format == "diffusers"):
+        raise UserError(
+            f"format {format!r} (--format): is for models of {'text' if images else 'images'}, and {source} is one of "
+            f"{'images: diffusers is' if images else 'text: hf, gguf and peft are'} for these"
+        )
+    if images:
+        return _noted(export_images(source, out, dtype=dtype, step=step, weights=weights), source, weights)
     if format == "peft":
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
@@ -91,10 +102,12 @@ def merge_adapter(
     weights: Which | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Merge an adapter into its base, write the model as a Hugging Face directory, and return a line about it.
+    """Merge an adapter into its base, write the model, and return a line about it.
+
+    It is written as a Hugging Face directory; a model of images as one of diffusers.
 
     Args:
-        adapter: a run of an adapter, or a directory in PEFT's form.
+        adapter: a run of an adapter, or a directory in PEFT's or diffusers' form.
         base: the base model; by default that of the run.
         dtype: dtype of the weights; by default the base's.
         weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
@@ -102,6 +115,9 @@ def merge_adapter(
     Raises UserError where the base is unknown, or another than the adapter was trained on.
     """
     merged = merge(adapter, base, step, weights)
+    if family_of(merged.config).reads == "images":
+        schedule = None if merged.recipe is None else schedule_of(merged.recipe.objective)
+        return _noted(write_images(merged, out, dtype, schedule), adapter, weights)
     source = adapter if merged.recipe is not None else base
     assert source is not None
     check_tokenizer(source, merged.config)
@@ -135,12 +151,6 @@ def _export_adapter(source: str, out: str, step: int | None, weights: Which | No
     return written
 
 
-def _reader(base: Weights) -> Callable[[str], np.ndarray]:
-    """Return a function that reads whole parameters to the host in float32, from which any dtype is rounded once."""
-    shapes = interop.parameter_shapes(base.config)
-    return lambda name: np.asarray(base.read(name, jax.ShapeDtypeStruct(shapes[name], np.float32)))
-
-
 def write_model(
     base: Weights,
     source: str,
@@ -157,7 +167,7 @@ def write_model(
     """
     beside, config = _Beside(source, origin or base), interop.decoder_config(base.config, source)
     dtype, extra = dtype or base.dtype, beside.extra()
-    read, companions = _reader(base), beside.write
+    read, companions = reader_of(base), beside.write
     return interop.save_model(out, config, read, dtype=dtype, extra=extra, companions=companions, progress=progress)
 
 
@@ -173,7 +183,7 @@ def _write_gguf(base: Base, source: str, out: str, dtype: str | None) -> str:
     if isinstance(base, interop.ModelSource):
         tensors = base.used()
     else:
-        tensors = interop.ParameterTensors(config, huggingface["model_type"], _reader(base), FLOATS["float32"])
+        tensors = interop.ParameterTensors(config, huggingface["model_type"], reader_of(base), FLOATS["float32"])
     with scratch_directory() as directory:
         tokenizer = _as_trained(load_tokenizer(source), source)
         replace(tokenizer, stop_ids=stop_ids(tokenizer)).save(directory)

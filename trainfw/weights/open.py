@@ -20,16 +20,19 @@ from trainfw.confined import UnusableError
 from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
 from trainfw.errors import UserError
 from trainfw.interop import (
+    LORA_WEIGHTS,
     decoder_config,
+    is_lora,
     is_peft,
     model_kind,
     open_diffusers,
     open_model,
     part_of,
     peft_copies,
+    read_lora,
     read_peft,
 )
-from trainfw.models import FamilyConfig, abstract_model, dense, vocabulary_of
+from trainfw.models import DiTConfig, FamilyConfig, abstract_model, dense, vocabulary_of
 from trainfw.paths import resolve_path
 from trainfw.recipe import Recipe, load_recipe, refuse_recipe
 from trainfw.weights.frozen_storage import kept_weight
@@ -89,7 +92,7 @@ class Adapter:
     def check_base(self, base: Base, path: str) -> None:
         """Raise UserError where the adapter was trained on other weights than these."""
         for name, copy in self.copies.items():
-            stored = "embedding.table" if decoder_config(base.config, path).tie_embeddings else name
+            stored = "embedding.table" if ties_embeddings(base.config) else name
             expected = copy.T if stored != name else copy
             actual = np.asarray(base.read(stored, jax.ShapeDtypeStruct(expected.shape, jnp.float32)))
             differs = (actual.astype(copy.dtype) != expected).any(axis=1 if stored == "embedding.table" else 0)
@@ -110,6 +113,11 @@ def other_base(adapter: str, trained_on: dict[str, str], path: str, actual_hash:
         f"{trained_on['hash']} is expected, as of {trained_on['path']} then (of a run, its latest checkpoint counts: "
         "`trainfw export` keeps a model as it is)"
     )
+
+
+def ties_embeddings(config: FamilyConfig) -> bool:
+    """Tell whether a model's head is its embedding table; one of images has neither."""
+    return bool(getattr(config, "tie_embeddings", False))
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class MergedBase:
 
     @cached_property
     def _tied(self) -> bool:
-        return decoder_config(self.base.config, self.adapter.path).tie_embeddings
+        return ties_embeddings(self.base.config)
 
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, float]]:
@@ -259,7 +267,8 @@ def open_base(path: str, step: int | None = None, weights: Which | None = None) 
 def merge(
     adapter_path: str, base_path: str | None = None, step: int | None = None, weights: Which | None = None
 ) -> MergedBase:
-    """Open an adapter (a run, or a directory in PEFT's form) merged into its base. `weights` are the adapter's.
+    """Open an adapter (a run, or a directory in PEFT's or diffusers' form) merged into its base.
+    `weights` are the adapter's.
 
     Raises UserError where the base is neither given nor known, or is another than the adapter was trained on.
     """
@@ -268,7 +277,7 @@ def merge(
         raise UserError(f"{adapter_path}: trained all weights, so that there is nothing to merge; see `trainfw export`")
     base_path = base_path or (recipe.model.from_ if recipe is not None else None)
     if base_path is None:
-        reason = "its base was drawn from a seed" if recipe is not None else "PEFT's form does not hold its base"
+        reason = "its base was drawn from a seed" if recipe is not None else "its form does not hold its base"
         raise UserError(f"{adapter_path}: {reason}; name one with base (--base)")
     base = open_base(base_path)
     adapter = read_adapter(adapter_path, base.config, step, weights)
@@ -277,13 +286,21 @@ def merge(
 
 
 def read_adapter(path: str, model: FamilyConfig, step: int | None = None, weights: Which | None = None) -> Adapter:
-    """Read an adapter of a model of this shape, from a run or a directory in PEFT's form. Raises UserError."""
+    """Read an adapter of a model of this shape, from a run or a directory in PEFT's or diffusers' form.
+
+    Raises UserError.
+    """
     averaged = reads_average(path, weights)
     if is_peft(path):
         config, arrays = read_peft(resolve_path(path), decoder_config(model, path))
         adapter = Adapter(config, arrays, None, path, peft_copies(resolve_path(path)))
+    elif is_lora(resolve_path(path)):
+        if not isinstance(model, DiTConfig):
+            raise UserError(f"{path}: holds an adapter of a diffusion transformer, not of family {model.family!r}")
+        adapter = Adapter(*read_lora(resolve_path(path), model), None, path)
     elif not is_run(path):
-        raise UserError(f"{path}: holds no adapter; expected a run directory, or one with an adapter_config.json")
+        files = f"an adapter_config.json or {LORA_WEIGHTS}"
+        raise UserError(f"{path}: holds no adapter; expected a run directory, or one with {files}")
     elif (trained := run_recipe(path).adapter) is None:
         raise UserError(f"{path}: is a run that trained all weights, not an adapter")
     else:
