@@ -12,7 +12,8 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
     """Overrides that shrink a recipe to seconds on a laptop: every mesh axis that it uses stays, of two devices.
 
     Model, batch, sequence and steps are small, the text is that of Python's standard library, pictures are digits, and
-    the hardware is forgotten. What is left is the recipe's form: axes, stages and chunks, dispatch, remat, scan, dtypes.
+    the hardware is forgotten. What is left is the recipe's form: axes, stages and chunks, dispatch, remat, scan,
+    dtypes.
 
     Raises UserError where `devices` is no multiple of what the axes take.
     """
