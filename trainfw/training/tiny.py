@@ -11,8 +11,9 @@ from trainfw.recipe import Recipe
 def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
     """Overrides that shrink a recipe to seconds on a laptop: every mesh axis that it uses stays, of two devices.
 
-    Model, batch, sequence and steps are small, the text is that of Python's standard library, and the hardware is
-    forgotten. What is left is the recipe's form: axes, stages and chunks, dispatch, remat, scan, dtypes.
+    Model, batch, sequence and steps are small, the text is that of Python's standard library, pictures are digits, and
+    the hardware is forgotten. What is left is the recipe's form: axes, stages and chunks, dispatch, remat, scan,
+    dtypes.
 
     Raises UserError where `devices` is no multiple of what the axes take.
     """
@@ -45,6 +46,13 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "data.sequence_length": 256 if pairs else 64,
         "train.sample_prompt": None,
     }
+    of_images = {
+        "data.source": "digits",
+        "data.image_field": None,
+        "data.caption_field": "text",
+        "data.label_field": "label",
+        "train.sample_images": 0,
+    }
     changes: dict[str, Any] = {
         "name": f"tiny-{recipe.name}",
         "hardware.topology": None,
@@ -54,7 +62,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "parallel.pipeline_microbatches": None,
         "parallel.traffic": {},
         **{f"model.{field}": value for field, value in small.items()},
-        **({"data.source": "digits", "train.sample_images": 0} if recipe.reads_images else of_text),
+        **(of_images if recipe.reads_images else of_text),
         "train.steps": 5,
         "train.log_every": 1,
         "train.validate_every": 0,

@@ -81,10 +81,18 @@ class DiffusionTransformer(Family):
     def tiny(self, config: DiTConfig, *, layers: int, tensor: int) -> dict[str, object]:
         small: dict[str, object] = {
             "image_size": 8 * config.patch_size,
+            "channels": 1,
+            "out_channels": 2 if config.out_channels > config.channels else 1,
             "hidden_size": 64,
             "intermediate_size": 64,
             "num_layers": layers,
             "num_heads": 4,
             "head_dim": 16,
         }
-        return small if config.largest_grid is None else small | {"largest_grid": 16}
+        if config.largest_grid is not None:
+            small["largest_grid"] = 16
+        if config.num_classes is not None:
+            small["num_classes"] = 10
+        if config.caption_size is not None:
+            small |= {"caption_size": 16, "caption_length": 4, "text_encoder": "hashed-words"}
+        return small if config.pooled_size is None else small | {"pooled_size": 16}

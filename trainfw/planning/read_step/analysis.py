@@ -450,6 +450,7 @@ _FUSED = {
     *("sine", "slice", "sqrt", "subtract", "tan", "tanh", "transpose", "xor", "dynamic-slice", "pad", "concatenate"),
 }
 """Operations that compilers fuse into what uses their results."""
+_SLICES = {"slice", "dynamic-slice"}
 _SAME = {"copy", "reshape"}
 """Operations among these that leave memory as it is."""
 _ELSEWHERE = {*_PRODUCTS, "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
@@ -493,9 +494,12 @@ def _written(computation: Computation, instruction: Instruction, trains: bool) -
     if instruction.opcode not in _FUSED:
         return True
     if instruction.opcode in _SAME and not instruction.is_root:
-        source = computation.instructions.get(instruction.operands[0].partition("#")[0])
-        if source is None or _written(computation, source, trains):
-            return False  # nothing is left to do
+        source: Instruction | None = instruction
+        while source is not None and source.opcode in _SAME:
+            source = computation.instructions.get(source.operands[0].partition("#")[0])
+        # Nothing is left to do; a slice of whole rows, such as a layer of a stack, is read where it lies.
+        if source is None or source.opcode in _SLICES or _written(computation, source, trains):
+            return False
     users = computation.users.get(instruction.name, ())
     # The optimizer is one kernel for each array, whatever uses its parts.
     if len(users) > 1 and _of_model(instruction, trains) and _joins(computation, instruction):
@@ -532,7 +536,7 @@ def _reads(computation: Computation, instruction: Instruction, trains: bool) -> 
         seen.add(name)
         if operand.opcode in ("constant", "iota"):
             continue
-        if operand.opcode in ("slice", "dynamic-slice") or _written(computation, operand, trains):
+        if operand.opcode in _SLICES or _written(computation, operand, trains):
             found.add(name)
         else:
             pending.extend(operand.operands)
