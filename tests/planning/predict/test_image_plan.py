@@ -87,7 +87,7 @@ def test_a_fused_kernel_computes_all_of_attention_that_is_not_causal(made):
         assert fused / plain == pytest.approx(share)
     assert not any("fused" in text for text, _ in whatif(made))  # on Neuron none is called
     said = step_time(made.analysis, made.placement, made.recipe, Assumptions(attention="fused")).assumptions
-    assert any("trainfw calls none on Neuron for attention that is not causal" in text for text in said)
+    assert any("trainfw calls none for attention that is not causal" in text for text in said)
 
 
 def test_recipes_of_other_images_are_compiled_anew():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
-from trainfw.backends import load_sdk
+from trainfw.backends import for_topology, load_sdk
 from trainfw.checking import refuse_arguments
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
@@ -278,7 +278,7 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
     changes = [(hidden, analysis, replace(base, overlap=1.0))]
     if not recipe.reads_images:
         changes.append((kernel, analysis, replace(base, attention="fused")))
-    elif plan.topology.rules != "neuron":  # where trainfw calls none that is not causal
+    elif for_topology(plan.topology).fuses_all_attention:
         kernel = "attention by a fused kernel (plan it: hardware.fused_attention=true)"
         changes.append((kernel, analysis, replace(base, attention="fused")))
     if (parts := recipe.train.accumulation_steps) > 1:
