@@ -104,10 +104,7 @@ def text_encoder(tokens: int) -> FunctionPlan:
         wide = x.astype(jnp.float32)
         return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(BF16)
 
-    def layer(
-        carried: tuple[jax.Array, jax.Array], w: dict[str, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        x, bias = carried
+    def layer(x: jax.Array, w: dict[str, jax.Array], bias: jax.Array) -> jax.Array:
         h = normed(x)
         q, k, v = ((h @ w[name]).reshape(tokens, heads, size) for name in ("query", "key", "value"))
         with jax.named_scope(trainfw.scopes.ATTENTION):

@@ -69,6 +69,7 @@ PUBLISHED = {
         "chip.peak_flops.bfloat16": "671 TFLOP/s",
         "chip.hbm_size": "144 GiB",
     },
+    "inf2.xlarge": {"host_memory": "16 GiB", "chip.hbm_size": "32 GiB"},
     "inf2.48xlarge": {"links.neuronlink.bandwidth": "96 GiB/s", "chip.peak_flops.bfloat16": "190 TFLOP/s"},  # 192 / 2
 }
 

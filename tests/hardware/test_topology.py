@@ -105,6 +105,7 @@ def test_inferentia_is_a_ring():
     topology = load_topology("inf2.48xlarge")
     assert [neighbours(topology, chip) for chip in range(12)] == [{(i - 1) % 12, (i + 1) % 12} for i in range(12)]
     assert len(list(topology.links())) == 12
+    assert not list(load_topology("inf2.xlarge").links())
 
 
 def test_ultraserver_is_four_tori_joined_in_rings():

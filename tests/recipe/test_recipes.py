@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 from tests.helpers import quicker, write_recipe
 from trainfw import UserError, train
+from trainfw.models import FamilyConfig
 from trainfw.parallel import AXES
 from trainfw.recipe import bundled_recipes, load_recipe
 from trainfw.training import tiny_overrides
 
 # By name: a recipe that starts from weights cannot be loaded where the package that holds them is not installed.
-FOR_NEURON = [name for name in bundled_recipes() if "-trn" in name and load_recipe(name).hardware.topology]
+FOR_NEURON = [name for name in bundled_recipes() if re.search("-(trn|inf)[0-9]", name)]
+FOR_NEURON = [name for name in FOR_NEURON if load_recipe(name).hardware.topology]
 
 ALIKE = {"llama2-7b-trn2-ultraserver", "qwen3-8b-trn2-ultraserver"}
 """Recipes that others are like, in layout and model."""
@@ -47,19 +50,24 @@ def test_recipes_for_neuron_check_clean(name):
     assert "GiB temporaries" in result.stdout
 
 
+def _kind(model: FamilyConfig) -> object:
+    """The kind of a model whose form is not another's."""
+    return getattr(model, "conditioning", None) or model.moe is None
+
+
 def form(name: str) -> tuple[object, ...]:
     """What of a recipe is left in its tiny version."""
     recipe = load_recipe(name)
     axes = [axis for axis in AXES if getattr(recipe.parallel, axis) != 1]
-    return (*axes, recipe.parallel.interleave, recipe.model.moe is None, recipe.train.scan_layers, recipe.train.remat)
+    return (*axes, recipe.parallel.interleave, _kind(recipe.model), recipe.train.scan_layers, recipe.train.remat)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", {form(name): name for name in FOR_NEURON if name not in ALIKE}.values())
 def test_the_form_of_every_recipe_trains_on_eight_devices(name, tmp_path):
     write_recipe(tmp_path)  # for its text, which changes with nothing, and is learnt from the first steps
-    text = [f"data.source={tmp_path}/text/*.txt", "data.validation_fraction=0.2"]
-    tiny = [*tiny_overrides(load_recipe(name), 8), *text]
+    text = [f"data.source={tmp_path}/text/*.txt"] * (not load_recipe(name).reads_images)
+    tiny = [*tiny_overrides(load_recipe(name), 8), *text, "data.validation_fraction=0.2"]
     recipe = load_recipe(name, tiny)
     result = train(recipe, run_dir=tmp_path / "run")
     assert result.step == 5

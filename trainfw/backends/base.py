@@ -49,6 +49,8 @@ class Backend:
     top_k: Literal["native", "iterative"] = "native"
     """Way to choose the largest of many: `jax.lax.top_k`, or maxima alone where a chip refuses that or nothing
     says that it takes it."""
+    fuses_all_attention: bool = True
+    """A fused kernel is called for attention that is not causal, too."""
     fp8_dtypes: tuple[str, str] = ("float8_e4m3fn", "float8_e5m2")
     """Dtypes of operands in products of 8 bits: in the forward pass, and of gradients."""
     casts_once: bool = False

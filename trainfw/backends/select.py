@@ -48,6 +48,7 @@ NEURON = Backend(
     host_generate=True,
     grouped_matmul=False,
     checks_donation=True,
+    fuses_all_attention=False,  # `nkilib_refuses`
     top_k="iterative",  # inf2: neuronx-cc 2.23 and 2.26 refuse topk (NCC_EVRF001, measured); others: see _NATIVE_TOP_K
     fp8_dtypes=("float8_e4m3", "float8_e5m2"),  # e4m3fn from Trainium3 on only (NCC_EVRF051)
 )

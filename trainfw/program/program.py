@@ -231,7 +231,7 @@ class Program:
 
     @property
     def flops_per_step(self) -> float:
-        """Model FLOPs of one update (forward and backward, causal attention, no recomputation).
+        """Model FLOPs of one update (forward and backward, no recomputation, of causal attention the half that counts).
 
         A frozen weight takes two thirds of one that learns: its product, and the gradient of its input. A frozen model
         in another role than the base takes a third: its forward pass.

@@ -106,6 +106,10 @@ def grow(x, limit):
     return jax.lax.while_loop(lambda x: x[0, 0] < limit, lambda x: x @ x, x)
 
 
+def convolve(x, kernel, stride=1):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 REFUSED = {
     "a loop": ((grow, X, 9.0), {}, "grow.*: a loop runs as often as its values say"),
@@ -120,6 +124,20 @@ def test_what_no_time_is_known_for_is_refused(what):
     arguments, settings, message = REFUSED[what]
     with pytest.raises(UserError, match=message):
         trainfw.plan(*arguments, **settings)
+
+
+def test_a_convolution_is_the_product_of_its_patches_and_kernel():
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 16, 16, 8), (3, 3, 8, 12))]
+    plan = trainfw.plan(convolve, *arrays, hardware=CHIP)
+    assert [(m.batch, m.m, m.n, m.k) for m in plan.matmuls] == [(1, 2 * 16 * 16, 12, 9 * 8)]
+    assert any("convolutions take the time of matrix products" in text for text in plan.time.assumptions)
+
+    def loss(x, kernel):
+        return jnp.sum(convolve(x, kernel, 2).astype(jnp.float32) ** 2)
+
+    plan = trainfw.plan(jax.grad(loss, (0, 1)), *arrays, hardware=CHIP)
+    forward = 2 * (2 * 8 * 8) * 12 * 9 * 8
+    assert [(m.flops, m.backward) for m in plan.matmuls] == [(forward, False), (forward, True), (forward, True)]
 
 
 def test_a_training_step_is_read_as_its_recipe_is(tmp_path):

@@ -278,7 +278,7 @@ def whatif(plan: Plan) -> list[tuple[str, float]]:
     changes = [(hidden, analysis, replace(base, overlap=1.0))]
     if not recipe.reads_images:
         changes.append((kernel, analysis, replace(base, attention="fused")))
-    elif not for_topology(plan.topology).has_sdk:  # where trainfw calls none that is not causal
+    elif for_topology(plan.topology).fuses_all_attention:
         kernel = "attention by a fused kernel (plan it: hardware.fused_attention=true)"
         changes.append((kernel, analysis, replace(base, attention="fused")))
     if (parts := recipe.train.accumulation_steps) > 1:

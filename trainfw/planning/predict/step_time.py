@@ -159,7 +159,8 @@ def attention_words(recipe: Recipe, topology: Topology, assumed: Assumptions) ->
     words = "attention is a fused kernel: its scores stay on chip"
     if not recipe.reads_images:
         return f"{words}, the upper half is skipped"
-    return words + "; trainfw calls none on Neuron for attention that is not causal" * for_topology(topology).has_sdk
+    called = for_topology(topology).fuses_all_attention
+    return words if called else f"{words}; here trainfw calls none for attention that is not causal"
 
 
 def work_time(
