@@ -139,13 +139,11 @@ def write_inputs(chosen: argparse.Namespace, directory: Path) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def random_batches(
-    chosen: argparse.Namespace, random: np.random.Generator, batches: int, rows: int
-) -> dict[str, np.ndarray]:
+def random_batches(chosen: argparse.Namespace, random: np.random.Generator, batches: int, rows: int) -> dict[str, Any]:
     """What a program of images reads, each array with a leading dim of batches."""
     shape, model = (batches, rows), model_of(chosen)
     image = (*shape, chosen.image_size, chosen.image_size, chosen.channels)
-    arrays = {
+    arrays: dict[str, Any] = {
         "image": random.uniform(-1, 1, image).astype(np.float32),
         "noise": random.standard_normal(image, np.float32),
         "time": random.uniform(0, 1000, shape).astype(np.float32),
