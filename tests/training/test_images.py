@@ -76,9 +76,9 @@ def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
     assert not np.array_equal(several[0], several[2])  # other noise
     with pytest.raises(UserError, match="is no class of the model; expected one of 0, 1, 2"):
         drawer.draw(["x"])
-    for wrong in ({"prompts": "7"}, {"prompts": []}, {"prompts": ["7"], "guidance": float("nan")}):
-        with pytest.raises(UserError, match=r"^(prompts|guidance) = "):
-            drawer.draw(**wrong)
+    for wrong in ({"prompts": "7"}, {"prompts": []}, {"guidance": float("nan")}, {"sampler": 3}):
+        with pytest.raises(UserError, match=r"^(prompts|guidance|sampler) = "):
+            drawer.draw(**{"prompts": ["7"], **wrong})
     with pytest.raises(UserError, match=r"sampler = 'eular'.*did you mean 'euler'"):
         drawer.draw(["1"], sampler="eular")
 
@@ -108,8 +108,10 @@ def test_a_run_is_evaluated_again(run):
 
 def test_captions_condition_a_model(place):
     result = train(recipe_of(place, CAPTIONS), devices=jax.devices()[:1], run_dir=place / "captions")
-    drawn = load_drawer(result.run_dir, count=8).draw(["seven", "one"], steps=2)
-    assert drawn.shape == (2, 8, 8, 1)
+    drawer = load_drawer(result.run_dir, count=8)
+    assert drawer.draw(["seven", "one"], steps=2).shape == (2, 8, 8, 1)
+    with pytest.warns(UserWarning, match="1 prompt longer than the 3 tokens"):
+        drawer.draw(["one two three four"], steps=1)
 
 
 def test_a_model_learns_and_draws_latents_of_an_autoencoder(place):
@@ -126,9 +128,20 @@ def test_a_model_learns_and_draws_latents_of_an_autoencoder(place):
     latents = {"image_size": 4, "channels": 2, "autoencoder": str(encoder.run_dir)}
     recipe = recipe_of(place, latents, "objective.drop_condition=0")
     result = train(recipe, devices=jax.devices()[:1], run_dir=place / "latents")
-    assert load_drawer(result.run_dir, count=8).draw([None] * 2, steps=2).shape == (2, 8, 8, 1)
+    drawer = load_drawer(result.run_dir, count=8)
+    assert drawer.draw([None] * 2, steps=2).shape == (2, 8, 8, 1)
+    with pytest.raises(UserError, match="guidance = 7: expected 1: the model has no condition"):
+        drawer.draw([None], guidance=7)
     with pytest.raises(UserError, match="makes latents of 2 channels"):
         train(recipe_of(place, {**latents, "channels": 3}), devices=jax.devices()[:1], run_dir=place / "other")
+    train(load_recipe(tree, ["train.steps=3"]), devices=jax.devices()[:1], run_dir=encoder.run_dir)
+    for use in (
+        lambda: load_drawer(result.run_dir, count=8).draw([None]),
+        lambda: evaluate(result.run_dir),
+        lambda: train(load_recipe(recipe, ["train.steps=7"]), devices=jax.devices()[:1], run_dir=result.run_dir),
+    ):
+        with pytest.raises(UserError, match=r"model\.autoencoder = .*has other weights"):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -138,6 +151,8 @@ def test_a_model_learns_and_draws_latents_of_an_autoencoder(place):
         ("objective.name=next_token", "objective.name"),
         ("evaluation={metric: rouge_l}", "evaluation.metric"),
         ("train.sample_prompt=a", "train.sample_prompt"),
+        ("evaluation={metric: retrieval}", "evaluation.metric"),
+        ("train.z_loss=0.1", "train.z_loss"),
         ("model.num_classes=9", "model.num_classes"),
         ("model.image_size=9", "model.image_size"),
     ],

@@ -10,6 +10,7 @@ from trainfw.cli.options import AnyModel, Step, Which
 from trainfw.cli.pictures import draw
 from trainfw.cli.terminal import show
 from trainfw.errors import UserError
+from trainfw.paths import resolve_path
 
 
 def generate(
@@ -62,6 +63,8 @@ def generate(
         "--sampler": sampler,
     }
     draws = weights.is_run(model) and weights.run_recipe(model).reads_images
+    if not draws and not model.startswith("package:") and not resolve_path(model).exists():
+        raise UserError(f"{model}: no such run or model")
     for option, value in (of_text if draws else of_pictures).items():
         if value is not None:
             kind = "draws pictures" if draws else "writes text"

@@ -14,7 +14,7 @@ from .images.captions import CaptionEncoder as CaptionEncoder
 from .images.prepared import Prepared as Prepared
 from .images.prepared import PreparedImages as PreparedImages
 from .images.prepared import prepare_images as prepare_images
-from .images.prepared import read_classes as read_classes
+from .images.prepared import read_conditions as read_conditions
 from .images.store import ImageRows as ImageRows
 from .images.store import ImageStore as ImageStore
 from .pipeline import Batch as Batch

@@ -21,7 +21,7 @@ from trainfw.config import Config, invalid
 from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
-from trainfw.models import DEFAULT_FAMILY, FAMILIES, FamilyConfig, ModelSection, family_of, load_family
+from trainfw.models import DEFAULT_FAMILY, FAMILIES, FamilyConfig, ModelSection, conditioning_of, family_of, load_family
 from trainfw.objectives import IMAGES, OBJECTIVES, ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
@@ -78,6 +78,12 @@ class Recipe(Config):
         if metric is not None and images != (metric in ("class_accuracy", "retrieval")):
             suits = "class_accuracy or retrieval" if images else "rouge_l, chrf or exact_match"
             invalid("evaluation.metric", f"{metric!r} does not suit model.family {family!r}: set it to {suits}")
+        by_condition = {"class": "class_accuracy", "cross": "retrieval", "joint": "retrieval"}
+        suited = by_condition.get(conditioning_of(self.model))
+        if images and metric not in (None, suited):
+            has = f"set it to {suited}" if suited else "set evaluation to null"
+            invalid("evaluation.metric", f"{metric!r} does not suit model.conditioning: {has}")
+        self._reads_no_more()
         if images != (self.data.format == "images"):
             form = "images" if images else "text, chat, prompt_completion or preferences"
             things = "pictures" if images else "text"
@@ -90,6 +96,17 @@ class Recipe(Config):
                 "objective.name",
                 f"{self.objective.name!r} does not suit model.family {family!r}: one of {', '.join(names)}",
             )
+
+    def _reads_no_more(self) -> None:
+        """Check that nothing is set of what is for models of the other kind alone."""
+        of_text: dict[str, tuple[str, ...]] = {"train": ("z_loss", "loss_chunk", "sample_tokens")}
+        of_text["evaluation"] = ("max_tokens", "batch_size", "samples")
+        of_images: dict[str, tuple[str, ...]] = {"train": ("sample_images",)}
+        for section, names in (of_text if self.reads_images else of_images).items():
+            config = getattr(self, section)
+            for name in names if config is not None else ():
+                if getattr(config, name) != type(config).model_fields[name].default:
+                    invalid(f"{section}.{name}", f"does nothing for model.family {self.model.family!r}: leave it out")
 
     @property
     def group(self) -> int:

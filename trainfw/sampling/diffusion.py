@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -102,7 +103,8 @@ def sampler_steps(schedule: Schedule, sampler: str, steps: int) -> list[Evaluati
         raise UserError(
             f"sampler = {sampler!r}: unknown; expected {', '.join(SAMPLERS)}{did_you_mean(sampler, SAMPLERS)}"
         )
-    expect("steps", steps, isinstance(steps, int) and 1 <= steps <= TIMES, f"a whole number from 1 to {TIMES}")
+    whole = isinstance(steps, Integral) and not isinstance(steps, bool)
+    expect("steps", steps, whole and 1 <= steps <= TIMES, f"a whole number from 1 to {TIMES}")
     multistep = sampler == "dpm++"
     levels = (
         _flow_levels(schedule, steps, multistep)

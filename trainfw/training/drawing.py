@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +18,7 @@ import numpy as np
 
 from trainfw import sampling
 from trainfw.adapters import attach_bank
-from trainfw.data import PreparedImages, Progress, read_classes
+from trainfw.data import PreparedImages, Progress, read_conditions
 from trainfw.errors import UserError, did_you_mean, expect, short
 from trainfw.models import conditioning_of
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
@@ -24,7 +27,7 @@ from trainfw.program import Program, build_program, denoise_by_rows
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.latents import LatentCodec
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params
-from trainfw.training.run_data import codec_of, encoder_of
+from trainfw.training.run_data import check_encoders, codec_of, encoder_of
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.text_encoder import HashedWords, TextEncoder
 from trainfw.weights import Which, is_run, open_base, read_adapter, reads_average, run_recipe
@@ -42,8 +45,11 @@ class Drawer:
     """The program's function `denoise`, or that of a model with adapters, compiled."""
     params: Any
     frozen: Any
+    run: Path
     classes: tuple[str, ...] = ()
     """Names of the classes that the model draws; empty where it has none."""
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    """Identities of the encoders that the model was trained with."""
     adapters: tuple[str, ...] = ()
     """Names of the adapters that pictures may be drawn with."""
 
@@ -52,7 +58,7 @@ class Drawer:
         prompts: Sequence[str | None],
         *,
         steps: int = 20,
-        guidance: float = 4.0,
+        guidance: float | None = None,
         seed: int = 0,
         sampler: str | None = None,
         adapters: Sequence[str | None] | None = None,
@@ -63,7 +69,8 @@ class Drawer:
         Args:
             prompts: a class's name, or a caption, as the model was trained; None for a model of neither.
             steps: evaluations of the model, but for `heun`, which takes two for each step but the last.
-            guidance: 1 draws as the model is; more, further away from what it draws without a prompt.
+            guidance: 1 draws as the model is; more, further away from what it draws without a prompt. None: 4, or 1
+                where a model has no prompts, or was never trained without them (`objective.drop_condition`).
             seed: of the noise; picture i starts from the same noise whatever the others are.
             sampler: one of `trainfw.sampling.SAMPLERS` that suits the objective; None: the objective's own.
             adapters: the adapter of each picture, of `self.adapters`; None for the model itself.
@@ -73,13 +80,15 @@ class Drawer:
         given = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else []
         texts = bool(given) and all(prompt is None or isinstance(prompt, str) for prompt in given)
         expect("prompts", prompts, texts, "a list with a text for each picture, or None, such as ['7', '7']")
-        finite = isinstance(guidance, int | float) and math.isfinite(guidance)
-        expect("guidance", guidance, finite, "a number; 1 draws as the model is")
-        expect("seed", seed, isinstance(seed, int) and 0 <= seed < 2**64, "a whole number from 0 to 2**64 - 1")
+        guidance = self._guidance(guidance)
+        expect("seed", seed, isinstance(seed, Integral) and 0 <= seed < 2**64, "a whole number from 0 to 2**64 - 1")
+        expect(
+            "sampler", sampler, sampler is None or isinstance(sampler, str), f"one of {', '.join(sampling.SAMPLERS)}"
+        )
         schedule = getattr(self.program.objective, "schedule", None)
         if schedule is None:
             raise UserError("the run's objective has no schedule, by which pictures are drawn")
-        sampler = sampler or ("euler" if isinstance(schedule, FlowSchedule) else "dpm++")
+        sampler = sampler if sampler is not None else ("euler" if isinstance(schedule, FlowSchedule) else "dpm++")
         total = len(sampling.sampler_steps(schedule, sampler, steps)) * math.ceil(len(prompts) / self._rows)
         conditions = self._conditions(given, progress) | self._chosen(adapters, len(given))
         rows, shape = self._rows, self.program.schema.shape("image")[1:]
@@ -155,16 +164,40 @@ class Drawer:
                         f"{', '.join(self.classes[:20])}{did_you_mean(name, self.classes)}"
                     )
             return {"label": np.array([self.classes.index(name) for name in given], np.int32)}
+        before = self._encoder.cut
         features, mask = self._encoder(given, progress)
+        if cut := self._encoder.cut - before:
+            length = self.program.schema.sizes["caption"]
+            longer = f"longer than the {length} tokens that the model reads (model.caption_length)"
+            warnings.warn(f"{cut} prompt{'s' * (cut > 1)} {longer}: the rest counts for nothing", stacklevel=2)
         return {"caption": features, "caption_mask": mask}
 
     @cached_property
     def _codec(self) -> LatentCodec | None:
-        return codec_of(self.program.recipe)
+        codec = codec_of(self.program.recipe)
+        if codec is not None:
+            check_encoders(self.program.recipe, {"autoencoder": codec.identity}, self.encoders, self.run)
+        return codec
 
     @cached_property
     def _encoder(self) -> TextEncoder | HashedWords:
-        return encoder_of(self.program.recipe)
+        encoder = encoder_of(self.program.recipe)
+        check_encoders(self.program.recipe, {"text_encoder": encoder.identity}, self.encoders, self.run)
+        return encoder
+
+    def _guidance(self, guidance: float | None) -> float:
+        """Return the guidance to draw with. Raises UserError where there is nothing to be guided by."""
+        recipe = self.program.recipe
+        conditioned, learnt = conditioning_of(recipe.model) != "none", recipe.objective.drop_condition != 0
+        if guidance is None:
+            return 4.0 if conditioned and learnt else 1.0
+        number = isinstance(guidance, Real) and math.isfinite(guidance) and abs(guidance) <= 1000
+        expect("guidance", guidance, number, "a number up to 1000; 1 draws as the model is")
+        why = "the model has no condition to be guided by"
+        if conditioned:
+            why = "the model was never trained without its condition (objective.drop_condition = 0)"
+        expect("guidance", guidance, guidance == 1 or (conditioned and learnt), f"1: {why}")
+        return float(guidance)
 
 
 def load_drawer(
@@ -185,6 +218,8 @@ def load_drawer(
     Raises UserError where the run is of another kind, or holds no checkpoint, and for adapters that do not fit it.
     """
     run = RunDirectory.existing(path)
+    whole = isinstance(count, Integral) and not isinstance(count, bool) and count > 0
+    expect("count", count, whole, "a whole number, 1 or more")
     devices = 1 if adapters else jax.device_count()
     rows = math.ceil(min(count, _MOST_AT_ONCE) / devices) * devices
     recipe = load_recipe(run.recipe_file, [*ANY_DEVICES, f"train.global_batch_size={rows}"])
@@ -195,9 +230,11 @@ def load_drawer(
         )
     averaged = reads_average(path_text(path), weights)
     params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
-    classes = read_classes(run.path)
+    classes, encoders = read_conditions(run.path)
+    if conditioning_of(recipe.model) == "class" and not classes:
+        raise UserError(f"{run}: has lost its conditions.json, with the names of its classes; restore it")
     if not adapters:
-        return Drawer(program, program.functions["denoise"].compile(), params, frozen, classes)
+        return Drawer(program, program.functions["denoise"].compile(), params, frozen, run.path, classes, encoders)
     if recipe.adapter is not None:
         raise UserError(f"{path}: is a run of an adapter itself; give the model it adapts, {recipe.model.from_}")
     model, base = program.model(params, frozen), open_base(path_text(path), step, weights)
@@ -213,7 +250,7 @@ def load_drawer(
             )
     attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
     denoise, params, frozen = denoise_by_rows(program, model)
-    return Drawer(program, denoise.compile(), params, frozen, classes, tuple(read))
+    return Drawer(program, denoise.compile(), params, frozen, run.path, classes, encoders, tuple(read))
 
 
 def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ from trainfw.data import (
     load_tokenizer,
     open_rows,
     prepare,
-    read_classes,
+    read_conditions,
     validation_batches,
 )
 from trainfw.errors import RunError, UserError
@@ -29,7 +29,7 @@ from trainfw.recipe import load_recipe, override_keys
 from trainfw.training.inputs import check_inputs
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params, without_own
 from trainfw.training.reporter import Reporter
-from trainfw.training.run_data import prepare_images
+from trainfw.training.run_data import check_encoders, prepare_images
 from trainfw.training.run_directory import RunDirectory
 from trainfw.weights import Which, reads_average
 
@@ -178,8 +178,10 @@ def evaluate(
     data: Prepared
     if images:
         data = prepare_images(recipe, reporter.progress)
-        if data.classes != read_classes(run.path):
+        classes, encoders = read_conditions(run.path)
+        if data.classes != classes:
             raise recipe.error("data.source", f"has other classes than {run} was trained on")
+        check_encoders(recipe, data.encoders, encoders, run.path)
     else:
         with recipe.blamed("data"):
             data = prepare(recipe.data, progress=reporter.progress)

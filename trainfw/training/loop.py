@@ -11,7 +11,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import Prepared, Progress, StreamIterator, TrainIterator
+from trainfw.data import Prepared, PreparedImages, Progress, StreamIterator, TrainIterator, read_conditions
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
@@ -29,7 +29,7 @@ from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import Changed, covers, cut_changes, cut_of
-from trainfw.training.run_data import name_data, open_batches, read_data
+from trainfw.training.run_data import check_encoders, name_data, open_batches, read_data
 from trainfw.training.run_directory import Resume, RunDirectory
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
@@ -137,6 +137,8 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         resumed_step = first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, given.resume, accept))[1]
         )
+        if resumed_step is not None and isinstance(data, PreparedImages):
+            check_encoders(recipe, data.encoders, read_conditions(run.path)[1], run.path)
         identity = Identity(**first_says("identity", lambda: dataclasses.asdict(run.identity(reporter.note))))
         checkpoints = Checkpoints(
             run.checkpoints,
@@ -198,6 +200,8 @@ def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
         for key, path in (("model.from", recipe.model.from_), ("adapter.from", adapter)):
             if path is not None and (note := average_note(path)):
                 given.reporter.note(f"{key}: of {path}, {note}; `trainfw export --weights raw` has the others")
+    if recipe.adapter is not None and recipe.model.from_ is None and recipe.reads_images:
+        given.reporter.note("warning: an adapter of a model that has learnt nothing learns nothing: give model.from")
     count, processes = program.mesh.size, jax.process_count()
     given.reporter.note(
         f"{recipe.name}: {_parameters(program)} on {count} {backend.platform} "

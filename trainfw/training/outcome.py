@@ -89,7 +89,8 @@ class Outcome:
         assert isinstance(self.data, PreparedImages)
         if self._denoise is None:
             self._denoise = self.program.functions["denoise"].compile()
-        return Drawer(self.program, self._denoise, self.program.learnt(state), state.frozen, self.data.classes)
+        params = self.program.learnt(state)
+        return Drawer(self.program, self._denoise, params, state.frozen, self.run.path, self.data.classes)
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))

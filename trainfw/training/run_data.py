@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from trainfw import data
@@ -84,6 +85,9 @@ def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data
         raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")
     prepared = prepare_images(recipe, progress)
     _note(reporter, prepared)
+    has, made_for = len(prepared.classes), getattr(recipe.model, "num_classes", None) or 0
+    if made_for > has:
+        reporter.note(f"warning: model.num_classes = {made_for}, but the data has {has}: the others learn nothing")
     return prepared
 
 
@@ -114,6 +118,14 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
     if conditioning == "class" and len(prepared.classes) > (_denoising(recipe).num_classes or 0):
         raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
     return prepared
+
+
+def check_encoders(recipe: Recipe, now: Mapping[str, str], then: Mapping[str, str], run: Path) -> None:
+    """Raise UserError where an encoder (by its key of `model`) is another than a run was trained with."""
+    for key, identity in now.items():
+        if then.get(key, identity) != identity:
+            problem = f"has other weights, or another size, than when {run} was trained with it; restore them"
+            raise recipe.error(f"model.{key}", problem)
 
 
 def _denoising(recipe: Recipe) -> DenoisingFamilyConfig:

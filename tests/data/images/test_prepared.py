@@ -2,6 +2,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainfw.data import ImageRows, cache_directory, prepare_images, read_classes, train_iterator, validation_batches
+from trainfw.data import ImageRows, cache_directory, prepare_images, read_conditions, train_iterator, validation_batches
 from trainfw.data.images import built_in, decoding
-from trainfw.data.images.prepared import CLASSES_FILE
+from trainfw.data.images.prepared import CONDITIONS_FILE
 from trainfw.errors import UserError
 
 from .conftest import colour, encoded, shown, write
@@ -124,12 +125,13 @@ def test_damage_is_mended(classes, tmp_path, caplog, size):
 
 
 def test_names_of_classes_are_kept_with_a_run(classes, tmp_path):
-    assert read_classes(tmp_path) == ()
-    prepare_images(classes, size=8, channels=3).save(tmp_path)
-    assert read_classes(tmp_path) == ("a", "b", "c")
-    (tmp_path / CLASSES_FILE).write_text(json.dumps(["a"]))
-    with pytest.raises(UserError, match=CLASSES_FILE):
-        read_classes(tmp_path)
+    assert read_conditions(tmp_path) == ((), {})
+    data = prepare_images(classes, size=8, channels=3)
+    replace(data, encoders={"autoencoder": "a"}).save(tmp_path)
+    assert read_conditions(tmp_path) == (("a", "b", "c"), {"autoencoder": "a"})
+    (tmp_path / CONDITIONS_FILE).write_text(json.dumps({"classes": ["a"], "encoders": {"autoencoder": 1}}))
+    with pytest.raises(UserError, match=CONDITIONS_FILE):
+        read_conditions(tmp_path)
 
 
 def test_without_the_extra_its_packages_are_named(make, monkeypatch):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from trainfw.unfinished import write_text
 FORMAT_VERSION = 1
 LONGEST_NAME = 200
 """Most characters of a class's name."""
-CLASSES_FILE = "classes.json"
+CONDITIONS_FILE = "conditions.json"
 
 Condition = Literal["label", "caption"]
 
@@ -53,8 +53,9 @@ class PreparedImages:
     """Files of the source that were not read, by kind; empty if there are none."""
     damage: str = ""
     """Damage for which a cache was made again; empty if there was none."""
-    encoder: str = ""
-    """Identity of the encoders that made latents and the captions' features; empty without any."""
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    """Identities of what made latents (`autoencoder`) and the captions' features (`text_encoder`), where there are any.
+    """
     cut: int = 0
     """Captions that were cut short."""
 
@@ -79,30 +80,35 @@ class PreparedImages:
         return {
             "digest of the training data": self.train.digest,
             "digest of the held-out data": self.validation.digest,
-            "encoders of pictures and captions": self.encoder,
+            "encoders of pictures and captions": " ".join(self.encoders.values()),
         }
 
     def save(self, directory: Path) -> None:
-        """Write the names of the classes, where there are classes, into a run's directory."""
-        if self.classes:
-            write_text(directory / CLASSES_FILE, json.dumps({"classes": self.classes}, indent=2, ensure_ascii=False))
+        """Write the classes' names and the encoders' identities, where there are any, into a run's directory."""
+        kept = {"classes": self.classes, "encoders": dict(self.encoders)}
+        if any(kept.values()):
+            write_text(directory / CONDITIONS_FILE, json.dumps(kept, indent=2, ensure_ascii=False))
 
 
 Prepared = PreparedData | PreparedImages
 
 
-def read_classes(directory: Path) -> tuple[str, ...]:
-    """Return the names of the classes that `save` wrote; none where there is no such file.
+def read_conditions(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the names of the classes, and the identities of the encoders, that `save` wrote; none where it wrote none.
 
     Raises UserError where the file is something else.
     """
-    file = directory / CLASSES_FILE
+    file = directory / CONDITIONS_FILE
     if not file.exists():
-        return ()
-    names = read_json(file).get("classes")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{file}: expected the names of classes, {{'classes': [...]}}")
-    return tuple(names)
+        return (), {}
+    kept = read_json(file)
+    names, encoders = kept.get("classes"), kept.get("encoders")
+    if isinstance(names, list) and isinstance(encoders, dict):
+        classes = tuple(name for name in names if isinstance(name, str))
+        identities = {key: value for key, value in encoders.items() if isinstance(value, str)}
+        if (len(classes), len(identities)) == (len(names), len(encoders)):
+            return classes, identities
+    raise UserError(f"{file}: expected the names of classes and the encoders of a run of images")
 
 
 def prepare_images(
@@ -146,7 +152,7 @@ def prepare_images(
         train=replace(data.train, features=captions.train),
         validation=replace(data.validation, features=captions.validation),
         damage="; ".join(filter(None, (data.damage, captions.damage))),
-        encoder=f"{data.encoder} {encoder.identity}".strip(),
+        encoders={**data.encoders, "text_encoder": encoder.identity},
         cut=captions.cut,
     )
 
@@ -164,7 +170,7 @@ def _with_latents(
         train=stores[0],
         validation=stores[1],
         damage="; ".join(filter(None, damages)),
-        encoder=autoencoder.identity,
+        encoders={"autoencoder": autoencoder.identity},
     )
 
 
