@@ -19,7 +19,7 @@ import numpy as np
 from trainfw import sampling
 from trainfw.adapters import attach_bank
 from trainfw.data import PreparedImages, Progress, read_conditions
-from trainfw.errors import UserError, did_you_mean, expect, short
+from trainfw.errors import UserError, did_you_mean, expect, pip_install, short
 from trainfw.models import conditioning_of
 from trainfw.objectives import FIRST, FlowSchedule, normal_rows
 from trainfw.paths import path_text
@@ -281,7 +281,7 @@ def encode_png(picture: np.ndarray) -> bytes:
     try:
         from PIL import Image
     except ImportError:
-        raise UserError("pictures are written by Pillow: pip install 'trainfw[diffusion]'") from None
+        raise UserError(f"pictures are written by Pillow: {pip_install('diffusion')}") from None
     file = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(file, "PNG")
     return file.getvalue()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainfw.data import ImageStore, PreparedImages
-from trainfw.errors import UserError
+from trainfw.errors import UserError, pip_install
 from trainfw.training.drawing import Drawer
 
 IMAGE_METRICS = ("class_accuracy", "retrieval")
@@ -110,7 +110,7 @@ def _needing_scikit_learn() -> Iterator[None]:
     try:
         yield
     except ImportError:
-        raise UserError("evaluation.metric: needs scikit-learn: pip install 'trainfw[diffusion]'") from None
+        raise UserError(f"evaluation.metric: needs scikit-learn: {pip_install('diffusion')}") from None
 
 
 def _pixels(store: ImageStore) -> np.ndarray:

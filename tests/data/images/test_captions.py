@@ -44,7 +44,7 @@ def test_batches_hold_the_features_of_their_captions(captioned):
     assert sorted(encoder.texts) == sorted({*(f"n{i % 30}" for i in range(1, COUNT)), "a long one"})
     assert data.cut == 1
     assert "1 captions cut at the encoder's length" in data.notes()
-    assert data.facts()["encoder of the captions"] == "fake 5"
+    assert data.facts()["encoders of pictures and captions"] == "fake 5"
     for batch in (
         next(train_iterator(data.train, captioned.model_copy(update={"shuffle": False}), global_batch_size=6)),
         next(validation_batches(data.validation, captioned, global_batch_size=6)),
@@ -80,7 +80,7 @@ def test_damaged_features_are_computed_again(captioned, tmp_path):
     np.testing.assert_array_equal(data.train.features.of(0)["caption"], expected[0])
 
 
-def test_what_is_no_caption_or_no_feature_is_refused(captioned, make):
+def test_what_is_no_caption_or_no_feature_is_refused(captioned, make, tmp_path):
     class Wrong(Encoder):
         def __call__(self, texts, progress):
             features, mask = super().__call__(texts, progress)
@@ -88,5 +88,6 @@ def test_what_is_no_caption_or_no_feature_is_refused(captioned, make):
 
     with pytest.raises(RunError, match="features that are not finite"):
         prepare_images(captioned, size=8, channels=3, encoder=Wrong("wrong"))
+    (tmp_path / "pictures" / "list.jsonl").unlink()
     with pytest.raises(UserError, match="no caption"):
-        prepare_images(make("digits"), size=8, channels=3, encoder=Encoder())
+        prepare_images(make(), size=8, channels=3, encoder=Encoder())
