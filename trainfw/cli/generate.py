@@ -64,7 +64,7 @@ def generate(
     }
     draws = weights.is_run(model) and weights.run_recipe(model).reads_images
     if not draws and not model.startswith("package:") and not resolve_path(model).exists():
-        raise UserError(f"{model}: no such run or model")
+        raise UserError(f"{model}: no such file or directory; expected a run or a model")
     for option, value in (of_text if draws else of_pictures).items():
         if value is not None:
             kind = "draws pictures" if draws else "writes text"
