@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import tiny_recipe
 from trainfw import UserError, build_program
+from trainfw.objectives.config import _OF_ONE as OF_IMAGES
 from trainfw.parallel import Layout
 from trainfw.recipe import keys
 from trainfw.training.resuming import EFFECTS, changes, check_accept, cut_changes, cut_of, effect_of
@@ -75,7 +76,8 @@ def test_what_can_be_accepted_fits_what_was_saved(tmp_path):
         saved = [[(state.params, state.opt_state, state.rng, state.step)] for state in held]
         assert jax.tree.structure(saved[0]) == jax.tree.structure(saved[1])
         assert jax.tree.leaves(jax.tree.map(lambda a, b: a.shape == b.shape, *saved)).count(False) == 0
-    assert seen | {"model.rope_scaling.kind", "objective.options"} == {
+    of_images = {f"objective.{key}" for key in OF_IMAGES}  # of losses: no state holds any of it
+    assert seen | {"model.rope_scaling.kind", "objective.options"} | of_images == {
         key for key, effect in EFFECTS.items() if effect == "numbers"
     }
 
