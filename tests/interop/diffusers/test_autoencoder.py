@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.interop.diffusers.autoencoders import SHAPES, first, last, make
 from trainfw.errors import UserError
 from trainfw.interop import open_autoencoder, save_autoencoder
-from trainfw.interop.diffusers.autoencoder import CONFIG, WEIGHTS, tensor_name
+from trainfw.interop.diffusers.autoencoder import CONFIG, tensor_name
 from trainfw.interop.diffusers.autoencoder_config import autoencoder_from_diffusers
+from trainfw.interop.diffusers.component import WEIGHTS
 from trainfw.models import Autoencoder
 
 CLOSE = 1e-5

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 
 from trainfw.errors import UserError, did_you_mean
-from trainfw.formats import FLOATS, SafetensorsTensors, TensorInfo, cast
+from trainfw.formats import FLOATS, cast
+from trainfw.interop.diffusers.component import (
+    WEIGHTS,
+    Component,
+    check_tensors,
+    open_tensors,
+    opening,
+    write_component,
+)
 from trainfw.interop.diffusers.names import NAMES, POSITIONS, Form
 from trainfw.interop.diffusers.transformer_config import CLASSES, transformer_from_diffusers, transformer_to_diffusers
 from trainfw.interop.mapping import parameter_shapes
-from trainfw.interop.paths import CONFIG, blamed
-from trainfw.interop.saving import new_directory, safetensors_header
+from trainfw.interop.paths import CONFIG
 from trainfw.json_text import read_json
-from trainfw.models import DiT, DiTConfig, position_rows
-from trainfw.paths import resolve_path
+from trainfw.models import DiTConfig, position_rows
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TOLERANCE = {2: 1e-2, 4: 1e-4, 8: 1e-4}
 """Largest error of positions in a file, by the bytes of its numbers."""
 
@@ -74,31 +75,14 @@ def _parameters(config: DiTConfig) -> dict[str, _Parameter]:
 
 
 @dataclass(frozen=True)
-class DiffusersTransformer:
-    """A diffusion transformer of a diffusers directory. Opening it reads its config and its header."""
+class DiffusersTransformer(Component):
+    """A diffusion transformer of a diffusers directory."""
 
-    path: Path
     config: DiTConfig
-    tensors: SafetensorsTensors
     parameters: Mapping[str, _Parameter]
 
-    @property
-    def dtype(self) -> str:
-        """Dtype of the first tensor, as which all are stored."""
-        return str(next(iter(self.tensors.infos.values())).dtype)
-
-    def fingerprint(self) -> str:
-        """Return a hash of names, shapes, dtypes and sampled values of all tensors."""
-        return self.tensors.fingerprint()
-
     def array(self, path: str, dtype: str = "float32", layer_order: Sequence[int] | None = None) -> np.ndarray:
-        """Read one of our parameters, such as `layers.attention.query.kernel`.
-
-        Args:
-            layer_order: the layer at each place of the stacked dim; by default their true order.
-
-        Raises UserError where the model has no such parameter.
-        """
+        """See `Component`."""
         if path not in self.parameters:
             raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.parameters)}")
         parameter = self.parameters[path]
@@ -112,38 +96,15 @@ class DiffusersTransformer:
     def _read(self, parameter: _Parameter, name: str, dtype: str) -> np.ndarray:
         return cast(parameter.ours(self.tensors.read(name)), FLOATS[dtype], name)
 
-    def read(
-        self, path: str, like: jax.ShapeDtypeStruct | jax.Array, layer_order: Sequence[int] | None = None
-    ) -> jax.Array:
-        """Read one of our parameters in the dtype and sharding of `like`; the host holds one at a time."""
-        values = self.array(path, str(like.dtype), layer_order)
-        sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-
-    def load(self) -> DiT:
-        """Return the model with its weights, in float32."""
-        model: DiT = nnx.eval_shape(lambda: DiT(self.config, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(model)
-        for path, variable in nnx.to_flat_state(state):
-            variable.set_value(jax.numpy.asarray(self.array(".".join(map(str, path)))))
-        return nnx.merge(graphdef, state)
-
     def check(self) -> None:
         """Compare names and shapes of the tensors with the config, and copies of a tensor with one another.
 
         Raises UserError, with the tensor's name, where they do not fit.
         """
-        infos = self.tensors.infos
         shapes = {name: p.tensor_shape for p in self.parameters.values() for name in p.names}
         if self.config.largest_grid is not None:
             shapes[POSITIONS] = (1, self.config.largest_grid**2, self.config.hidden_size)
-        for name, shape in shapes.items():
-            if name not in infos:
-                raise UserError(f"{WEIGHTS}: no tensor {name}")
-            if infos[name].shape != shape:
-                raise UserError(f"{WEIGHTS}: tensor {name} has shape {infos[name].shape}, but the model needs {shape}")
-        if extra := sorted(set(infos) - set(shapes)):
-            raise UserError(f"{WEIGHTS}: the model has no place for tensor {extra[0][:200]}")
+        check_tensors(self.tensors.infos, shapes)
         for first, *copies in (p.names for p in self.parameters.values() if not p.stacked):
             for name in copies:
                 if not np.array_equal(self.tensors.read(first), self.tensors.read(name)):
@@ -171,16 +132,9 @@ def open_transformer(path: str | os.PathLike[str]) -> DiffusersTransformer:
 
     Raises UserError where there is none, where it is damaged, or of a shape that `DiT` does not have.
     """
-    directory = resolve_path(path)
-    if not os.path.lexists(directory / CONFIG):
-        within = (directory / "model_index.json").exists()
-        hint = f"; its transformer is in {directory / 'transformer'}" if within else ""
-        raise UserError(f"{directory}: is no model of diffusers: it has no {CONFIG}{hint}")
-    with blamed(directory):
+    with opening(path, "transformer", "transformer") as directory:
         config = transformer_from_diffusers(read_json(directory / CONFIG))
-        if not os.path.lexists(directory / WEIGHTS):
-            raise UserError(f"has no weights: expected {WEIGHTS}; only safetensors is read, in one file")
-        source = DiffusersTransformer(directory, config, SafetensorsTensors(directory, WEIGHTS), _parameters(config))
+        source = DiffusersTransformer(directory, open_tensors(directory), config, _parameters(config))
         source.check()
     return source
 
@@ -199,15 +153,12 @@ def save_transformer(
     Raises UserError where the directory exists and is not empty, where diffusers has no such model, or a value is not
     finite.
     """
-    if dtype not in FLOATS:
-        raise UserError(f"dtype {dtype!r}: expected one of {', '.join(FLOATS)}")
-    text = json.dumps(transformer_to_diffusers(config), indent=2, sort_keys=True)
-    parameters = _parameters(config)
-    infos = {name: TensorInfo(p.tensor_shape, FLOATS[dtype]) for p in parameters.values() for name in p.names}
+    fields, parameters = transformer_to_diffusers(config), _parameters(config)
+    shapes = {name: p.tensor_shape for p in parameters.values() for name in p.names}
     if config.largest_grid is not None:
-        infos[POSITIONS] = TensorInfo((1, config.largest_grid**2, config.hidden_size), FLOATS[dtype])
+        shapes[POSITIONS] = (1, config.largest_grid**2, config.hidden_size)
 
-    def parts() -> Iterator[tuple[str, np.ndarray]]:
+    def values() -> Iterator[tuple[str, np.ndarray]]:
         for path, parameter in parameters.items():
             value = np.asarray(read(path))
             assert value.shape == parameter.shape, f"{path}: shape {value.shape}, but the model has {parameter.shape}"
@@ -215,11 +166,4 @@ def save_transformer(
                 yield name, parameter.theirs(value[layer] if parameter.stacked else value)
         yield from zip(itertools.repeat(POSITIONS), _positions(config))
 
-    with new_directory(directory, sum(info.nbytes for info in infos.values())) as temporary:
-        (temporary / CONFIG).write_text(f"{text}\n", "utf-8")
-        with open(temporary / WEIGHTS, "wb") as stream:
-            stream.write(safetensors_header(infos))
-            for name, value in parts():
-                if not np.isfinite(value).all():
-                    raise UserError(f"tensor {name} has values that are not finite: nothing is written")
-                stream.write(np.ascontiguousarray(cast(value, FLOATS[dtype], name)).reshape(-1).view(np.uint8).data)
+    write_component(directory, fields, shapes, values(), dtype)
