@@ -111,7 +111,8 @@ class Outcome:
         if config is None or jax.process_count() > 1:
             return []
         if isinstance(self.data, PreparedImages):
-            self._evaluate_images(state, step, config)
+            score = self._evaluate_images(state, step, config)
+            self.reporter.note(f"evaluation at step {step}: {score}")
             return []
         tasks = held_out_tasks(self._text.validation, config.examples)
         if len(done := self._evaluated(step, tasks)) == len(tasks):
@@ -147,7 +148,6 @@ class Outcome:
         drawer = self._drawer(state)
         score = evaluate_images(drawer, self.data, config.metric, config.examples, self.recipe.train.seed)
         self.log.write({"step": step, f"evaluation_{score.metric}": score.value, "evaluation_examples": score.count})
-        self.reporter.note(f"evaluation at step {step}: {score}")
         return score
 
     def compare_tasks(self, state: TrainState, steps: int) -> Comparison | ImageComparison | None:
