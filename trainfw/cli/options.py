@@ -25,7 +25,9 @@ ModelPath = Annotated[
 AnyModel = Annotated[
     str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, a Hugging Face directory, a .gguf file, or package:NAME.")
 ]
-OutPath = Annotated[str, typer.Option("--out", help="The file or directory to write; nothing that exists is overwritten.")]
+OutPath = Annotated[
+    str, typer.Option("--out", help="The file or directory to write; nothing that exists is overwritten.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).")]
 Devices = Annotated[int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.")]
 Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.")]

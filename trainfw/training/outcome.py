@@ -111,8 +111,8 @@ class Outcome:
         if config is None or jax.process_count() > 1:
             return []
         if isinstance(self.data, PreparedImages):
-            score = self._evaluate_images(state, step, config)
-            self.reporter.note(f"evaluation at step {step}: {score}")
+            drawn = self._evaluate_images(state, step, config)
+            self.reporter.note(f"evaluation at step {step}: {drawn}")
             return []
         tasks = held_out_tasks(self._text.validation, config.examples)
         if len(done := self._evaluated(step, tasks)) == len(tasks):
