@@ -111,7 +111,7 @@ def test_an_autoencoder_is_found_in_a_pipeline_and_written_again(place):
     run = train(recipe, devices=jax.devices()[:1], run_dir=place / "vae").run_dir
     assert "vae of diffusers" in export_model(str(run), str(place / "written"))
     back = open_autoencoder(place / "written" / "vae")
-    for path in source.shapes:
+    for path in source.names:
         np.testing.assert_array_equal(back.array(path), source.array(path))
 
 
