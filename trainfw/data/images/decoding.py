@@ -57,15 +57,20 @@ def pillow() -> types.ModuleType:
     return PIL.Image
 
 
-def decode_all(rows: Iterable[Row], size: int, channels: int) -> Iterator[tuple[Row, Decoded | str]]:
-    """Yield each row with its picture, or with the reason why there is none, in order; threads decode ahead."""
+def decode_all(
+    rows: Iterable[Row], size: int, channels: int, image_filter: str | None = None
+) -> Iterator[tuple[Row, Decoded | str]]:
+    """Yield each row with its picture, or with the reason why there is none, in order; threads decode ahead.
+
+    `image_filter` is `DataConfig`'s.
+    """
     pillow()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[tuple[Row, Future[Decoded | str]]] = deque()
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bombs, which are refused, and of odd metadata
         for row in rows:
-            waiting.append((row, pool.submit(_decoded, row, size, channels)))
+            waiting.append((row, pool.submit(_decoded, row, size, channels, image_filter)))
             if len(waiting) > 8 * threads:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -117,7 +122,7 @@ def _as_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _decoded(row: Row, size: int, channels: int) -> Decoded | str:
+def _decoded(row: Row, size: int, channels: int, image_filter: str | None) -> Decoded | str:
     from PIL import Image as pil
     from PIL import ImageOps
 
@@ -128,7 +133,20 @@ def _decoded(row: Row, size: int, channels: int) -> Decoded | str:
     except Unusable as problem:
         return str(problem)
     square = ImageOps.fit(whole.convert("L") if channels == 1 else whole, (size, size), pil.Resampling.BICUBIC)
+    if image_filter is not None:
+        square = _filtered(square, image_filter).convert("L" if channels == 1 else "RGB")
     return Decoded(np.asarray(square, np.uint8).reshape(size, size, channels), key)
+
+
+def _filtered(image: Image, name: str) -> Image:
+    from PIL import Image as pil
+    from PIL import ImageFilter
+
+    grey = image.convert("L")
+    if name == "grey":
+        return grey
+    wider = pil.fromarray(np.pad(np.asarray(grey), 1, "edge"))  # Pillow copies the outermost pixels as they are
+    return wider.filter(ImageFilter.CONTOUR).crop((1, 1, 1 + grey.width, 1 + grey.height))
 
 
 def _key(image: Image) -> str:

@@ -187,7 +187,7 @@ class _ImageCache(CacheDirectory[PreparedImages, PictureSource]):
         condition: Condition | None,
         progress: Progress | None,
     ) -> None:
-        options = [shape, condition, config.validation_fraction, config.max_documents]
+        options = [shape, condition, config.validation_fraction, config.max_documents, config.image_filter]
         fingerprint = fingerprint_of(["images", FORMAT_VERSION, source.fingerprint(), *options])
         super().__init__(config, fingerprint, progress)
         self._shape, self._condition = shape, condition
@@ -214,7 +214,7 @@ class _ImageCache(CacheDirectory[PreparedImages, PictureSource]):
             }
             size, channels = self._shape[1:]
             rows = self._usable(source, refusals)
-            decoded = decode_all(rows, size, channels)
+            decoded = decode_all(rows, size, channels, self._config.image_filter)
             for row, one in reported(decoded, "Decoding pictures", source.num_documents(), self._progress):
                 if isinstance(one, str):
                     refusals.add(one, row.id)
