@@ -100,7 +100,7 @@ class Recipe(Config):
     def _reads_no_more(self) -> None:
         """Check that nothing is set of what is for models of the other kind alone."""
         of_text: dict[str, tuple[str, ...]] = {"train": ("z_loss", "loss_chunk", "sample_tokens")}
-        of_text["evaluation"] = ("max_tokens", "batch_size", "samples")
+        of_text["evaluation"] = ("max_tokens", "batch_size")
         of_images: dict[str, tuple[str, ...]] = {"train": ("sample_images",)}
         for section, names in (of_text if self.reads_images else of_images).items():
             config = getattr(self, section)
