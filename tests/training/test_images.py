@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -63,8 +69,33 @@ def test_a_run_learns_evaluates_and_goes_on_bit_for_bit(place, run):
         )
     assert losses(result.run_dir) == losses(again.run_dir)
     assert result.validation == again.validation
-    images = [Image.open(file).size for file in sorted((result.run_dir / "samples").iterdir())]
-    assert images == [(17, 17)] * 2  # before the first step, and after the last
+    assert sum("nearest training picture" in note and note.startswith("sample '") for note in notes) == 3
+    images = {file.name: Image.open(file).size for file in (result.run_dir / "samples").iterdir()}
+    drawn = dict.fromkeys(("step-000000.png", "step-000006.png"), (65, 65))
+    assert images == {"nearest-000006.png": (98, 65)} | drawn
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_bit_for_bit(place, run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_of(place, CLASSES, "train={steps: 60}", "checkpoint.every=7").to_yaml())
+    for name, kills in (("whole", ()), ("killed", (20, 40))):
+        for kill_at in (*kills, None):
+            command = [sys.executable, "-m", "trainfw", "train", str(recipe), "--run-dir", str(tmp_path / name)]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            metrics = tmp_path / name / "metrics.jsonl"
+            while kill_at is not None and process.poll() is None:
+                if metrics.exists() and f'"step": {kill_at},' in metrics.read_text():
+                    process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.05)
+            assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
+    rows = [
+        [row for row in RunDirectory(tmp_path / name).metrics() if "validation_loss" in row]
+        for name in ("whole", "killed")
+    ]
+    assert rows[0] == rows[1]  # by the average of the weights
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
 def test_pictures_are_drawn_alike_whatever_is_drawn_beside_them(run):
@@ -90,8 +121,8 @@ def test_generate_writes_a_grid_and_refuses_what_does_not_apply(run, tmp_path, c
     def generate(**options):
         return pictures(str(result.run_dir), prompt=["7"], out=str(out), steps=2, **options)
 
-    generate(count=4)
-    assert Image.open(out).size == (17, 17)
+    generate(count=4, scale=2)
+    assert Image.open(out).size == (33, 33)
     assert "4 pictures in" in capsys.readouterr().out
     for more, problem in (({}, "exists already"), ({"temperature": 1.0}, "does not apply")):
         with pytest.raises(UserError, match=problem):
@@ -107,7 +138,10 @@ def test_a_run_is_evaluated_again(run):
 
 
 def test_captions_condition_a_model(place):
-    result = train(recipe_of(place, CAPTIONS), devices=jax.devices()[:1], run_dir=place / "captions")
+    heard = Heard()
+    recipe = recipe_of(place, CAPTIONS, "evaluation={metric: retrieval, examples: 8, samples: 2}")
+    result = train(recipe, devices=jax.devices()[:1], run_dir=place / "captions", reporter=heard)
+    assert any(re.search(r"own among the 10 nearest of \d+ held-out ones; 0\.\d+ by chance", n) for n in heard.notes)
     drawer = load_drawer(result.run_dir, count=8)
     assert drawer.draw(["seven", "one"], steps=2).shape == (2, 8, 8, 1)
     with pytest.warns(UserWarning, match="1 prompt longer than the 3 tokens"):

@@ -46,6 +46,7 @@ def generate(
         float | None, typer.Option(help="Pictures: 1 as the model is; more, closer to the prompt (default: 4).")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Pictures: euler, heun, ddim or dpm++.")] = None,
+    scale: Annotated[int | None, typer.Option(help="Pictures: enlarge each pixel to this many (default: 1).")] = None,
 ) -> None:
     """Write on from prompts, or draw pictures. With a run, a model, or a model and several adapters."""
     of_text: dict[str, object] = {
@@ -61,6 +62,7 @@ def generate(
         "--steps": steps,
         "--guidance": guidance,
         "--sampler": sampler,
+        "--scale": scale,
     }
     draws = weights.is_run(model) and weights.run_recipe(model).reads_images
     if not draws and not model.startswith("package:") and not resolve_path(model).exists():
@@ -72,8 +74,8 @@ def generate(
     adapters = _adapters(adapter or [])
     if draws:
         draw(
-            model, [_chosen(text, adapters) for text in prompt or []], out=out, count=count, step=step, seed=seed,
-            which=which, adapters=adapters, steps=steps, guidance=guidance, sampler=sampler,
+            model, [_chosen(text, adapters) for text in prompt or []], out=out, count=count, scale=scale, step=step,
+            which=which, adapters=adapters, seed=seed, steps=steps, guidance=guidance, sampler=sampler,
         )  # fmt: skip
         return
     if not prompt:

@@ -25,6 +25,7 @@ def draw(
     *,
     out: str | None,
     count: int | None,
+    scale: int | None,
     step: int | None,
     which: str | None,
     seed: int,
@@ -46,6 +47,8 @@ def draw(
         raise UserError(f"--out {out}: exists already; name another file")
     if count is not None and not 1 <= count <= 4096:
         raise UserError(f"--count {count}: expected 1 to 4096")
+    if scale is not None and not 1 <= scale <= 64:
+        raise UserError(f"--scale {scale}: expected 1 to 64")
     each = count or 1
     asked: list[str | None] = [prompt for _, prompt in prompts for _ in range(each)]
     asked = asked or [None] * each
@@ -70,9 +73,10 @@ def draw(
     finally:
         reporter.close()
     # A row for each prompt, where there are several.
-    whole = training.grid(pictures, columns=each if len(prompts) > 1 and each > 1 else None)
+    columns = each if len(prompts) > 1 and each > 1 else None
+    whole = training.grid(pictures, columns, scale or 1)
     file.write_bytes(training.encode_png(whole))
-    _preview(whole)
+    _preview(training.grid(pictures, columns))
     say(f"{len(asked)} picture{'s' * (len(asked) > 1)} in {out} ({whole.shape[1]} x {whole.shape[0]})")
 
 

@@ -19,6 +19,8 @@ Times: TypeAlias = Literal["uniform", "logit_normal"]
 Betas: TypeAlias = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Prediction: TypeAlias = Literal["epsilon", "v"]
 ReconstructionError: TypeAlias = Literal["l1", "l2"]
+FIRST_BETA, LAST_BETA = 0.0001, 0.02
+"""Of `ddpm` by default: Ho et al., arXiv:2006.11239, section 4."""
 _Beta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 _OF_ONE = {
     **dict.fromkeys(("times", "logit_mean", "logit_std", "shift"), ("flow_matching",)),
@@ -96,6 +98,9 @@ class ObjectiveConfig(Config):
         for key in ("beta_start", "beta_end"):
             if getattr(self, key) is not None and self.betas == "squaredcos_cap_v2":
                 invalid(key, f"{key} is for linear betas, but betas is {self.betas!r}: remove one of them")
+        if (self.beta_start or FIRST_BETA) > (self.beta_end or LAST_BETA):
+            key = "beta_start" if self.beta_start is not None else "beta_end"
+            invalid(key, "the first step's beta is more than the last one's: expected noise that grows")
         if self.options and not own:
             invalid("options", f"options are for an objective of your own, but name is {self.name!r}")
         return self

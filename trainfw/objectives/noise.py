@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from trainfw.objectives.config import Betas, Prediction
+from trainfw.objectives.config import FIRST_BETA, LAST_BETA, Betas, Prediction
 
 TIMES = 1000
 """End of the scale of the times that models are given: steps of DDPM, and thousandths of a flow."""
@@ -44,8 +44,8 @@ class DDPMSchedule:
     betas: Betas = "linear"
     """Noise that each step adds: from `beta_start` to `beta_end` evenly, or evenly in their roots (`scaled_linear`); or
     a cosine's (`squaredcos_cap_v2`, Nichol and Dhariwal, arXiv:2102.09672), which reads neither."""
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    beta_start: float = FIRST_BETA
+    beta_end: float = LAST_BETA
     prediction: Prediction = "epsilon"
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"
     """Steps that drawing visits, as in table 2 of Lin et al., arXiv:2305.08891: `trailing` begins at the last, where

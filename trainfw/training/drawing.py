@@ -34,6 +34,8 @@ from trainfw.weights import Which, is_run, open_base, read_adapter, reads_averag
 
 _MOST_AT_ONCE = 64
 """Pictures drawn at once by default: more take memory, and hardly less time each."""
+_SEEN = 32
+"""Pixels of a side that can be seen."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,18 @@ class Drawer:
         check_encoders(self.program.recipe, {"text_encoder": encoder.identity}, self.encoders, self.run)
         return encoder
 
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance where none is given: 4, or 1 where there is nothing to be guided by."""
+        recipe = self.program.recipe
+        return 4.0 if conditioning_of(recipe.model) != "none" and recipe.objective.drop_condition else 1.0
+
     def _guidance(self, guidance: float | None) -> float:
         """Return the guidance to draw with. Raises UserError where there is nothing to be guided by."""
+        if guidance is None:
+            return self.usual_guidance
         recipe = self.program.recipe
         conditioned, learnt = conditioning_of(recipe.model) != "none", recipe.objective.drop_condition != 0
-        if guidance is None:
-            return 4.0 if conditioned and learnt else 1.0
         number = isinstance(guidance, Real) and math.isfinite(guidance) and abs(guidance) <= 1000
         expect("guidance", guidance, number, "a number up to 1000; 1 draws as the model is")
         why = "the model has no condition to be guided by"
@@ -253,8 +261,9 @@ def load_drawer(
     return Drawer(program, denoise.compile(), params, frozen, run.path, classes, encoders, tuple(read))
 
 
-def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Join pictures (N, H, W, C) into one, row by row, with a pixel of white between them."""
+def grid(pictures: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:
+    """Join pictures (N, H, W, C), each pixel enlarged to `scale` squared, row by row, with a line of white between."""
+    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pictures.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -263,6 +272,11 @@ def grid(pictures: np.ndarray, columns: int | None = None) -> np.ndarray:
         top, left = (number // columns) * (height + 1), (number % columns) * (width + 1)
         whole[top : top + height, left : left + width] = picture
     return whole
+
+
+def scale_of(pictures: np.ndarray) -> int:
+    """Return the number by which pictures (N, H, W, C) are enlarged to be looked at."""
+    return max(1, _SEEN // pictures.shape[1])
 
 
 def sample_prompts(recipe: Recipe, prepared: PreparedImages, count: int) -> list[str | None]:

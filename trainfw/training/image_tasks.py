@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from trainfw.data import ImageStore, PreparedImages, Progress
 from trainfw.errors import UserError, pip_install
-from trainfw.training.drawing import Drawer, grid
+from trainfw.training.drawing import Drawer, grid, scale_of
 
 IMAGE_METRICS = ("class_accuracy", "retrieval")
 NEAREST = 10
@@ -29,10 +29,12 @@ class ImageScore:
     """Pictures drawn."""
     beside: tuple[str, ...]
     """Figures that give the value a meaning, in words, a line each."""
+    drawn: np.ndarray
+    """Those pictures, u8[count, H, W, C]."""
     samples: tuple[str, ...] = ()
     """Of each of some drawn pictures: its prompt, and the training picture that is nearest to it."""
     picture: np.ndarray | None = None
-    """Those pictures, u8[height, width, channels]: drawn ones in the first row, the nearest below."""
+    """These, u8[height, width, channels]: drawn ones in the first row, the nearest below."""
 
     def __str__(self) -> str:
         error = math.sqrt(self.value * (1 - self.value) / self.count)
@@ -81,15 +83,16 @@ def evaluate_images(
     prompts = [judge.prompts[i] for i in numbers]
     drawn = drawer.draw(prompts, seed=seed, progress=progress)
     score, beside = judge.judge(drawn, numbers)
-    nearest, distances = _nearest(data, _flat(drawn))
-    _, usual = _nearest(data, _pixels(data.validation))
+    nearest, distances = nearest_training(data, drawn)
+    _, usual = nearest_training(data, _images(data.validation))
     memorised = f"nearest training picture {np.mean(distances):.3f} away; of held-out ones {np.mean(usual):.3f}"
     shown = np.unique(np.linspace(0, len(drawn) - 1, min(samples, len(drawn))).round().astype(int))
     lines, picture = tuple(_line(data, prompts[i], int(nearest[i]), distances[i]) for i in shown), None
     if len(shown):
-        pairs = np.stack([drawn[shown], np.stack([data.train.image(int(i)) for i in nearest[shown]])])
-        picture = grid(pairs.reshape(-1, *drawn.shape[1:]), columns=len(shown))
-    return ImageScore(metric, score, len(drawn), (*beside, memorised), lines, picture)
+        pairs = np.stack([drawn[shown], _images(data.train, nearest[shown])])
+        picture = grid(pairs.reshape(-1, *drawn.shape[1:]), len(shown), scale_of(drawn))
+    drawn_with = f"drawn with guidance {drawer.usual_guidance:g}"
+    return ImageScore(metric, score, len(drawn), (drawn_with, *beside, memorised), drawn, lines, picture)
 
 
 class _Classes:
@@ -131,11 +134,8 @@ class _Captions:
         ours, theirs = (_unit(self._features.transform(x)) for x in (_flat(drawn), self._real))
         similarity = ours @ theirs.T
         better = np.sum(similarity > similarity[np.arange(len(numbers)), numbers][:, None], axis=1)
-        found, chance = float(np.mean(better < NEAREST)), NEAREST / len(theirs)
-        beside = (
-            f"the caption's own among the {NEAREST} nearest of {len(theirs):,} held-out ones; by chance {chance:.3f}"
-        )
-        return found, beside
+        own = f"the caption's own among the {NEAREST} nearest of {len(theirs):,} held-out ones"
+        return float(np.mean(better < NEAREST)), (f"{own}; {NEAREST / len(theirs):.3f} by chance",)
 
 
 def _line(data: PreparedImages, prompt: str, nearest: int, distance: float) -> str:
@@ -145,9 +145,13 @@ def _line(data: PreparedImages, prompt: str, nearest: int, distance: float) -> s
     return f"{prompt!r}: nearest training picture {name!r}, {distance:.3f} away"
 
 
-def _nearest(data: PreparedImages, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of the training picture that is nearest to each, and the root mean squared difference."""
-    real = _pixels(data.train)
+def nearest_training(data: PreparedImages, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the training picture that is nearest to each, and their root mean squared difference.
+
+    Args:
+        pictures: u8[N, H, W, C]; differences are of values in 0..1.
+    """
+    real, ours = _pixels(data.train), _flat(pictures)
     squares = (ours**2).sum(1)[:, None] - 2 * ours @ real.T + (real**2).sum(1)
     return squares.argmin(1), np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1])
 
@@ -160,8 +164,12 @@ def _needing_scikit_learn() -> Iterator[None]:
         raise UserError(f"evaluation.metric: needs scikit-learn: {pip_install('diffusion')}") from None
 
 
+def _images(store: ImageStore, numbers: Iterable[int] | None = None) -> np.ndarray:
+    return np.stack([store.image(int(i)) for i in (range(len(store)) if numbers is None else numbers)])
+
+
 def _pixels(store: ImageStore) -> np.ndarray:
-    return _flat(np.stack([store.image(i) for i in range(len(store))]))
+    return _flat(_images(store))
 
 
 def _labels(store: ImageStore) -> np.ndarray:

@@ -13,7 +13,7 @@ from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.recipe import EvaluationConfig
 from trainfw.sampling import generate
-from trainfw.training.drawing import Drawer, encode_png, grid, sample_prompts
+from trainfw.training.drawing import Drawer, encode_png, grid, sample_prompts, scale_of
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.image_tasks import ImageComparison, ImageScore, evaluate_images
 from trainfw.training.loggers import MetricsLog
@@ -70,7 +70,7 @@ class Outcome:
         assert isinstance(self.data, PreparedImages)
         if not self._picture_file("step", step).exists():  # by a session before this one
             pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
-            self._write_picture("step", step, grid(pictures), f"samples at step {step}")
+            self._write_picture("step", step, grid(pictures, scale=scale_of(pictures)), f"samples at step {step}")
 
     def _picture_file(self, kind: str, step: int) -> Path:
         return self.run.path / "samples" / f"{kind}-{step:06}.png"
