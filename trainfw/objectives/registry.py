@@ -3,26 +3,24 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, cast
 
+from trainfw import objectives
 from trainfw.errors import UserError, about, expect
 from trainfw.objectives.config import DIFFUSION, PREFERENCES, ObjectiveConfig
 from trainfw.objectives.contract import check_parts_of, check_reads
-from trainfw.objectives.diffusion import DDPM, FlowMatching
-from trainfw.objectives.next_token import NextToken
 from trainfw.objectives.noise import DDPMSchedule, FlowSchedule, Schedule
 from trainfw.objectives.objective import Objective
-from trainfw.objectives.preference import Preference, PreferenceLoss
-from trainfw.objectives.reconstruction import Reconstruction
 from trainfw.objectives.schema import ImageShape
 from trainfw.pieces import is_own, load_piece, make_piece
 
 _EXPECTED = "trainfw.objectives.Objective"
 _CLASSES = {
-    "next_token": NextToken,
-    **dict.fromkeys(PREFERENCES, Preference),
-    "flow_matching": FlowMatching,
-    "ddpm": DDPM,
-    "reconstruction": Reconstruction,
+    "next_token": "NextToken",
+    **dict.fromkeys(PREFERENCES, "Preference"),
+    "flow_matching": "FlowMatching",
+    "ddpm": "DDPM",
+    "reconstruction": "Reconstruction",
 }
+"""Names within `trainfw.objectives`, which imports them when they are asked for."""
 
 
 def make_objective(
@@ -43,26 +41,25 @@ def make_objective(
         image: sizes of the images of a model that reads these.
     """
     own = is_own(config.name)
-    check_reads(load_piece(config.name) if own else _CLASSES[config.name], config.name, image)
+    kind: Any = load_piece(config.name) if own else getattr(objectives, _CLASSES[config.name])
+    check_reads(kind, config.name, image)
     if own:
         images = () if image is None else (image,)
         made = make_piece(config.name, config.options, *images, methods=("schema", "loss"), expected=_EXPECTED)
         return check_objective(made, config.name)
     if config.name == "next_token":
-        return NextToken(chunk, mask_documents, z_loss)
+        return cast(Objective, kind(chunk, mask_documents, z_loss))
     if image is None:
-        return Preference(
-            cast(PreferenceLoss, config.name), config.beta_or_default, config.margin, pairs_per_row, chunk
-        )
+        return cast(Objective, kind(config.name, config.beta_or_default, config.margin, pairs_per_row, chunk))
     if (config.name == "reconstruction") != (image.latent_channels is not None):
         learnt = "an autoencoder" if image.latent_channels is not None else "no autoencoder"
         raise UserError(f"name = {config.name!r}: does not suit a model that is {learnt}")
-    if config.name == "reconstruction":
-        return Reconstruction(image, **config.of_images)
-    with about("drop_condition"):
-        dropped = config.drop_condition
-        expect("drop_condition", dropped, not dropped or image.conditioning != "none", "0: the model has no condition")
-    return (FlowMatching if config.name == "flow_matching" else DDPM)(image, **config.of_images)
+    if config.name in DIFFUSION:
+        with about("drop_condition"):
+            dropped = config.drop_condition
+            given = not dropped or image.conditioning != "none"
+            expect("drop_condition", dropped, given, "0: the model has no condition")
+    return cast(Objective, kind(image, **config.of_images))
 
 
 def schedule_of(config: ObjectiveConfig) -> Schedule | None:

@@ -86,14 +86,17 @@ class ModelSet:
 
 def model_set(recipe: Recipe, fit: Fit, roles: Sequence[str]) -> ModelSet:
     """Return a recipe's models. Raises UserError for an adapter that the model cannot take."""
-    key = jax.random.key(0, impl="threefry2x32")
+
+    def key() -> jax.Array:  # traced: made here, it would run on a device
+        return jax.random.key(0, impl="threefry2x32")
+
     graphdef, variables, base = nnx.split(  # type: ignore[misc]
-        nnx.eval_shape(lambda: _make(recipe, fit, key)), nnx.Param, Frozen
+        nnx.eval_shape(lambda: _make(recipe, fit, key())), nnx.Param, Frozen
     )
     own = {} if recipe.adapter is None else {"base": base}
     if not roles:  # nothing more is traced
         return ModelSet(recipe, fit, graphdef, variables, graphdef, own, ())
-    bare = nnx.eval_shape(lambda: _bare(recipe, fit, nnx.Rngs(key)))
+    bare = nnx.eval_shape(lambda: _bare(recipe, fit, nnx.Rngs(key())))
     freeze(bare)
     frozen_graphdef, _, whole = nnx.split(bare, nnx.Param, Frozen)  # type: ignore[misc]
     frozen = own or dict.fromkeys(roles, whole)

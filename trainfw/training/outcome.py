@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,15 +13,17 @@ from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.recipe import EvaluationConfig
 from trainfw.sampling import generate
-from trainfw.training.drawing import Drawer, encode_png, grid, sample_prompts, scale_of
 from trainfw.training.evaluation import Validation, validate
-from trainfw.training.image_tasks import ImageComparison, ImageScore, evaluate_images
 from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import append_rows
 from trainfw.training.reporter import Reporter
 from trainfw.training.run_directory import RunDirectory
 from trainfw.training.tasks import Comparison, TaskExample, evaluate_task, held_out_tasks, mean_score
 from trainfw.unfinished import writing
+
+if TYPE_CHECKING:  # imported where there are pictures
+    from trainfw.training.drawing import Drawer
+    from trainfw.training.image_tasks import ImageComparison, ImageScore
 
 
 class Outcome:
@@ -68,6 +70,8 @@ class Outcome:
         if "denoise" not in self.program.functions or not count or jax.process_count() > 1:
             return
         assert isinstance(self.data, PreparedImages)
+        from trainfw.training.drawing import grid, sample_prompts, scale_of
+
         if not self._picture_file("step", step).exists():  # by a session before this one
             pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
             self._write_picture("step", step, grid(pictures, scale=scale_of(pictures)), f"samples at step {step}")
@@ -77,6 +81,8 @@ class Outcome:
 
     def _write_picture(self, kind: str, step: int, picture: np.ndarray, title: str) -> None:
         """Write samples/KIND-STEP.png, and the same into TensorBoard; a file that cannot be written is reported."""
+        from trainfw.training.drawing import encode_png
+
         file, png = self._picture_file(kind, step), encode_png(picture)
         try:
             with writing(file) as partial:
@@ -93,6 +99,8 @@ class Outcome:
         return self.data
 
     def _drawer(self, state: TrainState) -> Drawer:
+        from trainfw.training.drawing import Drawer
+
         assert isinstance(self.data, PreparedImages)
         if self._denoise is None:
             self._denoise = self.program.functions["denoise"].compile()
@@ -151,6 +159,8 @@ class Outcome:
         return [found[key] for key in keys if key in found]
 
     def _evaluate_images(self, state: TrainState, step: int, config: EvaluationConfig) -> ImageScore:
+        from trainfw.training.image_tasks import evaluate_images
+
         assert isinstance(self.data, PreparedImages)
         drawer = self._drawer(state)
         score = evaluate_images(
@@ -168,6 +178,8 @@ class Outcome:
     def compare_tasks(self, state: TrainState, steps: int) -> Comparison | ImageComparison | None:
         config = self.recipe.evaluation
         if config is not None and isinstance(self.data, PreparedImages) and jax.process_count() == 1:
+            from trainfw.training.image_tasks import ImageComparison
+
             name = f"evaluation_{config.metric}"
             before = next((row[name] for row in self.log.rows() if row["step"] == 0 and name in row), None)
             compared = ImageComparison(before, self._evaluate_images(state, steps, config))

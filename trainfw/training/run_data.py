@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainfw import data
 from trainfw.errors import UserError
@@ -12,9 +12,11 @@ from trainfw.models import DenoisingFamilyConfig, conditioning_of, image_config,
 from trainfw.pieces import blaming
 from trainfw.program import Program
 from trainfw.recipe import Recipe
-from trainfw.training.latents import LatentCodec
 from trainfw.training.reporter import Reporter
-from trainfw.training.text_encoder import HASHED_WORDS, HashedWords, TextEncoder
+
+if TYPE_CHECKING:  # imported where there are pictures
+    from trainfw.training.latents import LatentCodec
+    from trainfw.training.text_encoder import HashedWords, TextEncoder
 
 
 def name_data(recipe: Recipe, given: Any) -> Recipe:
@@ -138,12 +140,16 @@ def codec_of(recipe: Recipe) -> LatentCodec | None:
     model = recipe.model
     if not isinstance(model, DenoisingFamilyConfig) or model.autoencoder is None:
         return None
+    from trainfw.training.latents import LatentCodec
+
     with recipe.blamed("model.autoencoder"):
         return LatentCodec(model.autoencoder, model.image_size, model.channels)
 
 
 def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
     """Return the text encoder of a model of images. Raises UserError where it is none, or does not fit the model."""
+    from trainfw.training.text_encoder import HASHED_WORDS, HashedWords, TextEncoder
+
     model = _denoising(recipe)
     length, size = model.caption_length, model.caption_size
     assert length is not None and size is not None  # noqa: PT018  # its config has seen to it

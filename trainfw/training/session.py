@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -23,13 +23,15 @@ from trainfw.training.callbacks import Callbacks
 from trainfw.training.evaluation import Validation
 from trainfw.training.faults import BadStep, FaultLog, Growth, compare_replicas, judge_step
 from trainfw.training.first_step import FirstStep, check_first_step
-from trainfw.training.image_tasks import ImageComparison
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.resuming import cut_of
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Asked, Stop, stopping
 from trainfw.training.tasks import Comparison
+
+if TYPE_CHECKING:
+    from trainfw.training.image_tasks import ImageComparison
 
 _SAID = ("loss", "grad_norm", "learning_rate")
 """Metrics of every step, which have a place of their own in a row."""
