@@ -112,6 +112,9 @@ class DenoisingFamilyConfig(ImageFamilyConfig):
     text_encoder: str | None = None
     """Path of the decoder whose hidden states are the captions' features; or `hashed-words`, a fixed vector for each
     word, which needs no model and knows no meanings."""
+    text_encoder_layers: Dim | None = None
+    """Layers of the text encoder that are run, from the first; by default all. States in the middle often say more
+    about a text than the last ones, which are about the token to come."""
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
             )
         if model.text_encoder == HASHED_WORDS:
             return HashedWords(length, size)
-        return TextEncoder(model.text_encoder, length, size)
+        return TextEncoder(model.text_encoder, length, size, model.text_encoder_layers)
 
 
 def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.PreparedData:

@@ -90,6 +90,8 @@ class DiTConfig(DenoisingFamilyConfig):
                 invalid(name, f"{name} {verb} conditioning: {self.conditioning}")
         if self.text_encoder is not None and self.caption_size is None:
             invalid("text_encoder", f"text_encoder does not apply to conditioning: {self.conditioning}")
+        if self.text_encoder_layers is not None and self.text_encoder in (None, "hashed-words"):
+            invalid("text_encoder_layers", "is for a text encoder with layers: name one as text_encoder")
         if self.conditioning == "joint" and self.num_layers < 2:
             invalid("num_layers", "num_layers = 1: conditioning: joint needs 2, the last of which is of another shape")
         sincos = self.positions == "sincos"
