@@ -35,13 +35,13 @@ from .neuron.monitor import NeuronMonitor as NeuronMonitor
 from .neuron.place import Place as Place
 from .neuron.place import read_place as read_place
 from .neuron.place import sort_hosts as sort_hosts
-from .neuron.plugin import Plugin as Plugin
 from .neuron.plugin import detect_plugin as detect_plugin
 from .neuron.sdk import Sdk as Sdk
 from .neuron.sdk import installed_sdk as installed_sdk
 from .neuron.sdk import load_sdk as load_sdk
 from .neuron.sdk import sdk_problems as sdk_problems
 from .neuron.sdk import sdk_versions as sdk_versions
+from .neuron.sdk import supports as supports
 from .neuron.verdict import HostFinding as HostFinding
 from .neuron.verdict import host_findings as host_findings
 from .neuron.verdict import ranges as ranges
