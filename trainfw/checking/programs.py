@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +10,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
+import jax
+import numpy as np
+
 from trainfw import backends
 from trainfw.backends import Sdk, for_topology, load_sdk
+from trainfw.checking.arguments import hardware_of_function, refuse_arguments, topology_to_check
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic, targets_in
 from trainfw.checking.partitioned import (
     is_partitioned,
@@ -25,15 +28,13 @@ from trainfw.checking.partitioned import (
 from trainfw.checking.report import Finding, Report, merged, on_target
 from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
-from trainfw.errors import UserError
-from trainfw.hardware import Topology, load_topology, topology_names
+from trainfw.errors import UserError, first_line
+from trainfw.hardware import Topology
 from trainfw.hlo import Partitioned, Place, partition, user_place, without_compilation_cache
+from trainfw.parallel import physical_order
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
 
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
-
     from trainfw.program import Program
 
 Progress = Callable[[str], None]
@@ -111,25 +112,6 @@ def check(
     return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
 
 
-def hardware_of_function(hardware: str | Topology | None, count: int | None, lnc: int | None) -> Topology:
-    """The topology that a function is read for."""
-    if isinstance(hardware, Topology):
-        return hardware
-    return load_topology(
-        "trn2-ultraserver" if hardware is None else hardware, count=1 if count is None else count, lnc=lnc
-    )
-
-
-def refuse_arguments(abstract_args: tuple[object, ...], mesh: object) -> None:
-    """Raise UserError for what only a function takes, where a recipe is given."""
-    if abstract_args or mesh is not None:
-        given = "mesh" if mesh is not None else f"{abstract_args[0]!r:.60}"
-        raise UserError(
-            f"{given}: goes with a function, and a recipe is given, which says both; change it with "
-            "trainfw.load_recipe(recipe, {'train.steps': 5})"
-        )
-
-
 def read_function(
     fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None, topology: Topology
 ) -> Reading:
@@ -144,22 +126,6 @@ def read_function(
     return reading
 
 
-def topology_to_check(recipe: Recipe) -> Topology:
-    """The hardware of a recipe. Raises UserError where it names none, or more cores than can be simulated."""
-    topology = recipe.hardware.load()
-    if topology is None:
-        names = ", ".join(topology_names())
-        raise recipe.error("hardware.topology", f"nothing to check for; expected one of {names}")
-    if topology.cores > backends.MAX_SIMULATED:
-        most = backends.MAX_SIMULATED
-        raise recipe.error(
-            "hardware.count",
-            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
-            f"try count={most * topology.count // topology.cores}",
-        )
-    return topology
-
-
 def _check_recipe(
     given: RecipeLike, hardware: str | Topology | None, count: int | None, lnc: int | None, sdk: str | Sdk | None
 ) -> Report:
@@ -167,8 +133,6 @@ def _check_recipe(
         raise UserError("hardware, sdk: expected names, with a recipe; such as hardware='trn2.48xlarge'")
     recipe = load_recipe_for(given, hardware, count, lnc, sdk)
     topology = topology_to_check(recipe)
-    import jax
-
     from trainfw.program import build_program
 
     backends.lend(topology.cores)
@@ -188,8 +152,6 @@ def _called(
     fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None
 ) -> tuple[str, Any, tuple[object, ...], jax.sharding.Mesh | None]:
     """(name, jitted, arguments, mesh) of a function that is to be traced."""
-    import jax
-
     if not callable(fn):
         raise UserError(f"fn = {fn!r:.60}: expected a function, or a recipe, such as 'quickstart'")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
@@ -228,8 +190,6 @@ class Reading:
 
     def cores(self, topology: Topology) -> np.ndarray:
         """The physical core of each partition. Raises UserError where the hardware has fewer."""
-        import numpy as np
-
         return np.asarray(_physical_cores(self.devices, topology))
 
 
@@ -237,12 +197,8 @@ def check_program(
     program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
     """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
-    return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
-
-
-def steps_of(program: Program) -> dict[str, tuple[jax.stages.Wrapped, tuple[object, ...]]]:
-    """Name the jitted functions of a `trainfw.Program`, each with its abstract arguments."""
-    return {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
+    functions = {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
+    return _check(functions, program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
 def _check(
@@ -308,8 +264,6 @@ def begin(
 
     `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
-    import jax
-
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
@@ -338,11 +292,11 @@ def begin(
         partitioned, problem = begun.result() if begun is not None else (None, why)
         if partitioned is None:
             return Reading(name, (*found, Finding("not-partitioned", problem)), tuple(leaves))
-        devices = _devices(partitioned, traced, mesh)
         step = partitioned.compiled
         shardings = jax.tree.leaves((step.input_shardings, step.output_shardings)) if step is not None else []
         meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
         concrete = [m for m in (mesh, *meshes_in(traced.jaxpr), *meshes) if isinstance(m, jax.sharding.Mesh)]
+        devices = _devices(partitioned, concrete)
         named = next((m for m in concrete if list(m.devices.flat) == devices), None)
         return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
 
@@ -357,7 +311,6 @@ def _trace(
     context: contextlib.ExitStack,
 ) -> jax.stages.Traced:
     """Trace, in the context of `mesh` (left to `context` to leave) where the function names none that has devices."""
-    import jax
 
     def trace() -> jax.stages.Traced:
         try:
@@ -389,8 +342,6 @@ def _trace(
 
 def _is_about_shapes(error: Exception) -> bool:
     """Tell whether a program failed to trace because a shape depends on values, rather than on other use of one."""
-    import jax
-
     if isinstance(error, jax.errors.NonConcreteBooleanIndexError):
         return True
     text = str(error)
@@ -431,8 +382,6 @@ def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | N
 
 
 def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
-    import jax
-
     try:
         partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -448,17 +397,15 @@ def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception)
         raise UserError(f"{name} cannot be lowered for any device: {first_line(error)}") from error
 
 
-def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
-    import jax
-
+def _devices(partitioned: Partitioned, meshes: Iterable[jax.sharding.Mesh]) -> list[jax.Device]:
     count = partitioned.module.num_partitions
     if partitioned.compiled is not None:
         devices = list(partitioned.compiled.runtime_executable().local_devices())
         if len(devices) == count:
             return devices
-    for candidate in (mesh, *meshes_in(traced.jaxpr)):
-        if isinstance(candidate, jax.sharding.Mesh) and candidate.size == count:
-            return list(candidate.devices.flat)
+    for mesh in meshes:
+        if mesh.size == count:
+            return list(mesh.devices.flat)
     if count == 1:
         return jax.devices()[:1]
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
@@ -466,10 +413,6 @@ def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.shar
 
 def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
-    import jax
-
-    from trainfw.parallel import physical_order
-
     devices = list(devices)
     rank = {device: number for number, device in enumerate(physical_order([*{*jax.devices(), *devices}]))}
     cores = [rank[device] for device in devices]
@@ -480,25 +423,19 @@ def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[i
 
 
 def _versions(sdk: Sdk) -> Iterable[Finding]:
-    import jax
-
-    def number(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
     python = "{}.{}".format(*sys.version_info)
-    for rule, name, version, (low, high) in (
+    for rule, name, version, bounds in (
         ("sdk-version", "JAX", jax.__version__, sdk.jax),
         ("sdk-python", "Python", python, sdk.python),
     ):
-        if not number(low) <= number(version) <= number(high):
-            yield Finding(rule, f"checked with {name} {version}; SDK {sdk.version} supports {low} to {high}")
+        if not backends.supports(bounds, version):
+            message = f"checked with {name} {version}; SDK {sdk.version} supports {bounds[0]} to {bounds[1]}"
+            yield Finding(rule, message)
 
 
 def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
     """Drop an argument's values, over `mesh` where its own has no devices. Python's own numbers stay: they are
     of weak type."""
-    import jax
-
     if not hasattr(leaf, "shape"):
         return leaf
     sharding = getattr(leaf, "sharding", None)
@@ -511,15 +448,9 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
 
 
 def _is_split(leaf: object) -> bool:
-    import jax
-
     return isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
 
 
 def _raised_at(error: BaseException) -> Place | None:
     frames = list(traceback.walk_tb(error.__traceback__))
     return user_place(Place(frame.f_code.co_filename, line) for frame, line in reversed(frames))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

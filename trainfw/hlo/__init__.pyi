@@ -11,7 +11,6 @@ from .module import Module as Module
 from .module import Place as Place
 from .module import Shape as Shape
 from .module import count_trips as count_trips
-from .module import is_library as is_library
 from .module import user_place as user_place
 from .parse import parse_module as parse_module
 from .partitioning import Exported as Exported

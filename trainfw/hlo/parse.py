@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from trainfw.hlo.module import Computation, Instruction, Module, Place, Shape, user_place
 
@@ -15,13 +17,13 @@ _LAYOUT = re.compile(r"\{[^}]*\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_SOURCE = re.compile(r'source_file="((?:[^"\\]|\\.)*)"(?:.*?source_line=(\d+))?')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
+_Places: TypeAlias = Callable[[int], Place | None]
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
 def parse_module(text: str) -> Module:
-    """Read what XLA dumps (`*.txt`). Places come from its stack frame tables, or from the older `source_file`."""
+    """Read what XLA dumps (`*.txt`), with its tables of stack frames."""
     lines = iter(text.splitlines())
     header = next(line for line in lines if line.startswith("HloModule"))
     name = header.split()[1].rstrip(",")
@@ -39,7 +41,7 @@ def parse_module(text: str) -> Module:
             table[int(number)] = value
         elif match := _HEADER.match(line):
             table = None
-            places = places or _Places(tables)
+            places = places or _places(tables)
             own = itertools.takewhile(lambda line: not line.startswith("}"), lines)
             found = [_instruction(_COMMENT.sub("", line), places) for line in own]
             computations[match[2]] = Computation(match[2], {one.name: one for one in found if one is not None})
@@ -48,28 +50,22 @@ def parse_module(text: str) -> Module:
     return Module(name, int(partitions[1]) if partitions else 1, entry, computations)
 
 
-class _Places:
+def _places(tables: dict[str, dict[int, str]]) -> _Places:
     """Stack frame number -> the place in user code."""
+    frames = {number: _numbers(value) for number, value in tables["StackFrames"].items()}
+    locations = {number: _numbers(value) for number, value in tables["FileLocations"].items()}
+    files = {number: value.strip('"') for number, value in tables["FileNames"].items()}
+    # XLA has printed parents one too high, so that the outermost frame is its own parent.
+    offset = 1 if frames.get(1, {}).get("parent_frame_id") == 1 else 0
 
-    def __init__(self, tables: dict[str, dict[int, str]]):
-        self._frames = {number: _numbers(value) for number, value in tables["StackFrames"].items()}
-        self._locations = {number: _numbers(value) for number, value in tables["FileLocations"].items()}
-        self._files = {number: value.strip('"') for number, value in tables["FileNames"].items()}
-        # XLA has printed parents one too high, so that the outermost frame is its own parent.
-        self._offset = 1 if self._frames.get(1, {}).get("parent_frame_id") == 1 else 0
-        self._known: dict[int, Place | None] = {}
-
-    def __getitem__(self, frame: int) -> Place | None:
-        if frame not in self._known:
-            self._known[frame] = user_place(self._chain(frame))
-        return self._known[frame]
-
-    def _chain(self, frame: int) -> Iterator[Place]:
-        while frame in self._frames:
-            location = self._locations[self._frames[frame]["file_location_id"]]
-            yield Place(self._files[location["file_name_id"]], location["line"])
-            parent = self._frames[frame].get("parent_frame_id", 0) - self._offset
+    def chain(frame: int) -> Iterator[Place]:
+        while frame in frames:
+            location = locations[frames[frame]["file_location_id"]]
+            yield Place(files[location["file_name_id"]], location["line"])
+            parent = frames[frame].get("parent_frame_id", 0) - offset
             frame = parent if parent != frame else 0
+
+    return functools.cache(lambda frame: user_place(chain(frame)))
 
 
 def _numbers(text: str) -> dict[str, int]:
@@ -90,10 +86,7 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
     opcode, inside = line[shape_end:opening].strip(), line[opening + 1 : end - 1]
     attributes = dict(_attributes(line[end:]))
     metadata = attributes.pop("metadata", "")
-    op_name, frame, source = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME, _SOURCE))
-    place = None if source is None else Place(source[1], int(source[2] or 0))
-    if frame is not None:
-        place = places[int(frame[1])]
+    op_name, frame = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME))
     return Instruction(
         name=match[2],
         opcode=opcode,
@@ -102,7 +95,7 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
         literal=inside if opcode in ("constant", "parameter") else None,
         attributes=attributes,
         op_name=op_name[1] if op_name else "",
-        place=place,
+        place=places(int(frame[1])) if frame else None,
         is_root=bool(match[1]),
     )
 
