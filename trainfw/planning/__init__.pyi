@@ -1,7 +1,6 @@
 from .predict.closed_form import Estimate as Estimate
 from .predict.function_plan import DRAWING_STEPS as DRAWING_STEPS
 from .predict.function_plan import FunctionPlan as FunctionPlan
-from .predict.function_plan import plan_function as plan_function
 from .predict.function_plan import plan_program_function as plan_program_function
 from .predict.link_time import Level as Level
 from .predict.link_time import TransferTime as TransferTime
@@ -24,10 +23,8 @@ from .read_step.analysis import Matmul as Matmul
 from .read_step.analysis import Streamed as Streamed
 from .read_step.analysis import Transfer as Transfer
 from .read_step.analysis import simulated_cores as simulated_cores
-from .read_step.analysis import simulated_recipe as simulated_recipe
 from .read_step.compile_cache import Compiled as Compiled
 from .read_step.compile_cache import compiled as compiled
-from .read_step.memory import CATEGORIES as CATEGORIES
 from .read_step.memory import Held as Held
 from .read_step.memory import MemoryTable as MemoryTable
 from .read_step.memory import memory_table as memory_table

@@ -173,7 +173,6 @@ def test_mfu_is_of_the_whole_run(case):
     time = step_time(analysis, placement, recipe)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
-    assert time.tokens_per_second == pytest.approx(tokens / time.seconds)
     assert time.mfu == pytest.approx(flops / time.seconds / (16 * 667e12))
 
 

@@ -13,9 +13,9 @@ from trainfw.parallel import Layout
 from trainfw.planning.predict.closed_form import state_bytes
 from trainfw.planning.scale.goodput import (
     assumed,
-    availability,
     checkpoint_goodput,
     daly_interval,
+    down_exactly,
     goodput_of,
     young_interval,
 )
@@ -92,8 +92,9 @@ def test_availability_as_simulated():
     times = rng.uniform(10 * repair, until, 20_000)
     down = np.searchsorted(start, times) - np.searchsorted(np.sort(start + length), times)
     for spares in (0, 1, 3, 6):
-        assert availability(rate * repair, spares) == pytest.approx(np.mean(down <= spares), abs=0.015)
-    assert availability(500.0, 900) == pytest.approx(1.0)
+        available = sum(down_exactly(rate * repair, k) for k in range(spares + 1))
+        assert available == pytest.approx(np.mean(down <= spares), abs=0.015)
+    assert sum(down_exactly(500.0, k) for k in range(901)) == pytest.approx(1.0)
 
 
 @pytest.fixture
@@ -181,6 +182,6 @@ def test_spares_are_those_of_the_formula(recipe):
     topology = load_topology("trn2-ultraserver", count=64, parameters={"reliability.instance_mtbf": "20 h"})
     found = goodput_of(recipe, topology, Layout(data=64, fsdp=64, tensor=4), 2.0)
     assert found.down == pytest.approx(51.2)
-    expected = [availability(found.down, option.spares) for option in found.spares]
+    expected = np.cumsum([down_exactly(found.down, option.spares) for option in found.spares])
     assert [option.availability for option in found.spares] == pytest.approx(expected, rel=1e-9)
     assert found.best.spares > found.down

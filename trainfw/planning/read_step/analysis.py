@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
+from trainfw.hardware import Topology
 from trainfw.hlo import Computation, Instruction, Module, Partitioned, Shape, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
@@ -24,7 +25,6 @@ from trainfw.recipe import Recipe
 from trainfw.scopes import ATTENTION, LOSS, LOSS_GRADIENT
 
 if TYPE_CHECKING:
-    from trainfw.hardware import Topology
     from trainfw.program import Program
 
 REPLICAS = 2
@@ -92,11 +92,14 @@ class Streamed:
     """Bytes of the largest array that a kernel reads or writes, to the next power of two; 0 where nobody knows."""
 
 
+_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation in one turn of a loop: a part of what the analysis has added up."""
 
-    of: Literal["matmuls", "transfers", "streamed"]
+    of: _Of
     index: int
     share: float
     """Share of its time in a step."""
@@ -324,7 +327,6 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
 
 
 _Work: TypeAlias = Matmul | Transfer | Streamed
-_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
 _OF: dict[type, _Of] = {Matmul: "matmuls", Transfer: "transfers", Streamed: "streamed"}
 
 

@@ -87,8 +87,6 @@ class Held:
     category: str
     bytes: int
     """Bytes as the program asked for them."""
-    compiled_bytes: int
-    """Bytes as the CPU's compiler has them."""
     dims: tuple[int, ...]
     op_name: str
     """JAX's path to the operation that made it."""
@@ -225,15 +223,10 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
     outputs = 0 if analysis is None else analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     compiled = 0 if analysis is None else analysis.temp_size_in_bytes
-    peak, values = 0, 0
-    held: tuple[Held, ...] = ()
-    assignment = partitioned.assignment
-    if assignment is not None and partitioned.compiled is not None:
-        final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
-        peak, values, held = _peak(assignment, final, _Known.of(program))
+    occupied, peak, values, held = _peak(partitioned, _Known.of(program))
     for value in held:
         sizes[value.category] += value.bytes
-    packing = compiled - _occupied(assignment) if assignment is not None else compiled
+    packing = compiled - occupied
     sizes["other"] += packing + outputs
     if not donates:
         sizes["state_out"] = sum(array.bytes_on(program.layout) for array in state)
@@ -247,7 +240,7 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
         corrected_bytes=compiled - packing - peak,
         corrected_values=values,
         largest=tuple(sorted(held, key=lambda value: -value.bytes)),
-        split=assignment is not None,
+        split=partitioned.assignment is not None,
         state=state,
     )
 
@@ -255,15 +248,11 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
 def corrected_temporaries(partitioned: Partitioned) -> int | None:
     """Bytes of a program's temporaries and results, by its own dtypes; None where the compiler does not say."""
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
-    if partitioned.compiled is None or analysis is None:
+    if analysis is None:
         return None
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    if partitioned.assignment is None:
-        return analysis.temp_size_in_bytes + results
-    final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
     nothing: frozenset[tuple[int, ...]] = frozenset()
-    peak, *_ = _peak(partitioned.assignment, final, _Known(nothing, nothing, nothing, nothing, frozenset(), ()))
-    return analysis.temp_size_in_bytes - _occupied(partitioned.assignment) + peak + results
+    occupied, peak, *_ = _peak(partitioned, _Known(nothing, nothing, nothing, nothing, frozenset(), ()))
+    return analysis.temp_size_in_bytes - occupied + peak + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def state_arrays(program: Program) -> tuple[StateArray, ...]:
@@ -298,8 +287,13 @@ def _running(change: Mapping[int, int]) -> dict[int, int]:
     return dict(zip(times, itertools.accumulate(change[time] for time in times)))
 
 
-def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int, tuple[Held, ...]]:
-    """(bytes at the peak, values corrected anywhere, what is held at the peak), by the program's own dtypes."""
+def _peak(partitioned: Partitioned, known: _Known) -> tuple[int, int, int, tuple[Held, ...]]:
+    """(bytes at the compiler's peak; bytes at the peak, values corrected anywhere, what is held at the peak, by the
+    program's own dtypes); nothing where the compiler does not say what lies where."""
+    assignment = partitioned.assignment
+    if assignment is None or partitioned.compiled is None:
+        return 0, 0, 0, ()
+    final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
     values: dict[tuple[str, int], list[tuple[Buffer, int]]] = defaultdict(list)
     for buffer in assignment.buffers:
         index = buffer.index[0] if buffer.index else 0
@@ -328,7 +322,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
             before = size
     running = _running(change)
     if not running:
-        return 0, 0, ()
+        return 0, 0, 0, ()
     moment = max(running, key=lambda time: running[time])
     backward = [time for time, name in enumerate(assignment.schedule) if final.is_backward(name)]
     held = []
@@ -353,7 +347,6 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
             Held(
                 category=category,
                 bytes=size,
-                compiled_bytes=sum(buffer.bytes for buffer, _ in alive),
                 dims=buffer.shape.dims if buffer.shape else (),
                 op_name=op_name,
                 place=place,
@@ -361,7 +354,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
                 shard=category in ("gradients", "other") and form in known.fsdp_shards,
             )
         )
-    return running[moment], corrected, tuple(held)
+    return _occupied(assignment), running[moment], corrected, tuple(held)
 
 
 def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: bool) -> str:

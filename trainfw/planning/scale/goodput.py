@@ -12,15 +12,11 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from trainfw.hardware import Topology
 from trainfw.parallel import Layout
 from trainfw.planning.predict.closed_form import state_bytes
-
-if TYPE_CHECKING:
-    from trainfw.hardware import Topology
-    from trainfw.recipe import Recipe
-
+from trainfw.recipe import Recipe
 
 MAX_SPARES = 100_000
 """Spare units that are tried at most."""
@@ -67,18 +63,13 @@ def checkpoint_goodput(work: float, copy: float, mtbf: float, restart: float, wr
     return work / mtbf * math.exp(-(restart + first) / mtbf) / -math.expm1(-cycle / mtbf)
 
 
-def availability(down: float, spares: int) -> float:
-    """The share of time in which at most `spares` units are out of service, of which `down` are on average.
+def down_exactly(down: float, k: int) -> float:
+    """The share of time in which k units are out of service, of which `down` are on average.
 
     Failures at a rate lambda, each repaired in R on average however many others are: an M/G/infinity queue, in which
     the number in service is Poisson with mean lambda R for any distribution of repair times (Palm's theorem;
     Sherbrooke, "METRIC", Operations Research 16(1), 1968, 122-141).
     """
-    return min(1.0, math.fsum(_down_exactly(down, k) for k in range(spares + 1)))
-
-
-def _down_exactly(down: float, k: int) -> float:
-    """The Poisson probability of k with mean `down`."""
     return math.exp(k * math.log(down) - down - math.lgamma(k + 1))
 
 
@@ -214,7 +205,7 @@ def _spares(units: int, down: float, goodput: float) -> Iterator[Spares]:
         most = 3  # out of reach: it never runs
     best = available = 0.0
     for spares in range(most + 1):
-        available = min(1.0, available + _down_exactly(down, spares))
+        available = min(1.0, available + down_exactly(down, spares))
         each = available * goodput * units / (units + spares)
         yield Spares(spares, available, available * goodput, each)
         if spares >= max(3, down) and each < best:
