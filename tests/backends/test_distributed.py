@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from trainfw import UserError
-from trainfw.backends import Place, Wiring, expand_hosts, order_problem, read_wiring
+from trainfw.backends import Place, Wiring, read_wiring
+from trainfw.backends.distributed import expand_hosts, order_problem
 from trainfw.hardware import load_topology
 
 SLURM = {"SLURM_NODEID": "2", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "trn[001-004]"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from trainfw.hlo import Shape, parse_assignment, partition
+from trainfw.hlo import Shape, partition
+from trainfw.hlo.buffers import parse_assignment
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 64, parameter 0, shape |f32[16]| at ShapeIndex {}:

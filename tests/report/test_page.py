@@ -13,7 +13,8 @@ import pytest
 
 from tests.helpers import tiny_recipe, write_recipe
 from trainfw.hardware import load_topology
-from trainfw.planning import link_utilisation, plan
+from trainfw.planning import plan
+from trainfw.planning.predict.link_time import link_utilisation
 from trainfw.report import plan_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,11 +11,9 @@ from .distributed import announce_leaving as announce_leaving
 from .distributed import connect as connect
 from .distributed import end_together as end_together
 from .distributed import exchange as exchange
-from .distributed import expand_hosts as expand_hosts
 from .distributed import heard as heard
 from .distributed import leave_in_order as leave_in_order
 from .distributed import left_by as left_by
-from .distributed import order_problem as order_problem
 from .distributed import read_wiring as read_wiring
 from .kernels import Kernel as Kernel
 from .kernels import own_kernels as own_kernels
@@ -33,9 +31,6 @@ from .neuron.host import Host as Host
 from .neuron.host import read_host as read_host
 from .neuron.monitor import NeuronMonitor as NeuronMonitor
 from .neuron.place import Place as Place
-from .neuron.place import read_place as read_place
-from .neuron.place import sort_hosts as sort_hosts
-from .neuron.plugin import detect_plugin as detect_plugin
 from .neuron.sdk import Sdk as Sdk
 from .neuron.sdk import installed_sdk as installed_sdk
 from .neuron.sdk import load_sdk as load_sdk

@@ -4,15 +4,12 @@ from .predict.function_plan import FunctionPlan as FunctionPlan
 from .predict.function_plan import plan_program_function as plan_program_function
 from .predict.link_time import Level as Level
 from .predict.link_time import TransferTime as TransferTime
-from .predict.link_time import link_utilisation as link_utilisation
-from .predict.link_time import transfer_seconds as transfer_seconds
 from .predict.plan import Plan as Plan
 from .predict.plan import plan as plan
 from .predict.plan import whatif as whatif
 from .predict.step_time import Assumptions as Assumptions
 from .predict.step_time import StepTime as StepTime
 from .predict.step_time import WorkTime as WorkTime
-from .predict.step_time import shape_efficiency as shape_efficiency
 from .predict.step_time import step_time as step_time
 from .predict.timeline import Segment as Segment
 from .predict.timeline import Stretch as Stretch
@@ -27,7 +24,6 @@ from .read_step.compile_cache import Compiled as Compiled
 from .read_step.compile_cache import compiled as compiled
 from .read_step.memory import Held as Held
 from .read_step.memory import MemoryTable as MemoryTable
-from .read_step.memory import memory_table as memory_table
 from .scale.goodput import Goodput as Goodput
 from .scale.goodput import Spares as Spares
 from .scale.scaling import Row as Row

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from trainfw.backends import Place, read_place, sort_hosts
+from trainfw.backends import Place
+from trainfw.backends.neuron.place import read_place, sort_hosts
 
 
 def write(root, **files: str):

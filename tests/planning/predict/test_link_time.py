@@ -12,7 +12,8 @@ from trainfw import backends
 from trainfw.hardware import load_topology
 from trainfw.hlo import partition
 from trainfw.parallel import Layout, Placement, place
-from trainfw.planning import Analysis, Transfer, link_utilisation, transfer_seconds
+from trainfw.planning import Analysis, Transfer
+from trainfw.planning.predict.link_time import link_utilisation, transfer_seconds
 from trainfw.planning.read_step.analysis import read
 from trainfw.program import build_program
 
