@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -49,29 +49,6 @@ _SHAPES = (
 
 _FATAL = {"TopK", "SliceToDynamic"}
 """Custom calls that XLA takes for its own, of operands and results of its own, and dies of others (jaxlib 0.10.2)."""
-
-
-@overload
-def check(
-    fn: RecipeLike,
-    *,
-    hardware: str | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    sdk: str | None = None,
-) -> Report: ...
-
-
-@overload
-def check(
-    fn: Callable[..., object],
-    *abstract_args: object,
-    hardware: str | Topology | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    sdk: str | Sdk | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Report: ...
 
 
 def check(

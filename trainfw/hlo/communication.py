@@ -163,13 +163,11 @@ def _spanned(sizes: dict[str, int], groups: Sequence[Sequence[int]]) -> tuple[st
 
 def _longest_chain(pairs: Iterable[tuple[int, int]]) -> int:
     to = dict(pairs)
-    longest = 0
-    for start in to:
-        at, length = start, 1
-        while at in to and length <= len(to):
-            at = to[at]
-            if at == start:
-                break
-            length += 1
-        longest = max(longest, length)
-    return longest
+
+    def length(start: int) -> int:
+        seen, at = {start}, start
+        while (at := to.get(at, start)) not in seen:
+            seen.add(at)
+        return len(seen)
+
+    return max(map(length, to), default=0)
