@@ -1,7 +1,5 @@
 """User-facing errors and the "did you mean" that goes with them."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

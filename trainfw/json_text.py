@@ -1,7 +1,5 @@
 """JSON from strangers: what is not plainly right is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

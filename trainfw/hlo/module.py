@@ -1,7 +1,5 @@
 """An HLO module as data."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -1,7 +1,5 @@
 """HLO text -> Module."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

@@ -1,7 +1,5 @@
 """cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

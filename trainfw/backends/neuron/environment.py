@@ -1,7 +1,5 @@
 """Every variable that a process on Neuron sets before jax is imported, each with its reason and its source."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

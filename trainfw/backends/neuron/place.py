@@ -1,7 +1,5 @@
 """Place of an instance in its UltraServer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

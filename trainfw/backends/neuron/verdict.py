@@ -1,7 +1,5 @@
 """Verdict on a Neuron host: what will fail, and what to do about it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
