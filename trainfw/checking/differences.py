@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainfw import backends
 from trainfw.checking.compiler import (
@@ -28,10 +27,8 @@ from trainfw.checking.compiler_output import CompilerFinding, Outcome, no_module
 from trainfw.checking.report import Finding, Report
 from trainfw.checking.rules import RULES, SEVERITIES
 from trainfw.hlo import Exported
+from trainfw.program import Program
 from trainfw.recipe import Recipe
-
-if TYPE_CHECKING:
-    from trainfw.program import Program
 
 FORMAT = 1
 _SECTIONS = ("model", "adapter", "optimizer", "train", "parallel", "hardware", "backend")
