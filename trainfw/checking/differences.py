@@ -1,7 +1,5 @@
 """Differences of `check` and neuronx-cc on one recipe, as one small file without paths, host names or data."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import getpass

@@ -1,20 +1,15 @@
 """The collectives of a module: what kind, how many bytes, among whom, how often."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trainfw.hlo.groups import Groups, parse_groups, parse_pairs
 from trainfw.hlo.module import Computation, Instruction, Module
-
-if TYPE_CHECKING:
-    import jax
 
 KINDS = (
     "all-reduce",
@@ -53,11 +48,11 @@ class Collective:
 
     def axes(self, mesh: Any) -> tuple[str, ...] | None:
         """Return the mesh axes it runs along; None when it is not along whole axes."""
-        return self.spanned(mesh) if self.pairs else axes_of(mesh, self.groups)
+        return self.spanned(mesh) if self.pairs else axes_of(mesh.shape, self.groups)
 
     def spanned(self, mesh: Any) -> tuple[str, ...]:
         """Return the mesh axes along which members of a group differ, wholly or in part."""
-        return _spanned(_sizes(mesh), self.groups or self.pairs)
+        return _spanned(mesh.shape, self.groups or self.pairs)
 
 
 def collectives_of(module: Module) -> list[Collective]:
@@ -132,12 +127,11 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
     return False
 
 
-def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
+def axes_of(sizes: Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
     """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
     Devices are numbered by place in the flattened mesh; the order inside a group, and of groups, does not matter.
     """
-    sizes = _sizes(mesh)
     axes = _spanned(sizes, groups[:1])
     return axes if {frozenset(group) for group in groups} == _lines(tuple(sizes.items()), axes) else None
 
@@ -150,11 +144,7 @@ def _lines(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> frozens
     return frozenset(map(frozenset, devices.reshape(-1, math.prod(shape[number] for number in along)).tolist()))
 
 
-def _sizes(mesh: jax.sharding.Mesh | Mapping[str, int]) -> dict[str, int]:
-    return dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
-
-
-def _spanned(sizes: dict[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
+def _spanned(sizes: Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """List the axes along which members of a group differ."""
     shape = tuple(sizes.values())
     places = [np.unravel_index(group, shape) for group in groups]
