@@ -250,8 +250,7 @@ def corrected_temporaries(partitioned: Partitioned) -> int | None:
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
     if analysis is None:
         return None
-    nothing: frozenset[tuple[int, ...]] = frozenset()
-    occupied, peak, *_ = _peak(partitioned, _Known(nothing, nothing, nothing, nothing, frozenset(), ()))
+    occupied, peak, *_ = _peak(partitioned, _Known())
     return analysis.temp_size_in_bytes - occupied + peak + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
@@ -394,17 +393,17 @@ def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
 class _Known:
     """Shapes on one core by which a value is recognised."""
 
-    shards: frozenset[tuple[int, ...]]
+    shards: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of parameters' gradients as they are kept, all layers or one, dims sorted."""
-    stacks: frozenset[tuple[int, ...]]
+    stacks: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of `shards` that have more than one layer."""
-    fsdp_shards: frozenset[tuple[int, ...]]
+    fsdp_shards: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of `shards` that `fsdp` alone can have made."""
-    whole: frozenset[tuple[int, ...]]
+    whole: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of parameters gathered for use."""
-    tokens: frozenset[int]
+    tokens: frozenset[int] = frozenset()
     """Sizes of dims that are places in a sequence, or tokens (or patches) of a microbatch or of a chunk of the loss."""
-    logits: tuple[int, ...]
+    logits: tuple[int, ...] = ()
     """Shape of the logits of a chunk of the loss, dims sorted; empty for a model without a vocabulary."""
 
     @classmethod

@@ -39,12 +39,6 @@ class Row:
         time = self.plan.time
         return sum(s for axes, s in time.parts.items() if "data" in axes.split("+")) / time.seconds
 
-    @property
-    def per_chip(self) -> float:
-        """Tokens or images a second of a chip."""
-        assert self.plan is not None
-        return self.plan.units_per_second / self.plan.topology.chips
-
 
 @dataclass(frozen=True, repr=False)
 class Scaling:
@@ -156,7 +150,9 @@ class Scaling:
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
     """Tokens or images a second of a chip, over that at the fewest units of `rows` that have a plan."""
-    return row.per_chip / next(first.per_chip for first in rows if first.plan is not None)
+    plans = [one.plan for one in (row, *rows) if one.plan is not None]
+    own, first = (plan.units_per_second / plan.topology.chips for plan in plans[:2])
+    return own / first
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
