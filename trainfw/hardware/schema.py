@@ -209,7 +209,7 @@ class TopologyFile(Config):
     rules: Literal["neuron"] | None = None
     """Name of the backend whose rules on collective groups hold here."""
     core_links: list[list[int]] = []
-    """Cores of an instance that the links join, at the default LNC, where a document shows it."""
+    """Cores of an instance that the links join, at the default LNC, where a document shows it: tests hold us to it."""
     host_memory: Size | None = None
     """Host memory of one unit."""
     reliability: ReliabilityFile

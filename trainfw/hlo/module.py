@@ -156,7 +156,6 @@ class Computation:
 class Module:
     """One program as one partition runs it: every shape is one device's."""
 
-    name: str
     num_partitions: int
     entry: str
     computations: Mapping[str, Computation] = field(repr=False)

@@ -24,7 +24,6 @@ def parse_module(text: str) -> Module:
     """Read what XLA dumps (`*.txt`), with its tables of stack frames."""
     lines = iter(text.splitlines())
     header = next(line for line in lines if line.startswith("HloModule"))
-    name = header.split()[1].rstrip(",")
     partitions = re.search(r"num_partitions=(\d+)", header)
     tables: dict[str, dict[int, str]] = {table: {} for table in _TABLES}
     computations: dict[str, Computation] = {}
@@ -45,7 +44,7 @@ def parse_module(text: str) -> Module:
             computations[match[2]] = Computation(match[2], {one.name: one for one in found if one is not None})
             if match[1]:
                 entry = match[2]
-    return Module(name, int(partitions[1]) if partitions else 1, entry, computations)
+    return Module(int(partitions[1]) if partitions else 1, entry, computations)
 
 
 def _places(tables: dict[str, dict[int, str]]) -> _Places:

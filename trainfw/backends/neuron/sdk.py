@@ -25,8 +25,6 @@ class Sdk(Config):
     """The oldest and the newest Python."""
     communicators: PositiveInt
     """Distinct sets of replica groups that one program may use."""
-    collective_streams: PositiveInt
-    """Collectives that run at once."""
     max_tensor_bytes: int
     """A single buffer must be smaller."""
     profile_bytes: int = 0
