@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -85,21 +85,19 @@ def check(
         return _check_recipe(fn, hardware, count, lnc, sdk)
     release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
     topology = hardware_of_function(hardware, count, lnc)
-    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
-    return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
+    return _check([_called(fn, abstract_args, mesh)], topology, release, lambda _: None)
 
 
 def read_function(
     fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None, topology: Topology
 ) -> Reading:
     """Read a function for its collectives and memory alone. Raises UserError as `check` does, and where XLA fails."""
-    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
-    if mesh is not None:
-        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
+    called = _called(fn, abstract_args, mesh)
+    _check_size(called.mesh, topology)
     with without_compilation_cache(), ThreadPoolExecutor() as pool:
-        reading = begin(pool, name, jitted, arguments, mesh, neuron=False)()
+        reading = begin(pool, called, neuron=False)()
     if reading.partitioned is None:
-        raise UserError(f"{name} cannot be compiled here: {reading.findings[-1].message}")
+        raise UserError(f"{called.name} cannot be compiled here: {reading.findings[-1].message}")
     return reading
 
 
@@ -125,10 +123,17 @@ def _check_recipe(
         return check_program(program, topology=topology, sdk=load_sdk(recipe.hardware.sdk))
 
 
-def _called(
-    fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None
-) -> tuple[str, Any, tuple[object, ...], jax.sharding.Mesh | None]:
-    """(name, jitted, arguments, mesh) of a function that is to be traced."""
+@dataclass(frozen=True)
+class Called:
+    """A jitted function, and what it is to be traced for."""
+
+    name: str
+    jitted: Any
+    arguments: tuple[object, ...]
+    mesh: jax.sharding.Mesh | None
+
+
+def _called(fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None) -> Called:
     if not callable(fn):
         raise UserError(f"fn = {fn!r:.60}: expected a function, or a recipe, such as 'quickstart'")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
@@ -148,7 +153,7 @@ def _called(
         arguments = jax.tree.map(
             lambda a: for_all(a.shape, a.dtype) if hasattr(a, "shape") and not _is_split(a) else a, arguments
         )
-    return getattr(fn, "__name__", "function"), jitted, arguments, mesh
+    return Called(getattr(fn, "__name__", "function"), jitted, arguments, mesh)
 
 
 @dataclass(frozen=True)
@@ -174,27 +179,17 @@ def check_program(
     program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
     """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
-    functions = {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
-    return _check(functions, program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
+    called = [Called(one.name, one.jitted, one.arguments, program.mesh) for one in program.functions.values()]
+    return _check(called, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
-def _check(
-    functions: Mapping[str, tuple[jax.stages.Wrapped, tuple[object, ...]]],
-    mesh: jax.sharding.Mesh | None,
-    topology: Topology,
-    sdk: Sdk,
-    progress: Progress,
-) -> Report:
-    """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
-    if mesh is not None:
-        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
+def _check(called: Sequence[Called], topology: Topology, sdk: Sdk, progress: Progress) -> Report:
+    """Check functions on one mesh. Collectives are reported of the first, memory of the largest."""
+    _check_size(called[0].mesh, topology)
     neuron = for_topology(topology).has_sdk
     # XLA compiles one function while the next is traced, and beside it.
     with without_compilation_cache(), ThreadPoolExecutor() as pool:
-        begun = [
-            begin(pool, name, fn, arguments, mesh, progress, neuron=neuron)
-            for name, (fn, arguments) in functions.items()
-        ]
+        begun = [begin(pool, one, progress, neuron=neuron) for one in called]
         return judge([finish() for finish in begun], topology, sdk)
 
 
@@ -228,24 +223,18 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
 
 
 def begin(
-    pool: Executor,
-    name: str,
-    function: jax.stages.Wrapped,
-    arguments: tuple[object, ...],
-    mesh: jax.sharding.Mesh | None,
-    progress: Progress = lambda _: None,
-    *,
-    neuron: bool = True,
+    pool: Executor, called: Called, progress: Progress = lambda _: None, *, neuron: bool = True
 ) -> Callable[[], Reading]:
-    """Read a jitted function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
+    """Read a function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
 
     `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
+    name, mesh = called.name, called.mesh
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
         try:
-            traced = _trace(name, function, arguments, mesh, context)
+            traced = _trace(called, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
                 finding = Finding("shape-dynamic", first_line(error), _raised_at(error))
@@ -262,7 +251,7 @@ def begin(
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
 
     def finish() -> Reading:
-        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+        leaves = [leaf for leaf in jax.tree.leaves(called.arguments) if hasattr(leaf, "shape")]
         taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
         if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in taken]:
             leaves = taken
@@ -280,18 +269,12 @@ def begin(
     return finish
 
 
-def _trace(
-    name: str,
-    function: jax.stages.Wrapped,
-    arguments: tuple[object, ...],
-    mesh: jax.sharding.Mesh | None,
-    context: contextlib.ExitStack,
-) -> jax.stages.Traced:
-    """Trace, in the context of `mesh` (left to `context` to leave) where the function names none that has devices."""
+def _trace(called: Called, context: contextlib.ExitStack) -> jax.stages.Traced:
+    """Trace, in the context of the mesh (left to `context` to leave) where the function names none with devices."""
 
     def trace() -> jax.stages.Traced:
         try:
-            traced = function.trace(*arguments)
+            traced = called.jitted.trace(*called.arguments)
         except (
             jax.errors.ConcretizationTypeError,
             jax.errors.TracerIntegerConversionError,
@@ -299,21 +282,20 @@ def _trace(
         ) as error:
             if _is_about_shapes(error):
                 raise
-            raise UserError(
-                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {first_line(error)}"
-            ) from error
+            needs = f"{called.name} needs a value that is known only when it runs, at {_raised_at(error)}"
+            raise UserError(f"{needs}: {first_line(error)}") from error
         traced = getattr(traced, "traced", traced)  # what flax.nnx.jit wraps
         if not isinstance(traced, jax.stages.Traced):
-            raise UserError(f"{function}: expected a function, or what jax.jit or flax.nnx.jit returns")
+            raise UserError(f"{called.jitted}: expected a function, or what jax.jit or flax.nnx.jit returns")
         return traced
 
     traced = trace()
     abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
     if not (abstract and all(abstract) and jax.sharding.get_mesh().empty):
         return traced
-    if mesh is None:
-        raise UserError(f"{name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
-    context.enter_context(jax.set_mesh(mesh))
+    if called.mesh is None:
+        raise UserError(f"{called.name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
+    context.enter_context(jax.set_mesh(called.mesh))
     return trace()
 
 
@@ -386,6 +368,12 @@ def _devices(partitioned: Partitioned, meshes: Iterable[jax.sharding.Mesh]) -> l
     if count == 1:
         return jax.devices()[:1]
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
+
+
+def _check_size(mesh: jax.sharding.Mesh | None, topology: Topology) -> None:
+    """Raise UserError where the hardware is smaller than the mesh."""
+    if mesh is not None:
+        _physical_cores(mesh.devices.flat, topology)
 
 
 def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
