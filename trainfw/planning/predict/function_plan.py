@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainfw.backends import load_sdk
-from trainfw.checking import Memory, hardware_of_function
+from trainfw.checking import Memory
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology, duration
 from trainfw.hlo import Module, collectives_of
@@ -115,22 +115,6 @@ class FunctionPlan:
         return "\n".join(_lines(self))
 
 
-def plan_function(
-    fn: Callable[..., object],
-    abstract_args: tuple[object, ...],
-    *,
-    hardware: str | Topology | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> FunctionPlan:
-    """Plan one run of a function. The arguments are those of `trainfw.check`.
-
-    Raises UserError as `check` does, and for a program that holds what no time is known for.
-    """
-    return _planned(fn, abstract_args, mesh, hardware_of_function(hardware, count, lnc))
-
-
 def plan_program_function(program: Program, name: str, topology: Topology, steps: int = DRAWING_STEPS) -> FunctionPlan:
     """Plan one run of a function of a recipe's program, and with it drawing in `steps` runs where it is `denoise`.
 
@@ -141,19 +125,22 @@ def plan_program_function(program: Program, name: str, topology: Topology, steps
         known = f"the recipe's program has {', '.join(program.functions)}"
         raise UserError(f"function {name!r}: {known}{did_you_mean(name, program.functions)}")
     function, recipe = program.functions[name], program.recipe
-    made = _planned(function.jitted, function.arguments, program.mesh, topology, recipe)
+    made = plan_function(function.jitted, function.arguments, program.mesh, topology, recipe)
     made = replace(made, rows=recipe.train.global_batch_size * recipe.group)
     return replace(made, steps=steps) if name == "denoise" else made
 
 
-def _planned(
+def plan_function(
     fn: Callable[..., object],
     arguments: tuple[object, ...],
     mesh: jax.sharding.Mesh | None,
     topology: Topology,
     recipe: Recipe | None = None,
 ) -> FunctionPlan:
-    """The plan of a function as it is, or as a part of `recipe`."""
+    """Plan one run of a function, of the arguments and the mesh that `trainfw.check` takes; or of a part of `recipe`.
+
+    Raises UserError as `check` does, and for a program that holds what no time is known for.
+    """
     from trainfw.checking import memory_of, read_function  # with jax
 
     reading = read_function(fn, arguments, mesh, topology)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 from trainfw.backends import for_topology, load_sdk
-from trainfw.checking import refuse_arguments
+from trainfw.checking import hardware_of_function, refuse_arguments
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
@@ -231,7 +231,7 @@ def plan(
             raise UserError(
                 "simulate, fresh: go with a recipe; a function is compiled anew, on the devices of its mesh"
             )
-        return plan_function(fn, abstract_args, hardware=hardware, count=count, lnc=lnc, mesh=mesh)
+        return plan_function(fn, abstract_args, mesh, hardware_of_function(hardware, count, lnc))
     refuse_arguments(abstract_args, mesh)
     if isinstance(hardware, Topology):
         raise UserError("hardware: expected the name of a topology, with a recipe; such as hardware='trn2.48xlarge'")
