@@ -99,18 +99,12 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
 
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
     """Split `, a=b, c={d, e=f}` into (a, b), (c, {d, e=f})."""
+    text = re.sub(r",\s*device_ids=", " device_ids=", text)  # of the mesh whose axes are named after them
     ends = [i for i, c, depth in _unquoted(text, 0) if c == "," and depth == 0]
-    pending: tuple[str, str] | None = None
     for start, end in itertools.pairwise([-1, *ends, len(text)]):
-        part = text[start + 1 : end].strip()
-        key, equals, value = part.partition("=")
-        if pending is not None and key == "device_ids":  # of the mesh whose axes are named after them
-            pending, equals = (pending[0], f"{pending[1]}, {part}"), ""
-        if pending is not None:
-            yield pending
-        pending = (key, value) if equals else None
-    if pending is not None:
-        yield pending
+        key, equals, value = text[start + 1 : end].strip().partition("=")
+        if equals:
+            yield key, value
 
 
 def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
