@@ -191,8 +191,7 @@ class Module:
                 trips = self.trip_count(name, instruction)
                 yield attributes["body"].lstrip("%"), 1 if trips is None else trips
             case "call" | "fusion" | "async-start":
-                called = attributes.get("to_apply") or attributes.get("calls")
-                if called:
+                if called := attributes.get("to_apply") or attributes.get("calls"):
                     yield called.lstrip("%"), 1
             case "conditional":
                 for key in ("branch_computations", "true_computation", "false_computation"):

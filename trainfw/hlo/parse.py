@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from trainfw.hlo.module import Computation, Instruction, Module, Place, Shape, user_place
 
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -108,19 +109,11 @@ def _attributes(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
-    """Yield (index, character, brackets open after it) of all that does not stand in quotes."""
-    depth, quoted, i = 0, False, start
-    while i < len(text):
-        c = text[i]
-        if quoted:
-            i += c == "\\"
-            quoted = c != '"'
-        elif c == '"':
-            quoted = True
-        else:
-            depth += (c in "([{") - (c in ")]}")
-            yield i, c, depth
-        i += 1
+    """Yield (index, character, brackets open after it) from `start` on, where what stands in quotes is quotes alone."""
+    depth = 0
+    for i, c in enumerate(_QUOTED.sub(lambda quoted: '"' * len(quoted[0]), text[start:]), start):
+        depth += (c in "([{") - (c in ")]}")
+        yield i, c, depth
 
 
 def _closing(text: str, opening: int) -> int:
