@@ -20,7 +20,8 @@ from trainfw.backends import Sdk
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
-from trainfw.parallel import Layout, nearest_divisors
+from trainfw.models import vocabulary_of
+from trainfw.parallel import SPLIT_RULES, Layout, nearest_divisors
 from trainfw.planning.read_step.final_module import COLLECTIVES, Final
 from trainfw.planning.read_step.op_names import is_backward, is_forward, is_recomputed, is_within
 from trainfw.scopes import LOSS
@@ -213,7 +214,7 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     """The table of `program`'s training step, which `partitioned` is the compilation of; see `MemoryTable.on`."""
     import jax
 
-    state, donates = state_arrays(program), program.recipe.backend.donate
+    state, donates = tuple(state_arrays(program)), program.recipe.backend.donate
     sizes = {name: 0 for name in CATEGORIES if name != "state_out" or not donates}
     for array in state:
         sizes[array.category] += array.bytes_on(program.layout)
@@ -254,18 +255,16 @@ def corrected_temporaries(partitioned: Partitioned) -> int | None:
     return analysis.temp_size_in_bytes - occupied + peak + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
-def state_arrays(program: Program) -> tuple[StateArray, ...]:
+def state_arrays(program: Program) -> Iterator[StateArray]:
     """All that a step hands to the next."""
     import jax
 
     categories = {"params": "parameters", "frozen": "parameters", "opt_state": "optimizer_state"}
-    found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         name, axes = jax.tree_util.keystr(path, simple=True, separator="."), _axes(leaf.sharding.spec)
         axes += ((),) * (len(leaf.shape) - len(axes))
         category = categories.get(name.partition(".")[0], "other")
-        found.append(StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes))
-    return tuple(found)
+        yield StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes)
 
 
 def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
@@ -410,9 +409,7 @@ class _Known:
     def of(cls, program: Program) -> _Known:
         import jax
         from flax import nnx
-        from jax.sharding import NamedSharding
 
-        from trainfw.models import vocabulary_of
         from trainfw.objectives import loss_chunks
 
         recipe, rules, layout = program.recipe, program.rules, program.layout
@@ -434,10 +431,10 @@ class _Known:
             stacks |= stacked - one
             if "fsdp" not in itertools.chain(*_axes(kept.spec)):
                 others |= one | stacked
-            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
+            used = jax.sharding.NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         for path, part, dims in _frozen_arrays(program):
-            used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
+            used = jax.sharding.NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(part.shape)))
         shards |= stacks
         rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps * recipe.group
@@ -467,7 +464,6 @@ def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tup
     import jax
     from flax import nnx
 
-    from trainfw.parallel import SPLIT_RULES
     from trainfw.quantization import Quantized
 
     for role, variables in program.models.frozen.items():
