@@ -21,7 +21,7 @@ from trainfw.checking.compiler import (
     last_lines,
     run_compiler,
 )
-from trainfw.checking.compiler_output import CompilerFinding, Outcome, no_module, read_run
+from trainfw.checking.compiler_output import CompilerFinding, Outcome, read_run
 from trainfw.checking.report import Finding, Report
 from trainfw.checking.rules import RULES, SEVERITIES
 from trainfw.hlo import Exported
@@ -192,7 +192,8 @@ def compare_with_compiler(
     outcomes: dict[str, Outcome] = {}
     for name, module in modules.items():
         if isinstance(module, str):
-            outcomes[name] = no_module(name, module)
+            why = f"there is no module to compile: {module}"
+            outcomes[name] = Outcome("not compiled", (CompilerFinding("compiler-failed", why, name),))
             continue
         broken = [finding.rule for finding in _own(report, name)]
         outcomes[name] = read_run(name, runs[name], module.module, version=version, timeout=timeout, found=broken)
