@@ -1,5 +1,7 @@
 """The base of every package's `Config`: strict, frozen, unknown keys refused, docstrings in the schema."""
 
+from __future__ import annotations
+
 import re
 from typing import Annotated, NoReturn
 

@@ -4,6 +4,8 @@ Neither Jinja nor the `tokenizers` library limits time and memory, and the latte
 does that work within limits that the kernel enforces. If it fails, the command that asked for it reports one line.
 """
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import importlib

@@ -1,5 +1,7 @@
 """User-facing errors and the "did you mean" that goes with them."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import re

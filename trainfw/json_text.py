@@ -1,5 +1,7 @@
 """JSON from strangers: what is not plainly right is refused."""
 
+from __future__ import annotations
+
 import json
 import math
 import re

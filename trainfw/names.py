@@ -1,5 +1,7 @@
 """Names of other trainers for our keys and values, so that whoever brings them is told ours."""
 
+from __future__ import annotations
+
 
 def _by_theirs(ours: dict[str, str]) -> dict[str, str]:
     return {theirs: name for name, listed in ours.items() for theirs in listed.split()}

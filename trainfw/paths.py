@@ -1,5 +1,7 @@
 """Paths that people give for models, and where caches lie. Imports nothing heavy."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re

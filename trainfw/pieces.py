@@ -1,5 +1,7 @@
 """Pieces of a run that are somebody's own: found by `package.module:Name`, and named so where a script has them."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import importlib

@@ -1,5 +1,7 @@
 """Names of the `jax.named_scope`s by which a plan finds parts of a program: for models of your own, too."""
 
+from __future__ import annotations
+
 ATTENTION = "attention_core"
 """Attention between its projections: the scores, their softmax, and the products with the values."""
 LOSS = "loss"

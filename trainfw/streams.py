@@ -1,5 +1,7 @@
 """Standard output and error of a process: closed, full or gone, they do not end what it does beside writing them."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import os

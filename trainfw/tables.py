@@ -1,5 +1,7 @@
 """Tables as lines of text."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 

@@ -1,5 +1,7 @@
 """Files and directories that appear whole or not at all, and of which an end at any moment leaves nothing."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl

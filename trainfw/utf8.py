@@ -1,6 +1,8 @@
 """UTF-8 text of others: the byte-order mark that some editors put before it is not part of it, and control characters
 are not for a terminal."""
 
+from __future__ import annotations
+
 import codecs
 from pathlib import Path
 

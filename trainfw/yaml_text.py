@@ -3,6 +3,8 @@
 Plain scalars are those of YAML 1.2: `1e-4` is a number, and `no` and `on` are words.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Hashable
 from pathlib import Path

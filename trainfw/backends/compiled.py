@@ -1,5 +1,7 @@
 """Cache of compiled programs on disk, so that a program is compiled once for all runs."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os

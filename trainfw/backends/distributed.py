@@ -1,5 +1,7 @@
 """Places of processes among each other, read from their environments; one process an instance."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import itertools

@@ -1,5 +1,7 @@
 """Choice of an operation's implementation: a kernel where one fits, else the XLA form that every model has."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging

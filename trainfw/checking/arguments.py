@@ -1,5 +1,7 @@
 """Arguments of checks and plans: the hardware that they are for, and what goes with a function alone."""
 
+from __future__ import annotations
+
 from trainfw.backends import MAX_SIMULATED
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, load_topology, topology_names

@@ -6,6 +6,8 @@ was forcibly killed`; older codes without `NCC_` (`[TEN404]`); and `ERROR: NCC_E
 errors.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

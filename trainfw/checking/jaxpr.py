@@ -1,5 +1,7 @@
 """Rules on what only the jaxpr still says: modes of gathers, kinds of keys, callbacks, and the program's own dtypes."""
 
+from __future__ import annotations
+
 import re
 import traceback
 from collections.abc import Iterator

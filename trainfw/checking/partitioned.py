@@ -1,5 +1,7 @@
 """Rules on a program as one core runs it: its collectives, its buffers, its memory."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

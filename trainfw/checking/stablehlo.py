@@ -1,5 +1,7 @@
 """Rules on the operations of a StableHLO module, which is what Neuron would be given."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Integers of StableHLO that are known when compiling: values of scalars, and ranges of arrays of indices."""
 
+from __future__ import annotations
+
 import functools
 import operator
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """The physical graph: chips, cores, the dimensions they stand in, and the links between them."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,7 @@
 """Places and lifetimes of a compiled module's values, from what XLA dumps of its buffer assignment."""
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

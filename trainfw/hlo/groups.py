@@ -1,5 +1,7 @@
 """Replica groups as HLO prints them: lists, reshaped iotas, and axes of a mesh."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Sequence

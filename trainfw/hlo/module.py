@@ -1,5 +1,7 @@
 """An HLO module as data."""
 
+from __future__ import annotations
+
 import functools
 import math
 import operator

@@ -1,5 +1,7 @@
 """HLO text -> Module."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 import re

@@ -6,6 +6,8 @@ holds a number in 32 bits, and dies of a larger one before it has looked at an o
 xla/service/hlo.proto (openxla/xla 0b8fa9f2); all else is copied as it is.
 """
 
+from __future__ import annotations
+
 import functools
 from collections import defaultdict
 from typing import Any

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import ctypes
 import math
 import os

@@ -6,6 +6,8 @@ compute alike must therefore enter it divided by their number, and the gradient 
 over the devices that hold it.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import TypeAlias

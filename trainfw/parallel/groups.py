@@ -4,6 +4,8 @@ The shapes are data (`groups` of a topology file, each with its source); the rul
 cores, whatever mesh or program they come from.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence

@@ -4,6 +4,8 @@ The schedule is the interleaved one (Narayanan et al. 2021, arXiv:2104.04473, se
 Praxis and MaxText, without separate steps for the backward pass: that is the transpose of this loop.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

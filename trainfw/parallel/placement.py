@@ -7,6 +7,8 @@ axes one inside the other); outside it any division. Of all that fit the layout,
 spend the least time waiting for collectives.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools

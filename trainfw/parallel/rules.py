@@ -5,6 +5,8 @@ mesh axes shard which name. Along some of them an array stays split where it is 
 gathered first (`weights.py`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import math

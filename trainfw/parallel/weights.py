@@ -5,6 +5,8 @@ only for keeping; its transpose scatters the gradient's sum. What is left, the s
 is done once a step (`reduce_gradient`).
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """A topology drawn with boxes and lines for a terminal."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence

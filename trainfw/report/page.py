@@ -1,5 +1,7 @@
 """HTML pages that load nothing: no scripts, no fonts, no pictures but inline SVG. And such pages in a notebook."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections import defaultdict

@@ -1,5 +1,7 @@
 """Scaling curves, and what failures leave of them: a section for the page of a plan."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """A topology, and where the axes of a layout lie on it, as an SVG picture 1,200 wide."""
 
+from __future__ import annotations
+
 import math
 from xml.sax.saxutils import escape, quoteattr
 

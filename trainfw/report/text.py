@@ -1,5 +1,7 @@
 """A topology and a placement in words and lines of text: what lies where, and the colours of the axes."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 

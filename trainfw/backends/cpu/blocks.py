@@ -5,6 +5,8 @@ FlashAttention-2, arXiv:2307.08691, without the blocks of keys: a block's rows a
 is, scores that fit its caches take half the time of those that go through memory.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -3,6 +3,8 @@
 `benchmarks/generate.py` times them; rates below are of two cores that read 25 to 30 GB/s (jaxlib 0.10.2).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax

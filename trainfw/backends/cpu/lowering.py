@@ -1,5 +1,7 @@
 """Lowering of a primitive of jax on a CPU, where jax's own rule costs time for nothing."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, cast

@@ -5,6 +5,8 @@ beforehand. And bfloat16 operands with a float32 result, which the AMX units of 
 as a bfloat16 result, for which XLA takes another way (jaxlib 0.10.2; `benchmarks/machine.py` has the rates).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

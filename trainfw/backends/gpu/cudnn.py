@@ -1,5 +1,7 @@
 """cuDNN's flash attention, through `jax.nn.dot_product_attention`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

@@ -4,6 +4,8 @@ neuronx-cc's own flash attention (`neuronxcc.nki.kernels`) is not among them: th
 NKI 0.4 (aws-neuron-sdk 2.30), before which there is no JAX that trainfw takes.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 import importlib.metadata

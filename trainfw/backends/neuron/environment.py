@@ -1,5 +1,7 @@
 """Every variable that a process on Neuron sets before jax is imported, each with its reason and its source."""
 
+from __future__ import annotations
+
 import logging
 import math
 import os

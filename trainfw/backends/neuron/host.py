@@ -1,5 +1,7 @@
 """Neuron's devices and software on this machine, read from files: nothing of it is started."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.metadata
 import os

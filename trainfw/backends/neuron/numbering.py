@@ -1,5 +1,7 @@
 """Processes of UltraServers, numbered by where their hosts stand, whatever the launcher's order."""
 
+from __future__ import annotations
+
 import json
 import logging
 import socket

@@ -1,5 +1,7 @@
 """Place of an instance in its UltraServer."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

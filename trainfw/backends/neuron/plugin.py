@@ -1,5 +1,7 @@
 """Search for JAX's Neuron plugin, which PyPI's package of that name is not."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,7 @@
 """The machine's files, read below `TRAINFW_SYSROOT` where that is set: a directory that stands for `/`."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Iterable, Mapping

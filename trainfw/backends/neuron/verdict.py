@@ -1,5 +1,7 @@
 """Verdict on a Neuron host: what will fail, and what to do about it."""
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections.abc import Iterator, Sequence

@@ -8,6 +8,8 @@ of the former agree within 6%). It only says which candidates are worth compilin
 reported, are plans.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

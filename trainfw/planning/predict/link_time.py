@@ -20,6 +20,8 @@ collectives reach (`efficiency`), that share. An all-to-all passes through place
 Latency is hops times the latency of one, by the algorithm that is chosen for the size (see `_algorithm`).
 """
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,6 +5,8 @@ delivers them; everything else, at the rate of memory; and what of the collectiv
 Not in it: the input pipeline (read ahead), checkpoints, what a host takes to launch a step, stragglers.
 """
 
+from __future__ import annotations
+
 import bisect
 import functools
 import itertools

@@ -4,6 +4,8 @@ Nothing of it depends on the hardware's figures. An entry of the cache is what w
 compiled; recipes that differ in what that program does not show, such as how many replicas there are, share it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib

@@ -1,5 +1,7 @@
 """The module that XLA's CPU compiler ends with, beside what the program asked for."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections import defaultdict

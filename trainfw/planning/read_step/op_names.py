@@ -1,5 +1,7 @@
 """Readers of JAX's paths to operations (`Instruction.op_name`): the pass and the scope of an operation."""
 
+from __future__ import annotations
+
 import re
 
 

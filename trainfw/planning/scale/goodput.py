@@ -6,6 +6,8 @@ the file is written beside the steps that follow (w). So a failure loses the wor
 whole on disk, and then R passes until the next step: detection, restart, and every replica reading the state.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Iterator

@@ -5,6 +5,8 @@ what one core computes depends on its rows alone, and a step is compiled once fo
 replicas at most; only its placement, its collectives over `data` and its time differ from count to count.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence

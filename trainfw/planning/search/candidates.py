@@ -1,5 +1,7 @@
 """Every layout and program that a recipe could be instead, legal or not, estimated by formula."""
 
+from __future__ import annotations
+
 import itertools
 import math
 import time

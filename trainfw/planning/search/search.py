@@ -8,6 +8,8 @@ reported, are plans. Unrolled programs take long to compile: where there is time
 little again, and the unrolled form of the best.
 """
 
+from __future__ import annotations
+
 import math
 import operator
 import os
