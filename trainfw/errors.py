@@ -89,6 +89,11 @@ def _plain(word: str) -> str:
     return re.sub(r"[-_ ]", "", word.lower())
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def pip_install(extra: str) -> str:
     """Write the command that installs what an optional part of trainfw needs, from wherever trainfw was installed.
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from trainfw import UserError
-from trainfw.backends import Place, Wiring, expand_hosts, order_problem, read_wiring
+from trainfw.backends import Place, Wiring, read_wiring
+from trainfw.backends.distributed import expand_hosts, order_problem
 from trainfw.hardware import load_topology
 
 SLURM = {"SLURM_NODEID": "2", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "trn[001-004]"}
@@ -140,6 +141,7 @@ def test_another_order_is_told_with_the_right_one(order):
 
 PROCESS = """
 import json
+from unittest import mock
 from trainfw import backends
 from trainfw.hardware import HardwareConfig
 
@@ -154,7 +156,8 @@ mesh = Mesh(np.array(jax.devices()), ("all",))
 x = jax.make_array_from_process_local_data(
     NamedSharding(mesh, P("all")), np.float32([2 * wiring.process_index, 2 * wiring.process_index + 1]))
 total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(10.0**x, "all"), mesh=mesh, in_specs=P("all"), out_specs=P()))(x)
-variables = backends.neuron_environment(hardware, wiring, layout={"fsdp": 64}, scan_layers=False, environ={})
+with mock.patch.dict("os.environ", clear=True):
+    variables = backends.neuron_environment(hardware, wiring, layout={"fsdp": 64}, scan_layers=False)
 print(json.dumps({
     "index": jax.process_index(), "count": jax.process_count(), "backend": str(backends.current()),
     "local": [d.id for d in jax.local_devices()], "processes": [d.process_index for d in jax.devices()],

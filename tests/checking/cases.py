@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainfw.backends import load_sdk, sdk_versions
 from trainfw.checking import Report
-from trainfw.checking.programs import Reading, begin, judge
+from trainfw.checking.programs import Called, Reading, begin, judge
 from trainfw.checking.rules import CHIPS, RULES, SEVERITIES, within
 from trainfw.hardware import load_topology
 from trainfw.yaml_text import load
@@ -179,7 +179,7 @@ def reading(case: Case) -> Reading:
     with jax.enable_x64(True) if case.fields.get("x64") else contextlib.nullcontext():
         names, values = _arguments(case)
         with ThreadPoolExecutor(1) as pool:
-            return begin(pool, "program", jax.jit(_function(case, names)), values, case.mesh)()
+            return begin(pool, Called("program", jax.jit(_function(case, names)), values, case.mesh))()
 
 
 def counted() -> list[str]:

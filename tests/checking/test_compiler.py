@@ -30,7 +30,7 @@ from trainfw.checking.compiler import (
     run_compiler,
 )
 from trainfw.checking.compiler_output import Message, Outcome, read_messages, read_run, rule_of
-from trainfw.checking.differences import find_differences, scrubbed
+from trainfw.checking.differences import scrubbed
 from trainfw.errors import UserError
 from trainfw.hlo import Exported, export
 
@@ -281,8 +281,8 @@ def report(*rules: str) -> Report:
 
 
 def kinds(*rules: str, outcome: Outcome, exported: Exported) -> list[tuple[str, str, str]]:
-    found = find_differences(report(*rules), {"step": outcome}, {"step": exported})
-    return [(difference.rule, difference.check, difference.compiler) for difference in found]
+    found = Comparison("", [], report(*rules), {"step": exported}, {"step": outcome})
+    return [(difference.rule, difference.check, difference.compiler) for difference in found.differences]
 
 
 def test_differences(tmp_path, monkeypatch, exported):

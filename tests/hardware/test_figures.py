@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from trainfw.hardware import load_topology
-from trainfw.hardware.figures import Figure, quantity
+from trainfw.hardware.figures import Figure, parsed
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from trainfw.hardware.figures import Figure, quantity
     ],
 )
 def test_quantities(text, number):
-    assert quantity(text) == pytest.approx(number, rel=1e-15)
+    assert parsed(text)[0] == pytest.approx(number, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_quantities(text, number):
 )
 def test_what_is_not_a_quantity_is_refused(text):
     with pytest.raises(ValueError, match="expected a number and one of the units"):
-        quantity(text)
+        parsed(text)
     with pytest.raises(ValidationError):
         Figure(value=text, source="x")
 
@@ -77,4 +77,5 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_figures_are_the_published_ones(name):
     figures = load_topology(name).figures
-    assert {key: figures[key].number for key in PUBLISHED[name]} == {k: quantity(v) for k, v in PUBLISHED[name].items()}
+    published = {key: parsed(value)[0] for key, value in PUBLISHED[name].items()}
+    assert {key: figures[key].number for key in published} == published

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainfw.hlo import axes_of, parse_groups
+from trainfw.hlo.communication import axes_of
+from trainfw.hlo.groups import parse_groups
 
 LISTED = {
     "{{0,1},{2,3}}": [[0, 1], [2, 3]],

@@ -70,7 +70,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %first = s32[] constant(0)
   %carry = (s32[], /*index=1*/f32[8]{0}) tuple(%first, %x)
   %while = (s32[], f32[8]{0}) while(%carry), condition=%condition, body=%body, metadata={op_name="jit(step)/while" stack_frame_id=1}
-  %old = bf16[2,3]{1,0:T(8,128)} constant({...}), metadata={op_name="a \\"quoted, {name\\"" source_file="/home/me/old.py" source_line=7}
+  %old = bf16[2,3]{1,0:T(8,128)} constant({...}), metadata={op_name="a \\"quoted, {name\\""}
   ROOT %result = f32[8]{0} get-tuple-element(%while), index=1
 }
 """
@@ -94,7 +94,7 @@ def test_places_are_the_innermost_of_user_code(parents):
 def test_instructions():
     main = module((1, 2, 3)).computations["main"]
     old = main.instructions["old"]
-    assert old.place == Place("/home/me/old.py", 7)
+    assert old.place is None
     assert old.shapes == (Shape("bf16", (2, 3)),)
     assert old.bytes == 12
     assert main.instructions["carry"].shapes == (Shape("s32", ()), Shape("f32", (8,)))

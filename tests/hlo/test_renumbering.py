@@ -57,16 +57,3 @@ def test_exported_modules_fit(dumps):
     assert max(instruction_ids(exported.proto)) <= MOST
     assert exported.module.entry.split(".")[0] in exported.text
     assert "sort(" in printed(exported.proto)
-
-
-def test_bytes_that_are_no_module(dumps):
-    (module, *_) = dumps.values()
-    for broken in (module[:1], module[:-1], b"\x1b" + module, b"\x1a\x02\x12\x01"):
-        with pytest.raises(ValueError, match="HLO: "):
-            renumbered(broken)
-
-
-def test_a_reference_to_nothing():
-    body = bytes.fromhex("2805 3008 1207 9802 8080808010".replace(" ", ""))
-    with pytest.raises(ValueError, match="refers to instruction 8"):
-        renumbered(b"\x1a" + bytes([len(body)]) + body)

@@ -71,7 +71,7 @@ def summary(collectives: list[Collective], program) -> str:
         op = c.instruction.op_name
         phase = "2 backward" if "transpose(" in op else "1 forward" if "jvp(" in op else "3 update"
         key = (phase, c.kind, "*".join(c.axes(program.mesh) or ["?"]), c.dtype)
-        found[key] = found[key][0] + c.times, found[key][1] + c.total_bytes
+        found[key] = found[key][0] + c.times, found[key][1] + c.bytes * c.times
     return "".join(
         f"{phase[2:]:9} {kind:19} {axes:20} {dtype:5} {times:4} times {size:10,} bytes\n"
         for (phase, kind, axes, dtype), (times, size) in sorted(found.items())

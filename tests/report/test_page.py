@@ -13,7 +13,8 @@ import pytest
 
 from tests.helpers import tiny_recipe, write_recipe
 from trainfw.hardware import load_topology
-from trainfw.planning import link_utilisation, plan
+from trainfw.planning import plan
+from trainfw.planning.predict.link_time import link_utilisation
 from trainfw.report import plan_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -96,7 +97,7 @@ def test_figures_are_those_of_the_json(made, page):
     wanted = {key for key in flat if key.startswith(numbers)}
     wanted |= {key for key in flat if re.fullmatch(r"collectives\.\d+\.(bytes|times|seconds)", key)}
     assert wanted <= {key for key, _ in shown}
-    assert sum(key.endswith(".times") for key in wanted) == len(made.transfers) > 0
+    assert sum(key.endswith(".times") for key in wanted) == len(made.time.longest) > 0
 
 
 def test_figures_read_as_what_they_are(made, page):

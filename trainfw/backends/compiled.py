@@ -55,8 +55,7 @@ def keep_nothing() -> None:
     (jax 0.9.2 with libneuronxla 3.0.3854 dies with "No program shape found", measured by others on inf2.) A directory
     that was asked for is named in a warning.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        directory = jax.config.values["jax_compilation_cache_dir"]
+    if (directory := jax.config.values["jax_compilation_cache_dir"]) is not None:
         jax.config.update("jax_compilation_cache_dir", None)
         warnings.warn(
             f"jax_compilation_cache_dir = {directory}: is not used, for JAX's cache of compiled programs ends them on "

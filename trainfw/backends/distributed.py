@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from trainfw.backends.neuron.place import Place, read_place, sort_hosts
+from trainfw.backends.neuron.place import Place, read_place
 from trainfw.errors import TRY_AGAIN, PeerError, UserError
 from trainfw.hardware import Topology
 
@@ -277,7 +277,7 @@ def order_problem(places: Sequence[Place | None], nodes: int = 4) -> str | None:
     whole = all(len({p.server_id for p in b}) == 1 and [p.node_id for p in b] == list(range(nodes)) for b in blocks)
     if whole and len({block[0].server_id for block in blocks}) == len(blocks):
         return None
-    order = ", ".join(p.fqdn or f"node {p.node_id} of UltraServer {p.server_id}" for p in sort_hosts(known))
+    order = ", ".join(p.fqdn or f"node {p.node_id} of UltraServer {p.server_id}" for p in sorted(known))
     return (
         f"processes do not follow their hosts' places: number them in the order {order}, in NEURON_GLOBAL_TOPOID (and "
         f"the first host in NEURON_GLOBAL_TOPOID0_HOST)"

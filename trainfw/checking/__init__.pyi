@@ -1,3 +1,6 @@
+from .arguments import hardware_of_function as hardware_of_function
+from .arguments import refuse_arguments as refuse_arguments
+from .arguments import topology_to_check as topology_to_check
 from .compiler import command_of as command_of
 from .compiler import export_steps as export_steps
 from .compiler import find_compiler as find_compiler
@@ -7,10 +10,7 @@ from .partitioned import memory_of as memory_of
 from .programs import Reading as Reading
 from .programs import check as check
 from .programs import check_program as check_program
-from .programs import hardware_of_function as hardware_of_function
 from .programs import read_function as read_function
-from .programs import refuse_arguments as refuse_arguments
-from .programs import topology_to_check as topology_to_check
 from .report import Finding as Finding
 from .report import Memory as Memory
 from .report import Report as Report

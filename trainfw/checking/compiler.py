@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainfw import backends
-from trainfw.checking.programs import first_line, steps_of
-from trainfw.errors import UserError
+from trainfw.errors import UserError, first_line
 from trainfw.hlo import Exported, export
 from trainfw.unfinished import removed_by_signal, scratch_directory
 
@@ -100,10 +99,10 @@ def export_steps(program: Program, progress: Callable[[str], None] = lambda _: N
     import jax
 
     modules: dict[str, Exported | str] = {}
-    for name, (function, arguments) in steps_of(program).items():
+    for name, function in program.functions.items():
         progress(f"exporting {name}")
         try:
-            lowered = function.trace(*arguments).lower(lowering_platforms=("neuron",))
+            lowered = function.trace().lower(lowering_platforms=("neuron",))
             modules[name] = export(lowered, backends.current().compiler_options)
         except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
             modules[name] = first_line(error)

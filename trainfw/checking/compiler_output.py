@@ -154,11 +154,6 @@ def read_run(
     return Outcome("refused", tuple(findings), messages, run)
 
 
-def no_module(name: str, why: str) -> Outcome:
-    """Return the outcome of a function that could not be exported."""
-    return Outcome("not compiled", (CompilerFinding("compiler-failed", f"there is no module to compile: {why}", name),))
-
-
 def read_messages(output: str) -> Iterator[Message]:
     """List the coded messages in order, each once: the compiler writes them to its log too."""
     seen: list[Message] = []

@@ -1,7 +1,5 @@
 """Differences of `check` and neuronx-cc on one recipe, as one small file without paths, host names or data."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import getpass
@@ -9,10 +7,9 @@ import importlib.metadata
 import itertools
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainfw import backends
 from trainfw.checking.compiler import (
@@ -24,14 +21,12 @@ from trainfw.checking.compiler import (
     last_lines,
     run_compiler,
 )
-from trainfw.checking.compiler_output import CompilerFinding, Outcome, no_module, read_run
+from trainfw.checking.compiler_output import CompilerFinding, Outcome, read_run
 from trainfw.checking.report import Finding, Report
 from trainfw.checking.rules import RULES, SEVERITIES
 from trainfw.hlo import Exported
-
-if TYPE_CHECKING:
-    from trainfw.program import Program
-    from trainfw.recipe import Recipe
+from trainfw.program import Program
+from trainfw.recipe import Recipe
 
 FORMAT = 1
 _SECTIONS = ("model", "adapter", "optimizer", "train", "parallel", "hardware", "backend")
@@ -71,23 +66,13 @@ class Difference:
         return f"{subject}: the compiler {self.compiler}, and {known}{lines}"
 
 
-def find_differences(
-    report: Report, outcomes: Mapping[str, Outcome], modules: Mapping[str, Exported | str]
-) -> list[Difference]:
-    """Compare a check's report with the compiler's outcomes, function by function.
+def _in_function(name: str, outcome: Outcome, own: list[Finding], module: Exported | str) -> Iterator[Difference]:
+    """Compare what a check found in a function with the compiler's outcome.
 
     An error of `check` is contradicted by a compile that passed only where its rule names a code of the compiler's:
     others are about the runtime, or about results. A compile that ran out of memory or time says nothing; one that
     failed with no known code does, where `check` found no error.
     """
-    return [
-        difference
-        for name, outcome in outcomes.items()
-        for difference in _in_function(name, outcome, _own(report, name), modules[name])
-    ]
-
-
-def _in_function(name: str, outcome: Outcome, own: list[Finding], module: Exported | str) -> Iterator[Difference]:
     errors = [finding for finding in own if finding.severity == "error"]
     if outcome.verdict == "refused":
         for said in outcome.findings:
@@ -121,7 +106,11 @@ class Comparison:
 
     @functools.cached_property
     def differences(self) -> list[Difference]:
-        return find_differences(self.report, self.outcomes, self.modules)
+        return [
+            difference
+            for name, outcome in self.outcomes.items()
+            for difference in _in_function(name, outcome, _own(self.report, name), self.modules[name])
+        ]
 
     @property
     def passed(self) -> bool:
@@ -203,9 +192,10 @@ def compare_with_compiler(
     outcomes: dict[str, Outcome] = {}
     for name, module in modules.items():
         if isinstance(module, str):
-            outcomes[name] = no_module(name, module)
+            why = f"there is no module to compile: {module}"
+            outcomes[name] = Outcome("not compiled", (CompilerFinding("compiler-failed", why, name),))
             continue
-        broken = [finding.rule for finding in report.findings if name in finding.programs]
+        broken = [finding.rule for finding in _own(report, name)]
         outcomes[name] = read_run(name, runs[name], module.module, version=version, timeout=timeout, found=broken)
     return Comparison(version, flags, report, modules, outcomes)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend import core
+from jax.interpreters import partial_eval
 
 from trainfw.checking.report import Finding
 from trainfw.hlo import Place, user_place
-
-if TYPE_CHECKING:
-    import jax
-    from jax.extend import core
 
 _LISTED = {
     *("bool", "bfloat16", "float16", "float32", "int32", "uint32", "uint8"),
@@ -33,8 +34,6 @@ _SPARSE = ("bcoo_", "bcsr_", "coo_", "csr_")
 
 def read_jaxpr(closed: core.ClosedJaxpr) -> list[Finding]:
     """List findings in a jax.core.ClosedJaxpr, of rules that count on any target."""
-    from jax.interpreters import partial_eval
-
     findings: list[Finding] = []
     seen: dict[tuple[int, Place | None, str], Any] = {}
 
@@ -62,8 +61,6 @@ def read_jaxpr(closed: core.ClosedJaxpr) -> list[Finding]:
 
 def meshes_in(closed: core.ClosedJaxpr) -> list[jax.sharding.Mesh | jax.sharding.AbstractMesh]:
     """List the meshes, abstract too, that a jax.core.ClosedJaxpr names: of shard_maps, constraints, inner jits."""
-    import jax
-
     meshes: dict[Any, None] = {}
     for name, value in (item for eqn in _equations(closed.jaxpr) for item in eqn.params.items()):
         if name == "mesh" and isinstance(value, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
@@ -88,8 +85,6 @@ def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 def eqn_place(eqn: Any) -> Place | None:
     """Return the user's line that made an equation; None inside JAX's own jitted functions."""
-    from jax._src import source_info_util
-
     if eqn.source_info.traceback is None:
         return None
     frames = source_info_util.user_frames(eqn.source_info.traceback)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from trainfw.backends import Sdk
 from trainfw.checking.report import CollectiveSum, Finding, Memory
 from trainfw.hardware import Topology
 from trainfw.hlo import Collective, Module, Partitioned, collectives_of
-
-if TYPE_CHECKING:
-    import jax
+from trainfw.parallel import group_problem, permute_problem
 
 _WRITTEN_OUT = {
     *("dot", "convolution", "gather", "scatter", "sort", "concatenate", "dynamic-update-slice", "custom-call"),
@@ -61,7 +61,7 @@ def sum_collectives(module: Module, mesh: jax.sharding.Mesh | None) -> tuple[Col
         axes = collective.axes(mesh) if mesh is not None else None
         total = counts[collective.kind, collective.scattered, axes, collective.dtype, collective.group_size]
         total[0] += collective.times
-        total[1] += collective.total_bytes
+        total[1] += collective.bytes * collective.times
     rows = [
         CollectiveSum(kind, scattered, axes, dtype, group_size, count, size)
         for (kind, scattered, axes, dtype, group_size), (count, size) in counts.items()
@@ -76,8 +76,6 @@ def memory_of(
 
     Where they do not say how they are split, the function may (`jax.jit(..., in_shardings=...)`).
     """
-    import jax
-
     compiled = partitioned.compiled if partitioned is not None else None
     of_inputs = () if compiled is None else compiled.input_shardings[0]
     chosen: list[Any] = jax.tree.leaves(of_inputs, is_leaf=lambda sharding: sharding is None)
@@ -123,8 +121,6 @@ def _groups(
     found: list[Collective], cores: list[int], mesh: jax.sharding.Mesh | None, topology: Topology
 ) -> Iterator[Finding]:
     """Report one finding for each set of groups that is refused, at the first collective that uses it."""
-    from trainfw.parallel import group_problem, permute_problem
-
     by_groups: dict[Any, list[Collective]] = defaultdict(list)
     for collective in found:
         by_groups[_key(collective)].append(collective)
@@ -189,8 +185,6 @@ def _finding(rule: str, message: str, collective: Collective, count: int = 1) ->
 
 
 def _itemsize(dtype: Any) -> int:
-    import jax
-
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype)).size * 4
     return dtype.itemsize

@@ -3,16 +3,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 from trainfw import backends
 from trainfw.backends import Sdk, for_topology, load_sdk
+from trainfw.checking.arguments import hardware_of_function, refuse_arguments, topology_to_check
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic, targets_in
 from trainfw.checking.partitioned import (
     is_partitioned,
@@ -25,15 +28,13 @@ from trainfw.checking.partitioned import (
 from trainfw.checking.report import Finding, Report, merged, on_target
 from trainfw.checking.rules import Target
 from trainfw.checking.stablehlo import read_stablehlo
-from trainfw.errors import UserError
-from trainfw.hardware import Topology, load_topology, topology_names
+from trainfw.errors import UserError, first_line
+from trainfw.hardware import Topology
 from trainfw.hlo import Partitioned, Place, partition, user_place, without_compilation_cache
+from trainfw.parallel import physical_order
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
 
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
-
     from trainfw.program import Program
 
 Progress = Callable[[str], None]
@@ -48,29 +49,6 @@ _SHAPES = (
 
 _FATAL = {"TopK", "SliceToDynamic"}
 """Custom calls that XLA takes for its own, of operands and results of its own, and dies of others (jaxlib 0.10.2)."""
-
-
-@overload
-def check(
-    fn: RecipeLike,
-    *,
-    hardware: str | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    sdk: str | None = None,
-) -> Report: ...
-
-
-@overload
-def check(
-    fn: Callable[..., object],
-    *abstract_args: object,
-    hardware: str | Topology | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    sdk: str | Sdk | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Report: ...
 
 
 def check(
@@ -107,57 +85,20 @@ def check(
         return _check_recipe(fn, hardware, count, lnc, sdk)
     release = sdk if isinstance(sdk, Sdk) else load_sdk(sdk)
     topology = hardware_of_function(hardware, count, lnc)
-    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
-    return _check({name: (jitted, arguments)}, mesh, topology, release, lambda _: None)
-
-
-def hardware_of_function(hardware: str | Topology | None, count: int | None, lnc: int | None) -> Topology:
-    """The topology that a function is read for."""
-    if isinstance(hardware, Topology):
-        return hardware
-    return load_topology(
-        "trn2-ultraserver" if hardware is None else hardware, count=1 if count is None else count, lnc=lnc
-    )
-
-
-def refuse_arguments(abstract_args: tuple[object, ...], mesh: object) -> None:
-    """Raise UserError for what only a function takes, where a recipe is given."""
-    if abstract_args or mesh is not None:
-        given = "mesh" if mesh is not None else f"{abstract_args[0]!r:.60}"
-        raise UserError(
-            f"{given}: goes with a function, and a recipe is given, which says both; change it with "
-            "trainfw.load_recipe(recipe, {'train.steps': 5})"
-        )
+    return _check([_called(fn, abstract_args, mesh)], topology, release, lambda _: None)
 
 
 def read_function(
     fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None, topology: Topology
 ) -> Reading:
     """Read a function for its collectives and memory alone. Raises UserError as `check` does, and where XLA fails."""
-    name, jitted, arguments, mesh = _called(fn, abstract_args, mesh)
-    if mesh is not None:
-        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
+    called = _called(fn, abstract_args, mesh)
+    _check_size(called.mesh, topology)
     with without_compilation_cache(), ThreadPoolExecutor() as pool:
-        reading = begin(pool, name, jitted, arguments, mesh, neuron=False)()
+        reading = begin(pool, called, neuron=False)()
     if reading.partitioned is None:
-        raise UserError(f"{name} cannot be compiled here: {reading.findings[-1].message}")
+        raise UserError(f"{called.name} cannot be compiled here: {reading.findings[-1].message}")
     return reading
-
-
-def topology_to_check(recipe: Recipe) -> Topology:
-    """The hardware of a recipe. Raises UserError where it names none, or more cores than can be simulated."""
-    topology = recipe.hardware.load()
-    if topology is None:
-        names = ", ".join(topology_names())
-        raise recipe.error("hardware.topology", f"nothing to check for; expected one of {names}")
-    if topology.cores > backends.MAX_SIMULATED:
-        most = backends.MAX_SIMULATED
-        raise recipe.error(
-            "hardware.count",
-            f"{topology.name} x {topology.count} has {topology.cores:,} cores; a check simulates {most:,} at most; "
-            f"try count={most * topology.count // topology.cores}",
-        )
-    return topology
 
 
 def _check_recipe(
@@ -167,8 +108,6 @@ def _check_recipe(
         raise UserError("hardware, sdk: expected names, with a recipe; such as hardware='trn2.48xlarge'")
     recipe = load_recipe_for(given, hardware, count, lnc, sdk)
     topology = topology_to_check(recipe)
-    import jax
-
     from trainfw.program import build_program
 
     backends.lend(topology.cores)
@@ -184,12 +123,17 @@ def _check_recipe(
         return check_program(program, topology=topology, sdk=load_sdk(recipe.hardware.sdk))
 
 
-def _called(
-    fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None
-) -> tuple[str, Any, tuple[object, ...], jax.sharding.Mesh | None]:
-    """(name, jitted, arguments, mesh) of a function that is to be traced."""
-    import jax
+@dataclass(frozen=True)
+class Called:
+    """A jitted function, and what it is to be traced for."""
 
+    name: str
+    jitted: Any
+    arguments: tuple[object, ...]
+    mesh: jax.sharding.Mesh | None
+
+
+def _called(fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None) -> Called:
     if not callable(fn):
         raise UserError(f"fn = {fn!r:.60}: expected a function, or a recipe, such as 'quickstart'")
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
@@ -209,7 +153,7 @@ def _called(
         arguments = jax.tree.map(
             lambda a: for_all(a.shape, a.dtype) if hasattr(a, "shape") and not _is_split(a) else a, arguments
         )
-    return getattr(fn, "__name__", "function"), jitted, arguments, mesh
+    return Called(getattr(fn, "__name__", "function"), jitted, arguments, mesh)
 
 
 @dataclass(frozen=True)
@@ -228,8 +172,6 @@ class Reading:
 
     def cores(self, topology: Topology) -> np.ndarray:
         """The physical core of each partition. Raises UserError where the hardware has fewer."""
-        import numpy as np
-
         return np.asarray(_physical_cores(self.devices, topology))
 
 
@@ -237,31 +179,17 @@ def check_program(
     program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
     """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
-    return _check(steps_of(program), program.mesh, topology, sdk or load_sdk(), progress or (lambda _: None))
+    called = [Called(one.name, one.jitted, one.arguments, program.mesh) for one in program.functions.values()]
+    return _check(called, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
-def steps_of(program: Program) -> dict[str, tuple[jax.stages.Wrapped, tuple[object, ...]]]:
-    """Name the jitted functions of a `trainfw.Program`, each with its abstract arguments."""
-    return {function.name: (function.jitted, function.arguments) for function in program.functions.values()}
-
-
-def _check(
-    functions: Mapping[str, tuple[jax.stages.Wrapped, tuple[object, ...]]],
-    mesh: jax.sharding.Mesh | None,
-    topology: Topology,
-    sdk: Sdk,
-    progress: Progress,
-) -> Report:
-    """Check jitted functions with their arguments. Collectives are reported of the first, memory of the largest."""
-    if mesh is not None:
-        _physical_cores(mesh.devices.flat, topology)  # is the hardware large enough?
+def _check(called: Sequence[Called], topology: Topology, sdk: Sdk, progress: Progress) -> Report:
+    """Check functions on one mesh. Collectives are reported of the first, memory of the largest."""
+    _check_size(called[0].mesh, topology)
     neuron = for_topology(topology).has_sdk
     # XLA compiles one function while the next is traced, and beside it.
     with without_compilation_cache(), ThreadPoolExecutor() as pool:
-        begun = [
-            begin(pool, name, fn, arguments, mesh, progress, neuron=neuron)
-            for name, (fn, arguments) in functions.items()
-        ]
+        begun = [begin(pool, one, progress, neuron=neuron) for one in called]
         return judge([finish() for finish in begun], topology, sdk)
 
 
@@ -295,26 +223,18 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
 
 
 def begin(
-    pool: Executor,
-    name: str,
-    function: jax.stages.Wrapped,
-    arguments: tuple[object, ...],
-    mesh: jax.sharding.Mesh | None,
-    progress: Progress = lambda _: None,
-    *,
-    neuron: bool = True,
+    pool: Executor, called: Called, progress: Progress = lambda _: None, *, neuron: bool = True
 ) -> Callable[[], Reading]:
-    """Read a jitted function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
+    """Read a function, as far as it can be read, and have it partitioned in `pool`; the rest when called.
 
     `neuron`: for Neuron's rules, and not for memory and collectives alone.
     """
-    import jax
-
+    name, mesh = called.name, called.mesh
     found: list[Finding] = []
     progress(f"tracing {name}")
     with contextlib.ExitStack() as context:
         try:
-            traced = _trace(name, function, arguments, mesh, context)
+            traced = _trace(called, context)
         except Exception as error:
             if neuron and _is_about_shapes(error):
                 finding = Finding("shape-dynamic", first_line(error), _raised_at(error))
@@ -331,37 +251,30 @@ def begin(
             found += _lowered_findings(traced, name, {finding.rule for finding in found})
 
     def finish() -> Reading:
-        leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape")]
+        leaves = [leaf for leaf in jax.tree.leaves(called.arguments) if hasattr(leaf, "shape")]
         taken = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in jax.tree.leaves(traced.args_info)]
         if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in taken]:
             leaves = taken
         partitioned, problem = begun.result() if begun is not None else (None, why)
         if partitioned is None:
             return Reading(name, (*found, Finding("not-partitioned", problem)), tuple(leaves))
-        devices = _devices(partitioned, traced, mesh)
         step = partitioned.compiled
         shardings = jax.tree.leaves((step.input_shardings, step.output_shardings)) if step is not None else []
         meshes = [s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
         concrete = [m for m in (mesh, *meshes_in(traced.jaxpr), *meshes) if isinstance(m, jax.sharding.Mesh)]
+        devices = _devices(partitioned, concrete)
         named = next((m for m in concrete if list(m.devices.flat) == devices), None)
         return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
 
     return finish
 
 
-def _trace(
-    name: str,
-    function: jax.stages.Wrapped,
-    arguments: tuple[object, ...],
-    mesh: jax.sharding.Mesh | None,
-    context: contextlib.ExitStack,
-) -> jax.stages.Traced:
-    """Trace, in the context of `mesh` (left to `context` to leave) where the function names none that has devices."""
-    import jax
+def _trace(called: Called, context: contextlib.ExitStack) -> jax.stages.Traced:
+    """Trace, in the context of the mesh (left to `context` to leave) where the function names none with devices."""
 
     def trace() -> jax.stages.Traced:
         try:
-            traced = function.trace(*arguments)
+            traced = called.jitted.trace(*called.arguments)
         except (
             jax.errors.ConcretizationTypeError,
             jax.errors.TracerIntegerConversionError,
@@ -369,28 +282,25 @@ def _trace(
         ) as error:
             if _is_about_shapes(error):
                 raise
-            raise UserError(
-                f"{name} needs a value that is known only when it runs, at {_raised_at(error)}: {first_line(error)}"
-            ) from error
+            needs = f"{called.name} needs a value that is known only when it runs, at {_raised_at(error)}"
+            raise UserError(f"{needs}: {first_line(error)}") from error
         traced = getattr(traced, "traced", traced)  # what flax.nnx.jit wraps
         if not isinstance(traced, jax.stages.Traced):
-            raise UserError(f"{function}: expected a function, or what jax.jit or flax.nnx.jit returns")
+            raise UserError(f"{called.jitted}: expected a function, or what jax.jit or flax.nnx.jit returns")
         return traced
 
     traced = trace()
     abstract = [isinstance(mesh, jax.sharding.AbstractMesh) for mesh in meshes_in(traced.jaxpr)]
     if not (abstract and all(abstract) and jax.sharding.get_mesh().empty):
         return traced
-    if mesh is None:
-        raise UserError(f"{name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
-    context.enter_context(jax.set_mesh(mesh))
+    if called.mesh is None:
+        raise UserError(f"{called.name} names a mesh without devices (AbstractMesh): pass mesh=. {_SIMULATE}")
+    context.enter_context(jax.set_mesh(called.mesh))
     return trace()
 
 
 def _is_about_shapes(error: Exception) -> bool:
     """Tell whether a program failed to trace because a shape depends on values, rather than on other use of one."""
-    import jax
-
     if isinstance(error, jax.errors.NonConcreteBooleanIndexError):
         return True
     text = str(error)
@@ -431,8 +341,6 @@ def _lower(traced: jax.stages.Traced, name: str) -> tuple[jax.stages.Lowered | N
 
 
 def _partition(lowered: jax.stages.Lowered) -> tuple[Partitioned | None, str]:
-    import jax
-
     try:
         partitioned = partition(lowered, backends.current().compiler_options)
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -448,28 +356,28 @@ def _raise_what_is_wrong_anywhere(name: str, error: Exception, other: Exception)
         raise UserError(f"{name} cannot be lowered for any device: {first_line(error)}") from error
 
 
-def _devices(partitioned: Partitioned, traced: jax.stages.Traced, mesh: jax.sharding.Mesh | None) -> list[jax.Device]:
-    import jax
-
+def _devices(partitioned: Partitioned, meshes: Iterable[jax.sharding.Mesh]) -> list[jax.Device]:
     count = partitioned.module.num_partitions
     if partitioned.compiled is not None:
         devices = list(partitioned.compiled.runtime_executable().local_devices())
         if len(devices) == count:
             return devices
-    for candidate in (mesh, *meshes_in(traced.jaxpr)):
-        if isinstance(candidate, jax.sharding.Mesh) and candidate.size == count:
-            return list(candidate.devices.flat)
+    for mesh in meshes:
+        if mesh.size == count:
+            return list(mesh.devices.flat)
     if count == 1:
         return jax.devices()[:1]
     raise UserError(f"the program is for {count} devices, and nothing says which: pass mesh=, a jax Mesh of them")
 
 
+def _check_size(mesh: jax.sharding.Mesh | None, topology: Topology) -> None:
+    """Raise UserError where the hardware is smaller than the mesh."""
+    if mesh is not None:
+        _physical_cores(mesh.devices.flat, topology)
+
+
 def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[int]:
     """Return the core of each of these: devices in order of process and number stand for cores in theirs."""
-    import jax
-
-    from trainfw.parallel import physical_order
-
     devices = list(devices)
     rank = {device: number for number, device in enumerate(physical_order([*{*jax.devices(), *devices}]))}
     cores = [rank[device] for device in devices]
@@ -480,25 +388,19 @@ def _physical_cores(devices: Iterable[jax.Device], topology: Topology) -> list[i
 
 
 def _versions(sdk: Sdk) -> Iterable[Finding]:
-    import jax
-
-    def number(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
     python = "{}.{}".format(*sys.version_info)
-    for rule, name, version, (low, high) in (
+    for rule, name, version, bounds in (
         ("sdk-version", "JAX", jax.__version__, sdk.jax),
         ("sdk-python", "Python", python, sdk.python),
     ):
-        if not number(low) <= number(version) <= number(high):
-            yield Finding(rule, f"checked with {name} {version}; SDK {sdk.version} supports {low} to {high}")
+        if not backends.supports(bounds, version):
+            message = f"checked with {name} {version}; SDK {sdk.version} supports {bounds[0]} to {bounds[1]}"
+            yield Finding(rule, message)
 
 
 def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
     """Drop an argument's values, over `mesh` where its own has no devices. Python's own numbers stay: they are
     of weak type."""
-    import jax
-
     if not hasattr(leaf, "shape"):
         return leaf
     sharding = getattr(leaf, "sharding", None)
@@ -511,15 +413,9 @@ def _abstract(leaf: object, mesh: jax.sharding.Mesh | None) -> object:
 
 
 def _is_split(leaf: object) -> bool:
-    import jax
-
     return isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)
 
 
 def _raised_at(error: BaseException) -> Place | None:
     frames = list(traceback.walk_tb(error.__traceback__))
     return user_place(Place(frame.f_code.co_filename, line) for frame, line in reversed(frames))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

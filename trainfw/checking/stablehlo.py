@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 
 from trainfw.checking.report import Finding
 from trainfw.checking.rules import custom_calls, known_operators
@@ -20,9 +23,6 @@ from trainfw.checking.values import (
     terminator,
 )
 from trainfw.hlo import Place, count_trips, user_place
-
-if TYPE_CHECKING:
-    from jaxlib.mlir import ir
 
 _COMPARISONS = ("LT", "LE", "GT", "GE")
 _COMBINING = ("add", "multiply", "maximum", "minimum", "and", "or", "xor")
@@ -293,8 +293,6 @@ def _trip_count(op: Any, arguments: Arguments) -> int | None:
 
 def _constant(value: Any) -> float | None:
     """Read the one number that a constant array holds."""
-    from jaxlib.mlir import ir
-
     op = owner_of(value)
     while op is not None and op.name in ("stablehlo.broadcast_in_dim", "stablehlo.convert", "stablehlo.reshape"):
         value = op.operands[0]
@@ -313,23 +311,17 @@ def _element(value: ir.Value) -> object:
 
 def _is_integer(value: ir.Value) -> bool:
     """Tell whether an array is of integers, booleans aside."""
-    from jaxlib.mlir import ir
-
     element = _element(value)
     return isinstance(element, ir.IntegerType) and element.width > 1
 
 
 def _bits(value: ir.Value) -> int:
     """Count the bits of an integer or boolean; 32 for what is neither."""
-    from jaxlib.mlir import ir
-
     element = _element(value)
     return element.width if isinstance(element, ir.IntegerType) else 32
 
 
 def _dims(op: ir.Operation, name: str) -> list[int]:
-    from jaxlib.mlir.dialects import stablehlo
-
     if op.name == "stablehlo.gather":
         return list(getattr(stablehlo.GatherDimensionNumbers(op.attributes["dimension_numbers"]), name))
     return list(getattr(stablehlo.ScatterDimensionNumbers(op.attributes["scatter_dimension_numbers"]), name))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxlib.mlir import ir
+
 _FOLDED: dict[str, Callable[..., int]] = {
     "stablehlo.add": operator.add,
     "stablehlo.subtract": operator.sub,
@@ -64,8 +66,6 @@ def forget() -> None:
 @functools.cache  # a value may be reached in many ways
 def integer_of(value: Any, arguments: Arguments) -> int | None:
     """Compute the value of an integer scalar in a function called with `arguments`; None where it is not known."""
-    from jaxlib.mlir import ir
-
     if getattr(value.type, "rank", 0):
         return None
     op = owner_of(value)
@@ -100,8 +100,6 @@ def integer_of(value: Any, arguments: Arguments) -> int | None:
 @functools.cache
 def range_of(value: Any, arguments: Arguments) -> Range | None:
     """Find the range of an array of integers (or booleans), as `integer_of`; None where it is not known exactly."""
-    from jaxlib.mlir import ir
-
     if not isinstance(getattr(value.type, "element_type", None), ir.IntegerType):
         return None
     if not value.type.has_static_shape or 0 in value.type.shape:
@@ -158,8 +156,6 @@ def _compared(direction: str, left: Range, right: Range) -> bool | None:
 
 
 def _constant_range(op: Any) -> Range | None:
-    from jaxlib.mlir import ir
-
     try:
         elements = ir.DenseIntElementsAttr(op.attributes["value"])
     except ValueError:
@@ -191,8 +187,6 @@ def argument_of(value: Any, region: Any) -> int | None:
 
 def _returned(call: Any, value: Any) -> Any:
     """Find what a called function returns as this result of the call."""
-    from jaxlib.mlir import ir
-
     module = call
     while module.parent is not None:
         module = module.parent.operation

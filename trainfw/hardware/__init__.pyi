@@ -4,7 +4,6 @@ from .figures import in_any_unit as in_any_unit
 from .figures import in_seconds as in_seconds
 from .topology import MAX_COUNT as MAX_COUNT
 from .topology import Dimension as Dimension
-from .topology import Link as Link
 from .topology import Topology as Topology
 from .topology import load_topology as load_topology
 from .topology import peak_flops as peak_flops

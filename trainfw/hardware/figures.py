@@ -21,22 +21,17 @@ _SCALES = {unit: (dimension, scale) for dimension, units in _UNITS.items() for u
 _QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%]*)\s*")
 
 
-def quantity(text: object) -> float:
-    """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number,
-    in SI base units and bytes.
-
-    Raises ValueError for anything else.
-    """
-    return parsed(text)[0]
-
-
 def units(of: str) -> str:
     """List the units of a dimension as ` (GB/s, GiB/s, ...)`; of a plain number, nothing."""
     return "" if "" in _UNITS[of] else f" ({', '.join(_UNITS[of])})"
 
 
 def parsed(text: object) -> tuple[float, str]:
-    """Parse as `quantity` does, and name the dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`."""
+    """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number:
+    (the quantity in SI base units and bytes, its dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`).
+
+    Raises ValueError for anything else.
+    """
     match = _QUANTITY.fullmatch(str(text))
     if match is None or match[2] not in _SCALES:
         raise ValueError(f"{text!r}: expected a number and one of the units {', '.join(filter(None, _SCALES))}")
@@ -78,7 +73,7 @@ class Claim(Config):
     @model_validator(mode="after")
     def _is_a_quantity(self) -> Claim:
         try:
-            quantity(self.value)
+            parsed(self.value)
         except ValueError as error:
             invalid("value", str(error))
         return self
@@ -95,7 +90,7 @@ class Figure(Claim):
     @property
     def number(self) -> float:
         """Return the figure in SI base units and bytes."""
-        return quantity(self.value)
+        return parsed(self.value)[0]
 
     @property
     def doubtful(self) -> bool:

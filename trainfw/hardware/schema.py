@@ -10,8 +10,6 @@ from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
 from trainfw.hardware.figures import Figure, Flops, Number, Rate, Seconds, Share, Size
 
-DimensionKind = Literal["ring", "line", "switch", "network"]
-
 
 class LinkFile(Config):
     """One kind of link."""
@@ -131,7 +129,7 @@ class DimensionFile(Config):
 
     name: str
     size: PositiveInt
-    kind: DimensionKind
+    kind: Literal["ring", "line", "switch", "network"]
     link: str
     """The one of `links` that joins neighbours along it."""
     inside_instance: bool = True
@@ -211,7 +209,7 @@ class TopologyFile(Config):
     rules: Literal["neuron"] | None = None
     """Name of the backend whose rules on collective groups hold here."""
     core_links: list[list[int]] = []
-    """Cores of an instance that the links join, at the default LNC, where a document shows it."""
+    """Cores of an instance that the links join, at the default LNC, where a document shows it: tests hold us to it."""
     host_memory: Size | None = None
     """Host memory of one unit."""
     reliability: ReliabilityFile

@@ -83,11 +83,8 @@ class Topology:
     """Group shapes inside an instance that documents list. None: no document restricts or lists them."""
     rules: str | None
     """Name of the backend whose rules hold, such as `neuron`; None for none (`backends.for_topology`)."""
-    core_links: tuple[tuple[int, int], ...]
     figures: Mapping[str, Figure]
     """Every figure by its dotted name, such as `links.neuronlink.bandwidth`: what `hardware.parameters` overrides."""
-    totals: Mapping[str, Figure]
-    """Figures of one unit, as the sources have them."""
     sources: tuple[str, ...]
     kubernetes: KubernetesFile | None = None
     """Names in Kubernetes; None where no document says."""
@@ -288,9 +285,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         },
         groups=None if file.groups is None else tuple(file.groups[lnc]),
         rules=file.rules,
-        core_links=tuple((a, b) for a, b in file.core_links if lnc == next(iter(chip.device_kinds))),
         figures=figures,
-        totals=file.totals,
         sources=tuple(file.sources),
         kubernetes=file.kubernetes,
     )

@@ -1,17 +1,13 @@
 from .buffers import Assignment as Assignment
 from .buffers import Buffer as Buffer
-from .buffers import parse_assignment as parse_assignment
 from .communication import Collective as Collective
-from .communication import axes_of as axes_of
 from .communication import collectives_of as collectives_of
-from .groups import parse_groups as parse_groups
 from .module import Computation as Computation
 from .module import Instruction as Instruction
 from .module import Module as Module
 from .module import Place as Place
 from .module import Shape as Shape
 from .module import count_trips as count_trips
-from .module import is_library as is_library
 from .module import user_place as user_place
 from .parse import parse_module as parse_module
 from .partitioning import Exported as Exported

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from trainfw.hlo.module import Shape
 
-_ALLOCATION = re.compile(r"allocation (\d+): size (\d+), (.*):")
+_ALLOCATION = re.compile(r"allocation \d+: size \d+, (.*):")
 _VALUE = re.compile(
     r" value: <\d+ ([\w.\-]+)(?:\{([\d,]*)\})? (?:\(phi\) )?@\d+> "
     r"\(size=(\d+),offset=(\d+)\): (?:([a-z]\w*)\[([\d,]*)\])?"
@@ -42,8 +42,6 @@ class Buffer:
 class Assignment:
     """The temporaries of a compiled module."""
 
-    size: int
-    """Bytes of the allocations that hold them."""
     buffers: tuple[Buffer, ...]
     schedule: tuple[str, ...]
     """Names of instructions in the order in which they run, loops' bodies written out once."""
@@ -60,12 +58,11 @@ def parse_assignment(assignment: str, live_ranges: str) -> Assignment:
             schedule.append(match[2])
         elif line.startswith("  Live ranges"):
             break
-    size, temporary = 0, False
+    temporary = False
     buffers: list[Buffer] = []
     for line in assignment.splitlines():
         if match := _ALLOCATION.match(line):
-            temporary = "preallocated-temp" in match[3]
-            size += int(match[2]) * temporary
+            temporary = "preallocated-temp" in match[1]
         elif temporary and (match := _VALUE.match(line)):
             name, index = match[1], match[2] or ""
             dims = tuple(int(dim) for dim in (match[6] or "").split(",") if dim)
@@ -74,7 +71,7 @@ def parse_assignment(assignment: str, live_ranges: str) -> Assignment:
             if (name, index) in ranges:
                 start, end = ranges[name, index]
                 buffers.append(Buffer(name, place, shape, int(match[3]), int(match[4]), start, end, end))
-    return Assignment(size, tuple(_handed_on(buffers)), tuple(schedule))
+    return Assignment(tuple(_handed_on(buffers)), tuple(schedule))
 
 
 def _handed_on(buffers: Iterable[Buffer]) -> Iterator[Buffer]:

@@ -1,20 +1,15 @@
 """The collectives of a module: what kind, how many bytes, among whom, how often."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trainfw.hlo.groups import Groups, parse_groups, parse_pairs
 from trainfw.hlo.module import Computation, Instruction, Module
-
-if TYPE_CHECKING:
-    import jax
 
 KINDS = (
     "all-reduce",
@@ -51,23 +46,13 @@ class Collective:
         """Count the devices of a group; of a permute, the longest chain or ring of transfers."""
         return max((len(group) for group in self.groups), default=0) or _longest_chain(self.pairs)
 
-    @property
-    def total_bytes(self) -> int:
-        return self.bytes * self.times
-
     def axes(self, mesh: Any) -> tuple[str, ...] | None:
         """Return the mesh axes it runs along; None when it is not along whole axes."""
-        if not self.pairs:
-            return axes_of(mesh, self.groups)
-        sizes = _sizes(mesh)
-        places = [(_place(a, sizes), _place(b, sizes)) for a, b in self.pairs]
-        return tuple(axis for axis in sizes if any(a[axis] != b[axis] for a, b in places))
+        return self.spanned(mesh) if self.pairs else axes_of(mesh.shape, self.groups)
 
     def spanned(self, mesh: Any) -> tuple[str, ...]:
         """Return the mesh axes along which members of a group differ, wholly or in part."""
-        sizes = _sizes(mesh)
-        groups = [[_place(device, sizes) for device in group] for group in self.groups or self.pairs]
-        return tuple(axis for axis in sizes if any(len({place[axis] for place in group}) > 1 for group in groups))
+        return _spanned(mesh.shape, self.groups or self.pairs)
 
 
 def collectives_of(module: Module) -> list[Collective]:
@@ -142,14 +127,12 @@ def _by_partition(slice_: Instruction, computation: Computation) -> bool:
     return False
 
 
-def axes_of(mesh: jax.sharding.Mesh | Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
+def axes_of(sizes: Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...] | None:
     """List the axes of a mesh that the groups span, in its order; None when not all groups are lines along whole axes.
 
     Devices are numbered by place in the flattened mesh; the order inside a group, and of groups, does not matter.
     """
-    sizes = _sizes(mesh)
-    first = [_place(device, sizes) for device in groups[0]]
-    axes = tuple(axis for axis in sizes if len({place[axis] for place in first}) > 1)
+    axes = _spanned(sizes, groups[:1])
     return axes if {frozenset(group) for group in groups} == _lines(tuple(sizes.items()), axes) else None
 
 
@@ -161,26 +144,20 @@ def _lines(sizes: tuple[tuple[str, int], ...], axes: tuple[str, ...]) -> frozens
     return frozenset(map(frozenset, devices.reshape(-1, math.prod(shape[number] for number in along)).tolist()))
 
 
-def _sizes(mesh: jax.sharding.Mesh | Mapping[str, int]) -> dict[str, int]:
-    return dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
-
-
-def _place(device: int, sizes: dict[str, int]) -> dict[str, int]:
-    place: dict[str, int] = {}
-    for axis in reversed(sizes):
-        device, place[axis] = divmod(device, sizes[axis])
-    return place
+def _spanned(sizes: Mapping[str, int], groups: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """List the axes along which members of a group differ."""
+    shape = tuple(sizes.values())
+    places = [np.unravel_index(group, shape) for group in groups]
+    return tuple(axis for i, axis in enumerate(sizes) if any(np.ptp(place[i]) for place in places))
 
 
 def _longest_chain(pairs: Iterable[tuple[int, int]]) -> int:
     to = dict(pairs)
-    longest = 0
-    for start in to:
-        at, length = start, 1
-        while at in to and length <= len(to):
-            at = to[at]
-            if at == start:
-                break
-            length += 1
-        longest = max(longest, length)
-    return longest
+
+    def length(start: int) -> int:
+        seen, at = {start}, start
+        while (at := to.get(at, start)) not in seen:
+            seen.add(at)
+        return len(seen)
+
+    return max(map(length, to), default=0)

@@ -12,7 +12,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _TRANSPOSED = re.compile(r"(?:\[[\d,]+\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?$")
-_MESH = re.compile(r"mesh\[([^\]]*)\](?:,\s*device_ids=\((.*)\))?\s*\{([^}]*)\}")
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*)\))?\s*\{([^}]*)\}")
 _AXIS = re.compile(r"['\"]?([\w.\-]+)['\"]?=(\d+)")
 _AXIS_REFERENCE = re.compile(r"['\"]?([\w.\-]+)['\"]?(?::\((\d+)\)(\d+))?")
 

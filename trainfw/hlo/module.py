@@ -54,6 +54,7 @@ _FOLDED: dict[str, Callable[..., int]] = {
 }
 """Arithmetic of integer scalars."""
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+"""Bits of an element, of dtypes whose first number does not say it."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,11 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.dims) * bits(self.dtype) // 8
+        bits = _BITS[self.dtype] if self.dtype in _BITS else int(re.findall(r"\d+", self.dtype)[0])
+        return math.prod(self.dims) * bits // 8
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
-
-
-def bits(dtype: str) -> int:
-    """Count the bits of one element: `bf16` 16, `s4` 4, `f8e4m3fn` 8."""
-    return _BITS[dtype] if dtype in _BITS else int(re.findall(r"\d+", dtype)[0])
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,6 @@ class Computation:
 class Module:
     """One program as one partition runs it: every shape is one device's."""
 
-    name: str
     num_partitions: int
     entry: str
     computations: Mapping[str, Computation] = field(repr=False)
@@ -197,8 +193,7 @@ class Module:
                 trips = self.trip_count(name, instruction)
                 yield attributes["body"].lstrip("%"), 1 if trips is None else trips
             case "call" | "fusion" | "async-start":
-                called = attributes.get("to_apply") or attributes.get("calls")
-                if called:
+                if called := attributes.get("to_apply") or attributes.get("calls"):
                     yield called.lstrip("%"), 1
             case "conditional":
                 for key in ("branch_computations", "true_computation", "false_computation"):

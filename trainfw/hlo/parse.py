@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from trainfw.hlo.module import Computation, Instruction, Module, Place, Shape, user_place
 
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -15,16 +18,15 @@ _LAYOUT = re.compile(r"\{[^}]*\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_SOURCE = re.compile(r'source_file="((?:[^"\\]|\\.)*)"(?:.*?source_line=(\d+))?')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
+_Places: TypeAlias = Callable[[int], Place | None]
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
 def parse_module(text: str) -> Module:
-    """Read what XLA dumps (`*.txt`). Places come from its stack frame tables, or from the older `source_file`."""
+    """Read what XLA dumps (`*.txt`), with its tables of stack frames."""
     lines = iter(text.splitlines())
     header = next(line for line in lines if line.startswith("HloModule"))
-    name = header.split()[1].rstrip(",")
     partitions = re.search(r"num_partitions=(\d+)", header)
     tables: dict[str, dict[int, str]] = {table: {} for table in _TABLES}
     computations: dict[str, Computation] = {}
@@ -39,37 +41,31 @@ def parse_module(text: str) -> Module:
             table[int(number)] = value
         elif match := _HEADER.match(line):
             table = None
-            places = places or _Places(tables)
+            places = places or _places(tables)
             own = itertools.takewhile(lambda line: not line.startswith("}"), lines)
             found = [_instruction(_COMMENT.sub("", line), places) for line in own]
             computations[match[2]] = Computation(match[2], {one.name: one for one in found if one is not None})
             if match[1]:
                 entry = match[2]
-    return Module(name, int(partitions[1]) if partitions else 1, entry, computations)
+    return Module(int(partitions[1]) if partitions else 1, entry, computations)
 
 
-class _Places:
+def _places(tables: dict[str, dict[int, str]]) -> _Places:
     """Stack frame number -> the place in user code."""
+    frames = {number: _numbers(value) for number, value in tables["StackFrames"].items()}
+    locations = {number: _numbers(value) for number, value in tables["FileLocations"].items()}
+    files = {number: value.strip('"') for number, value in tables["FileNames"].items()}
+    # XLA has printed parents one too high, so that the outermost frame is its own parent.
+    offset = 1 if frames.get(1, {}).get("parent_frame_id") == 1 else 0
 
-    def __init__(self, tables: dict[str, dict[int, str]]):
-        self._frames = {number: _numbers(value) for number, value in tables["StackFrames"].items()}
-        self._locations = {number: _numbers(value) for number, value in tables["FileLocations"].items()}
-        self._files = {number: value.strip('"') for number, value in tables["FileNames"].items()}
-        # XLA has printed parents one too high, so that the outermost frame is its own parent.
-        self._offset = 1 if self._frames.get(1, {}).get("parent_frame_id") == 1 else 0
-        self._known: dict[int, Place | None] = {}
-
-    def __getitem__(self, frame: int) -> Place | None:
-        if frame not in self._known:
-            self._known[frame] = user_place(self._chain(frame))
-        return self._known[frame]
-
-    def _chain(self, frame: int) -> Iterator[Place]:
-        while frame in self._frames:
-            location = self._locations[self._frames[frame]["file_location_id"]]
-            yield Place(self._files[location["file_name_id"]], location["line"])
-            parent = self._frames[frame].get("parent_frame_id", 0) - self._offset
+    def chain(frame: int) -> Iterator[Place]:
+        while frame in frames:
+            location = locations[frames[frame]["file_location_id"]]
+            yield Place(files[location["file_name_id"]], location["line"])
+            parent = frames[frame].get("parent_frame_id", 0) - offset
             frame = parent if parent != frame else 0
+
+    return functools.cache(lambda frame: user_place(chain(frame)))
 
 
 def _numbers(text: str) -> dict[str, int]:
@@ -90,10 +86,7 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
     opcode, inside = line[shape_end:opening].strip(), line[opening + 1 : end - 1]
     attributes = dict(_attributes(line[end:]))
     metadata = attributes.pop("metadata", "")
-    op_name, frame, source = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME, _SOURCE))
-    place = None if source is None else Place(source[1], int(source[2] or 0))
-    if frame is not None:
-        place = places[int(frame[1])]
+    op_name, frame = (pattern.search(metadata) for pattern in (_OP_NAME, _FRAME))
     return Instruction(
         name=match[2],
         opcode=opcode,
@@ -102,41 +95,27 @@ def _instruction(line: str, places: _Places) -> Instruction | None:
         literal=inside if opcode in ("constant", "parameter") else None,
         attributes=attributes,
         op_name=op_name[1] if op_name else "",
-        place=place,
+        place=places(int(frame[1])) if frame else None,
         is_root=bool(match[1]),
     )
 
 
 def _attributes(text: str) -> Iterator[tuple[str, str]]:
     """Split `, a=b, c={d, e=f}` into (a, b), (c, {d, e=f})."""
+    text = re.sub(r",\s*device_ids=", " device_ids=", text)  # of the mesh whose axes are named after them
     ends = [i for i, c, depth in _unquoted(text, 0) if c == "," and depth == 0]
-    pending: tuple[str, str] | None = None
     for start, end in itertools.pairwise([-1, *ends, len(text)]):
-        part = text[start + 1 : end].strip()
-        key, equals, value = part.partition("=")
-        if pending is not None and key == "device_ids":  # of the mesh whose axes are named after them
-            pending, equals = (pending[0], f"{pending[1]}, {part}"), ""
-        if pending is not None:
-            yield pending
-        pending = (key, value) if equals else None
-    if pending is not None:
-        yield pending
+        key, equals, value = text[start + 1 : end].strip().partition("=")
+        if equals:
+            yield key, value
 
 
 def _unquoted(text: str, start: int) -> Iterator[tuple[int, str, int]]:
-    """Yield (index, character, brackets open after it) of all that does not stand in quotes."""
-    depth, quoted, i = 0, False, start
-    while i < len(text):
-        c = text[i]
-        if quoted:
-            i += c == "\\"
-            quoted = c != '"'
-        elif c == '"':
-            quoted = True
-        else:
-            depth += (c in "([{") - (c in ")]}")
-            yield i, c, depth
-        i += 1
+    """Yield (index, character, brackets open after it) from `start` on, where what stands in quotes is quotes alone."""
+    depth = 0
+    for i, c in enumerate(_QUOTED.sub(lambda quoted: '"' * len(quoted[0]), text[start:]), start):
+        depth += (c in "([{") - (c in ")]}")
+        yield i, c, depth
 
 
 def _closing(text: str, opening: int) -> int:

@@ -65,18 +65,15 @@ def export(lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | boo
     Its instructions are numbered anew where the numbers do not fit 32 bits: see `trainfw.hlo.renumbering`.
     """
     with scratch_directory() as directory:
-        _, text = _compile(lowered, Path(directory), compiler_options, as_proto=True)
+        options = {**(compiler_options or {}), "xla_dump_hlo_as_proto": True}
+        _, text = _compile(lowered, Path(directory), options)
         proto = text.with_name(text.name.removesuffix(".txt") + ".hlo.pb")
         written = text.read_text()
         return Exported(parse_module(written), written, renumbered(module_of(proto.read_bytes())))
 
 
 def _compile(
-    lowered: jax.stages.Lowered,
-    directory: Path,
-    compiler_options: Mapping[str, str | bool] | None,
-    *,
-    as_proto: bool = False,
+    lowered: jax.stages.Lowered, directory: Path, compiler_options: Mapping[str, str | bool] | None
 ) -> tuple[jax.stages.Compiled | None, Path]:
     """Return the jax.stages.Compiled, None where the compiler gave up after partitioning, and the partitioned text."""
     options: dict[str, Any] = {
@@ -86,7 +83,6 @@ def _compile(
         # Machine code is written but never run: no time is spent on making it fast.
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
-        **({"xla_dump_hlo_as_proto": True} if as_proto else {}),
     }
     compiled, failure = None, None
     with without_compilation_cache():

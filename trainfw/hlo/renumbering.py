@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
 
 MOST = 2**31 - 1
 """The largest number that fits 32 bits with a sign."""
@@ -37,19 +35,14 @@ _FIELDS: dict[str, list[tuple[str, int, str, bool]]] = {
 
 
 def module_of(hlo_proto: bytes) -> bytes:
-    """Take the HloModuleProto out of a serialized HloProto, which is what XLA dumps. Raises ValueError."""
-    return bytes(_parsed("HloProto", hlo_proto).module.SerializeToString())
+    """Take the HloModuleProto out of a serialized HloProto, which is what XLA dumps."""
+    return bytes(_messages()["HloProto"].FromString(hlo_proto).module.SerializeToString())
 
 
 def renumbered(module: bytes) -> bytes:
-    """Number the instructions of a serialized HloModuleProto from 1 on; as it was where all fit and are unique.
-
-    Raises ValueError for bytes that are no such message, or refer to an instruction that is not there.
-    """
-    found = _parsed("HloModuleProto", module)
+    """Number the instructions of a serialized HloModuleProto from 1 on; as it was where all fit and are unique."""
+    found = _messages()["HloModuleProto"].FromString(module)
     given = [(i.id, computation.id) for computation in found.computations for i in computation.instructions]
-    if len(set(given)) < len(given):
-        raise ValueError("HLO: a computation has two instructions of one number")
     if len({number for number, _ in given}) == len(given) and all(number <= MOST for number, _ in given):
         return module
     # In their old order, by which XLA sorts instructions where it reads a module.
@@ -58,33 +51,21 @@ def renumbered(module: bytes) -> bytes:
         numbers[key][old] = new
     for computation in found.computations:
         own = numbers[computation.id]
-        computation.root_id = _new(computation.root_id, own)
+        computation.root_id = own[computation.root_id]
         for instruction in computation.instructions:
-            instruction.id = _new(instruction.id, own)
+            instruction.id = own[instruction.id]
             for references in (instruction.operand_ids, instruction.predecessors):
-                references[:] = [_new(number, own) for number in references]
+                references[:] = [own[number] for number in references]
     for entry in found.schedule.sequences:
         scheduled = entry.value.instruction_ids
-        scheduled[:] = [_new(number, numbers.get(entry.key, {})) for number in scheduled]
+        scheduled[:] = [numbers[entry.key][number] for number in scheduled]
     return bytes(found.SerializeToString())
 
 
 def instruction_ids(module: bytes) -> list[int]:
     """List the numbers of a serialized HloModuleProto's instructions in order."""
-    return [i.id for computation in _parsed("HloModuleProto", module).computations for i in computation.instructions]
-
-
-def _new(number: int, own: Mapping[int, int]) -> int:
-    if number not in own:
-        raise ValueError(f"HLO: refers to instruction {number}, which its computation does not have")
-    return own[number]
-
-
-def _parsed(message: str, serialized: bytes) -> Any:
-    try:
-        return _messages()[message].FromString(serialized)
-    except DecodeError as error:
-        raise ValueError(f"HLO: no protocol buffer: {error}") from None
+    found = _messages()["HloModuleProto"].FromString(module)
+    return [i.id for computation in found.computations for i in computation.instructions]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from .collectives import all_to_all as all_to_all
 from .collectives import axis_index as axis_index
 from .collectives import axis_size as axis_size
 from .collectives import reduce_scatter as reduce_scatter
-from .collectives import ring_shift as ring_shift
 from .config import AXES as AXES
 from .config import GATHERED_RULES as GATHERED_RULES
 from .config import SPLIT_RULES as SPLIT_RULES
@@ -30,7 +29,6 @@ from .placement import AxisPlacement as AxisPlacement
 from .placement import MeshPlacement as MeshPlacement
 from .placement import Piece as Piece
 from .placement import Placement as Placement
-from .placement import default_traffic as default_traffic
 from .placement import place as place
 from .placement import place_mesh as place_mesh
 from .ring import causal_mask as causal_mask

@@ -128,10 +128,6 @@ def _ranges(cores: Iterable[int]) -> str:
 
 def runs(numbers: Iterable[int]) -> list[str]:
     """Write each run of numbers that follow each other: `0-3`, `7`."""
-    found: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if found and found[-1][1] == number - 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return [str(a) if a == b else f"{a}-{b}" for a, b in found]
+    ordered = enumerate(sorted(set(numbers)))
+    found = [[number for _, number in run] for _, run in itertools.groupby(ordered, lambda pair: pair[1] - pair[0])]
+    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found]

@@ -15,7 +15,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+import numpy as np
 
 from trainfw.backends import for_topology
 from trainfw.errors import UserError
@@ -23,9 +25,6 @@ from trainfw.hardware import Dimension, Topology
 from trainfw.parallel.config import AXES
 from trainfw.parallel.groups import group_problem
 from trainfw.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    import numpy as np
 
 EXPOSED = {"fsdp": 0.5, "data": 0.5, "pipeline": 0.5}
 """Share of an axis's time on collectives that a step waits for (1 where it is left out), an assumption: collectives of
@@ -72,8 +71,6 @@ class AxisPlacement:
     """Links between the two farthest chips of a group."""
     bandwidth: float
     """Bytes/s of one core over the slowest links that it crosses."""
-    latency: float
-    """Seconds of one hop of the slowest."""
     problem: str | None
     """Reason why Neuron refuses its groups. (None in what `place` returns.)"""
     documented: bool
@@ -112,8 +109,6 @@ class Placement:
     @property
     def hosts_read_shares(self) -> bool:
         """Tell whether the rows of every host (instance) are one of equal, contiguous shares of the batch."""
-        import numpy as np
-
         layout, topology = self.layout, self.topology
         hosts = self.order // topology.cores_per_instance
         sizes = [1 if axis in ("context", "tensor") else size for axis, size in layout.sizes.items()]
@@ -221,8 +216,6 @@ def place_mesh(topology: Topology, axes: Sequence[str], cores: np.ndarray) -> Me
 
     Raises UserError for an axis whose groups are no rows, or boxes, of cores.
     """
-    import numpy as np
-
     pieces = {}
     for number, axis in enumerate(axes):
         size = cores.shape[number]
@@ -401,9 +394,7 @@ def _order(
     topology: Topology, layout: Layout, assignment: Assignment, reflected: tuple[str, ...] = PERMUTED_AXES
 ) -> np.ndarray:
     """List the physical core of every place in the mesh. Axes of `reflected` go back and forth: neighbours stay so."""
-    import numpy as np
-
-    digits: dict[tuple[str, str], np.ndarray] = {}
+    parts: dict[str, dict[str, tuple[np.ndarray, int]]] = {dim.name: {} for dim in topology.dims}
     for axis, pieces in assignment.items():
         position = np.arange(layout.sizes[axis])
         shape = [1] * len(AXES)
@@ -412,17 +403,16 @@ def _order(
             position, digit = np.divmod(position, piece.size)
             if axis in reflected and topology.dim(piece.dim).kind != "chip":
                 digit = np.where(position % 2, piece.size - 1 - digit, digit)
-            digits[piece.dim, piece.name] = digit.reshape(shape)
+            parts[piece.dim][piece.name] = digit.reshape(shape), piece.stride
     core = np.zeros([1] * len(AXES), int)
-    strides = {(p.dim, p.name): p.stride for pieces in assignment.values() for p in pieces}
     for dim in topology.dims:
-        mine = {name: digit for (owner, name), digit in digits.items() if owner == dim.name}
+        mine = parts[dim.name]
         cut = {tuple(f"{dim.name}.{part}" for part in split.parts): split for split in topology.splits[dim.name]}
         names = next((names for names in cut if set(mine) == set(names)), None)
         if names is not None:
-            place = np.asarray(cut[names].order)[mine[names[0]], mine[names[1]]]
+            place = np.asarray(cut[names].order)[mine[names[0]][0], mine[names[1]][0]]
         else:
-            place = sum((digit * strides[dim.name, name] for name, digit in mine.items()), np.zeros_like(core))
+            place = sum((digit * stride for digit, stride in mine.values()), np.zeros_like(core))
         core = core * dim.size + place
     return np.broadcast_to(core, tuple(layout.sizes.values()))
 
@@ -444,7 +434,6 @@ def _describe(
         permutes=_closed(topology, groups),
         hops=max(topology.chip_distance(min(chips), chip) for chip in chips),
         bandwidth=min(piece.bandwidth for piece in pieces),
-        latency=max(piece.latency for piece in pieces),
         problem=problem,
         documented=not for_topology(topology).restricts_groups or topology.groups is not None,
     )
@@ -455,8 +444,6 @@ def _groups(topology: Topology, order: np.ndarray, along: int) -> np.ndarray:
 
     (groups, size of the axis); one unit is like another.
     """
-    import numpy as np
-
     groups, unit = np.moveaxis(order, along, -1).reshape(-1, order.shape[along]), topology.cores // topology.count
     return np.unique(groups - groups.min(axis=1, keepdims=True) // unit * unit, axis=0)
 

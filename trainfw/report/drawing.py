@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -58,7 +59,9 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         return COLOURS[axes[0]] if axes else ""
 
     if not levels:
-        yield from _Canvas(width).row([contents(0, 0)], None, None).lines()
+        canvas, box = _Canvas(width), contents(0, 0)
+        canvas.box(0, 4, max(len(text) for text, _ in box), box)
+        yield from canvas.lines()
     for level, held in enumerate(levels):
         stride = math.prod(dim.size for dims in levels[level + 1 :] for dim in dims)
         title = " x ".join(f"{dim.name} ({kind_in_words(dim)}, {rate_in_words(dim)})" for dim in held)
@@ -66,15 +69,12 @@ def draw_topology(topology: Topology, placement: Placement | None = None, *, wid
         inside.append(f"{'unit' if held[0].kind == 'network' else held[0].name} 0")
         size = math.prod(dim.size for dim in held)
         boxes = [contents(level, place) for place in range(min(size, _MOST_BOXES))]
-
-        def between(dim: Dimension, stride: int = stride) -> Callable[[int, int], str]:
-            return lambda a, b: style(dim, stride, a, b)
-
+        styles = [functools.partial(style, dim, stride) for dim in held]
         canvas = _Canvas(width)
         if len(held) == 2:
-            canvas.grid(chunks(boxes, held[1].size), held, between(held[0]), between(held[1]))
+            canvas.grid(chunks(boxes, held[1].size), held, *styles)
         else:
-            canvas.row(boxes, held[0], between(held[0]))
+            canvas.row(boxes, held[0], *styles)
         yield from canvas.lines()
         if size > len(boxes):
             yield Text(f"  ... and {size - len(boxes)} more")
@@ -109,44 +109,35 @@ class _Canvas:
             self.put(y + i, x + 2, text, style)
         self.put(y + len(contents) + 1, x, "└" + "─" * (width + 2) + "┘")
 
-    def row(
-        self,
-        boxes: Sequence[Sequence[Line]],
-        dim: Dimension | None,
-        style: Callable[[int, int], str] | None,
-    ) -> _Canvas:
+    def row(self, boxes: Sequence[Sequence[Line]], dim: Dimension, style: Callable[[int, int], str]) -> None:
         """Draw boxes of one dim side by side, over as many lines as they need."""
         width = max(len(text) for contents in boxes for text, _ in contents)
         tall = len(boxes[0]) + 2
-        switch = dim is not None and dim.kind in ("switch", "network")
+        switch = dim.kind in ("switch", "network")
         pitch = width + 4 + (1 if switch else 3)
-        ring = dim is not None and dim.wraps
         y = 0
         lines = math.ceil(len(boxes) / max(1, (self.columns - 8) // pitch))
         for line in chunks(range(len(boxes)), math.ceil(len(boxes) / lines)):
             if switch:
-                assert style is not None
                 self.put(y, 3, "═" * (len(line) * pitch + 1), style(0, 1))
                 y += 1
             for column, i in enumerate(line):
                 x = 4 + column * pitch
                 self.box(y, x, width, boxes[i])
                 if switch:
-                    assert style is not None
                     self.put(y - 1, x + width // 2 + 2, "╤", style(0, 1))
                     self.put(y, x + width // 2 + 2, "┴")
-                elif dim is not None and style is not None:
-                    goes_on = i + 1 < dim.size or ring
+                else:
+                    goes_on = i + 1 < dim.size or dim.wraps
                     after = style(i, (i + 1) % dim.size) if goes_on else ""
-                    before = style(i - 1 if i else dim.size - 1, i) if i or ring else ""
+                    before = style(i - 1 if i else dim.size - 1, i) if i or dim.wraps else ""
                     if goes_on:
                         self.put(y + 1, x + width + 3, "├" + ("───" if column + 1 < len(line) else "╌╌"), after)
                     if column:
                         self.put(y + 1, x, "┤", before)
-                    elif i or ring:
+                    elif i or dim.wraps:
                         self.put(y + 1, x - 2, "╌╌┤", before)
             y += tall
-        return self
 
     def grid(
         self,

@@ -67,7 +67,7 @@ def plan_page(plan: Any, changes: Sequence[tuple[str, float]] = (), further: str
         step=step_lane(plan.timeline),
         lanes=lambda stretches: lanes(stretches, _colour, plan.part_label),
         parts=sorted(found["step_time_parts_seconds"].items(), key=lambda item: -item[1]),
-        transfers=[(i, *pair) for i, pair in enumerate(plan.transfers)],
+        transfers=[(i, *pair) for i, pair in enumerate(plan.time.longest)],
         doubts=[line.plain.rstrip() for line in doubtful_figures(plan.topology)],
     )
     return str(filled)
@@ -101,7 +101,7 @@ def _links(plan: Any) -> dict[str, Any]:
     """Tabulate physical dims by collectives: the share of a step for which the dim's links carry each one's data."""
     busy: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     weight: defaultdict[str, float] = defaultdict(float)
-    for transfer, taken in plan.transfers:
+    for transfer, taken in plan.time.longest:
         name = f"{transfer.kind} over {', '.join(transfer.axes)}"
         for level in taken.levels:
             share = level.seconds * transfer.times / plan.time.seconds

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.text import Text
 
 from trainfw.hardware import Dimension, Topology, load_topology, topology_names
 from trainfw.parallel import AXES, Placement, runs
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # Of one lightness, so that they read on light and dark alike.
 COLOURS = {
@@ -27,8 +24,6 @@ COLOURS = {
 
 def mesh_positions(placement: Placement) -> dict[str, np.ndarray]:
     """Map each axis larger than 1 to the place of every physical core along it, an int array (cores,)."""
-    import numpy as np
-
     places = np.indices(placement.order.shape).reshape(placement.order.ndim, -1)
     by_core = np.empty_like(places)
     by_core[:, placement.order.ravel()] = places

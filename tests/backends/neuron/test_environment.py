@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+from unittest import mock
 
 import jax
 import pytest
@@ -16,10 +17,14 @@ TRIVIAL = "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU"
 
 
 def variables(topology: str | None, environ: dict[str, str]) -> dict[str, environment.Variable]:
-    found = neuron_environment(
-        HardwareConfig(topology=topology), Wiring(), layout={}, scan_layers=True, environ=environ
-    )
+    with mock.patch.dict(os.environ, environ, clear=True):
+        found = neuron_environment(HardwareConfig(topology=topology), Wiring(), layout={}, scan_layers=True)
     return {variable.name: variable for variable in found}
+
+
+def flags_of(hardware: HardwareConfig, environ: dict[str, str]) -> list[str]:
+    with mock.patch.dict(os.environ, environ, clear=True):
+        return compiler_flags(hardware)
 
 
 @pytest.mark.parametrize(
@@ -79,16 +84,16 @@ def test_a_cache_of_jaxs_that_a_program_asked_for_is_dropped_with_a_word():
 def test_a_compiler_is_told_the_machine_that_the_users_flags_do_not_name(own, flags):
     environ = {} if own is None else {"NEURON_CC_FLAGS": own}
     hardware = HardwareConfig(topology="trn2.3xlarge", compiler_flags=["-O2"])
-    assert compiler_flags(hardware, environ) == flags
+    assert flags_of(hardware, environ) == flags
 
 
 @pytest.mark.parametrize("topology", [None, "trn2.3xlarge"])
 def test_flags_that_no_shell_reads_are_named(topology):
     hardware = HardwareConfig(topology=topology)
     with pytest.raises(UserError, match=r"NEURON_CC_FLAGS = --target 'trn2: No closing quotation; expected options"):
-        compiler_flags(hardware, {"NEURON_CC_FLAGS": "--target 'trn2"})
+        flags_of(hardware, {"NEURON_CC_FLAGS": "--target 'trn2"})
     with pytest.raises(UserError, match="NEURON_CC_FLAGS = --target 'trn2: No closing quotation"):
         variables(topology, {"NEURON_CC_FLAGS": "--target 'trn2"})
     hardware = HardwareConfig(topology=topology, compiler_flags=["--target='trn2"])
     with pytest.raises(UserError, match=r"hardware\.compiler_flags = --target='trn2: No closing quotation"):
-        compiler_flags(hardware, {})
+        flags_of(hardware, {})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from trainfw.backends import Place, read_place, sort_hosts
+from trainfw.backends import Place
+from trainfw.backends.neuron.place import read_place
 
 
 def write(root, **files: str):
@@ -11,11 +12,11 @@ def write(root, **files: str):
 
 def test_hosts_of_an_ultraserver_stay_together_in_ring_order():
     hosts = [Place(server, node, f"h{i}") for i, (server, node) in enumerate([("b", 2), ("a", 3), ("b", 0), ("a", 0)])]
-    assert [(h.server_id, h.node_id) for h in sort_hosts(hosts)] == [("a", 0), ("a", 3), ("b", 0), ("b", 2)]
+    assert [(h.server_id, h.node_id) for h in sorted(hosts)] == [("a", 0), ("a", 3), ("b", 0), ("b", 2)]
 
 
 def test_hosts_without_a_place_are_sorted_by_name():
-    assert [h.fqdn for h in sort_hosts([Place("0", -1, "b"), Place("0", -1, "a")])] == ["a", "b"]
+    assert [h.fqdn for h in sorted([Place("0", -1, "b"), Place("0", -1, "a")])] == ["a", "b"]
 
 
 def test_the_drivers_files(tmp_path):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from trainfw import UserError
-from trainfw.backends import detect_plugin
 from trainfw.backends.neuron import plugin
+from trainfw.backends.neuron.plugin import detect_plugin
 
 # As in the wheels on PyPI.
 WRONG = "WRONG PACKAGE. Please install the package from Neuron Repository - pip.repos.neuron.amazonaws.com\n"

@@ -24,10 +24,10 @@ def made(tmp_path_factory):
 
 def test_a_plan_is_of_the_whole_recipe(made):
     assert made.layout.sizes["fsdp"] == 4
-    assert made.tokens_per_step == 8 * 32
-    assert made.tokens_per_second == pytest.approx(made.tokens_per_step / made.time.seconds)
+    assert made.units_per_step == 8 * 32
+    assert made.units_per_second == pytest.approx(made.units_per_step / made.time.seconds)
     peak = 4 * 667e12 / 4
-    flops = flops_per_token(made.recipe.model, 32) * made.tokens_per_step
+    flops = flops_per_token(made.recipe.model, 32) * made.units_per_step
     assert made.mfu == pytest.approx(flops / made.time.seconds / peak)
     assert made.chip_hours == pytest.approx(8 * made.time.seconds / 3600)
     assert made.dollars == pytest.approx(2 * made.chip_hours)

@@ -17,8 +17,8 @@ from trainfw import Recipe, UserError
 from trainfw.hardware import Topology, load_topology
 from trainfw.models import flops_per_token
 from trainfw.parallel import Layout, place
-from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, shape_efficiency, step_time
-from trainfw.planning.predict.step_time import EFFICIENCY_SPREAD, efficiency_range
+from trainfw.planning import Analysis, Assumptions, Matmul, Streamed, Transfer, step_time
+from trainfw.planning.predict.step_time import EFFICIENCY_SPREAD, efficiency_range, shape_efficiency
 
 TRN2, H100 = "trn2.48xlarge", "h100-8"
 EFFICIENCY = load_topology(TRN2).figures["chip.matmul_efficiency"].number
@@ -173,7 +173,6 @@ def test_mfu_is_of_the_whole_run(case):
     time = step_time(analysis, placement, recipe)
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
-    assert time.tokens_per_second == pytest.approx(tokens / time.seconds)
     assert time.mfu == pytest.approx(flops / time.seconds / (16 * 667e12))
 
 

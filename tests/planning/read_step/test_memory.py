@@ -14,8 +14,9 @@ from trainfw.backends import load_sdk
 from trainfw.hardware import load_topology
 from trainfw.hlo import Partitioned, partition
 from trainfw.parallel import Layout
-from trainfw.planning import MemoryTable, memory_table
+from trainfw.planning import MemoryTable
 from trainfw.planning.predict.closed_form import closed_memory
+from trainfw.planning.read_step.memory import memory_table
 from trainfw.program import build_program
 
 MODELS = {

@@ -13,9 +13,9 @@ from trainfw.parallel import Layout
 from trainfw.planning.predict.closed_form import state_bytes
 from trainfw.planning.scale.goodput import (
     assumed,
-    availability,
     checkpoint_goodput,
     daly_interval,
+    down_exactly,
     goodput_of,
     young_interval,
 )
@@ -92,8 +92,9 @@ def test_availability_as_simulated():
     times = rng.uniform(10 * repair, until, 20_000)
     down = np.searchsorted(start, times) - np.searchsorted(np.sort(start + length), times)
     for spares in (0, 1, 3, 6):
-        assert availability(rate * repair, spares) == pytest.approx(np.mean(down <= spares), abs=0.015)
-    assert availability(500.0, 900) == pytest.approx(1.0)
+        available = sum(down_exactly(rate * repair, k) for k in range(spares + 1))
+        assert available == pytest.approx(np.mean(down <= spares), abs=0.015)
+    assert sum(down_exactly(500.0, k) for k in range(901)) == pytest.approx(1.0)
 
 
 @pytest.fixture
@@ -113,17 +114,18 @@ def test_a_job(recipe):
     topology, layout = recipe.hardware.load(), Layout(data=4, fsdp=64, tensor=4)
     found = goodput_of(recipe, topology, layout, 2.0)
     assert found.instances == 16
-    assert found.mtbf == pytest.approx(2048 * 54 * 24 / 419 / 16 * HOUR, rel=1e-3)
+    assert found.mtbf_seconds == pytest.approx(2048 * 54 * 24 / 419 / 16 * HOUR, rel=1e-3)
     assert found.state_bytes == pytest.approx(12 * 8.03e9, rel=1e-3)  # weights and two moments, f32
     # A replica's 64 chips copy, its 4 instances write, all 16 read four times as much.
-    assert found.copy == pytest.approx(found.state_bytes / 64 / 16e9, rel=1e-2)
-    assert found.write == pytest.approx(found.state_bytes / (4 * 12.5e9))
-    assert found.read == pytest.approx(found.write)
-    assert found.restart == pytest.approx(100 + 600 + found.read)
-    assert found.suggested == round(found.daly / 2.0)
-    assert 0.99 < found.goodput_every < found.goodput_suggested < 1
-    assert found.down == pytest.approx(16 * 4 / 6334)
-    assert found.first_spare == pytest.approx(np.exp(-found.down) * (1 + found.down) / np.exp(-found.down) - 1)
+    assert found.copy_seconds == pytest.approx(found.state_bytes / 64 / 16e9, rel=1e-2)
+    assert found.write_seconds == pytest.approx(found.state_bytes / (4 * 12.5e9))
+    assert found.read_seconds == pytest.approx(found.write_seconds)
+    assert found.restart_seconds == pytest.approx(100 + 600 + found.read_seconds)
+    assert found.suggested_checkpoint_every == round(found.daly_interval_seconds / 2.0)
+    assert 0.99 < found.goodput_at_checkpoint_every < found.goodput_at_suggested < 1
+    assert found.units_down == pytest.approx(16 * 4 / 6334)
+    none = np.exp(-found.units_down)
+    assert found.first_spare == pytest.approx(none * (1 + found.units_down) / none - 1)
     assert found.best.spares == 0  # one of four does not pay
     assert len(found.spares) == 4
 
@@ -143,10 +145,10 @@ def test_state_is_that_of_the_program(tmp_path):
 def test_at_scale_the_file_system_and_spares_count(recipe):
     topology = load_topology("trn2-ultraserver", count=2048)
     found = goodput_of(recipe, topology, Layout(data=2048, fsdp=64, tensor=4), 2.0)
-    assert found.read == pytest.approx(found.state_bytes * 2048 / 1e12)
-    assert found.best.spares > found.down > 3
+    assert found.read_seconds == pytest.approx(found.state_bytes * 2048 / 1e12)
+    assert found.best.spares > found.units_down > 3
     assert found.spares[0].availability < 0.01 < 0.95 < found.best.availability
-    assert found.with_failures == found.best.goodput == found.best.availability * found.goodput_suggested
+    assert found.best.goodput == found.best.availability * found.goodput_at_suggested
     assert found.best.goodput_per_rented_chip == max(option.goodput_per_rented_chip for option in found.spares)
 
 
@@ -154,8 +156,8 @@ def test_figures_are_the_recipes_to_replace(recipe):
     figures = {"reliability.instance_mtbf": "1,000 h", "storage.total": "10 TB/s", "reliability.repair": "1 h"}
     topology = load_topology("trn2-ultraserver", count=4, parameters=figures)
     found = goodput_of(recipe, topology, Layout(data=4, fsdp=64, tensor=4), 2.0)
-    assert found.mtbf == 1000 * HOUR / 16
-    assert found.down == pytest.approx(16 / 1000)
+    assert found.mtbf_seconds == 1000 * HOUR / 16
+    assert found.units_down == pytest.approx(16 / 1000)
     said = list(assumed(topology))
     assert "mean time between failures of an instance: 1,000 h (the recipe) [reliability.instance_mtbf]" in said
     assert any("419 unexpected" in text for text in assumed(load_topology("h100-8")))
@@ -164,23 +166,23 @@ def test_figures_are_the_recipes_to_replace(recipe):
 def test_only_at_the_end(recipe):
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 0})})
     found = goodput_of(recipe, recipe.hardware.load(), Layout(data=4, fsdp=64, tensor=4), 20.0)
-    assert found.goodput_every < 0.5 < found.goodput_suggested
+    assert found.goodput_at_checkpoint_every < 0.5 < found.goodput_at_suggested
 
 
 @pytest.mark.parametrize("count", [4, 2048, 2**20])
 def test_hardware_that_fails_all_the_time(recipe, count):
     topology = load_topology("trn2-ultraserver", count=count, parameters={"reliability.instance_mtbf": "1 s"})
     found = goodput_of(recipe, topology, Layout(data=count, fsdp=64, tensor=4), 2.0)
-    assert found.down == count * 4 * 4 * HOUR
-    assert found.with_failures == 0
-    assert found.first_spare == found.down
+    assert found.units_down == count * 4 * 4 * HOUR
+    assert found.best.goodput == 0
+    assert found.first_spare == found.units_down
     assert len(found.spares) == 4
 
 
 def test_spares_are_those_of_the_formula(recipe):
     topology = load_topology("trn2-ultraserver", count=64, parameters={"reliability.instance_mtbf": "20 h"})
     found = goodput_of(recipe, topology, Layout(data=64, fsdp=64, tensor=4), 2.0)
-    assert found.down == pytest.approx(51.2)
-    expected = [availability(found.down, option.spares) for option in found.spares]
+    assert found.units_down == pytest.approx(51.2)
+    expected = np.cumsum([down_exactly(found.units_down, option.spares) for option in found.spares])
     assert [option.availability for option in found.spares] == pytest.approx(expected, rel=1e-9)
-    assert found.best.spares > found.down
+    assert found.best.spares > found.units_down

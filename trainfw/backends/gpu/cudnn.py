@@ -16,19 +16,16 @@ MAX_HEAD_DIM = 128
 
 def refuses(request: AttentionRequest) -> str | None:
     """Say why cuDNN's attention cannot do what is asked, as `jax.nn.dot_product_attention` documents and checks it."""
-    if request.dtype not in ("bfloat16", "float16"):
-        return f"it multiplies bfloat16 or float16, not {request.dtype}"
-    if request.cached or request.query_length != request.key_length:
-        return "it is taken for self-attention only"
-    if not request.causal and (request.segments or request.window is not None):
-        return "without causality it is taken for attention to all keys only"
-    if request.softcap is not None:
-        return "it does not cap scores"
-    if request.head_dim % 8 or request.head_dim > MAX_HEAD_DIM:
-        return f"a head has {request.head_dim} numbers, not a multiple of 8 up to {MAX_HEAD_DIM}"
-    if request.query_length % 2:
-        return f"a row has {request.query_length} tokens, an odd number"
-    return None
+    beside, heads = request.segments or request.window is not None, f"a head has {request.head_dim} numbers"
+    reasons = {
+        f"it multiplies bfloat16 or float16, not {request.dtype}": request.dtype not in ("bfloat16", "float16"),
+        "it is taken for self-attention only": request.cached or request.query_length != request.key_length,
+        "without causality it is taken for attention to all keys only": not request.causal and beside,
+        "it does not cap scores": request.softcap is not None,
+        f"{heads}, not a multiple of 8 up to {MAX_HEAD_DIM}": request.head_dim % 8 or request.head_dim > MAX_HEAD_DIM,
+        f"a row has {request.query_length} tokens, an odd number": request.query_length % 2,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def load(request: AttentionRequest) -> Callable[..., Array]:

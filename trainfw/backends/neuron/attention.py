@@ -38,26 +38,21 @@ def nkilib_refuses(request: AttentionRequest) -> str | None:
 
     aws-neuron/nki-library 0759719d and d2ad3a57 src/nkilib_src/nkilib/core/attention.
     """
-    if request.cached:
-        return "it has no argument for a cache's length"
-    if request.softcap is not None:
-        return "it has no argument for a softcap"
-    if request.dtype != "bfloat16":
-        return f"it multiplies in bfloat16, not {request.dtype}"
-    if request.head_dim > _PARTITIONS:
-        return f"head dim {request.head_dim} is more than {_PARTITIONS}"
-    if not request.causal or request.query_length != request.key_length:
-        return "it is called for causal self-attention only"
-    if request.window is not None and request.window < request.key_length:
-        return "forward and backward document windows that differ by one"
-    if request.key_length % 512 or request.query_length % _PARTITIONS:
-        return f"sequence length {request.key_length} is not a multiple of 512"
-    if request.key_length > _LONGEST:
-        return f"sequence length {request.key_length:,} is more than {_LONGEST:,}"
-    # Rows with documents of their own are a call each.
-    rows = 1 if request.segments else request.batch
-    if rows * request.num_heads > _MOST_ROWS_AND_HEADS:
-        return f"{rows} rows x {request.num_heads} heads are more than {_MOST_ROWS_AND_HEADS}"
+    length, heads = request.key_length, request.num_heads
+    rows = 1 if request.segments else request.batch  # those with documents of their own are a call each
+    reasons = {
+        "it has no argument for a cache's length": request.cached,
+        "it has no argument for a softcap": request.softcap is not None,
+        f"it multiplies in bfloat16, not {request.dtype}": request.dtype != "bfloat16",
+        f"head dim {request.head_dim} is more than {_PARTITIONS}": request.head_dim > _PARTITIONS,
+        "it is called for causal self-attention only": not request.causal or request.query_length != length,
+        "forward and backward document windows that differ by one": (request.window or length) < length,
+        f"sequence length {length} is not a multiple of 512": length % 512 or request.query_length % _PARTITIONS,
+        f"sequence length {length:,} is more than {_LONGEST:,}": length > _LONGEST,
+        f"{rows} rows x {heads} heads are more than {_MOST_ROWS_AND_HEADS}": rows * heads > _MOST_ROWS_AND_HEADS,
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        return reason
     try:
         kernels = _kernels()
     except ImportError:

@@ -63,25 +63,18 @@ class Variable:
 
 
 def neuron_environment(
-    hardware: HardwareConfig,
-    wiring: Wiring,
-    *,
-    layout: Mapping[str, int],
-    scan_layers: bool,
-    environ: Mapping[str, str] | None = None,
+    hardware: HardwareConfig, wiring: Wiring, *, layout: Mapping[str, int], scan_layers: bool
 ) -> list[Variable]:
-    """List what a process on `hardware` sets, in order.
+    """List what a process on `hardware` sets, in order; what is set already stays as it is.
 
     Args:
         hardware: names a Neuron topology, or none, which suits a single process only.
         layout: the sizes of the mesh axes; one may be -1.
         scan_layers: whether the program loops over its layers.
-        environ: what is set already (default: os.environ); that stays as it is.
 
     Raises UserError where processes, hosts and topology contradict each other.
     """
-    environ = os.environ if environ is None else environ
-    topology = hardware.load()
+    environ, topology = os.environ, hardware.load()
     instances = topology.instances if topology is not None else 1
     if wiring.process_count != instances:
         named = f"{topology.count} x {topology.name}" if topology is not None else "no hardware.topology"
@@ -126,13 +119,13 @@ def put_compiler_on_path() -> None:
         os.environ[variable.name] = new_value(variable, os.environ)
 
 
-def compiler_flags(hardware: HardwareConfig, environ: Mapping[str, str] | None = None) -> list[str]:
+def compiler_flags(hardware: HardwareConfig) -> list[str]:
     """Give neuronx-cc's options for a recipe's hardware: NEURON_CC_FLAGS as `neuron_environment` has it, and the
     machine where the user's own does not name it.
 
     Raises UserError where the user's own contradict the hardware, or cannot be read.
     """
-    environ, topology = os.environ if environ is None else environ, hardware.load()
+    environ, topology = os.environ, hardware.load()
     _same_cores(environ, hardware, topology)
     wanted = shlex.split(" ".join(str(v.value) for v in _compiler(topology, hardware, load_sdk(hardware.sdk))))
     if "NEURON_CC_FLAGS" not in environ:

@@ -66,7 +66,7 @@ def _gather(wiring: Wiring, mine: dict[str, Any], deadline: float) -> list[dict[
                 continue  # not one of us
             waiting.append(connection)
         known = all(entry["place"] is not None for entry in entries.values())
-        # As place.sort_hosts does.
+        # As places are sorted.
         order = sorted(entries.values(), key=lambda entry: (*entry["place"], entry["index"])) if known else None
         for connection in waiting:
             with suppress(OSError):  # it asked again

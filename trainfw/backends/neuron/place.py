@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 SYSFS = Path("/sys/class/neuron_device")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Place:
-    """One host's place, as the driver elected it (aws-neuron-driver fca19f7d v3/neuron_pelect.c)."""
+    """One host's place, as the driver elected it (aws-neuron-driver fca19f7d v3/neuron_pelect.c).
+
+    Sorted, places are in the order of processes: the instances of an UltraServer together, around its ring
+    (aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh).
+    """
 
     server_id: str
     """Shared by the instances of one UltraServer."""
@@ -35,11 +38,3 @@ def read_place(nodes: int = 4, sysfs: Path | None = None) -> Place | None:
         if node_id >= 0 and server_id.strip("0"):  # -1 and zeros: the election has not been held
             return Place(server_id, node_id)
     return None
-
-
-def sort_hosts(hosts: Iterable[Place]) -> list[Place]:
-    """Sort hosts in the order of processes: the instances of an UltraServer together, around its ring.
-
-    The order of aws-neuron-sdk 2.32.0 src/k8/k8s-ultraserver-init-script.sh.
-    """
-    return sorted(hosts, key=lambda host: (host.server_id, host.node_id, host.fqdn))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainfw.config import Config, PositiveInt
@@ -27,8 +27,6 @@ class Sdk(Config):
     """The oldest and the newest Python."""
     communicators: PositiveInt
     """Distinct sets of replica groups that one program may use."""
-    collective_streams: PositiveInt
-    """Collectives that run at once."""
     max_tensor_bytes: int
     """A single buffer must be smaller."""
     profile_bytes: int = 0
@@ -90,11 +88,14 @@ def sdk_problems(sdk: Sdk, jax: str, python: str) -> list[str]:
     return [
         f"{name} {found} is outside {first} to {last}, which Neuron SDK {sdk.version} supports"
         for name, found, (first, last) in (("jax", jax, sdk.jax), ("python", python, sdk.python))
-        if not (
-            version_parts(first) <= version_parts(found)
-            and version_parts(found)[: len(version_parts(last))] <= version_parts(last)
-        )
+        if not supports((first, last), found)
     ]
+
+
+def supports(bounds: Sequence[str], version: str) -> bool:
+    """Tell whether a version is none below the first bound, and none above all that begin as the last does."""
+    (first, last), found = map(version_parts, bounds), version_parts(version)
+    return first <= found and found[: len(last)] <= last
 
 
 def _begins(version: str, prefix: str) -> bool:

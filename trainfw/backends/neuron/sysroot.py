@@ -16,9 +16,8 @@ _ALLOCATORS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib
 """Directories in which Ubuntu's libgoogle-perftools4 and Amazon Linux's gperftools-libs put libtcmalloc."""
 
 
-def sysroot(environ: Mapping[str, str] | None = None) -> Path:
+def sysroot(environ: Mapping[str, str]) -> Path:
     """Return `$TRAINFW_SYSROOT`, or `/`. Raises UserError where that is no directory."""
-    environ = os.environ if environ is None else environ
     root = Path(environ.get(VARIABLE) or "/")
     if not root.is_dir():
         raise UserError(f"{VARIABLE} = {root}: expected a directory that stands for /")

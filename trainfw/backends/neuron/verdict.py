@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -191,12 +192,8 @@ def _rest(host: Host, sdk: Sdk) -> Iterator[HostFinding]:
 
 def ranges(devices: Sequence[str]) -> str:
     """Write devices in order as `neuron0 to neuron3, neuron8`."""
-    runs: list[list[int]] = []
-    for number in (int(device.removeprefix("neuron")) for device in devices):
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    numbers = enumerate(int(device.removeprefix("neuron")) for device in devices)
+    runs = [[number for _, number in run] for _, run in itertools.groupby(numbers, lambda pair: pair[1] - pair[0])]
     return ", ".join(f"neuron{run[0]}" + (f" to neuron{run[-1]}" if len(run) > 1 else "") for run in runs)
 
 

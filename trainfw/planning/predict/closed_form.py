@@ -218,10 +218,8 @@ def _transfers(case: _Case) -> Iterator[Transfer]:
     uses = round(runs * microbatches / layout.pipeline)
     among = tuple(axis for axis in ("fsdp", "expert", "context") if layout.sizes[axis] > 1)
     copies = tuple(axis for axis in ("pipeline", "data") if layout.sizes[axis] > 1)
-    layers = [w for w in shapes.weights if w.is_matrix]
     if among:
-        tables = [(4, parts), (narrow, parts)]  # the embedding is looked up in f32, and the head multiplied
-        for weight in layers:
+        for weight in (w for w in shapes.weights if w.is_matrix):
             # Experts stay where they are; the rest of the axes shares each.
             axes = tuple(axis for axis in among if axis != "expert") if weight.kind == "layers.experts" else among
             size = narrow * case.used(weight)
@@ -230,12 +228,11 @@ def _transfers(case: _Case) -> Iterator[Transfer]:
             if axes and shards != "optimizer":
                 yield Transfer("reduce-scatter", axes, dtype, size, uses)
         table = case.vocabulary * width // tensor
-        for size, times in tables:
-            name = "f32" if size == 4 else dtype
+        for size, name in ((4, "f32"), (narrow, dtype)):  # the embedding is looked up in f32, and the head multiplied
             if shards == "parameters":
-                yield Transfer("all-gather", among, name, size * table, times)
+                yield Transfer("all-gather", among, name, size * table, parts)
             if shards != "optimizer":
-                yield Transfer("reduce-scatter", among, name, size * table, times)
+                yield Transfer("reduce-scatter", among, name, size * table, parts)
         for weight in shapes.weights:
             if weight.split == 2 and shards != "parameters":  # updated in shares, and put together again
                 stacked = model.num_layers // layout.pipeline if weight.is_matrix else 1

@@ -8,36 +8,36 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainfw.backends import load_sdk
-from trainfw.checking import Memory, Reading, hardware_of_function, memory_of, read_function
+from trainfw.checking import Memory
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology, duration
 from trainfw.hlo import Module, collectives_of
 from trainfw.parallel import Layout, place_mesh
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines, transfers_json
+from trainfw.planning.predict.link_time import link_utilisation, transfer_lines, transfers_json
 from trainfw.planning.predict.step_time import (
     Assumptions,
     WorkTime,
     assumptions_of,
     attention_words,
-    part_label,
+    fit_line,
+    part_lines,
     share_of_fused,
     work_time,
 )
-from trainfw.planning.read_step.analysis import Matmul, Transfer, read
+from trainfw.planning.read_step.analysis import Matmul, read
 from trainfw.planning.read_step.memory import corrected_temporaries
+from trainfw.recipe import Recipe
 from trainfw.report import amount
 
 if TYPE_CHECKING:
     import jax
 
     from trainfw.program import Program
-    from trainfw.recipe import Recipe
 
 DRAWING_STEPS = 20
 """Runs of `denoise` that an image takes where nobody says how many: as many steps as samplers take by default."""
 
 _WAITED = "every collective is waited for; at the fast end, all that matrix products can hide is hidden behind them"
-_GIB = 2**30
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,11 +63,6 @@ class FunctionPlan:
     def flops(self) -> float:
         """FLOPs of one core's matrix products, as many as the program computes."""
         return sum(matmul.flops for matmul in self.matmuls)
-
-    @property
-    def transfers(self) -> list[tuple[Transfer, TransferTime]]:
-        """Every collective with the time of one run, the longest in all first."""
-        return self.time.longest
 
     @property
     def bytes_per_core(self) -> int:
@@ -107,7 +102,7 @@ class FunctionPlan:
             },
             "memory_capacity_bytes": self.memory.capacity,
             "fits": self.fits,
-            "collectives": transfers_json(self.transfers),
+            "collectives": transfers_json(self.time.longest),
             "assumptions": list(self.time.assumptions),
             **(of_recipe if self.rows is not None else {}),
             **(drawn if self.steps is not None else {}),
@@ -120,23 +115,6 @@ class FunctionPlan:
         return "\n".join(_lines(self))
 
 
-def plan_function(
-    fn: Callable[..., object],
-    abstract_args: tuple[object, ...],
-    *,
-    hardware: str | Topology | None = None,
-    count: int | None = None,
-    lnc: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> FunctionPlan:
-    """Plan one run of a function. The arguments are those of `trainfw.check`.
-
-    Raises UserError as `check` does, and for a program that holds what no time is known for.
-    """
-    topology = hardware_of_function(hardware, count, lnc)
-    return _planned(read_function(fn, abstract_args, mesh, topology), topology)
-
-
 def plan_program_function(program: Program, name: str, topology: Topology, steps: int = DRAWING_STEPS) -> FunctionPlan:
     """Plan one run of a function of a recipe's program, and with it drawing in `steps` runs where it is `denoise`.
 
@@ -147,14 +125,25 @@ def plan_program_function(program: Program, name: str, topology: Topology, steps
         known = f"the recipe's program has {', '.join(program.functions)}"
         raise UserError(f"function {name!r}: {known}{did_you_mean(name, program.functions)}")
     function, recipe = program.functions[name], program.recipe
-    reading = read_function(function.jitted, function.arguments, program.mesh, topology)
-    rows = recipe.train.global_batch_size * recipe.group
-    made = replace(_planned(reading, topology, recipe), rows=rows)
+    made = plan_function(function.jitted, function.arguments, program.mesh, topology, recipe)
+    made = replace(made, rows=recipe.train.global_batch_size * recipe.group)
     return replace(made, steps=steps) if name == "denoise" else made
 
 
-def _planned(reading: Reading, topology: Topology, recipe: Recipe | None = None) -> FunctionPlan:
-    """The plan of what was read, as it is, or as a part of `recipe`."""
+def plan_function(
+    fn: Callable[..., object],
+    arguments: tuple[object, ...],
+    mesh: jax.sharding.Mesh | None,
+    topology: Topology,
+    recipe: Recipe | None = None,
+) -> FunctionPlan:
+    """Plan one run of a function, of the arguments and the mesh that `trainfw.check` takes; or of a part of `recipe`.
+
+    Raises UserError as `check` does, and for a program that holds what no time is known for.
+    """
+    from trainfw.checking import memory_of, read_function  # with jax
+
+    reading = read_function(fn, arguments, mesh, topology)
     assert reading.partitioned is not None
     assert reading.arguments is not None
     module = reading.partitioned.module
@@ -216,16 +205,12 @@ def _lines(plan: FunctionPlan) -> Iterator[str]:
     yield f"{plan.name} on {topology.in_words}: {mesh}"
     yield "A prediction: the function has not run."
     if memory.capacity is not None:
-        free = (memory.capacity - plan.bytes_per_core) / _GIB
-        short = f"DOES NOT FIT: a core needs {-free:,.2f} GiB more than it has."
-        yield f"fits: a core has {free:,.2f} GiB to spare." if plan.fits else short
+        yield fit_line(memory.capacity - plan.bytes_per_core)
     yield ""
-    yield f"time      {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
+    yield f"time      {duration(time.seconds)}  {time.ends}"
     yield f"FLOPs     {plan.flops:.3g} a core"
     yield f"bound by  {time.bound_by}"
-    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
-        if seconds > 0.0005 * time.seconds:
-            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}"
+    yield from part_lines(time)
     yield ""
     held = {"arguments": memory.arguments, "temporaries and results": memory.temporaries, "runtime": memory.overhead}
     yield "memory of a core"
@@ -238,9 +223,9 @@ def _lines(plan: FunctionPlan) -> Iterator[str]:
         drawn = f"{plan.images_per_second:,.4g} images/s, drawn in {plan.steps:,} runs each"
         yield f"{drawn} (samplers take one a step, heun two)"
         yield "  without what is before and after: the text encoder, the autoencoder, the host"
-    if plan.transfers:
+    if time.transfers:
         yield ""
-        yield from transfer_lines(plan.transfers)
+        yield from transfer_lines(time.longest)
     if busy := {dim: share for dim, share in plan.links.items() if share}:
         yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
     yield ""

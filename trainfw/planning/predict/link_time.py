@@ -74,11 +74,9 @@ def transfer_seconds(
 ) -> TransferTime:
     """The time of one run of `transfer` on the links of `placement`, whose `speed` by dim multiplies their figures."""
     topology = placement.topology
-    pieces = pieces_of(transfer.axes, placement)
-    rates = {}
-    for piece in pieces:
-        share = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
-        rates[piece.dim] = (speed or {}).get(piece.dim, 1.0) * (1.0 if share is None else share.number)
+    order = [dim.name for dim in reversed(topology.dims)]
+    pieces = [piece for axis, covered in placement.pieces.items() if axis in transfer.axes for piece in covered]
+    pieces.sort(key=lambda piece: (order.index(piece.dim), piece.stride))  # innermost first
     size = float(transfer.bytes)
     levels = []
     inner = 1
@@ -96,7 +94,9 @@ def transfer_seconds(
             case _:  # a permute goes one way
                 dim = topology.dim(piece.dim)
                 moved, detour = size, 2.0 if dim.wraps and piece.size == dim.size else 1.0
-        levels.append(Level(piece.dim, piece.name, moved, moved * detour / piece.bandwidth / rates[piece.dim]))
+        share = topology.figures.get(f"{topology.dim(piece.dim).link}.efficiency")
+        rate = (speed or {}).get(piece.dim, 1.0) * (1.0 if share is None else share.number)
+        levels.append(Level(piece.dim, piece.name, moved, moved * detour / piece.bandwidth / rate))
         inner *= piece.size
     if transfer.kind in ("collective-permute", "collective-broadcast"):
         levels = [max(levels, key=lambda level: level.seconds)] if levels else []
@@ -111,23 +111,13 @@ def transfer_seconds(
     return TransferTime(seconds, latency, tuple(levels), " + ".join(algorithms))
 
 
-def pieces_of(axes: Iterable[str], placement: Placement | MeshPlacement) -> list[Piece]:
-    """List the parts of the hardware that the axes cover, innermost first."""
-    order = [dim.name for dim in reversed(placement.topology.dims)]
-    pieces = [piece for axis, covered in placement.pieces.items() if axis in axes for piece in covered]
-    return sorted(pieces, key=lambda piece: (order.index(piece.dim), piece.stride))
-
-
 def link_utilisation(
-    transfers: Iterable[Transfer],
-    placement: Placement | MeshPlacement,
-    step_seconds: float,
-    speed: Mapping[str, float] | None = None,
+    transfers: Iterable[Transfer], placement: Placement | MeshPlacement, step_seconds: float
 ) -> dict[str, float]:
     """The share of a step for which the links along each physical dim (outermost first) carry data."""
     busy: defaultdict[str, float] = defaultdict(float)
     for transfer in transfers:
-        for level in transfer_seconds(transfer, placement, speed).levels:
+        for level in transfer_seconds(transfer, placement).levels:
             busy[level.dim] += level.seconds * transfer.times
     return {dim.name: busy[dim.name] / step_seconds for dim in placement.topology.dims if dim.size > 1}
 

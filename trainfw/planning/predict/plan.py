@@ -7,16 +7,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 from trainfw.backends import for_topology, load_sdk
-from trainfw.checking import refuse_arguments
+from trainfw.checking import hardware_of_function, refuse_arguments
 from trainfw.errors import UserError
 from trainfw.hardware import Topology, duration
 from trainfw.parallel import Layout, Placement, place
 from trainfw.planning.predict.closed_form import bubble_of
 from trainfw.planning.predict.function_plan import FunctionPlan, plan_function
-from trainfw.planning.predict.link_time import TransferTime, link_utilisation, transfer_lines, transfers_json
-from trainfw.planning.predict.step_time import Assumptions, StepTime, assumptions_of, part_label, step_time
+from trainfw.planning.predict.link_time import link_utilisation, transfer_lines, transfers_json
+from trainfw.planning.predict.step_time import (
+    Assumptions,
+    StepTime,
+    assumptions_of,
+    fit_line,
+    part_label,
+    part_lines,
+    step_time,
+)
 from trainfw.planning.predict.timeline import Timeline, timeline
-from trainfw.planning.read_step.analysis import Analysis, Transfer
+from trainfw.planning.read_step.analysis import Analysis
 from trainfw.planning.read_step.compile_cache import Compiled, compiled
 from trainfw.planning.read_step.memory import MemoryTable
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
@@ -55,11 +63,6 @@ class Plan:
     time: StepTime
 
     @property
-    def transfers(self) -> list[tuple[Transfer, TransferTime]]:
-        """Every collective with the time of one run, the longest in a step first."""
-        return self.time.longest
-
-    @property
     def bubble(self) -> float:
         """Share of a pipeline's iterations in which a stage computes on nothing; it is in the step's time already."""
         return bubble_of(self.recipe, self.layout)
@@ -90,14 +93,6 @@ class Plan:
     def fits(self) -> bool:
         """Tell whether a core has the memory, as far as its topology says."""
         return self.memory.headroom is None or self.memory.headroom >= 0
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.recipe.tokens_per_step
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.time.tokens_per_second
 
     @property
     def unit(self) -> str:
@@ -158,7 +153,7 @@ class Plan:
             "memory_bytes_per_core": self.memory.to_json(),
             "memory_capacity_bytes_per_core": self.topology.hbm_size,
             "fits": self.fits,
-            "collectives": transfers_json(self.transfers, phases=True),
+            "collectives": transfers_json(self.time.longest, phases=True),
             "chip_hours": self.chip_hours,
             "dollars": self.dollars,
             "unrecognised": self.unrecognised,
@@ -236,7 +231,7 @@ def plan(
             raise UserError(
                 "simulate, fresh: go with a recipe; a function is compiled anew, on the devices of its mesh"
             )
-        return plan_function(fn, abstract_args, hardware=hardware, count=count, lnc=lnc, mesh=mesh)
+        return plan_function(fn, abstract_args, mesh, hardware_of_function(hardware, count, lnc))
     refuse_arguments(abstract_args, mesh)
     if isinstance(hardware, Topology):
         raise UserError("hardware: expected the name of a topology, with a recipe; such as hardware='trn2.48xlarge'")
@@ -300,11 +295,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield plan.caveat
     yield from plan.unrecognised
     if (headroom := plan.memory.headroom) is not None:
-        size = f"{abs(headroom) / 2**30:,.2f} GiB"
-        short = f"DOES NOT FIT: a core needs {size} more than it has."
-        yield f"fits: a core has {size} to spare." if plan.fits else short
+        yield fit_line(headroom)
     yield ""
-    yield f"step time   {duration(time.seconds)}  (from {duration(time.low)} to {duration(time.high)})"
+    yield f"step time   {duration(time.seconds)}  {time.ends}"
     yield f"{plan.unit}s/s    {plan.units_per_second:,.0f}  ({plan.units_per_second / topology.chips:,.0f} a chip)"
     yield f"MFU         {plan.mfu:.1%}"
     yield f"bound by    {time.bound_by}"
@@ -316,11 +309,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"the run     {steps:,} steps, {plan.run_in_words}: {hours} chip-hours{cost}"
     yield ""
     yield "where a step goes"
-    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
-        if seconds > 0.0005 * time.seconds:
-            hidden = time.hidden.get(part, 0.0)
-            beside = f"  (and {duration(hidden)} beside matrix products)" if hidden else ""
-            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+    yield from part_lines(time)
     forward, backward, update = (duration(phase.seconds) for phase in plan.timeline.phases)
     each = plan.timeline.microbatches
     passes = f"forward {forward}, backward {backward}"
@@ -329,12 +318,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "memory of a core"
     yield from (f"  {line}" for line in plan.memory.lines())
     yield ""
-    yield from transfer_lines(plan.transfers, phases=True)
-    busy = link_utilisation(plan.analysis.transfers, plan.placement, time.seconds)
-    if busy:
+    yield from transfer_lines(time.longest, phases=True)
+    if busy := link_utilisation(plan.analysis.transfers, plan.placement, time.seconds):
         yield "  links busy: " + ", ".join(f"{dim} {share:.0%}" for dim, share in busy.items())
-    changes = whatif(plan)
-    if changes:
+    if changes := whatif(plan):
         yield ""
         yield "what would help most (predicted, each alone)"
         yield from (f"  -{seconds / time.seconds:.0%}  {text}" for text, seconds in changes[:3])

@@ -12,22 +12,19 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from trainfw.backends import for_topology
 from trainfw.errors import UserError
-from trainfw.hardware import duration
+from trainfw.hardware import Topology, duration
 from trainfw.models import flops_per_token
+from trainfw.parallel import MeshPlacement, Placement
 from trainfw.planning.predict.link_time import TransferTime, transfer_seconds
 from trainfw.planning.read_step.analysis import Analysis, Matmul, Transfer
+from trainfw.recipe import Recipe
 from trainfw.scopes import ATTENTION
-
-if TYPE_CHECKING:
-    from trainfw.hardware import Topology
-    from trainfw.parallel import MeshPlacement, Placement
-    from trainfw.recipe import Recipe
 
 OVERLAPPED = "weights, gradients, stages and rings"
 """Part whose collectives need not all be waited for (see `_beside`)."""
@@ -100,9 +97,12 @@ class WorkTime:
         """The transfers, those that take longest in all first."""
         return sorted(self.transfers, key=lambda pair: -pair[1].seconds * pair[0].times)
 
+    @property
+    def ends(self) -> str:
+        return f"(from {duration(self.low)} to {duration(self.high)})"
+
     def __repr__(self) -> str:
-        ends = f"from {duration(self.low)} to {duration(self.high)}"
-        return f"<{type(self).__name__}: {duration(self.seconds)} ({ends}), bound by {self.bound_by}>"
+        return f"<{type(self).__name__}: {duration(self.seconds)} {self.ends}, bound by {self.bound_by}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,8 +112,6 @@ class StepTime(WorkTime):
     mfu: float
     """Model FLOPs (forward and backward, nothing recomputed, of causal attention the half that counts) over the peak of
     the compute dtype."""
-    tokens_per_second: float
-    """Places of sequences: of images, patches."""
 
 
 def part_label(part: str) -> str:
@@ -127,6 +125,23 @@ _LABELS = {
     "memory": "elementwise and reductions",
     "optimizer": "optimizer and sums of gradients",
 }
+
+
+def part_lines(time: WorkTime) -> Iterator[str]:
+    """Write a line for each part that is more than a twentieth of a per cent, the longest first."""
+    for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
+        if seconds > 0.0005 * time.seconds:
+            hidden = time.hidden.get(part, 0.0)
+            beside = f"  (and {duration(hidden)} beside matrix products)" if hidden else ""
+            yield f"  {part_label(part):32} {duration(seconds):>9} {seconds / time.seconds:6.1%}{beside}"
+
+
+def fit_line(headroom: float) -> str:
+    """Say whether a core has the memory, of which so many bytes are left, or lacking."""
+    size = f"{abs(headroom) / 2**30:,.2f} GiB"
+    if headroom >= 0:
+        return f"fits: a core has {size} to spare."
+    return f"DOES NOT FIT: a core needs {size} more than it has."
 
 
 def assumptions_of(recipe: Recipe) -> Assumptions:
@@ -145,10 +160,9 @@ def step_time(
     said = [attention_words(recipe, topology, assumed)] * (ATTENTION not in analysis.unrecognised)
     said += [f"{assumed.overlap:.0%} of collectives of {OVERLAPPED} pass beside matrix products; others are waited for"]
     work = work_time(analysis, placement, assumed, said, share_of_fused(recipe, analysis.layout.context))
-    tokens = recipe.tokens_per_step
     peak = _peak(topology, recipe.train.compute_dtype) * topology.cores
-    flops = tokens * flops_per_token(recipe.model, recipe.sequence_length)
-    return StepTime(**vars(work), mfu=flops / work.seconds / peak, tokens_per_second=tokens / work.seconds)
+    flops = recipe.tokens_per_step * flops_per_token(recipe.model, recipe.sequence_length)
+    return StepTime(**vars(work), mfu=flops / work.seconds / peak)
 
 
 def attention_words(recipe: Recipe, topology: Topology, assumed: Assumptions) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from trainfw import backends
 from trainfw.errors import UserError
+from trainfw.hardware import Topology
 from trainfw.hlo import Computation, Instruction, Module, Partitioned, Shape, collectives_of, partition
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
@@ -24,7 +25,6 @@ from trainfw.recipe import Recipe
 from trainfw.scopes import ATTENTION, LOSS, LOSS_GRADIENT
 
 if TYPE_CHECKING:
-    from trainfw.hardware import Topology
     from trainfw.program import Program
 
 REPLICAS = 2
@@ -92,11 +92,14 @@ class Streamed:
     """Bytes of the largest array that a kernel reads or writes, to the next power of two; 0 where nobody knows."""
 
 
+_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation in one turn of a loop: a part of what the analysis has added up."""
 
-    of: Literal["matmuls", "transfers", "streamed"]
+    of: _Of
     index: int
     share: float
     """Share of its time in a step."""
@@ -324,7 +327,6 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
 
 
 _Work: TypeAlias = Matmul | Transfer | Streamed
-_Of: TypeAlias = Literal["matmuls", "transfers", "streamed"]
 _OF: dict[type, _Of] = {Matmul: "matmuls", Transfer: "transfers", Streamed: "streamed"}
 
 
@@ -475,8 +477,7 @@ def _streamed(
     of_model = _of_model(instruction, trains) or instruction.opcode == "broadcast"
     whole: StreamedKind = "model" if of_model else "update"
     if instruction.opcode == "dynamic-update-slice":  # in place
-        written = computation.instructions.get(instruction.operands[1].partition("#")[0])
-        part = 0 if written is None else written.bytes
+        part = computation.instructions[instruction.operands[1].partition("#")[0]].bytes
         found[whole] = 2 * part
         return found, part
     arrays = [instruction, *(computation.instructions[name] for name in _reads(computation, instruction, trains))]
@@ -494,11 +495,11 @@ def _written(computation: Computation, instruction: Instruction, trains: bool) -
     if instruction.opcode not in _FUSED:
         return True
     if instruction.opcode in _SAME and not instruction.is_root:
-        source: Instruction | None = instruction
-        while source is not None and source.opcode in _SAME:
-            source = computation.instructions.get(source.operands[0].partition("#")[0])
+        source = instruction
+        while source.opcode in _SAME:
+            source = computation.instructions[source.operands[0].partition("#")[0]]
         # Nothing is left to do; a slice of whole rows, such as a layer of a stack, is read where it lies.
-        if source is None or source.opcode in _SLICES or _written(computation, source, trains):
+        if source.opcode in _SLICES or _written(computation, source, trains):
             return False
     users = computation.users.get(instruction.name, ())
     # The optimizer is one kernel for each array, whatever uses its parts.
@@ -513,8 +514,7 @@ def _joins(computation: Computation, instruction: Instruction) -> bool:
     Recomputing that in every kernel that reads it would reach back through all layers.
     """
     while True:
-        names = [name.partition("#")[0] for name in instruction.operands]
-        operands = [computation.instructions[name] for name in names if name in computation.instructions]
+        operands = [computation.instructions[name.partition("#")[0]] for name in instruction.operands]
         arrays = [operand for operand in operands if operand.opcode not in ("broadcast", "constant", "iota")]
         if len(arrays) != 1:
             return len(arrays) > 1
@@ -530,10 +530,10 @@ def _reads(computation: Computation, instruction: Instruction, trains: bool) -> 
     pending = list(instruction.operands)
     while pending:
         name = pending.pop().partition("#")[0]
-        operand = computation.instructions.get(name)
-        if operand is None or name in seen:
+        if name in seen:
             continue
         seen.add(name)
+        operand = computation.instructions[name]
         if operand.opcode in ("constant", "iota"):
             continue
         if operand.opcode in _SLICES or _written(computation, operand, trains):

@@ -20,7 +20,8 @@ from trainfw.backends import Sdk
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.hlo import Assignment, Buffer, Partitioned, parse_module
-from trainfw.parallel import Layout, nearest_divisors
+from trainfw.models import vocabulary_of
+from trainfw.parallel import SPLIT_RULES, Layout, nearest_divisors
 from trainfw.planning.read_step.final_module import COLLECTIVES, Final
 from trainfw.planning.read_step.op_names import is_backward, is_forward, is_recomputed, is_within
 from trainfw.scopes import LOSS
@@ -87,8 +88,6 @@ class Held:
     category: str
     bytes: int
     """Bytes as the program asked for them."""
-    compiled_bytes: int
-    """Bytes as the CPU's compiler has them."""
     dims: tuple[int, ...]
     op_name: str
     """JAX's path to the operation that made it."""
@@ -215,7 +214,7 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     """The table of `program`'s training step, which `partitioned` is the compilation of; see `MemoryTable.on`."""
     import jax
 
-    state, donates = state_arrays(program), program.recipe.backend.donate
+    state, donates = tuple(state_arrays(program)), program.recipe.backend.donate
     sizes = {name: 0 for name in CATEGORIES if name != "state_out" or not donates}
     for array in state:
         sizes[array.category] += array.bytes_on(program.layout)
@@ -225,15 +224,10 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
     outputs = 0 if analysis is None else analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     compiled = 0 if analysis is None else analysis.temp_size_in_bytes
-    peak, values = 0, 0
-    held: tuple[Held, ...] = ()
-    assignment = partitioned.assignment
-    if assignment is not None and partitioned.compiled is not None:
-        final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
-        peak, values, held = _peak(assignment, final, _Known.of(program))
+    occupied, peak, values, held = _peak(partitioned, _Known.of(program))
     for value in held:
         sizes[value.category] += value.bytes
-    packing = compiled - _occupied(assignment) if assignment is not None else compiled
+    packing = compiled - occupied
     sizes["other"] += packing + outputs
     if not donates:
         sizes["state_out"] = sum(array.bytes_on(program.layout) for array in state)
@@ -247,7 +241,7 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
         corrected_bytes=compiled - packing - peak,
         corrected_values=values,
         largest=tuple(sorted(held, key=lambda value: -value.bytes)),
-        split=assignment is not None,
+        split=partitioned.assignment is not None,
         state=state,
     )
 
@@ -255,29 +249,22 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
 def corrected_temporaries(partitioned: Partitioned) -> int | None:
     """Bytes of a program's temporaries and results, by its own dtypes; None where the compiler does not say."""
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
-    if partitioned.compiled is None or analysis is None:
+    if analysis is None:
         return None
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    if partitioned.assignment is None:
-        return analysis.temp_size_in_bytes + results
-    final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
-    nothing: frozenset[tuple[int, ...]] = frozenset()
-    peak, *_ = _peak(partitioned.assignment, final, _Known(nothing, nothing, nothing, nothing, frozenset(), ()))
-    return analysis.temp_size_in_bytes - _occupied(partitioned.assignment) + peak + results
+    occupied, peak, *_ = _peak(partitioned, _Known())
+    return analysis.temp_size_in_bytes - occupied + peak + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
-def state_arrays(program: Program) -> tuple[StateArray, ...]:
+def state_arrays(program: Program) -> Iterator[StateArray]:
     """All that a step hands to the next."""
     import jax
 
     categories = {"params": "parameters", "frozen": "parameters", "opt_state": "optimizer_state"}
-    found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state):
         name, axes = jax.tree_util.keystr(path, simple=True, separator="."), _axes(leaf.sharding.spec)
         axes += ((),) * (len(leaf.shape) - len(axes))
         category = categories.get(name.partition(".")[0], "other")
-        found.append(StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes))
-    return tuple(found)
+        yield StateArray(name.removeprefix("params."), category, tuple(leaf.shape), leaf.dtype.itemsize, axes)
 
 
 def _axes(spec: Any) -> tuple[tuple[str, ...], ...]:
@@ -298,8 +285,13 @@ def _running(change: Mapping[int, int]) -> dict[int, int]:
     return dict(zip(times, itertools.accumulate(change[time] for time in times)))
 
 
-def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int, tuple[Held, ...]]:
-    """(bytes at the peak, values corrected anywhere, what is held at the peak), by the program's own dtypes."""
+def _peak(partitioned: Partitioned, known: _Known) -> tuple[int, int, int, tuple[Held, ...]]:
+    """(bytes at the compiler's peak; bytes at the peak, values corrected anywhere, what is held at the peak, by the
+    program's own dtypes); nothing where the compiler does not say what lies where."""
+    assignment = partitioned.assignment
+    if assignment is None or partitioned.compiled is None:
+        return 0, 0, 0, ()
+    final = Final(parse_module(partitioned.compiled.as_text()), partitioned.module)
     values: dict[tuple[str, int], list[tuple[Buffer, int]]] = defaultdict(list)
     for buffer in assignment.buffers:
         index = buffer.index[0] if buffer.index else 0
@@ -328,7 +320,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
             before = size
     running = _running(change)
     if not running:
-        return 0, 0, ()
+        return 0, 0, 0, ()
     moment = max(running, key=lambda time: running[time])
     backward = [time for time, name in enumerate(assignment.schedule) if final.is_backward(name)]
     held = []
@@ -353,7 +345,6 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
             Held(
                 category=category,
                 bytes=size,
-                compiled_bytes=sum(buffer.bytes for buffer, _ in alive),
                 dims=buffer.shape.dims if buffer.shape else (),
                 op_name=op_name,
                 place=place,
@@ -361,7 +352,7 @@ def _peak(assignment: Assignment, final: Final, known: _Known) -> tuple[int, int
                 shard=category in ("gradients", "other") and form in known.fsdp_shards,
             )
         )
-    return running[moment], corrected, tuple(held)
+    return _occupied(assignment), running[moment], corrected, tuple(held)
 
 
 def _category(buffer: Buffer, op_name: str, final: Final, known: _Known, kept: bool) -> str:
@@ -401,26 +392,24 @@ def _key(dims: tuple[int, ...]) -> tuple[int, ...]:
 class _Known:
     """Shapes on one core by which a value is recognised."""
 
-    shards: frozenset[tuple[int, ...]]
+    shards: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of parameters' gradients as they are kept, all layers or one, dims sorted."""
-    stacks: frozenset[tuple[int, ...]]
+    stacks: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of `shards` that have more than one layer."""
-    fsdp_shards: frozenset[tuple[int, ...]]
+    fsdp_shards: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of `shards` that `fsdp` alone can have made."""
-    whole: frozenset[tuple[int, ...]]
+    whole: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of parameters gathered for use."""
-    tokens: frozenset[int]
+    tokens: frozenset[int] = frozenset()
     """Sizes of dims that are places in a sequence, or tokens (or patches) of a microbatch or of a chunk of the loss."""
-    logits: tuple[int, ...]
+    logits: tuple[int, ...] = ()
     """Shape of the logits of a chunk of the loss, dims sorted; empty for a model without a vocabulary."""
 
     @classmethod
     def of(cls, program: Program) -> _Known:
         import jax
         from flax import nnx
-        from jax.sharding import NamedSharding
 
-        from trainfw.models import vocabulary_of
         from trainfw.objectives import loss_chunks
 
         recipe, rules, layout = program.recipe, program.rules, program.layout
@@ -442,10 +431,10 @@ class _Known:
             stacks |= stacked - one
             if "fsdp" not in itertools.chain(*_axes(kept.spec)):
                 others |= one | stacked
-            used = NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
+            used = jax.sharding.NamedSharding(program.mesh, rules.spec(str(path), leaf.shape, weight.axes, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(leaf.shape)))
         for path, part, dims in _frozen_arrays(program):
-            used = NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
+            used = jax.sharding.NamedSharding(program.mesh, rules.spec(str(path), part.shape, dims, in_use=True))
             whole = whole.union(*forms(path, used.shard_shape(part.shape)))
         shards |= stacks
         rows = recipe.train.global_batch_size // layout.batch_shards // recipe.train.accumulation_steps * recipe.group
@@ -475,7 +464,6 @@ def _frozen_arrays(program: Program) -> Iterator[tuple[tuple[Any, ...], Any, tup
     import jax
     from flax import nnx
 
-    from trainfw.parallel import SPLIT_RULES
     from trainfw.quantization import Quantized
 
     for role, variables in program.models.frozen.items():

@@ -12,15 +12,11 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from trainfw.hardware import Topology
 from trainfw.parallel import Layout
 from trainfw.planning.predict.closed_form import state_bytes
-
-if TYPE_CHECKING:
-    from trainfw.hardware import Topology
-    from trainfw.recipe import Recipe
-
+from trainfw.recipe import Recipe
 
 MAX_SPARES = 100_000
 """Spare units that are tried at most."""
@@ -67,18 +63,13 @@ def checkpoint_goodput(work: float, copy: float, mtbf: float, restart: float, wr
     return work / mtbf * math.exp(-(restart + first) / mtbf) / -math.expm1(-cycle / mtbf)
 
 
-def availability(down: float, spares: int) -> float:
-    """The share of time in which at most `spares` units are out of service, of which `down` are on average.
+def down_exactly(down: float, k: int) -> float:
+    """The share of time in which k units are out of service, of which `down` are on average.
 
     Failures at a rate lambda, each repaired in R on average however many others are: an M/G/infinity queue, in which
     the number in service is Poisson with mean lambda R for any distribution of repair times (Palm's theorem;
     Sherbrooke, "METRIC", Operations Research 16(1), 1968, 122-141).
     """
-    return min(1.0, math.fsum(_down_exactly(down, k) for k in range(spares + 1)))
-
-
-def _down_exactly(down: float, k: int) -> float:
-    """The Poisson probability of k with mean `down`."""
     return math.exp(k * math.log(down) - down - math.lgamma(k + 1))
 
 
@@ -97,34 +88,35 @@ class Spares:
 
 @dataclass(frozen=True)
 class Goodput:
-    """One job with failures; seconds, unless a name says otherwise."""
+    """One job with failures."""
 
-    units: int
+    count: int
+    """Units."""
     instances: int
-    mtbf: float
+    mtbf_seconds: float
     state_bytes: int
     """Bytes of a checkpoint: parameters and optimizer state, once."""
-    copy: float
-    """Seconds of a save during which a step waits."""
-    write: float
-    """Seconds of a save, which runs beside the steps."""
-    read: float
+    copy_seconds: float
+    """Part of a save during which a step waits."""
+    write_seconds: float
+    """Part of a save that runs beside the steps."""
+    read_seconds: float
     """Seconds in which every replica reads a checkpoint."""
-    restart: float
-    """Seconds from a failure to the next step: detection, restart, `read`."""
-    young: float
+    restart_seconds: float
+    """Seconds from a failure to the next step: detection, restart, `read_seconds`."""
+    young_interval_seconds: float
     """Work between checkpoints at the optimum, to first order."""
-    daly: float
+    daly_interval_seconds: float
     """Work between checkpoints at the optimum, to higher order (Daly)."""
-    every: int
+    checkpoint_every: int
     """The recipe's checkpoint.every, in steps; 0: only at the end."""
-    goodput_every: float
+    goodput_at_checkpoint_every: float
     """Goodput with the recipe's own interval, while enough units work."""
-    suggested: int
+    suggested_checkpoint_every: int
     """checkpoint.every at the optimum."""
-    goodput_suggested: float
+    goodput_at_suggested: float
     """Goodput with the suggested interval, while enough units work."""
-    down: float
+    units_down: float
     """Units out of service, on average."""
     spares: tuple[Spares, ...]
     """Rows for 0, 1, 2, ... spare units, past the best."""
@@ -138,34 +130,10 @@ class Goodput:
     def first_spare(self) -> float:
         """Return how much more work a job does with one spare unit than with none, as a share."""
         # e^-down (1 + down) over e^-down, which may be too small for a float.
-        return self.down
-
-    @property
-    def with_failures(self) -> float:
-        """Goodput at the suggested interval with the best number of spares."""
-        return self.best.goodput
+        return self.units_down
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "count": self.units,
-            "instances": self.instances,
-            "mtbf_seconds": self.mtbf,
-            "state_bytes": self.state_bytes,
-            "copy_seconds": self.copy,
-            "write_seconds": self.write,
-            "read_seconds": self.read,
-            "restart_seconds": self.restart,
-            "young_interval_seconds": self.young,
-            "daly_interval_seconds": self.daly,
-            "checkpoint_every": self.every,
-            "goodput_at_checkpoint_every": self.goodput_every,
-            "suggested_checkpoint_every": self.suggested,
-            "goodput_at_suggested": self.goodput_suggested,
-            "units_down": self.down,
-            "spares": [asdict(option) for option in self.spares],
-            "best_spares": self.best.spares,
-            "first_spare_gain": self.first_spare,
-        }
+        return asdict(self) | {"best_spares": self.best.spares, "first_spare_gain": self.first_spare}
 
 
 def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds: float) -> Goodput:
@@ -188,21 +156,21 @@ def goodput_of(recipe: Recipe, topology: Topology, layout: Layout, step_seconds:
     ours = share(suggested * step_seconds)
     down = instances * figure["reliability.repair"] / figure["reliability.instance_mtbf"]
     return Goodput(
-        units=units,
+        count=units,
         instances=instances,
-        mtbf=mtbf,
+        mtbf_seconds=mtbf,
         state_bytes=state,
-        copy=copy,
-        write=write,
-        read=read,
-        restart=restart,
-        young=young_interval(copy, mtbf),
-        daly=daly,
-        every=recipe.checkpoint.every,
-        goodput_every=share(min(recipe.checkpoint.every or steps, steps) * step_seconds),
-        suggested=suggested,
-        goodput_suggested=ours,
-        down=down,
+        copy_seconds=copy,
+        write_seconds=write,
+        read_seconds=read,
+        restart_seconds=restart,
+        young_interval_seconds=young_interval(copy, mtbf),
+        daly_interval_seconds=daly,
+        checkpoint_every=recipe.checkpoint.every,
+        goodput_at_checkpoint_every=share(min(recipe.checkpoint.every or steps, steps) * step_seconds),
+        suggested_checkpoint_every=suggested,
+        goodput_at_suggested=ours,
+        units_down=down,
         spares=tuple(_spares(units, down, ours)),
     )
 
@@ -214,7 +182,7 @@ def _spares(units: int, down: float, goodput: float) -> Iterator[Spares]:
         most = 3  # out of reach: it never runs
     best = available = 0.0
     for spares in range(most + 1):
-        available = min(1.0, available + _down_exactly(down, spares))
+        available = min(1.0, available + down_exactly(down, spares))
         each = available * goodput * units / (units + spares)
         yield Spares(spares, available, available * goodput, each)
         if spares >= max(3, down) and each < best:

@@ -41,12 +41,6 @@ class Row:
         time = self.plan.time
         return sum(s for axes, s in time.parts.items() if "data" in axes.split("+")) / time.seconds
 
-    @property
-    def per_chip(self) -> float:
-        """Tokens or images a second of a chip."""
-        assert self.plan is not None
-        return self.plan.units_per_second / self.plan.topology.chips
-
 
 @dataclass(frozen=True, repr=False)
 class Scaling:
@@ -147,7 +141,7 @@ class Scaling:
             "days": self.days(row),
             "chip_hours": hours,
             "dollars": None if price is None else price * hours,
-            "goodput": row.goodput.with_failures,
+            "goodput": row.goodput.best.goodput,
             "chip_hours_with_failures": failing if ends else None,
             "dollars_with_failures": price * failing if price is not None and ends else None,
         }
@@ -158,7 +152,9 @@ class Scaling:
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
     """Tokens or images a second of a chip, over that at the fewest units of `rows` that have a plan."""
-    return row.per_chip / next(first.per_chip for first in rows if first.plan is not None)
+    plans = [one.plan for one in (row, *rows) if one.plan is not None]
+    own, first = (plan.units_per_second / plan.topology.chips for plan in plans[:2])
+    return own / first
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -339,8 +335,8 @@ def _run_table(found: Scaling, rows: Sequence[Row], cost: str) -> list[str]:
             continue
         price = found.recipe.hardware.dollars_per_chip_hour or 1
         times = (in_seconds(plan.time.low), in_seconds(plan.time.high))
-        shares = (f"{plan.memory.total / _GIB:.1f}", f"{row.data_share:.1%}", f"{one.with_failures:.1%}")
-        days = f"{_over(found.days(row), one.with_failures):,.2f}"
+        shares = (f"{plan.memory.total / _GIB:.1f}", f"{row.data_share:.1%}", f"{one.best.goodput:.1%}")
+        days = f"{_over(found.days(row), one.best.goodput):,.2f}"
         whole = f"{found.chip_hours(row, failures=True) * price:,.0f}"
         cells.append((f"{row.count:,}", *times, *shares, days, whole, "" if plan.fits else "DOES NOT FIT"))
     return table(cells, ">>>>>>>><")
@@ -350,9 +346,15 @@ def _checkpoint_table(made: Sequence[Goodput]) -> list[str]:
     heads = ("units", "MTBF", "restart", "stall", "interval", "every", "goodput", "best", "goodput")
     cells = [
         (
-            *(f"{one.units:,}", in_any_unit(one.mtbf), in_any_unit(one.restart), in_seconds(one.copy)),
-            *(in_any_unit(one.daly), f"{one.every:,}" if one.every else "end", f"{one.goodput_every:.1%}"),
-            *(f"{one.suggested:,}", f"{one.goodput_suggested:.1%}"),
+            f"{one.count:,}",
+            in_any_unit(one.mtbf_seconds),
+            in_any_unit(one.restart_seconds),
+            in_seconds(one.copy_seconds),
+            in_any_unit(one.daly_interval_seconds),
+            f"{one.checkpoint_every:,}" if one.checkpoint_every else "end",
+            f"{one.goodput_at_checkpoint_every:.1%}",
+            f"{one.suggested_checkpoint_every:,}",
+            f"{one.goodput_at_suggested:.1%}",
         )
         for one in made
     ]
@@ -363,9 +365,9 @@ def _spares_table(made: Sequence[Goodput]) -> list[str]:
     heads = ("units", "down", "0", "1", "2", "3", "one buys", "best", "goodput", "a chip")
     cells = [
         (
-            *(f"{one.units:,}", f"{one.down:.2f}", *(f"{option.goodput:.1%}" for option in one.spares[:4])),
+            *(f"{one.count:,}", f"{one.units_down:.2f}", *(f"{option.goodput:.1%}" for option in one.spares[:4])),
             f"+{one.first_spare:.1%}" if one.first_spare < 10 else f"{one.first_spare + 1:,.0f}x",
-            *(f"{one.best.spares:,}", f"{one.with_failures:.1%}", f"{one.best.goodput_per_rented_chip:.1%}"),
+            *(f"{one.best.spares:,}", f"{one.best.goodput:.1%}", f"{one.best.goodput_per_rented_chip:.1%}"),
         )
         for one in made
     ]

@@ -256,7 +256,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def pareto(items: Iterable[T], of: Callable[[T], tuple[float, float]]) -> list[T]:
-    """List the items that no other equals in both values and beats in one; of equals the first."""
+    """List the items that no other equals in both values and beats in one, in their order; of equals the first."""
     kept: list[T] = []
     for item in sorted(items, key=of):  # stable
         if not kept or of(item)[1] < of(kept[-1])[1]:

@@ -86,8 +86,7 @@ class Found:
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
         """List those of `fitting` that no other beats in both speed and memory, the fastest first."""
-        front = pareto(self.fitting, lambda pair: (pair[1].time.seconds, pair[1].memory.total))
-        return sorted(front, key=lambda pair: pair[1].time.seconds)
+        return pareto(self.fitting, lambda pair: (pair[1].time.seconds, pair[1].memory.total))
 
     def to_json(self) -> dict[str, object]:
         """Plain data with stable keys."""
