@@ -1,7 +1,8 @@
 """Diffusion models learn and draw, beside diffusers: python benchmarks/diffusion.py [--model pixart] [--save]
 
 The same model, DiT of classes or PixArt of captions, from the same weights; the same images, noise, times and
-conditions handed to both; AdamW, gradients clipped; float32, the same number of threads:
+conditions handed to both; AdamW, gradients clipped; the same number of threads. --dtype bfloat16: products in bfloat16
+and parameters in float32, of diffusers by torch.autocast. Each:
 
   trainfw            the program of a recipe, as its training loop runs it; its `denoise`
   diffusers          DiTTransformer2DModel or PixArtTransformer2DModel, PyTorch eager: SDPA, fused AdamW
@@ -14,8 +15,8 @@ Each is a process of its own; in one run they take turns of a few steps, first t
 else the machine does meets all alike. Peaks of memory are each process's own, from its start.
 
 Exits 1 where trainfw does not train RATIO times as many steps a second, or draw RATIO times as many images, as the
-faster of the others, takes more memory than the smaller of them, or where losses of a step differ by more than LOSS,
-the first by more than FIRST_LOSS of their size, or pictures by more than PICTURE; 2 for bad arguments.
+faster of the others, takes more memory than the smaller of them, or where losses or pictures differ by more than
+LIMITS, of their size; 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most,
 from trainfw.paths import cache_dir
 
 RATIO, MEMORY = 1.5, 1.0
-FIRST_LOSS, LOSS, PICTURE = 1e-5, 1e-3, 1e-3
+LIMITS = {"float32": (1e-5, 1e-3, 1e-3), "bfloat16": (1e-2, 2e-2, 1e-1)}
+"""Of the first loss, of all, and of pictures, by dtype."""
 OPTIMIZER = {"learning_rate": 3e-4, "b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.01, "clip_norm": 1.0}
 TRAIN: dict[str, Any] = {"scan_layers": False, "remat": "dots"}
 """Of the recipe's `train`."""
@@ -96,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=5, help="timed steps of training of each at its turn (5)")
     parser.add_argument("--rounds", type=positive, default=4, help="turns of each, in one of which it draws once (4)")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each (all cores)")
+    parser.add_argument("--dtype", choices=list(LIMITS), default="float32", help="of products (float32)")
     parser.add_argument("--train", default="", metavar="KEY=VALUE,...", help="more of the recipe's `train`")
     parser.add_argument("--peers", type=peers, default=list(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--timeout", type=positive, default=1200, help="seconds for a start or a turn (1200)")
@@ -104,8 +107,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parts = [part for part in chosen.train.split(",") if part]
     if bad := [part for part in parts if part.count("=") != 1]:
         parser.error(f"--train: {bad[0]!r}: expected KEY=VALUE")
-    chosen.train = TRAIN | {key: json.loads(value) if value in ("true", "false") or value.isdecimal() else value
-                            for key, value in (part.split("=") for part in parts)}  # fmt: skip
+    given = {}
+    for key, value in (part.split("=") for part in parts):
+        given[key] = json.loads(value) if value in ("true", "false") or value.isdecimal() else value
+    chosen.train = TRAIN | {"compute_dtype": chosen.dtype} | given
     return chosen
 
 
@@ -190,6 +195,7 @@ def make_worker(chosen: argparse.Namespace, directory: Path, task: str, peer: st
         "optimizer": OPTIMIZER,
         "train": chosen.train,
         "threads": chosen.threads,
+        "dtype": chosen.dtype,
         "denoising_steps": chosen.denoising_steps,
         "guidance": 4.0,
         "compile": peer.endswith("-compile"),
@@ -226,10 +232,10 @@ def judge(results: Results, chosen: argparse.Namespace, parameters: int) -> tupl
             lines.append([*line, *([f"{losses[0]:.5f}", f"{losses[-1]:.5f}"] if losses else [None, None])])
     for name, problem in (results.problems | results.left_out).items():
         lines.append([name, f"did not run: {problem}", *[None] * (len(columns) - 2)])
-    return [table(title, columns, lines)], checks(results)
+    return [table(title, columns, lines)], checks(results, *LIMITS[chosen.dtype])
 
 
-def checks(results: Results) -> list[Check]:
+def checks(results: Results, first_loss: float, loss: float, picture: float) -> list[Check]:
     made: list[Check] = []
     for does, records in results.records.items():
         others = [name for name in OTHERS if name in records]
@@ -245,13 +251,13 @@ def checks(results: Results) -> list[Check]:
             if does == "learns":
                 pairs = list(zip(records[OURS].losses, records[name].losses))
                 apart = np.array([abs(a - b) / abs(b) for a, b in pairs if a is not None and b is not None])
-                made.append(at_most(f"the first loss, apart from that of {name}", float(apart[0]), FIRST_LOSS))
+                made.append(at_most(f"the first loss, apart from that of {name}", float(apart[0]), first_loss))
                 losses = f"losses of {len(apart)} steps, apart from those of {name}"
-                made.append(at_most(losses, float(apart.max()), LOSS))
+                made.append(at_most(losses, float(apart.max()), loss))
             else:
                 ours, theirs = results.pictures[OURS], results.pictures[name]
                 error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-                made.append(at_most(f"pictures, apart from those of {name}", error, PICTURE))
+                made.append(at_most(f"pictures, apart from those of {name}", error, picture))
     if results.problems:
         made.append(at_most("processes that did not run to their end", len(results.problems), 0))
     return made

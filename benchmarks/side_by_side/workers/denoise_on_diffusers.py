@@ -50,6 +50,13 @@ def conditions(batch: Any, keep: Any) -> dict[str, Any]:
     return {"encoder_hidden_states": batch["caption"] * keep[..., None], "encoder_attention_mask": mask}
 
 
+def autocast() -> Any:
+    """A context in which products are in the work's dtype."""
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=WORK["dtype"] == "bfloat16")
+
+
 def train(model: Any, batches: list[Any]) -> None:
     import torch
 
@@ -68,8 +75,9 @@ def train(model: Any, batches: list[Any]) -> None:
     for batch in itertools.cycle(batches):
         image, noise, time_B = batch["image"], batch["noise"], batch["time"]
         noisy = image + (time_B / 1000)[:, None, None, None] * (noise - image)
-        prediction = forward(noisy, timestep=time_B, **conditions(batch, batch["keep"]), return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(prediction, noise - image)
+        with autocast():
+            prediction = forward(noisy, timestep=time_B, **conditions(batch, batch["keep"]), return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), noise - image)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
         optimizer.step()
@@ -96,8 +104,9 @@ def draw(model: Any, batches: list[Any]) -> None:
         with torch.inference_mode():
             for t in scheduler.timesteps:
                 doubled = torch.cat([x, x])
-                prediction = forward(doubled, timestep=t.expand(2 * rows), **condition, return_dict=False)[0]
-                kept, left_out = prediction.chunk(2)
+                with autocast():
+                    prediction = forward(doubled, timestep=t.expand(2 * rows), **condition, return_dict=False)[0]
+                kept, left_out = prediction.float().chunk(2)
                 prediction = left_out + WORK["guidance"] * (kept - left_out)
                 x = scheduler.step(prediction, t, x, return_dict=False)[0]
         if not number:
