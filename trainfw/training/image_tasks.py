@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ IMAGE_METRICS = ("class_accuracy", "retrieval")
 NEAREST = 10
 """Pictures among which a caption's own is to be found."""
 _COMPONENTS = 64
+_MOST = 10_000
+"""Pictures of a split that are looked at, at most, spread evenly over it."""
+_SIDE = 32
+"""Pixels of a side at which they are, at most: larger ones are averaged over squares."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,26 @@ def evaluate_images(
     caption is one of the ten nearest to the drawn one, by the cosine of their first 64 principal components, which are
     fitted to the training pictures and scaled to unit variance; captions spread over all. Beside either stands the
     distance (root mean square of pixels in 0..1) of drawn pictures to the nearest training picture, and that of
-    held-out ones: a model that has learnt its pictures by heart draws much nearer to them.
+    held-out ones: a model that has learnt its pictures by heart draws much nearer to them. All this looks at 10,000
+    pictures of a split at most, at 32 pixels a side at most.
 
     Args:
         samples: pictures that are shown beside the nearest training picture.
 
     Raises UserError where the data does not have these.
     """
-    judge = _Classes(data) if metric == "class_accuracy" else _Captions(data, count)
+    judge = _Classes(data) if metric == "class_accuracy" else _Captions(data)
     numbers = judge.asked(count)
     prompts = [judge.prompts[i] for i in numbers]
     drawn = drawer.draw(prompts, seed=seed, progress=progress)
     score, beside = judge.judge(drawn, numbers)
     nearest, distances = nearest_training(data, drawn)
-    _, usual = nearest_training(data, _images(data.validation))
+    _, usual = _nearest(data, _pixels(data.validation, _spread(len(data.validation), _MOST)))
     memorised = f"nearest training picture {np.mean(distances):.3f} away; of held-out ones {np.mean(usual):.3f}"
-    shown = np.unique(np.linspace(0, len(drawn) - 1, min(samples, len(drawn))).round().astype(int))
+    shown = _spread(len(drawn), samples)
     lines, picture = tuple(_line(data, prompts[i], int(nearest[i]), distances[i]) for i in shown), None
     if len(shown):
-        pairs = np.stack([drawn[shown], _images(data.train, nearest[shown])])
+        pairs = np.stack([drawn[shown], [data.train.image(int(i)) for i in nearest[shown]]])
         picture = grid(pairs.reshape(-1, *drawn.shape[1:]), len(shown), scale_of(drawn))
     drawn_with = f"drawn with guidance {drawer.usual_guidance:g}"
     return ImageScore(metric, score, len(drawn), (drawn_with, *beside, memorised), drawn, lines, picture)
@@ -101,11 +106,13 @@ class _Classes:
     def __init__(self, data: PreparedImages):
         with _needing_scikit_learn():
             from sklearn.svm import SVC
-        self.prompts, labels = data.classes, _labels(data.validation)
+        held_out, train = (_spread(len(store), _MOST) for store in (data.validation, data.train))
+        self.prompts, labels = data.classes, _labels(data.validation, held_out)
         if len(data.classes) < 2 or set(labels) != set(range(len(data.classes))):
             raise UserError("evaluation.metric: class_accuracy needs held-out pictures of every class, and two or more")
-        self._classifier = SVC().fit(_pixels(data.validation), labels)
-        real = float(np.mean(self._classifier.predict(_pixels(data.train)) == _labels(data.train)))
+        self._classifier = SVC().fit(_pixels(data.validation, held_out), labels)
+        told = self._classifier.predict(_pixels(data.train, train))
+        real = float(np.mean(told == _labels(data.train, train)))
         learnt = f"by a classifier that learnt from {len(labels):,} held-out ones"
         self._beside = (learnt, f"which tells {real:.3f} of the training ones")
 
@@ -119,16 +126,16 @@ class _Classes:
 class _Captions:
     """Judge of pictures of held-out captions: `retrieval`."""
 
-    def __init__(self, data: PreparedImages, count: int):
+    def __init__(self, data: PreparedImages):
         with _needing_scikit_learn():
             from sklearn.decomposition import PCA
-        self._real, self.prompts = _pixels(data.validation), list(data.validation.captions())
-        parts = min(_COMPONENTS, len(data.train), self._real.shape[1])
-        self._features = PCA(parts, whiten=True, random_state=0).fit(_pixels(data.train))
+        held_out, learnt = _spread(len(data.validation), _MOST), _pixels(data.train, _spread(len(data.train), _MOST))
+        self.prompts = [data.validation.caption(int(i)) or "" for i in held_out]
+        self._real = _pixels(data.validation, held_out)
+        self._features = PCA(min(_COMPONENTS, *learnt.shape), whiten=True, random_state=0).fit(learnt)
 
     def asked(self, count: int) -> np.ndarray:
-        number = len(self.prompts)
-        return np.unique(np.linspace(0, number - 1, min(count, number)).round().astype(int))
+        return _spread(len(self.prompts), count)
 
     def judge(self, drawn: np.ndarray, numbers: np.ndarray) -> tuple[float, tuple[str, ...]]:
         ours, theirs = (_unit(self._features.transform(x)) for x in (_flat(drawn), self._real))
@@ -151,9 +158,19 @@ def nearest_training(data: PreparedImages, pictures: np.ndarray) -> tuple[np.nda
     Args:
         pictures: u8[N, H, W, C]; differences are of values in 0..1.
     """
-    real, ours = _pixels(data.train), _flat(pictures)
+    return _nearest(data, _flat(pictures))
+
+
+def _nearest(data: PreparedImages, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    numbers = _spread(len(data.train), _MOST)
+    real = _pixels(data.train, numbers)
     squares = (ours**2).sum(1)[:, None] - 2 * ours @ real.T + (real**2).sum(1)
-    return squares.argmin(1), np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1])
+    return numbers[squares.argmin(1)], np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1])
+
+
+def _spread(length: int, most: int) -> np.ndarray:
+    """Return up to `most` numbers below `length`, spread evenly."""
+    return np.unique(np.linspace(0, length - 1, min(most, length)).round().astype(int))
 
 
 @contextlib.contextmanager
@@ -164,20 +181,21 @@ def _needing_scikit_learn() -> Iterator[None]:
         raise UserError(f"evaluation.metric: needs scikit-learn: {pip_install('diffusion')}") from None
 
 
-def _images(store: ImageStore, numbers: Iterable[int] | None = None) -> np.ndarray:
-    return np.stack([store.image(int(i)) for i in (range(len(store)) if numbers is None else numbers)])
+def _pixels(store: ImageStore, numbers: np.ndarray) -> np.ndarray:
+    return np.concatenate([_flat(store.image(int(i))[None]) for i in numbers])
 
 
-def _pixels(store: ImageStore) -> np.ndarray:
-    return _flat(_images(store))
-
-
-def _labels(store: ImageStore) -> np.ndarray:
-    return np.array([store.label(i) for i in range(len(store))])
+def _labels(store: ImageStore, numbers: np.ndarray) -> np.ndarray:
+    return np.array([store.label(int(i)) for i in numbers])
 
 
 def _flat(pictures: np.ndarray) -> np.ndarray:
-    return pictures.reshape(len(pictures), -1).astype(np.float32) / 255
+    """Return values in 0..1 in rows, f32[N, ...], of pictures of `_SIDE` at most."""
+    count, height, width, channels = pictures.shape
+    step = -(-max(height, width) // _SIDE)
+    kept = pictures[:, : height // step * step, : width // step * step].astype(np.float32)
+    squares = kept.reshape(count, height // step, step, width // step, step, channels)
+    return squares.mean((2, 4)).reshape(count, -1) / 255
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
