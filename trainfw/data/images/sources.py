@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainfw.data.arrow import SAVED, Table, parquet_tables, saved_dataset_tables
+from trainfw.data.arrow import SAVED, ReadTables, parquet_tables, saved_dataset_tables
 from trainfw.data.compressed import open_plain
 from trainfw.data.config import PICTURES, DataConfig
 from trainfw.data.files import Finder, Input, file_kind
@@ -197,7 +197,7 @@ def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: 
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def _tables(read_tables: Callable[..., Iterator[Table]], root: Path) -> Reader:
+def _tables(read_tables: ReadTables, root: Path) -> Reader:
     def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
 
@@ -244,10 +244,6 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _tar(_root: Path) -> Reader:
-    return _read_tar
-
-
 def _read_tar(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the picture of each sample of webdataset's tar: consecutive members whose names differ after the dot."""
     key, parts = "", dict[str, bytes | None]()
@@ -292,6 +288,6 @@ def _sample(parts: Mapping[str, bytes | None], columns: Columns) -> Picture | Un
 _READERS: dict[str, Callable[[Path], Reader]] = {
     ".parquet": functools.partial(_tables, parquet_tables),
     SAVED: functools.partial(_tables, saved_dataset_tables),
-    ".tar": _tar,
+    ".tar": lambda _root: _read_tar,
 }
 """Functions from a source's directory to the reader of a kind that holds pictures."""
