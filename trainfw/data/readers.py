@@ -39,9 +39,6 @@ class Unreadable:
     reason: str
 
 
-# --- Text -------------------------------------------------------------------------------------------------------------
-
-
 def read_text(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the whole file as one document."""
     blocks, size = [], 0
@@ -63,9 +60,6 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
             yield "", file.read()
     except (SyntaxError, UnicodeDecodeError):
         return
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
@@ -132,9 +126,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield line, data
 
 
-# --- Parquet and saved datasets ---------------------------------------------------------------------------------------
-
-
 def _chosen(read: ReadTables, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the number and the columns of each row of a table; all but the first column may be absent."""
 
@@ -172,9 +163,6 @@ ROW_READERS: dict[str, Reader] = {
     SAVED: functools.partial(_examples, saved_dataset_tables),
 }
 """Readers of examples, by the suffix of their files."""
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
 def example(row: object, columns: Columns) -> object:

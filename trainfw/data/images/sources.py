@@ -144,9 +144,6 @@ def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     return iter(())
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
-
-
 def _read_file(label: str | None, caption: Path | None, path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield a file's picture with its folder's name, and with the text of a file beside it."""
     if caption is None:
@@ -194,9 +191,6 @@ def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: 
     return Picture(data, row.get(label_field), row.get(caption_field))
 
 
-# --- Tables -----------------------------------------------------------------------------------------------------------
-
-
 def _tables(read_tables: ReadTables, root: Path) -> Reader:
     def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
@@ -227,9 +221,6 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
         return names if all(isinstance(name, str) for name in names) else []
     except (KeyError, ValueError, TypeError):
         return []
-
-
-# --- Tars -------------------------------------------------------------------------------------------------------------
 
 
 class _Member(tarfile.TarInfo):

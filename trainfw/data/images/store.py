@@ -144,9 +144,6 @@ class ImageRows(RowSet):
         return row | {"image": image, "row": np.array(number, np.int64)}
 
 
-# --- On disk ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ImageInfo:
     """Record of a store in the cache's meta.json."""
