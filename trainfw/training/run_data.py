@@ -80,7 +80,6 @@ def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: object) -> N
 
 
 def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data.Progress) -> data.PreparedImages:
-    """Return the pictures of a run. Raises UserError where a class is past those of the model."""
     if own is not None:
         raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")
     prepared = prepare_images(recipe, progress)

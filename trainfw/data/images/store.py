@@ -83,7 +83,6 @@ class ImageStore:
         return None if self.labels is None else int(self.labels[index : index + 1][0])
 
     def caption(self, index: int) -> str | None:
-        """Return a picture's caption; None where there are none."""
         if self.text is None or self.ends is None:
             return None
         start, end = self.ends[index : index + 2]

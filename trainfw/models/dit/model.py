@@ -142,7 +142,6 @@ class DiT(StackedModel):
         return gathered(self.final, dtype)(x_BSD, condition_BD)
 
     def _ended(self, last: JointLayer, streams: Streams, conditions: Conditions) -> jax.Array:
-        """Run the layer after those that are stacked."""
         graphdef, weights = nnx.split(last)
         dtype = jnp.dtype(self.compute_dtype)
 
