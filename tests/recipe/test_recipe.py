@@ -39,7 +39,7 @@ def test_bundled_recipes_resolve_and_load_back(name, tmp_path):
 
 
 @given(
-    preset=st.sampled_from(load_presets("trainfw.models.decoder")),
+    preset=st.sampled_from([*load_presets("trainfw.models.decoder")]),
     steps=st.integers(1, 10**9),
     rate=st.floats(1e-9, 1e3),
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True),
