@@ -38,7 +38,7 @@ def test_restores_onto_another_mesh(saved):
     assert restored["a"]["kernel"].sharding == two
     np.testing.assert_array_equal(restored["a"]["kernel"], params["a"]["kernel"])
     assert meta == {"data": {"next_row": 24, "order": "a"}}
-    assert checkpoints.latest == 3
+    assert max(checkpoints.steps()) == 3
 
 
 def test_restores_what_fsdp_shards_otherwise(tmp_path):

@@ -18,7 +18,8 @@ from trainfw.errors import UserError
 from trainfw.interop import config_from_huggingface, config_to_huggingface
 from trainfw.interop.configs import unread_keys
 from trainfw.interop.families import DEFAULTS, FAMILIES, FAMILY_KEYS
-from trainfw.models import ModelConfig, preset_names
+from trainfw.models import ModelConfig
+from trainfw.models.family import load_presets
 
 # As on the Hub today, keys that do not matter here left out: the form of Transformers 4.
 HUB = {
@@ -457,7 +458,7 @@ def as_computed(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"preset": None, "moe": moe})
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", load_presets("trainfw.models.decoder"))
 def test_every_preset_is_said_by_a_family(preset):
     config = ModelConfig(preset=preset)
     written = config_to_huggingface(config, extra={"eos_token_id": 3})

@@ -14,6 +14,7 @@ from tests.interop.diffusers.autoencoders import first, make
 from trainfw import UserError
 from trainfw.interop import open_autoencoder
 from trainfw.objectives import Draw, ImageShape, ObjectiveConfig, Reconstruction, make_objective, normal_rows
+from trainfw.weights import model_of
 
 SHAPE = ImageShape(size=8, channels=3, num_patches=16, latent_channels=16)
 made = functools.partial(make_objective, chunk=1, mask_documents=True, z_loss=0.0, pairs_per_row=1)
@@ -31,7 +32,8 @@ def test_the_loss_is_that_of_diffusers_posterior(tmp_path):
         name: loss.schema(4, 16).shape(name) for name in loss.schema(4, 16).fields
     }
     np.testing.assert_array_equal(batch["noise"][1:2], normal_rows(3, np.array([6]), (4, 4, 16)))
-    model = open_autoencoder(tmp_path).load()
+    source = open_autoencoder(tmp_path)
+    model = model_of(source, source.config)
 
     @jax.jit
     def both(model, batch):

@@ -1,8 +1,6 @@
 from .bank import attach_bank as attach_bank
-from .config import PRESETS as PRESETS
 from .config import AdapterConfig as AdapterConfig
 from .config import PatternConfig as PatternConfig
-from .lora import Bank as Bank
 from .lora import EmbeddingLoRA as EmbeddingLoRA
 from .lora import LoRA as LoRA
 from .placing import adaptable as adaptable

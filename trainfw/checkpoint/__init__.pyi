@@ -13,7 +13,6 @@ from .manifest import find_mismatch as find_mismatch
 from .manifest import read_manifest as read_manifest
 from .manifest import read_meta as read_meta
 from .saved import SavedParameters as SavedParameters
-from .stores import Directory as Directory
 from .stores import check_name as check_name
 from .stores import in_store as in_store
 from .stores import locate as locate

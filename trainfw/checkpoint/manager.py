@@ -128,10 +128,6 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return stores.steps_in(self.directory)
 
-    @property
-    def latest(self) -> int | None:
-        return max(self.steps(), default=None)
-
     def save(self, step: int, params: object, rest: object, meta: Mapping[str, object]) -> bool:
         """Start saving; return once the arrays are copied off the devices, and the save before is on disk.
 
@@ -151,7 +147,7 @@ class Checkpoints:
                 ),
             )
             if not saved:
-                raise ValueError(f"step {step} is not newer than {self.latest}")
+                raise ValueError(f"step {step} is not newer than {max(self.steps(), default=None)}")
         return self._saving == step
 
     def check(self) -> None:

@@ -55,7 +55,6 @@ class SavedParameters:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """Metadata that was saved beside the arrays."""
         with self._failing_as("what it says of itself cannot be read"):
             return read_meta(self.directory)
 

@@ -109,7 +109,6 @@ _END_SECONDS = 90.0
 
 
 def command() -> None:
-    """Run `main` as a process."""
     # Imports and tracing make millions of objects that stay: a start is shorter if Python looks among them for cycles
     # less often than after every 700.
     gc.set_threshold(50_000, 20, 20)

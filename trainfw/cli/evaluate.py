@@ -14,11 +14,5 @@ def evaluate(
     """Validate a run on its held-out documents. With data.source=..., on those of another source."""
     backends.prepare(devices)
     with contextlib.closing(make_reporter()) as reporter:
-        validation, data = training.evaluate(
-            run,
-            overrides or (),
-            step=step,
-            weights=which,  # type: ignore[arg-type]
-            reporter=reporter,
-        )
+        validation, data = training.evaluate(run, overrides or (), step=step, weights=which, reporter=reporter)
     say(f"{run}: {validation}{validation.beside_gzip(data)}")

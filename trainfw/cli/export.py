@@ -6,20 +6,14 @@ import typer
 
 from trainfw import backends, weights
 from trainfw.cli.console import cleaning_up
-from trainfw.cli.options import AnyModel, OutPath, Step, Which
+from trainfw.cli.options import AnyModel, Format, OutPath, Step, Which
 from trainfw.errors import UserError
 
 
 def export(
     source: AnyModel,
     out: OutPath,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="hf (a Hugging Face directory), gguf (a file), peft (an adapter), diffusers (of images; default: by "
-            "the model, hf or diffusers)."
-        ),
-    ] = None,
+    format: Format = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16, float16; in GGUF q8_0 too (default: as it is, in GGUF float16)."),
@@ -33,12 +27,6 @@ def export(
         raise UserError(f"--format {format}: expected one of {', '.join(get_args(weights.Format))}")
     with cleaning_up() as reporter:
         written = weights.export_model(
-            source,
-            out,
-            format=format,  # type: ignore[arg-type]
-            dtype=dtype,
-            step=step,
-            weights=which,  # type: ignore[arg-type]
-            progress=reporter.progress,
+            source, out, format=format, dtype=dtype, step=step, weights=which, progress=reporter.progress
         )
     typer.echo(written)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,23 +81,12 @@ def generate(
     if not prompt:
         raise UserError("--prompt: expected a text to go on from")
     max_tokens, temperature = 256 if max_tokens is None else max_tokens, 0.8 if temperature is None else temperature
-    _write(model, prompt, max_tokens, temperature, top_k, top_p, seed, step, which, chat, system, adapters)
+    sampled = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    read = {"step": step, "adapters": adapters or None, "weights": which}
+    _write(model, prompt, read, {"chat": chat, "system_prompt": system}, sampled)
 
 
-def _write(
-    model: str,
-    prompt: list[str],
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    step: int | None,
-    which: str | None,
-    chat: bool | None,
-    system: str | None,
-    adapters: dict[str, str],
-) -> None:
+def _write(model: str, prompt: list[str], read: dict[str, Any], asked: dict[str, Any], sampled: dict[str, Any]) -> None:
     for text in prompt:
         try:
             text.encode()
@@ -105,43 +94,31 @@ def _write(
             raise UserError(f"--prompt {text!r}: is not UTF-8 text") from None
 
     backends.prepare()
-
-    loaded, tokenizer = training.load_model(
-        model,
-        step=step,
-        adapters=adapters or None,
-        weights=which,  # type: ignore[arg-type]
-    )
+    loaded, tokenizer = training.load_model(model, **read)
+    adapters = read["adapters"] or {}
     chosen = [_chosen(text, adapters) for text in prompt]
     form = {name: weights.prompt_form(path) for name, path in [(None, model), *adapters.items()]}
-    tokens = [form[name].encode(tokenizer, text, chat=chat, system_prompt=system) for name, text in chosen]
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    ends = weights.end_tokens(tokenizer)
-    longest, most = max(map(len, tokens)) + max_tokens, loaded.config.longest_context
+    tokens = [form[name].encode(tokenizer, text, **asked) for name, text in chosen]
+    ends = data.stop_ids(tokenizer)
+    longest, most = max(map(len, tokens)) + sampled["max_tokens"], loaded.config.longest_context
     if most is not None and longest > most:
         what = f"{longest} tokens are more than the {most} positions that the model was made for"
         typer.echo(f"warning: {what}", err=True)
     if len(prompt) == 1 and not adapters:
         stream = data.TextStream(tokenizer)
-        show(form[None].echo(prompt[0], chat))
-        for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **options):  # type: ignore[arg-type]
+        show(form[None].echo(prompt[0], asked["chat"]))
+        for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **sampled):
             show(stream.push(token))
         show(stream.flush() + "\n")
         return
-    written = sampling.generate_batch(
-        loaded,
-        tokens,
-        eos_ids=ends,
-        adapters=[name for name, _ in chosen] if adapters else None,
-        **options,  # type: ignore[arg-type]
-    )
+    names = [name for name, _ in chosen] if adapters else None
+    written = sampling.generate_batch(loaded, tokens, eos_ids=ends, adapters=names, **sampled)
     for (name, text), ids in zip(chosen, written, strict=True):
         show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
         show(tokenizer.decode(ids) + "\n")
 
 
 def _adapters(given: list[str]) -> dict[str, str]:
-    """Return the paths of adapters by name."""
     adapters: dict[str, str] = {}
     for text in given:
         called, equals, path = text.partition("=")

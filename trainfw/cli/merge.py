@@ -23,12 +23,6 @@ def merge(
     backends.prepare()
     with cleaning_up() as reporter:
         written = weights.merge_adapter(
-            adapter,
-            out,
-            base=base,
-            dtype=dtype,
-            step=step,
-            weights=which,  # type: ignore[arg-type]
-            progress=reporter.progress,
+            adapter, out, base=base, dtype=dtype, step=step, weights=which, progress=reporter.progress
         )
     typer.echo(written)

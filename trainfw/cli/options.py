@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from trainfw import recipe as recipes
 from trainfw.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from trainfw.training.run_directory import Resume as _Resume
+    from trainfw.weights import Format as _Format
+    from trainfw.weights import Which as _Which
+else:  # any text: those who read it say what is wrong with it
+    _Resume = _Format = _Which = str
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override keys of the recipe, such as train.steps=50.")
@@ -30,12 +37,19 @@ OutPath = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as it is).")]
 Devices = Annotated[int | None, typer.Option("--devices", help="Simulate this many devices on the CPU.")]
+Format = Annotated[
+    _Format | None,
+    typer.Option(
+        help="hf (a Hugging Face directory), gguf (a file), peft (an adapter), diffusers (of images; default: by the "
+        "model, hf or diffusers)."
+    ),
+]
 Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.")]
 Hardware = Annotated[str | None, typer.Option("--hardware", help="The topology it is for (default: the recipe's).")]
 Count = Annotated[
     int | None, typer.Option("--count", help="How many of it (default: the recipe's; 1 with --hardware).")
 ]
-Resume = Annotated[str, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
+Resume = Annotated[_Resume, typer.Option(metavar="auto|never|must", help="Resume where the run directory left off.")]
 RunDir = Annotated[str | None, typer.Option(help="Where the run is kept (default: runs/<name>).")]
 Accept = Annotated[
     list[str] | None,
@@ -45,9 +59,8 @@ Accept = Annotated[
     ),
 ]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
-
 Which = Annotated[
-    str | None, typer.Option("--weights", help="Of a run with optimizer.ema: ema (the average, the default) or raw.")
+    _Which | None, typer.Option("--weights", help="Of a run with optimizer.ema: ema (the average, the default) or raw.")
 ]
 
 
@@ -88,7 +101,6 @@ def _no_such_option(option: str, arguments: Sequence[str], options: Sequence[str
 
 
 def load(recipe: str, overrides: Sequence[str] | None) -> recipes.Recipe:
-    """Load the recipe that a command line names."""
     return recipes.load_recipe(recipe, overrides or (), written=recipes.COMMAND_LINE)
 
 

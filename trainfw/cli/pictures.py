@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainfw import backends, training
 from trainfw.cli.console import make_reporter
@@ -18,6 +19,8 @@ from trainfw.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from trainfw.weights import Which
+
 
 def draw(
     run: str,
@@ -27,7 +30,7 @@ def draw(
     count: int | None,
     scale: int | None,
     step: int | None,
-    which: str | None,
+    which: Which | None,
     seed: int,
     adapters: Mapping[str, str],
     **settings: object,
@@ -54,24 +57,10 @@ def draw(
     asked = asked or [None] * each
     chosen = [name for name, _ in prompts for _ in range(each)] or None
     backends.prepare()
-    reporter = make_reporter()
-    try:
-        drawer = training.load_drawer(
-            run,
-            count=len(asked),
-            step=step,
-            weights=which,  # type: ignore[arg-type]
-            adapters=adapters,
-        )
-        pictures = drawer.draw(
-            asked,
-            seed=seed,
-            adapters=chosen,
-            progress=reporter.progress,
-            **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
-        )
-    finally:
-        reporter.close()
+    with contextlib.closing(make_reporter()) as reporter:
+        drawer = training.load_drawer(run, count=len(asked), step=step, weights=which, adapters=adapters)
+        given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        pictures = drawer.draw(asked, seed=seed, adapters=chosen, progress=reporter.progress, **given)
     # A row for each prompt, where there are several.
     columns = each if len(prompts) > 1 and each > 1 else None
     whole = training.grid(pictures, columns, scale or 1)

@@ -12,6 +12,7 @@ from trainfw.cli.options import Count, Hardware, Overrides, RecipePath, check_pa
 from trainfw.cli.simulated import build_for, load_simulated
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
+from trainfw.hardware import Topology
 from trainfw.unfinished import write_text
 
 
@@ -65,7 +66,7 @@ def plan(
     if function != "train":
         if search or scale is not None or html is not None or no_cache:
             raise UserError(f"--function {function}: goes without --search, --scale, --html and --no-cache")
-        _plan_function(recipe, overrides, hardware, count, function, steps, json_)
+        _plan_function(*load_simulated(recipe, overrides or (), hardware, count), function, steps, json_)
         return
     counts = () if scale is None else planning.parse_counts(scale)
     loaded = load_for(recipe, overrides, hardware, count)
@@ -88,18 +89,9 @@ def plan(
         say(f"wrote {html}", err=True)
 
 
-def _plan_function(
-    recipe: str,
-    overrides: list[str] | None,
-    hardware: str | None,
-    count: int | None,
-    name: str,
-    steps: int | None,
-    as_json: bool,
-) -> None:
-    loaded, topology = load_simulated(recipe, overrides or (), hardware, count)
+def _plan_function(recipe: recipes.Recipe, topology: Topology, name: str, steps: int | None, as_json: bool) -> None:
     with Clock() as progress:
-        program = build_for(loaded, topology, progress)
+        program = build_for(recipe, topology, progress)
         progress(f"compiling {name} for {program.mesh.size} cores")
         made = planning.plan_program_function(program, name, topology, steps or planning.DRAWING_STEPS)
     if as_json:

@@ -70,7 +70,7 @@ def _ignore_what_failed_saves_leave() -> None:
 def _run(
     loaded: recipes.Recipe,
     devices: int | None,
-    resume: str,
+    resume: Resume,
     run_dir: str | None,
     accept: Sequence[str],
     as_backend: str | None,
@@ -89,14 +89,7 @@ def _run(
 
     try:
         with contextlib.closing(make_reporter()) as reporter:
-            training.train(
-                loaded,
-                run_dir=run_dir,
-                resume=resume,  # type: ignore[arg-type]
-                accept=accept,
-                reporter=reporter,
-                approve=approve,
-            )
+            training.train(loaded, run_dir=run_dir, resume=resume, accept=accept, reporter=reporter, approve=approve)
     except training.Interrupted as stop:
         backends.end_together()
         say(f"stopped by {stop}", err=True)

@@ -10,7 +10,6 @@ from .chat import stop_ids as stop_ids
 from .config import DataConfig as DataConfig
 from .config import TokenizerConfig as TokenizerConfig
 from .examples import Refused as Refused
-from .images.captions import CaptionEncoder as CaptionEncoder
 from .images.prepared import Prepared as Prepared
 from .images.prepared import PreparedImages as PreparedImages
 from .images.prepared import prepare_images as prepare_images

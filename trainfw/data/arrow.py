@@ -18,8 +18,6 @@ from trainfw.paths import check_file
 
 Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
-ReadRows = Callable[[Path, Choose], Iterator[dict[str, Any]]]
-"""Function that yields the rows of the table at a path, with the chosen columns."""
 SAVED = "/"
 """Kind of a saved dataset, which is a directory."""
 
@@ -32,6 +30,8 @@ class Table(Protocol):
     def to_pylist(self) -> list[dict[str, object]]: ...
 
 
+ReadTables = Callable[..., Iterator[Table]]
+"""Function that yields the tables at a path, with the columns that a `Choose` picks."""
 _Convert = Callable[[Any], Any]
 _TEXT = ("string", "large_string", "string_view")
 
@@ -52,16 +52,6 @@ class NotText:
         return str(self)
 
 
-def parquet_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
-    """Yield the rows of a Parquet file. Raises UserError where it is none."""
-    return _rows(parquet_tables(path, choose))
-
-
-def saved_dataset_rows(path: Path, choose: Choose) -> Iterator[dict[str, object]]:
-    """Yield the rows of a directory written by Hugging Face `save_to_disk`, of its split `train` if it has several."""
-    return _rows(saved_dataset_tables(path, choose))
-
-
 def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
     """Yield a Parquet file as tables of so many `rows`. Raises UserError where it is none."""
     check_file(path, named=True)
@@ -74,7 +64,10 @@ def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Tab
 
 
 def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
-    """Yield a directory written by `save_to_disk` (see `saved_dataset_rows`) as tables of so many `rows`."""
+    """Yield a directory written by Hugging Face `save_to_disk` as tables of so many `rows`.
+
+    Of its splits, if it has several, it is `train`.
+    """
     with _reading(path, "a saved dataset"):
         import datasets
 
@@ -101,7 +94,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: not {kind} that can be read: {error}") from error
 
 
-def _rows(tables: Iterable[Table]) -> Iterator[dict[str, object]]:
+def table_rows(tables: Iterable[Table]) -> Iterator[dict[str, object]]:
+    """Yield the rows of tables, without what JSON cannot write."""
     for table in tables:
         columns = {field.name: _converter(field.type) for field in table.schema}
         for row in table.to_pylist():

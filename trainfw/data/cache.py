@@ -52,7 +52,6 @@ class PreparedData:
     refused: tuple[Refused, ...] = ()
     """Rows of examples that could not be used, and why."""
     remarks: tuple[str, ...] = ()
-    """Further lines about the examples."""
     skipped: str = ""
     """Files of the source that were not read, by kind; empty if there are none."""
     damage: str = ""
@@ -134,8 +133,6 @@ _Tokenised = tuple[str, list[int], str, list[bool] | None]
 
 
 class _Cache(CacheDirectory[PreparedData, Source]):
-    """The directory of one source's tokens, which is made, and made again where it is damaged."""
-
     what = "token cache"
 
     def __init__(
@@ -143,10 +140,9 @@ class _Cache(CacheDirectory[PreparedData, Source]):
     ) -> None:
         super().__init__(config, _fingerprint(config, source, tokenizer), progress)
         self._tokenizer = tokenizer
-        self._in_memory = source if isinstance(source, RowSource) else None
 
     def _source_again(self) -> Source:
-        return self._in_memory or source_of(self._config)
+        return self._source if isinstance(self._source, RowSource) else source_of(self._config)
 
     def _load(self, directory: Path, meta: Meta) -> tuple[PreparedData, list[str]]:
         """Open both splits.
@@ -169,7 +165,6 @@ class _Cache(CacheDirectory[PreparedData, Source]):
         return data, [train.digest, validation.digest]
 
     def _build(self, directory: Path, source: Source) -> list[str]:
-        """Write both splits and return their digests."""
         config, tokenizer, progress = self._config, self._tokenizer, self._progress
         if tokenizer is None:
             assert config.tokenizer.vocab_size is not None

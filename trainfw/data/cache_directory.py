@@ -53,15 +53,16 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
     def _build(self, directory: Path, source: S) -> list[str]:
         """Write it, with its record (`write_meta`), and return the digests of its splits."""
 
-    @abc.abstractmethod
     def _source_again(self) -> S:
-        """Return the source, to make it again."""
+        """Return the source, to make it again: what `prepared` was given."""
+        return self._source
 
     def prepared(self, source: S) -> tuple[T, str]:
         """Open the cache, or make it first; return what it holds, and the damage for which it was made again.
 
         Raises UserError where it cannot be made.
         """
+        self._source = source
         try:
             found, damage = self._open()
             if found is None:

@@ -221,7 +221,6 @@ class DataConfig(Config):
             invalid("sequence_length", "is required")
 
     def _differs(self, name: str) -> bool:
-        """Tell whether a key has another value than its default."""
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
     @property

@@ -165,8 +165,6 @@ class Encoder:
             lines.append(f"{lead}the chat template reads nothing of these keys of messages and rows: {keys}")
         return tuple(lines)
 
-    # --- A row as text ------------------------------------------------------------------------------------------------
-
     def _chat(self, row: Row) -> Conversation:
         config, value = self.config, checks.checked_row(row.value)
         field = config.messages_field
@@ -241,8 +239,6 @@ class Encoder:
         source = self._template_of(row.tools).source
         self._unread.update(key for key in keys if key not in source)
         return [Text(row.id, one.text, one.spans, row.key) for one in written]
-
-    # --- Text as tokens -----------------------------------------------------------------------------------------------
 
     def _as_tokens(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], list[bool]]]:
         if self._template is None:

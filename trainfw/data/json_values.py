@@ -45,7 +45,6 @@ def json_values(path: Path) -> Iterator[tuple[str, str, object]]:
 
 
 def not_json(error: Exception, where: str, text: str) -> UserError:
-    """Return the error for a text that is not JSON."""
     problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return UserError(f"{where}: not JSON ({problem}): {text[:60].rstrip()}")
 

@@ -93,7 +93,6 @@ class TrainIterator(EndlessBatches):
         self._seek(state["next_row"])
 
     def restart(self) -> None:
-        """Go back to the beginning."""
         self.close()
         self._seek(0)
 

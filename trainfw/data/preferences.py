@@ -47,7 +47,6 @@ class PairEncoder(Encoder):
         return self.config.chosen_field, self.config.rejected_field
 
     def _sides(self, row: Row) -> Sequence[Text | Conversation]:
-        """Return the chosen side and the rejected."""
         value = checks.checked_row(row.value)
         for field in self._fields:
             if value.get(field) is None:
@@ -111,7 +110,6 @@ class PairEncoder(Encoder):
         return self._conversations(id_, row, prompt, zip(sides, learnt))
 
     def _prompt(self, row: dict[str, object]) -> list[Message]:
-        """Return the messages of the row's prompt; none where it has none."""
         field = self.config.prompt_field
         prompt = row.get(field)
         if prompt is None:

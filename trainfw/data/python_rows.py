@@ -129,7 +129,6 @@ def is_rows(given: Any) -> bool:
 
 
 def memory_source(given: Sequence[Any], config: DataConfig) -> RowSource:
-    """Return the source of rows in memory."""
     return row_source(data_name(given), lambda: given, config, len(given))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.arrow import SAVED, NotText, ReadRows, parquet_rows, saved_dataset_rows
+from trainfw.data.arrow import SAVED, NotText, ReadTables, parquet_tables, saved_dataset_tables, table_rows
 from trainfw.data.compressed import LIMIT, open_plain
 from trainfw.data.json_values import json_values, not_json
 from trainfw.errors import UserError, did_you_mean
@@ -39,9 +39,6 @@ class Unreadable:
     reason: str
 
 
-# --- Text -------------------------------------------------------------------------------------------------------------
-
-
 def read_text(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the whole file as one document."""
     blocks, size = [], 0
@@ -63,9 +60,6 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
             yield "", file.read()
     except (SyntaxError, UnicodeDecodeError):
         return
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
@@ -132,49 +126,43 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield line, data
 
 
-# --- Parquet and saved datasets ---------------------------------------------------------------------------------------
-
-
-def _chosen(read_rows: ReadRows, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _chosen(read: ReadTables, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the number and the columns of each row of a table; all but the first column may be absent."""
 
     def choose(present: list[str]) -> list[str]:
         check_column(columns[0], present, str(path), "column", option)
         return [column for column in columns if column in present]
 
-    return enumerate(read_rows(path, choose))
+    return enumerate(table_rows(read(path, choose)))
 
 
-def _documents(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
-    for number, row in _chosen(read_rows, path, columns, "text_field"):
+def _documents(read: ReadTables, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+    for number, row in _chosen(read, path, columns, "text_field"):
         yield f"#{number}", _checked_text(row[columns[0]], columns[0], f"{path}, row {number}")
 
 
-def _examples(read_rows: ReadRows, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
-    return ((f"#{number}", row) for number, row in _chosen(read_rows, path, columns, _FIELD_KEYS))
+def _examples(read: ReadTables, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+    return ((f"#{number}", row) for number, row in _chosen(read, path, columns, _FIELD_KEYS))
 
 
 READERS: dict[str, Reader] = {
     **dict.fromkeys((".txt", ".md", ".py"), read_text),
     ".jsonl": read_jsonl,
-    ".parquet": functools.partial(_documents, parquet_rows),
+    ".parquet": functools.partial(_documents, parquet_tables),
     ".json": read_json,
     ".ndjson": read_jsonl,
-    SAVED: functools.partial(_documents, saved_dataset_rows),
+    SAVED: functools.partial(_documents, saved_dataset_tables),
 }
 """Readers of documents, by the suffix of their files."""
 
 ROW_READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl_rows,
-    ".parquet": functools.partial(_examples, parquet_rows),
+    ".parquet": functools.partial(_examples, parquet_tables),
     ".json": read_json_rows,
     ".ndjson": read_jsonl_rows,
-    SAVED: functools.partial(_examples, saved_dataset_rows),
+    SAVED: functools.partial(_examples, saved_dataset_tables),
 }
 """Readers of examples, by the suffix of their files."""
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
 def example(row: object, columns: Columns) -> object:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import abc
 import bisect
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,27 +23,39 @@ FIELDS = {
 """The arrays of a row, each (S,), or (2, S) of pairs, and their types."""
 
 
-class RowSet(Protocol):
+class RowSet(abc.ABC):
     """Rows that batches are made of, each a dict of arrays."""
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return a row's arrays. Raises IndexError outside [0, len)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(index)
 
+    @abc.abstractmethod
+    def _row(self, index: int) -> dict[str, np.ndarray]: ...
+
+    @abc.abstractmethod
     def empty(self, count: int) -> dict[str, np.ndarray]:
         """Return the arrays of `count` rows that count for nothing."""
 
     def endless(self, stream: grain.MapDataset) -> grain.MapDataset:
-        """Return the endless stream (Grain's) of these rows with what depends on a row's number in it."""
+        """Return the endless stream (Grain's) with what depends on a row's number in it: here, nothing."""
+        return stream
 
+    @abc.abstractmethod
     def order(self, visited: str) -> str:
         """Identify the rows and their order, `visited` being the way in which they are shuffled."""
 
+    @abc.abstractmethod
     def require(self, count: int) -> None:
         """Raise UserError unless there are `count` rows at least."""
 
 
-class AnyRows(abc.ABC):
+class AnyRows(RowSet):
     """Rows of S tokens made of a store; each is a dict of the arrays named in `FIELDS`."""
 
     store: TokenStore
@@ -61,32 +73,14 @@ class AnyRows(abc.ABC):
     def filled(self) -> float:
         """Share of the rows' places that hold tokens, the rest being padding."""
 
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Return a row's arrays, each of `shape`. Raises IndexError outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        return self._row(index)
-
-    @abc.abstractmethod
-    def _row(self, index: int) -> dict[str, np.ndarray]: ...
-
     def empty(self, count: int) -> dict[str, np.ndarray]:
         """Return the arrays of `count` rows of padding, each (count, *shape)."""
         return empty(count, *self.shape)
 
-    def endless(self, stream: grain.MapDataset) -> grain.MapDataset:
-        """Return the stream as it is: nothing depends on a row's number."""
-        return stream
-
     def order(self, visited: str) -> str:
-        """Identify the rows and their order, `visited` being the way in which they are shuffled."""
         return f"{self.store.digest} {self.sequence_length} {visited}"
 
     def require(self, count: int) -> None:
-        """Raise UserError unless there are `count` rows at least."""
         if len(self) < count:
             raise UserError(
                 f"{self.content} make {len(self)} rows of {self.sequence_length}, "

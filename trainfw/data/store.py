@@ -8,11 +8,12 @@ import functools
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from trainfw.errors import RunError
 
@@ -60,7 +61,7 @@ class StoredArray:
         if start >= stop:
             return np.empty(0, self._dtype)
         first, last = start // self._per_block, (stop - 1) // self._per_block
-        blocks = self._run(first, last) if last - first >= _RUN else None
+        blocks = self._read(first, last) if last - first >= _RUN else None
         if blocks is None:
             blocks = [self._block(index) for index in range(first, last + 1)]
         skipped = first * self._per_block
@@ -82,32 +83,24 @@ class StoredArray:
         self._descriptor = descriptor
 
     def _mended(self, index: int) -> np.ndarray:
-        if (numbers := self._read(index)) is not None:
-            return numbers
+        if (blocks := self._read(index, index)) is not None:
+            return blocks[0]
         problem = f"{self._file}: block {index} of {self._num_blocks} is damaged"
         self._mend(problem, lambda: self._read_anew(index) is not None)
-        if (numbers := self._read_anew(index)) is None:
+        if (blocks := self._read_anew(index)) is None:
             raise RunError(f"{problem}, and was again once it had been written anew; look at the disk")
-        return numbers
+        return blocks[0]
 
-    def _read_anew(self, index: int) -> np.ndarray | None:
+    def _read_anew(self, index: int) -> list[np.ndarray] | None:
         try:
             self._open()
         except (OSError, ValueError):
             return None
-        return self._read(index)
+        return self._read(index, index)
 
-    def _read(self, index: int) -> np.ndarray | None:
-        """Read a block's numbers, (at most `_per_block`,); None where they are not what was written."""
+    def _read(self, first: int, last: int) -> list[np.ndarray] | None:
+        """Read blocks, (at most `_per_block`,) each; None where one of them is not what was written."""
         descriptor = self._descriptor  # stays open, even if another thread opens the file anew meanwhile
-        try:
-            return self._checked(os.pread(descriptor.number, BLOCK, index * BLOCK), index)
-        except OSError:
-            return None
-
-    def _run(self, first: int, last: int) -> list[np.ndarray] | None:
-        """Read many blocks at once, as pictures need them; None where one of them is not what was written."""
-        descriptor = self._descriptor
         try:
             data = os.pread(descriptor.number, (last - first + 1) * BLOCK, first * BLOCK)
         except OSError:
@@ -127,6 +120,16 @@ class StoredArray:
         if len(payload) != count * self._dtype.itemsize or checksum != _checksum(payload, index, self._key):
             return None
         return np.frombuffer(payload, self._dtype)
+
+
+def open_arrays(
+    directory: Path, split: str, kinds: Mapping[str, tuple[DTypeLike, int]], identity: str, mend: Mend
+) -> dict[str, StoredArray]:
+    """Open the files of these kinds, each of a type and a length; see `StoredArray`."""
+    return {
+        kind: StoredArray(directory / f"{split}.{kind}", np.dtype(dtype), length, identity, mend)
+        for kind, (dtype, length) in kinds.items()
+    }
 
 
 class _Descriptor:
@@ -211,14 +214,11 @@ class StoreInfo:
 
         Raises OSError or ValueError where a file is not there, or has another size.
         """
-        tokens, offsets = np.dtype(self.dtype), np.dtype(np.int64)
-        sizes = {"tokens": (tokens, self.num_tokens), "offsets": (offsets, self.num_documents + 1)}
+        kinds: dict[str, tuple[DTypeLike, int]] = {"tokens": (self.dtype, self.num_tokens)}
+        kinds["offsets"] = np.int64, self.num_documents + 1
         if self.examples:
-            sizes["learnt"] = (np.dtype(np.bool_), self.num_tokens)
-        arrays = {
-            kind: StoredArray(directory / f"{split}.{kind}", dtype, length, identity, mend)
-            for kind, (dtype, length) in sizes.items()
-        }
+            kinds["learnt"] = np.bool_, self.num_tokens
+        arrays = open_arrays(directory, split, kinds, identity, mend)
         return TokenStore(num_bytes=self.num_bytes, digest=self.digest, group=self.group, **arrays)
 
 

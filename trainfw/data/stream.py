@@ -91,7 +91,6 @@ class StreamIterator(EndlessBatches):
         self._tokens, self._starts = (np.array(part, np.int64) for part in state["held"])
 
     def restart(self) -> None:
-        """Go back to the beginning."""
         if self._documents:
             self._begin()
 
@@ -140,7 +139,6 @@ class StreamIterator(EndlessBatches):
         return {name: np.stack([row[name] for row in mine]) for name in FIELDS}
 
     def _draw(self) -> str | np.ndarray:
-        """Return the next document, and count it."""
         self._used = True
         with blaming(f"source = {self._name!r}"):
             row: Any = next(self._source, _END)

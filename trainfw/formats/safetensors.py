@@ -35,8 +35,6 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor's place in a file."""
-
     file: Path
     info: TensorInfo
     start: int
@@ -59,7 +57,7 @@ class SafetensorsTensors(Tensors):
         self.metadata: Mapping[str, str] = {}
         """Texts that the header of a file by itself has."""
         if whole:
-            self._places, self.metadata = _read_whole_header(directory / single)
+            self._places, self.metadata = _read_header(directory / single)
         else:
             self._places = _sharded(directory)
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
@@ -94,7 +92,7 @@ def _sharded(directory: Path) -> dict[str, _Place]:
         file = directory / shard
         if not os.path.lexists(file):
             raise UserError(f"{index}: names shard {shard!r}, which is not there: the download is not complete")
-        for name, place in read_header(file).items():
+        for name, place in _read_header(file)[0].items():
             if name in places:
                 raise UserError(f"{file}: tensor {name} is in {places[name].file.name} too")
             if name not in named:
@@ -168,13 +166,8 @@ def _read_exactly(out: np.ndarray, descriptor: int, place: _Place, offset: int) 
         done += count
 
 
-def read_header(file: Path) -> dict[str, _Place]:
-    """Read the place of every tensor in a safetensors file. Raises UserError where the header does not fit it."""
-    return _read_whole_header(file)[0]
-
-
-def _read_whole_header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:
-    """Return what `read_header` does, and the header's metadata."""
+def _read_header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Read the place of every tensor, and the metadata. Raises UserError where the header does not fit the file."""
     check_file(file)
     try:
         with open(file, "rb") as stream:

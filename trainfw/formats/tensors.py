@@ -35,7 +35,6 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     @property

@@ -8,12 +8,10 @@ from .diffusers.lora import is_lora as is_lora
 from .diffusers.lora import lora_fields as lora_fields
 from .diffusers.lora import read_lora as read_lora
 from .diffusers.lora import save_lora as save_lora
-from .diffusers.models import DiffusersModel as DiffusersModel
 from .diffusers.models import open_diffusers as open_diffusers
 from .diffusers.scheduler import read_scheduler as read_scheduler
 from .diffusers.scheduler import scheduler_from_diffusers as scheduler_from_diffusers
 from .diffusers.scheduler import scheduler_to_diffusers as scheduler_to_diffusers
-from .diffusers.transformer import DiffusersTransformer as DiffusersTransformer
 from .diffusers.transformer import open_transformer as open_transformer
 from .diffusers.transformer import save_transformer as save_transformer
 from .diffusers.transformer_config import transformer_from_diffusers as transformer_from_diffusers
@@ -22,7 +20,6 @@ from .gguf.config import gguf_config as gguf_config
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf
 from .gguf.writer import window_note as window_note
-from .mapping import Parameter as Parameter
 from .mapping import ParameterTensors as ParameterTensors
 from .mapping import parameter_shapes as parameter_shapes
 from .paths import model_kind as model_kind

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from trainfw.config import INT32, LARGEST, SMALLEST
-from trainfw.errors import UserError, one_of, short
+from trainfw.errors import UserError, expect, one_of, short
 from trainfw.interop.families import DEFAULTS, FAMILIES, FAMILY_KEYS, Family
 from trainfw.models import FamilyConfig, ModelConfig
 
+_Model = TypeVar("_Model", bound=FamilyConfig)
+COUNT = "a whole number of 1 or more, below 2**31"
+NUMBER = f"a number from {SMALLEST:g} to {LARGEST:g}"
 _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "max_position_embeddings",
@@ -21,13 +24,31 @@ _UNSUPPORTED = ("attention_bias", "mlp_bias", "use_bidirectional_attention", "cl
 _LAYER_TYPES = {"full_attention": "global", "sliding_attention": "sliding"}
 
 
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_count(value: object, least: int = 1) -> bool:
+    """Tell whether a value is `COUNT`, or a whole number from `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= INT32
+
+
+def is_number(value: object, *, signed: bool = False) -> bool:
+    """Tell whether a value is `NUMBER`, or the negative of one where it may be `signed`."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return SMALLEST <= (abs(value) if signed else value) <= LARGEST
+
+
+def made(kind: type[_Model], fields: dict[str, object]) -> _Model:
+    """Return a model's config of the values of a config.json. Raises UserError where they do not fit one another."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
+        raise UserError(f"config.json: {'' if first['type'] == 'combination' else key}{first['msg']}") from None
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a whole number of 1 or more, below 2**31": (
-        lambda value: _integer(value) and 1 <= value <= INT32,
+    COUNT: (
+        is_count,
         (
             *_REQUIRED,
             *("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "decoder_sparse_step"),
@@ -36,11 +57,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         ),
     ),
     "a whole number of 0 or more, below 2**31": (
-        lambda value: _integer(value) and 0 <= value <= INT32,
+        lambda value: is_count(value, 0),
         ("max_window_layers",),
     ),
-    f"a number from {SMALLEST:g} to {LARGEST:g}": (
-        lambda value: (_integer(value) or isinstance(value, float)) and SMALLEST <= value <= LARGEST,
+    NUMBER: (
+        is_number,
         (
             *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range", "query_pre_attn_scalar"),
             *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "clip_qkv"),
@@ -161,12 +182,7 @@ def config_from_huggingface(config: Mapping[str, object]) -> ModelConfig:
         fields["head_dim"] = hf["head_dim"]
     if hf.get("query_pre_attn_scalar") is not None:
         fields["query_scale"] = hf["query_pre_attn_scalar"] ** -0.5
-    try:
-        return ModelConfig(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
-        raise UserError(f"config.json: {'' if first['type'] == 'combination' else key}{first['msg']}") from None
+    return made(ModelConfig, fields)
 
 
 def unread_keys(config: Mapping[str, object]) -> list[str]:
@@ -203,7 +219,6 @@ def _agreed(values: Mapping[str, Any]) -> Any:
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    """Return the family that model_type names. Raises UserError for one that is not supported."""
     if (model_type := config.get("model_type")) is None:
         raise UserError(f"config.json: no model_type; one of: {', '.join(FAMILIES)}")
     if model_type == "gemma3":
@@ -222,8 +237,7 @@ def _check_types(config: Mapping[str, object], where: str) -> None:
         if value is None or key not in _EXPECTED:
             continue
         expected, test = _EXPECTED[key]
-        if not test(value):
-            raise UserError(f"{where}: {key} = {short(value)}: expected {expected}")
+        expect(f"{where}: {key}", value, test(value), expected)
         if isinstance(value, dict):
             _check_types(value, f"{where}: {key}")
 
@@ -374,7 +388,6 @@ _DESCRIBES = {
 
 
 def _differences(config: ModelConfig, written: Mapping[str, object]) -> list[str]:
-    """List the differences between a model and that of a config.json, field by field."""
     try:
         actual = _essence(config_from_huggingface(written))
     except UserError as error:

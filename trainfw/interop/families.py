@@ -74,7 +74,6 @@ class Family:
     architecture: str
     """Name of Transformers' class."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values for absent keys of config.json: those of Transformers' config class."""
     rows: tuple[Row, ...] = _DENSE_ROWS

@@ -30,7 +30,6 @@ class Parameter:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor in the checkpoint."""
         shape = self.shape[self.stacked :]
         return shape[::-1] if self.row.transpose else shape
 
@@ -79,7 +78,6 @@ def parameters(config: ModelConfig, model_type: str) -> Mapping[str, Parameter]:
 
 
 def parameter_shapes(config: FamilyConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of our parameters, by path."""
     flat = nnx.to_flat_state(nnx.state(abstract_model(config), nnx.Param))
     return {".".join(map(str, path)): tuple(param.shape) for path, param in flat}
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from trainfw.config import INT32, SMALLEST
 from trainfw.confined import LimitError, Problem, helper
-from trainfw.errors import UserError, short
+from trainfw.errors import UserError, expect, short
 from trainfw.json_text import read_json
 
 _Value = TypeVar("_Value")
@@ -119,8 +119,8 @@ def read_peft_config(file: Path) -> PeftConfig:
 
 def peft_config(config: Mapping[str, object], file: Path) -> PeftConfig:
     """Return what PEFT would make by the keys of `file`. Raises UserError as `read_peft_config`."""
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type = {short(config.get('peft_type'))}: expected LORA")
+    kind = config.get("peft_type")
+    expect(f"{file}: peft_type", kind, kind == "LORA", "LORA")
     for key, value in config.items():
         # A value that is null, false or empty turns something off, whatever it is.
         if value and key not in _READ and key not in _WITHOUT_EFFECT and (key, value) != ("bias", "none"):
@@ -134,8 +134,8 @@ def peft_config(config: Mapping[str, object], file: Path) -> PeftConfig:
         )
 
     def flag(key: str) -> bool:
-        if not isinstance(value := config.get(key), bool | None):
-            raise UserError(f"{file}: {key} = {short(value)}: expected true or false")
+        value = config.get(key)
+        expect(f"{file}: {key}", value, isinstance(value, bool | None), "true or false")
         return bool(value)
 
     def names(key: str, value: object) -> str | list[str]:

@@ -66,11 +66,9 @@ class StoredAdapter:
 
     @property
     def modules(self) -> set[str]:
-        """Return the modules that have tensors."""
         return {module for module, _ in self.names}
 
     def tensor_of(self, module: str) -> str:
-        """Return the first of a module's tensors."""
         return min(name for (of, _), name in self.names.items() if of == module)
 
     def read(self, places: Places) -> tuple[AdapterConfig, dict[str, np.ndarray]]:

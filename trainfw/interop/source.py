@@ -221,7 +221,6 @@ def _open_tensors(path: Path, kind: str) -> Tensors:
 
 
 def _some(names: set[str]) -> str:
-    """List the first few names, and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(name[:200] for name in sorted(names)[:3]) + more
 

@@ -21,15 +21,11 @@ from .common.matmul import softcap as softcap
 from .common.moe import ExpertLinear as ExpertLinear
 from .common.moe import MoE as MoE
 from .common.moe import MoEStats as MoEStats
-from .common.moe import dispatch_problem as dispatch_problem
-from .common.moe import routing_problem as routing_problem
 from .common.top_k import MOST_ROUNDS as MOST_ROUNDS
 from .common.top_k import iterative_top_k as iterative_top_k
 from .common.top_k import likeliest as likeliest
 from .decoder.config import ModelConfig as ModelConfig
-from .decoder.config import MoEConfig as MoEConfig
 from .decoder.config import RopeScaling as RopeScaling
-from .decoder.config import preset_names as preset_names
 from .decoder.model import DecoderLayer as DecoderLayer
 from .decoder.model import KVCache as KVCache
 from .decoder.model import Transformer as Transformer

@@ -8,6 +8,7 @@ from typing import Protocol
 import jax
 
 from trainfw.models.common.adapter_inputs import AdapterInputs
+from trainfw.models.family import ImageFamilyConfig
 
 
 @jax.tree_util.register_dataclass
@@ -27,20 +28,6 @@ class Condition:
     """0 where the row's condition is left out: its class is then the one after the last, its caption all zeros. f32."""
 
 
-class ImageShape(Protocol):
-    """Shape of a model's images, as its config has it."""
-
-    @property
-    def image_size(self) -> int:
-        """Height and width."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Channels of an image; a prediction may have more, after these."""
-        ...
-
-
 class DenoisingModel(Protocol):
     """A model as objectives and samplers ask it: what to learn of a noised image, patch by patch.
 
@@ -50,7 +37,7 @@ class DenoisingModel(Protocol):
     """
 
     @property
-    def config(self) -> ImageShape: ...
+    def config(self) -> ImageFamilyConfig: ...
 
     def forward(
         self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, *, adapters: AdapterInputs | None = None
@@ -63,12 +50,9 @@ class DenoisingModel(Protocol):
             condition: conditions of the rows.
             adapters: inputs of adapters, where the model has any that read them.
         """
-        ...
 
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
         """Return this device's patches of images, x_BSO, in the order of the prediction."""
-        ...
 
     def unpatched(self, x_BSO: jax.Array) -> jax.Array:
         """Return whole images from the patches of all devices, x_BHWC."""
-        ...

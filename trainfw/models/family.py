@@ -7,8 +7,10 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
+import yaml
 from pydantic import Field, SerializeAsAny
 from pydantic_core import core_schema
 
@@ -30,7 +32,6 @@ FAMILIES = {
     "dit": "trainfw.models.dit.family:DiffusionTransformer",
     "autoencoder": "trainfw.models.autoencoder.family:ImageAutoencoder",
 }
-"""Families by the name that recipes use."""
 
 
 class FamilyConfig(Config):
@@ -72,6 +73,23 @@ class FamilyConfig(Config):
     def depends_on_cut(self) -> str:
         """Why the numbers depend on how a batch is cut over devices and microbatches; empty where they do not."""
         return ""
+
+
+@functools.cache
+def load_presets(package: str) -> dict[str, dict[str, object]]:
+    """Read a package's presets.yaml: fields of its config by the preset's name, without where they come from."""
+    presets = yaml.safe_load(resources.files(package).joinpath("presets.yaml").read_text())
+    for fields in presets.values():
+        fields.pop("source", None)
+    return {name: fields for name, fields in presets.items() if not name.startswith(".")}
+
+
+def preset_fields(package: str, preset: str, like: str) -> dict[str, object]:
+    """Return the fields of one of a package's presets; where there is none, suggest that which is most `like`."""
+    presets = load_presets(package)
+    if preset not in presets:
+        invalid("preset", f"unknown preset {preset!r}{did_you_mean(like, presets)}")
+    return presets[preset]
 
 
 class TokenFamilyConfig(FamilyConfig):
@@ -177,25 +195,21 @@ class Family(Protocol):
     def build(self, config: Any, options: ModelOptions, rngs: nnx.Rngs) -> nnx.Module:
         """Return the model, a `TokenModel` or a `DenoisingModel`; its stacked layers, and nothing else, are under the
         name `layers`."""
-        ...
 
     def limits(self, config: Any) -> Iterator[Limit]:
         """List what of the model is divided over mesh axes; layers over `pipeline` are no part of it."""
-        ...
 
     def flops_per_token(self, config: Any, sequence_length: int) -> float:
         """Count the FLOPs of training, forward and backward, on one token of sequences of that length.
 
         Of a model of images a token is a patch, and the sequence an image.
         """
-        ...
 
     def tiny(self, config: Any, *, layers: int, tensor: int) -> dict[str, Any]:
         """Return fields that make the model small, for `trainfw train --tiny`.
 
         `layers` is a number of layers that divides over stages and chunks; `tensor` is the size of that axis before.
         """
-        ...
 
     def dims(self, config: Any) -> Mapping[str, tuple[str, ...]]:
         """Declare dim names of the family's own: the mesh axes along which weights are kept split, and gathered."""
@@ -245,7 +259,6 @@ def load_family(name: str) -> Family:
 
 
 def family_of(config: FamilyConfig) -> Family:
-    """Return the family of a model."""
     return load_family(config.family)
 
 
@@ -262,7 +275,6 @@ def flops_per_token(config: FamilyConfig, sequence_length: int) -> float:
 
 
 def image_config(config: FamilyConfig) -> ImageFamilyConfig:
-    """Return the config of a model of images as one."""
     assert isinstance(config, ImageFamilyConfig)  # `load_family` has seen to it
     return config
 
@@ -331,4 +343,3 @@ def _validated(section: Any, default: Any) -> Any:
 
 
 ModelSection: TypeAlias = Annotated[FamilyConfig, _ByFamily(), SerializeAsAny()]
-"""The type of a recipe's section `model`."""

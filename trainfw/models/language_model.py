@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainfw.errors import UserError, did_you_mean, short
+from trainfw.errors import UserError, short
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gather_weights, gathered
+from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gathered, gathered_array
 from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
 from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
-from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, gather_sequence
+from trainfw.models.layer_stack import StackedModel, gather_sequence
 from trainfw.paths import path_text
 from trainfw.pieces import is_own, running
 
@@ -30,12 +30,10 @@ class TokenModel(Protocol):
     @property
     def final_softcap(self) -> float | None:
         """Squashes logits into (-cap, cap) with tanh."""
-        ...
 
     @property
     def head_learns(self) -> bool:
         """Tell whether anything in `head_weight` has a gradient."""
-        ...
 
     def forward(
         self,
@@ -56,11 +54,9 @@ class TokenModel(Protocol):
             mask_BS: weights of the tokens in the routers' losses, f32; 1 by default.
             adapters: what adapters read, where the model has any that do.
         """
-        ...
 
     def head_weight(self) -> tuple[jax.Array, HeadDims]:
         """The output head in the compute dtype, the vocabulary split over `tensor`, and how its dims lie in memory."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +74,7 @@ class Origin(Protocol):
     def save(self, model: LanguageModel, directory: str, dtype: str | None) -> str: ...
 
 
-class LanguageModel(nnx.Module):
+class LanguageModel(StackedModel):
     """A `TokenModel` of three parts, which a family makes: `embedding`; `layers`, of `init_stack`; and the head, that
     is `final_norm` and `head` (None: the embedding's table). All its state is `nnx.Param`, in f32, with the logical
     names of its dims as `axes`.
@@ -88,17 +84,8 @@ class LanguageModel(nnx.Module):
     """
 
     embedding: Embedding
-    layers: nnx.Module
     final_norm: RMSNorm
     head: Linear | None
-
-    def __init__(self, config: FamilyConfig, options: ModelOptions):
-        if options.remat not in REMAT_POLICIES:
-            raise UserError(f"remat: unknown policy {options.remat!r}{did_you_mean(options.remat, REMAT_POLICIES)}")
-        self.config, self.options = config, options
-        self.adapter_names: tuple[str, ...] = ()
-        """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
-
     origin: Origin | None = None
     """Place that the model was loaded from; None where it was made."""
 
@@ -126,34 +113,14 @@ class LanguageModel(nnx.Module):
         """Return what all layers share: a pytree of arrays that are not differentiated."""
         return TokenPlaces(positions_BS, segment_ids_BS)
 
-    @staticmethod
-    def block(layer: Any, x_BSD: jax.Array, context: Any, own: Any, kind: Any) -> tuple[jax.Array, Any]:
-        """Run one layer: (x_BSD, (what it returns of `own`, what its router did))."""
-        return layer(x_BSD, context), (own, None)
-
     @property
     def weighs_tokens(self) -> bool:
         """Tell whether layers read mask_BS."""
         return False
 
     @property
-    def num_kv_heads(self) -> int | None:
-        """Heads of the dim `kv_heads`, where some devices may share one (`gather_weight`)."""
-        return None
-
-    @property
     def final_softcap(self) -> float | None:
         return None
-
-    @property
-    def compute_dtype(self) -> str:
-        return self.options.compute_dtype
-
-    @property
-    def stack(self) -> LayerStack:
-        return LayerStack(
-            self.layers, self.block, self.config.layer_kinds, self.config.layer_period, self.options, self.num_kv_heads
-        )
 
     def __call__(
         self,
@@ -174,7 +141,6 @@ class LanguageModel(nnx.Module):
         mask_BS: jax.Array | None = None,
         adapters: AdapterInputs | None = None,
     ) -> tuple[jax.Array, MoEStats | None]:
-        """See `TokenModel`."""
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1])[None]
         x_BSD, (_, stats) = self.stack.run(
@@ -196,8 +162,7 @@ class LanguageModel(nnx.Module):
         dtype = jnp.dtype(self.compute_dtype)
         if self.head is None:
             # An adapter of the embedding is not the head's: what PEFT does where they are tied.
-            (table,) = nnx.to_flat_state(gather_weights(nnx.State({"table": self.embedding.table}), dtype))
-            return dense(table[1].get_value(), dtype), "vd"
+            return dense(gathered_array(self.embedding.table, dtype), dtype), "vd"
         head = gathered(self.head, dtype)
         w = dense(head.kernel.get_value(), dtype)
         return (w if head.adapter is None else head.adapter.merged(w)), "dv"

@@ -63,5 +63,4 @@ class ModelShapes:
 
     @property
     def experts(self) -> Experts | None:
-        """The experts of the model, where it has any."""
         return next((part.experts for part in self.feed_forwards if part.experts is not None), None)

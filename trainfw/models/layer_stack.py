@@ -19,9 +19,10 @@ from jax.extend.core.primitives import all_gather_p
 
 from trainfw import parallel
 from trainfw.backends import ATTENDED, ROTATED
+from trainfw.errors import UserError, did_you_mean
 from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
 from trainfw.models.common.layers import PRODUCT, Linear, gather_weights
-from trainfw.models.family import ModelOptions, Remat
+from trainfw.models.family import FamilyConfig, ModelOptions, Remat
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -312,6 +313,39 @@ class LayerStack:
         )
 
 
+class StackedModel(nnx.Module):
+    """A model whose `layers` are of `init_stack`, and run by `block`."""
+
+    layers: nnx.Module
+
+    def __init__(self, config: FamilyConfig, options: ModelOptions):
+        if options.remat not in REMAT_POLICIES:
+            raise UserError(f"remat: unknown policy {options.remat!r}{did_you_mean(options.remat, REMAT_POLICIES)}")
+        self.config, self.options = config, options
+        self.adapter_names: tuple[str, ...] = ()
+        """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+
+    @staticmethod
+    def block(layer: Any, x_BSD: Any, context: Any, own: Any, kind: Any) -> tuple[Any, Any]:
+        """Run one layer: (x_BSD, (what it returns of `own`, what its router did))."""
+        return layer(x_BSD, context), (own, None)
+
+    @property
+    def num_kv_heads(self) -> int | None:
+        """Heads of the dim `kv_heads`, where some devices may share one (`gather_weight`)."""
+        return None
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.options.compute_dtype
+
+    @property
+    def stack(self) -> LayerStack:
+        return LayerStack(
+            self.layers, self.block, self.config.layer_kinds, self.config.layer_period, self.options, self.num_kv_heads
+        )
+
+
 def _among_stages(own: jax.Array) -> jax.Array:
     """Put a stage's values of its layers (chunks, layers, ...) in their place among all, with zeros elsewhere."""
     own = own.reshape(-1, *own.shape[2:])
@@ -369,7 +403,7 @@ def _prefetched_backward(
     layer: Layer, kinds: tuple[Any, ...], scan: bool, kept: Any, cotangents: Any
 ) -> tuple[Any, Any, None, Any]:
     xs, params, fixed, moving, still = kept
-    dx, of_outs = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
+    dx, of_outs = jax.tree.map(_instantiated, cotangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
     num_layers = len(kinds)
     gather = jax.jit(layer.gather)
 
@@ -408,10 +442,6 @@ def _prefetched_backward(
     dx, own, of_moving = back(dx, x, weights, 0, kinds[0], of_moving)
     of_moving = jax.tree.map(lambda a, total: total.astype(a.dtype), moving, of_moving)
     return dx, _put(of_params, 0, own), None, of_moving
-
-
-def _is_zero(cotangent: object) -> bool:
-    return isinstance(cotangent, SymbolicZero)
 
 
 def _instantiated(cotangent: SymbolicZero | jax.Array) -> jax.Array:

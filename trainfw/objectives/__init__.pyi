@@ -1,10 +1,9 @@
-from .config import DIFFUSION as DIFFUSION
 from .config import IMAGES as IMAGES
 from .config import OBJECTIVES as OBJECTIVES
 from .config import PREFERENCES as PREFERENCES
 from .config import ObjectiveConfig as ObjectiveConfig
 from .contract import check_drawn as check_drawn
-from .contract import check_reads as check_reads
+from .contract import check_objective as check_objective
 from .contract import check_returned as check_returned
 from .contract import check_schema as check_schema
 from .diffusion import DDPM as DDPM
@@ -30,7 +29,6 @@ from .objective import metrics_of as metrics_of
 from .objective import reads_of as reads_of
 from .preference import Preference as Preference
 from .reconstruction import Reconstruction as Reconstruction
-from .registry import check_objective as check_objective
 from .registry import make_objective as make_objective
 from .registry import schedule_of as schedule_of
 from .schema import Field as Field

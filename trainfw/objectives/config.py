@@ -106,11 +106,6 @@ class ObjectiveConfig(Config):
         return self
 
     @property
-    def reads_pairs(self) -> bool:
-        """Tell whether it is a loss of pairs."""
-        return self.name in PREFERENCES
-
-    @property
     def reads_images(self) -> bool:
         """Tell whether it is a loss of images; one of your own says so itself (`reads_of`)."""
         return self.name in IMAGES
@@ -120,7 +115,3 @@ class ObjectiveConfig(Config):
         """Return the settings of a loss of images that are given."""
         given = {key: getattr(self, key) for key in _OF_ONE}
         return {key: value for key, value in given.items() if value is not None}
-
-    @property
-    def beta_or_default(self) -> float:
-        return PREFERENCES[self.name] if self.beta is None else self.beta

@@ -26,8 +26,8 @@ RESERVED = frozenset(
 _PARTS = ("schema", "loss", "roles", "unit")
 
 
-def check_parts_of(made: Any, name: str) -> None:
-    """Check what an objective has. Raises UserError, which begins with `name`, where it is none."""
+def check_objective(made: Any, name: str) -> Objective:
+    """Return somebody's own objective. Raises UserError, which begins with `name`, where it is none."""
     wrong = f"name = {name!r}: "
     if isinstance(made, type):
         raise UserError(f"{wrong}is a class; expected an object, such as {made.__name__}()")
@@ -44,6 +44,8 @@ def check_parts_of(made: Any, name: str) -> None:
         raise UserError(f"{wrong}unit is {short(made.unit)}; expected a name, such as 'token'")
     if reads_of(made) not in ("tokens", "images"):
         raise UserError(f"{wrong}reads is {short(made.reads)}; expected 'tokens' or 'images'")
+    objective: Objective = made
+    return objective
 
 
 def check_reads(objective: Objective | type[Objective], name: str, image: ImageShape | None) -> None:
@@ -82,7 +84,9 @@ def check_schema(
     else:
         rows, expected = image_rows(batch, image), "image_rows(batch, image)"
     try:
-        said, there = ({key: _array(s, key) for key in s.fields} for s in (schema, rows))
+        said, there = (
+            {key: f"{np.dtype(field.dtype)} {s.shape(key)}" for key, field in s.fields.items()} for s in (schema, rows)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"name = {name!r}: schema does not describe its arrays: {error!r}") from error
     for key in [*there, *(() if draws else said)]:
@@ -109,10 +113,6 @@ def check_drawn(arrays: Mapping[str, np.ndarray], schema: Schema, name: str) -> 
             raise UserError(
                 f"name = {name!r}: drawn returns {key} of {_shown(has)}; expected {needs[0]} {needs[1]} a row"
             )
-
-
-def _array(schema: Schema, name: str) -> str:
-    return f"{np.dtype(schema.fields[name].dtype)} {schema.shape(name)}"
 
 
 def check_returned(returned: object, name: str, unit: str) -> tuple[jax.Array, Sums]:

@@ -21,14 +21,42 @@ from trainfw.scopes import LOSS
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class _Denoising:
+    """A loss of noised images."""
+
+    image: ImageShape
+    unit: ClassVar[str] = "image"
+    roles: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[Literal["images"]] = "images"
+
+    def schema(self, batch: int, sequence: int) -> Schema:
+        """Return that of images with `noise`, `time` and, where there is a condition, `keep`."""
+        rows = image_rows(batch, self.image)
+        drawn = {"noise": rows.fields["image"], "time": Field(("batch",), np.float32)}
+        if self.image.conditioning != "none":
+            drawn["keep"] = drawn["time"]
+        return Schema({**rows.fields, **drawn}, rows.sizes)
+
+    def _drawn(
+        self, batch: Mapping[str, np.ndarray], seed: int, time_B: np.ndarray, drop_condition: float
+    ) -> dict[str, np.ndarray]:
+        row_B = batch["row"]
+        arrays = {name: batch[name] for name in image_rows(len(row_B), self.image).fields}
+        arrays["noise"] = normal_rows(seed, row_B, self.image.shape, NOISE)
+        arrays["time"] = time_B.astype(np.float32)
+        if self.image.conditioning != "none":
+            arrays["keep"] = (uniform_rows(seed, row_B, KEEP) >= drop_condition).astype(np.float32)
+        return arrays
+
+
+@dataclass(frozen=True)
+class FlowMatching(_Denoising):
     """Squared error of a rectified flow's velocity (Liu et al., arXiv:2209.03003), summed over images; `FlowSchedule`.
 
     A time is drawn for each image, evenly or as the logistic function of a normal number (Esser et al.,
     arXiv:2403.03206, section 3.1), and then shifted towards noise (eq. 23 there).
     """
 
-    image: ImageShape
     times: Times = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -37,18 +65,10 @@ class FlowMatching:
     drop_condition: float = 0.1
     """Probability that an image's condition is left out in training, so that drawing can be guided by the difference
     (Ho and Salimans, arXiv:2207.12598)."""
-    unit: ClassVar[str] = "image"
-    roles: ClassVar[tuple[str, ...]] = ()
-    reads: ClassVar[Literal["images"]] = "images"
 
     @property
     def schedule(self) -> FlowSchedule:
-        """Return the schedule that its model's pictures are drawn by."""
         return FlowSchedule(self.shift)
-
-    def schema(self, batch: int, sequence: int) -> Schema:
-        """Return that of images with `noise`, `time` and, where there is a condition, `keep`."""
-        return _schema(batch, self.image)
 
     def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Return the batch with noise, times and the conditions to keep, drawn for each row by its number."""
@@ -57,7 +77,7 @@ class FlowMatching:
         else:
             normal_B = normal_rows(seed, batch["row"], (1,), TIME)[:, 0].astype(np.float64)
             time_B = 1.0 / (1.0 + np.exp(-(self.logit_mean + self.logit_std * normal_B)))
-        return _drawn(batch, seed, self.image, TIMES * shifted(time_B, self.shift), self.drop_condition)
+        return self._drawn(batch, seed, TIMES * shifted(time_B, self.shift), self.drop_condition)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and `loss` as its mean over images."""
@@ -68,10 +88,9 @@ class FlowMatching:
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(_Denoising):
     """Squared error of the noise in an image, or of v, at a random step of 1000, summed over images; `DDPMSchedule`."""
 
-    image: ImageShape
     prediction: Prediction = "epsilon"
     betas: Betas = "linear"
     beta_start: float = DDPMSchedule.beta_start
@@ -80,24 +99,15 @@ class DDPM:
     """Largest weight of an image's error, as an error of the image rather than of what is predicted: its
     signal-to-noise ratio, but at most this (Hang et al., arXiv:2303.09556, section 3.4)."""
     drop_condition: float = 0.1
-    """See `FlowMatching`."""
-    unit: ClassVar[str] = "image"
-    roles: ClassVar[tuple[str, ...]] = ()
-    reads: ClassVar[Literal["images"]] = "images"
 
     @property
     def schedule(self) -> DDPMSchedule:
-        """Return the schedule that its model's pictures are drawn by."""
         return DDPMSchedule(self.betas, self.beta_start, self.beta_end, self.prediction)
-
-    def schema(self, batch: int, sequence: int) -> Schema:
-        """Return that of images with `noise`, `time` and, where there is a condition, `keep`."""
-        return _schema(batch, self.image)
 
     def drawn(self, batch: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Return the batch with noise, steps and the conditions to keep, drawn for each row by its number."""
         step_B = np.floor(TIMES * uniform_rows(seed, batch["row"], TIME))
-        return _drawn(batch, seed, self.image, step_B, self.drop_condition)
+        return self._drawn(batch, seed, step_B, self.drop_condition)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return the loss, and `loss` as its mean over images, both with the weights of min-SNR."""
@@ -116,26 +126,6 @@ class DDPM:
             snr_T = signal_T / (1 - signal_T)
             weight_T = np.minimum(snr_T, self.min_snr_gamma) / (snr_T if self.prediction == "epsilon" else snr_T + 1)
         return jnp.asarray(np.stack([np.sqrt(signal_T), np.sqrt(1 - signal_T), weight_T], axis=1), jnp.float32)
-
-
-def _schema(batch: int, image: ImageShape) -> Schema:
-    rows = image_rows(batch, image)
-    drawn = {"noise": rows.fields["image"], "time": Field(("batch",), np.float32)}
-    if image.conditioning != "none":
-        drawn["keep"] = drawn["time"]
-    return Schema({**rows.fields, **drawn}, rows.sizes)
-
-
-def _drawn(
-    batch: Mapping[str, np.ndarray], seed: int, image: ImageShape, time_B: np.ndarray, drop_condition: float
-) -> dict[str, np.ndarray]:
-    row_B = batch["row"]
-    arrays = {name: batch[name] for name in image_rows(len(row_B), image).fields}
-    arrays["noise"] = normal_rows(seed, row_B, image.shape, NOISE)
-    arrays["time"] = time_B.astype(np.float32)
-    if image.conditioning != "none":
-        arrays["keep"] = (uniform_rows(seed, row_B, KEEP) >= drop_condition).astype(np.float32)
-    return arrays
 
 
 def _per_row(x_B: jax.Array) -> jax.Array:

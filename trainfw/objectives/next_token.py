@@ -28,7 +28,6 @@ class NextToken:
     roles: ClassVar[tuple[str, ...]] = ()
 
     def schema(self, batch: int, sequence: int) -> Schema:
-        """Return that of packed rows (`token_rows`)."""
         return token_rows(batch, sequence)
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:

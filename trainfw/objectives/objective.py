@@ -34,7 +34,6 @@ class Statistics(Protocol):
 
     def metrics(self) -> Mapping[str, tuple[jax.Array, jax.Array]]:
         """Return (total, count) of each metric by its name."""
-        ...
 
 
 Metrics: TypeAlias = dict[str, Mean]
@@ -96,14 +95,12 @@ class Objective(Protocol):
     @property
     def roles(self) -> tuple[str, ...]:
         """Frozen models beside the learner, such as `reference`; none for pretraining."""
-        ...
 
     def schema(self, batch: int, sequence: int) -> Schema:
         """Return the arrays that `loss` reads of `batch` rows or groups of `sequence` tokens.
 
         Of images, sizes are the model's; its `sequence` is then the number of patches, which `Schema.tokens` counts.
         """
-        ...
 
     def loss(self, models: Models, batch: Batch, draw: Draw) -> tuple[jax.Array, Sums]:
         """Return this device's part of the summed loss, which is differentiated, and what is logged.
@@ -111,7 +108,6 @@ class Objective(Protocol):
         `models` has `learner` and each of `roles`. The sums hold `loss`, a Mean whose count over all devices divides
         the gradients. Devices along `tensor`, which compute the same tokens, each return their share of both.
         """
-        ...
 
 
 class ImageObjective(Objective, Protocol):
@@ -127,7 +123,6 @@ class ImageObjective(Objective, Protocol):
         (int64), and by nothing else: it is the same on every mesh and after every resume. `row` is no array of the
         schema. An objective of your own need not have this: its schema is then `image_rows`.
         """
-        ...
 
 
 def reads_of(objective: Objective | type[Objective]) -> Reads:

@@ -6,13 +6,12 @@ from typing import Any, cast
 from trainfw import objectives
 from trainfw.errors import UserError, about, expect
 from trainfw.objectives.config import DIFFUSION, PREFERENCES, ObjectiveConfig
-from trainfw.objectives.contract import check_parts_of, check_reads
+from trainfw.objectives.contract import check_objective, check_reads
 from trainfw.objectives.noise import DDPMSchedule, FlowSchedule, Schedule
 from trainfw.objectives.objective import Objective
 from trainfw.objectives.schema import ImageShape
 from trainfw.pieces import is_own, load_piece, make_piece
 
-_EXPECTED = "trainfw.objectives.Objective"
 _CLASSES = {
     "next_token": "NextToken",
     **dict.fromkeys(PREFERENCES, "Preference"),
@@ -32,8 +31,7 @@ def make_objective(
     pairs_per_row: int,
     image: ImageShape | None = None,
 ) -> Objective:
-    """Return what a model learns; see `NextToken`, `Preference`, `FlowMatching`, `DDPM` and
-    `Reconstruction`.
+    """Return what a model learns.
 
     Raises UserError where one's own cannot be made, or it does not read what the model does.
 
@@ -45,12 +43,14 @@ def make_objective(
     check_reads(kind, config.name, image)
     if own:
         images = () if image is None else (image,)
-        made = make_piece(config.name, config.options, *images, methods=("schema", "loss"), expected=_EXPECTED)
+        expected = "trainfw.objectives.Objective"
+        made = make_piece(config.name, config.options, *images, methods=("schema", "loss"), expected=expected)
         return check_objective(made, config.name)
     if config.name == "next_token":
         return cast(Objective, kind(chunk, mask_documents, z_loss))
     if image is None:
-        return cast(Objective, kind(config.name, config.beta_or_default, config.margin, pairs_per_row, chunk))
+        beta = PREFERENCES[config.name] if config.beta is None else config.beta
+        return cast(Objective, kind(config.name, beta, config.margin, pairs_per_row, chunk))
     if (config.name == "reconstruction") != (image.latent_channels is not None):
         learnt = "an autoencoder" if image.latent_channels is not None else "no autoencoder"
         raise UserError(f"name = {config.name!r}: does not suit a model that is {learnt}")
@@ -69,10 +69,3 @@ def schedule_of(config: ObjectiveConfig) -> Schedule | None:
     kind = FlowSchedule if config.name == "flow_matching" else DDPMSchedule
     known = {field.name for field in fields(kind)}
     return kind(**{key: value for key, value in config.of_images.items() if key in known})
-
-
-def check_objective(made: Any, name: str) -> Objective:
-    """Return somebody's own objective. Raises UserError, which begins with `name`, where it is none."""
-    check_parts_of(made, name)
-    objective: Objective = made
-    return objective

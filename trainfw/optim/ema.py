@@ -15,7 +15,6 @@ class Averaging(NamedTuple):
     """State of an optimizer, and the average of what it updates beside it."""
 
     inner: Any
-    """State of the optimizer itself."""
     steps: jax.Array
     """Updates so far, an int32 scalar."""
     average: Params

@@ -17,6 +17,8 @@ from trainfw.optim.schedule import make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
 from trainfw.pieces import is_own, make_piece, running
 
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None
@@ -151,7 +153,3 @@ def optimizer_shardings(
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", key)) for key in path)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(key.key) for key in path)

@@ -52,4 +52,3 @@ class OwnOptimizer(Protocol):
 
     def __call__(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
         """Return the whole update but clipping, with a learning rate by step: the recipe's schedule."""
-        ...

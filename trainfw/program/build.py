@@ -140,7 +140,6 @@ def objective_of(recipe: Recipe) -> objectives.Objective:
 
 
 def _image_shape(recipe: Recipe) -> objectives.ImageShape | None:
-    """Return the sizes of the images that a recipe's model reads; None where it reads tokens."""
     if not recipe.reads_images:
         return None
     model: Any = image_config(recipe.model)

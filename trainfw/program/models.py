@@ -15,10 +15,7 @@ from trainfw.models import Frozen, ModelOptions, TokenModel, build_model, freeze
 from trainfw.parallel import Rules, Sharded
 from trainfw.program.fit import Fit
 from trainfw.recipe import Recipe
-from trainfw.weights import as_kept, kept_shardings
-
-Tree = Any
-"""A nested dict of arrays, or of what describes them."""
+from trainfw.weights import Tree, as_kept, kept_shardings
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,9 @@ class Function:
     """Pytrees of ShapeDtypeStructs with shardings: what it is compiled for."""
 
     def trace(self) -> jax.stages.Traced:
-        """Return it traced for its arguments."""
         return self.jitted.trace(*self.arguments)
 
     def lower(self) -> jax.stages.Lowered:
-        """Return it lowered for its arguments."""
         return self.jitted.lower(*self.arguments)
 
     def compile(self) -> Any:

@@ -1,6 +1,5 @@
 from .files import bundled_recipes as bundled_recipes
 from .files import find_recipe as find_recipe
-from .limits import LayoutProblem as LayoutProblem
 from .limits import layout_problems as layout_problems
 from .load import RecipeLike as RecipeLike
 from .load import load_recipe as load_recipe

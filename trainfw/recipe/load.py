@@ -73,7 +73,6 @@ def load_recipe(
 
 
 def _family(tree: dict[str, Any]) -> str:
-    """The family that a recipe's keys name."""
     model = tree.get("model")
     family = model.get("family") if isinstance(model, dict) else None
     return family if isinstance(family, str) else DEFAULT_FAMILY

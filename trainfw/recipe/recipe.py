@@ -22,7 +22,7 @@ from trainfw.data import DataConfig
 from trainfw.errors import UserError
 from trainfw.hardware import HardwareConfig
 from trainfw.models import DEFAULT_FAMILY, FAMILIES, FamilyConfig, ModelSection, conditioning_of, family_of, load_family
-from trainfw.objectives import IMAGES, OBJECTIVES, ObjectiveConfig
+from trainfw.objectives import IMAGES, OBJECTIVES, PREFERENCES, ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.parallel import ParallelConfig
 from trainfw.pieces import is_own
@@ -60,7 +60,7 @@ class Recipe(Config):
         except UserError as error:
             invalid("hardware.sdk", str(error).removeprefix("sdk = "))
         name, pairs = self.objective.name, self.data.format == "preferences"
-        if self.objective.reads_pairs and not pairs:
+        if name in PREFERENCES and not pairs:
             invalid("objective.name", f"{name} learns from pairs: set data.format: preferences, not {self.data.format}")
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")

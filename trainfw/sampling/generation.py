@@ -153,7 +153,6 @@ def _check(
     top_p: float | None,
     seed: int,
 ) -> None:
-    """Raise UserError for arguments that make no sense."""
     for prompt in prompts:
         if not prompt:
             raise UserError("prompt: needs at least one token")

@@ -18,7 +18,5 @@ from .run_directory import RunDirectory as RunDirectory
 from .run_directory import check_place as check_place
 from .tasks import METRICS as METRICS
 from .tasks import Comparison as Comparison
-from .tasks import TaskExample as TaskExample
-from .tasks import evaluate_task as evaluate_task
 from .tasks import held_out_tasks as held_out_tasks
 from .tiny import tiny_overrides as tiny_overrides

@@ -73,7 +73,8 @@ def agree(program: Program, data: Prepared | None = None, *, timeout: float = 36
     which one is not like process 0 (code, environment, recipe, program or data); PeerError where one does not call.
     """
     with agreeing("program", timeout) as facts:
-        facts |= recipe_facts(program.recipe) | program_facts(program) | ({} if data is None else data_facts(data))
+        facts |= recipe_facts(program.recipe) | program_facts(program)
+        facts |= {} if data is None else {"data": data.facts()}
 
 
 @contextlib.contextmanager
@@ -156,10 +157,6 @@ def program_facts(program: Program) -> dict[str, Any]:
             "parameters": program.num_parameters,
         }
     }
-
-
-def data_facts(data: Prepared) -> dict[str, Any]:
-    return {"data": data.facts()}
 
 
 @functools.cache

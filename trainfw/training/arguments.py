@@ -53,7 +53,9 @@ class Given:
         takes = "objects with write(rows) and rewind(step), such as trainfw.Logger objects"
         keep("loggers", listed("loggers", self.loggers, _having(_TAKES), takes))
         if self.devices is not None:
-            keep("devices", listed("devices", self.devices, _is_device, "devices, such as jax.devices()[:1]", least=1))
+            expected = "devices, such as jax.devices()[:1]"
+            devices = listed("devices", self.devices, lambda one: isinstance(one, jax.Device), expected, least=1)
+            keep("devices", devices)
         accept = [self.accept] if isinstance(self.accept, str) else self.accept
         keep("accept", listed("accept", accept, lambda key: isinstance(key, str), "keys of the recipe"))
         check_accept(self.accept)
@@ -78,7 +80,3 @@ def listed(
 def _having(methods: Sequence[str]) -> Callable[[object], bool]:
     """Make the test for an object, no class, with these methods."""
     return lambda one: not isinstance(one, type) and all(callable(getattr(one, name, None)) for name in methods)
-
-
-def _is_device(one: object) -> bool:
-    return isinstance(one, jax.Device)

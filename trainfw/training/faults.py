@@ -136,7 +136,6 @@ class FaultLog:
         self._behind = False
 
     def good(self) -> None:
-        """A step was good."""
         self._in_a_row = 0
 
     def write(self, bad: BadStep) -> Policy:

@@ -13,11 +13,10 @@ from flax import nnx
 
 from trainfw.errors import UserError
 from trainfw.interop import open_autoencoder
-from trainfw.models import Autoencoder, AutoencoderConfig, abstract_model
-from trainfw.weights import Base, is_run, open_base
+from trainfw.models import Autoencoder, AutoencoderConfig
+from trainfw.weights import Base, is_run, model_of, open_base
 
 _AT_ONCE = 8
-"""Images decoded at once."""
 
 
 class LatentCodec:
@@ -43,13 +42,7 @@ class LatentCodec:
     @cached_property
     def _model(self) -> Autoencoder:
         config = self._config.model_copy(update={"image_size": self.image_size})
-        graphdef, variables = nnx.split(abstract_model(config), nnx.Param)
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        values = []
-        for place, variable in nnx.to_flat_state(variables):
-            like = jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
-            values.append((place, self._base.read(".".join(map(str, place)), like)))
-        model: Autoencoder = nnx.merge(graphdef, nnx.from_flat_state(values))
+        model: Autoencoder = model_of(self._base, config)
         return model
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -57,7 +50,6 @@ class LatentCodec:
         return self._by_parts(_encoded, images)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Return the images of latents."""
         return self._by_parts(_decoded, latents)
 
     def _by_parts(self, function: Callable[[Autoencoder, jax.Array], jax.Array], arrays: np.ndarray) -> np.ndarray:

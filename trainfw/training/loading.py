@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-from flax import nnx
 
 from trainfw.adapters import attach_bank
 from trainfw.checkpoint import Checkpoints, read_identity, taking_the_next
 from trainfw.data import Tokenizer, load_tokenizer
 from trainfw.errors import UserError
-from trainfw.models import LanguageModel, abstract_model
+from trainfw.models import LanguageModel
 from trainfw.objectives import ObjectiveConfig
 from trainfw.optim import OptimizerConfig
 from trainfw.paths import path_text
@@ -23,7 +22,17 @@ from trainfw.program import Program, build_program
 from trainfw.recipe import Recipe, load_recipe
 from trainfw.training.base import check_base
 from trainfw.training.run_directory import RunDirectory
-from trainfw.weights import Base, LoadedFrom, Which, check_tokenizer, is_run, open_base, read_adapter, reads_average
+from trainfw.weights import (
+    Base,
+    LoadedFrom,
+    Which,
+    check_tokenizer,
+    is_run,
+    model_of,
+    open_base,
+    read_adapter,
+    reads_average,
+)
 
 # Where and how a run was trained does not matter to whoever uses its model.
 ANY_DEVICES = ("parallel={}", "hardware={}", "train.accumulation_steps=1")
@@ -56,13 +65,7 @@ def load_model(
         base = open_base(path)
         tokenizer = load_tokenizer(path)
         check_tokenizer(path, base.config, tokenizer)
-        graphdef, variables = nnx.split(abstract_model(base.config, compute_dtype=dtype or "float32"), nnx.Param)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        values = []
-        for place, variable in nnx.to_flat_state(variables):
-            abstract = jax.ShapeDtypeStruct(variable.shape, dtype or "float32", sharding=sharding)
-            values.append((place, base.read(".".join(map(str, place)), abstract)))
-        model = nnx.merge(graphdef, nnx.from_flat_state(values))
+        model = model_of(base, base.config, dtype or "float32")
     else:
         run = RunDirectory.existing(path)
         settings = [f"train.compute_dtype={dtype}"] if dtype else []

@@ -74,31 +74,24 @@ class TensorBoard(Logger):
 
     def write(self, rows: Sequence[Row]) -> None:
         try:
-            events = self._open()
-            from tensorboardX.proto.event_pb2 import Event
-            from tensorboardX.proto.summary_pb2 import Summary
-
             for row in rows:
-                values = [
-                    Summary.Value(tag=name, simple_value=value)
-                    for name, value in row.items()
-                    if name != "step" and value is not None
-                ]
-                events.write_event(Event(step=row["step"], wall_time=time.time(), summary=Summary(value=values)))
-            events.flush()
+                numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+                self._add(row["step"], [{"tag": name, "simple_value": value} for name, value in numbers.items()])
+            self._open().flush()
         except OSError:
             self.close()
             raise
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Write a picture, as the bytes of a PNG file."""
+        self._add(step, [{"tag": name, "image": {"encoded_image_string": png}}])
+        self._open().flush()
+
+    def _add(self, step: int, values: list[dict[str, object]]) -> None:
         events = self._open()
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
 
-        value = Summary.Value(tag=name, image=Summary.Image(encoded_image_string=png))
-        events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[value])))
-        events.flush()
+        events.write_event(Event(step=step, wall_time=time.time(), summary={"value": values}))
 
     def rewind(self, step: int) -> None:
         self._hide_after = step

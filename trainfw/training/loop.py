@@ -17,7 +17,7 @@ from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
 from trainfw.program import Program, TrainState, build_program, check_sources, name_pieces
 from trainfw.recipe import Recipe, RecipeLike, load_recipe
-from trainfw.training.agreement import agreeing, data_facts, first_says, program_facts, recipe_facts
+from trainfw.training.agreement import agreeing, first_says, program_facts, recipe_facts
 from trainfw.training.arguments import Given
 from trainfw.training.base import check_base
 from trainfw.training.callbacks import Callback, Callbacks
@@ -132,7 +132,7 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
             data = read_data(recipe, given.data, reporter, progress)
             batches = open_batches(program, data, given.data, reporter.note)
             stack.enter_context(contextlib.closing(batches))
-            facts |= data_facts(data)
+            facts |= {"data": data.facts()}
         # Again, now that no other process can change the answer.
         resumed_step = first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, given.resume, accept))[1]
@@ -188,7 +188,6 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
 
 
 def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
-    """Build the program, and look at it."""
     backend = backends.current()
     if backend.on_host:
         backends.keep_freed_memory()
@@ -219,7 +218,6 @@ def _open(run: RunDirectory, recipe: Recipe, data: Prepared, resumed_step: int |
 
 
 def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
-    """Run a session, and write down how it ended."""
     end = "failed"
     try:
         with backends.start_is_kept():

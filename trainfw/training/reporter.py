@@ -30,7 +30,6 @@ class Reporter:
         """A step is done."""
 
     def row(self, row: dict[str, Any], steps: int) -> None:
-        """A logged step."""
         accuracy = f"  accuracy {row['preference_accuracy']:.2f}" if "preference_accuracy" in row else ""
         mfu = "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         images = row.get("images_per_second")

@@ -82,7 +82,6 @@ def _check_tokens(recipe: Recipe, prepared: data.PreparedData, own: object) -> N
 
 
 def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data.Progress) -> data.PreparedImages:
-    """Return the pictures of a run. Raises UserError where a class is past those of the model."""
     if own is not None:
         raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")
     prepared = prepare_images(recipe, progress)
@@ -117,7 +116,7 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
             autoencoder=codec,
             progress=progress,
         )
-    if conditioning == "class" and len(prepared.classes) > (_denoising(recipe).num_classes or 0):
+    if conditioning == "class" and len(prepared.classes) > (getattr(model, "num_classes", None) or 0):
         raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
     return prepared
 
@@ -128,11 +127,6 @@ def check_encoders(recipe: Recipe, now: Mapping[str, str], then: Mapping[str, st
         if then.get(key, identity) != identity:
             problem = f"has other weights, or another size, than when {run} was trained with it; restore them"
             raise recipe.error(f"model.{key}", problem)
-
-
-def _denoising(recipe: Recipe) -> DenoisingFamilyConfig:
-    assert isinstance(recipe.model, DenoisingFamilyConfig)  # what has a condition is one
-    return recipe.model
 
 
 def codec_of(recipe: Recipe) -> LatentCodec | None:
@@ -150,7 +144,8 @@ def encoder_of(recipe: Recipe) -> TextEncoder | HashedWords:
     """Return the text encoder of a model of images. Raises UserError where it is none, or does not fit the model."""
     from trainfw.training.text_encoder import HASHED_WORDS, HashedWords, TextEncoder
 
-    model = _denoising(recipe)
+    model = recipe.model
+    assert isinstance(model, DenoisingFamilyConfig)  # what has captions is one
     length, size = model.caption_length, model.caption_size
     assert length is not None and size is not None  # noqa: PT018  # its config has seen to it
     with recipe.blamed("model.text_encoder"):

@@ -63,7 +63,6 @@ class RunDirectory:
         return run
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints."""
         return checkpoint.steps_in(self.checkpoints)
 
     def identity(self, report: Callable[[str], None] = lambda text: None) -> checkpoint.Identity:
@@ -235,7 +234,6 @@ class RunDirectory:
             raise UserError(f"{self}: cannot be written: {error.strerror}") from None
 
     def drop_after(self, step: int) -> None:
-        """Drop the metrics of later steps."""
         for rows, file in ((self.metrics, self.metrics_file), (self.evaluations, self.evaluation_file)):
             if file.is_file():
                 rewrite_rows(file, [row for row in rows() if row["step"] <= step])
@@ -245,7 +243,6 @@ class RunDirectory:
         return stream_rows(self.metrics_file, MetricsRow)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of evaluation.jsonl, likewise."""
         return list(stream_rows(self.evaluation_file, EvaluationRow))
 
     def last_session(self) -> dict[str, Any] | None:

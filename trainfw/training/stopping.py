@@ -93,7 +93,6 @@ class Stop:
             self._lock.notify_all()
 
     def _listen(self, ended: threading.Event) -> None:
-        """Listen to the other processes."""
         while not ended.is_set() and self.cause is None:
             cause = backends.heard(self._key, 1.0)
             if cause is not None and not ended.is_set():

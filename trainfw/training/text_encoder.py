@@ -21,7 +21,6 @@ from trainfw.weights import open_base
 HASHED_WORDS = "hashed-words"
 """Name of the encoder that needs no model: `HashedWords`."""
 _ROWS = 32
-"""Captions encoded at once."""
 _STANDARD = "standardised 1"
 """Of the features, in an encoder's identity."""
 

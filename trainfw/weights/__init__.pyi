@@ -9,14 +9,13 @@ from .frozen_storage import kept_shardings as kept_shardings
 from .frozen_storage import kept_weight as kept_weight
 from .frozen_storage import named as named
 from .open import Base as Base
-from .open import MergedBase as MergedBase
 from .open import PromptForm as PromptForm
 from .open import Which as Which
 from .open import average_note as average_note
 from .open import check_tokenizer as check_tokenizer
-from .open import end_tokens as end_tokens
 from .open import is_run as is_run
 from .open import merge as merge
+from .open import model_of as model_of
 from .open import open_base as open_base
 from .open import other_base as other_base
 from .open import prompt_form as prompt_form

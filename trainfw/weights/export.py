@@ -158,7 +158,7 @@ def write_model(
     dtype: str | None,
     progress: Progress | None = None,
     *,
-    origin: Base | None = None,
+    origin: Weights | None = None,
 ) -> str:
     """Write weights as a Hugging Face directory, with the tokenizer and further files of `source`.
 
@@ -283,7 +283,6 @@ class InMemory:
 
     config: FamilyConfig
     arrays: Mapping[str, jax.Array]
-    """Arrays by our names."""
 
     @property
     def dtype(self) -> str:
@@ -309,7 +308,7 @@ class LoadedFrom:
                 "without them, or merge one (`trainfw merge`)"
             )
         of_adapter = is_run(self.path) and run_recipe(self.path).adapter is not None
-        opened = merge(self.path, None, self.step) if of_adapter else open_base(self.path, self.step)
+        opened: Weights = merge(self.path, None, self.step) if of_adapter else open_base(self.path, self.step)
         check_tokenizer(self.path, opened.config)
         state = nnx.to_flat_state(nnx.state(model, nnx.Param))
         arrays = {".".join(map(str, path)): variable.get_value() for path, variable in state}

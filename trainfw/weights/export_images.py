@@ -77,7 +77,6 @@ def write_images(base: Weights, out: str, dtype: str | None, schedule: Schedule 
 
 
 def _write_autoencoder(directory: Path, path: str, dtype: str) -> None:
-    """Write the autoencoder whose latents a model makes."""
     base: Weights = open_base(path) if is_run(path) else interop.open_autoencoder(path)
     config, read = base.config, reader_of(base)
     assert isinstance(config, AutoencoderConfig), path  # else the run could not have read it

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from trainfw.adapters import AdapterConfig, EmbeddingLoRA, LoRA, adaptable, config_targets, weight_of
 from trainfw.checkpoint import SavedParameters, locate, read_identity, steps_in, taking_the_next
 from trainfw.confined import UnusableError
-from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer, stop_ids
+from trainfw.data import ChatTemplate, Tokenizer, chat_prompt, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.interop import (
     LORA_WEIGHTS,
@@ -175,9 +175,6 @@ class MergedBase:
         lora = LoRA(parts["lora_a"], parts["lora_b"], parts.get("magnitude"), scale=scale, dropout=0.0, name=module)
         return lora.merged(weight)  # not jitted: A and B would be constants, and folded
 
-    def fingerprint(self) -> str:
-        raise NotImplementedError("merged weights are written before they are used")
-
 
 def check_tokenizer(path: str | Path, config: FamilyConfig, tokenizer: Tokenizer | None = None) -> None:
     """Raise UserError where a model's tokenizer, if any, encodes text to ids without a row of its embedding.
@@ -262,6 +259,16 @@ def open_base(path: str, step: int | None = None, weights: Which | None = None) 
             f"`trainfw merge {path} --out MODEL` makes a model of both"
         )
     return RunBase(recipe.model, open_checkpoint(path, step, averaged=averaged))
+
+
+def model_of(base: Base, config: FamilyConfig, dtype: str = "float32") -> Any:
+    """Return the model of a config, with the weights of a base in `dtype` on this process's first device."""
+    graphdef, variables = nnx.split(abstract_model(config, compute_dtype=dtype), nnx.Param)
+    sharding, values = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), []
+    for place, variable in nnx.to_flat_state(variables):
+        like = jax.ShapeDtypeStruct(variable.shape, dtype, sharding=sharding)
+        values.append((place, base.read(".".join(map(str, place)), like)))
+    return nnx.merge(graphdef, nnx.from_flat_state(values))
 
 
 def merge(
@@ -382,8 +389,3 @@ def prompt_form(path: str) -> PromptForm:
         return PromptForm()
     data = load_recipe(resolve_path(path) / "recipe.yaml").data
     return PromptForm(data.writes_turns, data.system_prompt, starts=True)
-
-
-def end_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Return the ids that end a text: the end of a document, and of a turn in a chat."""
-    return set(stop_ids(tokenizer))

@@ -20,6 +20,7 @@ from trainfw.interop.diffusers.autoencoder import CONFIG, tensor_name
 from trainfw.interop.diffusers.autoencoder_config import autoencoder_from_diffusers
 from trainfw.interop.diffusers.component import WEIGHTS
 from trainfw.models import Autoencoder
+from trainfw.weights import model_of
 
 CLOSE = 1e-5
 
@@ -43,8 +44,8 @@ def turned(array: np.ndarray) -> np.ndarray:
 def test_numbers_and_every_gradient_are_those_of_diffusers(name, tmp_path):
     theirs, rng = make(name), np.random.default_rng(1)
     theirs.save_pretrained(tmp_path)
-    ours = open_autoencoder(tmp_path).load()
-    config = ours.config
+    source = open_autoencoder(tmp_path)
+    ours = model_of(source, config := source.config)
     image = rng.normal(size=(2, 16, 24, config.channels)).astype(np.float32)
     sides = 16 // config.reduction, 24 // config.reduction
     noise, of_mean, of_logvar = rng.normal(size=(3, 2, *sides, config.latent_channels)).astype(np.float32)

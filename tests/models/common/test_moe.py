@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers import quicker
 from trainfw.backends import simulated
 from trainfw.checking import check
-from trainfw.models import ModelConfig, ModelOptions, MoE, Transformer, dispatch_problem, routing_problem
+from trainfw.models import ModelConfig, ModelOptions, MoE, Transformer
 from trainfw.models.common import moe
-from trainfw.models.common.moe import assign_slots
+from trainfw.models.common.moe import assign_slots, backend_problems
 from trainfw.models.common.top_k import iterative_top_k
 from trainfw.models.layer_shapes import Experts
 from trainfw.parallel import Layout, Rules, all_reduce, axis_size, make_mesh, use_rules
@@ -305,19 +305,21 @@ def test_routing_without_topk_is_the_same_routing_to_the_bit(dispatch, monkeypat
 
 def test_more_experts_than_rounds_are_for_backends_with_topk():
     many = model_config(num_experts=80, experts_per_token=65)
-    assert "expected 64 at most" in (routing_problem(many, simulated("neuron")) or "")
-    assert routing_problem(many, simulated()) is None
-    assert routing_problem(model_config(), simulated("neuron")) is None
+    ((field, problem),) = backend_problems(many, simulated("neuron"))
+    assert field == "moe.experts_per_token"
+    assert "expected 64 at most" in problem
+    assert not list(backend_problems(many, simulated()))
+    assert not list(backend_problems(model_config(), simulated("neuron")))
 
 
 def test_dropless_is_for_backends_with_grouped_products():
     capacity, dropless = (model_config(dispatch=dispatch) for dispatch in ("capacity", "dropless"))
     dense = ModelConfig(preset="tiny")
-    problem = dispatch_problem(dropless, simulated("neuron"))
-    assert problem is not None
+    ((field, problem),) = backend_problems(dropless, simulated("neuron"))
+    assert field == "moe.dispatch"
     assert "neuron (simulated on the CPU) has no grouped matrix products" in problem
-    assert [dispatch_problem(config, simulated("neuron")) for config in (capacity, dense)] == [None, None]
-    assert dispatch_problem(dropless, simulated()) is None
+    assert not [*backend_problems(capacity, simulated("neuron")), *backend_problems(dense, simulated("neuron"))]
+    assert not list(backend_problems(dropless, simulated()))
 
 
 def test_routing_is_in_f32_whatever_the_dtype_of_the_rest():

@@ -5,7 +5,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from trainfw.models import ModelConfig, RopeScaling, preset_names
+from trainfw.models import ModelConfig, RopeScaling
+from trainfw.models.family import load_presets
 
 SMALL = {
     "vocab_size": 32,
@@ -17,7 +18,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", load_presets("trainfw.models.decoder"))
 def test_a_preset_survives_dump_and_load(name):
     config = ModelConfig(preset=name)
     assert ModelConfig.model_validate(config.model_dump()) == config

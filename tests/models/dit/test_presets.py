@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.models.dit.references import reference, torch
 from trainfw.models import DiTConfig, abstract_model
-from trainfw.models.dit.config import load_presets
+from trainfw.models.family import load_presets
 
 # DiT's own log says 675,129,632, of which 256 x 1152 are positions that do not learn; the paper says 33 and
 # 130 million of the smaller ones. PixArt's: transformer/diffusion_pytorch_model.safetensors of PixArt-XL-2. SD3's: that
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def test_every_preset_has_a_published_count():
-    assert PUBLISHED.keys() == load_presets().keys() - {"tiny"}
+    assert PUBLISHED.keys() == load_presets("trainfw.models.dit").keys() - {"tiny"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -13,14 +13,13 @@ import numpy as np
 
 from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, write_meta
 from trainfw.data.config import DataConfig
-from trainfw.data.images.store import CaptionFeatures, ImageStore, open_arrays, write_array
+from trainfw.data.images.store import CaptionFeatures, ImageStore, write_array
 from trainfw.data.progress import Progress, reported
-from trainfw.data.store import BlockWriter, StoredArray
+from trainfw.data.store import BlockWriter, StoredArray, open_arrays
 from trainfw.errors import RunError
 
 FORMAT_VERSION = 1
 BATCH_TEXTS = 256
-"""Captions encoded at once."""
 
 
 class CaptionEncoder(Protocol):
@@ -73,8 +72,6 @@ _Found = tuple[dict[str, StoredArray], tuple[int, int], int]
 
 
 class _CaptionCache(CacheDirectory[_Found, CaptionEncoder]):
-    """The directory of the features that one encoder makes of some texts."""
-
     what = "cache of captions"
 
     def __init__(
@@ -86,10 +83,7 @@ class _CaptionCache(CacheDirectory[_Found, CaptionEncoder]):
         super().__init__(
             config, fingerprint_of(["captions", FORMAT_VERSION, whole.hexdigest(), encoder.identity]), progress
         )
-        self._texts, self._encoder = texts, encoder
-
-    def _source_again(self) -> CaptionEncoder:
-        return self._encoder
+        self._texts = texts
 
     def _load(self, directory: Path, meta: Meta) -> tuple[_Found, list[str]]:
         (length, size), count = meta["shape"], len(self._texts)

@@ -11,14 +11,13 @@ import numpy as np
 
 from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, write_meta
 from trainfw.data.config import DataConfig
-from trainfw.data.images.store import ImageStore, open_arrays
+from trainfw.data.images.store import ImageStore
 from trainfw.data.progress import Progress, reported
-from trainfw.data.store import BlockWriter, StoredArray
+from trainfw.data.store import BlockWriter, StoredArray, open_arrays
 from trainfw.errors import RunError
 
 FORMAT_VERSION = 1
 BATCH_IMAGES = 32
-"""Pictures encoded at once."""
 
 
 class ImageEncoder(Protocol):
@@ -45,8 +44,6 @@ def encode_images(
 
 
 class _LatentCache(CacheDirectory[StoredArray, ImageEncoder]):
-    """The directory of the latents that one encoder makes of one split's pictures."""
-
     what = "cache of latents"
 
     def __init__(
@@ -54,13 +51,10 @@ class _LatentCache(CacheDirectory[StoredArray, ImageEncoder]):
     ) -> None:
         made_of = ["latents", FORMAT_VERSION, split, store.digest, store.shape, encoder.identity, encoder.shape]
         super().__init__(config, fingerprint_of(made_of), progress)
-        self._store, self._encoder = store, encoder
-
-    def _source_again(self) -> ImageEncoder:
-        return self._encoder
+        self._store, self._shape = store, encoder.shape
 
     def _load(self, directory: Path, meta: Meta) -> tuple[StoredArray, list[str]]:
-        kinds = {"values": (np.float32, len(self._store) * int(np.prod(self._encoder.shape)))}
+        kinds = {"values": (np.float32, len(self._store) * int(np.prod(self._shape)))}
         return open_arrays(directory, "latents", kinds, self._fingerprint, self._mend)["values"], [meta["latents"]]
 
     def _build(self, directory: Path, source: ImageEncoder) -> list[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainfw.data.arrow import SAVED, Table, parquet_tables, saved_dataset_tables
+from trainfw.data.arrow import SAVED, ReadTables, parquet_tables, saved_dataset_tables
 from trainfw.data.compressed import open_plain
 from trainfw.data.config import PICTURES, DataConfig
 from trainfw.data.files import Finder, Input, file_kind
@@ -144,9 +144,6 @@ def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     return iter(())
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
-
-
 def _read_file(label: str | None, caption: Path | None, path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield a file's picture with its folder's name, and with the text of a file beside it."""
     if caption is None:
@@ -194,10 +191,7 @@ def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: 
     return Picture(data, row.get(label_field), row.get(caption_field))
 
 
-# --- Tables -----------------------------------------------------------------------------------------------------------
-
-
-def _tables(read_tables: Callable[..., Iterator[Table]], root: Path) -> Reader:
+def _tables(read_tables: ReadTables, root: Path) -> Reader:
     def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
 
@@ -229,9 +223,6 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
         return []
 
 
-# --- Tars -------------------------------------------------------------------------------------------------------------
-
-
 class _Member(tarfile.TarInfo):
     """Member of a tar, whose header of long names cannot fill the memory."""
 
@@ -242,10 +233,6 @@ class _Member(tarfile.TarInfo):
         if member.type in kinds and member.type != tarfile.GNUTYPE_SPARSE and member.size > _HEADER:
             raise tarfile.ReadError("a header that is too long")
         return member
-
-
-def _tar(_root: Path) -> Reader:
-    return _read_tar
 
 
 def _read_tar(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
@@ -292,6 +279,6 @@ def _sample(parts: Mapping[str, bytes | None], columns: Columns) -> Picture | Un
 _READERS: dict[str, Callable[[Path], Reader]] = {
     ".parquet": functools.partial(_tables, parquet_tables),
     SAVED: functools.partial(_tables, saved_dataset_tables),
-    ".tar": _tar,
+    ".tar": lambda _root: _read_tar,
 }
 """Functions from a source's directory to the reader of a kind that holds pictures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainfw.data.config import DataConfig
-from trainfw.data.store import BlockWriter, Mend, Numbers, StoredArray
+from trainfw.data.rows import RowSet
+from trainfw.data.store import BlockWriter, Mend, Numbers, open_arrays
 from trainfw.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +83,6 @@ class ImageStore:
         return None if self.labels is None else int(self.labels[index : index + 1][0])
 
     def caption(self, index: int) -> str | None:
-        """Return a picture's caption; None where there are none."""
         if self.text is None or self.ends is None:
             return None
         start, end = self.ends[index : index + 2]
@@ -95,7 +95,7 @@ class ImageStore:
         return (self.caption(index) or "" for index in range(len(self)))
 
 
-class ImageRows:
+class ImageRows(RowSet):
     """Pictures of a store as rows: dicts of `image` f32 (H, W, C) in [-1, 1], `weight` f32, `row` i64, and where there
     are such, `label` i32, or `caption` f32 (T, F) and `caption_mask` f32 (T,)."""
 
@@ -105,14 +105,11 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Return a row, whose number is its place in the store. Raises IndexError outside [0, len)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def _row(self, index: int) -> dict[str, np.ndarray]:
         row = {
             "image": self.store.learnt(index),
             "weight": np.ones((), np.float32),
-            "row": np.array(index, np.int64),
+            "row": np.array(index, np.int64),  # its place in the store
         }
         if self.store.labels is not None:
             row["label"] = self.store.labels[index : index + 1].reshape(())
@@ -127,12 +124,10 @@ class ImageRows:
         return stream.map_with_index(self._numbered)
 
     def order(self, visited: str) -> str:
-        """Identify the rows and their order, `visited` being the way in which they are shuffled."""
         flipped = f" flipped by {self._seed}" if self._flip else ""
         return f"images {self.store.digest} {self.store.shape} {visited}{flipped}"
 
     def require(self, count: int) -> None:
-        """Raise UserError unless there are `count` pictures at least."""
         if len(self) < count:
             raise UserError(
                 f"{len(self)} training pictures are fewer than the {count} of one batch; give more, or make the batch "
@@ -146,9 +141,6 @@ class ImageRows:
             coin = hashlib.blake2b(f"flip {self._seed} {number}".encode(), digest_size=1).digest()[0] & 1
             image = image[:, ::-1] if coin else image
         return row | {"image": image, "row": np.array(number, np.int64)}
-
-
-# --- On disk ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -176,16 +168,6 @@ class ImageInfo:
         arrays = open_arrays(directory, split, kinds, identity, mend)
         labels, text, ends = (arrays.get(kind) for kind in ("labels", "text", "ends"))
         return ImageStore(arrays["pixels"], shape, self.digest, labels, text, ends)
-
-
-def open_arrays(
-    directory: Path, split: str, kinds: Mapping[str, tuple[type, int]], identity: str, mend: Mend
-) -> dict[str, StoredArray]:
-    """Open the files of these kinds, each of a type and a length."""
-    return {
-        kind: StoredArray(directory / f"{split}.{kind}", np.dtype(dtype), length, identity, mend)
-        for kind, (dtype, length) in kinds.items()
-    }
 
 
 def write_array(directory: Path, split: str, kind: str, values: np.ndarray, identity: str) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trainfw.errors import UserError, one_of, pip_install, short
+from trainfw.errors import UserError, expect, one_of, pip_install, short
 from trainfw.paths import check_file
 
 MAGIC = b"GGUF"
@@ -78,8 +78,8 @@ class Header:
             raise UserError(f"{self.file}: no metadata key {key}")
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (isinstance(value, float) and not abs(value) <= LARGEST):
-            raise UserError(f"{self.file}: {key} = {short(value)}: expected {_KINDS[kind]}")
+        fits = type(value) is kind and (not isinstance(value, float) or abs(value) <= LARGEST)
+        expect(f"{self.file}: {key}", value, fits, _KINDS[kind])
         return value
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -226,8 +226,8 @@ class _Walk:
             shape = tuple(reversed([self.scalar("Q") for _ in range(rank)]))
             infos.append((name, shape, self.scalar("I"), self.scalar("Q")))
         alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise UserError(f"{self.file}: general.alignment = {short(alignment)}: expected a power of two")
+        fits = type(alignment) is int and 1 <= alignment <= 1 << 20 and not alignment & (alignment - 1)
+        expect(f"{self.file}: general.alignment", alignment, fits, "a power of two")
         start = -(-self.at // alignment) * alignment
         return Header(self.file, metadata, self.placed(infos, start, alignment))
 

@@ -59,10 +59,6 @@ def _turned_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return _turned(np.empty(shape, np.bool_)).shape
 
 
-def _turned_back(array: np.ndarray) -> np.ndarray:
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
 @dataclass(frozen=True)
 class DiffusersAutoencoder(Component):
     """An autoencoder of a diffusers directory."""
@@ -75,7 +71,8 @@ class DiffusersAutoencoder(Component):
         """See `Component`; it has no stack, and `layer_order` is not read."""
         if path not in self.names:
             raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.names)}")
-        values = _turned_back(self.tensors.read(self.names[path]))
+        values = self.tensors.read(self.names[path])
+        values = values.transpose(2, 3, 1, 0) if values.ndim == 4 else values.T
         return np.ascontiguousarray(cast(values, np.dtype(dtype), self.names[path]))
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from trainfw.config import INT32, LARGEST, SMALLEST
-from trainfw.errors import UserError, short
+from trainfw.config import LARGEST
+from trainfw.errors import UserError, expect, short
+from trainfw.interop.configs import COUNT, NUMBER, is_count, is_number, made
 from trainfw.interop.paths import AUTOENCODER
 from trainfw.models import AutoencoderConfig
 
@@ -53,26 +52,18 @@ _COMPUTES_NOTHING = {"_class_name", "_diffusers_version", "_name_or_path", "forc
 """Keys about how a model was made, and about the dtype in which a pipeline runs it."""
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= INT32
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and SMALLEST <= abs(value) <= LARGEST
-
-
 _KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "a whole number of 1 or more, below 2**31": (
-        _whole,
+    COUNT: (
+        is_count,
         ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size"),
     ),
     "a list of whole numbers": (
-        lambda value: isinstance(value, list) and all(map(_whole, value)) and 1 <= len(value) <= 12,
+        lambda value: isinstance(value, list) and all(map(is_count, value)) and 1 <= len(value) <= 12,
         ("block_out_channels",),
     ),
-    f"a number from {SMALLEST:g} to {LARGEST:g}": (lambda value: _number(value) and value > 0, ("scaling_factor",)),
+    NUMBER: (is_number, ("scaling_factor",)),
     f"null, or a number up to {LARGEST:g}": (
-        lambda value: value is None or value == 0 or _number(value),
+        lambda value: value is None or value == 0 or is_number(value, signed=True),
         ("shift_factor",),
     ),
     "true or false": (
@@ -88,16 +79,15 @@ def autoencoder_from_diffusers(config: Mapping[str, object]) -> AutoencoderConfi
     Raises UserError for another class, for a key or value that `Autoencoder` does not have, and for values that make no
     sense.
     """
-    if (name := config.get("_class_name")) != AUTOENCODER:
-        raise UserError(f"config.json: _class_name = {short(name)}: expected {AUTOENCODER!r}")
+    name = config.get("_class_name")
+    expect("config.json: _class_name", name, name == AUTOENCODER, repr(AUTOENCODER))
     for key, value in config.items():
         if key not in _DEFAULTS and key not in _COMPUTES_NOTHING and value is not None:
             raise UserError(f"config.json: {short(key)[1:-1]} = {short(value)} is not supported")
     values = _DEFAULTS | {key: value for key, value in config.items() if key in _DEFAULTS}
     for expected, (test, keys) in _KINDS.items():
         for key in keys:
-            if not test(values[key]):
-                raise UserError(f"config.json: {key} = {short(values[key])}: expected {expected}")
+            expect(f"config.json: {key}", values[key], test(values[key]), expected)
     blocks = values["block_out_channels"]
     types = {"down_block_types": [_DOWN] * len(blocks), "up_block_types": [_UP] * len(blocks)}
     for key, needed in {"act_fn": "silu", "out_channels": values["in_channels"], **types}.items():
@@ -108,16 +98,10 @@ def autoencoder_from_diffusers(config: Mapping[str, object]) -> AutoencoderConfi
     # It bounds the tiles of diffusers' tiled decoding, no more: ours is to be halved between blocks.
     fields["image_size"] = -(-values["sample_size"] // reduction) * reduction
     fields |= {"shift_factor": float(values["shift_factor"] or 0.0), "scaling_factor": float(values["scaling_factor"])}
-    try:
-        return AutoencoderConfig(family="autoencoder", **fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
-        raise UserError(f"config.json: {'' if first['type'] == 'combination' else key}{first['msg']}") from None
+    return made(AutoencoderConfig, {"family": "autoencoder", **fields})
 
 
 def autoencoder_to_diffusers(config: AutoencoderConfig) -> dict[str, object]:
-    """Return the config.json of an autoencoder."""
     blocks = list(config.block_channels)
     return {
         "_class_name": AUTOENCODER,

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from trainfw.errors import UserError
 from trainfw.formats import FLOATS, SafetensorsTensors, TensorInfo, cast
 from trainfw.interop.paths import CONFIG, blamed
 from trainfw.interop.saving import new_directory, safetensors_header
-from trainfw.models import FamilyConfig, abstract_model
+from trainfw.models import FamilyConfig
 from trainfw.paths import resolve_path
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -48,7 +47,6 @@ class Component(abc.ABC):
         return str(next(iter(self.tensors.infos.values())).dtype)
 
     def fingerprint(self) -> str:
-        """Return a hash of names, shapes, dtypes and sampled values of all tensors."""
         return self.tensors.fingerprint()
 
     def read(
@@ -63,14 +61,6 @@ class Component(abc.ABC):
             raise UserError(f"{self.path}: {path} has shape {values.shape}; expected {tuple(like.shape)}")
         sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-
-    def load(self) -> nnx.Module:
-        """Return the model with its weights, in float32."""
-        graphdef, state = nnx.split(abstract_model(self.config))
-        for path, variable in nnx.to_flat_state(state):
-            variable.set_value(jax.numpy.asarray(self.array(".".join(map(str, path)))))
-        model: nnx.Module = nnx.merge(graphdef, state)
-        return model
 
 
 @contextlib.contextmanager

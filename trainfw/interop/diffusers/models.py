@@ -9,10 +9,8 @@ from trainfw.interop.diffusers.transformer import DiffusersTransformer, open_tra
 from trainfw.interop.paths import AUTOENCODER, CONFIG
 from trainfw.json_text import read_json
 
-DiffusersModel = DiffusersTransformer | DiffusersAutoencoder
 
-
-def open_diffusers(directory: Path) -> DiffusersModel:
+def open_diffusers(directory: Path) -> DiffusersTransformer | DiffusersAutoencoder:
     """Open the model of a diffusers directory by the class that its config.json names.
 
     Raises UserError where it is damaged, or none of those that are read.

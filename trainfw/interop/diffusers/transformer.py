@@ -63,7 +63,6 @@ class _Parameter:
 
 
 def _parameters(config: DiTConfig) -> dict[str, _Parameter]:
-    """Return every parameter of a model by its path."""
     rows = {row.path: row for row in NAMES[CLASSES[config.conditioning]]}
     found = {}
     for path, shape in parameter_shapes(config).items():
@@ -82,7 +81,6 @@ class DiffusersTransformer(Component):
     parameters: Mapping[str, _Parameter]
 
     def array(self, path: str, dtype: str = "float32", layer_order: Sequence[int] | None = None) -> np.ndarray:
-        """See `Component`."""
         if path not in self.parameters:
             raise UserError(f"{self.path}: the model has no parameter {path}{did_you_mean(path, self.parameters)}")
         parameter = self.parameters[path]

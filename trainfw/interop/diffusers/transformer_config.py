@@ -5,13 +5,11 @@ https://github.com/huggingface/diffusers: models/transformers/ has the keys and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from trainfw.config import INT32, LARGEST, SMALLEST
-from trainfw.errors import UserError, short
+from trainfw.errors import UserError, expect, short
+from trainfw.interop.configs import COUNT, NUMBER, is_count, is_number, made
 from trainfw.models import DiTConfig
 
 DIT, PIXART, SD3 = "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
@@ -51,15 +49,12 @@ _BLOCKS: dict[str, Any] = {
     "use_linear_projection": False,
     "num_vector_embeds": None,
 }
+_XL = {"in_channels": 4, "patch_size": 2, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     DIT: {
+        **_XL,
         "sample_size": 32,
-        "in_channels": 4,
         "out_channels": None,
-        "patch_size": 2,
-        "num_layers": 28,
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
         "num_embeds_ada_norm": 1000,
         "norm_eps": 1e-5,
         **_BLOCKS,
@@ -68,13 +63,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "caption_channels": None,
     },
     PIXART: {
+        **_XL,
         "sample_size": 128,
-        "in_channels": 4,
         "out_channels": 8,
-        "patch_size": 2,
-        "num_layers": 28,
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
         "norm_eps": 1e-6,
         "caption_channels": None,
         "cross_attention_dim": 1152,
@@ -105,14 +96,6 @@ _CAPTION_LENGTHS = {PIXART: 120, SD3: 333}
 """Tokens of the captions that the published models were trained on: no config.json says, and no weight depends on."""
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= INT32
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and SMALLEST <= value <= LARGEST
-
-
 _NUMBERS = ("norm_eps", "interpolation_scale")
 _MAY_BE_NULL = ("out_channels", "interpolation_scale", "pos_embed_max_size")
 
@@ -131,9 +114,9 @@ def transformer_from_diffusers(config: Mapping[str, object]) -> DiTConfig:
     values = defaults | {key: value for key, value in config.items() if key in defaults}
     names = _FIELDS | _OWN_FIELDS[kind]
     for key in names:
-        test, expected = _expected(key)
-        if not (test(values[key]) or (values[key] is None and key in _MAY_BE_NULL)):
-            raise UserError(f"config.json: {key} = {short(values[key])}: expected {expected}")
+        test, expected = (is_number, NUMBER) if key in _NUMBERS else (is_count, COUNT)
+        fits = test(values[key]) or (values[key] is None and key in _MAY_BE_NULL)
+        expect(f"config.json: {key}", values[key], fits, expected)
     width = values["num_attention_heads"] * values["attention_head_dim"]
     for key, needed in _needed(kind, values, width).items():
         if values[key] != needed or isinstance(values[key], bool) != isinstance(needed, bool):
@@ -148,12 +131,7 @@ def transformer_from_diffusers(config: Mapping[str, object]) -> DiTConfig:
     if kind in _CAPTION_LENGTHS:
         fields["caption_length"] = _CAPTION_LENGTHS[kind]
     fields |= {key: float(fields[key]) for key in ("norm_eps", "mlp_norm_eps") if key in fields}
-    try:
-        return DiTConfig(conditioning={name: key for key, name in CLASSES.items()}[kind], **fields)  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = f"{'.'.join(map(str, first['loc']))} = {short(first['input'])}: "
-        raise UserError(f"config.json: {'' if first['type'] == 'combination' else key}{first['msg']}") from None
+    return made(DiTConfig, {"conditioning": {name: key for key, name in CLASSES.items()}[kind], **fields})
 
 
 def _class(config: Mapping[str, object]) -> str:
@@ -164,15 +142,8 @@ def _class(config: Mapping[str, object]) -> str:
             known = ", ".join(_OLDER_KINDS)
             raise UserError(f"config.json: norm_type = {short(norm)} of a {_OLDER}: expected one of {known}")
         return _OLDER_KINDS[norm]
-    if name not in CLASSES.values():
-        raise UserError(f"config.json: _class_name = {short(name)}: expected one of {', '.join(CLASSES.values())}")
+    expect("config.json: _class_name", name, name in CLASSES.values(), f"one of {', '.join(CLASSES.values())}")
     return str(name)
-
-
-def _expected(key: str) -> tuple[Callable[[object], bool], str]:
-    if key in _NUMBERS:
-        return _number, f"a number from {SMALLEST:g} to {LARGEST:g}"
-    return _whole, "a whole number of 1 or more, below 2**31"
 
 
 def _needed(kind: str, values: Mapping[str, object], width: int) -> dict[str, object]:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from importlib import resources
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Dim, invalid
-from trainfw.errors import did_you_mean
-from trainfw.models.family import ImageFamilyConfig
-
-
-class Product(NamedTuple):
-    """A convolution, or a linear map of every place: its window is then 1."""
-
-    side: int
-    """Height and width of its result."""
-    window: int
-    inputs: int
-    outputs: int
-
-    @property
-    def multiplications(self) -> int:
-        """Count the products of two numbers in it, for one image."""
-        return self.side**2 * self.window**2 * self.inputs * self.outputs
+from trainfw.models.family import ImageFamilyConfig, preset_fields
 
 
 class AutoencoderConfig(ImageFamilyConfig):
@@ -77,9 +58,7 @@ class AutoencoderConfig(ImageFamilyConfig):
             invalid(field, f"{field} follows from block_channels: remove it")
         preset = data.get("preset")
         if isinstance(preset, str):
-            if preset not in load_presets():
-                invalid("preset", f"unknown preset {preset!r}{did_you_mean(preset, load_presets())}")
-            data = load_presets()[preset] | data
+            data = preset_fields(__package__, preset, preset) | data
         blocks = data.get("block_channels")
         return data | ({"hidden_size": blocks[-1]} if isinstance(blocks, (list, tuple)) and blocks else {})
 
@@ -110,49 +89,45 @@ class AutoencoderConfig(ImageFamilyConfig):
         """Places in the latents of an image: what counts as its tokens."""
         return self.latent_size**2
 
-    def products(self) -> Iterator[Product]:
-        """List the convolutions and linear maps of encoder and decoder, for one image."""
+    def products(self) -> Iterator[int]:
+        """List the products of two numbers in each convolution and linear map of encoder and decoder, for one image."""
         blocks, innermost, small = self.block_channels, self.block_channels[-1], self.latent_size
         side, width = self.image_size, blocks[0]
-        yield Product(side, 3, self.channels, width)
+        yield _product(side, 3, self.channels, width)
         for number, channels in enumerate(blocks):
             yield from _residual(side, self.layers_per_block, width, channels)
             width = channels
             if number < len(blocks) - 1:
                 side //= 2
-                yield Product(side, 3, width, width)
+                yield _product(side, 3, width, width)
         for _ in range(2):  # the middles of encoder and decoder
             yield from _residual(small, 2, innermost, innermost)
             if self.mid_attention:
-                yield from [Product(small, 1, innermost, innermost)] * 4
-                yield from [Product(small, 1, innermost, small**2)] * 2  # the scores, and the weighted sum
-        yield Product(small, 3, innermost, 2 * self.latent_channels)
+                yield from [_product(small, 1, innermost, innermost)] * 4
+                yield from [_product(small, 1, innermost, small**2)] * 2  # the scores, and the weighted sum
+        yield _product(small, 3, innermost, 2 * self.latent_channels)
         if self.quant_conv:
-            yield Product(small, 1, 2 * self.latent_channels, 2 * self.latent_channels)
+            yield _product(small, 1, 2 * self.latent_channels, 2 * self.latent_channels)
         if self.post_quant_conv:
-            yield Product(small, 1, self.latent_channels, self.latent_channels)
-        yield Product(small, 3, self.latent_channels, innermost)
+            yield _product(small, 1, self.latent_channels, self.latent_channels)
+        yield _product(small, 3, self.latent_channels, innermost)
         for number, channels in enumerate(reversed(blocks)):
             yield from _residual(side, self.layers_per_block + 1, width, channels)
             width = channels
             if number < len(blocks) - 1:
                 side *= 2
-                yield Product(side, 3, width, width)
-        yield Product(side, 3, width, self.channels)
+                yield _product(side, 3, width, width)
+        yield _product(side, 3, width, self.channels)
 
 
-def _residual(side: int, layers: int, inputs: int, outputs: int) -> Iterator[Product]:
+def _product(side: int, window: int, inputs: int, outputs: int) -> int:
+    """Count those of a convolution to that height and width; a linear map of every place has window 1."""
+    return side**2 * window**2 * inputs * outputs
+
+
+def _residual(side: int, layers: int, inputs: int, outputs: int) -> Iterator[int]:
     for width in (inputs, *[outputs] * (layers - 1)):
-        yield Product(side, 3, width, outputs)
-        yield Product(side, 3, outputs, outputs)
+        yield _product(side, 3, width, outputs)
+        yield _product(side, 3, outputs, outputs)
         if width != outputs:
-            yield Product(side, 1, width, outputs)
-
-
-@functools.cache
-def load_presets() -> dict[str, dict[str, object]]:
-    """The presets by name, as plain fields of `AutoencoderConfig` (where their figures come from is dropped)."""
-    presets: dict[str, dict[str, object]] = yaml.safe_load(
-        resources.files(__package__).joinpath("presets.yaml").read_text()
-    )
-    return {name: {k: v for k, v in fields.items() if k != "source"} for name, fields in presets.items()}
+            yield _product(side, 1, width, outputs)

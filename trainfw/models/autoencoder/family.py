@@ -45,7 +45,7 @@ class ImageAutoencoder(Family):
         6 for each product of two numbers in the convolutions, linear maps and attention of encoder and decoder, at
         `image_size`, which has as many places as `num_patches`.
         """
-        return 6.0 * sum(product.multiplications for product in config.products()) / config.num_patches
+        return 6.0 * sum(config.products()) / config.num_patches
 
     def tiny(self, config: AutoencoderConfig, *, layers: int, tensor: int) -> dict[str, object]:
         blocks = min(len(config.block_channels), 3)

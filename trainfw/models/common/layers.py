@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,10 @@ def gathered(module: M, dtype: Any) -> M:
     return nnx.merge(graphdef, gather_weights(state, jnp.dtype(dtype)))
 
 
-class Adapter(Protocol):
-    """Protocol of a linear map's `adapter`: see `trainfw.adapters`."""
-
-    def __call__(
-        self, product: Callable[..., jax.Array], x: jax.Array, y: jax.Array, kernel: Any, *others: Any
-    ) -> jax.Array:
-        """Return the adapted `y = product(x, kernel, *others)`."""
-        ...
+def gathered_array(weight: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
+    """Return a weight by itself as `gather_weights` makes it."""
+    ((_, whole),) = nnx.to_flat_state(gather_weights(nnx.State({"weight": weight}), dtype))
+    return whole.get_value()
 
 
 _matmul_fp8 = functools.partial(matmul, fp8=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,16 +72,15 @@ class MoEStats:
         }
 
 
-def dispatch_problem(config: ModelConfig, backend: Backend) -> str | None:
-    """Why `model.moe.dispatch` does not do on this backend, or None."""
-    if config.moe is None or config.moe.dispatch == "capacity" or backend.grouped_matmul:
-        return None
-    return f"{backend} has no grouped matrix products, every expert would multiply every token; expected capacity"
-
-
-def routing_problem(config: ModelConfig, backend: Backend) -> str | None:
-    """Say why `model.moe.experts_per_token` does not do on this backend, or None."""
-    return None if config.moe is None else top_k_problem(config.moe.experts_per_token, backend)
+def backend_problems(config: ModelConfig, backend: Backend) -> Iterator[tuple[str, str]]:
+    """List what of a mixture the backend cannot compute: (field, why)."""
+    if config.moe is None:
+        return
+    if config.moe.dispatch == "dropless" and not backend.grouped_matmul:
+        why = f"{backend} has no grouped matrix products, every expert would multiply every token; expected capacity"
+        yield "moe.dispatch", why
+    if problem := top_k_problem(config.moe.experts_per_token, backend):
+        yield "moe.experts_per_token", problem
 
 
 _expert_product = functools.partial(jnp.einsum, "eni,eio->eno")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from importlib import resources
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from trainfw.config import Config, Dim, PositiveInt, invalid
-from trainfw.errors import did_you_mean
-from trainfw.models.family import TokenFamilyConfig
+from trainfw.models.family import TokenFamilyConfig, preset_fields
 
 Activation = Literal["silu", "gelu_tanh"]
 LayerKind = Literal["global", "sliding"]
@@ -141,11 +137,9 @@ class ModelConfig(TokenFamilyConfig):
             return data
         preset = data.get("preset")
         if isinstance(preset, str):
-            if preset not in load_presets():
-                hub = preset.rpartition("/")[2].lower()
-                plain = re.sub(r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", hub)
-                invalid("preset", f"unknown preset {preset!r}{did_you_mean(plain, load_presets())}")
-            fields = load_presets()[preset]
+            hub = preset.rpartition("/")[2].lower()
+            plain = re.sub(r"(-(instruct|it|chat|base|hf|v[\d.]+))+$", "", hub)
+            fields: dict[str, Any] = preset_fields(__package__, preset, plain)
             parts = [source["moe"] for source in (fields, data) if isinstance(source.get("moe"), dict)]
             data = fields | data
             if len(parts) == 2:  # of `moe` one by one, since it says how to run as well
@@ -172,7 +166,6 @@ class ModelConfig(TokenFamilyConfig):
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of attention of every layer, in order."""
         period = len(self.layer_pattern)
         return tuple(self.layer_pattern[i % period] for i in range(self.num_layers))
 
@@ -190,17 +183,3 @@ class ModelConfig(TokenFamilyConfig):
         if self.moe is None or self.moe.dispatch != "capacity":
             return ""
         return "model.moe.dispatch is capacity, which drops tokens by the part of the batch that they are in"
-
-
-@functools.cache
-def load_presets() -> dict[str, dict[str, Any]]:
-    """The presets by name, as plain fields of `ModelConfig` (presets.yaml; where its figures come from is dropped)."""
-    presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
-    for fields in presets.values():
-        fields.pop("source", None)
-    return {name: fields for name, fields in presets.items() if not name.startswith(".")}
-
-
-def preset_names() -> list[str]:
-    """The names that `model.preset` takes, in the order of presets.yaml."""
-    return list(load_presets())

@@ -45,12 +45,9 @@ class Decoder(Family):
         return {} if config.moe else {"expert": "spreads experts, and the model has none (model.moe); use fsdp"}
 
     def backend_problems(self, config: ModelConfig, backend: Backend) -> Iterator[tuple[str, str]]:
-        from trainfw.models.common.moe import dispatch_problem, routing_problem
+        from trainfw.models.common.moe import backend_problems
 
-        if problem := dispatch_problem(config, backend):
-            yield "moe.dispatch", problem
-        if problem := routing_problem(config, backend):
-            yield "moe.experts_per_token", problem
+        yield from backend_problems(config, backend)
 
     def flops_per_token(self, config: ModelConfig, sequence_length: int) -> float:
         """Model FLOPs of training (forward and backward) on one token of sequences of `sequence_length` tokens.

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from importlib import resources
 from typing import Literal
 
-import yaml
 from pydantic import PositiveFloat, model_validator
 
 from trainfw.config import Dim, invalid
-from trainfw.errors import did_you_mean
-from trainfw.models.family import DenoisingFamilyConfig
+from trainfw.models.family import DenoisingFamilyConfig, preset_fields
 
 
 class DiTConfig(DenoisingFamilyConfig):
@@ -57,9 +53,7 @@ class DiTConfig(DenoisingFamilyConfig):
             return data
         preset = data.get("preset")
         if isinstance(preset, str):
-            if preset not in load_presets():
-                invalid("preset", f"unknown preset {preset!r}{did_you_mean(preset.lower(), load_presets())}")
-            data = load_presets()[preset] | data
+            data = preset_fields(__package__, preset, preset.lower()) | data
         hidden, heads = data.get("hidden_size"), data.get("num_heads")
         filled = {"out_channels": data.get("channels"), "mlp_norm_eps": data.get("norm_eps", 1e-6)}
         if isinstance(hidden, int):
@@ -119,12 +113,3 @@ class DiTConfig(DenoisingFamilyConfig):
     @property
     def num_patches(self) -> int:
         return self.grid**2
-
-
-@functools.cache
-def load_presets() -> dict[str, dict[str, object]]:
-    """The presets by name, as plain fields of `DiTConfig` (presets.yaml; where its figures come from is dropped)."""
-    presets = yaml.safe_load(resources.files(__package__).joinpath("presets.yaml").read_text())
-    for fields in presets.values():
-        fields.pop("source", None)
-    return {name: fields for name, fields in presets.items() if not name.startswith(".")}

@@ -42,7 +42,6 @@ def glorot(size: tuple[int, int]) -> float:
 
 
 def linear(size: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs, std: float | None = None) -> Linear:
-    """Make a map with a bias."""
     return Linear(size, axes, std=glorot(size) if std is None else std, bias=True, rngs=rngs)
 
 
@@ -110,7 +109,6 @@ class Attention(nnx.Module):
         return q_BSHh, all_gather(k_BSHh, "context", 1), all_gather(v_BSHh, "context", 1)
 
     def projected(self, o_BSW: jax.Array) -> jax.Array:
-        """Map joined heads back."""
         assert self.output is not None
         return self.output(o_BSW)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trainfw.errors import UserError, did_you_mean
+from trainfw.errors import UserError
 from trainfw.models.common.adapter_inputs import AdapterInputs, use_inputs
-from trainfw.models.common.layers import Linear, gather_weights, gathered, normal
+from trainfw.models.common.layers import Linear, gather_weights, gathered, gathered_array, normal
 from trainfw.models.denoising import Condition
 from trainfw.models.dit.config import DiTConfig
 from trainfw.models.dit.family import TIME_FEATURES
@@ -31,10 +30,9 @@ from trainfw.models.dit.layers import (
     table,
 )
 from trainfw.models.family import ModelOptions
-from trainfw.models.layer_stack import REMAT_POLICIES, LayerStack, checkpointed, init_stack
+from trainfw.models.layer_stack import StackedModel, checkpointed, init_stack
 from trainfw.parallel import all_gather, all_reduce, axis_index, axis_size
 
-S = TypeVar("S", jax.Array, Streams)
 FINAL_EPS = 1e-6
 """Added to the variance in the final norm, in every published model."""
 _LONGEST_PERIOD = 10_000.0
@@ -80,19 +78,16 @@ class Final(nnx.Module):
         return self.output(modulated(x_BSD, shift, scale, FINAL_EPS)).astype(jnp.float32)
 
 
-class DiT(nnx.Module):
+class DiT(StackedModel):
     """Noised images to predictions, of the shape that the config says: a `DenoisingModel`.
 
     All its state is `nnx.Param`, in f32, with the logical names of its dims as `axes`.
     """
 
+    config: DiTConfig
+
     def __init__(self, config: DiTConfig, options: ModelOptions | None = None, *, rngs: nnx.Rngs):
-        options = options or ModelOptions()
-        if options.remat not in REMAT_POLICIES:
-            raise UserError(f"remat: unknown policy {options.remat!r}{did_you_mean(options.remat, REMAT_POLICIES)}")
-        self.config, self.options = config, options
-        self.adapter_names: tuple[str, ...] = ()
-        """Names of the adapters that rows choose from (`trainfw.adapters.attach_bank`)."""
+        super().__init__(config, options or ModelOptions())
         D, std = config.hidden_size, config.init_std
         size = (config.patch_size**2 * config.channels, D)
         self.patch = Linear(size, ("patch", "embed"), std=glorot(size), bias=True, rngs=rngs)
@@ -103,31 +98,21 @@ class DiT(nnx.Module):
         self.caption = _caption(config, rngs)
         self.pooled = TwoMaps(config.pooled_size or 0, D, std, rngs) if joint else None
         self.modulation = linear((D, 6 * D), ("embed", "mlp"), rngs, std) if cross else None
-        self.layers = init_stack(lambda rngs: _layer(config, rngs), len(config.layer_kinds), rngs)
+        layer = JointLayer if joint else DiTLayer
+        self.layers = init_stack(lambda rngs: layer(config, rngs), len(config.layer_kinds), rngs)
         self.last = JointLayer(config, rngs, last=True) if joint else None
         """The layer after those that are stacked, which is of another shape."""
-        if options.matmul_dtype == "fp8":
+        if self.options.matmul_dtype == "fp8":
             _in_8_bits(self.layers, self.last)
         self.final = Final(config, rngs)
 
-    @property
-    def compute_dtype(self) -> str:
-        return self.options.compute_dtype
-
-    @property
-    def stack(self) -> LayerStack:
-        config = self.config
-        return LayerStack(self.layers, _run_layer, config.layer_kinds, config.layer_period, self.options)
-
     def patches(self, x_BHWC: jax.Array) -> jax.Array:
-        """See `DenoisingModel`."""
         B, H, W, C = x_BHWC.shape
         p = self.config.patch_size
         x = x_BHWC.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
         return own_part(x.reshape(B, -1, p * p * C))
 
     def unpatched(self, x_BSO: jax.Array) -> jax.Array:
-        """See `DenoisingModel`."""
         x_BSO = all_gather(all_gather(x_BSO, "tensor", 1), "context", 1)
         p, grid = self.config.patch_size, self.config.grid
         x = x_BSO.reshape(-1, grid, grid, p, p, x_BSO.shape[-1] // p**2).transpose(0, 1, 3, 2, 4, 5)
@@ -136,7 +121,6 @@ class DiT(nnx.Module):
     def forward(
         self, x_BHWC: jax.Array, time_B: jax.Array, condition: Condition, *, adapters: AdapterInputs | None = None
     ) -> jax.Array:
-        """See `DenoisingModel`."""
         with use_inputs(adapters):
             return self._forward(x_BHWC, time_B, condition, adapters)
 
@@ -158,7 +142,6 @@ class DiT(nnx.Module):
         return gathered(self.final, dtype)(x_BSD, condition_BD)
 
     def _ended(self, last: JointLayer, streams: Streams, conditions: Conditions) -> jax.Array:
-        """Run the layer after those that are stacked."""
         graphdef, weights = nnx.split(last)
         dtype = jnp.dtype(self.compute_dtype)
 
@@ -180,7 +163,7 @@ class DiT(nnx.Module):
             if condition.keep_B is not None:
                 label_B = jnp.where(condition.keep_B > 0.5, label_B, self.config.num_classes)
             # Looked up in f32, so that the gradients of a frequent class add up in f32.
-            whole = gathered_array(self.classes)
+            whole = gathered_array(self.classes, jnp.dtype(jnp.float32))
             condition_BD = condition_BD + jnp.take(whole, label_B, axis=0, mode="clip")
         if self.pooled is not None:
             condition_BD = condition_BD + gathered(self.pooled, jnp.float32)(pooled_caption(condition, self.config))
@@ -202,12 +185,6 @@ class DiT(nnx.Module):
         return jax.lax.optimization_barrier((jnp.cos(mine), jnp.sin(mine)))
 
 
-def _run_layer(
-    layer: Callable[[S, Conditions], S], streams: S, conditions: Conditions, own: None, kind: str
-) -> tuple[S, None]:
-    return layer(streams, conditions), None
-
-
 def _in_8_bits(*layers: nnx.Module | None) -> None:
     """Let maps of tokens multiply in 8 bits, and no modulation: of one row for an image, it scales all patches."""
     for stack in layers:
@@ -219,10 +196,6 @@ def _in_8_bits(*layers: nnx.Module | None) -> None:
                 part.map.fp8 = False
 
 
-def _layer(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Module:
-    return JointLayer(config, rngs) if config.conditioning == "joint" else DiTLayer(config, rngs)
-
-
 def _caption(config: DiTConfig, rngs: nnx.Rngs) -> TwoMaps | Linear | None:
     """Make the map of a caption's features to the hidden size, where the model has captions."""
     if config.caption_size is None:
@@ -231,12 +204,6 @@ def _caption(config: DiTConfig, rngs: nnx.Rngs) -> TwoMaps | Linear | None:
     if config.conditioning == "joint":
         return linear(size, ("features", "embed"), rngs, config.init_std)
     return TwoMaps(*size, config.init_std, rngs, split=True)
-
-
-def gathered_array(weight: nnx.Variable) -> jax.Array:
-    """Return a weight that no module holds as it is used, f32."""
-    ((_, whole),) = nnx.to_flat_state(gather_weights(nnx.State({"weight": weight}), jnp.dtype(jnp.float32)))
-    return whole.get_value()
 
 
 def own_part(x_BNO: jax.Array, axes: tuple[str, ...] = ("context", "tensor")) -> jax.Array:
