@@ -4,9 +4,10 @@ Reads runs/emoji (trainfw train emoji) and, where it is there, its adapter runs/
 Trains nothing but two small judges, which look at pixels:
 
   retrieval   a drawn picture has the held-out picture of its own caption among the ten nearest, as `evaluation:
-              retrieval` of a recipe measures it; for the adapter among the outlines of the held-out pictures
-  style       scikit-learn's SVC, which learnt from half of the held-out pictures, plain and as outlines, tells which
-              of the two a picture is: of the other half, of the model's drawings, and of the adapter's
+              retrieval` of a recipe measures it; for the adapter among the outlines of the held-out pictures, where
+              the model's own drawings, outlined by the filter that made those, stand beside it
+  style       scikit-learn's SVC, which learnt from 2,000 of the training pictures, plain and as outlines, tells which
+              of the two a picture is: of those held out, of the model's drawings, and of the adapter's
 
 --picture writes the first captions held out, in the order of the data: the picture, what the model draws, the nearest
 training picture, and what the adapter draws.
@@ -21,22 +22,27 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from PIL import Image
+from sklearn.svm import SVC
 
 import trainfw
 from benchmarks.reporting import add_arguments, at_least, finish, positive, say, table, writable
-from trainfw.data import PreparedImages
+from trainfw.data import ImageStore, PreparedImages
+from trainfw.data.images.decoding import filtered
 from trainfw.recipe import load_recipe
 from trainfw.training import encode_png, grid
-from trainfw.training.image_tasks import NEAREST, ImageScore, evaluate_images, nearest_training
+from trainfw.training.image_tasks import NEAREST, Captions, evaluate_images, nearest_training
 from trainfw.training.run_data import prepare_images
 
 TIMES_CHANCE, STYLE, ERRORS = 10.0, 0.95, 2.0
+LEARNT = 2_000
+"""Pictures of each style that the judge of styles learns from."""
 SCALE = 2
 """Of the picture's pixels."""
 
@@ -60,27 +66,30 @@ def data_of(run: Path) -> PreparedImages:
     return prepare_images(load_recipe(run / "recipe.yaml"))
 
 
-def held_out(data: PreparedImages) -> np.ndarray:
-    return np.stack([data.validation.image(i) for i in range(len(data.validation))])
+def pictures_of(store: ImageStore, most: int) -> np.ndarray:
+    return np.stack([store.image(i) for i in np.linspace(0, len(store) - 1, min(most, len(store))).astype(int)])
 
 
-def told_outlines(pictures: np.ndarray, plain: np.ndarray, outlines: np.ndarray) -> np.ndarray:
-    """Tell which pictures are outlines, by a judge that learnt from both kinds."""
-    from sklearn.svm import SVC
+def outlined(pictures: np.ndarray) -> np.ndarray:
+    images = [filtered(Image.fromarray(one), "outline").convert("RGB") for one in pictures]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def judge_of_styles(plain: np.ndarray, outlines: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what tells which pictures are outlines."""
 
     def flat(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1) / 255
 
     judge = SVC().fit(np.concatenate([flat(plain), flat(outlines)]), np.repeat([False, True], len(plain)))
-    told: np.ndarray = judge.predict(flat(pictures))
-    return told
+    return lambda pictures: judge.predict(flat(pictures))
 
 
 def picture(data: PreparedImages, *drawn: np.ndarray) -> np.ndarray:
     """Join the first captions' pictures: two blocks of rows, each the real, the drawn, the nearest, and others."""
     count = len(drawn[0])
     nearest = np.stack([data.train.image(i) for i in nearest_training(data, drawn[0])[0]])
-    rows = [held_out(data)[:count], drawn[0], nearest, *drawn[1:]]
+    rows = [np.stack([data.validation.image(i) for i in range(count)]), drawn[0], nearest, *drawn[1:]]
     half = math.ceil(count / 2)
     blocks = [block for start in (0, half) for block in (row[start : start + half] for row in rows)]
     white = np.full((half, *drawn[0].shape[1:]), 255, np.uint8)
@@ -88,9 +97,9 @@ def picture(data: PreparedImages, *drawn: np.ndarray) -> np.ndarray:
     return grid(np.concatenate(padded), columns=half).repeat(SCALE, 0).repeat(SCALE, 1)
 
 
-def error(*scores: ImageScore) -> float:
-    """Standard error of the difference of two scores."""
-    return math.sqrt(sum(score.value * (1 - score.value) / score.count for score in scores))
+def error(share: float, count: int) -> float:
+    """Standard error of a share."""
+    return math.sqrt(share * (1 - share) / count)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,28 +113,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"drawing with {runs[name]}")
         scores[name] = evaluate_images(drawer, data[name], "retrieval", chosen.examples, chosen.seed)
         shown[name] = drawer.draw(captions, seed=chosen.seed)
-    chance = NEAREST / len(data["emoji"].validation)
-    rows = [[name, score.count, score.value, chance, score.value / chance] for name, score in scores.items()]
-    tables = [table("Captions that find their own picture", ["run", "captions", "found", "chance", "ratio"], rows)]
+    chance, number = NEAREST / len(data["emoji"].validation), scores["emoji"].count
+    rows = [[name, score.count, score.value, error(score.value, number)] for name, score in scores.items()]
     checks = [at_least("emoji: retrieval, times chance", scores["emoji"].value / chance, TIMES_CHANCE)]
+    tables = []
     if "emoji-style" in runs:
-        plain, outlines = held_out(data["emoji"]), held_out(data["emoji-style"])
-        known, others = slice(0, None, 2), slice(1, None, 2)
+        judge = Captions(data["emoji-style"])
+        alike = judge.judge(outlined(scores["emoji"].drawn), judge.asked(number))[0]
+        rows.insert(1, ["emoji, outlined by the filter", number, alike, error(alike, number)])
+        stores = [data[name].train for name in runs], [data[name].validation for name in runs]
+        told = judge_of_styles(*(pictures_of(store, LEARNT) for store in stores[0]))
+        plain, outlines = (pictures_of(store, len(store)) for store in stores[1])
         kinds = {
-            "real, plain": (plain[others], False),
-            "real, outlines": (outlines[others], True),
+            "held out, plain": (plain, False),
+            "held out, outlines": (outlines, True),
             "drawn by emoji": (scores["emoji"].drawn, False),
             "drawn by emoji-style": (scores["emoji-style"].drawn, True),
         }
-        told = {
-            kind: float(np.mean(told_outlines(pictures, plain[known], outlines[known]) == is_outline))
-            for kind, (pictures, is_outline) in kinds.items()
-        }
-        tables.append(table("Styles, told by a judge", ["pictures", "right"], [[*row] for row in told.items()]))
-        checks += [at_least(f"style, {kind}", right, STYLE) for kind, right in told.items() if "drawn" in kind]
-        behind = scores["emoji"].value - scores["emoji-style"].value
-        spread = error(scores["emoji"], scores["emoji-style"])
-        checks.append(at_least("emoji-style: retrieval, of emoji's", -behind, -ERRORS * spread))
+        right = {kind: float(np.mean(told(pictures) == outline)) for kind, (pictures, outline) in kinds.items()}
+        tables.append(table("Styles, told by a judge", ["pictures", "right"], [[*row] for row in right.items()]))
+        checks += [at_least(f"style, {kind}", value, STYLE) for kind, value in right.items() if "drawn" in kind]
+        ours, theirs = scores["emoji-style"].value, scores["emoji"].value
+        spread = math.hypot(error(ours, number), error(theirs, number))
+        checks.append(at_least("emoji-style: retrieval", ours, theirs - ERRORS * spread))
+    columns = ["drawn by", "captions", "found", "standard error"]
+    tables.insert(0, table(f"Captions that find their own picture; by chance {chance:.3f}", columns, rows))
     for name, score in scores.items():
         say(f"{name}: {score}")
     if chosen.picture is not None:

@@ -83,7 +83,7 @@ def evaluate_images(
 
     Raises UserError where the data does not have these.
     """
-    judge = _Classes(data) if metric == "class_accuracy" else _Captions(data)
+    judge = Classes(data) if metric == "class_accuracy" else Captions(data)
     numbers = judge.asked(count)
     prompts = [judge.prompts[i] for i in numbers]
     drawn = drawer.draw(prompts, seed=seed, progress=progress)
@@ -100,7 +100,7 @@ def evaluate_images(
     return ImageScore(metric, score, len(drawn), (drawn_with, *beside, memorised), drawn, lines, picture)
 
 
-class _Classes:
+class Classes:
     """Judge of pictures of classes: `class_accuracy`."""
 
     def __init__(self, data: PreparedImages):
@@ -123,7 +123,7 @@ class _Classes:
         return float(np.mean(self._classifier.predict(_flat(drawn)) == numbers)), self._beside
 
 
-class _Captions:
+class Captions:
     """Judge of pictures of held-out captions: `retrieval`."""
 
     def __init__(self, data: PreparedImages):

@@ -134,11 +134,12 @@ def _decoded(row: Row, size: int, channels: int, image_filter: str | None) -> De
         return str(problem)
     square = ImageOps.fit(whole.convert("L") if channels == 1 else whole, (size, size), pil.Resampling.BICUBIC)
     if image_filter is not None:
-        square = _filtered(square, image_filter).convert("L" if channels == 1 else "RGB")
+        square = filtered(square, image_filter).convert("L" if channels == 1 else "RGB")
     return Decoded(np.asarray(square, np.uint8).reshape(size, size, channels), key)
 
 
-def _filtered(image: Image, name: str) -> Image:
+def filtered(image: Image, name: str) -> Image:
+    """Return a picture in grey, or its dark outlines on white, as `DataConfig.image_filter` names them."""
     from PIL import Image as pil
     from PIL import ImageFilter
 
