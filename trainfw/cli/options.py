@@ -14,7 +14,7 @@ from trainfw import recipe as recipes
 from trainfw.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from trainfw.training.run_directory import Resume as _Resume
+    from trainfw.training import Resume as _Resume
     from trainfw.weights import Format as _Format
     from trainfw.weights import Which as _Which
 else:  # any text: those who read it say what is wrong with it

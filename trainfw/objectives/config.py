@@ -20,7 +20,7 @@ Betas: TypeAlias = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 Prediction: TypeAlias = Literal["epsilon", "v"]
 ReconstructionError: TypeAlias = Literal["l1", "l2"]
 FIRST_BETA, LAST_BETA = 0.0001, 0.02
-"""Of `ddpm` by default: Ho et al., arXiv:2006.11239, section 4."""
+"""First and last beta of `ddpm` by default: Ho et al., arXiv:2006.11239, section 4."""
 _Beta: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 _OF_ONE = {
     **dict.fromkeys(("times", "logit_mean", "logit_std", "shift"), ("flow_matching",)),

