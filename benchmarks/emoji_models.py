@@ -1,13 +1,14 @@
 """What the emoji models draw of captions that they never saw: python benchmarks/emoji_models.py [--picture FILE]
 
-Reads runs/emoji (trainfw train emoji) and, where it is there, its adapter runs/emoji-style (trainfw train emoji-style).
-Trains nothing but two small judges, which look at pixels:
+Reads runs/emoji (trainfw train emoji) and its adapter runs/emoji-style (trainfw train emoji-style), or --style none.
+Trains nothing but two small judges:
 
   retrieval   a drawn picture has the held-out picture of its own caption among the ten nearest, as `evaluation:
               retrieval` of a recipe measures it; for the adapter among the outlines of the held-out pictures, where
               the model's own drawings, outlined by the filter that made those, stand beside it
   style       scikit-learn's SVC, which learnt from 2,000 of the training pictures, plain and as outlines, tells which
-              of the two a picture is: of those held out, of the model's drawings, and of the adapter's
+              of the two a picture is by its mean chroma and the changes of its brightness: of those held out, and of
+              what both draw
 
 --picture writes the first captions held out, in the order of the data: the picture, what the model draws, the nearest
 training picture, and what the adapter draws.
@@ -29,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from PIL import Image
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 import trainfw
@@ -50,16 +53,24 @@ SCALE = 2
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="the model (runs/emoji)")
-    parser.add_argument("--style", type=Path, default=Path("runs/emoji-style"), help="its adapter (runs/emoji-style)")
+    parser.add_argument("--style", default="runs/emoji-style", help="its adapter (runs/emoji-style), or none")
     parser.add_argument("--examples", type=positive, default=10_000, help="captions, at most (all that are held out)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (0)")
     parser.add_argument("--picture", type=writable, metavar="FILE", help="write a PNG of the first captions")
     parser.add_argument("--shown", type=positive, default=32, help="captions in the picture (32)")
     add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if not chosen.run.is_dir():
         parser.error(f"--run {chosen.run}: no such run; make it with `trainfw train emoji`")
+    if chosen.style != "none" and not Path(chosen.style).is_dir():
+        parser.error(f"--style {chosen.style}: no such run; make it with `trainfw train emoji-style`, or give none")
     return chosen
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
 
 
 def data_of(run: Path) -> PreparedImages:
@@ -78,11 +89,18 @@ def outlined(pictures: np.ndarray) -> np.ndarray:
 def judge_of_styles(plain: np.ndarray, outlines: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Return what tells which pictures are outlines."""
 
-    def flat(images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(images), -1) / 255
+    def looks(images: np.ndarray) -> np.ndarray:
+        """Mean chroma, and how much and how often steeply brightness changes along rows and columns."""
+        values = images.astype(float) / 255
+        chroma, grey = np.ptp(values, axis=-1), values.mean(-1)
+        changes = [abs(np.diff(grey, axis=axis)) for axis in (1, 2)]
+        columns = [chroma.mean((1, 2))]
+        columns += [measure.mean((1, 2)) for change in changes for measure in (change, change > 0.5)]
+        return np.stack(columns, 1)
 
-    judge = SVC().fit(np.concatenate([flat(plain), flat(outlines)]), np.repeat([False, True], len(plain)))
-    return lambda pictures: judge.predict(flat(pictures))
+    judge = make_pipeline(StandardScaler(), SVC())
+    judge.fit(np.concatenate([looks(plain), looks(outlines)]), np.repeat([False, True], len(plain)))
+    return lambda pictures: judge.predict(looks(pictures))
 
 
 def picture(data: PreparedImages, *drawn: np.ndarray) -> np.ndarray:
@@ -104,7 +122,7 @@ def error(share: float, count: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
-    runs = {"emoji": chosen.run} | ({"emoji-style": chosen.style} if chosen.style.is_dir() else {})
+    runs = {"emoji": chosen.run} | ({} if chosen.style == "none" else {"emoji-style": Path(chosen.style)})
     data = {name: data_of(run) for name, run in runs.items()}
     drawers = {name: trainfw.load_drawer(run) for name, run in runs.items()}
     scores, shown = {}, {}

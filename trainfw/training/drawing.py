@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainfw.adapters import attach_bank
 from trainfw.data import PreparedImages, Progress, read_conditions
 from trainfw.errors import UserError, did_you_mean, expect, pip_install, short
 from trainfw.models import conditioning_of
-from trainfw.objectives import FIRST, FlowSchedule, normal_rows
+from trainfw.objectives import FIRST, FlowSchedule, normal_rows, schedule_of
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program, denoise_by_rows
 from trainfw.recipe import Recipe, load_recipe
@@ -191,7 +191,7 @@ class Drawer:
     def usual_guidance(self) -> float:
         """Guidance where none is given: 4, or 1 where there is nothing to be guided by."""
         recipe = self.program.recipe
-        return 4.0 if conditioning_of(recipe.model) != "none" and recipe.objective.drop_condition else 1.0
+        return 4.0 if conditioning_of(recipe.model) != "none" and recipe.objective.drop_condition != 0 else 1.0
 
     def _guidance(self, guidance: float | None) -> float:
         """Return the guidance to draw with. Raises UserError where there is nothing to be guided by."""
@@ -248,17 +248,22 @@ def load_drawer(
     model, base = program.model(params, frozen), open_base(path_text(path), step, weights)
     kind: Which | None = "raw" if weights == "raw" else None
     read = {name: read_adapter(path_text(at), recipe.model, weights=kind) for name, at in adapters.items()}
-    learnt = recipe.objective.name, recipe.objective.prediction
+    learnt = _predicts(recipe)
     for name, adapter in read.items():
         adapter.check_base(base, path_text(path))
-        objective = run_recipe(adapter.path).objective if is_run(adapter.path) else recipe.objective
-        if (objective.name, objective.prediction) != learnt:
-            raise UserError(
-                f"adapter {name}: was trained by {objective.name}, and the model by {recipe.objective.name}"
-            )
+        own = run_recipe(adapter.path) if is_run(adapter.path) else recipe
+        if _predicts(own) != learnt:
+            problem = "predicts other things than the model, or by another schedule of noise"
+            raise UserError(f"adapter {name}: was trained by {own.objective.name}, and {problem}")
     attach_bank(model, {name: (adapter.config, adapter.arrays) for name, adapter in read.items()})
     denoise, params, frozen = denoise_by_rows(program, model)
     return Drawer(program, denoise.compile(), params, frozen, run.path, classes, encoders, tuple(read))
+
+
+def _predicts(recipe: Recipe) -> object:
+    """Return what a model predicts, and of what noise; how often which times were seen is no part of it."""
+    schedule = schedule_of(recipe.objective)
+    return replace(schedule, shift=1.0) if isinstance(schedule, FlowSchedule) else schedule
 
 
 def grid(pictures: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:

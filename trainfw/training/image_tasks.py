@@ -164,8 +164,12 @@ def nearest_training(data: PreparedImages, pictures: np.ndarray) -> tuple[np.nda
 def _nearest(data: PreparedImages, ours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     numbers = _spread(len(data.train), _MOST)
     real = _pixels(data.train, numbers)
-    squares = (ours**2).sum(1)[:, None] - 2 * ours @ real.T + (real**2).sum(1)
-    return numbers[squares.argmin(1)], np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1])
+    lengths, best, distances = (real**2).sum(1), [], []
+    for part in np.array_split(ours, -(-len(ours) // 512)):
+        squares = (part**2).sum(1)[:, None] - 2 * part @ real.T + lengths
+        best.append(squares.argmin(1))
+        distances.append(np.sqrt(np.maximum(squares.min(1), 0) / ours.shape[1]))
+    return numbers[np.concatenate(best)], np.concatenate(distances)
 
 
 def _spread(length: int, most: int) -> np.ndarray:
