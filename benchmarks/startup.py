@@ -97,7 +97,7 @@ def child(arguments: list[str]) -> None:
 
         seconds["imports"] = time.time() - started
         timed(loop, "build_program", "build")
-        timed(loop, "_prepare_data", "data")
+        timed(loop, "read_data", "data")
         timed(loop, "_state_at", "init")
         timed(Outcome, "validate", "validation")
         timed(Compiling, "train_step", "compile")
