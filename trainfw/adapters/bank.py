@@ -27,7 +27,7 @@ def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig
     for name, sizes in chosen.items():
         for module in sizes:
             linear = modules[module]
-            if not isinstance(linear, Linear) or not module.startswith("layers."):
+            if not isinstance(linear, Linear) or not module.startswith(("layers.", "last.")):
                 target = "the experts' " * isinstance(linear, ExpertLinear) + module
                 only = "in a batch with others only linear maps can be, not that"
                 raise UserError(f"adapter {name}: adapts {target}; {only}")
@@ -42,29 +42,30 @@ def _bank(
     linear: Linear,
     adapters: Sequence[tuple[AdapterConfig, Mapping[str, np.ndarray], tuple[int, float] | None]],
 ) -> Bank:
-    L, D, F = linear.kernel.get_value().shape
+    *stacked, D, F = linear.kernel.get_value().shape  # one layer's, or those of a stack
     rank, count = max(size[0] for _, _, size in adapters if size is not None), len(adapters) + 1
     # The base comes last, as an adapter of zeros.
-    a, b = np.zeros((L, count, D, rank), np.float32), np.zeros((L, count, rank, F), np.float32)
-    factor = np.ones((L, count, F), np.float32)
+    a, b = np.zeros((*stacked, count, D, rank), np.float32), np.zeros((*stacked, count, rank, F), np.float32)
+    factor = np.ones((*stacked, count, F), np.float32)
     for i, (config, arrays, size) in enumerate(adapters):
         if size is None:
             continue
         lora_a, lora_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
-        a[:, i, :, : size[0]] = lora_a
-        b[:, i, : size[0]] = lora_b * config.scale(*size)
+        a[..., i, :, : size[0]] = lora_a
+        b[..., i, : size[0], :] = lora_b * config.scale(*size)
         if config.kind == "dora":
-            lengths = np.asarray(_column_lengths(linear.kernel.get_value(), a[:, i], b[:, i]))
-            factor[:, i] = np.asarray(arrays[f"{module}.adapter.magnitude"], np.float32) / lengths
-    value: Any = Frozen(jnp.asarray(factor), axes=("layers", None, linear.kernel.axes[-1]), wide=True)
+            lengths = np.asarray(_column_lengths(linear.kernel.get_value(), a[..., i, :, :], b[..., i, :, :]))
+            factor[..., i, :] = np.asarray(arrays[f"{module}.adapter.magnitude"], np.float32) / lengths
+    *stack, ins, outs = linear.kernel.axes
+    value: Any = Frozen(jnp.asarray(factor), axes=(*stack, None, outs), wide=True)
     return Bank(
-        Frozen(jnp.asarray(a), axes=("layers", None, linear.kernel.axes[-2], None)),
-        Frozen(jnp.asarray(b), axes=("layers", None, None, linear.kernel.axes[-1])),
+        Frozen(jnp.asarray(a), axes=(*stack, None, ins, None)),
+        Frozen(jnp.asarray(b), axes=(*stack, None, None, outs)),
         value if np.any(factor != 1.0) else None,
     )
 
 
 @jax.jit
 def _column_lengths(kernel: jax.Array | Quantized, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return |W + s A B| of each column, f32 (L, F)."""
+    """Return |W + s A B| of each column, f32 (..., F)."""
     return jnp.sqrt(jnp.sum(jnp.square(dense(kernel, jnp.float32) + jnp.matmul(a, b)), axis=-2))
