@@ -156,6 +156,22 @@ def test_an_adapter_learns_alike_on_meshes_goes_on_and_is_exported(place, base):
         np.testing.assert_array_equal(value, trained.arrays[name])
 
 
+def test_the_last_layer_of_a_joint_model_takes_them_too(place):
+    captions = {"conditioning": "joint", "caption_length": 3, "caption_size": 8, "text_encoder": "hashed-words"}
+    quiet = ("train.sample_images=0", "train.validation_batches=0", "optimizer.learning_rate=0.03")
+    devices = jax.devices()[:1]
+    run = train(recipe_of(place, captions, *quiet), devices=devices, run_dir=place / "joint").run_dir
+    changes = {"kind": "dora", "targets": "all-linear"}
+    recipe = adapter_recipe(place, run, "train.steps=2", "optimizer.learning_rate=0.3", "objective.shift=1", **changes)
+    adapter = train(recipe, devices=devices, run_dir=place / "joint-adapter").run_dir
+    options = {"steps": 3, "seed": 1}
+    together = load_drawer(run, count=2, adapters={"a": adapter}).draw(["seven"] * 2, adapters=[None, "a"], **options)
+    base, alone = (load_drawer(path, count=2).draw(["seven"] * 2, **options).astype(int) for path in (run, adapter))
+    assert np.abs(together[0] - base[0]).max() <= 1
+    assert np.abs(together[1] - alone[1]).max() <= 1
+    assert np.abs(base[1] - alone[1]).max() > 3
+
+
 def test_pictures_of_one_batch_take_the_adapters_that_are_chosen(place, base):
     run, _ = base
     runs = {}
