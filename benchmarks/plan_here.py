@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.reporting import positive, readable
 from trainfw import Recipe, backends, load_recipe, planning
