@@ -77,8 +77,9 @@ def test_what_was_compiled_computes_the_same_bits(runs):
     said, first = runs.run()  # by train() alone
     assert said == {"hits": 0, "directory": str(runs.cache)}
     assert stat.S_IMODE(runs.cache.stat().st_mode) == 0o700
+    kept = len(runs.entries())  # on a busy machine another run may keep one that compiled too quickly in this
     said, second = runs.run("prepare", "1")
-    assert said["hits"] == len(runs.entries()) >= 3
+    assert said["hits"] == kept >= 3
     assert first == second
 
     whole = {entry: entry.read_bytes() for entry in runs.entries()}
@@ -87,7 +88,7 @@ def test_what_was_compiled_computes_the_same_bits(runs):
     said, after = runs.run()
     assert said["hits"] == 0
     assert after == first
-    assert runs.entries() == list(whole)
+    assert set(runs.entries()) >= set(whole)
     store = Executables(runs.cache)
     assert all(store.get(entry.stem) for entry in whole)  # written anew
 
@@ -100,7 +101,7 @@ def test_so_does_a_step_of_several_devices(runs):
     assert said["hits"] == 0
     steps = [entry for entry in runs.entries() if "train_step" in entry.name]
     assert len(steps) == 1
-    kept = len(runs.entries())  # on a busy machine the next run may keep one that compiled too quickly in this
+    kept = len(runs.entries())
     said, second = runs.run(*large)
     assert said["hits"] == kept
     assert first == second

@@ -48,7 +48,7 @@ class Kernel:
 # By operation, then by JAX's platform, best first. Whatever is left takes the XLA form.
 KERNELS: dict[str, dict[str, list[Candidate]]] = {
     "attention": {
-        "cpu": [Candidate("blocks of queries", blocks.refuses, lambda _: blocks.blocked_attend)],
+        "cpu": [Candidate("blocks of queries", blocks.refuses, blocks.load)],
         "gpu": [Candidate("cuDNN flash attention", cudnn.refuses, cudnn.load)],
         "neuron": [Candidate("nkilib flash attention", nkilib.nkilib_refuses, nkilib.load_nkilib)],
     },

@@ -1,5 +1,6 @@
 """Attention by blocks of queries, against attention that holds all scores."""
 
+import functools
 import itertools
 
 import jax
@@ -14,16 +15,20 @@ from trainfw.backends.select import CPU
 from trainfw.models.common.attention import attend
 from trainfw.parallel import causal_mask
 
+B = 2
+
 
 def results(run, dtype, S, K, G, softcap, window, lengths):
-    """The result and the gradients of all inputs, in float32."""
-    B, h = 2, 8
-    keys = jax.random.split(jax.random.key(S), 4)
-    q, k, v, do = (
-        jax.random.normal(key, (B, S, heads, h), dtype) for key, heads in zip(keys, (K * G, K, K, K * G), strict=True)
-    )
+    """The result and the gradients of all inputs, in float32, of queries that see earlier keys."""
     segments = jnp.asarray(np.repeat(np.arange(len(lengths)), lengths)[None, :S].repeat(B, 0))
     mask = causal_mask(jnp.arange(S), jnp.arange(S), segments, segments, window)
+    return of_mask(run, dtype, S, S, K, G, softcap, mask)
+
+
+def of_mask(run, dtype, S, T, K, G, softcap, mask):
+    h, keys = 8, jax.random.split(jax.random.key(S), 4)
+    q, do = (jax.random.normal(key, (B, S, K * G, h), dtype) for key in (keys[0], keys[3]))
+    k, v = (jax.random.normal(key, (B, T, K, h), dtype) for key in keys[1:3])
 
     def run_all(q, k, v):
         o, back = jax.vjp(lambda *x: run(*x, mask, scale=0.3, softcap=softcap), q, k, v)
@@ -48,6 +53,19 @@ def test_it_is_attention(S, K, G, softcap, window, cuts):
         results(blocked_attend, "float32", S, K, G, softcap, window, lengths),
         results(attend, "float32", S, K, G, softcap, window, lengths),
         strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    S=st.integers(1, 300), T=st.integers(1, 300), K=st.integers(1, 3), G=st.integers(1, 2), seed=st.none() | st.just(0)
+)
+def test_it_is_attention_to_all_keys_or_those_of_a_mask(S, T, K, G, seed):
+    mask = None if seed is None else jax.random.bernoulli(jax.random.key(seed), 0.5, (B, S, T)).at[..., 0].set(True)
+    run = functools.partial(blocked_attend, causal=False)
+    for ours, theirs in zip(
+        of_mask(run, "float32", S, T, K, G, None, mask), of_mask(attend, "float32", S, T, K, G, None, mask), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -78,6 +78,20 @@ def adapted_product(
     return y if linear.adapter is None else linear.adapter(product, x, y, kernel, *others)
 
 
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """y + bias, in the dtype of y; the bias's gradient is summed over all rows in f32."""
+    return y + bias_F.astype(y.dtype)
+
+
+def _bias_backward(bias_F: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total_F = jnp.sum(dy.reshape(-1, dy.shape[-1]), axis=0, dtype=jnp.float32)
+    return dy, total_F.astype(bias_F.dtype)
+
+
+add_bias.defvjp(lambda y, bias_F: (add_bias(y, bias_F), bias_F), _bias_backward)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias). The kernel is a matrix (in, out), cast to the dtype of x where it is used.
 
@@ -105,8 +119,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = adapted_product(self, matmul, x, fp8=self.fp8)
         if self.bias is not None:
-            bias = self.bias[...].astype(y.dtype)
-            y = y + (bias / axis_size("tensor") if self.partial and axis_size("tensor") > 1 else bias)
+            bias = self.bias[...]
+            y = add_bias(y, bias / axis_size("tensor") if self.partial and axis_size("tensor") > 1 else bias)
         return checkpoint_name(y, PRODUCT)
 
 
