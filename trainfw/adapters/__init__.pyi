@@ -1,4 +1,5 @@
 from .bank import attach_bank as attach_bank
+from .bank import attach_places as attach_places
 from .config import AdapterConfig as AdapterConfig
 from .config import PatternConfig as PatternConfig
 from .lora import EmbeddingLoRA as EmbeddingLoRA

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from trainfw.adapters.config import AdapterConfig
 from trainfw.adapters.lora import Bank
@@ -35,6 +36,23 @@ def attach_bank(model: LanguageModel, adapters: Mapping[str, tuple[AdapterConfig
     for module, linear in linears.items():
         linear.adapter = _bank(module, linear, [(*adapters[name], chosen[name].get(module)) for name in adapters])
     model.adapter_names = tuple(adapters)
+
+
+def attach_places(model: nnx.Module, places: int, rank: int) -> None:
+    """Put empty places for adapters on every linear map of the layers, in place: zeros, and one more for the base.
+
+    Experts, the embedding and the head have none.
+    """
+    for name, linear in adaptable(model).items() if places else ():
+        if isinstance(linear, Linear) and name.startswith("layers."):
+            *stacked, D, F = linear.kernel.get_value().shape
+            *stack, ins, outs = linear.kernel.axes
+            lead = (*stacked, places + 1)
+            linear.adapter = Bank(
+                Frozen(jnp.zeros((*lead, D, rank)), axes=(*stack, None, ins, None)),
+                Frozen(jnp.zeros((*lead, rank, F)), axes=(*stack, None, None, outs)),
+                Frozen(jnp.ones((*lead, F)), axes=(*stack, None, outs), wide=True),
+            )
 
 
 def _bank(

@@ -33,12 +33,12 @@ INPUT = "a layer's input"
 
 def gather_sequence(x_BSD: jax.Array) -> jax.Array:
     """Return the whole sequence of which each device along `tensor` has a part: before a layer's own products."""
-    return parallel.all_gather(x_BSD, "tensor", 1)
+    return parallel.gather_sequence(x_BSD)
 
 
 def scatter_sequence(y_BSD: jax.Array) -> jax.Array:
     """Return the sum of what devices along `tensor` have computed, to each its part of the sequence: after them."""
-    return checkpoint_name(parallel.reduce_scatter(y_BSD, "tensor", 1), REDUCED)
+    return checkpoint_name(parallel.scatter_sequence(y_BSD), REDUCED)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -77,6 +77,16 @@ def unstack(stacked: Any) -> Any:
     def of(x: jax.Array) -> Unstacked:
         # lax.split, not slices: its transpose is one concatenation, where every slice would pad a whole gradient.
         return Unstacked(tuple(part.reshape(part.shape[1:]) for part in jax.lax.split(x, (1,) * x.shape[0])))
+
+    return jax.tree.map(of, stacked)
+
+
+def abstract_unstacked(stacked: Any) -> Any:
+    """`unstack` for ShapeDtypeStructs with shardings that split no layers."""
+
+    def of(x: jax.ShapeDtypeStruct) -> Unstacked:
+        sharding = x.sharding.update(spec=jax.sharding.PartitionSpec(*x.sharding.spec[1:]))
+        return Unstacked((jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding),) * x.shape[0])
 
     return jax.tree.map(of, stacked)
 
@@ -462,7 +472,11 @@ def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds:
 
 def _at(stacked: Any, i: Any) -> Any:
     index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
-    return jax.tree.map(lambda a: index(a, i, keepdims=False), stacked)
+
+    def of(x: Any) -> jax.Array:
+        return x.parts[i] if isinstance(x, Unstacked) else index(x, i, keepdims=False)
+
+    return jax.tree.map(of, stacked, is_leaf=_is_unstacked)
 
 
 def _put(stacked: Any, i: Any, one: Any) -> Any:

@@ -4,7 +4,9 @@ from .collectives import all_reduce as all_reduce
 from .collectives import all_to_all as all_to_all
 from .collectives import axis_index as axis_index
 from .collectives import axis_size as axis_size
+from .collectives import gather_sequence as gather_sequence
 from .collectives import reduce_scatter as reduce_scatter
+from .collectives import scatter_sequence as scatter_sequence
 from .config import AXES as AXES
 from .config import GATHERED_RULES as GATHERED_RULES
 from .config import SPLIT_RULES as SPLIT_RULES

@@ -51,6 +51,21 @@ def all_reduce(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.psum(x, names) if names else x
 
 
+def gather_sequence(x_BSD: jax.Array) -> jax.Array:
+    """Return the whole sequence, of which each device along `tensor` has a part between layers."""
+    return all_gather(x_BSD, "tensor", 1) if _splits_sequence() else x_BSD
+
+
+def scatter_sequence(y_BSD: jax.Array) -> jax.Array:
+    """Return the sum over `tensor`, of which each device keeps its part of the sequence between layers."""
+    return reduce_scatter(y_BSD, "tensor", 1) if _splits_sequence() else all_reduce(y_BSD, "tensor")
+
+
+def _splits_sequence() -> bool:
+    rules = active_rules()
+    return rules is None or rules.splits_sequence
+
+
 def all_max(x: jax.Array, axes: Axes) -> jax.Array:
     """Take the largest `x` of the devices along `axes`. It has no gradient."""
     names = tuple(_sizes(axes))

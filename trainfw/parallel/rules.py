@@ -28,6 +28,8 @@ class Rules:
         overrides: dim name -> mesh axes, in place of those of `GATHERED_RULES` and `own`.
         fsdp_shards: see `ParallelConfig`.
         own: dim name -> mesh axes along which weights are kept split, of names that a family declares.
+        splits_sequence: between layers each device along `tensor` has a part of the sequence; else all of it, as where
+            a sequence is one token.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class Rules:
         overrides: Mapping[str, Sequence[str]] | None = None,
         fsdp_shards: Sharded = "parameters",
         own: Mapping[str, Sequence[str]] | None = None,
+        *,
+        splits_sequence: bool = True,
     ):
         self.mesh, self.fsdp_shards, self.table = mesh, fsdp_shards, SPLIT_RULES | GATHERED_RULES
+        self.splits_sequence = splits_sequence
         own = own or {}
         if known := sorted(own.keys() & self.table.keys()):
             raise UserError(f"{known[0]}: a family declares this dim name, which is trainfw's own")

@@ -5,4 +5,8 @@ from .build import objective_of as objective_of
 from .init_state import check_sources as check_sources
 from .program import Function as Function
 from .program import Program as Program
+from .serve import Server as Server
+from .serve import ServerShape as ServerShape
+from .serve import build_server as build_server
+from .serve import place_weights as place_weights
 from .state import TrainState as TrainState

@@ -5,3 +5,7 @@ from .diffusion import sampler_steps as sampler_steps
 from .generation import generate as generate
 from .generation import generate_batch as generate_batch
 from .generation import sample as sample
+from .slots import ALTERNATIVES as ALTERNATIVES
+from .slots import DrawnTokens as DrawnTokens
+from .slots import Draws as Draws
+from .slots import draw_tokens as draw_tokens

@@ -7,6 +7,7 @@ from .frozen_storage import as_kept as as_kept
 from .frozen_storage import count_weights as count_weights
 from .frozen_storage import kept_shardings as kept_shardings
 from .frozen_storage import kept_weight as kept_weight
+from .frozen_storage import map_named as map_named
 from .frozen_storage import named as named
 from .open import Base as Base
 from .open import PromptForm as PromptForm

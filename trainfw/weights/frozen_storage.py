@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ def as_kept(frozen: Tree, recipe: Recipe) -> Tree:
     for pattern in () if recipe.adapter is None else recipe.adapter.exclude:
         if not any(_matches(name, pattern) for name in matrices):
             raise UserError(f"exclude: {pattern!r} matches none of the matrices{did_you_mean(pattern, matrices)}")
-    kept = [kept_weight(name, weight, recipe) for name, weight in weights]
-    return jax.tree.unflatten(jax.tree.structure(frozen), kept)
+    return map_named(lambda name, weight: kept_weight(name, weight, recipe), frozen)
 
 
 def kept_weight(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantized:
@@ -94,3 +94,9 @@ def named(tree: Tree) -> list[tuple[str, Any]]:
     """List (dotted name, leaf) of a tree; a quantised weight is one leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
     return [(".".join(str(key.key) for key in path), leaf) for path, leaf in leaves]
+
+
+def map_named(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Return the tree of `function(dotted name, leaf)`; a quantised weight is one leaf."""
+    structure = jax.tree.structure(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree.unflatten(structure, [function(name, leaf) for name, leaf in named(tree)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,9 @@ class HeadCache:
         return o_BKGh.reshape(q_B1Hh.shape).astype(q_B1Hh.dtype)
 
 
+Cache: TypeAlias = LayerCache | HeadCache | jax.Array | None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
@@ -71,6 +74,8 @@ class Context:
     """Index of each row's first key, i32[B]: those before it are padding, which nothing sees."""
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
+    slots: Any = None
+    """Caches of serving (`trainfw.models.decoder.slots.Slots`), which the tokens continue."""
     ring: bool = field(default=True, metadata={"static": True})
     """True where keys and values of a split sequence travel round the devices, and are not gathered."""
 
@@ -127,9 +132,13 @@ class Attention(nnx.Module):
         self.key_norm = self._norm("kv_heads", kv_width)
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | HeadCache | None = None
-    ) -> tuple[jax.Array, LayerCache | HeadCache | None]:
-        """(y_BSD, the cache with this call's keys and values written at `context.start`)."""
+        self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: Cache = None
+    ) -> tuple[jax.Array, Cache]:
+        """(y_BSD, the cache with this call's keys and values written at `context.start`).
+
+        With `context.slots`, `cache` is the layer's place among those of its kind, and these keys and values come back
+        by themselves.
+        """
         config = self.config
         B, S, _ = x_BSD.shape
         q_BSHh = self._heads(self.query(x_BSD), self.query_norm)
@@ -140,6 +149,11 @@ class Attention(nnx.Module):
         window = config.sliding_window if kind == "sliding" else None
         scale = config.query_scale or config.head_dim**-0.5
         softcap = config.attention_softcap
+        if context.slots is not None:
+            o_BSHh = context.slots.attend(
+                q_BSHh, k_BTKh, v_BTKh, cache, kind, window=window, scale=scale, softcap=softcap
+            )
+            return self.output(o_BSHh.reshape(B, S, -1)), (k_BTKh, v_BTKh)
         if isinstance(cache, HeadCache):
             cache = cache.extended(k_BTKh, v_BTKh, context.start)
             mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)

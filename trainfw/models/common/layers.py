@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trainfw.models.common.matmul import Frozen, dense, frozen_product, matmul
 from trainfw.models.decoder.config import Activation
-from trainfw.parallel import SPLIT_RULES, all_reduce, axis_index, axis_size, gather_weight, reduce_scatter
+from trainfw.parallel import SPLIT_RULES, all_reduce, axis_index, axis_size, gather_weight, scatter_sequence
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -139,7 +139,7 @@ class Embedding(nnx.Module):
         x_BSD = lookup(self.table, tokens_BS)
         if self.adapter is not None:
             x_BSD = self.adapter(tokens_BS, x_BSD)
-        return reduce_scatter(x_BSD.astype(dtype), "tensor", 1)
+        return scatter_sequence(x_BSD.astype(dtype))
 
 
 def lookup(table: nnx.Variable, tokens_BS: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from trainfw import backends
 from trainfw.backends import Backend
 from trainfw.models.common.layers import MLP, PRODUCT, Linear, adapted_product, gate_with, normal
 from trainfw.models.common.top_k import choose_top_k, top_k_problem
@@ -137,8 +138,10 @@ class MoE(nnx.Module):
         B, S, D = x_BSD.shape
         x_TD = x_BSD.reshape(B * S, D)
         logits_TE, probabilities_TE, weights_TK, experts_TK = self._route(x_TD)
-        if self.config.dispatch == "capacity" and not dropless:
-            y_TD, dropped = self._capacity(x_TD, weights_TK, experts_TK)
+        grouped = backends.current().grouped_matmul
+        if (self.config.dispatch == "capacity" and not dropless) or not grouped:
+            # Without grouped products nothing is dropped where each expert has room for all.
+            y_TD, dropped = self._capacity(x_TD, weights_TK, experts_TK, room=B * S if dropless else None)
         else:
             y_TD, dropped = self._dropless(x_TD, weights_TK, experts_TK), jnp.float32(0.0)
         y_BSD = y_TD.reshape(B, S, D)
@@ -194,10 +197,12 @@ class MoE(nnx.Module):
             config=self.config,
         )
 
-    def _capacity(self, x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _capacity(
+        self, x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, room: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """(y_TD, choices dropped). Every device sends an expert at most C of its tokens.
 
-            C = ceil(T * k / E * capacity_factor), 1 at least and T at most
+            C = ceil(T * k / E * capacity_factor), 1 at least and T at most; or `room`
 
         Slots go to first choices before second ones, and so on, each in the order of the tokens, as in GShard
         (arXiv:2006.16668, algorithm 1) and Switch: a later token's first choice may take the slot of an earlier
@@ -207,7 +212,7 @@ class MoE(nnx.Module):
         T, D = x_TD.shape
         config, devices = self.config, axis_size("expert")
         E = config.num_experts
-        C = Experts(E, config.experts_per_token, config.capacity_factor).slots(T)
+        C = room or Experts(E, config.experts_per_token, config.capacity_factor).slots(T)
         slots_TK, tokens_EC, choices_EC = assign_slots(experts_TK, E, C)
         rows = take_rows(x_TD, tokens_EC.reshape(-1), slots_TK)
         x_ECD = all_to_all(rows.reshape(E, C, D), "expert", 0, 1)

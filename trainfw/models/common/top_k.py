@@ -65,13 +65,15 @@ def iterative_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1)
 
 
-def likeliest(logits_V: jax.Array, top_k: int | None = None, top_p: float | None = None) -> jax.Array:
+def likeliest(
+    logits_V: jax.Array, top_k: int | jax.Array | None = None, top_p: float | jax.Array | None = None
+) -> jax.Array:
     """Mark the tokens that a draw may take, bool[V]: the `top_k` likeliest, and of these the fewest that hold `top_p`.
 
     The tokens that sorting would find, of equals the first, with no sort: the least logit that is in is found bit by
     bit (32 comparisons with all, exact), and where some of its equals are in, so is the last of these. Sums of
     probabilities are float32: a token whose place is on the border of `top_p` within their rounding may fall on either
-    side, as it does in a sum of sorted ones.
+    side, as it does in a sum of sorted ones. Of arrays, i32[] and f32[], a `top_k` of 0 and a `top_p` of 1 take all.
     """
     size = logits_V.size
     if size > _EXACT:
@@ -79,15 +81,18 @@ def likeliest(logits_V: jax.Array, top_k: int | None = None, top_p: float | None
     # The lowest number in place of -inf, whose neighbours in the order of bits are NaN.
     x_V = jnp.maximum(jnp.where(jnp.isnan(logits_V), _LOWEST, logits_V.astype(jnp.float32)), _LOWEST)
     in_V = jnp.ones(size, bool)
-    if top_k is not None and top_k < size:
+    if isinstance(top_k, jax.Array):
+        in_V = (top_k <= 0) | _heaviest(x_V, jnp.ones(size), jnp.minimum(top_k, size).astype(jnp.float32))
+    elif top_k is not None and top_k < size:
         in_V = _heaviest(x_V, jnp.ones(size), float(top_k))
     if top_p is not None:
         weights_V = jnp.where(in_V, jnp.exp(x_V - jnp.max(x_V)), 0.0)
-        in_V &= _heaviest(x_V, weights_V / jnp.sum(weights_V), top_p)
+        of_p_V = _heaviest(x_V, weights_V / jnp.sum(weights_V), top_p)
+        in_V &= of_p_V | (top_p >= 1.0) if isinstance(top_p, jax.Array) else of_p_V
     return in_V
 
 
-def _heaviest(x_V: jax.Array, weights_V: jax.Array, enough: float) -> jax.Array:
+def _heaviest(x_V: jax.Array, weights_V: jax.Array, enough: float | jax.Array) -> jax.Array:
     """The first of all in falling order of x, and of the index among equals, whose weights come to `enough`."""
 
     def weight(chosen_V: jax.Array) -> jax.Array:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.attention import Attention, Context, HeadCache, LayerCache
+from trainfw.models.common.attention import Attention, Cache, Context
 from trainfw.models.common.layers import MLP, Embedding, Linear, RMSNorm
 from trainfw.models.common.moe import MoE, MoEStats
 from trainfw.models.common.rope import rope_turns
 from trainfw.models.decoder.config import LayerKind, ModelConfig
+from trainfw.models.decoder.slots import CacheDtype, SlotCache, Slots, slot_cache
 from trainfw.models.family import ModelOptions
 from trainfw.models.language_model import LanguageModel
 from trainfw.models.layer_stack import gather_sequence, init_stack, scatter_sequence
@@ -51,8 +52,8 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = _norm(config) if config.post_norms else None
 
     def __call__(
-        self, x_BSD: jax.Array, context: Context, cache: LayerCache | HeadCache | None, kind: LayerKind
-    ) -> tuple[jax.Array, tuple[LayerCache | HeadCache | None, MoEStats | None]]:
+        self, x_BSD: jax.Array, context: Context, cache: Cache, kind: LayerKind
+    ) -> tuple[jax.Array, tuple[Cache, MoEStats | None]]:
         """(x_BSD, (the cache extended, what the router did))"""
         y_BSD, cache = self.attention(gather_sequence(self.attention_norm(x_BSD)), context, kind, cache)
         y_BSD = scatter_sequence(y_BSD)
@@ -145,6 +146,31 @@ class Transformer(LanguageModel):
             adapters=adapters,
         )
         return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1], cache.first_B)
+
+    def extend_slots(
+        self, tokens_BS: jax.Array, slots: Slots, keep_B: jax.Array, dtype: CacheDtype, adapters: AdapterInputs | None
+    ) -> tuple[jax.Array, dict[LayerKind, SlotCache]]:
+        """(x_BSD after the final norm, the caches with these tokens): the S tokens that follow those of their slots.
+
+        Args:
+            keep_B: rows that leave their slot as it is, bool.
+            dtype: of the caches.
+        """
+        kinds = self.config.layer_kinds
+        numbers = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
+        place_L = jnp.asarray([numbers[kind].index(i) for i, kind in enumerate(kinds)], jnp.int32)
+        positions_BS = slots.lengths_B[:, None] + jnp.arange(tokens_BS.shape[1])
+        context = Context(self.turns(positions_BS), slots=slots)
+        x_BSD, ((k_LBSKh, v_LBSKh), _) = self.stack.run(
+            self.embed(tokens_BS), (), lambda _: context, own=place_L, adapters=adapters
+        )
+        caches = {}
+        for kind, places in numbers.items():
+            # Of one kind all layers: nothing is picked out.
+            k, v = (x if len(places) == len(kinds) else x[jnp.asarray(places)] for x in (k_LBSKh, v_LBSKh))
+            new = slot_cache(k, v, dtype)
+            caches[kind] = slots.caches[kind].written(new, slots.ends_B[kind], keep_B, slots.slot)
+        return self.final_norm(x_BSD), caches
 
     def turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:
         """Rotary cosines and sines at these positions, by kind of layer."""
