@@ -18,6 +18,7 @@ ROWS = [
     ["planning", "launch"],
     ["checking"],
     ["report"],
+    ["serving"],
     ["training"],
     ["program"],
     ["weights"],

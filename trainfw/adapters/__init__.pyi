@@ -1,5 +1,6 @@
 from .bank import attach_bank as attach_bank
 from .bank import attach_places as attach_places
+from .bank import dora_factor as dora_factor
 from .config import AdapterConfig as AdapterConfig
 from .config import PatternConfig as PatternConfig
 from .lora import EmbeddingLoRA as EmbeddingLoRA

@@ -72,8 +72,8 @@ def _bank(
         a[..., i, :, : size[0]] = lora_a
         b[..., i, : size[0], :] = lora_b * config.scale(*size)
         if config.kind == "dora":
-            lengths = np.asarray(_column_lengths(linear.kernel.get_value(), a[..., i, :, :], b[..., i, :, :]))
-            factor[..., i, :] = np.asarray(arrays[f"{module}.adapter.magnitude"], np.float32) / lengths
+            magnitude = arrays[f"{module}.adapter.magnitude"]
+            factor[..., i, :] = dora_factor(linear.kernel.get_value(), a[..., i, :, :], b[..., i, :, :], magnitude)
     *stack, ins, outs = linear.kernel.axes
     value: Any = Frozen(jnp.asarray(factor), axes=(*stack, None, outs), wide=True)
     return Bank(
@@ -81,6 +81,15 @@ def _bank(
         Frozen(jnp.asarray(b), axes=(*stack, None, None, outs)),
         value if np.any(factor != 1.0) else None,
     )
+
+
+def dora_factor(kernel: jax.Array | Quantized, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+    """Return what a row of DoRA multiplies W x + s A B x by, m / |W + s A B| of each column, f32 (..., F).
+
+    Args:
+        a, b: of the low-rank update, f32 (..., D, r) and (..., r, F), the latter with the scale in it.
+    """
+    return np.asarray(magnitude, np.float32) / np.asarray(_column_lengths(kernel, a, b))
 
 
 @jax.jit

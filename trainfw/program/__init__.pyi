@@ -3,6 +3,7 @@ from .build import denoise_by_rows as denoise_by_rows
 from .build import name_pieces as name_pieces
 from .build import objective_of as objective_of
 from .init_state import check_sources as check_sources
+from .init_state import shardings_of as shardings_of
 from .program import Function as Function
 from .program import Program as Program
 from .serve import Server as Server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainfw.adapters import attach_places
+from trainfw.data import Progress
 from trainfw.errors import UserError, expect
 from trainfw.models import (
     AdapterInputs,
@@ -37,7 +39,7 @@ from trainfw.program.program import Function, Functions
 from trainfw.quantization import Quantized
 from trainfw.recipe import Recipe
 from trainfw.sampling import DrawnTokens, Draws, draw_tokens
-from trainfw.weights import Tree, kept_shardings, kept_weight, map_named
+from trainfw.weights import Tree, kept_shardings, kept_weight, map_named, named
 
 State = dict[str, Any]
 """`caches`, by kind of layer, and `tokens`, i32[slots]: the newest of each slot, which no cache holds yet."""
@@ -296,20 +298,25 @@ class Local:
         return all_gather(self._model(params).logits(x_BSD)[:, 0], "tensor", 1)
 
 
-def place_weights(server: Server, read: Callable[[str, jax.ShapeDtypeStruct], jax.Array]) -> Tree:
+def place_weights(
+    server: Server, read: Callable[[str, jax.ShapeDtypeStruct], jax.Array], progress: Progress | None = None
+) -> Tree:
     """Return the weights as the server keeps them: no more than one array is ever there in another form.
 
     Args:
         read: (dotted name, f32 shape and sharding) -> the array, of all layers. Of adapters' places, which begin empty,
             it is not asked.
     """
-    recipe = server.recipe
+    recipe, total = server.recipe, len(named(server.abstract_kept))
+    numbers = itertools.count(1)
 
     def place(name: str, like: Any) -> Any:
         wide = like.codes if isinstance(like, Quantized) else like
         wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=wide.sharding)
         apart = name.startswith("layers.") and not recipe.train.scan_layers
         out = shardings_of(abstract_unstacked(like) if apart else like)
+        if progress is not None:
+            progress("reading weights, arrays", next(numbers), total)
 
         def keep(weight: jax.Array) -> Any:
             kept = kept_at(name, weight, recipe)

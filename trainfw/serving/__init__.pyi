@@ -1,0 +1,10 @@
+from .engine import SlotEngine as SlotEngine
+from .load import load_engine as load_engine
+from .requests import Answer as Answer
+from .requests import Constraint as Constraint
+from .requests import Counts as Counts
+from .requests import Drawn as Drawn
+from .requests import Engine as Engine
+from .requests import FinishReason as FinishReason
+from .requests import Full as Full
+from .requests import Sampling as Sampling

@@ -1,0 +1,111 @@
+"""Adapters that come and go while a server runs: each fills a place that the programs have for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainfw.adapters import AdapterConfig, config_targets, dora_factor
+from trainfw.errors import UserError
+from trainfw.models import Unstacked
+from trainfw.program import Server, shardings_of
+from trainfw.weights import Base, Tree, read_adapter
+
+Banks: TypeAlias = dict[str, dict[str, Any]]
+"""Arrays `a`, `b` and `factor` of every linear map that has places, by the module's name."""
+_PARTS = ("a", "b", "factor")
+
+
+class AdapterPlaces:
+    """Loader of adapters into a server's places."""
+
+    def __init__(self, server: Server, params: Tree, base: Base, path: str):
+        """Find the places. `base`, opened at `path`, is what the weights were read from."""
+        self._server, self._base, self._path = server, base, path
+        self._modules = list(_owners(server.abstract_kept))
+        self._kernels = {module: _at(params, module)["kernel"] for module in self._modules}
+        banks = _banks(server.abstract_params, self._modules)
+        self._fill = jax.jit(_filled, donate_argnums=0, out_shardings=shardings_of(banks))
+
+    def read(self, path: str) -> Banks:
+        """Read an adapter, a run or a directory in PEFT's form, for a place: f32, stacked over layers.
+
+        Raises UserError where there is none, it was trained on another base, its rank is above the server's, or it
+        adapts what has no place.
+        """
+        config, most = self._server.recipe.model, self._server.shape.rank
+        adapter = read_adapter(path, config)
+        adapter.check_base(self._base, self._path)
+        sizes = config_targets(adapter.config, config)
+        if others := sorted(sizes.keys() - set(self._modules)):
+            raise UserError(f"{path}: adapts {others[0]}; a server has places in linear maps of the layers alone")
+        if (rank := max(rank for rank, _ in sizes.values())) > most:
+            raise UserError(f"{path}: is of rank {rank}; this server has places for rank {most} at most")
+        return {module: self._of(module, adapter.config, adapter.arrays, sizes.get(module)) for module in self._modules}
+
+    def _of(
+        self, module: str, config: AdapterConfig, arrays: Mapping[str, np.ndarray], size: tuple[int, float] | None
+    ) -> dict[str, np.ndarray]:
+        """Return one module's arrays, zeros and ones where the adapter has none."""
+        like = _at(self._server.abstract_kept, module)["adapter"]
+        a, b, factor = (np.zeros((x.shape[0], *x.shape[2:]), np.float32) for x in (like[part] for part in _PARTS))
+        factor[:] = 1.0
+        if size is not None:
+            lora_a, lora_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
+            a[..., : size[0]] = lora_a
+            b[:, : size[0]] = lora_b * config.scale(*size)
+            if config.kind == "dora":
+                magnitude = arrays[f"{module}.adapter.magnitude"]
+                for layer in range(a.shape[0]):  # one matrix at a time is there in full
+                    kernel = jax.tree.map(lambda x: _layer(x, layer), self._kernels[module], is_leaf=_apart)  # noqa: B023
+                    factor[layer] = dora_factor(kernel, a[layer], b[layer], magnitude[layer])
+        return dict(zip(_PARTS, (a, b, factor)))
+
+    def put(self, params: Tree, banks: Banks, place: int) -> Tree:
+        """Return the weights with an adapter at a place. The arrays of places are donated; the others are the same."""
+        filled = self._fill(_banks(params, self._modules), banks, np.int32(place))
+        params = jax.tree.map(lambda x: x, params)  # the dicts anew
+        for module, parts in filled.items():
+            _at(params, module)["adapter"].update(parts)
+        return params
+
+
+def _filled(banks: Banks, values: Banks, place: jax.Array) -> Banks:
+    def fill(bank: Any, value: jax.Array) -> Any:
+        if isinstance(bank, Unstacked):
+            parts = enumerate(bank.parts)
+            return Unstacked(tuple(part.at[place].set(value[i].astype(part.dtype)) for i, part in parts))
+        return bank.at[:, place].set(value.astype(bank.dtype))
+
+    return jax.tree.map(fill, banks, values, is_leaf=_apart)
+
+
+def _banks(params: Tree, modules: list[str]) -> Banks:
+    return {module: {part: _at(params, module)["adapter"][part] for part in _PARTS} for module in modules}
+
+
+def _owners(tree: Tree, path: str = "") -> list[str]:
+    """List the modules that have places."""
+    found = [path] if "adapter" in tree else []
+    for name, part in tree.items():
+        if isinstance(part, dict) and name != "adapter":
+            found += _owners(part, f"{path}.{name}".lstrip("."))
+    return found
+
+
+def _at(tree: Tree, module: str) -> Any:
+    for name in module.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _apart(x: object) -> bool:
+    return isinstance(x, Unstacked)
+
+
+def _layer(x: Any, layer: int) -> jax.Array:
+    return x.parts[layer] if isinstance(x, Unstacked) else jnp.asarray(x[layer])

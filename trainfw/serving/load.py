@@ -1,0 +1,117 @@
+"""Engines of models by path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from trainfw.data import Progress, Tokenizer, load_tokenizer
+from trainfw.errors import UserError
+from trainfw.models import ModelConfig
+from trainfw.paths import path_text
+from trainfw.program import ServerShape, build_server, place_weights
+from trainfw.recipe import Recipe, load_recipe
+from trainfw.serving.adapters import AdapterPlaces
+from trainfw.serving.engine import SlotEngine
+from trainfw.weights import check_tokenizer, is_run, merge, open_base, run_recipe
+
+KeptAs = Literal["float32", "bfloat16", "int8", "nf4"]
+
+
+def serving_recipe(
+    config: ModelConfig,
+    *,
+    weights: KeptAs,
+    compute_dtype: Literal["float32", "bfloat16"],
+    layout: Mapping[str, int] | None = None,
+    scan_layers: bool = False,
+    hardware: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of a server of a model.
+
+    Args:
+        weights: what they are kept as.
+        layout: sizes of mesh axes, by default `data: 1`.
+    """
+    given = {
+        "name": "serve",
+        "model": config.model_dump(by_alias=True, exclude={"from_"}),
+        "adapter": {"base": weights},
+        "data": {"sequence_length": 16},  # of which nothing is read
+        "train": {"compute_dtype": compute_dtype, "scan_layers": scan_layers},
+        "parallel": {"fsdp": 1, **(layout or {})},
+        "hardware": dict(hardware or {}),
+    }
+    return load_recipe(given)
+
+
+def load_engine(
+    path: str | os.PathLike[str],
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    slots: int = 8,
+    length: int = 4096,
+    chunk: int = 128,
+    places: int | None = None,
+    rank: int = 16,
+    weights: KeptAs | None = None,
+    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    cache: Literal["float32", "bfloat16", "int8"] | None = None,
+    layout: Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    queue: int = 256,
+    progress: Progress | None = None,
+) -> tuple[SlotEngine, Tokenizer]:
+    """Load a model on devices (default: the first), and start an engine of it; returns its tokenizer too.
+
+    Args:
+        path: a Hugging Face directory, a GGUF file, `package:NAME`, or a run; that of an adapter is merged.
+        adapters: adapters of this model by name, each a run or a directory in PEFT's form.
+        slots: requests that are answered at once.
+        length: tokens of prompt and answer that a slot holds.
+        chunk: tokens of a prompt that are read at once.
+        places: adapters that there is room for (default: as many as are given).
+        rank: the largest of an adapter.
+        weights: what they are kept as (default: `compute_dtype`).
+        cache: dtype of keys and values (default: `compute_dtype`).
+        layout: sizes of mesh axes, such as `{"tensor": 2}`.
+        queue: most requests that wait for a slot.
+
+    Raises UserError for a path that holds no model that writes text, and for adapters that do not fit it.
+    """
+    path, adapters = path_text(path), adapters or {}
+    adapted = is_run(path) and run_recipe(path).adapter is not None
+    if adapted and (adapters or places):
+        raise UserError(
+            f"{path}: is a run of an adapter itself; give the model it adapts, {run_recipe(path).model.from_}, and it "
+            "among the adapters"
+        )
+    base: Any = merge(path) if adapted else open_base(path)
+    if not isinstance(base.config, ModelConfig):
+        raise UserError(f"{path}: is a model of family {base.config.family!r}; no text can be drawn from it")
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(path, base.config, tokenizer)
+    recipe = serving_recipe(base.config, weights=weights or compute_dtype, compute_dtype=compute_dtype, layout=layout)
+    shape = ServerShape(
+        slots=slots,
+        length=length,
+        chunk=min(chunk, length),
+        cache=cache or compute_dtype,
+        adapters=len(adapters) if places is None else places,
+        rank=rank,
+    )
+    server = build_server(recipe, shape, jax.devices()[:1] if devices is None else devices)
+    params = place_weights(server, base.read, progress)
+    engine = SlotEngine(
+        server, params, AdapterPlaces(server, params, base, path) if shape.adapters else None, queue=queue
+    )
+    try:
+        for name, at in adapters.items():
+            engine.add_adapter(name, os.fspath(at))
+    except BaseException:
+        engine.close()
+        raise
+    return engine, tokenizer

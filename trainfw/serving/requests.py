@@ -1,0 +1,117 @@
+"""Requests to an engine and their answers, token by token; the engine itself is in `engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+
+
+class Constraint(Protocol):
+    """The tokens that an answer may be made of, step by step; used from the engine's thread only."""
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens may come next, u32[ceil(vocabulary / 32)]: bit i % 32 of word i // 32 is token i's."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether nothing more may follow."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one answer."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    """None: another one for each request."""
+    logprobs: int | None = None
+    """None: none; n: the drawn token's and those of the n likeliest, 0 to 8."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens of which each ends the answer, and is no part of it."""
+    adapter: str | None = None
+    """Name of a loaded adapter; None: the model itself."""
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token of an answer."""
+
+    token: int
+    logprob: float | None = None
+    """Natural logarithm of its probability, before temperature, top_k and top_p."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their logarithms, likeliest first."""
+
+
+class Answer(Protocol):
+    """An answer that is being written: its tokens, for any thread."""
+
+    finish_reason: FinishReason | None
+    """None until it has ended."""
+    error: str | None
+
+    def __iter__(self) -> Iterator[Drawn]:
+        """Wait for each token, to the end."""
+
+    def next(self, timeout: float | None = None) -> Drawn | None:
+        """Wait for the next token; None at the end. Raises TimeoutError after `timeout` seconds."""
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, from the engine's thread, whenever there is something to read."""
+
+    def cancel(self) -> None:
+        """Give up the answer: its slot is free at the next step."""
+
+
+class Full(Exception):
+    """The queue of an engine has no room for another request."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of an engine, now and since it began."""
+
+    slots: int
+    slots_used: int
+    queue: int
+    requests_total: int
+    prompt_tokens_total: int
+    drawn_tokens_total: int
+
+
+class Engine(Protocol):
+    """Writer of answers to many prompts at once."""
+
+    vocabulary: int
+    length: int
+    """Tokens of prompt and answer that a slot holds."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
+        """Ask for an answer. Raises UserError for a request that makes no sense, and Full."""
+
+    def add_adapter(self, name: str, path: str) -> None:
+        """Load an adapter under a name. Raises UserError."""
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out; answers that it has begun end with it. Raises UserError."""
+
+    def counts(self) -> Counts: ...
+
+    def close(self, drain_seconds: float) -> None:
+        """Take no more requests, let the others end for so long, and stop."""
