@@ -93,16 +93,17 @@ def abstract_unstacked(stacked: Any) -> Any:
 
 def restack(unstacked: Any) -> Any:
     """The opposite of `unstack`."""
-    return jax.tree.map(lambda x: jnp.stack(x.parts), unstacked, is_leaf=_is_unstacked)
+    return jax.tree.map(lambda x: jnp.stack(x.parts), unstacked, is_leaf=is_unstacked)
 
 
 def stack_size(stacked: Any) -> int:
     """Layers in a stack whose leaves are arrays or `Unstacked`."""
-    first = jax.tree.leaves(stacked, is_leaf=_is_unstacked)[0]
+    first = jax.tree.leaves(stacked, is_leaf=is_unstacked)[0]
     return len(first.parts) if isinstance(first, Unstacked) else int(first.shape[0])
 
 
-def _is_unstacked(x: Any) -> bool:
+def is_unstacked(x: Any) -> bool:
+    """Tell whether a leaf is an `Unstacked`, which jax.tree takes for a node."""
     return isinstance(x, Unstacked)
 
 
@@ -189,14 +190,14 @@ def run_stack(
 
     def one_of(x: jax.Array, params: Any, shared: Any, own: Any, place: tuple[int, Any]) -> tuple[jax.Array, Any]:
         (learning, fixed), (i, kind) = params, place
-        return traced_once(x, (learning, _at(fixed, i)), shared, own, kind)
+        return traced_once(x, (learning, part_of(fixed, i)), shared, own, kind)
 
     def unrolled(x: jax.Array, stacked: Any, kinds: tuple[Any, ...], *, scanned: bool = False) -> tuple[jax.Array, Any]:
         (params, fixed), own = stacked
         # What is fixed goes into the checkpoint whole: the backward pass would else keep a copy of every layer's.
         step = checkpointed(one_of, remat, scanned=scanned)
         outs = []
-        leaves, tree = jax.tree.flatten((params, own), is_leaf=_is_unstacked)
+        leaves, tree = jax.tree.flatten((params, own), is_leaf=is_unstacked)
         parts = [leaf.parts if isinstance(leaf, Unstacked) else unstack(leaf).parts for leaf in leaves]
         for i, kind in enumerate(kinds):
             params_i, own_i = jax.tree.unflatten(tree, [part[i] for part in parts])
@@ -395,12 +396,12 @@ def _prefetched_layers(
     def body(carry: Any, i: Any, kind: Any) -> Any:
         x, weights, xs, outs = carry
         # Gathered no sooner than this layer starts, so that two layers' weights are there at a time.
-        x, ahead = jax.lax.optimization_barrier((x, _at((params, fixed), i + 1)))
+        x, ahead = jax.lax.optimization_barrier((x, part_of((params, fixed), i + 1)))
         following = layer.gather(*ahead)
         y, out = layer.apply(x, weights, shared, None, kind)
         return y, following, _put(xs, i, x), _put(outs, i, out)
 
-    weights = layer.gather(*_at((params, fixed), 0))
+    weights = layer.gather(*part_of((params, fixed), 0))
     _, out = jax.eval_shape(lambda x, weights: layer.apply(x, weights, shared, None, kinds[0]), x, weights)
     carry = (x, weights, _room(num_layers, x), _room(num_layers, out))
     x, weights, xs, outs = _loop(body, carry, range(num_layers - 1), kinds, scan=scan)
@@ -433,22 +434,22 @@ def _prefetched_backward(
         return dx, scatter(of_weights)[0], of_moving
 
     def back(dx: Any, x: jax.Array, weights: Any, i: Any, kind: Any, of_moving: Any) -> tuple[Any, Any, Any]:
-        dx, own, more = back_one(dx, x, weights, _at(of_outs, i), _at(params, i), _at(fixed, i), kind)
+        dx, own, more = back_one(dx, x, weights, part_of(of_outs, i), part_of(params, i), part_of(fixed, i), kind)
         return dx, own, jax.tree.map(lambda total, part: total + part.astype(total.dtype), of_moving, more)
 
     def body(carry: Any, i: Any, kind: Any) -> Any:
         dx, weights, of_params, of_moving = carry
         # The barrier also keeps what is computed again apart from what was computed before.
-        dx, x, ahead = jax.lax.optimization_barrier((dx, _at(xs, i), _at((params, fixed), i - 1)))
+        dx, x, ahead = jax.lax.optimization_barrier((dx, part_of(xs, i), part_of((params, fixed), i - 1)))
         preceding = gather(*ahead)
         dx, own, of_moving = back(dx, x, weights, i, kind, of_moving)
         return dx, preceding, _put(of_params, i, own), of_moving
 
-    dx, last = jax.lax.optimization_barrier((dx, _at((params, fixed), num_layers - 1)))
+    dx, last = jax.lax.optimization_barrier((dx, part_of((params, fixed), num_layers - 1)))
     wide = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32)), moving)
     carry = (dx, gather(*last), jax.tree.map(jnp.zeros_like, params), wide)
     dx, weights, of_params, of_moving = _loop(body, carry, range(num_layers - 1, 0, -1), kinds, scan=scan)
-    dx, x = jax.lax.optimization_barrier((dx, _at(xs, 0)))  # the first layer too waits for its turn
+    dx, x = jax.lax.optimization_barrier((dx, part_of(xs, 0)))  # the first layer too waits for its turn
     dx, own, of_moving = back(dx, x, weights, 0, kinds[0], of_moving)
     of_moving = jax.tree.map(lambda a, total: total.astype(a.dtype), moving, of_moving)
     return dx, _put(of_params, 0, own), None, of_moving
@@ -470,13 +471,14 @@ def _loop(body: Callable[[Any, Any, Any], Any], carry: Any, order: range, kinds:
     return carry
 
 
-def _at(stacked: Any, i: Any) -> Any:
+def part_of(stacked: Any, i: Any) -> Any:
+    """Return one layer's part of stacked arrays, or of `Unstacked`."""
     index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
 
     def of(x: Any) -> jax.Array:
         return x.parts[i] if isinstance(x, Unstacked) else index(x, i, keepdims=False)
 
-    return jax.tree.map(of, stacked, is_leaf=_is_unstacked)
+    return jax.tree.map(of, stacked, is_leaf=is_unstacked)
 
 
 def _put(stacked: Any, i: Any, one: Any) -> Any:

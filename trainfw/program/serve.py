@@ -97,7 +97,9 @@ class Server:
     @property
     def rooms(self) -> dict[str, int]:
         """Tokens of a slot by kind of layer."""
-        return {kind: cache.room for kind, cache in self.abstract_state["caches"].items()}
+        config, shape = self.recipe.model, self.shape
+        assert isinstance(config, ModelConfig)
+        return {kind: room_of(config, kind, shape.length, shape.chunk) for kind in dict.fromkeys(config.layer_kinds)}
 
     def empty_state(self) -> State:
         """Return the state without any request."""
@@ -139,7 +141,7 @@ def build_server(
     graphdef, variables = nnx.split(nnx.eval_shape(make), Frozen)
     kept = _params(recipe, rules, variables)
     params = kept if recipe.train.scan_layers else kept | {"layers": abstract_unstacked(kept["layers"])}
-    state = _state(config, shape, rules)
+    state = _state(config, shape, rules, apart=not recipe.train.scan_layers)
     local = Local(place, graphdef, shape)
     prompts, rows = _prompts(config, shape, place), _rows(config, shape, place)
     filtered = rows | {"draws": _draws(config, shape.slots, place, filters=True)}
@@ -176,7 +178,8 @@ def kept_at(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantiz
     return kept_weight(name, weight, recipe)
 
 
-def _state(config: ModelConfig, shape: ServerShape, rules: Rules) -> State:
+def _state(config: ModelConfig, shape: ServerShape, rules: Rules, *, apart: bool) -> State:
+    """Describe the state; `apart`: each layer has arrays of its own."""
     heads = max(config.num_kv_heads, rules.mesh.shape["tensor"])  # where devices share a head, each has it
     dtype = jnp.dtype(shape.cache)
 
@@ -192,6 +195,8 @@ def _state(config: ModelConfig, shape: ServerShape, rules: Rules) -> State:
         values = array((*lead, room, config.head_dim), dtype, *names)
         scales = [array((*lead, room), jnp.float32, *names) for _ in range(2 if shape.cache == "int8" else 0)]
         caches[kind] = SlotCache(keys, values, *scales)  # type: ignore[arg-type]
+    if apart:
+        caches = abstract_unstacked(caches)
     return {"caches": caches, "tokens": array((shape.slots,), jnp.int32, "batch")}
 
 

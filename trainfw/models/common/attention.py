@@ -56,7 +56,8 @@ class HeadCache:
         return o_BKGh.reshape(q_B1Hh.shape).astype(q_B1Hh.dtype)
 
 
-Cache: TypeAlias = LayerCache | HeadCache | jax.Array | None
+Cache: TypeAlias = Any
+"""A `LayerCache`, a `HeadCache`, what `Slots.attend` takes, or None."""
 
 
 @jax.tree_util.register_dataclass
@@ -136,8 +137,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """(y_BSD, the cache with this call's keys and values written at `context.start`).
 
-        With `context.slots`, `cache` is the layer's place among those of its kind, and these keys and values come back
-        by themselves.
+        With `context.slots`, `cache` is the layer's own, or its place among those of its kind; these keys and values
+        come back by themselves.
         """
         config = self.config
         B, S, _ = x_BSD.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,7 +19,14 @@ from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.models.decoder.slots import CacheDtype, SlotCache, Slots, slot_cache
 from trainfw.models.family import ModelOptions
 from trainfw.models.language_model import LanguageModel
-from trainfw.models.layer_stack import gather_sequence, init_stack, scatter_sequence
+from trainfw.models.layer_stack import (
+    Unstacked,
+    gather_sequence,
+    init_stack,
+    is_unstacked,
+    part_of,
+    scatter_sequence,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -157,19 +164,35 @@ class Transformer(LanguageModel):
             dtype: of the caches.
         """
         kinds = self.config.layer_kinds
-        numbers = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)}
-        place_L = jnp.asarray([numbers[kind].index(i) for i, kind in enumerate(kinds)], jnp.int32)
-        positions_BS = slots.lengths_B[:, None] + jnp.arange(tokens_BS.shape[1])
-        context = Context(self.turns(positions_BS), slots=slots)
+        places = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        context = Context(self.turns(slots.lengths_B[:, None] + jnp.arange(tokens_BS.shape[1])), slots=slots)
+        apart = any(isinstance(x, Unstacked) for x in jax.tree.leaves(slots.caches, is_leaf=is_unstacked))
+        own: Any = jnp.asarray(places, jnp.int32)
+        if apart:
+            of_layers = [part_of(slots.caches[kind], place) for kind, place in zip(kinds, places)]
+            own = jax.tree.map(lambda *parts: Unstacked(parts), *of_layers)
+            context = replace(context, slots=replace(slots, caches={}))
         x_BSD, ((k_LBSKh, v_LBSKh), _) = self.stack.run(
-            self.embed(tokens_BS), (), lambda _: context, own=place_L, adapters=adapters
+            self.embed(tokens_BS), (), lambda _: context, own=own, adapters=adapters
         )
+        # Written once all layers have read: XLA would else copy every cache.
+        x_BSD, k_LBSKh, v_LBSKh = jax.lax.optimization_barrier((x_BSD, k_LBSKh, v_LBSKh))
+
+        def written(cache: SlotCache, k: jax.Array, v: jax.Array, kind: LayerKind) -> SlotCache:
+            return cache.written(slot_cache(k, v, dtype), slots.ends_B[kind], keep_B, slots.slot)
+
         caches = {}
-        for kind, places in numbers.items():
-            # Of one kind all layers: nothing is picked out.
-            k, v = (x if len(places) == len(kinds) else x[jnp.asarray(places)] for x in (k_LBSKh, v_LBSKh))
-            new = slot_cache(k, v, dtype)
-            caches[kind] = slots.caches[kind].written(new, slots.ends_B[kind], keep_B, slots.slot)
+        for kind in dict.fromkeys(kinds):
+            numbers = [i for i, other in enumerate(kinds) if other == kind]
+            if apart:
+                new = [
+                    written(part_of(slots.caches[kind], place), k_LBSKh[i], v_LBSKh[i], kind)
+                    for place, i in enumerate(numbers)
+                ]
+                caches[kind] = jax.tree.map(lambda *parts: Unstacked(parts), *new)
+            else:  # of one kind all layers: nothing is picked out
+                k, v = (x if len(numbers) == len(kinds) else x[jnp.asarray(numbers)] for x in (k_LBSKh, v_LBSKh))
+                caches[kind] = written(slots.caches[kind], k, v, kind)
         return self.final_norm(x_BSD), caches
 
     def turns(self, positions_BS: jax.Array) -> dict[LayerKind, tuple[jax.Array, jax.Array]]:

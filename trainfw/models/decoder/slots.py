@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from trainfw import backends
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.scopes import ATTENTION
@@ -21,58 +22,66 @@ _LARGEST = 127.0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SlotCache:
-    """Keys and values of all layers of one kind, or of one layer without the first dim.
+    """Keys and values of one layer, or with a leading dim of layers of one kind.
 
     The token at position p of its slot lies at p modulo R. In int8, numbers are those stored times a scale for each
     token and head: the largest of its numbers over 127.
     """
 
-    keys_LBKhR: jax.Array
-    values_LBKRh: jax.Array
-    key_scales_LBKR: jax.Array | None = None
-    value_scales_LBKR: jax.Array | None = None
+    keys_BKhR: jax.Array
+    values_BKRh: jax.Array
+    key_scales_BKR: jax.Array | None = None
+    value_scales_BKR: jax.Array | None = None
 
     @property
     def room(self) -> int:
         """R, tokens of a slot."""
-        return self.values_LBKRh.shape[-2]
+        return self.keys_BKhR.shape[-1]
 
-    def layer(self, place: jax.Array, slot: jax.Array | None) -> SlotCache:
-        """Return one layer's part, of all slots or of one."""
+    def layer(self, place: jax.Array) -> SlotCache:
+        """Return one layer's part."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), self)
 
-        def part(x: jax.Array) -> jax.Array:
-            of_layer = jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
-            return of_layer if slot is None else jax.lax.dynamic_slice_in_dim(of_layer, slot, 1, 0)
-
-        return jax.tree.map(part, self)
+    def of_slot(self, slot: jax.Array) -> SlotCache:
+        """Return one slot's part of one layer."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), self)
 
     def written(self, new: SlotCache, at_B: jax.Array, keep_B: jax.Array, slot: jax.Array | None) -> SlotCache:
-        """Return the cache with tokens of all layers added: to every slot, or (one row) to one slot.
+        """Return the cache with tokens added: to every slot, or (one row) to one slot.
 
         Args:
             new: the tokens' keys and values, in this form: R of it is their number.
             at_B: where the first of them goes, i32; none passes the ring's end.
             keep_B: rows that write nothing, bool.
         """
-        tokens, values = new.room, self.values_LBKRh
 
-        def write(x: jax.Array, y: jax.Array) -> jax.Array:
-            dim = 3 if x is values or x.ndim == 4 else 4  # R
+        def write(x: jax.Array, y: jax.Array, rows: int, ring: int) -> jax.Array:
+            """Write along dim `ring`; slots lie along `rows`. Both count from the last dim."""
             for b in range(at_B.shape[0]):
-                start = [jnp.int32(0)] * x.ndim
-                start[1], start[dim] = jnp.int32(b) if slot is None else slot, at_B[b]
-                sizes = [*x.shape]
-                sizes[1], sizes[dim] = 1, tokens
+                start, sizes = [jnp.int32(0)] * x.ndim, [*x.shape]
+                start[rows], start[ring] = jnp.int32(b) if slot is None else slot, at_B[b]
+                sizes[rows], sizes[ring] = 1, y.shape[ring]
+                row = jax.lax.slice_in_dim(y, b, b + 1, axis=y.ndim + rows)
                 old = jax.lax.dynamic_slice(x, start, sizes)
-                x = jax.lax.dynamic_update_slice(x, jnp.where(keep_B[b], old, y[:, b : b + 1]), start)
+                x = jax.lax.dynamic_update_slice(x, jnp.where(keep_B[b], old, row), start)
             return x
 
-        return jax.tree.map(write, self, new)
+        keys = write(self.keys_BKhR, new.keys_BKhR, -4, -1)
+        values = write(self.values_BKRh, new.values_BKRh, -4, -2)
+        scales = [
+            write(old, added, -3, -1)
+            for old, added in (
+                (self.key_scales_BKR, new.key_scales_BKR),
+                (self.value_scales_BKR, new.value_scales_BKR),
+            )
+            if old is not None and added is not None
+        ]
+        return SlotCache(keys, values, *scales)
 
 
-def slot_cache(k_LBSKh: jax.Array, v_LBSKh: jax.Array, dtype: CacheDtype) -> SlotCache:
-    """Put keys and values of S tokens in the form of a cache."""
-    keys, values = k_LBSKh.transpose(0, 1, 3, 4, 2), v_LBSKh.transpose(0, 1, 3, 2, 4)
+def slot_cache(k_BSKh: jax.Array, v_BSKh: jax.Array, dtype: CacheDtype) -> SlotCache:
+    """Put keys and values of S tokens in the form of a cache; leading dims stay."""
+    keys, values = jnp.moveaxis(k_BSKh, -3, -1), v_BSKh.swapaxes(-3, -2)
     if dtype != "int8":
         return SlotCache(keys.astype(dtype), values.astype(dtype))
     keys, key_scales = _in_8_bits(keys, -2)
@@ -106,6 +115,7 @@ class Slots:
     """Caches of all layers and how far they are filled, for rows that continue their slots."""
 
     caches: dict[LayerKind, SlotCache]
+    """Of all layers of each kind, or with arrays of their own for each layer (`Unstacked`)."""
     lengths_B: jax.Array
     """Tokens that each row's slot holds, i32."""
     ends_B: dict[LayerKind, jax.Array]
@@ -118,21 +128,28 @@ class Slots:
         q_BSHh: jax.Array,
         k_BSKh: jax.Array,
         v_BSKh: jax.Array,
-        place: jax.Array,
+        old: SlotCache | jax.Array,
         kind: LayerKind,
         *,
         window: int | None,
         scale: float,
         softcap: float | None,
     ) -> jax.Array:
-        """Return attention of new tokens to those of their slot and to one another, o_BSHh; softmax in f32."""
+        """Return attention of new tokens to those of their slot and to one another, o_BSHh; softmax in f32.
+
+        Args:
+            old: this layer's cache, or its place among those of its kind.
+        """
         B, S, H, h = q_BSHh.shape
-        old, dtype = self.caches[kind].layer(place, self.slot), q_BSHh.dtype
-        q_BSKGh = q_BSHh.reshape(B, S, k_BSKh.shape[2], -1, h)
+        if not isinstance(old, SlotCache):
+            old = self.caches[kind].layer(old)
+        if self.slot is not None:
+            old = old.of_slot(self.slot)
+        dtype, q_BSKGh = q_BSHh.dtype, q_BSHh.reshape(B, S, k_BSKh.shape[2], -1, h)
         with jax.named_scope(ATTENTION):
-            scores = _product("bskgh,bkhr->bkgsr", q_BSKGh, old.keys_LBKhR.astype(dtype))
-            if old.key_scales_LBKR is not None:
-                scores = scores * old.key_scales_LBKR[:, :, None, None]
+            scores = _scores(q_BSKGh, old.keys_BKhR.astype(dtype))
+            if old.key_scales_BKR is not None:
+                scores = scores * old.key_scales_BKR[:, :, None, None]
             held_BSR, among_SS = self._seen(old.room, S, kind, window)
             scores = jnp.where(held_BSR[:, None, None], capped(scores * scale, softcap), -1e30)
             own = capped(_product("bskgh,btkh->bkgst", q_BSKGh, k_BSKh) * scale, softcap)
@@ -140,9 +157,9 @@ class Slots:
             top = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (scores, own)))
             weights, own_weights = jnp.exp(scores - top), jnp.exp(own - top)
             total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in (weights, own_weights))
-            if old.value_scales_LBKR is not None:
-                weights = weights * old.value_scales_LBKR[:, :, None, None]
-            o_BKGSh = _product("bkgsr,bkrh->bkgsh", weights.astype(dtype), old.values_LBKRh.astype(dtype))
+            if old.value_scales_BKR is not None:
+                weights = weights * old.value_scales_BKR[:, :, None, None]
+            o_BKGSh = _weighed(weights.astype(dtype), old.values_BKRh.astype(dtype))
             o_BKGSh += _product("bkgst,btkh->bkgsh", own_weights.astype(dtype), v_BSKh)
             return (o_BKGSh / total).astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, H, h)
 
@@ -158,6 +175,28 @@ class Slots:
             seen_BSR &= (length_B1 + new_S)[..., None] - position_BR[:, None] < window
             among_SS &= new_S[:, None] - new_S < window
         return seen_BSR, among_SS
+
+
+def _by_sums(queries: int, dtype: str) -> bool:
+    """Tell whether products of so few queries are better sums, as on a CPU, where narrow products are slow."""
+    request = backends.DecodingRequest(dtype, queries)
+    return queries == 1 and backends.resolve("decoding", request, backends.current()).call is not None
+
+
+def _scores(q_BSKGh: jax.Array, k_BKhR: jax.Array) -> jax.Array:
+    """scores_BKGSR, f32."""
+    if _by_sums(q_BSKGh.shape[1], q_BSKGh.dtype.name):
+        q_BKGh1 = q_BSKGh[:, 0, ..., None].astype(jnp.float32)
+        return jnp.sum(q_BKGh1 * k_BKhR[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
+    return _product("bskgh,bkhr->bkgsr", q_BSKGh, k_BKhR)
+
+
+def _weighed(weights_BKGSR: jax.Array, v_BKRh: jax.Array) -> jax.Array:
+    """o_BKGSh, f32."""
+    if _by_sums(weights_BKGSR.shape[3], weights_BKGSR.dtype.name):
+        weights_BKGR1 = weights_BKGSR[..., 0, :, None].astype(jnp.float32)
+        return jnp.sum(weights_BKGR1 * v_BKRh[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
+    return _product("bkgsr,bkrh->bkgsh", weights_BKGSR, v_BKRh)
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
