@@ -44,12 +44,12 @@ def served(request):
 def test_adapters_share_a_batch_and_come_and_go(served):
     asked = prompts(6)
     served.add_adapter("a", "lora")
-    first, names = None, []
+    first, loaded = None, {"a": "lora"}
     for old, new in ((None, "dora"), ("b", "rslora"), ("a", "dora")):
         if old is not None:
             served.remove_adapter(old)
         served.add_adapter(old or "b", new)
-        loaded = {"a": "lora", "b": "dora"} if old is None else loaded | {old: new}
+        loaded |= {old or "b": new}
         model = nnx.clone(drawn("dense"))
         attach_bank(model, {name: (CONFIGS[at], random_adapter(at).arrays) for name, at in loaded.items()})
         names = [None, "a", "b"] * 2

@@ -129,10 +129,9 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(served):
     long = [engine.submit([i], Sampling(max_tokens=60)) for i in range(4)]
     for answer in long:
         answer.next()  # each has a slot
-    waiting = []
+    waiting = [engine.submit([1], Sampling(max_tokens=60)) for _ in range(8)]
     with pytest.raises(Full):
-        for _ in range(50):
-            waiting.append(engine.submit([1], Sampling(max_tokens=60)))
+        engine.submit([1], Sampling(max_tokens=60))
     for answer in (*long, *waiting):
         answer.cancel()
     for answer in (*long, *waiting):

@@ -33,8 +33,8 @@ from .decoder.model import KVCache as KVCache
 from .decoder.model import Transformer as Transformer
 from .decoder.slots import CacheDtype as CacheDtype
 from .decoder.slots import SlotCache as SlotCache
+from .decoder.slots import SlotModel as SlotModel
 from .decoder.slots import Slots as Slots
-from .decoder.slots import room_of as room_of
 from .denoising import Condition as Condition
 from .denoising import DenoisingModel as DenoisingModel
 from .dit.config import DiTConfig as DiTConfig

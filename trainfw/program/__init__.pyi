@@ -6,6 +6,7 @@ from .init_state import check_sources as check_sources
 from .init_state import shardings_of as shardings_of
 from .program import Function as Function
 from .program import Program as Program
+from .serve import Rows as Rows
 from .serve import Server as Server
 from .serve import ServerShape as ServerShape
 from .serve import build_server as build_server

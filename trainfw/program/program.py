@@ -35,6 +35,8 @@ class Function:
     jitted: Any = field(repr=False)
     arguments: tuple[Any, ...] = field(repr=False)
     """Pytrees of ShapeDtypeStructs with shardings: what it is compiled for."""
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Options of the compiler, besides the backend's."""
 
     def trace(self) -> jax.stages.Traced:
         return self.jitted.trace(*self.arguments)
@@ -44,7 +46,7 @@ class Function:
 
     def compile(self) -> Any:
         """Return it compiled ahead of time with the backend's options."""
-        compiled = self.lower().compile(compiler_options={**backends.current().compiler_options})
+        compiled = self.lower().compile(compiler_options={**backends.current().compiler_options, **self.options})
         backends.release_freed_memory()
         return compiled
 

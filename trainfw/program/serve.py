@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from trainfw.adapters import attach_places
+from trainfw import backends
+from trainfw.adapters import adaptable, attach_places
 from trainfw.data import Progress
 from trainfw.errors import UserError, expect
 from trainfw.models import (
@@ -20,18 +21,19 @@ from trainfw.models import (
     CacheDtype,
     Frozen,
     LayerKind,
-    ModelConfig,
+    Linear,
     ModelOptions,
     SlotCache,
+    SlotModel,
     Slots,
-    Transformer,
     abstract_unstacked,
     build_model,
+    family_of,
     freeze,
-    room_of,
     unstack,
+    vocabulary_of,
 )
-from trainfw.parallel import Rules, all_gather
+from trainfw.parallel import Layout, Rules, all_gather
 from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import on_every_device
 from trainfw.program.init_state import shardings_of
@@ -43,6 +45,11 @@ from trainfw.weights import Tree, kept_shardings, kept_weight, map_named, named
 
 State = dict[str, Any]
 """`caches`, by kind of layer, and `tokens`, i32[slots]: the newest of each slot, which no cache holds yet."""
+
+
+Caches = dict[LayerKind, SlotCache]
+Rows = dict[str, Any]
+"""Arrays of one call by name, a row for each slot or prompt."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,25 @@ class ServerShape:
 
 @dataclass(frozen=True, repr=False)
 class Server:
-    """A model on a set of devices, as the functions `prefill`, `decode` and `decode_filtered`.
+    """A model on a set of devices, as the functions `prefill`, `decode` and `decode_sampled`.
 
-    `prefill` (params, state, prompts) -> (state, drawn); the others (params, state, rows) -> (state, drawn), where
-    `decode` leaves out what filters tokens, and with it the likeliest ones. The state is donated.
+    `prefill` (params, state, prompts) -> (state, drawn); the others (params, state, rows) -> (state, drawn), of which
+    `decode` takes every slot's likeliest token and `decode_sampled` draws by each one's settings. The state is donated.
     """
 
     recipe: Recipe
     shape: ServerShape
     fit: Fit
-    graphdef: nnx.GraphDef[Transformer]
+    graphdef: nnx.GraphDef[SlotModel]
     abstract_kept: Tree
     """ShapeDtypeStructs with shardings, as weights are kept, those of all layers as one."""
     abstract_params: Tree
     """Likewise, as the functions take them."""
+    turned: frozenset[str]
+    """Names of kernels that they take as (out, in)."""
     abstract_state: State
+    rooms: dict[LayerKind, int]
+    """Tokens of a slot by kind of layer."""
     functions: Functions
 
     def __repr__(self) -> str:
@@ -93,13 +104,6 @@ class Server:
     def shards(self) -> int:
         """Groups of devices that have slots of their own; each prefills one prompt at a time."""
         return self.fit.layout.batch_shards
-
-    @property
-    def rooms(self) -> dict[str, int]:
-        """Tokens of a slot by kind of layer."""
-        config, shape = self.recipe.model, self.shape
-        assert isinstance(config, ModelConfig)
-        return {kind: room_of(config, kind, shape.length, shape.chunk) for kind in dict.fromkeys(config.layer_kinds)}
 
     def empty_state(self) -> State:
         """Return the state without any request."""
@@ -122,35 +126,44 @@ def build_server(
     Raises UserError where they do not fit together.
     """
     config, devices = recipe.model, jax.devices() if devices is None else devices
-    if not isinstance(config, ModelConfig):
+    if not family_of(config).decodes:
         raise recipe.error("model.family", f"{config.family!r}: no text can be drawn from its models")
     recipe = _of_slots(recipe, shape, len(devices))
     place = fit(recipe, devices, stands_in)
-    if shape.slots % (shards := place.layout.batch_shards):
-        raise UserError(f"slots = {shape.slots}: {place.layout} has {shards} groups of devices; expected a multiple")
     rules = Rules(place.mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, splits_sequence=False)
-    place = replace(place, rules=rules)
+    place, apart = replace(place, rules=rules), not recipe.train.scan_layers
     options = ModelOptions(compute_dtype=recipe.train.compute_dtype, scan_layers=recipe.train.scan_layers)
 
-    def make() -> Any:
+    def make() -> SlotModel:
         model = build_model(config, options, nnx.Rngs(jax.random.key(0, impl="threefry2x32")))
         freeze(model)
         attach_places(model, shape.adapters, shape.rank)
         return model
 
-    graphdef, variables = nnx.split(nnx.eval_shape(make), Frozen)
+    model = nnx.eval_shape(make)
+    variables = nnx.state(model, Frozen)
     kept = _params(recipe, rules, variables)
-    params = kept if recipe.train.scan_layers else kept | {"layers": abstract_unstacked(kept["layers"])}
-    state = _state(config, shape, rules, apart=not recipe.train.scan_layers)
-    local = Local(place, graphdef, shape)
-    prompts, rows = _prompts(config, shape, place), _rows(config, shape, place)
-    filtered = rows | {"draws": _draws(config, shape.slots, place, filters=True)}
+    turned, compiler_options = _for_few_rows(model, recipe, shape, place)
+    graphdef = nnx.graphdef(model)
+    params = map_named(lambda name, x: turned_round(x) if name in turned else x, kept)
+    if apart:
+        params |= {"layers": abstract_unstacked(params["layers"])}
+    caches = model.abstract_caches(
+        shape.cache, slots=shape.slots, length=shape.length, chunk=shape.chunk, tensor=place.layout.tensor
+    )
+    state = _state(caches, shape, rules, apart=apart)
+    inputs = Inputs(vocabulary_of(config), tuple(caches), shape, place)
+    local, before = Local(place, graphdef, shape), (params, state)
     functions = {
-        "prefill": _function("prefill", local.prefill, place, (params, state, prompts), True),
-        "decode": _function("decode", local.decode, place, (params, state, rows), False),
-        "decode_filtered": _function("decode_filtered", local.decode, place, (params, state, filtered), True),
+        name: inputs.function(name, run, (*before, rows), compiler_options)
+        for name, run, rows in (
+            ("prefill", local.prefill, inputs.prompts()),
+            ("decode", local.decode, inputs.rows(draws=False)),
+            ("decode_sampled", local.decode, inputs.rows(draws=True)),
+        )
     }
-    return Server(recipe, shape, place, graphdef, kept, params, state, functions)
+    rooms = {kind: cache.room for kind, cache in caches.items()}
+    return Server(recipe, shape, place, graphdef, kept, params, turned, state, rooms, functions)
 
 
 def _of_slots(recipe: Recipe, shape: ServerShape, devices: int) -> Recipe:
@@ -158,8 +171,40 @@ def _of_slots(recipe: Recipe, shape: ServerShape, devices: int) -> Recipe:
     for axis in ("pipeline", "context"):
         if getattr(recipe.parallel, axis) != 1:
             raise recipe.error(f"parallel.{axis}", "serving splits no model over it; expected 1")
+    with recipe.blamed("parallel"):
+        layout = Layout.resolve(recipe.parallel, devices, simulate=recipe.hardware.topology is None)
+    if shape.slots % (groups := layout.batch_shards):
+        near = f"{shape.slots // groups * groups or groups} or {-(-shape.slots // groups) * groups}"
+        raise UserError(f"slots = {shape.slots}: do not divide over {layout.batch_product} = {groups}; {near} do")
     train = recipe.train.model_copy(update={"global_batch_size": shape.slots, "accumulation_steps": 1})
     return recipe.model_copy(update={"train": train})
+
+
+def _for_few_rows(
+    model: SlotModel, recipe: Recipe, shape: ServerShape, place: Fit
+) -> tuple[frozenset[str], dict[str, str]]:
+    """Let the layers' linear maps multiply as the backend does for few rows.
+
+    Return the names of kernels to turn round, and options of the compiler.
+    """
+    request = backends.DecodingRequest(recipe.train.compute_dtype, shape.slots)
+    with place.tracing():
+        kernels: Any = backends.resolve("decoding", request, backends.current()).call
+    kept = recipe.train.compute_dtype if recipe.adapter is None else recipe.adapter.base
+    if kernels is None or place.mesh.size > 1 or kept != recipe.train.compute_dtype:
+        return frozenset(), {}
+    turned, turns = set(), kernels.turns(shape.slots)
+    assert isinstance(model, nnx.Module)
+    for name, linear in adaptable(model).items():
+        if isinstance(linear, Linear) and name.startswith("layers."):
+            linear.few_rows = kernels.few_rows_turned if turns else kernels.few_rows
+            turned |= {f"{name}.kernel"} if turns else set()
+    return frozenset(turned), kernels.compiler_options(shape.slots)
+
+
+def turned_round(x: Tree) -> jax.ShapeDtypeStruct:
+    """Describe a kernel (..., in, out) of one device as (..., out, in)."""
+    return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype, sharding=x.sharding)
 
 
 def _params(recipe: Recipe, rules: Rules, variables: nnx.State) -> Tree:
@@ -178,83 +223,72 @@ def kept_at(name: str, weight: jax.Array, recipe: Recipe) -> jax.Array | Quantiz
     return kept_weight(name, weight, recipe)
 
 
-def _state(config: ModelConfig, shape: ServerShape, rules: Rules, *, apart: bool) -> State:
-    """Describe the state; `apart`: each layer has arrays of its own."""
-    heads = max(config.num_kv_heads, rules.mesh.shape["tensor"])  # where devices share a head, each has it
-    dtype = jnp.dtype(shape.cache)
+def _state(caches: Caches, shape: ServerShape, rules: Rules, *, apart: bool) -> State:
+    """Add shardings to the description of caches; `apart`: each layer has arrays of its own."""
 
-    def array(size: tuple[int, ...], dtype: Any, *names: str | None) -> jax.ShapeDtypeStruct:
-        sharding = rules.sharding("cache", size, (*names, *[None] * (len(size) - len(names))))
+    def array(x: jax.ShapeDtypeStruct, *names: str | None) -> jax.ShapeDtypeStruct:
+        sharding = rules.sharding("cache", x.shape, (*names, *[None] * (len(x.shape) - len(names))))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    placed = jax.tree.map(lambda x: array(x, None, "batch", "kv_heads"), caches)
+    tokens = array(jax.ShapeDtypeStruct((shape.slots,), jnp.int32), "batch")
+    return {"caches": abstract_unstacked(placed) if apart else placed, "tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Descriptions of what the functions take besides weights and state."""
+
+    vocabulary: int
+    kinds: tuple[LayerKind, ...]
+    shape: ServerShape
+    fit: Fit
+
+    def _array(self, dtype: DTypeLike, *size: int) -> jax.ShapeDtypeStruct:
+        sharding = self.fit.rules.sharding("rows", size, ("batch", *[None] * (len(size) - 1)))
         return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
 
-    caches = {}
-    for kind in dict.fromkeys(config.layer_kinds):
-        room = room_of(config, kind, shape.length, shape.chunk)
-        lead, names = (config.layer_kinds.count(kind), shape.slots, heads), (None, "batch", "kv_heads")
-        keys = array((*lead, config.head_dim, room), dtype, *names)
-        values = array((*lead, room, config.head_dim), dtype, *names)
-        scales = [array((*lead, room), jnp.float32, *names) for _ in range(2 if shape.cache == "int8" else 0)]
-        caches[kind] = SlotCache(keys, values, *scales)  # type: ignore[arg-type]
-    if apart:
-        caches = abstract_unstacked(caches)
-    return {"caches": caches, "tokens": array((shape.slots,), jnp.int32, "batch")}
+    def _of_rows(self, count: int, *, draws: bool, **more: jax.ShapeDtypeStruct) -> Rows:
+        numbers, floats = self._array(jnp.int32, count), self._array(jnp.float32, count)
+        rows: Rows = {"lengths": numbers, "ends": dict.fromkeys(self.kinds, numbers), **more}
+        if self.shape.adapters:
+            rows["adapters"] = numbers
+        if draws:
+            words = self._array(jnp.uint32, count, -(-self.vocabulary // 32))
+            of_each = (floats, self._array(jnp.uint32, count), numbers, numbers, floats, words)
+            rows["draws"] = Draws(*of_each)  # type: ignore[arg-type]
+        return rows
 
+    def rows(self, *, draws: bool) -> Rows:
+        """Describe the inputs of `decode`, or of `decode_sampled` with settings of draws: a row for each slot."""
+        return self._of_rows(self.shape.slots, draws=draws, active=self._array(jnp.int32, self.shape.slots))
 
-def _row_array(place: Fit, size: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    sharding = place.rules.sharding("rows", size, ("batch", *[None] * (len(size) - 1)))
-    return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+    def prompts(self) -> Rows:
+        """Describe the inputs of `prefill`, a row for each group of devices: a chunk of one of its slots' prompts."""
+        count = self.fit.layout.batch_shards
+        numbers = dict.fromkeys(("slots", "counts", "last"), self._array(jnp.int32, count))
+        return self._of_rows(count, draws=True, tokens=self._array(jnp.int32, count, self.shape.chunk), **numbers)
 
+    def function(
+        self,
+        name: str,
+        local: Callable[..., tuple[State, DrawnTokens]],
+        arguments: tuple[Tree, State, Rows],
+        options: Mapping[str, str],
+    ) -> Function:
+        """Return a function of all devices, of what each computes; `options` are the compiler's, besides."""
+        row = self._array(jnp.int32, self.fit.layout.batch_shards).sharding
+        drawn = DrawnTokens(*([row] * (4 if "draws" in arguments[2] else 2)))
+        out = shardings_of(arguments[1]), drawn
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+        mapped = on_every_device(local, self.fit.mesh, specs, jax.tree.map(lambda sharding: sharding.spec, out))
 
-def _draws(config: ModelConfig, rows: int, place: Fit, *, filters: bool) -> Draws:
-    array = functools.partial(_row_array, place)
-    filtering = (((rows,), jnp.int32), ((rows,), jnp.float32), ((rows, -(-config.vocab_size // 32)), jnp.uint32))
-    always = ((rows,), jnp.float32), ((rows,), jnp.uint32), ((rows,), jnp.int32)
-    return Draws(*(array(*one) for one in (*always, *(filtering if filters else ()))))  # type: ignore[arg-type]
+        def function(params: Tree, state: State, rows: Rows) -> tuple[State, DrawnTokens]:
+            return mapped(params, state, rows)
 
-
-def _rows(config: ModelConfig, shape: ServerShape, place: Fit) -> dict[str, Any]:
-    """Describe the inputs of `decode`, a row for each slot."""
-    numbers = _row_array(place, (shape.slots,), jnp.int32)
-    rows = {
-        "lengths": numbers,
-        "ends": dict.fromkeys(config.layer_kinds, numbers),
-        "active": numbers,
-        "draws": _draws(config, shape.slots, place, filters=False),
-    }
-    return rows | ({"adapters": numbers} if shape.adapters else {})
-
-
-def _prompts(config: ModelConfig, shape: ServerShape, place: Fit) -> dict[str, Any]:
-    """Describe the inputs of `prefill`, a row for each group of devices: a chunk of one of its slots' prompts."""
-    count = place.layout.batch_shards
-    numbers = _row_array(place, (count,), jnp.int32)
-    rows = {
-        "tokens": _row_array(place, (count, shape.chunk), jnp.int32),
-        "slots": numbers,
-        "lengths": numbers,
-        "ends": dict.fromkeys(config.layer_kinds, numbers),
-        "counts": numbers,
-        "last": numbers,
-        "draws": _draws(config, count, place, filters=True),
-    }
-    return rows | ({"adapters": numbers} if shape.adapters else {})
-
-
-def _function(
-    name: str, local: Callable[..., tuple[State, DrawnTokens]], place: Fit, arguments: tuple[Any, ...], filters: bool
-) -> Function:
-    row = place.rules.sharding("rows", (place.layout.batch_shards,), ("batch",))
-    drawn = DrawnTokens(row, row, *([row, row] if filters else []))  # type: ignore[arg-type]
-    out = shardings_of(arguments[1]), drawn
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
-    mapped = on_every_device(local, place.mesh, specs, jax.tree.map(lambda sharding: sharding.spec, out))
-
-    def function(params: Tree, state: State, rows: Mapping[str, Any]) -> tuple[State, DrawnTokens]:
-        return mapped(params, state, rows)
-
-    function.__name__ = name
-    jitted = jax.jit(function, in_shardings=shardings_of(arguments), out_shardings=out, donate_argnums=1)
-    return Function(name, jitted, arguments)
+        function.__name__ = name
+        jitted = jax.jit(function, in_shardings=shardings_of(arguments), out_shardings=out, donate_argnums=1)
+        return Function(name, jitted, arguments, options)
 
 
 @dataclass(frozen=True)
@@ -262,10 +296,10 @@ class Local:
     """The functions on one device: its slots, and its part of every weight."""
 
     fit: Fit
-    graphdef: nnx.GraphDef[Transformer]
+    graphdef: nnx.GraphDef[SlotModel]
     shape: ServerShape
 
-    def prefill(self, params: Tree, state: State, prompts: Mapping[str, Any]) -> tuple[State, DrawnTokens]:
+    def prefill(self, params: Tree, state: State, prompts: Rows) -> tuple[State, DrawnTokens]:
         """Add a chunk of a prompt to one of this device's slots; where it is the last, draw the answer's first token.
 
         A row of `prompts`: `tokens`, of which the first `counts` are meant (0: nothing is done), continue slot `slots`,
@@ -281,20 +315,20 @@ class Local:
         mine = (places == slot) & (prompts["last"][0] > 0) & (count > 0)
         return {"caches": caches, "tokens": jnp.where(mine, drawn.token_B[0], tokens)}, drawn
 
-    def decode(self, params: Tree, state: State, rows: Mapping[str, Any]) -> tuple[State, DrawnTokens]:
+    def decode(self, params: Tree, state: State, rows: Rows) -> tuple[State, DrawnTokens]:
         """Add each slot's newest token to it, and draw the next; slots that are not `active` stay as they are."""
         tokens, active = state["tokens"], rows["active"] > 0
         with self.fit.tracing():
             slots = Slots(state["caches"], rows["lengths"], rows["ends"])
             x_BSD, caches = self._extended(params, tokens[:, None], slots, ~active, rows)
-            drawn = draw_tokens(self._logits(params, x_BSD), rows["draws"])
+            drawn = draw_tokens(self._logits(params, x_BSD), rows.get("draws"))
         return {"caches": caches, "tokens": jnp.where(active, drawn.token_B, tokens)}, drawn
 
-    def _model(self, params: Tree) -> Transformer:
+    def _model(self, params: Tree) -> SlotModel:
         return nnx.merge(self.graphdef, nnx.State(params))
 
     def _extended(
-        self, params: Tree, tokens_BS: jax.Array, slots: Slots, keep_B: jax.Array, rows: Mapping[str, Any]
+        self, params: Tree, tokens_BS: jax.Array, slots: Slots, keep_B: jax.Array, rows: Rows
     ) -> tuple[jax.Array, dict[LayerKind, SlotCache]]:
         adapters = AdapterInputs(rows_B=rows["adapters"]) if "adapters" in rows else None
         return self._model(params).extend_slots(tokens_BS, slots, keep_B, self.shape.cache, adapters)
@@ -315,16 +349,19 @@ def place_weights(
     recipe, total = server.recipe, len(named(server.abstract_kept))
     numbers = itertools.count(1)
 
-    def place(name: str, like: Any) -> Any:
+    def place(name: str, like: Quantized | jax.ShapeDtypeStruct) -> Tree:
         wide = like.codes if isinstance(like, Quantized) else like
         wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=wide.sharding)
         apart = name.startswith("layers.") and not recipe.train.scan_layers
-        out = shardings_of(abstract_unstacked(like) if apart else like)
+        turns = name in server.turned
+        out = turned_round(like) if turns else like
+        out = shardings_of(abstract_unstacked(out) if apart else out)
         if progress is not None:
             progress("reading weights, arrays", next(numbers), total)
 
-        def keep(weight: jax.Array) -> Any:
-            kept = kept_at(name, weight, recipe)
+        def keep(weight: jax.Array) -> Tree:
+            kept: Tree = kept_at(name, weight, recipe)
+            kept = jnp.swapaxes(kept, -1, -2) if turns else kept
             return unstack(kept) if apart else kept
 
         if ".adapter." not in name:

@@ -62,6 +62,8 @@ class AdapterPlaces:
                 magnitude = arrays[f"{module}.adapter.magnitude"]
                 for layer in range(a.shape[0]):  # one matrix at a time is there in full
                     kernel = jax.tree.map(lambda x: _layer(x, layer), self._kernels[module], is_leaf=_apart)  # noqa: B023
+                    if f"{module}.kernel" in self._server.turned:
+                        kernel = kernel.T
                     factor[layer] = dora_factor(kernel, a[layer], b[layer], magnitude[layer])
         return dict(zip(_PARTS, (a, b, factor)))
 
@@ -75,7 +77,7 @@ class AdapterPlaces:
 
 
 def _filled(banks: Banks, values: Banks, place: jax.Array) -> Banks:
-    def fill(bank: Any, value: jax.Array) -> Any:
+    def fill(bank: jax.Array | Unstacked, value: jax.Array) -> jax.Array | Unstacked:
         if isinstance(bank, Unstacked):
             parts = enumerate(bank.parts)
             return Unstacked(tuple(part.at[place].set(value[i].astype(part.dtype)) for i, part in parts))
@@ -97,7 +99,7 @@ def _owners(tree: Tree, path: str = "") -> list[str]:
     return found
 
 
-def _at(tree: Tree, module: str) -> Any:
+def _at(tree: Tree, module: str) -> Tree:
     for name in module.split("."):
         tree = tree[name]
     return tree
@@ -107,5 +109,5 @@ def _apart(x: object) -> bool:
     return isinstance(x, Unstacked)
 
 
-def _layer(x: Any, layer: int) -> jax.Array:
+def _layer(x: jax.Array | Unstacked, layer: int) -> jax.Array:
     return x.parts[layer] if isinstance(x, Unstacked) else jnp.asarray(x[layer])

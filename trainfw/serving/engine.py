@@ -9,15 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
 
 from trainfw.errors import UserError, did_you_mean, expect
 from trainfw.models import vocabulary_of
-from trainfw.program import Server
-from trainfw.sampling import ALTERNATIVES, DrawnTokens
+from trainfw.program import Rows, Server
+from trainfw.sampling import ALTERNATIVES, DrawnTokens, Draws
 from trainfw.serving.adapters import AdapterPlaces
 from trainfw.serving.requests import Counts, Drawn, FinishReason, Full, Sampling
 from trainfw.weights import Tree
@@ -67,10 +66,9 @@ class SlotAnswer:
             callback()
 
     @property
-    def filters(self) -> bool:
-        """Tell whether a step needs more for it than a draw among all tokens."""
-        sampling = self.sampling
-        return bool(sampling.top_k or sampling.top_p or sampling.logprobs or sampling.constraint)
+    def draws(self) -> bool:
+        """Tell whether a step needs more for it than the likeliest token."""
+        return bool(self.sampling.temperature or self.sampling.logprobs or self.sampling.constraint)
 
 
 @dataclass
@@ -342,7 +340,7 @@ class SlotEngine:
                 rows.append((place, slot, answer))
         if not rows:
             return None
-        name = "decode_filtered" if any(answer.filters for _, _, answer in rows) else "decode"
+        name = "decode_sampled" if any(answer.draws for _, _, answer in rows) else "decode"
         like = self.server.functions[name].arguments[2]
         lengths, active = (np.zeros(len(self._slots), np.int32) for _ in range(2))
         answers: list[SlotAnswer | None] = [None] * len(self._slots)
@@ -356,27 +354,24 @@ class SlotEngine:
         return Step(drawn, rows)
 
     def _row_inputs(
-        self, like: Any, answers: Sequence[SlotAnswer | None], lengths: np.ndarray, counts: Sequence[int]
-    ) -> dict[str, Any]:
+        self, like: Rows, answers: Sequence[SlotAnswer | None], lengths: np.ndarray, counts: Sequence[int]
+    ) -> Rows:
         """Return the inputs that rows of both functions have: settings of the draw, places in the rings, adapters."""
-        words = -(-self.vocabulary // 32)
-        draws = {
-            "temperature_B": np.array([0.0 if a is None else a.sampling.temperature for a in answers]),
-            "seed_B": np.array([0 if a is None else a.seed for a in answers]),
-            "count_B": np.array(counts),
-        }
-        if like["draws"].allowed_BW is not None:
-            draws["top_k_B"] = np.array([0 if a is None else a.sampling.top_k or 0 for a in answers])
-            draws["top_p_B"] = np.array([1.0 if a is None else a.sampling.top_p or 1.0 for a in answers])
-            allowed = np.full((len(answers), words), 2**32 - 1, np.uint32)
+        inputs: Rows = {"ends": {kind: lengths % room for kind, room in self.server.rooms.items()}}
+        if "draws" in like:
+            allowed = np.full((len(answers), -(-self.vocabulary // 32)), 2**32 - 1, np.uint32)
             for row, answer in zip(allowed, answers):
                 if answer is not None and answer.sampling.constraint is not None:
                     row[:] = answer.sampling.constraint.allowed()
-            draws["allowed_BW"] = allowed
-        inputs: dict[str, Any] = {
-            "ends": {kind: lengths % room for kind, room in self.server.rooms.items()},
-            "draws": type(like["draws"])(**draws),
-        }
+            settings = [
+                (0.0, 0, 0, 1.0)
+                if a is None
+                else (a.sampling.temperature, a.seed, a.sampling.top_k or 0, a.sampling.top_p or 1.0)
+                for a in answers
+            ]
+            temperatures, seeds, top_ks, top_ps = map(np.array, zip(*settings))
+            of_each = temperatures, seeds, np.array(counts), top_ks, top_ps, allowed
+            inputs["draws"] = Draws(*of_each)  # type: ignore[arg-type]
         if "adapters" in like:
             inputs["adapters"] = np.array([self.server.shape.adapters if a is None else a.place for a in answers])
         return inputs
@@ -414,5 +409,5 @@ class SlotEngine:
         return reason
 
 
-def _placed(rows: Any, like: Any) -> Any:
+def _placed(rows: Rows, like: Rows) -> Rows:
     return jax.tree.map(lambda to, value: jax.device_put(np.asarray(value, to.dtype), to.sharding), like, rows)

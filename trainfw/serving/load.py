@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from trainfw.data import Progress, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
-from trainfw.models import ModelConfig
+from trainfw.models import FamilyConfig, family_of
 from trainfw.paths import path_text
 from trainfw.program import ServerShape, build_server, place_weights
 from trainfw.recipe import Recipe, load_recipe
@@ -22,13 +22,13 @@ KeptAs = Literal["float32", "bfloat16", "int8", "nf4"]
 
 
 def serving_recipe(
-    config: ModelConfig,
+    config: FamilyConfig,
     *,
     weights: KeptAs,
     compute_dtype: Literal["float32", "bfloat16"],
     layout: Mapping[str, int] | None = None,
     scan_layers: bool = False,
-    hardware: Mapping[str, Any] | None = None,
+    hardware: Mapping[str, object] | None = None,
 ) -> Recipe:
     """Return the recipe of a server of a model.
 
@@ -89,8 +89,8 @@ def load_engine(
             f"{path}: is a run of an adapter itself; give the model it adapts, {run_recipe(path).model.from_}, and it "
             "among the adapters"
         )
-    base: Any = merge(path) if adapted else open_base(path)
-    if not isinstance(base.config, ModelConfig):
+    base = merge(path) if adapted else open_base(path)
+    if not family_of(base.config).decodes:
         raise UserError(f"{path}: is a model of family {base.config.family!r}; no text can be drawn from it")
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, base.config, tokenizer)
@@ -105,9 +105,10 @@ def load_engine(
     )
     server = build_server(recipe, shape, jax.devices()[:1] if devices is None else devices)
     params = place_weights(server, base.read, progress)
-    engine = SlotEngine(
-        server, params, AdapterPlaces(server, params, base, path) if shape.adapters else None, queue=queue
-    )
+    loader = None
+    if shape.adapters:
+        loader = AdapterPlaces(server, params, open_base(path), path)  # opened again: it is not merged
+    engine = SlotEngine(server, params, loader, queue=queue)
     try:
         for name, at in adapters.items():
             engine.add_adapter(name, os.fspath(at))

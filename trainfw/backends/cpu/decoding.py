@@ -36,6 +36,23 @@ def compiler_options(rows: int) -> dict[str, str]:
     }
 
 
+def turns(rows: int) -> bool:
+    """Tell whether `few_rows` takes weights turned round, (out, in), for so many rows of a step."""
+    return rows > 1
+
+
+def few_rows(x: jax.Array, w_KN: jax.Array) -> jax.Array:
+    """Multiply x (..., in) of a step of one row by a weight (in, out)."""
+    x_RK = x.reshape(-1, x.shape[-1])
+    y_RN = product(x_RK, w_KN) if x_RK.shape[0] == 1 else x_RK @ w_KN
+    return y_RN.reshape(*x.shape[:-1], -1)
+
+
+def few_rows_turned(x: jax.Array, w_NK: jax.Array) -> jax.Array:
+    """Multiply x (..., in) of a step of several rows by a weight (out, in)."""
+    return columns(x.reshape(-1, x.shape[-1]), w_NK).reshape(*x.shape[:-1], -1)
+
+
 def joined(kernels: Sequence[jax.Array], rows: int) -> jax.Array:
     """Join kernels (in, out) of the same inputs, as `product` takes them for so many rows: one product, not several."""
     w_KN = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)

@@ -115,9 +115,11 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
         self.fp8 = False
         """True where the product is of 8 bits."""
+        self.few_rows: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+        """Product for serving, in place of `matmul`, of a kernel in the form that it takes."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = adapted_product(self, matmul, x, fp8=self.fp8)
+        y = adapted_product(self, self.few_rows or matmul, x, fp8=self.fp8)
         if self.bias is not None:
             bias = self.bias[...]
             y = add_bias(y, bias / axis_size("tensor") if self.partial and axis_size("tensor") > 1 else bias)

@@ -16,7 +16,7 @@ from trainfw.models.common.layers import MLP, Embedding, Linear, RMSNorm
 from trainfw.models.common.moe import MoE, MoEStats
 from trainfw.models.common.rope import rope_turns
 from trainfw.models.decoder.config import LayerKind, ModelConfig
-from trainfw.models.decoder.slots import CacheDtype, SlotCache, Slots, slot_cache
+from trainfw.models.decoder.slots import CacheDtype, SlotCache, Slots, abstract_caches, slot_cache
 from trainfw.models.family import ModelOptions
 from trainfw.models.language_model import LanguageModel
 from trainfw.models.layer_stack import (
@@ -154,15 +154,14 @@ class Transformer(LanguageModel):
         )
         return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1], cache.first_B)
 
+    def abstract_caches(self, dtype: CacheDtype, **sizes: int) -> dict[LayerKind, SlotCache]:
+        """See `SlotModel`."""
+        return abstract_caches(self.config, dtype, **sizes)
+
     def extend_slots(
         self, tokens_BS: jax.Array, slots: Slots, keep_B: jax.Array, dtype: CacheDtype, adapters: AdapterInputs | None
     ) -> tuple[jax.Array, dict[LayerKind, SlotCache]]:
-        """(x_BSD after the final norm, the caches with these tokens): the S tokens that follow those of their slots.
-
-        Args:
-            keep_B: rows that leave their slot as it is, bool.
-            dtype: of the caches.
-        """
+        """See `SlotModel`."""
         kinds = self.config.layer_kinds
         places = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
         context = Context(self.turns(slots.lengths_B[:, None] + jnp.arange(tokens_BS.shape[1])), slots=slots)

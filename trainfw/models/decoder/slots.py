@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from trainfw import backends
+from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.scopes import ATTENTION
@@ -109,13 +110,29 @@ def room_of(config: ModelConfig, kind: LayerKind, length: int, chunk: int) -> in
     return -(-longest // chunk) * chunk
 
 
+def abstract_caches(
+    config: ModelConfig, dtype: CacheDtype, *, slots: int, length: int, chunk: int, tensor: int
+) -> dict[LayerKind, SlotCache]:
+    """Describe the caches of all layers by kind, ShapeDtypeStructs, over so many devices along `tensor`.
+
+    Their first dims are layers, slots and heads: where devices share a head, each has it.
+    """
+    heads, caches = max(config.num_kv_heads, tensor), {}
+    for kind in dict.fromkeys(config.layer_kinds):
+        room, lead = room_of(config, kind, length, chunk), (config.layer_kinds.count(kind), slots, heads)
+        keys, values = (*lead, config.head_dim, room), (*lead, room, config.head_dim)
+        shapes = [(keys, dtype), (values, dtype), *([((*lead, room), "float32")] * 2 if dtype == "int8" else [])]
+        caches[kind] = SlotCache(*(jax.ShapeDtypeStruct(*one) for one in shapes))  # type: ignore[arg-type]
+    return caches
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
     """Caches of all layers and how far they are filled, for rows that continue their slots."""
 
     caches: dict[LayerKind, SlotCache]
-    """Of all layers of each kind, or with arrays of their own for each layer (`Unstacked`)."""
+    """Caches of all layers of each kind, or with arrays of their own for each layer (`Unstacked`)."""
     lengths_B: jax.Array
     """Tokens that each row's slot holds, i32."""
     ends_B: dict[LayerKind, jax.Array]
@@ -201,3 +218,25 @@ def _weighed(weights_BKGSR: jax.Array, v_BKRh: jax.Array) -> jax.Array:
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+class SlotModel(Protocol):
+    """A model that serves: it writes text, and keeps what it has read in slots."""
+
+    def abstract_caches(
+        self, dtype: CacheDtype, *, slots: int, length: int, chunk: int, tensor: int
+    ) -> dict[LayerKind, SlotCache]:
+        """Describe the caches (`abstract_caches`)."""
+
+    def extend_slots(
+        self, tokens_BS: jax.Array, slots: Slots, keep_B: jax.Array, dtype: CacheDtype, adapters: AdapterInputs | None
+    ) -> tuple[jax.Array, dict[LayerKind, SlotCache]]:
+        """Return (x_BSD after the final norm, the caches with these tokens): S tokens that follow those of their slots.
+
+        Args:
+            keep_B: rows that leave their slot as it is, bool.
+            dtype: of the caches.
+        """
+
+    def logits(self, x_BSD: jax.Array) -> jax.Array:
+        """logits_BSV, f32, the vocabulary split over `tensor`."""
