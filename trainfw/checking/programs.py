@@ -35,7 +35,7 @@ from trainfw.parallel import physical_order
 from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
 
 if TYPE_CHECKING:
-    from trainfw.program import Program
+    from trainfw.program import Program, Server
 
 Progress = Callable[[str], None]
 _SIMULATE = "Devices can be simulated: trainfw.simulate(devices=64), before jax starts"
@@ -176,9 +176,9 @@ class Reading:
 
 
 def check_program(
-    program: Program, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
+    program: Program | Server, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
-    """Check the functions of a `trainfw.Program` built for devices that stand for `topology`."""
+    """Check the functions of a program or a server built for devices that stand for `topology`."""
     called = [Called(one.name, one.jitted, one.arguments, program.mesh) for one in program.functions.values()]
     return _check(called, topology, sdk or load_sdk(), progress or (lambda _: None))
 

@@ -6,8 +6,20 @@ from typing import Annotated
 
 import typer
 
-from trainfw import backends, checking
-from trainfw.cli.options import Count, Hardware, Overrides, check_page
+from trainfw import backends, checking, serving
+from trainfw.cli.options import (
+    Count,
+    Hardware,
+    Overrides,
+    Serve,
+    ServeCache,
+    ServeLayout,
+    ServeLength,
+    ServeSlots,
+    ServeWeights,
+    check_page,
+)
+from trainfw.cli.serving import build_server_for, check_alone, serving_of, topology_to_serve
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_simulated
 from trainfw.cli.terminal import Clock, say
@@ -23,6 +35,12 @@ def check(
     hardware: Hardware = None,
     count: Count = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
+    serve: Serve = False,
+    layout: ServeLayout = None,
+    slots: ServeSlots = None,
+    length: ServeLength = None,
+    weights: ServeWeights = None,
+    cache: ServeCache = None,
     rules: Annotated[bool, typer.Option("--rules", help="List every rule with its severity and source.")] = False,
     compiler: Annotated[
         bool,
@@ -58,6 +76,14 @@ def check(
         raise UserError("check: expected a RECIPE (or --rules)")
     if not compiler and report_difference is not None:
         raise UserError("--report-difference compares with the compiler: give it with --compiler")
+    of_server = {"--layout": layout, "--slots": slots, "--length": length, "--weights": weights, "--cache": cache}
+    if not serve:
+        check_alone(of_server)
+    elif compiler or overrides:
+        raise UserError("--serve: goes without --compiler, and without keys of a recipe")
+    else:
+        _check_server(serving_of(recipe, of_server), hardware, count, json_)
+        return
     if not 0 < compiler_timeout < float("inf"):
         raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
     check_page("--report-difference", report_difference)
@@ -81,4 +107,14 @@ def check(
         write_text(report_difference, json.dumps(found.difference_report(loaded), indent=2) + "\n")
         say(f"wrote {report_difference}", err=True)
     if not report.ok or (found is not None and not found.passed):
+        raise typer.Exit(1)
+
+
+def _check_server(asked: serving.Serving, hardware: str | None, count: int | None, as_json: bool) -> None:
+    topology = topology_to_serve(hardware, count)
+    with Clock() as progress:
+        server = build_server_for(asked, topology, progress)
+        report = checking.check_program(server, topology=topology, progress=progress)
+    say(json.dumps(report.to_json(), indent=2) if as_json else report)
+    if not report.ok:
         raise typer.Exit(1)

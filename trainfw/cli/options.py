@@ -124,3 +124,26 @@ def check_resume(resume: str) -> None:
     """Raise UserError for what `--resume` does not take."""
     if resume not in ("auto", "never", "must"):
         raise UserError(f"--resume {resume}: expected auto, never or must")
+
+
+Serve = Annotated[bool, typer.Option("--serve", help="Of a server of the model, not a recipe's steps.")]
+ServeLayout = Annotated[
+    str | None,
+    typer.Option("--layout", metavar="AXIS=N,...", help="With --serve: sizes of tensor, expert, fsdp and data."),
+]
+ServeSlots = Annotated[
+    str | None, typer.Option("--slots", metavar="N", help="With --serve: requests at once of each copy (8).")
+]
+ServeLength = Annotated[
+    int | None, typer.Option("--length", min=2, help="With --serve: tokens that a slot holds (4096).")
+]
+ServeWeights = Annotated[
+    str | None, typer.Option("--weights", help="With --serve: bfloat16 (default), float32, int8 or nf4.")
+]
+ServeCache = Annotated[str | None, typer.Option("--cache", help="With --serve: bfloat16 (default), float32 or int8.")]
+
+
+def check_choice(option: str, value: str | None, *choices: str) -> None:
+    """Raise UserError where an option's value is none of its choices."""
+    if value is not None and value not in choices:
+        raise UserError(f"{option} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}")

@@ -58,6 +58,7 @@ from .family import flops_per_token as flops_per_token
 from .family import image_config as image_config
 from .family import limits_of as limits_of
 from .family import load_family as load_family
+from .family import load_presets as load_presets
 from .family import unspread_of as unspread_of
 from .family import vocabulary_of as vocabulary_of
 from .language_model import HeadDims as HeadDims

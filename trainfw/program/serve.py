@@ -101,6 +101,10 @@ class Server:
         return f"Server({self.recipe.name!r}, {self.fit.layout}, {self.shape}, functions: {', '.join(self.functions)})"
 
     @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.fit.mesh
+
+    @property
     def shards(self) -> int:
         """Groups of devices that have slots of their own; each prefills one prompt at a time."""
         return self.fit.layout.batch_shards

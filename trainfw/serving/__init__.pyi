@@ -1,3 +1,6 @@
+from .absent import Serving as Serving
+from .absent import build_absent as build_absent
+from .absent import read_layout as read_layout
 from .engine import SlotEngine as SlotEngine
 from .load import load_engine as load_engine
 from .requests import Answer as Answer

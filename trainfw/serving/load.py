@@ -36,9 +36,12 @@ def serving_recipe(
         weights: what they are kept as.
         layout: sizes of mesh axes, by default `data: 1`.
     """
+    model = config.model_dump(by_alias=True, exclude={"from_"})
+    if model.get("moe") is not None:
+        model["moe"]["dispatch"] = "capacity"  # which drops nothing here, and is what every backend takes
     given = {
         "name": "serve",
-        "model": config.model_dump(by_alias=True, exclude={"from_"}),
+        "model": model,
         "adapter": {"base": weights},
         "data": {"sequence_length": 16},  # of which nothing is read
         "train": {"compute_dtype": compute_dtype, "scan_layers": scan_layers},
