@@ -17,7 +17,7 @@ from tests.helpers import quicker
 from tests.llama import Llama
 from trainfw import UserError
 from trainfw.adapters import AdapterConfig, PatternConfig, adaptable, config_targets, weight_of
-from trainfw.interop import config_from_huggingface, save_gguf, save_gguf_lora
+from trainfw.interop import config_from_huggingface, open_model, save_gguf, save_gguf_lora
 from trainfw.interop.mapping import parameters
 from trainfw.models import abstract_model
 from trainfw.weights import export_model
@@ -79,6 +79,8 @@ def test_logits_are_those_of_peft(base, tmp_path, adapter):
     assert np.abs(logits_of(base / "base.gguf") - expected).max() > 0.1 * np.abs(expected).max()
     difference = np.abs(logits_of(base / "base.gguf", file) - expected).max()
     assert difference < 1e-5 * np.abs(expected).max(), difference
+    with pytest.raises(UserError, match=r"general.type = 'adapter': expected a model's file"):
+        open_model(file)
 
 
 @pytest.mark.parametrize("name", quicker(MODELS, ["mixtral"]))
