@@ -67,6 +67,8 @@ _FUNCTIONS = {
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_free": (None, [c_void_p]),
     "llama_model_free": (None, [c_void_p]),
 }
@@ -86,9 +88,13 @@ def _library() -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file in llama.cpp; closed at the end of a `with`. Attention is in 32 bits, keys and values too."""
+    """A GGUF file in llama.cpp; closed at the end of a `with`. Attention is in 32 bits, keys and values too.
 
-    def __init__(self, file: Path, *, vocab_only: bool = False, length: int = 128):
+    Args:
+        adapter: another file, of a LoRA on it.
+    """
+
+    def __init__(self, file: Path, *, adapter: Path | None = None, vocab_only: bool = False, length: int = 128):
         self._library = _library()
         params = self._library.llama_model_default_params()
         assert (params.vocab_only, params.use_extra_bufts) == (False, True), "not the structure of this version"
@@ -107,6 +113,10 @@ class Llama:
             settings.type_k = settings.type_v = settings.flash_attn_type = 0
             self._context = self._library.llama_init_from_model(self._model, settings)
             assert self._context, "llama.cpp makes no context"
+        if adapter is not None:
+            lora = c_void_p(self._library.llama_adapter_lora_init(self._model, str(adapter).encode()))
+            assert lora, f"llama.cpp does not load {adapter}"  # freed with the model
+            assert self._library.llama_set_adapters_lora(self._context, lora, 1, c_float(1)) == 0
 
     def __enter__(self) -> "Llama":
         return self

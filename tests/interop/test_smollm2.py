@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 import trainfw
 from tests.gguf_files import smollm2_file
 from tests.llama import Llama
+from trainfw.adapters import AdapterConfig
 from trainfw.interop import copy_model, open_model, save_peft
-from trainfw.sampling import generate
+from trainfw.sampling import generate, generate_batch
 from trainfw.weights import export_model, merge_adapter, read_adapter
 
 TEXT = "The capital of France is Paris. The capital of Italy is"
@@ -66,21 +67,31 @@ def test_logits_and_tokens_are_those_of_transformers(model, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.long
-def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
-    """In F16, through `merge` and `export --format gguf`: the tokens of the merged model in Transformers."""
-    from trainfw.adapters import AdapterConfig
-
-    config = AdapterConfig(rank=4, alpha=8.0, targets="attention")
+def write_adapter(directory, model, config, seed=0):
+    """Write a random one of attention, at B = 0.05, in PEFT's form."""
     base = open_model(model)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     arrays = {}
     for part in ("query", "key", "value", "output"):
         L, D, F = base.parameters[f"layers.attention.{part}.kernel"].shape
         name = f"layers.attention.{part}.adapter"
         arrays[f"{name}.lora_a"] = rng.uniform(-(D**-0.5), D**-0.5, (L, D, 4)).astype(np.float32)
         arrays[f"{name}.lora_b"] = np.float32(0.05) * rng.standard_normal((L, 4, F), np.float32)
-    save_peft(tmp_path / "adapter", config, arrays, base.config, str(model))
+    save_peft(directory, config, arrays, base.config, str(model))
+
+
+def greedy_of(llama, prompt, count):
+    """What llama.cpp writes on."""
+    chosen = [int(llama.logits(prompt)[-1].argmax())]
+    while len(chosen) < count:
+        chosen.append(int(llama.logits(chosen[-1:])[-1].argmax()))
+    return chosen
+
+
+@pytest.mark.long
+def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
+    """In F16, through `merge` and `export --format gguf`: the tokens of the merged model in Transformers."""
+    write_adapter(tmp_path / "adapter", model, AdapterConfig(rank=4, alpha=8.0, targets="attention"))
     merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(model))
     export_model(str(tmp_path / "merged"), str(tmp_path / "merged.gguf"), format="gguf")
     merged, tokenizer = trainfw.load_model(tmp_path / "merged")
@@ -89,9 +100,25 @@ def test_a_merged_adapter_is_the_same_in_llama_cpp(model, tmp_path):
     assert tokens != greedy(reference(model), prompt, 32)
     assert list(generate(merged, prompt, max_tokens=32, temperature=0.0)) == tokens
     with Llama(tmp_path / "merged.gguf") as llama:
-        row = llama.logits(prompt)[-1]
-        chosen = [int(row.argmax())]
-        while len(chosen) < 32:
-            chosen.append(int(llama.logits(chosen[-1:])[-1].argmax()))
-    assert chosen == tokens
-    assert read_adapter(str(tmp_path / "adapter"), base.config).config.rank == 4
+        assert greedy_of(llama, prompt, 32) == tokens
+    assert read_adapter(str(tmp_path / "adapter"), open_model(model).config).config.rank == 4
+
+
+@pytest.mark.long
+def test_adapters_beside_their_base_are_the_same_in_llama_cpp(model, tmp_path):
+    """A LoRA and an rsLoRA in one batch here, each beside one base there: other tokens than the base's, and alike."""
+    export_model(str(model), str(tmp_path / "base.gguf"), format="gguf", dtype="float32")
+    paths = {kind: str(tmp_path / kind) for kind in ("lora", "rslora")}
+    for seed, (kind, path) in enumerate(paths.items()):
+        alpha = 8.0 if kind == "lora" else 4.0  # the same scale, and another draw
+        write_adapter(path, model, AdapterConfig(kind=kind, rank=4, alpha=alpha, targets="attention"), seed)
+        export_model(path, f"{path}.gguf", format="gguf-lora", base=str(model))
+    loaded, tokenizer = trainfw.load_model(model, adapters=paths)
+    prompt = tokenizer.encode(TEXT)
+    rows = generate_batch(loaded, [prompt] * 3, max_tokens=64, temperature=0.0, adapters=[None, *paths])
+    tokens = [list(row) for row in rows]
+    assert all(len(row) == 64 for row in tokens)
+    assert len({tuple(row) for row in tokens}) == 3
+    for row, adapter in zip(tokens, (None, *(tmp_path / f"{kind}.gguf" for kind in paths))):
+        with Llama(tmp_path / "base.gguf", adapter=adapter) as llama:
+            assert greedy_of(llama, prompt, 64) == row

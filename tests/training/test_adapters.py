@@ -258,6 +258,8 @@ def test_what_is_written_stops_where_training_taught_to(tmp_path):
     assert stop_ids(load_tokenizer(run)) == (tokenizer.eos_id, ends)
     said = export_model(run, str(tmp_path / "peft"), format="peft")
     assert f"generate(..., eos_token_id={[tokenizer.eos_id, ends]})" in said
+    said = export_model(run, str(tmp_path / "a.gguf"), format="gguf-lora")
+    assert f"tokens that end a turn here ({[tokenizer.eos_id, ends]}), and llama.cpp reads those" in said
     export_model(str(tmp_path / "merged"), str(tmp_path / "m.gguf"), format="gguf")
     assert set(stop_ids(load_tokenizer(tmp_path / "m.gguf"))) == {tokenizer.eos_id, ends}
     assert read_header(tmp_path / "m.gguf").metadata["tokenizer.ggml.eot_token_id"] == ends

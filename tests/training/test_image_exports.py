@@ -75,7 +75,7 @@ def test_an_exported_run_draws_the_same_in_diffusers(place, base):
     raw = theirs(place / "raw")
     np.testing.assert_allclose(ours(run, weights="raw"), raw, atol=1e-4)
     assert np.abs(raw - expected).max() > 1e-3
-    for kind in ("gguf", "hf", "peft"):
+    for kind in ("gguf", "hf", "peft", "gguf-lora"):
         with pytest.raises(UserError, match=f"format '{kind}'.*is for models of text.*images: diffusers is for these"):
             export_model(str(run), str(place / "no"), format=kind)
 

@@ -20,13 +20,16 @@ def export(
     ] = None,
     step: Step = None,
     which: Which = None,
+    base: Annotated[
+        str | None, typer.Option(help="With gguf-lora: the model it adapts (default: that of the run).")
+    ] = None,
 ) -> None:
-    """Write a model or adapter in a format of other libraries. Of a run, or of any model."""
+    """Write a model or adapter in a format of other libraries. Of a run, any model, or (gguf-lora) a PEFT adapter."""
     backends.prepare()
     if format is not None and format not in get_args(weights.Format):
         raise UserError(f"--format {format}: expected one of {', '.join(get_args(weights.Format))}")
     with cleaning_up() as reporter:
         written = weights.export_model(
-            source, out, format=format, dtype=dtype, step=step, weights=which, progress=reporter.progress
+            source, out, format=format, dtype=dtype, step=step, weights=which, base=base, progress=reporter.progress
         )
     typer.echo(written)

@@ -40,8 +40,8 @@ Devices = Annotated[int | None, typer.Option("--devices", help="Simulate this ma
 Format = Annotated[
     _Format | None,
     typer.Option(
-        help="hf (a Hugging Face directory), gguf (a file), peft (an adapter), diffusers (of images; default: by the "
-        "model, hf or diffusers)."
+        help="hf (a Hugging Face directory), gguf (a file), peft (an adapter), gguf-lora (an adapter, as a file for "
+        "llama.cpp), diffusers (of images; default: by the model, hf or diffusers)."
     ),
 ]
 Nodes = Annotated[int | None, typer.Option(help="Default: the topology's instances.")]

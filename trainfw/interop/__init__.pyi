@@ -17,6 +17,7 @@ from .diffusers.transformer import save_transformer as save_transformer
 from .diffusers.transformer_config import transformer_from_diffusers as transformer_from_diffusers
 from .diffusers.transformer_config import transformer_to_diffusers as transformer_to_diffusers
 from .gguf.config import gguf_config as gguf_config
+from .gguf.lora import save_gguf_lora as save_gguf_lora
 from .gguf.reader import GGUFTensors as GGUFTensors
 from .gguf.writer import save_gguf as save_gguf
 from .gguf.writer import window_note as window_note

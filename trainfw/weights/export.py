@@ -27,6 +27,7 @@ from trainfw.objectives import schedule_of
 from trainfw.unfinished import scratch_directory
 from trainfw.weights.export_images import export_images, is_of_images, reader_of, write_images
 from trainfw.weights.open import (
+    Adapter,
     Base,
     MergedBase,
     Weights,
@@ -40,7 +41,7 @@ from trainfw.weights.open import (
     run_recipe,
 )
 
-Format = Literal["hf", "gguf", "peft", "diffusers"]
+Format = Literal["hf", "gguf", "peft", "gguf-lora", "diffusers"]
 _QUANTIZATIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
@@ -52,17 +53,20 @@ def export_model(
     dtype: str | None = None,
     step: int | None = None,
     weights: Which | None = None,
+    base: str | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Write a run's model or adapter, or any model, and return a line about it.
 
     Args:
         source: a run, or any path that `model.from` takes.
-        out: a new directory; with `gguf`, a new file.
+        out: a new directory; with `gguf` and `gguf-lora`, a new file.
         format: `hf`, a Hugging Face directory; `gguf`, for llama.cpp; `peft`, the adapter of a run that trained one;
-            `diffusers`, a model of images or its adapter, of which it is the default, as `hf` is of others.
+            `gguf-lora`, an adapter that llama.cpp reads beside its base, of a run or in PEFT's form; `diffusers`, a
+            model of images or its adapter, of which it is the default, as `hf` is of others.
         dtype: dtype of the weights; by default the source's, and in GGUF float16. GGUF takes q8_0 as well.
         weights: of a run with `optimizer.ema`, `ema` (the average, by default) or `raw`.
+        base: with `gguf-lora`, the base of the adapter; by default that of the run.
 
     Raises UserError, and writes nothing, where the format has no form for it.
     """
@@ -70,24 +74,28 @@ def export_model(
     if format is not None and images != (format == "diffusers"):
         raise UserError(
             f"format {format!r} (--format): is for models of {'text' if images else 'images'}, and {source} is one of "
-            f"{'images: diffusers is' if images else 'text: hf, gguf and peft are'} for these"
+            f"{'images: diffusers is' if images else 'text: hf, gguf, peft and gguf-lora are'} for these"
         )
+    if base is not None and format != "gguf-lora":
+        raise UserError(f"base {base!r} (--base): goes with format gguf-lora")
     if images:
         return _noted(export_images(source, out, dtype=dtype, step=step, weights=weights), source, weights)
-    if format == "peft":
+    if format in ("peft", "gguf-lora"):
         if dtype not in (None, "float32"):
             raise UserError(f"dtype {dtype!r}: an adapter is written as it is, in float32")
-        return _noted(_export_adapter(source, out, step, weights), source, weights)
+        if format == "peft":
+            return _noted(_export_peft(source, out, step, weights), source, weights)
+        return _noted(_export_gguf_lora(source, out, base, step, weights), source, weights)
 
     def export() -> str:
-        base = open_base(source, step, weights)
-        check_tokenizer(source, base.config)
+        opened = open_base(source, step, weights)
+        check_tokenizer(source, opened.config)
         if format == "gguf":
-            return _write_gguf(base, source, out, dtype)
-        if isinstance(base, interop.ModelSource):
-            companions = functools.partial(_Beside(source, base).write, trained=False)
-            return interop.copy_model(base, out, dtype=dtype, companions=companions, progress=progress)
-        return write_model(base, source, out, dtype, progress)
+            return _write_gguf(opened, source, out, dtype)
+        if isinstance(opened, interop.ModelSource):
+            companions = functools.partial(_Beside(source, opened).write, trained=False)
+            return interop.copy_model(opened, out, dtype=dtype, companions=companions, progress=progress)
+        return write_model(opened, source, out, dtype, progress)
 
     return _noted(taking_the_next(export, step), source, weights)
 
@@ -129,7 +137,7 @@ def _noted(written: str, source: str, weights: Which | None) -> str:
     return f"{written}\nnote: {note}" if note else written
 
 
-def _export_adapter(source: str, out: str, step: int | None, weights: Which | None) -> str:
+def _export_peft(source: str, out: str, step: int | None, weights: Which | None) -> str:
     if interop.is_peft(source):
         raise UserError(f"{source}: is in PEFT's form already")
     if not is_run(source):
@@ -138,17 +146,50 @@ def _export_adapter(source: str, out: str, step: int | None, weights: Which | No
     adapter = read_adapter(source, recipe.model, step, weights)
     model = interop.decoder_config(recipe.model, source)
     interop.save_peft(out, adapter.config, adapter.arrays, model, recipe.model.from_)
-    count = sum(array.size for array in adapter.arrays.values())
-    written = f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
-    written += _kept_elsewhere(source, adapter.config)
-    stops, base = stop_ids(load_tokenizer(source)), recipe.model.from_
-    tokenizer = _tokenizer(base) if base is not None and not is_run(base) else None
-    if tokenizer is not None and not set(stops) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
-        written += (
-            f"\nnote: {base} does not stop generation at all tokens that end a turn here; in Transformers, "
-            f"generate(..., eos_token_id={list(stops)})"
-        )
+    written = _written_adapter(out, adapter) + _kept_elsewhere(source, adapter.config)
+    if unstopped := _unstopped(source):
+        written += f"{unstopped}; in Transformers, generate(..., eos_token_id={_stops(source)})"
     return written
+
+
+def _export_gguf_lora(source: str, out: str, base: str | None, step: int | None, weights: Which | None) -> str:
+    if Path(out).exists():
+        raise UserError(f"{out}: exists; nothing is overwritten, choose another path")
+    of_run = is_run(source)
+    if not of_run and not interop.is_peft(source):
+        raise UserError(f"{source}: is no adapter for llama.cpp: expected a run of one, or a directory in PEFT's form")
+    if base is None and not of_run:
+        raise UserError(f"{source}: its form does not hold its base; name one with base (--base)")
+    opened = None if base is None else open_base(base)
+    model = run_recipe(source).model if opened is None else opened.config
+    adapter = read_adapter(source, model, step, weights)
+    if opened is not None and base is not None:
+        adapter.check_base(opened, base)
+    interop.save_gguf_lora(out, adapter.config, adapter.arrays, interop.decoder_config(model, source))
+    written = _written_adapter(out, adapter)
+    if adapter.config.base in ("int8", "nf4"):
+        written += f"\nnote: trained on the base in {adapter.config.base}, and llama.cpp adds it to the base as that is"
+    if of_run and (unstopped := _unstopped(source)):
+        written += f"{unstopped} ({_stops(source)}), and llama.cpp reads those in the base's file"
+    return written
+
+
+def _written_adapter(out: str, adapter: Adapter) -> str:
+    count = sum(array.size for array in adapter.arrays.values())
+    return f"{out}: {adapter.config.kind}, {count:,} parameters, float32, {4 * count / 1e6:.1f} MB"
+
+
+def _stops(run: str) -> list[int]:
+    return list(stop_ids(load_tokenizer(run)))
+
+
+def _unstopped(run: str) -> str:
+    """Return the start of a note where generation with the base alone goes on after what ends a turn here."""
+    base = run_recipe(run).model.from_
+    tokenizer = _tokenizer(base) if base is not None and not is_run(base) else None
+    if tokenizer is None or set(_stops(run)) <= set(tokenizer.stop_ids or (tokenizer.eos_id,)):
+        return ""
+    return f"\nnote: {base} does not stop generation at all tokens that end a turn here"
 
 
 def write_model(

@@ -36,6 +36,8 @@ def gguf_config(file: Path | str) -> dict[str, Any]:
     makes no sense.
     """
     header = read_header(file)
+    if (kind := header.get("general.type", str, "model")) != "model":
+        raise UserError(f"{header.file}: general.type = {short(kind)}: expected a model's file")
     if unread := _unread_keys(header):
         warnings.warn(f"{header.file}: not read: {', '.join(unread)[:400]}", stacklevel=1)  # once, whoever reads it
     stored, divisors = header.tensors.get(tensor_names.ROPE_FREQS), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -29,7 +29,7 @@ CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class _Write:
+class Write:
     """One tensor of the file, and the checkpoint's tensors that it is made of."""
 
     stored: StoredTensor
@@ -63,11 +63,41 @@ def save_gguf(
     file, tokenizer_dir = Path(file), Path(tokenizer_dir)
     if quantization not in get_args(Quantization):
         raise UserError(f"quantization = {quantization!r}{did_you_mean(quantization, get_args(Quantization))}")
-    gguf = gguf_library()
+    laid_out = lay_out(file, huggingface, tensors, quantization)
+    metadata = laid_out.metadata | {"general.file_type": _FILE_TYPES[quantization]}
+    metadata |= tokenizer_metadata(tokenizer_dir, laid_out.config.vocab_size)
+    for role, ggml_role in TOKEN_ROLES.items():
+        if type(id_ := huggingface.get(f"{role}_token_id")) is int:
+            metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
+    written: list[tuple[StoredTensor, Iterable[np.ndarray]]]
+    written = [(write.stored, _values(write, tensors)) for write in laid_out.writes]
+    if laid_out.divisors is not None:
+        written.append((_divisors_stored(laid_out.divisors), [laid_out.divisors]))
+    write_file(file, laid_out.architecture, metadata, written)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A model as a GGUF file holds it, but for its tokenizer."""
+
+    architecture: str
+    config: ModelConfig
+    metadata: dict[str, object]
+    writes: list[Write]
+    divisors: np.ndarray | None
+    """Values of `tensor_names.ROPE_FREQS`; None for models that have no such tensor."""
+
+
+def lay_out(file: Path, huggingface: Mapping[str, object], tensors: Tensors, quantization: str) -> LaidOut:
+    """Lay out a model's file (see `save_gguf`) without reading a tensor.
+
+    Raises UserError for a model that llama.cpp would run as another one, and for tensors that are missing or of another
+    shape.
+    """
     families = {family: name for name, each in tensor_names.ARCHITECTURES.items() for family in each.families}
-    family = huggingface.get("model_type", "")
+    family = str(huggingface.get("model_type", ""))
     if family not in families:
-        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(str(family), families)}")
+        raise UserError(f"model_type {family!r} has no GGUF architecture here{one_of(family, families)}")
     name = families[family]
     config = config_from_huggingface(huggingface)
     if config.num_kv_heads != config.num_heads and not tensor_names.ARCHITECTURES[name].grouped_heads:
@@ -77,32 +107,43 @@ def save_gguf(
         )
     divisors = _divisors(config)
     writes = _writes(tensor_names.rows_of(name, family), config, tensors, quantization)
-    if divisors is not None:
-        factors = _stored(tensor_names.ROPE_FREQS, divisors.shape, "F32")
-        writes.append(_Write(factors, tensor_names.Row(tensor_names.ROPE_FREQS, ""), ()))
-    metadata = _metadata(name, huggingface["model_type"], config)
     title = str(huggingface.get("_name_or_path") or file.stem)
     if family == "mistral" and "mistral" not in title.lower():
         title = f"mistral {title}"  # it has Llama's architecture in llama.cpp: only this name tells them apart
-    metadata |= {"general.name": title, "general.file_type": _FILE_TYPES[quantization]}
-    metadata |= tokenizer_metadata(tokenizer_dir, config.vocab_size)
-    for role, ggml_role in TOKEN_ROLES.items():
-        if type(id_ := huggingface.get(f"{role}_token_id")) is int:
-            metadata.setdefault(f"tokenizer.ggml.{ggml_role}_token_id", id_)
+    metadata = _metadata(name, family, config) | {"general.name": title}
     # llama.cpp would run the model that the file is read back as.
     stored = {write.stored.name: write.stored for write in writes}
+    if divisors is not None:
+        stored[tensor_names.ROPE_FREQS] = _divisors_stored(divisors)
     header = Header(file, {**metadata, "general.architecture": name}, stored)
     _check_same(name, config, config_from_huggingface(config_of(header, divisors)))
+    return LaidOut(name, config, metadata, writes, divisors)
+
+
+def write_file(
+    file: Path,
+    architecture: str,
+    metadata: Mapping[str, object],
+    tensors: Sequence[tuple[StoredTensor, Iterable[np.ndarray]]],
+) -> None:
+    """Write a GGUF file, which gets its name only when it is complete.
+
+    Args:
+        tensors: each, and its values in order, in parts of whole rows, f32.
+
+    Raises UserError for values that are not finite or beyond the range of the tensor's format.
+    """
+    gguf = gguf_library()
     with writing(file) as partial:
-        writer = gguf.GGUFWriter(partial, name)
+        writer = gguf.GGUFWriter(partial, architecture)
         for key, value in metadata.items():
             # llama.cpp reads whole numbers as UINT32, and the library would write INT32.
             kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
             if value != []:  # which the format does not have
                 writer.add_key_value(key, value, kind)
-        for each in stored.values():
-            kind = gguf.GGMLQuantizationType[each.type]
-            writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), each.nbytes, raw_dtype=kind)
+        for stored, _ in tensors:
+            kind = gguf.GGMLQuantizationType[stored.type]
+            writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float32), stored.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -111,12 +152,9 @@ def save_gguf(
         with partial.open("ab") as out:
             out.seek(0, os.SEEK_END)
             _pad(out, alignment)
-            for write in writes:
-                if divisors is not None and write.stored.name == tensor_names.ROPE_FREQS:
-                    out.write(divisors.astype("<f4").tobytes())
-                else:
-                    for values in _values(write, tensors):
-                        out.write(_encode(values, write.stored))
+            for stored, parts in tensors:
+                for values in parts:
+                    out.write(_encode(values, stored))
                 _pad(out, alignment)
 
 
@@ -150,7 +188,11 @@ def _divisors(config: ModelConfig) -> np.ndarray | None:
     return tensor_names.llama3_divisors(config.head_dim, config.rope_theta, *fields)
 
 
-def _writes(rows: Sequence[tensor_names.Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[_Write]:
+def _divisors_stored(divisors: np.ndarray) -> StoredTensor:
+    return stored_tensor(tensor_names.ROPE_FREQS, divisors.shape, "F32")
+
+
+def _writes(rows: Sequence[tensor_names.Row], config: ModelConfig, tensors: Tensors, quantization: str) -> list[Write]:
     """List the file's tensors in order. Raises UserError where the checkpoint has other names or shapes."""
     heads: dict[str | None, int | None] = {"query": config.num_heads, "key": config.num_kv_heads, None: None}
     num_experts = 0 if config.moe is None else config.moe.num_experts
@@ -173,18 +215,17 @@ def _writes(rows: Sequence[tensor_names.Row], config: ModelConfig, tensors: Tens
             whole = (len(sources), *shape) if "{expert}" in row.huggingface else shape
             vector = len(whole) == 1 or "ffn_gate_inp" in row.gguf
             kind = "F32" if vector else "F16" if quantization == "Q8_0" and whole[-1] % 32 else quantization
-            stored = _stored(row.gguf.format(layer=layer), whole, kind)
-            writes.append(_Write(stored, row, sources, num_heads))
+            stored = stored_tensor(row.gguf.format(layer=layer), whole, kind)
+            writes.append(Write(stored, row, sources, num_heads))
             used.update(sources)
     if extra := {name for name in set(tensors.infos) - used if not name.endswith("rotary_emb.inv_freq")}:
         raise UserError(f"checkpoint: a GGUF file has no place for tensor {sorted(extra)[0]}")
     return writes
 
 
-def _stored(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+def stored_tensor(name: str, shape: tuple[int, ...], kind: str) -> StoredTensor:
+    gguf = gguf_library()
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return StoredTensor(name, shape, kind, 0, math.prod(shape) // block * nbytes)
 
 
@@ -199,7 +240,7 @@ def _check_same(name: str, config: ModelConfig, read: ModelConfig) -> None:
             raise UserError(f"llama.cpp cannot run this model: in architecture {name}, {different}")
 
 
-def _values(write: _Write, tensors: Tensors) -> Iterator[np.ndarray]:
+def _values(write: Write, tensors: Tensors) -> Iterator[np.ndarray]:
     """Yield the values of one tensor of the file in order, as f32 rows, a chunk at a time."""
     for source in write.sources:
         info = tensors.infos[source]
