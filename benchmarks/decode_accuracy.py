@@ -89,7 +89,8 @@ class Row:
         return decoder_quantities(self.config, self.kept, rows=self.rows, tokens=1, attended=self.sequence_length)
 
     def prefill(self) -> Quantities:
-        return decoder_quantities(self.config, self.kept, rows=self.rows, tokens=self.prompt, attended=self.prompt)
+        """Whole prompts at once: they attend to nothing but themselves."""
+        return decoder_quantities(self.config, self.kept, rows=self.rows, tokens=self.prompt, attended=0)
 
     def times(self, topology: Topology) -> tuple[FunctionTime, FunctionTime]:
         """Times of the prompts, and of a token."""

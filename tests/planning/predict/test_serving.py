@@ -23,6 +23,7 @@ from trainfw.planning import (
     decoder_quantities,
     function_time,
     heads_of_core,
+    plan,
     serving_estimate,
 )
 from trainfw.planning.predict.link_time import transfer_seconds
@@ -112,13 +113,29 @@ def test_memory_is_that_of_the_server(tmp_path, moe):
     assert held.slot * rooms / seen == pytest.approx(size(server.abstract_state["caches"]) / 3)
 
 
+@pytest.mark.parametrize(("function", "rows", "tokens"), [("decode", 4, 1), ("prefill", 1, 32)])
+def test_products_and_collectives_are_those_of_the_compiled_functions(tmp_path, function, rows, tokens):
+    recipe = tiny_recipe(tmp_path, "train.compute_dtype=bfloat16", "parallel.tensor=2", "parallel.fsdp=1")
+    server = build_server(recipe, ServerShape(slots=4, length=96, chunk=32), jax.devices()[:2])
+    made = server.functions[function]
+    compiled = plan(made.jitted, *made.arguments, hardware="trn2.48xlarge", mesh=server.fit.mesh)
+    assert isinstance(recipe.model, ModelConfig)
+    found = decoder_quantities(recipe.model, Kept(tensor=2), rows=rows, tokens=tokens, attended=96)
+    assert found.flops["bf16"] == pytest.approx(compiled.flops, rel=1e-9)
+
+    def sent(transfers):
+        return sorted((t.kind, t.axes, t.dtype, t.bytes, t.times) for t in transfers)
+
+    assert sent(found.transfers) == sent(transfer for transfer, _ in compiled.time.transfers)
+
+
 def test_a_token_reads_every_weight_once_and_every_slot():
     config = preset("llama3.1-8b")
     one = decoder_quantities(config, Kept(), rows=8, tokens=1, attended=4096)
     embedding = 128256 * 4096
     assert one.weights["bfloat16"] == pytest.approx(2 * (8.03e9 - embedding), rel=1e-3)
     assert one.cache == pytest.approx(8 * 32 * 4097 * 2 * 8 * 128 * 2, rel=1e-3)
-    assert one.flops["bf16"] == pytest.approx(8 * (2 * (8.03e9 - embedding) + 4 * 32 * 4096 * 4096), rel=1e-3)
+    assert one.flops["bf16"] == pytest.approx(8 * (2 * (8.03e9 - embedding) + 4 * 32 * 4097 * 4096), rel=1e-3)
     narrow = decoder_quantities(config, Kept(weights="int8", tables="bfloat16"), rows=8, tokens=1, attended=4096)
     assert narrow.weights["int8"] == pytest.approx(8.03e9 - 2 * embedding, rel=1e-3)
     split = decoder_quantities(config, Kept(tensor=8, weights="nf4", cache="int8"), rows=8, tokens=1, attended=4096)

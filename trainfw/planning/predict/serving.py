@@ -114,6 +114,8 @@ class Kept:
 
     tensor: int = 1
     expert: int = 1
+    """Cores, or groups of `tensor` cores, that share the experts; all else each has whole. (By its default rules
+    trainfw shares that too, and gathers it in every run: read such a layout from the compiled functions.)"""
     weights: str = "bfloat16"
     """One of `KEPT_BYTES`."""
     tables: str = ""
@@ -159,7 +161,8 @@ def decoder_quantities(
     A token of `decode`: tokens=1 and a row for each of the core's slots. A chunk of `prefill`: tokens=chunk, rows=1.
 
     Args:
-        attended: tokens of a slot that attention reads: its room, where shapes are static; else what it holds.
+        attended: tokens of a slot that attention reads beside the new ones: its room, where shapes are static; else
+            what it holds.
         chunk: tokens that a window is longer in the cache than in the model (`ServerShape.chunk`); default: `tokens`.
 
     Raises UserError for a model that no text can be drawn from.
@@ -181,12 +184,13 @@ def decoder_quantities(
     multiplied = held["layers.kernel"] + held["layers.router"] + held["layers.experts"] * kept.expert * passed
     queries, _ = heads_of_core(shapes, kept.tensor)
     seen = _seen(shapes, attended, chunk or tokens)
+    scored = seen + tokens * layers  # by each token: what its slot holds, and the new tokens
     flops = 2.0 * many * multiplied + 2.0 * rows * vocabulary * width
-    flops += 4.0 * many * seen * queries * shapes.head_dim
+    flops += 4.0 * many * scored * queries * shapes.head_dim
     return Quantities(
         weights=dict(read),
         cache=(rows * seen + many * layers) * _cache_bytes_of_token(shapes, kept),
-        activations=4.0 * many * (_LAYER_PASSES * width * layers + _SCORE_PASSES * queries * seen),
+        activations=4.0 * many * (_LAYER_PASSES * width * layers + _SCORE_PASSES * queries * scored),
         flops={kept.products: flops},
         tokens=many,
         layers=layers,
