@@ -77,8 +77,15 @@ def finish(
     checks: Sequence[Check],
     arguments: argparse.Namespace,
     packages: Sequence[str] = (),
+    *,
+    page: bool = False,
 ) -> int:
-    """Print the result, write it where it was asked for; the exit code. `packages`: what else has a version."""
+    """Print the result, write it where it was asked for; the exit code.
+
+    Args:
+        packages: what else has a version.
+        page: `--save` writes the result as a page of its own, not as data for report.py.
+    """
     result = {
         "benchmark": name,
         "date": str(datetime.date.today()),
@@ -88,11 +95,13 @@ def finish(
         "tables": list(tables),
         "checks": list(checks),
     }
-    print(render(result))
-    files = [arguments.json] if arguments.json else []
-    files += [RESULTS / f"{name}.json"] if arguments.save else []
-    for file in files:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+    print(rendered := render(result))
+    data = json.dumps(result, indent=1) + "\n"
+    files = [(arguments.json, data)] if arguments.json else []
+    if arguments.save:
+        files.append((RESULTS / f"{name}.md", rendered) if page else (RESULTS / f"{name}.json", data))
+    for file, text in files:
+        file.write_text(text)
         say(f"wrote {file}")
     return int(not all(check["ok"] for check in checks))
 

@@ -21,6 +21,7 @@ from trainfw.hardware.figures import Figure, parsed
         ("20 ms", 0.02),
         ("30 d", 30 * 86400),
         ("80 %", 0.8),
+        ("2.32 $/h", 2.32),
         ("47.3%", 0.473),
         (" 16 ", 16),
         (16, 16),
@@ -70,6 +71,10 @@ PUBLISHED = {
         "chip.hbm_size": "144 GiB",
     },
     "inf2.xlarge": {"host_memory": "16 GiB", "chip.hbm_size": "32 GiB"},
+    "inf2.8xlarge": {"host_memory": "128 GiB", "chip.hbm_size": "32 GiB", "price.hourly": "1.96786 $/h"},
+    "inf2.24xlarge": {"host_memory": "384 GiB", "links.neuronlink.bandwidth": "96 GiB/s"},
+    "c7g.16xlarge": {"host_memory": "128 GiB", "chip.hbm_bandwidth": "307.2 GB/s"},  # 8 x 38.4
+    "c8g.24xlarge": {"host_memory": "192 GiB", "chip.hbm_bandwidth": "537.6 GB/s"},  # 12 x 44.8
     "inf2.48xlarge": {"links.neuronlink.bandwidth": "96 GiB/s", "chip.peak_flops.bfloat16": "190 TFLOP/s"},  # 192 / 2
 }
 

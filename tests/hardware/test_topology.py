@@ -57,7 +57,7 @@ def test_totals_are_those_of_the_source(name):
 
 
 def test_every_large_topology_has_totals_of_cores_memory_and_compute():
-    for name in set(NAMES) - {"cpu", "h100-8", "trn2.3xlarge"}:
+    for name in set(NAMES) - {"cpu", "h100-8", "trn2.3xlarge", "c7g.16xlarge", "c8g.24xlarge"}:
         assert {"chips", "cores", "hbm_size", "hbm_bandwidth", "float32"} <= set(_files(name)[0].totals), name
 
 
@@ -107,6 +107,33 @@ def test_inferentia_is_a_ring():
     assert [neighbours(topology, chip) for chip in range(12)] == [{(i - 1) % 12, (i + 1) % 12} for i in range(12)]
     assert len(list(topology.links())) == 12
     assert not list(load_topology("inf2.xlarge").links())
+
+
+def test_half_of_it_is_a_chain():
+    topology = load_topology("inf2.24xlarge")
+    assert [neighbours(topology, chip) for chip in range(6)] == [{i - 1, i + 1} & set(range(6)) for i in range(6)]
+    assert len(list(topology.links())) == 5
+
+
+def test_a_price_is_of_one_unit_alone():
+    """What a topology extends has its own price; and where no dated source gives one, there is none."""
+    assert load_topology("trn1.32xlarge").dollars_per_hour == 21.5
+    assert load_topology("trn1n.32xlarge").dollars_per_hour == 24.78
+    assert load_topology("trn1.32xlarge", count=4).dollars_per_hour == 86
+    assert load_topology("inf2.xlarge", parameters={"price.hourly": "1.5 $/h"}).dollars_per_hour == 1.5
+    for name in ("trn2.48xlarge", "trn2-ultraserver", "c8g.24xlarge", "cpu"):
+        assert load_topology(name).dollars_per_hour is None, name
+        assert load_topology(name).price is None, name
+    for name in NAMES:
+        if (price := load_topology(name).price) is not None:
+            assert re.fullmatch(r"20\d\d-\d\d-\d\d", price.date), name
+            assert "us-east-1" in price.terms, name
+
+
+def test_a_cpu_alone_has_no_peak():
+    """JAX calls every CPU `cpu`: whose peak holds, nobody knows."""
+    assert peak_flops("cpu", "float32") is None
+    assert peak_flops("NC_v2", "bfloat16") == 95e12  # of Inferentia2 and of Trainium1
 
 
 def test_ultraserver_is_four_tori_joined_in_rings():

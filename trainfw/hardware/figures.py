@@ -15,10 +15,11 @@ _UNITS = {
     "bytes/s": {"GB/s": 1e9, "GiB/s": 2.0**30, "TB/s": 1e12, "Gbit/s": 1e9 / 8},
     "FLOP/s": {"TFLOP/s": 1e12, "PFLOP/s": 1e15},
     "seconds": {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
+    "dollars an hour": {"$/h": 1.0},
 }
 """Units and their scales, by dimension."""
 _SCALES = {unit: (dimension, scale) for dimension, units in _UNITS.items() for unit, scale in units.items()}
-_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%]*)\s*")
+_QUANTITY = re.compile(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)\s*([A-Za-z/%$]*)\s*")
 
 
 def units(of: str) -> str:
@@ -27,8 +28,9 @@ def units(of: str) -> str:
 
 
 def parsed(text: object) -> tuple[float, str]:
-    """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"` or a plain number:
-    (the quantity in SI base units and bytes, its dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`, `a plain number`).
+    """Parse `"96 GiB"`, `"2.9 TB/s"`, `"200 Gbit/s"` (as bytes/s), `"15 us"`, `"4 h"`, `"80 %"`, `"2.32 $/h"` or a
+    plain number: (the quantity in SI base units and bytes, its dimension: `bytes`, `bytes/s`, `FLOP/s`, `seconds`,
+    `dollars an hour`, `a plain number`).
 
     Raises ValueError for anything else.
     """
@@ -117,5 +119,6 @@ Size = Annotated[Figure, _of("bytes")]
 Rate = Annotated[Figure, _of("bytes/s")]
 Flops = Annotated[Figure, _of("FLOP/s")]
 Seconds = Annotated[Figure, _of("seconds")]
+Price = Annotated[Figure, _of("dollars an hour")]
 Number = Annotated[Figure, _of("a plain number")]
 Share = Annotated[Number, AfterValidator(_is_a_share)]

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from trainfw.config import Config, PositiveInt, invalid
 from trainfw.errors import did_you_mean
-from trainfw.hardware.figures import Figure, Flops, Number, Rate, Seconds, Share, Size
+from trainfw.hardware.figures import Figure, Flops, Number, Price, Rate, Seconds, Share, Size
 
 
 class LinkFile(Config):
@@ -86,6 +86,17 @@ def _check_rising(sizes: list[PositiveInt]) -> None:
         invalid("sizes", f"{sizes}: expected two or more, each larger than the one before")
 
 
+class ServingFile(Config):
+    """Shares and times that a model reaches on a chip as it writes tokens, fitted on published runs."""
+
+    weights_efficiency: Share
+    """Share of the bandwidth of memory at which weights are read."""
+    memory_efficiency: Share
+    """Share of it that all other reads and writes reach: the cache's, scattered by slot and head, and activations'."""
+    layer_time: Seconds
+    """Fixed time of a layer: of starting its operations and its collectives, or of threads that wait for each other."""
+
+
 class ChipFile(Config):
     """One kind of chip (`chips/<name>.yaml`). Figures are of the whole chip."""
 
@@ -120,6 +131,8 @@ class ChipFile(Config):
     """Cores that only orchestrate collectives."""
     core_overhead: Size | None = None
     """Device memory that the runtime takes for itself on every physical core."""
+    serving: ServingFile | None = None
+    """Left out, memory is read at all of its bandwidth and a layer costs nothing more: times are lower bounds."""
     on_chip: LinkFile | None = None
     """Link between the cores of the chip, which share the bandwidth. Left out, the chip is one core."""
 
@@ -175,6 +188,16 @@ class StorageFile(Config):
     """Bandwidth from the memory of one chip to that of its host."""
 
 
+class PriceFile(Config):
+    """Price of one unit."""
+
+    hourly: Price
+    terms: str
+    """Terms it is for, with the region: `on demand, Linux, us-east-1`."""
+    date: str
+    """Day on which it was the price, year first."""
+
+
 class KubernetesFile(Config):
     """Names and resources of nodes of this kind in Kubernetes."""
 
@@ -215,6 +238,8 @@ class TopologyFile(Config):
     reliability: ReliabilityFile
     """Figures that are left out, here and in `storage`, are those of cluster.yaml."""
     storage: StorageFile
+    price: PriceFile | None = None
+    """Left out where no dated source gives it; what `extends` takes over leaves it out, for it is of one unit alone."""
     kubernetes: KubernetesFile | None = None
     """Names in Kubernetes. Left out where no document says."""
     totals: dict[str, Figure] = {}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware.figures import Figure, parsed, units
-from trainfw.hardware.schema import ChipFile, GroupsFile, KubernetesFile, LinkFile, SplitFile, TopologyFile
+from trainfw.hardware.schema import ChipFile, GroupsFile, KubernetesFile, LinkFile, PriceFile, SplitFile, TopologyFile
 
 MAX_COUNT = 2**20
 """Units of a topology: far more than anyone can rent, and still quick to plan for."""
@@ -88,6 +88,8 @@ class Topology:
     sources: tuple[str, ...]
     kubernetes: KubernetesFile | None = None
     """Names in Kubernetes; None where no document says."""
+    price: PriceFile | None = None
+    """Price of one unit; None where no dated source gives it."""
 
     @property
     def in_words(self) -> str:
@@ -121,6 +123,12 @@ class Topology:
     @property
     def device_kinds(self) -> tuple[str, ...]:
         return tuple(self.chip.device_kinds[self.lnc])
+
+    @property
+    def dollars_per_hour(self) -> float | None:
+        """Return the price of all units, or None where no dated source gives it (never a guess)."""
+        figure = self.figures.get("price.hourly")
+        return None if figure is None else figure.number * self.count
 
     @property
     def is_cpu(self) -> bool:
@@ -236,6 +244,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
     if count > 1 and file.network is None:
         raise UserError(f"{count} x {name}: no network joins them; expected count = 1")
     tree = {"chip": chip, "links": file.links, "network": file.network, "host_memory": file.host_memory}
+    tree |= {"price": file.price}
     figures = dict(_figures(tree | {"reliability": file.reliability, "storage": file.storage}))
     for key, value in parameters:
         if key not in figures:
@@ -288,6 +297,7 @@ def _load(name: str, count: int, lnc: int | None, parameters: tuple[tuple[str, s
         figures=figures,
         sources=tuple(file.sources),
         kubernetes=file.kubernetes,
+        price=file.price,
     )
 
 
@@ -341,7 +351,7 @@ def _read_topology(name: str) -> dict[str, Any]:
     if isinstance(extended, str) and not extended.endswith(".yaml") and extended not in topology_names():
         raise UserError(f"topology {name!r}: extends = {extended!r}: unknown{did_you_mean(extended, topology_names())}")
     base = _read_topology(values["extends"]) if "extends" in values else _read(_HERE / "cluster.yaml")
-    merged = base | values
+    merged = {key: value for key, value in base.items() if key != "price"} | values
     for key in ("links", "splits", "reliability", "storage", "kubernetes"):
         if key in base and key in values:
             merged[key] = base[key] | values[key]
@@ -358,9 +368,14 @@ def _figures(tree: Figure | dict[str, Any] | BaseModel, prefix: str = "") -> Ite
 
 @functools.cache
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Return the dense peak of one device in FLOP/s at `dtype`, or None where no source gives it (never a guess)."""
-    for name in topology_names():
-        for lnc, kinds in load_topology(name).chip.device_kinds.items():
-            if device_kind in kinds:
-                return load_topology(name, lnc=lnc).peak_flops(dtype)
-    return None
+    """Return the dense peak of one device in FLOP/s at `dtype`.
+
+    None where no source gives it (never a guess), or several chips are of that kind whose peaks differ, as CPUs are.
+    """
+    peaks = {
+        load_topology(name, lnc=lnc).peak_flops(dtype)
+        for name in topology_names()
+        for lnc, kinds in load_topology(name).chip.device_kinds.items()
+        if device_kind in kinds
+    }
+    return peaks.pop() if len(peaks) == 1 else None

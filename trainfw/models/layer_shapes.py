@@ -60,6 +60,8 @@ class ModelShapes:
     num_kv_heads: int
     head_dim: int
     feed_forwards: tuple[FeedForward, ...]
+    windows: tuple[int | None, ...] = ()
+    """Tokens that each layer's tokens see, of a model that text is drawn from; None: all that came before."""
 
     @property
     def experts(self) -> Experts | None:

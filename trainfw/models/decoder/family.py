@@ -115,6 +115,7 @@ def _shapes(config: ModelConfig) -> ModelShapes:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         feed_forwards=(FeedForward(config.intermediate_size, experts), *([FeedForward(shared)] if shared else ())),
+        windows=tuple(config.sliding_window if kind == "sliding" else None for kind in config.layer_kinds),
     )
 
 

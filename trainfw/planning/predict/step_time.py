@@ -323,10 +323,10 @@ def _matmul_seconds(
         dtype = "bf16"
     figure = topology.figures.get("chip.matmul_efficiency")
     share = 1.0 if figure is None or topology.chip.matmul_rates is not None else figure.number
-    rate = _hlo_peak(topology, dtype) * share * efficiency
+    rate = hlo_peak(topology, dtype) * share * efficiency
     flops = matmul.flops / shape_efficiency(topology, matmul.m, matmul.n, matmul.k, dtype)
     if not fused:
-        return flops / rate, matmul.bytes * matmul.times / _memory_rate(topology)
+        return flops / rate, matmul.bytes * matmul.times / memory_rate(topology)
     return flops * of_fused[matmul.backward] / rate, 0.0
 
 
@@ -347,7 +347,7 @@ def shape_efficiency(topology: Topology, m: int, n: int, k: int, dtype: str = "b
         corners = itertools.product(*(_between(measured.sizes, size) for size in (m, n, k)))
         cube = rates[names[0]]
         rate = math.exp(sum(a * b * c * math.log(cube[x][y][z]) for (x, a), (y, b), (z, c) in corners))
-        return rate / topology.cores_per_chip / _hlo_peak(topology, dtype)
+        return rate / topology.cores_per_chip / hlo_peak(topology, dtype)
     engine = topology.chip.tensor_engine
     if engine is None:
         return 1.0
@@ -371,7 +371,8 @@ def _between(sizes: Sequence[int], size: int) -> tuple[tuple[int, float], tuple[
     return (high - 1, 1 - share), (high, share)
 
 
-def _hlo_peak(topology: Topology, dtype: str) -> float:
+def hlo_peak(topology: Topology, dtype: str) -> float:
+    """Return the dense peak of a core in FLOP/s for a dtype of HLO. Raises UserError where no source gives it."""
     names = _DTYPES.get(dtype, (dtype,))
     return _peak(topology, next((name for name in names if topology.peak_flops(name) is not None), names[-1]))
 
@@ -383,7 +384,8 @@ def _peak(topology: Topology, dtype: str) -> float:
     return peak
 
 
-def _memory_rate(topology: Topology) -> float:
+def memory_rate(topology: Topology) -> float:
+    """Return the bytes/s of a core's memory. Raises UserError where no source gives it."""
     rate = topology.hbm_bandwidth
     if rate is None:
         raise UserError(f"{topology.name}: no source gives the bandwidth of its memory; expected chip.hbm_bandwidth")
@@ -394,7 +396,7 @@ def _elementwise_rate(topology: Topology, array: int) -> float:
     """Bytes/s of one core for kernels whose largest array has `array` bytes, or any number where that is 0."""
     measured = topology.chip.elementwise_rates
     if measured is None:
-        return _memory_rate(topology)
+        return memory_rate(topology)
     corners = _between(measured.sizes, array or measured.sizes[-1])
     return math.exp(sum(share * math.log(measured.rates[i]) for i, share in corners)) / topology.cores_per_chip
 
