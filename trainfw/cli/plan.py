@@ -1,14 +1,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainfw import planning
+from trainfw import planning, serving
 from trainfw import recipe as recipes
-from trainfw.cli.options import Count, Hardware, Overrides, RecipePath, check_page, load_for
+from trainfw.cli.options import (
+    Count,
+    Hardware,
+    Overrides,
+    RecipePath,
+    Serve,
+    ServeCache,
+    ServeLayout,
+    ServeLength,
+    ServeSlots,
+    ServeWeights,
+    check_page,
+    load_for,
+)
+from trainfw.cli.serving import build_server_for, check_alone, serving_of, slot_counts, topology_to_serve
 from trainfw.cli.simulated import build_for, load_simulated
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
@@ -29,7 +44,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Also on so many units of its topology: strong and weak scaling, goodput with failures, spares.",
+            help="Also on so many units of its topology: strong and weak scaling, goodput with failures, spares. With "
+            "--serve: requests a second; how many units they take.",
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew, even what was compiled before.")] = False,
@@ -43,6 +59,14 @@ def plan(
         int | None,
         typer.Option(min=1, max=1000, help="With --function denoise: runs that an image takes (default: 20)."),
     ] = None,
+    serve: Serve = False,
+    layout: ServeLayout = None,
+    slots: ServeSlots = None,
+    length: ServeLength = None,
+    weights: ServeWeights = None,
+    cache: ServeCache = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="With --serve: tokens of a prompt (2048).")] = None,
+    output: Annotated[int | None, typer.Option(min=1, help="With --serve: tokens of an answer (256).")] = None,
     objective: Annotated[
         str, typer.Option(metavar="time|cost|memory", help="With --search: what to make small.")
     ] = "time",
@@ -53,6 +77,18 @@ def plan(
 ) -> None:
     """Predict a recipe's memory, traffic and time on its hardware. That need not be here, and no data is needed."""
     check_page("--html", html)
+    of_server = {"--layout": layout, "--slots": slots, "--length": length, "--weights": weights, "--cache": cache}
+    if not serve:
+        check_alone({**of_server, "--prompt": prompt, "--output": output})
+    else:
+        if overrides or search or html is not None or no_cache or function != "train" or out is not None:
+            raise UserError(
+                "--serve: goes without keys of a recipe, --search, --html, --no-cache, --function and --out"
+            )
+        asked = serving_of(recipe, of_server)
+        topology = topology_to_serve(hardware, count)
+        _plan_server(asked, topology, slot_counts(slots or 8), prompt or 2048, output or 256, scale, json_)
+        return
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
     if search and no_cache:
@@ -87,6 +123,47 @@ def plan(
         further = "" if scaled is None else scaling_section(scaled)
         write_text(html, plan_page(made, planning.whatif(made), further))
         say(f"wrote {html}", err=True)
+
+
+def _plan_server(
+    asked: serving.Serving,
+    topology: Topology,
+    slots: list[int],
+    prompt: int,
+    output: int,
+    scale: str | None,
+    as_json: bool,
+) -> None:
+    rate = None if scale is None else _rate(scale)
+    with Clock() as progress:
+        made = planning.plan_server(
+            lambda count: build_server_for(replace(asked, slots=count), topology, progress),
+            topology,
+            model=asked.model,
+            slots=slots,
+            prompt=prompt,
+            output=output,
+            progress=progress,
+        )
+    fleets = [] if rate is None else [planning.fleet(estimate, rate) for estimate in made.estimates]
+    if as_json:
+        found = [{"units": units, "dollars_per_hour": dollars} for units, dollars in fleets]
+        say(json.dumps(made.to_json() | ({"fleets": found} if fleets else {}), indent=2))
+        return
+    say(made)
+    for estimate, (units, dollars) in zip(made.estimates, fleets):
+        paid = "no price is known" if dollars is None else f"{dollars:,.2f} dollars an hour"
+        say(f"{rate:g} requests/s with {estimate.load.slots:,} slots, 30% left free: {units:,} {topology.name}, {paid}")
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise UserError(f"--scale {text}: expected requests a second, with --serve; more than 0")
+    return rate
 
 
 def _plan_function(recipe: recipes.Recipe, topology: Topology, name: str, steps: int | None, as_json: bool) -> None:

@@ -55,6 +55,7 @@ def topology_to_serve(name: str | None, count: int | None) -> hardware.Topology:
 
 def build_server_for(asked: serving.Serving, topology: hardware.Topology, progress: Callable[[str], None]) -> Server:
     """Build a server on as many simulated devices as the topology has cores. Starts jax."""
-    backends.prepare(topology.cores, as_backend=topology.rules)
-    progress(f"building a server of {asked.model} for {topology.cores} cores")
+    if not backends.started():
+        backends.prepare(topology.cores, as_backend=topology.rules)
+    progress(f"building a server of {asked.model}, {asked.slots:,} slots a copy, for {topology.cores} cores")
     return serving.build_absent(asked, topology)

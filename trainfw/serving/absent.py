@@ -107,7 +107,7 @@ def build_absent(serving: Serving, topology: Topology) -> Server:
     recipe = serving_recipe(
         config,
         weights=serving.weights,
-        compute_dtype="bfloat16",
+        compute_dtype="float32" if topology.is_cpu else "bfloat16",
         layout=layout,
         scan_layers=True,
         hardware={"topology": topology.name, "count": topology.count},

@@ -43,7 +43,7 @@ def serving_recipe(
         "name": "serve",
         "model": model,
         "adapter": {"base": weights},
-        "data": {"sequence_length": 16},  # of which nothing is read
+        "data": {"sequence_length": 16 * (layout or {}).get("tensor", 1)},  # of which nothing is read
         "train": {"compute_dtype": compute_dtype, "scan_layers": scan_layers},
         "parallel": {"fsdp": 1, **(layout or {})},
         "hardware": dict(hardware or {}),

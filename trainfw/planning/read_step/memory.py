@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -246,12 +246,17 @@ def memory_table(program: Program, partitioned: Partitioned) -> MemoryTable:
     )
 
 
-def corrected_temporaries(partitioned: Partitioned) -> int | None:
-    """Bytes of a program's temporaries and results, by its own dtypes; None where the compiler does not say."""
+def corrected_temporaries(partitioned: Partitioned, narrow: Collection[str] = ()) -> int | None:
+    """Bytes of a program's temporaries and results, by its own dtypes; None where the compiler does not say.
+
+    Args:
+        narrow: names of arguments of which the CPU's compiler alone keeps a copy, to widen it; it is left out.
+    """
     analysis = partitioned.compiled.memory_analysis() if partitioned.compiled is not None else None
     if analysis is None:
         return None
-    occupied, peak, *_ = _peak(partitioned, _Known())
+    occupied, peak, _, held = _peak(partitioned, _Known())
+    peak -= sum(value.bytes for value in held if value.op_name.partition("[")[0] in narrow)
     return analysis.temp_size_in_bytes - occupied + peak + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 

@@ -1,0 +1,222 @@
+"""A plan of a server: its own `prefill` and `decode`, compiled for cores that are not there."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trainfw.errors import UserError
+from trainfw.hardware import Topology, duration
+from trainfw.parallel import Layout
+from trainfw.planning.predict.serving import (
+    Kept,
+    Load,
+    Quantities,
+    ServingEstimate,
+    ServingMemory,
+    decoder_quantities,
+    serving_estimate,
+)
+from trainfw.planning.read_step.analysis import read
+from trainfw.planning.read_step.memory import corrected_temporaries
+from trainfw.report import amount
+
+if TYPE_CHECKING:
+    from trainfw.program import Function, Server
+
+HEADROOM = 0.3
+"""Share of a fleet's tokens a second that is left free, by default: requests do not come evenly."""
+
+
+@dataclass(frozen=True, repr=False)
+class ServerPlan:
+    """Predictions for a server, by number of slots."""
+
+    model: str
+    layout: str
+    weights: str
+    cache: str
+    length: int
+    estimates: tuple[ServingEstimate, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain data with stable keys: of `slots` one entry for each number; seconds, bytes and dollars."""
+        topology, load = self.estimates[0].topology, self.estimates[0].load
+        return {
+            "model": self.model,
+            "hardware": {"topology": topology.name, "count": topology.count, "lnc": topology.lnc},
+            "layout": self.layout,
+            "weights": self.weights,
+            "cache": self.cache,
+            "length": self.length,
+            "prompt": load.prompt,
+            "output": load.output,
+            "slots": [estimate.to_json() for estimate in self.estimates],
+            "assumptions": list(self.estimates[0].assumptions),
+        }
+
+    def __repr__(self) -> str:
+        return f"<ServerPlan: {self.model} on {self.estimates[0].topology.in_words}>"
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def plan_server(
+    build: Callable[[int], Server],
+    topology: Topology,
+    *,
+    model: str,
+    slots: list[int],
+    prompt: int,
+    output: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ServerPlan:
+    """Plan servers of a model that differ in their slots.
+
+    Args:
+        build: number of slots of each group of devices -> the server.
+        prompt, output: tokens of a prompt and of its answer.
+
+    Raises UserError where no server has room for them, and where the hardware lacks a figure that this takes.
+    """
+    estimates, first = [], None
+    for count in slots:
+        server = build(count)
+        if prompt + output > server.shape.length:
+            raise UserError(
+                f"--length {server.shape.length:,}: has no room for --prompt {prompt:,} and --output {output:,}; "
+                f"expected {prompt + output:,} at least"
+            )
+        estimates.append(_estimate(server, topology, prompt, output, progress))
+        first = first or server
+    assert first is not None
+    kept = first.recipe.train.compute_dtype if first.recipe.adapter is None else first.recipe.adapter.base
+    return ServerPlan(
+        model=model,
+        layout=str(first.fit.layout),
+        weights=str(kept),
+        cache=first.shape.cache,
+        length=first.shape.length,
+        estimates=tuple(estimates),
+    )
+
+
+def _estimate(
+    server: Server, topology: Topology, prompt: int, output: int, progress: Callable[[str], None]
+) -> ServingEstimate:
+    shape, shards = server.shape, server.shards
+    slots = shape.slots // shards
+    kept = Kept(tensor=server.fit.layout.tensor, expert=server.fit.layout.expert, cache=shape.cache)
+    runs: dict[str, tuple[Quantities, int]] = {}
+    for name, rows, tokens in (("prefill", 1, shape.chunk), ("decode", slots, 1)):
+        progress(f"compiling {name} of {shape.slots:,} slots for {server.mesh.size:,} cores")
+        formula = decoder_quantities(
+            server.recipe.model, kept, rows=rows, tokens=tokens, attended=shape.length, chunk=shape.chunk
+        )
+        runs[name] = _read(server, server.functions[name], formula, topology)
+    (prefill, temporaries), (decode, more) = runs["prefill"], runs["decode"]
+    caches = sum(_bytes_of_core(server.abstract_state["caches"]).values())
+    held = ServingMemory(
+        weights=sum(_bytes_of_core(server.abstract_params).values()),
+        slot=caches / slots,
+        temporaries=max(temporaries, more),
+    )
+    load = Load(slots=shape.slots, prompt=prompt, output=output, chunk=shape.chunk, shards=shards)
+    assert server.fit.placement is not None  # its recipe names the topology
+    made = serving_estimate(prefill, decode, load, held, server.fit.placement)
+    adapter = server.recipe.adapter
+    if adapter is not None and adapter.base in ("int8", "nf4"):
+        widened = f"{adapter.base} weights are widened where they are multiplied, and pass through memory once, as kept"
+        made = replace(made, assumptions=(*made.assumptions, widened))
+    return made
+
+
+def _read(server: Server, function: Function, formula: Quantities, topology: Topology) -> tuple[Quantities, int]:
+    """Return what a core does in one run, and the bytes of its temporaries.
+
+    Products, collectives and weights are those of the compiled function. Caches and all else that passes through memory
+    are counted by formula, as they were where the chip's figures were fitted.
+    """
+    from trainfw.checking import read_function
+
+    reading = read_function(function.jitted, function.arguments, server.mesh, topology)
+    assert reading.partitioned is not None
+    analysis = read(reading.partitioned.module, reading.mesh, Layout())
+    flops: defaultdict[str, float] = defaultdict(float)
+    for matmul in analysis.matmuls:
+        flops[matmul.dtype] += matmul.flops
+    weights = _bytes_of_core(server.abstract_params)
+    if server.recipe.model.model_dump().get("tie_embeddings") is False:  # rows are looked up of it
+        table = server.abstract_params["embedding"]
+        for dtype, size in _bytes_of_core(table).items():
+            weights[dtype] -= size
+    found = replace(formula, weights=dict(weights), flops=dict(flops), transfers=analysis.transfers)
+    return found, corrected_temporaries(reading.partitioned, ("params", "state")) or 0
+
+
+def _bytes_of_core(tree: object) -> defaultdict[str, float]:
+    """Count a core's bytes of arrays that are described with their shardings, by dtype."""
+    import jax
+
+    sizes: defaultdict[str, float] = defaultdict(float)
+    for leaf in jax.tree.leaves(tree):
+        sizes[leaf.dtype.name] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sizes
+
+
+def fleet(
+    estimate: ServingEstimate, requests_per_second: float, headroom: float = HEADROOM
+) -> tuple[int, float | None]:
+    """Return (units of the topology that a load takes, their dollars an hour, None where no price is known).
+
+    Args:
+        requests_per_second: of prompts and answers as in the plan.
+        headroom: share of the tokens a second that is left free.
+    """
+    topology, load = estimate.topology, estimate.load
+    per_unit = estimate.tokens_per_second / topology.count * (1 - headroom)
+    units = max(1, math.ceil(requests_per_second * load.output / per_unit))
+    hourly = topology.dollars_per_hour
+    return units, None if hourly is None else hourly / topology.count * units
+
+
+def _lines(plan: ServerPlan) -> Iterator[str]:
+    first = plan.estimates[0]
+    topology, load = first.topology, first.load
+    yield f"serving {plan.model} on {topology.in_words}: {plan.layout}"
+    yield "A prediction: nothing of it has run on this hardware."
+    yield f"weights {plan.weights}, cache {plan.cache}, slots of {plan.length:,} tokens"
+    yield f"prompts of {load.prompt:,} tokens, answers of {load.output:,}"
+    yield ""
+    groups = load.shards
+    if groups > 1:
+        yield f"slots are those of all {groups:,} groups of cores that have slots of their own"
+    head = f"{'slots':>6}  {'first token':>11}  {'a token':>9}  {'tokens/s':>9}  {'memory':>9}  {'fit':>6}  "
+    yield head + f"{'$/1M tok.':>9}  bound by"
+    for estimate in plan.estimates:
+        fit, dollars = estimate.slots_that_fit, estimate.dollars_per_million_tokens
+        yield (
+            f"{estimate.load.slots:>6,}  {duration(estimate.time_to_first_token_seconds):>11}  "
+            f"{duration(estimate.time_per_token_seconds):>9}  {estimate.tokens_per_second:>9,.4g}  "
+            f"{amount(int(estimate.memory_bytes_per_core), 'B'):>9}  {'?' if fit is None else f'{fit:,}':>6}  "
+            f"{'?' if dollars is None else f'{dollars:,.3g}':>9}  {estimate.bound_by}"
+        )
+    for estimate in plan.estimates:
+        fit = estimate.slots_that_fit
+        if fit is not None and fit < estimate.load.slots:
+            yield f"{estimate.load.slots:,} slots do not fit: {fit:,} do"
+    yield ""
+    yield "memory of a core"
+    held = first.held
+    for label, size in (("weights", held.weights), ("a slot", held.slot), ("temporaries", held.temporaries)):
+        yield f"  {label:12}  {amount(int(size), 'B')}"
+    for name, time in (("a chunk of prefill", first.prefill), ("a token of decode", first.decode)):
+        yield f"{name}: {duration(time.seconds)}"
+        yield "  " + ", ".join(f"{part} {duration(seconds)}" for part, seconds in time.parts.items() if seconds)
+    yield ""
+    yield "assumed"
+    yield from (f"  {text}" for text in first.assumptions)
