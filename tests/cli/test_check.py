@@ -46,7 +46,7 @@ BAD_INPUT = {
     "no recipe": ([], "expected a RECIPE (or --rules)"),
     "no hardware": (
         ["RECIPE"],
-        "hardware.topology = null: nothing to check for; expected one of cpu",
+        "hardware.topology = null: nothing to check for; expected one of c7g.16xlarge, c8g.24xlarge, cpu",
     ),
     "unknown hardware": (["RECIPE", "--hardware", "trn2.48"], "did you mean 'trn2.48xlarge'"),
     "too many cores": (["RECIPE", "--hardware", "trn2-ultraserver", "--count", "9"], "try count=8"),

@@ -36,6 +36,11 @@ def test_one_topology(monkeypatch, capsys):
     assert "\x1b" not in out  # Plain in a pipe.
 
 
+def test_a_price_is_shown_with_its_day(monkeypatch, capsys):
+    assert "$2.32 an hour (on demand, Linux, us-east-1, 2026-09-24)" in run(monkeypatch, capsys, "c7g.16xlarge")[1]
+    assert "an hour" not in run(monkeypatch, capsys, "c8g.24xlarge")[1]
+
+
 def test_layout_and_picture(monkeypatch, capsys, tmp_path):
     file = tmp_path / "topology.svg"
     arguments = ("trn2-ultraserver", "--count", "2", "--layout", "tensor=4,fsdp=-1,data=2", "--svg", str(file))

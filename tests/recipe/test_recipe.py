@@ -259,7 +259,7 @@ HANDED_OVER = {
     "a mesh with a recipe to check": (lambda: trainfw.check("quickstart", mesh=3), "mesh: goes with a function"),
     "no hardware to check for": (
         lambda: trainfw.check("quickstart"),
-        "hardware.topology = null: nothing to check for; expected one of cpu",
+        "hardware.topology = null: nothing to check for; expected one of c7g.16xlarge, c8g.24xlarge, cpu",
     ),
     "more cores than devices to check on": (
         lambda: trainfw.check("quickstart", hardware="trn2.48xlarge"),

@@ -132,6 +132,10 @@ def describe_topology(topology: Topology, *, width: int = WIDTH) -> Iterator[Tex
             yield _row(label, f"{amount(value, unit)} a core, {amount(value * topology.cores, unit)} in all")
     if "host_memory" in topology.figures:
         yield _row("host memory", f"{topology.figures['host_memory'].value}{' each' if topology.count > 1 else ''}")
+    if topology.price is not None:
+        yield _row(
+            "price", f"${topology.dollars_per_hour:,.2f} an hour ({topology.price.terms}, {topology.price.date})"
+        )
     yield Text()
     yield Text("dims, outermost first (bandwidth in one direction, latency of a hop)", style="bold")
     for dim in topology.dims:
