@@ -94,15 +94,20 @@ def plan_server(
         estimates.append(_estimate(server, topology, prompt, output, progress))
         first = first or server
     assert first is not None
-    kept = first.recipe.train.compute_dtype if first.recipe.adapter is None else first.recipe.adapter.base
     return ServerPlan(
         model=model,
         layout=str(first.fit.layout),
-        weights=str(kept),
+        weights=_kept(first),
         cache=first.shape.cache,
         length=first.shape.length,
         estimates=tuple(estimates),
     )
+
+
+def _kept(server: Server) -> str:
+    """Return the dtype that weights are kept in."""
+    recipe = server.recipe
+    return (None if recipe.adapter is None else recipe.adapter.base) or recipe.train.compute_dtype
 
 
 def _estimate(
@@ -110,7 +115,8 @@ def _estimate(
 ) -> ServingEstimate:
     shape, shards = server.shape, server.shards
     slots = shape.slots // shards
-    kept = Kept(tensor=server.fit.layout.tensor, expert=server.fit.layout.expert, cache=shape.cache)
+    layout, products = server.fit.layout, "f32" if server.recipe.train.compute_dtype == "float32" else "bf16"
+    kept = Kept(layout.tensor, layout.expert, weights=_kept(server), cache=shape.cache, products=products)
     runs: dict[str, tuple[Quantities, int]] = {}
     for name, rows, tokens in (("prefill", 1, shape.chunk), ("decode", slots, 1)):
         progress(f"compiling {name} of {shape.slots:,} slots for {server.mesh.size:,} cores")
@@ -138,8 +144,8 @@ def _estimate(
 def _read(server: Server, function: Function, formula: Quantities, topology: Topology) -> tuple[Quantities, int]:
     """Return what a core does in one run, and the bytes of its temporaries.
 
-    Products, collectives and weights are those of the compiled function. Caches and all else that passes through memory
-    are counted by formula, as they were where the chip's figures were fitted.
+    Products and collectives are those of the compiled function, and weights those that it takes. Caches and all else
+    that passes through memory are counted by formula, as they were where the chip's figures were fitted.
     """
     from trainfw.checking import read_function
 
@@ -149,8 +155,10 @@ def _read(server: Server, function: Function, formula: Quantities, topology: Top
     flops: defaultdict[str, float] = defaultdict(float)
     for matmul in analysis.matmuls:
         flops[matmul.dtype] += matmul.flops
-    weights = _bytes_of_core(server.abstract_params)
-    if server.recipe.model.model_dump().get("tie_embeddings") is False:  # rows are looked up of it
+    layout, weights = server.fit.layout, _bytes_of_core(server.abstract_params)
+    if layout.fsdp * layout.expert > 1:  # kept in parts, but gathered for every run, and read whole
+        weights = defaultdict(float, formula.weights)
+    elif server.recipe.model.model_dump().get("tie_embeddings") is False:  # rows are looked up of it
         table = server.abstract_params["embedding"]
         for dtype, size in _bytes_of_core(table).items():
             weights[dtype] -= size
