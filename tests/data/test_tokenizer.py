@@ -2,9 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainfw.data import (
@@ -282,3 +283,12 @@ def test_added_tokens_that_are_not_understood(tmp_path: Path, files: dict, messa
         (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_the_bytes_of_tokens_alone():
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.token_bytes(i) for i in (65, 0xC3, 256, 999)] == [b"A", b"\xc3", b"<|bos|>", b""]
+    vocabulary = {"<unk>": 0, "▁a": 1, "<0xE2>": 2, "é": 3}
+    pieces = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    found = Tokenizer(pieces, bos_id=0, eos_id=0)
+    assert [found.token_bytes(i) for i in (1, 2, 3)] == [b" a", b"\xe2", "é".encode()]

@@ -32,6 +32,7 @@ from trainfw.cli import (
     merge,
     plan,
     recipe,
+    serve,
     tokenizer,
     topology,
     train,
@@ -72,6 +73,7 @@ def _options(
 app.command("train", cls=RecipeCommand)(train.train)
 app.command("eval", cls=RecipeCommand)(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)

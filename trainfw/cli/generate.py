@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
 
 from trainfw import backends, data, sampling, training, weights
-from trainfw.cli.options import AnyModel, Step, Which
+from trainfw.cli.options import AnyModel, Step, Which, adapters_by_name
 from trainfw.cli.pictures import draw
 from trainfw.cli.terminal import show
 from trainfw.errors import UserError
@@ -71,7 +70,7 @@ def generate(
         if value is not None:
             kind = "draws pictures" if draws else "writes text"
             raise UserError(f"{option} {value}: does not apply to {model}, which {kind}")
-    adapters = _adapters(adapter or [])
+    adapters = adapters_by_name(adapter or [])
     if draws:
         draw(
             model, [_chosen(text, adapters) for text in prompt or []], out=out, count=count, scale=scale, step=step,
@@ -116,20 +115,6 @@ def _write(model: str, prompt: list[str], read: dict[str, Any], asked: dict[str,
     for (name, text), ids in zip(chosen, written, strict=True):
         show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
         show(tokenizer.decode(ids) + "\n")
-
-
-def _adapters(given: list[str]) -> dict[str, str]:
-    adapters: dict[str, str] = {}
-    for text in given:
-        called, equals, path = text.partition("=")
-        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", called):
-            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
-        if called in adapters or called == "base":
-            raise UserError(
-                f"--adapter {text!r}: {called!r} is {'taken' if called in adapters else 'the model itself'}"
-            )
-        adapters[called] = path
-    return adapters
 
 
 def _chosen(prompt: str, adapters: dict[str, str]) -> tuple[str | None, str]:

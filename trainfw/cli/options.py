@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,3 +148,18 @@ def check_choice(option: str, value: str | None, *choices: str) -> None:
     """Raise UserError where an option's value is none of its choices."""
     if value is not None and value not in choices:
         raise UserError(f"{option} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def adapters_by_name(given: Sequence[str]) -> dict[str, str]:
+    """Return the paths of `--adapter NAME=PATH` by name."""
+    adapters: dict[str, str] = {}
+    for text in given:
+        called, equals, path = text.partition("=")
+        if not equals or not path or not re.fullmatch(r"[A-Za-z0-9._-]+", called):
+            raise UserError(f"--adapter {text!r}: expected NAME=PATH, such as summarize=runs/smollm2-summarize")
+        if called in adapters or called == "base":
+            raise UserError(
+                f"--adapter {text!r}: {called!r} is {'taken' if called in adapters else 'the model itself'}"
+            )
+        adapters[called] = path
+    return adapters

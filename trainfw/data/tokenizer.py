@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -137,6 +138,26 @@ class Tokenizer:
         """Return the text of `ids`; special tokens have none, and bytes that are not UTF-8 become U+FFFD."""
         with guarded(FAILS):
             return self.backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        decoder = json.loads(self.backend.to_str())["decoder"] or {}
+        return "ByteLevel" in {decoder.get("type"), *(one["type"] for one in decoder.get("decoders", []))}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token alone stands for, which may be part of a character; of a special one, its name.
+
+        A token that the vocabulary does not have, such as a row that fills up an embedding, stands for none.
+        """
+        added = self.backend.get_added_tokens_decoder().get(token_id)
+        if added is not None:
+            return added.content.encode()
+        piece = self.backend.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            return bytes(_BYTES[name] for name in piece if name in _BYTES)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # as SentencePiece writes what it has no token for
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()
 
     def fingerprint(self) -> str:
         """Return a hash that tokenizers share only if they encode alike; tokens around a text do not count."""
@@ -342,3 +363,6 @@ def _byte_names() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = itertools.count(256)
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+_BYTES = {name: byte for byte, name in enumerate(_byte_names())}

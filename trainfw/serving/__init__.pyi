@@ -11,3 +11,10 @@ from .requests import Engine as Engine
 from .requests import FinishReason as FinishReason
 from .requests import Full as Full
 from .requests import Sampling as Sampling
+from .requests import Unavailable as Unavailable
+from .server import KEY as KEY
+from .server import EngineOptions as EngineOptions
+from .server import HttpServer as HttpServer
+from .server import bind as bind
+from .server import serve as serve
+from .service import Service as Service

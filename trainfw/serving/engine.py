@@ -18,7 +18,7 @@ from trainfw.models import vocabulary_of
 from trainfw.program import Rows, Server
 from trainfw.sampling import ALTERNATIVES, DrawnTokens, Draws
 from trainfw.serving.adapters import AdapterPlaces
-from trainfw.serving.requests import Counts, Drawn, FinishReason, Full, Sampling
+from trainfw.serving.requests import Counts, Drawn, FinishReason, Full, Sampling, Unavailable
 from trainfw.weights import Tree
 
 
@@ -125,7 +125,7 @@ class SlotEngine:
         self._wake, self._closing, self._ended = threading.Condition(), False, threading.Event()
         self._deadline: float | None = None
         self._totals = {"requests_total": 0, "prompt_tokens_total": 0, "drawn_tokens_total": 0}
-        self._failed: str | None = None
+        self.failed: str | None = None
         threading.Thread(target=self._run, name="trainfw engine", daemon=True).start()
 
     @property
@@ -136,8 +136,8 @@ class SlotEngine:
         tokens = list(prompt)
         self._check(tokens, sampling)
         with self._wake:
-            if self._closing or self._failed:
-                raise UserError(self._failed or "the engine is closing, and takes no more requests")
+            if self._closing or self.failed:
+                raise Unavailable(self.failed or "the engine is closing, and takes no more requests")
             if len(self._queue) >= self._room:
                 raise Full
             place = self.server.shape.adapters
@@ -201,8 +201,8 @@ class SlotEngine:
         """Have the engine's thread do something between two steps; raises what it raises."""
         done, raised = threading.Event(), list[BaseException]()
         with self._wake:
-            if self._closing or self._failed:
-                raise UserError(self._failed or "the engine is closing")
+            if self._closing or self.failed:
+                raise Unavailable(self.failed or "the engine is closing")
             self._tasks.append((task, done, raised))
             self._wake.notify_all()
         done.wait()
@@ -234,9 +234,9 @@ class SlotEngine:
                     self._read(pending.pop(0))
                 pending = started
         except Exception as error:  # of a device, or a defect: nobody is to wait for ever
-            self._failed = f"the engine has failed: {type(error).__name__}: {error}"
+            self.failed = f"the engine has failed: {type(error).__name__}: {error}"
         finally:
-            self._end_all("error" if self._failed else "cancelled")
+            self._end_all("error" if self.failed else "cancelled")
             self._ended.set()
 
     def _admit(self, busy: bool) -> bool:
@@ -283,11 +283,11 @@ class SlotEngine:
             for slot in self._slots:
                 slot.answer = None
             for _, done, raised in self._tasks:
-                raised.append(UserError(self._failed or "the engine is closing"))
+                raised.append(Unavailable(self.failed or "the engine is closing"))
                 done.set()
             self._tasks.clear()
         for answer in waiting:
-            answer.put(None, reason, self._failed)
+            answer.put(None, reason, self.failed)
 
     def _prefill(self) -> Step | None:
         """Start a chunk of a prompt in each group of devices that has one."""

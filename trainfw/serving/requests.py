@@ -8,6 +8,8 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from trainfw.errors import UserError
+
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -80,6 +82,10 @@ class Full(Exception):
     """The queue of an engine has no room for another request."""
 
 
+class Unavailable(UserError):
+    """An engine that is closing, or has failed, takes nothing more."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """Counts of an engine, now and since it began."""
@@ -102,8 +108,12 @@ class Engine(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]: ...
 
+    @property
+    def failed(self) -> str | None:
+        """Say why it takes no more requests; None while it does."""
+
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Answer:
-        """Ask for an answer. Raises UserError for a request that makes no sense, and Full."""
+        """Ask for an answer. Raises UserError for a request that makes no sense, Full, and Unavailable."""
 
     def add_adapter(self, name: str, path: str) -> None:
         """Load an adapter under a name. Raises UserError."""
