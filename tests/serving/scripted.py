@@ -129,6 +129,8 @@ class ScriptedEngine:
             bits = np.unpackbits(sampling.constraint.allowed().view(np.uint8), bitorder="little")
             allowed = np.flatnonzero(bits[: self.vocabulary]).tolist()
             token = 257 if 257 in allowed else answer.random.choice(allowed)
+        if token is None:
+            return None
         if token in sampling.stop_ids:
             return answer.put(None, "stop")
         finish = "length" if answer.count + 1 == sampling.max_tokens else None

@@ -31,6 +31,8 @@ def script(prompt, sampling):
     """Replies by a word of the prompt's last line, or its adapter and the prompt itself."""
     text = TOKENIZER.decode(prompt)
     asked = text.removesuffix("assistant:").strip().splitlines()[-1] if text.strip() else ""
+    if "falter" in asked:  # and says no more, until it is cancelled
+        return itertools.chain(b"la la", itertools.repeat(None))
     if "forever" in asked:
         return itertools.cycle(b"la ")
     for word, reply in REPLIES.items():

@@ -80,7 +80,7 @@ def test_a_person_compares_a_model_and_its_adapters(tmp_path):
         page.enter("hi")
         page.wait(f"{IDLE} && document.querySelectorAll('.turn').length === 6")
         assert page.read(ANSWERS) == [f"{name} <user: hi\nassistant:>" for name in ("base", "poet", "terse")]
-        page.enter("forever")  # the prompt has the focus still
+        page.enter("falter")  # the prompt has the focus still
         page.wait(f"{ANSWERS}.every(text => text.startsWith('la la'))")  # before they have ended
         page.press("Escape", 27)
         page.wait(f"{IDLE} && {ANSWERS}.every(text => text === 'stopped')")

@@ -109,11 +109,17 @@ def plan(
     if search:
         _search(loaded, recipe, objective, out, json_)
         return
-    cores = max(planning.simulated_cores(loaded), planning.scaling_cores(loaded, counts))
+    _plan_recipe(loaded, counts, html, json_, fresh=no_cache)
+
+
+def _plan_recipe(
+    recipe: recipes.Recipe, counts: tuple[int, ...], html: Path | None, as_json: bool, *, fresh: bool
+) -> None:
+    cores = max(planning.simulated_cores(recipe), planning.scaling_cores(recipe, counts))
     with Clock() as progress:
-        made = planning.plan(loaded, progress=progress, simulate=cores, fresh=no_cache)
-        scaled = planning.scale_out(loaded, counts, progress, simulate=cores, fresh=no_cache) if counts else None
-    if json_:
+        made = planning.plan(recipe, progress=progress, simulate=cores, fresh=fresh)
+        scaled = planning.scale_out(recipe, counts, progress, simulate=cores, fresh=fresh) if counts else None
+    if as_json:
         typer.echo(json.dumps(made.to_json() | (scaled.to_json() if scaled else {}), indent=2))
     else:
         say(made if scaled is None else f"{made}\n\n{scaled}")

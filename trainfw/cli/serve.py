@@ -51,9 +51,10 @@ def serve(
         float, typer.Option(metavar="SECONDS", help="Time that requests have to end after SIGTERM.", min=0)
     ] = 30.0,
 ) -> None:
-    """Serve a model and its adapters over HTTP, as OpenAI's clients ask. A key: TRAINFW_API_KEY in the environment.
+    """Serve a model and its adapters over HTTP, to OpenAI's clients.
 
-    A first SIGTERM or SIGINT takes no more requests, and leaves once all have ended; a second one leaves at once.
+    TRAINFW_API_KEY in the environment is the key that requests need. A first SIGTERM or SIGINT takes no more requests,
+    and leaves once all have ended; a second one leaves at once.
     """
     check_choice("--weights", weights, "float32", "bfloat16", "int8", "nf4")
     check_choice("--dtype", dtype, "float32", "bfloat16")
