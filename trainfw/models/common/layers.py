@@ -85,7 +85,7 @@ def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def _bias_backward(bias_F: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    total_F = jnp.sum(dy.reshape(-1, dy.shape[-1]), axis=0, dtype=jnp.float32)
+    total_F = jnp.sum(dy, axis=tuple(range(dy.ndim - 1)), dtype=jnp.float32)
     return dy, total_F.astype(bias_F.dtype)
 
 
