@@ -19,7 +19,7 @@ from trainfw.cli.options import (
     ServeWeights,
     check_page,
 )
-from trainfw.cli.serving import build_server_for, check_alone, serving_of, topology_to_serve
+from trainfw.cli.serving import build_server_for, check_alone, serving_of, slot_counts, topology_to_serve
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.simulated import build_for, compiler_options, load_simulated
 from trainfw.cli.terminal import Clock, say
@@ -82,7 +82,7 @@ def check(
     elif compiler or overrides:
         raise UserError("--serve: goes without --compiler, and without keys of a recipe")
     else:
-        _check_server(serving_of(recipe, of_server), hardware, count, json_)
+        _check_server(serving_of(recipe, of_server), slots, hardware, count, json_)
         return
     if not 0 < compiler_timeout < float("inf"):
         raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
@@ -110,7 +110,11 @@ def check(
         raise typer.Exit(1)
 
 
-def _check_server(asked: serving.Serving, hardware: str | None, count: int | None, as_json: bool) -> None:
+def _check_server(
+    asked: serving.Serving, slots: str | None, hardware: str | None, count: int | None, as_json: bool
+) -> None:
+    if slots is not None and len(slot_counts(slots)) > 1:
+        raise UserError(f"--slots {slots}: a check is of one number")
     topology = topology_to_serve(hardware, count)
     with Clock() as progress:
         server = build_server_for(asked, topology, progress)

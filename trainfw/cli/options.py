@@ -61,7 +61,7 @@ Accept = Annotated[
 ]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
 Which = Annotated[
-    _Which | None, typer.Option("--weights", help="Of a run with optimizer.ema: ema (the average, the default) or raw.")
+    _Which | None, typer.Option("--weights", help="With optimizer.ema: ema (the average, the default) or raw.")
 ]
 
 
@@ -127,7 +127,7 @@ def check_resume(resume: str) -> None:
         raise UserError(f"--resume {resume}: expected auto, never or must")
 
 
-Serve = Annotated[bool, typer.Option("--serve", help="Of a server of the model, not a recipe's steps.")]
+Serve = Annotated[bool, typer.Option("--serve", help="Serve a model, rather than run a recipe.")]
 ServeLayout = Annotated[
     str | None,
     typer.Option("--layout", metavar="AXIS=N,...", help="With --serve: sizes of tensor, expert, fsdp and data."),

@@ -81,10 +81,9 @@ def plan(
     if not serve:
         check_alone({**of_server, "--prompt": prompt, "--output": output})
     else:
-        if overrides or search or html is not None or no_cache or function != "train" or out is not None:
-            raise UserError(
-                "--serve: goes without keys of a recipe, --search, --html, --no-cache, --function and --out"
-            )
+        others = overrides, search, html, no_cache, function != "train", steps, objective != "time", out
+        if any(others):
+            raise UserError("--serve: goes without keys of a recipe and without options of other plans")
         asked = serving_of(recipe, of_server)
         topology = topology_to_serve(hardware, count)
         _plan_server(asked, topology, slot_counts(slots or 8), prompt or 2048, output or 256, scale, json_)
@@ -159,7 +158,9 @@ def _plan_server(
     say(made)
     for estimate, (units, dollars) in zip(made.estimates, fleets):
         paid = "no price is known" if dollars is None else f"{dollars:,.2f} dollars an hour"
-        say(f"{rate:g} requests/s with {estimate.load.slots:,} slots, 30% left free: {units:,} {topology.name}, {paid}")
+        free = f"{planning.HEADROOM:.0%} left free"
+        asked_for = f"{rate:g} requests/s with {estimate.load.slots:,} slots, {free}"
+        say(f"{asked_for}: {units:,} {topology.name}, {paid}")
 
 
 def _rate(text: str) -> float:

@@ -74,6 +74,8 @@ from .layer_stack import Unstacked as Unstacked
 from .layer_stack import abstract_unstacked as abstract_unstacked
 from .layer_stack import gather_sequence as gather_sequence
 from .layer_stack import init_stack as init_stack
+from .layer_stack import is_unstacked as is_unstacked
+from .layer_stack import part_of as part_of
 from .layer_stack import restack as restack
 from .layer_stack import scatter_sequence as scatter_sequence
 from .layer_stack import unstack as unstack

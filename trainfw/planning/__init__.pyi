@@ -7,6 +7,7 @@ from .predict.link_time import TransferTime as TransferTime
 from .predict.plan import Plan as Plan
 from .predict.plan import plan as plan
 from .predict.plan import whatif as whatif
+from .predict.server_plan import HEADROOM as HEADROOM
 from .predict.server_plan import ServerPlan as ServerPlan
 from .predict.server_plan import fleet as fleet
 from .predict.server_plan import plan_server as plan_server

@@ -35,8 +35,6 @@ class Serving:
     chunk: int = 128
     weights: KeptAs = "bfloat16"
     cache: CacheDtype = "bfloat16"
-    adapters: int = 0
-    rank: int = 16
 
 
 def read_layout(text: str) -> dict[str, int]:
@@ -117,8 +115,6 @@ def build_absent(serving: Serving, topology: Topology) -> Server:
         length=serving.length,
         chunk=serving.chunk,
         cache=serving.cache,
-        adapters=serving.adapters,
-        rank=serving.rank,
     )
     devices: Sequence[jax.Device] = jax.devices()
     return build_server(recipe, shape, devices)

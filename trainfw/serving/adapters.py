@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trainfw.adapters import AdapterConfig, config_targets, dora_factor
 from trainfw.errors import UserError
-from trainfw.models import Unstacked
+from trainfw.models import Unstacked, is_unstacked, part_of
 from trainfw.program import Server, shardings_of
 from trainfw.weights import Base, Tree, read_adapter
 
@@ -61,7 +60,7 @@ class AdapterPlaces:
             if config.kind == "dora":
                 magnitude = arrays[f"{module}.adapter.magnitude"]
                 for layer in range(a.shape[0]):  # one matrix at a time is there in full
-                    kernel = jax.tree.map(lambda x: _layer(x, layer), self._kernels[module], is_leaf=_apart)  # noqa: B023
+                    kernel = part_of(self._kernels[module], layer)
                     if f"{module}.kernel" in self._server.turned:
                         kernel = kernel.T
                     factor[layer] = dora_factor(kernel, a[layer], b[layer], magnitude[layer])
@@ -83,7 +82,7 @@ def _filled(banks: Banks, values: Banks, place: jax.Array) -> Banks:
             return Unstacked(tuple(part.at[place].set(value[i].astype(part.dtype)) for i, part in parts))
         return bank.at[:, place].set(value.astype(bank.dtype))
 
-    return jax.tree.map(fill, banks, values, is_leaf=_apart)
+    return jax.tree.map(fill, banks, values, is_leaf=is_unstacked)
 
 
 def _banks(params: Tree, modules: list[str]) -> Banks:
@@ -103,11 +102,3 @@ def _at(tree: Tree, module: str) -> Tree:
     for name in module.split("."):
         tree = tree[name]
     return tree
-
-
-def _apart(x: object) -> bool:
-    return isinstance(x, Unstacked)
-
-
-def _layer(x: jax.Array | Unstacked, layer: int) -> jax.Array:
-    return x.parts[layer] if isinstance(x, Unstacked) else jnp.asarray(x[layer])

@@ -92,7 +92,8 @@ def load_engine(
             f"{path}: is a run of an adapter itself; give the model it adapts, {run_recipe(path).model.from_}, and it "
             "among the adapters"
         )
-    base = merge(path) if adapted else open_base(path)
+    opened = None if adapted else open_base(path)
+    base = opened or merge(path)
     if not family_of(base.config).decodes:
         raise UserError(f"{path}: is a model of family {base.config.family!r}; no text can be drawn from it")
     tokenizer = load_tokenizer(path)
@@ -108,9 +109,7 @@ def load_engine(
     )
     server = build_server(recipe, shape, jax.devices()[:1] if devices is None else devices)
     params = place_weights(server, base.read, progress)
-    loader = None
-    if shape.adapters:
-        loader = AdapterPlaces(server, params, open_base(path), path)  # opened again: it is not merged
+    loader = None if opened is None or not shape.adapters else AdapterPlaces(server, params, opened, path)
     engine = SlotEngine(server, params, loader, queue=queue)
     try:
         for name, at in adapters.items():

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from trainfw import backends
 from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.matmul import softcap as capped
+from trainfw.models.common.matmul import wide_einsum
 from trainfw.models.decoder.config import LayerKind, ModelConfig
+from trainfw.quantization import quantize
 from trainfw.scopes import ATTENTION
 
 CacheDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
-
-_LARGEST = 127.0
-"""Largest number of int8 on both sides of zero."""
 
 
 @jax.tree_util.register_dataclass
@@ -91,10 +90,8 @@ def slot_cache(k_BSKh: jax.Array, v_BSKh: jax.Array, dtype: CacheDtype) -> SlotC
 
 
 def _in_8_bits(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array]:
-    wide = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=dim, keepdims=True) / _LARGEST
-    codes = jnp.round(wide / jnp.where(scales > 0, scales, 1.0)).astype(jnp.int8)
-    return codes, jnp.squeeze(scales, dim)
+    kept = quantize(x, "int8", dim=dim)
+    return kept.codes, jnp.squeeze(kept.scales, dim)
 
 
 def room_of(config: ModelConfig, kind: LayerKind, length: int, chunk: int) -> int:
@@ -169,7 +166,7 @@ class Slots:
                 scores = scores * old.key_scales_BKR[:, :, None, None]
             held_BSR, among_SS = self._seen(old.room, S, kind, window)
             scores = jnp.where(held_BSR[:, None, None], capped(scores * scale, softcap), -1e30)
-            own = capped(_product("bskgh,btkh->bkgst", q_BSKGh, k_BSKh) * scale, softcap)
+            own = capped(wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BSKh) * scale, softcap)
             own = jnp.where(among_SS, own, -1e30)
             top = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (scores, own)))
             weights, own_weights = jnp.exp(scores - top), jnp.exp(own - top)
@@ -177,7 +174,7 @@ class Slots:
             if old.value_scales_BKR is not None:
                 weights = weights * old.value_scales_BKR[:, :, None, None]
             o_BKGSh = _weighed(weights.astype(dtype), old.values_BKRh.astype(dtype))
-            o_BKGSh += _product("bkgst,btkh->bkgsh", own_weights.astype(dtype), v_BSKh)
+            o_BKGSh += wide_einsum("bkgst,btkh->bkgsh", own_weights.astype(dtype), v_BSKh)
             return (o_BKGSh / total).astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, H, h)
 
     def _seen(self, room: int, S: int, kind: LayerKind, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -205,7 +202,7 @@ def _scores(q_BSKGh: jax.Array, k_BKhR: jax.Array) -> jax.Array:
     if _by_sums(q_BSKGh.shape[1], q_BSKGh.dtype.name):
         q_BKGh1 = q_BSKGh[:, 0, ..., None].astype(jnp.float32)
         return jnp.sum(q_BKGh1 * k_BKhR[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
-    return _product("bskgh,bkhr->bkgsr", q_BSKGh, k_BKhR)
+    return wide_einsum("bskgh,bkhr->bkgsr", q_BSKGh, k_BKhR)
 
 
 def _weighed(weights_BKGSR: jax.Array, v_BKRh: jax.Array) -> jax.Array:
@@ -213,11 +210,7 @@ def _weighed(weights_BKGSR: jax.Array, v_BKRh: jax.Array) -> jax.Array:
     if _by_sums(weights_BKGSR.shape[3], weights_BKGSR.dtype.name):
         weights_BKGR1 = weights_BKGSR[..., 0, :, None].astype(jnp.float32)
         return jnp.sum(weights_BKGR1 * v_BKRh[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
-    return _product("bkgsr,bkrh->bkgsh", weights_BKGSR, v_BKRh)
-
-
-def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+    return wide_einsum("bkgsr,bkrh->bkgsh", weights_BKGSR, v_BKRh)
 
 
 class SlotModel(Protocol):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -137,25 +136,6 @@ def attended(q_BSHh: jax.Array, k_BTHh: jax.Array, v_BTHh: jax.Array, mask_BT: j
         return run(q_BSHh, k_BTHh, v_BTHh, mask_BST, scale=h**-0.5).reshape(B, S, -1)
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Compute gelu by tanh in f32, back to the dtype of x; the backward pass keeps x alone."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
-def _gelu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    # Closed, and not traced by jax: two tanh would be one, written to memory between two passes.
-    wide = x.astype(jnp.float32)
-    scale = np.float32(math.sqrt(2.0 / math.pi))
-    inner = jnp.tanh(scale * (wide + 0.044715 * wide**3))
-    slope = scale * (1.0 + 3.0 * 0.044715 * wide**2)
-    of_x = 0.5 * (1.0 + inner) + 0.5 * wide * (1.0 - inner * inner) * slope
-    return ((cotangent.astype(jnp.float32) * of_x).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-
-
 class FeedForward(nnx.Module):
     """down(gelu(up(x))). Its width is split over `tensor`: each device returns a part of the sum."""
 
@@ -164,7 +144,8 @@ class FeedForward(nnx.Module):
         self.down = linear((width, hidden_size), ("mlp", "embed"), rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x_BSD)))
+        wide = jax.nn.gelu(self.up(x_BSD).astype(jnp.float32), approximate=True)
+        return self.down(wide.astype(x_BSD.dtype))
 
 
 class DiTLayer(nnx.Module):
