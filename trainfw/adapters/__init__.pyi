@@ -3,6 +3,7 @@ from .bank import attach_places as attach_places
 from .bank import dora_factor as dora_factor
 from .config import AdapterConfig as AdapterConfig
 from .config import PatternConfig as PatternConfig
+from .lora import Bank as Bank
 from .lora import EmbeddingLoRA as EmbeddingLoRA
 from .lora import LoRA as LoRA
 from .placing import adaptable as adaptable

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trainfw.config import Config
 
@@ -100,7 +101,22 @@ class DecodingRequest:
     """Needs of the products of one token of each row."""
 
     dtype: str
+    """Of activations."""
     rows: int
+    kept: str
+    """Form in which weights are kept: a dtype, or nf4."""
+
+
+@dataclass(frozen=True)
+class DecodingProduct:
+    """Product of a few rows and a weight."""
+
+    multiply: Callable[..., Any]
+    """(x, weight) or, of int8, (x, codes, scales) -> f32."""
+    turned: bool
+    """Weights are (out, in)."""
+    compiler_options: Mapping[str, str]
+    """Options of XLA for a program of such products."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ KERNELS: dict[str, dict[str, list[Candidate]]] = {
         "gpu": [Candidate("cuDNN flash attention", cudnn.refuses, cudnn.load)],
         "neuron": [Candidate("nkilib flash attention", nkilib.nkilib_refuses, nkilib.load_nkilib)],
     },
-    "decoding": {"cpu": [Candidate("weights read once", decoding.refuses, lambda _: decoding)]},
+    "decoding": {"cpu": [Candidate("weights read once", decoding.refuses, decoding.load)]},
     "matmul": {"cpu": [Candidate("turned operands, float32 results", products.refuses, products.load)]},
 }
 

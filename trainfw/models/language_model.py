@@ -12,7 +12,7 @@ from flax import nnx
 
 from trainfw.errors import UserError, short
 from trainfw.models.common.adapter_inputs import AdapterInputs
-from trainfw.models.common.layers import Embedding, Linear, RMSNorm, gathered, gathered_array
+from trainfw.models.common.layers import Embedding, FewRows, Linear, RMSNorm, gathered, gathered_array, of_few_rows
 from trainfw.models.common.matmul import Frozen, dense, softcap, wide_einsum
 from trainfw.models.common.moe import MoEStats
 from trainfw.models.family import FamilyConfig, ModelOptions, family_of
@@ -86,6 +86,8 @@ class LanguageModel(StackedModel):
     embedding: Embedding
     final_norm: RMSNorm
     head: Linear | None
+    few_rows: FewRows | None = None
+    """Product of the head for serving, of a weight (vocabulary, hidden size)."""
     origin: Origin | None = None
     """Place that the model was loaded from; None where it was made."""
 
@@ -153,8 +155,13 @@ class LanguageModel(StackedModel):
 
     def logits(self, x_BSD: jax.Array) -> jax.Array:
         """logits_BSV, f32, from the hidden states of `forward`; the vocabulary is split over `tensor`."""
-        w, dims = self.head_weight()
-        logits_BSV = wide_einsum(f"bsd,{dims}->bsv", gather_sequence(x_BSD), w)
+        x_BSD = gather_sequence(x_BSD)
+        if self.few_rows is not None:
+            weight = self.embedding.table if self.head is None else self.head.kernel
+            logits_BSV = of_few_rows(self.few_rows, x_BSD, weight.get_value())
+        else:
+            w, dims = self.head_weight()
+            logits_BSV = wide_einsum(f"bsd,{dims}->bsv", x_BSD, w)
         return softcap(logits_BSV, self.final_softcap)
 
     def head_weight(self) -> tuple[jax.Array, HeadDims]:

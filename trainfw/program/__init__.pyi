@@ -11,4 +11,5 @@ from .serve import Server as Server
 from .serve import ServerShape as ServerShape
 from .serve import build_server as build_server
 from .serve import place_weights as place_weights
+from .server_weights import turned_round as turned_round
 from .state import TrainState as TrainState

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from trainfw import backends
-from trainfw.adapters import adaptable, attach_places
+from trainfw.adapters import attach_places
 from trainfw.data import Progress
 from trainfw.errors import UserError, expect
 from trainfw.models import (
@@ -21,7 +20,6 @@ from trainfw.models import (
     CacheDtype,
     Frozen,
     LayerKind,
-    Linear,
     ModelOptions,
     SlotCache,
     SlotModel,
@@ -30,7 +28,6 @@ from trainfw.models import (
     build_model,
     family_of,
     freeze,
-    unstack,
     vocabulary_of,
 )
 from trainfw.parallel import Layout, Rules, all_gather
@@ -38,6 +35,7 @@ from trainfw.program.fit import Fit, fit
 from trainfw.program.gradients import on_every_device
 from trainfw.program.init_state import shardings_of
 from trainfw.program.program import Function, Functions
+from trainfw.program.server_weights import Forms, choose_forms
 from trainfw.quantization import Quantized
 from trainfw.recipe import Recipe
 from trainfw.sampling import DrawnTokens, Draws, draw_tokens
@@ -90,8 +88,7 @@ class Server:
     """ShapeDtypeStructs with shardings, as weights are kept, those of all layers as one."""
     abstract_params: Tree
     """Likewise, as the functions take them."""
-    turned: frozenset[str]
-    """Names of kernels that they take as (out, in)."""
+    forms: Forms
     abstract_state: State
     rooms: dict[LayerKind, int]
     """Tokens of a slot by kind of layer."""
@@ -135,7 +132,7 @@ def build_server(
     recipe = _of_slots(recipe, shape, len(devices))
     place = fit(recipe, devices, stands_in)
     rules = Rules(place.mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, splits_sequence=False)
-    place, apart = replace(place, rules=rules), not recipe.train.scan_layers
+    place = replace(place, rules=rules)
     options = ModelOptions(compute_dtype=recipe.train.compute_dtype, scan_layers=recipe.train.scan_layers)
 
     def make() -> SlotModel:
@@ -147,19 +144,24 @@ def build_server(
     model = nnx.eval_shape(make)
     variables = nnx.state(model, Frozen)
     kept = _params(recipe, rules, variables)
-    turned, compiler_options = _for_few_rows(model, recipe, shape, place)
-    graphdef = nnx.graphdef(model)
-    params = map_named(lambda name, x: turned_round(x) if name in turned else x, kept)
-    if apart:
-        params |= {"layers": abstract_unstacked(params["layers"])}
+    nnx.update(model, nnx.State(kept))
+    return _server(recipe, shape, place, model, kept)
+
+
+def _server(recipe: Recipe, shape: ServerShape, place: Fit, model: Any, kept: Tree) -> Server:
+    """Return the functions of a model that holds descriptions of its weights, `kept`."""
+    with place.tracing():
+        forms = choose_forms(model, shape.slots) if place.mesh.size == 1 else Forms(not recipe.train.scan_layers)
+    by_name = dict(named(kept))
+    graphdef, params = nnx.graphdef(model), map_named(lambda name, _: forms.described(name, by_name), kept)
     caches = model.abstract_caches(
         shape.cache, slots=shape.slots, length=shape.length, chunk=shape.chunk, tensor=place.layout.tensor
     )
-    state = _state(caches, shape, rules, apart=apart)
-    inputs = Inputs(vocabulary_of(config), tuple(caches), shape, place)
+    state = _state(caches, shape, place.rules, apart=forms.apart)
+    inputs = Inputs(vocabulary_of(recipe.model), tuple(caches), shape, place)
     local, before = Local(place, graphdef, shape), (params, state)
     functions = {
-        name: inputs.function(name, run, (*before, rows), compiler_options)
+        name: inputs.function(name, run, (*before, rows), forms.compiler_options)
         for name, run, rows in (
             ("prefill", local.prefill, inputs.prompts()),
             ("decode", local.decode, inputs.rows(draws=False)),
@@ -167,7 +169,7 @@ def build_server(
         )
     }
     rooms = {kind: cache.room for kind, cache in caches.items()}
-    return Server(recipe, shape, place, graphdef, kept, params, turned, state, rooms, functions)
+    return Server(recipe, shape, place, graphdef, kept, params, forms, state, rooms, functions)
 
 
 def _of_slots(recipe: Recipe, shape: ServerShape, devices: int) -> Recipe:
@@ -182,33 +184,6 @@ def _of_slots(recipe: Recipe, shape: ServerShape, devices: int) -> Recipe:
         raise UserError(f"slots = {shape.slots}: do not divide over {layout.batch_product} = {groups}; {near} do")
     train = recipe.train.model_copy(update={"global_batch_size": shape.slots, "accumulation_steps": 1})
     return recipe.model_copy(update={"train": train})
-
-
-def _for_few_rows(
-    model: SlotModel, recipe: Recipe, shape: ServerShape, place: Fit
-) -> tuple[frozenset[str], dict[str, str]]:
-    """Let the layers' linear maps multiply as the backend does for few rows.
-
-    Return the names of kernels to turn round, and options of the compiler.
-    """
-    request = backends.DecodingRequest(recipe.train.compute_dtype, shape.slots)
-    with place.tracing():
-        kernels: Any = backends.resolve("decoding", request, backends.current()).call
-    kept = recipe.train.compute_dtype if recipe.adapter is None else recipe.adapter.base
-    if kernels is None or place.mesh.size > 1 or kept != recipe.train.compute_dtype:
-        return frozenset(), {}
-    turned, turns = set(), kernels.turns(shape.slots)
-    assert isinstance(model, nnx.Module)
-    for name, linear in adaptable(model).items():
-        if isinstance(linear, Linear) and name.startswith("layers."):
-            linear.few_rows = kernels.few_rows_turned if turns else kernels.few_rows
-            turned |= {f"{name}.kernel"} if turns else set()
-    return frozenset(turned), kernels.compiler_options(shape.slots)
-
-
-def turned_round(x: Tree) -> jax.ShapeDtypeStruct:
-    """Describe a kernel (..., in, out) of one device as (..., out, in)."""
-    return jax.ShapeDtypeStruct((*x.shape[:-2], x.shape[-1], x.shape[-2]), x.dtype, sharding=x.sharding)
 
 
 def _params(recipe: Recipe, rules: Rules, variables: nnx.State) -> Tree:
@@ -350,27 +325,25 @@ def place_weights(
         read: (dotted name, f32 shape and sharding) -> the array, of all layers. Of adapters' places, which begin empty,
             it is not asked.
     """
-    recipe, total = server.recipe, len(named(server.abstract_kept))
+    recipe, forms, kept = server.recipe, server.forms, dict(named(server.abstract_kept))
     numbers = itertools.count(1)
 
-    def place(name: str, like: Quantized | jax.ShapeDtypeStruct) -> Tree:
-        wide = like.codes if isinstance(like, Quantized) else like
-        wide = jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=wide.sharding)
-        apart = name.startswith("layers.") and not recipe.train.scan_layers
-        turns = name in server.turned
-        out = turned_round(like) if turns else like
-        out = shardings_of(abstract_unstacked(out) if apart else out)
-        if progress is not None:
-            progress("reading weights, arrays", next(numbers), total)
+    def whole(name: str) -> jax.Array:
+        like = kept[name]
+        sharding = jax.tree.leaves(like)[0].sharding
+        return read(name, jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=sharding))
 
-        def keep(weight: jax.Array) -> Tree:
-            kept: Tree = kept_at(name, weight, recipe)
-            kept = jnp.swapaxes(kept, -1, -2) if turns else kept
-            return unstack(kept) if apart else kept
+    def place(name: str, like: Any) -> Tree:
+        if progress is not None:
+            progress("reading weights, arrays", next(numbers), len(kept))
+        sources, out = forms.sources(name), shardings_of(forms.described(name, kept))
+
+        def form(*weights: jax.Array) -> Tree:
+            return forms.formed(name, *(kept_at(*one, recipe) for one in zip(sources, weights, strict=True)))
 
         if ".adapter." not in name:
-            return jax.jit(keep, out_shardings=out)(read(name, wide))
+            return jax.jit(form, out_shardings=out)(*map(whole, sources))
         empty = jnp.ones if name.endswith(".factor") else jnp.zeros
-        return jax.jit(lambda: keep(empty(wide.shape)), out_shardings=out)()
+        return jax.jit(lambda: form(empty(like.shape)), out_shardings=out)()
 
     return map_named(place, server.abstract_kept)

@@ -11,7 +11,7 @@ import numpy as np
 from trainfw.adapters import AdapterConfig, config_targets, dora_factor
 from trainfw.errors import UserError
 from trainfw.models import Unstacked, is_unstacked, part_of
-from trainfw.program import Server, shardings_of
+from trainfw.program import Server, shardings_of, turned_round
 from trainfw.weights import Base, Tree, read_adapter
 
 Banks: TypeAlias = dict[str, dict[str, Any]]
@@ -61,8 +61,8 @@ class AdapterPlaces:
                 magnitude = arrays[f"{module}.adapter.magnitude"]
                 for layer in range(a.shape[0]):  # one matrix at a time is there in full
                     kernel = part_of(self._kernels[module], layer)
-                    if f"{module}.kernel" in self._server.turned:
-                        kernel = kernel.T
+                    if f"{module}.kernel" in self._server.forms.turned:
+                        kernel = turned_round(kernel)
                     factor[layer] = dora_factor(kernel, a[layer], b[layer], magnitude[layer])
         return dict(zip(_PARTS, (a, b, factor)))
 

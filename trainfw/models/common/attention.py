@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from trainfw import backends
-from trainfw.models.common.layers import Linear, RMSNorm
+from trainfw.models.common.layers import Linear, RMSNorm, together
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.common.matmul import wide_einsum
 from trainfw.models.common.rope import apply_rope
@@ -121,6 +121,9 @@ class Attention(nnx.Module):
     Heads are split over `tensor`: each device returns a part of the sum over heads.
     """
 
+    TOGETHER: ClassVar = ("query", "key", "value")
+    """Linear maps of the same inputs."""
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, width, kv_width = config.hidden_size, *(n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -142,9 +145,9 @@ class Attention(nnx.Module):
         """
         config = self.config
         B, S, _ = x_BSD.shape
-        q_BSHh = self._heads(self.query(x_BSD), self.query_norm)
-        k_BTKh = self._heads(self.key(x_BSD), self.key_norm)
-        v_BTKh = self.value(x_BSD).reshape(B, S, -1, config.head_dim)
+        q_BSW, k_BTW, v_BTW = together(x_BSD, self.query, self.key, self.value)
+        q_BSHh, k_BTKh = self._heads(q_BSW, self.query_norm), self._heads(k_BTW, self.key_norm)
+        v_BTKh = v_BTW.reshape(B, S, -1, config.head_dim)
         q_BSHh, k_BTKh = apply_rope(q_BSHh, context.turns[kind]), apply_rope(k_BTKh, context.turns[kind])
         q_BSHh, k_BTKh = checkpoint_name((q_BSHh, k_BTKh), backends.ROTATED)
         window = config.sliding_window if kind == "sliding" else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from trainfw.models.common.matmul import Frozen, dense, frozen_product, matmul
 from trainfw.models.decoder.config import Activation
 from trainfw.parallel import SPLIT_RULES, all_reduce, axis_index, axis_size, gather_weight, scatter_sequence
+from trainfw.quantization import Quantized
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -61,17 +63,33 @@ def gathered_array(weight: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
 
 
 _matmul_fp8 = functools.partial(matmul, fp8=True)
+FewRows: TypeAlias = Callable[..., jax.Array]
+"""Product of x (..., in) and a weight in the form that serving gives it: (x, array) or (x, codes, scales) -> f32."""
+
+
+def of_few_rows(product: FewRows, x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+    """Return `product` of x and a weight as it is kept, f32."""
+    if isinstance(weight, Quantized):
+        return product(x, weight.codes, weight.scales.reshape(-1))
+    return product(x, weight)
 
 
 def adapted_product(
-    linear: Linear | Any, product: Callable[..., jax.Array], x: jax.Array, *others: Any, fp8: bool = False
+    linear: Linear | Any,
+    product: Callable[..., jax.Array],
+    x: jax.Array,
+    *others: Any,
+    fp8: bool = False,
+    few_rows: FewRows | None = None,
 ) -> jax.Array:
     """`product(x, kernel, *others)` with the kernel of `linear`, whatever it is kept as, and through its adapter.
 
-    `fp8`: the product with the kernel, but not those of the adapter, is of 8 bits.
+    `fp8`: the product with the kernel, but not those of the adapter, is of 8 bits; `few_rows`: it is that one.
     """
     kernel, own = linear.kernel.get_value(), _matmul_fp8 if fp8 else product
-    if isinstance(linear.kernel, Frozen):
+    if few_rows is not None:
+        y = of_few_rows(few_rows, x, kernel).astype(x.dtype)
+    elif isinstance(linear.kernel, Frozen):
         y = frozen_product(own, x, kernel, *others)
     else:
         y = own(x, kernel.astype(x.dtype), *others)
@@ -115,15 +133,30 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
         self.fp8 = False
         """True where the product is of 8 bits."""
-        self.few_rows: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+        self.few_rows: FewRows | None = None
         """Product for serving, in place of `matmul`, of a kernel in the form that it takes."""
+        self.joined: tuple[int, ...] = ()
+        """Where the kernel holds those of others too (`together`): the width of each, its own first."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = adapted_product(self, self.few_rows or matmul, x, fp8=self.fp8)
+        return self.biased(adapted_product(self, matmul, x, fp8=self.fp8, few_rows=self.few_rows))
+
+    def biased(self, y: jax.Array) -> jax.Array:
+        """Return what `__call__` does of the product."""
         if self.bias is not None:
             bias = self.bias[...]
             y = add_bias(y, bias / axis_size("tensor") if self.partial and axis_size("tensor") > 1 else bias)
         return checkpoint_name(y, PRODUCT)
+
+
+def together(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """Apply linear maps of the same inputs; where the first one's kernel holds those of all, by one product."""
+    first = linears[0]
+    if not first.joined:
+        return [linear(x) for linear in linears]
+    y = adapted_product(first, matmul, x, few_rows=first.few_rows)
+    parts = jnp.split(y, list(itertools.accumulate(first.joined[:-1])), axis=-1)
+    return [linear.biased(part) for linear, part in zip(linears, parts, strict=True)]
 
 
 class Embedding(nnx.Module):
@@ -208,6 +241,9 @@ class MLP(nnx.Module):
     Its width is split over `tensor`: each device returns a part of the sum.
     """
 
+    TOGETHER: ClassVar = ("gate", "up")
+    """Linear maps of the same inputs."""
+
     def __init__(self, hidden_size: int, width: int, *, activation: Activation, std: float, rngs: nnx.Rngs):
         size = (hidden_size, width)
         self.activation = activation
@@ -216,4 +252,4 @@ class MLP(nnx.Module):
         self.down = Linear(size[::-1], ("mlp", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return self.down(gate_with(self.activation, self.gate(x_BSD), self.up(x_BSD)))
+        return self.down(gate_with(self.activation, *together(x_BSD, self.gate, self.up)))

@@ -193,7 +193,7 @@ class Slots:
 
 def _by_sums(queries: int, dtype: str) -> bool:
     """Tell whether products of so few queries are better sums, as on a CPU, where narrow products are slow."""
-    request = backends.DecodingRequest(dtype, queries)
+    request = backends.DecodingRequest(dtype, queries, dtype)
     return queries == 1 and backends.resolve("decoding", request, backends.current()).call is not None
 
 
