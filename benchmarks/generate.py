@@ -234,7 +234,7 @@ def work(name: str) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
 
 def on_trainfw() -> Callable[[list[list[int]], int], list[list[int]]]:
     import trainfw
-    from trainfw.sampling import generate, generate_batch
+    from trainfw.serving import generate, generate_batch
 
     model, _ = trainfw.load_model(MODEL)
 

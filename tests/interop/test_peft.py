@@ -22,7 +22,7 @@ from trainfw.adapters import AdapterConfig
 from trainfw.data import byte_tokenizer
 from trainfw.interop import peft_fields, read_model_config, read_peft, save_model, save_peft
 from trainfw.models import abstract_model
-from trainfw.sampling import generate
+from trainfw.serving import generate
 from trainfw.weights import merge, read_adapter
 from trainfw.weights.export import _kept_elsewhere
 

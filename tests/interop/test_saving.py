@@ -22,7 +22,7 @@ from tests.interop.test_source import load as load_ours
 from trainfw.errors import UserError
 from trainfw.interop import copy_model, new_directory, open_model, save_model
 from trainfw.models import ModelConfig, Transformer
-from trainfw.sampling import generate
+from trainfw.serving import generate
 
 PROMPT = [5, 17, 3, 60, 8]
 

@@ -17,7 +17,7 @@ from tests.gguf_files import smollm2_file
 from tests.llama import Llama
 from trainfw.adapters import AdapterConfig
 from trainfw.interop import copy_model, open_model, save_peft
-from trainfw.sampling import generate, generate_batch
+from trainfw.serving import generate, generate_batch
 from trainfw.weights import export_model, merge_adapter, read_adapter
 
 TEXT = "The capital of France is Paris. The capital of Italy is"

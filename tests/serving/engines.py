@@ -11,10 +11,9 @@ import numpy as np
 from flax import nnx
 
 from trainfw.models import ModelConfig, ModelOptions, Transformer, dense
-from trainfw.program import ServerShape, build_server, place_weights
+from trainfw.program import ServerShape, build_server, place_weights, serving_recipe
 from trainfw.serving import SlotEngine
 from trainfw.serving.adapters import AdapterPlaces
-from trainfw.serving.load import serving_recipe
 from trainfw.weights import kept_weight, map_named, named
 
 VOCABULARY = 96

@@ -7,8 +7,7 @@ from flax import nnx
 from tests.serving.engines import drawn, engine_of, prompts
 from trainfw.adapters import AdapterConfig, adaptable, attach_bank, config_targets
 from trainfw.errors import UserError
-from trainfw.sampling import generate_batch
-from trainfw.serving import Sampling, adapters
+from trainfw.serving import Sampling, adapters, generate_batch
 from trainfw.weights.open import Adapter
 
 CONFIGS = {

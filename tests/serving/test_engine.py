@@ -9,8 +9,7 @@ import pytest
 from tests.helpers import quicker
 from tests.serving.engines import VOCABULARY, drawn, engine_of, prompts
 from trainfw.errors import UserError
-from trainfw.sampling import generate
-from trainfw.serving import Full, Sampling
+from trainfw.serving import Full, Sampling, generate
 
 TOKENS = 12
 

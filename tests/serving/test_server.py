@@ -14,7 +14,7 @@ import transformers
 from tests.gguf_files import byte_level
 from tests.gguf_models import MODELS, reference
 from trainfw.data import stop_ids
-from trainfw.sampling import generate_batch
+from trainfw.serving import generate_batch
 from trainfw.training import load_model
 
 

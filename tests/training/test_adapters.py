@@ -20,7 +20,7 @@ from trainfw.data import byte_tokenizer, load_tokenizer, stop_ids
 from trainfw.formats import read_header
 from trainfw.interop import parameter_shapes, save_model
 from trainfw.models import AdapterInputs, ModelConfig
-from trainfw.sampling import generate_batch
+from trainfw.serving import generate_batch
 from trainfw.weights import export_model, merge_adapter, read_adapter
 
 CONFIG = ModelConfig(
@@ -143,7 +143,7 @@ def test_rows_with_their_own_adapters_get_what_each_gives_alone(tmp_path, base):
 
     def logits(model, rows):
         inputs = AdapterInputs(rows_B=jnp.asarray(rows))
-        x, _ = jax.jit(lambda: model.decode_hidden_states(tokens, model.init_cache(4, 16), inputs))()
+        x, _ = jax.jit(lambda: model.forward(tokens, adapters=inputs))()
         return np.asarray(model.logits(x))
 
     both, _ = trainfw.load_model(base, adapters=runs)
@@ -232,7 +232,7 @@ def test_banks_take_adapters_of_any_targets(tmp_path, base):
     export_model(str(run), str(tmp_path / "peft"), format="peft")
     model, _ = trainfw.load_model(base, adapters={"run": run, "peft": tmp_path / "peft"})
     tokens = jnp.asarray([prompt[:4] for prompt in PROMPTS])
-    x, _ = model.decode_hidden_states(tokens, model.init_cache(4, 16), AdapterInputs(rows_B=jnp.asarray([0, 1, 0, 1])))
+    x, _ = model.forward(tokens, adapters=AdapterInputs(rows_B=jnp.asarray([0, 1, 0, 1])))
     expected = np.asarray(trainfw.load_model(run)[0](tokens))
     np.testing.assert_allclose(np.asarray(model.logits(x)), expected, atol=1e-4)
 

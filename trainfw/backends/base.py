@@ -88,8 +88,6 @@ class AttentionRequest:
     window: int | None = None
     """Keys that a query sees, itself included."""
     softcap: float | None = None
-    cached: bool = False
-    """Queries continue keys of earlier calls."""
     lnc: int | None = None
     """Physical cores in a logical one. Left out, what the devices say."""
     batch: int = 1

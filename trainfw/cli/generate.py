@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainfw import backends, data, sampling, training, weights
+from trainfw import backends, data, serving, training, weights
 from trainfw.cli.options import AnyModel, Step, Which, adapters_by_name
 from trainfw.cli.pictures import draw
 from trainfw.cli.terminal import show
@@ -106,12 +106,12 @@ def _write(model: str, prompt: list[str], read: dict[str, Any], asked: dict[str,
     if len(prompt) == 1 and not adapters:
         stream = data.TextStream(tokenizer)
         show(form[None].echo(prompt[0], asked["chat"]))
-        for token in sampling.generate(loaded, tokens[0], eos_ids=ends, **sampled):
+        for token in serving.generate(loaded, tokens[0], eos_ids=ends, **sampled):
             show(stream.push(token))
         show(stream.flush() + "\n")
         return
     names = [name for name, _ in chosen] if adapters else None
-    written = sampling.generate_batch(loaded, tokens, eos_ids=ends, adapters=names, **sampled)
+    written = serving.generate_batch(loaded, tokens, eos_ids=ends, adapters=names, **sampled)
     for (name, text), ids in zip(chosen, written, strict=True):
         show(f"--- {name + ': ' if name else ''}{text.splitlines()[0] if text else ''}\n")
         show(tokenizer.decode(ids) + "\n")

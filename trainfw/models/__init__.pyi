@@ -4,7 +4,6 @@ from .common.adapter_inputs import AdapterInputs as AdapterInputs
 from .common.adapter_inputs import active_inputs as active_inputs
 from .common.adapter_inputs import use_inputs as use_inputs
 from .common.attention import Context as Context
-from .common.attention import HeadCache as HeadCache
 from .common.layers import MLP as MLP
 from .common.layers import PRODUCT as PRODUCT
 from .common.layers import Embedding as Embedding
@@ -29,7 +28,6 @@ from .decoder.config import LayerKind as LayerKind
 from .decoder.config import ModelConfig as ModelConfig
 from .decoder.config import RopeScaling as RopeScaling
 from .decoder.model import DecoderLayer as DecoderLayer
-from .decoder.model import KVCache as KVCache
 from .decoder.model import Transformer as Transformer
 from .decoder.slots import CacheDtype as CacheDtype
 from .decoder.slots import SlotCache as SlotCache

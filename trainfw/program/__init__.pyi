@@ -11,5 +11,8 @@ from .serve import Server as Server
 from .serve import ServerShape as ServerShape
 from .serve import build_server as build_server
 from .serve import place_weights as place_weights
+from .server_of import KeptAs as KeptAs
+from .server_of import server_of as server_of
+from .server_of import serving_recipe as serving_recipe
 from .server_weights import turned_round as turned_round
 from .state import TrainState as TrainState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ class Server:
     rooms: dict[LayerKind, int]
     """Tokens of a slot by kind of layer."""
     functions: Functions
+    _compiled: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Server({self.recipe.name!r}, {self.fit.layout}, {self.shape}, functions: {', '.join(self.functions)})"
@@ -105,6 +106,12 @@ class Server:
     def shards(self) -> int:
         """Groups of devices that have slots of their own; each prefills one prompt at a time."""
         return self.fit.layout.batch_shards
+
+    def compiled(self, name: str) -> Any:
+        """Return a function compiled, the first time that it is asked for."""
+        if name not in self._compiled:
+            self._compiled[name] = self.functions[name].compile()
+        return self._compiled[name]
 
     def empty_state(self) -> State:
         """Return the state without any request."""
@@ -131,8 +138,6 @@ def build_server(
         raise recipe.error("model.family", f"{config.family!r}: no text can be drawn from its models")
     recipe = _of_slots(recipe, shape, len(devices))
     place = fit(recipe, devices, stands_in)
-    rules = Rules(place.mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, splits_sequence=False)
-    place = replace(place, rules=rules)
     options = ModelOptions(compute_dtype=recipe.train.compute_dtype, scan_layers=recipe.train.scan_layers)
 
     def make() -> SlotModel:
@@ -143,15 +148,25 @@ def build_server(
 
     model = nnx.eval_shape(make)
     variables = nnx.state(model, Frozen)
-    kept = _params(recipe, rules, variables)
+    kept = _params(recipe, _rules(recipe, place), variables)
+    return server_on(place, recipe, shape, model, kept, few_rows=place.mesh.size == 1)
+
+
+def _rules(recipe: Recipe, place: Fit) -> Rules:
+    return Rules(place.mesh, recipe.parallel.rules, recipe.parallel.fsdp_shards, splits_sequence=False)
+
+
+def server_on(place: Fit, recipe: Recipe, shape: ServerShape, model: Any, kept: Tree, *, few_rows: bool) -> Server:
+    """Return the server of a model without arrays, at its place.
+
+    Args:
+        kept: descriptions of its weights with shardings, ShapeDtypeStructs.
+        few_rows: they may be put in the forms that products of few rows read fastest: those of one device.
+    """
     nnx.update(model, nnx.State(kept))
-    return _server(recipe, shape, place, model, kept)
-
-
-def _server(recipe: Recipe, shape: ServerShape, place: Fit, model: Any, kept: Tree) -> Server:
-    """Return the functions of a model that holds descriptions of its weights, `kept`."""
+    place = replace(place, rules=_rules(recipe, place))
     with place.tracing():
-        forms = choose_forms(model, shape.slots) if place.mesh.size == 1 else Forms(not recipe.train.scan_layers)
+        forms = choose_forms(model, shape.slots) if few_rows else Forms(not recipe.train.scan_layers)
     by_name = dict(named(kept))
     graphdef, params = nnx.graphdef(model), map_named(lambda name, _: forms.described(name, by_name), kept)
     caches = model.abstract_caches(

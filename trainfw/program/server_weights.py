@@ -76,10 +76,7 @@ def choose_forms(model: LanguageModel, slots: int) -> Forms:
     options: dict[str, str] = {}
 
     def product(name: str, weight: Any) -> Any:
-        if isinstance(weight, Quantized):
-            kept = "int8" if weight.low is None else "nf4"
-        else:
-            kept = weight.dtype.name
+        kept = ("int8" if weight.low is None else "nf4") if isinstance(weight, Quantized) else weight.dtype.name
         request = backends.DecodingRequest(model.compute_dtype, slots, kept)
         chosen = backends.resolve("decoding", request, backends.current()).call
         if chosen is None:

@@ -2,6 +2,8 @@ from .absent import Serving as Serving
 from .absent import build_absent as build_absent
 from .absent import read_layout as read_layout
 from .engine import SlotEngine as SlotEngine
+from .generation import generate as generate
+from .generation import generate_batch as generate_batch
 from .load import load_engine as load_engine
 from .requests import Answer as Answer
 from .requests import Constraint as Constraint

@@ -11,8 +11,8 @@ from trainfw.errors import UserError, did_you_mean
 from trainfw.hardware import Topology
 from trainfw.interop import read_model_config
 from trainfw.models import CacheDtype, FamilyConfig, family_of, load_presets
+from trainfw.program import KeptAs, serving_recipe
 from trainfw.recipe import bundled_recipes, load_recipe
-from trainfw.serving.load import KeptAs, serving_recipe
 
 if TYPE_CHECKING:
     from trainfw.program import Server

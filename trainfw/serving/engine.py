@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from trainfw.errors import UserError, did_you_mean, expect
+from trainfw.errors import UserError, did_you_mean
 from trainfw.models import vocabulary_of
 from trainfw.program import Rows, Server
-from trainfw.sampling import ALTERNATIVES, DrawnTokens, Draws
+from trainfw.sampling import DrawnTokens, Draws
 from trainfw.serving.adapters import AdapterPlaces
-from trainfw.serving.requests import Counts, Drawn, FinishReason, Full, Sampling, Unavailable
+from trainfw.serving.requests import Counts, Drawn, FinishReason, Full, Sampling, Unavailable, check_request
 from trainfw.weights import Tree
 
 
@@ -104,20 +104,32 @@ class SlotEngine:
     step is started before the tokens of the one before are read, unless what may come next depends on them.
     """
 
-    def __init__(self, server: Server, params: Tree, places: AdapterPlaces | None = None, *, queue: int = 256):
-        """Compile the functions and start.
+    def __init__(
+        self,
+        server: Server,
+        params: Tree,
+        places: AdapterPlaces | None = None,
+        *,
+        names: Sequence[str] = (),
+        queue: int | None = 256,
+        compiles_first: bool = True,
+    ):
+        """Start it.
 
         Args:
-            params: weights as `place_weights` returns them, which the engine then owns.
-            places: loader of adapters by path; None: there are none.
-            queue: most requests that wait for a slot.
+            params: weights as `place_weights` returns them; the engine then owns those of adapters.
+            places: loader of adapters by path; None: there are none but those of `names`.
+            names: adapters that are in the first places from the start.
+            queue: most requests that wait for a slot; None: any number.
+            compiles_first: have all functions compiled before it returns, or each when a request needs it.
         """
         self.server, self.vocabulary = server, vocabulary_of(server.recipe.model)
         self.length = server.shape.length
         self._params, self._state = params, server.empty_state()
-        self._functions = {name: function.compile() for name, function in server.functions.items()}
+        for name in server.functions if compiles_first else ():
+            server.compiled(name)
         self._places = places
-        self._names: dict[str, int] = {}
+        self._names = {name: place for place, name in enumerate(names)}
         self._slots = [Slot() for _ in range(server.shape.slots)]
         self._queue: deque[SlotAnswer] = deque()
         self._room, self._seeds = queue, itertools.count(int.from_bytes(os.urandom(3), "big"))
@@ -134,11 +146,11 @@ class SlotEngine:
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> SlotAnswer:
         tokens = list(prompt)
-        self._check(tokens, sampling)
+        check_request(tokens, sampling, self.vocabulary, self.length)
         with self._wake:
             if self._closing or self.failed:
                 raise Unavailable(self.failed or "the engine is closing, and takes no more requests")
-            if len(self._queue) >= self._room:
+            if self._room is not None and len(self._queue) >= self._room:
                 raise Full
             place = self.server.shape.adapters
             if sampling.adapter is not None:
@@ -151,24 +163,6 @@ class SlotEngine:
             self._totals["requests_total"] += 1
             self._wake.notify_all()
         return answer
-
-    def _check(self, prompt: list[int], sampling: Sampling) -> None:
-        expect("prompt", prompt, bool(prompt), "at least one token")
-        if bad := [token for token in prompt if not 0 <= token < self.vocabulary]:
-            raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {self.vocabulary:,}")
-        expect("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")
-        if len(prompt) + sampling.max_tokens > self.length:
-            raise UserError(
-                f"max_tokens = {sampling.max_tokens:,}: with a prompt of {len(prompt):,} tokens a slot of "
-                f"{self.length:,} has room for {max(self.length - len(prompt), 0):,}"
-            )
-        warm = sampling.temperature
-        expect("temperature", warm, 0 <= warm < float("inf"), "0 (take the likeliest token) or more")
-        expect("top_k", sampling.top_k, sampling.top_k is None or sampling.top_k >= 1, "at least 1")
-        p = sampling.top_p
-        expect("top_p", p, p is None or 0 < p <= 1, "more than 0 and at most 1")
-        count = sampling.logprobs
-        expect("logprobs", count, count is None or 0 <= count <= ALTERNATIVES, f"0 to {ALTERNATIVES}")
 
     def add_adapter(self, name: str, path: str) -> None:
         if self._places is None:
@@ -324,7 +318,7 @@ class SlotEngine:
                 ending.append((group, slot, answer))
             slot.held += len(part)
         rows = {"tokens": tokens, **numbers, **self._row_inputs(like, answers, numbers["lengths"], [0] * groups)}
-        self._state, drawn = self._functions["prefill"](self._params, self._state, _placed(rows, like))
+        self._state, drawn = self.server.compiled("prefill")(self._params, self._state, _placed(rows, like))
         for _, slot, _ in ending:
             slot.drawn = 1
         return Step(drawn, ending)
@@ -348,7 +342,7 @@ class SlotEngine:
         for place, slot, answer in rows:
             lengths[place], active[place], answers[place], counts[place] = slot.held, 1, answer, slot.drawn
         inputs = {"active": active, "lengths": lengths, **self._row_inputs(like, answers, lengths, counts)}
-        self._state, drawn = self._functions[name](self._params, self._state, _placed(inputs, like))
+        self._state, drawn = self.server.compiled(name)(self._params, self._state, _placed(inputs, like))
         for _, slot, _ in rows:
             slot.held, slot.drawn = slot.held + 1, slot.drawn + 1
         return Step(drawn, rows)

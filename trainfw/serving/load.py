@@ -10,45 +10,12 @@ import jax
 
 from trainfw.data import Progress, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
-from trainfw.models import FamilyConfig, family_of
+from trainfw.models import family_of
 from trainfw.paths import path_text
-from trainfw.program import ServerShape, build_server, place_weights
-from trainfw.recipe import Recipe, load_recipe
+from trainfw.program import KeptAs, ServerShape, build_server, place_weights, serving_recipe
 from trainfw.serving.adapters import AdapterPlaces
 from trainfw.serving.engine import SlotEngine
 from trainfw.weights import check_tokenizer, is_run, merge, open_base, run_recipe
-
-KeptAs = Literal["float32", "bfloat16", "int8", "nf4"]
-
-
-def serving_recipe(
-    config: FamilyConfig,
-    *,
-    weights: KeptAs,
-    compute_dtype: Literal["float32", "bfloat16"],
-    layout: Mapping[str, int] | None = None,
-    scan_layers: bool = False,
-    hardware: Mapping[str, object] | None = None,
-) -> Recipe:
-    """Return the recipe of a server of a model.
-
-    Args:
-        weights: what they are kept as.
-        layout: sizes of mesh axes, by default `data: 1`.
-    """
-    model = config.model_dump(by_alias=True, exclude={"from_"})
-    if model.get("moe") is not None:
-        model["moe"]["dispatch"] = "capacity"  # which drops nothing here, and is what every backend takes
-    given = {
-        "name": "serve",
-        "model": model,
-        "adapter": {"base": weights},
-        "data": {"sequence_length": 16 * (layout or {}).get("tensor", 1)},  # of which nothing is read
-        "train": {"compute_dtype": compute_dtype, "scan_layers": scan_layers},
-        "parallel": {"fsdp": 1, **(layout or {})},
-        "hardware": dict(hardware or {}),
-    }
-    return load_recipe(given)
 
 
 def load_engine(

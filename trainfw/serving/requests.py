@@ -8,7 +8,8 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from trainfw.errors import UserError
+from trainfw.errors import UserError, expect
+from trainfw.sampling import ALTERNATIVES
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
@@ -45,6 +46,26 @@ class Sampling:
     adapter: str | None = None
     """Name of a loaded adapter; None: the model itself."""
     constraint: Constraint | None = None
+
+
+def check_request(prompt: Sequence[int], sampling: Sampling, vocabulary: int, length: int) -> None:
+    """Raise UserError for a request that makes no sense, or that a slot of `length` tokens has no room for."""
+    expect("prompt", list(prompt), bool(prompt), "at least one token")
+    if bad := [token for token in prompt if not 0 <= token < vocabulary]:
+        raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocabulary:,}")
+    expect("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")
+    if len(prompt) + sampling.max_tokens > length:
+        raise UserError(
+            f"max_tokens = {sampling.max_tokens:,}: with a prompt of {len(prompt):,} tokens a slot of {length:,} has "
+            f"room for {max(length - len(prompt), 0):,}"
+        )
+    warm = sampling.temperature
+    expect("temperature", warm, 0 <= warm < float("inf"), "0 (take the likeliest token) or more")
+    expect("top_k", sampling.top_k, sampling.top_k is None or sampling.top_k >= 1, "at least 1")
+    p = sampling.top_p
+    expect("top_p", p, p is None or 0 < p <= 1, "more than 0 and at most 1")
+    count = sampling.logprobs
+    expect("logprobs", count, count is None or 0 <= count <= ALTERNATIVES, f"0 to {ALTERNATIVES}")
 
 
 @dataclass(frozen=True)

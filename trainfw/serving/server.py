@@ -18,8 +18,9 @@ import uvicorn
 from trainfw.data import Progress
 from trainfw.errors import UserError
 from trainfw.paths import path_text
+from trainfw.program import KeptAs
 from trainfw.serving.http import CONNECTIONS, IDLE_SECONDS, Protocol, Routes
-from trainfw.serving.load import KeptAs, load_engine
+from trainfw.serving.load import load_engine
 from trainfw.serving.requests import Engine
 from trainfw.serving.service import Service
 from trainfw.weights import prompt_form

@@ -12,7 +12,7 @@ from trainfw.data import Prepared, PreparedData, PreparedImages, Progress, stop_
 from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.recipe import EvaluationConfig
-from trainfw.sampling import generate
+from trainfw.serving import generate
 from trainfw.training.evaluation import Validation, validate
 from trainfw.training.loggers import MetricsLog
 from trainfw.training.records import append_rows

@@ -14,7 +14,7 @@ import numpy as np
 from trainfw.data import Progress, Tokenizer, TokenStore, stop_ids
 from trainfw.models import LanguageModel
 from trainfw.recipe import EvaluationConfig
-from trainfw.sampling import generate_batch
+from trainfw.serving import generate_batch
 
 
 def rouge_l(output: str, reference: str) -> float:
@@ -92,17 +92,16 @@ def evaluate_task(
 ) -> list[dict[str, Any]]:
     """Return each example's prompt, reference and output as text, and the metric under its name."""
     ends = stop_ids(tokenizer)
-    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].prompt))  # little padding, few shapes
-    size = min(config.batch_size, len(tasks))
-    outputs: dict[int, str] = {}
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        prompts = [tasks[i].prompt for i in batch]
-        prompts += prompts[-1:] * (size - len(prompts))  # of one shape: compiled once
-        written = generate_batch(model, prompts, max_tokens=config.max_tokens, eos_ids=ends)
-        outputs |= {i: tokenizer.decode(ids).strip() for i, ids in zip(batch, written)}
-        if progress is not None:
-            progress("evaluating, examples", len(outputs), len(tasks))
+    said = None if progress is None else lambda _, done, total: progress("evaluating, examples", done, total)
+    written = generate_batch(
+        model,
+        [task.prompt for task in tasks],
+        max_tokens=config.max_tokens,
+        eos_ids=ends,
+        slots=min(config.batch_size, len(tasks)),
+        progress=said,
+    )
+    outputs = [tokenizer.decode(ids).strip() for ids in written]
     metric = METRICS[config.metric]
     rows = []
     for i, task in enumerate(tasks):

@@ -2,30 +2,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainfw import backends
-from trainfw.backends.cpu import decoding
+from trainfw.quantization import quantize
+
+
+def chosen(dtype, rows, kept=None):
+    request = backends.DecodingRequest(dtype, rows, kept or dtype)
+    return backends.resolve("decoding", request, backends.current()).call
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
-@pytest.mark.parametrize(("inputs", "widths"), [(12, [7]), (12, [8, 4, 4]), (7, [5, 2]), (16, [2048, 2]), (16, [2049])])
-def test_a_joined_product_is_the_products(rows, inputs, widths):
-    rng = np.random.default_rng(0)
-    kernels = [rng.standard_normal((inputs, width), np.float32) for width in widths]
-    x = rng.standard_normal((rows, inputs), np.float32)
-    w = decoding.joined([jnp.asarray(kernel) for kernel in kernels], rows)
-    found = jax.jit(decoding.product)(jnp.asarray(x), w)
-    np.testing.assert_allclose(found, x @ np.concatenate(kernels, axis=1), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("inputs", "width"), [(12, 7), (7, 5), (16, 2048), (16, 2049)])
+def test_products_in_float32_are_the_products(rows, inputs, width):
+    rng, product = np.random.default_rng(0), chosen("float32", rows)
+    w, x = rng.standard_normal((inputs, width), np.float32), rng.standard_normal((rows, inputs), np.float32)
+    found = jax.jit(product.multiply)(x, w.T if product.turned else w)
+    np.testing.assert_allclose(found, x @ w, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_for_few_rows_in_float32():
-    def chosen(dtype, rows):
-        return backends.resolve("decoding", backends.DecodingRequest(dtype, rows), backends.current()).call
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.sampled_from([1, 5, 64]), st.sampled_from([1, 8, 33]), st.integers(0, 2**20), st.data())
+def test_narrow_weights_are_multiplied_as_exactly_as_wide_ones(rows, inputs, width, seed, data):
+    """Whatever the magnitudes of a row: to 1 in a million of the largest product."""
+    rng = np.random.default_rng(seed)
+    spread = data.draw(st.sampled_from([0.0, 3.0, 20.0]))
+    x = rng.standard_normal((rows, inputs)) * np.exp(rng.uniform(-spread, spread, (rows, inputs)))
+    x, w = x.astype(np.float32), rng.standard_normal((inputs, width)).astype(np.float32)
+    x[0] *= float(rng.integers(0, 2))  # a row of zeros
+    halves, kept = jnp.asarray(w, jnp.bfloat16), quantize(jnp.asarray(w), "int8")
+    wide = np.asarray(kept.codes, np.float64) * np.asarray(kept.scales, np.float64)
+    bound = inputs * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).max() * 1e-6
+    found = chosen("float32", rows, "bfloat16").multiply(jnp.asarray(x), halves.T)
+    assert np.all(np.abs(found - x.astype(np.float64) @ np.asarray(halves, np.float64)) <= bound)
+    found = chosen("float32", rows, "int8").multiply(jnp.asarray(x), kept.codes.T, kept.scales[0])
+    assert np.all(np.abs(found - x.astype(np.float64) @ wide) <= bound)
+    half = jnp.asarray(x, jnp.bfloat16)
+    found = chosen("bfloat16", rows, "bfloat16").multiply(half, halves.T)
+    assert np.all(np.abs(found - np.asarray(half, np.float64) @ np.asarray(halves, np.float64)) <= bound)
 
-    assert chosen("float32", 1) is chosen("float32", 16) is decoding
-    assert chosen("float32", 17) is chosen("bfloat16", 1) is None
+
+def test_it_says_what_it_is_not_for():
+    assert chosen("float32", 16) is not None
+    assert chosen("float32", 17) is chosen("bfloat16", 1, "float32") is chosen("float32", 1, "nf4") is None
+    assert chosen("float32", 17, "int8").turned
+    assert not chosen("float32", 1).turned
 
 
 def test_its_options_are_ones_that_xla_has():
-    compiled = jax.jit(lambda x: x @ x, compiler_options=decoding.compiler_options(1))
-    assert compiled(jnp.ones((2, 2))).sum() == 8
+    options = chosen("float32", 1).compiler_options
+    assert options
+    assert jax.jit(lambda x: x @ x, compiler_options=dict(options))(jnp.ones((2, 2))).sum() == 8

@@ -237,13 +237,6 @@ def test_bounds_are_those_of_the_kernels_example():
     assert high.tolist() == [[2, 2, 5, 5, 5, 7, 7]]
 
 
-def test_padding_before_a_row_sees_itself():
-    context = Context(turns={}, first_B=jnp.array([2, 0]))
-    low, high = attention.key_bounds(attention_mask(context, 4, 4, None), 2)
-    assert low.tolist() == [[0, 1, 2, 2], [0, 0, 0, 0]]
-    assert high.tolist() == [[1, 2, 4, 4], [4, 4, 4, 4]]
-
-
 def test_a_library_without_bounds_takes_no_segments(monkeypatch):
     install(monkeypatch, bounds=False)
     kernel = resolve("attention", replace(REQUEST, segments=True, lnc=2), NEURON)

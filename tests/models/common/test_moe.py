@@ -348,23 +348,6 @@ def test_scanned_and_unrolled_layers_of_experts_agree(dispatch):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(scanned))
 
 
-def test_text_is_generated_without_drops():
-    """Else what a prompt becomes would depend on where it is cut, and on what else is in the batch."""
-    tokens_BS = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
-    tight, dropless = (
-        Transformer(model_config(dispatch=dispatch, capacity_factor=0.3), rngs=nnx.Rngs(0))
-        for dispatch in ("capacity", "dropless")
-    )
-    whole = nnx.jit(lambda model: model(tokens_BS))(dropless)
-    cache, pieces = tight.init_cache(2, 9), []
-    decode = nnx.jit(lambda model, tokens_BS, cache: model.decode(tokens_BS, cache))
-    for start, end in [(0, 7), (7, 8), (8, 9)]:
-        logits, cache = decode(tight, tokens_BS[:, start:end], cache)
-        pieces.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-5)
-    assert jnp.abs(nnx.jit(lambda model: model(tokens_BS))(tight) - whole).max() > 1e-2
-
-
 def test_the_routers_losses_weigh_tokens_by_the_mask():
     graphdef, params = nnx.split(MoE(model_config(), rngs=nnx.Rngs(0)))
     x_BSD = jax.random.normal(jax.random.key(1), (2, 8, model_config().hidden_size))

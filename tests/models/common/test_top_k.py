@@ -10,10 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainfw import backends, check
+from trainfw import backends
 from trainfw.hardware import load_topology
 from trainfw.models.common.top_k import MOST_ROUNDS, choose_top_k, iterative_top_k, likeliest, top_k_problem
-from trainfw.sampling import sample
 
 V = 24
 # Few distinct numbers, so that many are equal, or any at all; zeros of one sign, and no subnormal numbers.
@@ -110,31 +109,6 @@ def test_of_equal_tokens_the_first_are_in(p):
     assert np.flatnonzero(allowed(x_V, None, p, True)).tolist() == list(range(math.ceil(p * 16)))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (5, None), (64, 0.7), (3, 0.2), (500, None), (None, None)])
-def test_small_k_draws_the_very_token(top_k, top_p):
-    size = 40 if top_k == 500 else 300
-    logits_V, keys = jax.random.normal(jax.random.key(3), (size,)) * 3, jax.random.split(jax.random.key(4), 200)
-    drawn = [
-        jax.jit(jax.vmap(functools.partial(sample, logits_V, temperature=0.8, top_k=top_k, top_p=top_p, chosen_by=by)))
-        for by in ("native", "iterative")
-    ]
-    np.testing.assert_array_equal(drawn[0](keys), drawn[1](keys))
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [pytest.param(None, 0.6, marks=pytest.mark.long), (MOST_ROUNDS + 1, None), (100, 0.9)]
-)
-def test_other_draws_follow_the_same_distribution(top_k, top_p):
-    logits_V = jnp.where(jnp.arange(300) < 6, 0.4 * jnp.arange(300), -4.0)
-    keys = jax.random.split(jax.random.key(5), 20_000)
-    counts = []
-    for by in ("native", "iterative"):
-        draw = functools.partial(sample, logits_V, temperature=1.0, top_k=top_k, top_p=top_p, chosen_by=by)
-        counts.append(np.bincount(jax.jit(jax.vmap(draw))(keys), minlength=300) / len(keys))
-    np.testing.assert_allclose(counts[0], counts[1], atol=0.015)
-    assert set(np.flatnonzero(counts[1])) <= set(np.flatnonzero(likeliest(logits_V, top_k, top_p)))
-
-
 @pytest.fixture
 def as_neuron():
     backends.prepare(as_backend="neuron")
@@ -161,23 +135,6 @@ def test_the_chip_decides(topology, native_top_k):
     assert ("top_k" in text) == native_top_k
     assert (problem is None) == native_top_k
     assert not {"sort", "argmax"} & set(text.replace("[", " ").split())
-
-
-def test_greedy_takes_the_first_of_the_likeliest():
-    logits_V = jnp.array([0.0, 3.0, 1.0, 3.0])
-    assert [int(sample(logits_V, None, 0, chosen_by=by)) for by in ("native", "iterative")] == [1, 1]
-
-
-@pytest.mark.parametrize("temperature", [0, 0.8])
-@pytest.mark.parametrize(("top_k", "top_p"), [(8, 0.9), (None, 0.9), (200, None), (None, None)])
-def test_a_draw_is_clean(temperature, top_k, top_p):
-    def draw(logits_V, data):
-        key = jax.random.wrap_key_data(data, impl="rbg")
-        return sample(logits_V, key, temperature, top_k, top_p, chosen_by="iterative")
-
-    shapes = jax.ShapeDtypeStruct((512,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.uint32)
-    report = check(draw, *shapes, hardware="trn2.3xlarge")
-    assert [str(finding) for finding in report.findings if finding.severity != "note"] == []
 
 
 @pytest.mark.usefixtures("as_neuron")

@@ -223,18 +223,6 @@ def test_a_packed_document_reads_as_it_does_alone(model):
     assert jnp.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("scan_layers", quicker([True, False], [True]))
-def test_decoding_agrees_with_the_whole_sequence(scan_layers):
-    model = build(small(), scan_layers=scan_layers)
-    whole = tokens(2, 12)
-    cache, pieces = model.init_cache(2, 15), []
-    for start, end in [(0, 7), (7, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
-        logits, cache = decode(model, whole[:, start:end], cache)
-        pieces.append(logits)
-    assert int(cache.length) == 12
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), run(model, whole), atol=1e-5)
-
-
 def test_bfloat16_computes_in_bfloat16_and_returns_f32_logits():
     model = build(small(), compute_dtype="bfloat16")
     x_BSD, logits = nnx.jit(lambda model, t: (model.forward(t)[0], model(t)))(model, tokens(2, 12))

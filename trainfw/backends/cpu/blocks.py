@@ -24,7 +24,7 @@ _LEAST, _MOST = 128, 16
 
 def refuses(request: AttentionRequest) -> str | None:
     """Say why this cannot do what is asked."""
-    if request.cached or (request.causal and request.query_length != request.key_length):
+    if request.causal and request.query_length != request.key_length:
         return "causal, it is for queries that each have a key"
     return None
 

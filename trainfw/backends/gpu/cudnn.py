@@ -19,7 +19,7 @@ def refuses(request: AttentionRequest) -> str | None:
     beside, heads = request.segments or request.window is not None, f"a head has {request.head_dim} numbers"
     reasons = {
         f"it multiplies bfloat16 or float16, not {request.dtype}": request.dtype not in ("bfloat16", "float16"),
-        "it is taken for self-attention only": request.cached or request.query_length != request.key_length,
+        "it is taken for self-attention only": request.query_length != request.key_length,
         "without causality it is taken for attention to all keys only": not request.causal and beside,
         "it does not cap scores": request.softcap is not None,
         f"{heads}, not a multiple of 8 up to {MAX_HEAD_DIM}": request.head_dim % 8 or request.head_dim > MAX_HEAD_DIM,

@@ -41,7 +41,6 @@ def nkilib_refuses(request: AttentionRequest) -> str | None:
     length, heads = request.key_length, request.num_heads
     rows = 1 if request.segments else request.batch  # those with documents of their own are a call each
     reasons = {
-        "it has no argument for a cache's length": request.cached,
         "it has no argument for a softcap": request.softcap is not None,
         f"it multiplies in bfloat16, not {request.dtype}": request.dtype != "bfloat16",
         f"head dim {request.head_dim} is more than {_PARTITIONS}": request.head_dim > _PARTITIONS,

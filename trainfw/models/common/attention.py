@@ -1,4 +1,4 @@
-"""Grouped-query attention: causal, within a document, in a sliding window, with or without a cache."""
+"""Grouped-query attention: causal, within a document, in a sliding window, of a sequence or of what slots continue."""
 
 from __future__ import annotations
 
@@ -21,43 +21,8 @@ from trainfw.models.decoder.config import LayerKind, ModelConfig
 from trainfw.parallel import axis_size, causal_mask, gathered_attention, local_indices, ring_attention
 from trainfw.scopes import ATTENTION
 
-LayerCache: TypeAlias = tuple[jax.Array, jax.Array]
-"""One layer's keys and values so far, BTKh each."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class HeadCache:
-    """One layer's keys and values so far, each head's together: for one query at a time.
-
-    Keys lie along their index, values along the head: XLA's CPU backend reads either as they lie, where products of
-    `attend` with BTKh would transpose all of them for every token.
-    """
-
-    keys_BKhT: jax.Array
-    values_BKTh: jax.Array
-
-    def extended(self, k_B1Kh: jax.Array, v_B1Kh: jax.Array, at: jax.Array | int) -> HeadCache:
-        return HeadCache(
-            jax.lax.dynamic_update_slice_in_dim(self.keys_BKhT, k_B1Kh.transpose(0, 2, 3, 1), at, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(self.values_BKTh, v_B1Kh.transpose(0, 2, 1, 3), at, axis=2),
-        )
-
-    @jax.named_scope(ATTENTION)
-    def attend(self, q_B1Hh: jax.Array, mask_B1T: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
-        """Compute what `attend` does, o_B1Hh."""
-        B, K, h, _ = self.keys_BKhT.shape
-        q_BKGh1 = q_B1Hh.reshape(B, K, -1, h)[..., None].astype(jnp.float32)
-        # Sums of products rather than products of matrices, which are slow where they are this narrow.
-        scores_BKGT = capped(jnp.sum(q_BKGh1 * self.keys_BKhT[:, :, None], axis=3) * scale, softcap)
-        scores_BKGT = jnp.where(mask_B1T[:, :, None], scores_BKGT, -1e30)
-        weights_BKGT = jax.nn.softmax(scores_BKGT, axis=-1)
-        o_BKGh = jnp.sum(weights_BKGT[..., None] * self.values_BKTh[:, :, None], axis=3)
-        return o_BKGh.reshape(q_B1Hh.shape).astype(q_B1Hh.dtype)
-
-
 Cache: TypeAlias = Any
-"""A `LayerCache`, a `HeadCache`, what `Slots.attend` takes, or None."""
+"""One layer's part of what `Slots.attend` takes, or None."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +32,8 @@ class Context:
 
     turns: dict[LayerKind, tuple[jax.Array, jax.Array]]
     """Rotary cosines and sines by kind of layer, from `rope_turns`."""
-    start: jax.Array | int = 0
-    """Index of the first query among the keys: 0, or the length of the cache."""
     segment_ids_BS: jax.Array | None = None
-    """Tokens see only tokens of their own segment. (Not with a cache.)"""
-    first_B: jax.Array | None = None
-    """Index of each row's first key, i32[B]: those before it are padding, which nothing sees."""
+    """Tokens see only tokens of their own segment. (Not with `slots`.)"""
     mask_BS: jax.Array | None = None
     """Weights of tokens in the losses of routers."""
     slots: Any = None
@@ -86,10 +47,8 @@ def attention_mask(context: Context, num_queries: int, num_keys: int, window: in
 
     By index: positions restart with every document, indices do not. A window counts the query itself.
     """
-    queries_S, segments_BS = context.start + jnp.arange(num_queries), context.segment_ids_BS
-    keys_T = jnp.arange(num_keys)
-    seen_BST = causal_mask(queries_S, keys_T, segments_BS, segments_BS, window)
-    return seen_BST if context.first_B is None else seen_BST & (keys_T >= context.first_B[:, None])[:, None]
+    segments_BS = context.segment_ids_BS
+    return causal_mask(jnp.arange(num_queries), jnp.arange(num_keys), segments_BS, segments_BS, window)
 
 
 def attend(
@@ -138,10 +97,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BSD: jax.Array, context: Context, kind: LayerKind, cache: Cache = None
     ) -> tuple[jax.Array, Cache]:
-        """(y_BSD, the cache with this call's keys and values written at `context.start`).
+        """(y_BSD, None), or with `context.slots` (y_BSD, this call's keys and values, BSKh each).
 
-        With `context.slots`, `cache` is the layer's own, or its place among those of its kind; these keys and values
-        come back by themselves.
+        `cache` is then the layer's own, or its place among those of its kind.
         """
         config = self.config
         B, S, _ = x_BSD.shape
@@ -158,28 +116,19 @@ class Attention(nnx.Module):
                 q_BSHh, k_BTKh, v_BTKh, cache, kind, window=window, scale=scale, softcap=softcap
             )
             return self.output(o_BSHh.reshape(B, S, -1)), (k_BTKh, v_BTKh)
-        if isinstance(cache, HeadCache):
-            cache = cache.extended(k_BTKh, v_BTKh, context.start)
-            mask_BST = attention_mask(context, S, cache.keys_BKhT.shape[-1], window)
-            o_BSHh = cache.attend(q_BSHh, mask_BST, scale=scale, softcap=softcap)
-            return self.output(o_BSHh.reshape(B, S, -1)), cache
-        if cache is not None:
-            k_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKh, context.start, axis=1)
-            v_BTKh = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKh, context.start, axis=1)
-            cache = (k_BTKh, v_BTKh)
         if axis_size("context") > 1:
             over_context = ring_attention if context.ring else functools.partial(gathered_attention, attend=attend)
             placed = functools.partial(over_context, indices_S=local_indices(S), segment_ids_BS=context.segment_ids_BS)
             o_BSHh = placed(q_BSHh, k_BTKh, v_BTKh, axis="context", window=window, scale=scale, softcap=softcap)
         else:
             mask_BST = attention_mask(context, S, k_BTKh.shape[1], window)
-            run = self._kernel(q_BSHh, k_BTKh, context, window, cached=cache is not None)
+            run = self._kernel(q_BSHh, k_BTKh, context, window)
             with jax.named_scope(ATTENTION):
                 o_BSHh = run(q_BSHh, k_BTKh, v_BTKh, mask_BST, scale=scale, softcap=softcap)
-        return self.output(o_BSHh.reshape(B, S, -1)), cache
+        return self.output(o_BSHh.reshape(B, S, -1)), None
 
     def _kernel(
-        self, q_BSHh: jax.Array, k_BTKh: jax.Array, context: Context, window: int | None, *, cached: bool
+        self, q_BSHh: jax.Array, k_BTKh: jax.Array, context: Context, window: int | None
     ) -> Callable[..., jax.Array]:
         """`attend`, or what the backend has in its place."""
         request = backends.AttentionRequest(
@@ -189,11 +138,9 @@ class Attention(nnx.Module):
             num_kv_heads=k_BTKh.shape[2],
             head_dim=self.config.head_dim,
             dtype=q_BSHh.dtype.name,
-            # Padding is more to the mask than causality, as documents are.
-            segments=context.segment_ids_BS is not None or context.first_B is not None,
+            segments=context.segment_ids_BS is not None,
             window=window,
             softcap=self.config.attention_softcap,
-            cached=cached,
             batch=q_BSHh.shape[0],
         )
         return backends.resolve("attention", request, backends.current()).call or attend

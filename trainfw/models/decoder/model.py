@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,19 +27,6 @@ from trainfw.models.layer_stack import (
     part_of,
     scatter_sequence,
 )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens decoded so far, in every layer."""
-
-    keys_LBTKh: jax.Array
-    values_LBTKh: jax.Array
-    length: jax.Array
-    """Tokens held, i32[]; what lies beyond is never seen, and is overwritten."""
-    first_B: jax.Array | None = None
-    """Index of the first token of each row that is padded on the left, i32[B]: it stands at position 0."""
 
 
 class DecoderLayer(nnx.Module):
@@ -122,37 +109,6 @@ class Transformer(LanguageModel):
     @property
     def final_softcap(self) -> float | None:
         return self.config.final_softcap
-
-    def init_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache with room for `length` tokens."""
-        config = self.config
-        shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-        # Two arrays, not one twice: a cache is donated to the step that extends it.
-        keys, values = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((), jnp.int32))
-
-    def decode(
-        self, tokens_BS: jax.Array, cache: KVCache, adapters: AdapterInputs | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """(logits_BSV, the cache with these tokens): the S tokens that follow those in the cache, which must fit."""
-        x_BSD, cache = self.decode_hidden_states(tokens_BS, cache, adapters)
-        return self.logits(x_BSD), cache
-
-    def decode_hidden_states(
-        self, tokens_BS: jax.Array, cache: KVCache, adapters: AdapterInputs | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """`decode` without the head: x_BSD after the final norm."""
-        positions_BS = cache.length + jnp.arange(tokens_BS.shape[1])[None]
-        if cache.first_B is not None:
-            positions_BS = jnp.maximum(positions_BS - cache.first_B[:, None], 0)
-        x_BSD, ((keys, values), _) = self.stack.run(
-            self.embed(tokens_BS),
-            positions_BS,
-            lambda positions_BS: Context(self.turns(positions_BS), start=cache.length, first_B=cache.first_B),
-            own=(cache.keys_LBTKh, cache.values_LBTKh),
-            adapters=adapters,
-        )
-        return self.final_norm(x_BSD), KVCache(keys, values, cache.length + tokens_BS.shape[1], cache.first_B)
 
     def abstract_caches(self, dtype: CacheDtype, **sizes: int) -> dict[LayerKind, SlotCache]:
         """See `SlotModel`."""

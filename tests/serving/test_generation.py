@@ -6,53 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.helpers import quicker
 from trainfw.errors import UserError
 from trainfw.models import ModelConfig, ModelOptions, Transformer
-from trainfw.sampling import generate, generate_batch, sample
-
-LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
-
-
-def drawn(temperature=1.0, top_k=None, top_p=None, count=4000):
-    keys = jax.random.split(jax.random.key(0), count)
-    return np.asarray(jax.vmap(lambda key: sample(LOGITS, key, temperature, top_k, top_p))(keys))
-
-
-def test_temperature_zero_takes_the_likeliest():
-    assert set(drawn(temperature=0, count=8)) == {1}
-
-
-def test_samples_follow_the_distribution():
-    frequencies = np.bincount(drawn(), minlength=5) / 4000
-    np.testing.assert_allclose(frequencies, jnp.exp(LOGITS), atol=0.03)
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({"top_k": 1}, {1}),
-        ({"top_k": 2}, {1, 3}),
-        ({"top_k": 99}, {0, 1, 2, 3, 4}),
-        ({"top_p": 1e-6}, {1}),
-        ({"top_p": 0.5}, {1, 3}),
-        ({"top_p": 0.8}, {1, 3, 4}),
-        ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
-        ({"top_k": 2, "top_p": 0.5}, {1}),
-    ],
-)
-def test_truncation_keeps_the_likeliest(options, kept):
-    assert set(drawn(**options)) == kept
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.lists(st.floats(-30, 30), min_size=3, max_size=3), st.integers(1, 3), st.floats(0.01, 1), st.floats(0.01, 5))
-def test_a_sample_is_always_a_token_that_truncation_keeps(logits, top_k, top_p, temperature):
-    token = int(sample(jnp.array(logits), jax.random.key(0), temperature, top_k, top_p))
-    assert sorted(logits, reverse=True).index(pytest.approx(logits[token])) < top_k
+from trainfw.program import ServerShape, server_of
+from trainfw.serving import generate, generate_batch
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +52,8 @@ def test_generation_streams_and_ends_before_eos(model):
         ([1], {"temperature": -1}, "temperature = -1"),
         ([1], {"top_k": 0}, "top_k = 0"),
         ([1], {"top_p": 0.0}, "top_p = 0.0"),
+        ([1], {"seed": -1}, "seed = -1"),
+        ([1], {"max_tokens": 2**20}, "a slot of 1,048,576 has room for 1,048,575"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_at_the_call(model, prompt, options, message):
@@ -126,14 +87,12 @@ def test_a_batch_is_each_prompt_alone(either):
     assert [list(generate(either, p, max_tokens=9, temperature=0, eos_ids=ends)) for p in PROMPTS] == cut
 
 
-def test_a_batch_stops_when_all_have_ended(model, monkeypatch):
-    from trainfw.sampling import generation
-
-    calls = []
-    extend = generation._extend_batch
-    monkeypatch.setattr(generation, "_extend_batch", lambda *args, **kw: calls.append(1) or extend(*args, **kw))
+def test_fewer_slots_than_prompts_write_the_same(model):
+    said = []
+    written = generate_batch(model, PROMPTS, max_tokens=9, slots=2, progress=lambda *told: said.append(told))
+    assert written == generate_batch(model, PROMPTS, max_tokens=9)
+    assert said[-1] == ("writing, prompts", 5, 5)
     assert generate_batch(model, PROMPTS[:2], max_tokens=9, eos_ids=range(64)) == [[], []]
-    assert len(calls) == 1
     assert generate_batch(model, [], max_tokens=9) == []
 
 
@@ -157,6 +116,7 @@ SHAPES = {
     "softcap": {"attention_softcap": 2.0, "final_softcap": 3.0, "scale_embeddings": True, "tie_embeddings": True},
     "windows": {"sliding_window": 5, "layer_pattern": ["sliding", "global"], "rope_local_theta": 100.0},
     "moe": MOE,
+    "dropless": MOE | {"moe": MOE["moe"] | {"dispatch": "dropless"}},
 }
 
 
@@ -169,69 +129,53 @@ def shaped(name: str, **options: str) -> Transformer:
     return built
 
 
-def logits_by_layer(built, tokens_BS, length, first_B=None):
-    """Of every token after the first `length`, decoded one at a time from a cache by layers."""
-    from trainfw.sampling.decoding import by_layer, decode_token, decoding_weights
-
-    rows, count = tokens_BS.shape
-    cache = replace(built.init_cache(rows, length), first_B=first_B)
-    _, cache = built.decode(tokens_BS[:, :length], cache)
-    prepared = decoding_weights(built, rows)
-    weights, cache, found = (prepared.layers, prepared.joined), by_layer(cache, count), []
-    step = nnx.jit(decode_token)
-    for i in range(length, count):
-        logits_BV, cache = step(built, weights, tokens_BS[:, i], cache, None)
-        found.append(logits_BV)
-    return np.stack(found, axis=1)
-
-
 @pytest.mark.parametrize("rows", quicker([1, 3, 17], [3]))
-@pytest.mark.parametrize("name", SHAPES)
-def test_decoding_by_layers_is_decoding(name, rows):
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "dropless"])
+def test_every_shape_writes_the_argmax_of_the_whole_sequence(name, rows):
     built = shaped(name)
-    tokens_BS = jax.random.randint(jax.random.key(0), (rows, 12), 0, 64)
-    first_B = jnp.arange(rows) % 3  # padding on the left
-    cache = replace(built.init_cache(rows, 12), first_B=first_B)
-    expected = np.asarray(nnx.jit(lambda m, t, c: m.decode(t, c)[0])(built, tokens_BS, cache))[:, 6:]
-    found = logits_by_layer(built, tokens_BS, 6, first_B)
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    prompts = np.random.default_rng(1).integers(0, 64, (rows, 5)).tolist()
+    texts_BS = jnp.array(
+        [p + new for p, new in zip(prompts, generate_batch(built, prompts, max_tokens=8), strict=True)]
+    )
+    whole = shaped("dropless") if name == "moe" else built  # as a batch of training it drops tokens
+    logits_BSV = nnx.jit(lambda model, texts: model(texts))(whole, texts_BS)
+    assert jnp.argmax(logits_BSV[:, 4:-1], axis=-1).tolist() == texts_BS[:, 5:].tolist()
 
 
-@pytest.mark.long
-def test_decoding_by_layers_computes_in_the_models_dtype():
+def test_a_model_computes_in_its_own_dtype():
     built = shaped("tied", compute_dtype="bfloat16")
-    tokens_BS = jax.random.randint(jax.random.key(0), (2, 10), 0, 64)
-    expected = np.asarray(built.decode(tokens_BS, built.init_cache(2, 10))[0])[:, 6:]
-    found = logits_by_layer(built, tokens_BS, 6)
-    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    _, weights = server_of(built, ServerShape(slots=2, length=16, chunk=16))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(weights["layers"]["mlp"])} == {"bfloat16"}
+    new = generate_batch(built, [[1, 2, 3]], max_tokens=8)[0]
+    logits_SV = nnx.jit(lambda model, texts: model(texts))(built, jnp.array([[1, 2, 3, *new]]))[0, 2:-1]
+    best = jnp.max(logits_SV, axis=-1)
+    assert jnp.all(best - logits_SV[jnp.arange(8), jnp.array(new)] < 0.05 * jnp.abs(best))
 
 
-def test_weights_to_decode_with_are_views_where_memory_is_short(model, monkeypatch):
-    from trainfw.sampling import decoding
+SHAPE = ServerShape(slots=1, length=16, chunk=16, cache="float32")
 
+
+def test_weights_are_views_where_memory_is_short(model, monkeypatch):
     tokens = list(generate(model, [1, 2, 3], max_tokens=6, temperature=0))
-    copied = decoding.decoding_weights(model, 1)
-    assert copied.joined[0]
-    monkeypatch.setattr(decoding.backends, "free_memory", lambda: 0)
-    viewed = decoding.decoding_weights(model, 1)
-    assert not viewed.joined[0]
-    stacked = model.layers.mlp.gate.kernel.get_value()
-    (own,) = [v.get_value() for path, v in nnx.to_flat_state(viewed.layers[1][0]) if path[:2] == ("mlp", "gate")]
+    assert server_of(model, SHAPE)[0].forms.joined
+    monkeypatch.setattr("trainfw.backends.free_memory", lambda: 0)
+    server, weights = server_of(model, SHAPE)
+    assert not server.forms.joined
+    stacked, own = model.layers.mlp.gate.kernel.get_value(), weights["layers"]["mlp"]["gate"]["kernel"].parts[1]
     assert own.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + stacked[0].nbytes
     assert list(generate(model, [1, 2, 3], max_tokens=6, temperature=0)) == tokens
 
 
-def test_weights_to_decode_with_are_kept_until_the_model_changes():
-    from trainfw.sampling.decoding import decoding_weights
-
+def test_weights_are_kept_until_the_model_changes():
     built = shaped("untied")
-    first = decoding_weights(built, 1)
-    assert decoding_weights(built, 1) is first
-    assert decoding_weights(built, 4) is not first
+    first = server_of(built, SHAPE)
+    again = server_of(built, replace(SHAPE, length=32))
+    assert again[1] is first[1]
+    assert server_of(built, SHAPE)[0] is first[0]
+    assert server_of(built, replace(SHAPE, slots=4))[1] is not first[1]
     before = list(generate(built, [1, 2, 3], max_tokens=6, temperature=0))
     kernel = built.layers.mlp.down.kernel
     kernel.set_value(-kernel.get_value())
-    assert decoding_weights(built, 1) is not first
     after = list(generate(built, [1, 2, 3], max_tokens=6, temperature=0))
     logits_SV = built(jnp.array([[1, 2, 3, *after]]))[0]
     assert before != after == jnp.argmax(logits_SV[2:-1], axis=-1).tolist()
