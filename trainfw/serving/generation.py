@@ -104,7 +104,8 @@ def _check(model: LanguageModel, prompts: list[list[int]], sampling: Sampling) -
 
 
 def _adapter_names(model: LanguageModel, count: int, adapters: Sequence[str | None] | None) -> list[str | None]:
-    chosen, names = [None] * count if adapters is None else list(adapters), model.adapter_names
+    chosen: list[str | None] = [None] * count if adapters is None else [*adapters]
+    names = model.adapter_names
     if not names and any(name is not None for name in chosen):
         raise UserError("adapters: this model was loaded without any; name them to load_model")
     if len(chosen) != count:
