@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,10 @@ from trainfw import check
 from trainfw.sampling import Draws, draw_tokens
 
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.3, 0.15]))
-COUNT = 4000
+COUNT, ROWS = 4000, 40
 
 
-def settings_of(count=COUNT, temperature=1.0, top_k=0, top_p=1.0, allowed=2**32 - 1, seed=0, vocabulary=5):
+def settings_of(count=ROWS, temperature=1.0, top_k=0, top_p=1.0, allowed=2**32 - 1, seed=0, vocabulary=5):
     """Of draws number 0, 1, 2 ... of one answer."""
 
     def each(value, dtype):
@@ -23,11 +25,13 @@ def settings_of(count=COUNT, temperature=1.0, top_k=0, top_p=1.0, allowed=2**32 
     return Draws(*of_rows, each(top_p, "float32"), jnp.full((count, words), allowed, "uint32"))
 
 
-draw = jax.jit(lambda logits_V, draws: draw_tokens(jnp.broadcast_to(logits_V, (COUNT, logits_V.size)), draws))
+draw = jax.jit(lambda logits_V, draws: draw_tokens(jnp.broadcast_to(logits_V, (ROWS, logits_V.size)), draws))
 
 
 def drawn(**options):
-    return np.asarray(draw(LOGITS, settings_of(**options)).token_B)
+    draws = settings_of(**options)
+    of_all = (replace(draws, count_B=draws.count_B + start) for start in range(0, COUNT, ROWS))
+    return np.concatenate([draw(LOGITS, some).token_B for some in of_all])
 
 
 def test_temperature_zero_takes_the_likeliest_and_of_equals_the_first():
