@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from generate import MODEL, PACKAGES, Worker, prompts, serve
+from generate import MODEL, PACKAGES, Worker, prompts, serve, transformers_model
 
 from benchmarks.reporting import Check, Table, add_arguments, at_least, at_most, finish, positive, say, table
 
@@ -310,16 +310,9 @@ def on_peft() -> tuple[dict[str, Any], Answer]:
 
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from trainfw.paths import resolve_path
-
-    logging.disable_progress_bar()
 
     def build(rank: int, batches: list[Any], train: dict[str, Any], dtype: str) -> tuple[int, Callable[[], float]]:
-        file = resolve_path(MODEL)
-        base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype))
+        base = transformers_model(dtype)
         base.config.use_cache = False
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base, config)

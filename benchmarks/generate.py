@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -109,7 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.worker == "facts":
         from trainfw.interop import open_model
 
-        print(json.dumps({"reads": read_rate(), "bytes": 4 * open_model(MODEL).num_parameters}))
+        parameters = sum(math.prod(parameter.shape) for parameter in open_model(MODEL).parameters.values())
+        print(json.dumps({"reads": read_rate(), "bytes": 4 * parameters}))
         return 0
     if chosen.worker:
         serve(lambda: work(chosen.worker))
@@ -186,8 +188,8 @@ def prompts(rows: int, length: int) -> list[list[int]]:
 class Worker:
     """A peer of a benchmark, `file`, in a process of its own, which does what it is asked to."""
 
-    def __init__(self, file: str, name: str):
-        command = [sys.executable, file, "--worker", name]
+    def __init__(self, file: str, name: str, *options: str):
+        command = [sys.executable, file, "--worker", name, *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._answer()
         """What it says once it is ready."""
@@ -246,38 +248,47 @@ def on_trainfw() -> Callable[[list[list[int]], int], list[list[int]]]:
     return write
 
 
-def on_transformers(compiled: bool) -> Callable[[list[list[int]], int], list[list[int]]]:
+def transformers_model(dtype: str = "float32") -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, CompileConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
     from trainfw.paths import resolve_path
 
+    logging.disable_progress_bar()
     file = resolve_path(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=getattr(torch, dtype)).eval()
+
+
+def on_transformers(compiled: bool) -> Callable[[list[list[int]], int], list[list[int]]]:
+    from transformers import CompileConfig
+
+    model = transformers_model()
     options: dict[str, Any] = {}
     if compiled:
         config = CompileConfig(mode="default", fullgraph=False, dynamic=False)
         config._compile_all_devices = True  # else it compiles for accelerators only
         options = {"cache_implementation": "static", "compile_config": config}
 
-    def write(texts: list[list[int]], count: int) -> list[list[int]]:
-        ids = torch.tensor(texts)
-        with torch.inference_mode():
-            written = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                **options,
-            )
-        return written[:, ids.shape[1] :].tolist()
+    return lambda texts, count: written_by(model, texts, count, **options)
 
-    return write
+
+def written_by(model: Any, texts: list[list[int]], count: int, **options: Any) -> list[list[int]]:
+    """Tokens that a model of Transformers writes after each text, all of the same length."""
+    import torch
+
+    ids = torch.tensor(texts)
+    with torch.inference_mode():
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+    return written[:, ids.shape[1] :].tolist()
 
 
 def measured_apart() -> dict[str, float]:

@@ -5,7 +5,8 @@ Structures are those of llama.h at the version that pyproject.toml names.
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_bool, c_byte, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class _Batch(ctypes.Structure):
 
 _FUNCTIONS = {
     "llama_log_set": (None, [c_void_p, c_void_p]),
+    "llama_print_system_info": (c_char_p, []),
     "llama_model_default_params": (_ModelParams, []),
     "llama_context_default_params": (_ContextParams, []),
     "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
@@ -88,13 +90,22 @@ def _library() -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file in llama.cpp; closed at the end of a `with`. Attention is in 32 bits, keys and values too.
+    """A GGUF file in llama.cpp, with two threads; closed at the end of a `with`.
 
     Args:
         adapter: another file, of a LoRA on it.
+        exact: attention in 32 bits, keys and values too; else as llama.cpp has them by default, which is faster.
     """
 
-    def __init__(self, file: Path, *, adapter: Path | None = None, vocab_only: bool = False, length: int = 128):
+    def __init__(
+        self,
+        file: Path,
+        *,
+        adapter: Path | None = None,
+        vocab_only: bool = False,
+        length: int = 128,
+        exact: bool = True,
+    ):
         self._library = _library()
         params = self._library.llama_model_default_params()
         assert (params.vocab_only, params.use_extra_bufts) == (False, True), "not the structure of this version"
@@ -110,7 +121,8 @@ class Llama:
             settings = self._library.llama_context_default_params()
             assert (settings.type_k, settings.type_v) == (1, 1), "not the structure of this version"
             settings.n_ctx, settings.n_threads, settings.n_threads_batch = length, 2, 2
-            settings.type_k = settings.type_v = settings.flash_attn_type = 0
+            if exact:
+                settings.type_k = settings.type_v = settings.flash_attn_type = 0
             self._context = self._library.llama_init_from_model(self._model, settings)
             assert self._context, "llama.cpp makes no context"
         if adapter is not None:
@@ -140,17 +152,34 @@ class Llama:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each of `tokens`, which come after those of the calls before; (tokens, vocabulary)."""
+        return self._decode(tokens, len(tokens)).copy()
+
+    def write(self, prompt: Sequence[int], count: int) -> Iterator[int]:
+        """The likeliest tokens after a prompt, which comes after those of the calls before."""
+        read = prompt
+        for _ in range(count):
+            token = int(self._decode(read, 1)[0].argmax())
+            yield token
+            read = [token]
+
+    def _decode(self, tokens: Sequence[int], rows: int) -> np.ndarray:
+        """Logits after the last of `tokens`, as many as `rows` says, until the next call."""
         batch = self._library.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = token, self._place + index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = index >= len(tokens) - rows
         assert self._library.llama_decode(self._context, batch) == 0
         self._library.llama_batch_free(batch)
         self._place += len(tokens)
-        rows = self._library.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(rows, (len(tokens), self.vocab_size)).copy()
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (rows, self.vocab_size))
 
     def reset(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         self._place = 0
+
+    def instructions(self) -> list[str]:
+        """The processor's, of which this build makes use."""
+        info = self._library.llama_print_system_info().decode()
+        return [name.split()[-1] for name in re.findall(r"[\w ]+(?= = 1)", info)]

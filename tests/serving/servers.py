@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 from dataclasses import replace
 
@@ -51,19 +50,6 @@ def serving(*, forms=None, adapter_dirs=(), api_key=None, drain_seconds=5.0, tok
         yield server
     finally:
         server.close()
-
-
-def request(body=b"", path="/v1/completions", method="POST", headers=None):
-    """A request as bytes; `body` may be an object of JSON."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {
-        "Host": "localhost",
-        "Content-Type": "application/json",
-        "Content-Length": str(len(data)),
-        "Connection": "close",
-    }
-    head = "".join(f"{key}: {value}\r\n" for key, value in (lines | (headers or {})).items() if value is not None)
-    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + data
 
 
 def connect(server):

@@ -47,6 +47,7 @@ def test_a_model_and_its_adapters_are_served(base, adapters):
         line = process.stdout.readline()
         assert line.startswith("serving tiny at http://127.0.0.1:"), line
         url = line.split()[-1]
+        assert httpx2.get(f"{url}/health").status_code == 200  # at once
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         model, tokenizer = load_model(base, adapters={"sharp": str(adapters / "sharp")})
         names, ends = [None, "sharp"], stop_ids(tokenizer)

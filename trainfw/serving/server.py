@@ -157,7 +157,7 @@ def serve(
         name: name of the model itself (default: the last part of its path).
         api_key: what clients have to send (default: `TRAINFW_API_KEY` of the environment; none if that is empty).
         drain_seconds: time that requests have to end after SIGTERM.
-        ready: called once all is loaded, before the first connection.
+        ready: called once all is loaded and connections are taken, before the first is answered.
         options: options of `load_engine`, such as `slots` and `length`.
 
     Raises UserError for what cannot be loaded, and a port that is taken.
@@ -177,6 +177,7 @@ def serve(
             service = Service(engine, tokenizer, name, forms, dirs)
             key = os.environ.get(KEY) if api_key is None else api_key
             server = HttpServer(service, sock, api_key=key or None, drain_seconds=drain_seconds)
+            sock.listen()  # who connects from here on waits, and is not refused
             if ready is not None:
                 ready(server, service)
             server.run_until_stopped()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, TypeVarTuple
 
 import anyio
 from anyio import to_thread
@@ -36,6 +36,19 @@ from trainfw.weights import PromptForm, prompt_form
 
 Events: TypeAlias = AsyncIterator[Json]
 """Events of a stream, in the order in which they are sent."""
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def in_thread(do: Callable[[*Ts], T], *arguments: *Ts, limiter: anyio.CapacityLimiter | None = None) -> T:
+    """Call a function in another thread. What is wrong with a request is raised without the frames of that thread.
+
+    Through them it would hold itself, and with it the request, until Python next collects garbage of long life.
+    """
+    try:
+        return await to_thread.run_sync(do, *arguments, limiter=limiter)
+    except (ApiError, UserError, Full) as error:
+        raise error.with_traceback(None) from None
 
 
 @dataclass
@@ -57,6 +70,11 @@ class Service:
         self.metrics = Metrics(self.engine)
         self._created = int(time.time())
         self._preparing, self._loading = anyio.CapacityLimiter(8), anyio.CapacityLimiter(1)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest text that a slot could hold, if every token were the longest one."""
+        return self.engine.length * max(map(len, self.tokenizer.backend.get_vocab()))
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -92,15 +110,19 @@ class Service:
 
     async def load_adapter(self, asked: LoadAdapter) -> str:
         """Load an adapter from below one of `adapter_dirs`. Raises ApiError, and UserError where it does not fit."""
-        name, path = asked.lora_name, str(await to_thread.run_sync(self._confined, asked.lora_path))
+        name, path = asked.lora_name, str(await in_thread(self._confined, asked.lora_path))
 
         def load() -> None:
             if name in (self.name, *self.engine.adapters):
                 raise ApiError(400, f"lora_name: {name!r} is there already", param="lora_name")
             self.forms[name] = prompt_form(path)
-            self.engine.add_adapter(name, path)
+            try:
+                self.engine.add_adapter(name, path)
+            except BaseException:
+                del self.forms[name]
+                raise
 
-        await to_thread.run_sync(load, limiter=self._loading)
+        await in_thread(load, limiter=self._loading)
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def _confined(self, given: str) -> Path:
@@ -122,7 +144,7 @@ class Service:
         name = asked.lora_name
         if name not in self.engine.adapters:
             raise ApiError(404, f"lora_name: no {name[:80]!r}", param="lora_name", code="model_not_found")
-        await to_thread.run_sync(self.engine.remove_adapter, name, limiter=self._loading)
+        await in_thread(self.engine.remove_adapter, name, limiter=self._loading)
         self.forms.pop(name, None)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
@@ -131,17 +153,19 @@ class Service:
     async def begin(self, asked: ChatAsked | TextAsked, choices: Choices) -> None:
         """Ask the engine for the answers. Raises ApiError."""
         try:
-            await to_thread.run_sync(self._begin, asked, choices, limiter=self._preparing)
+            await in_thread(self._begin, asked, choices, limiter=self._preparing)
         except Full:
             raise ApiError(429, "the queue is full; try again", code="queue_full") from None
         except Unavailable as error:
             raise ApiError(503, str(error)) from None
         except UserError as error:
+            self._adapter(asked.model)  # gone since it was looked up: 404, as if it had not been there
             field = str(error).split(" ")[0].rstrip(":")
             raise ApiError(400, str(error), param=field if field in type(asked).model_fields else None) from None
 
     def _begin(self, asked: ChatAsked | TextAsked, choices: Choices) -> None:
         adapter = self._adapter(asked.model)
+        self._check_sizes(asked)
         form = self.forms.get(adapter, PromptForm())
         tools = asked.tools if isinstance(asked, ChatAsked) and asked.tool_choice == "auto" else []
         wanted = None if asked.response_format is None else asked.response_format.given()
@@ -186,6 +210,20 @@ class Service:
                         constraint=constraint,
                     )
                 )
+
+    def _check_sizes(self, asked: ChatAsked | TextAsked) -> None:
+        """Refuse texts that no slot holds before they are encoded, which takes far more memory. Raises ApiError."""
+        if isinstance(asked, ChatAsked):
+            size = sum(len(message.text) for message in asked.messages)
+        else:
+            texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+            size = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if size > self._longest:
+            raise ApiError(
+                400,
+                f"a prompt of {size:,} characters is more than the {self.engine.length:,} tokens that the server holds",
+                code="context_length_exceeded",
+            )
 
     async def answer(self, asked: ChatAsked | TextAsked, choices: Choices) -> Json:
         """Wait for the answers that were begun, and return them in OpenAI's form."""
