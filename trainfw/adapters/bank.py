@@ -47,11 +47,10 @@ def attach_places(model: nnx.Module, places: int, rank: int) -> None:
         if isinstance(linear, Linear) and name.startswith("layers."):
             *stacked, D, F = linear.kernel.get_value().shape
             *stack, ins, outs = linear.kernel.axes
-            lead = (*stacked, places + 1)
             linear.adapter = Bank(
-                Frozen(jnp.zeros((*lead, D, rank)), axes=(*stack, None, ins, None)),
-                Frozen(jnp.zeros((*lead, rank, F)), axes=(*stack, None, None, outs)),
-                Frozen(jnp.ones((*lead, F)), axes=(*stack, None, outs), wide=True),
+                Frozen(jnp.zeros((*stacked, D, places + 1, rank)), axes=(*stack, ins, None, None)),
+                Frozen(jnp.zeros((*stacked, places + 1, rank, F)), axes=(*stack, None, None, outs)),
+                Frozen(jnp.ones((*stacked, places + 1, F)), axes=(*stack, None, outs), wide=True),
             )
 
 
@@ -63,21 +62,21 @@ def _bank(
     *stacked, D, F = linear.kernel.get_value().shape  # one layer's, or those of a stack
     rank, count = max(size[0] for _, _, size in adapters if size is not None), len(adapters) + 1
     # The base comes last, as an adapter of zeros.
-    a, b = np.zeros((*stacked, count, D, rank), np.float32), np.zeros((*stacked, count, rank, F), np.float32)
+    a, b = np.zeros((*stacked, D, count, rank), np.float32), np.zeros((*stacked, count, rank, F), np.float32)
     factor = np.ones((*stacked, count, F), np.float32)
     for i, (config, arrays, size) in enumerate(adapters):
         if size is None:
             continue
         lora_a, lora_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
-        a[..., i, :, : size[0]] = lora_a
+        a[..., i, : size[0]] = lora_a
         b[..., i, : size[0], :] = lora_b * config.scale(*size)
         if config.kind == "dora":
             magnitude = arrays[f"{module}.adapter.magnitude"]
-            factor[..., i, :] = dora_factor(linear.kernel.get_value(), a[..., i, :, :], b[..., i, :, :], magnitude)
+            factor[..., i, :] = dora_factor(linear.kernel.get_value(), a[..., i, :], b[..., i, :, :], magnitude)
     *stack, ins, outs = linear.kernel.axes
     value: Any = Frozen(jnp.asarray(factor), axes=(*stack, None, outs), wide=True)
     return Bank(
-        Frozen(jnp.asarray(a), axes=(*stack, None, ins, None)),
+        Frozen(jnp.asarray(a), axes=(*stack, ins, None, None)),
         Frozen(jnp.asarray(b), axes=(*stack, None, None, outs)),
         value if np.any(factor != 1.0) else None,
     )

@@ -98,10 +98,10 @@ class EmbeddingLoRA(nnx.Module):
 class Bank(nnx.Module):
     """N adapters of one linear map, for generation; each row of x (B, ..., in) takes one (`AdapterInputs.rows_B`).
 
-    A row's result depends on its own adapter alone: products are by row.
+    A row's result depends on its own adapter alone.
 
     Args:
-        a, b: (N, in, r) and (N, r, out), those of lower rank padded with zeros; b includes the scales.
+        a, b: (in, N, r) and (N, r, out), those of lower rank padded with zeros; b includes the scales.
         factor: (N, out), multiplies y and the update; 1 except for DoRA.
     """
 
@@ -111,9 +111,28 @@ class Bank(nnx.Module):
     def __call__(self, product: Product, x: jax.Array, y: jax.Array, kernel: Kernel, *others: object) -> jax.Array:
         rows_B = active_inputs().rows_B
         assert rows_B is not None, "a bank of adapters is asked without rows"
-        a, b = (jnp.take(part[...], rows_B, axis=0, mode="clip").astype(x.dtype) for part in (self.a, self.b))
-        y = y + jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a), b)
+        a, b = (part[...].astype(x.dtype) for part in (self.a, self.b))
+        x_BSi, count = x.reshape(x.shape[0], -1, x.shape[-1]), b.shape[0]
+        if x_BSi.shape[0] > 1 and count <= 2 * x_BSi.shape[0]:
+            # All adapters of all rows, as products of matrices: to pick out each row's own takes longer than that.
+            of_all = _product("bsi,inr->bsnr", x_BSi, a)
+            own_BN = (jnp.arange(count) == jnp.clip(rows_B, 0, count - 1)[:, None])[:, None, :, None]
+            update = _product("bsnr,nro->bso", jnp.where(own_BN, of_all, 0).astype(x.dtype), b)
+        else:
+            narrow = _product("bsi,ibr->bsr", x_BSi, _of_rows(a, rows_B, 1))
+            update = _product("bsr,bro->bso", narrow.astype(x.dtype), _of_rows(b, rows_B, 0))
+        y = y + update.astype(y.dtype).reshape(y.shape)
         if self.factor is None:
             return y
-        factor = jnp.take(self.factor[...], rows_B, axis=0, mode="clip").astype(y.dtype)
+        factor = _of_rows(self.factor[...], rows_B, 0).astype(y.dtype)
         return y * factor.reshape(factor.shape[0], *(1,) * (y.ndim - 2), -1)
+
+
+def _of_rows(x: jax.Array, rows_B: jax.Array, axis: int) -> jax.Array:
+    if rows_B.shape[0] == 1:  # no gather, which XLA's CPU backend does number by number
+        return jax.lax.dynamic_slice_in_dim(x, rows_B[0], 1, axis)
+    return jnp.take(x, rows_B, axis=axis, mode="clip")
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

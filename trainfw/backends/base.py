@@ -50,6 +50,9 @@ class Backend:
     top_k: Literal["native", "iterative"] = "native"
     """Way to choose the largest of many: `jax.lax.top_k`, or maxima alone where a chip refuses that or nothing
     says that it takes it."""
+    wide_caches: bool = False
+    """Keys and values of serving are kept in float32 where nothing else is asked for: XLA's CPU backend widens a whole
+    bfloat16 array to write a part of it."""
     fuses_all_attention: bool = True
     """A fused kernel is called for attention that is not causal, too."""
     fp8_dtypes: tuple[str, str] = ("float8_e4m3fn", "float8_e5m2")

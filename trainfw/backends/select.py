@@ -32,6 +32,7 @@ CPU = Backend(
     compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
     # It runs once, as fast and to the same bits, and takes less time to compile.
     init_options={"xla_backend_optimization_level": "1"},
+    wide_caches=True,
 )
 GPU = Backend("gpu", "gpu", casts_once=True, times_kernels=True)
 NEURON = Backend(

@@ -45,7 +45,8 @@ def serve(
     ] = None,
     dtype: Annotated[_Computed, typer.Option(metavar="DTYPE", help="Compute in float32 or bfloat16.")] = "float32",
     cache: Annotated[
-        _Cached | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8 (default: as --dtype).")
+        _Cached | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8 (default: as --dtype; on a CPU float32)."),
     ] = None,
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time that requests have to end after SIGTERM.", min=0)

@@ -12,6 +12,7 @@ from .serve import ServerShape as ServerShape
 from .serve import build_server as build_server
 from .serve import place_weights as place_weights
 from .server_of import KeptAs as KeptAs
+from .server_of import default_cache as default_cache
 from .server_of import server_of as server_of
 from .server_of import serving_recipe as serving_recipe
 from .server_weights import turned_round as turned_round

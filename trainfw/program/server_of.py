@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainfw import backends
-from trainfw.models import FamilyConfig, LanguageModel, Unstacked
+from trainfw.models import CacheDtype, FamilyConfig, LanguageModel, Unstacked
 from trainfw.program.fit import fit
 from trainfw.program.serve import Server, ServerShape, server_on
 from trainfw.quantization import Quantized
@@ -52,6 +52,11 @@ def serving_recipe(
         "hardware": dict(hardware or {}),
     }
     return load_recipe(given)
+
+
+def default_cache(compute_dtype: str) -> CacheDtype:
+    """Return the dtype of keys and values for a server that computes in `compute_dtype`."""
+    return "float32" if backends.current().wide_caches or compute_dtype == "float32" else "bfloat16"
 
 
 def server_of(model: LanguageModel, shape: ServerShape) -> tuple[Server, Tree]:

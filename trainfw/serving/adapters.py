@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainfw.adapters import AdapterConfig, config_targets, dora_factor
 from trainfw.errors import UserError
-from trainfw.models import Unstacked, is_unstacked, part_of
+from trainfw.models import Unstacked, part_of
 from trainfw.program import Server, shardings_of, turned_round
 from trainfw.weights import Base, Tree, read_adapter
 
 Banks: TypeAlias = dict[str, dict[str, Any]]
 """Arrays `a`, `b` and `factor` of every linear map that has places, by the module's name."""
-_PARTS = ("a", "b", "factor")
+_PARTS = {"a": -2, "b": -3, "factor": -2}
+"""The dim of each along which the places lie."""
 
 
 class AdapterPlaces:
@@ -51,7 +53,7 @@ class AdapterPlaces:
     ) -> dict[str, np.ndarray]:
         """Return one module's arrays, zeros and ones where the adapter has none."""
         like = _at(self._server.abstract_kept, module)["adapter"]
-        a, b, factor = (np.zeros((x.shape[0], *x.shape[2:]), np.float32) for x in (like[part] for part in _PARTS))
+        a, b, factor = (np.zeros(np.delete(like[part].shape, dim), np.float32) for part, dim in _PARTS.items())
         factor[:] = 1.0
         if size is not None:
             lora_a, lora_b = (np.asarray(arrays[f"{module}.adapter.lora_{part}"], np.float32) for part in "ab")
@@ -76,13 +78,19 @@ class AdapterPlaces:
 
 
 def _filled(banks: Banks, values: Banks, place: jax.Array) -> Banks:
-    def fill(bank: jax.Array | Unstacked, value: jax.Array) -> jax.Array | Unstacked:
-        if isinstance(bank, Unstacked):
-            parts = enumerate(bank.parts)
-            return Unstacked(tuple(part.at[place].set(value[i].astype(part.dtype)) for i, part in parts))
-        return bank.at[:, place].set(value.astype(bank.dtype))
+    def fill(bank: jax.Array, value: jax.Array, dim: int) -> jax.Array:
+        row = jnp.expand_dims(value.astype(bank.dtype), dim)
+        return jax.lax.dynamic_update_slice_in_dim(bank, row, place, bank.ndim + dim)
 
-    return jax.tree.map(fill, banks, values, is_leaf=is_unstacked)
+    def of_part(bank: jax.Array | Unstacked, value: jax.Array, dim: int) -> jax.Array | Unstacked:
+        if isinstance(bank, Unstacked):
+            return Unstacked(tuple(fill(part, value[i], dim) for i, part in enumerate(bank.parts)))
+        return fill(bank, value, dim)
+
+    return {
+        module: {part: of_part(bank[part], values[module][part], dim) for part, dim in _PARTS.items()}
+        for module, bank in banks.items()
+    }
 
 
 def _banks(params: Tree, modules: list[str]) -> Banks:

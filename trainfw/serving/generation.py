@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from trainfw.data import Progress
 from trainfw.errors import RunError, UserError, did_you_mean, expect
 from trainfw.models import LanguageModel, family_of, vocabulary_of
-from trainfw.program import ServerShape, server_of
+from trainfw.program import ServerShape, default_cache, server_of
 from trainfw.serving.engine import SlotEngine
 from trainfw.serving.requests import Answer, Sampling, check_request
 
@@ -125,7 +125,7 @@ def _engine(model: LanguageModel, prompts: list[list[int]], max_tokens: int, slo
         slots=slots,
         length=_power_of_two(longest + max_tokens),
         chunk=chunk,
-        cache=model.compute_dtype,  # type: ignore[arg-type]
+        cache=default_cache(model.compute_dtype),
         adapters=len(model.adapter_names),
     )
     server, weights = server_of(model, shape)

@@ -12,7 +12,7 @@ from trainfw.data import Progress, Tokenizer, load_tokenizer
 from trainfw.errors import UserError
 from trainfw.models import family_of
 from trainfw.paths import path_text
-from trainfw.program import KeptAs, ServerShape, build_server, place_weights, serving_recipe
+from trainfw.program import KeptAs, ServerShape, build_server, default_cache, place_weights, serving_recipe
 from trainfw.serving.adapters import AdapterPlaces
 from trainfw.serving.engine import SlotEngine
 from trainfw.weights import check_tokenizer, is_run, merge, open_base, run_recipe
@@ -46,7 +46,7 @@ def load_engine(
         places: adapters that there is room for (default: as many as are given).
         rank: the largest of an adapter.
         weights: what they are kept as (default: `compute_dtype`).
-        cache: dtype of keys and values (default: `compute_dtype`).
+        cache: dtype of keys and values (default: `compute_dtype`, on a CPU float32).
         layout: sizes of mesh axes, such as `{"tensor": 2}`.
         queue: most requests that wait for a slot.
 
@@ -70,7 +70,7 @@ def load_engine(
         slots=slots,
         length=length,
         chunk=min(chunk, length),
-        cache=cache or compute_dtype,
+        cache=cache or default_cache(compute_dtype),
         adapters=len(adapters) if places is None else places,
         rank=rank,
     )

@@ -8,7 +8,6 @@ from typing import Literal, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from trainfw import backends
 from trainfw.models.common.adapter_inputs import AdapterInputs
 from trainfw.models.common.matmul import softcap as capped
 from trainfw.models.common.matmul import wide_einsum
@@ -159,23 +158,31 @@ class Slots:
             old = self.caches[kind].layer(old)
         if self.slot is not None:
             old = old.of_slot(self.slot)
-        dtype, q_BSKGh = q_BSHh.dtype, q_BSHh.reshape(B, S, k_BSKh.shape[2], -1, h)
+        K = k_BSKh.shape[2]
+        # In the wider of both dtypes; int8 in that of the queries.
+        dtype = jnp.promote_types(q_BSHh.dtype, old.keys_BKhR.dtype)
+        k_BSKh, v_BSKh = k_BSKh.astype(dtype), v_BSKh.astype(dtype)
+        # The queries of a head of keys as rows of one matrix: what XLA's CPU backend has fast kernels for.
+        q_BKNh = q_BSHh.astype(dtype).reshape(B, S, K, -1, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
         with jax.named_scope(ATTENTION):
-            scores = _scores(q_BSKGh, old.keys_BKhR.astype(dtype))
+            scores = wide_einsum("bknh,bkhr->bknr", q_BKNh, old.keys_BKhR.astype(dtype))
             if old.key_scales_BKR is not None:
-                scores = scores * old.key_scales_BKR[:, :, None, None]
+                scores = scores * old.key_scales_BKR[:, :, None]
             held_BSR, among_SS = self._seen(old.room, S, kind, window)
-            scores = jnp.where(held_BSR[:, None, None], capped(scores * scale, softcap), -1e30)
-            own = capped(wide_einsum("bskgh,btkh->bkgst", q_BSKGh, k_BSKh) * scale, softcap)
-            own = jnp.where(among_SS, own, -1e30)
+            G = H // K
+            held_BNR, among_NS = jnp.tile(held_BSR, (1, G, 1)), jnp.tile(among_SS, (G, 1))
+            scores = jnp.where(held_BNR[:, None], capped(scores * scale, softcap), -1e30)
+            own = capped(wide_einsum("bknh,btkh->bknt", q_BKNh, k_BSKh) * scale, softcap)
+            own = jnp.where(among_NS, own, -1e30)
             top = jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in (scores, own)))
             weights, own_weights = jnp.exp(scores - top), jnp.exp(own - top)
             total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in (weights, own_weights))
             if old.value_scales_BKR is not None:
-                weights = weights * old.value_scales_BKR[:, :, None, None]
-            o_BKGSh = _weighed(weights.astype(dtype), old.values_BKRh.astype(dtype))
-            o_BKGSh += wide_einsum("bkgst,btkh->bkgsh", own_weights.astype(dtype), v_BSKh)
-            return (o_BKGSh / total).astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, S, H, h)
+                weights = weights * old.value_scales_BKR[:, :, None]
+            o_BKNh = wide_einsum("bknr,bkrh->bknh", weights.astype(dtype), old.values_BKRh.astype(dtype))
+            o_BKNh += wide_einsum("bknt,btkh->bknh", own_weights.astype(dtype), v_BSKh)
+            o_BKGSh = (o_BKNh / total).astype(q_BSHh.dtype).reshape(B, K, G, S, h)
+            return o_BKGSh.transpose(0, 3, 1, 2, 4).reshape(B, S, H, h)
 
     def _seen(self, room: int, S: int, kind: LayerKind, window: int | None) -> tuple[jax.Array, jax.Array]:
         """Return which new token sees which place of the ring, bool[B, S, R], and which of the new, bool[S, S]."""
@@ -189,28 +196,6 @@ class Slots:
             seen_BSR &= (length_B1 + new_S)[..., None] - position_BR[:, None] < window
             among_SS &= new_S[:, None] - new_S < window
         return seen_BSR, among_SS
-
-
-def _by_sums(queries: int, dtype: str) -> bool:
-    """Tell whether products of so few queries are better sums, as on a CPU, where narrow products are slow."""
-    request = backends.DecodingRequest(dtype, queries, dtype)
-    return queries == 1 and backends.resolve("decoding", request, backends.current()).call is not None
-
-
-def _scores(q_BSKGh: jax.Array, k_BKhR: jax.Array) -> jax.Array:
-    """scores_BKGSR, f32."""
-    if _by_sums(q_BSKGh.shape[1], q_BSKGh.dtype.name):
-        q_BKGh1 = q_BSKGh[:, 0, ..., None].astype(jnp.float32)
-        return jnp.sum(q_BKGh1 * k_BKhR[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
-    return wide_einsum("bskgh,bkhr->bkgsr", q_BSKGh, k_BKhR)
-
-
-def _weighed(weights_BKGSR: jax.Array, v_BKRh: jax.Array) -> jax.Array:
-    """o_BKGSh, f32."""
-    if _by_sums(weights_BKGSR.shape[3], weights_BKGSR.dtype.name):
-        weights_BKGR1 = weights_BKGSR[..., 0, :, None].astype(jnp.float32)
-        return jnp.sum(weights_BKGR1 * v_BKRh[:, :, None].astype(jnp.float32), axis=3)[..., None, :]
-    return wide_einsum("bkgsr,bkrh->bkgsh", weights_BKGSR, v_BKRh)
 
 
 class SlotModel(Protocol):
