@@ -11,7 +11,7 @@ from trainfw.errors import UserError
 
 _ASIDE = {"sdk-version", "sdk-python", "memory-temporaries"}
 """Of the JAX that runs here, and of the CPU's compiler."""
-_WHOLE = {"arguments-many", "memory-arguments", "not-partitioned"}
+_WHOLE = {"arguments-many", "instructions", "memory-arguments", "not-partitioned"}
 """Rules on a program as a whole."""
 TARGETS = [(chip, lnc, sdk) for chip in CHIPS for lnc in (1, 2) for sdk in sdk_versions()]
 

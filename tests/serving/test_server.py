@@ -67,10 +67,30 @@ def test_a_model_and_its_adapters_are_served(base, adapters):
     assert process.wait(30) == 128 + signal.SIGTERM
 
 
+def test_a_model_over_two_devices(base):
+    arguments = (base, "--layout", "tensor=2", "--devices", 2, "--port", 0, "--slots", 2, "--length", 32)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving "), line
+        client = openai.OpenAI(base_url=f"{line.split()[-1]}/v1", api_key="any", max_retries=0)
+        model, tokenizer = load_model(base)
+        ids = generate_batch(model, [[5, 17, 42]], max_tokens=12, eos_ids=stop_ids(tokenizer))
+        (name,) = (one.id for one in client.models.list())
+        got = client.completions.create(model=name, prompt=[5, 17, 42], max_tokens=12, temperature=0)
+        assert got.choices[0].text == tokenizer.decode(ids[0])
+    finally:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
 def test_what_cannot_be_served_is_said(base, tmp_path):
     cases = {
         ("--cache", "int4"): "--cache int4: expected float32, bfloat16 or int8",
         ("--adapter-dir", tmp_path / "none"): "expected a directory, from which adapters may be loaded",
+        ("--devices", 2): "--devices 2: goes with --layout",
+        ("--layout", "tensr=2"): "did you mean 'tensor'?",
+        ("--layout", "tensor=64", "--port", 0): "; --devices 64 simulates them on the CPU",
         ("--host", "256.0.0.1"): "256.0.0.1:8000: cannot be served",
     }
     for arguments, said in cases.items():

@@ -16,6 +16,7 @@ import numpy as np
 from trainfw import backends
 from trainfw.backends import Sdk, for_topology, load_sdk
 from trainfw.checking.arguments import hardware_of_function, refuse_arguments, topology_to_check
+from trainfw.checking.instructions import read_instructions
 from trainfw.checking.jaxpr import meshes_in, place_of_failure, read_jaxpr, read_symbolic, targets_in
 from trainfw.checking.partitioned import (
     is_partitioned,
@@ -131,6 +132,8 @@ class Called:
     jitted: Any
     arguments: tuple[object, ...]
     mesh: jax.sharding.Mesh | None
+    unrolled: bool = False
+    """Loops stand for layers that are unrolled where it runs."""
 
 
 def _called(fn: Callable[..., object], abstract_args: tuple[object, ...], mesh: jax.sharding.Mesh | None) -> Called:
@@ -169,6 +172,7 @@ class Reading:
     devices: tuple[Any, ...] = ()
     mesh: Any | None = None
     """A mesh of these, after whose axes groups can be named."""
+    unrolled: bool = False
 
     def cores(self, topology: Topology) -> np.ndarray:
         """The physical core of each partition. Raises UserError where the hardware has fewer."""
@@ -179,7 +183,10 @@ def check_program(
     program: Program | Server, *, topology: Topology, sdk: Sdk | None = None, progress: Progress | None = None
 ) -> Report:
     """Check the functions of a program or a server built for devices that stand for `topology`."""
-    called = [Called(one.name, one.jitted, one.arguments, program.mesh) for one in program.functions.values()]
+    from trainfw.program import Server
+
+    unrolled = isinstance(program, Server)  # as `load_engine` has it, whatever is quicker to check
+    called = [Called(one.name, one.jitted, one.arguments, program.mesh, unrolled) for one in program.functions.values()]
     return _check(called, topology, sdk or load_sdk(), progress or (lambda _: None))
 
 
@@ -203,7 +210,9 @@ def judge(readings: Iterable[Reading], topology: Topology, sdk: Sdk) -> Report:
         if reading.partitioned is not None:
             physical = _physical_cores(reading.devices, topology)
             if neuron:
-                found += read_partitioned(reading.partitioned.module, physical, reading.mesh, topology, sdk)
+                module = reading.partitioned.module
+                found += read_partitioned(module, physical, reading.mesh, topology, sdk)
+                found += read_instructions(module, topology, unrolled=reading.unrolled)
             sums.append(sum_collectives(reading.partitioned.module, reading.mesh))
         if reading.arguments is not None:
             memory = memory_of(reading.arguments, reading.partitioned, topology, sdk)
@@ -264,7 +273,7 @@ def begin(
         concrete = [m for m in (mesh, *meshes_in(traced.jaxpr), *meshes) if isinstance(m, jax.sharding.Mesh)]
         devices = _devices(partitioned, concrete)
         named = next((m for m in concrete if list(m.devices.flat) == devices), None)
-        return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named)
+        return Reading(name, tuple(found), tuple(leaves), partitioned, tuple(devices), named, called.unrolled)
 
     return finish
 

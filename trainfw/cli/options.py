@@ -133,7 +133,8 @@ ServeLayout = Annotated[
     typer.Option("--layout", metavar="AXIS=N,...", help="With --serve: sizes of tensor, expert, fsdp and data."),
 ]
 ServeSlots = Annotated[
-    str | None, typer.Option("--slots", metavar="N", help="With --serve: requests at once of each copy (8).")
+    str | None,
+    typer.Option("--slots", metavar="N", help="With --serve: requests at once of each copy (8; of a search 1,8,32)."),
 ]
 ServeLength = Annotated[
     int | None, typer.Option("--length", min=2, help="With --serve: tokens that a slot holds (4096).")

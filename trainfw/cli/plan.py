@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainfw import planning, serving
+from trainfw import planning
 from trainfw import recipe as recipes
 from trainfw.cli.options import (
     Count,
@@ -23,12 +22,21 @@ from trainfw.cli.options import (
     check_page,
     load_for,
 )
-from trainfw.cli.serving import build_server_for, check_alone, serving_of, slot_counts, topology_to_serve
+from trainfw.cli.serving import check_alone, plan_server, search_servers, topology_to_serve
 from trainfw.cli.simulated import build_for, load_simulated
 from trainfw.cli.terminal import Clock, say
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
 from trainfw.unfinished import write_text
+
+_Search = Annotated[
+    bool,
+    typer.Option(
+        "--search",
+        help="Look for a better layout, and write it as a recipe that extends this one. With --serve: list the layouts "
+        "and slots that are best in time and price.",
+    ),
+]
 
 
 def plan(
@@ -49,9 +57,7 @@ def plan(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile anew, even what was compiled before.")] = False,
-    search: Annotated[
-        bool, typer.Option("--search", help="Look for a better layout, and write it as a recipe that extends this one.")
-    ] = False,
+    search: _Search = False,
     function: Annotated[
         str, typer.Option(metavar="NAME", help="The function to plan: train, evaluate, or of models of images denoise.")
     ] = "train",
@@ -81,12 +87,12 @@ def plan(
     if not serve:
         check_alone({**of_server, "--prompt": prompt, "--output": output})
     else:
-        others = overrides, search, html, no_cache, function != "train", steps, objective != "time", out
+        others = overrides, no_cache, function != "train", steps, objective != "time", out
         if any(others):
             raise UserError("--serve: goes without keys of a recipe and without options of other plans")
-        asked = serving_of(recipe, of_server)
         topology = topology_to_serve(hardware, count)
-        _plan_server(asked, topology, slot_counts(slots or 8), prompt or 2048, output or 256, scale, json_)
+        how = search_servers if search else plan_server
+        how(recipe, topology, of_server, (prompt or 2048, output or 256), scale, html, json_)
         return
     if not search and (out is not None or objective != "time"):
         raise UserError("--objective and --out go with --search")
@@ -128,49 +134,6 @@ def _plan_recipe(
         further = "" if scaled is None else scaling_section(scaled)
         write_text(html, plan_page(made, planning.whatif(made), further))
         say(f"wrote {html}", err=True)
-
-
-def _plan_server(
-    asked: serving.Serving,
-    topology: Topology,
-    slots: list[int],
-    prompt: int,
-    output: int,
-    scale: str | None,
-    as_json: bool,
-) -> None:
-    rate = None if scale is None else _rate(scale)
-    with Clock() as progress:
-        made = planning.plan_server(
-            lambda count: build_server_for(replace(asked, slots=count), topology, progress),
-            topology,
-            model=asked.model,
-            slots=slots,
-            prompt=prompt,
-            output=output,
-            progress=progress,
-        )
-    fleets = [] if rate is None else [planning.fleet(estimate, rate) for estimate in made.estimates]
-    if as_json:
-        found = [{"units": units, "dollars_per_hour": dollars} for units, dollars in fleets]
-        say(json.dumps(made.to_json() | ({"fleets": found} if fleets else {}), indent=2))
-        return
-    say(made)
-    for estimate, (units, dollars) in zip(made.estimates, fleets):
-        paid = "no price is known" if dollars is None else f"{dollars:,.2f} dollars an hour"
-        free = f"{planning.HEADROOM:.0%} left free"
-        asked_for = f"{rate:g} requests/s with {estimate.load.slots:,} slots, {free}"
-        say(f"{asked_for}: {units:,} {topology.name}, {paid}")
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise UserError(f"--scale {text}: expected requests a second, with --serve; more than 0")
-    return rate
 
 
 def _plan_function(recipe: recipes.Recipe, topology: Topology, name: str, steps: int | None, as_json: bool) -> None:

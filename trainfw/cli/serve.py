@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainfw import backends, serving
 from trainfw.cli.console import make_reporter
-from trainfw.cli.options import AnyModel, adapters_by_name, check_choice
+from trainfw.cli.options import AnyModel, Devices, adapters_by_name, check_choice
 from trainfw.cli.terminal import say
 from trainfw.errors import UserError, pip_install
 
 if TYPE_CHECKING:
     from typing import Literal
+
+    import jax
 
     from trainfw.serving import HttpServer, Service
 
@@ -46,8 +50,13 @@ def serve(
     dtype: Annotated[_Computed, typer.Option(metavar="DTYPE", help="Compute in float32 or bfloat16.")] = "float32",
     cache: Annotated[
         _Cached | None,
-        typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8 (default: as --dtype; on a CPU float32)."),
+        typer.Option(metavar="DTYPE", help="float32 (a CPU's default), bfloat16 (--dtype's) or int8."),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS=N,...", help="Split it over devices: sizes of tensor, expert, fsdp and data."),
+    ] = None,
+    devices: Devices = None,
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time that requests have to end after SIGTERM.", min=0)
     ] = 30.0,
@@ -72,7 +81,10 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: {pip_install('serve')}") from None
-    backends.prepare()
+    sizes = {} if layout is None else serving.read_layout(layout)
+    if devices is not None and not sizes:
+        raise UserError(f"--devices {devices}: goes with --layout, such as --layout tensor={devices}")
+    backends.prepare(devices)
     reporter = make_reporter()
 
     def ready(server: HttpServer, service: Service) -> None:
@@ -86,7 +98,20 @@ def serve(
     stopped_by = serving.serve(
         model, adapters=adapters, adapter_dirs=adapter_dir or (), name=name, host=host, port=port, drain_seconds=drain,
         ready=ready, slots=slots, length=length, queue=queue, places=max_adapters, rank=max_rank, weights=weights,
-        compute_dtype=dtype, cache=cache, progress=reporter.progress,
+        compute_dtype=dtype, cache=cache, progress=reporter.progress, layout=sizes or None,
+        devices=_first(layout, sizes),
     )  # fmt: skip
     if stopped_by is not None:
         raise typer.Exit(128 + stopped_by)
+
+
+def _first(layout: str | None, sizes: Mapping[str, int]) -> Sequence[jax.Device] | None:
+    """Return as many devices as a layout takes, None for no layout. Raises UserError where there are fewer."""
+    import jax
+
+    needed, found = math.prod(sizes.values()), jax.devices()
+    if needed > len(found):
+        there = f"there {'is' if len(found) == 1 else 'are'} {len(found)}"
+        how = f"--devices {needed} simulates them on the CPU"
+        raise UserError(f"--layout {layout}: takes {needed} devices, and {there}; {how}")
+    return found[:needed] if sizes else None

@@ -15,3 +15,5 @@ from .partitioning import Partitioned as Partitioned
 from .partitioning import export as export
 from .partitioning import partition as partition
 from .partitioning import without_compilation_cache as without_compilation_cache
+from .products import PRODUCTS as PRODUCTS
+from .products import product_sizes as product_sizes

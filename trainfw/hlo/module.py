@@ -112,6 +112,11 @@ class Computation:
                 users[operand].append(instruction)
         return {name: tuple(found) for name, found in users.items()}
 
+    def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+        """List the shapes of an instruction's operands, which may be elements of a loop's result (`while.9#2`)."""
+        named = (operand.partition("#") for operand in instruction.operands)
+        return [self.instructions[name].shapes[int(element or 0)] for name, _, element in named]
+
     def source(self, operand: str) -> Instruction | None:
         """Return the instruction behind an operand, through copies and elements of tuples that are made there."""
         name, _, element = operand.partition("#")

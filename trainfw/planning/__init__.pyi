@@ -58,3 +58,6 @@ from .search.search import check_out as check_out
 from .search.search import default_out as default_out
 from .search.search import search_layouts as search_layouts
 from .search.search import write_winner as write_winner
+from .search.servers import FoundServers as FoundServers
+from .search.servers import PlannedServer as PlannedServer
+from .search.servers import search_servers as search_servers

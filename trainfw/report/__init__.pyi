@@ -3,6 +3,7 @@ from .page import findings_page as findings_page
 from .page import framed as framed
 from .page import plan_page as plan_page
 from .scaling import scaling_section as scaling_section
+from .servers import servers_page as servers_page
 from .svg import topology_svg as topology_svg
 from .text import WIDTH as WIDTH
 from .text import amount as amount

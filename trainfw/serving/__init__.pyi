@@ -1,4 +1,5 @@
 from .absent import Serving as Serving
+from .absent import absent_recipe as absent_recipe
 from .absent import build_absent as build_absent
 from .absent import read_layout as read_layout
 from .engine import SlotEngine as SlotEngine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from trainfw.hardware import Topology
 from trainfw.interop import read_model_config
 from trainfw.models import CacheDtype, FamilyConfig, family_of, load_presets
 from trainfw.program import KeptAs, serving_recipe
-from trainfw.recipe import bundled_recipes, load_recipe
+from trainfw.recipe import Recipe, bundled_recipes, load_recipe
 
 if TYPE_CHECKING:
     from trainfw.program import Server
@@ -88,6 +89,22 @@ def fill_layout(layout: Mapping[str, int], config: FamilyConfig, topology: Topol
     return sizes if product == cores else sizes | {"data": cores // product}
 
 
+def absent_recipe(serving: Serving, topology: Topology) -> Recipe:
+    """Return the recipe of a server on a topology.
+
+    Raises UserError for a model that cannot be served, and where the layout does not divide the cores.
+    """
+    config = config_to_serve(serving.model)
+    return serving_recipe(
+        config,
+        weights=serving.weights,
+        compute_dtype="float32" if topology.is_cpu else "bfloat16",
+        layout=fill_layout(serving.layout, config, topology),
+        scan_layers=True,
+        hardware={"topology": topology.name, "count": topology.count},
+    )
+
+
 def build_absent(serving: Serving, topology: Topology) -> Server:
     """Build a server on simulated devices that stand for a topology's cores. Compiles nothing.
 
@@ -97,21 +114,9 @@ def build_absent(serving: Serving, topology: Topology) -> Server:
 
     from trainfw.program import ServerShape, build_server
 
-    config = config_to_serve(serving.model)
-    layout = fill_layout(serving.layout, config, topology)
-    groups = 1
-    for axis in _COPIES:
-        groups *= layout.get(axis, 1)
-    recipe = serving_recipe(
-        config,
-        weights=serving.weights,
-        compute_dtype="float32" if topology.is_cpu else "bfloat16",
-        layout=layout,
-        scan_layers=True,
-        hardware={"topology": topology.name, "count": topology.count},
-    )
+    recipe = absent_recipe(serving, topology)
     shape = ServerShape(
-        slots=serving.slots * groups,
+        slots=serving.slots * math.prod(getattr(recipe.parallel, axis) for axis in _COPIES),
         length=serving.length,
         chunk=serving.chunk,
         cache=serving.cache,

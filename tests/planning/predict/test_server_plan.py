@@ -8,7 +8,7 @@ import pytest
 from trainfw.errors import UserError
 from trainfw.hardware import load_topology
 from trainfw.planning import Kept, decoder_held, decoder_quantities, fleet, plan_server
-from trainfw.planning.predict.server_plan import _bytes_of_core, _read
+from trainfw.planning.predict.server_plan import held_by, read_run
 from trainfw.serving import Serving, build_absent
 from trainfw.serving.absent import config_to_serve, fill_layout
 
@@ -41,15 +41,16 @@ def test_the_formula_counts_what_the_compiled_functions_hold(topology):
     kept = Kept(tensor=4)
     for name, rows, tokens in (("prefill", 1, 64), ("decode", 2, 1)):
         formula = decoder_quantities(config, kept, rows=rows, tokens=tokens, attended=512, chunk=64)
-        found, temporaries = _read(built, built.functions[name], formula, topology)
+        run = read_run(built, name, topology)
+        found = run.quantities
         assert sum(found.weights.values()) == pytest.approx(sum(formula.weights.values()), rel=0.01)
         assert sum(found.flops.values()) == pytest.approx(sum(formula.flops.values()), rel=0.05)
         sent = {each.kind: each.bytes * each.times for each in found.transfers}
         expected = {each.kind: each.bytes * each.times for each in formula.transfers}
         assert sent["all-reduce"] == pytest.approx(expected["all-reduce"], rel=0.01)
         held = decoder_held(config, kept, length=512, chunk=64)
-        assert held.slot == sum(_bytes_of_core(built.abstract_state["caches"]).values()) / 2
-        assert temporaries < 0.5 * held.weights  # no copy of the weights that the CPU's compiler widens
+        assert held.slot == held_by(built).slot
+        assert run.temporaries < 0.5 * held.weights  # no copy of the weights that the CPU's compiler widens
 
 
 @pytest.mark.usefixtures("simulated")

@@ -194,7 +194,9 @@ def test_a_server_that_is_busy():
     assert set(found.to_json()) == {
         *("slots", "time_to_first_token_seconds", "time_per_token_seconds", "tokens_per_second"),
         *("memory_bytes_per_core", "slots_that_fit", "dollars_per_million_tokens", "bound_by"),
+        *("memory_parts_bytes_per_core", "prefill_parts_seconds", "decode_parts_seconds"),
     }
+    assert sum(found.to_json()["memory_parts_bytes_per_core"].values()) == found.memory_bytes_per_core
 
 
 def test_dollars_only_where_there_is_a_price():

@@ -22,10 +22,10 @@ from trainfw.planning.predict.serving import (
 )
 from trainfw.planning.read_step.analysis import read
 from trainfw.planning.read_step.memory import corrected_temporaries
-from trainfw.report import amount
+from trainfw.report import amount, servers_page
 
 if TYPE_CHECKING:
-    from trainfw.program import Function, Server
+    from trainfw.program import Server
 
 HEADROOM = 0.3
 """Share of a fleet's tokens a second that is left free, by default: requests do not come evenly."""
@@ -36,7 +36,7 @@ class ServerPlan:
     """Predictions for a server, by number of slots."""
 
     model: str
-    layout: str
+    layout: Layout
     weights: str
     cache: str
     length: int
@@ -48,7 +48,8 @@ class ServerPlan:
         return {
             "model": self.model,
             "hardware": {"topology": topology.name, "count": topology.count, "lnc": topology.lnc},
-            "layout": self.layout,
+            "memory_capacity_bytes_per_core": topology.hbm_size,
+            "layout": str(self.layout),
             "weights": self.weights,
             "cache": self.cache,
             "length": self.length,
@@ -57,6 +58,15 @@ class ServerPlan:
             "slots": [estimate.to_json() for estimate in self.estimates],
             "assumptions": list(self.estimates[0].assumptions),
         }
+
+    def page(self) -> str:
+        """Return it as an HTML page that loads nothing."""
+        first = self.estimates[0]
+        shape = f"weights {self.weights}, cache {self.cache}, slots of {self.length:,} tokens"
+        lines = [str(self.layout), shape, *_of_load(first.load)]
+        return servers_page(
+            f"{self.model} on {first.topology.in_words}", lines, self.to_json(), first.topology.dollars_per_hour
+        )
 
     def __repr__(self) -> str:
         return f"<ServerPlan: {self.model} on {self.estimates[0].topology.in_words}>"
@@ -86,69 +96,68 @@ def plan_server(
     estimates, first = [], None
     for count in slots:
         server = build(count)
-        if prompt + output > server.shape.length:
-            raise UserError(
-                f"--length {server.shape.length:,}: has no room for --prompt {prompt:,} and --output {output:,}; "
-                f"expected {prompt + output:,} at least"
-            )
-        estimates.append(_estimate(server, topology, prompt, output, progress))
+        check_room(server, prompt, output)
+        runs = []
+        for name in ("prefill", "decode"):
+            progress(f"compiling {name} of {server.shape.slots:,} slots for {server.mesh.size:,} cores")
+            runs.append(read_run(server, name, topology))
+        estimates.append(estimate_server(server, prompt, output, *runs))
         first = first or server
     assert first is not None
     return ServerPlan(
         model=model,
-        layout=str(first.fit.layout),
-        weights=_kept(first),
+        layout=first.fit.layout,
+        weights=kept_dtype(first),
         cache=first.shape.cache,
         length=first.shape.length,
         estimates=tuple(estimates),
     )
 
 
-def _kept(server: Server) -> str:
+def check_room(server: Server, prompt: int, output: int) -> None:
+    """Raise UserError where a slot has no room for a prompt and its answer."""
+    if prompt + output > server.shape.length:
+        raise UserError(
+            f"--length {server.shape.length:,}: has no room for --prompt {prompt:,} and --output {output:,}; "
+            f"expected {prompt + output:,} at least"
+        )
+
+
+def kept_dtype(server: Server) -> str:
     """Return the dtype that weights are kept in."""
     recipe = server.recipe
     return (None if recipe.adapter is None else recipe.adapter.base) or recipe.train.compute_dtype
 
 
-def _estimate(
-    server: Server, topology: Topology, prompt: int, output: int, progress: Callable[[str], None]
-) -> ServingEstimate:
-    shape, shards = server.shape, server.shards
-    slots = shape.slots // shards
-    layout, products = server.fit.layout, "f32" if server.recipe.train.compute_dtype == "float32" else "bf16"
-    kept = Kept(layout.tensor, layout.expert, weights=_kept(server), cache=shape.cache, products=products)
-    runs: dict[str, tuple[Quantities, int]] = {}
-    for name, rows, tokens in (("prefill", 1, shape.chunk), ("decode", slots, 1)):
-        progress(f"compiling {name} of {shape.slots:,} slots for {server.mesh.size:,} cores")
-        formula = decoder_quantities(
-            server.recipe.model, kept, rows=rows, tokens=tokens, attended=shape.length, chunk=shape.chunk
-        )
-        runs[name] = _read(server, server.functions[name], formula, topology)
-    (prefill, temporaries), (decode, more) = runs["prefill"], runs["decode"]
-    caches = sum(_bytes_of_core(server.abstract_state["caches"]).values())
-    held = ServingMemory(
-        weights=sum(_bytes_of_core(server.abstract_params).values()),
-        slot=caches / slots,
-        temporaries=max(temporaries, more),
+@dataclass(frozen=True)
+class CompiledRun:
+    """One run of a server's function on a core, as it was compiled."""
+
+    quantities: Quantities
+    temporaries: int
+    """Bytes."""
+
+
+def run_by_formula(server: Server, name: str) -> Quantities:
+    """Count by formula what a core does in one run of `prefill` or of `decode`."""
+    shape, layout = server.shape, server.fit.layout
+    products = "f32" if server.recipe.train.compute_dtype == "float32" else "bf16"
+    kept = Kept(layout.tensor, layout.expert, weights=kept_dtype(server), cache=shape.cache, products=products)
+    rows, tokens = (1, shape.chunk) if name == "prefill" else (shape.slots // server.shards, 1)
+    return decoder_quantities(
+        server.recipe.model, kept, rows=rows, tokens=tokens, attended=shape.length, chunk=shape.chunk
     )
-    load = Load(slots=shape.slots, prompt=prompt, output=output, chunk=shape.chunk, shards=shards)
-    assert server.fit.placement is not None  # its recipe names the topology
-    made = serving_estimate(prefill, decode, load, held, server.fit.placement)
-    adapter = server.recipe.adapter
-    if adapter is not None and adapter.base in ("int8", "nf4"):
-        widened = f"{adapter.base} weights are widened where they are multiplied, and pass through memory once, as kept"
-        made = replace(made, assumptions=(*made.assumptions, widened))
-    return made
 
 
-def _read(server: Server, function: Function, formula: Quantities, topology: Topology) -> tuple[Quantities, int]:
-    """Return what a core does in one run, and the bytes of its temporaries.
+def read_run(server: Server, name: str, topology: Topology) -> CompiledRun:
+    """Compile `prefill` or `decode`, and read what a core does in one run.
 
     Products and collectives are those of the compiled function, and weights those that it takes. Caches and all else
     that passes through memory are counted by formula, as they were where the chip's figures were fitted.
     """
     from trainfw.checking import read_function
 
+    formula, function = run_by_formula(server, name), server.functions[name]
     reading = read_function(function.jitted, function.arguments, server.mesh, topology)
     assert reading.partitioned is not None
     analysis = read(reading.partitioned.module, reading.mesh, Layout())
@@ -163,7 +172,32 @@ def _read(server: Server, function: Function, formula: Quantities, topology: Top
         for dtype, size in _bytes_of_core(table).items():
             weights[dtype] -= size
     found = replace(formula, weights=dict(weights), flops=dict(flops), transfers=analysis.transfers)
-    return found, corrected_temporaries(reading.partitioned, ("params", "state")) or 0
+    return CompiledRun(found, corrected_temporaries(reading.partitioned, ("params", "state")) or 0)
+
+
+def held_by(server: Server) -> ServingMemory:
+    """Count the bytes that a core holds of a server, from its arrays' shardings; temporaries are left out."""
+    caches = sum(_bytes_of_core(server.abstract_state["caches"]).values())
+    slots = server.shape.slots // server.shards
+    return ServingMemory(weights=sum(_bytes_of_core(server.abstract_params).values()), slot=caches / slots)
+
+
+def estimate_server(
+    server: Server, prompt: int, output: int, prefill: CompiledRun, decode: CompiledRun
+) -> ServingEstimate:
+    """Predict a server from one run of each of its functions.
+
+    Raises UserError where the hardware has no figure for a rate that this takes.
+    """
+    load = Load(server.shape.slots, prompt, output, server.shape.chunk, server.shards)
+    held = replace(held_by(server), temporaries=max(prefill.temporaries, decode.temporaries))
+    assert server.fit.placement is not None  # its recipe names the topology
+    made = serving_estimate(prefill.quantities, decode.quantities, load, held, server.fit.placement)
+    dtype = kept_dtype(server)
+    if dtype in ("int8", "nf4"):
+        widened = f"{dtype} weights are widened where they are multiplied, and pass through memory once, as kept"
+        made = replace(made, assumptions=(*made.assumptions, widened))
+    return made
 
 
 def _bytes_of_core(tree: object) -> defaultdict[str, float]:
@@ -192,17 +226,20 @@ def fleet(
     return units, None if hourly is None else hourly / topology.count * units
 
 
+def _of_load(load: Load) -> Iterator[str]:
+    yield f"prompts of {load.prompt:,} tokens, answers of {load.output:,}"
+    if load.shards > 1:
+        yield f"slots are those of all {load.shards:,} groups of cores that have slots of their own"
+
+
 def _lines(plan: ServerPlan) -> Iterator[str]:
     first = plan.estimates[0]
     topology, load = first.topology, first.load
     yield f"serving {plan.model} on {topology.in_words}: {plan.layout}"
     yield "A prediction: nothing of it has run on this hardware."
     yield f"weights {plan.weights}, cache {plan.cache}, slots of {plan.length:,} tokens"
-    yield f"prompts of {load.prompt:,} tokens, answers of {load.output:,}"
+    yield from _of_load(load)
     yield ""
-    groups = load.shards
-    if groups > 1:
-        yield f"slots are those of all {groups:,} groups of cores that have slots of their own"
     head = f"{'slots':>6}  {'first token':>11}  {'a token':>9}  {'tokens/s':>9}  {'memory':>9}  {'fit':>6}  "
     yield head + f"{'$/1M tok.':>9}  bound by"
     for estimate in plan.estimates:

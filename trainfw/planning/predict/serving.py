@@ -322,9 +322,15 @@ class ServingEstimate:
         return load.slots * load.output / (waited + load.output * self.time_per_token_seconds)
 
     @property
+    def memory_parts_bytes_per_core(self) -> Mapping[str, float]:
+        """Bytes of a core by what they are for."""
+        slots, held = self.load.slots // self.load.shards, self.held
+        caches = slots * held.slot
+        return {"weights": held.weights, "caches": caches, "temporaries": held.temporaries, "runtime": self.overhead}
+
+    @property
     def memory_bytes_per_core(self) -> float:
-        slots = self.load.slots // self.load.shards
-        return self.overhead + self.held.weights + self.held.temporaries + slots * self.held.slot
+        return sum(self.memory_parts_bytes_per_core.values())
 
     @property
     def slots_that_fit(self) -> int | None:
@@ -349,9 +355,10 @@ class ServingEstimate:
         """Plain data with stable keys."""
         keys = (
             *("time_to_first_token_seconds", "time_per_token_seconds", "tokens_per_second", "memory_bytes_per_core"),
-            *("slots_that_fit", "dollars_per_million_tokens", "bound_by"),
+            *("memory_parts_bytes_per_core", "slots_that_fit", "dollars_per_million_tokens", "bound_by"),
         )
-        return {"slots": self.load.slots, **{key: getattr(self, key) for key in keys}}
+        times = {"prefill_parts_seconds": dict(self.prefill.parts), "decode_parts_seconds": dict(self.decode.parts)}
+        return {"slots": self.load.slots, **{key: getattr(self, key) for key in keys}, **times}
 
 
 def serving_estimate(

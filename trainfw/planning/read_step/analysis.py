@@ -8,7 +8,6 @@ along `data` are longer. Where that is still too many devices, `fsdp` is shorten
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from trainfw import backends
 from trainfw.errors import UserError
 from trainfw.hardware import Topology
-from trainfw.hlo import Computation, Instruction, Module, Partitioned, Shape, collectives_of, partition
+from trainfw.hlo import (
+    PRODUCTS,
+    Computation,
+    Instruction,
+    Module,
+    Partitioned,
+    collectives_of,
+    partition,
+    product_sizes,
+)
 from trainfw.optim import traits_of
 from trainfw.parallel import Layout
 from trainfw.planning.read_step.op_names import is_backward, is_recomputed, is_within
@@ -275,7 +283,7 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
     """
     computations = [module.computations[name] for name in module.times]
     products = [
-        _product(c, one, "forward") for c in computations for one in c.instructions.values() if one.opcode in _PRODUCTS
+        _product(c, one, "forward") for c in computations for one in c.instructions.values() if one.opcode in PRODUCTS
     ]
     scores = _scores(module, products)
     trains = any("jvp(" in instruction.op_name for instruction, _ in module.instructions())
@@ -288,7 +296,7 @@ def read(module: Module, mesh: object, layout: Layout) -> Analysis:
         work[name] = []
         for instruction in computation.instructions.values():
             phase = phases[instruction.name]
-            if instruction.opcode in _PRODUCTS:
+            if instruction.opcode in PRODUCTS:
                 work[name].append((_product(computation, instruction, phase), 1))
             elif instruction.name in collectives:
                 found = collectives[instruction.name]
@@ -387,14 +395,8 @@ def _loops(module: Module, work: Mapping[str, Sequence[tuple[_Work, int]]]) -> d
 
 def _product(computation: Computation, instruction: Instruction, phase: Phase) -> Matmul:
     """The matrix product that a `dot` is, or that a convolution is of its patches."""
-    # An operand may be an element of a loop's result, `while.9#2`.
-    named = (operand.partition("#") for operand in instruction.operands)
-    left, right = (computation.instructions[name].shapes[int(element or 0)] for name, _, element in named)
-
-    if instruction.opcode == "convolution":
-        batch, m, n, k = _convolved(instruction, left, right)
-    else:
-        batch, m, n, k = _dotted(instruction, left, right)
+    left, right = computation.operand_shapes(instruction)
+    batch, m, n, k = product_sizes(instruction, left, right)
     op_name = instruction.op_name
     wider = max(left, right, key=lambda shape: shape.bytes / max(1, math.prod(shape.dims)))
     return Matmul(
@@ -413,33 +415,6 @@ def _product(computation: Computation, instruction: Instruction, phase: Phase) -
     )
 
 
-def _dotted(dot: Instruction, left: Shape, right: Shape) -> tuple[int, int, int, int]:
-    """Sizes (batch, m, n, k) of a `dot`."""
-
-    def size(key: str) -> int:
-        dims = dot.attributes.get(key, "{}").strip("{}")
-        return math.prod(left.dims[int(dim)] for dim in dims.split(",") if dim)
-
-    batch, k = size("lhs_batch_dims"), size("lhs_contracting_dims")
-    m, n = (math.prod(shape.dims) // (batch * k) for shape in (left, right))
-    return batch, m, n, k
-
-
-def _convolved(convolution: Instruction, left: Shape, right: Shape) -> tuple[int, int, int, int]:
-    """Sizes (batch, m, n, k) of the product that a convolution is. What its window meets of the padding counts too."""
-    attributes = convolution.attributes
-    of_left, of_right, _ = re.split("_|->", attributes["dim_labels"])
-    window = dict(part.split("=") for part in attributes.get("window", "{}").strip("{}").split())
-    groups = max(int(attributes.get(f"{kind}_group_count", 1)) for kind in ("feature", "batch"))
-    channels = right.dims[of_right.index("o")]
-    places = math.prod(convolution.shapes[0].dims) // channels
-    if "lhs_dilate" in window:  # between the input's places there are zeros: the gradient of a stride
-        places = math.prod(left.dims) // left.dims[of_left.index("f")]
-    size = math.prod(map(int, window["size"].split("x"))) if "size" in window else 1
-    return groups, places, channels // groups, size * right.dims[of_right.index("i")]
-
-
-_PRODUCTS = {"dot", "convolution"}
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast", "after-all"),
     *("opt-barrier", "partition-id"),
@@ -455,7 +430,7 @@ _FUSED = {
 _SLICES = {"slice", "dynamic-slice"}
 _SAME = {"copy", "reshape"}
 """Operations among these that leave memory as it is."""
-_ELSEWHERE = {*_PRODUCTS, "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+_ELSEWHERE = {*PRODUCTS, "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 """Counted as matrix products and transfers."""
 
 
