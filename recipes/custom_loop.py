@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 import trainfw
-from trainfw import serving
 from trainfw.data import prepare, train_iterator
 from trainfw.training import agree
 
@@ -57,7 +56,7 @@ def main(path: str = "quickstart", *overrides: str) -> None:
 
     # The model is an ordinary Flax module; its parameters are a nested dict of arrays.
     prompt = [data.tokenizer.bos_id, *data.tokenizer.encode("import ")]
-    tokens = serving.generate(program.model(state.params), prompt, max_tokens=16, eos_id=data.tokenizer.eos_id)
+    tokens = trainfw.generate(program.model(state.params), prompt, max_tokens=16, eos_id=data.tokenizer.eos_id)
     print("import " + data.tokenizer.decode(list(tokens)))
     batches.close()
 

@@ -10,6 +10,8 @@ from .program import Program as Program
 from .program import build_program as build_program
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
+from .serving import generate as generate
+from .serving import generate_batch as generate_batch
 from .serving import load_engine as load_engine
 from .serving import serve as serve
 from .training import Callback as Callback

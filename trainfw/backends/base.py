@@ -102,7 +102,7 @@ class DecodingRequest:
     """Needs of the products of one token of each row."""
 
     dtype: str
-    """Of activations."""
+    """Dtype of activations."""
     rows: int
     kept: str
     """Form in which weights are kept: a dtype, or nf4."""

@@ -1,3 +1,7 @@
+from .alone import KeptAs as KeptAs
+from .alone import default_cache as default_cache
+from .alone import server_of as server_of
+from .alone import serving_recipe as serving_recipe
 from .build import build_program as build_program
 from .build import denoise_by_rows as denoise_by_rows
 from .build import name_pieces as name_pieces
@@ -11,9 +15,5 @@ from .serve import Server as Server
 from .serve import ServerShape as ServerShape
 from .serve import build_server as build_server
 from .serve import place_weights as place_weights
-from .server_of import KeptAs as KeptAs
-from .server_of import default_cache as default_cache
-from .server_of import server_of as server_of
-from .server_of import serving_recipe as serving_recipe
 from .server_weights import turned_round as turned_round
 from .state import TrainState as TrainState

@@ -136,7 +136,7 @@ class Linear(nnx.Module):
         self.few_rows: FewRows | None = None
         """Product for serving, in place of `matmul`, of a kernel in the form that it takes."""
         self.joined: tuple[int, ...] = ()
-        """Where the kernel holds those of others too (`together`): the width of each, its own first."""
+        """Widths of the maps whose kernels this one holds (`together`), its own first; empty: its own alone."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.biased(adapted_product(self, matmul, x, fp8=self.fp8, few_rows=self.few_rows))
