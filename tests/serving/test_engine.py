@@ -170,7 +170,7 @@ def test_closing_lets_answers_end_or_cuts_them_off():
 
 def test_a_failure_ends_every_answer(monkeypatch):
     engine, _ = engine_of(drawn("dense"))
-    monkeypatch.setitem(engine._functions, "decode", lambda *_: 1 / 0)
+    monkeypatch.setitem(engine.server._compiled, "decode", lambda *_: 1 / 0)
     answer = engine.submit([1], Sampling(max_tokens=3))
     assert len(list(answer)) <= 1
     assert answer.finish_reason == "error"

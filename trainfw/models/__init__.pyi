@@ -7,6 +7,7 @@ from .common.attention import Context as Context
 from .common.layers import MLP as MLP
 from .common.layers import PRODUCT as PRODUCT
 from .common.layers import Embedding as Embedding
+from .common.layers import FewRows as FewRows
 from .common.layers import Linear as Linear
 from .common.layers import RMSNorm as RMSNorm
 from .common.layers import gather_weights as gather_weights

@@ -114,7 +114,7 @@ def _kept(model: LanguageModel, *, narrow: bool) -> Tree:
     """Return a model's weights, or descriptions of them; `narrow`: f32 ones described in the dtype they are used in."""
     dtype = np.dtype("float32") if not narrow else jax.numpy.dtype(model.compute_dtype)
 
-    def of(variable: nnx.Variable) -> Any:
+    def of(variable: nnx.Variable) -> Tree:
         value = variable.get_value()
         if isinstance(value, Quantized) or variable.get_metadata().get("wide") or value.dtype != np.float32:
             return value
@@ -129,13 +129,13 @@ def _weights_of(server: Server, model: LanguageModel, device: jax.Device) -> Tre
     weights, like = dict(named(tree)), dict(named(server.abstract_kept))
     changed = {*forms.turned, *(name for names in forms.joined.values() for name in names)}
 
-    def form(name: str, weight: Any) -> Tree:
+    def form(name: str, weight: Tree) -> Tree:
         narrows = not isinstance(weight, Quantized) and weight.dtype != like[name].dtype
         sources = [jax.device_put(weights[source], device) for source in forms.sources(name)]
         if name not in changed and not narrows:
             return _views(sources[0], device) if forms.is_apart(name) else sources[0]
 
-        def made(*sources: Any) -> Tree:
+        def made(*sources: Tree) -> Tree:
             if narrows:
                 sources = tuple(source.astype(like[name].dtype) for source in sources)
             return forms.formed(name, *sources)
@@ -145,7 +145,7 @@ def _weights_of(server: Server, model: LanguageModel, device: jax.Device) -> Tre
     return map_named(form, tree)
 
 
-def _views(weight: Any, device: jax.Device) -> Any:
+def _views(weight: Tree, device: jax.Device) -> Tree:
     """Return each layer's part of arrays of a CPU, of which NumPy's views and JAX's of these share the memory."""
 
     def parts(x: jax.Array) -> Unstacked:

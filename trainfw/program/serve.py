@@ -107,7 +107,7 @@ class Server:
         """Groups of devices that have slots of their own; each prefills one prompt at a time."""
         return self.fit.layout.batch_shards
 
-    def compiled(self, name: str) -> Any:
+    def compiled(self, name: str) -> Callable[..., tuple[State, DrawnTokens]]:
         """Return a function compiled, the first time that it is asked for."""
         if name not in self._compiled:
             self._compiled[name] = self.functions[name].compile()
@@ -348,7 +348,7 @@ def place_weights(
         sharding = jax.tree.leaves(like)[0].sharding
         return read(name, jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=sharding))
 
-    def place(name: str, like: Any) -> Tree:
+    def place(name: str, like: Tree) -> Tree:
         if progress is not None:
             progress("reading weights, arrays", next(numbers), len(kept))
         sources, out = forms.sources(name), shardings_of(forms.described(name, kept))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from trainfw import backends
 from trainfw.adapters import Bank, adaptable
-from trainfw.models import LanguageModel, Linear, abstract_unstacked, unstack
+from trainfw.models import FewRows, LanguageModel, Linear, abstract_unstacked, unstack
 from trainfw.quantization import Quantized
 from trainfw.weights import Tree
 
@@ -45,7 +45,7 @@ class Forms:
     def is_apart(self, name: str) -> bool:
         return self.apart and name.startswith("layers.")
 
-    def described(self, name: str, kept: Mapping[str, Any]) -> Tree:
+    def described(self, name: str, kept: Mapping[str, Tree]) -> Tree:
         """Describe a weight as functions take it, given descriptions with shardings of all as they are kept."""
         like = kept[name]
         if name in self.turned or any(name in names for names in self.joined.values()):
@@ -57,7 +57,7 @@ class Forms:
         return abstract_unstacked(like) if self.is_apart(name) else like
 
 
-def turned_round(weight: Any) -> Any:
+def turned_round(weight: Tree) -> Tree:
     """Swap the last two dims of an array or of an int8 weight."""
     if isinstance(weight, Quantized):
         codes, scales = (jnp.swapaxes(x, -1, -2) for x in (weight.codes, weight.scales))
@@ -75,7 +75,7 @@ def choose_forms(model: LanguageModel, slots: int) -> Forms:
     turned: set[str] = set()
     options: dict[str, str] = {}
 
-    def product(name: str, weight: Any) -> Any:
+    def product(name: str, weight: Tree) -> FewRows | None:
         kept = ("int8" if weight.low is None else "nf4") if isinstance(weight, Quantized) else weight.dtype.name
         request = backends.DecodingRequest(model.compute_dtype, slots, kept)
         chosen = backends.resolve("decoding", request, backends.current()).call

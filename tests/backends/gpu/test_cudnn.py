@@ -71,7 +71,6 @@ def test_attention_to_all_keys_has_no_mask(on_hopper, causal, mask):
     ("changed", "why"),
     [
         ({"dtype": "float32"}, "not float32"),
-        ({"cached": True}, "self-attention"),
         ({"causal": False, "segments": True}, "all keys"),
         ({"causal": False, "window": 9}, "all keys"),
         ({"key_length": 512}, "self-attention"),

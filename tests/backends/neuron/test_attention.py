@@ -190,7 +190,6 @@ def test_it_compiles_inside_jit_and_shard_map():
         ({"window": 1024}, "XLA"),
         ({"window": 8192}, "nkilib flash attention"),
         ({"softcap": 50.0}, "XLA"),
-        ({"cached": True}, "XLA"),
         ({"dtype": "float32"}, "XLA"),
         ({"head_dim": 256}, "XLA"),
         ({"query_length": 1}, "XLA"),
