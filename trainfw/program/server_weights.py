@@ -35,9 +35,9 @@ class Forms:
 
     def formed(self, name: str, *sources: Tree) -> Tree:
         """Return a weight, of all layers, as functions take it."""
-        weight = sources[0] if len(sources) == 1 else jnp.concatenate(sources, axis=-1)
+        weight = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *sources)
         if any(name in names[1:] for names in self.joined.values()):
-            weight = weight[..., :0]
+            weight = jax.tree.map(lambda x: x[..., :0], weight)
         if name in self.turned:
             weight = turned_round(weight)
         return unstack(weight) if self.is_apart(name) else weight
@@ -95,19 +95,22 @@ def choose_forms(model: LanguageModel, slots: int) -> Forms:
         model.few_rows = product("embedding.table", model.embedding.table.get_value())
     elif model.head.adapter is None:
         model.few_rows = product("head.kernel", model.head.kernel.get_value())
-    return Forms(True, frozenset(turned), dict(_joined(model, turned)), options)
+    return Forms(True, frozenset(turned), dict(_joined(model)), options)
 
 
 def _is_plain(linear: Linear) -> bool:
     return not linear.fp8 and (linear.adapter is None or isinstance(linear.adapter, Bank))
 
 
-def _joined(model: LanguageModel, turned: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Have linear maps of the same inputs multiply as one, where their kernels lie as they are written."""
+def _joined(model: LanguageModel) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Have linear maps of the same inputs multiply as one, where their kernels are of one form."""
     for path, module in nnx.iter_modules(model):
         names = getattr(module, "TOGETHER", ())
         linears = [getattr(module, name) for name in names]
         paths = tuple(".".join(map(str, (*path, name, "kernel"))) for name in names)
-        if linears and not turned.intersection(paths) and all(x.few_rows and x.adapter is None for x in linears):
+        structures = {jax.tree.structure(x.kernel.get_value()) for x in linears}
+        dtypes = {jax.tree.leaves(x.kernel.get_value())[0].dtype for x in linears}
+        alike = len(structures) == len(dtypes) == len({x.few_rows for x in linears}) == 1
+        if alike and all(x.few_rows is not None and x.adapter is None for x in linears):
             linears[0].joined = tuple(x.kernel.get_value().shape[-1] for x in linears)
             yield paths[0], paths
