@@ -42,6 +42,10 @@ def test_train_generate_and_eval(tmp_path):
     assert "step 4/4" in output
     text = trainfw("generate", run, "--prompt", "word", "--max-tokens", "8", "--top-k", "5", "--top-p", "0.9")
     assert text.startswith("word")
+    none = [sys.executable, "-m", "trainfw", "generate", run, "--prompt", "word", "--max-tokens", "0"]
+    done = subprocess.run(none, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: max_tokens = 0")
     assert "bits per byte" in trainfw("eval", run)
 
 

@@ -151,6 +151,8 @@ def test_a_full_queue_refuses_and_cancelled_requests_leave(served):
         ([1], {"top_p": 0.0}, "top_p"),
         ([1], {"top_k": 0}, "top_k"),
         ([1], {"logprobs": 9}, "0 to 8"),
+        ([1], {"stop_ids": 5}, "stop_ids = 5: expected a set of tokens"),
+        ([1], {"max_tokens": 2.5}, "max_tokens = 2.5: expected a whole number"),
         ([1], {"adapter": "blue"}, "no 'blue'"),
     ],
 )

@@ -1,3 +1,7 @@
+import gc
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from itertools import islice
 
@@ -12,6 +16,7 @@ from trainfw.errors import UserError
 from trainfw.models import ModelConfig, ModelOptions, Transformer
 from trainfw.program import ServerShape, server_of
 from trainfw.serving import generate, generate_batch
+from trainfw.serving.engine import SlotEngine
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,11 @@ def test_generation_streams_and_ends_before_eos(model):
         ([1], {"top_k": 0}, "top_k = 0"),
         ([1], {"top_p": 0.0}, "top_p = 0.0"),
         ([1], {"seed": -1}, "seed = -1"),
+        ([1.5], {}, "prompt: 1.5 is no token"),
+        ("abc", {}, "prompt: 'a' is no token"),
+        ([1], {"max_tokens": 2.5}, "max_tokens = 2.5: expected a whole number"),
+        ([1], {"top_k": 2.5}, "top_k = 2.5: expected a whole number"),
+        ([1], {"seed": 1.5}, "seed = 1.5: expected a whole number"),
         ([1], {"max_tokens": 2**20}, "a slot of 1,048,576 has room for 1,048,575"),
     ],
 )
@@ -107,6 +117,55 @@ def test_samples_of_a_batch_differ_and_repeat(model):
 def test_a_batch_refuses_what_makes_no_sense(model):
     with pytest.raises(UserError, match="at least one token"):
         generate_batch(model, [[1], []], max_tokens=1)
+    with pytest.raises(UserError, match=r"slots = 2\.5: expected a whole number"):
+        generate_batch(model, [[1]], max_tokens=1, slots=2.5)
+
+
+def test_a_top_k_beyond_the_vocabulary_leaves_nothing_out(model):
+    settings = {"max_tokens": 12, "temperature": 2.0}
+    free = list(generate(model, [1, 2], **settings))
+    assert list(generate(model, [1, 2], top_k=2**32 + 1, **settings)) == free
+    assert list(generate(model, [1, 2], top_k=2**70, **settings)) == free
+
+
+def test_an_unread_text_may_be_collected_by_the_thread_that_writes_it(model, monkeypatch):
+    text = generate(model, [1, 2], max_tokens=2000, temperature=0)
+    next(text)
+    (writer,) = (each for each in threading.enumerate() if each.name == "trainfw engine" and each.is_alive())
+    cycle: list[object] = [text]
+    cycle.append(cycle)
+    collected, own = threading.Event(), SlotEngine._do_tasks
+
+    def collect(engine: SlotEngine) -> None:
+        gc.collect()
+        collected.set()
+        own(engine)
+
+    gc.disable()
+    try:
+        del text, cycle
+        monkeypatch.setattr(SlotEngine, "_do_tasks", collect)
+        assert collected.wait(10)
+    finally:
+        gc.enable()
+    writer.join(10)
+    assert not writer.is_alive()
+
+
+LEAVES = """
+import sys
+from flax import nnx
+from trainfw.models import ModelConfig, Transformer
+from trainfw.serving import generate
+text = generate(Transformer(ModelConfig(preset="tiny", vocab_size=64), rngs=nnx.Rngs(0)), [1, 2], max_tokens=4000)
+next(text)
+sys.exit(3)
+"""
+
+
+def test_a_process_may_leave_amid_a_text():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 SHAPES = {

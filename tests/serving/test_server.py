@@ -14,7 +14,8 @@ import transformers
 from tests.gguf_files import byte_level
 from tests.gguf_models import MODELS, reference
 from trainfw.data import stop_ids
-from trainfw.serving import generate_batch
+from trainfw.errors import UserError
+from trainfw.serving import generate_batch, load_engine
 from trainfw.training import load_model
 
 
@@ -82,6 +83,12 @@ def test_a_model_over_two_devices(base):
     finally:
         process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_adapters_are_looked_for_before_anything_is_made(base, monkeypatch):
+    monkeypatch.setattr("trainfw.serving.load.build_server", None)
+    with pytest.raises(UserError, match="nowhere: holds no adapter"):
+        load_engine(base, adapters={"sharp": "nowhere"})
 
 
 def test_what_cannot_be_served_is_said(base, tmp_path):

@@ -105,8 +105,9 @@ def _write(model: str, prompt: list[str], read: dict[str, Any], asked: dict[str,
         typer.echo(f"warning: {what}", err=True)
     if len(prompt) == 1 and not adapters:
         stream = data.TextStream(tokenizer)
+        drawn = serving.generate(loaded, tokens[0], eos_ids=ends, **sampled)  # before the prompt: it may be refused
         show(form[None].echo(prompt[0], asked["chat"]))
-        for token in serving.generate(loaded, tokens[0], eos_ids=ends, **sampled):
+        for token in drawn:
             show(stream.push(token))
         show(stream.flush() + "\n")
         return

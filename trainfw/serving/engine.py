@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +140,11 @@ class SlotEngine:
         self._deadline: float | None = None
         self._totals = {"requests_total": 0, "prompt_tokens_total": 0, "drawn_tokens_total": 0}
         self.failed: str | None = None
-        threading.Thread(target=self._run, name="trainfw engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="trainfw engine", daemon=True)
+        self._thread.start()
+        _open.add(self)
+        atexit.unregister(_close_all)  # so that it comes before what others have there by now, JAX's backends among it
+        atexit.register(_close_all)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -209,10 +215,14 @@ class SlotEngine:
             return Counts(slots=len(self._slots), slots_used=used, queue=len(self._queue), **self._totals)
 
     def close(self, drain_seconds: float = 0.0) -> None:
+        if self._ended.is_set():
+            return
         with self._wake:
             self._closing, self._deadline = True, time.monotonic() + drain_seconds
             self._wake.notify_all()
-        self._ended.wait()
+        # Its own thread comes here where garbage is collected in it: of a generator that nobody reads any more.
+        if threading.current_thread() is not self._thread:
+            self._ended.wait()
 
     def _run(self) -> None:
         pending: list[Step] = []
@@ -357,10 +367,11 @@ class SlotEngine:
             for row, answer in zip(allowed, answers):
                 if answer is not None and answer.sampling.constraint is not None:
                     row[:] = answer.sampling.constraint.allowed()
+            most = self.vocabulary
             settings = [
                 (0.0, 0, 0, 1.0)
                 if a is None
-                else (a.sampling.temperature, a.seed, a.sampling.top_k or 0, a.sampling.top_p or 1.0)
+                else (a.sampling.temperature, a.seed, min(a.sampling.top_k or 0, most), a.sampling.top_p or 1.0)
                 for a in answers
             ]
             temperatures, seeds, top_ks, top_ps = map(np.array, zip(*settings))
@@ -401,6 +412,15 @@ class SlotEngine:
             reason = "stop" if sampling.constraint.ended else reason
         answer.put(Drawn(token, logprob, likeliest), reason)
         return reason
+
+
+_open: weakref.WeakSet[SlotEngine] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """End the threads of engines that are still open: a process that leaves amid a step of one aborts."""
+    for engine in list(_open):
+        engine.close()
 
 
 def _placed(rows: Rows, like: Rows) -> Rows:

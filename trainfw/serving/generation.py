@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral
 
 from trainfw.data import Progress
 from trainfw.errors import RunError, UserError, did_you_mean, expect
@@ -80,7 +81,7 @@ def generate_batch(
         Sampling(max_tokens, temperature, top_k, top_p, (seed + i) % 2**32, stop_ids=ends, adapter=name)
         for i, name in enumerate(names)
     ]
-    expect("slots", slots, slots is None or slots >= 1, "at least 1")
+    expect("slots", slots, slots is None or (isinstance(slots, Integral) and slots >= 1), "a whole number, at least 1")
     _check(model, rows, Sampling(max_tokens, temperature, top_k, top_p, seed))
     if not rows:
         return []
@@ -98,9 +99,9 @@ def _check(model: LanguageModel, prompts: list[list[int]], sampling: Sampling) -
     config, seed = model.config, sampling.seed
     if not family_of(config).decodes:
         raise UserError(f"family = {config.family!r}: no text can be drawn from its models; expected a decoder")
-    expect("seed", seed, seed is not None and 0 <= seed < 2**32, f"0 to {2**32 - 1}")
     for prompt in prompts:
         check_request(prompt, sampling, vocabulary_of(config), _LONGEST)
+    expect("seed", seed, seed is not None and 0 <= seed < 2**32, f"0 to {2**32 - 1}")
 
 
 def _adapter_names(model: LanguageModel, count: int, adapters: Sequence[str | None] | None) -> list[str | None]:

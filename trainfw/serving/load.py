@@ -15,7 +15,7 @@ from trainfw.paths import path_text
 from trainfw.program import KeptAs, ServerShape, build_server, default_cache, place_weights, serving_recipe
 from trainfw.serving.adapters import AdapterPlaces
 from trainfw.serving.engine import SlotEngine
-from trainfw.weights import check_tokenizer, is_run, merge, open_base, run_recipe
+from trainfw.weights import check_tokenizer, is_run, merge, open_base, read_adapter, run_recipe
 
 
 def load_engine(
@@ -65,6 +65,8 @@ def load_engine(
         raise UserError(f"{path}: is a model of family {base.config.family!r}; no text can be drawn from it")
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, base.config, tokenizer)
+    for at in adapters.values():
+        read_adapter(path_text(at), base.config)  # what is none is refused before weights are read and code is compiled
     recipe = serving_recipe(base.config, weights=weights or compute_dtype, compute_dtype=compute_dtype, layout=layout)
     shape = ServerShape(
         slots=slots,

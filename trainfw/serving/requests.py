@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from trainfw.errors import UserError, expect
+from trainfw.errors import UserError, expect, short
 from trainfw.sampling import ALTERNATIVES
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
@@ -51,6 +52,11 @@ class Sampling:
 def check_request(prompt: Sequence[int], sampling: Sampling, vocabulary: int, length: int) -> None:
     """Raise UserError for a request that makes no sense, or that a slot of `length` tokens has no room for."""
     expect("prompt", list(prompt), bool(prompt), "at least one token")
+    if others := [token for token in prompt if not _is_whole(token)]:
+        raise UserError(f"prompt: {short(others[0])} is no token; expected whole numbers")
+    for name in ("max_tokens", "top_k", "seed", "logprobs"):
+        value = getattr(sampling, name)
+        expect(name, value, _is_whole(value) or (value is None and name != "max_tokens"), "a whole number")
     if bad := [token for token in prompt if not 0 <= token < vocabulary]:
         raise UserError(f"prompt: token {bad[0]} is not in the vocabulary of {vocabulary:,}")
     expect("max_tokens", sampling.max_tokens, sampling.max_tokens >= 1, "at least 1")
@@ -65,7 +71,17 @@ def check_request(prompt: Sequence[int], sampling: Sampling, vocabulary: int, le
     p = sampling.top_p
     expect("top_p", p, p is None or 0 < p <= 1, "more than 0 and at most 1")
     count = sampling.logprobs
+    expect("stop_ids", sampling.stop_ids, isinstance(sampling.stop_ids, Collection), "a set of tokens")
     expect("logprobs", count, count is None or 0 <= count <= ALTERNATIVES, f"0 to {ALTERNATIVES}")
+
+
+def _is_whole(value: object) -> bool:
+    """Tell whether a value is an integer: one of Python's, of NumPy's, or an array of JAX's of one."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
