@@ -225,6 +225,12 @@ def test_weights_are_views_where_memory_is_short(model, monkeypatch):
     assert list(generate(model, [1, 2, 3], max_tokens=6, temperature=0)) == tokens
 
 
+def test_keys_and_values_that_do_not_fit_are_refused(model, monkeypatch):
+    monkeypatch.setattr("trainfw.backends.free_memory", lambda: 2**20)
+    with pytest.raises(UserError, match=r"slots = 1, length = 131,072: their keys and values take .* fewer slots or"):
+        list(generate(model, [1, 2, 3], max_tokens=2**16))
+
+
 def test_weights_are_kept_until_the_model_changes():
     built = shaped("untied")
     first = server_of(built, SHAPE)

@@ -88,5 +88,7 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
         group = Path("/sys/fs/cgroup")
         limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken -= sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))  # which give way
         found = min(found, max(limit - taken, 0))
     return found

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from trainfw import backends
 from trainfw.adapters import attach_places
 from trainfw.data import Progress
 from trainfw.errors import UserError, expect
@@ -114,7 +115,17 @@ class Server:
         return self._compiled[name]
 
     def empty_state(self) -> State:
-        """Return the state without any request."""
+        """Return the state without any request. Raises UserError where a host's memory has no room for it."""
+        size, free = (
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.abstract_state)),
+            backends.free_memory(),
+        )
+        if backends.is_host(self.mesh.devices.flat[0]) and 0 < free < size:
+            shape = self.shape
+            raise UserError(
+                f"slots = {shape.slots}, length = {shape.length:,}: their keys and values take {size / 2**30:.1f} GiB, "
+                f"and {free / 2**30:.1f} GiB of memory are free; take fewer slots or a shorter length"
+            )
         make = jax.jit(
             lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.abstract_state),
             out_shardings=shardings_of(self.abstract_state),
