@@ -57,7 +57,8 @@ def topology_to_serve(name: str | None, count: int | None) -> hardware.Topology:
     if name is None:
         raise UserError(f"--serve: expected --hardware, one of {', '.join(known)}")
     if not name.endswith(".yaml") and name not in known:
-        raise UserError(f"--hardware {name}: unknown topology{did_you_mean(name, known)}")
+        near = did_you_mean(name, known) or f"; one of: {', '.join(known)}"
+        raise UserError(f"--hardware {name}: unknown topology{near}")
     topology = hardware.load_topology(name, count=count or 1)
     if topology.cores > backends.MAX_SIMULATED:
         raise UserError(f"--count {count}: is {topology.cores:,} cores; {backends.MAX_SIMULATED:,} can be simulated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -65,6 +66,9 @@ def load_engine(
         raise UserError(f"{path}: is a model of family {base.config.family!r}; no text can be drawn from it")
     tokenizer = load_tokenizer(path)
     check_tokenizer(path, base.config, tokenizer)
+    if (most := base.config.longest_context) is not None and length > most:
+        text = f"length = {length:,}: more than the {most:,} positions that the model was made for"
+        warnings.warn(text, stacklevel=2)
     for at in adapters.values():
         read_adapter(path_text(at), base.config)  # what is none is refused before weights are read and code is compiled
     recipe = serving_recipe(base.config, weights=weights or compute_dtype, compute_dtype=compute_dtype, layout=layout)
