@@ -15,6 +15,7 @@ from typing import Literal, TypedDict, Unpack
 import jax
 import uvicorn
 
+from trainfw import backends
 from trainfw.data import Progress
 from trainfw.errors import UserError
 from trainfw.paths import path_text
@@ -46,6 +47,9 @@ class EngineOptions(TypedDict, total=False):
     devices: Sequence[jax.Device] | None
     queue: int
     progress: Progress | None
+
+
+_TICKS_A_MINUTE = 600
 
 
 class HttpServer(uvicorn.Server):
@@ -92,6 +96,12 @@ class HttpServer(uvicorn.Server):
             self.run(sockets=[self._socket])
         finally:
             self.engine.close(0.0)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Hand back freed memory every minute, which glibc keeps in the arena of every thread that read a long text."""
+        if counter % _TICKS_A_MINUTE == 0:
+            backends.release_freed_memory()
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
