@@ -16,6 +16,7 @@ SERVE = ["llama3.2-1b", "--serve", *HARDWARE]
         (["check", "quickstart", "--layout", "tensor=4"], "--layout: goes with --serve"),
         (["plan", "llama3.2-1b", "--serve"], "expected --hardware"),
         (["plan", "llama3.2-1b", "--serve", "--hardware", "trn2.3xlarg"], "did you mean 'trn2.3xlarge'?"),
+        (["plan", "llama3.2-1b", "--serve", "--hardware", "x"], "unknown topology; one of: c7g.16xlarge,"),
         (["plan", *SERVE, "--steps", "3"], "without options of other plans"),
         (["plan", *SERVE, "--objective", "cost"], "without options of other plans"),
         (["plan", *SERVE, "train.steps=3"], "without keys of a recipe"),

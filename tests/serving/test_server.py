@@ -88,7 +88,14 @@ def test_a_model_over_two_devices(base):
 def test_adapters_are_looked_for_before_anything_is_made(base, monkeypatch):
     monkeypatch.setattr("trainfw.serving.load.build_server", None)
     with pytest.raises(UserError, match="nowhere: holds no adapter"):
-        load_engine(base, adapters={"sharp": "nowhere"})
+        load_engine(base, adapters={"sharp": "nowhere"}, length=16)
+
+
+def test_a_length_beyond_the_models_positions_is_said(base, monkeypatch):
+    monkeypatch.setattr("trainfw.serving.load.build_server", None)
+    said = pytest.warns(UserWarning, match=r"length = 10,000,000: more than the [\d,]+ positions")
+    with said, pytest.raises(UserError, match="holds no adapter"):
+        load_engine(base, adapters={"sharp": "nowhere"}, length=10**7)
 
 
 def test_what_cannot_be_served_is_said(base, tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup
+from trainfw.models import PRODUCT, active_inputs, dense, frozen_product, lookup, wide_einsum
 from trainfw.parallel import all_reduce, axis_index, gather_weight
 from trainfw.quantization import Quantized
 
@@ -115,12 +115,12 @@ class Bank(nnx.Module):
         x_BSi, count = x.reshape(x.shape[0], -1, x.shape[-1]), b.shape[0]
         if x_BSi.shape[0] > 1 and count <= 2 * x_BSi.shape[0]:
             # All adapters of all rows, as products of matrices: to pick out each row's own takes longer than that.
-            of_all = _product("bsi,inr->bsnr", x_BSi, a)
+            of_all = wide_einsum("bsi,inr->bsnr", x_BSi, a)
             own_BN = (jnp.arange(count) == jnp.clip(rows_B, 0, count - 1)[:, None])[:, None, :, None]
-            update = _product("bsnr,nro->bso", jnp.where(own_BN, of_all, 0).astype(x.dtype), b)
+            update = wide_einsum("bsnr,nro->bso", jnp.where(own_BN, of_all, 0).astype(x.dtype), b)
         else:
-            narrow = _product("bsi,ibr->bsr", x_BSi, _of_rows(a, rows_B, 1))
-            update = _product("bsr,bro->bso", narrow.astype(x.dtype), _of_rows(b, rows_B, 0))
+            narrow = wide_einsum("bsi,ibr->bsr", x_BSi, _of_rows(a, rows_B, 1))
+            update = wide_einsum("bsr,bro->bso", narrow.astype(x.dtype), _of_rows(b, rows_B, 0))
         y = y + update.astype(y.dtype).reshape(y.shape)
         if self.factor is None:
             return y
@@ -132,7 +132,3 @@ def _of_rows(x: jax.Array, rows_B: jax.Array, axis: int) -> jax.Array:
     if rows_B.shape[0] == 1:  # no gather, which XLA's CPU backend does number by number
         return jax.lax.dynamic_slice_in_dim(x, rows_B[0], 1, axis)
     return jnp.take(x, rows_B, axis=axis, mode="clip")
-
-
-def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

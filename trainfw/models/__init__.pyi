@@ -18,6 +18,7 @@ from .common.matmul import freeze as freeze
 from .common.matmul import frozen_product as frozen_product
 from .common.matmul import over_rows as over_rows
 from .common.matmul import softcap as softcap
+from .common.matmul import wide_einsum as wide_einsum
 from .common.moe import ExpertLinear as ExpertLinear
 from .common.moe import MoE as MoE
 from .common.moe import MoEStats as MoEStats

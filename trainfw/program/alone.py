@@ -76,9 +76,10 @@ def server_of(model: LanguageModel, shape: ServerShape) -> tuple[Server, Tree]:
     choices = backend.platform, backend.simulated, backend.top_k
     server = _server_like(graphdef, structure, shapes, shape, device, choices, apart, spare)
     previous = _formed.pop(model, None)  # before others are made: memory may not hold two copies
-    if previous is None or previous[0] != server.forms or [*map(id, previous[1])] != [*map(id, leaves)]:
+    form = server.forms, [leaf.dtype for leaf in jax.tree.leaves(server.abstract_params)]
+    if previous is None or previous[0] != form or [*map(id, previous[1])] != [*map(id, leaves)]:
         del previous
-        previous = server.forms, leaves, _weights_of(server, model, device)
+        previous = form, leaves, _weights_of(server, model, device)
     _formed[model] = previous
     return server, previous[2]
 
@@ -103,29 +104,26 @@ def _server_like(
     dtype = model.compute_dtype
     recipe = serving_recipe(model.config, weights=dtype, compute_dtype=dtype, scan_layers=not apart)  # type: ignore[arg-type]
     place = fit(recipe, [device], None)
-    everywhere = NamedSharding(place.mesh, PartitionSpec())
-    kept = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), _kept(model, narrow=spare)
-    )
+    kept = _described(model, dtype if spare else "float32", NamedSharding(place.mesh, PartitionSpec()))
     return server_on(place, recipe, shape, model, kept, few_rows=spare)
 
 
-def _kept(model: LanguageModel, *, narrow: bool) -> Tree:
-    """Return a model's weights, or descriptions of them; `narrow`: f32 ones described in the dtype they are used in."""
-    dtype = np.dtype("float32") if not narrow else jax.numpy.dtype(model.compute_dtype)
+def _described(model: LanguageModel, dtype: str, sharding: NamedSharding) -> Tree:
+    """Describe a model's weights: those in f32 in `dtype`, but for wide ones, which are used in f32."""
 
     def of(variable: nnx.Variable) -> Tree:
         value = variable.get_value()
-        if isinstance(value, Quantized) or variable.get_metadata().get("wide") or value.dtype != np.float32:
-            return value
-        return jax.ShapeDtypeStruct(value.shape, dtype) if isinstance(value, jax.ShapeDtypeStruct) else value
+        wide = isinstance(value, Quantized) or value.dtype != np.float32 or variable.get_metadata().get("wide")
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype if wide else dtype, sharding=sharding), value
+        )
 
     flat = nnx.to_flat_state(nnx.state(model))
     return nnx.to_pure_dict(nnx.from_flat_state([(path, of(variable)) for path, variable in flat]))
 
 
 def _weights_of(server: Server, model: LanguageModel, device: jax.Device) -> Tree:
-    forms, tree = server.forms, _kept(model, narrow=False)
+    forms, tree = server.forms, nnx.to_pure_dict(nnx.state(model))
     weights, like = dict(named(tree)), dict(named(server.abstract_kept))
     changed = {*forms.turned, *(name for names in forms.joined.values() for name in names)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -69,7 +70,8 @@ class ServerShape:
 
     def __post_init__(self) -> None:
         for name in ("slots", "length", "chunk", "rank"):
-            expect(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            value = getattr(self, name)
+            expect(name, value, isinstance(value, Integral) and int(value) >= 1, "a whole number, at least 1")
         expect("adapters", self.adapters, self.adapters >= 0, "0 or more")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from numbers import Integral
 
 from trainfw.data import Progress
 from trainfw.errors import RunError, UserError, did_you_mean, expect
@@ -81,12 +80,11 @@ def generate_batch(
         Sampling(max_tokens, temperature, top_k, top_p, (seed + i) % 2**32, stop_ids=ends, adapter=name)
         for i, name in enumerate(names)
     ]
-    expect("slots", slots, slots is None or (isinstance(slots, Integral) and slots >= 1), "a whole number, at least 1")
     _check(model, rows, Sampling(max_tokens, temperature, top_k, top_p, seed))
     if not rows:
         return []
     written = []
-    with _engine(model, rows, max_tokens, slots or len(rows)) as engine:
+    with _engine(model, rows, max_tokens, len(rows) if slots is None else slots) as engine:
         answers = [engine.submit(*one) for one in zip(rows, settings, strict=True)]
         for answer in answers:
             written.append(list(_tokens(answer)))

@@ -1,7 +1,6 @@
 """Products of a few rows with a weight, which is what a token costs: each weight is read once, from memory.
 
-`benchmarks/serving.py` times them. Rates below are of the layers of SmolLM2-135M on two cores that read 27 GB/s
-(jaxlib 0.10.2, AMX units).
+`benchmarks/serving.py` times tokens; rates below are of two cores that read 25 to 30 GB/s (jaxlib 0.10.2).
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def _columns(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
 def _of_halves(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
     """Multiply by a weight in bf16, x in f32 as the sum of three terms in bf16, which together are exact.
 
-    More columns cost little, as the weight is read once. One vector alone meets no fast kernel: 106 ms, of three 12.
+    More columns cost little, as the weight is read once. One vector alone meets no fast kernel: hence one of zeros.
     """
     if x_RK.dtype == jnp.bfloat16:
         terms = [x_RK, jnp.zeros_like(x_RK)] if x_RK.shape[0] == 1 else [x_RK]
@@ -109,8 +108,7 @@ def _of_halves(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
 def _of_bytes(x_RK: jax.Array, w_NK: jax.Array) -> jax.Array:
     """Multiply by integers in int8, each row of x as its largest number times three digits: to 1 in 2**23 of that.
 
-    Products of bytes are exact, in i32 (for fewer than 2**17 inputs); a step of one row takes 8 ms, and with the weight
-    widened first 130.
+    Products of bytes are exact, in i32 (for fewer than 2**17 inputs), and the weight is never widened.
     """
     wide = x_RK.astype(jnp.float32)
     unit_R1 = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127.0
