@@ -249,7 +249,7 @@ def read_checkpoint(directory: Path, original: Path) -> None:
     finally:
         checkpoints.close()
     run.open(recipe, step, identity=run.identity())
-    faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, step, writes=True)
+    faults = FaultLog(run, recipe.faults, step, writes=True)
     if any(not isinstance(row, int) or row < 0 for row in faults.rows):
         raise Wrong("rows that are none are left out")
     log = MetricsLog(run, step, Reporter())

@@ -88,7 +88,7 @@ def use(kind, row, file):
         run = RunDirectory(file.parent)
         run.faults_file = file
         try:
-            assert len(FaultLog(run, FaultsConfig(), 8, 0, writes=False).rows) <= 2**22
+            assert len(FaultLog(run, FaultsConfig(), 0, writes=False).rows) <= 2**22
         except UserError as error:
             assert "put it right, or delete the line" in str(error)  # noqa: PT017
     elif kind is SessionRow:
@@ -184,7 +184,7 @@ def test_faults_that_the_disk_does_not_take_come_later(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path)
     growth = Growth(1.0)
     growth.now = 20.0
-    log = FaultLog(run, FaultsConfig(), 8, 0, writes=True)
+    log = FaultLog(run, FaultsConfig(), 0, writes=True)
 
     def steps():
         return [row["step"] for row in run.faults()]

@@ -57,6 +57,15 @@ class PreparedData:
     damage: str = ""
     """Damage for which the cache was made again; empty if there was none."""
 
+    @property
+    def parts(self) -> dict[str, PreparedData]:
+        """The one source that it is of, under an empty name."""
+        return {"": self}
+
+    @property
+    def held_out_digest(self) -> str:
+        return self.validation.digest
+
     def facts(self) -> dict[str, str]:
         """Return what all processes of a run must have alike."""
         return {

@@ -36,7 +36,7 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
 
     def __init__(self, config: DataConfig, fingerprint: str, progress: Progress | None) -> None:
         self._config, self._fingerprint, self._progress = config, fingerprint, progress
-        self._root = Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
+        self._root = root_of(config)
         self._directory = self._root / fingerprint
         self._mending = threading.RLock()
         self._digests: list[str] = []
@@ -122,6 +122,11 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
                     log.warning("%s is whole again", self._directory)
         except (UserError, OSError) as error:
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
+
+
+def root_of(config: DataConfig) -> Path:
+    """Return the directory that all of the cache is in."""
+    return Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
 
 
 def write_meta(directory: Path, meta: Meta) -> None:

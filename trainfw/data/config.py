@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from trainfw.config import LARGEST_DIM, Config, Dim, PositiveInt, invalid
 
@@ -48,12 +57,63 @@ class TokenizerConfig(Config):
         return self
 
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
 _OF_TEXT = (
     *("text_field", "messages_field", "prompt_field", "completion_field", "tokenizer", "sequence_length"),
     *("mask_documents", "system_prompt", "date", "too_long"),
 )
 _OF_IMAGES = ("image_field", "caption_field", "label_field", "flip", "image_filter")
 """Keys for text alone, of those that no other check refuses, and for pictures alone."""
+
+
+Format = Literal["text", "chat", "prompt_completion", "preferences", "images"]
+
+
+class MixtureSource(Config):
+    """One source of a mixture. Keys that are left out are those of `data`."""
+
+    source: str | list[str]
+    """As data.source."""
+    weight: float = Field(default=1.0, ge=0)
+    """Rows of this source beside those of the others: a weight of 3 beside one of 1 is three rows of every four."""
+    repeats: float | None = Field(default=None, gt=0)
+    """Most passes over its rows in the whole run, such as 4; a run that would take more is refused before it starts.
+    Null: any number."""
+    format: Format | None = None
+    """As data.format. Text, chats, and prompts and completions may be mixed."""
+    text_field: str | None = None
+    """As data.text_field."""
+    messages_field: str | None = None
+    """As data.messages_field."""
+    prompt_field: str | None = None
+    """As data.prompt_field."""
+    completion_field: str | None = None
+    """As data.completion_field."""
+    chosen_field: str | None = None
+    """As data.chosen_field."""
+    rejected_field: str | None = None
+    """As data.rejected_field."""
+    image_field: str | None = None
+    """As data.image_field."""
+    caption_field: str | None = None
+    """As data.caption_field."""
+    label_field: str | None = None
+    """As data.label_field."""
+    loss_on: list[Role] | None = Field(default=None, min_length=1)
+    """As data.loss_on."""
+    chat_template: bool | None = None
+    """As data.chat_template."""
+    system_prompt: str | None = Field(default=None, min_length=1)
+    """As data.system_prompt."""
+    too_long: Literal["refuse", "truncate"] | None = None
+    """As data.too_long."""
+    max_characters: PositiveInt | None = None
+    """As data.max_characters."""
+    max_documents: int | None = Field(default=None, ge=2)
+    """As data.max_documents."""
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """As data.validation_fraction."""
 
 
 class DataConfig(Config):
@@ -73,7 +133,12 @@ class DataConfig(Config):
     Unicode), or files, globs or directories: pictures (.png, .jpg, .webp, .gif, .bmp) in folders named for their
     classes, or with a .txt of the same name beside each, its caption; .jsonl whose rows name them; .parquet and saved
     datasets that hold them; webdataset's .tar. Nothing outside of the named directories is read."""
-    format: Literal["text", "chat", "prompt_completion", "preferences", "images"] = "text"
+    mixture: dict[str, MixtureSource] | None = None
+    """Several sources by name, each with a weight, in the place of `source`: `{code: {source: src/, weight: 3}, prose:
+    {source: books.jsonl}}`. After any number of rows every source has had its share of them, within one row. Each is
+    shuffled by itself, and begins again when it has been seen whole. A file that names a `mixture` replaces an
+    inherited `source`, and the reverse. Each source is tokenised by itself, once: other weights take no time."""
+    format: Format = "text"
     """Kind of data. `text`: documents, learnt whole. `chat`: rows {"messages": [{"role": "user", "content": "..."},
     ...]}, written by the tokenizer's chat template. `prompt_completion`: rows {"prompt": "...", "completion": "..."},
     whose completion is learnt. `preferences`: rows {"prompt": "...", "chosen": "...", "rejected": "..."}, pairs of
@@ -159,6 +224,9 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _fields_fit_the_format(self) -> DataConfig:
         sources = [self.source] if isinstance(self.source, str) else self.source
+        if self.mixture is not None:
+            self._check_mixture(self.mixture)
+            sources = []
         tasks = [name for name in TASK_SOURCES if name in sources]
         for task in tasks[:1]:
             if len(sources) > 1:
@@ -170,7 +238,7 @@ class DataConfig(Config):
                 if getattr(self, f"{name}_field") != name:
                     invalid(f"{name}_field", f"{name}_field does not change source: {task}")
         self._check_images(sources)
-        if self.max_characters is not None and not tasks:
+        if self.max_characters is not None and not tasks and self.mixture is None:
             invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
         if self.format != "text" and self.tokenizer.name == "bpe":
             invalid("tokenizer", "`name: bpe` trains on text; make a file of it with `trainfw tokenizer train`")
@@ -220,10 +288,53 @@ class DataConfig(Config):
         if not images and "sequence_length" not in self.model_fields_set:
             invalid("sequence_length", "is required")
 
+    def _check_mixture(self, mixture: Mapping[str, MixtureSource]) -> None:
+        if "source" in self.model_fields_set:
+            invalid("source", "a mixture names its sources itself: remove one of source and mixture")
+        if not mixture:
+            invalid("mixture", "is empty: expected sources by name, {NAME: {source: ..., weight: ...}}")
+        if not any(one.weight for one in mixture.values()):
+            invalid("mixture", "every weight is 0: expected one above it at least")
+        for name, one in mixture.items():
+            if not _NAME.fullmatch(name):
+                invalid(
+                    "mixture", f"{name!r:.60}: expected a name of letters, digits, '_' and '-', with a letter first"
+                )
+            alone = {"preferences", "images"} & {one.format, self.format}
+            if alone and one.format not in (None, self.format):
+                others = f"the mixture's data.format is {self.format!r}"
+                invalid(f"mixture.{name}.format", f"{one.format!r} is not mixed with other formats, and {others}")
+            try:
+                self._part(one)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                inside = first.get("ctx", {}).get("field") or ".".join(map(str, first["loc"]))
+                invalid(f"mixture.{name}.{inside}".rstrip("."), str(first["msg"]))
+
+    def _part(self, one: MixtureSource) -> DataConfig:
+        given: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set - {"mixture"}}
+        return DataConfig(**given | one.model_dump(exclude_none=True, exclude={"weight", "repeats"}))
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """The sources of a mixture by name, each as a config; else this one, under an empty name."""
+        if self.mixture is None:
+            return {"": self}
+        return {name: self._part(one) for name, one in self.mixture.items()}
+
+    @property
+    def formats(self) -> set[str]:
+        """Kinds of data of all sources."""
+        return {part.format for part in self.parts.values()}
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "source" or self.mixture is None}
+
     def _differs(self, name: str) -> bool:
         return getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True)
 
     @property
     def writes_turns(self) -> bool:
-        """Flag: a chat template writes the examples."""
-        return self.format not in ("text", "images") and self.chat_template
+        """Flag: a chat template writes examples."""
+        return any(part.format not in ("text", "images") and part.chat_template for part in self.parts.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -43,6 +43,9 @@ class EndlessBatches(Iterator[Batch], abc.ABC):
         self._pass_skipped()
         return self._next_row
 
+    def enter(self, stage: int) -> None:
+        """Go on with a stage (of its number, from 0) of the run: here, with the same rows."""
+
     def skip(self, rows: Iterable[int]) -> None:
         """Leave out every batch that holds one of these rows of the endless order, now and after `set_state`."""
         self._skipped = frozenset(rows)
@@ -55,28 +58,60 @@ class EndlessBatches(Iterator[Batch], abc.ABC):
     def _take(self) -> Batch:
         """Return the next batch, skipped or not."""
 
+    @abc.abstractmethod
+    def get_state(self) -> dict[str, Any]:
+        """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
 
-class TrainIterator(EndlessBatches):
-    """Training batches without end; see `train_iterator`."""
+    @abc.abstractmethod
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with any number of processes. Raises UserError where it does not lead there."""
 
-    def __init__(
-        self, rows: RowSet, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
-    ) -> None:
+    @abc.abstractmethod
+    def restart(self) -> None:
+        """Go back to the beginning."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stop reading. Closing twice is harmless."""
+
+
+class GrainBatches(EndlessBatches):
+    """Batches that Grain reads ahead, of which this process has its share."""
+
+    def __init__(self, global_batch_size: int, prefetch: int, process_index: int, process_count: int) -> None:
         super().__init__(global_batch_size)
-        self._share = slice(process_index, None, process_count)
-        self._prefetch = config.prefetch
-        self._order = _order(rows, config)
-        stream = grain.MapDataset.source(rows)
-        if config.shuffle:
-            # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
-            stream = stream.shuffle(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
-        self._stream = rows.endless(stream.repeat())
-        self._seek(0)
+        self._share, self._prefetch = slice(process_index, None, process_count), prefetch
+        self._batches: Any = None
+
+    def close(self) -> None:
+        """Stop reading ahead. Closing twice is harmless."""
+        if self._batches is not None:
+            self._batches.close()
 
     def _take(self) -> Batch:
         batch = next(self._batches)
         self._next_row += self._global_batch_size
         return batch
+
+    def _read(self, rows: grain.MapDataset) -> None:
+        """Go on with these rows, in the place of those before."""
+        self.close()
+        batches = rows.batch(self._global_batch_size // self._share.step, drop_remainder=True)
+        threads = min(READ_THREADS, self._prefetch)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+        # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
+        self._batches = iter(batches[self._share].to_iter_dataset(options))
+
+
+class TrainIterator(GrainBatches):
+    """Training batches without end; see `train_iterator`."""
+
+    def __init__(
+        self, rows: RowSet, config: DataConfig, global_batch_size: int, process_index: int, process_count: int
+    ) -> None:
+        super().__init__(global_batch_size, config.prefetch, process_index, process_count)
+        self._stream, self._order = shuffled(rows, config, config.seed)
+        self.restart()
 
     def get_state(self) -> dict[str, object]:
         """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
@@ -84,29 +119,29 @@ class TrainIterator(EndlessBatches):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of another order of rows."""
-        if state["order"] != self._order:
+        if state.get("order") != self._order:
             raise UserError(
                 "the data has changed since this state was saved (its text, tokenizer, sequence_length, shuffle, "
                 "flip or seed), so its place means nothing here; restore the data, or start a new run"
             )
-        self.close()
         self._seek(state["next_row"])
 
     def restart(self) -> None:
-        self.close()
         self._seek(0)
 
-    def close(self) -> None:
-        """Stop reading ahead. Closing twice is harmless."""
-        self._batches.close()
-
     def _seek(self, next_row: int) -> None:
-        batches = self._stream[next_row:].batch(self._global_batch_size // self._share.step, drop_remainder=True)
-        threads = min(READ_THREADS, self._prefetch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
-        # Process p of P has every P-th batch, so that the shares, one after another, are the global batch in order.
-        self._batches = iter(batches[self._share].to_iter_dataset(options))
         self._next_row = next_row
+        self._read(self._stream[next_row:])
+
+
+def shuffled(rows: RowSet, config: DataConfig, seed: int | Sequence[int]) -> tuple[grain.MapDataset, str]:
+    """Return rows in one endless order, and what identifies it."""
+    stream = grain.MapDataset.source(rows)
+    if config.shuffle:
+        # Grain adds the epoch to its seed, so neighbouring seeds would share their epochs' orders.
+        stream = stream.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    state = rows.order(f"{config.shuffle} {seed if config.shuffle else None}")
+    return rows.endless(stream.repeat()), hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
 
 
 def train_iterator(
@@ -124,7 +159,7 @@ def train_iterator(
     divide, or there are too few rows for one.
     """
     _check_share(global_batch_size, process_count)
-    rows = _rows(store, config)
+    rows = row_set(store, config)
     rows.require(global_batch_size)
     return TrainIterator(rows, config, global_batch_size, process_index, process_count)
 
@@ -143,7 +178,7 @@ def validation_batches(
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
     share = _check_share(global_batch_size, process_count)
-    rows = _rows(store, config)
+    rows = row_set(store, config)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
 
     def batches() -> Iterator[Batch]:
@@ -164,10 +199,6 @@ def _check_share(global_batch_size: int, process_count: int) -> int:
     return share
 
 
-def _rows(store: TokenStore | ImageStore, config: DataConfig) -> RowSet:
+def row_set(store: TokenStore | ImageStore, config: DataConfig) -> RowSet:
+    """Return the rows of a store."""
     return ImageRows(store, config) if isinstance(store, ImageStore) else open_rows(store, config)
-
-
-def _order(rows: RowSet, config: DataConfig) -> str:
-    state = rows.order(f"{config.shuffle} {config.seed if config.shuffle else None}")
-    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()

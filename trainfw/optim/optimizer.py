@@ -13,7 +13,7 @@ from trainfw.errors import UserError, short
 from trainfw.optim.config import OptimizerConfig
 from trainfw.optim.ema import with_average
 from trainfw.optim.registry import OPTIMIZERS
-from trainfw.optim.schedule import make_schedule
+from trainfw.optim.schedule import Rates, make_schedule
 from trainfw.optim.traits import OwnOptimizer, Params
 from trainfw.pieces import is_own, make_piece, running
 
@@ -21,12 +21,12 @@ _name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None
+    config: OptimizerConfig, steps: int, own: OwnOptimizer | None = None, rates: Rates = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimizer, decoupled weight decay, the schedule and the average, as one Optax transformation.
 
-    `own` is one that a script hands over in the place of the recipe's. `update` takes the gradients' global norm as
-    `norm`; left out, clipping computes it.
+    `own` is one that a script hands over in the place of the recipe's; `rates` are as in `make_schedule`. `update`
+    takes the gradients' global norm as `norm`; left out, clipping computes it.
     """
 
     exclude = config.weight_decay_exclude
@@ -36,7 +36,7 @@ def make_optimizer(
             lambda path, _: not any(fnmatch.fnmatch(_name(path), pattern) for pattern in exclude), params
         )
 
-    rate = functools.partial(make_schedule, config, steps)
+    rate = functools.partial(make_schedule, config, steps, rates=rates)
     if own is None and not is_own(config.name):
         optimizer = OPTIMIZERS[config.name].make(config, rate, decays)
     else:

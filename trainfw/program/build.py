@@ -22,7 +22,7 @@ from trainfw.program.program import Function, Functions, Program
 from trainfw.program.skip_bad_steps import start_guard
 from trainfw.program.state import TrainState
 from trainfw.program.update import Update
-from trainfw.recipe import Recipe, expect_recipe
+from trainfw.recipe import Recipe, expect_recipe, rates_of
 
 _RATES = ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "clip_norm", "ema")
 """Keys of `optimizer` that hold whatever the optimizer is."""
@@ -58,8 +58,9 @@ def build_program(
     schema = _schema(recipe, objective)
     models = model_set(recipe, place, objective.roles)
     with recipe.blamed("optimizer"):
-        transformation = optim.make_optimizer(recipe.optimizer, recipe.train.steps, optimizer)
-        schedule = optim.make_schedule(recipe.optimizer, recipe.train.steps)
+        rates = rates_of(recipe)
+        transformation = optim.make_optimizer(recipe.optimizer, recipe.train.steps, optimizer, rates)
+        schedule = optim.make_schedule(recipe.optimizer, recipe.train.steps, rates=rates)
     with recipe.blamed("parallel"):
         grad_shardings = models.shardings(place.rules, "gradients")
         update_shardings = models.shardings(place.rules, "optimizer")

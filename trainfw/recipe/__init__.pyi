@@ -18,3 +18,6 @@ from .run_config import TrainConfig as TrainConfig
 from .run_config import WatchdogConfig as WatchdogConfig
 from .sources import COMMAND_LINE as COMMAND_LINE
 from .sources import leaves as leaves
+from .stage_config import StageConfig as StageConfig
+from .stages import Stage as Stage
+from .stages import rates_of as rates_of

@@ -87,6 +87,9 @@ def extended(
     base_tree, base_sources = read(base_file, chain)
     if replaces_model(base_tree.get("model"), tree.get("model")):
         base_sources = without_model(base_sources)
+    if "stages" in tree:
+        base_sources = {key: place for key, place in base_sources.items() if not key.startswith("stages.")}
+    base_tree, base_sources = without_other_source(base_tree, base_sources, tree)
     return merge(base_tree, tree), base_sources | sources
 
 
@@ -108,6 +111,12 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
         try:
             if isinstance(value_node, yaml.MappingNode):
                 values[name] = _construct(value_node, f"{dotted}.", file, sources)
+            elif isinstance(value_node, yaml.SequenceNode) and _of_mappings(value_node):
+                for i, item in enumerate(value_node.value):
+                    sources[f"{dotted}.{i}"] = f"{file}:{item.start_mark.line + 1}"
+                values[name] = [
+                    _construct(item, f"{dotted}.{i}.", file, sources) for i, item in enumerate(value_node.value)
+                ]
             else:
                 values[name] = loader.construct_object(value_node, deep=True)
         except yaml_text.MALFORMED as error:
@@ -115,6 +124,10 @@ def _construct(node: yaml.MappingNode, prefix: str, file: Path, sources: Sources
                 raise
             raise UserError(f"{line}: {dotted}: {yaml_text.problem_of(error)}") from None
     return values
+
+
+def _of_mappings(node: yaml.SequenceNode) -> bool:
+    return bool(node.value) and all(isinstance(item, yaml.MappingNode) for item in node.value)
 
 
 def check_sections(tree: dict[str, object], sources: Sources) -> None:
@@ -140,6 +153,21 @@ def replaces_model(base: Any, model: Any) -> bool:
         return False
     before = base.get("family", DEFAULT_FAMILY) if isinstance(base, dict) else DEFAULT_FAMILY
     return bool({"preset", "from"} & set(model)) or model.get("family", before) != before
+
+
+def without_other_source(
+    base: dict[str, Any], sources: Sources, over: dict[str, Any]
+) -> tuple[dict[str, Any], Sources]:
+    """Return a base's keys and their places without `data.source` where a mixture is named over it, and the reverse."""
+    below, above = base.get("data"), over.get("data")
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return base, sources
+    for named, dropped in (("mixture", "source"), ("source", "mixture")):
+        if above.get(named) is not None and dropped not in above and dropped in below:
+            base = {**base, "data": {key: value for key, value in below.items() if key != dropped}}
+            gone = f"data.{dropped}"
+            sources = {key: place for key, place in sources.items() if key != gone and not key.startswith(f"{gone}.")}
+    return base, sources
 
 
 def without_model(sources: Sources) -> Sources:

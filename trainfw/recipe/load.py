@@ -16,7 +16,16 @@ from trainfw.errors import UserError
 from trainfw.interop import part_of, read_model_config
 from trainfw.models import DEFAULT_FAMILY, DiTConfig, FamilyConfig, load_family
 from trainfw.paths import path_text, resolve_path
-from trainfw.recipe.files import bundled_recipes, check_sections, extended, find_recipe, merge, read, without_model
+from trainfw.recipe.files import (
+    bundled_recipes,
+    check_sections,
+    extended,
+    find_recipe,
+    merge,
+    read,
+    without_model,
+    without_other_source,
+)
 from trainfw.recipe.problems import describe
 from trainfw.recipe.recipe import Recipe
 from trainfw.recipe.sources import ARGUMENTS, OVERRIDES, Sources, leaves, show, where
@@ -66,6 +75,8 @@ def load_recipe(
             replaced = key
             tree = _without_tokenizer_of_model(tree) | {"model": {}}
             sources = without_model(sources) | {"model": written}  # what the preset says, too
+        if not key.startswith("data.source") or sources.get("data.mixture") != written:
+            tree, sources = without_other_source(tree, sources, _set({}, key.split("."), value))
         tree = _set(tree, key.split("."), value)
         sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")} | {key: written}
         check_sections(tree, sources)
@@ -141,9 +152,12 @@ def _without_tokenizer_of_model(tree: dict[str, object]) -> dict[str, object]:
     return {**tree, "data": {key: value for key, value in data.items() if key != "tokenizer"}}
 
 
-def _set(tree: object, path: list[str], value: object) -> dict[str, object]:
+def _set(tree: object, path: list[str], value: object) -> Any:
     """Return `tree` with the value at `path` replaced, whatever was there."""
     first, *rest = path
+    if isinstance(tree, list) and first.isdigit() and int(first) < len(tree):
+        at = int(first)
+        return [*tree[:at], _set(tree[at], rest, value) if rest else value, *tree[at + 1 :]]
     tree = tree if isinstance(tree, dict) else {}
     return {**tree, first: _set(tree.get(first), rest, value) if rest else value}
 

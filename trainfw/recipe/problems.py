@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, get_args
 
+from trainfw.config import Config
+from trainfw.data import MixtureSource
 from trainfw.errors import did_you_mean, nearest
 from trainfw.models import DEFAULT_FAMILY
 from trainfw.names import KEYS, SECTIONS, VALUES
 from trainfw.recipe.files import section_of
-from trainfw.recipe.recipe import keys
+from trainfw.recipe.recipe import keys, keys_of
 from trainfw.recipe.sources import Sources, show, where
+from trainfw.recipe.stage_config import ANNEAL, StageConfig
 
 
 def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMILY) -> str:
     """Say what pydantic found; keys of `model` are those of `family`."""
     kind, value = error["type"], error["input"]
-    path = [str(part) for part in error["loc"]]
+    path = [str(part) for part in error["loc"] if part != ANNEAL]
     if kind == "combination" and error["ctx"]["field"]:
         path.append(error["ctx"]["field"])
     # A field that takes several types is followed by their names.
@@ -33,7 +37,8 @@ def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMI
             section, _, rest = path[-1].partition(".")
             return f"{at}{key}: unknown key; in a file, write it as a section, {section}: {{{rest}: ...}}"
         case "extra_forbidden":
-            return f"{at}{key} = {show(value)}: unknown key{nearest_key(key, family)}"
+            meant = nearest_key(key, family) if (inner := _repeated(error["loc"])) is None else inner
+            return f"{at}{key} = {show(value)}: unknown key{meant}"
         case "missing":
             return f"{at}{key}: is required{nearest_key(key) if not key else ''}"
         case "combination":
@@ -53,6 +58,25 @@ def describe(error: Any, sources: Sources, file: str, family: str = DEFAULT_FAMI
             expected = re.sub(r"^(Input should be|Value should|String should( have)?) ", "", error["msg"])
             hint = _meant(kind, value)
             return f"{at}{key} = {show(value)}: expected {expected[:1].lower()}{expected[1:]}{hint}"
+
+
+def _repeated(loc: Sequence[int | str]) -> str | None:
+    """Suggest a key of one of several sections (stages, a mixture's sources); None for a place in none of them."""
+    kinds: dict[str, type[Config]] = {"stages": StageConfig, "data.mixture": MixtureSource}
+    path = [str(part) for part in loc]
+    for place, kind in kinds.items():
+        depth = place.count(".") + 1
+        if ".".join(path[:depth]) == place and len(path) > depth + 1:
+            known = [*keys_of(kind, DEFAULT_FAMILY)]
+            last = {name.rpartition(".")[2]: name for name, _ in known}
+            near = nearest(path[-1], last)
+            if near is None and (ours := our_key(path[-1])) is not None:
+                near = ours.split(" ")[0].rpartition(".")[2]
+            meant = last.get(near or "")
+            if meant is None:
+                return f"; one of: {', '.join(name for name, _ in known if '.' not in name)}"
+            return f"; did you mean {'.'.join([*path[: depth + 1], meant])!r}?"
+    return None
 
 
 _IN_WORDS = {

@@ -28,6 +28,8 @@ from trainfw.parallel import ParallelConfig
 from trainfw.pieces import is_own
 from trainfw.recipe.run_config import EvaluationConfig, FaultsConfig, TrainConfig, WatchdogConfig
 from trainfw.recipe.sources import Sources, leaves, show, where
+from trainfw.recipe.stage_config import StageConfig
+from trainfw.recipe.stages import Stage, check_stages, stages_of
 
 
 class Recipe(Config):
@@ -44,6 +46,9 @@ class Recipe(Config):
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig | None = None
     """Evaluation of answers to held-out prompts, by a metric of the task; null: only the loss is computed."""
+    stages: list[StageConfig] = Field(default_factory=list)
+    """Parts of the run, one after another, each with a mixture, rows, a batch or a learning rate of its own; none: one
+    part, the whole. A checkpoint is saved where one ends."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
@@ -65,6 +70,7 @@ class Recipe(Config):
         if pairs and name == "next_token":
             invalid("objective.name", "next_token learns no pairs: set it to dpo, ipo, simpo or orpo")
         self._reads_what_there_is()
+        check_stages(self)
         evaluates = None if self.reads_images else self.evaluation
         for key, asked in (("train.sample_prompt", self.train.sample_prompt), ("evaluation", evaluates)):
             if asked is not None and not family_of(self.model).decodes:
@@ -107,6 +113,10 @@ class Recipe(Config):
             for name in names if config is not None else ():
                 if getattr(config, name) != type(config).model_fields[name].default:
                     invalid(f"{section}.{name}", f"does nothing for model.family {self.model.family!r}: leave it out")
+
+    def in_stages(self) -> list[Stage]:
+        """Return the stages of the run in order; without any in the recipe, the whole run as one."""
+        return stages_of(self)
 
     @property
     def group(self) -> int:
@@ -224,14 +234,17 @@ def _describe_families(schema: dict[str, Any]) -> None:
 @functools.cache
 def keys(family: str = DEFAULT_FAMILY) -> dict[str, Any]:
     """List every valid dotted key and its type; those of `model` by its family."""
-    return dict(_keys(Recipe, family))
+    return dict(keys_of(Recipe, family))
 
 
-def _keys(config: type[BaseModel], family: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+def keys_of(config: type[BaseModel], family: str, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every valid dotted key of a section, and its type."""
     for attribute, field in config.model_fields.items():
         name = field.alias or attribute
         yield f"{prefix}{name}", field.annotation
+        if get_origin(field.annotation) in (dict, list):
+            continue
         for kind in (field.annotation, *get_args(field.annotation)):
             kind = load_family(family).config if kind is FamilyConfig else kind
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(field.annotation) is not dict:
-                yield from _keys(kind, family, f"{prefix}{name}.")
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys_of(kind, family, f"{prefix}{name}.")

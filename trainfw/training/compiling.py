@@ -22,6 +22,7 @@ class Compiling:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         self._train: Future[Any] | None = None
         self._eval: Future[Any] | None = None
+        self._said = False
         if trains:
             self._begin()
         if program.recipe.train.validation_batches != 0:
@@ -42,7 +43,9 @@ class Compiling:
     def train_step(self) -> Any:
         """`Program.train_step`, compiled now if not before. Raises what compiling raises."""
         compiled, seconds = self._wait(self._train or self._begin())
-        self._reporter.note(f"compiled in {seconds:.1f} s")
+        if not self._said:
+            self._reporter.note(f"compiled in {seconds:.1f} s")
+        self._said = True
         return compiled
 
     def eval_step(self) -> Any:

@@ -4,25 +4,26 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from trainfw.data import (
-    ImageStore,
+    DataConfig,
     Prepared,
     PreparedData,
+    PreparedImages,
     Progress,
     TokenStore,
     load_tokenizer,
-    open_rows,
     prepare,
     read_conditions,
+    row_set,
     validation_batches,
 )
 from trainfw.errors import RunError, UserError
-from trainfw.objectives import Mean, Objective
+from trainfw.objectives import Mean, Metrics, Objective
 from trainfw.paths import path_text
 from trainfw.program import Program, build_program
 from trainfw.recipe import load_recipe, override_keys
@@ -52,6 +53,8 @@ class Validation:
     """All held-out data was counted. If not, bits_per_byte takes the whole split's bytes per token."""
     ema: float | None = None
     """Decay of the average of the weights that was validated (`optimizer.ema`); None: the weights themselves."""
+    parts: Mapping[str, Validation] = field(default_factory=dict)
+    """Each source of a mixture by itself. The whole is their average by the mixture's weights."""
 
     @property
     def perplexity(self) -> float:
@@ -72,10 +75,14 @@ class Validation:
             **of_text,
             f"validation_{self.unit}s": self.count,
             **{f"validation_{name}": value for name, value in self.metrics.items()},
+            **{f"validation_loss/{name}": part.loss for name, part in self.parts.items()},
             **({} if self.ema is None else {"validation_ema": self.ema}),
         }
 
     def __str__(self) -> str:
+        if self.parts:
+            of_parts = ", ".join(f"{name} {one.loss:.4f}" for name, one in self.parts.items())
+            return f"{replace(self, parts={})}; loss by source: {of_parts}"
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
         part += "" if self.ema is None else f", by the average of the weights (ema {self.ema})"
         if self.bits_per_byte is None:
@@ -99,24 +106,70 @@ def validate(
     *,
     ema: float | None = None,
 ) -> Validation | None:
-    """Evaluate on the held-out split, or on its first `train.validation_batches` batches.
+    """Evaluate on the held-out split, or on its first `train.validation_batches` batches; of a mixture, by source.
 
     `eval_step` is the program's, compiled. `stop` is asked before each batch whether to give up, and None returned.
     `ema` is the decay of the average that `params` are, where they are one.
     """
+
+    def evaluate_batch(batch: Mapping[str, Any]) -> Metrics:
+        return eval_step(params, frozen, program.shard_batch(batch, training=False))
+
+    found: dict[str, Validation] = {}
+    for name, part in data.parts.items():
+        config = program.recipe.data.parts[name]
+        one = _validate_part(program, evaluate_batch, part, config, progress, stop)
+        if one is None:
+            return None
+        found[name] = replace(one, ema=ema)
+    if list(found) == [""]:
+        return found[""]
+    weights = {name: end for name, (_, end) in program.recipe.in_stages()[-1].weights.items() if end}
+    return _average(found, weights)
+
+
+def _average(parts: Mapping[str, Validation], weights: Mapping[str, float]) -> Validation:
+    """Average the sources' figures by weight; those without any are shown by themselves alone."""
+    total = sum(weights.values())
+    shares = {name: weight / total for name, weight in weights.items()}
+    first = parts[next(iter(shares))]
+
+    def mean(values: Mapping[str, float]) -> float:
+        return sum(share * values[name] for name, share in shares.items())
+
+    named = {name for part in parts.values() for name in part.metrics}
+    bits = {name: part.bits_per_byte for name, part in parts.items() if part.bits_per_byte is not None}
+    return replace(
+        first,
+        loss=mean({name: part.loss for name, part in parts.items()}),
+        count=sum(part.count for part in parts.values()),
+        metrics={one: mean({name: part.metrics[one] for name, part in parts.items()}) for one in named},
+        bits_per_byte=mean(bits) if len(bits) == len(parts) else None,
+        complete=all(part.complete for part in parts.values()),
+        parts=parts,
+    )
+
+
+def _validate_part(
+    program: Program,
+    evaluate_batch: Callable[[Mapping[str, Any]], Metrics],
+    data: PreparedData | PreparedImages,
+    config: DataConfig,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> Validation | None:
     recipe = program.recipe
     rows, limit = recipe.train.global_batch_size, recipe.train.validation_batches
     share = dict(zip(("process_index", "process_count"), program.batch_share))
-    batches = validation_batches(data.validation, recipe.data, global_batch_size=rows, max_batches=limit, **share)
     held_out = data.validation
-    everything = -(-len(held_out if isinstance(held_out, ImageStore) else open_rows(held_out, recipe.data)) // rows)
+    batches = validation_batches(held_out, config, global_batch_size=rows, max_batches=limit, **share)
+    everything = -(-len(row_set(held_out, config)) // rows)
     totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
         if stop():
             return None
-        metrics = eval_step(params, frozen, program.shard_batch(batch, training=False))
         # Summed on the host in float64: a float32 sum over millions of tokens would round.
-        for name, mean in metrics.items():
+        for name, mean in evaluate_batch(batch).items():
             totals[name] = totals.get(name, Mean(0.0, 0.0)) + Mean(float(mean.total), float(mean.count))
         progress("validating, batches", number, everything if limit is None else min(everything, limit))
     unit, total = program.objective.unit, totals.pop("loss", Mean(0.0, 0.0))
@@ -129,15 +182,8 @@ def validate(
     if isinstance(held_out, TokenStore) and unit == "token":
         bits = loss * held_out.num_targets / max(held_out.num_bytes, 1) / math.log(2)
         complete = count == held_out.num_targets
-    return Validation(
-        loss=loss,
-        unit=unit,
-        count=count,
-        metrics={name: mean.value() for name, mean in totals.items()},
-        bits_per_byte=bits,
-        complete=complete,
-        ema=ema,
-    )
+    metrics = {name: mean.value() for name, mean in totals.items()}
+    return Validation(loss=loss, unit=unit, count=count, metrics=metrics, bits_per_byte=bits, complete=complete)
 
 
 # What an evaluation may be told; anything else would be silently ignored.

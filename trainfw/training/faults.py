@@ -103,8 +103,10 @@ class FaultLog:
         writes: whether this process is the one that writes.
     """
 
-    def __init__(self, run: RunDirectory, config: FaultsConfig, batch_rows: int, resumed_step: int, writes: bool):
-        self._file, self._config, self._batch_rows, self._writes = run.faults_file, config, batch_rows, writes
+    def __init__(self, run: RunDirectory, config: FaultsConfig, resumed_step: int, writes: bool):
+        self._file, self._config, self._writes = run.faults_file, config, writes
+        self.batch_rows = 1
+        """Rows of a step, which its stage says."""
         self._in_a_row = 0
         self.limit = ""
         """Why a step that the recipe has another policy for ends the run, if it does."""
@@ -161,7 +163,7 @@ class FaultLog:
 
     def _add(self, step: int, first: int, kind: str, policy: str, values: Mapping[str, object]) -> None:
         """Raises OSError where it is not on disk: it will be with the next."""
-        row = {"step": step, "kind": kind, "policy": policy, "row": first, "rows": self._batch_rows, **values}
+        row = {"step": step, "kind": kind, "policy": policy, "row": first, "rows": self.batch_rows, **values}
         self._rows.append(row)
         if not self._writes:
             return

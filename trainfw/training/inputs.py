@@ -22,11 +22,17 @@ def check_inputs(recipe: Recipe, *, own_data: bool = False) -> None:
 
     `own_data`: a script hands its data over.
     """
-    if recipe.evaluation is not None and recipe.data.format == "text":
+    if recipe.evaluation is not None and recipe.data.mixture is not None and recipe.reads_images:
+        raise recipe.error("evaluation", "pictures of a mixture are not evaluated: set it to null")
+    if recipe.evaluation is not None and recipe.data.formats == {"text"}:
         problem = "needs prompts and references: data.format chat, prompt_completion or preferences"
         raise recipe.error("evaluation.metric", problem)
-    with recipe.blamed("data"):
-        (check_tokenizer_file if own_data else check_source)(recipe.data)
+    if own_data:
+        with recipe.blamed("data"):
+            check_tokenizer_file(recipe.data)
+    for name, config in {} if own_data else recipe.data.parts.items():
+        with recipe.blamed(f"data.mixture.{name}" if name else "data"):
+            check_source(config)
     if recipe.data.cache_dir is None:
         return
     root = Path(os.path.expanduser(recipe.data.cache_dir))

@@ -11,7 +11,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import Prepared, PreparedImages, Progress, StreamIterator, TrainIterator, read_conditions
+from trainfw.data import EndlessBatches, Prepared, PreparedImages, Progress, read_conditions
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
@@ -21,7 +21,6 @@ from trainfw.training.agreement import agreeing, first_says, program_facts, reci
 from trainfw.training.arguments import Given
 from trainfw.training.base import check_base
 from trainfw.training.callbacks import Callback, Callbacks
-from trainfw.training.compiling import Compiling
 from trainfw.training.faults import FaultLog
 from trainfw.training.inputs import check_inputs, check_memory
 from trainfw.training.loggers import Logger, MetricsLog
@@ -31,6 +30,7 @@ from trainfw.training.reporter import Reporter
 from trainfw.training.resuming import Changed, covers, cut_changes, cut_of
 from trainfw.training.run_data import check_encoders, name_data, open_batches, read_data
 from trainfw.training.run_directory import Resume, RunDirectory
+from trainfw.training.run_stages import RunStages, check_stage, stage_programs
 from trainfw.training.session import Interrupted, Result, Session
 from trainfw.training.sessions import Sessions
 from trainfw.weights import average_note
@@ -85,7 +85,9 @@ class _Agreed:
     """Run that all processes agree to begin, before anything of it is opened."""
 
     run: RunDirectory
-    program: Program
+    recipe: Recipe
+    programs: list[Program]
+    """One for each stage."""
     base: dict[str, str] | None
     resumed_step: int | None
     patience: float
@@ -102,18 +104,16 @@ def _agree(recipe: Recipe, given: Given) -> _Agreed:
             run = RunDirectory(path, recipe.checkpoint)
         command = {"run directory": str(run.path.absolute()), "--resume": given.resume}
         facts |= recipe_facts(recipe) | {"command": command}
-    if (
-        recipe.data.format not in ("text", "images") and recipe.data.date is None
-    ):  # the day that the run's chat templates are given
+    if recipe.data.formats - {"text", "images"} and recipe.data.date is None:  # the day that templates are told
         date = first_says("date", run.date)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": date})})
     # Early, since what follows takes a while.
     resumed_step = first_says("check", lambda: run.check(recipe, given.resume, given.accept))
     with agreeing("program", patience) as facts:
         base = check_base(recipe, run, resumed_step, given.objective)
-        program = _program(recipe, given, resumed_step)
-        facts |= program_facts(program) | {"base": {"weights of model.from": base and base["hash"]}}
-    return _Agreed(run, program, base, resumed_step, patience)
+        programs = _programs(recipe, given, resumed_step)
+        facts |= program_facts(programs[0]) | {"base": {"weights of model.from": base and base["hash"]}}
+    return _Agreed(run, recipe, programs, base, resumed_step, patience)
 
 
 def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
@@ -121,16 +121,17 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         phases.moved()
         reporter.progress(description, completed, total)
 
-    run, program, resumed_step, patience = agreed.run, agreed.program, agreed.resumed_step, agreed.patience
-    recipe, accept, reporter = program.recipe, given.accept, given.reporter
+    run, resumed_step, patience = agreed.run, agreed.resumed_step, agreed.patience
+    program = agreed.programs[0]
+    recipe, accept, reporter = agreed.recipe, given.accept, given.reporter
     first, backend = jax.process_index() == 0, backends.current()
     changed: Changed = {} if resumed_step is None else first_says("cut", lambda: _cut_changes(run, program, accept))
     with contextlib.ExitStack() as stack:
-        trains = (resumed_step or 0) < recipe.train.steps
-        compiling = stack.enter_context(Compiling(program, reporter, phases, trains=trains))
+        stages = stack.enter_context(RunStages(recipe, agreed.programs, reporter, phases))
+        stages.enter(resumed_step or 0)
         with agreeing("data", patience) as facts:
             data = read_data(recipe, given.data, reporter, progress)
-            batches = open_batches(program, data, given.data, reporter.note)
+            batches = open_batches(recipe, program, data, given.data, reporter.note)
             stack.enter_context(contextlib.closing(batches))
             facts |= {"data": data.facts()}
         # Again, now that no other process can change the answer.
@@ -150,21 +151,23 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         stack.enter_context(contextlib.closing(checkpoints))
         resumed_step = checkpoints.newest_whole(reporter.note)
         # An adapter's step takes less memory than compiling it; on a GPU the compiler times its kernels.
+        stages.enter(resumed_step or 0)
         if recipe.adapter is not None or backend.times_kernels:
-            compiling.wait()
-        first_state = functools.partial(_state_at, program, checkpoints, batches, data.validation.digest, progress)
+            stages.compiling.wait()
+        first_state = functools.partial(_state_at, program, checkpoints, batches, data.held_out_digest, progress)
         with agreeing("state", patience) as facts:
             facts |= {"start": {"step to go on from": resumed_step}}
             state = first_state(resumed_step)
-            train_step = compiling.train_step() if (resumed_step or 0) < recipe.train.steps else None
+            if (resumed_step or 0) < recipe.train.steps:
+                stages.train_step()
             if jax.process_count() > 1:  # or one with a warm cache would wait in a step for one that compiles
-                compiling.wait()
+                stages.compiling.wait()
         if resumed_step is not None:
             changed = {**{one.key: (one.before, one.now) for one in run.changes(recipe)}, **changed}
         _say_start(run, resumed_step, changed, accept, reporter)
         # Nothing of an earlier session is touched until all that could refuse to go on from it has not.
         first_says("opened", lambda: _open(run, recipe, data, resumed_step, identity))
-        faults = FaultLog(run, recipe.faults, recipe.train.global_batch_size, resumed_step or 0, writes=first)
+        faults = FaultLog(run, recipe.faults, resumed_step or 0, writes=first)
         batches.skip(faults.rows)
         log = MetricsLog(run, resumed_step, reporter, writes=first, loggers=given.loggers)
         stack.enter_context(contextlib.closing(log))
@@ -173,7 +176,8 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         if backend.has_monitor:
             stack.enter_context(contextlib.closing(monitor.start()))
         session = Session(
-            outcome=Outcome(program, compiling.eval_step, data, run, log, reporter, progress),
+            outcome=Outcome(program, stages.compiling.eval_step, data, run, log, reporter, progress),
+            stages=stages,
             batches=batches,
             checkpoints=checkpoints,
             faults=faults,
@@ -184,15 +188,20 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
             callbacks=Callbacks(given.callbacks),
             first_state=first_state,
         )
-        return _to_the_end(session, train_step, state, resumed_step)
+        return _to_the_end(session, state, resumed_step)
 
 
-def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
+def _programs(recipe: Recipe, given: Given, resumed_step: int | None) -> list[Program]:
     backend = backends.current()
     if backend.on_host:
         backends.keep_freed_memory()
-    program = build_program(recipe, given.devices, objective=given.objective, optimizer=given.optimizer)
-    check_memory(program)
+    build = functools.partial(
+        build_program, devices=given.devices, objective=given.objective, optimizer=given.optimizer
+    )
+    programs = stage_programs(recipe, build)
+    program = programs[0]
+    for one in programs:
+        check_memory(one)
     if resumed_step is None:
         check_sources(recipe, program.abstract_state)
         adapter = None if recipe.adapter is None else recipe.adapter.from_
@@ -209,7 +218,7 @@ def _program(recipe: Recipe, given: Given, resumed_step: int | None) -> Program:
     )
     if given.approve is not None:
         given.approve(program)
-    return program
+    return programs
 
 
 def _open(run: RunDirectory, recipe: Recipe, data: Prepared, resumed_step: int | None, identity: Identity) -> None:
@@ -217,11 +226,11 @@ def _open(run: RunDirectory, recipe: Recipe, data: Prepared, resumed_step: int |
     data.save(run.path)
 
 
-def _to_the_end(session: Session, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
+def _to_the_end(session: Session, state: TrainState, resumed_step: int | None) -> Result:
     end = "failed"
     try:
         with backends.start_is_kept():
-            result = session.to_the_end(train_step, state, resumed_step)
+            result = session.to_the_end(state, resumed_step)
         end = "done" if result.stopped is None else "stopped by a callback"
     except Interrupted as stop:
         end = str(stop)
@@ -282,7 +291,7 @@ def _say_start(
 def _state_at(
     program: Program,
     checkpoints: Checkpoints,
-    batches: TrainIterator | StreamIterator,
+    batches: EndlessBatches,
     held_out: str,
     progress: Progress,
     step: int | None,
@@ -301,6 +310,8 @@ def _state_at(
         raise RunError(f"{checkpoints.directory}: the checkpoint of step {step} is step {saved}, not {step}")
     with program.recipe.blamed("data"):
         batches.set_state(meta["data"])
+        if (begun := meta["data"].get("stage")) is not None:
+            check_stage(program.recipe, begun, step)
         if meta.get("held_out", held_out) != held_out:
             raise UserError(
                 "the held-out documents are others than they were, so its validation losses would not compare; "

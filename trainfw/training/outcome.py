@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from trainfw import backends
-from trainfw.data import Prepared, PreparedData, PreparedImages, Progress, stop_ids
+from trainfw.data import Prepared, PreparedData, PreparedImages, Progress, Tokenizer, stop_ids
 from trainfw.models import LanguageModel
 from trainfw.program import Program, TrainState
 from trainfw.recipe import EvaluationConfig
@@ -69,11 +69,12 @@ class Outcome:
         count = self.recipe.train.sample_images
         if "denoise" not in self.program.functions or not count or jax.process_count() > 1:
             return
-        assert isinstance(self.data, PreparedImages)
         from trainfw.training.drawing import grid, sample_prompts, scale_of
 
         if not self._picture_file("step", step).exists():  # by a session before this one
-            pictures = self._drawer(state).draw(sample_prompts(self.recipe, self.data, count), progress=self.progress)
+            pictures = self._drawer(state).draw(
+                sample_prompts(self.recipe, self._pictures, count), progress=self.progress
+            )
             self._write_picture("step", step, grid(pictures, scale=scale_of(pictures)), f"samples at step {step}")
 
     def _picture_file(self, kind: str, step: int) -> Path:
@@ -94,18 +95,36 @@ class Outcome:
         self.reporter.note(f"{title}: {file}")
 
     @property
-    def _text(self) -> PreparedData:
-        assert isinstance(self.data, PreparedData)
-        return self.data
+    def _pictures(self) -> PreparedImages:
+        """The pictures; of a mixture, those of the first source."""
+        first = next(iter(self.data.parts.values()))
+        assert isinstance(first, PreparedImages)
+        return first
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        first = next(iter(self.data.parts.values()))
+        assert isinstance(first, PreparedData)
+        return first.tokenizer
+
+    def _tasks(self, count: int) -> list[TaskExample]:
+        """Return held-out examples, as many of each source that has any."""
+        stores = [part.validation for part in self.data.parts.values() if isinstance(part, PreparedData)]
+        stores = [store for store in stores if store.learnt is not None]
+        each = -(-count // len(stores))
+        return [task for store in stores for task in held_out_tasks(store, each)][:count]
+
+    def enter(self, program: Program, eval_step: Callable[[], Any]) -> None:
+        """Measure by another stage's program."""
+        self.program, self.eval_step = program, eval_step
 
     def _drawer(self, state: TrainState) -> Drawer:
         from trainfw.training.drawing import Drawer
 
-        assert isinstance(self.data, PreparedImages)
         if self._denoise is None:
             self._denoise = self.program.functions["denoise"].compile()
         params = self.program.learnt(state)
-        return Drawer(self.program, self._denoise, params, state.frozen, self.run.path, self.data.classes)
+        return Drawer(self.program, self._denoise, params, state.frozen, self.run.path, self._pictures.classes)
 
     def compare(self, validation: Validation) -> None:
         first = next(iter(self.log.validations()), validation.row(0))
@@ -129,10 +148,10 @@ class Outcome:
             drawn = self._evaluate_images(state, step, config)
             self.reporter.note(f"evaluation at step {step}: {drawn}")
             return []
-        tasks = held_out_tasks(self._text.validation, config.examples)
+        tasks = self._tasks(config.examples)
         if len(done := self._evaluated(step, tasks)) == len(tasks):
             return done
-        written = evaluate_task(self._model(state), self._text.tokenizer, tasks, config, self.progress)
+        written = evaluate_task(self._model(state), self._tokenizer, tasks, config, self.progress)
         rows = [{"step": step, **row} for row in written]
         try:
             append_rows(self.run.evaluation_file, rows)
@@ -148,7 +167,7 @@ class Outcome:
 
     def _evaluated(self, step: int, tasks: Sequence[TaskExample]) -> list[dict[str, Any]]:
         """Read these examples' rows at `step` from evaluation.jsonl, where they were made as the recipe says now."""
-        config, decode = self.recipe.evaluation, self._text.tokenizer.decode
+        config, decode = self.recipe.evaluation, self._tokenizer.decode
         assert config is not None
         found = {
             (row.get("example"), row.get("prompt")): row
@@ -191,7 +210,7 @@ class Outcome:
             return compared
         if config is None or not (after := self.evaluate(state, steps)):
             return None
-        before = self._evaluated(0, held_out_tasks(self._text.validation, config.examples))
+        before = self._evaluated(0, self._tasks(config.examples))
         comparison = Comparison(config.metric, before if len(before) == len(after) else [], after)
         self.reporter.note(f"evaluation: {comparison}")
         for text in comparison.samples(config.samples):
@@ -208,7 +227,7 @@ class Outcome:
         prompt = self.recipe.train.sample_prompt
         if prompt is None or jax.process_count() > 1:
             return None
-        tokenizer = self._text.tokenizer
+        tokenizer = self._tokenizer
         tokens = generate(
             self._model(state),
             [tokenizer.bos_id, *tokenizer.encode(prompt)],

@@ -37,7 +37,7 @@ _KEYS: dict[Effect, str] = {
     """,
     "compared": """
         model.from
-        data.source data.text_field data.messages_field data.prompt_field data.completion_field
+        data.source data.mixture data.text_field data.messages_field data.prompt_field data.completion_field
         data.chosen_field data.rejected_field data.image_field data.caption_field data.label_field
         data.tokenizer.name data.tokenizer.path data.tokenizer.vocab_size
     """,
@@ -56,7 +56,7 @@ _KEYS: dict[Effect, str] = {
         optimizer.learning_rate optimizer.adam_learning_rate optimizer.schedule optimizer.warmup_steps
         optimizer.decay_steps optimizer.final_fraction optimizer.b1 optimizer.b2 optimizer.epsilon
         optimizer.weight_decay optimizer.weight_decay_exclude optimizer.clip_norm optimizer.ema
-        train.global_batch_size train.compute_dtype train.matmul_dtype train.z_loss
+        stages train.global_batch_size train.compute_dtype train.matmul_dtype train.z_loss
         hardware.compiler_flags
     """,
     "state": """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from trainfw.errors import UserError
 from trainfw.models import DenoisingFamilyConfig, conditioning_of, image_config, vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
-from trainfw.recipe import Recipe
+from trainfw.recipe import Recipe, Stage
 from trainfw.training.reporter import Reporter
 
 if TYPE_CHECKING:  # imported where there are pictures
@@ -25,6 +26,9 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
         return recipe
     with recipe.blamed("data"):
         source = data.data_name(given)
+    lengths = {stage.recipe.data.sequence_length for stage in recipe.in_stages()}
+    if len(lengths) > 1 and recipe.data.format != "text":
+        raise recipe.error("stages", "examples that a script hands over are packed for one sequence_length: name files")
     if not data.is_rows(given):
         if recipe.data.format != "text":
             raise recipe.error("data.format", "a stream is packed as text; hand over rows that are all there")
@@ -33,7 +37,9 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
                 "train.validation_batches",
                 "of a stream nothing is held out; set it to 0, or hand over rows that are all there",
             )
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+        if any(stage.shape != recipe.in_stages()[0].shape for stage in recipe.in_stages()):
+            raise recipe.error("stages", "a stream gives rows of one kind: leave out sequence_length and batch")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source, "mixture": None})})
 
 
 def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Progress) -> data.Prepared:
@@ -41,6 +47,8 @@ def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Pr
 
     Raises UserError where it cannot be read, or does not suit the model.
     """
+    if recipe.data.mixture is not None:
+        return _read_mixture(recipe, reporter, progress)
     if recipe.reads_images:
         return _read_images(recipe, own, reporter, progress)
     with recipe.blamed("data"):
@@ -49,18 +57,52 @@ def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Pr
         reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
         return prepared
     _check_tokens(recipe, prepared, own)
-    length, most = recipe.data.sequence_length, recipe.model.longest_context
+    _check_length(recipe, reporter)
+    _note(reporter, prepared)
+    reporter.note(f"data: {_size(prepared, recipe.data)}")
+    return prepared
+
+
+def _check_length(recipe: Recipe, reporter: Reporter) -> None:
+    length, most = max(stage.recipe.data.sequence_length for stage in recipe.in_stages()), recipe.model.longest_context
     if most is not None and length > most:
         reporter.note(f"warning: data.sequence_length = {length} is more than the model's max_position = {most}")
-    _note(reporter, prepared)
+
+
+def _size(prepared: data.PreparedData, config: data.DataConfig) -> str:
     train, held_out = prepared.train, prepared.validation
     if train.learnt is None:
         size = f"{held_out.num_bytes / held_out.num_tokens:.2f} bytes per token"
     else:
-        filled = data.open_rows(train, recipe.data).filled
+        filled, length = data.open_rows(train, config).filled, config.sequence_length
         size = f"{train.num_targets / train.num_tokens:.0%} of them learnt; rows of {length} are {filled:.1%} full"
-    reporter.note(f"data: {train.num_tokens:,} tokens to train on, {held_out.num_tokens:,} held out ({size})")
-    return prepared
+    return f"{train.num_tokens:,} tokens to train on, {held_out.num_tokens:,} held out ({size})"
+
+
+def _read_mixture(recipe: Recipe, reporter: Reporter, progress: data.Progress) -> data.PreparedMixture:
+    """Read the sources that have a weight in some stage."""
+    used = {name for stage in recipe.in_stages() for name in stage.weights}
+    configs = {name: config for name, config in recipe.data.parts.items() if name in used}
+    if recipe.reads_images:
+        pictures = {name: prepare_images(recipe, progress, name) for name in configs}
+        mixture = data.PreparedMixture(data.with_all_classes(pictures))
+        _check_classes(recipe, mixture.classes)
+        _note(reporter, mixture)
+        return mixture
+    with recipe.blamed("data"):
+        trained = data.train_mixture_bpe(recipe.data, progress) if recipe.data.tokenizer.name == "bpe" else None
+        tokenizer = trained or data.ready_tokenizer(recipe.data)
+    parts: dict[str, data.PreparedData] = {}
+    for name, config in configs.items():
+        with recipe.blamed(f"data.mixture.{name}"):
+            parts[name] = data.prepare(config, tokenizer=tokenizer, progress=progress)
+        _check_tokens(recipe, parts[name], None)
+    mixture = data.PreparedMixture(parts)
+    _check_length(recipe, reporter)
+    _note(reporter, mixture)
+    for name, part in parts.items():
+        reporter.note(f"data: {name}: {_size(part, configs[name])}")
+    return mixture
 
 
 def _note(reporter: Reporter, prepared: data.Prepared) -> None:
@@ -85,6 +127,7 @@ def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data
     if own is not None:
         raise recipe.error("data.format", "pictures that a script hands over are not read; name files in data.source")
     prepared = prepare_images(recipe, progress)
+    _check_classes(recipe, prepared.classes)
     _note(reporter, prepared)
     has, made_for = len(prepared.classes), getattr(recipe.model, "num_classes", None) or 0
     if made_for > has:
@@ -92,10 +135,17 @@ def _read_images(recipe: Recipe, own: object, reporter: Reporter, progress: data
     return prepared
 
 
-def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> data.PreparedImages:
+def _check_classes(recipe: Recipe, classes: Sequence[str]) -> None:
+    """Raise UserError where there are more classes than the model has."""
+    model = image_config(recipe.model)
+    if conditioning_of(model) == "class" and len(classes) > (getattr(model, "num_classes", None) or 0):
+        raise recipe.error("model.num_classes", f"the data has more classes; expected {len(classes)}")
+
+
+def prepare_images(recipe: Recipe, progress: data.Progress | None = None, name: str = "") -> data.PreparedImages:
     """Return the pictures of a recipe in the size of its model, with their classes or their captions' features.
 
-    Raises UserError where there are more classes than the model has, or no captions.
+    `name` is that of a source of its mixture. Raises UserError where there are no captions, and the model reads them.
     """
     model = image_config(recipe.model)
     conditioning = conditioning_of(model)
@@ -106,9 +156,9 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
     elif channels not in (1, 3):
         raise recipe.error("model.channels", "pictures have 3, or 1 in grey; name the model.autoencoder of latents")
     needed: Literal["label"] | None = "label" if conditioning == "class" else None
-    with recipe.blamed("data"):
-        prepared = data.prepare_images(
-            recipe.data,
+    with recipe.blamed(f"data.mixture.{name}" if name else "data"):
+        return data.prepare_images(
+            recipe.data.parts[name],
             size=size,
             channels=channels,
             condition=needed,
@@ -116,9 +166,6 @@ def prepare_images(recipe: Recipe, progress: data.Progress | None = None) -> dat
             autoencoder=codec,
             progress=progress,
         )
-    if conditioning == "class" and len(prepared.classes) > (getattr(model, "num_classes", None) or 0):
-        raise recipe.error("model.num_classes", f"the data has more classes; expected {len(prepared.classes)}")
-    return prepared
 
 
 def check_encoders(recipe: Recipe, now: Mapping[str, str], then: Mapping[str, str], run: Path) -> None:
@@ -179,16 +226,73 @@ def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.Prepa
 
 
 def open_batches(
-    program: Program, prepared: data.Prepared, given: Any, report: Callable[[str], None]
-) -> data.TrainIterator | data.StreamIterator:
+    recipe: Recipe, program: Program, prepared: data.Prepared, given: Any, report: Callable[[str], None]
+) -> data.EndlessBatches:
     """Return this process's share of the training batches."""
-    recipe, (share, shares) = program.recipe, program.batch_share
+    share, shares = program.batch_share
     batch = {"global_batch_size": recipe.train.global_batch_size, "process_index": share, "process_count": shares}
+    rows = given is None or data.is_rows(given)
+    if rows and (recipe.stages or recipe.data.mixture is not None):
+        return data.MixedIterator(_mixed_stages(recipe, prepared, report), recipe.data, share, shares)
     with recipe.blamed("data"):
-        if given is None or data.is_rows(given):
+        if rows:
+            assert not isinstance(prepared, data.PreparedMixture)
             return data.train_iterator(prepared.train, recipe.data, **batch)
         assert isinstance(prepared, data.PreparedData)  # pictures are not handed over
         vocabulary = vocabulary_of(recipe.model)
         return data.StreamIterator(
             given, recipe.data, prepared.tokenizer, vocab_size=vocabulary, report=report, **batch
         )
+
+
+def _mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str], None]) -> list[data.MixedStage]:
+    """Return the rows of every stage, and say how often the run sees each source.
+
+    Raises UserError where that is more often than it may be.
+    """
+    stages = recipe.in_stages()
+    mixed = [
+        data.MixedStage(
+            rows={name: _rows_of(stage, name, prepared, recipe.data.sequence_length) for name in stage.weights},
+            shares=stage.shares,
+            global_batch_size=stage.recipe.train.global_batch_size,
+            length=stage.recipe.sequence_length,
+        )
+        for stage in stages
+    ]
+    passes: dict[str, float] = {}
+    for stage, one in zip(stages, mixed):
+        for name, count in one.counts().items():
+            one.rows[name].require(1)
+            passes[name] = passes.get(name, 0.0) + count / len(one.rows[name])
+        if recipe.stages:
+            report(f"data: {stage}")
+    for name, times in passes.items():
+        _check_repeats(recipe, name, times)
+    if recipe.data.mixture is not None:
+        first = "" if recipe.stages else f"{stages[0].mixed}; "
+        said = ", ".join(f"{name} {times:.2f} times" for name, times in passes.items())
+        report(f"data: {first}the run sees {said}")
+    return mixed
+
+
+def _check_repeats(recipe: Recipe, name: str, times: float) -> None:
+    most = recipe.data.mixture[name].repeats if recipe.data.mixture is not None else None
+    if most is not None and times > most:
+        shown = math.ceil(times * 100) / 100
+        with recipe.blamed(f"data.mixture.{name}"):
+            raise UserError(
+                f"repeats = {most:g}: the run would see it {shown:g} times; expected a lower weight, fewer steps, more "
+                f"data, or repeats of {shown:g}"
+            )
+
+
+def _rows_of(stage: Stage, name: str, prepared: data.Prepared, packed: int) -> data.RowSet:
+    """Return the rows of a source in a stage; examples that were `packed` for another length are packed anew."""
+    part, config = prepared.parts[name], stage.recipe.data.parts[name]
+    store = part.train
+    if isinstance(store, data.TokenStore) and store.learnt is not None and config.sequence_length != packed:
+        assert isinstance(part, data.PreparedData)
+        with stage.recipe.blamed(f"data.mixture.{name}" if name else "data"):
+            store = data.prepare(config, tokenizer=part.tokenizer).train
+    return data.row_set(store, config)

@@ -14,7 +14,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints
-from trainfw.data import StreamIterator, TrainIterator
+from trainfw.data import EndlessBatches
 from trainfw.errors import RunError, UserError
 from trainfw.hardware import peak_flops
 from trainfw.objectives import Metrics
@@ -26,6 +26,7 @@ from trainfw.training.first_step import FirstStep, check_first_step
 from trainfw.training.outcome import Outcome
 from trainfw.training.phases import Phases
 from trainfw.training.resuming import cut_of
+from trainfw.training.run_stages import RunStages
 from trainfw.training.sessions import Sessions
 from trainfw.training.stopping import Asked, Stop, stopping
 from trainfw.training.tasks import Comparison
@@ -81,7 +82,8 @@ class Session:
     """One session of a run, from its first step or a checkpoint to the last step."""
 
     outcome: Outcome
-    batches: TrainIterator | StreamIterator
+    stages: RunStages
+    batches: EndlessBatches
     checkpoints: Checkpoints
     faults: FaultLog
     sessions: Sessions
@@ -94,7 +96,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.program, self.run, self.log = self.outcome.program, self.outcome.run, self.outcome.log
-        self.recipe, self.reporter = self.program.recipe, self.outcome.reporter
+        self.train_step: Any = None
+        self.recipe, self.reporter = self.stages.recipe, self.outcome.reporter
         peak = peak_flops(self.program.device_kind, self.recipe.train.compute_dtype)
         self.peak_flops = None if peak is None else peak * self.program.mesh.size
         self.in_flight: deque[_InFlight] = deque()
@@ -109,12 +112,13 @@ class Session:
         self.validated: tuple[int, Validation] | None = None
         self.growth = Growth(next((row["loss"] for row in self.run.metrics() if row.get("loss") is not None), None))
 
-    def to_the_end(self, train_step: Any, state: TrainState, resumed_step: int | None) -> Result:
-        """Train from `state` on, with `train_step` unless that is the last state. Raises Interrupted, RunError."""
+    def to_the_end(self, state: TrainState, resumed_step: int | None) -> Result:
+        """Train from `state` on, unless it is the last. Raises Interrupted, RunError."""
         steps, stopped = self.recipe.train.steps, None
         step = self.phases.step = resumed_step or 0
         self.saved = resumed_step
         self.sessions.write(step, self.phases.so_far())
+        self._enter(step)
         if step < steps:
             dtype = self.recipe.train.compute_dtype
             self.reporter.note(
@@ -129,7 +133,7 @@ class Session:
                     self._validate(state, step)
                     self.outcome.evaluate(state, step)
             with stopping(jax.process_count()) as stop, self.phases.during("step"):
-                state, steps, stopped = self._steps(train_step, state, step, stop)
+                state, steps, stopped = self._steps(state, step, stop)
         with self.phases.during("validation"):
             validation = self._validate(state, steps)
             if validation is not None:
@@ -157,16 +161,26 @@ class Session:
             self.callbacks.tell("validation", step, validation, state)
         return validation
 
-    def _steps(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
+    def _enter(self, step: int) -> None:
+        """Go to the stage that comes after `step`."""
+        self.stages.enter(step)
+        self.batches.enter(self.stages.number)
+        self.program = self.stages.program
+        self.faults.batch_rows = self.program.recipe.train.global_batch_size
+        self.outcome.enter(self.program, self.stages.compiling.eval_step)
+        self.train_step = self.stages.train_step() if step < self.recipe.train.steps else None
+
+    def _steps(self, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
         """Return the last state, which is saved, its step, and the callback that stopped the run there, and why."""
         while True:
             try:
-                return self._forward(train_step, state, step, stop)
+                return self._forward(state, step, stop)
             except _RollBack:
                 del state  # room for another
                 state, step = self._roll_back()
+                self._enter(step)
 
-    def _forward(self, train_step: Any, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
+    def _forward(self, state: TrainState, step: int, stop: Stop) -> tuple[TrainState, int, str | None]:
         config, steps = self.recipe.train, self.recipe.train.steps
         self.last_completed = time.monotonic()
         while step < steps:
@@ -174,6 +188,9 @@ class Session:
                 stop.request(self.callbacks.asked)
             if stop.turn():
                 return state, step, self._leave(state, step, stop)
+            if step == self.stages.current.end:
+                self._enter(step)
+                self.last_completed = time.monotonic()  # to compile is no part of a step's time
             row = self.batches.next_row
             try:
                 batch = self.program.shard_batch(next(self.batches))
@@ -186,7 +203,7 @@ class Session:
                 continue
             first = self._before_first(state, batch) if self.to_check else None
             with jax.transfer_guard("disallow"):  # nothing moves between host and device by accident
-                state, metrics = self._step(train_step, state, batch)
+                state, metrics = self._step(state, batch)
             if first is not None:
                 check_first_step(first, state, metrics, f"first step/{step}")
             step += 1
@@ -194,7 +211,7 @@ class Session:
             if len(self.in_flight) > self.most_in_flight:
                 self._complete_one()
             every = self.recipe.checkpoint.every
-            save = step == steps or (every and step % every == 0)
+            save = step == self.stages.current.end or (every and step % every == 0)
             check = config.validate_every and step % config.validate_every == 0 and step < steps
             compare = self.recipe.faults.replicas_every and step % self.recipe.faults.replicas_every == 0
             if save or check or compare:
@@ -212,9 +229,9 @@ class Session:
         self._all_saved(stop)
         return state, steps, None
 
-    def _step(self, train_step: Any, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Return the next state, in which `state` is used up, donated or not, and the metrics."""
-        after, metrics = train_step(state, batch)
+        after, metrics = self.train_step(state, batch)
         if not self.recipe.backend.donate:
             for leaf in jax.tree.leaves(state):
                 leaf.delete()  # others, up the stack, hold it too
@@ -324,8 +341,7 @@ class Session:
         self.times.clear()
         so_far = self.phases.so_far()
         self.sessions.write(step, so_far)
-        rows = row + self.recipe.train.global_batch_size - sum(left < row for left in self.faults.rows)
-        noun, count = self.recipe.counted
+        noun, count = self.program.recipe.counted
         logged = {
             "step": step,
             "loss": loss,
@@ -335,7 +351,7 @@ class Session:
             "grad_norm": metrics["grad_norm"].value(),
             "learning_rate": metrics["learning_rate"].value(),
             **{name: mean.value() for name, mean in metrics.items() if name not in _SAID},
-            f"{noun}s": rows * count // self.recipe.train.global_batch_size,
+            f"{noun}s": self._counted(step, row),
             "goodput": self.sessions.goodput(step, so_far).fraction,
             **self.faults.counts(),
             **self.monitor.latest(),
@@ -346,6 +362,14 @@ class Session:
         self._heed_loggers()
         self.reporter.row(logged, self.recipe.train.steps)
 
+    def _counted(self, step: int, row: int) -> int:
+        """Count the tokens, or pictures, learnt from by the end of a step that began at `row`."""
+        recipe = self.program.recipe
+        if recipe.stages:
+            return self.stages.count_before() + (step - self.stages.current.first) * recipe.counted[1]
+        rows = row + recipe.train.global_batch_size - sum(left < row for left in self.faults.rows)
+        return rows * recipe.counted[1] // recipe.train.global_batch_size
+
     def _heed_loggers(self) -> None:
         if self.log.failure is not None:
             self.callbacks.failed(str(self.log.failure), self.log.failure)
@@ -354,7 +378,7 @@ class Session:
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
         meta = {
             "data": self.batches.get_state(),
-            "held_out": self.outcome.data.validation.digest,
+            "held_out": self.outcome.data.held_out_digest,
             "recipe": self.recipe.model_dump(),
             "base": self.base,
             "cut": cut_of(self.recipe, self.program.layout),

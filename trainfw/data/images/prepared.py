@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from trainfw.data.cache import PreparedData
 from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, is_held_out, write_meta
 from trainfw.data.config import DataConfig
 from trainfw.data.examples import Refusals, Refused
@@ -59,6 +58,15 @@ class PreparedImages:
     cut: int = 0
     """Captions that were cut short."""
 
+    @property
+    def parts(self) -> dict[str, PreparedImages]:
+        """The one source that it is of, under an empty name."""
+        return {"": self}
+
+    @property
+    def held_out_digest(self) -> str:
+        return self.validation.digest
+
     def notes(self) -> list[str]:
         """Describe the data in lines: files that were not read, numbers of pictures, refused ones."""
         damage = f"warning: the cache of pictures was damaged, and was made again: {self.damage}" if self.damage else ""
@@ -88,9 +96,6 @@ class PreparedImages:
         kept = {"classes": self.classes, "encoders": dict(self.encoders)}
         if any(kept.values()):
             write_text(directory / CONDITIONS_FILE, json.dumps(kept, indent=2, ensure_ascii=False))
-
-
-Prepared = PreparedData | PreparedImages
 
 
 def read_conditions(directory: Path) -> tuple[tuple[str, ...], dict[str, str]]:

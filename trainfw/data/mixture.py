@@ -1,0 +1,252 @@
+"""Mixtures: several prepared sources, and the endless order of their rows through the stages of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from trainfw.data.cache import PreparedData
+from trainfw.data.cache_directory import fingerprint_of, is_held_out, root_of
+from trainfw.data.config import DataConfig
+from trainfw.data.images.prepared import PreparedImages
+from trainfw.data.interleave import Interleaving, Shares
+from trainfw.data.locking import held
+from trainfw.data.pipeline import GrainBatches, shuffled
+from trainfw.data.progress import Progress
+from trainfw.data.rows import RowSet
+from trainfw.data.sources import open_source
+from trainfw.data.tokenizer import BPE_SAMPLE_BYTES, Tokenizer, first_bytes, load_tokenizer, train_bpe
+from trainfw.errors import UserError, about
+from trainfw.unfinished import writing
+
+
+@dataclass(frozen=True)
+class PreparedMixture:
+    """Both splits of every source of a mixture, by its name."""
+
+    parts: Mapping[str, PreparedData | PreparedImages]
+
+    @property
+    def first(self) -> PreparedData | PreparedImages:
+        """The first source, whose tokenizer, or whose classes, are those of all."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def held_out_digest(self) -> str:
+        return fingerprint_of([[name, part.held_out_digest] for name, part in self.parts.items()])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the pictures' classes."""
+        return self.first.classes if isinstance(self.first, PreparedImages) else ()
+
+    def facts(self) -> dict[str, str]:
+        """Return what all processes of a run must have alike."""
+        of_parts = ((name, part.facts()) for name, part in self.parts.items())
+        return {f"{fact} of {name}": value for name, facts in of_parts for fact, value in facts.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write what the use of a model takes."""
+        self.first.save(directory)
+
+    def notes(self) -> list[str]:
+        """Describe the sources in lines."""
+        notes = ((name, note) for name, part in self.parts.items() for note in part.notes())
+        return [
+            f"warning: {name}: {note.removeprefix('warning: ')}" if note.startswith("warning: ") else f"{name}: {note}"
+            for name, note in notes
+        ]
+
+
+Prepared = PreparedData | PreparedImages | PreparedMixture
+
+
+def with_all_classes(parts: Mapping[str, PreparedImages]) -> dict[str, PreparedImages]:
+    """Return sources of pictures that number their classes alike: those of all, in the order of their first source."""
+    classes = tuple(dict.fromkeys(name for part in parts.values() for name in part.classes))
+    changed = {}
+    for name, part in parts.items():
+        numbers = np.array([classes.index(one) for one in part.classes], np.int32)
+        stores = []
+        for store in (part.train, part.validation):
+            digest = hashlib.blake2b(f"{store.digest} {classes}".encode(), digest_size=16).hexdigest()
+            labels = None if store.labels is None else numbers[store.labels[:]]
+            stores.append(replace(store, labels=labels, digest=digest))
+        changed[name] = replace(part, classes=classes, train=stores[0], validation=stores[1])
+    return changed
+
+
+def train_mixture_bpe(config: DataConfig, progress: Progress | None = None) -> Tokenizer:
+    """Return byte-level BPE trained on as much text of each source of a mixture, from the cache where it is there."""
+    size, parts = config.tokenizer.vocab_size, config.parts
+    assert size is not None
+    sources = {}
+    for name, part in parts.items():
+        with about(f"mixture.{name}.source"):
+            sources[name] = open_source(part)
+    state = [
+        size,
+        config.validation_fraction,
+        [(n, s.fingerprint(), parts[n].max_documents) for n, s in sources.items()],
+    ]
+    directory = root_of(config) / f"bpe-{fingerprint_of(state)}"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with held(directory.with_suffix(".lock"), "the tokenizer", progress):
+            if not directory.is_dir():
+                each = BPE_SAMPLE_BYTES // len(sources)
+                texts = (
+                    first_bytes(_training_texts(source.documents(), parts[name]), each)
+                    for name, source in sources.items()
+                )
+                with writing(directory, directory=True) as partial, about("tokenizer.vocab_size"):
+                    train_bpe(itertools.chain.from_iterable(texts), size, progress).save(partial)
+    except OSError as error:
+        problem = f"cannot write a tokenizer in {directory.parent}: {error.strerror or error}"
+        raise UserError(f"{problem}; name another in data.cache_dir") from error
+    return load_tokenizer(directory)
+
+
+def _training_texts(documents: Iterator[Any], config: DataConfig) -> Iterator[str]:
+    texts = (document.text for document in itertools.islice(documents, config.max_documents))
+    return (text for text in texts if not is_held_out(text, config.validation_fraction))
+
+
+@dataclass(frozen=True)
+class MixedStage:
+    """Part of a run: the rows of one length that it draws, and their shares."""
+
+    rows: Mapping[str, RowSet]
+    """Rows of each source by its name, in the order of `shares`."""
+    shares: Shares
+    global_batch_size: int
+    length: int
+    """Places in a row."""
+
+    def counts(self) -> dict[str, int]:
+        """Return the most rows that each source gives to the stage."""
+        totals = (self.shares.total(source, self.shares.rows) for source in range(len(self.rows)))
+        return {name: -(-total.numerator // total.denominator) for name, total in zip(self.rows, totals)}
+
+
+class MixedIterator(GrainBatches):
+    """Training batches of a mixture without end, through the stages of a run; the interface is `TrainIterator`'s.
+
+    A source goes on in each stage where the one before left it, as long as the length of its rows is the same; rows of
+    another length have an order of their own.
+    """
+
+    def __init__(
+        self, stages: Sequence[MixedStage], config: DataConfig, process_index: int, process_count: int
+    ) -> None:
+        super().__init__(stages[0].global_batch_size, config.prefetch, process_index, process_count)
+        self._stages, self._config = stages, config
+        self._orders: dict[str, str] = {}
+        self._streams: dict[str, grain.MapDataset] = {}
+        for stage in stages:
+            for name, rows in stage.rows.items():
+                seed = [config.seed, zlib.crc32(name.encode())]
+                key = f"{stage.length} {name}"
+                if key not in self._streams:
+                    self._streams[key], self._orders[key] = shuffled(rows, config, seed)
+        self.restart()
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage that the next batch is of, from 0."""
+        return self._stage
+
+    def enter(self, stage: int) -> None:
+        """Go on with a stage's rows. Entering the one that it is in changes nothing."""
+        while self._stage < stage:
+            self._used = self._used_by_now()
+            self._begin(self._stage + 1, self._next_row, self._used, None)
+
+    def restart(self) -> None:
+        self._next_row = 0
+        self._begin(0, 0, {}, None)
+
+    def get_state(self) -> dict[str, object]:
+        """Return the place after the last batch, as JSON; the same in every process, whatever their number."""
+        stage = self._stages[self._stage]
+        return {
+            "next_row": self._next_row,
+            "stage": self._stage,
+            "first_row": self._first_row,
+            "used": self._used,
+            "counts": self._interleaving.counts(self._next_row - self._first_row),
+            "shares": _said(stage),
+            "orders": {key: self._orders[key] for key in {*self._used, *self._keys(stage)}},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with any number of processes. Raises UserError where it is of other sources or shares."""
+        number = state.get("stage")
+        if number is None or number >= len(self._stages) or state["shares"] != _said(self._stages[number]):
+            raise UserError(
+                "mixture: other sources or weights than the run had when this state was saved, so its place means "
+                "nothing here; give them in a stage of their own, which begins after it, or start a new run"
+            )
+        for key, order in state["orders"].items():
+            if self._orders.get(key) != order:
+                raise UserError(
+                    f"{f'mixture.{name}' if (name := key.partition(' ')[2]) else 'source'}: has changed since this "
+                    "state was saved (its text, tokenizer, sequence_length, shuffle, flip or seed), so its place means "
+                    "nothing here; restore the data, or start a new run"
+                )
+        self._next_row = state["next_row"]
+        self._begin(number, state["first_row"], dict(state["used"]), state["counts"])
+
+    def _keys(self, stage: MixedStage) -> list[str]:
+        return [f"{stage.length} {name}" for name in stage.rows]
+
+    def _used_by_now(self) -> dict[str, int]:
+        """Return how many rows were taken of each source, by the length of its rows."""
+        counts = self._interleaving.counts(self._next_row - self._first_row)
+        used = dict(self._used)
+        for key, count in zip(self._keys(self._stages[self._stage]), counts):
+            used[key] = used.get(key, 0) + count
+        return used
+
+    def _begin(self, number: int, first_row: int, used: dict[str, int], counts: Sequence[int] | None) -> None:
+        stage = self._stages[number]
+        self._stage, self._first_row, self._used = number, first_row, used
+        self._global_batch_size = stage.global_batch_size
+        done = self._next_row - first_row
+        self._interleaving = Interleaving(stage.shares, done, counts)
+        keys = self._keys(stage)
+        streams = [(self._streams[key], used.get(key, 0)) for key in keys]
+        self._read(grain.MapDataset.source(_Mixed(self._interleaving, streams, first_row))[done:])
+
+
+class _Mixed:
+    """Rows of a stage by their place in it, as Grain reads them."""
+
+    def __init__(self, order: Interleaving, streams: Sequence[tuple[grain.MapDataset, int]], first_row: int) -> None:
+        self._order, self._streams, self._first_row = order, streams, first_row
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
+        source, number = self._order.place(place)
+        stream, used = self._streams[source]
+        row = stream[used + number]
+        if "row" in row:  # what is drawn for a row is drawn by its number, of which no two sources may have the same
+            row = row | {"row": np.array(self._first_row + place, np.int64)}
+        return row
+
+
+def _said(stage: MixedStage) -> str:
+    """Identify the sources of a stage and their shares."""
+    constant = stage.shares.start == stage.shares.end
+    ends = [] if constant else [*map(str, stage.shares.end), stage.shares.rows]
+    return fingerprint_of([stage.length, [*stage.rows], [*map(str, stage.shares.start)], ends])
