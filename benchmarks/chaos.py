@@ -2,12 +2,17 @@
 
     python benchmarks/chaos.py --runs 100 --terms 30 --seed 0
     python benchmarks/chaos.py --runs 40 --terms 60 --processes 2 --load 2 --seed 3
+    python benchmarks/chaos.py --recipe stages --runs 12 --terms 0
 
 `--runs` are killed with SIGKILL, `--terms` get SIGTERM, and must leave within `--grace` seconds, with exit code 143, a
 checkpoint of the last step that was logged, if any was. Of two processes one or both are stopped, or, by SIGTERM, the
 launcher; every third run has two, or each has `--processes`. Each is then started again. A run is lost when it does not
 go on, when a loss differs in one bit from the uninterrupted run's, or when a step is missing. Exits 1 on any loss. The
 recipe is tiny and saves every third step.
+
+`--recipe stages` is a mixture of two sources in three stages, of other weights, rows and batches. Each of its runs goes
+on with another number of processes (1, 2 or 4) than it had: then every row that is read must be, bit for bit, the one
+that the uninterrupted run of one process reads at that place, and the losses are the same but for rounding.
 
 The moments are spread evenly over the phases of a run (`PHASES`), as long as these were in the uninterrupted one; that,
 like all others, runs beside `--load` processes that are busy.
@@ -33,10 +38,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.reporting import positive
-
 STEPS = 48
 PHASES = ("starting", "connecting", "compiling", "stepping", "saving", "ending")
 """Before process 0 listens, before the first line of output, before the first step, ... and after the last one.
@@ -54,11 +55,66 @@ checkpoint: {every: 3}
 """
 
 
+STAGES = """
+name: chaos
+model: {preset: tiny, vocab_size: 258}
+data:
+  mixture:
+    words: {source: [TEXT], weight: 3}
+    code: {source: [CODE], weight: 1}
+  sequence_length: 32
+  validation_fraction: 0.2
+  tokenizer: {name: bytes}
+train: {steps: 48, global_batch_size: 8, log_every: 1, validation_batches: 2, validate_every: 16}
+optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
+checkpoint: {every: 3}
+stages:
+- {until: 16}
+- {until: 32, mixture: {words: {from: 3, to: 1}, code: 1}, data: {sequence_length: 64}}
+- {mixture: {code: 1, words: 0.21}, train: {global_batch_size: 4}, optimizer: {schedule: linear, final_fraction: 0}}
+"""
+# `trainfw`, but each row that is trained on is written down with its place in the run's order.
+WATCHED = """
+import hashlib, json, os, sys
+from trainfw import backends
+from trainfw.cli import main
+
+connect = backends.connect
+
+def connect_and_watch(*arguments):
+    connect(*arguments)  # before anything touches a device
+    from trainfw.data.pipeline import GrainBatches
+
+    take = GrainBatches._take
+    GrainBatches._take = lambda self: watched(self, take)
+
+def watched(self, take):
+    first, batch = self._next_row, take(self)
+    share = len(batch["tokens"])
+    with open(os.environ["ROWS"] + str(os.getpid()), "a") as file:
+        for i in range(share):
+            digest = hashlib.blake2b(b"".join(batch[name][i].tobytes() for name in sorted(batch)), digest_size=8)
+            print(json.dumps([first + self._share.start * share + i, digest.hexdigest()]), file=file)
+    return batch
+
+backends.connect = connect_and_watch
+main()
+"""
+LAUNCH = """
+import sys
+from pathlib import Path
+from trainfw.launch import launch_local
+
+sys.exit(launch_local(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
 @dataclass
 class Chaos:
     directory: Path
     rng: random.Random
     grace: float
+    stages: bool = False
     straight: dict[int, dict[int, float]] = field(default_factory=dict)
     """Losses of the uninterrupted run, by number of processes."""
     phases: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
@@ -106,10 +162,12 @@ class Chaos:
         moment = self.rng.uniform(*self.phases[processes][phase])
         where, problem = self.stop(run, processes, moment, signum, phase == "saving")
         if not problem:
-            code = self.train(run, processes)
+            after = self.rng.choice([n for n in (1, 2, 4) if n != processes]) if self.stages else processes
+            where += f", then {name(after)}" if self.stages else ""
+            code = self.train(run, after)
             found, expected = losses(run), self.straight[processes]
-            differ = [step for step in expected if found.get(step) != expected[step]]
-            if code or found != expected:
+            differ = self.differing(run, found, expected)
+            if code or differ or found.keys() != expected.keys():
                 problem = f"exit code {code}; losses missing or different at {differ[:10]}\n"
                 problem += self.log.read_text()[-3000:]
         said = f"LOST ({problem})\n  kept in {run}" if problem else "went on bit for bit"
@@ -118,6 +176,16 @@ class Chaos:
         if not problem:
             shutil.rmtree(run)
         return where
+
+    def differing(self, run: Path, found: dict[int, float], expected: dict[int, float]) -> list[int]:
+        """Steps of other losses than expected, or places of other rows than one process reads."""
+        if not self.stages:
+            return [step for step in expected if found.get(step) != expected[step]]
+        straight, mine = rows(self.directory / "straight-1.rows"), rows(run.with_suffix(".rows"))
+        last = max(straight)
+        return [place for place in range(last + 1) if mine.get(place) != straight[place]] + [
+            step for step in expected if abs(found.get(step, 0.0) - expected[step]) > 1e-3 * expected[step]
+        ]
 
     def stop(self, run: Path, processes: int, moment: float, signum: signal.Signals, in_save: bool) -> tuple[str, str]:
         """(where it was, what was wrong with how it left)"""
@@ -158,6 +226,14 @@ class Chaos:
 
     def command(self, run: Path, processes: int) -> list[str]:
         trainfw, recipe = [sys.executable, "-P", "-m", "trainfw"], str(self.directory / "recipe.yaml")
+        if self.stages:
+            os.environ["ROWS"] = f"{run.with_suffix('.rows')}/"
+            run.with_suffix(".rows").mkdir(exist_ok=True)
+            watched = [sys.executable, str(self.directory / "watched.py"), "train", recipe]
+            watched += ["--devices", "1", "--run-dir", str(run), f"parallel.data={processes}"]
+            if processes == 1:
+                return watched
+            return [sys.executable, str(self.directory / "launch.py"), str(processes), str(run / "logs"), *watched]
         if processes == 1:
             return [*trainfw, "train", recipe, "--devices", "1", "--run-dir", str(run)]
         return [*trainfw, "launch", "local", recipe, "--processes", "2", "parallel.data=2", "--run-dir", str(run)]
@@ -169,9 +245,10 @@ class Chaos:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=positive, default=100, help="killed")
-    parser.add_argument("--terms", type=positive, default=30, help="terminated")
+    parser.add_argument("--runs", type=int, default=100, help="killed")
+    parser.add_argument("--terms", type=int, default=30, help="terminated")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="of each run (default: 1, 1, 2, 1, ...)")
+    parser.add_argument("--recipe", choices=("plain", "stages"), default="plain")
     parser.add_argument("--load", type=int, default=0, metavar="N", help="busy neighbours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grace", type=float, default=30.0, help="seconds")
@@ -181,11 +258,13 @@ def main() -> int:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["XDG_CACHE_HOME"] = str(directory / "cache")
-    write_recipe(directory)
-    chaos = Chaos(directory, random.Random(arguments.seed), arguments.grace)
+    stages = arguments.recipe == "stages"
+    write_recipe(directory, STAGES if stages else RECIPE)
+    chaos = Chaos(directory, random.Random(arguments.seed), arguments.grace, stages)
     todo = [(number, signal.SIGKILL) for number in range(arguments.runs)]
     todo += [(number, signal.SIGTERM) for number in range(arguments.terms)]
-    count = [arguments.processes or (2 if number % 3 == 2 else 1) for number, _ in todo]
+    three = (1, 2, 4) if stages else (1, 1, 2)
+    count = [arguments.processes or three[number % 3] for number, _ in todo]
     with busy(arguments.load):
         for processes in sorted(set(count)):
             chaos.run_straight(processes)
@@ -236,12 +315,31 @@ def left_well(run: Path, code: int) -> str:
     return f"step {done} was done, and {saved} is saved" if saved < done - 1 else ""
 
 
-def write_recipe(directory: Path) -> None:
+def rows(directory: Path) -> dict[int, str]:
+    """Digest of every row that was read, by its place; a row that was read twice must be the same."""
+    found: dict[int, str] = {}
+    for file in directory.iterdir():
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else its process was killed as it wrote
+                place, digest = json.loads(line)
+                if found.setdefault(place, digest) != digest:
+                    found[place] = "read twice, as two rows"
+    return found
+
+
+def write_recipe(directory: Path, recipe: str) -> None:
+    for file, code in (("watched.py", WATCHED), ("launch.py", LAUNCH)):
+        (directory / file).write_text(code)
+    (directory / "code").mkdir()
+    for number in range(20):
+        lines = "".join(f"def f{i}(x):\n    return x * {number * i % 11}\n" for i in range(12))
+        (directory / "code" / f"{number}.py").write_text(lines)
     (directory / "text").mkdir()
     for number in range(30):
         words = " ".join(f"word{number * i % 7} = {i};" for i in range(20))
         (directory / "text" / f"{number}.txt").write_text(f"document {number}: {words}\n")
-    (directory / "recipe.yaml").write_text(RECIPE.replace("TEXT", str(directory / "text" / "*.txt")))
+    recipe = recipe.replace("TEXT", str(directory / "text" / "*.txt")).replace("CODE", str(directory / "code"))
+    (directory / "recipe.yaml").write_text(recipe)
 
 
 def children(pid: int) -> list[int]:

@@ -39,7 +39,7 @@ def watched(self, take):
     with open(os.environ["ROWS"] + str(os.getpid()), "a") as file:
         for i, tokens in enumerate(batch["tokens"]):
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()
-            print(json.dumps([first + self._process_index * share + i, digest]), file=file)
+            print(json.dumps([first + self._share.start * share + i, digest]), file=file)
     return batch
 
 backends.connect = connect_and_watch

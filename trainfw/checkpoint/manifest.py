@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from trainfw.checkpoint.config import MANIFEST
 from trainfw.checkpoint.identity import Identity, refuse_newer, stamp
@@ -42,6 +42,24 @@ class _Place(_Checked):
     order: str
 
 
+class _MixedPlace(_Checked):
+    """Place in a mixture: where its stage began, and the rows that each source has had."""
+
+    next_row: int = Field(ge=0)
+    stage: int = Field(ge=0)
+    first_row: int = Field(ge=0)
+    used: dict[str, Annotated[int, Field(ge=0)]]
+    counts: list[Annotated[int, Field(ge=0)]]
+    shares: str
+    orders: dict[str, str]
+
+
+_AnyPlace = Annotated[
+    Annotated[_Place, Tag("one")] | Annotated[_MixedPlace, Tag("mixed")],
+    Discriminator(lambda place: "mixed" if isinstance(place, dict) and "stage" in place else "one"),
+]
+
+
 class _Weights(_Checked):
     path: str
     hash: str
@@ -50,7 +68,7 @@ class _Weights(_Checked):
 class _Meta(_Checked):
     """`data` is the place in the rows, `base` the weights that the run began with, `cut` the parts of a batch."""
 
-    data: _Place | None = None
+    data: _AnyPlace | None = None
     held_out: str | None = None
     recipe: dict[str, Any] | None = None
     base: _Weights | None = None
@@ -70,7 +88,7 @@ def parse_meta(content: bytes, *, of_run: bool = False) -> dict[str, Any]:
         _Meta.model_validate(meta)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "all of it"
+        where = ".".join(str(part) for part in first["loc"] if part not in ("one", "mixed")) or "all of it"
         raise Damage(f"{META_FILE}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
     except (ValueError, RecursionError):
         raise Damage(f"{META_FILE} is no JSON") from None

@@ -48,6 +48,11 @@ class PreparedMixture:
         """Names of the pictures' classes."""
         return self.first.classes if isinstance(self.first, PreparedImages) else ()
 
+    @property
+    def encoders(self) -> Mapping[str, str]:
+        """Identities of what encoded the pictures and their captions."""
+        return self.first.encoders if isinstance(self.first, PreparedImages) else {}
+
     def facts(self) -> dict[str, str]:
         """Return what all processes of a run must have alike."""
         of_parts = ((name, part.facts()) for name, part in self.parts.items())
@@ -184,7 +189,7 @@ class MixedIterator(GrainBatches):
             "used": self._used,
             "counts": self._interleaving.counts(self._next_row - self._first_row),
             "shares": _said(stage),
-            "orders": {key: self._orders[key] for key in {*self._used, *self._keys(stage)}},
+            "orders": {key: self._orders[key] for key in sorted({*self._used, *self._keys(stage)})},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -202,6 +207,9 @@ class MixedIterator(GrainBatches):
                     "state was saved (its text, tokenizer, sequence_length, shuffle, flip or seed), so its place means "
                     "nothing here; restore the data, or start a new run"
                 )
+        done = state["next_row"] - state["first_row"]
+        if len(state["counts"]) != len(self._stages[number].rows) or sum(state["counts"]) != done:
+            raise UserError("mixture: this state's rows by source are not those of its place; start a new run")
         self._next_row = state["next_row"]
         self._begin(number, state["first_row"], dict(state["used"]), state["counts"])
 

@@ -30,7 +30,7 @@ from trainfw.recipe import load_recipe, override_keys
 from trainfw.training.inputs import check_inputs
 from trainfw.training.loading import ANY_DEVICES, frozen_of, restore_params, without_own
 from trainfw.training.reporter import Reporter
-from trainfw.training.run_data import check_encoders, prepare_images
+from trainfw.training.run_data import check_encoders, prepare_images, prepare_mixture
 from trainfw.training.run_directory import RunDirectory
 from trainfw.weights import Which, reads_average
 
@@ -219,21 +219,27 @@ def evaluate(
     if not images and any(key.startswith("data") for key in keys):
         settings.insert(0, f"data.tokenizer={{name: file, path: {json.dumps(str(run.tokenizer.absolute()))}}}")
     recipe = load_recipe(load_recipe(run.recipe_file, settings), overrides)
+    if recipe.stages and "data.sequence_length" not in keys:  # as the run itself validates in the end
+        recipe = recipe.model_copy(update={"data": recipe.in_stages()[-1].recipe.data})
     check_inputs(recipe)
     program = build_program(without_own(recipe, "optimizer"), objective=objective)
     data: Prepared
     if images:
-        data = prepare_images(recipe, reporter.progress)
+        mixed = recipe.data.mixture is not None
+        data = prepare_mixture(recipe, reporter.progress) if mixed else prepare_images(recipe, reporter.progress)
         classes, encoders = read_conditions(run.path)
         if data.classes != classes:
             raise recipe.error("data.source", f"has other classes than {run} was trained on")
         check_encoders(recipe, data.encoders, encoders, run.path)
+    elif recipe.data.mixture is not None:
+        data = prepare_mixture(recipe, reporter.progress)
     else:
         with recipe.blamed("data"):
             data = prepare(recipe.data, progress=reporter.progress)
     for note in data.notes():
         reporter.note(note if note.startswith("warning: ") else f"data: {note}")
-    if isinstance(data, PreparedData) and data.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
+    first = next(iter(data.parts.values()))
+    if isinstance(first, PreparedData) and first.tokenizer.fingerprint() != load_tokenizer(run.tokenizer).fingerprint():
         raise recipe.error("data.tokenizer.name", f"makes other tokens than {run} was trained on")
     params, frozen = restore_params(run, program, step, averaged=averaged), frozen_of(run, program)
     decay = recipe.optimizer.ema if averaged else None

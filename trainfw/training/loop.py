@@ -11,7 +11,7 @@ import jax
 
 from trainfw import backends
 from trainfw.checkpoint import Checkpoints, Identity
-from trainfw.data import EndlessBatches, Prepared, PreparedImages, Progress, read_conditions
+from trainfw.data import EndlessBatches, Prepared, PreparedImages, PreparedMixture, Progress, read_conditions
 from trainfw.errors import RunError, UserError
 from trainfw.objectives import Objective
 from trainfw.optim import OwnOptimizer
@@ -138,7 +138,7 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         resumed_step = first_says(
             "start", lambda: (stack.enter_context(run.lock()), run.check(recipe, given.resume, accept))[1]
         )
-        if resumed_step is not None and isinstance(data, PreparedImages):
+        if resumed_step is not None and isinstance(data, PreparedImages | PreparedMixture):
             check_encoders(recipe, data.encoders, read_conditions(run.path)[1], run.path)
         identity = Identity(**first_says("identity", lambda: dataclasses.asdict(run.identity(reporter.note))))
         checkpoints = Checkpoints(

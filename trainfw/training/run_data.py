@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainfw import data
-from trainfw.errors import UserError
+from trainfw.errors import UserError, about
 from trainfw.models import DenoisingFamilyConfig, conditioning_of, image_config, vocabulary_of
 from trainfw.pieces import blaming
 from trainfw.program import Program
@@ -80,15 +80,26 @@ def _size(prepared: data.PreparedData, config: data.DataConfig) -> str:
 
 
 def _read_mixture(recipe: Recipe, reporter: Reporter, progress: data.Progress) -> data.PreparedMixture:
-    """Read the sources that have a weight in some stage."""
+    mixture = prepare_mixture(recipe, progress)
+    _note(reporter, mixture)
+    if recipe.reads_images:
+        _check_classes(recipe, mixture.classes)
+        return mixture
+    _check_length(recipe, reporter)
+    for name, part in mixture.parts.items():
+        assert isinstance(part, data.PreparedData)
+        _check_tokens(recipe, part, None)
+        reporter.note(f"data: {name}: {_size(part, recipe.data.parts[name])}")
+    return mixture
+
+
+def prepare_mixture(recipe: Recipe, progress: data.Progress) -> data.PreparedMixture:
+    """Return the sources of a recipe's mixture that have a weight in some stage."""
     used = {name for stage in recipe.in_stages() for name in stage.weights}
     configs = {name: config for name, config in recipe.data.parts.items() if name in used}
     if recipe.reads_images:
         pictures = {name: prepare_images(recipe, progress, name) for name in configs}
-        mixture = data.PreparedMixture(data.with_all_classes(pictures))
-        _check_classes(recipe, mixture.classes)
-        _note(reporter, mixture)
-        return mixture
+        return data.PreparedMixture(data.with_all_classes(pictures))
     with recipe.blamed("data"):
         trained = data.train_mixture_bpe(recipe.data, progress) if recipe.data.tokenizer.name == "bpe" else None
         tokenizer = trained or data.ready_tokenizer(recipe.data)
@@ -96,13 +107,7 @@ def _read_mixture(recipe: Recipe, reporter: Reporter, progress: data.Progress) -
     for name, config in configs.items():
         with recipe.blamed(f"data.mixture.{name}"):
             parts[name] = data.prepare(config, tokenizer=tokenizer, progress=progress)
-        _check_tokens(recipe, parts[name], None)
-    mixture = data.PreparedMixture(parts)
-    _check_length(recipe, reporter)
-    _note(reporter, mixture)
-    for name, part in parts.items():
-        reporter.note(f"data: {name}: {_size(part, configs[name])}")
-    return mixture
+    return data.PreparedMixture(parts)
 
 
 def _note(reporter: Reporter, prepared: data.Prepared) -> None:
@@ -280,10 +285,10 @@ def _check_repeats(recipe: Recipe, name: str, times: float) -> None:
     most = recipe.data.mixture[name].repeats if recipe.data.mixture is not None else None
     if most is not None and times > most:
         shown = math.ceil(times * 100) / 100
-        with recipe.blamed(f"data.mixture.{name}"):
+        with recipe.blamed(f"data.mixture.{name}"), about("repeats"):
             raise UserError(
-                f"repeats = {most:g}: the run would see it {shown:g} times; expected a lower weight, fewer steps, more "
-                f"data, or repeats of {shown:g}"
+                f"{most:g}, and the run would see the source {shown:g} times; expected a lower weight, fewer steps, "
+                f"more data, or repeats of {shown:g}"
             )
 
 
