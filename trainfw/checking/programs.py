@@ -33,7 +33,7 @@ from trainfw.errors import UserError, first_line
 from trainfw.hardware import Topology
 from trainfw.hlo import Partitioned, Place, partition, user_place, without_compilation_cache
 from trainfw.parallel import physical_order
-from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
+from trainfw.recipe import Recipe, RecipeLike, load_recipe_for, stage_to_plan
 
 if TYPE_CHECKING:
     from trainfw.program import Program, Server
@@ -107,7 +107,7 @@ def _check_recipe(
 ) -> Report:
     if isinstance(hardware, Topology) or isinstance(sdk, Sdk):
         raise UserError("hardware, sdk: expected names, with a recipe; such as hardware='trn2.48xlarge'")
-    recipe = load_recipe_for(given, hardware, count, lnc, sdk)
+    recipe = stage_to_plan(load_recipe_for(given, hardware, count, lnc, sdk))
     topology = topology_to_check(recipe)
     from trainfw.program import build_program
 

@@ -17,6 +17,7 @@ from trainfw.cli.options import (
     ServeLength,
     ServeSlots,
     ServeWeights,
+    Stage,
     check_page,
 )
 from trainfw.cli.serving import build_server_for, check_alone, serving_of, slot_counts, topology_to_serve
@@ -34,6 +35,7 @@ def check(
     overrides: Overrides = None,
     hardware: Hardware = None,
     count: Count = None,
+    stage: Stage = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
     serve: Serve = False,
     layout: ServeLayout = None,
@@ -79,7 +81,7 @@ def check(
     of_server = {"--layout": layout, "--slots": slots, "--length": length, "--weights": weights, "--cache": cache}
     if not serve:
         check_alone(of_server)
-    elif compiler or overrides:
+    elif compiler or overrides or stage:
         raise UserError("--serve: goes without --compiler, and without keys of a recipe")
     else:
         _check_server(serving_of(recipe, of_server), slots, hardware, count, json_)
@@ -87,7 +89,7 @@ def check(
     if not 0 < compiler_timeout < float("inf"):
         raise UserError(f"--compiler-timeout {compiler_timeout:g}: expected seconds, more than 0")
     check_page("--report-difference", report_difference)
-    loaded, topology = load_simulated(recipe, overrides or (), hardware, count)
+    loaded, topology = load_simulated(recipe, overrides or (), hardware, count, stage)
     flags = compiler_options(loaded, topology) if compiler else []
     if compiler:
         checking.find_compiler()  # before half a minute of work

@@ -57,6 +57,10 @@ Accept = Annotated[
         help="Go on with another value of this key (or section), which changes the losses. Give it for each.",
     ),
 ]
+Stage = Annotated[
+    int | None,
+    typer.Option("--stage", metavar="N", help="The stage of the recipe (default: the one with the largest step)."),
+]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the latest).")]
 Which = Annotated[
     _Which | None, typer.Option("--weights", help="With optimizer.ema: ema (the average, the default) or raw.")
@@ -103,14 +107,21 @@ def load(recipe: str, overrides: Sequence[str] | None) -> recipes.Recipe:
     return recipes.load_recipe(recipe, overrides or (), written=recipes.COMMAND_LINE)
 
 
-def load_for(recipe: str, overrides: Sequence[str] | None, hardware: str | None, count: int | None) -> recipes.Recipe:
-    """Load a recipe for its own hardware, or for what the command line names."""
+def load_for(
+    recipe: str, overrides: Sequence[str] | None, hardware: str | None, count: int | None, stage: int | None = None
+) -> recipes.Recipe:
+    """Load a recipe for its own hardware, or for what the command line names; of one with stages, one of them."""
     chosen = list(overrides or ())
     if hardware is not None:
         chosen += [f"hardware.topology={hardware}", f"hardware.count={1 if count is None else count}"]
     elif count is not None:
         chosen.append(f"hardware.count={count}")
-    return load(recipe, chosen)
+    loaded = load(recipe, chosen)
+    planned = recipes.stage_to_plan(loaded, stage)
+    if planned is not loaded and stage is None:
+        which = next(one for one in loaded.in_stages() if one.alone == planned)
+        typer.echo(f"{which} (the largest step; --stage N takes another of {len(loaded.stages)})", err=True)
+    return planned
 
 
 def check_page(option: str, file: Path | None) -> None:

@@ -19,6 +19,7 @@ from trainfw.cli.options import (
     ServeLength,
     ServeSlots,
     ServeWeights,
+    Stage,
     check_page,
     load_for,
 )
@@ -44,6 +45,7 @@ def plan(
     overrides: Overrides = None,
     hardware: Hardware = None,
     count: Count = None,
+    stage: Stage = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page to look at.")
@@ -87,7 +89,7 @@ def plan(
     if not serve:
         check_alone({**of_server, "--prompt": prompt, "--output": output})
     else:
-        others = overrides, no_cache, function != "train", steps, objective != "time", out
+        others = overrides, stage, no_cache, function != "train", steps, objective != "time", out
         if any(others):
             raise UserError("--serve: goes without keys of a recipe and without options of other plans")
         topology = topology_to_serve(hardware, count)
@@ -107,10 +109,15 @@ def plan(
     if function != "train":
         if search or scale is not None or html is not None or no_cache:
             raise UserError(f"--function {function}: goes without --search, --scale, --html and --no-cache")
-        _plan_function(*load_simulated(recipe, overrides or (), hardware, count), function, steps, json_)
+        _plan_function(*load_simulated(recipe, overrides or (), hardware, count, stage), function, steps, json_)
         return
     counts = () if scale is None else planning.parse_counts(scale)
-    loaded = load_for(recipe, overrides, hardware, count)
+    loaded = load_for(recipe, overrides, hardware, count, stage)
+    if search and loaded != load_for(recipe, [*(overrides or ()), "stages=[]"], hardware, count):
+        raise UserError(
+            "--search: the recipe's stages differ in their steps, and one layout is written for all; give "
+            "stages=[], and the rows and the batch of the largest"
+        )
     if search:
         _search(loaded, recipe, objective, out, json_)
         return

@@ -11,13 +11,13 @@ from trainfw.errors import UserError
 
 
 def load_simulated(
-    recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None
+    recipe: str, overrides: Sequence[str], hardware: str | None, count: int | None, stage: int | None = None
 ) -> tuple[recipes.Recipe, hardware.Topology]:
     """Load a recipe for its own hardware, or for what the command line names.
 
     Raises UserError where neither names a topology, and for one of more cores than can be simulated.
     """
-    loaded = load_for(recipe, overrides, hardware, count)
+    loaded = load_for(recipe, overrides, hardware, count, stage)
     return loaded, checking.topology_to_check(loaded)
 
 

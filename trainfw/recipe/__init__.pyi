@@ -21,3 +21,4 @@ from .sources import leaves as leaves
 from .stage_config import StageConfig as StageConfig
 from .stages import Stage as Stage
 from .stages import rates_of as rates_of
+from .stages import stage_to_plan as stage_to_plan

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from trainfw.config import invalid
-from trainfw.errors import did_you_mean
+from trainfw.errors import UserError, did_you_mean
 from trainfw.optim import OptimizerConfig
 from trainfw.recipe.stage_config import Anneal, StageConfig
 
@@ -48,6 +48,18 @@ class Stage:
         return f"stage {self.number}, to step {self.end:,}: {self.mixed}{'; ' * bool(self.mixed)}{sizes}"
 
     @property
+    def alone(self) -> Recipe:
+        """Return the stage as a recipe of a run of its own, which can be planned and checked."""
+        recipe = self.recipe
+        rates = {first: own for first, _, own in rates_of(recipe)}
+        changed: dict[str, Any] = {
+            "stages": [],
+            "train": recipe.train.model_copy(update={"steps": self.steps}),
+            "optimizer": rates.get(self.first, recipe.optimizer),
+        }
+        return recipe.model_copy(update=changed)
+
+    @property
     def rows(self) -> int:
         """Rows that its steps take."""
         return self.steps * self.recipe.train.global_batch_size
@@ -84,6 +96,22 @@ def rates_of(recipe: Recipe) -> list[tuple[int, int, OptimizerConfig]]:
         for config, first, end in zip(recipe.stages, firsts, firsts[1:])
         if config.optimizer is not None
     ]
+
+
+def stage_to_plan(recipe: Recipe, number: int | None = None) -> Recipe:
+    """Return the recipe of one stage: by number, from 1, or that with the largest step where they differ in its shape.
+
+    Raises UserError where there is no such stage.
+    """
+    stages = stages_of(recipe)
+    if number is not None:
+        if not recipe.stages or not 1 <= number <= len(stages):
+            has = f"has {len(stages)}" if recipe.stages else "has no stages"
+            raise UserError(f"stage = {number}: {recipe.name} {has}")
+        return stages[number - 1].alone
+    if len({stage.shape for stage in stages}) == 1:
+        return recipe
+    return max(stages, key=lambda stage: stage.recipe.tokens_per_step).alone
 
 
 def check_stages(recipe: Recipe) -> None:

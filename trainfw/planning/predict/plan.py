@@ -27,7 +27,7 @@ from trainfw.planning.predict.timeline import Timeline, timeline
 from trainfw.planning.read_step.analysis import Analysis
 from trainfw.planning.read_step.compile_cache import Compiled, compiled
 from trainfw.planning.read_step.memory import MemoryTable
-from trainfw.recipe import Recipe, RecipeLike, load_recipe_for
+from trainfw.recipe import Recipe, RecipeLike, load_recipe_for, stage_to_plan
 from trainfw.report import framed, plan_page
 from trainfw.scopes import ATTENTION, LOSS
 
@@ -215,7 +215,8 @@ def plan(
     jax has not. A function is compiled on the devices of its mesh.
 
     Args:
-        fn: a recipe: what `load_recipe` takes, or returns; or a function, jitted already or not.
+        fn: a recipe: what `load_recipe` takes, or returns (of stages whose steps differ, the largest; another is
+            `recipe.in_stages()[0].alone`); or a function, jitted already or not.
         abstract_args: the function's arguments, as `trainfw.check` takes them.
         hardware: a topology, or the name of one (`trainfw.hardware.topology_names()`), of which there are `count`.
             Left out, the recipe's own; of a function, trn2-ultraserver.
@@ -235,7 +236,7 @@ def plan(
     refuse_arguments(abstract_args, mesh)
     if isinstance(hardware, Topology):
         raise UserError("hardware: expected the name of a topology, with a recipe; such as hardware='trn2.48xlarge'")
-    recipe = load_recipe_for(fn, hardware, count, lnc)
+    recipe = stage_to_plan(load_recipe_for(fn, hardware, count, lnc))
     return planned(recipe, compiled(recipe, progress, simulate=simulate, fresh=fresh))
 
 
