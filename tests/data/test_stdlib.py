@@ -114,3 +114,10 @@ def test_a_task_is_a_source(task):
     assert rows[0].id.rpartition(".py:")[2].isdecimal()
     other = DataConfig(source=task, format="prompt_completion", sequence_length=8, max_characters=200)
     assert open_source(other).fingerprint() != source.fingerprint()
+
+
+def test_topics_are_the_prose_of_the_reference():
+    documents = [*open_source(DataConfig(source="python-stdlib-topics", sequence_length=8)).documents()]
+    found = {document.id: document.text for document in documents}
+    assert len(found) > 70
+    assert found["topics:assert"].lstrip().startswith('The "assert" statement')

@@ -19,7 +19,9 @@ from trainfw.config import LARGEST_DIM, Config, Dim, PositiveInt, invalid
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 STDLIB = "python-stdlib"
-"""Name of the built-in source of text."""
+"""Name of the built-in source of code."""
+TOPICS = "python-stdlib-topics"
+"""Name of the built-in source of prose."""
 
 TASK_SOURCES = {
     "python-stdlib-summaries": "prompt_completion",
@@ -120,8 +122,8 @@ class DataConfig(Config):
     """Source of the text or the pictures, and the rows that are made of it."""
 
     source: str | list[str] = "python-stdlib"
-    """`python-stdlib` (the text of Python's own library), or files, globs or directories: .txt, .md, .py (a document
-    each), .jsonl or .ndjson, .json (a list of objects, or objects one after another), .parquet (a document a row), or a
+    """`python-stdlib` (the code of Python's own library), `python-stdlib-topics` (prose: the topics of its reference,
+    which `help()` shows), or files, globs or directories: .txt, .md, .py (a document each), .jsonl or .ndjson, .json (a list of objects, or objects one after another), .parquet (a document a row), or a
     directory written by Hugging Face `save_to_disk` (its split `train` if it has several). Text and JSON may be
     compressed: .gz, .bz2, .xz, .zst. Files of a directory or a glob that are not read are listed, except hidden ones; a
     file that is reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a
@@ -278,9 +280,9 @@ class DataConfig(Config):
             for name in ("image_field", "caption_field", "label_field"):
                 if self._differs(name):
                     invalid(name, f"{name} does not change source: {built_in[0]}")
-        if images and STDLIB in sources:
+        if images and (texts := [name for name in (STDLIB, TOPICS) if name in sources]):
             named = " and ".join(PICTURES)
-            invalid("source", f"source: {STDLIB} is text; `format: images` has {named}, or name files")
+            invalid("source", f"source: {texts[0]} is text; `format: images` has {named}, or name files")
         for name in _OF_TEXT if images else _OF_IMAGES:
             if self._differs(name):
                 kind = "the formats of text" if images else "`format: images`"

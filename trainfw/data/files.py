@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trainfw.data.arrow import SAVED
 from trainfw.data.compressed import SUFFIXES
-from trainfw.data.config import STDLIB, TASK_SOURCES
+from trainfw.data.config import STDLIB, TASK_SOURCES, TOPICS
 from trainfw.data.readers import Reader
 from trainfw.errors import UserError, did_you_mean
 
@@ -111,7 +111,7 @@ class Finder:
             except (OSError, ValueError) as error:  # a name too long, no right to look, a NUL in it
                 raise UserError(f"source {name!r}: {getattr(error, 'strerror', None) or error}") from None
             siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-            hint = did_you_mean(str(path), [STDLIB, *TASK_SOURCES, *siblings])
+            hint = did_you_mean(str(path), [STDLIB, TOPICS, *TASK_SOURCES, *siblings])
             raise UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
         new = []
         for one in inputs:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainfw.data.config import STDLIB, TASK_SOURCES, DataConfig
+from trainfw.data.config import STDLIB, TASK_SOURCES, TOPICS, DataConfig
 from trainfw.data.files import Finder, Input
 from trainfw.data.readers import READERS, ROW_READERS, Columns, Reader, read_python, read_text, why_no_rows
-from trainfw.data.stdlib import read_task
+from trainfw.data.stdlib import read_task, read_topics
 from trainfw.errors import UserError
 
 STDLIB_TESTS = {"test", "tests", "idle_test"}
@@ -114,12 +114,13 @@ def open_source(config: DataConfig) -> Source:
     if names[0] in TASK_SOURCES:
         return _python_stdlib(names[0], config.max_characters)
     columns, readers = columns_of(config), READERS if config.format == "text" else ROW_READERS
-    if names == [STDLIB]:
-        if config.format != "text":
-            raise UserError(f"source: {STDLIB} is text; for {config.format}, name JSONL or Parquet files")
-        return _python_stdlib()
-    if STDLIB in names:
-        raise UserError(f"source: {STDLIB} cannot be mixed with other sources")
+    for built_in, open_built_in in ((STDLIB, _python_stdlib), (TOPICS, _python_topics)):
+        if built_in in names and len(names) > 1:
+            raise UserError(f"source: {built_in} is not one of a list; name both in data.mixture")
+        if built_in in names:
+            if config.format != "text":
+                raise UserError(f"source: {built_in} is text; for {config.format}, name JSONL or Parquet files")
+            return open_built_in()
     finder = Finder(readers, lambda path, kind: why_no_rows(path, columns) if kind == ".json" else None)
     inputs = [one for name in names for one in finder.find(name)]
     return Source(tuple(inputs), columns, skipped=str(finder.skipped))
@@ -154,6 +155,13 @@ def _python_stdlib(task: str | None = None, max_characters: int | None = None) -
     if not inputs:
         raise UserError(f"source {STDLIB}: this Python keeps no .py files in {root}; name files of your own")
     return Source(tuple(inputs), (), f"{name} {sys.version}", max_characters)
+
+
+def _python_topics() -> Source:
+    path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
+    if not path.is_file():
+        raise UserError(f"source {TOPICS}: this Python keeps no {path}; name files of your own")
+    return Source((Input(path, "topics", lambda file, _: read_topics(file)),), (), f"{TOPICS} {sys.version}")
 
 
 @contextlib.contextmanager

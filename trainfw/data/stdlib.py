@@ -81,6 +81,15 @@ def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
         return
 
 
+def read_topics(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the topics of Python's reference in pydoc's file of them, a dict of texts."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            for name, text in ast.literal_eval(node.value).items():
+                yield f":{name}", text
+
+
 def _documented(text: str, kinds: tuple[type[ast.AST], ...]) -> Iterator[ast.FunctionDef | ast.ClassDef | ast.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about strings in these files, such as "\d"

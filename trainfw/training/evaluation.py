@@ -80,15 +80,15 @@ class Validation:
         }
 
     def __str__(self) -> str:
-        if self.parts:
-            of_parts = ", ".join(f"{name} {one.loss:.4f}" for name, one in self.parts.items())
-            return f"{replace(self, parts={})}; loss by source: {of_parts}"
         part = "" if self.complete else f" (of the first {self.count:,} held-out {self.unit}s)"
         part += "" if self.ema is None else f", by the average of the weights (ema {self.ema})"
+        if self.parts:
+            part += "; loss by source: " + ", ".join(f"{name} {one.loss:.4f}" for name, one in self.parts.items())
         if self.bits_per_byte is None:
             shown = [f"loss {self.loss:.4f}"]
             for name, value in self.metrics.items():
-                error = math.sqrt(value * (1 - value) / self.count) if name == "preference_accuracy" else None
+                counted = name == "preference_accuracy" and not self.parts  # an average of sources has another error
+                error = math.sqrt(value * (1 - value) / self.count) if counted else None
                 shown.append(f"{name.replace('_', ' ')} {value:.3f}{'' if error is None else f' ± {error:.3f}'}")
             return ", ".join(shown) + part
         perplexity = f"{self.perplexity:.2f}" if self.perplexity < 1e6 else f"{self.perplexity:.3g}"

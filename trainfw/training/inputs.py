@@ -23,7 +23,7 @@ def check_inputs(recipe: Recipe, *, own_data: bool = False) -> None:
     `own_data`: a script hands its data over.
     """
     if recipe.evaluation is not None and recipe.data.mixture is not None and recipe.reads_images:
-        raise recipe.error("evaluation", "pictures of a mixture are not evaluated: set it to null")
+        raise recipe.error("evaluation.metric", "pictures of a mixture are not evaluated: set evaluation to null")
     if recipe.evaluation is not None and recipe.data.formats == {"text"}:
         problem = "needs prompts and references: data.format chat, prompt_completion or preferences"
         raise recipe.error("evaluation.metric", problem)
