@@ -124,7 +124,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         _read(tmp_path / "sub")
     with pytest.raises(UserError, match="empty list"):
         _read([])
-    with pytest.raises(UserError, match="python-stdlib cannot be mixed"):
+    with pytest.raises(UserError, match=r"python-stdlib is not one of a list; name both in data\.mixture"):
         _read(["python-stdlib", str(tmp_path)])
 
 

@@ -123,8 +123,9 @@ class DataConfig(Config):
 
     source: str | list[str] = "python-stdlib"
     """`python-stdlib` (the code of Python's own library), `python-stdlib-topics` (prose: the topics of its reference,
-    which `help()` shows), or files, globs or directories: .txt, .md, .py (a document each), .jsonl or .ndjson, .json (a list of objects, or objects one after another), .parquet (a document a row), or a
-    directory written by Hugging Face `save_to_disk` (its split `train` if it has several). Text and JSON may be
+    which `help()` shows), or files, globs or directories: .txt, .md, .py (a document each), .jsonl or .ndjson, .json (a
+    list of objects, or objects one after another), .parquet (a document a row), or a directory written by Hugging Face
+    `save_to_disk` (its split `train` if it has several). Text and JSON may be
     compressed: .gz, .bz2, .xz, .zst. Files of a directory or a glob that are not read are listed, except hidden ones; a
     file that is reached twice is read once. Relative paths start at the working directory. `python-stdlib-summaries` (a
     function's source -> its docstring's first line) and `python-stdlib-rewrites` (a docstring's sentence in lower case
