@@ -1,9 +1,9 @@
 """Does the order of data matter: python benchmarks/stages.py [--seeds 3] [--save]
 
 recipes/stages.yaml to the end of its second stage (code, then code and ever more prose), beside runs of the same rows
-in one stage: as many of each source, mixed evenly from the beginning to the end, with the same steps, learning rates and
-tokenizer. Both are validated on the second stage's target: its sources, by the weights that it ends with. The order of
-rows and the first weights differ by seed. Exits 1 where the stages do not win on their target by twice the standard
+in one stage: as many of each source, mixed evenly from the beginning to the end, with the same steps, learning rates
+and tokenizer. Both are validated on the second stage's target: its sources, by the weights that it ends with. The order
+of rows and the first weights differ by seed. Exits 1 where the stages do not win on their target by twice the standard
 error of the seeds' differences.
 """
 
