@@ -43,7 +43,6 @@ BATCH = 2**22
 WALL_SECONDS = 300.0
 """Seconds until a helper that does not answer is given up, though it uses no processor time (it was stopped)."""
 
-_COMMAND = [sys.executable, "-P", "-c", "from trainfw.confined import main; main()"]
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
 
@@ -138,6 +137,28 @@ _ERRORS = {"limit": LimitError, "unusable": UnusableError, "refused": UserError}
 # --- In the process that asks -----------------------------------------------------------------------------------------
 
 
+def start_child(function: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a Python of its own that runs `trainfw.MODULE.FUNCTION()`, and return it with a socket to its stdin.
+
+    It uses one core, and ends when it reads the end of its stdin: the kernel sees to that however this process ends.
+
+    Args:
+        function: "MODULE:FUNCTION".
+    """
+    module, _, name = function.partition(":")
+    near_end, far_end = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from trainfw.{module} import {name}; {name}()", *arguments],
+        stdin=far_end.fileno(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # a panic's backtrace
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))} | _ONE_THREAD,
+        start_new_session=True,  # Ctrl-C is for the command, which ends its children
+    )
+    far_end.close()
+    return process, near_end
+
+
 class Helper:
     """The helper of this process. It starts with the first request, and again after one that reached a limit."""
 
@@ -204,18 +225,10 @@ class Helper:
             process.wait()
 
     def _start(self) -> None:
-        near_end, far_end = socket.socketpair()
         limits = ("BURST_SECONDS", "PIECE_SECONDS", "BYTE_SECONDS", "MEMORY", "OUTPUT", "OUTPUT_PER_BYTE")
-        self._process = subprocess.Popen(
-            [*_COMMAND, json.dumps({name: globals()[name] for name in limits})],
-            stdin=far_end.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # a panic's backtrace
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))} | _ONE_THREAD,
-            start_new_session=True,  # Ctrl-C is for the command, which ends its helper
-        )
-        far_end.close()
-        self._socket, self._answers = near_end, near_end.makefile("rb")
+        values = json.dumps({name: globals()[name] for name in limits})
+        self._process, self._socket = start_child("confined:main", values)
+        self._answers = self._socket.makefile("rb")
         self._owner, self._keys = os.getpid(), {}
 
     def _exchange(self, request: bytes) -> list[tuple[str, object]]:

@@ -36,8 +36,8 @@ def without_mark(data: bytes) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def decode_utf8(data: bytes, where: str | Path, line: int = 1) -> str:
-    """Decode `data`, which begins at a line of the file `where`, without a byte-order mark.
+def decode_utf8(data: bytes, where: object, line: int = 1) -> str:
+    """Decode `data`, which begins at a line of the file that `where` writes, without a byte-order mark.
 
     Raises UserError, with the line, for what is not UTF-8.
     """

@@ -187,8 +187,8 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress(config: DataConfig) -> None:
     calls: list[tuple[str, int, int | None]] = []
     prepare(config, progress=lambda *call: calls.append(call))
-    assert calls[0] == ("Tokenising", 1, None)
-    assert calls[-1] == ("Tokenising", 200, 200)
+    assert calls[0] == ("Tokenising, MB", 1, None)
+    assert calls[-1] == ("Tokenising, MB", 1, 1)
 
 
 def _prepare_slowly(config: DataConfig, builds: str) -> None:

@@ -36,6 +36,10 @@ def test_tokenizer_combinations(values: dict, message: str) -> None:
         ({"source": "emoji", "sequence_length": 8}, "source: emoji is of pictures: set `format: images`"),
         ({"sequence_length": 8, "flip": True}, "flip is for `format: images`, but format is 'text'"),
         ({"format": "chat", "sequence_length": 8, "caption_field": "x"}, "caption_field is for `format: images`"),
+        ({"format": "images", "source": "digits", "packing": "best_fit"}, "packing is for the formats of text"),
+        ({"format": "chat", "sequence_length": 8, "packing": "best_fit"}, "packing is for `format: text`"),
+        ({"sequence_length": 8, "split": "never"}, "`never` needs `packing: best_fit`, but packing is 'concatenate'"),
+        ({"sequence_length": 8, "split": "train"}, "expected long or never.*held out is chosen by data.validation_fr"),
         ({}, "is required"),
     ],
 )

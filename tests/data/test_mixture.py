@@ -24,7 +24,7 @@ def store(source: int, rows: int, length: int = 4) -> TokenStore:
 def stage(weights: dict[str, float], rows: int, batch: int = 4, length: int = 4, end: object = None) -> MixedStage:
     sizes = {"code": 7, "prose": 11, "web": 64}
     stores = {name: Rows(store(NAMES.index(name), sizes[name]), length) for name in weights}
-    return MixedStage(stores, Shares.of([*weights.values()], end, rows), batch, length)
+    return MixedStage(tuple(weights), Shares.of([*weights.values()], end, rows), batch, length, stores)
 
 
 STAGES = [

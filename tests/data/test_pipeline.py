@@ -121,6 +121,28 @@ def test_state_of_other_data_is_refused() -> None:
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("split", ["long", "never"])
+def test_packed_documents_resume_exactly(process_count: int, split: str) -> None:
+    store = make_store([7, 20, 3, 41, 16, 9, 30, 2, 55] * 3)
+    config = DataConfig(sequence_length=12, packing="best_fit", split=split, seed=3)
+    first = train_iterator(store, config, global_batch_size=4)
+    _held(itertools.islice(first, 5))
+    state = json.loads(json.dumps(first.get_state()))
+    expected = _held(itertools.islice(first, 3))
+    shares = []
+    for p in range(process_count):
+        resumed = train_iterator(store, config, global_batch_size=4, process_index=p, process_count=process_count)
+        resumed.set_state(state)
+        shares.append([_held([batch]) for batch in itertools.islice(resumed, 3)])
+    assert [row for step in zip(*shares) for share in step for row in share] == expected
+    for other in ({"split": "long" if split == "never" else "never"}, {"packing": "concatenate", "split": "long"}):
+        with pytest.raises(UserError, match="the data has changed since this state was saved"):
+            train_iterator(store, config.model_copy(update=other), global_batch_size=4).set_state(state)
+    batches = validation_batches(store, config, global_batch_size=4)
+    assert sum(batch["loss_mask"].sum() for batch in batches) == store.num_targets, "none of them is left out"
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_validation_is_one_ordered_pass(process_count: int) -> None:
     def share(p: int, **options: int) -> list[Batch]:
         sizes = {"global_batch_size": 4, "process_index": p, "process_count": process_count}

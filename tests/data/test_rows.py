@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainfw.data import DataConfig, ExampleRows, PairRows, Rows, TokenStore, open_rows
+from trainfw.data import (
+    DataConfig,
+    DocumentRows,
+    ExampleRows,
+    PairRows,
+    Rows,
+    TokenStore,
+    open_rows,
+    open_validation_rows,
+    torn_share,
+)
 from trainfw.data.rows import pack
 from trainfw.errors import UserError
 
@@ -49,6 +59,70 @@ def test_every_input_knows_its_document(lengths: list[int], S: int) -> None:
             assert row["positions"][real][segments == segment].tolist() == list(range((segments == segment).sum()))
         inputs += row["tokens"][real].tolist()
     assert inputs == store.tokens[:-1].tolist(), "every token but the last is an input once"
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), S, st.booleans())
+@settings(deadline=None)
+def test_documents_that_fit_are_never_torn(lengths: list[int], S: int, never: bool) -> None:
+    store = make_store(lengths)
+    split = "never" if never else "long"
+    rows = open_rows(store, DataConfig(sequence_length=S, packing="best_fit", split=split))
+    assert isinstance(rows, DocumentRows)
+    predicted: list[int] = []
+    pieces: dict[int, list[int]] = {}  # of each document, the places that its parts take
+    filled = 0
+    for row in map(rows.__getitem__, range(len(rows))):
+        real = row["segment_ids"] > 0
+        filled += real.sum()
+        assert real.tolist() == sorted(real.tolist(), reverse=True), "padding comes last"
+        assert all((values[~real] == 0).all() for values in row.values())
+        assert (row["loss_mask"][real] == 1).all()
+        for segment in range(1, row["segment_ids"].max() + 1):
+            own = row["segment_ids"] == segment
+            assert row["positions"][own].tolist() == list(range(own.sum()))
+            assert (row["targets"][own] == row["tokens"][own] + 1).all()
+            document = int(np.searchsorted(store.offsets, row["tokens"][own][0] - 1, side="right")) - 1
+            assert row["targets"][own][-1] <= store.offsets[document + 1], "no target of another document"
+            predicted += row["targets"][own].tolist()
+            pieces.setdefault(document, []).append(int(own.sum()))
+    kept = [n for n, length in enumerate(lengths) if length > 1 and not (never and length - 1 > S)]
+    expected = [token for n in kept for token in range(store.offsets[n] + 2, store.offsets[n + 1] + 1)]
+    assert sorted(predicted) == expected, "every token but a document's first once"
+    for n, parts in pieces.items():
+        whole, rest = divmod(lengths[n] - 1, S)
+        assert sorted(parts) == sorted([S] * whole + [rest] * bool(rest)), "cut as seldom as can be"
+    assert rows.left_out == sum(length - 1 > S for length in lengths) * never
+    assert rows.filled == (filled / (S * len(rows)) if len(rows) else 0)
+    everything = open_validation_rows(store, DataConfig(sequence_length=S, packing="best_fit", split=split))
+    held_out = sum(int(everything[i]["loss_mask"].sum()) for i in range(len(everything)))
+    assert held_out == sum(max(length - 1, 0) for length in lengths), "nothing is left out of validation"
+
+
+@given(lengths, S)
+@settings(deadline=None)
+def test_torn_documents_are_those_in_two_rows(lengths: list[int], S: int) -> None:
+    store = make_store(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    rows = Rows(store, S)
+    seen: list[set[int]] = []  # the documents of which a row predicts something
+    for row in map(rows.__getitem__, range(len(rows))):
+        seen.append(set(document[row["tokens"][row["loss_mask"] == 1] - 1].tolist()))
+    torn = {n for n in range(len(lengths)) if sum(n in one for one in seen) > 1}
+    assert torn_share(store, S) == len(torn) / len(lengths)
+
+
+def test_packing_is_part_of_the_order() -> None:
+    store = make_store([3, 4])
+    options = [{}, {"packing": "best_fit"}, {"packing": "best_fit", "split": "never"}, {"sequence_length": 5}]
+    configs = [DataConfig(**{"sequence_length": 4} | one) for one in options]
+    assert len({open_rows(store, config).order("shuffled") for config in configs}) == len(options)
+    assert open_rows(store, configs[0]).order("shuffled") == f"{store.digest} 4 shuffled", "as runs have saved it"
+
+
+def test_all_documents_left_out() -> None:
+    rows = open_rows(make_store([9, 8]), DataConfig(sequence_length=4, packing="best_fit", split="never"))
+    with pytest.raises(UserError, match=r"17 training tokens \(2 documents .* left out\) make 0 rows of 4, fewer than"):
+        rows.require(1)
 
 
 def test_outside() -> None:

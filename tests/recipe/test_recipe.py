@@ -193,7 +193,7 @@ def test_a_pattern_is_told_in_words(override, words, tmp_path):
         load_recipe(write_recipe(tmp_path), [override])
 
 
-@pytest.mark.parametrize("override", ["data.split=train", "wandb.project=x", "model.attn_implementation=sdpa"])
+@pytest.mark.parametrize("override", ["data.remote_code=1", "wandb.project=x", "model.attn_implementation=sdpa"])
 def test_what_is_like_nothing_here_is_answered_with_no_guess(override, tmp_path):
     with pytest.raises(UserError, match=r"unknown key(?!.*did you mean)"):
         load_recipe(write_recipe(tmp_path), [override])

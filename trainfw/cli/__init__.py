@@ -21,6 +21,7 @@ import typer
 
 from trainfw.cli import (
     check,
+    data,
     doctor,
     env,
     evaluate,
@@ -83,6 +84,7 @@ app.command("plan", cls=RecipeCommand)(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("env", cls=RecipeCommand)(env.env)
 app.command("topology")(topology.topology)
+app.add_typer(data.app, name="data")
 app.add_typer(launch.app, name="launch")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(tokenizer.app, name="tokenizer")

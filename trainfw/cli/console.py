@@ -8,7 +8,7 @@ from typing import Any
 from trainfw.cli.signals import leaving_at_once
 from trainfw.cli.terminal import for_terminal, in_colour
 from trainfw.streams import go_on_without_output
-from trainfw.training import Reporter
+from trainfw.training import Reporter, short_rate
 from trainfw.utf8 import printable
 
 
@@ -29,12 +29,16 @@ class TerminalReporter(Reporter):
     """One Rich progress bar at the bottom; notes and logged rows scroll above it."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+
+        class Rate(TextColumn):
+            def render(self, task: Task) -> Any:
+                self.text_format = "" if task.speed is None else short_rate(task.speed)
+                return super().render(task)
 
         super().__init__()
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
-        )
+        columns = (BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, transient=True)
         self._tasks: dict[str, Any] = {}
         self._progress.start()
 

@@ -21,6 +21,7 @@ from trainfw.cli.options import (
     ServeWeights,
     Stage,
     check_page,
+    load,
     load_for,
 )
 from trainfw.cli.serving import check_alone, plan_server, search_servers, topology_to_serve
@@ -96,14 +97,7 @@ def plan(
         how = search_servers if search else plan_server
         how(recipe, topology, of_server, (prompt or 2048, output or 256), scale, html, json_)
         return
-    if not search and (out is not None or objective != "time"):
-        raise UserError("--objective and --out go with --search")
-    if search and no_cache:
-        raise UserError("--no-cache plans one recipe: give it without --search")
-    if search and html is not None:
-        raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
-    if search and scale is not None:
-        raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
+    _check_search(search, objective, out, no_cache, html, scale)
     if steps is not None and function != "denoise":
         raise UserError("--steps goes with --function denoise")
     if function != "train":
@@ -113,15 +107,27 @@ def plan(
         return
     counts = () if scale is None else planning.parse_counts(scale)
     loaded = load_for(recipe, overrides, hardware, count, stage)
-    if search and loaded != load_for(recipe, [*(overrides or ()), "stages=[]"], hardware, count):
-        raise UserError(
-            "--search: the recipe's stages differ in their steps, and one layout is written for all; give "
-            "stages=[], and the rows and the batch of the largest"
-        )
     if search:
+        if not loaded.stages and load(recipe, overrides).stages:
+            one = "one layout is written for all stages; give stages=[], with the rows and the batch of the largest"
+            raise UserError(f"--search: {one}")
         _search(loaded, recipe, objective, out, json_)
         return
     _plan_recipe(loaded, counts, html, json_, fresh=no_cache)
+
+
+def _check_search(
+    search: bool, objective: str, out: Path | None, no_cache: bool, html: Path | None, scale: str | None
+) -> None:
+    """Raise UserError for options that do not go with --search, or only with it."""
+    if not search and (out is not None or objective != "time"):
+        raise UserError("--objective and --out go with --search")
+    if search and no_cache:
+        raise UserError("--no-cache plans one recipe: give it without --search")
+    if search and html is not None:
+        raise UserError("--html draws one plan: give it without --search, for the recipe that the search writes")
+    if search and scale is not None:
+        raise UserError("--scale is of one layout: give it without --search, for the recipe that the search writes")
 
 
 def _plan_recipe(

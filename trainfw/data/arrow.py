@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
-from trainfw.errors import UserError, pip_install
-from trainfw.paths import check_file
+from trainfw.data.compressed import File, open_file
+from trainfw.errors import RunError, UserError, pip_install
 
 Choose = Callable[[list[str]], list[str]]
 """Function from the columns of a table to those to read. Raises UserError where one is missing."""
@@ -52,19 +51,27 @@ class NotText:
         return str(self)
 
 
-def parquet_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
-    """Yield a Parquet file as tables of so many `rows`. Raises UserError where it is none."""
-    check_file(path, named=True)
-    with _reading(path, "a Parquet file"):
+def parquet_tables(path: File, choose: Choose, rows: int = 1024, first: int = 0) -> Iterator[Table]:
+    """Yield a Parquet file, from its row `first` on, as tables of so many `rows`. Raises UserError where it is none.
+
+    Groups of rows before that are not read.
+    """
+    with open_file(path) as opened, _reading(path, "a Parquet file"):
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(opened) as file:
             columns = choose(file.schema_arrow.names)
-            yield from file.iter_batches(columns=columns, batch_size=rows)
+            groups = range(file.num_row_groups)
+            while groups and first >= (size := file.metadata.row_group(groups[0]).num_rows):
+                groups, first = groups[1:], first - size
+            for table in file.iter_batches(columns=columns, batch_size=rows, row_groups=list(groups)):
+                if first < len(table):
+                    yield table.slice(first)
+                first = max(first - len(table), 0)
 
 
-def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterator[Table]:
-    """Yield a directory written by Hugging Face `save_to_disk` as tables of so many `rows`.
+def saved_dataset_tables(path: File, choose: Choose, rows: int = 1024, first: int = 0) -> Iterator[Table]:
+    """Yield a directory written by Hugging Face `save_to_disk`, from its row `first` on, as tables of so many `rows`.
 
     Of its splits, if it has several, it is `train`.
     """
@@ -77,18 +84,18 @@ def saved_dataset_tables(path: Path, choose: Choose, rows: int = 1024) -> Iterat
                 splits = f"such as {path}/SPLIT ({', '.join(dataset)})"
                 raise UserError(f"{path}: no `train` split; name one split's directory, {splits}")
             dataset = dataset["train"]
-        chosen = dataset.select_columns(choose(dataset.column_names))
+        chosen = dataset.select_columns(choose(dataset.column_names)).skip(first)
         yield from chosen.with_format("arrow").iter(batch_size=rows)
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
+def _reading(path: File, kind: str) -> Iterator[None]:
     """Raise UserError where a library is missing, or cannot read the file as this kind (in words)."""
     try:
         yield
     except ImportError as error:
         raise UserError(f"{path}: reading {kind} needs {error.name}: {pip_install('datasets')}") from error
-    except (UserError, OSError):
+    except (UserError, RunError, OSError):
         raise
     except Exception as error:  # what the libraries make of a damaged file is not written down
         raise UserError(f"{path}: not {kind} that can be read: {error}") from error

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainfw.data.cache_directory import CacheDirectory, Meta, fingerprint_of, is_held_out, write_meta
+from trainfw.data.cache_directory import CacheDirectory, Meta, are_held_out, fingerprint_of, is_held_out, write_meta
 from trainfw.data.chat import ChatTemplate, stop_ids
 from trainfw.data.config import DataConfig
+from trainfw.data.encoding import PieceEncoder
 from trainfw.data.examples import Encoder, Refused
 from trainfw.data.preferences import PairEncoder
-from trainfw.data.progress import Progress, reported
+from trainfw.data.progress import Progress, report_bytes, reported
 from trainfw.data.python_rows import RowSource, held_tokens, source_of, tokens_of
-from trainfw.data.sources import Document, Source
+from trainfw.data.shards import SHARD_BYTES, Measured, Shard, Shards, tokenise
+from trainfw.data.sources import Source
 from trainfw.data.store import StoreInfo, StoreWriter, TokenStore
-from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, first_bytes, load_tokenizer, train_bpe
+from trainfw.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from trainfw.errors import UserError, about
 from trainfw.paths import resolve_path
 
 FORMAT_VERSION = 3
 EXAMPLES_VERSION = 2
 """Version of the tokens of examples, to be raised with any change to them."""
-BATCH_BYTES = 1_000_000
-"""Bytes of text tokenised at once: enough for every core, little enough for any memory."""
 BATCH_ROWS = 1000
 """Examples tokenised at once."""
 GZIP_BYTES = 2**15
@@ -101,10 +102,16 @@ def prepare(
 ) -> PreparedData:
     """Return both splits of the source that `config` names, from the cache unless something has changed.
 
+    Of a source that is read as a stream (`data.stream`) it is the tokenizer, and the held-out documents of a part.
+
     `source` and `tokenizer` replace those that `config` names. Any number of processes may call this at once; one of
     them builds the cache. Raises UserError where the source cannot be read, no row of it can be used, a split would be
     empty, or the cache cannot be written.
     """
+    if config.stream is not None and source is None:
+        from trainfw.data.streaming import prepare_stream  # which gives what this module defines
+
+        return prepare_stream(config, tokenizer=tokenizer, progress=progress)
     with about("source"):
         source = source or source_of(config)
     with about("tokenizer.path"):
@@ -137,10 +144,6 @@ def prepare_tokens(config: DataConfig, rows: Sequence[Any]) -> PreparedData:
     return PreparedData(train, validation, tokenizer, None, f"{train.digest} {validation.digest}")
 
 
-_Tokenised = tuple[str, list[int], str, list[bool] | None]
-"""(text that decides the split, ids, learnt text, flags of the learnt ids or None for all)."""
-
-
 class _Cache(CacheDirectory[PreparedData, Source]):
     what = "token cache"
 
@@ -148,6 +151,7 @@ class _Cache(CacheDirectory[PreparedData, Source]):
         self, config: DataConfig, source: Source, tokenizer: Tokenizer | None, progress: Progress | None
     ) -> None:
         super().__init__(config, _fingerprint(config, source, tokenizer), progress)
+        self._shards = Shards(self._directory.with_suffix(".shards"))
         self._tokenizer = tokenizer
 
     def _source_again(self) -> Source:
@@ -173,23 +177,20 @@ class _Cache(CacheDirectory[PreparedData, Source]):
         self._tokenizer = tokenizer
         return data, [train.digest, validation.digest]
 
-    def _build(self, directory: Path, source: Source) -> list[str]:
-        config, tokenizer, progress = self._config, self._tokenizer, self._progress
-        if tokenizer is None:
-            assert config.tokenizer.vocab_size is not None
-            texts = (document.text for document in self._documents(source))
-            training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
-            tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, progress)
-        tokenizer.save(directory / "tokenizer")
+    def _make(self, source: Source) -> None:
+        super()._make(source)
+        self._shards.remove()
 
-        gzip = zlib.compressobj(level=9, wbits=31)
-        gzip_bytes = 0
+    def _build(self, directory: Path, source: Source) -> list[str]:
+        config = self._config
+        tokenizer = self._tokenizer or self._trained(source)
+        tokenizer.save(directory / "tokenizer")
+        gzip = _Gzip()
         encoder: Encoder | None = None
-        tokenised, thing, group = self._tokenised(source, tokenizer), "document", 1
+        thing, group = "document", 1
         if config.format != "text":
             pairs = config.format == "preferences"
             encoder = (PairEncoder if pairs else Encoder)(config, tokenizer)
-            tokenised = self._encoded(source, encoder)
             thing, group = ("pair", 2) if pairs else ("example", 1)
         new = functools.partial(StoreWriter, directory, examples=encoder is not None, group=group)
         with ExitStack() as stack:
@@ -197,13 +198,10 @@ class _Cache(CacheDirectory[PreparedData, Source]):
                 split: stack.enter_context(new(split, tokenizer.vocab_size, self._fingerprint))
                 for split in ("train", "validation")
             }
-            for key, ids, text, learnt in tokenised:
-                data = text.encode()
-                held_out = is_held_out(key, config.validation_fraction)
-                writers["validation" if held_out else "train"].append(ids, len(data), learnt)
-                if held_out:
-                    gzip_bytes += len(gzip.compress(data))
-            gzip_bytes += len(gzip.flush())
+            if encoder is None:
+                self._write_text(source, tokenizer, writers, gzip)
+            else:
+                self._write_examples(source, encoder, writers, gzip)
 
         infos = {split: writer.info() for split, writer in writers.items()}
         refused = () if encoder is None else encoder.refusals.summary()
@@ -219,29 +217,98 @@ class _Cache(CacheDirectory[PreparedData, Source]):
                 )
         meta: Meta = {split: asdict(info) for split, info in infos.items()} | {
             "tokenizer": tokenizer.fingerprint(),
-            "gzip_bits_per_byte": 8 * gzip_bytes / max(infos["validation"].num_bytes, 1),
+            "gzip_bits_per_byte": 8 * gzip.size() / max(infos["validation"].num_bytes, 1),
             "refused": [asdict(one) for one in refused],
             "remarks": () if encoder is None else encoder.remarks(),
         }
         write_meta(directory, meta)
         return [info.digest for info in infos.values()]
 
-    def _documents(self, source: Source) -> Iterator[Document]:
-        return itertools.islice(source.documents(), self._config.max_documents)
+    def _trained(self, source: Source) -> Tokenizer:
+        """Return a tokenizer trained on the training split, the one of before where that was interrupted."""
+        config, place = self._config, self._shards.directory / "tokenizer"
+        if place.exists():
+            with contextlib.suppress(UserError):  # not all of it was written
+                return load_tokenizer(place)
+        assert config.tokenizer.vocab_size is not None
+        texts = (document.text for document in itertools.islice(source.documents(), config.max_documents))
+        training_texts = (text for text in texts if not is_held_out(text, config.validation_fraction))
+        tokenizer = train_bpe(training_texts, config.tokenizer.vocab_size, self._progress)
+        tokenizer.save(place)
+        return tokenizer
 
-    def _tokenised(self, source: Source, tokenizer: Tokenizer) -> Iterator[_Tokenised]:
-        documents = reported(self._documents(source), "Tokenising", source.num_documents(), self._progress)
-        texts = (document.text for document in documents)
-        while batch := list(first_bytes(texts, BATCH_BYTES)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-                yield text, [tokenizer.bos_id, *ids, tokenizer.eos_id], text, None
+    def _write_text(
+        self, source: Source, tokenizer: Tokenizer, writers: Mapping[str, StoreWriter], gzip: _Gzip
+    ) -> None:
+        encoder, total, done = PieceEncoder(tokenizer), source.num_bytes(), 0
+        documents = self._measured(source, gzip)
+        with contextlib.closing(self._tokenised(documents, encoder)) as shards:
+            for what, shard in shards:
+                for split, held_out in (("train", False), ("validation", True)):
+                    part = shard.split(held_out)
+                    writers[split].extend(part.ids, part.lengths, int(part.num_bytes.sum()))
+                done += int(shard.num_bytes.sum())
+                report_bytes(what, done, total and max(total, done), self._progress)
+        report_bytes("Tokenising", done, done, self._progress)
 
-    def _encoded(self, source: Source, encoder: Encoder) -> Iterator[_Tokenised]:
-        rows = reported(itertools.islice(source.rows(), self._config.max_documents), "Tokenising", None, self._progress)
+    def _measured(self, source: Source, gzip: _Gzip) -> Iterator[Measured]:
+        for document in itertools.islice(source.documents(), self._config.max_documents):
+            data = document.text.encode()
+            held_out = are_held_out(data, self._config.validation_fraction)
+            if held_out:
+                gzip.add(data)
+            yield Measured(document.id, document.text, len(data), held_out)
+
+    def _tokenised(
+        self, documents: Iterator[Measured], encoder: PieceEncoder
+    ) -> Generator[tuple[str, Shard], None, None]:
+        """Yield all documents in order, those of shards that are there first, and keep a shard where more follow."""
+        kept, number = self._shards, 0
+        while (shard := kept.load(number)) is not None:
+            again = [(one.num_bytes, one.held_out) for one in itertools.islice(documents, len(shard.lengths))]
+            if again != list(zip(shard.num_bytes.tolist(), shard.held_out.tolist())):
+                kept.remove()
+                raise UserError("the source gives other documents than before; the same command begins anew")
+            number += 1
+            yield "Reading what was tokenised", shard
+        parts: list[Shard] = []
+        size = 0
+        with contextlib.closing(tokenise(documents, encoder)) as new:
+            for part in new:
+                if size >= SHARD_BYTES:
+                    kept.save(number, Shard.joined(parts))
+                    number, parts, size = number + 1, [], 0
+                parts.append(part)
+                size += int(part.num_bytes.sum())
+                yield "Tokenising", part
+
+    def _write_examples(
+        self, source: Source, encoder: Encoder, writers: Mapping[str, StoreWriter], gzip: _Gzip
+    ) -> None:
+        config = self._config
+        rows = reported(itertools.islice(source.rows(), config.max_documents), "Tokenising", None, self._progress)
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
             for one in encoder.encode(batch):
                 text = encoder.tokenizer.decode([id_ for id_, learnt in zip(one.ids, one.learnt) if learnt])
-                yield one.key, one.ids, text, one.learnt
+                data, held_out = text.encode(), is_held_out(one.key, config.validation_fraction)
+                writers["validation" if held_out else "train"].append(one.ids, len(data), one.learnt)
+                if held_out:
+                    gzip.add(data)
+
+
+class _Gzip:
+    """Bytes that `gzip -9` makes of what is added, one after another."""
+
+    def __init__(self) -> None:
+        self._stream, self._size = zlib.compressobj(level=9, wbits=31), 0
+
+    def add(self, data: bytes) -> None:
+        self._size += len(self._stream.compress(data))
+
+    def size(self) -> int:
+        """Return the size of all; nothing can be added any more."""
+        self._size += len(self._stream.flush())
+        return self._size
 
 
 def check_source(config: DataConfig) -> None:

@@ -36,7 +36,7 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
 
     def __init__(self, config: DataConfig, fingerprint: str, progress: Progress | None) -> None:
         self._config, self._fingerprint, self._progress = config, fingerprint, progress
-        self._root = root_of(config)
+        self._root = cache_root(config)
         self._directory = self._root / fingerprint
         self._mending = threading.RLock()
         self._digests: list[str] = []
@@ -124,8 +124,8 @@ class CacheDirectory(abc.ABC, Generic[T, S]):
             raise RunError(f"{problem}, and cannot be made again: {error}") from error
 
 
-def root_of(config: DataConfig) -> Path:
-    """Return the directory that all of the cache is in."""
+def cache_root(config: DataConfig) -> Path:
+    """Return the directory that holds the caches; each is a directory below it, by its fingerprint."""
     return Path(os.path.expanduser(config.cache_dir)) if config.cache_dir else cache_dir()
 
 
@@ -142,7 +142,12 @@ def fingerprint_of(state: Sequence[object]) -> str:
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Tell whether a document belongs to validation. Only its text decides: copies are in one split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return are_held_out(text.encode(), fraction)
+
+
+def are_held_out(data: bytes, fraction: float) -> bool:
+    """Tell whether the document of these bytes belongs to validation."""
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trainfw.data.remote import RemoteFile
 from trainfw.errors import UserError
 from trainfw.paths import check_file
 
@@ -19,6 +20,9 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+File = Path | RemoteFile
+"""A file of this machine, or of a store."""
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -31,14 +35,13 @@ _MEMORY = 2**30
 """Bytes of memory that an xz file may ask for."""
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: File) -> BinaryIO:
     """Open a file as bytes, decompressed where its first bytes say that it is compressed, whatever its name.
 
     Raises UserError as `check_file` does, and for an empty file with the suffix of a compression; reading raises it
     where the data are damaged or end too early, with the last line before that. Raises OSError as `open` does.
     """
-    check_file(path, named=True)
-    file = path.open("rb")
+    file = open_file(path)
     head = file.read(32)
     file.seek(0)
     for name, (magic, make) in _KINDS.items():
@@ -48,6 +51,23 @@ def open_plain(path: Path) -> BinaryIO:
         file.close()
         raise UserError(f"{path}: is empty, which no compressed file is: was it cut short?")
     return file
+
+
+def open_file(path: File) -> BinaryIO:
+    """Open a file as it is stored."""
+    if isinstance(path, RemoteFile):
+        return path.open()
+    check_file(path, named=True)
+    return path.open("rb")
+
+
+def skip_to(file: BinaryIO, offset: int) -> None:
+    """Go to an offset of what `open_plain` opened: where that is compressed, by reading all before it."""
+    if file.seekable():
+        file.seek(offset)
+        return
+    while offset and (block := file.read(min(offset, _BLOCK))):
+        offset -= len(block)
 
 
 class _Gzip:
@@ -82,7 +102,7 @@ _KINDS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any]]] = {
 class _Decompressed(io.RawIOBase):
     """The decompressed bytes of a file, which may hold several streams one after another and end in zeros."""
 
-    def __init__(self, file: BinaryIO, path: Path, kind: str, make: Callable[[], Any]) -> None:
+    def __init__(self, file: BinaryIO, path: File, kind: str, make: Callable[[], Any]) -> None:
         self._file, self._path, self._kind, self._make = file, path, kind, make
         self._stream = make()
         self._lines = 0

@@ -61,9 +61,31 @@ class TokenizerConfig(Config):
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
+
+class StreamConfig(Config):
+    """Reading of documents while training, rather than before it."""
+
+    window: Dim = 4096
+    """Rows that are put into a random order together (`data.shuffle`). A row moves within its window alone, by a third
+    of the window on average; files are visited in a random order that differs in each epoch. Rows of one window are
+    as mixed as in a full shuffle where what is near in a file is no more alike than what is far: shards that were
+    shuffled when they were written, as those of most corpora. Windows begin with 64 rows and double, so that the first
+    batch comes soon. Memory holds three windows, of 2 bytes a token (4 where the vocabulary is above 65,536)."""
+    cache_bytes: int = Field(default=2**30, ge=0, le=2**50)
+    """Bytes of files of a store that are kept on this machine's disk, in `data.cache_dir`, at most; all runs and
+    processes that use the directory share them. 0 keeps none."""
+    wait_seconds: float = Field(default=600.0, ge=0, le=86400.0)
+    """Seconds for which a store that does not answer is asked again (after 0.5 s, then half as often, up to every
+    30 s), while the steps go on with what was read. The run then fails, with its last state saved."""
+    validation_bytes: PositiveInt = 2**25
+    """Bytes of text that are looked through for held-out documents (`data.validation_fraction`), which validation
+    counts; at most a quarter of them from one file. Held-out documents elsewhere are left out of training all the
+    same."""
+
+
 _OF_TEXT = (
     *("text_field", "messages_field", "prompt_field", "completion_field", "tokenizer", "sequence_length"),
-    *("mask_documents", "system_prompt", "date", "too_long"),
+    *("mask_documents", "system_prompt", "date", "too_long", "packing", "split"),
 )
 _OF_IMAGES = ("image_field", "caption_field", "label_field", "flip", "image_filter")
 """Keys for text alone, of those that no other check refuses, and for pictures alone."""
@@ -76,46 +98,46 @@ class MixtureSource(Config):
     """One source of a mixture. Keys that are left out are those of `data`."""
 
     source: str | list[str]
-    """As data.source."""
+    """Files, or a built-in source, as `data.source` names them."""
     weight: float = Field(default=1.0, ge=0)
     """Rows of this source beside those of the others: a weight of 3 beside one of 1 is three rows of every four."""
     repeats: float | None = Field(default=None, gt=0)
     """Most passes over its rows in the whole run, such as 4; a run that would take more is refused before it starts.
     Null: any number."""
     format: Format | None = None
-    """As data.format. Text, chats, and prompts and completions may be mixed."""
+    """Replacement of data.format. Text, chats, and prompts and completions may be mixed."""
     text_field: str | None = None
-    """As data.text_field."""
+    """Replacement of data.text_field."""
     messages_field: str | None = None
-    """As data.messages_field."""
+    """Replacement of data.messages_field."""
     prompt_field: str | None = None
-    """As data.prompt_field."""
+    """Replacement of data.prompt_field."""
     completion_field: str | None = None
-    """As data.completion_field."""
+    """Replacement of data.completion_field."""
     chosen_field: str | None = None
-    """As data.chosen_field."""
+    """Replacement of data.chosen_field."""
     rejected_field: str | None = None
-    """As data.rejected_field."""
+    """Replacement of data.rejected_field."""
     image_field: str | None = None
-    """As data.image_field."""
+    """Replacement of data.image_field."""
     caption_field: str | None = None
-    """As data.caption_field."""
+    """Replacement of data.caption_field."""
     label_field: str | None = None
-    """As data.label_field."""
+    """Replacement of data.label_field."""
     loss_on: list[Role] | None = Field(default=None, min_length=1)
-    """As data.loss_on."""
+    """Replacement of data.loss_on."""
     chat_template: bool | None = None
-    """As data.chat_template."""
+    """Replacement of data.chat_template."""
     system_prompt: str | None = Field(default=None, min_length=1)
-    """As data.system_prompt."""
+    """Replacement of data.system_prompt."""
     too_long: Literal["refuse", "truncate"] | None = None
-    """As data.too_long."""
+    """Replacement of data.too_long."""
     max_characters: PositiveInt | None = None
-    """As data.max_characters."""
+    """Replacement of data.max_characters."""
     max_documents: int | None = Field(default=None, ge=2)
-    """As data.max_documents."""
+    """Replacement of data.max_documents."""
     validation_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """As data.validation_fraction."""
+    """Replacement of data.validation_fraction."""
 
 
 class DataConfig(Config):
@@ -197,7 +219,14 @@ class DataConfig(Config):
     """The tokenizer that turns text into tokens."""
     sequence_length: Dim = 1
     """Tokens in a row; required, except for `format: images`. Documents are concatenated and cut into rows of this
-    length; examples of the other formats are packed into rows whole."""
+    length, unless `packing` says otherwise; examples of the other formats are packed into rows whole."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """Way in which documents fill rows (`format: text`). `concatenate`: one after another, cut wherever a row ends, so
+    that no place is lost. `best_fit`: whole documents share a row where they fit, by best fit, longest first; rows are
+    padded, by as much as is said when a run starts."""
+    split: Literal["long", "never"] = "long"
+    """Treatment of documents longer than a row (`packing: best_fit`). `long`: cut into full rows, and a rest that is
+    packed. `never`: left out of training, and counted; held-out documents are cut all the same."""
     mask_documents: bool = True
     """Let tokens attend only to their own document. Off: to all tokens before them in the row, plain causal attention,
     as some kernels need (NKI's flash attention knows no documents)."""
@@ -207,11 +236,17 @@ class DataConfig(Config):
     max_documents: int | None = Field(default=None, ge=2)
     """Read no more than this many documents, or pictures, in the order of the source."""
     shuffle: bool = True
-    """Visit the training rows in a new random order in each epoch, rather than in the order of the source."""
+    """Visit the training rows in a new random order in each epoch, rather than in the order of the source. The window
+    is the whole corpus, whatever its size: the row at each place of the order is computed by a keyed permutation of all
+    rows (Grain's), which takes no memory and reads nothing ahead. What stays together is what a row
+    holds: with `packing: concatenate`, documents that follow one another in the source."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the shuffle, and of `flip`."""
     cache_dir: str | None = None
     """Directory of cached tokens and pictures. By default `$XDG_CACHE_HOME/trainfw`, or `~/.cache/trainfw`."""
+    stream: StreamConfig | None = None
+    """Read, tokenise and shuffle documents while training, with no cache of their tokens (`format: text`); null: all of
+    them before it. For a corpus that is larger than the disk, or lies in a store."""
     prefetch: int = Field(default=4, ge=0, le=1024)
     """Batches read ahead of the step, in threads. 0 reads each batch when it is asked for."""
 
@@ -223,6 +258,14 @@ class DataConfig(Config):
             hint = "save_to_disk(DIRECTORY), and name that; or trainfw.train(recipe, data=...)"
             invalid("", f"is a {kind}; expected its path: {hint}")
         return source
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_is_of_documents(cls, split: object) -> object:
+        if split not in ("long", "never"):  # of other trainers, the key names a part of the data
+            hint = "what is held out is chosen by data.validation_fraction"
+            invalid("", f"expected long or never, for documents longer than a row; {hint}")
+        return split
 
     @model_validator(mode="after")
     def _fields_fit_the_format(self) -> DataConfig:
@@ -240,6 +283,7 @@ class DataConfig(Config):
             for name in ("prompt", "completion", "chosen", "rejected"):
                 if getattr(self, f"{name}_field") != name:
                     invalid(f"{name}_field", f"{name}_field does not change source: {task}")
+        self._check_stream(tasks)
         self._check_images(sources)
         if self.max_characters is not None and not tasks and self.mixture is None:
             invalid("max_characters", f"max_characters is for a built-in task: {', '.join(TASK_SOURCES)}")
@@ -268,7 +312,31 @@ class DataConfig(Config):
         if self.format == "text" and self.too_long != "refuse":
             formats = "`format: chat`, `prompt_completion` and `preferences`"
             invalid("too_long", f"too_long is for {formats}: text is cut into rows")
+        self._check_packing()
         return self
+
+    def _check_stream(self, tasks: list[str]) -> None:
+        """Refuse what is not read as a stream."""
+        if self.stream is None:
+            return
+        if self.format != "text" or tasks:
+            invalid("stream", f"documents alone are read as a stream, but format is {self.format!r}: set it to null")
+        if self.tokenizer.name == "bpe":
+            invalid(
+                "tokenizer", "`name: bpe` trains on all of the text; make a file of it with `trainfw tokenizer train`"
+            )
+        if self.max_documents is not None:
+            invalid("max_documents", "max_documents is for what is read before training; name fewer files")
+
+    def _check_packing(self) -> None:
+        """Refuse keys of packing where they change nothing."""
+        for name in () if self.format in ("text", "images") else ("packing", "split"):
+            if self._differs(name):
+                invalid(name, f"{name} is for `format: text`, but format is {self.format!r}: examples are packed whole")
+        if self.split == "never" and self.packing != "best_fit":
+            invalid(
+                "split", f"`never` needs `packing: best_fit`, but packing is {self.packing!r}: text is cut anywhere"
+            )
 
     def _check_images(self, sources: list[str]) -> None:
         """Refuse keys of text where pictures are read, and the reverse."""
@@ -299,6 +367,8 @@ class DataConfig(Config):
         if not any(one.weight for one in mixture.values()):
             invalid("mixture", "every weight is 0: expected one above it at least")
         for name, one in mixture.items():
+            if one.repeats is not None and self.stream is not None:
+                invalid(f"mixture.{name}.repeats", "passes are not known of what is read as a stream: leave it out")
             if not _NAME.fullmatch(name):
                 invalid(
                     "mixture", f"{name!r:.60}: expected a name of letters, digits, '_' and '-', with a letter first"
@@ -316,6 +386,8 @@ class DataConfig(Config):
 
     def _part(self, one: MixtureSource) -> DataConfig:
         given: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set - {"mixture"}}
+        if (one.format or self.format) != self.format:
+            given = {name: value for name, value in given.items() if name not in ("packing", "split")}  # of text
         return DataConfig(**given | one.model_dump(exclude_none=True, exclude={"weight", "repeats"}))
 
     @property

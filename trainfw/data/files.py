@@ -8,14 +8,15 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from trainfw.data.arrow import SAVED
-from trainfw.data.compressed import SUFFIXES
+from trainfw.data.compressed import SUFFIXES, File
 from trainfw.data.config import STDLIB, TASK_SOURCES, TOPICS
 from trainfw.data.readers import Reader
+from trainfw.data.remote import StoreBlocks, cached_of_hub, hub_cache_place, is_remote, list_remote
 from trainfw.errors import UserError, did_you_mean
 
 _SPECIAL = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "device", stat.S_IFCHR: "device"}
@@ -28,10 +29,16 @@ _Pattern = tuple[str, ...]
 class Input(NamedTuple):
     """A file, or the directory of a saved dataset, and how to read it."""
 
-    path: Path
+    path: File
     name: str
     """Path within the source."""
     read: Reader
+
+    @property
+    def local(self) -> Path:
+        """Path of what is on this machine, as whatever is not of a store."""
+        assert isinstance(self.path, Path)
+        return self.path
 
 
 class Skipped:
@@ -68,7 +75,7 @@ class Finder:
     that is reached twice is read once: a glob and a name that overlap do not ask to learn a file twice.
     """
 
-    def __init__(self, readers: Mapping[str, Reader], why_not: Callable[[Path, str], str | None]):
+    def __init__(self, readers: Mapping[str, Reader], why_not: Callable[[File, str], str | None]):
         """Begin a search.
 
         Args:
@@ -83,6 +90,11 @@ class Finder:
 
     def find(self, name: str) -> list[Input]:
         """Return the inputs that `name` stands for, in order. Raises UserError where it stands for none."""
+        if is_remote(name):
+            found = self._remote(name)
+            if not isinstance(found, str):
+                return self._new(found)
+            name = found
         path = Path(os.path.expanduser(name))
         if not name:
             raise UserError("source: a name is empty; expected the path of a file or a directory")
@@ -94,12 +106,7 @@ class Finder:
             if odd := _odd(path):
                 leads = f" to {odd[1]}" if odd[1] else ""
                 raise UserError(f"source {name!r} is a {odd[0]}{leads}; expected a file or a directory")
-            kind, suffix = file_kind(path)
-            if kind not in self._kinds:
-                also = "" if ".txt" in self._kinds else " as rows of examples"
-                hint = did_you_mean(suffix, self._kinds)
-                raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
-            inputs = [Input(path, path.name, self._readers[kind])]
+            inputs = [self._file(path)]
         elif glob.has_magic(name):
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             inputs = self._all(root, path.relative_to(root).parts, name)
@@ -113,23 +120,65 @@ class Finder:
             siblings = [str(sibling) for sibling in path.parent.iterdir()] if os.path.isdir(path.parent) else []
             hint = did_you_mean(str(path), [STDLIB, TOPICS, *TASK_SOURCES, *siblings])
             raise UserError(f"source {name!r} does not exist (seen from {Path.cwd()}){hint}")
+        return self._new(inputs)
+
+    def _new(self, inputs: list[Input]) -> list[Input]:
+        """Return the inputs that were not reached before."""
         new = []
         for one in inputs:
-            if (real := os.path.realpath(one.path)) in self._reached:
+            real = os.path.realpath(one.path) if isinstance(one.path, Path) else one.path.url
+            if real in self._reached:
                 self.skipped.add("reached twice", one.name)
             else:
                 self._reached.add(real)
                 new.append(one)
         return new
 
+    def _file(self, path: File) -> Input:
+        """Return a file that was named. Raises UserError where its kind is not read."""
+        kind, suffix = file_kind(path)
+        if kind not in self._kinds:
+            also = "" if ".txt" in self._kinds else " as rows of examples"
+            hint = did_you_mean(suffix, self._kinds)
+            raise UserError(f"{path}: cannot read a {suffix or 'suffixless'} file{also}{hint}")
+        return Input(path, path.name, self._readers[kind])
+
+    def _remote(self, name: str) -> list[Input] | str:
+        """Return the inputs at a URL; for the Hugging Face hub, where it cannot be asked, the path in its cache."""
+        try:
+            found, alone = list_remote(name, StoreBlocks())
+        except UserError as error:
+            if not name.startswith("hf://"):
+                raise
+            if (place := cached_of_hub(name)) is None:
+                cache = hub_cache_place()
+                raise UserError(f"{error}; nor is all of it in the hub's cache on this machine ({cache})") from None
+            return place
+        if alone:
+            return [self._file(found[0][0])]
+        if saved := [shown for file, shown in found if file.name in _OF_SAVED]:
+            raise UserError(
+                f"source {name!r}: {saved[0]} is of a dataset that `save_to_disk` wrote, which is read on this machine "
+                "alone; copy it here, or write it as Parquet"
+            )
+        return self._of_kinds(found, name)
+
     def _all(self, root: Path, pattern: _Pattern, name: str) -> list[Input]:
+        paths = self._walk(root, {pattern}, {os.path.realpath(root)})
+        every = pattern == ("**", "*")
+        return self._of_kinds(((path, path.relative_to(root).as_posix()) for path in paths), name, every=every)
+
+    def _of_kinds(self, found: Iterable[tuple[File, str]], name: str, *, every: bool = False) -> list[Input]:
+        """Return those of the files, each with its path within the source, that can be read.
+
+        Raises UserError where none can; `every` file of a directory was looked at.
+        """
         before, inputs = self.skipped.counts.copy(), []
-        for path in self._walk(root, {pattern}, {os.path.realpath(root)}):
-            shown = path.relative_to(root).as_posix()
+        for path, shown in found:
             kind, suffix = file_kind(path)
-            if os.path.isdir(path):
+            if isinstance(path, Path) and os.path.isdir(path):
                 inputs.append(Input(path, shown, self._readers[SAVED]))
-            elif odd := _odd(path):
+            elif isinstance(path, Path) and (odd := _odd(path)):
                 self.skipped.add(odd[0], f"{shown} -> {odd[1]}" if odd[1] else shown)
             elif kind not in self._kinds:
                 self.skipped.add(suffix or "suffixless", "" if suffix else shown)
@@ -139,8 +188,9 @@ class Finder:
                 inputs.append(Input(path, shown, self._readers[kind]))
         if not inputs:
             others = sorted(self.skipped.counts - before)
-            if not others and pattern != ("**", "*"):
-                raise UserError(f"source {name!r} matches no file (seen from {Path.cwd()})")
+            if not others and not every:
+                seen_from = "" if is_remote(name) else f" (seen from {Path.cwd()})"
+                raise UserError(f"source {name!r} matches no file{seen_from}")
             raise UserError(
                 f"source {name!r}: no file that can be read (one of {', '.join(self._kinds)}) and no saved dataset; "
                 f"found {', '.join(others[:8]) or 'nothing'}"
@@ -171,7 +221,7 @@ class Finder:
                 yield from self._walk(path, deeper, entered)
 
 
-def file_kind(path: Path) -> tuple[str, str]:
+def file_kind(path: File) -> tuple[str, str]:
     """Return a file's suffix in lower case, without that of a compression and with it."""
     name = path.name.lower()
     compression = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
@@ -179,9 +229,12 @@ def file_kind(path: Path) -> tuple[str, str]:
     return kind, kind + compression
 
 
+_OF_SAVED = ("dataset_dict.json", "state.json")
+
+
 def is_saved_dataset(path: Path) -> bool:
     """Tell whether `save_to_disk` wrote this directory."""
-    return os.path.isfile(path / "dataset_dict.json") or os.path.isfile(path / "state.json")
+    return any(os.path.isfile(path / name) for name in _OF_SAVED)
 
 
 def _odd(path: Path) -> tuple[str, str] | None:

@@ -6,10 +6,9 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainfw.data.compressed import LIMIT, open_plain
+from trainfw.data.compressed import LIMIT, File, open_plain
 from trainfw.errors import UserError
 from trainfw.json_text import unique
 from trainfw.utf8 import without_mark
@@ -18,7 +17,7 @@ _BLOCK = 2**20
 """Bytes read at once."""
 
 
-def json_values(path: Path) -> Iterator[tuple[str, str, object]]:
+def json_values(path: File) -> Iterator[tuple[str, str, object]]:
     """Yield (place, place in words, value) for each element of a list, or for each value where there is no list.
 
     Raises UserError, with the line, for text that is not JSON.
@@ -55,7 +54,7 @@ class _JsonText:
     _SPACE = re.compile(r"[ \t\n\r]*")
     _parse = json.JSONDecoder(object_pairs_hook=unique).raw_decode
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: File) -> None:
         self.line = 1
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8")()

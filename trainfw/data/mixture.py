@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from trainfw.data.cache import PreparedData
-from trainfw.data.cache_directory import fingerprint_of, is_held_out, root_of
+from trainfw.data.cache_directory import cache_root, fingerprint_of, is_held_out
 from trainfw.data.config import DataConfig
 from trainfw.data.images.prepared import PreparedImages
 from trainfw.data.interleave import Interleaving, Shares
@@ -102,7 +102,7 @@ def train_mixture_bpe(config: DataConfig, progress: Progress | None = None) -> T
         config.validation_fraction,
         [(n, s.fingerprint(), parts[n].max_documents) for n, s in sources.items()],
     ]
-    directory = root_of(config) / f"bpe-{fingerprint_of(state)}"
+    directory = cache_root(config) / f"bpe-{fingerprint_of(state)}"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with held(directory.with_suffix(".lock"), "the tokenizer", progress):
@@ -126,11 +126,11 @@ def _training_texts(documents: Iterator[Any], config: DataConfig) -> Iterator[st
 
 
 @dataclass(frozen=True)
-class MixedStage:
-    """Part of a run: the rows of one length that it draws, and their shares."""
+class StageShares:
+    """Part of a run: the sources that it draws rows of, and their shares."""
 
-    rows: Mapping[str, RowSet]
-    """Rows of each source by its name, in the order of `shares`."""
+    names: tuple[str, ...]
+    """Sources in the order of `shares`."""
     shares: Shares
     global_batch_size: int
     length: int
@@ -138,8 +138,32 @@ class MixedStage:
 
     def counts(self) -> dict[str, int]:
         """Return the most rows that each source gives to the stage."""
-        totals = (self.shares.total(source, self.shares.rows) for source in range(len(self.rows)))
-        return {name: -(-total.numerator // total.denominator) for name, total in zip(self.rows, totals)}
+        totals = (self.shares.total(source, self.shares.rows) for source in range(len(self.names)))
+        return {name: -(-total.numerator // total.denominator) for name, total in zip(self.names, totals)}
+
+    @property
+    def identity(self) -> str:
+        """Hash of the sources' names, their shares, and the length of rows."""
+        constant = self.shares.start == self.shares.end
+        ends = [] if constant else [*map(str, self.shares.end), self.shares.rows]
+        return fingerprint_of([self.length, self.names, [*map(str, self.shares.start)], ends])
+
+    @staticmethod
+    def check(stages: Sequence[StageShares], number: object, identity: object) -> None:
+        """Raise UserError where a stage, by its number from 0, is not the one of this `identity`."""
+        if not isinstance(number, int) or not 0 <= number < len(stages) or identity != stages[number].identity:
+            raise UserError(
+                "mixture: other sources or weights than the run had when this state was saved, so its place means "
+                "nothing here; give them in a stage of their own, which begins after it, or start a new run"
+            )
+
+
+@dataclass(frozen=True)
+class MixedStage(StageShares):
+    """Part of a run whose sources are all there."""
+
+    rows: Mapping[str, RowSet]
+    """Rows of each source by its name."""
 
 
 class MixedIterator(GrainBatches):
@@ -188,18 +212,14 @@ class MixedIterator(GrainBatches):
             "first_row": self._first_row,
             "used": self._used,
             "counts": self._interleaving.counts(self._next_row - self._first_row),
-            "shares": _said(stage),
+            "shares": stage.identity,
             "orders": {key: self._orders[key] for key in sorted({*self._used, *self._keys(stage)})},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, with any number of processes. Raises UserError where it is of other sources or shares."""
-        number = state.get("stage")
-        if number is None or number >= len(self._stages) or state["shares"] != _said(self._stages[number]):
-            raise UserError(
-                "mixture: other sources or weights than the run had when this state was saved, so its place means "
-                "nothing here; give them in a stage of their own, which begins after it, or start a new run"
-            )
+        StageShares.check(self._stages, state.get("stage"), state.get("shares"))
+        number = state["stage"]
         for key, order in state["orders"].items():
             if self._orders.get(key) != order:
                 raise UserError(
@@ -208,13 +228,13 @@ class MixedIterator(GrainBatches):
                     "nothing here; restore the data, or start a new run"
                 )
         done = state["next_row"] - state["first_row"]
-        if len(state["counts"]) != len(self._stages[number].rows) or sum(state["counts"]) != done:
+        if len(state["counts"]) != len(self._stages[number].names) or sum(state["counts"]) != done:
             raise UserError("mixture: this state's rows by source are not those of its place; start a new run")
         self._next_row = state["next_row"]
         self._begin(number, state["first_row"], dict(state["used"]), state["counts"])
 
     def _keys(self, stage: MixedStage) -> list[str]:
-        return [f"{stage.length} {name}" for name in stage.rows]
+        return [f"{stage.length} {name}" for name in stage.names]
 
     def _used_by_now(self) -> dict[str, int]:
         """Return how many rows were taken of each source, by the length of its rows."""
@@ -251,10 +271,3 @@ class _Mixed:
         if "row" in row:  # what is drawn for a row is drawn by its number, of which no two sources may have the same
             row = row | {"row": np.array(self._first_row + place, np.int64)}
         return row
-
-
-def _said(stage: MixedStage) -> str:
-    """Identify the sources of a stage and their shares."""
-    constant = stage.shares.start == stage.shares.end
-    ends = [] if constant else [*map(str, stage.shares.end), stage.shares.rows]
-    return fingerprint_of([stage.length, [*stage.rows], [*map(str, stage.shares.start)], ends])

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainfw.data.config import DataConfig
 from trainfw.data.images.store import ImageRows, ImageStore
-from trainfw.data.rows import RowSet, open_rows
+from trainfw.data.rows import RowSet, open_rows, open_validation_rows
 from trainfw.data.store import TokenStore
 from trainfw.errors import UserError
 
@@ -121,8 +121,8 @@ class TrainIterator(GrainBatches):
         """Go on from `state`, with any number of processes. Raises UserError where it is of another order of rows."""
         if state.get("order") != self._order:
             raise UserError(
-                "the data has changed since this state was saved (its text, tokenizer, sequence_length, shuffle, "
-                "flip or seed), so its place means nothing here; restore the data, or start a new run"
+                "the data has changed since this state was saved (its text, tokenizer, sequence_length, packing, "
+                "shuffle, flip or seed), so its place means nothing here; restore the data, or start a new run"
             )
         self._seek(state["next_row"])
 
@@ -158,7 +158,7 @@ def train_iterator(
     processes does not change; the shares in order of process make it up. Raises UserError where the batch does not
     divide, or there are too few rows for one.
     """
-    _check_share(global_batch_size, process_count)
+    check_share(global_batch_size, process_count)
     rows = row_set(store, config)
     rows.require(global_batch_size)
     return TrainIterator(rows, config, global_batch_size, process_index, process_count)
@@ -177,8 +177,8 @@ def validation_batches(
 
     Every process sees the same number of batches. Raises UserError where the batch does not divide.
     """
-    share = _check_share(global_batch_size, process_count)
-    rows = row_set(store, config)
+    share = check_share(global_batch_size, process_count)
+    rows = row_set(store, config, held_out=True)
     starts = range(process_index * share, -(-len(rows) // global_batch_size) * global_batch_size, global_batch_size)
 
     def batches() -> Iterator[Batch]:
@@ -192,13 +192,16 @@ def validation_batches(
     return batches()
 
 
-def _check_share(global_batch_size: int, process_count: int) -> int:
+def check_share(global_batch_size: int, process_count: int) -> int:
+    """Return the rows of a batch that each process has. Raises UserError where it does not divide."""
     share, rest = divmod(global_batch_size, process_count)
     if rest or share < 1:
         raise UserError(f"a global batch of {global_batch_size} does not divide among {process_count} processes")
     return share
 
 
-def row_set(store: TokenStore | ImageStore, config: DataConfig) -> RowSet:
-    """Return the rows of a store."""
-    return ImageRows(store, config) if isinstance(store, ImageStore) else open_rows(store, config)
+def row_set(store: TokenStore | ImageStore, config: DataConfig, *, held_out: bool = False) -> RowSet:
+    """Return the rows of a store; of one that is held out, nothing is left out."""
+    if isinstance(store, ImageStore):
+        return ImageRows(store, config)
+    return (open_validation_rows if held_out else open_rows)(store, config)

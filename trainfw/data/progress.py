@@ -18,3 +18,9 @@ def reported(items: Iterable[T], description: str, total: int | None, progress: 
             progress(description, completed, total)
     if progress is not None:
         progress(description, completed, completed)
+
+
+def report_bytes(what: str, completed: int, total: int | None, progress: Progress | None) -> None:
+    """Report bytes as megabytes, begun ones too."""
+    if progress is not None:
+        progress(f"{what}, MB", -(-completed // 10**6), None if total is None else -(-total // 10**6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import tokenize
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trainfw.data.arrow import SAVED, NotText, ReadTables, parquet_tables, saved_dataset_tables, table_rows
-from trainfw.data.compressed import LIMIT, open_plain
+from trainfw.data.compressed import LIMIT, File, open_plain, skip_to
 from trainfw.data.json_values import json_values, not_json
+from trainfw.data.remote import StoreError
 from trainfw.errors import UserError, did_you_mean
 from trainfw.json_text import WrittenTwice, unique
 from trainfw.utf8 import decode_utf8, without_mark
@@ -20,7 +22,7 @@ from trainfw.utf8 import decode_utf8, without_mark
 Columns = tuple[str, ...]
 """Keys (JSON) or columns (Arrow) to read: one for documents; for examples several, of which the first must be there."""
 
-Reader = Callable[[Path, Columns], Iterator[tuple[str, Any]]]
+Reader = Callable[[File, Columns], Iterator[tuple[str, Any]]]
 """Function that yields (place within the file, text) for each document, or (place within the file, row) for each
 example, an object with those of the columns that it has. Raises UserError for a file that cannot be read."""
 
@@ -39,7 +41,7 @@ class Unreadable:
     reason: str
 
 
-def read_text(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
+def read_text(path: File, _columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the whole file as one document."""
     blocks, size = [], 0
     with open_plain(path) as file:
@@ -53,8 +55,9 @@ def read_text(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
     yield "", text
 
 
-def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
+def read_python(path: File, _columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield a Python file as one document, in the encoding that it declares; nothing where it does not decode."""
+    assert isinstance(path, Path)  # of this Python's own library
     try:
         with tokenize.open(path) as file:
             yield "", file.read()
@@ -62,25 +65,29 @@ def read_python(path: Path, _columns: Columns) -> Iterator[tuple[str, str]]:
         return
 
 
-def read_jsonl(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+def read_jsonl(path: File, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each line, a JSON object; blank lines are skipped."""
-    for line, data in _lines(path):
-        text, where = decode_utf8(data, path, line), f"{path}, line {line}"
-        try:
-            row = json.loads(text, object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
-            raise not_json(error, where, text) from error
-        yield f":{line}", document(row, columns, where)
+    for line, data, _ in _lines(path):
+        yield f":{line}", _document_of(data, path, line, columns)
 
 
-def read_jsonl_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+def _document_of(data: bytes, path: File, line: int, columns: Columns) -> str:
+    text, where = decode_utf8(data, path, line), f"{path}, line {line}"
+    try:
+        row = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # also a number too long, or lists too deep
+        raise not_json(error, where, text) from error
+    return document(row, columns, where)
+
+
+def read_jsonl_rows(path: File, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the example of each line; `Unreadable` for a line that is no JSON object."""
     return ((place, example(value, columns)) for place, value in read_jsonl_values(path))
 
 
-def read_jsonl_values(path: Path) -> Iterator[tuple[str, object]]:
+def read_jsonl_values(path: File) -> Iterator[tuple[str, object]]:
     """Yield the value of each line; `Unreadable` for a line that is no JSON."""
-    for line, data in _lines(path):
+    for line, data, _ in _lines(path):
         row: Any
         try:
             row = json.loads(data.decode(), object_pairs_hook=unique)
@@ -93,55 +100,65 @@ def read_jsonl_values(path: Path) -> Iterator[tuple[str, object]]:
         yield f":{line}", row
 
 
-def read_json(path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
+def read_json(path: File, columns: Columns) -> Iterator[tuple[str, str]]:
     """Yield the document of each object in a JSON file: a list of objects, or objects one after another."""
     return ((place, document(value, columns, where)) for place, where, value in json_values(path))
 
 
-def read_json_rows(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+def read_json_rows(path: File, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the example of each object in a JSON file: a list of objects, or objects one after another."""
     return ((place, example(value, columns)) for place, _, value in json_values(path))
 
 
-def why_no_rows(path: Path, columns: Columns) -> str | None:
+def why_no_rows(path: File, columns: Columns) -> str | None:
     """Say in a few words why the first value of a .json file, which may hold anything, is no row; None if it is one."""
     try:
         first = next((value for *_, value in json_values(path)), None)
+    except StoreError:
+        raise
     except UserError as error:
         return str(error).removeprefix(str(path)).lstrip(",: ")
     return None if isinstance(first, dict) and columns[0] in first else f"no {columns[0]!r}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of each line that is not blank, without a byte-order mark (files are put together)."""
+def _lines(path: File, line: int = 1, offset: int = 0) -> Iterator[tuple[int, bytes, int]]:
+    """Yield each line that is not blank: number, bytes without a byte-order mark (files are put together), its end.
+
+    Args:
+        line: the first to yield, which begins at the `offset` (bytes, decompressed).
+    """
     with open_plain(path) as file:
-        for line, data in enumerate(iter(functools.partial(file.readline, LIMIT + 1), b""), start=1):
+        skip_to(file, offset)
+        for number, data in enumerate(iter(functools.partial(file.readline, LIMIT + 1), b""), start=line):
+            offset += len(data)
             if len(data) > LIMIT:
-                raise UserError(f"{path}, line {line}: longer than {LIMIT:,} bytes")
+                raise UserError(f"{path}, line {number}: longer than {LIMIT:,} bytes")
             try:
                 data = without_mark(data)
             except ValueError as error:
-                raise UserError(f"{path}, line {line}: {error}") from None
+                raise UserError(f"{path}, line {number}: {error}") from None
             if data.strip():
-                yield line, data
+                yield number, data, offset
 
 
-def _chosen(read: ReadTables, path: Path, columns: Columns, option: str) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield the number and the columns of each row of a table; all but the first column may be absent."""
+def _chosen(
+    read: ReadTables, path: File, columns: Columns, option: str, first: int = 0
+) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield the number and the columns of each row of a table from `first` on; only the first column must be there."""
 
     def choose(present: list[str]) -> list[str]:
         check_column(columns[0], present, str(path), "column", option)
         return [column for column in columns if column in present]
 
-    return enumerate(table_rows(read(path, choose)))
+    return enumerate(table_rows(read(path, choose, first=first)), first)
 
 
-def _documents(read: ReadTables, path: Path, columns: Columns) -> Iterator[tuple[str, str]]:
-    for number, row in _chosen(read, path, columns, "text_field"):
+def _documents(read: ReadTables, path: File, columns: Columns, first: int = 0) -> Iterator[tuple[str, str]]:
+    for number, row in _chosen(read, path, columns, "text_field", first):
         yield f"#{number}", _checked_text(row[columns[0]], columns[0], f"{path}, row {number}")
 
 
-def _examples(read: ReadTables, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+def _examples(read: ReadTables, path: File, columns: Columns) -> Iterator[tuple[str, object]]:
     return ((f"#{number}", row) for number, row in _chosen(read, path, columns, _FIELD_KEYS))
 
 
@@ -163,6 +180,33 @@ ROW_READERS: dict[str, Reader] = {
     SAVED: functools.partial(_examples, saved_dataset_tables),
 }
 """Readers of examples, by the suffix of their files."""
+
+
+Place = tuple[int, int]
+"""Place in a file of documents: of JSONL the bytes (decompressed) and the lines before it; of others the documents."""
+BEGIN: Place = (0, 0)
+
+
+def documents_from(kind: str, read: Reader, path: File, columns: Columns, place: Place) -> Iterator[tuple[str, Place]]:
+    """Yield each document of a file from a place on, and the place after it.
+
+    JSONL is entered at its byte (compressed, it is decompressed up to there), Parquet at its group of rows.
+    """
+    if kind in _LINES:
+        offset, lines = place
+        for line, data, end in _lines(path, lines + 1, offset):
+            yield _document_of(data, path, line, columns), (end, line)
+        return
+    done, _ = place
+    if kind == ".parquet":
+        found = _documents(parquet_tables, path, columns, done)
+    else:
+        found = itertools.islice(read(path, columns), done, None)
+    for number, (_, text) in enumerate(found, start=done + 1):
+        yield text, (number, 0)
+
+
+_LINES = (".jsonl", ".ndjson")
 
 
 def example(row: object, columns: Columns) -> object:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainfw.data.compressed import SUFFIXES, File
 from trainfw.data.config import STDLIB, TASK_SOURCES, TOPICS, DataConfig
 from trainfw.data.files import Finder, Input
 from trainfw.data.readers import READERS, ROW_READERS, Columns, Reader, read_python, read_text, why_no_rows
+from trainfw.data.remote import RemoteFile
 from trainfw.data.stdlib import read_task, read_topics
 from trainfw.errors import UserError
 
@@ -83,27 +85,43 @@ class Source:
 
     def _read(self) -> Iterator[tuple[str, Any]]:
         for item in self.inputs:
-            with _readable(item.path):
+            with readable(item.path):
                 for place, value in item.read(item.path, self.columns):
                     yield item.name + place, value
 
     def fingerprint(self) -> str:
-        """Return a hash of each file's path, size, time, first and last block. Reads no more than these blocks."""
+        """Return a hash of each file's path, size, time, first and last block. Reads no more than these blocks.
+
+        Of files of a store it is the URL, the size and the store's tag (ETag), and nothing is read.
+        """
         state: list[Any] = [self.identity, "\0".join(self.columns)]
         if self.max_characters is not None:
             state.append(self.max_characters)
         for item in self.inputs:
-            with _readable(item.path):
+            if isinstance(item.path, RemoteFile):
+                state.append([item.name, item.path.url, item.path.num_bytes, item.path.mark])
+                continue
+            with readable(item.path):
                 for path in sorted(item.path.rglob("*")) if item.path.is_dir() else [item.path]:
                     stat = path.stat()
                     state.append([item.name, path.name, stat.st_size])
                     if self.identity is None:
-                        state[-1] += [str(path.resolve()), stat.st_mtime_ns, _ends(path, stat.st_size)]
+                        state[-1] += [str(path.resolve()), stat.st_mtime_ns, ends_of(path, stat.st_size)]
         return hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
 
     def num_documents(self) -> int | None:
         """Count the documents if each file is one; None if that takes reading."""
         return len(self.inputs) if all(item.read in (read_text, read_python) for item in self.inputs) else None
+
+    def num_bytes(self) -> int | None:
+        """Count the bytes of all text if each file is one document as it is; None if that takes reading."""
+        plain = all(not item.name.lower().endswith(SUFFIXES) for item in self.inputs)
+        if not self.inputs or not plain or self.num_documents() is None:
+            return None
+        with contextlib.suppress(OSError):  # who reads them will say
+            paths = [item.path for item in self.inputs]
+            return sum(path.stat().st_size if isinstance(path, Path) else path.num_bytes for path in paths)
+        return None
 
 
 def open_source(config: DataConfig) -> Source:
@@ -161,11 +179,11 @@ def _python_topics() -> Source:
     path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
     if not path.is_file():
         raise UserError(f"source {TOPICS}: this Python keeps no {path}; name files of your own")
-    return Source((Input(path, "topics", lambda file, _: read_topics(file)),), (), f"{TOPICS} {sys.version}")
+    return Source((Input(path, "topics", lambda file, _: read_topics(Path(str(file)))),), (), f"{TOPICS} {sys.version}")
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: File) -> Iterator[None]:
     """Raise UserError where the system does not let a file be read."""
     try:
         yield
@@ -173,7 +191,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _ends(path: Path, size: int, block: int = 2**16) -> str:
+def ends_of(path: Path, size: int, block: int = 2**16) -> str:
     """Return a hash of a file's first and last block: images and archives may set equal times and sizes."""
     if not path.is_file():
         return ""

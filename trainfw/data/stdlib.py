@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainfw.data.compressed import File
+
 Pair = tuple[int, str, str]
 """(line, prompt, completion)"""
 
@@ -69,8 +71,9 @@ TASKS: dict[str, tuple[Callable[[str], Iterator[tuple[Any, ...]]], tuple[str, ..
 """Function that yields (line, one text for each key) of a file's text, and the keys, by the name of the task."""
 
 
-def read_task(path: Path, task: str) -> Iterator[tuple[str, dict[str, str]]]:
+def read_task(path: File, task: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the rows made of a Python file; none of one that does not decode or parse."""
+    assert isinstance(path, Path)  # of this Python's own library
     rows, keys = TASKS[task]
     try:
         with tokenize.open(path) as file:

@@ -249,6 +249,11 @@ class BlockWriter:
         self._index += 1
 
 
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """Return the type of stored ids."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
 class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
     """Writer of documents, or of `examples`, to a store's files, which are whole once the `with` block has ended.
 
@@ -261,7 +266,7 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self, directory: Path, split: str, vocab_size: int, identity: str, *, examples: bool = False, group: int = 1
     ) -> None:
         self._group = group
-        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._dtype = ids_dtype(vocab_size)
         self._tokens = BlockWriter(directory / f"{split}.tokens", identity)
         self._offsets = BlockWriter(directory / f"{split}.offsets", identity)
         self._learnt = BlockWriter(directory / f"{split}.learnt", identity) if examples else None
@@ -269,11 +274,8 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._num_tokens = self._num_documents = self._num_bytes = 0
         self._offsets.write(np.int64(0).tobytes())
 
-    def append(self, ids: list[int], num_bytes: int, learnt: list[bool] | None = None) -> None:
-        """Add a document of `ids` (bos and eos included), whose text has `num_bytes` bytes in UTF-8.
-
-        For an example, `learnt` flags the tokens to predict, and `num_bytes` counts the bytes of their text.
-        """
+    def append(self, ids: list[int], num_bytes: int, learnt: list[bool]) -> None:
+        """Add an example of `ids`. `learnt` flags the tokens to predict, whose text has `num_bytes` bytes in UTF-8."""
         data = np.array(ids, self._dtype).tobytes()
         self._num_tokens += len(ids)
         self._num_documents += 1
@@ -282,11 +284,27 @@ class StoreWriter(contextlib.AbstractContextManager["StoreWriter"]):
         self._tokens.write(data)
         self._offsets.write(end)
         self._hash.update(data + end)
-        if self._learnt is not None:
-            assert learnt is not None
-            mask = np.array(learnt, np.bool_).tobytes()
-            self._learnt.write(mask)
-            self._hash.update(mask)
+        assert self._learnt is not None
+        mask = np.array(learnt, np.bool_).tobytes()
+        self._learnt.write(mask)
+        self._hash.update(mask)
+
+    def extend(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        """Add documents of text: their ids one after another, (n,), and how many each has, (documents,) int64."""
+        ends = self._num_tokens + np.cumsum(lengths)
+        self._tokens.write(ids.tobytes())
+        self._offsets.write(ends.tobytes())
+        # For the digest the end of each document, in units of the ids' size, follows its ids.
+        units = np.dtype(np.int64).itemsize // self._dtype.itemsize
+        places = (ends - self._num_tokens + units * np.arange(len(ends)))[:, None] + np.arange(units)
+        mixed = np.empty(len(ids) + places.size, self._dtype)
+        of_ids = np.ones(len(mixed), np.bool_)
+        of_ids[places] = False
+        mixed[of_ids], mixed[places] = ids, ends.view(self._dtype).reshape(places.shape)
+        self._hash.update(mixed.data)
+        self._num_tokens += len(ids)
+        self._num_documents += len(lengths)
+        self._num_bytes += num_bytes
 
     def info(self) -> StoreInfo:
         counts = (self._num_tokens, self._num_documents, self._num_bytes)

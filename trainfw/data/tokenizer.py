@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from trainfw.confined import LimitError, UnusableError, helper
 from trainfw.data.added_tokens import TokenizerFiles
 from trainfw.data.config import BYTE_VOCAB_SIZE, TokenizerConfig
+from trainfw.data.pretokens import OURS
 from trainfw.data.progress import Progress, reported
 from trainfw.data.trials import guarded, opened
 from trainfw.errors import UserError
@@ -32,11 +33,10 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 GENERATION = "generation_config.json"
 
+BATCH_BYTES = 1_000_000
+"""Bytes of text tokenised at once: enough for every core, little enough for any memory."""
 BPE_SAMPLE_BYTES = 64_000_000
 """Most bytes of text, from the start of the training split, that BPE is trained on: more would change few merges."""
-
-# GPT-4's split, with numbers cut into two digits (not three), as a small vocabulary has no room for a thousand numbers.
-_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _tried: set[bytes] = set()
 """Digests of the tokenizers that passed the helper's trial."""
@@ -236,7 +236,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress | None =
     if vocab_size < BYTE_VOCAB_SIZE:
         raise UserError(f"vocab_size = {vocab_size}: expected {BYTE_VOCAB_SIZE} or more: every byte, and two markers")
     backend = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(OURS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.decoder = decoders.ByteLevel()

@@ -57,10 +57,7 @@ def build_program(
     objective = objective_of(recipe) if objective is None else objective
     schema = _schema(recipe, objective)
     models = model_set(recipe, place, objective.roles)
-    with recipe.blamed("optimizer"):
-        rates = rates_of(recipe)
-        transformation = optim.make_optimizer(recipe.optimizer, recipe.train.steps, optimizer, rates)
-        schedule = optim.make_schedule(recipe.optimizer, recipe.train.steps, rates=rates)
+    transformation, schedule = _optimizer(recipe, optimizer)
     with recipe.blamed("parallel"):
         grad_shardings = models.shardings(place.rules, "gradients")
         update_shardings = models.shardings(place.rules, "optimizer")
@@ -109,6 +106,16 @@ def build_program(
     with recipe.blamed("parallel"):
         program.functions["train"].trace()  # a rule that cannot apply shows here
     return program
+
+
+def _optimizer(recipe: Recipe, own: optim.OwnOptimizer | None) -> tuple[Any, Any]:
+    """Return the recipe's optimizer, or a script's own, and its learning rate by step, through all stages."""
+    rates, steps = rates_of(recipe), recipe.train.steps
+    with recipe.blamed("optimizer"):
+        return (
+            optim.make_optimizer(recipe.optimizer, steps, own, rates),
+            optim.make_schedule(recipe.optimizer, steps, rates=rates),
+        )
 
 
 def name_pieces(recipe: Recipe, objective: objectives.Objective | None, optimizer: optim.OwnOptimizer | None) -> Recipe:

@@ -29,33 +29,33 @@ class StageData(Config):
     """Keys of `data` that a stage may change."""
 
     sequence_length: Dim | None = None
-    """As data.sequence_length."""
+    """Replacement of data.sequence_length."""
 
 
 class StageTrain(Config):
     """Keys of `train` that a stage may change."""
 
     global_batch_size: Dim | None = None
-    """As train.global_batch_size."""
+    """Replacement of train.global_batch_size."""
     accumulation_steps: PositiveInt | None = None
-    """As train.accumulation_steps."""
+    """Replacement of train.accumulation_steps."""
 
 
 class StageOptimizer(Config):
     """Keys of `optimizer` that a stage may change: its learning rate is a schedule of its own then."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """As optimizer.learning_rate."""
+    """Replacement of optimizer.learning_rate."""
     adam_learning_rate: float | None = Field(default=None, gt=0)
-    """As optimizer.adam_learning_rate."""
+    """Replacement of optimizer.adam_learning_rate."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] | None = None
-    """As optimizer.schedule, over the stage's steps."""
+    """Replacement of optimizer.schedule, over the stage's steps."""
     warmup_steps: int = Field(default=0, ge=0, le=INT32)
-    """As optimizer.warmup_steps, from the stage's first step; none unless it is given."""
+    """Replacement of optimizer.warmup_steps, from the stage's first step; none unless it is given."""
     decay_steps: PositiveInt | None = None
-    """As optimizer.decay_steps."""
+    """Replacement of optimizer.decay_steps."""
     final_fraction: float | None = Field(default=None, ge=0, le=1)
-    """As optimizer.final_fraction."""
+    """Replacement of optimizer.final_fraction."""
 
 
 class StageConfig(Config):

@@ -116,6 +116,10 @@ def stage_to_plan(recipe: Recipe, number: int | None = None) -> Recipe:
 
 def check_stages(recipe: Recipe) -> None:
     """Refuse stages that do not follow one another, or that name sources which are not there."""
+    if recipe.data.stream is not None and any(stage.data is not None for stage in recipe.stages):
+        invalid(
+            "stages", "data.stream cuts rows of one sequence_length: leave it out of the stages, or set stream: null"
+        )
     before, last = 0, len(recipe.stages) - 1
     for i, (config, end) in enumerate(zip(recipe.stages, _ends(recipe))):
         key = f"stages.{i}"

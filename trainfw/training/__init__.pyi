@@ -13,7 +13,10 @@ from .loop import Interrupted as Interrupted
 from .loop import Result as Result
 from .loop import train as train
 from .reporter import Reporter as Reporter
+from .reporter import short_rate as short_rate
 from .resuming import check_accept as check_accept
+from .run_data import mixed_stages as mixed_stages
+from .run_data import read_data as read_data
 from .run_directory import Resume as Resume
 from .run_directory import RunDirectory as RunDirectory
 from .run_directory import check_place as check_place

@@ -163,7 +163,7 @@ def _validate_part(
     share = dict(zip(("process_index", "process_count"), program.batch_share))
     held_out = data.validation
     batches = validation_batches(held_out, config, global_batch_size=rows, max_batches=limit, **share)
-    everything = -(-len(row_set(held_out, config)) // rows)
+    everything = -(-len(row_set(held_out, config, held_out=True)) // rows)
     totals: dict[str, Mean] = {}
     for number, batch in enumerate(batches, start=1):
         if stop():

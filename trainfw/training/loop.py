@@ -131,7 +131,7 @@ def _train(agreed: _Agreed, given: Given, phases: Phases) -> Result:
         stages.enter(resumed_step or 0)
         with agreeing("data", patience) as facts:
             data = read_data(recipe, given.data, reporter, progress)
-            batches = open_batches(recipe, program, data, given.data, reporter.note)
+            batches = open_batches(recipe, program, data, given.data, reporter.note, progress)
             stack.enter_context(contextlib.closing(batches))
             facts |= {"data": data.facts()}
         # Again, now that no other process can change the answer.
@@ -310,7 +310,8 @@ def _state_at(
         raise RunError(f"{checkpoints.directory}: the checkpoint of step {step} is step {saved}, not {step}")
     with program.recipe.blamed("data"):
         batches.set_state(meta["data"])
-        if (begun := meta["data"].get("stage")) is not None:
+        place = meta["data"]
+        if (begun := place.get("stage", place.get("rows", {}).get("stage"))) is not None:
             check_stage(program.recipe, begun, step)
         if meta.get("held_out", held_out) != held_out:
             raise UserError(

@@ -12,6 +12,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._progress_of, self._last_progress = "", 0.0
+        self._began = (0.0, 0)
 
     def note(self, text: str) -> None:
         print_line(printable(text))  # whoever listened may have gone; the run goes on
@@ -22,9 +23,12 @@ class Reporter:
         now = time.monotonic()
         if description != self._progress_of or completed <= 1:
             self._progress_of, self._last_progress = description, now
+            self._began = (now, completed)
         elif now - self._last_progress > 10:
             self._last_progress = now
-            self.note(f"{description}: {completed:,}" + (f" of {total:,}" if total else ""))
+            since, before = self._began
+            rate = f" ({short_rate((completed - before) / (now - since))})"
+            self.note(f"{description}: {completed:,}" + (f" of {total:,}" if total else "") + rate)
 
     def step(self, step: int, steps: int) -> None:
         """A step is done."""
@@ -42,3 +46,8 @@ class Reporter:
 
     def close(self) -> None:
         """The run has ended, well or not."""
+
+
+def short_rate(per_second: float) -> str:
+    """Write a rate, in three digits at most where it is below a thousand."""
+    return f"{per_second:,.{0 if per_second >= 100 else 1}f}/s"

@@ -21,7 +21,7 @@ another end. `numbers`: other losses, which the user may accept. The others cann
 _KEYS: dict[Effect, str] = {
     "same": """
         name model.preset model.max_position
-        data.cache_dir data.prefetch
+        data.cache_dir data.prefetch data.stream.cache_bytes data.stream.wait_seconds
         train.accumulation_steps train.remat train.scan_layers train.loss_chunk train.log_every train.validate_every
         train.validation_batches train.sample_prompt train.sample_tokens train.sample_images
         evaluation evaluation.metric evaluation.examples evaluation.max_tokens evaluation.batch_size evaluation.samples
@@ -70,7 +70,7 @@ _KEYS: dict[Effect, str] = {
     "order": """
         data.format data.loss_on data.chat_template data.system_prompt data.date data.too_long data.max_characters
         data.pairs_per_row data.sequence_length data.validation_fraction data.max_documents data.shuffle data.seed
-        data.flip data.image_filter
+        data.flip data.image_filter data.stream data.stream.window data.stream.validation_bytes data.packing data.split
     """,
     "start": "model.init_std adapter.from train.seed",
 }

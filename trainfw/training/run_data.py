@@ -29,9 +29,13 @@ def name_data(recipe: Recipe, given: Any) -> Recipe:
     lengths = {stage.recipe.data.sequence_length for stage in recipe.in_stages()}
     if len(lengths) > 1 and recipe.data.format != "text":
         raise recipe.error("stages", "examples that a script hands over are packed for one sequence_length: name files")
+    if recipe.data.stream is not None:
+        raise recipe.error("data.stream", "is for files; what a script hands over is read as it comes: set it to null")
     if not data.is_rows(given):
         if recipe.data.format != "text":
             raise recipe.error("data.format", "a stream is packed as text; hand over rows that are all there")
+        if recipe.data.packing != "concatenate":
+            raise recipe.error("data.packing", "a stream is concatenated; hand over rows that are all there")
         if recipe.train.validation_batches != 0:
             raise recipe.error(
                 "train.validation_batches",
@@ -53,14 +57,32 @@ def read_data(recipe: Recipe, own: object, reporter: Reporter, progress: data.Pr
         return _read_images(recipe, own, reporter, progress)
     with recipe.blamed("data"):
         prepared = _prepared(recipe, own, progress)
+    if recipe.data.stream is not None:
+        _note_stream(recipe, prepared, reporter)
+        return prepared
     if not prepared.train.num_tokens:
         reporter.note(f"data: read as it comes, from {recipe.data.source}; nothing is held out")
         return prepared
     _check_tokens(recipe, prepared, own)
     _check_length(recipe, reporter)
     _note(reporter, prepared)
+    _note_packing(reporter, prepared, recipe.data)
     reporter.note(f"data: {_size(prepared, recipe.data)}")
     return prepared
+
+
+def _note_packing(reporter: Reporter, prepared: data.PreparedData, config: data.DataConfig, name: str = "") -> None:
+    """Say how full the rows are that documents are packed into, and what the packing is for."""
+    rows = data.open_rows(prepared.train, config)
+    if not isinstance(rows, data.DocumentRows):
+        return
+    of, length, count = f"{name}: " * bool(name), rows.sequence_length, rows.left_out
+    torn = data.torn_share(rows.store, length)
+    full = f"rows of {length} are {rows.filled:.1%} full; packing: concatenate would tear {torn:.0%} of the documents"
+    reporter.note(f"data: {of}{full}")
+    if count:
+        left = f"data.split: never leaves out {count:,} documents ({count / rows.store.num_documents:.1%})"
+        reporter.note(f"warning: {of}{left}, longer than a row")
 
 
 def _check_length(recipe: Recipe, reporter: Reporter) -> None:
@@ -89,7 +111,10 @@ def _read_mixture(recipe: Recipe, reporter: Reporter, progress: data.Progress) -
     for name, part in mixture.parts.items():
         assert isinstance(part, data.PreparedData)
         _check_tokens(recipe, part, None)
-        reporter.note(f"data: {name}: {_size(part, recipe.data.parts[name])}")
+        if recipe.data.stream is None:
+            _note_packing(reporter, part, recipe.data.parts[name], name)
+        size = _size(part, recipe.data.parts[name]) if recipe.data.stream is None else _size_of_stream(recipe, part)
+        reporter.note(f"data: {name}: {size}")
     return mixture
 
 
@@ -108,6 +133,23 @@ def prepare_mixture(recipe: Recipe, progress: data.Progress) -> data.PreparedMix
         with recipe.blamed(f"data.mixture.{name}"):
             parts[name] = data.prepare(config, tokenizer=tokenizer, progress=progress)
     return data.PreparedMixture(parts)
+
+
+def _note_stream(recipe: Recipe, prepared: data.PreparedData, reporter: Reporter) -> None:
+    _check_tokens(recipe, prepared, None)
+    _check_length(recipe, reporter)
+    _note(reporter, prepared)
+    reporter.note(f"data: {_size_of_stream(recipe, prepared)}")
+
+
+def _size_of_stream(recipe: Recipe, prepared: data.PreparedData) -> str:
+    assert recipe.data.stream is not None
+    held_out = prepared.validation
+    return (
+        f"read as a stream of {', '.join(prepared.remarks)}, shuffled in windows of "
+        f"{recipe.data.stream.window:,} rows; {held_out.num_tokens:,} tokens of {held_out.num_documents:,} documents "
+        f"held out ({held_out.num_bytes / held_out.num_tokens:.2f} bytes per token)"
+    )
 
 
 def _note(reporter: Reporter, prepared: data.Prepared) -> None:
@@ -231,15 +273,26 @@ def _prepared(recipe: Recipe, given: Any, progress: data.Progress) -> data.Prepa
 
 
 def open_batches(
-    recipe: Recipe, program: Program, prepared: data.Prepared, given: Any, report: Callable[[str], None]
+    recipe: Recipe,
+    program: Program,
+    prepared: data.Prepared,
+    given: Any,
+    report: Callable[[str], None],
+    progress: data.Progress,
 ) -> data.EndlessBatches:
     """Return this process's share of the training batches."""
     share, shares = program.batch_share
     batch = {"global_batch_size": recipe.train.global_batch_size, "process_index": share, "process_count": shares}
     rows = given is None or data.is_rows(given)
     if rows and (recipe.stages or recipe.data.mixture is not None):
-        return data.MixedIterator(_mixed_stages(recipe, prepared, report), recipe.data, share, shares)
+        if recipe.data.stream is not None:
+            return _mixed_streams(recipe, prepared, (share, shares), report, progress)
+        return data.MixedIterator(mixed_stages(recipe, prepared, report), recipe.data, share, shares)
     with recipe.blamed("data"):
+        if recipe.data.stream is not None:
+            assert isinstance(prepared, data.PreparedData)  # pictures are not streamed
+            streamed = data.StreamedRows(recipe.data, prepared.tokenizer, report=report, progress=progress)
+            return data.RowBatches(streamed, **batch)
         if rows:
             assert not isinstance(prepared, data.PreparedMixture)
             return data.train_iterator(prepared.train, recipe.data, **batch)
@@ -250,7 +303,7 @@ def open_batches(
         )
 
 
-def _mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str], None]) -> list[data.MixedStage]:
+def mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str], None]) -> list[data.MixedStage]:
     """Return the rows of every stage, and say how often the run sees each source.
 
     Raises UserError where that is more often than it may be.
@@ -258,10 +311,8 @@ def _mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str
     stages = recipe.in_stages()
     mixed = [
         data.MixedStage(
+            *_shares_of(stage),
             rows={name: _rows_of(stage, name, prepared, recipe.data.sequence_length) for name in stage.weights},
-            shares=stage.shares,
-            global_batch_size=stage.recipe.train.global_batch_size,
-            length=stage.recipe.sequence_length,
         )
         for stage in stages
     ]
@@ -279,6 +330,31 @@ def _mixed_stages(recipe: Recipe, prepared: data.Prepared, report: Callable[[str
         said = ", ".join(f"{name} {times:.2f} times" for name, times in passes.items())
         report(f"data: {first}the run sees {said}")
     return mixed
+
+
+def _shares_of(stage: Stage) -> tuple[tuple[str, ...], data.Shares, int, int]:
+    return tuple(stage.weights), stage.shares, stage.recipe.train.global_batch_size, stage.recipe.sequence_length
+
+
+def _mixed_streams(
+    recipe: Recipe,
+    prepared: data.Prepared,
+    share: tuple[int, int],
+    report: Callable[[str], None],
+    progress: data.Progress,
+) -> data.MixedStreamBatches:
+    """Return batches of sources that are read as they are drawn, and say by which shares they are."""
+    streams = {}
+    for name, part in prepared.parts.items():
+        assert isinstance(part, data.PreparedData)  # pictures are not streamed
+        with recipe.blamed(f"data.mixture.{name}" if name else "data"):
+            config = recipe.data.parts[name]
+            streams[name] = data.StreamedRows(config, part.tokenizer, report=report, progress=progress)
+    stages = recipe.in_stages()
+    for stage in stages:
+        report(f"data: {stage if recipe.stages else stage.mixed}")
+    shares = [data.StageShares(*_shares_of(stage)) for stage in stages]
+    return data.MixedStreamBatches(data.MixedRows(streams, shares), shares, *share)
 
 
 def _check_repeats(recipe: Recipe, name: str, times: float) -> None:

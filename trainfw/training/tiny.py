@@ -41,6 +41,7 @@ def tiny_overrides(recipe: Recipe, devices: int) -> list[str]:
         "data.chat_template": not pairs,
         "data.system_prompt": None,
         "data.too_long": "refuse",
+        "data.split": "long",  # few documents fit into so short a row
         "data.max_characters": 150 if pairs else None,
         "data.tokenizer": {"name": "bytes"},
         "data.sequence_length": 256 if pairs else 64,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainfw.data.compressed import File
 from trainfw.data.files import Input
 from trainfw.data.images.sources import Picture, PictureSource
 from trainfw.data.readers import Columns, Unreadable
@@ -50,8 +51,9 @@ def _digits() -> PictureSource:
     return PictureSource((Input(path, "digits", _read_digits),), (), "digits")
 
 
-def _read_digits(path: Path, _columns: Columns) -> Iterator[tuple[str, Picture]]:
+def _read_digits(path: File, _columns: Columns) -> Iterator[tuple[str, Picture]]:
     """Yield the pictures: 64 values of 0 to 16 a line, and the digit."""
+    assert isinstance(path, Path)
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",")
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)

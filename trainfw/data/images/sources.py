@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from trainfw.data.arrow import SAVED, ReadTables, parquet_tables, saved_dataset_tables
-from trainfw.data.compressed import open_plain
+from trainfw.data.compressed import File, open_plain
 from trainfw.data.config import PICTURES, DataConfig
 from trainfw.data.files import Finder, Input, file_kind
 from trainfw.data.readers import Columns, Reader, Unreadable, check_column, read_jsonl_values
+from trainfw.data.remote import is_remote
 from trainfw.data.sources import Row, Source
 from trainfw.errors import UserError
 from trainfw.json_text import parse_json
@@ -65,7 +66,7 @@ class PictureSource(Source):
                 named.add(os.path.realpath(value.data))
             yield Row(id_, value)
         for item in self.leftover:
-            if os.path.realpath(item.path) not in named:
+            if os.path.realpath(item.local) not in named:
                 yield Row(item.name, Unreadable("not named by the list or table of pictures above it"))
 
     def fingerprint(self) -> str:
@@ -98,12 +99,25 @@ def open_pictures(config: DataConfig) -> PictureSource:
     inputs: list[Input] = []
     leftover: list[Input] = []
     for name in names:
+        if is_remote(name):
+            inputs += _tars(name, finder)
+            continue
         more, left = _of_name(name, finder)
         inputs += more
         leftover += left
     if not inputs:
         raise UserError(f"source {names[0]!r}: no picture, and nothing that names or holds some")
     return PictureSource(tuple(inputs), columns, skipped=str(finder.skipped), leftover=tuple(leftover))
+
+
+def _tars(name: str, finder: Finder) -> list[Input]:
+    """Return the tars of webdataset at a URL; of a store no other pictures are read, and none beside these is."""
+    found = finder.find(name)
+    if other := next((item for item in found if file_kind(item.path)[0] != ".tar"), None):
+        raise UserError(
+            f"source {name!r}: {other.name}: of pictures in a store, webdataset's .tar alone are read; copy others here"
+        )
+    return [item._replace(read=_read_tar) for item in found]
 
 
 def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
@@ -114,38 +128,39 @@ def _of_name(name: str, finder: Finder) -> tuple[list[Input], list[Input]]:
         root = root.parent
     found = []
     for item in finder.find(name):
-        if item.path != path and outside(item.path, root) is not None:
+        if item.local != path and outside(item.local, root) is not None:
             finder.skipped.add("link out of the source", item.name)
         else:
             found.append(item)
     by_kind: dict[str, list[Input]] = {}
     for item in found:
-        kind = SAVED if item.path.is_dir() else file_kind(item.path)[0]
+        kind = SAVED if item.local.is_dir() else file_kind(item.path)[0]
         by_kind.setdefault("picture" if kind in SUFFIXES else kind, []).append(item)
     pictures = by_kind.pop("picture", [])
-    captions = {item.path.with_suffix(""): item.path for item in by_kind.pop(".txt", [])}
-    for stem in captions.keys() - {item.path.with_suffix("") for item in pictures}:
+    captions = {item.local.with_suffix(""): item.local for item in by_kind.pop(".txt", [])}
+    for stem in captions.keys() - {item.local.with_suffix("") for item in pictures}:
         finder.skipped.add(".txt without a picture", captions[stem].name)
     lists = [item for kind in LISTS for item in by_kind.pop(kind, [])]
-    under = {item.path.parent for item in (*lists, *by_kind.get(".parquet", []))}
-    inputs = [Input(item.path, item.name, functools.partial(_read_list, root)) for item in lists]
-    inputs += [Input(item.path, item.name, _READERS[kind](root)) for kind in by_kind for item in by_kind[kind]]
-    left = [item for item in pictures if not under.isdisjoint(item.path.parents)]
+    under = {item.local.parent for item in (*lists, *by_kind.get(".parquet", []))}
+    inputs = [Input(item.local, item.name, functools.partial(_read_list, root)) for item in lists]
+    inputs += [Input(item.local, item.name, _READERS[kind](root)) for kind in by_kind for item in by_kind[kind]]
+    left = [item for item in pictures if not under.isdisjoint(item.local.parents)]
     for item in pictures:
-        if under.isdisjoint(item.path.parents):
-            label = item.path.parent.name if item.path.parent != root else None
-            read = functools.partial(_read_file, label, captions.get(item.path.with_suffix("")))
-            inputs.append(Input(item.path, item.name, read))
+        if under.isdisjoint(item.local.parents):
+            label = item.local.parent.name if item.local.parent != root else None
+            read = functools.partial(_read_file, label, captions.get(item.local.with_suffix("")))
+            inputs.append(Input(item.local, item.name, read))
     return inputs, left
 
 
-def _nothing(_path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
+def _nothing(_path: File, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Read nothing: the kinds that `Finder` looks for get their readers once their directory is known."""
     return iter(())
 
 
-def _read_file(label: str | None, caption: Path | None, path: Path, _columns: Columns) -> Iterator[tuple[str, object]]:
+def _read_file(label: str | None, caption: Path | None, path: File, _columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield a file's picture with its folder's name, and with the text of a file beside it."""
+    assert isinstance(path, Path)
     if caption is None:
         yield "", Picture(path, label)
     elif caption.stat().st_size > MEMBER:
@@ -157,8 +172,9 @@ def _read_file(label: str | None, caption: Path | None, path: Path, _columns: Co
             yield "", Unreadable("a caption that is not UTF-8")
 
 
-def _read_list(root: Path, path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+def _read_list(root: Path, path: File, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the picture that each line of a JSONL file names."""
+    assert isinstance(path, Path)
     for place, row in read_jsonl_values(path):
         if isinstance(row, dict):
             yield place, _of_row(row, columns, path.parent, root)
@@ -192,8 +208,9 @@ def _of_row(row: Mapping[str, object], columns: Columns, directory: Path, root: 
 
 
 def _tables(read_tables: ReadTables, root: Path) -> Reader:
-    def read(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+    def read(path: File, columns: Columns) -> Iterator[tuple[str, object]]:
         """Yield the picture of each row of a table."""
+        assert isinstance(path, Path)
 
         def choose(present: list[str]) -> list[str]:
             field = next((name for name in _image_fields(columns) if name in present), _image_fields(columns)[0])
@@ -235,7 +252,7 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _read_tar(path: Path, columns: Columns) -> Iterator[tuple[str, object]]:
+def _read_tar(path: File, columns: Columns) -> Iterator[tuple[str, object]]:
     """Yield the picture of each sample of webdataset's tar: consecutive members whose names differ after the dot."""
     key, parts = "", dict[str, bytes | None]()
     try:

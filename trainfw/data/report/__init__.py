@@ -1,0 +1,1 @@
+"""Reports on data before it is trained on: counts, lengths, duplicates, overlaps with an evaluation set."""
